@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from loraloom.adapters import LoraConfig
-from loraloom.data.tasks import ChoiceQuestion
+from loraloom.data.tasks import ChoiceQuestion, QuestionSet
 from loraloom.data.tokens import encode_pairs
-from loraloom.eval.score import QuestionScore, TaskScores
+from loraloom.eval.score import QuestionScore, Scores, task_scores
 from loraloom.models.host import Host
 from tests.tiny import METHODS, tiny_host
 
@@ -71,13 +71,14 @@ def toy_scores(
     task: str = "toy",
     values: Sequence[Sequence[float]] = ((-1.0, -2.0), (-1.0, -2.0)),
     names: Sequence[str] = ("base", "law"),
-) -> TaskScores:
+) -> Scores:
     """Make scores of two questions, of which A and B are the right answers."""
     scores = [
         QuestionScore(question("?", ["x", "y"], gold, gold, group), tuple(value))
         for gold, value in enumerate(values)
     ]
-    return TaskScores(task, {"split": "test"}, dict.fromkeys(names, scores))
+    asked = QuestionSet(task, "test", "text", [score.question for score in scores], {})
+    return task_scores(asked, dict.fromkeys(names, scores))
 
 
 def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:

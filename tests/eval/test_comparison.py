@@ -124,7 +124,7 @@ LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": Tru
     [
         ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
         ([LINE, LINE], "line 2: 'a' must answer question 0 of t once, got it again"),
-        ([LINE, LINE | {"adapter": "b", "question": "g"}], "got others of 'b' than of 'a'"),
+        ([LINE, LINE | {"adapter": "b", "question": "g"}], "others of 'b' than of 'a'; take"),
         ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "got others of 'b'"),
     ],
 )

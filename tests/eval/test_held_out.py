@@ -9,9 +9,16 @@ import torch
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
+from loraloom.eval import statistics
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate_loss
-from loraloom.eval.held_out import HeldOutLosses, data_set_name, load_held_out, parse_source
+from loraloom.eval.held_out import (
+    data_set_name,
+    describe_rows,
+    load_held_out,
+    parse_source,
+    row_scores,
+)
 from tests.eval.scoring import limit_rows, scoring_host
 from tests.tiny import METHODS
 
@@ -25,6 +32,12 @@ TEXTS = [{"text": "The sky is blue. " * times} for times in (1, 4, 9)]
 @pytest.fixture(scope="module")
 def host():
     return scoring_host()
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Intervals are the statistics' tests' concern; ten thousand resamples take long."""
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 100)
 
 
 def write(path, rows):
@@ -123,8 +136,9 @@ def test_rows_that_do_not_fit_are_told(host, tiny_tokenizer, tmp_path):
     data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": "instruction"}
     held_out = load_held_out(host, tiny_tokenizer, data, max_length=60)
     assert held_out.details["num_dropped"] == 1
-    assert "4 rows" in held_out.describe()
-    assert "1 dropped" in held_out.describe()
+    line = describe_rows(held_out.name, held_out.details)
+    assert "4 rows" in line
+    assert "1 dropped" in line
 
 
 def test_rows_have_their_places_in_the_data_set(host, tiny_tokenizer, tmp_path):
@@ -148,7 +162,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("names", [[None, "lora", "mixdora"], ["lora", "mixdora"]])
+@pytest.mark.parametrize("names", [[None, "mixdora", "lora"], ["lora"]])
 def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, tmp_path, names):
     data = {"dataset": write(tmp_path / "pairs.jsonl", PAIRS), "format": "preference"}
     evaluation = evaluate_loss(host, tiny_tokenizer, data, names, beta=0.3)
@@ -171,7 +185,7 @@ def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, tmp_path,
         loss = -torch.nn.functional.logsigmoid(rewards).mean()
         assert result["loss"] == pytest.approx(float(loss), abs=1e-5)
         assert result["num_examples"] == len(PAIRS)
-    assert {one.metric for one in evaluation.comparisons} == {"accuracy"}
+    assert {one.metric for one in evaluation.comparisons} <= {"accuracy"}
     lines = [line for line in evaluation.lines() if line["adapter"] == "lora"]
     assert [line["index"] for line in lines] == list(range(len(PAIRS)))
     assert "Preference pairs" in str(evaluation.tables()[0].title)
@@ -214,7 +228,7 @@ def test_the_split_of_a_directory_that_was_read_is_noted(host, tiny_tokenizer, t
 
 def test_a_perplexity_that_is_no_number_is_left_out(host, tiny_tokenizer, instructions):
     data = load_held_out(host, tiny_tokenizer, instructions)
-    losses = {name: [loss * n for n in data.num_tokens] for name, loss in (("a", 2), ("b", 1e4))}
-    results = HeldOutLosses(data.name, data.details, losses, data).results()
+    losses = {name: [loss * n for n in data.num_tokens] for name, loss in (("a", 2.0), ("b", 1e4))}
+    results = row_scores(data, losses).results
     assert results["a"]["perplexity"] == pytest.approx(math.exp(2))
     assert results["b"]["perplexity"] is None

@@ -5,49 +5,29 @@ import re
 
 from rich.console import Console
 
-from loraloom.eval.progress import EvaluationProgress, question_size
-from tests.eval.scoring import question
+from loraloom.eval import evaluation
 
 
-class Clock:
-    """A clock that stands still unless it is moved."""
-
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def show(*steps, **console):
-    """Show batches `(seconds, places)` of a task whose first question is as long as the others."""
-    clock, stream = Clock(), io.StringIO()
-    shown = EvaluationProgress(Console(file=stream, width=80, **console), 10.0, clock)
-    questions = [question("x" * 6, ["a", "b"]), *[question("x", ["a", "b"])] * 2]
-    with shown as progress:
-        advance = progress.start("toy", [*map(question_size, questions)])
-        for seconds, places in steps:
-            clock.now += seconds
+def show(*batches, interval=0.0, monkeypatch, **console):
+    """Show batches of three items, the first as long as the others together."""
+    monkeypatch.setattr(evaluation, "PLAIN_INTERVAL_S", interval)
+    stream = io.StringIO()
+    with evaluation.EvaluationProgress(Console(file=stream, width=80, **console)) as progress:
+        advance = progress.start("toy", [2, 1, 1])
+        for places in batches:
             advance(places)
     return stream.getvalue()
 
 
-def test_a_line_comes_now_and_then():
-    assert show((5, [0])) == ""
-    assert show((10, [0])) == "toy: 1/3 questions, ETA -:--:--\n"
-    assert show((5, [0]), (10, [1])) == "toy: 2/3 questions, ETA 0:00:10\n"
-    assert show((5, [0]), (10, [1]), (5, [])) == "toy: 2/3 questions, ETA 0:00:10\n"
+def test_a_line_comes_now_and_then_but_not_for_the_last_item(monkeypatch):
+    shown = show([0], [1], [2], monkeypatch=monkeypatch)
+    assert re.fullmatch(
+        r"toy: 1/3 questions, ETA -:--:--\ntoy: 2/3 questions, ETA 0:00:0\d\n", shown
+    )
+    assert show([0], [1], interval=10.0, monkeypatch=monkeypatch) == ""
 
 
-def test_the_last_question_has_no_line():
-    assert show((60, [0, 1, 2])) == ""
-
-
-def test_the_time_left_goes_by_length():
-    shown = show((0, [1]), (30, [0]))
-    assert shown == "toy: 2/3 questions, ETA 0:00:15\n"
-
-
-def test_a_terminal_has_a_bar_that_disappears():
-    shown = show((0, [1]), (30, [0]), force_terminal=True)
-    assert "2/3 questions ETA 0:00:15" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+def test_a_terminal_has_a_bar_that_disappears(monkeypatch):
+    shown = show([1], [0], monkeypatch=monkeypatch, force_terminal=True)
+    assert "toy: 2/3 questions" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert shown.endswith("\x1b[1A\x1b[2K")

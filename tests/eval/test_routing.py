@@ -11,7 +11,6 @@ from loraloom.eval.routing import (
     TOKEN_CLASSES,
     RoutingTally,
     class_of,
-    some_layers,
     token_texts,
     words_by_expert,
 )
@@ -29,8 +28,8 @@ def tallied(host, tokenizer, adapters=NAMES, tasks=("toy",), max_tokens=None, ca
     questions = some_questions()
     for task in tasks:
         scorer = Scorer(host, adapters, max_tokens, cache)
-        score_questions(scorer, tokenizer, questions, on_routing=tally.of(task))
-    return tally.summarise(dict.fromkeys(tasks, len(questions)))
+        score_questions(scorer, tokenizer, questions, on_routing=tally.of(task, len(questions)))
+    return tally.summarise()
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ def test_padding_is_not_counted(tiny_tokenizer):
     host, questions = scoring_host(), some_questions()
     lengths = []
     tally = RoutingTally(host, ["mixlora"], tiny_tokenizer)
-    add = tally.of("toy")
+    add = tally.of("toy", 5)
 
     def observe(routed):
         lengths.extend(len(row.input_ids) for row in routed.rows)
@@ -111,7 +110,7 @@ def test_padding_is_not_counted(tiny_tokenizer):
         add(routed)
 
     score_questions(Scorer(host, ["mixlora"]), tiny_tokenizer, questions, on_routing=observe)
-    summary = tally.summarise({"toy": 5})
+    summary = tally.summarise()
     assert summary["mixlora"]["tasks"]["toy"]["num_tokens"] == sum(lengths)
     assert len(set(lengths)) > 1
 
@@ -154,12 +153,12 @@ def test_groups_of_questions_are_topics(tiny_tokenizer):
     host, questions = scoring_host(), some_questions()
     tally = RoutingTally(host, ["mixlora"], tiny_tokenizer)
     groups = ["sums", "sums", None, "toy", "sums"]
-    observe = tally.of("toy", groups)
+    observe = tally.of("toy", 5, groups)
     score_questions(Scorer(host, ["mixlora"]), tiny_tokenizer, questions, on_routing=observe)
-    summary = tally.summarise({"toy": 5})["mixlora"]
+    summary = tally.summarise()["mixlora"]
     topics = summary["specialisation"]["topics"]
     assert set(topics["of"]) == {"toy/sums", "toy"}
-    loads = tally._adapters["mixlora"].loads["topics"]
+    loads = tally.adapters["mixlora"].loads["topics"]
     total = torch.tensor(summary["tasks"]["toy"]["load"]).double()
     torch.testing.assert_close(load_shares(sum(loads.values())), total, atol=1e-5, rtol=0)
 
@@ -203,10 +202,6 @@ def test_typical_tokens_are_those_with_more_than_the_load():
     assert words_by_expert(torch.zeros(3, 2)) == [[], []]
 
 
-def test_few_layers_are_looked_at_by_word():
-    assert [some_layers(n) for n in (1, 2, 30)] == [[0], [0, 1], [0, 15, 29]]
-
-
 def test_half_characters_go_by_the_vocabularys_name(tiny_tokenizer):
     first, *_ = tiny_tokenizer("é").input_ids
     assert "\ufffd" not in token_texts([first], tiny_tokenizer)[0]
@@ -215,8 +210,8 @@ def test_half_characters_go_by_the_vocabularys_name(tiny_tokenizer):
 
 def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):
     tally = RoutingTally(scoring_host(), [None, "lora"], tiny_tokenizer)
-    assert tally.of("toy") is None
-    assert tally.summarise({"toy": 5}) == {}
+    assert tally.of("toy", 5) is None
+    assert tally.summarise() == {}
 
 
 def test_what_ran_out_of_memory_is_counted_once(tiny_tokenizer, monkeypatch):

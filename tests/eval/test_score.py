@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from loraloom.config.data import TaskName
+from loraloom.data.tasks import QuestionSet
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.score import (
     MOE_PEFT_LABELS,
     QuestionScore,
     Scorer,
-    TaskScores,
     check_moe_peft_tasks,
     encode_last_tokens,
     majority_share,
     score_accuracy,
     score_questions,
     summarise,
+    task_scores,
     with_all_labels,
 )
 from loraloom.eval.statistics import wilson_interval
@@ -220,9 +221,15 @@ def test_the_majority_is_the_best_constant_answer():
     assert (result["accuracy"], result["majority"], result["beats_majority"]) == (0.6, 0.6, False)
 
 
+def results_of(scores):
+    asked = QuestionSet("toy", "test", "text", [score.question for score in scores], {})
+    return task_scores(asked, {"base": scores}).results["base"]
+
+
 def test_results_are_by_adapter_and_group():
-    results = toy_scores(group="sums").results()
+    results = toy_scores(group="sums").results
     assert list(results) == ["base", "law"]
+    results["base"] = dict(results["base"])
     groups = results["base"].pop("groups")
     assert results["base"] == {
         "accuracy": 0.5,
@@ -235,15 +242,13 @@ def test_results_are_by_adapter_and_group():
     }
     assert groups == {"sums": {k: v for k, v in results["base"].items() if k != "split"}}
     mixed = [toy_score([-1.0, -2.0], gold, None, name) for gold, name in [(0, "b"), (1, "a")]]
-    scores = TaskScores("toy", {"split": "test"}, {"base": [*mixed, toy_score([-1.0, -2.0])]})
-    groups = scores.results()["base"]["groups"]
+    groups = results_of([*mixed, toy_score([-1.0, -2.0])])["groups"]
     assert [(name, one["accuracy"]) for name, one in groups.items()] == [("a", 0.0), ("b", 1.0)]
 
 
 def test_truncated_questions_are_counted():
     score = replace(toy_score([-1.0, -2.0]), truncated=True)
-    scores = TaskScores("toy", {"split": "test"}, {"base": [score]})
-    assert scores.results()["base"]["num_truncated"] == 1
+    assert results_of([score])["num_truncated"] == 1
 
 
 def test_every_question_has_a_line():

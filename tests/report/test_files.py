@@ -9,7 +9,7 @@ from loraloom.eval.results import read_evaluation
 from loraloom.report import jobs as files
 from loraloom.report.jobs import read_run
 from loraloom.training import results, tracking
-from tests.report.made import evaluation, job_result, write_evaluation, write_run
+from tests.report.made import evaluation, write_evaluation, write_run
 
 
 def test_names_of_files_are_trainings():
@@ -23,7 +23,7 @@ def test_a_runs_jobs_are_found_by_their_files(tmp_path):
     (run / "elsewhere").mkdir()
     jobs = read_run(run)
     assert [(job.name, job.run) for job in jobs] == [("lora", "run"), ("mix", "run")]
-    assert [job.result.method for job in jobs] == ["LoRA", "MixLoRA"]
+    assert [job.result["method"] for job in jobs] == ["LoRA", "MixLoRA"]
     assert len(jobs[0].metrics) == 41
 
 
@@ -51,19 +51,12 @@ def test_what_is_no_run_is_one_clear_error(tmp_path, name):
         read_run(tmp_path / name)
 
 
-@pytest.mark.parametrize("line", ["{]", "[1]", '{"step": "one"}'])
+@pytest.mark.parametrize("line", ["{]", "[1]"])
 def test_a_broken_line_is_named(tmp_path, line):
     run = write_run(tmp_path / "run", ["mix"])
     file = run / "mix/metrics.jsonl"
     file.write_text(f"{line}\n{file.read_text()}")
     with pytest.raises(DataError, match=r"metrics\.jsonl.* line 1"):
-        read_run(run)
-
-
-def test_a_broken_result_is_named_with_its_field(tmp_path):
-    run = write_run(tmp_path / "run", ["mix"])
-    (run / "mix/result.json").write_text(json.dumps(job_result("mix", 40, steps="many")))
-    with pytest.raises(DataError, match=r"result\.json must be what .* got another file: steps"):
         read_run(run)
 
 
@@ -129,17 +122,6 @@ def test_numbers_that_are_not_finite_are_errors(tmp_path, number):
     metrics = run / "mix/metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"aux_loss": 0.02', f'"aux_loss": {number}'))
     with pytest.raises(DataError, match=r"metrics\.jsonl.*line 1"):
-        read_run(run)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"seconds": 1e300}, {"tokens": -1}, {"steps": 10**300}, {"metrics": {"eval/loss": "low"}}],
-)
-def test_a_result_out_of_range_is_named(tmp_path, changes):
-    run = write_run(tmp_path / "run", ["mix"])
-    (run / "mix/result.json").write_text(json.dumps(job_result("mix", 40, **changes)))
-    with pytest.raises(DataError, match=next(iter(changes))):
         read_run(run)
 
 

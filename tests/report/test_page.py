@@ -153,7 +153,7 @@ def test_what_experts_tell_is_shown_by_layer(page):
 def test_specialisation_must_have_all_layers(run, tmp_path):
     content = evaluation()
     content["routing"]["mix"]["specialisation"]["topics"]["bits"] = [0.1]
-    with pytest.raises(DataError, match=r"r\.json, whose tables are not whole"):
+    with pytest.raises(DataError, match=r"the tables in .*r\.json are not whole"):
         make_page([run], [write_evaluation(tmp_path / "r.json", content)])
 
 
@@ -257,6 +257,13 @@ def test_a_field_that_is_missing_is_named(run, tmp_path):
     del content["comparisons"][0]["p_value"]
     with pytest.raises(DataError, match=r"comparisons\.0\.p_value: Field required"):
         make_page([run], [write_evaluation(tmp_path / "result.json", content)])
+
+
+@pytest.mark.parametrize("changes", [{"steps": None, "seconds": "x"}, {"environment": 3}])
+def test_a_result_that_is_not_whole_is_an_error(run, changes):
+    (run / "mix/result.json").write_text(json.dumps(job_result("mix", 40, **changes)))
+    with pytest.raises(DataError, match=r"the tables in .*run are not whole"):
+        make_page([run])
 
 
 def test_the_verb_writes_one_file(run, tmp_path, capsys):

@@ -17,7 +17,7 @@ from loraloom.cli.options import BASE
 from loraloom.config.text import parse_json, read_json
 from loraloom.durable import append_text, prepare_output, write_json
 from loraloom.errors import ConfigError
-from loraloom.eval.progress import EvaluationProgress
+from loraloom.eval.evaluation import EvaluationProgress
 from loraloom.generation.prompts import Prompt
 from loraloom.terminal import make_console
 

@@ -18,7 +18,7 @@ from loraloom.data.messages import read_messages, read_tools
 from loraloom.data.sources import Row, read_rows
 from loraloom.data.templates import template_source
 from loraloom.errors import ConfigError, shown
-from loraloom.eval.provenance import describe_adapters
+from loraloom.eval.cache import describe_adapters
 from loraloom.generation.generate import complete_in_order
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt

@@ -60,8 +60,7 @@ def quickstart(
     run = _run_config(options.max_steps, output_dir / "adapters", output_dir / "base", device)
     from loraloom.data.tasks import load_question_set
     from loraloom.data.tiny_base import make_tiny_base
-    from loraloom.eval.evaluation import evaluate
-    from loraloom.eval.progress import EvaluationProgress
+    from loraloom.eval.evaluation import EvaluationProgress, evaluate
     from loraloom.models.host import attach
     from loraloom.models.loading import find_device, load_base_model
     from loraloom.terminal import make_console

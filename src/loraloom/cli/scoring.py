@@ -90,13 +90,13 @@ def _trained_on(adapters: Mapping[str, str]) -> dict[str, str]:
 
 def _measure(sources: Sequence[SourceConfig], run: EvalRun, messages: Console) -> Evaluation:
     from loraloom.eval.evaluation import evaluate_loss
-    from loraloom.eval.held_out import load_held_out
+    from loraloom.eval.held_out import describe_rows, load_held_out
 
     host, tokenizer = run.load()
     beta = run.beta or DEFAULT_BETA
     sets = [load_held_out(host, tokenizer, one, run.max_length, run.limit, beta) for one in sources]
     for one in sets:
-        messages.print(one.describe())
+        messages.print(describe_rows(one.name, one.details))
     with _options(run, host, messages) as options:
         return evaluate_loss(host, tokenizer, sets, run.names, **options)
 
@@ -125,7 +125,7 @@ def _evaluate(run: EvalRun, score: Score) -> None:
 
 
 def _spread(run: EvalRun, score: Score, messages: Console) -> list[Evaluation]:
-    from loraloom.eval.held_out import HeldOutLosses, PairLosses
+    from loraloom.eval.held_out import describe_rows
     from loraloom.training.ray_cluster import score_on_workers
 
     work = partial(_score_in_worker, run, score)
@@ -137,9 +137,9 @@ def _spread(run: EvalRun, score: Score, messages: Console) -> list[Evaluation]:
     except KeyboardInterrupt:
         messages.print("stopped; the same command goes on from any scores that are kept")
         raise
-    for task in parts[0].scores:  # workers are silent
-        if isinstance(task, HeldOutLosses | PairLosses):
-            messages.print(task.data.describe())
+    for name, details in parts[0].tasks.items():  # workers are silent
+        if "num_examples" in details:
+            messages.print(describe_rows(name, details))
     return parts
 
 
@@ -152,7 +152,7 @@ def _score_in_worker(run: EvalRun, score: Score, names: Sequence[str | None]) ->
 @contextmanager
 def _options(run: EvalRun, host: Host, messages: Console) -> Iterator[dict[str, Any]]:
     """Open the cache and a progress bar, and say what the cache had, or keeps after Ctrl-C."""
-    from loraloom.eval.progress import EvaluationProgress
+    from loraloom.eval.evaluation import EvaluationProgress
     from loraloom.eval.statistics import choose_pairs
 
     cache = _open_cache(run, host, messages)
@@ -209,10 +209,10 @@ def score_harness(run: EvalRun, tasks: Sequence[str]) -> None:
         if path.suffix.lower() != ".json":
             raise ConfigError(f"--output must end in .json with --harness, got {path}")
     run.check()
+    from loraloom.eval.cache import describe_evaluation
     from loraloom.eval.harness import evaluate_adapters, load_tasks
     from loraloom.eval.harness.results import as_evaluation, question_lines, results_table
     from loraloom.eval.harness.tasks import check_asks_text
-    from loraloom.eval.provenance import describe_evaluation
     from loraloom.eval.results import write_lines
     from loraloom.terminal import make_console, print_tables
 

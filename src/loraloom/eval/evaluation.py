@@ -10,33 +10,36 @@ evaluation.write("result.json")
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig
 from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
-from loraloom.data.tokens import NO_LOSS, Example, TokenPair
+from loraloom.data.tokens import NO_LOSS, TokenPair
 from loraloom.errors import ConfigError, not_finite
-from loraloom.eval.cache import LogLikelihoods, ScoreCache
-from loraloom.eval.held_out import BETA, HeldOutLosses, HeldOutSet, PairLosses, load_held_out
-from loraloom.eval.progress import EvaluationProgress, question_size
-from loraloom.eval.provenance import describe_evaluation
+from loraloom.eval.cache import LogLikelihoods, ScoreCache, describe_evaluation
+from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation
 from loraloom.eval.routing import RoutingTally
 from loraloom.eval.score import (
+    Advance,
     Scorer,
     Scores,
-    TaskScores,
     check_moe_peft_tasks,
-    describe_questions,
     encode_choices,
     encode_last_tokens,
     score_questions,
+    task_scores,
     with_all_labels,
 )
 from loraloom.eval.statistics import Pair, check_scored, choose_pairs, holm, seed_means
@@ -46,36 +49,80 @@ from loraloom.models.host import Host
 Compat = Literal["moe-peft"]
 
 
+PLAIN_INTERVAL_S = 10.0
+_SPEED_PERIOD_S = 300.0
+"""The time over which the speed is averaged: some batches even of a large model."""
+
+
+class EvaluationProgress:
+    """Shows what is done and the time left; items weigh by their size, as the largest come first.
+
+    On a terminal each task has a bar, which disappears at the end; elsewhere, a line comes now and
+    then.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=_SPEED_PERIOD_S,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> EvaluationProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def start(self, name: str, sizes: Sequence[int], unit: str = "questions") -> Advance:
+        """Begin to show a task."""
+        task_id = self._bars.add_task(name, total=sum(sizes))
+        task = self._bars.tasks[task_id]
+        num_done, shown_at = 0, time.monotonic()
+
+        def advance(places: Sequence[int]) -> None:
+            nonlocal num_done, shown_at
+            num_done += len(places)
+            line, size = f"{name}: {num_done}/{len(sizes)} {unit}", sum(sizes[n] for n in places)
+            self._bars.update(task_id, advance=size, description=line)
+            is_due = time.monotonic() - shown_at >= PLAIN_INTERVAL_S and num_done < len(sizes)
+            if is_due and not self._console.is_terminal:
+                shown_at, left = time.monotonic(), task.time_remaining
+                eta = "-:--:--" if left is None else timedelta(seconds=round(left))
+                self._console.print(f"{line}, ETA {eta}", soft_wrap=True)
+
+        return advance
+
+
 def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
     """Compute figures, means over seeds and comparisons of all that was scored."""
     results: dict[str, dict[str, Any]] = {}
     for task in scores:
-        for name, result in task.results().items():
+        for name, result in task.results.items():
             results.setdefault(name, {})[task.name] = result
-    figures = {
-        task.name: {
-            name: of[task.name].get("loss", of[task.name].get("accuracy"))
-            for name, of in results.items()
-        }
-        for task in scores
-    }
+    figure = lambda one: one.get("loss", one.get("accuracy"))  # noqa: E731
+    figures = {t.name: {n: figure(of[t.name]) for n, of in results.items()} for t in scores}
     found = [(task, *pair, task.compare(*pair)) for task in scores for pair in pairs]
     adjusted = holm([one.p_value for *_, one in found])
+    comparisons = [
+        Comparison(
+            **vars(one), task=task.name, metric=task.metric, first=first, second=second,
+            adjusted_p_value=p_value,
+        )
+        for (task, first, second, one), p_value in zip(found, adjusted, strict=True)
+    ]  # fmt: skip
     return Evaluation(
         schema_version=SCHEMA_VERSION,
         results=results,
         seeds=seed_means(figures),
-        comparisons=[
-            Comparison(
-                **asdict(one),
-                task=task.name,
-                metric=task.metric,
-                first=first,
-                second=second,
-                adjusted_p_value=p_value,
-            )
-            for (task, first, second, one), p_value in zip(found, adjusted, strict=True)
-        ],
+        comparisons=comparisons,
         scores=list(scores),
         **details,
     )
@@ -85,23 +132,28 @@ def join_evaluations(
     parts: Sequence[Evaluation], names: Sequence[str | None], pairs: Sequence[Pair]
 ) -> Evaluation:
     """Make one of several, as if all adapters had been scored together."""
+    order = [name or BASE for name in names]
 
     def joined(of_parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         found = {name: value for part in of_parts for name, value in part.items()}
-        return {name or BASE: found[name or BASE] for name in names if (name or BASE) in found}
+        return {name: found[name] for name in order if name in found}
 
-    computed = {"schema_version", "results", "seeds", "comparisons"}
+    computed = {"schema_version", "results", "seeds", "comparisons", "scores"}
     details = {name: value for name, value in parts[0] if name not in computed}
-    details |= {
-        "scores": [
-            replace(of_task[0], scores=joined(one.scores for one in of_task))
-            for of_task in zip(*(part.scores for part in parts), strict=True)
-        ],
-        "routing": joined(part.routing for part in parts),
-        "adapters": joined(part.adapters for part in parts),
-        "num_cached_scores": sum(part.num_cached_scores for part in parts),
-    }
-    return summarise(pairs=pairs, **details)
+    details["routing"] = joined(part.routing for part in parts)
+    details["adapters"] = joined(part.adapters for part in parts)
+    details["num_cached_scores"] = sum(part.num_cached_scores for part in parts)
+    by_task = zip(*(part.scores for part in parts), strict=True)
+    return summarise([_join_scores(of, joined) for of in by_task], pairs, **details)
+
+
+def _join_scores(parts: Sequence[Scores], joined: Callable[..., dict[str, Any]]) -> Scores:
+    return replace(
+        parts[0],
+        results=joined(part.results for part in parts),
+        values=joined(part.values for part in parts),
+        lines=lambda: chain.from_iterable(part.lines() for part in parts),
+    )
 
 
 class _Pass:
@@ -123,76 +175,64 @@ class _Pass:
         self.names = [None, *host.adapters] if adapters is None else list(adapters)
         self.pairs = choose_pairs(self.names) if pairs is None else pairs
         check_scored(self.names, self.pairs)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._progress = tokenizer, progress
         self._scorer = Scorer(host, self.names, max_tokens_per_batch, cache)
-        self._progress = progress
         self._how = (host, sources or {}, command)
         self._tally = RoutingTally(host, self.names, tokenizer)
 
-    def ask(self, asked: QuestionSet, compat: Compat | None) -> TaskScores:
+    def ask(self, asked: QuestionSet, compat: Compat | None) -> Scores:
         """Score a task's questions."""
-        progress, questions = self._progress, asked.questions
+        questions = asked.questions
+        # characters that the model reads: different contexts once, and every continuation
+        sizes = [sum(map(len, {*one.contexts, *one.continuations})) for one in questions]
         scores = score_questions(
             self._scorer,
             self._tokenizer,
             questions,
             encode_choices if compat is None else encode_last_tokens,
-            on_progress=progress and progress.start(asked.task, [*map(question_size, questions)]),
-            on_routing=self._tally.of(asked.task, [question.group for question in questions]),
+            on_progress=self._progress and self._progress.start(asked.task, sizes),
+            on_routing=self._tally.of(asked.task, len(questions), [one.group for one in questions]),
         )
+        places = [f"in {asked.task}, question {question.index}" for question in questions]
         for name, of_name in scores.items():
-            places = [f"in {asked.task}, question {question.index}" for question in questions]
             _check_finite("scores", name, [one.log_likelihoods for one in of_name], places)
-        by_name = {name or BASE: of_name for name, of_name in scores.items()}
-        return TaskScores(asked.task, describe_questions(asked), by_name)
+        return task_scores(asked, {name or BASE: of_name for name, of_name in scores.items()})
 
-    def measure(self, data: HeldOutSet) -> HeldOutLosses | PairLosses:
+    def measure(self, data: HeldOutSet) -> Scores:
         """Compute the losses of a data set's rows."""
         scorer, progress = self._scorer, self._progress
         if data.has_pairs and None not in self.names:  # rewards are relative to the base model
             scorer = replace(scorer, adapters=[None, *self.names])
         scores = scorer.score(
             [[example_row(one) for one in examples] for examples in data.rows],
-            [_known_by(examples) for examples in data.rows],
+            # no question has NO_LOSS in a context, so none is taken for a row
+            [[TokenPair([NO_LOSS, *x.input_ids], list(x.labels)) for x in of] for of in data.rows],
             progress and progress.start(data.name, data.num_tokens, "rows"),
-            self._tally.of(data.name),
+            self._tally.of(data.name, len(data.rows)),
         )
+        places = [f"in row {place + 1} of {data.name}" for place in data.places]
         for name, of_name in scores.items():
-            places = [f"in row {place + 1} of {data.name}" for place in data.places]
             _check_finite("losses", name, of_name, places)
         losses = {name: [-value for (value,) in of_name] for name, of_name in scores.items()}
         asked = {name or BASE: losses[name] for name in self.names}
-        if data.has_pairs:
-            return PairLosses(data.name, data.details, asked, data, losses[None])
-        return HeldOutLosses(data.name, data.details, asked, data)
+        return pair_scores(data, asked, losses[None]) if data.has_pairs else row_scores(data, asked)
 
     def evaluation(self, scores: Sequence[Scores], **more: Any) -> Evaluation:
         """Note how the scores of all data sets were got."""
-        sizes = {task.name: len(next(iter(task.scores.values()))) for task in scores}
+        details = describe_evaluation(*self._how) | more
+        details["tasks"] = {task.name: dict(task.details) for task in scores}
+        details["routing"] = self._tally.summarise()
         cache = self._scorer.cache
-        return summarise(
-            scores,
-            self.pairs,
-            routing=self._tally.summarise(sizes),
-            **describe_evaluation(*self._how),
-            tasks={task.name: dict(task.details) for task in scores},
-            **more,
-            num_cached_scores=0 if cache is None else cache.num_found,
-        )
+        details["num_cached_scores"] = 0 if cache is None else cache.num_found
+        return summarise(scores, self.pairs, **details)
 
 
 def _check_finite(
     what: str, name: str | None, scores: Sequence[LogLikelihoods], places: Sequence[str]
 ) -> None:
-    """Raise an AdapterError that names who gave a score that is not finite, and where."""
     for values, place in zip(scores, places, strict=True):
         if not all(map(math.isfinite, values)):
             raise not_finite(what, values if len(values) > 1 else values[0], [name], place)
-
-
-def _known_by(examples: Sequence[Example]) -> list[TokenPair]:
-    """What a row's kept loss is known by: no question has NO_LOSS in a context, so none is it."""
-    return [TokenPair([NO_LOSS, *one.input_ids], list(one.labels)) for one in examples]
 
 
 def evaluate(

@@ -16,13 +16,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import override
 
 from loraloom.config.data import SourceConfig
 from loraloom.config.fields import checked
@@ -30,15 +30,9 @@ from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import find_location, is_data_file, sha256
 from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError, DataError
-from loraloom.eval.results import Metric, PairedComparison, TaskResult
+from loraloom.eval.results import TaskResult
 from loraloom.eval.score import Scores
-from loraloom.eval.statistics import (
-    compare_losses,
-    ratio_intervals,
-    ratio_stderr,
-    seed_values,
-    wilson_interval,
-)
+from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
 from loraloom.models.host import Host
 from loraloom.training.settings import DpoConfig, TrainConfig
 
@@ -55,14 +49,10 @@ MAX_EXPONENT = 89
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Rows of a data set.
+    """Rows of a data set with their places in it, and what is noted of them.
 
-    Args:
-        name: What results call it.
-        rows: The examples of each row that has any, of which a long text has several. A pair is
-            two rows, the chosen and the rejected answer.
-        places: Of those rows in the data set, from 0.
-        details: What is noted of it: format, numbers of rows and tokens, hashes.
+    A row has several examples where a text is long. A pair is two rows, the chosen and the rejected
+    answer in turn.
     """
 
     name: str
@@ -80,20 +70,17 @@ class HeldOutSet:
         """Tokens of each row that have a loss."""
         return [sum(map(count_labels, examples)) for examples in self.rows]
 
-    def describe(self) -> str:
-        """Say in a line what is measured, and what became of rows that don't fit."""
-        details, kind = self.details, "pairs" if self.has_pairs else "rows"
-        line = f"{self.name}: {details['num_examples']} {kind}, "
-        line += f"{details['num_tokens']} tokens with a loss"
-        if details["num_cut"]:
-            line += (
-                f"; {details['num_cut']} cut or divided to fit max_length={details['max_length']}"
-            )
-        if details["num_empty"]:
-            line += f"; {details['num_empty']} skipped, their answer is empty"
-        if details["num_dropped"]:
-            line += f"; {details['num_dropped']} dropped, their answer is missing or does not fit"
-        return line
+
+def describe_rows(name: str, of: Mapping[str, Any]) -> str:
+    """Say in a line what of a data set is measured, and what became of rows that don't fit."""
+    kind = "pairs" if of["format"] == "preference" else "rows"
+    line = f"{name}: {of['num_examples']} {kind}, {of['num_tokens']} tokens with a loss"
+    parts = {
+        "num_cut": f"cut or divided to fit max_length={of['max_length']}",
+        "num_empty": "skipped, their answer is empty",
+        "num_dropped": "dropped, their answer is missing or does not fit",
+    }
+    return "; ".join([line, *(f"{of[key]} {what}" for key, what in parts.items() if of[key])])
 
 
 def load_held_out(
@@ -118,6 +105,7 @@ def load_held_out(
     kept = [rows[place] for place in places]
     if not kept:
         raise DataError(f"{loaded.name}: none of the {len(encoded)} rows has an answer that fits")
+    tokens = [[[one.input_ids, one.labels] for one in examples] for examples in kept]
     details = {
         "format": source.format or source.scoring,
         "split": None if is_data_file(Path(source.dataset or "")) else split,
@@ -127,7 +115,7 @@ def load_held_out(
         "num_empty": loaded.num_empty,
         "num_dropped": len(rows) - len(kept) - loaded.num_empty,
         "max_length": longest,
-        "examples_sha256": _digest(kept),
+        "examples_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         "source": _describe_source(source, split, loaded.name),
     }
     if source.format == "preference":  # whose answers are rows of their own
@@ -148,128 +136,91 @@ def data_set_name(dataset: str) -> str:
     return _SUFFIXES.sub("", name) or name or dataset
 
 
-def _digest(rows: Sequence[Sequence[Example]]) -> str:
-    tokens = [[[one.input_ids, one.labels] for one in examples] for examples in rows]
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
-
-
 def _describe_source(source: SourceConfig, split: str, name: str) -> dict[str, Any]:
     """The file that was read, with its hash, or what the data set is called."""
     if source.dataset is None:
         return {"dataset": name}
     found = find_location(source.dataset, split, source.config)
-    if isinstance(found, Path):
-        return {"file": str(found), "sha256": sha256(found)}
-    return {"dataset": source.dataset}
+    is_file = isinstance(found, Path)
+    return {"file": str(found), "sha256": sha256(found)} if is_file else {"dataset": source.dataset}
 
 
-@dataclass(frozen=True)
-class HeldOutLosses(Scores):
-    """How well adapters predict held-out rows: losses of each, summed over its tokens, in nats."""
-
-    metric: ClassVar[Metric] = "loss"
-    data: HeldOutSet
-
-    @property
-    @override
-    def values(self) -> Mapping[str, Sequence[int | float]]:
-        return self.scores
-
-    @override
-    def compare(self, first: str, second: str) -> PairedComparison:
-        losses = (seed_values(self.scores, name) for name in (first, second))
-        return compare_losses(*losses, self.data.num_tokens)
-
-    @override
-    def results(self) -> dict[str, TaskResult]:
-        lengths = np.asarray(self.data.num_tokens, dtype=np.float64)
-        sums = np.column_stack([np.asarray(losses) for losses in self.scores.values()])
-        num_tokens = sum(self.data.num_tokens)
-        results: dict[str, TaskResult] = {}
-        for name, column, interval in zip(
-            self.scores, sums.T, ratio_intervals(sums, lengths), strict=True
-        ):
-            loss = math.fsum(self.scores[name]) / num_tokens
-            results[name] = {
-                "loss": loss,
-                "stderr": ratio_stderr(column, lengths),
-                "interval": list(interval),
-                "perplexity": math.exp(loss) if loss < MAX_EXPONENT else None,
-                "num_examples": len(lengths),
-                "num_tokens": num_tokens,
-                "split": self.details["split"],
-            }
-        return results
-
-    @override
-    def lines(self) -> Iterator[dict[str, Any]]:
-        for name, losses in self.scores.items():
-            rows = zip(self.data.places, losses, self.data.num_tokens, strict=True)
-            for place, loss, count in rows:
-                row = {"dataset": self.name, "adapter": name, "index": place}
-                yield {**row, "loss": loss, "num_tokens": count}
-
-
-@dataclass(frozen=True)
-class PairLosses(Scores):
-    """Whether adapters rank chosen answers above rejected ones; rows are the two in turn.
-
-    `reference` are the base model's losses.
-    """
-
-    data: HeldOutSet
-    reference: Sequence[float]
-
-    @property
-    @override
-    def values(self) -> Mapping[str, Sequence[int | float]]:
-        return {name: (_margins(of) > 0).tolist() for name, of in self.scores.items()}
-
-    @override
-    def results(self) -> dict[str, TaskResult]:
-        return {name: self._result(name) for name in self.scores}
-
-    def _result(self, name: str) -> TaskResult:
-        margins, right = self._reward_margins(name), self.values[name]
-        losses = np.logaddexp(0, -margins)
-        values = np.column_stack([losses, margins])
-        ones, count = np.ones(len(margins)), len(margins)
-        (loss_interval, margin_interval), accuracy = ratio_intervals(values, ones), fmean(right)
-        return {
-            "loss": float(losses.mean()),
-            "stderr": ratio_stderr(losses, ones),
-            "interval": list(loss_interval),
-            "accuracy": accuracy,
-            "accuracy_interval": list(wilson_interval(accuracy, count)),
-            "reward_accuracy": fmean(margins > 0),
-            "reward_margin": fmean(margins),
-            "reward_margin_stderr": ratio_stderr(margins, ones),
-            "reward_margin_interval": list(margin_interval),
-            "num_examples": count,
-            "num_tokens": sum(self.data.num_tokens),
-            "split": self.details["split"],
+def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Scores:
+    """Sum up how well adapters predict rows: losses of each, summed over its tokens, in nats."""
+    lengths = np.asarray(data.num_tokens, dtype=np.float64)
+    sums = np.column_stack([np.asarray(of_rows) for of_rows in losses.values()])
+    intervals = zip(losses, sums.T, ratio_intervals(sums, lengths), strict=True)
+    results: dict[str, TaskResult] = {}
+    for name, column, interval in intervals:
+        loss = math.fsum(losses[name]) / sum(data.num_tokens)
+        results[name] = {
+            "loss": loss,
+            "stderr": ratio_stderr(column, lengths),
+            "interval": list(interval),
+            "perplexity": math.exp(loss) if loss < MAX_EXPONENT else None,
+            "num_examples": len(lengths),
+            "num_tokens": sum(data.num_tokens),
+            "split": data.details["split"],
         }
+    lines = partial(_row_lines, data, losses)
+    return Scores(data.name, data.details, results, losses, lines, data.num_tokens)
 
-    @override
-    def lines(self) -> Iterator[dict[str, Any]]:
-        for name, losses in self.scores.items():
-            answers = zip(losses[0::2], losses[1::2], self._reward_margins(name), strict=True)
-            for place, (chosen, rejected, margin) in zip(
-                self.data.places[0::2], answers, strict=True
-            ):
-                yield {
-                    "dataset": self.name,
-                    "adapter": name,
-                    "index": place,
-                    "correct": chosen < rejected,
-                    "chosen_log_prob": -chosen,
-                    "rejected_log_prob": -rejected,
-                    "reward_margin": float(margin),
-                }
 
-    def _reward_margins(self, name: str) -> np.ndarray:
-        difference = _margins(self.scores[name]) - _margins(self.reference)
-        return self.details["beta"] * difference
+def _row_lines(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
+    for name, of_rows in losses.items():
+        for place, loss, count in zip(data.places, of_rows, data.num_tokens, strict=True):
+            row = {"dataset": data.name, "adapter": name, "index": place}
+            yield {**row, "loss": loss, "num_tokens": count}
+
+
+def pair_scores(
+    data: HeldOutSet, losses: Mapping[str, Sequence[float]], reference: Sequence[float]
+) -> Scores:
+    """Sum up how often adapters rank chosen answers above rejected ones.
+
+    Rows are the two in turn; `reference` are the base model's losses.
+    """
+    margins = {name: _margins(of) for name, of in losses.items()}
+    rewards = {n: data.details["beta"] * (of - _margins(reference)) for n, of in margins.items()}
+    values = {name: (of > 0).tolist() for name, of in margins.items()}
+    results: dict[str, TaskResult] = {}
+    for name, reward in rewards.items():
+        loss, ones, accuracy = np.logaddexp(0, -reward), np.ones(len(reward)), fmean(values[name])
+        intervals = ratio_intervals(np.column_stack([loss, reward]), ones)
+        results[name] = {
+            "loss": float(loss.mean()),
+            "stderr": ratio_stderr(loss, ones),
+            "interval": list(intervals[0]),
+            "accuracy": accuracy,
+            "accuracy_interval": list(wilson_interval(accuracy, len(reward))),
+            "reward_accuracy": fmean(reward > 0),
+            "reward_margin": fmean(reward),
+            "reward_margin_stderr": ratio_stderr(reward, ones),
+            "reward_margin_interval": list(intervals[1]),
+            "num_examples": len(reward),
+            "num_tokens": sum(data.num_tokens),
+            "split": data.details["split"],
+        }
+    return Scores(
+        data.name, data.details, results, values, partial(_pair_lines, data, losses, rewards)
+    )
+
+
+def _pair_lines(
+    data: HeldOutSet, losses: Mapping[str, Sequence[float]], rewards: Mapping[str, np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    for name, of_rows in losses.items():
+        answers = (data.places[0::2], of_rows[0::2], of_rows[1::2], rewards[name].tolist())
+        for place, chosen, rejected, reward in zip(*answers, strict=True):
+            yield {
+                "dataset": data.name,
+                "adapter": name,
+                "index": place,
+                "correct": chosen < rejected,
+                "chosen_log_prob": -chosen,
+                "rejected_log_prob": -rejected,
+                "reward_margin": reward,
+            }
 
 
 def _margins(losses: Sequence[float]) -> np.ndarray:

@@ -19,20 +19,17 @@ Curve = Sequence[Point]
 
 
 def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> Figure:
-    """Draw each job's training loss over its steps, smoothed, with the raw values behind.
-
-    The frame fits what comes after the first tenth, in which losses fall from far above.
-    """
+    """Draw each job's training loss over its steps, smoothed, with the raw values behind."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     late: list[float] = []
     for index, (name, curve) in enumerate(curves.items()):
-        axes.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=1)
         means = smoothed(curve, smoothing)
+        axes.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=1)
         axes.plot([x for x, _ in means], [y for _, y in means], color=f"C{index}", label=name)
         late += [y for _, y in means[len(means) // 10 :]]
     axes.set(xlabel="step", ylabel="loss per token (nats)")
-    if late:
+    if late:  # losses fall from far above in their first tenth
         room = 0.1 * (max(late) - min(late)) or 1.0
         axes.set_ylim(min(late) - room, max(late) + room)
     axes.legend()
@@ -69,12 +66,10 @@ def plot_experts(
 
 def smoothed(curve: Curve, past: int | float) -> list[Point]:
     """Take a running mean without the pull of its start over finite values."""
-    total = weight = 0.0
-    means = []
+    total, weight, means = 0.0, 0.0, []
     for step, value in curve:
         if math.isfinite(value):
-            total = past * total + (1 - past) * value
-            weight = past * weight + (1 - past)
+            total, weight = past * total + (1 - past) * value, past * weight + (1 - past)
             means.append((step, total / weight))
     return means
 

@@ -10,8 +10,8 @@ without its last token. Scores that were kept from before cost no forward and ar
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from functools import partial, reduce
+from collections.abc import Sequence
+from functools import reduce
 from itertools import combinations
 from typing import Any
 
@@ -24,7 +24,7 @@ from loraloom.eval.results import AdapterRouting, TaskRouting
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
-from loraloom.routing.record import LayerRouting, RouterName
+from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import (
     RoutingTotals,
     load_shares,
@@ -48,9 +48,8 @@ TOKEN_CLASSES = ("start of a word", "rest of a word", "number", "sign", "space")
 
 _SPACES = "Ġ▁ "
 """What tokenizers write in front of a token that begins a word."""
-_CONTINUES = "##"
-_BLANKS = "ĊĉĠčĩ▁"
-"""White space as byte-level tokenizers write it."""
+_BLANKS = "ĊĉĠčĩ▁ \n\t\r"
+"""White space as byte-level tokenizers write it, and as it is."""
 
 
 class RoutingTally:
@@ -59,41 +58,41 @@ class RoutingTally:
     def __init__(
         self, host: Host, adapters: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
     ):
-        self._tokenizer = tokenizer
         configs = {name: host.adapter(name).config for name in adapters if name is not None}
-        mixtures = {n: config for n, config in configs.items() if config.experts_per_router > 0}
-        vocab_size = host.config.vocab_size
-        classes = token_classes(tokenizer, vocab_size) if mixtures else torch.zeros(0)
-        self._adapters = {n: _AdapterTally(config, classes) for n, config in mixtures.items()}
+        configs = {n: config for n, config in configs.items() if config.experts_per_router > 0}
+        classes = token_classes(tokenizer, host.config.vocab_size) if configs else torch.zeros(0)
+        self.adapters = {n: AdapterTally(c, classes, tokenizer) for n, c in configs.items()}
 
-    def of(self, task: str, groups: Sequence[str | None] = ()) -> OnRouting | None:
+    def of(
+        self, task: str, num_questions: int, groups: Sequence[str | None] = ()
+    ) -> OnRouting | None:
         """Give what takes in a task's batches; None if there is no mixture."""
         topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
-        for adapter in self._adapters.values():
-            adapter.questions[task] = set()
+        for adapter in self.adapters.values():
+            adapter.num_questions[task], adapter.questions[task] = num_questions, set()
+        if not self.adapters:
+            return None
+        return lambda routed: self.adapters[routed.adapter].add(task, topics, routed)
 
-        def add(routed: RoutedRows) -> None:
-            self._adapters[routed.adapter].add(task, topics, routed)
-
-        return add if self._adapters else None
-
-    def summarise(self, num_questions: Mapping[str, int]) -> dict[str, AdapterRouting]:
+    def summarise(self) -> dict[str, AdapterRouting]:
         """Give the routing by adapter, as it stands in the JSON file under `routing`."""
-        texts = partial(token_texts, tokenizer=self._tokenizer)
-        return {n: one.summarise(num_questions, texts) for n, one in self._adapters.items()}
+        return {name: one.summarise() for name, one in self.adapters.items()}
 
 
-class _AdapterTally:
+class AdapterTally:
     """The routing of one adapter in all tasks; `classes` of the vocabulary's tokens, [V]."""
 
-    def __init__(self, config: AdapterConfig, classes: Tensor):
-        self.config, self.classes = config, classes
+    def __init__(self, config: AdapterConfig, classes: Tensor, tokenizer: PreTrainedTokenizerBase):
+        self.config, self.classes, self.tokenizer = config, classes, tokenizer
+        # experts that a token chooses; the one of most weight where a router mixes all
+        self.num_chosen = config.experts_per_token or 1
+        self.num_questions: dict[str, int] = {}
         self.questions: dict[str, set[int]] = {}  # by task, the places of those scored now
         self.totals: dict[str, RoutingTotals] = {}
-        self.examples: dict[str, tuple[list[int], dict[str, list[int]]]] = {}
+        self.examples: dict[str, dict[str, Any]] = {}
         self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
         self.word_layers: list[int] = []
-        self.word_counts = torch.zeros(0)
+        self.word_counts = torch.zeros(0, dtype=torch.int32)  # (layers, V, E)
 
     def add(self, task: str, topics: Sequence[str], routed: RoutedRows) -> None:
         """Take in a forward; its tokens' topics are by a question's place, or the task."""
@@ -104,14 +103,24 @@ class _AdapterTally:
         token_ids = torch.tensor([token for row in rows for token in row.input_ids])  # (T,)
         self._count_words(token_ids, routing)
         self._add_loads("token_classes", TOKEN_CLASSES, self.classes[token_ids], routing)
-        names = [topics[place] if topics else task for place in routed.places]
-        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        classes = [
-            places[name] for name, row in zip(names, rows, strict=True) for _ in row.input_ids
-        ]
-        self._add_loads("topics", [*places], torch.tensor(classes), routing)
-        if task not in self.examples:
-            self._keep_example(task, routed)
+        topic_of = [topics[place] if topics else task for place in routed.places]
+        number = {topic: place for place, topic in enumerate(dict.fromkeys(topic_of))}
+        repeated = zip(topic_of, rows, strict=True)
+        classes = torch.tensor([number[topic] for topic, row in repeated for _ in row.input_ids])
+        self._add_loads("topics", [*number], classes, routing)
+        start = 0
+        for place, row in zip(routed.places, rows, strict=True):
+            if place == 0 and 0 in row.choices and task not in self.examples:
+                end = start + min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
+                chosen = (routing[layer] for layer in self.word_layers)
+                self.examples[task] = {
+                    "tokens": self._texts(row.input_ids[: end - start]),
+                    "experts": {
+                        str(_label(*one.router)): one.selected_experts[start:end, 0].tolist()
+                        for one in chosen
+                    },
+                }
+            start += len(row.input_ids)
 
     def _add_loads(
         self, kind: str, names: Sequence[str], classes: Tensor, routing: Sequence[LayerRouting]
@@ -121,73 +130,47 @@ class _AdapterTally:
             loads[name] = loads[name] + load if name in loads else load
 
     def _count_words(self, token_ids: Tensor, routing: Sequence[LayerRouting]) -> None:
-        """Count how often each token chose each expert of some layers, [layers, V, E]."""
+        """Count how often each token chose each expert of the first, middle and last layer."""
         if not self.word_layers:
-            self.word_layers = some_layers(len(routing))
-            num_experts = max(record.num_experts for record in routing)
-            shape = (len(self.word_layers), len(self.classes), num_experts)
-            self.word_counts = torch.zeros(shape, dtype=torch.int32)
+            self.word_layers = sorted({0, len(routing) // 2, len(routing) - 1})
+            most = max(record.num_experts for record in routing)
+            self.word_counts = self.word_counts.new_zeros(
+                len(self.word_layers), len(self.classes), most
+            )
         one = torch.ones((), dtype=torch.int32)
         for counts, layer in zip(self.word_counts, self.word_layers, strict=True):
-            chosen = routing[layer].selected_experts[:, : self._num_chosen].cpu()  # (T, K)
+            chosen = routing[layer].selected_experts[:, : self.num_chosen].cpu()  # (T, K)
             counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
 
-    @property
-    def _num_chosen(self) -> int:
-        """Experts that a token chooses; the one of most weight where a router mixes all."""
-        return self.config.experts_per_token or 1
-
-    def _keep_example(self, task: str, routed: RoutedRows) -> None:
-        """Keep the context of the first question's first choice, if it is in the forward."""
-        start = 0
-        for place, row in zip(routed.places, routed.rows, strict=True):
-            if place == 0 and 0 in row.choices:
-                length = min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
-                records = [routed.routing[layer] for layer in self.word_layers]
-                chosen = {
-                    str(router_label(one.router)): one.selected_experts[start : start + length, 0]
-                    for one in records
-                }
-                lists = {router: experts.tolist() for router, experts in chosen.items()}
-                self.examples[task] = (row.input_ids[:length], lists)
-                return
-            start += len(row.input_ids)
-
-    def summarise(self, num_questions: Mapping[str, int], texts: Any) -> AdapterRouting:
-        some = next(iter(self.totals.values()), None)
-        layers = [] if some is None else [router_label(router) for router in some.routers]
+    def summarise(self) -> AdapterRouting:
+        """Give the routing as it stands in the JSON file."""
+        config, routers, sizes = self.config, (), ()
+        for totals in self.totals.values():
+            routers, sizes = totals.routers, totals.num_experts
+        layers = [_label(*router) for router in routers]
         loads = {task: totals.load for task, totals in self.totals.items()}
-        similarities = {
-            pair: load_similarity(*(loads[task] for task in pair))
-            for pair in combinations(loads, 2)
-        }
+        similarity = []
+        for first, second in combinations(loads, 2):
+            by_layer = load_similarity(loads[first], loads[second])
+            figures = {"mean": _rounded(by_layer.mean()), "by_layer": _rounded(by_layer)}
+            similarity.append({"first": first, "second": second, **figures})
+        counts = zip(self.word_layers, self.word_counts, strict=True)
         return {
-            "num_experts": self.config.experts_per_router,
-            "top_k": self.config.experts_per_token or self.config.experts_per_router,
+            "num_experts": config.experts_per_router,
+            "top_k": config.experts_per_token or config.experts_per_router,
             "layers": layers,
-            "experts_by_layer": [] if some is None else list(some.num_experts),
-            "tasks": {t: self._summarise_task(t, num_questions[t], texts) for t in self.questions},
-            "similarity": [
-                {
-                    "first": a,
-                    "second": b,
-                    "mean": _rounded(by_layer.mean()),
-                    "by_layer": _rounded(by_layer),
-                }
-                for (a, b), by_layer in similarities.items()
-            ],
+            "experts_by_layer": list(sizes),
+            "tasks": {task: self._task(task) for task in self.questions},
+            "similarity": similarity,
             "specialisation": self._specialisation(),
-            "words": [
-                {"layer": layers[layer], "experts": self._words(counts, texts)}
-                for layer, counts in zip(self.word_layers, self.word_counts, strict=True)
-            ],
+            "words": [{"layer": layers[n], "experts": self._words(of)} for n, of in counts],
             "warnings": self._warnings(),
         }
 
-    def _summarise_task(self, task: str, num_questions: int, texts: Any) -> TaskRouting:
+    def _task(self, task: str) -> TaskRouting:
         totals = self.totals.get(task)
         summary: TaskRouting = {
-            "num_questions": num_questions,
+            "num_questions": self.num_questions[task],
             "num_questions_covered": len(self.questions[task]),
             "num_tokens": 0 if totals is None else totals.num_tokens,
         }
@@ -198,8 +181,7 @@ class _AdapterTally:
             summary["mean_entropy_bits"] = _rounded(totals.mean_entropy_bits)
             summary["token_entropy_bits"] = _rounded(totals.token_entropy_bits)
         if task in self.examples:
-            token_ids, experts = self.examples[task]
-            summary["example"] = {"tokens": texts(token_ids), "experts": experts}
+            summary["example"] = self.examples[task]
         return summary
 
     def _specialisation(self) -> Any:
@@ -207,26 +189,22 @@ class _AdapterTally:
         found = {}
         for kind, by_name in self.loads.items():
             loads = {name: load for name, load in by_name.items() if load.any()}
-            if len(loads) > (kind == "topics"):  # a single topic has nothing to tell apart
+            if len(loads) > (kind == "topics"):  # a single topic says nothing
                 stacked = torch.stack([*loads.values()])  # (C, N, E)
-                apart = _rounded(specialisation_bits(stacked))
-                bits = _rounded(mutual_information_bits(stacked))
-                found[kind] = {"bits": bits, "of": dict(zip(loads, apart, strict=True))}
+                apart = dict(zip(loads, _rounded(specialisation_bits(stacked)), strict=True))
+                found[kind] = {"bits": _rounded(mutual_information_bits(stacked)), "of": apart}
         return found
 
-    def _words(self, counts: Tensor, texts: Any) -> list[list[dict[str, Any]]]:
-        """Name the typical tokens of each expert, with how often they chose it."""
+    def _words(self, counts: Tensor) -> list[list[dict[str, Any]]]:
+        """Name the typical tokens of each expert, with how often they chose it, of [V, E]."""
         found = []
         for expert, tokens in enumerate(words_by_expert(counts)):
-            chosen = counts[tokens, expert].tolist()
-            shares = [
-                n * self._num_chosen / int(counts[t].sum())
-                for t, n in zip(tokens, chosen, strict=True)
-            ]
+            times, all_times = counts[tokens, expert].tolist(), counts[tokens].sum(-1).tolist()
+            words = zip(self._texts(tokens), times, all_times, strict=True)
             found.append(
                 [
-                    {"token": text, "count": count, "share": round(share, 4)}
-                    for text, count, share in zip(texts(tokens), chosen, shares, strict=True)
+                    {"token": text, "count": n, "share": round(n * self.num_chosen / total, 4)}
+                    for text, n, total in words
                 ]
             )
         return found
@@ -237,28 +215,23 @@ class _AdapterTally:
             return []
         together = reduce(operator.add, self.totals.values())
         rows = together.tokens_per_expert.long().tolist()
-        counts = {
-            router: row[:size]
-            for router, size, row in zip(together.routers, together.num_experts, rows, strict=True)
-        }
+        routers = zip(together.routers, together.num_experts, rows, strict=True)
+        counts = {router: row[:size] for router, size, row in routers}
         found = find_collapse(counts, self.config.experts_per_token)
         return [f"{text}; train again: {self.config.collapse_advice}" for text in found.values()]
+
+    def _texts(self, token_ids: Sequence[int]) -> list[str]:
+        return token_texts(token_ids, self.tokenizer)
+
+
+def _label(layer: int, projection: str | None) -> int | str:
+    """Name a router in the JSON file: its layer, and its projection if it has one of its own."""
+    return layer if projection is None else f"{layer}.{projection}"
 
 
 def _rounded(values: Tensor) -> Any:
     """Values as lists with six decimals."""
     return values.double().round(decimals=6).tolist()
-
-
-def router_label(router: RouterName) -> int | str:
-    """Name a router in the JSON file: its layer, and its projection if it has one of its own."""
-    layer, projection = router
-    return layer if projection is None else f"{layer}.{projection}"
-
-
-def some_layers(num_layers: int) -> list[int]:
-    """The first, the middle and the last."""
-    return sorted({0, num_layers // 2, num_layers - 1})
 
 
 def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int]]:
@@ -271,11 +244,10 @@ def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int
     choices = counts[seen].double()  # (T, E)
     load = load_shares(choices.sum(0))
     shares = (choices + WORD_PRIOR * load) / (choices.sum(-1, keepdim=True) + WORD_PRIOR)
-    lift = shares / load.where(load > 0, 1)
-    best = lift.topk(min(num_words, len(seen)), dim=0)
+    best = (shares / load.where(load > 0, 1)).topk(min(num_words, len(seen)), dim=0)
     return [
-        [int(seen[row]) for value, row in zip(values, rows, strict=True) if value > 1]
-        for values, rows in zip(best.values.T.tolist(), best.indices.T.tolist(), strict=True)
+        seen[rows[lift > 1]].tolist()
+        for lift, rows in zip(best.values.T, best.indices.T, strict=True)
     ]
 
 
@@ -283,10 +255,8 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
     """Each token's text; the vocabulary's own name of it where it is no whole character."""
     texts = [str(tokenizer.decode([token_id])) for token_id in token_ids]
     names = map(str, tokenizer.convert_ids_to_tokens(list(token_ids)))
-    return [
-        name if "\ufffd" in text or not text else text
-        for text, name in zip(texts, names, strict=True)
-    ]
+    pairs = zip(texts, names, strict=True)
+    return [name if "\ufffd" in text or not text else text for text, name in pairs]
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
@@ -302,9 +272,9 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor
 
 def class_of(name: str, text: str) -> str:
     """Give the class of a token."""
-    if not text.strip() and not name.strip(_BLANKS + " \n\t\r"):
+    if not text.strip() and not name.strip(_BLANKS):
         return "space"
-    text = text.strip().removeprefix(_CONTINUES)
+    text = text.strip().removeprefix("##")
     if text.isdigit():
         return "number"
     if not text.isalpha():

@@ -6,22 +6,21 @@ A question's choices are scored together, see `loraloom.generation.scoring`.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import override
 
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet, questions_digest
 from loraloom.data.tokens import TokenPair, encode_pairs, encode_texts
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.cache import LogLikelihoods, ScoreCache, Tokens
 from loraloom.eval.results import Metric, PairedComparison, TaskResult
-from loraloom.eval.statistics import compare_paired, seed_values, wilson_interval
+from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, wilson_interval
 from loraloom.generation.rows import fit_pair
 from loraloom.generation.scoring import (
     Group,
@@ -48,15 +47,14 @@ MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
     "hellaswag": ("A", "B", "C", "D"),
     "winogrande": ("A", "B"),
 }
-"""The labels that MoE-PEFT asks of each task for, whether a question has such a choice or not."""
+"""What MoE-PEFT asks for in each task, whether a question has such a choice or not; from its
+`moe_peft/tasks/qa_tasks.py`. (It also cuts long prompts on the right, where the answer's cue is;
+that is not repeated.)"""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Adapters that are scored together; None is the base model.
-
-    `max_tokens_per_batch` is with padding and all adapters: 1,024 on a CPU, 16,384 elsewhere.
-    """
+    """Adapters that are scored together, None is the base model; a batch is with all of them."""
 
     host: Host
     adapters: Sequence[str | None]
@@ -70,10 +68,7 @@ class Scorer:
         on_progress: Advance | None = None,
         on_routing: OnRouting | None = None,
     ) -> dict[str | None, list[LogLikelihoods]]:
-        """Score groups of rows, batch by batch, the longest first, and keep what was computed.
-
-        `tokens` are what the scores of each group are kept under.
-        """
+        """Score groups of rows, the longest first, and keep the scores under `tokens`."""
         budget = self.max_tokens_per_batch or tokens_per_batch(self.host)
         # cut as if nothing were known, so that an interrupted evaluation goes on with the batches
         # that it would have had, and to the same numbers
@@ -85,13 +80,11 @@ class Scorer:
             found = {key: cache and cache.find(key[0], tokens[key[1]]) for key in keys}
             missing = [key for key, values in found.items() if values is None]
             scored = score_groups(self.host, rows, missing, budget, on_routing)
-            new = {
-                key: tuple(pair.log_likelihood for pair in pairs)
-                for key, pairs in zip(missing, scored, strict=True)
-            }
+            for key, pairs in zip(missing, scored, strict=True):
+                found[key] = tuple(pair.log_likelihood for pair in pairs)
             if cache is not None:
-                cache.add([(name, tokens[place], new[name, place]) for name, place in missing])
-            return [*(found | new).values()]
+                cache.add([(name, tokens[place], found[name, place]) for name, place in missing])
+            return [*found.values()]
 
         with self.host.prepared():
             for places, values in zip(batches, self.host.ranks.spread(batches, score), strict=True):
@@ -103,10 +96,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class QuestionScore:
-    """What an adapter makes of a question: the log-likelihood of each choice's continuation.
-
-    `truncated` if the context was cut from the left to fit the model.
-    """
+    """The log-likelihoods of a question's choices; `truncated` if its context was cut to fit."""
 
     question: ChoiceQuestion
     log_likelihoods: LogLikelihoods
@@ -114,16 +104,13 @@ class QuestionScore:
 
     @property
     def scores(self) -> tuple[float, ...]:
-        """Log-likelihoods over the question's normalizers; the highest is chosen."""
+        """Log-likelihoods over the question's normalizers."""
         pairs = zip(self.log_likelihoods, self.question.normalizers, strict=True)
         return tuple(log_likelihood / normalizer for log_likelihood, normalizer in pairs)
 
     @property
     def chosen(self) -> int | None:
-        """The choice with the highest score, the first of equals; None where one is not finite.
-
-        An adapter that has diverged gives NaN.
-        """
+        """The choice with the highest score, the first of equals; None where the model diverged."""
         scores = self.scores
         return scores.index(max(scores)) if all(map(math.isfinite, scores)) else None
 
@@ -137,13 +124,27 @@ def encode_choices(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
 ) -> list[list[TokenPair]]:
     """Encode every choice's context and whole continuation, split as in training."""
-    texts = [
-        text
-        for question in questions
-        for text in zip(question.contexts, question.continuations, strict=True)
+    choices = [
+        pair for one in questions for pair in zip(one.contexts, one.continuations, strict=True)
     ]
-    pairs = iter(encode_pairs(tokenizer, texts))
+    pairs = iter(encode_pairs(tokenizer, choices))
     return [[next(pairs) for _ in question.contexts] for question in questions]
+
+
+def encode_last_tokens(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
+) -> list[list[TokenPair]]:
+    """Encode prompts and labels by themselves, and keep the last token of each label.
+
+    Source: MoE-PEFT `moe_peft/evaluator.py`.
+    """
+    prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
+    texts = sorted({text for question in questions for text in question.continuations})
+    ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
+    return [
+        [TokenPair(prompt, ids[text][-1:]) for text in question.continuations]
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
 
 
 def score_questions(
@@ -156,12 +157,10 @@ def score_questions(
     """Score every choice of every question with each adapter; see `Scorer.score`."""
     encoded = encode(tokenizer, questions)
     max_length = scorer.host.config.max_position_embeddings
+    names = [f"{one.task}, question {one.index}: a choice" for one in questions]
     fitted = [
-        [
-            fit_pair(pair, max_length, f"{one.task}, question {one.index}: a choice")
-            for pair in pairs
-        ]
-        for one, pairs in zip(questions, encoded, strict=True)
+        [fit_pair(pair, max_length, name) for pair in pairs]
+        for name, pairs in zip(names, encoded, strict=True)
     ]
     scores = scorer.score(group_rows(scorer.host, fitted), fitted, **observers)
     truncated = [one != whole for one, whole in zip(fitted, encoded, strict=True)]
@@ -183,10 +182,7 @@ def score_accuracy(
 
 
 def summarise(scores: Sequence[QuestionScore]) -> TaskResult:
-    """Compute the accuracy over questions, and the best one of a constant answer.
-
-    `stderr` is the sample's, sqrt(p (1 - p) / (n - 1)).
-    """
+    """Compute the accuracy over questions, with its sample's standard error."""
     count = len(scores)
     accuracy = sum(score.correct for score in scores) / count
     majority = majority_share([score.question for score in scores])
@@ -201,120 +197,99 @@ def summarise(scores: Sequence[QuestionScore]) -> TaskResult:
 
 
 def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
-    """Compute the share of questions that the best constant answer gets right.
+    """Compute the share of questions that the best constant answer gets right: a label or a text.
 
-    A constant answer is the same label, or the same text, to every question: the majority class.
+    A text is no answer where the choices differ in their contexts.
     """
+    asked = [one for one in questions if len(set(one.continuations)) > 1]
     labels = Counter(question.labels[question.gold] for question in questions)
-    texts = Counter(
-        question.continuations[question.gold]
-        for question in questions
-        if len(set(question.continuations)) > 1  # else the choices differ in their contexts
-    )
+    texts = Counter(question.continuations[question.gold] for question in asked)
     return max([*labels.values(), *texts.values()]) / len(questions)
 
 
 @dataclass(frozen=True)
-class Scores(ABC):
-    """What adapters make of one data set, with the same items for each of them.
+class Scores:
+    """What adapters make of a data set, by adapter (`base` is the base model).
 
-    Args:
-        name: What results call the data set.
-        details: What is noted of it.
-        scores: By adapter (`base` is the base model), one for each item.
+    `values` are what is compared of each item: whether it is right, or its loss over `num_tokens`.
+    `lines` gives what `--per-question` writes.
     """
 
-    metric: ClassVar[Metric] = "accuracy"
-    """What adapters are compared by."""
     name: str
     details: Mapping[str, Any]
-    scores: Mapping[str, Sequence[Any]]
+    results: Mapping[str, TaskResult]
+    values: Mapping[str, Sequence[int | float]]
+    lines: Callable[[], Iterator[dict[str, Any]]]
+    num_tokens: Sequence[int] = ()
 
     @property
-    @abstractmethod
-    def values(self) -> Mapping[str, Sequence[int | float]]:
-        """By adapter, what is compared of each item: whether it is right, or its loss."""
+    def metric(self) -> Metric:
+        """What adapters are compared by."""
+        return "loss" if self.num_tokens else "accuracy"
 
     def compare(self, first: str, second: str) -> PairedComparison:
         """Compare two contestants on the same items."""
-        return compare_paired(*(seed_values(self.values, name) for name in (first, second)))
-
-    @abstractmethod
-    def results(self) -> dict[str, TaskResult]:
-        """Results by adapter, as in the JSON file."""
-
-    @abstractmethod
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield what `--per-question` writes of each adapter and item."""
+        one, other = (seed_values(self.values, name) for name in (first, second))
+        if self.num_tokens:
+            return compare_losses(one, other, self.num_tokens)
+        return compare_paired(one, other)
 
 
-class TaskScores(Scores):
-    """The scores of a task's questions, each a QuestionScore."""
-
-    @property
-    @override
-    def values(self) -> Mapping[str, Sequence[int | float]]:
-        return {name: [one.correct for one in of] for name, of in self.scores.items()}
-
-    @override
-    def results(self) -> dict[str, TaskResult]:
-        return {name: self._result(scores) for name, scores in self.scores.items()}
-
-    def _result(self, scores: Sequence[QuestionScore]) -> TaskResult:
-        result = summarise(scores)
-        result["split"] = self.details["split"]
-        if num_truncated := sum(score.truncated for score in scores):
-            result["num_truncated"] = num_truncated
-        if names := sorted({one.question.group for one in scores} - {None}):
-            groups = [[one for one in scores if one.question.group == name] for name in names]
-            result["groups"] = dict(zip(names, map(summarise, groups), strict=True))
-        return result
-
-    @override
-    def lines(self) -> Iterator[dict[str, Any]]:
-        for name, scores in self.scores.items():
-            for score in scores:
-                question, chosen = score.question, score.chosen
-                yield {
-                    "task": self.name,
-                    "split": self.details["split"],
-                    "index": question.index,
-                    "question": questions_digest([question])[:16],
-                    "adapter": name,
-                    "correct": score.correct,
-                    "chosen": None if chosen is None else question.labels[chosen],
-                    "correct_label": question.labels[question.gold],
-                    "scores": list(score.scores),
-                }
-
-
-def describe_questions(asked: QuestionSet) -> dict[str, Any]:
-    """Describe a task's questions: how many, scored how, and hashes of them and of their file."""
-    return {
+def task_scores(asked: QuestionSet, scores: Mapping[str, Sequence[QuestionScore]]) -> Scores:
+    """Sum up how adapters answered a task's questions, and note what was asked."""
+    details = {
         "split": asked.split,
         "scoring": asked.scoring,
         "num_questions": len(asked.questions),
         "questions_sha256": questions_digest(asked.questions),
         "source": asked.source,
     }
+    results = {name: _task_result(of, asked.split) for name, of in scores.items()}
+    values = {name: [one.correct for one in of] for name, of in scores.items()}
+    lines = partial(_question_lines, asked.task, asked.split, scores)
+    return Scores(asked.task, details, results, values, lines)
+
+
+def _task_result(scores: Sequence[QuestionScore], split: str) -> TaskResult:
+    result = summarise(scores)
+    result["split"] = split
+    if num_truncated := sum(score.truncated for score in scores):
+        result["num_truncated"] = num_truncated
+    if names := sorted({one.question.group for one in scores} - {None}):
+        groups = [[one for one in scores if one.question.group == name] for name in names]
+        result["groups"] = dict(zip(names, map(summarise, groups), strict=True))
+    return result
+
+
+def _question_lines(
+    task: str, split: str, scores: Mapping[str, Sequence[QuestionScore]]
+) -> Iterator[dict[str, Any]]:
+    for name, score in ((name, score) for name, of in scores.items() for score in of):
+        question, chosen = score.question, score.chosen
+        yield {
+            "task": task,
+            "split": split,
+            "index": question.index,
+            "question": questions_digest([question])[:16],
+            "adapter": name,
+            "correct": score.correct,
+            "chosen": None if chosen is None else question.labels[chosen],
+            "correct_label": question.labels[question.gold],
+            "scores": list(score.scores),
+        }
 
 
 def check_moe_peft_tasks(tasks: Sequence[str]) -> None:
     """Raise a ConfigError if MoE-PEFT has no list of labels for a task."""
-    unknown = [task for task in tasks if task not in MOE_PEFT_LABELS]
-    if unknown:
+    if unknown := [task for task in tasks if task not in MOE_PEFT_LABELS]:
+        known = ", ".join(MOE_PEFT_LABELS)
         raise ConfigError(
-            f"compat moe-peft needs a task that MoE-PEFT has ({', '.join(MOE_PEFT_LABELS)}), "
-            f"got {', '.join(unknown)}"
+            f"compat moe-peft needs a task that MoE-PEFT has ({known}), got {', '.join(unknown)}"
         )
 
 
 def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
-    """Offer every label of MoE-PEFT's list for the task, in its order.
-
-    Source: MoE-PEFT `moe_peft/tasks/qa_tasks.py`. (It also cuts long prompts on the right, where
-    the answer's cue is; that is not repeated.)
-    """
+    """Offer every label of MoE-PEFT's list for the task, in its order."""
     labels, gold = MOE_PEFT_LABELS[question.task], question.labels[question.gold]
     if gold not in labels:
         raise DataError(
@@ -329,19 +304,3 @@ def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
         gold=labels.index(gold),
         normalizers=(1.0,) * len(labels),
     )
-
-
-def encode_last_tokens(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
-) -> list[list[TokenPair]]:
-    """Encode prompts and labels by themselves, and keep the last token of each label.
-
-    Source: MoE-PEFT `moe_peft/evaluator.py`.
-    """
-    prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
-    texts = sorted({text for question in questions for text in question.continuations})
-    ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-    return [
-        [TokenPair(prompt, ids[text][-1:]) for text in question.continuations]
-        for prompt, question in zip(prompts, questions, strict=True)
-    ]

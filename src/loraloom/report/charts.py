@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 from matplotlib import style
@@ -52,8 +52,7 @@ _STYLE: tuple[Any, ...] = ("default", {"svg.fonttype": "none", "path.simplify": 
 """Whatever style is in use: the page brings its own."""
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """How a job's lines look in every chart: a color of the palette, and dashes."""
 
     color: int
@@ -78,14 +77,13 @@ class Chart:
         svg = text.getvalue()
         lines = [line for axes in self.figure.axes for line in axes.lines]
         words = list(dict.fromkeys(str(line.get_label()) for line in lines))
-        box = re.search(r'viewBox="[^"]*"', svg)
-        assert box is not None, "matplotlib writes a viewBox"
+        (box,) = re.findall(r'viewBox="[^"]*"', svg)
         body = _styled(svg[svg.index("</defs>") + len("</defs>") :])
         for place, line in enumerate(lines, start=1):
             title = f"<g><title>{escape(str(line.get_label()))}</title>"
             body = body.replace(f'<g id="curve{place}">', title)
         label = escape(f"{self.title}. {'. '.join(words)}")
-        return Markup(f'<svg class="chart" role="img" aria-label="{label}" {box[0]}>{body}')
+        return Markup(f'<svg class="chart" role="img" aria-label="{label}" {box}>{body}')
 
 
 def _styled(svg: str) -> str:
@@ -100,10 +98,8 @@ def line_chart(
     title: str, curves: Mapping[str, Curve], styles: Mapping[str, Style]
 ) -> Chart | None:
     """Draw curves over steps; None where no value is finite."""
-    finite = {
-        label: thinned([p for p in curve if _is_finite(p)]) for label, curve in curves.items()
-    }
-    drawn = {label: curve for label, curve in finite.items() if curve}
+    finite = {label: [p for p in of if all(map(math.isfinite, p))] for label, of in curves.items()}
+    drawn = {label: thinned(curve) for label, curve in finite.items() if curve}
     if not drawn:
         return None
     figure, axes = _axes(_HEIGHT, _LEFT)
@@ -121,7 +117,8 @@ def line_chart(
 
 def interval_chart(title: str, rows: Sequence[tuple[str, int | float, Point, str]]) -> Chart:
     """Draw a value with its interval for each adapter, in percent on one axis."""
-    names = [_shortened(name) for name, *_ in rows]
+    half = MAX_NAME // 2
+    names = [n if len(n) <= MAX_NAME else f"{n[: half - 1]}…{n[-half:]}" for n, *_ in rows]
     figure, axes = _axes(_ROW * len(rows) + _TOP + _BOTTOM, _LETTER * max(map(len, names)) + _RIGHT)
     axes.margins(x=0.06)
     axes.grid(axis="x", color=_RULE, linewidth=1, clip_on=False)
@@ -148,36 +145,19 @@ def _axes(height: int, left: int | float) -> tuple[Figure, Axes]:
 
 def _draw(axes: Axes, points: Curve, color: int, words: str, dash: str = "none") -> None:
     """Draw a line; a single point becomes a dot."""
-    is_dot = len(points) == 1
-    points = [*points, *points] if is_dot else points
-    axes.plot(
-        *zip(*points, strict=True),
-        color=f"#c0de0{color}",
-        linewidth=8 if is_dot else 2,
-        solid_capstyle="round" if is_dot else "butt",
-        linestyle="solid"
-        if dash == "none" or is_dot
-        else (0, [float(n) / 2 for n in dash.split()]),
-        clip_on=False,
-        gid=f"curve{len(axes.lines) + 1}",
-        label=words,
-    )
-
-
-def _shortened(name: str) -> str:
-    half = MAX_NAME // 2
-    return name if len(name) <= MAX_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _is_finite(point: Point) -> bool:
-    return all(map(math.isfinite, point))
+    look: dict[str, Any] = {"linewidth": 2, "solid_capstyle": "butt"}
+    if len(points) == 1:
+        points, look = [*points, *points], {"linewidth": 8, "solid_capstyle": "round"}
+    elif dash != "none":
+        look["linestyle"] = (0, [float(n) / 2 for n in dash.split()])
+    place = f"curve{len(axes.lines) + 1}"
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, color=f"#c0de0{color}", clip_on=False, gid=place, label=words, **look)
 
 
 def thinned(points: Curve) -> list[Point]:
     """Replace neighbours by their mean until there are few enough points."""
-    size = math.ceil(len(points) / MAX_POINTS)
-    if size <= 1:
-        return list(points)
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts]
 
@@ -196,42 +176,29 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
 
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
     """Make a chart for each figure in the jobs' metrics, the well-known ones first."""
-    found = dict.fromkeys(
-        name
-        for job in jobs
-        for line in job.metrics
-        for name, value in line.items()
-        if isinstance(value, int | float) and name not in _PASSED_OVER
-    )
+    items = (item for job in jobs for line in job.metrics for item in line.items())
+    found = dict.fromkeys(name for name, value in items if isinstance(value, int | float))
     accuracies = [name for name in found if name.startswith("eval/") and name not in _TITLES]
-    others = [name for name in found if name not in _TITLES and name not in accuracies]
-    order = ["loss", "eval/loss", *accuracies, *list(_TITLES)[2:], *others]
-    charts = [_chart(name, jobs) for name in order if name in found]
+    order = dict.fromkeys(["loss", "eval/loss", *accuracies, *_TITLES, *found])
+    charts = [_chart(name, jobs) for name in order if name in found and name not in _PASSED_OVER]
     return [chart for chart in charts if chart is not None]
 
 
 def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
-    curves = {job.label: _curve(job.metrics, name) for job in jobs}
+    curves = {
+        job.label: [(line["step"], line[name]) for line in job.metrics if _is_number(line, name)]
+        for job in jobs
+    }
     if name == "aux_loss":  # always 0 without a router
         curves = {label: curve for label, curve in curves.items() if any(v for _, v in curve)}
-    title = _TITLES.get(name) or _title(name)
+    title = _TITLES.get(name, name)
+    if name.startswith("eval/") and name.endswith("/accuracy"):
+        title = f"Accuracy in {name.removeprefix('eval/').removesuffix('/accuracy')}"
     if name in _SMOOTHED:
         curves = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
         title += ", running mean"
     return line_chart(title, curves, job_styles(jobs))
 
 
-def _title(name: str) -> str:
-    """Name what has no title of its own."""
-    start, _, rest = name.partition("/")
-    task, _, last = rest.rpartition("/")
-    return f"Accuracy in {task}" if (start, last) == ("eval", "accuracy") else name
-
-
-def _curve(metrics: Sequence[Mapping[str, object]], name: str) -> list[tuple[float, float]]:
-    """One figure's course, (step, value)."""
-    return [
-        (float(line["step"]), float(value))  # pyright: ignore[reportArgumentType]
-        for line in metrics
-        if isinstance(value := line.get(name), int | float)
-    ]
+def _is_number(line: Mapping[str, object], name: str) -> bool:
+    return isinstance(line.get(name), int | float)

@@ -1,7 +1,4 @@
-"""What `loraloom train` wrote, as far as a report shows it.
-
-Numbers are finite; fields that a report has no use for are passed over.
-"""
+"""What `loraloom train` wrote: each job's result.json and metrics.jsonl, as JSON has them."""
 
 from __future__ import annotations
 
@@ -11,73 +8,31 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
-
-from loraloom.config.text import parse_json, read_text
+from loraloom.config.text import parse_json, read_json, read_text
 from loraloom.errors import ConfigError, DataError
-from loraloom.eval.results import (
-    Count,
-    Environment,
-    Fields,
-    Number,
-    Record,
-    first_fault,
-    read_record,
-)
+from loraloom.eval.results import Environment, Fields
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 
 
-class _Metrics(Record):
-    """A line of metrics.jsonl: numbers by name, and the names of what has collapsed."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Number | str | list[Any] | dict[str, Any] | None]
-
-    step: Count = 0
-
-
-class JobResult(Record):
-    """A job's result.json."""
-
-    status: str
-    error: str | None = None
-    method: str
-    base_model: str
-    num_parameters: Count
-    steps: Count
-    epochs: Number
-    tokens: Count
-    weights: str
-    metrics: dict[str, Number] = Field(default_factory=dict)
-    seconds: Annotated[float, Field(ge=0, le=1e10)]
-    peak_memory_bytes: dict[str, Count] = Field(default_factory=dict)
-    environment: Environment = Environment()
-    warnings: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True)
 class Job:
-    """A job of a run.
-
-    Args:
-        name: Its name.
-        run: Name of its run's directory.
-        metrics: Lines of metrics.jsonl.
-        result: None while it trains, or where it was interrupted.
-        ended: When result.json was written.
-        label: What the page calls it: its name, after its run's where there are several.
-    """
+    """A job of a run; it has no result while it trains, or where it was interrupted."""
 
     name: str
     run: str
     metrics: Sequence[Fields]
-    result: JobResult | None
+    result: Fields | None
     ended: datetime | None
     label: str
+    """What the page calls it: its name, after its run's where there are several."""
+
+    @property
+    def environment(self) -> Environment:
+        """With what it was trained."""
+        return Environment.model_validate((self.result or {}).get("environment", {}))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Job]:
@@ -115,28 +70,24 @@ def _is_job(path: Path) -> bool:
 def _read_job(directory: Path, run: str) -> Job:
     file, name, result, ended = directory / RESULT_FILE, directory.resolve().name, None, None
     if file.is_file():
-        result = read_record(file, JobResult, "what `loraloom train` wrote")
+        result = _object(read_json(file, DataError), str(file))
         ended = datetime.fromtimestamp(file.stat().st_mtime, UTC)
     return Job(name, run, _read_metrics(directory / METRICS_FILE), result, ended, name)
 
 
 def _read_metrics(file: Path) -> list[Fields]:
     """Read metrics.jsonl; a last line that is being written is passed over."""
-    if not file.is_file():
-        return []
-    *lines, last = read_text(file, DataError).split("\n")
-    metrics = [_metrics_of(line, file, number) for number, line in enumerate(lines, start=1)]
+    *lines, last = read_text(file, DataError).split("\n") if file.is_file() else [""]
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        values = parse_json(line or "{}", str(file), DataError, number)
+        metrics.append(_object(values, f"{file}, line {number}"))
     with suppress(DataError):
-        metrics.append(_metrics_of(last, file, len(lines) + 1))
-    return [line for line in metrics if "step" in line]
+        metrics.append(_object(parse_json(last, str(file), DataError), str(file)))
+    return [line for line in metrics if isinstance(line.get("step"), int)]
 
 
-def _metrics_of(line: str, file: Path, number: int) -> Fields:
-    if not line.strip():
-        return {}
-    values = parse_json(line, str(file), DataError, number)
-    try:
-        return _Metrics.model_validate(values).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        expected = "must be an object of numbers by name with a step"
-        raise DataError(f"{file}, line {number} {expected}: {first_fault(error)}") from None
+def _object(values: object, origin: str) -> Fields:
+    if not isinstance(values, dict):
+        raise DataError(f"{origin} must be an object, as `loraloom train` wrote it")
+    return values

@@ -29,23 +29,22 @@ from loraloom.report.jobs import Job, read_runs
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
 """Where a cell's color changes: the load as a multiple of an even share."""
 
+_FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    jinja2.TemplateError,
+)
+"""What comes of files that are damaged."""
+
 _CLASSES = {"topics": "topic", "token_classes": "kind of token"}
 
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation, laid out.
-
-    Args:
-        name: Of its file.
-        content: What the file says.
-        tasks: Names of those with accuracies, or other figures than losses, in the file's order.
-        losses: Names of data sets with a held-out loss.
-        charts: A chart for each task.
-        means: Each adapter's mean accuracy, where there are several tasks; None without accuracy.
-        constants: Accuracy of the best constant answer to each task, where it is known.
-        mixtures: Where their tokens went.
-    """
+    """An evaluation, laid out; `tasks` have accuracies, or other figures than `losses`."""
 
     name: str
     content: Evaluation
@@ -53,7 +52,9 @@ class Results:
     losses: Sequence[str]
     charts: Sequence[Chart]
     means: Mapping[str, float | None]
+    """Each adapter's mean accuracy, where there are several tasks; None without accuracy."""
     constants: Mapping[str, float]
+    """Accuracy of the best constant answer to each task, where it is known."""
     mixtures: Sequence[Mixture]
 
 
@@ -67,25 +68,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture's routing, laid out.
-
-    Args:
-        name: Of the adapter.
-        routing: As the file has it.
-        coverage: A sentence on what is covered.
-        layers: A row for each layer, over all tasks: load; effective experts, entropy of the mean
-            probabilities, mean entropy of tokens, in bits.
-        specialisation: What experts say of topics, if there are several, and of kinds of tokens.
-        similarity: A row for each task: its likeness to every one; None on the diagonal.
-        examples: A text of each task, with the experts of its tokens.
-    """
+    """A mixture's routing, laid out."""
 
     name: str
     routing: AdapterRouting
     coverage: str
     layers: Sequence[Row]
+    """Over all tasks: load; effective experts, entropy of the mean probabilities, mean entropy of
+    tokens, in bits."""
     specialisation: Sequence[Mapping[str, Any]]
     similarity: Mapping[str, Sequence[float | None]]
+    """A row for each task: its likeness to every one; None on the diagonal."""
     examples: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -102,22 +95,22 @@ def make_page(
     read = {path.name: read_evaluation(path) for path in evaluations}
     try:
         return _render(jobs, read, now or datetime.now(UTC))
-    except (LookupError, TypeError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
-        files = ", ".join(map(str, evaluations))
-        raise DataError(f"--eval got {files}, whose tables are not whole: {error}") from error
+    except _FAULTS as error:
+        files = ", ".join(map(str, [*runs, *evaluations]))
+        raise DataError(f"the tables in {files} are not whole: {error}") from error
 
 
 def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) -> str:
     results = [_lay_out(name, content) for name, content in read.items()]
     trained = [job.result for job in jobs if job.result is not None]
-    made_with: list[Environment] = [*(one.environment for one in trained), *read.values()]
+    made_with = [*(job.environment for job in jobs), *read.values()]
     content = {
         "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
         "jobs": jobs,
         "facts": _facts(jobs, read.values(), made_with),
         "commands": _different(one.command for one in made_with),
         "warnings": _warnings(jobs, results),
-        "metrics": list(dict.fromkeys(name for result in trained for name in result.metrics)),
+        "metrics": list(dict.fromkeys(name for one in trained for name in one.get("metrics", ()))),
         "styles": job_styles(jobs),
         "charts": learning_curves(jobs),
         "results": results,
@@ -154,7 +147,7 @@ def _facts(
     """What the header says."""
     contents = list(contents)
     ended = [job.ended for job in jobs if job.ended is not None]
-    models = [*(job.result.base_model for job in jobs if job.result is not None)]
+    models = [job.result["base_model"] for job in jobs if job.result is not None]
     packages = dict.fromkeys(name for one in made_with for name in one.versions)
     versions = {n: _unique(one.versions.get(n, "") for one in made_with) for n in packages}
     facts = {
@@ -186,9 +179,8 @@ def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str
         if job.result is None:
             found.append((job.label, "has not ended: there is no result.json"))
         else:
-            found += [
-                (job.label, text) for text in (job.result.error, *job.result.warnings) if text
-            ]
+            texts = [job.result.get("error"), *job.result.get("warnings", ())]
+            found += [(job.label, text) for text in texts if text]
     for one in results:
         for name, routing in one.content.routing.items():
             found += [(name, f"{one.name}: {text}") for text in routing.get("warnings", ())]

@@ -16,7 +16,7 @@ from loraloom.data.streaming import StreamedSet
 from loraloom.data.tasks import ChoiceQuestion, load_question_set, questions_digest
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
-from loraloom.eval.provenance import adapter_digest
+from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import read_adapter
 from loraloom.generation.scoring import label_log_probs

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
 from unittest.mock import patch
@@ -30,47 +29,24 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig, parse_quantization
-from loraloom.data.tokens import (
-    TokenPair,
-    encode_texts,
-    leading_tokens,
-    move_trailing_space,
-    start_of_text,
-)
+from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
-from loraloom.eval.provenance import adapter_digest
+from loraloom.eval.cache import adapter_digest
 from loraloom.generation.generate import complete
 from loraloom.generation.loading import load_host
 from loraloom.generation.rows import fit_pair
 from loraloom.generation.sampling import SamplingConfig, parse_sampling
-from loraloom.generation.scoring import (
-    PairScore,
-    group_rows,
-    score_groups,
-    token_batches,
-    tokens_per_batch,
-)
+from loraloom.generation.scoring import group_rows, score_groups, token_batches, tokens_per_batch
 from loraloom.models.host import Host
 
 _TOKENS_BESIDE_CONTEXT = 512
 """Most tokens of continuations in one row; attention's cost is quadratic in a row."""
 
-Tokens = tuple[int, ...]
-OnProgress = Callable[[int], Any]
-"""Takes how many of the missing answers are there by now."""
 
-
-class ScoreRequest(NamedTuple):
-    """A continuation to score after its context."""
-
-    context: Tokens
-    continuation: Tokens
-
-
-class CompletionRequest(NamedTuple):
+class Completion(NamedTuple):
     """A prompt to complete; `draw` keeps the random draws of equal prompts apart."""
 
-    input_ids: Tokens
+    input_ids: tuple[int, ...]
     sampling: SamplingConfig
     draw: int
 
@@ -88,19 +64,17 @@ class Answers:
     ):
         if not adapters:
             raise AdapterError("adapters must name at least one, or None for the base, got none")
-        self.host = host
-        self.tokenizer = tokenizer
         self.adapters = list(dict.fromkeys(adapters))
+        self._host, self._tokenizer, self._batch_size = host, tokenizer, batch_size
         self._max_tokens = max_tokens_per_batch or tokens_per_batch(host)
-        self._batch_size = batch_size
         self._kept: dict[str | None, dict[Any, Any]] = {name: {} for name in self.adapters}
         self._weights = {name: self._weights_of(name) for name in self.adapters}
 
-    def answer(
+    def of(
         self, adapter: str | None, requests: Sequence[Any], what: str, *, quiet: bool
     ) -> list[Any]:
-        """Score continuations, or complete prompts, with an adapter."""
-        # what was kept is of weights that may have changed since
+        """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
+        # weights may have changed since answers were kept
         weights = {name: self._weights_of(name) for name in self.adapters}
         for name in self.adapters:
             if weights[name] != self._weights[name]:
@@ -108,74 +82,59 @@ class Answers:
         self._weights = weights
         kept, distinct = self._kept[adapter], list(dict.fromkeys(requests))
         missing = [request for request in distinct if request not in kept]
-        with _progress(len(missing), what, quiet=quiet) as on_progress:
-            if missing and isinstance(missing[0], ScoreRequest):
-                self._score(missing, on_progress)
-            elif missing:
-                self._complete(missing, on_progress)
+        with cast("Any", tqdm)(total=len(missing), desc=what, disable=quiet or None) as bar:
+            self._complete([one for one in missing if isinstance(one, Completion)], bar)
+            self._score([one for one in missing if not isinstance(one, Completion)], bar)
         answers = {request: kept.pop(request) for request in distinct}
         return [answers[request] for request in requests]
 
-    def _score(self, requests: list[ScoreRequest], on_progress: OnProgress) -> None:
+    def _score(self, requests: Sequence[Any], bar: Any) -> None:
         groups = _group_by_context(requests)
-        pairs = [[TokenPair(*map(list, request)) for request in group] for group in groups]
-        rows, num_done = group_rows(self.host, pairs), 0
-        with self.host.prepared():
+        rows = group_rows(self._host, [[TokenPair(*map(list, one)) for one in g] for g in groups])
+        with self._host.prepared():
             for places in token_batches(rows, self._max_tokens // len(self.adapters)):
                 wanted = list(product(self.adapters, places))
-                scores = score_groups(self.host, rows, wanted, self._max_tokens)
+                scores = score_groups(self._host, rows, wanted, self._max_tokens)
                 for (name, place), of_group in zip(wanted, scores, strict=True):
                     self._kept[name].update(zip(groups[place], of_group, strict=True))
-                num_done += sum(len(groups[place]) for place in places)
-                on_progress(num_done)
+                bar.update(sum(len(groups[place]) for place in places))
 
-    def _complete(self, requests: list[CompletionRequest], on_progress: OnProgress) -> None:
-        num_done = 0
+    def _complete(self, requests: Sequence[Completion], bar: Any) -> None:
         for sampling in dict.fromkeys(request.sampling for request in requests):
             chosen = [request for request in requests if request.sampling == sampling]
             rows = list(product(chosen, self.adapters))
             completions = complete(
-                self.host,
-                self.tokenizer,
+                self._host,
+                self._tokenizer,
                 [list(request.input_ids) for request, _ in rows],
                 [name for _, name in rows],
                 sampling,
                 keys=[request.draw for request, _ in rows],
                 batch_size=self._batch_size,
-                on_progress=lambda done, before=num_done: on_progress(
-                    before + done // len(self.adapters)
-                ),
             )
             for (request, name), completion in zip(rows, completions, strict=True):
                 self._kept[name][request] = completion.text
-            num_done += len(chosen)
+            bar.update(len(chosen))
 
     def _weights_of(self, name: str | None) -> Hashable:
         """What changes when an adapter's weights do, or another adapter takes its name."""
-        adapter = None if name is None else self.host.adapter(name)
+        adapter = None if name is None else self._host.adapter(name)
         return adapter and (weakref.ref(adapter), adapter_digest(adapter))
 
 
-def _group_by_context(requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
+def _group_by_context(requests: Sequence[Any]) -> list[list[Any]]:
     """Put continuations of the same context together, as many as a row should hold."""
-    groups: list[list[ScoreRequest]] = []
-    open_groups: dict[Tokens, tuple[list[ScoreRequest], int]] = {}
-    for request in requests:
-        group, num_tokens = open_groups.get(request.context, ([], 0))
-        num_tokens += len(request.continuation)
+    groups: list[list[Any]] = []
+    open_groups: dict[Any, tuple[list[Any], int]] = {}
+    for context, continuation in requests:
+        group, num_tokens = open_groups.get(context, ([], 0))
+        num_tokens += len(continuation)
         if not group or num_tokens > _TOKENS_BESIDE_CONTEXT:
-            group, num_tokens = [], len(request.continuation)
+            group, num_tokens = [], len(continuation)
             groups.append(group)
-        group.append(request)
-        open_groups[request.context] = group, num_tokens
+        group.append((context, continuation))
+        open_groups[context] = group, num_tokens
     return groups
-
-
-@contextmanager
-def _progress(total: int, what: str, *, quiet: bool) -> Iterator[OnProgress]:
-    """Show a bar on a terminal."""
-    with cast("Any", tqdm)(total=total, desc=what, disable=quiet or None) as bar:
-        yield lambda num_done: bar.update(num_done - bar.n)
 
 
 class _Arguments(BaseModelConfig):
@@ -210,34 +169,22 @@ class HostLM(_HFLM):
         prefix_token_id: int | None = None,
         max_tokens_per_batch: int | None = None,
         batch_size: int = 16,
-        chat_template_args: Mapping[str, Any] | None = None,
         answers: Answers | None = None,
     ):
         # HFLM's own loads a model, puts it into evaluation mode and gives the tokenizer a pad token
         TemplateLM.__init__(cast("Any", self))
         longest = host.config.max_position_embeddings
         if max_length is not None and not 1 <= max_length <= longest:
-            raise ConfigError(
-                f"max_length must be in [1, {longest}], as the model reads no more, got "
-                f"{max_length}"
-            )
-        self.host = host
-        self.adapter = adapter
+            raise ConfigError(f"max_length must be in [1, {longest}], got {max_length}")
+        self.host, self.adapter = host, adapter
         self.answers = answers or Answers(
             host, tokenizer, [adapter], max_tokens_per_batch, batch_size
         )
+        # what HFLM's own methods read
         self.tokenizer: Any = tokenizer
-        self.chat_template_args = dict(chat_template_args or {})
-        self.enable_thinking = None
-        self.custom_prefix_token_id = (
-            start_of_text(tokenizer) if prefix_token_id is None else prefix_token_id
-        )
-        self.batch_size_per_gpu = batch_size
-        self._start = leading_tokens(tokenizer) if add_bos_token is None else []
-        if add_bos_token:
-            if not isinstance(tokenizer.bos_token_id, int):
-                raise ConfigError("add_bos_token needs a tokenizer with a BOS token, it has none")
-            self._start = [tokenizer.bos_token_id]
+        self.backend, self.add_bos_token, self.enable_thinking = "causal", add_bos_token, None
+        self.custom_prefix_token_id, self.batch_size_per_gpu = prefix_token_id, batch_size
+        self.chat_template_args: dict[str, Any] = {}
         self._max_length = max_length or longest
         self._model, self._config, self._device = host.model, host.config, host.device
         self._rank, self._world_size = 0, 1
@@ -277,13 +224,6 @@ class HostLM(_HFLM):
             "model_dtype": str(self.host.dtype).removeprefix("torch."),
         }
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Token ids of a text: never two BOS, and no EOS even if the tokenizer would add one."""
-        start = self._start if add_special_tokens is not False else []
-        return encode_texts(self.tokenizer, [string], start)[0]
-
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -294,20 +234,8 @@ class HostLM(_HFLM):
             template = form.as_chat_template(template, adds_bos=False)
             self.chat_template_args["chat_template"] = template
         if not template:
-            raise ConfigError(
-                "apply_chat_template needs a tokenizer with a chat template, got one without"
-            )
+            raise ConfigError("apply_chat_template needs a tokenizer with a chat template")
         return super().apply_chat_template(chat_history, add_generation_prompt)
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if not continuation:
-            raise DataError(
-                f"a continuation must not be empty, got an empty one after {context[-60:]!r}"
-            )
-        context, rest = move_trailing_space(context, continuation)
-        whole = self.tok_encode(context + rest)
-        cut = min(len(self.tok_encode(context)), len(whole) - 1)  # one token may span both
-        return whole[:cut] or [self.prefix_token_id], whole[cut:]
 
     def _loglikelihood_tokens(
         self,
@@ -315,11 +243,10 @@ class HostLM(_HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        pairs = [TokenPair(context, rest) for _, context, rest in requests]
-        asked = [ScoreRequest(*map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
-        scores: list[PairScore] = self.answers.answer(
-            self.adapter, asked, "loglikelihood", quiet=disable_tqdm
-        )
+        # a context of blanks has no token of its own
+        pairs = [TokenPair(text or [self.prefix_token_id], rest) for _, text, rest in requests]
+        asked = [tuple(map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
+        scores = self.answers.of(self.adapter, asked, "loglikelihood", quiet=disable_tqdm)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             if not math.isfinite(score.log_likelihood):
                 raise not_finite("log-likelihoods", score.log_likelihood, [self.adapter])
@@ -331,12 +258,12 @@ class HostLM(_HFLM):
         """Complete prompts up to their stop texts."""
         pairs: list[Any] = [request.args for request in requests]
         asked = [self._completion(*pair, place) for place, pair in enumerate(pairs)]
-        texts = self.answers.answer(self.adapter, asked, "generate_until", quiet=disable_tqdm)
+        texts = self.answers.of(self.adapter, asked, "generate_until", quiet=disable_tqdm)
         for pair, text in zip(pairs, texts, strict=True):
             self.cache_hook.add_partial("generate_until", pair, text)
         return texts
 
-    def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> CompletionRequest:
+    def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> Completion:
         sampling = parse_generation(settings, self.max_gen_toks)
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
@@ -345,9 +272,7 @@ class HostLM(_HFLM):
                 f"tokens, got {sampling.max_new_tokens}"
             )
         ids = self.tok_encode(text) or [self.prefix_token_id]
-        return CompletionRequest(
-            tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0
-        )
+        return Completion(tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0)
 
 
 register_model("loraloom")(HostLM)
@@ -359,10 +284,7 @@ def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> Sampli
     stop = tuple(dict.fromkeys(filter(None, normal.pop("until"))))
     length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")
     if do_sample and float(normal.setdefault("temperature", 1.0)) == 0:
-        raise ConfigError(
-            "generation_kwargs: do_sample draws at a temperature above 0, got 0; "
-            "leave do_sample out or raise the temperature"
-        )
+        raise ConfigError("generation_kwargs: do_sample draws at a temperature above 0, got 0")
     ignored = () if do_sample else ("temperature", "top_k", "top_p")
     chosen = {n: value for n, value in normal.items() if value is not None and n not in ignored}
     return parse_sampling(max_new_tokens=length, stop=stop, **chosen)

@@ -36,10 +36,9 @@ def as_evaluation(found: Results, **details: Any) -> Evaluation:
     """
     plain = {n or BASE: {k: v for k, v in of.items() if k != "samples"} for n, of in found.items()}
     text = json.dumps(plain, default=handle_non_serializable)
-    results = {n or BASE: {t: _result(of, t) for t in of["results"]} for n, of in found.items()}
     return Evaluation(
         schema_version=SCHEMA_VERSION,
-        results=results,
+        results={n or BASE: {t: _result(of, t) for t in of["results"]} for n, of in found.items()},
         tasks={},
         lm_eval=json.loads(text, parse_constant=lambda _: None),
         **details,
@@ -48,15 +47,24 @@ def as_evaluation(found: Results, **details: Any) -> Evaluation:
 
 def _result(found: Mapping[str, Any], task: str) -> TaskResult:
     figures, config = found["results"][task], found["configs"].get(task, {})
-    metrics, count = _metrics(figures), figures.get("sample_len")
+    metrics = {}
+    for key, value in figures.items():
+        metric, comma, chosen_filter = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = figures.get(f"{metric}_stderr,{chosen_filter}")
+            metrics[key] = {"value": _number(value), "stderr": _number(stderr)}
     known = {key.partition(",")[0]: key for key in reversed(metrics)}
     main = next((known[name] for name in _ACCURACIES if name in known), None)
-    result: TaskResult = {}
+    result: TaskResult = {
+        "num_examples": figures.get("sample_len"),
+        "num_fewshot": found["n-shot"].get(task),
+        "metrics": metrics,
+    }
     if main is not None:
         value = metrics[main]["value"]
-        result = {"accuracy": value, "stderr": metrics[main]["stderr"], "metric": main}
-        if value is not None and count:
-            result["interval"] = list(wilson_interval(value, count))
+        result |= {"accuracy": value, "stderr": metrics[main]["stderr"], "metric": main}
+        if value is not None and result["num_examples"]:
+            result["interval"] = list(wilson_interval(value, result["num_examples"]))
         majority = _majority(config, found.get("samples", {}).get(task, ()))
         if majority is not None and value is not None:
             result |= {"majority": majority, "beats_majority": value > majority}
@@ -64,8 +72,13 @@ def _result(found: Mapping[str, Any], task: str) -> TaskResult:
         result["split"] = split
     if subtasks := found.get("group_subtasks", {}).get(task):
         result["subtasks"] = list(subtasks)
-    num_fewshot = found["n-shot"].get(task)
-    return {**result, "num_examples": count, "num_fewshot": num_fewshot, "metrics": metrics}
+    return result
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None: lm-eval says N/A where there is no standard error."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_number else None
 
 
 def _majority(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> float | None:
@@ -86,24 +99,6 @@ def _has_contexts(sample: Mapping[str, Any]) -> bool:
     if not all(len(one) == 2 and isinstance(one[1], str) for one in asked):  # no log-likelihoods
         return False
     return len({text for _, text in asked}) == 1 < len({context for context, _ in asked})
-
-
-def _metrics(figures: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Value and standard error of each metric; None where there is none, or N/A in lm-eval's."""
-
-    def number(key: str) -> float | None:
-        value = figures.get(key)
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-    names = [key.partition(",") for key in figures]
-    return {
-        f"{metric},{by}": {
-            "value": number(f"{metric},{by}"),
-            "stderr": number(f"{metric}_stderr,{by}"),
-        }
-        for metric, comma, by in names
-        if comma and not metric.endswith("_stderr")
-    }
 
 
 def question_lines(found: Results) -> Iterator[dict[str, Any]]:
@@ -132,40 +127,36 @@ def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
         "correct_label": sample["target"],
         "metrics": metrics,
     }
-    # a log-likelihood, and whether the continuation is the likeliest
-    if all(
-        isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[0], float) for r in responses
-    ):
-        scores = [response[0] for response in responses]
-        if "acc_mutual_info" in metrics:  # as many again are without the question
-            scores = scores[: len(scores) // 2]
-        return {**fields, "chosen": scores.index(max(scores)), "scores": scores}
-    return {**fields, "responses": responses}
+    # a log-likelihood comes with whether the continuation is the likeliest
+    pairs = [one for one in responses if isinstance(one, list | tuple) and len(one) == 2]
+    if len(pairs) < len(responses) or not all(isinstance(one[0], float) for one in pairs):
+        return {**fields, "responses": responses}
+    scores = [score for score, _ in pairs]
+    if "acc_mutual_info" in metrics:  # as many again are without the question
+        scores = scores[: len(scores) // 2]
+    return {**fields, "chosen": scores.index(max(scores)), "scores": scores}
 
 
 def results_table(found: Evaluation) -> Table:
     """Make a table with a row for each task and metric, and a column for each adapter."""
     results: Any = found.results
-    table = make_table(
-        "task", "metric", values=["examples", "shots", *results], title="Results of lm-eval"
-    )
+    columns = ["examples", "shots", *results]
+    table = make_table("task", "metric", values=columns, title="Results of lm-eval")
     for task, some in next(iter(results.values())).items():
+        counts = (str(some["num_examples"]), str(some["num_fewshot"]))
         for metric in some["metrics"]:
             cells = [_cell(by_task[task], metric) for by_task in results.values()]
-            counts = (some["num_examples"], some["num_fewshot"])
-            table.add_row(task, metric.removesuffix(",none"), *map(str, counts), *cells)
+            table.add_row(task, metric.removesuffix(",none"), *counts, *cells)
     return with_note(table)
 
 
 def _cell(result: Any, metric: str) -> str:
     """A figure: an accuracy with its interval and mark, others with their standard errors."""
-    figure = result["metrics"][metric]
-    value, stderr = figure["value"], figure["stderr"]
+    value, stderr = result["metrics"][metric].values()
     if value is None:
         return "-"
-    count, majority = result["num_examples"], result.get("majority")
-    if metric.partition(",")[0] in _ACCURACIES and count:
-        low, high = wilson_interval(value, count)
-        is_constant = majority is not None and value <= majority
-        return f"{value:.3f} ({low:.3f}–{high:.3f}){MARK if is_constant else ''}"
+    if metric.partition(",")[0] in _ACCURACIES and result["num_examples"]:
+        low, high = wilson_interval(value, result["num_examples"])
+        mark = MARK if value <= result.get("majority", -1) else ""
+        return f"{value:.3f} ({low:.3f}–{high:.3f}){mark}"
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

@@ -17,7 +17,6 @@ from loraloom.data.sources import find_splits
 from loraloom.errors import ConfigError, DataError
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-_USUAL_SPLITS = ("train", "validation", "test")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _LOCAL_FORMS: dict[str, dict[str, str]] = {
     # the task reads SuperGLUE's copy: titles stand in its passages, labels are numbers
@@ -40,8 +39,7 @@ def load_tasks(
     with TemporaryDirectory() as scratch:
         for name in tasks:
             files = {} if data is None else find_splits(data, name, alone=len(tasks) == 1)
-            spec = _redirect(manager, name, files, Path(scratch)) or name
-            loaded += _load(manager, name, spec)
+            loaded += _load(manager, name, _redirect(manager, name, files, Path(scratch)))
     try:
         manager.load(loaded)
     except ValueError as error:
@@ -51,19 +49,11 @@ def load_tasks(
 
 def check_asks_text(loaded: Sequence[Task | Group]) -> None:
     """Refuse tasks that lm-eval wouldn't ask, before the model is there."""
-    tasks = {
-        task.task_name: task
-        for one in loaded
-        for task in (one.get_all_tasks() if isinstance(one, Group) else [one])
-    }
-    refused = {
-        "UNSAFE_CODE": "run code of the model's",
-        "MULTIMODAL": "are not of text alone",
-    }
-    for mark, reason in refused.items():
-        found = [name for name, task in tasks.items() if getattr(task, mark, False)]
+    groups = [one.get_all_tasks() if isinstance(one, Group) else [one] for one in loaded]
+    for mark, what in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
+        found = [task.task_name for group in groups for task in group if getattr(task, mark, False)]
         if found:
-            raise ConfigError(f"--harness must leave out tasks that {reason}: {', '.join(found)}")
+            raise ConfigError(f"--harness must leave out tasks that {what}: {', '.join(found)}")
 
 
 def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
@@ -73,9 +63,8 @@ def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
     if not include.is_dir():
         raise ConfigError(f"--harness-include must be a directory of YAML files, got {include}")
     manager = TaskManager(include_path=str(include), include_defaults=False)
-    if set(names) <= set(manager.all_subtasks):
-        return manager
-    return TaskManager(include_path=str(include))
+    has_all = set(names) <= set(manager.all_subtasks)
+    return manager if has_all else TaskManager(include_path=str(include))
 
 
 def _match(manager: TaskManager, name: str) -> list[str]:
@@ -103,54 +92,36 @@ def _load(manager: TaskManager, name: str, spec: str) -> list[Task | Group]:
     return [groups[name]] if name in groups else list(tasks.values())
 
 
-def _redirect(
-    manager: TaskManager, name: str, files: Mapping[str, Path], scratch: Path
-) -> str | None:
-    """Write the task anew to read local files, and return the path; None where there are none."""
+def _redirect(manager: TaskManager, name: str, files: Mapping[str, Path], scratch: Path) -> str:
+    """Write the task anew to read local files, and return the path; its name without files."""
     entry = manager.task_index.get(name)
     if entry is None or entry.yaml_path is None or entry.cfg is None:
-        return None
-    splits = {*_USUAL_SPLITS, *(entry.cfg.get(key) for key in _SPLITS)}
-    files = {split: path for split, path in files.items() if split in splits}
+        return name
+    config: Mapping[str, Any] = entry.cfg
+    known = {"train", "validation", "test", *(config.get(key) for key in _SPLITS)}
+    files = {split: path for split, path in files.items() if split in known}
     if not files:
-        return None
-    config = {
-        "include": str(entry.yaml_path),
-        "task": name,
-        **_read_local(name, entry.cfg, files),
-        **_LOCAL_FORMS.get(name, {}),
-    }
-    path = scratch / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return str(path)
-
-
-def _read_local(name: str, config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
-    """The settings of a task that say where its data is."""
+        return name
+    got = ", ".join(map(str, files.values()))
     split = config.get("test_split") or config.get("validation_split")
     if split not in files:
         raise DataError(
-            f"task {name}: its split {split!r} must be among the local files, got "
-            f"{', '.join(str(path) for path in files.values())}"
+            f"task {name}: its split {split!r} must be among the local files, got {got}"
         )
-    absent = {key: None for key in _SPLITS if config.get(key) not in (None, *files)}
-    return {
-        "dataset_path": _builder(name, files),
-        "dataset_name": None,
-        "dataset_kwargs": {
-            "data_files": {split: str(path.resolve()) for split, path in files.items()}
-        },
-        **absent,
-    }
-
-
-def _builder(name: str, files: Mapping[str, Path]) -> str:
-    suffixes = {Path(path.name.removesuffix(".gz")).suffix for path in files.values()}
+    suffixes = (Path(path.name.removesuffix(".gz")).suffix for path in files.values())
     builders = {_BUILDERS.get(suffix) for suffix in suffixes}
-    builder = builders.pop()
-    if builders or builder is None:
-        raise DataError(
-            f"task {name}: local files must all be of one type of {', '.join(_BUILDERS)}, got "
-            f"{', '.join(sorted(suffixes))}"
-        )
-    return builder
+    if len(builders) > 1 or None in builders:
+        types = ", ".join(_BUILDERS)
+        raise DataError(f"task {name}: local files must all be of one type of {types}, got {got}")
+    changes = {
+        "include": str(entry.yaml_path),
+        "task": name,
+        "dataset_path": builders.pop(),
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {s: str(path.resolve()) for s, path in files.items()}},
+        **{key: None for key in _SPLITS if config.get(key) not in (None, *files)},
+        **_LOCAL_FORMS.get(name, {}),
+    }
+    path = scratch / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(changes))
+    return str(path)
