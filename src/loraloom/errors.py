@@ -42,11 +42,10 @@ def plain(text: str) -> str:
     """Escape characters that can't be printed (controls, lone surrogates), but not line ends."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    kept = (
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+    return "".join(kept)
 
 
 class LoraloomError(Exception):
@@ -84,14 +83,7 @@ class TrainingError(LoraloomError):
 def not_finite(
     what: str, value: object, adapters: Iterable[str | None], place: str = ""
 ) -> AdapterError:
-    """Make the error of numbers that are not finite where an adapter or the base model is used.
-
-    Args:
-        what: The numbers.
-        value: One of them, or all.
-        adapters: Whose they are; None is the base model.
-        place: Where, if that is known: `in row 3 of a.jsonl`.
-    """
+    """Make the error of numbers that are not finite, of adapters or the base model (None)."""
     owners = ", ".join("the base model" if a is None else f"adapter {a!r}" for a in adapters)
     return AdapterError(
         f"{what} must be finite, got {value} from {' '.join(filter(None, (owners, place)))}; the "

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 
 import pytest
 
-from loraloom.data.chat import TRAINING_DAY, load_chat_template
-from loraloom.data.messages import Conversation, read_conversation, read_messages
+from loraloom.data.chat import read_conversation, read_messages
 from loraloom.data.sources import Row
+from loraloom.data.templates import TRAINING_DAY, Conversation, load_chat_template
 from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
 from tests.data.encoded import encode as encode_rows
@@ -24,8 +25,11 @@ FORGETFUL = (  # writes an answer in full only where it is the last turn, as rea
     "{% endif %}<eos>"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-
-
+CALLS_ALONE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 USER = {"role": "user", "content": "color?"}
 BAD_CALL = {"function": {"name": "f", "arguments": "[1]"}}
 
@@ -35,9 +39,8 @@ def conversation(*turns):
     return Row({"messages": messages}, "chat.jsonl, line 3")
 
 
-TWO_TURNS = conversation(
-    ("user", "color?"), ("assistant", "blue"), ("user", "true?"), ("assistant", "yes")
-)
+ONE_TURN = (("user", "color?"), ("assistant", "blue"))
+TWO_TURNS = conversation(*ONE_TURN, ("user", "true?"), ("assistant", "yes"))
 
 
 def encode(tokenizer, template, *rows, max_length=64):
@@ -47,48 +50,32 @@ def encode(tokenizer, template, *rows, max_length=64):
 
 def spans(tokenizer, piece):
     """The text of each run of tokens that has a loss."""
-    runs, current = [], []
-    for label in [*piece.labels, NO_LOSS]:
-        if label != NO_LOSS:
-            current.append(label)
-        elif current:
-            runs.append(tokenizer.decode(current))
-            current = []
-    return runs
+    runs = groupby(piece.labels, lambda label: label != NO_LOSS)
+    return [tokenizer.decode(list(run)) for is_learnt, run in runs if is_learnt]
 
 
-def test_loss_is_on_the_assistant_turns_only(tiny_tokenizer):
-    (row,) = encode(tiny_tokenizer, PLAIN, TWO_TURNS)
-    assert spans(tiny_tokenizer, row.pieces[0]) == ["blue<eos>\n", "yes<eos>\n"]
-    assert tiny_tokenizer.decode(row.pieces[0].input_ids).startswith("[user]color?<eos>\n[assist")
-
-
-def test_the_templates_own_marks_are_taken(tiny_tokenizer):
-    (row,) = encode(tiny_tokenizer, MARKED, TWO_TURNS)
-    assert spans(tiny_tokenizer, row.pieces[0]) == ["blue<eos>", "yes<eos>"]
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(PLAIN, "<eos>\n"), (MARKED, "<eos>"), (FORGETFUL.replace("loop.last", "true"), "<eos>")],
+)
+def test_loss_is_on_what_the_assistant_says_or_the_template_marks(tiny_tokenizer, template, end):
+    (row,) = encode(tiny_tokenizer, template, TWO_TURNS)
+    assert spans(tiny_tokenizer, row.pieces[0]) == [f"blue{end}", f"yes{end}"]
+    assert tiny_tokenizer.decode(row.pieces[0].input_ids).startswith("[user]color?<eos>")
 
 
 def test_turns_after_the_last_answer_are_left_out(tiny_tokenizer):
-    asked = conversation(("user", "color?"), ("assistant", "blue"), ("user", "true?"))
-    (row,) = encode(tiny_tokenizer, PLAIN, asked)
+    (row,) = encode(tiny_tokenizer, PLAIN, conversation(*ONE_TURN, ("user", "true?")))
     assert tiny_tokenizer.decode(row.pieces[0].input_ids).endswith("[assistant]blue<eos>\n")
 
 
-def test_a_conversation_without_an_answer_is_refused(tiny_tokenizer):
-    with pytest.raises(DataError, match="line 3: the conversation has no assistant's turn"):
-        encode(tiny_tokenizer, PLAIN, conversation(("user", "color?")))
-
-
-def test_an_answer_that_does_not_fit_is_dropped(tiny_tokenizer):
-    assert encode(tiny_tokenizer, PLAIN, TWO_TURNS, max_length=3) == [DROPPED]
-
-
-def test_a_long_conversation_keeps_its_last_answer(tiny_tokenizer):
+def test_a_long_conversation_keeps_its_last_answer_if_that_fits(tiny_tokenizer):
     (whole,) = encode(tiny_tokenizer, PLAIN, TWO_TURNS)
     (cut,) = encode(tiny_tokenizer, PLAIN, TWO_TURNS, max_length=12)
     assert cut.is_cut
     assert cut.pieces[0].input_ids == whole.pieces[0].input_ids[-12:]
     assert spans(tiny_tokenizer, cut.pieces[0]) == ["yes<eos>\n"]
+    assert encode(tiny_tokenizer, PLAIN, TWO_TURNS, max_length=3) == [DROPPED]
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer(tiny_tokenizer):
@@ -101,39 +88,32 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer(tin
     ]
 
 
-def test_a_template_that_asks_otherwise_than_it_writes_is_refused(tiny_tokenizer):
-    template = PLAIN.replace("[assistant]{% endif", "[assistant]<think>{% endif")
-    message = r"line 3: the chat template asks for message 2 with '<think>' where it then writes 'b"
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        (PLAIN, conversation(("user", "color?")), "line 3: the conversation has no assistant's"),
+        (PLAIN, conversation(("assistant", "b")), "line 3: a conversation must not begin with"),
+        (
+            PLAIN.replace("[assistant]{% endif", "[assistant]<think>{% endif"),
+            TWO_TURNS,
+            "line 3: the chat template asks for message 2 with '<think>' where it then writes 'b",
+        ),
+        (
+            MARKED.replace("m.role == 'assistant'", "false"),
+            TWO_TURNS,
+            "line 3: .* marks have nothing of it between them",
+        ),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            TWO_TURNS,
+            "line 3: .* chat template: roles must alternate",
+        ),
+        (None, TWO_TURNS, "the tokenizer must have a chat template"),
+    ],
+)
+def test_a_conversation_and_its_template_must_fit(tiny_tokenizer, template, row, message):
     with pytest.raises(DataError, match=message):
-        encode(tiny_tokenizer, template, TWO_TURNS)
-
-
-def test_marks_that_cover_nothing_are_refused(tiny_tokenizer):
-    template = MARKED.replace("m.role == 'assistant'", "false")
-    with pytest.raises(DataError, match=r"line 3: .* marks have nothing of it between them"):
-        encode(tiny_tokenizer, template, TWO_TURNS)
-
-
-def test_such_a_template_serves_conversations_of_one_answer(tiny_tokenizer):
-    template = FORGETFUL.replace("loop.last", "true")
-    (row,) = encode(tiny_tokenizer, template, TWO_TURNS)
-    assert spans(tiny_tokenizer, row.pieces[0]) == ["blue<eos>", "yes<eos>"]
-
-
-def test_a_conversation_must_not_begin_with_the_assistant(tiny_tokenizer):
-    with pytest.raises(DataError, match="line 3: a conversation must not begin with the assist"):
-        encode(tiny_tokenizer, PLAIN, conversation(("assistant", "blue")))
-
-
-def test_a_template_that_refuses_a_conversation_names_the_row(tiny_tokenizer):
-    template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"line 3: .* chat template: roles must alternate"):
-        encode(tiny_tokenizer, template, TWO_TURNS)
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(tiny_tokenizer):
-    with pytest.raises(DataError, match="the tokenizer must have a chat template"):
-        encode(tiny_tokenizer, None, TWO_TURNS)
+        encode(tiny_tokenizer, template, row)
 
 
 @pytest.mark.parametrize(
@@ -144,12 +124,8 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tiny_tokenizer):
         (["hello"], "line 3: message 1 must be an object, got str"),
         ([{"role": "user"}], "line 3: message 1: the row has no field 'content'"),
         ([{"role": "user", "content": 1}], "line 3: message 1: field 'content' must be a string"),
-        (
-            [{"role": "usr", "content": ""}],
-            r"message 1: role must be one of .* did you mean 'user'",
-        ),
+        ([{"role": "usr", "content": ""}], r"message 1: role must be .* did you mean 'user'"),
         ([USER, {"role": "assistant", "content": " "}], "message 2: the assistant's turn is empty"),
-        ([USER, {"role": "assistant", "content": None}], "message 2: the row has no field 'cont"),
         ([{**USER, "text": "x"}], "message 1: a message of role 'user' has the unknown key 'text'"),
         ([{**USER, "tool_calls": [{}]}], "the unknown key 'tool_calls'; it may have role, conten"),
         ([{"role": "assistant", "tool_calls": [{}]}], "must be a list of calls of a function with"),
@@ -173,95 +149,76 @@ def test_turns_of_sharegpt_become_messages():
     ]
     row = {"conversations": turns, "system": "Be brief.", "tools": '[{"name": "f"}]'}
     read = read_conversation(Row(row, "row"))
-    called = {"name": "f", "arguments": {"a": 1}}
+    called = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     assert read.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "color?"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": called}],
-        },
+        {"role": "assistant", "content": "", "tool_calls": [called]},
         {"role": "tool", "content": "7"},
         {"role": "assistant", "content": "blue"},
     ]
     assert read.tools == [{"name": "f"}]
 
 
-def test_a_system_prompt_stands_in_one_place():
+def test_a_system_prompt_is_in_one_place():
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    read = read_conversation(Row({"messages": turns, "system": "Be brief."}, "row"))
-    assert read.messages == turns
-    with pytest.raises(DataError, match="a system message must stand in field 'system' or in"):
+    assert read_conversation(Row({"messages": turns, "system": "Be brief."}, "r")).messages == turns
+    with pytest.raises(DataError, match="a system message must be in field 'system' or in"):
         read_conversation(Row({"messages": turns, "system": "Be long."}, "row"))
-    with pytest.raises(DataError, match="field 'system' must be a string"):
-        read_conversation(Row({"messages": turns, "system": ["Be brief."]}, "row"))
 
 
-def test_an_empty_reasoning_hides_none():
-    turn = {"role": "assistant", "content": "x", "reasoning_content": "", "reasoning": "hm"}
-    (message,) = read_messages(Row({"messages": [turn]}, "row"), "messages")
-    assert message["reasoning_content"] == "hm"
-
-
-CALLS_ALONE = (
-    "{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}"
-    "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+@pytest.mark.parametrize(
+    ("turn", "read"),
+    [
+        *(
+            ({"role": "assistant", "content": None, key: "hm"}, {"reasoning_content": "hm"})
+            for key in ("reasoning_content", "reasoning", "thinking")
+        ),
+        (
+            {"role": "assistant", "reasoning_content": "", "reasoning": "hm"},
+            {"reasoning_content": "hm"},
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, "b"]},
+            {"content": "ab"},
+        ),
+    ],
 )
+def test_reasoning_and_content_have_one_form(turn, read):
+    (message,) = read_messages(Row({"m": [turn]}, "row"), "m")
+    assert message == {"role": turn["role"], "content": "", **read}
+
+
+def test_nulls_in_the_schema_of_a_tool_are_left_out():
+    function = {"name": "f", "parameters": {"a": {"type": "string"}}}
+    given = {"function": {**function, "parameters": {**function["parameters"], "b": None}}}
+    row = Row({"messages": [USER], "tools": [given]}, "row")
+    assert read_conversation(row).tools == [{"function": function}]
 
 
 def test_what_a_template_leaves_out_beside_a_call_is_refused(tiny_tokenizer):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
-    turns = [{"role": "user", "content": "color?"}, call]
-    assert encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
+    row = Row({"messages": [USER, call]}, "row")
+    assert encode(tiny_tokenizer, CALLS_ALONE, row)
     call["content"] = "\n"
-    assert encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
+    assert encode(tiny_tokenizer, CALLS_ALONE, row)
     call["content"] = "Let me look."
     with pytest.raises(DataError, match="leaves out the content of message 2, beside its tool_c"):
-        encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
-
-
-def test_the_day_of_a_template_does_not_change(tiny_tokenizer):
-    source = "{{ strftime_now('%d %b %Y') }}"
-    today = load_chat_template(tiny_tokenizer, source).render(Conversation([]))
-    assert load_chat_template(tiny_tokenizer, source, TRAINING_DAY).render(Conversation([])) == (
-        "26 Jul 2024"
-    )
-    assert today != "26 Jul 2024"
-
-
-def test_a_template_may_leave_out_what_is_said_beside_an_earlier_call(tiny_tokenizer):
-    template = CALLS_ALONE.replace(
+        encode(tiny_tokenizer, CALLS_ALONE, row)
+    answer = [{"role": "tool", "content": "b"}, {"role": "assistant", "content": "blue"}]
+    forgets = CALLS_ALONE.replace(
         "{% if m.tool_calls %}", "{% if m.tool_calls %}{% if loop.last %}{{ m.content }}{% endif %}"
     )
-    call = {"role": "assistant", "content": "Look.", "tool_calls": [{"function": {"name": "f"}}]}
-    turns = [{"role": "user", "content": "color?"}, call, {"role": "tool", "content": "blue"}]
-    turns += [{"role": "assistant", "content": "blue"}]
-    assert encode(tiny_tokenizer, template, Row({"messages": turns}, "row"))
+    assert encode(tiny_tokenizer, forgets, Row({"messages": [USER, call, *answer]}, "row"))
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_goes_by_several_names(key):
-    turn = {"role": "assistant", "content": None, key: "hm"}
-    (message,) = read_messages(Row({"messages": [turn]}, "row"), "messages")
-    assert message == {"role": "assistant", "content": "", "reasoning_content": "hm"}
-
-
-def test_parts_of_a_content_are_joined():
-    turn = {
-        "role": "user",
-        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-    }
-    assert read_messages(Row({"m": [turn]}, "row"), "m") == [{"role": "user", "content": "ab"}]
-
-
-def test_nulls_in_the_schema_of_a_tool_are_left_out():
-    tools = [{"function": {"name": "f", "parameters": {"a": {"type": "string"}, "b": None}}}]
-    row = Row({"messages": [USER], "tools": tools}, "row")
-    assert read_conversation(row).tools == [
-        {"function": {"name": "f", "parameters": {"a": {"type": "string"}}}}
-    ]
+def test_the_day_of_a_template_does_not_change_in_training(tiny_tokenizer):
+    source = "{{ strftime_now('%d %b %Y') }}"
+    fixed, today = (
+        load_chat_template(tiny_tokenizer, source, day).render(Conversation([]))
+        for day in (TRAINING_DAY, None)
+    )
+    assert fixed == "26 Jul 2024" != today
 
 
 def test_a_template_takes_the_place_of_the_tokenizers(tiny_tokenizer, tmp_path):
@@ -272,20 +229,16 @@ def test_a_template_takes_the_place_of_the_tokenizers(tiny_tokenizer, tmp_path):
         assert spans(tiny_tokenizer, row.pieces[0]) == ["blue<eos>\n", "yes<eos>\n"]
 
 
-def test_trl_has_no_template_for_every_tokenizer(tiny_tokenizer):
+def test_trl_has_no_template_for_every_tokenizer_and_may_be_missing(tiny_tokenizer, monkeypatch):
     tiny_tokenizer.chat_template = PLAIN
     with pytest.raises(DataError, match="trl has no training template for this tokenizer"):
         load_chat_template(tiny_tokenizer, "trl")
-
-
-def test_trl_may_be_missing(tiny_tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
-    tiny_tokenizer.chat_template = PLAIN
     with pytest.raises(DataError, match="chat_template trl needs trl's templates: pip install trl"):
         load_chat_template(tiny_tokenizer, "trl")
 
 
-def test_a_tokenizer_that_can_not_tell_where_tokens_stand_is_refused(tiny_tokenizer, monkeypatch):
+def test_a_tokenizer_that_does_not_know_where_tokens_begin_is_refused(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(type(tiny_tokenizer), "is_fast", False)
     with pytest.raises(DataError, match="chats need a fast tokenizer"):
         encode(tiny_tokenizer, PLAIN, TWO_TURNS)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loraloom.data.chat import learn_answers, load_chat_template
-from loraloom.data.messages import read_conversation
+from loraloom.data.chat import learn_answers, read_conversation
 from loraloom.data.sources import Row
+from loraloom.data.templates import load_chat_template
 from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from tests.conftest import build_tokenizer

@@ -163,7 +163,7 @@ def test_a_missing_file_offers_the_nearest_name(tmp_path):
     write(tmp_path / "train.jsonl", "{}")
     with pytest.raises(DataError, match=r"no such file or directory; did you mean 'train.jsonl'\?"):
         read_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match="nowhere does not exist either"):
+    with pytest.raises(DataError, match="nowhere does not exist"):
         read_rows(tmp_path / "nowhere" / "train.jsonl")
 
 

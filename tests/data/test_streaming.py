@@ -9,10 +9,8 @@ import datasets
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.data import streaming
 from loraloom.data.sources import HubSource, RowStream
-from loraloom.data.streaming import StreamedSet, StreamPosition
-from loraloom.data.training_set import load_training_set
+from loraloom.data.training_set import StreamedSet, StreamPosition, load_training_set
 from loraloom.errors import DataError
 
 ROWS = [{"text": f"row {number}"} for number in range(30)]
@@ -22,15 +20,14 @@ ROWS = [{"text": f"row {number}"} for number in range(30)]
 def file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    return str(path)
+    return path
 
 
 def stream(tokenizer, *, max_length=64, seed=0, **data) -> StreamedSet:
     data = {"streaming": True, "shuffle_buffer": 8} | data
     if "dataset" in data:
-        data.setdefault("format", "text")
-    config = DataConfig.model_validate(data)
-    return StreamedSet(config, tokenizer, max_length, seed)
+        data = {"format": "text", **data, "dataset": str(data["dataset"])}
+    return StreamedSet(DataConfig.model_validate(data), tokenizer, max_length, seed)
 
 
 def texts(tokenizer, examples) -> list[str]:
@@ -40,7 +37,7 @@ def texts(tokenizer, examples) -> list[str]:
 def test_a_pass_has_every_example_of_the_whole_data_set_once(tiny_tokenizer, file):
     made = stream(tiny_tokenizer, dataset=file)
     examples, _ = made.take(made.start, 30)
-    config = DataConfig.model_validate({"dataset": file, "format": "text"})
+    config = DataConfig.model_validate({"dataset": str(file), "format": "text"})
     whole = load_training_set(config, tiny_tokenizer, 64, 0).examples
     streamed = sorted(example.input_ids for example in examples[:24])
     assert streamed == sorted(example.input_ids for example in whole[:24])
@@ -79,13 +76,11 @@ def test_what_follows_a_position_is_the_same_in_another_process(tiny_tokenizer, 
 def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("yes\nno\n")
-    made = stream(
-        tiny_tokenizer,
-        mix=[
-            {"dataset": file, "format": "text", "weight": 3},
-            {"dataset": str(few), "format": "text", "expert_group": 1},
-        ],
-    )
+    mix = [
+        {"dataset": str(file), "format": "text", "weight": 3},
+        {"dataset": str(few), "format": "text", "expert_group": 1},
+    ]
+    made = stream(tiny_tokenizer, mix=mix)
     block = made.block(made.start).examples
     assert Counter(example.expert_group for example in block) == {0: 6, 1: 2}
     assert made.report == (
@@ -94,54 +89,40 @@ def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp
     )
 
 
-def test_instructions_are_read_by_the_columns_of_the_first_row(tiny_tokenizer, tmp_path):
-    path = tmp_path / "dolly.jsonl"
-    rows = [{"instruction": f"Say {n}", "context": "", "response": f"{n}"} for n in range(12)]
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    made = stream(tiny_tokenizer, dataset=str(path), format="instruction", template="plain")
-    examples, _ = made.take(made.start, 12)
-    assert len(texts(tiny_tokenizer, examples)) == 12
-
-
 def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
     path = tmp_path / "long.jsonl"
-    row = {"instruction": "Say", "output": "what color is the sky " * 20}
+    row = {"instruction": "Say", "context": "", "response": "what color is the sky " * 20}
     path.write_text(f"{json.dumps(row)}\n" * 3)
     with pytest.raises(DataError, match="no row has an answer that fits max_length=16; raise it"):
-        stream(tiny_tokenizer, dataset=str(path), format="instruction", max_length=16)
+        stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
+    made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=512)
+    assert len(made.take(made.start, 12)[0]) == 12
 
 
-def test_an_empty_stream_and_a_bad_row_are_errors(tiny_tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n")
-    with pytest.raises(DataError, match=r"rows.jsonl: there are no rows"):
-        stream(tiny_tokenizer, dataset=str(path))
-    path.write_text('{"text": "one"}\n' * 10 + '{"body": "two"}\n')
-    made = stream(tiny_tokenizer, dataset=str(path))
-    with pytest.raises(DataError, match=r"rows.jsonl, line 11: the row has no field 'text'"):
-        made.take(made.start, 10)
-    with pytest.raises(DataError, match=r"rows.jsonl, line 11: the row has no field 'text'"):
-        made.take(made.start, 10)  # as another job with the same data would
-
-
-def test_a_stream_that_broke_does_not_begin_again_for_others(tiny_tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "one"}\n' * 10 + "{torn\n")
-    made = stream(tiny_tokenizer, dataset=str(path))
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"body": "two"}', "line 11: the row has no field 'text'"),
+        ("{torn", "line 11: the row must be JSON, column 2"),
+    ],
+)
+def test_a_bad_row_is_an_error_of_every_job_that_reads_it(tiny_tokenizer, file, line, message):
+    file.write_text('{"text": "one"}\n' * 10 + f"{line}\n")
+    made = stream(tiny_tokenizer, dataset=file)
     _, position = made.take(made.start, 8)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"rows.jsonl, line 11: the row must be JSON, column 2"):
+        with pytest.raises(DataError, match=rf"rows.jsonl, {message}"):
             made.take(position, 8)
 
 
-def test_a_file_that_was_emptied_is_an_error(tiny_tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "one"}\n' * 10)
-    made = stream(tiny_tokenizer, dataset=str(path))
+def test_an_empty_stream_is_an_error(tiny_tokenizer, file):
+    made = stream(tiny_tokenizer, dataset=file)
     _, position = made.take(made.start, 8)
-    path.write_text("")
+    file.write_text("")
     with pytest.raises(DataError, match="there are no rows any more"):
         made.take(position, 80)
+    with pytest.raises(DataError, match=r"rows.jsonl: there are no rows"):
+        stream(tiny_tokenizer, dataset=file)
 
 
 def test_the_digest_tells_of_another_size_and_another_beginning(tiny_tokenizer, tmp_path):
@@ -149,7 +130,7 @@ def test_the_digest_tells_of_another_size_and_another_beginning(tiny_tokenizer, 
     digests = set()
     for text in ("one\ntwo\n", "one\nsix\n", "one\ntwo\n" * 4, "one\ntwo\n" * 4 + "two\n"):
         path.write_text(text)
-        digests.add(stream(tiny_tokenizer, dataset=str(path), shuffle_buffer=2).digest)
+        digests.add(stream(tiny_tokenizer, dataset=path, shuffle_buffer=2).digest)
     assert len(digests) == 4
 
 
@@ -168,8 +149,7 @@ def test_a_file_of_any_kind_is_read_on_from_a_row(tmp_path, suffix):
             table.to_json(path, compression="infer")
     made = RowStream(path, "train")
     beginning = list(islice(made.rows(), 11))
-    state = made.state_dict()
-    rest = list(RowStream(path, "train").rows(state))
+    rest = list(RowStream(path, "train").rows(made.state_dict()))
     assert [row["text"] for row in beginning + rest] == [row["text"] for row in ROWS]
     assert rest[0].origin.startswith(f"{path}, ")
 
@@ -195,17 +175,7 @@ def test_a_hub_that_fails_on_the_way_is_a_data_error(monkeypatch):
         yield ROWS[0]
         raise ConnectionError("gone")
 
-    def load_dataset(*_, **__):
-        return datasets.IterableDataset.from_generator(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    table = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     with pytest.raises(DataError, match=r"owner/rows: the data set's split 'train' .*gone"):
         list(RowStream(HubSource("owner/rows"), "train").rows())
-
-
-def test_a_source_is_not_read_again_where_it_stands(tiny_tokenizer, file, monkeypatch):
-    made = stream(tiny_tokenizer, dataset=file)
-    rewound = []
-    monkeypatch.setattr(streaming._Source, "_rewind", lambda _, place: rewound.append(place))
-    made.take(made.start, 24)
-    assert rewound == []

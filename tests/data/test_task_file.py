@@ -11,7 +11,6 @@ from loraloom.data.sources import sha256
 from loraloom.data.tasks import find_task, load_question_set, questions_digest
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import ConfigError, DataError
-from loraloom.training.settings import JobConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tasks" / "custom_arc_easy.yaml"
 
@@ -21,6 +20,16 @@ template: "Q: {{ question }}\\nA:"
 choices: options
 answer: answer
 answer_is: index
+"""
+OF_TEMPLATES = """
+data: {files: {test: rows/test.jsonl}}
+template: "{{ question }}"
+choices: ["{{ options[0] }}", "{{ options[1]|upper }}"]
+labels: ["1", "2"]
+answer: "{{ answer + 1 }}"
+delimiter: "\\n"
+normalization: none
+group: topic
 """
 ROW = {"question": "How many?", "options": ["one", "three"], "answer": 1, "topic": "sums"}
 
@@ -40,39 +49,39 @@ def write(tmp_path):
     return write
 
 
-def test_a_row_becomes_a_question(write):
-    (asked,) = load_question_set(write()).questions
+def test_a_row_becomes_a_question(write, tmp_path):
+    path = write()
+    found = load_question_set(path)
+    assert (found.task, found.split, found.scoring) == ("quiz", "test", "text")
+    (asked,) = found.questions
     assert asked.task == "quiz"
     assert asked.contexts == ("Q: How many?\nA:",) * 2
     assert asked.continuations == (" one", " three")
     assert asked.normalizers == (3.0, 5.0)
     assert (asked.labels, asked.gold, asked.group) == (("A", "B"), 1, None)
+    assert found.source == {
+        "file": str(tmp_path / "rows" / "test.jsonl"),
+        "sha256": sha256(tmp_path / "rows" / "test.jsonl"),
+        "task_file": path,
+        "task_file_sha256": sha256(Path(path)),
+    }
+    assert load_question_set("skills", limit=1).source == {"generated": "by loraloom"}
+    assert questions_digest([asked]) == questions_digest(load_question_set(path).questions)
+    assert questions_digest([asked]) != questions_digest([replace(asked, gold=0)])
 
 
 @pytest.mark.parametrize("scoring", ["label", "text"])
-@pytest.mark.parametrize("split", ["test", "validation"])
-def test_the_recipe_asks_what_the_built_in_task_asks(shared_dir, scoring, split):
+def test_the_recipe_asks_what_the_built_in_task_asks(shared_dir, scoring):
     data = shared_dir / "data" / "arc_easy"
-    own = load_question_set(str(RECIPE), scoring, split, data).questions
-    built_in = load_question_set("arc_easy", scoring, split, data).questions
+    own = load_question_set(str(RECIPE), scoring, "validation", data).questions
+    built_in = load_question_set("arc_easy", scoring, "validation", data).questions
     assert [replace(question, task="arc_easy") for question in own] == built_in
-
-
-def test_the_recipe_reads_the_same_copy_of_the_hub():
-    own, built_in = find_task(str(RECIPE)), find_task("arc_easy")
-    assert own.source == built_in.source
-    assert own.evaluation_split == built_in.evaluation_split
+    assert find_task(str(RECIPE)).source == find_task("arc_easy").source
 
 
 @pytest.mark.parametrize(
     ("answer_is", "answer", "gold"),
-    [
-        ("label", "B", 1),
-        ("label", " B ", 1),
-        ("index", 0, 0),
-        ("index", "1", 1),
-        ("text", "three", 1),
-    ],
+    [("label", " B ", 1), ("index", 0, 0), ("index", "1", 1), ("text", "three", 1)],
 )
 def test_an_answer_is_a_label_an_index_or_a_text(write, answer_is, answer, gold):
     text = TASK.replace("answer_is: index", f"answer_is: {answer_is}")
@@ -80,19 +89,8 @@ def test_an_answer_is_a_label_an_index_or_a_text(write, answer_is, answer, gold)
 
 
 def test_choices_labels_and_answer_may_be_templates(write):
-    text = """
-data: {files: {test: rows/test.jsonl}}
-template: "{{ question }}"
-choices: ["{{ first }}", "{{ second|upper }}"]
-labels: ["1", "2"]
-answer: "{{ number + 1 }}"
-delimiter: "\\n"
-normalization: none
-group: topic
-"""
-    row = {"question": "?", "first": "a", "second": "b", "number": 1, "topic": "sums"}
-    (asked,) = load_question_set(write(text, row)).questions
-    assert asked.continuations == ("\na", "\nB")
+    (asked,) = load_question_set(write(OF_TEMPLATES)).questions
+    assert asked.continuations == ("\none", "\nTHREE")
     assert asked.normalizers == (1.0, 1.0)
     assert (asked.labels, asked.gold, asked.group) == (("1", "2"), 1, "sums")
 
@@ -107,21 +105,11 @@ def test_fields_may_be_inside_others_and_inside_lists(write):
     assert (asked.continuations, asked.labels, asked.gold) == ((" 1", " 2.5"), ("x", "y"), 1)
 
 
-def test_a_template_sees_the_choices(write):
+def test_a_template_sees_the_choices_and_scoring_by_label_offers_the_labels(write):
     text = TASK.replace("{{ question }}", "{{ choice_texts|join(',') }} {{ choice_labels[1] }}")
-    assert load_question_set(write(text)).questions[0].contexts[0] == "Q: one,three B\nA:"
-
-
-def test_scoring_by_label_offers_the_labels(write):
-    text = TASK.replace("template:", "scoring: label\ntemplate:")
-    (asked,) = load_question_set(write(text)).questions
-    assert asked.continuations == (" A", " B")
-    assert asked.normalizers == (1.0, 1.0)
-
-
-def test_a_scoring_without_a_template_is_an_error(write):
-    with pytest.raises(ConfigError, match=r"quiz.yaml: template must have one for scoring label"):
-        load_question_set(write(), "label")
+    (asked,) = load_question_set(write(f"scoring: label{text}")).questions
+    assert asked.contexts[0] == "Q: one,three B\nA:"
+    assert (asked.continuations, asked.normalizers) == ((" A", " B"), (1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -140,95 +128,50 @@ def test_a_row_that_can_not_be_used_is_named(write, change, message):
         load_question_set(write(TASK, ROW, {**ROW, **change}))
 
 
-@pytest.mark.parametrize("field", ["options", "answer"])
-def test_a_missing_field_is_named_with_those_that_are_there(write, field):
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("options", "the row has no field 'options'; the fields there are question, "),
+        ("question", "template text can't be filled in: 'question' is undefined; the row's fields"),
+    ],
+)
+def test_a_missing_field_is_named_with_those_that_are_there(write, field, message):
     row = {name: value for name, value in ROW.items() if name != field}
-    message = rf"line 1: the row has no field '{field}'; the fields there are question, "
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"line 1: {message}"):
         load_question_set(write(TASK, row))
-
-
-def test_a_missing_field_of_a_template_is_named_too(write):
-    message = r"line 1: template text can't be filled in: 'question' is undefined; the row's fields"
-    with pytest.raises(DataError, match=message):
-        load_question_set(write(TASK, {"options": ["a", "b"], "answer": 0}))
 
 
 def test_labels_must_fit_the_choices(write):
     text = TASK.replace("choices: options", "choices: options\nlabels: tags")
-    with pytest.raises(DataError, match="as many labels as choices, got 1 and 2"):
-        load_question_set(write(text, {**ROW, "tags": ["x"]}))
-    with pytest.raises(DataError, match="labels must differ, got x, x"):
-        load_question_set(write(text, {**ROW, "tags": ["x", "x"]}))
+    for tags, message in ((["x"], "as many labels as choices, got 1 and 2"), (["x"] * 2, "differ")):
+        with pytest.raises(DataError, match=message):
+            load_question_set(write(text, {**ROW, "tags": tags}))
 
 
-def test_a_broken_template_is_an_error(write):
-    with pytest.raises(DataError, match=r"quiz.yaml: template text is not valid Jinja"):
-        load_question_set(write(TASK.replace("{{ question }}", "{{ question")))
-
-
-def test_a_split_that_is_not_there_is_an_error(write):
-    with pytest.raises(DataError, match=r"no split 'tset' there; did you mean 'test'\?"):
-        load_question_set(write(), split="tset")
-
-
-def test_a_file_that_is_not_there_is_an_error(write, tmp_path):
+def test_what_a_task_lacks_is_an_error(write, tmp_path):
     path = write()
+    with pytest.raises(ConfigError, match=r"quiz.yaml: template must have one for scoring label"):
+        load_question_set(path, "label")
+    with pytest.raises(DataError, match=r"no split 'tset' there; did you mean 'test'\?"):
+        load_question_set(path, split="tset")
     (tmp_path / "rows" / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"test.jsonl: no such file"):
         load_question_set(path)
-
-
-def test_a_task_without_data_needs_a_path(write, tmp_path):
-    path = write(TASK.replace("data:", "#"))
+    with pytest.raises(DataError, match=r"quiz.yaml: template text is not valid Jinja"):
+        load_question_set(write(TASK.replace("{{ question }}", "{{ question")))
     with pytest.raises(DataError, match="quiz has no data of its own; give its path"):
-        load_question_set(path)
+        load_question_set(write(TASK.replace("data:", "#")))
     assert len(load_question_set(path, path=tmp_path / "rows").questions) == 1
-
-
-def test_a_job_can_learn_from_a_task_and_be_measured_on_it(write, tiny_tokenizer):
-    config = DataConfig.model_validate({"task": write(TASK, ROW, {**ROW, "question": "?"})})
-    training = load_training_set(config, tiny_tokenizer, max_length=64, seed=0)
-    assert len(training.examples) == 2
-    assert training.report[0].startswith("quiz (text): 2 rows")
-    (evaluation,) = JobConfig.model_validate(
-        {
-            "name": "a",
-            "adapter": {"method": "lora"},
-            "data": {"task": write()},
-            "train": {"learning_rate": 1e-3, "batch_size": 1, "max_steps": 1},
-            "eval": [{"task": write(), "split": "test"}],
-        }
-    ).eval
-    asked = load_question_set(
-        evaluation.task, evaluation.scoring, evaluation.split, evaluation.path
-    ).questions
-    assert asked[0].continuations == (" one", " three")
-
-
-def test_an_unsafe_name_is_an_error(tmp_path):
     (tmp_path / "my quiz.yaml").write_text(TASK)
     with pytest.raises(ConfigError, match=r"my quiz.yaml: name must be a safe file name"):
         load_question_set(str(tmp_path / "my quiz.yaml"))
 
 
-def test_questions_come_with_where_they_are_from(write, tmp_path):
-    path = write()
-    found = load_question_set(path)
-    assert (found.task, found.split, found.scoring) == ("quiz", "test", "text")
-    assert found.source == {
-        "file": str(tmp_path / "rows" / "test.jsonl"),
-        "sha256": sha256(tmp_path / "rows" / "test.jsonl"),
-        "task_file": path,
-        "task_file_sha256": sha256(Path(path)),
-    }
-    assert load_question_set("skills", limit=1).source == {"generated": "by loraloom"}
-
-
-def test_what_is_asked_has_a_hash(write):
-    asked = load_question_set(write()).questions
-    assert questions_digest(asked) == questions_digest(load_question_set(write()).questions)
-    assert questions_digest(asked) != questions_digest([replace(asked[0], gold=0)])
+def test_a_job_can_learn_from_a_task(write, tiny_tokenizer):
+    config = DataConfig.model_validate({"task": write(TASK, ROW, {**ROW, "question": "?"})})
+    training = load_training_set(config, tiny_tokenizer, max_length=64, seed=0)
+    assert len(training.examples) == 2
+    assert training.report[0].startswith("quiz (text): 2 rows")
 
 
 def test_a_file_is_hashed_where_the_users_home_leads(tmp_path, monkeypatch):

@@ -193,7 +193,6 @@ def test_boolq_reads_superglues_labels_and_csv_words(answer, gold):
         ("piqa", {"label": -1}),
         ("boolq", {"answer": -1}),
         ("social_i_qa", {"label": "0"}),
-        ("hellaswag", {"label": "4"}),
         ("hellaswag", {"label": ""}),
         ("winogrande", {"answer": ""}),
         ("skills", {"answer": 2}),
@@ -214,20 +213,15 @@ def test_a_row_without_its_field_is_named(task):
         find_task(task).question(Row({"id": "x"}, "rows.jsonl, line 5"), 0, "label")
 
 
-def test_default_splits_are_test_for_arc_and_openbookqa_else_validation():
-    splits = {name: find_task(name).evaluation_split for name in TASK_NAMES}
+def test_built_in_tasks_have_their_names_default_splits_and_pinned_sources():
+    tasks = {name: find_task(name) for name in TASK_NAMES}
+    assert [task.name for task in tasks.values()] == list(TASK_NAMES)
+    splits = {name: task.config.evaluation_split for name, task in tasks.items()}
     with_test = {name for name, split in splits.items() if split == "test"}
     assert with_test == {"arc_easy", "arc_challenge", "openbookqa"}
     assert {*splits.values()} == {"test", "validation"}
-
-
-def test_every_hub_copy_is_pinned():
-    sources = [find_task(name).source for name in TASK_NAMES if name != "skills"]
+    sources = [task.source for name, task in tasks.items() if name != "skills"]
     assert all(isinstance(source, HubSource) and len(source.revision) == 40 for source in sources)
-
-
-def test_names_are_those_of_the_table():
-    assert [find_task(name).name for name in TASK_NAMES] == list(TASK_NAMES)
 
 
 def test_an_unknown_task_lists_the_tasks_and_the_nearest():
@@ -249,7 +243,6 @@ def test_an_unknown_task_lists_the_tasks_and_the_nearest():
 def test_real_data_has_its_published_number_of_questions(shared_dir, task, split, count):
     for scoring in ("label", "text"):
         asked = load_question_set(task, scoring, split=split, path=shared_dir / "data").questions
-        assert len(asked) == count
         assert [question.index for question in asked] == list(range(count))
         assert all(0 <= question.gold < len(question.labels) for question in asked)
 
@@ -259,11 +252,8 @@ def test_arc_keeps_numbered_labels(shared_dir):
     numbered = [question for question in asked if question.labels[0] == "1"]
     assert numbered
     assert all("(1) " in question.contexts[0] for question in numbered)
-
-
-def test_limit_takes_the_first_questions(shared_dir):
-    asked = load_question_set("arc_easy", "text", path=shared_dir / "data", limit=3).questions
-    assert [question.index for question in asked] == [0, 1, 2]
+    limited = load_question_set("arc_easy", "label", path=shared_dir / "data", limit=3).questions
+    assert limited == asked[:3]
 
 
 def test_piqas_unlabelled_test_split_is_refused(shared_dir):

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from jinja2 import TemplateError
 
+from loraloom.config.data import DataConfig
 from loraloom.data import templates
-from loraloom.data.chat import load_chat_template
-from loraloom.data.messages import Conversation
+from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import Row
-from loraloom.data.templates import compile_template, load_template, read_instruction
+from loraloom.data.templates import (
+    Conversation,
+    compile_template,
+    instruction_columns,
+    load_chat_template,
+    load_template,
+    read_instruction,
+)
 from loraloom.errors import DataError
 
+ALPACA = Row({"instruction": "Add.", "input": "1 2", "output": "3"}, "f.jsonl, line 1")
+DOLLY = Row({"instruction": "Add.", "context": "", "response": "3", "category": "qa"}, "f, line 2")
+OTHER = Row({"task": "Add.", "given": None, "result": "3"}, "f, line 1")
 HOSTILE = {
     "{{ 1/0 }}": "division by zero",
     "{{ x.y.z }}": "'x' is undefined",
@@ -22,16 +34,66 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("source", "message"), HOSTILE.items())
-def test_a_hostile_template_is_one_clear_error(source, message):
-    row = Row({"instruction": "a", "output": "b"}, "a.jsonl, line 7")
-    columns = {"instruction": "instruction", "input": "input", "output": "output"}
+def read(row, template=None, mapping=None):
+    return read_instruction(row, instruction_columns(row, mapping), load_template(template))
+
+
+def test_alpacas_prompt_is_that_of_its_code():
+    assert read(ALPACA) == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n",
+        "3",
+    )
+    assert read(DOLLY, "alpaca") == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n",
+        "3",
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "mapping", "prompt"),
+    [
+        (ALPACA, "plain", None, "Add.\n1 2\n"),
+        (DOLLY, "plain", None, "Add.\n"),
+        (DOLLY, "[{{ category }}] {{ instruction }} ->", None, "[qa] Add. ->"),
+        (
+            OTHER,
+            "plain",
+            {"instruction": "task", "input": "given", "output": "result"},
+            "Add.\n",
+        ),
+        (Row({"instruction": "Add.", "output": "3"}, "f"), "plain", None, "Add.\n"),
+    ],
+)
+def test_a_template_sees_every_field_whatever_their_names(row, template, mapping, prompt):
+    assert read(row, template, mapping) == (prompt, "3")
+
+
+def test_a_template_may_come_from_a_file(tmp_path):
+    (tmp_path / "mine.jinja").write_text("Q: {{ instruction }}\nA:\n")
+    assert read(ALPACA, str(tmp_path / "mine.jinja"))[0] == "Q: Add.\nA:\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"instruction": "Add."}, "f.jsonl, line 9: the row has no field 'output'"),
+        ({"output": "3"}, "f.jsonl, line 9: the row has no field 'instruction'"),
+        ({"instruction": 1, "output": "3"}, "field 'instruction' must be a string, got 1"),
+        ({"instruction": "", "output": " \n"}, "line 9: field 'output' is empty"),
+    ],
+)
+def test_a_row_without_its_field_is_named(fields, message):
     with pytest.raises(DataError, match=message):
-        read_instruction(row, columns, compile_template(source, "the template"))
+        read(Row(fields, "f.jsonl, line 9"))
 
 
 @pytest.mark.parametrize(("source", "message"), HOSTILE.items())
-def test_a_hostile_chat_template_is_too(source, message, tiny_tokenizer):
+def test_a_hostile_template_is_one_clear_error(source, message, tiny_tokenizer):
+    with pytest.raises(DataError, match=message):
+        read(ALPACA, source)
     tiny_tokenizer.chat_template = source
     with pytest.raises((DataError, TemplateError), match=message.replace("'x' ", "")):
         load_chat_template(tiny_tokenizer).render(Conversation([{"role": "user", "content": "a"}]))
@@ -42,8 +104,67 @@ def test_a_text_is_changed_by_a_pattern():
     assert templates.render(template, {}) == "a - c"
 
 
-@pytest.mark.parametrize("template", ["x" * 5000, "~nosuchuser/t", "a\0b", "nowhere.jinja"])
-def test_what_is_neither_a_template_nor_a_file_is_told_shortly(template):
-    with pytest.raises(DataError, match="template must be alpaca, plain, a Jinja") as raised:
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("alpacca", r"did you mean 'alpaca'\? template must be alpaca, plain"),
+        ("{{ instruction ", "is not valid Jinja"),
+        ("x" * 5000, "template must be alpaca, plain, a Jinja"),
+        ("~nosuchuser/t", "template must be alpaca, plain, a Jinja"),
+        ("a\0b", "template must be alpaca, plain, a Jinja"),
+    ],
+)
+def test_what_is_neither_a_template_nor_a_file_is_a_short_error(template, message):
+    with pytest.raises(DataError, match=message) as raised:
         load_template(template)
     assert len(str(raised.value)) < 400
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+SYSTEM = [{"role": "system", "content": "Be kind."}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "expected"),
+    [
+        ({"format": "instruction"}, [], {"format": "instruction", "template": "alpaca"}),
+        (
+            {"format": "instruction", "template": "Q: {{ instruction }}"},
+            [],
+            {"format": "instruction", "template": "Q: {{ instruction }}"},
+        ),
+        ({"format": "text"}, [], {"format": "text"}),
+        ({"format": "chat"}, [{"messages": SYSTEM + CHAT}] * 2, {"system": "Be kind."}),
+        ({"format": "chat"}, [{"messages": CHAT}, {"messages": SYSTEM + CHAT}], {}),
+        (
+            {"format": "chat", "chat_template": "{{ messages }}"},
+            [{"messages": CHAT}],
+            {"chat_template": "{{ messages }}"},
+        ),
+        (
+            {"format": "preference"},
+            [{"prompt": "Hi", "chosen": "a", "rejected": "b"}],
+            {"format": "preference"},
+        ),
+        (
+            {"format": "preference"},
+            [{"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}],
+            {"system": "Be kind."},
+        ),
+    ],
+)
+def test_the_form_of_prompts_is_that_of_the_data(
+    tmp_path, tiny_tokenizer, settings, rows, expected
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = DataConfig.model_validate({"dataset": str(path), **settings})
+    form = prompt_form(data, tiny_tokenizer)
+    assert form.model_dump(exclude_none=True) == {"format": "chat", **expected}
+    mix = DataConfig.model_validate({"mix": [data.sources[0], {"task": "boolq"}]})
+    assert prompt_form(mix, tiny_tokenizer) == form
+
+
+def test_prompts_of_tasks_are_read_as_they_are(tiny_tokenizer):
+    form = prompt_form(DataConfig.model_validate({"task": "boolq"}), tiny_tokenizer)
+    assert (form.format, form.is_text) == ("task", True)

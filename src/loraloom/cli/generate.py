@@ -12,11 +12,10 @@ from pydantic import Field
 
 from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
 from loraloom.cli.options import BASE, HostOptions, LocalPath, Text, tell_unknown_prompts
-from loraloom.data.chat import template_text
+from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
-from loraloom.data.messages import read_messages, read_tools
 from loraloom.data.sources import Row, read_rows
-from loraloom.data.templates import template_source
+from loraloom.data.templates import template_source, template_text
 from loraloom.errors import ConfigError, shown
 from loraloom.eval.cache import describe_adapters
 from loraloom.generation.generate import complete_in_order

@@ -188,7 +188,7 @@ def _serve_embedded(
     given: Any, adapters: Mapping[str, str], is_local: bool, keys: list[str], admin_keys: list[str]
 ) -> None:
     """Serve with our own engine; `given` are the options."""
-    from loraloom.data.chat import load_chat_template
+    from loraloom.data.templates import load_chat_template
     from loraloom.generation.engine import Engine
     from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
     from loraloom.generation.scheduler import EngineLimits

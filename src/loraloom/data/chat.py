@@ -1,144 +1,172 @@
-"""Conversations in a chat template; what the assistant says is learnt, as it would be generated.
+"""Conversations, as data sets have them and as a model learns them.
 
-A model is asked for an answer with all turns before it, and the template's beginning of one. Each
-answer is learnt after just that text. A template may write an answer differently once more turns
-follow (reasoning is left out, say): such a conversation is learnt in several texts, each with the
-answers that would be generated as they are written there.
+{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
+
+What the assistant says is learnt as it would be generated. A model is asked for an answer with all
+turns before it, and the template's beginning of one; each answer is learnt after just that text. A
+template may write an answer differently once more turns follow (reasoning is left out, say): such a
+conversation is learnt in several texts, each with the answers that would be generated as they are
+written there.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from datetime import date
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
-from loraloom.data.messages import Conversation
+from loraloom.config.fields import did_you_mean
+from loraloom.config.text import parse_json
 from loraloom.data.sources import Row
-from loraloom.data.templates import read_template, template_errors
+from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
-TRAINING_DAY = date(2024, 7, 26)
-"""Today, for templates in training, as in Llama 3.2's by default: the same rows are the same tokens
-tomorrow, and the same ones are held out."""
-
-TRL = "trl"
-"""In place of a template: the one that trl has for training with the tokenizer's."""
-
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Marked = tuple[str, list[tuple[int, int]]]
-"""A text, and where in it the answers begin and end, in characters."""
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_KEYS = ("role", "content", "name")
+_KEYS = {
+    **dict.fromkeys(("system", "developer", "user"), _TEXT_KEYS),
+    "assistant": (*_TEXT_KEYS, "tool_calls", *_REASONING),
+    "tool": (*_TEXT_KEYS, "tool_call_id"),
+}
+"""Roles, and what a message of each may have."""
+
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "function_call"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
 
 
-class ChatTemplate:
-    """A tokenizer's chat template, or a text in its place. It renders as `apply_chat_template`."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, source: str | None = None, day: date | None = None
-    ):
-        self._tokenizer, self._given = tokenizer, source
-        self._fields = {**tokenizer.special_tokens_map, "documents": None}
-        if day is not None:  # apply_chat_template takes plain data alone, and so no other clock
-            self._fields["strftime_now"] = day.strftime
-        self._compile(None)
-
-    def source(self, tools: list[dict[str, Any]] | None = None) -> str:
-        """The template's text; a tokenizer may have another one for tools."""
-        try:
-            return self._tokenizer.get_chat_template(self._given, tools)
-        except ValueError as error:
-            raise DataError(
-                "the tokenizer must have a chat template for messages, and one by default; give "
-                "one as chat_template, or write the conversations out as texts"
-            ) from error
-
-    def marks_answers(self, conversation: Conversation) -> bool:
-        """Whether the template marks the assistant's part itself, by `{% generation %}`."""
-        return bool(_GENERATION_TAG.search(self.source(conversation.tools)))
-
-    def render(self, conversation: Conversation, *, for_answer: bool = False) -> str:
-        """The text of a conversation; `for_answer` ends it where the model's answer begins."""
-        return self.render_with_marks(conversation, for_answer=for_answer)[0]
-
-    def render_with_marks(self, conversation: Conversation, *, for_answer: bool = False) -> Marked:
-        """The text of a conversation, and where the template marks the assistant's parts in it."""
-        template = self._compile(conversation.tools)
-        blocks: list[str] = []
-        marks: list[tuple[int, int]] = []
-        fields = {
-            **self._fields,
-            "messages": [
-                # gpt-oss's template calls the reasoning `thinking`
-                {"thinking": message["reasoning_content"], **message}
-                if "reasoning_content" in message
-                else message
-                for message in conversation.messages
-            ],
-            "tools": conversation.tools,
-            "add_generation_prompt": for_answer,
-        }
-        with template_errors(), template.environment.activate_tracker(blocks, marks):
-            for block in template.generate(fields):
-                blocks.append(block)
-            text = "".join(blocks)
-            text.encode()  # half of a surrogate pair, which no tokenizer reads, fails here
-        return text, marks
-
-    def closing(self) -> str:
-        """The end-of-text token, if the template puts it after a conversation that only asks."""
-        end = str(self._fields.get("eos_token", ""))
-        try:
-            question = self.render(Conversation([{"role": "user", "content": "?"}]))
-        except TemplateError:
-            return ""
-        return end if question.endswith(end) else ""
-
-    def _compile(self, tools: list[dict[str, Any]] | None) -> Any:
-        source = self.source(tools)
-        try:
-            with template_errors():  # transformers keeps compiled ones
-                return chat_template_utils._compile_jinja_template(source)
-        except TemplateError as error:
-            raise DataError(f"the chat template is not valid Jinja: {error}; mend it") from error
+def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
+    names, usual = columns or {}, ("messages", "conversations", "conversation")
+    found = next((name for name in usual if row.get(name) is not None), usual[0])
+    messages = read_messages(row, names.get("messages", found))
+    instructions = names.get("system", "system")
+    if row.get(instructions):
+        text = row.text(instructions)
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": text})
+        elif messages[0]["content"] != text:
+            row.reject(f"a system message must be in field {instructions!r} or in the messages")
+    return Conversation(messages, read_tools(row, names.get("tools", "tools")))
 
 
-def load_chat_template(
-    tokenizer: PreTrainedTokenizerBase, given: str | None = None, day: date | None = None
-) -> ChatTemplate:
-    """The chat template of a tokenizer, or one in its place; see `given_source`."""
-    source = None if given is None else given_source(tokenizer, given)
-    return ChatTemplate(tokenizer, source, day)
+def read_messages(row: Row, field: str) -> list[Message]:
+    """The turns of a conversation, each an object with `role` and `content`, or ShareGPT's."""
+    turns = row[field]
+    if not isinstance(turns, list) or not turns:
+        got = type(turns).__name__
+        row.reject(f"field {field!r} must be a list of messages, got {got}; set fields.messages")
+    return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
-def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
-    """The text of a template that is given as such, as a file, or as `trl`."""
-    if given != TRL:
-        return template_text(given)
-    own = ChatTemplate(tokenizer).source()
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-
-        return get_training_chat_template(tokenizer) or own
-    except ImportError as error:
-        raise DataError(
-            f"chat_template {TRL} needs trl's templates: pip install trl ({error})"
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"trl has no training template for this tokenizer; give chat_template another one "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+def read_tools(row: Row, field: str) -> list[dict[str, Any]] | None:
+    """The tools of a row, a list of JSON schemas or the text of one; None if there are none."""
+    tools = _parse(row, f"field {field!r}", row.get(field))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(map(_tool_name, tools)):
+        row.reject(f"field {field!r} must be a list of functions with a name each")
+    return _without_nulls(tools)
 
 
-def template_text(given: str) -> str:
-    """The text of a template that is given as such or as a file; `trl` as it is."""
-    return given if given == TRL else read_template(given, "chat_template", (TRL,))
+def _read_message(row: Row, number: int, turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        row.reject(f"message {number} must be an object, got {type(turn).__name__}")
+    # tables put a null where an object lacks a key of others
+    given = {key: value for key, value in turn.items() if value is not None}
+    message = Row(given, f"{row.origin}, message {number}")
+    if "from" in message:
+        message = _from_sharegpt(message)
+    role = message.text("role")
+    if role not in _KEYS:
+        hint = did_you_mean(role, _KEYS)
+        message.reject(f"role must be one of {', '.join(_KEYS)}, got {shown(role)}{hint}")
+    _check_keys(message, _KEYS[role], f"a message of role {role!r}")
+    texts = ("role", "name", "tool_call_id")
+    read: Message = {key: message.text(key) for key in texts if key in message}
+    if message.get("tool_calls"):
+        read["tool_calls"] = _read_calls(message)
+    if reasoning := next((message.text(key) for key in _REASONING if message.get(key)), ""):
+        read["reasoning_content"] = reasoning
+    says_more = "tool_calls" in read or "reasoning_content" in read
+    read["content"] = "" if says_more and "content" not in message else _read_content(message)
+    if role == "assistant" and not says_more and not read["content"].strip():
+        message.reject_empty("the assistant's turn is empty")
+    return read
+
+
+def _from_sharegpt(turn: Row) -> Row:
+    _check_keys(turn, ("from", "value"), "a turn with 'from'")
+    speaker = turn.text("from")
+    if speaker not in _SHAREGPT_ROLES:
+        turn.reject(f"'from' must be one of {', '.join(_SHAREGPT_ROLES)}, got {shown(speaker)}")
+    message = {"role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
+    if speaker == "function_call":
+        calls = _parse(turn, "field 'value'", turn["value"])
+        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return Row(message, turn.origin)
+
+
+def _read_content(message: Row) -> str:
+    content = message["content"]
+    if not isinstance(content, list):
+        return message.text("content")
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        message.reject("field 'content' must be a text or a list of texts, got other parts")
+    return "".join(texts)
+
+
+def _read_calls(message: Row) -> list[dict[str, Any]]:
+    """Calls in the form that templates read: the arguments an object, not its text."""
+    calls = message["tool_calls"]
+    if not isinstance(calls, list) or not all(map(_tool_name, calls)):
+        message.reject("field 'tool_calls' must be a list of calls of a function with a name")
+    read = []
+    for call in calls:
+        function = call.get("function") or call
+        given = function.get("arguments") or {}
+        arguments = _parse(message, "arguments of a tool call", given)
+        if not isinstance(arguments, Mapping):
+            message.reject("the arguments of a tool call must be an object or the text of one")
+        identity = {"id": call["id"]} if call.get("id") else {}
+        called = {"name": function["name"], "arguments": dict(arguments)}
+        read.append({**identity, "type": "function", "function": called})
+    return read
+
+
+def _tool_name(tool: Any) -> str | None:
+    """The name of a tool or of a call, which may stand inside `function`."""
+    function = (tool.get("function") or tool) if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _check_keys(message: Row, known: tuple[str, ...], what: str) -> None:
+    unknown = next((key for key in message if key not in known), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, known) or f"; it may have {', '.join(known)}"
+        message.reject(f"{what} has the unknown key {shown(unknown)}{hint}")
+
+
+def _parse(row: Row, what: str, value: Any) -> Any:
+    is_text = isinstance(value, str) and value.strip()
+    return parse_json(value, f"{row.origin}, {what}", DataError) if is_text else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def learn_answers(
@@ -156,16 +184,17 @@ def learn_answers(
     roles = [message["role"] for message in conversation.messages]
     places = [place for place, role in enumerate(roles) if role == "assistant" and place >= first]
     if not places:
-        row.reject(
-            "the conversation has no assistant's turn to learn from; add one, or remove the row"
-        )
+        row.reject("the conversation has no assistant's turn to learn from; add one")
     if places[0] == 0:
-        row.reject(
-            "a conversation must not begin with the assistant's turn; put a user's before it"
-        )
+        row.reject("a conversation must not begin with the assistant's turn; put a user's first")
     try:
-        _check_written(template, row, conversation, places)
-        if template.marks_answers(conversation):
+        for what, one, other in _omissions(conversation, first):
+            if _renders_alike(template, one, other):
+                row.reject(
+                    f"the chat template leaves out {what}; give chat_template one that writes it, "
+                    "or leave it out of the data"
+                )
+        if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation, first)]
         else:
             texts = _answered_texts(template, row, conversation, places)
@@ -181,7 +210,7 @@ def _marked_text(
     template: ChatTemplate, row: Row, conversation: Conversation, first: int
 ) -> Marked:
     text, marks = template.render_with_marks(conversation)
-    start = count_shared(text, template.render(_until(conversation, first))) if first else 0
+    start = count_shared(text, template.render(conversation.until(first))) if first else 0
     spans = [(begin, end) for begin, end in marks if begin >= start]
     if not any(end > begin for begin, end in spans):
         row.reject(
@@ -216,8 +245,8 @@ def _read_answer(
     template: ChatTemplate, row: Row, conversation: Conversation, place: int
 ) -> tuple[str, str]:
     """The text that asks for an assistant's turn, and the text with the turn at its end."""
-    asked = template.render(_until(conversation, place), for_answer=True)
-    answered = template.render(_until(conversation, place + 1))
+    asked = template.render(conversation.until(place), for_answer=True)
+    answered = template.render(conversation.until(place + 1))
     if not answered.startswith(asked):
         shared = count_shared(asked, answered)
         row.reject(
@@ -248,55 +277,34 @@ def _learn_spans(
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 
-def _check_written(
-    template: ChatTemplate, row: Row, conversation: Conversation, places: Sequence[int]
-) -> None:
-    """Refuse what the template would leave out without a word."""
-    for what, one, other in _omissions(conversation, places):
-        try:
-            is_left_out = template.render(one) == template.render(other)
-        except TemplateError:
-            continue
-        if is_left_out:
-            row.reject(
-                f"the chat template leaves out {what}; give chat_template one that writes it, or "
-                "leave it out of the data"
-            )
-
-
 def _omissions(
-    conversation: Conversation, places: Sequence[int]
+    conversation: Conversation, first: int
 ) -> Iterator[tuple[str, Conversation, Conversation]]:
     """What a template may leave out, a conversation with it and one without."""
     if conversation.tools:
         yield "the tools", conversation, conversation._replace(tools=None)
     for place, message in enumerate(conversation.messages):
         name, content = f"of message {place + 1}", message["content"]
-        # templates leave out earlier turns' reasoning, and what is said beside calls, on purpose
-        last = _until(conversation, place + 1)
+        is_answer = message["role"] == "assistant"
+        # of earlier answers, templates leave out reasoning and what is beside calls on purpose
+        within = conversation.until(place + 1) if is_answer else conversation
+        other = within.changed(place, content=f"{content}?")
         if "tool_calls" in message:
-            yield f"the tool_calls {name}", *_changed(conversation, place, tool_calls=[])
+            yield f"the tool_calls {name}", conversation, conversation.changed(place, tool_calls=[])
             if content.strip():
-                changed = _changed(last, place, content=f"{content}?")
-                yield f"the content {name}, beside its tool_calls", *changed
+                yield f"the content {name}, beside its tool_calls", within, other
         elif message["role"] not in ("user", "assistant"):
-            changed = _changed(conversation, place, content=f"{content}?")
-            yield f"the content {name}, of role {message['role']!r}", *changed
-        if place in places and "reasoning_content" in message:
-            yield f"the reasoning {name}", *_changed(last, place, reasoning_content="")
-        elif place in places and "</think>" in content:
-            said = content.rpartition("</think>")[2]
-            yield f"the reasoning {name}", *_changed(last, place, content=said)
+            yield f"the content {name}, of role {message['role']!r}", within, other
+        if is_answer and place >= first and "reasoning_content" in message:
+            other = within.changed(place, reasoning_content="")
+            yield f"the reasoning {name}", within, other
+        elif is_answer and place >= first and "</think>" in content:
+            other = within.changed(place, content=content.rpartition("</think>")[2])
+            yield f"the reasoning {name}", within, other
 
 
-def _until(conversation: Conversation, place: int) -> Conversation:
-    return conversation._replace(messages=conversation.messages[:place])
-
-
-def _changed(
-    conversation: Conversation, place: int, **fields: object
-) -> tuple[Conversation, Conversation]:
-    """A conversation, and the same with another message."""
-    messages = list(conversation.messages)
-    messages[place] = {**messages[place], **fields}
-    return conversation, conversation._replace(messages=messages)
+def _renders_alike(template: ChatTemplate, one: Conversation, other: Conversation) -> bool:
+    try:
+        return template.render(one) == template.render(other)
+    except TemplateError:
+        return False

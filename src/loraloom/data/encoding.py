@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -20,24 +20,17 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
-from loraloom.data.chat import (
-    TRAINING_DAY,
-    ChatTemplate,
-    given_source,
-    learn_answers,
-    load_chat_template,
-)
-from loraloom.data.messages import (
-    Conversation,
-    read_conversation,
-    read_messages,
-    read_tools,
-)
+from loraloom.config.data import FIELD_ROLES, PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
+from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
 from loraloom.data.sources import EmptyAnswerError, Row, RowStream, check_faults, find_location
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import (
+    TRAINING_DAY,
+    ChatTemplate,
+    Conversation,
+    given_source,
     instruction_columns,
+    load_chat_template,
     load_template,
     read_instruction,
     template_source,
@@ -54,7 +47,7 @@ from loraloom.data.tokens import (
     fit_pair,
     leading_tokens,
 )
-from loraloom.errors import DataError, shown
+from loraloom.errors import DataError
 
 MIN_ROWS = 5000
 """Rows from which on reading tokens is worth a file."""
@@ -79,10 +72,7 @@ class LoadedSource:
 
 @dataclass(frozen=True)
 class SourceEncoder:
-    """Reads and encodes the rows of a source; a task's as pairs of answers where these are learnt.
-
-    Rows that can't be used have their faults.
-    """
+    """Reads and encodes the rows of a source; a task's as pairs of answers if these are learnt."""
 
     config: SourceConfig
     tokenizer: PreTrainedTokenizerBase
@@ -105,7 +95,6 @@ class SourceEncoder:
         return source
 
     def check(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
-        """Refuse rows that can't be used, unless they are empty and may be left out."""
         faults = [
             (row.origin, one.fault)
             for row, one in zip(rows, encoded, strict=True)
@@ -136,65 +125,49 @@ class SourceEncoder:
         return rows, LoadedSource(config.dataset or "", encoded)
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
-        """Find the rows of a data set."""
         split = self.config.split or split
         found = find_location(self.config.dataset or "", split, self.config.config)
         return RowStream(found, split, streaming=streaming)
 
     def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
         """Encode rows of a data set; the first shows which columns there are."""
-        config = self.config
-        self._check_columns(first)
-        names = {role: role for role in ("text", "prompt", "chosen", "rejected")}
-        names |= config.fields or {}
-        both = (names["chosen"], names["rejected"])
-        encode: Any = lambda _, items, __: items  # noqa: E731
+        config, columns = self.config, self._columns(first)
         match config.format:
-            case "chat":
-                template = load_chat_template(self.tokenizer, config.chat_template, TRAINING_DAY)
-                read: Callable[[Row], Any] = partial(self._read_chat, template)
-            case "preference" if isinstance(first[both[0]], str):
-                encode = encode_completion_pairs
-
-                def read(row: Row) -> Any:
-                    return tuple((row.text(names["prompt"]), row.answer(name)) for name in both)
-
-            case "preference":
-                template = load_chat_template(self.tokenizer, config.chat_template, TRAINING_DAY)
-                read = partial(self._read_chats, template, names["prompt"], both)
             case "text":
-                read, encode = lambda row: row.answer(names["text"]), encode_documents
-            case _:
-                columns = instruction_columns(first, config.fields)
+                read, encode = lambda row: row.answer(columns["text"]), encode_documents
+            case "instruction":
                 template = load_template(config.template)
                 read = partial(read_instruction, columns=columns, template=template)
                 encode = encode_completions
+            case "preference" if isinstance(first[columns["chosen"]], str):
+                read, encode = partial(_read_texts, columns), encode_completion_pairs
+            case _:
+                template = load_chat_template(self.tokenizer, config.chat_template, TRAINING_DAY)
+                pairs = config.format == "preference"
+                read = partial(self._read_chats if pairs else self._read_chat, template, columns)
+                return _encode_each(rows, read, list)
         return _encode_each(
             rows, read, lambda items: encode(self.tokenizer, items, self.max_length)
         )
 
-    def _check_columns(self, first: Row) -> None:
-        """Refuse a data set whose first row lacks a column that its format or `fields` names."""
-        given, needed = dict(self.config.fields or {}), {}
-        match self.config.format:
-            case "instruction":
-                needed = instruction_columns(first, given)
-                if "input" not in given:
-                    del needed["input"]
-            case "text":
-                needed = {"text": "text"}
-            case "preference":
-                needed = {"chosen": "chosen"}
-        for role, column in {**needed, **given}.items():
-            if column not in first and not first.fault:
+    def _columns(self, first: Row) -> dict[str, str]:
+        """Name the column of each role; one that is needed or set must be in the first row."""
+        data_format, given = self.config.format or "text", self.config.fields or {}
+        columns = {role: given.get(role, role) for role in FIELD_ROLES[data_format]}
+        if data_format == "instruction":
+            columns = instruction_columns(first, given)
+        needed = {"instruction", "output", "text", "chosen", *given}
+        for role, column in columns.items():
+            if role in needed and column not in first and not first.fault:
                 first.reject(
-                    f"the row has no field {column!r}, the {role} of format {self.config.format}; "
-                    f"name its column with fields: {{{role}: COLUMN}}, the row's are "
-                    f"{shown(list(first)).strip('[]') or 'none'}"
+                    f"the row has no field {column!r}, the {role} of format {data_format}; name "
+                    f"its column with fields: {{{role}: COLUMN}}, the row's are {', '.join(first)}"
                 )
+        return columns
 
-    def _read_chat(self, template: ChatTemplate, row: Row) -> EncodedRow:
-        """A conversation with a loss on what the assistant says."""
+    def _read_chat(
+        self, template: ChatTemplate, columns: Mapping[str, str], row: Row
+    ) -> EncodedRow:
         conversation = read_conversation(row, self.config.fields)
         texts = learn_answers(self.tokenizer, template, row, conversation)
         fitted = [fit(text, self._start, self.max_length) for text in texts]
@@ -203,17 +176,14 @@ class SourceEncoder:
         return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
 
     def _read_chats(
-        self, template: ChatTemplate, prompt: str, names: Sequence[str], row: Row
+        self, template: ChatTemplate, columns: Mapping[str, str], row: Row
     ) -> EncodedRow:
-        """Two answers that follow the prompt's messages.
-
-        Without such messages both are conversations, and their common beginning is the prompt.
-        """
-        both = [read_messages(row, name) for name in names]
+        """Two answers after the prompt's messages, or after the common beginning of both."""
+        both = [read_messages(row, columns[role]) for role in ("chosen", "rejected")]
         first = count_shared(*both)
-        if isinstance(row.get(prompt), list):
-            before = read_messages(row, prompt)
-            first, both = len(before), [[*before, *one] for one in both]
+        if isinstance(row.get(columns["prompt"]), list):
+            prompt = read_messages(row, columns["prompt"])
+            first, both = len(prompt), [[*prompt, *one] for one in both]
         tools, learnt = read_tools(row, "tools"), []
         for one in both:
             texts = learn_answers(self.tokenizer, template, row, Conversation(one, tools), first)
@@ -227,7 +197,7 @@ class SourceEncoder:
 
     def _encode_task(self, rows: list[Row]) -> LoadedSource:
         task = find_task(self.config.task or "")
-        scoring = self.config.scoring or task.scoring
+        scoring = self.config.scoring or task.config.scoring
         places = {id(row): place for place, row in enumerate(rows)}
         encoder: Any = encode_completion_pairs if self.as_pairs else encode_completions
 
@@ -242,6 +212,11 @@ class SourceEncoder:
         settings = [self.as_pairs, self.max_length]
         once = partial(_encode_once, encode=encode, tokenizer=self.tokenizer, settings=settings)
         return LoadedSource(f"{task.name} ({scoring})", _encode_each(rows, read, once))
+
+
+def _read_texts(columns: Mapping[str, str], row: Row) -> tuple[tuple[str, str], tuple[str, str]]:
+    prompt = row.text(columns["prompt"])
+    return (prompt, row.answer(columns["chosen"])), (prompt, row.answer(columns["rejected"]))
 
 
 def _encode_each(
@@ -273,11 +248,8 @@ def _encode_once(
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Any],
 ) -> list[EncodedRow]:
-    """Encode rows, or read what came of them when they were encoded before.
-
-    Few rows are encoded each time, and so are those of a tokenizer that can't be written as text,
-    or where the cache has no such file and can't be written to.
-    """
+    """Encode rows, or read what came of them when they were encoded before."""
+    # a slow tokenizer can't be written as text, which would name an entry
     if len(items) < MIN_ROWS or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return encode(items)
     from datasets import Dataset, config
@@ -308,14 +280,12 @@ def _as_record(row: EncodedRow) -> dict[str, str]:
 
 def _from_record(text: str) -> EncodedRow:
     pieces, *rest = json.loads(text)
-    # labels are the objects of the ids, as two of each number would double what a data set takes
-    examples = [
-        Example(
-            tuple(ids),
-            tuple(i if learnt else NO_LOSS for i, learnt in zip(ids, marks, strict=True)),
-        )
-        for ids, marks in pieces
-    ]
+    examples = []
+    for ids, is_learnt in pieces:
+        # the same objects as ids, as two of each number would double what a data set takes
+        marked = zip(ids, is_learnt, strict=True)
+        labels = tuple(token if learnt else NO_LOSS for token, learnt in marked)
+        examples.append(Example(tuple(ids), labels))
     return EncodedRow(tuple(examples), *rest)
 
 
@@ -353,10 +323,7 @@ def given_form(
 
 
 def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
-    """How a job's data writes prompts; of a mix, how its first source does.
-
-    The system message is kept where the first rows (100) all have the same one.
-    """
+    """How a job's data writes prompts; of a mix, its first source, as its first rows show."""
     source = data.sources[0]
     match source.format:
         case None:

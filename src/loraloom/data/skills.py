@@ -46,10 +46,7 @@ Arrange = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 class Skill(NamedTuple):
-    """Facts in groups, and the questions that a fact gives in a land.
-
-    A fact is held out as a whole, with all of its questions.
-    """
+    """Facts in groups, and the questions that a fact gives in a land and is held out with."""
 
     name: str
     home: str
@@ -160,7 +157,6 @@ def generate_skills(
 
 
 def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[str, Any]]:
-    """The rows of a rule at its home or in a land."""
     topic = skill.name if land is None else f"{skill.name} in {land}"
     most = (QUESTIONS_PER_SKILL if land is None else QUESTIONS_IN_A_LAND)[split]
     arrange: Arrange = tuple if land is None else lambda answers: _shuffled(topic, tuple(answers))

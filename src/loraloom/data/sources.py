@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, time
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,18 +48,15 @@ class Row(dict[str, Any]):
         self.origin, self.fault = origin, fault
 
     def __missing__(self, name: str) -> NoReturn:
-        if self.fault:
-            self.reject(self.fault)
         fields = _listed(list(map(shown, self))) or "none"
-        self.reject(f"the row has no field {name!r}; its fields are {fields}")
+        self.reject(self.fault or f"the row has no field {name!r}; its fields are {fields}")
 
     def reject(self, reason: str) -> NoReturn:
         raise DataError(f"{self.origin}: {reason}")
 
     def reject_empty(self, reason: str) -> NoReturn:
-        raise EmptyAnswerError(
-            f"{self.origin}: {reason}; fill it in, remove the row, or set on_empty: skip"
-        )
+        advice = "fill it in, remove the row, or set on_empty: skip"
+        raise EmptyAnswerError(f"{self.origin}: {reason}; {advice}")
 
     def text(self, name: str) -> str:
         value = self[name]
@@ -75,7 +72,6 @@ class Row(dict[str, Any]):
         return text
 
     def integer(self, name: str) -> int:
-        """The field as an integer; a string of digits will do."""
         value = self[name]
         if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
             return int(value)
@@ -91,16 +87,15 @@ def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
     places: dict[str, list[str]] = {}
     for origin, fault in faults:
         places.setdefault(fault, []).append(origin.rpartition(", ")[2])
-    lines = []
-    for fault, rows in places.items():
+    source = faults[0][0].rpartition(", ")[0]
+    lines = [f"{source}: {len(faults)} of {num_rows} rows can't be used:"]
+    for fault, rows in list(places.items())[:_MAX_NAMES]:
         word = rows[0].partition(" ")[0]  # line or row
         numbers = _listed([row.removeprefix(f"{word} ") for row in rows])
         lines.append(f"  {word}{'s' if len(rows) > 1 else ''} {numbers}: {fault}")
-    if len(lines) > _MAX_NAMES:
-        lines[_MAX_NAMES:] = [f"  and {len(lines) - _MAX_NAMES} other faults"]
-    source = faults[0][0].rpartition(", ")[0]
-    head = f"{source}: {len(faults)} of {num_rows} rows can't be used:"
-    raise DataError("\n".join([head, *lines]))
+    if len(places) > _MAX_NAMES:
+        lines.append(f"  and {len(places) - _MAX_NAMES} other faults")
+    raise DataError("\n".join(lines))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -109,36 +104,26 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
-    """Read a file's rows one after the other; whether it is there is checked at once.
-
-    A row that can't be read has its fault; a file that is damaged is an error where that shows.
-    """
+    """Read a file's rows one after the other; whether it is there is checked at once."""
     path = local_path(path, "a data file", DataError)
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: the directory {path.parent} does not exist")
     if not path.is_file():
-        raise DataError(f"{path}: no such file or directory; {_neighbors(path)}")
+        names = sorted(entry.name for entry in path.parent.iterdir())
+        hint = f"{suggestion(path.name, names)}{path.parent} has {_listed(names) or 'nothing'}"
+        raise DataError(f"{path}: no such file or directory; {hint}")
     if not is_data_file(path):
         kinds = ", ".join(_READERS)
-        raise DataError(
-            f"{path}: a data file must end in one of {kinds} (.gz may follow), got {path.name!r}"
-        )
+        raise DataError(f"{path}: a data file must end in one of {kinds} (.gz may follow)")
     return islice(_rows_of(path), start, None)
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether the name is that of a file that can be read."""
     return _suffix(path) in _READERS
 
 
 def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _neighbors(path: Path) -> str:
-    """What there is next to a missing file."""
-    if not path.parent.is_dir():
-        return f"the directory {path.parent} does not exist either"
-    names = sorted(entry.name for entry in path.parent.iterdir())
-    return f"{suggestion(path.name, names)}{path.parent} has {_listed(names) or 'nothing'}"
 
 
 def _rows_of(path: Path) -> Iterator[Row]:
@@ -147,10 +132,8 @@ def _rows_of(path: Path) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:  # of the disk, of gzip, of pyarrow: some dozen unrelated types
-        raise DataError(
-            f"{path}: the file can't be read: {error}; is it whole, in UTF-8, and of the kind that "
-            "its name says?"
-        ) from error
+        advice = "is it whole, in UTF-8, and of the kind that its name says?"
+        raise DataError(f"{path}: the file can't be read: {error}; {advice}") from error
 
 
 def _open(path: Path, mode: str = "rt", newline: str | None = None) -> Any:
@@ -158,24 +141,22 @@ def _open(path: Path, mode: str = "rt", newline: str | None = None) -> Any:
     return opener(path, mode, encoding="utf-8-sig" if mode == "rt" else None, newline=newline)
 
 
+def _row(value: Any, origin: str) -> Row:
+    is_object = isinstance(value, dict)
+    fault = "" if is_object else f"a row must be a JSON object, got {type(value).__name__}"
+    return Row(value if is_object else {}, origin, fault)
+
+
 def _read_json_lines(path: Path) -> Iterator[Row]:
     with _open(path, newline="\n") as file:  # JSON's texts may hold other line breaks
         for number, line in enumerate(file, start=1):
+            origin = f"{path}, line {number}"
             if line.strip():
-                yield _parse_line(line.removesuffix("\n"), f"{path}, line {number}")
-
-
-def _parse_line(line: str, origin: str) -> Row:
-    try:
-        return _json_row(parse_json(line, "the row", DataError), origin)
-    except DataError as error:
-        return Row({}, origin, str(error).replace(", line 1", "", 1))
-
-
-def _json_row(value: Any, origin: str) -> Row:
-    if isinstance(value, dict):
-        return Row(value, origin)
-    return Row({}, origin, f"a row must be a JSON object, got {type(value).__name__}")
+                try:
+                    row = _row(parse_json(line.removesuffix("\n"), "the row", DataError), origin)
+                except DataError as error:
+                    row = Row({}, origin, str(error).replace(", line 1", "", 1))
+                yield row
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -184,15 +165,12 @@ def _read_json(path: Path) -> Iterator[Row]:
         file.seek(0)
         text = file.read() if first.startswith("[") else ""
     if first == "{":  # no row of JSON lines
-        raise DataError(
-            f"{path}: a .json file must be a list of rows, or have a row a line, got one object "
-            "over several lines; write its list of rows alone"
-        )
+        raise DataError(f"{path}: a .json file must be a list of rows, or have a row a line")
     if not text:  # JSON lines under the wrong name, as often on the hub
         yield from _read_json_lines(path)
         return
     for number, value in enumerate(parse_json(text, str(path), DataError), start=1):
-        yield _json_row(value, f"{path}, row {number}")
+        yield _row(value, f"{path}, row {number}")
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -205,12 +183,12 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}, line 1: columns must have different names; rename one")
             for values in reader:
                 origin, line = f"{path}, line {line + 1}", reader.line_num
+                fields, fault = dict(zip(columns, values, strict=False)), ""
                 if len(values) > len(columns):
-                    fault = f"a row must have at most {len(columns)} columns as the first line has"
-                    advice = f"got {len(values)}; put texts with commas into quotes"
-                    yield Row({}, origin, f"{fault}, {advice}")
-                elif values:
-                    yield Row(dict(zip(columns, values, strict=False)), origin)
+                    fault = f"a row must have at most {len(columns)} columns, got {len(values)}"
+                    fault, fields = f"{fault}; put texts with commas into quotes", {}
+                if values:
+                    yield Row(fields, origin, fault)
         except csv.Error as error:
             place = f"{path}, line {reader.line_num}"
             raise DataError(f"{place}: not valid CSV: {error}; mend the quotes") from error
@@ -226,13 +204,12 @@ def _read_plain_text(path: Path) -> Iterator[Row]:
 def _read_parquet(path: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
-    numbers = count(1)
     with _open(path, "rb") as opened, parquet.ParquetFile(opened) as file:
-        for batch in file.iter_batches(1000):
-            for record in batch.to_pylist():
-                text = json.dumps(record, default=_as_text)
-                fields = json.loads(text, parse_constant=lambda _: None)  # NaN, pandas' nothing
-                yield Row(fields, f"{path}, row {next(numbers)}")
+        records = (record for batch in file.iter_batches(1000) for record in batch.to_pylist())
+        for number, record in enumerate(records, start=1):
+            text = json.dumps(record, default=_as_text)
+            fields = json.loads(text, parse_constant=lambda _: None)  # NaN, pandas' nothing
+            yield Row(fields, f"{path}, row {number}")
 
 
 def _as_text(value: Any) -> str:
@@ -260,7 +237,6 @@ class SplitFiles:
 
     @classmethod
     def of(cls, directory: Path) -> SplitFiles:
-        """Find the file of each split; of two, that with the first suffix of _READERS."""
         files = {
             file.name.removesuffix(ending): file
             for suffix in reversed(_READERS)
@@ -270,12 +246,11 @@ class SplitFiles:
         return cls(str(directory), files)
 
     def find(self, split: str) -> Path:
-        if split not in self.files:
-            raise DataError(
-                f"{self.name}: no split {split!r} there; {suggestion(split, self.files)}"
-                f"the splits are: {', '.join(sorted(self.files)) or f'none, {split}.jsonl say'}"
-            )
-        return self.files[split]
+        if split in self.files:
+            return self.files[split]
+        names = ", ".join(sorted(self.files)) or f"none, {split}.jsonl say"
+        hint = f"{suggestion(split, self.files)}the splits are: {names}"
+        raise DataError(f"{self.name}: no split {split!r} there; {hint}")
 
 
 @dataclass(frozen=True)
@@ -288,15 +263,13 @@ class HubSource:
 
 
 def find_location(location: str, split: str, config: str | None = None) -> Path | HubSource:
-    """Find the file that a split of a data set is in, or the data set on the hub."""
     path = local_path(location, "dataset", DataError)
     if path.is_dir():
         if config is not None:
             raise DataError(f"{path}: config is for data sets on the hub, and this is a directory")
         return SplitFiles.of(path).find(split)
-    if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
-        return path
-    return HubSource(location, config)
+    is_path = path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location)
+    return path if is_path else HubSource(location, config)
 
 
 def find_splits(path: Path, name: str, *, alone: bool) -> Mapping[str, Path]:
@@ -316,10 +289,8 @@ def find_named(path: Path, name: str, split: str) -> Path:
         if found.files or found.name != str(path):
             return found.find(split)
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise DataError(
-            f"{path}: no data set {name!r} there; {suggestion(name, names)}"
-            f"the data sets are: {_listed(names) or 'none'}"
-        )
+        hint = f"{suggestion(name, names)}the data sets are: {_listed(names) or 'none'}"
+        raise DataError(f"{path}: no data set {name!r} there; {hint}")
     named = path.name.split(".")[0]
     if named in ("train", "validation", "test") and named != split:
         raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
@@ -336,7 +307,6 @@ def describe(found: object) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hash a file, as `sha256sum` does."""
     with path.expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -379,25 +349,22 @@ class RowStream:
     def rows(self, state: StreamState | None = None) -> Iterator[Row]:
         """Read from there on, or from the beginning; what was begun before ends."""
         self._num_rows = 0 if state is None else state["row"]
-        if isinstance(self._found, Path):
-            rows = rows_of_file(self._found, self._num_rows)
-        else:
-            rows = self._rows_of_hub(self._found, state)
-        for row in rows:
+        is_file = isinstance(self._found, Path)
+        for row in rows_of_file(self._found, self._num_rows) if is_file else self._of_hub(state):
             self._num_rows += 1
             yield row
 
     def state_dict(self) -> StreamState:
-        """Return the place after the last row that was read."""
         of_hub = isinstance(self._found, HubSource)
         return {"row": self._num_rows, **({"dataset": self._table.state_dict()} if of_hub else {})}
 
-    def _rows_of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
+    def _of_hub(self, state: StreamState | None) -> Iterator[Row]:
+        assert isinstance(self._found, HubSource)
         if self._is_streamed:
             self._table.load_state_dict(state and state["dataset"])
-        with _reading_hub(source, self._split):
+        with _reading_hub(self._found, self._split):
             for number, record in enumerate(self._table, start=self._num_rows + 1):
-                yield Row(record, f"{source.repository}, {self._split}, row {number}")
+                yield Row(record, f"{self._found.repository}, {self._split}, row {number}")
 
 
 @contextmanager

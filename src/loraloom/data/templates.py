@@ -1,8 +1,9 @@
-"""How an instruction becomes a prompt: the templates `alpaca` and `plain`, or a Jinja template.
+"""Jinja templates: how an instruction becomes a prompt, and a conversation a text.
 
-A template is rendered with `instruction` and `input` (empty where a row has none) and with every
-other field of the row. It ends where the answer begins. The sandbox, that of transformers, keeps
-a template away from Python; it does not bound time or memory.
+A prompt template is `alpaca`, `plain`, a text or a file. It is rendered with `instruction` and
+`input` (empty where a row has none) and with every other field of the row, and ends where the
+answer begins. The sandbox, that of transformers, keeps a template away from Python; it does not
+bound time or memory.
 """
 
 from __future__ import annotations
@@ -10,16 +11,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from datetime import date
+from typing import Any, NamedTuple
 
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from loraloom.config.data import PROMPT_TEMPLATES
 from loraloom.config.fields import suggestion
 from loraloom.config.text import local_path, read_text
 from loraloom.data.sources import Row
 from loraloom.errors import DataError, shown
+
+TRAINING_DAY = date(2024, 7, 26)
+"""Today, for templates in training, as in Llama 3.2's by default: the same rows are the same tokens
+tomorrow, and the same ones are held out."""
+
+TRL = "trl"
+"""In place of a template: the one that trl has for training with the tokenizer's."""
+
+Marked = tuple[str, list[tuple[int, int]]]
+"""A text, and where in it the answers begin and end, in characters."""
+
+Message = dict[str, Any]
+"""`role` and `content`; `tool_calls` and `reasoning_content` where an assistant's turn has them."""
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
@@ -31,8 +48,23 @@ _INSTRUCTION_COLUMNS = (
 """Alpaca's and Dolly's names for the parts of an instruction row."""
 
 
+class Conversation(NamedTuple):
+    """Messages, and the tools that they may call."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    def until(self, place: int) -> Conversation:
+        return self._replace(messages=self.messages[:place])
+
+    def changed(self, place: int, **fields: object) -> Conversation:
+        message = {**self.messages[place], **fields}
+        return self._replace(
+            messages=[*self.messages[:place], message, *self.messages[place + 1 :]]
+        )
+
+
 def compile_template(source: str, origin: str) -> Template:
-    """Compile a template; an unknown name in it is an error when it is filled in."""
     try:
         with template_errors():
             return _ENVIRONMENT.from_string(source)
@@ -88,12 +120,10 @@ def template_source(template: str | None) -> str:
 
 
 def load_template(template: str | None) -> Template:
-    """Compile a prompt template; see `template_source`."""
     return compile_template(template_source(template), f"the prompt template {shown(template)}")
 
 
 def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:
-    """Prompt and completion of an instruction row."""
     has_input = row.get(columns["input"]) is not None
     instruction, output = row.text(columns["instruction"]), row.answer(columns["output"])
     given = row.text(columns["input"]) if has_input else ""
@@ -105,3 +135,98 @@ def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, s
     """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's."""
     merged = [{**columns, **(mapping or {})} for columns in _INSTRUCTION_COLUMNS]
     return next((columns for columns in merged if columns["output"] in row), merged[0])
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or a text in its place. It renders as `apply_chat_template`."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, source: str | None = None, day: date | None = None
+    ):
+        self._tokenizer, self._given = tokenizer, source
+        self._fields = {**tokenizer.special_tokens_map, "documents": None}
+        if day is not None:  # apply_chat_template takes plain data alone, and so no other clock
+            self._fields["strftime_now"] = day.strftime
+        self._compile(None)
+
+    def source(self, tools: list[dict[str, Any]] | None = None) -> str:
+        try:
+            return self._tokenizer.get_chat_template(self._given, tools)
+        except ValueError as error:
+            raise DataError(
+                "the tokenizer must have a chat template for messages, and one by default; give "
+                "one as chat_template, or write the conversations out as texts"
+            ) from error
+
+    def render(self, conversation: Conversation, *, for_answer: bool = False) -> str:
+        """The text of a conversation; `for_answer` ends it where the model's answer begins."""
+        return self.render_with_marks(conversation, for_answer=for_answer)[0]
+
+    def render_with_marks(self, conversation: Conversation, *, for_answer: bool = False) -> Marked:
+        """The text of a conversation, and where the template marks the assistant's parts in it."""
+        template = self._compile(conversation.tools)
+        blocks: list[str] = []
+        marks: list[tuple[int, int]] = []
+        fields = {
+            **self._fields,
+            "messages": [
+                # gpt-oss's template calls the reasoning `thinking`
+                {"thinking": message["reasoning_content"], **message}
+                if "reasoning_content" in message
+                else message
+                for message in conversation.messages
+            ],
+            "tools": conversation.tools,
+            "add_generation_prompt": for_answer,
+        }
+        with template_errors(), template.environment.activate_tracker(blocks, marks):
+            for block in template.generate(fields):
+                blocks.append(block)
+            text = "".join(blocks)
+            text.encode()  # half of a surrogate pair, which no tokenizer reads, fails here
+        return text, marks
+
+    def closing(self) -> str:
+        """The end-of-text token, if the template puts it after a conversation that only asks."""
+        end = str(self._fields.get("eos_token", ""))
+        try:
+            question = self.render(Conversation([{"role": "user", "content": "?"}]))
+        except TemplateError:
+            return ""
+        return end if question.endswith(end) else ""
+
+    def _compile(self, tools: list[dict[str, Any]] | None) -> Any:
+        source = self.source(tools)
+        try:
+            with template_errors():  # transformers keeps compiled ones
+                return chat_template_utils._compile_jinja_template(source)
+        except TemplateError as error:
+            raise DataError(f"the chat template is not valid Jinja: {error}; mend it") from error
+
+
+def load_chat_template(
+    tokenizer: PreTrainedTokenizerBase, given: str | None = None, day: date | None = None
+) -> ChatTemplate:
+    source = None if given is None else given_source(tokenizer, given)
+    return ChatTemplate(tokenizer, source, day)
+
+
+def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
+    """The text of a template that is given as such, as a file, or as `trl`."""
+    if given != TRL:
+        return template_text(given)
+    own = ChatTemplate(tokenizer).source()
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+
+        return get_training_chat_template(tokenizer) or own
+    except ImportError as error:
+        raise DataError(f"chat_template {TRL} needs trl's templates: pip install trl") from error
+    except ValueError as error:
+        raise DataError(
+            "trl has no training template for this tokenizer; give chat_template another one"
+        ) from error
+
+
+def template_text(given: str) -> str:
+    return given if given == TRL else read_template(given, "chat_template", (TRL,))

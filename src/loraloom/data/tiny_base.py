@@ -34,7 +34,6 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the model and write it."""
     parser = argparse.ArgumentParser(description="Make a tiny base model for studies.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=3)

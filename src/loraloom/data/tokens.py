@@ -62,7 +62,6 @@ TrainingExample = Example | PreferencePair
 
 
 def count_labels(example: Example) -> int:
-    """Count the tokens that are predicted."""
     return sum(example.is_learnt)
 
 
@@ -74,10 +73,9 @@ class TokenPair(NamedTuple):
 
 
 class EncodedRow(NamedTuple):
-    """What became of a row: no piece if it was dropped, several if a long text was divided.
+    """What became of a row: no piece if it was dropped, several of a long text or a preference.
 
-    A preference is two pieces, the chosen and the rejected. `fault` says why a row can't be used,
-    `is_empty` whether that is because it has no answer.
+    `fault` says why a row can't be used, `is_empty` whether that is because it has no answer.
     """
 
     pieces: tuple[Example, ...]
@@ -93,10 +91,7 @@ DROPPED = EncodedRow(pieces=())
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], start: list[int] | None = None
 ) -> list[list[int]]:
-    """Token ids of each text after the tokens that the tokenizer puts in front, but never an EOS.
-
-    A text that begins with those tokens already gets them once.
-    """
+    """Token ids of each text after the tokens that the tokenizer puts in front, if not there."""
     if not texts:
         return []
     start = leading_tokens(tokenizer) if start is None else start
@@ -111,14 +106,9 @@ def encode_pairs(
 ) -> list[TokenPair]:
     """Encode each context with its continuation as one text and cut the tokens between them.
 
-    Whitespace at the end of the context goes to the continuation, as most vocabularies have it in
-    the token of the next word. A token that reaches over the cut belongs to the continuation, so
-    both together are the tokens of the whole text. An empty context becomes the token that begins
-    a text.
-
-    Source:
-        lm-eval 0.4.13 `lm_eval/api/model.py`, `_encode_pair`: the same cut, except where a token
-        reaches over it.
+    Whitespace at the end of the context and a token that reaches over the cut belong to the
+    continuation. An empty context becomes the token that begins a text.
+    Source: lm-eval 0.4.13, `_encode_pair`, but for tokens that reach over the cut.
     """
     moved = [move_trailing_space(context, continuation) for context, continuation in pairs]
     texts = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
@@ -131,7 +121,6 @@ def encode_pairs(
 
 
 def move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
-    """Move the whitespace at the end of a context to its continuation."""
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
 
@@ -151,13 +140,9 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a text."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
-        raise DataError(
-            f"the tokenizer must have an EOS token to end a text with, got {end}; "
-            "set tokenizer.eos_token"
-        )
+        raise DataError("the tokenizer must have an EOS token to end a text; set its eos_token")
     return end
 
 
@@ -187,7 +172,6 @@ def learn_completions(
 def encode_completions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], max_length: int
 ) -> list[EncodedRow]:
-    """Prompts with completions, cut to fit."""
     start = leading_tokens(tokenizer)
     return [fit(piece, start, max_length) for piece in learn_completions(tokenizer, texts)]
 
@@ -197,34 +181,31 @@ def encode_completion_pairs(
     pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]],
     max_length: int,
 ) -> list[EncodedRow]:
-    """Prompt and completion of the chosen and of the rejected, both cut to fit."""
     start = leading_tokens(tokenizer)
-    chosen = learn_completions(tokenizer, [pair[0] for pair in pairs])
-    rejected = learn_completions(tokenizer, [pair[1] for pair in pairs])
-    return [fit_pair(*answers, start, max_length) for answers in zip(chosen, rejected, strict=True)]
+    learnt = learn_completions(tokenizer, [text for pair in pairs for text in pair])
+    both = zip(learnt[::2], learnt[1::2], strict=True)
+    return [fit_pair(*answers, start, max_length) for answers in both]
 
 
 def encode_documents(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> list[EncodedRow]:
     """Plain texts with an EOS after them: loss on every token; longer texts are divided."""
-    end = eos_token(tokenizer)
-    return [_divide((*ids, end), max_length) for ids in encode_texts(tokenizer, texts)]
-
-
-def _divide(ids: tuple[int, ...], max_length: int) -> EncodedRow:
-    # a piece begins with the last token of the one before, so that every token is predicted once
-    starts = range(0, max(len(ids) - 1, 1), max_length - 1)
-    parts = [ids[start : start + max_length] for start in starts]
-    return EncodedRow(tuple(Example(part, part) for part in parts), is_cut=len(parts) > 1)
+    end, encoded = eos_token(tokenizer), []
+    for ids in encode_texts(tokenizer, texts):
+        # a piece begins with the last token of the one before, so that each is predicted once
+        starts = range(0, max(len(ids), 1), max_length - 1)
+        parts = [(*ids, end)[start : start + max_length] for start in starts]
+        pieces = tuple(Example(part, part) for part in parts)
+        encoded.append(EncodedRow(pieces, is_cut=len(pieces) > 1))
+    return encoded
 
 
 def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
-    """A row of which one span or several are learnt, cut from the left to fit.
+    """A row of which spans are learnt, cut from the left, but for `start`, and after the last span.
 
-    What comes after the last span is left out. If the row is still too long it loses its beginning,
-    but for the tokens of `start`; a span that the cut goes through is no longer learnt. A row
-    without a span, or whose last span does not fit with a token before it, is dropped.
+    A span that the cut goes through is no longer learnt. A row without a span, or whose last span
+    does not fit with a token before it, is dropped.
     """
     ids, labels = piece.input_ids, piece.labels
     stop = len(labels)
@@ -288,13 +269,10 @@ def join_samples(samples: Sequence[Example]) -> Example:
 
 
 def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
-    """Sort a shuffled order by length within mega-batches, the longest first.
+    """Sort a shuffled order by length within mega-batches of 50 batches, the longest first.
 
-    A mega-batch is 50 batches, or a quarter of the epoch where that is less. The batch with the
-    longest example of all comes first, so that memory runs out early if it does.
-
-    Source:
-        transformers 5.24, `trainer_pt_utils.get_length_grouped_indices`.
+    The batch with the longest example of all comes first, so that memory runs out early if it does.
+    Source: transformers 5.24, `trainer_pt_utils.get_length_grouped_indices`.
     """
     size = max(min(len(order) // (batch_size * 4), 50), 1) * batch_size
     places = [

@@ -1,22 +1,33 @@
-"""What a job learns from and what it is measured on, and the order of each epoch."""
+"""What a job learns from and what it is measured on: data sets as a whole, or streams.
+
+A stream is read on and on while a job learns, without ever being there as a whole. Rows come in
+blocks: as many as `shuffle_buffer` says, of each source its share, shuffled together by the job's
+seed and the block's number. A block is a function of its position, so a run that resumes from one
+gets the same examples. A source that ends begins again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import nlargest
-from itertools import count
+from itertools import count, islice
+from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import DataConfig
 from loraloom.data.encoding import LoadedSource, SourceEncoder
+from loraloom.data.sources import Row, StreamState
 from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
 from loraloom.errors import DataError
+
+MAX_BLOCKS = 4
+"""Blocks that are kept: jobs with the same data may be in several."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +40,12 @@ class Portion:
 
     @property
     def num_draws(self) -> int:
-        """Examples of this source in an epoch."""
         return max(round(self.weight * (self.stop - self.start)), 1)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Examples to learn from, others held out, and what happened to the rows on the way.
-
-    `report` has a line for each source, and `warnings` one where examples are both learnt and held
-    out.
-    """
+    """Examples to learn from, others held out, and a line for each source on what became of it."""
 
     examples: list[TrainingExample]
     validation: list[TrainingExample]
@@ -50,25 +56,18 @@ class TrainingSet:
 
     @property
     def epoch_length(self) -> int:
-        """Examples in an epoch."""
         return sum(portion.num_draws for portion in self.portions)
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all examples as the model gets them."""
         return examples_digest(self.examples, self.validation)
 
     def longest(self, number: int) -> list[tuple[int, ...]]:
-        """Return the tokens of the rows of so many examples, those with the longest rows."""
         lengths = (tuple(len(row.input_ids) for row in one.rows) for one in self.examples)
         return nlargest(number, lengths, key=max)
 
     def epoch_order(self, epoch: int) -> list[int]:
-        """Indices into `examples` in the order of an epoch, shuffled anew in each.
-
-        A source of weight w has round(w × its examples) places: all its examples as many times as
-        fit, and for the rest a part that is drawn anew in each epoch.
-        """
+        """Indices into `examples`; in each epoch another order, and another part of a source."""
         generator = random.Random(f"epoch {epoch} of seed {self.seed}")
         order: list[int] = []
         for portion in self.portions:
@@ -82,7 +81,6 @@ class TrainingSet:
 def examples_digest(
     examples: Sequence[TrainingExample], validation: Sequence[TrainingExample] = (), more: str = ""
 ) -> str:
-    """Hash examples as the model gets them, and some text."""
     digest = hashlib.sha256(f"{len(examples)} and {len(validation)}{more}".encode())
     for example in (*examples, *validation):
         for row in example.rows:
@@ -126,7 +124,6 @@ def load_training_set(
 def number_row(
     row: EncodedRow, sample_ids: Iterator[int], expert_group: int = 0
 ) -> Sequence[TrainingExample]:
-    """Make examples of a row, each with the next sample id."""
     examples = [
         replace(piece, sample_id=next(sample_ids), expert_group=expert_group)
         for piece in row.pieces
@@ -137,27 +134,22 @@ def number_row(
 def choose_held_out(
     name: str, rows: Sequence[EncodedRow], fraction: float, seed: int
 ) -> frozenset[int]:
-    """Indices of the held-out rows: those with the lowest seeded hashes of their tokens.
-
-    Rows that are equal have equal hashes and stay together, so that none is learnt and measured.
-    """
+    """Indices of the held-out rows: those with the lowest seeded hashes of their tokens."""
     if fraction == 0:
         return frozenset()
-    hashes = {index: _row_hash(row, seed) for index, row in enumerate(rows) if row.pieces}
+    # equal rows have equal hashes and stay together, so that none is both learnt and measured
+    hashes = {}
+    for index, row in enumerate(rows):
+        tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)
+        if row.pieces:
+            hashes[index] = hashlib.sha256(f"{seed}: {tokens}".encode()).digest()
     ordered = sorted(hashes.values())
     threshold = ordered[max(round(fraction * len(ordered)), 1) - 1]
     chosen = frozenset(index for index, value in hashes.items() if value <= threshold)
     if len(chosen) == len(hashes):
-        raise DataError(
-            f"{name}: validation_fraction={fraction} of {len(hashes)} rows leaves nothing to learn "
-            "from; give more rows, a lower fraction or validation data of their own"
-        )
+        what = f"validation_fraction={fraction} of {len(hashes)} rows leaves nothing to learn from"
+        raise DataError(f"{name}: {what}; give more rows, a lower fraction or validation data")
     return chosen
-
-
-def _row_hash(row: EncodedRow, seed: int) -> bytes:
-    tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)
-    return hashlib.sha256(f"{seed}: {tokens}".encode()).digest()
 
 
 def _describe(
@@ -168,29 +160,197 @@ def _describe(
 ) -> str:
     tokens = sum(len(row.input_ids) for example in examples for row in example.rows)
     kind = "pairs" if any(row.is_pair for row in source.rows) else "examples"
-    line = (
-        f"{source.name}: {len(source.rows)} rows, {len(examples)} {kind}, {tokens} tokens, "
-        f"{len(held_out)} held out"
-    )
-    if cut := sum(row.is_cut for row in source.rows):
-        line += f"; {cut} cut or divided to fit max_length={max_length}"
-    if empty := source.num_empty:
-        line += f"; {empty} skipped, their answer is empty"
-    if dropped := sum(not row.pieces for row in source.rows) - empty:
-        line += f"; {dropped} dropped, their answer does not fit"
-    return line
+    cut, empty = sum(row.is_cut for row in source.rows), source.num_empty
+    dropped = sum(not row.pieces for row in source.rows) - empty
+    notes = {
+        f"{cut} cut or divided to fit max_length={max_length}": cut,
+        f"{empty} skipped, their answer is empty": empty,
+        f"{dropped} dropped, their answer does not fit": dropped,
+    }
+    counts = f"{len(source.rows)} rows, {len(examples)} {kind}, {tokens} tokens"
+    line = f"{source.name}: {counts}, {len(held_out)} held out"
+    return "; ".join([line, *(note for note, number in notes.items() if number)])
 
 
 def _warn_of_repeats(
     examples: Sequence[TrainingExample], validation: Sequence[TrainingExample]
 ) -> tuple[str, ...]:
-    """Warn of held-out examples that are learnt too, as if the validation file was trained on."""
     learnt = {row.input_ids for example in examples for row in example.rows}
     held_out = [row.input_ids for example in validation for row in example.rows]
     repeated = sum(tokens in learnt for tokens in held_out)
-    if not repeated:
-        return ()
-    return (
-        f"warning: {repeated} of {len(held_out)} held-out examples are learnt too; eval/loss shows "
-        "how well they are remembered",
-    )
+    what = f"{repeated} of {len(held_out)} held-out examples are learnt too"
+    warning = f"warning: {what}; eval/loss shows how well they are remembered"
+    return (warning,) if repeated else ()
+
+
+@dataclass(frozen=True)
+class SourcePlace:
+    """Where a source is read on: how often it was read to its end, and the state of its stream."""
+
+    passes: int = 0
+    state: StreamState | None = None
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a job is in its streams: at the example after those that it has taken of a block.
+
+    `first_id` is the sample id of the block's first example; ids go up for ever. `sources` says
+    where each is read at the block's beginning.
+    """
+
+    block: int
+    taken: int
+    first_id: int
+    sources: tuple[SourcePlace, ...]
+
+    @property
+    def passes(self) -> int:
+        return min(source.passes for source in self.sources)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> StreamPosition:
+        return cls(**{**values, "sources": tuple(SourcePlace(**one) for one in values["sources"])})
+
+
+@dataclass(frozen=True)
+class Block:
+    """Examples that were read and shuffled together, and the position of the next ones."""
+
+    examples: tuple[TrainingExample, ...]
+    next: StreamPosition
+
+
+class StreamedSet:
+    """A job's streams and what it is measured on; the report has a line for each source.
+
+    It keeps no place: jobs with the same data and seed share it, and what was read.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        seed: int,
+        *,
+        as_pairs: bool = False,
+    ):
+        self.seed = seed
+        self.validation: list[TrainingExample] = []
+        sample_ids = count()
+        if config.validation is not None:
+            encoder = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
+            held_out = encoder.load("validation")
+            self.validation += [one for row in held_out.rows for one in number_row(row, sample_ids)]
+        self.warnings: tuple[str, ...] = ()
+        self._max_length, self._rows_per_example = max_length, 1 + as_pairs
+        assert config.shuffle_buffer is not None, "a stream has one"
+        total = sum(source.weight for source in config.sources)
+        self._sources = []
+        for source in config.sources:
+            num_rows = max(round(config.shuffle_buffer * source.weight / total), 1)
+            self._sources.append(_Source(SourceEncoder(source, tokenizer, max_length), num_rows))
+        self.report = tuple(
+            f"{source.name}: a stream, read {source.rows_per_block} rows at a time"
+            for source in self._sources
+        )
+        places = tuple(SourcePlace() for _ in self._sources)
+        self.start = StreamPosition(0, 0, next(sample_ids), places)
+        self._blocks: dict[int, Block] = {}
+        self.take(self.start, 1)
+
+    @property
+    def digest(self) -> str:
+        sizes = [dict(source.sizes) for source in self._sources]
+        return examples_digest(self.block(self.start).examples, self.validation, repr(sizes))
+
+    def block_digest(self, position: StreamPosition) -> str:
+        return examples_digest(self.block(position).examples)
+
+    def block(self, position: StreamPosition) -> Block:
+        """Read the block of a position; those that were used last are kept."""
+        block = self._blocks.pop(position.block, None) or self._read_block(position)
+        latest = list(self._blocks.items())[1 - MAX_BLOCKS :]
+        self._blocks = {**dict(latest), position.block: block}
+        return block
+
+    def take(
+        self, position: StreamPosition, number: int
+    ) -> tuple[list[TrainingExample], StreamPosition]:
+        examples: list[TrainingExample] = []
+        last_passes = position.passes
+        while len(examples) < number:
+            block = self.block(position)
+            if block.examples:
+                last_passes = block.next.passes
+            elif block.next.passes > last_passes + 1:
+                names = ", ".join(source.name for source in self._sources)
+                what = f"no row has an answer that fits max_length={self._max_length}"
+                raise DataError(f"{names}: {what}; raise it")
+            stop = position.taken + number - len(examples)
+            examples += block.examples[position.taken : stop]
+            is_left = stop < len(block.examples)
+            position = replace(position, taken=stop) if is_left else block.next
+        return examples, position
+
+    def longest(self, number: int) -> list[tuple[int, ...]]:
+        return [(self._max_length,) * self._rows_per_example] * number
+
+    def _read_block(self, position: StreamPosition) -> Block:
+        sample_ids = count(position.first_id)
+        examples: list[TrainingExample] = []
+        places: list[SourcePlace] = []
+        for source, place in zip(self._sources, position.sources, strict=True):
+            rows, after = source.read(place)
+            examples += source.encode(rows, sample_ids)
+            places.append(after)
+        # seeded by the block's number, as no state of a generator would survive a resume elsewhere
+        random.Random(f"block {position.block} of seed {self.seed}").shuffle(examples)
+        after = StreamPosition(position.block + 1, 0, next(sample_ids), tuple(places))
+        return Block(tuple(examples), after)
+
+
+@final
+class _Source:
+    """A stream with its first row, and an iterator where it was read last."""
+
+    def __init__(self, encoder: SourceEncoder, rows_per_block: int):
+        self._encoder, self.rows_per_block = encoder, rows_per_block
+        self.name = encoder.config.dataset
+        self._stream = encoder.open("train", streaming=True)
+        self.sizes = self._stream.sizes
+        first = next(self._stream.rows(), None)
+        if first is None:
+            raise DataError(f"{self.name}: there are no rows")
+        self._first = first
+        self._rewind(SourcePlace())
+
+    def read(self, place: SourcePlace) -> tuple[list[Row], SourcePlace]:
+        """Read the rows of a block from a place on, and return the place after them."""
+        if place != self._place:
+            self._rewind(place)
+        rows, passes = self._read_on(self.rows_per_block), place.passes
+        while len(rows) < self.rows_per_block:
+            passes += 1
+            self._rewind(SourcePlace(passes))
+            more = self._read_on(self.rows_per_block - len(rows))
+            if not more:
+                raise DataError(f"{self.name}: there are no rows any more")
+            rows += more
+        self._place = after = SourcePlace(passes, self._stream.state_dict())
+        return rows, after
+
+    def encode(self, rows: list[Row], sample_ids: Iterator[int]) -> list[TrainingExample]:
+        encoded = self._encoder.encode(rows, self._first)
+        self._encoder.check(rows, encoded)
+        group = self._encoder.config.expert_group
+        return [one for row in encoded for one in number_row(row, sample_ids, group)]
+
+    def _read_on(self, number: int) -> list[Row]:
+        self._place = None  # unknown where the stream ends or fails
+        return list(islice(self._rows, number))
+
+    def _rewind(self, place: SourcePlace) -> None:
+        self._rows = self._stream.rows(place.state)
+        self._place: SourcePlace | None = place

@@ -11,7 +11,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
-from loraloom.data.messages import Message
+from loraloom.data.templates import Message
 from loraloom.errors import DataError, not_finite
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import Prompt, check_token_ids, encode_prompt, form_for

@@ -11,9 +11,14 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
-from loraloom.data.chat import ChatTemplate, load_chat_template
-from loraloom.data.messages import Conversation, Message
-from loraloom.data.templates import compile_template, render
+from loraloom.data.templates import (
+    ChatTemplate,
+    Conversation,
+    Message,
+    compile_template,
+    load_chat_template,
+    render,
+)
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
 from loraloom.models.host import Host

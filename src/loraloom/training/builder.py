@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts
 from loraloom.data.encoding import prompt_form
-from loraloom.data.streaming import StreamedSet
 from loraloom.data.tasks import ChoiceQuestion, load_question_set, questions_digest
-from loraloom.data.training_set import TrainingSet, load_training_set
+from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter, AdapterConfig
-from loraloom.data.streaming import StreamedSet
-from loraloom.data.training_set import TrainingSet, examples_digest
+from loraloom.data.training_set import StreamedSet, TrainingSet, examples_digest
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial, reduce
 from pathlib import Path
+from string import ascii_uppercase
+from types import MappingProxyType
 from typing import Any, get_args
 
 from loraloom.config.data import Scoring, TaskName, is_skills, is_task_file, num_lands, task_name
@@ -36,8 +38,6 @@ from loraloom.data.templates import compile_template, fill_in
 from loraloom.errors import ConfigError, DataError, shown
 
 TASK_NAMES = get_args(TaskName)
-
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Generator = Callable[[str], list[dict[str, Any]]]
 """Makes the rows of a split."""
@@ -80,9 +80,8 @@ def load_question_set(
     path: str | Path | None = None,
     limit: int | None = None,
 ) -> QuestionSet:
-    """The questions of a task's split, in the order of its rows."""
     found = find_task(task)
-    split, scoring = split or found.evaluation_split, scoring or found.scoring
+    split, scoring = split or found.config.evaluation_split, scoring or found.config.scoring
     rows = found.load_rows(split, path)
     source = describe(found.find_data(split, path))
     if is_task_file(task):
@@ -98,7 +97,6 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 
 
 def find_task(name: str) -> ChoiceTask:
-    """The task of that name, or the one that a .yaml file describes."""
     if is_task_file(name):
         return _load_task(Path(name))
     if is_skills(name):
@@ -121,20 +119,19 @@ def _built_in(name: str) -> ChoiceTask:
 
 
 def _load_task(path: Path) -> ChoiceTask:
-    """The task that a YAML file describes; its name is the file's, without the suffix."""
     config, source = load_task_config(path), None
     try:
         name = check_name(task_name(str(path)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    if config.data is not None and config.data.hub is not None:
-        source = HubSource(config.data.hub, config.data.config, config.data.revision)
-    elif config.data is not None:
-        files = {
-            split: path.parent / local_path(file, "data.files", DataError)
-            for split, file in (config.data.files or {}).items()
+    data = config.data
+    if data is not None and data.hub is not None:
+        source = HubSource(data.hub, data.config, data.revision)
+    elif data is not None and data.files is not None:
+        local = {
+            split: local_path(file, "data.files", DataError) for split, file in data.files.items()
         }
-        source = SplitFiles(str(path), files)
+        source = SplitFiles(str(path), {split: path.parent / file for split, file in local.items()})
     task = ChoiceTask(name, path, config, source)
     _ = task.forms  # whose templates are compiled
     return task
@@ -153,28 +150,13 @@ class ChoiceTask:
     config: TaskConfig
     source: HubSource | SplitFiles | Generator | None
 
-    @property
-    def evaluation_split(self) -> str:
-        """The split that is reported."""
-        return self.config.evaluation_split
-
-    @property
-    def scoring(self) -> Scoring:
-        """How it is scored by default."""
-        return self.config.scoring
-
     @cached_property
     def forms(self) -> Mapping[str, _Form]:
-        """What puts rows into words, by scoring."""
         scorings: tuple[Scoring, ...] = get_args(Scoring)
-        return {
-            scoring: _Form(self.path, self.config.asked_by(scoring), scoring)
-            for scoring in scorings
-            if scoring in self.config.template
-        }
+        given = [scoring for scoring in scorings if scoring in self.config.template]
+        return {scoring: _Form(self.path, self.config, scoring) for scoring in given}
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
-        """The rows of a split, from a local copy where a path is given, else from the source."""
         data = self.find_data(split, path)
         if isinstance(data, Path | HubSource):
             return read_rows(data, split)
@@ -182,7 +164,6 @@ class ChoiceTask:
         return [Row(fields, f"{self.name}, {split}, row {number}") for number, fields in rows]
 
     def find_data(self, split: str, path: str | Path | None = None) -> Path | HubSource | Generator:
-        """Where the rows of a split come from: a file, the hub, or a function."""
         source = self.source
         if path is not None and callable(source):
             raise DataError(f"{self.name} is generated and takes no path, got {path}; leave it out")
@@ -193,11 +174,10 @@ class ChoiceTask:
         return source.find(split) if isinstance(source, SplitFiles) else source
 
     def question(self, row: Row, index: int, scoring: Scoring) -> ChoiceQuestion:
-        """The row at `index` of its split as a question."""
         if scoring not in self.forms:
             raise ConfigError(
                 f"{self.path}: template must have one for scoring {scoring}, it has "
-                f"{', '.join(self.forms)} alone; add it, or score by {self.scoring}"
+                f"{', '.join(self.forms)} alone; add it, or score by {self.config.scoring}"
             )
         return self.forms[scoring].ask(row, self.name, index)
 
@@ -209,10 +189,7 @@ class ChoiceTask:
     def preference_texts(
         self, row: Row, index: int, scoring: Scoring
     ) -> tuple[tuple[str, str], tuple[str, str]]:
-        """The row as prompt and completion of the right answer, and of a wrong one.
-
-        Which of the wrong ones goes round with the row's place in the split.
-        """
+        """Prompt and completion of the right answer, and of a wrong one: these take turns."""
         asked = self.question(row, index, scoring)
         texts = list(zip(asked.contexts, asked.continuations, strict=True))
         right = texts.pop(asked.gold)
@@ -222,16 +199,15 @@ class ChoiceTask:
 class _Form:
     """Puts the rows of a task into words, for one scoring."""
 
-    def __init__(self, path: Path, config: TaskConfig, scoring: Scoring):
-        self._config, self._setting = config, f"template {scoring}"
+    def __init__(self, path: Path, task: TaskConfig, scoring: Scoring):
+        self._config = config = task.asked_by(scoring)
         self._is_by_label = scoring == "label"
-        compiled = partial(_compile, path)
-        self._template = compiled(self._setting, config.template[scoring])
-        self._continuation = config.continuation and compiled("continuation", config.continuation)
-        self._texts = _list_reader(path, "choices", config.choices)
-        self._labels = config.labels and _list_reader(path, "labels", config.labels)
-        is_template = "{{" in config.answer or "{%" in config.answer
-        self._answer = is_template and compiled("answer", config.answer)
+        self._template = _template(path, f"template {scoring}", config.template[scoring])
+        continuation = config.continuation
+        self._continuation = continuation and _template(path, "continuation", continuation)
+        self._choices = _reader(path, "choices", config.choices)
+        self._labels = config.labels and _reader(path, "labels", config.labels)
+        self._answer = _reader(path, "answer", config.answer)
 
     def ask(self, row: Row, task: str, index: int) -> ChoiceQuestion:
         texts, labels = self._read_choices(row)
@@ -254,20 +230,20 @@ class _Form:
             continuations=tuple(self._config.delimiter + answer for answer in answers),
             labels=labels,
             gold=self._read_gold(row, texts, labels),
-            normalizers=tuple(
-                float(max(len(answer), 1)) if per_character else 1.0 for answer in answers
-            ),
+            normalizers=tuple(float(max(len(a), 1)) if per_character else 1.0 for a in answers),
             group=None if group is None else _as_text(row, "group", _find(row, group)),
         )
 
     def _read_choices(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The texts and the labels of a row's choices."""
-        texts = self._texts(row)
+        texts = _as_texts(row, self._config.choices, self._choices(row))
+        labels = tuple(ascii_uppercase[: len(texts)])
         if len(texts) < 2:
             row.reject(f"choices must be at least 2, got {len(texts)}")
-        if not self._labels and len(texts) > len(_LETTERS):
+        if self._labels:
+            labels = _as_texts(row, self._config.labels, self._labels(row))
+        elif len(texts) > len(ascii_uppercase):
             row.reject(f"{len(texts)} choices are more than there are letters; give labels")
-        labels = self._labels(row) if self._labels else tuple(_LETTERS[: len(texts)])
         if len(labels) != len(texts):
             row.reject(f"must have as many labels as choices, got {len(labels)} and {len(texts)}")
         if len(set(labels)) < len(labels):
@@ -275,44 +251,34 @@ class _Form:
         return texts, labels
 
     def _read_gold(self, row: Row, texts: Sequence[str], labels: Sequence[str]) -> int:
-        """Which choice is right."""
-        given = self._answer(row, {}) if self._answer else _find(row, self._config.answer)
-        answer = _as_text(row, "answer", given).strip()
+        config, answer = self._config, _as_text(row, "answer", self._answer(row)).strip()
         options = {
             "index": [str(place) for place in range(len(texts))],
             "text": [text.strip() for text in texts],
             "label": list(labels),
-        }[self._config.answer_is]
+        }[config.answer_is]
         if answer not in options:
             row.reject(
-                f"answer ({self._config.answer}) must be a choice's {self._config.answer_is}, one "
-                f"of {', '.join(options)}, got {shown(answer)}; a split without published answers "
+                f"answer ({config.answer}) must be a choice's {config.answer_is}, one of "
+                f"{', '.join(options)}, got {shown(answer)}; a split without published answers "
                 "can't be used"
             )
         return options.index(answer)
 
 
-def _compile(path: Path, setting: str, source: str) -> Callable[[Row, Mapping[str, Any]], str]:
-    """What fills in a template of a task's file."""
+def _template(path: Path, setting: str, source: str) -> Callable[..., str]:
     template = compile_template(source, f"{path}: {setting}")
-    return lambda row, known: fill_in(template, row, setting, known)
+    return lambda row, known=MappingProxyType({}): fill_in(template, row, setting, known)
 
 
-def _list_reader(
-    path: Path, setting: str, value: str | tuple[str, ...]
-) -> Callable[[Row], tuple[str, ...]]:
-    """What reads a list of texts: from a field, or from templates, one a text."""
+def _reader(path: Path, setting: str, value: str | Sequence[str]) -> Callable[[Row], Any]:
+    """What reads a setting from a row: a field, a template, or a list of templates."""
     if not isinstance(value, str):
-        readers = [_compile(path, setting, source) for source in value]
-        return lambda row: tuple(read(row, {}) for read in readers)
-
-    def read(row: Row) -> tuple[str, ...]:
-        found = _find(row, value)
-        if not isinstance(found, list | tuple):
-            row.reject(f"field {value!r} must be a list, got {shown(found)}")
-        return tuple(_as_text(row, f"field {value!r}", entry) for entry in found)
-
-    return read
+        readers = [_template(path, setting, source) for source in value]
+        return lambda row: [read(row) for read in readers]
+    if "{{" in value or "{%" in value:
+        return _template(path, setting, value)
+    return lambda row: _find(row, value)
 
 
 def _find(row: Row, path: str) -> Any:
@@ -327,6 +293,12 @@ def _find(row: Row, path: str) -> Any:
         return value[part]
 
     return reduce(step, path.split("."), row)
+
+
+def _as_texts(row: Row, name: object, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        row.reject(f"field {name!r} must be a list, got {shown(value)}")
+    return tuple(_as_text(row, f"field {name!r}", entry) for entry in value)
 
 
 def _as_text(row: Row, what: str, value: Any) -> str:

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from loraloom.data.streaming import StreamedSet, StreamPosition
 from loraloom.data.tokens import Example, TrainingExample, count_labels, group_by_length
-from loraloom.data.training_set import TrainingSet
+from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet
 from loraloom.errors import ConfigError
 from loraloom.training.settings import TrainConfig
 

@@ -1,0 +1,193 @@
+"""Preferences, and long data, which is encoded once: what is read again is what encoding gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from loraloom.config.data import SourceConfig
+from loraloom.data import encoding
+from loraloom.data.encoding import SourceEncoder
+from loraloom.data.sources import Row
+from loraloom.data.tokens import DROPPED, NO_LOSS
+from loraloom.errors import DataError
+from tests.data.encoded import encode as encode_rows
+from tests.data.test_chat import MARKED, PLAIN
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def chat(n: int) -> list[dict]:
+    return [said("user", f"{n}?"), said("assistant", "blue " * n)]
+
+
+DATA = {
+    "instruction": [{"instruction": f"Say {n}.", "output": "yes " * (n + 1)} for n in range(25)],
+    "text": [{"text": "The sky is blue. " * (n + 1)} for n in range(25)],
+    "chat": [{"messages": chat(n + 1)} for n in range(25)],
+    "preference": [{"prompt": "a" * n, "chosen": " yes", "rejected": f" {n}"} for n in range(25)],
+}
+"""Some rows are too long for what the tests take: they are cut, divided or dropped."""
+
+
+def encode(tokenizer, *rows, max_length=64, **columns):
+    rows = [Row(row, f"pairs.jsonl, line {line}") for line, row in enumerate(rows, start=1)]
+    return encode_rows(tokenizer, rows, max_length, format="preference", fields=columns or None)
+
+
+def shown(tokenizer, encoded):
+    """The whole text and the learnt text of the chosen and of the rejected answer."""
+    learnt = ([label for label in piece.labels if label != NO_LOSS] for piece in encoded.pieces)
+    return [
+        (tokenizer.decode(piece.input_ids).replace("\n", ""), tokenizer.decode(ids).strip("\n"))
+        for piece, ids in zip(encoded.pieces, learnt, strict=True)
+    ]
+
+
+def test_texts_follow_their_prompt_and_end_with_eos(tiny_tokenizer):
+    row = {"question": "color? ", "good": "blue", "rejected": "one two"}
+    (encoded,) = encode(tiny_tokenizer, row, prompt="question", chosen="good")
+    assert encoded.is_pair
+    assert shown(tiny_tokenizer, encoded) == [
+        ("color? blue<eos>", " blue<eos>"),
+        ("color? one two<eos>", " one two<eos>"),
+    ]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+def test_messages_follow_those_of_the_prompt_or_their_common_beginning(tiny_tokenizer, template):
+    tiny_tokenizer.chat_template = template
+    prompt = [said("user", "one?"), said("assistant", "yes"), said("user", "sky?")]
+    both = {"chosen": [said("assistant", "blue")], "rejected": [said("assistant", "no")]}
+    (encoded,) = encode(tiny_tokenizer, {"prompt": prompt, **both})
+    before = "[user]one?<eos>[assistant]yes<eos>[user]sky?<eos>[assistant]"
+    assert shown(tiny_tokenizer, encoded) == [
+        (f"{before}blue<eos>", "blue<eos>"),
+        (f"{before}no<eos>", "no<eos>"),
+    ]
+    whole = {role: [*prompt, *messages] for role, messages in both.items()}
+    for more in ({}, {"prompt": "sky?"}):
+        assert encode(tiny_tokenizer, {**whole, **more}) == [encoded]
+    whole["rejected"] += [said("user", "?"), said("assistant", "two")]
+    (_, rejected) = shown(tiny_tokenizer, *encode(tiny_tokenizer, whole))
+    assert rejected[1].replace("\n", "") == "no<eos>two<eos>"
+
+
+def test_both_answers_keep_the_same_part_of_a_prompt_that_is_too_long(tiny_tokenizer):
+    row = {"prompt": "abcdefghijklmnopqrstuvwxyz", "chosen": "!", "rejected": "!!!!!"}
+    (encoded,) = encode(tiny_tokenizer, row, max_length=12)
+    assert encoded.is_cut
+    texts = [text for text, _ in shown(tiny_tokenizer, encoded)]
+    assert texts == ["uvwxyz!<eos>", "uvwxyz!!!!!<eos>"]
+    assert encode(tiny_tokenizer, row | {"rejected": "!" * 20}, max_length=12) == [DROPPED]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "line 2: the row has no field 'rejected'"),
+        ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, "line 2: field 'chosen' must be a str"),
+        ({"chosen": "b", "rejected": "c"}, "line 2: the row has no field 'prompt'"),
+    ],
+)
+def test_a_row_that_is_no_preference_names_file_and_line(tiny_tokenizer, row, message):
+    first = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(DataError, match=rf"pairs\.jsonl, {message}"):
+        encode(tiny_tokenizer, first, row)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where entries go; little counts as long."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(encoding, "MIN_ROWS", 20)
+    monkeypatch.setattr(encoding, "_BLOCK", 10)
+    return tmp_path / "cache" / "loraloom"
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 40, **settings):
+    config = SourceConfig.model_validate({"dataset": dataset, "format": data_format, **settings})
+    return SourceEncoder(config, tokenizer, max_length).load("train").rows
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.arrow"))
+
+
+def refuse(*_, **__):
+    raise AssertionError("encoded again")
+
+
+@pytest.mark.parametrize("data_format", DATA)
+def test_what_is_read_is_what_encoding_gives(
+    tiny_tokenizer, tmp_path, cache, monkeypatch, data_format
+):
+    tiny_tokenizer.chat_template = PLAIN
+    file = write(tmp_path / "rows.jsonl", DATA[data_format])
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "MIN_ROWS", 100)
+        expected = load(tiny_tokenizer, file, data_format)
+    assert not cache.exists()
+    assert load(tiny_tokenizer, file, data_format) == expected
+    monkeypatch.setattr(encoding.SourceEncoder, "encode", refuse)
+    assert load(tiny_tokenizer, file, data_format) == expected
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_a_task_is_encoded_once_too(tiny_tokenizer, cache, monkeypatch, as_pairs):
+    encoder = SourceEncoder(SourceConfig(task="skills"), tiny_tokenizer, 64, as_pairs)
+    first = encoder.load("train", 30)
+    monkeypatch.setattr(encoding, "encode_completions", refuse)
+    monkeypatch.setattr(encoding, "encode_completion_pairs", refuse)
+    assert encoder.load("train", 30) == first
+
+
+def test_whatever_changes_tokens_makes_another_entry(tiny_tokenizer, tmp_path, cache):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ instruction }}:")
+    rows = DATA["instruction"]
+    file = write(tmp_path / "rows.jsonl", rows)
+
+    def num_entries(**changes) -> int:
+        settings = {"template": str(template), "max_length": 40} | changes
+        load(tiny_tokenizer, file, "instruction", **settings)
+        return len(entries(cache))
+
+    assert num_entries() == num_entries() == 1
+    assert num_entries(max_length=39) == 2
+    assert num_entries(fields={"input": "instruction"}) == 3
+    template.write_text("{{ instruction }}>")
+    assert num_entries() == 4
+    write(tmp_path / "rows.jsonl", [*rows[:-1], rows[-1] | {"output": "no"}])
+    assert num_entries() == 5
+    tiny_tokenizer.add_tokens(["Say"])
+    assert num_entries() == 6
+    tiny_tokenizer.eos_token = "<bos>"
+    assert num_entries() == 7
+
+
+def test_without_a_cache_rows_are_encoded_as_ever(tiny_tokenizer, tmp_path, cache):
+    cache.parent.write_text("in the way")
+    assert len(load(tiny_tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
+
+
+def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, cache):
+    messages = {"chosen": chat(1), "rejected": chat(2)}
+    file = write(tmp_path / "rows.jsonl", [*DATA["preference"][:20], *[messages] * 10])
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has no"
+        ):
+            load(tiny_tokenizer, file, "preference")
+    assert len(entries(cache)) == 1
