@@ -313,17 +313,6 @@ def test_samples_are_drawn_anew_and_are_data():
     assert example_of([1, 2], [False, True]).labels == (-100, 2)
 
 
-def test_sampling_uses_the_adapter_as_it_is_now():
-    client = new_client(optimizer=OptimizerConfig(learning_rate=0.05))
-    data = [client.example("a", "bbb")] * 2
-    for _ in range(30):
-        client.forward_backward(data)
-        client.optim_step(max_grad_norm=1.0)
-    ((completion,),) = client.sample(["a"], SamplingConfig(max_new_tokens=8))
-    assert completion.ids == list(data[0].input_ids[1:])
-    assert completion.text.replace(" ", "") == "bbb"
-
-
 def learn(client: TrainingClient, steps: int) -> list[float]:
     losses = []
     for step in range(steps):
@@ -385,14 +374,6 @@ def reference(tmp_path) -> DpoConfig:
     """An objective that is held at an adapter on the disk."""
     new_client().save(tmp_path / "reference")
     return DpoConfig(reference=str(tmp_path / "reference"))
-
-
-def test_a_closed_client_leaves_no_reference_on_the_host(reference):
-    client = new_client()
-    client.forward_backward(toy_pairs(2), reference)
-    assert len(client.host.adapters) == 2
-    client.close()
-    assert client.host.adapters == {}
 
 
 def test_a_reference_stays_while_another_client_is_held_at_it(reference):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,24 +131,10 @@ def test_an_error_in_a_worker_is_raised_and_the_others_end(play):
     assert len(ray.cancelled) == 2
 
 
-def test_a_defect_in_a_worker_is_not_taken_for_a_lost_worker(play):
-    ray = play(PlayedRay())
-    with pytest.raises(ray.exceptions.RayTaskError, match="TypeError"):
-        ray_cluster.score_on_workers(lambda names: names + 1, ["a"], "auto", 1, "cpu", print)
-
-
 def test_workers_that_are_lost_are_an_error(play):
     play(PlayedRay(is_lossy=True))
     with pytest.raises(AdapterError, match=r"scored some adapters were lost: The worker died\.$"):
         ray_cluster.score_on_workers(len, ["a"], "auto", None, "cpu", print)
-
-
-def test_a_worker_is_where_the_command_was_given(play, tmp_path, monkeypatch):
-    play(PlayedRay())
-    monkeypatch.chdir(tmp_path)
-    assert ray_cluster.score_on_workers(lambda _: os.getcwd(), ["a"], "auto", 1, "cpu", print) == [
-        str(tmp_path)
-    ]
 
 
 @pytest.mark.parametrize(

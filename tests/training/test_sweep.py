@@ -151,23 +151,6 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path, monkey
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
-def test_a_killed_sweep_decides_again_what_was_not_saved(inputs, halved, tmp_path, monkeypatch):
-    """It dies after jobs were stopped and before that is in a snapshot."""
-    save = Engine.save_state
-
-    def dying(engine):
-        if len(engine.results) > 2:
-            raise RuntimeError("killed")
-        save(engine)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "save_state", dying)
-        with pytest.raises(RuntimeError, match="killed"):
-            train(sweep_run(inputs, tmp_path))
-    train(sweep_run(inputs, tmp_path), resume=True)
-    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
-
-
 def test_a_sweep_goes_on_without_its_journal(inputs, halved, tmp_path):
     directory = shutil.copytree(halved, tmp_path / "copy")
     (directory / "sweep.journal").unlink()
@@ -182,12 +165,6 @@ def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):
     changed = sweep_run(inputs, directory, parameters={"train.learning_rate": RATES[:-1]})
     with pytest.raises(ConfigError, match=r"these differ: .*sweep\.parameters"):
         train(changed, resume=True)
-
-
-def test_a_finished_sweep_is_resumed_to_the_same_table(inputs, halved):
-    before = (halved / "sweep.csv").read_text()
-    train(sweep_run(inputs, halved), resume=True)
-    assert (halved / "sweep.csv").read_text() == before
 
 
 def test_of_equal_jobs_the_first_goes_on_and_an_accuracy_is_better_when_higher():
@@ -205,26 +182,6 @@ def test_of_equal_jobs_the_first_goes_on_and_an_accuracy_is_better_when_higher()
     assert kept("maximize", [3.0, 1.0, 2.0, 1.0, 5.0, 4.0, 0.5]) == [4, 5]
     assert kept("minimize", [1.0, 1.0, 1.0]) == [0]
     assert kept("minimize", [3.0]) == [0]
-
-
-def test_a_job_joins_when_another_ends(inputs, tmp_path):
-    """Each is fresh: alone or in company, early or late, it trains to the same weights."""
-    seen = []
-
-    def look(engine, _):
-        seen.append(len(engine.jobs))
-
-    train(sweep_run(inputs, tmp_path / "two", max_concurrent=2), between_steps=look)
-    assert max(seen) == 2
-    rows = read_csv(tmp_path / "two")
-    assert [float(row["train.learning_rate"]) for row in rows] == RATES
-    assert "finished" in {row["status"] for row in rows}
-    whole = sweep_run(inputs, tmp_path / "all", early_stopping=None)
-    train(whole)
-    for row in rows:
-        if row["status"] == "finished":
-            measured = [metrics_of(tmp_path / one / row["name"]) for one in ("two", "all")]
-            assert measured[0][-1]["eval/loss"] == pytest.approx(measured[1][-1]["eval/loss"])
 
 
 TPE = {
@@ -352,25 +309,6 @@ def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path):
     rows, objectives = [text for text in shown.messages if text.startswith("warning")]
     assert "they hold out other rows" in rows
     assert "their objectives differ" in objectives
-
-
-def test_one_job_at_a_time_may_be_too_short_for_the_rungs(inputs, tmp_path):
-    """As the one that is left after an interruption."""
-    lengths = [9, 2]
-    parameters = {"train.max_steps": lengths, "train.micro_batch_size": [2]}
-    stopping = {"asha": {"min_steps": 2}}
-    run = sweep_run(
-        inputs, tmp_path, parameters=parameters, early_stopping=stopping, max_concurrent=1
-    )
-
-    def interrupt(engine, _):
-        if engine.round == lengths[0] + 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(run, between_steps=interrupt)
-    results = train(run, resume=True)
-    assert [result.status for result in results] == ["finished", "finished"]
 
 
 PARAMETERS = {

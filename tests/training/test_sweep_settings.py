@@ -1,4 +1,5 @@
 import sys
+from datetime import date
 
 import pytest
 import yaml
@@ -108,11 +109,6 @@ def test_random_values_are_in_their_ranges_and_reach_all_of_them():
     assert all(rate == float(f"{rate:.4g}") for rate in rates)
 
 
-def test_draws_are_a_function_of_the_seed_and_more_of_them_begin_with_the_same():
-    assert draw(5) == draw(20)[:5]
-    assert draw(5) != draw(5, seed=1)
-
-
 def test_tpe_begins_with_ten_random_jobs_that_are_known_beforehand():
     config = run(parameters=PARAMETERS, search={"tpe": 30})
     assert [trial.parameters for trial in config.trials] == draw(10)
@@ -152,22 +148,13 @@ def test_every_fault_of_the_values_is_told(tmp_path):
         "adapter.alpha": [4, 8, 4],
         "train.learning_rate": {"log_uniform": [0, 1]},
         "train.batch_size": {"int_uniform": [1, 2.5]},
-        "adapter": [{"method": "lora"}],
+        "data.task": [date(2024, 1, 1), "b"],
     }
-    expected = (
-        "must be a list of JSON values that differ, or a range with low < high: {uniform: [low, "
-        "high]}, {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of whole numbers, "
-        "got"
-    )
-    assert faults(tmp_path, parameters=parameters) == [
-        f"sweep.parameters.seed {expected} []",
-        f"sweep.parameters.adapter.rank {expected} 8",
-        f"sweep.parameters.adapter.alpha {expected} [4, 8, 4]",
-        f"sweep.parameters.train.learning_rate {expected} {{'log_uniform': [0, 1]}}",
-        f"sweep.parameters.train.batch_size {expected} {{'int_uniform': [1, 2.5]}}",
-        "sweep.parameters.adapter.rank must not be inside another parameter, adapter",
-        "sweep.parameters.adapter.alpha must not be inside another parameter, adapter",
+    lines = faults(tmp_path, parameters=parameters)
+    assert [line.partition(" a list of JSON values that differ, or a ")[0] for line in lines] == [
+        f"sweep.parameters.{path}: must be" for path in parameters
     ]
+    assert lines[2].endswith("{int_uniform: ...} of whole numbers; got [4, 8, 4]")
 
 
 def test_a_fault_of_one_job_or_of_all_is_told_once(tmp_path):
@@ -182,10 +169,8 @@ def test_a_fault_of_one_job_or_of_all_is_told_once(tmp_path):
 
 TOO_LATE = "early_stopping must act before the last of the jobs' 24 steps, got {"
 SWEEP_FAULTS = [
-    ({"job": 3}, "job must be settings of a job or the name of one, got 3"),
     ({"job": "b"}, "job must be the settings of a job or the name of one of jobs (none), got 'b'"),
-    ({"job": {**TEMPLATE, "name": "a/b"}}, "job.name must be a safe file name"),
-    ({"parameters": {}}, "parameters must map settings to their values, got {}"),
+    ({"job": {**TEMPLATE, "name": "a/b"}}, "sweep.job: name must be a safe file name"),
     ({"search": "gird"}, "search must be grid, {random: how many, seed: 0} or {tpe: how many, s"),
     ({"search": {"random": 0}}, "search.random must be at least 1, got 0"),
     (
@@ -199,7 +184,7 @@ SWEEP_FAULTS = [
     ),
     (
         {"parameters": {"seed": {"int_uniform": [1, 2]}}},
-        "search grid needs a list for each parameter, got a range for seed; take search: {random",
+        "search grid needs lists, got a range for seed; take search: {random: how many}",
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     ({"early_stopping": {"asha": {}}}, "early_stopping.asha: rungs or min_steps must be given"),
@@ -238,12 +223,6 @@ def test_a_name_is_a_safe_file_name_whatever_the_values_are():
         assert len(set(names)) == 4
         assert all(check_name(name) == name for name in names)
     assert names[3] == "short-003-method_mixlora-data_a_b.jinja"
-
-
-def test_a_sweep_knows_its_jobs_by_their_names():
-    config = run(parameters={"train.learning_rate": RATES}).sweep
-    assert all(map(config.owns, ["sweep-000", "sweep-001-0.0003", "sweep-001-other"]))
-    assert not any(map(config.owns, ["sweep-002", "sweep-0010", "law", "sweep"]))
 
 
 def test_without_optuna_a_sweep_says_what_to_install(tmp_path, monkeypatch):

@@ -521,7 +521,9 @@ class RunConfig(BaseModelConfig):
                 trials.append(self.trial(number, combination))
             except ConfigError as error:
                 faults += str(error).splitlines()
-        raise_faults([f"sweep.job: {fault}" for fault in dict.fromkeys(faults)])
+        # Values differ from job to job, and names: what is wrong with them is said once.
+        told = {fault.partition(", got ")[0]: fault for fault in reversed(faults)}
+        raise_faults([f"sweep.job: {fault}" for fault in reversed(told.values())])
         return tuple(trials)
 
     def trial(self, number: int, combination: Mapping[str, Any]) -> Trial:

@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate, product, repeat, takewhile
 from operator import mul
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from typing_extensions import override
 
-from loraloom.config.fields import StrictModel, check_name, raise_faults
-from loraloom.errors import ConfigError
+from loraloom.config.fields import StrictModel
+from loraloom.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -36,14 +36,36 @@ TPE_STARTUP_JOBS = 10
 """Random jobs that TPE begins with, as many as Optuna's sampler wants to have seen."""
 TPE_CONCURRENT_JOBS = 4
 
-RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
-Parameter = tuple[Any, ...] | dict[RangeKind, tuple[int | float, int | float]]
-"""Values to try, or a range to draw from."""
 
-_PARAMETER = (
-    "must be a list of JSON values that differ, or a range with low < high: {uniform: [low, high]},"
-    " {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of whole numbers, got "
-)
+def _check_values(values: Any) -> Any:
+    """Check that a parameter's values are a list that can be tried, or a range."""
+    match values:
+        case [_, *_] if all(type(one) in _JSON and values.count(one) == 1 for one in values):
+            return values
+        case {"int_uniform": [int(low), int(high)]}:
+            least = -math.inf
+        case {"uniform": [int(low) | float(low), int(high) | float(high)]}:
+            least = -math.inf
+        case {"log_uniform": [int(low) | float(low), int(high) | float(high)]}:
+            least = 0
+        case _:
+            low = high = least = 0
+    if not least < low < high < math.inf or len(values) > 1 or bool in (type(low), type(high)):
+        raise ValueError(
+            "must be a list of JSON values that differ, or a range with low < high: {uniform: "
+            "[low, high]}, {log_uniform: ...} above 0, {int_uniform: ...} of whole numbers; got "
+            f"{shown(values)}"
+        )
+    return values
+
+
+_JSON = (str, int, float, bool, dict, list, type(None))
+RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
+Parameter = Annotated[
+    tuple[Any, ...] | dict[RangeKind, tuple[int | float, int | float]],
+    BeforeValidator(_check_values),
+]
+"""Values to try, or a range to draw from."""
 
 
 class RandomSearch(StrictModel):
@@ -136,10 +158,8 @@ class SweepStoppingConfig(StrictModel):
         """What is wrong if no job is long enough to be stopped."""
         (rule,) = self.model_dump(exclude_none=True).values()
         if max(rule.get("rungs", [rule.get("min_steps")])) >= longest:
-            yield (
-                f"sweep.early_stopping must act before the last of the jobs' {longest} steps, "
-                f"got {rule}"
-            )
+            steps = f"the last of the jobs' {longest} steps"
+            yield f"sweep.early_stopping must act before {steps}, got {rule}"
 
 
 class SweepConfig(StrictModel):
@@ -147,7 +167,7 @@ class SweepConfig(StrictModel):
 
     job: str | dict[str, Any]
     """Settings of a job; or the name of one of `jobs`, which the sweep's then take the place of."""
-    parameters: dict[str, Parameter]
+    parameters: dict[str, Parameter] = Field(min_length=1)
     """Settings of the job, train.learning_rate say, and the values of each: a list; or, unless the
     search is a grid, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
     search: Literal["grid"] | RandomSearch | TpeSearch = "grid"
@@ -159,40 +179,10 @@ class SweepConfig(StrictModel):
     early_stopping: SweepStoppingConfig | None = None
     """Stop jobs that do badly; null to train all to their end."""
 
-    @field_validator("job", mode="before")
-    @classmethod
-    def _check_job(cls, job: Any) -> str | dict[str, Any]:
-        if not isinstance(job, str | dict):
-            raise ValueError(f"job must be settings of a job or the name of one, got {job!r}")
-        if isinstance(job, dict):
-            try:
-                check_name(f"{job.get('name') or 'sweep'}-000")
-            except ConfigError as error:
-                raise ValueError(f"job.{error}") from None
-        return job
-
-    @field_validator("parameters", mode="before")
-    @classmethod
-    def _check_parameters(cls, parameters: Any) -> Any:
-        if not isinstance(parameters, dict) or not parameters:
-            raise ValueError(f"parameters must map settings to their values, got {parameters!r}")
-        faults = [
-            f"parameters.{path} {_PARAMETER}{values!r}"
-            for path, values in parameters.items()
-            if not _are_values(values)
-        ]
-        faults += [
-            f"parameters.{inner} must not be inside another parameter, {outer}"
-            for inner, outer in product(parameters, parameters)
-            if str(inner).startswith(f"{outer}.")
-        ]
-        raise_faults(faults)
-        return parameters
-
     @field_validator("search", mode="before")
     @classmethod
     def _check_search(cls, search: Any) -> Any:
-        """Choose the kind of search here: a union's faults would name each of its members."""
+        # Chosen here: a union's faults would name each of its members.
         if isinstance(search, dict):
             return (TpeSearch if "tpe" in search else RandomSearch).model_validate(search)
         if search != "grid" and not isinstance(search, RandomSearch | TpeSearch):
@@ -206,10 +196,7 @@ class SweepConfig(StrictModel):
         ranges = [path for path, values in self.parameters.items() if isinstance(values, dict)]
         take = "take search: {random: how many}"
         if self.search == "grid" and ranges:
-            yield (
-                "search grid needs a list for each parameter, got a range for "
-                f"{', '.join(ranges)}; {take}"
-            )
+            yield f"search grid needs lists, got a range for {', '.join(ranges)}; {take}"
         elif self.num_jobs > MAX_JOBS:
             yield f"search grid must give at most {MAX_JOBS} jobs, got {self.num_jobs}; {take}"
 
@@ -313,24 +300,3 @@ def parameter_value(drawn: str | int | float) -> Any:
     if isinstance(drawn, str):
         return json.loads(drawn)
     return float(f"{drawn:.4g}") if isinstance(drawn, float) else drawn
-
-
-def _are_values(values: Any) -> bool:
-    """Whether a parameter's values are a list that can be tried, or a range."""
-    match values:
-        case [_, *_]:
-            try:
-                json.dumps(values)  # dates, for instance, are no JSON
-            except TypeError:
-                return False
-            return all(one not in values[:place] for place, one in enumerate(values))
-        case {"int_uniform": [low, high]}:
-            kinds, least = {int}, -math.inf
-        case {"uniform": [low, high]}:
-            kinds, least = {int, float}, -math.inf
-        case {"log_uniform": [low, high]}:
-            kinds, least = {int, float}, 0
-        case _:
-            return False
-    are_numbers = {type(low), type(high)} <= kinds  # `true` is none
-    return len(values) == 1 and are_numbers and least < low < high < math.inf
