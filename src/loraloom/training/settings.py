@@ -277,17 +277,15 @@ class EvaluationConfig(StrictModel):
     limit: int | None = Field(default=None, ge=1)
     """Score the first so many questions only."""
 
-    @field_validator("path")
-    @classmethod
-    def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
-        if path is not None and is_skills(info.data.get("task") or ""):
-            raise ValueError("path has no effect on skills, which loraloom generates; remove it")
-        return path
-
     @field_validator("scoring")
     @classmethod
     def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
         return scoring or default_scoring(info.data.get("task"))
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        if self.path is not None and is_skills(self.task):
+            yield "path has no effect on skills, which loraloom generates; remove it"
 
     @property
     def metric(self) -> str:
@@ -323,17 +321,14 @@ class JobConfig(StrictModel):
 
     def _adapter_contradictions(self) -> Iterator[str]:
         adapter, train = self.adapter, self.train
+        no_effect = f"has no effect on {adapter.title}"
         in_groups = any(source.expert_group for source in self.data.mix or ())
         if in_groups and not adapter.has_expert_groups:
-            yield (
-                f"data.mix has sources with an expert_group, which has no effect on "
-                f"{adapter.title} with these settings; remove it"
-            )
-        no_effect = f"has no effect on {adapter.title}, which"
+            yield f"data.mix has sources with an expert_group, which {no_effect}; remove it"
         if train.router_lr_ratio and not adapter.experts_per_router:
-            yield f"train.router_lr_ratio {no_effect} has no routers; remove it"
+            yield f"train.router_lr_ratio {no_effect}, which has no routers; remove it"
         if train.loraplus_lr_ratio and not adapter.trains_B:
-            yield f"train.loraplus_lr_ratio {no_effect} trains no B; remove it"
+            yield f"train.loraplus_lr_ratio {no_effect}, which trains no B; remove it"
 
     def _data_contradictions(self) -> Iterator[str]:
         train, has_pairs = self.train, self.train.learns_from_pairs
@@ -341,9 +336,8 @@ class JobConfig(StrictModel):
         formats = {source.format for source in (*self.data.sources, *held_out)}
         if not has_pairs and "preference" in formats:
             yield (
-                "train.objective must be dpo or cpo for data of format preference, got sft; to "
-                "learn the chosen answers take format instruction with fields "
-                "{instruction: prompt, output: chosen}"
+                "train.objective must be dpo or cpo for data of format preference, got sft; for "
+                "the chosen answers alone: format instruction, fields {output: chosen, ...}"
             )
         if has_pairs and (others := sorted(map(str, formats - {"preference", None}))):
             yield (
@@ -415,15 +409,19 @@ class ParallelConfig(StrictModel):
 
 
 class Trial(NamedTuple):
-    """A job of a sweep, and what the sweep varies of it, by path."""
+    """A job of a sweep, and the values that Optuna drew for it, by path."""
 
     job: JobConfig
-    parameters: Mapping[str, Any]
+    combination: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        """Name of the job."""
         return self.job.name
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the sweep varies, as the job has it."""
+        return {path: parameter_value(drawn) for path, drawn in self.combination.items()}
 
 
 class RunConfig(BaseModelConfig):
@@ -452,8 +450,7 @@ class RunConfig(BaseModelConfig):
         if isinstance(output_dir, str) and "://" in output_dir:
             raise ValueError(
                 f"output_dir must be a directory, got the URL {shown(output_dir)}; mount a file "
-                "system that all machines share (NFS, or JuiceFS on a bucket) and name a directory "
-                "in it"
+                "system that all machines share (NFS, or JuiceFS on a bucket)"
             )
         is_path = isinstance(output_dir, str | Path)
         return local_path(output_dir, "output_dir") if is_path else output_dir
@@ -470,16 +467,13 @@ class RunConfig(BaseModelConfig):
         if computes_in_float16 and self.dtype != "float16":
             yield (
                 "quantization.bnb_4bit_compute_dtype must be float32 or bfloat16 in training, got "
-                "float16: without loss scaling, which comes with dtype: float16, small gradients "
-                "become zero"
+                "float16: small gradients become zero; or set dtype: float16, which scales the loss"
             )
         names = [job.name.casefold() for job in self.jobs]
         for index, job in enumerate(self.jobs):
             if names[index] in names[:index]:
-                yield (
-                    f"jobs.{index}.name must differ from those of the other jobs, "
-                    f"got {job.name!r} again"
-                )
+                differ = "must differ from those of the other jobs"
+                yield f"jobs.{index}.name {differ}, got {job.name!r} again"
         if self.sweep is not None:
             yield from self._sweep_contradictions(self.sweep)
 
@@ -533,11 +527,10 @@ class RunConfig(BaseModelConfig):
         if isinstance(settings, str):
             (template,) = (job for job in self.jobs if job.name == settings)
             settings = template.model_dump(mode="json", exclude_unset=True)
-        parameters = {path: parameter_value(drawn) for path, drawn in combination.items()}
-        for path, value in parameters.items():
-            settings = set_setting(settings, path, value, origin="parameters.")
+        for path, drawn in combination.items():
+            settings = set_setting(settings, path, parameter_value(drawn), origin="parameters.")
         name = self.sweep.job_name(number, combination)
-        return Trial(checked(JobConfig, {**settings, "name": name}), parameters)
+        return Trial(checked(JobConfig, {**settings, "name": name}), combination)
 
     @property
     def all_jobs(self) -> tuple[JobConfig, ...]:

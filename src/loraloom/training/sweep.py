@@ -151,8 +151,8 @@ class Sweep:
             begun = self.study.user_attrs.get("sweep", now)
             self.study.set_user_attr("sweep", begun)
             self._note_length(self.study.user_attrs.get("longest_job", self.longest))
-            for combination in self.sweep.combinations()[len(self._trials()) :]:
-                self.study.enqueue_trial(combination)
+            for trial in self._run.trials[len(self._trials()) :]:
+                self.study.enqueue_trial(dict(trial.combination))
         except Exception as error:  # Optuna raises whatever comes of an entry that was edited
             raise ConfigError(
                 f"{journal} can't be used: {type(error).__name__}: {error}; if it is damaged, "
