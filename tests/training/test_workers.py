@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,8 +16,6 @@ from benchmarks import cluster
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.training import ray_cluster, workers
-from loraloom.training.settings import RunConfig
-from loraloom.training.store import RunDirectory
 from loraloom.training.workers import Worker
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
@@ -67,6 +66,7 @@ class LocalRay:
     """
 
     exceptions = SimpleNamespace(RayError=LostError)
+    nodes = staticmethod(lambda: [node(2)])
 
     def __init__(self, dies):
         self.dies = dies
@@ -88,7 +88,7 @@ class LocalRay:
         return partial(self.make, worker, name, args)
 
     def make(self, worker, name, args):
-        if name == "train" and self.dies({job.name for job in worker._jobs}):
+        if name == "train" and self.dies({job.name for job in worker.jobs}):
             raise LostError("killed")
         return getattr(worker, name)(*args)
 
@@ -105,15 +105,12 @@ class LocalRay:
 def test_jobs_of_a_worker_that_is_lost_for_good_are_left_and_the_others_are_trained(
     inputs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(workers, "NEWS_S", 0.0)
-    run = RunConfig.model_validate(run_settings(inputs, tmp_path / "out"))
-    spoken, directory = Spoken(), RunDirectory(run.output_dir, by_job=True)
     ray = LocalRay(lambda jobs: "plain" in jobs)
-    actors = workers.start_workers(ray, run, 2, {}, spoken, "")
-    workers.prepare_workers(ray, actors, directory, spoken, goes_on=False)
-    directory.prepare(["plain", "mixture"])
+    monkeypatch.setattr(workers, "connected", lambda _: nullcontext(ray))
+    monkeypatch.setattr(workers, "NEWS_S", 0.0)
+    run, spoken = run_settings(inputs, tmp_path / "out"), Spoken()
     with pytest.raises(TrainingError, match="1 of 2 workers were lost 3 times: killed; the other"):
-        workers.train_on_workers(ray, actors, run, directory, spoken)
+        loraloom.train(run, ray="auto", ray_workers=2, progress=spoken)
     assert read_result(tmp_path / "out/mixture").status == "finished"
     assert not (tmp_path / "out/plain/result.json").exists()
     assert "warning: a worker was lost for good: killed" in spoken.messages

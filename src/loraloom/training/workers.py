@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class _Calls(Progress):
         pass
 
 
+@dataclass
 class Worker:
     """Trains some jobs of a run in a process of Ray's. Errors that are ours are returned.
 
@@ -74,34 +75,29 @@ class Worker:
         command: What result.json says the run was started with.
     """
 
-    def __init__(
-        self,
-        run: RunConfig,
-        jobs: Sequence[JobConfig],
-        place: tuple[int, int],
-        directory: Path,
-        command: str,
-    ):
-        self._run = run
-        self._jobs = jobs
-        self._place = place
-        self._command = command
+    run: RunConfig
+    jobs: Sequence[JobConfig]
+    place: tuple[int, int]
+    directory: Path
+    command: str
+
+    def __post_init__(self) -> None:
         self._progress = _Calls()
         self._setup: Setup | None = None
-        os.chdir(directory)
+        os.chdir(self.directory)
 
     def prepare(self, mark: Path | None, resume: bool) -> LoraloomError | None:
         """Load the base model and build the jobs, to see what is wrong with them."""
         if mark is not None and not mark.exists():
             return ConfigError(
-                f"output_dir must be on storage that all workers see, {self._run.output_dir} is "
+                f"output_dir must be on storage that all workers see, {self.run.output_dir} is "
                 f"not seen on {socket.gethostname()}; name a directory on a shared file system"
             )
-        directory = RunDirectory(self._run.output_dir, by_job=True)
+        directory = RunDirectory(self.run.output_dir, by_job=True)
         try:
-            base = load_base(self._run, self._run.device)
+            base = load_base(self.run, self.run.device)
             self._setup = set_up(
-                *(self._run, self._jobs, base, directory, self._progress, self._command),
+                *(self.run, self.jobs, base, directory, self._progress, self.command),
                 resume=resume,
             )
         except LoraloomError as error:
@@ -112,16 +108,16 @@ class Worker:
         """Train the jobs to their end, or until `interrupt`."""
         if self._setup is None:  # Ray has started this worker again
             self._progress.message(
-                f"warning: worker {self._place[0]} was lost; its jobs go on from their checkpoints"
+                f"warning: worker {self.place[0]} was lost; its jobs go on from their checkpoints"
             )
             if (fault := self.prepare(None, resume=True)) is not None:
                 return fault
         assert self._setup is not None
         try:
             self._setup.begin()
-            if self._run.sweep is None:
+            if self.run.sweep is None:
                 return self._setup.engine.run()
-            sweep = self._setup.sweep(self._place)
+            sweep = self._setup.sweep(self.place)
             sweep.open()
             return self._setup.engine.run(self._setup.lead.between_steps(sweep.between_steps))
         except LoraloomError as error:
@@ -163,39 +159,27 @@ def train_with_ray(
     progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
     with connected(address) as ray:
         size, resources = choose_workers(ray.nodes(), run.device, num_workers)
-        workers = start_workers(ray, run, size, resources, progress, command)
-        prepare_workers(ray, workers, directory, progress, goes_on=goes_on)
+        jobs = [job for job in run.all_jobs if run.sweep is None or not run.sweep.owns(job.name)]
+        size = min(size, len(jobs)) if run.sweep is None else size
+        actor = ray.remote(Worker).options(
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+            max_concurrency=2,  # it trains, and tells the news
+            scheduling_strategy="SPREAD",
+            **resources,
+        )
+        progress.message(f"starting {size} workers")
+        shares = [(jobs[number::size], (number, size)) for number in range(size)]
+        workers = [actor.remote(run, *share, Path.cwd(), command) for share in shares]
+        _prepare(ray, workers, directory, progress, goes_on=goes_on)
         with directory.lock():
             if not goes_on:
                 directory.check(resume=resume, overwrite=overwrite)
                 directory.prepare([job.name for job in run.all_jobs])
-            return train_on_workers(ray, workers, run, directory, progress)
+            return _train(ray, workers, run, directory, progress)
 
 
-def start_workers(
-    ray: Any,
-    run: RunConfig,
-    size: int,
-    resources: dict[str, int],
-    progress: Progress,
-    command: str,
-) -> list[Any]:
-    """Start the workers, each with a share of the jobs."""
-    jobs = [job for job in run.all_jobs if run.sweep is None or not run.sweep.owns(job.name)]
-    size = min(size, len(jobs)) if run.sweep is None else size
-    progress.message(f"starting {size} workers")
-    actor = ray.remote(Worker).options(
-        max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
-        max_concurrency=2,  # it trains, and tells the news
-        scheduling_strategy="SPREAD",
-        **resources,
-    )
-    shares = [(jobs[number::size], (number, size)) for number in range(size)]
-    return [actor.remote(run, *share, Path.cwd(), command) for share in shares]
-
-
-def prepare_workers(
+def _prepare(
     ray: Any, workers: Sequence[Any], directory: RunDirectory, progress: Progress, *, goes_on: bool
 ) -> None:
     """Let workers load the base model and build their jobs, before anything is written."""
@@ -205,10 +189,8 @@ def prepare_workers(
         while waiting:
             done, waiting = ray.wait(calls, num_returns=len(calls), timeout=TELL_S)
             if waiting:
-                progress.message(
-                    f"waiting for worker {len(done) + 1} of {len(calls)} "
-                    f"({time.monotonic() - began_at:.0f} s)"
-                )
+                passed = f"{time.monotonic() - began_at:.0f} s"
+                progress.message(f"waiting for worker {len(done) + 1} of {len(calls)} ({passed})")
         for number, call in enumerate(calls):
             try:
                 fault = ray.get(call)
@@ -218,7 +200,7 @@ def prepare_workers(
                 raise fault
 
 
-def train_on_workers(
+def _train(
     ray: Any,
     workers: Sequence[Any],
     run: RunConfig,
