@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
-import torch
 
 from loraloom.errors import ConfigError
-from loraloom.serve.process import is_loopback, read_keys, run_apart
+from loraloom.serve.process import is_loopback, read_keys
 
 RESIDENT = """
 import sys, time
@@ -43,33 +40,6 @@ def test_large_allocations_go_back_between_small_ones():
     """Of 60 MB that are freed and 20 MB that are not, the latter stay."""
     assert grown_mib(FREED) > 60  # otherwise there is no need for it
     assert grown_mib(FREED, "bounded") < 25
-
-
-@linux
-def test_helpers_end_with_the_work():
-    process = psutil.Process()
-
-    def compute() -> int:
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(3)
-        torch.ones(1 << 20).add(1)
-        torch.set_num_threads(num_threads)
-        return process.num_threads()
-
-    run_apart(compute)  # PyTorch's other threads come with the first use
-    before = settled(process)
-    assert run_apart(compute) >= before + 3  # its own thread and two helpers
-    assert settled(process) == before
-
-
-def settled(process: psutil.Process) -> int:
-    """Count a process's threads when those that end have ended."""
-    number, same_since = process.num_threads(), time.monotonic()
-    while time.monotonic() < same_since + 0.05:
-        if process.num_threads() != number:
-            number, same_since = process.num_threads(), time.monotonic()
-        time.sleep(0.001)
-    return number
 
 
 def test_loopback_is_known():

@@ -66,7 +66,7 @@ Failed = tuple[Row, Exception]
 class Engine:
     """Continues rows of many adapters together.
 
-    `submit` and `cancel` may be called by any thread; one thread calls `step`.
+    Any thread may `submit` rows, and set their `is_cancelled`; one thread calls `step`.
     """
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits):
@@ -78,8 +78,7 @@ class Engine:
         self.is_stopping = False
         self._tokenizer = tokenizer  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
-        self._lock = threading.RLock()
-        self._wake = threading.Condition(self._lock)
+        self._wake = threading.Condition()  # with a lock that its holder may take again
         self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens)
         self._arrivals = count(1)
         self._mean_s = 1.0
@@ -120,7 +119,7 @@ class Engine:
     @contextmanager
     def accepting(self) -> Iterator[None]:
         """Take a request whose adapter is still to be loaded: `stop` waits for its end."""
-        with self._lock:
+        with self._wake:
             self._check_open()
             self._num_accepted += 1
         try:
@@ -149,11 +148,6 @@ class Engine:
                 self._scheduler.add(row, self._served)
             self._wake.notify_all()
         return row
-
-    def cancel(self, row: Row) -> None:
-        with self._wake:
-            row.is_cancelled = True
-            self._wake.notify_all()
 
     def forget(self, adapter: Adapter) -> None:
         with self._wake:
@@ -234,7 +228,7 @@ class Engine:
             )
 
     def _drop_ended(self) -> None:
-        with self._lock:
+        with self._wake:
             gone, self._gone = self._gone, []
             for row in [row for row in self._scheduler if self._is_over(row)]:
                 self._scheduler.remove(row)
@@ -259,7 +253,7 @@ class Engine:
         room, batch = tokens_per_batch(self.host), []
         if self._served:  # whose next tokens wait meanwhile
             room = min(room, self.limits.prefill_tokens)
-        with self._lock:
+        with self._wake:
             while self._to_score and (not batch or self._to_score[0].length <= room):
                 batch.append(self._to_score.popleft())
                 room -= batch[-1].length
@@ -291,7 +285,7 @@ class Engine:
     def _schedule(self) -> list[Row]:
         # send rows back and admit others; return those that are to be read
         served, scheduler, running = self._served, self._scheduler, set(self._runner.rows)
-        with self._lock:
+        with self._wake:
             while len(served) > 1 and (
                 scheduler.cached_tokens(served, added=1) > self.limits.cache_tokens
             ):
@@ -412,7 +406,7 @@ class Engine:
 
     def _put_back(self, rows: Sequence[Row]) -> None:
         self._leave(rows)
-        with self._lock:
+        with self._wake:
             for row in sorted(rows, key=lambda row: -row.arrival):
                 row.session, row.num_read, row.num_known = None, 0, 0
                 self._scheduler.put_back(row)
@@ -433,7 +427,7 @@ class Engine:
         elif len({row.request.adapter_name for row in rows}) == 1:
             return [(row, error) for row in rows]
         else:
-            with self._lock:
+            with self._wake:
                 self._scheduler.suspect(rows)
         self._put_back(rows)
         return []

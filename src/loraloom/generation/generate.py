@@ -274,7 +274,7 @@ class Conversation:
                     is_open = event.finish_reason is None
         finally:
             for row in rows:
-                self.engine.cancel(row)
+                row.is_cancelled = True
             while self.engine.step():
                 pass
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 from fastapi import Request
@@ -66,14 +64,10 @@ class ChatExchange(Exchange):
     body: ChatBody
 
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
-        super().__init__(backend, body, http)
+        super().__init__(backend, body, http, body.n)
+        self._opened: set[int] = set()
         names, self._named = body.callable_names, body.named_tool
         self._streams = [CallStream(names) for _ in range(body.n)] if names else []
-
-    @property
-    @override
-    def num_requests(self) -> int:
-        return self.body.n
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -107,23 +101,22 @@ class ChatExchange(Exchange):
         return choices
 
     @override
-    def opening(self) -> list[dict[str, Any]]:
-        delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        if self._named:
-            call = Function(name=self._named, arguments="")
-            delta |= {"content": None, "tool_calls": _called([call], in_pieces=True)}
-        return [self._choice(index, "delta", delta) for index in range(self.body.n)]
-
-    @override
     def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         text, calls, choices = piece.text, [], []
+        delta: dict[str, Any] = {"role": "assistant", "content": ""}
+        if index not in self._opened:
+            self._opened.add(index)
+            if self._named:
+                call = Function(name=self._named, arguments="")
+                delta |= {"content": None, "tool_calls": _called([call], in_pieces=True)}
+            choices.append(self._choice(index, "delta", delta))
         if self._streams:
             text = self._streams[index].push(text)
             if piece.finish_reason is not None:
                 rest, calls = self._streams[index].finish()
                 text += rest
         if text or piece.log_probs or piece.routing:
-            delta: dict[str, Any] = {"content": text}
+            delta = {"content": text}
             if self._named:
                 delta = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
             choices.append(self._choice(index, "delta", delta, piece))
@@ -174,16 +167,10 @@ class TextExchange(Exchange):
     body: CompletionBody
 
     def __init__(self, backend: Backend, body: CompletionBody, http: Request):
-        super().__init__(backend, body, http)
-        self._prompts: list[list[int]] = []
-        self._offsets: Counter[int] = Counter()
-
-    @property
-    @override
-    def num_requests(self) -> int:
-        body = self.body
         num_completions = 0 if body.max_tokens == 0 else body.n
-        return len(body.prompts) * max(1, num_completions + body.is_scored)
+        num_requests = len(body.prompts) * max(1, num_completions + body.is_scored)
+        super().__init__(backend, body, http, num_requests)
+        self._prompts: list[list[int]] = []
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -213,56 +200,40 @@ class TextExchange(Exchange):
             completions = [Piece("", 0, finish_reason="length") for _ in range(body.n)]
             if body.max_tokens != 0:
                 completions = [next(rest) for _ in range(body.n)]
-            echoed, offset, scored, first = "", 0, [], None
+            echoed, scored, first = "", [], None
             if body.echo:
-                decoded = str(self.backend.tokenizer.decode(prompt_ids))
-                echoed = prompt if isinstance(prompt, str) else decoded
-                # a BOS, and SentencePiece's space behind it, are no part of a text that is echoed
-                offset = len(echoed) - len(decoded) if decoded.endswith(echoed) else 0
+                is_text, first = isinstance(prompt, str), prompt_ids[0]
+                echoed = prompt if is_text else str(self.backend.tokenizer.decode(prompt_ids))
                 scored = next(rest).log_probs if body.is_scored else []
-                first = prompt_ids[0]
             for answer in completions:
                 whole = replace(answer, text=echoed + answer.text)
                 whole.log_probs = [*scored, *answer.log_probs]
-                choices.append(self._choice(len(choices), whole, offset, first))
+                choices.append(self._choice(len(choices), whole, first))
         return choices
 
     @override
-    def opening(self) -> list[dict[str, Any]]:
-        return []
-
-    @override
     def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        choice = self._choice(index, piece, self._offsets[index])
-        self._offsets[index] += len(piece.text)
-        return [choice]
+        return [self._choice(index, piece)]
 
-    def _choice(
-        self, index: int, piece: Piece, offset: int, first: int | None = None
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, piece: Piece, first: int | None = None) -> dict[str, Any]:
         """A completion or a piece of it; `first` is a token that has no log-probability."""
         choice: dict[str, Any] = {"index": index, "text": piece.text, "logprobs": None}
         if self.body.logprobs is not None:
-            choice["logprobs"] = self._log_probs(piece, offset, first)
+            text_of, entries = self.backend.token_text, piece.log_probs
+            tops = [
+                {text_of(token): _finite(value) for token, value in reversed(entry.top)}
+                for entry in entries
+            ]
+            unknown = [] if first is None else [None]
+            choice["logprobs"] = {
+                "tokens": [*map(text_of, () if first is None else (first,))]
+                + [text_of(entry.token) for entry in entries],
+                "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
+                "top_logprobs": [*unknown, *tops],
+            }
         if self.body.routing:
             choice["routing"] = _routing(piece)
         return {**choice, "finish_reason": piece.finish_reason}
-
-    def _log_probs(self, piece: Piece, offset: int, first: int | None) -> dict[str, Any]:
-        text_of, unknown = self.backend.token_text, [] if first is None else [None]
-        ids = [*([] if first is None else [first]), *(entry.token for entry in piece.log_probs)]
-        texts = [text_of(token) for token in ids]
-        places = accumulate(map(len, texts), initial=offset)
-        tops = [
-            {text_of(token): _finite(value) for token, value in reversed(entry.top)}
-            for entry in piece.log_probs
-        ]
-        return {
-            "tokens": texts,
-            "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in piece.log_probs)],
-            "top_logprobs": [*unknown, *tops],
-            "text_offset": [max(0, place) for place in places][:-1],
-        }
 
 
 def encode_chat(

@@ -157,9 +157,10 @@ class Exchange(ABC):
     kind: tuple[str, str, str]
     """The beginning of ids, the object of a whole answer and that of a chunk."""
 
-    def __init__(self, backend: Backend, body: SamplingBody, http: Request):
+    def __init__(self, backend: Backend, body: SamplingBody, http: Request, num_requests: int):
         self.backend = backend
         self.body = body
+        self._num_requests = num_requests
         self.num_prompt = 0
         self._num_new = 0
         self._http = http
@@ -171,11 +172,6 @@ class Exchange(ABC):
         self._gone = asyncio.create_task(self._until_disconnected())
         self._gone.add_done_callback(self._end)
 
-    @property
-    @abstractmethod
-    def num_requests(self) -> int:
-        """How many requests of the engine come of it."""
-
     @abstractmethod
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         """What the engine is asked for; made in a thread."""
@@ -183,10 +179,6 @@ class Exchange(ABC):
     @abstractmethod
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
         """Whole answers; made in a thread."""
-
-    @abstractmethod
-    def opening(self) -> list[dict[str, Any]]:
-        """Choices of chunks that come before all answers."""
 
     @abstractmethod
     def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
@@ -219,10 +211,10 @@ class Exchange(ABC):
         """Hand the engine what a model is asked for."""
         engine, adapters, state = self.backend.engine, self.backend.adapters, self._http.state
         state.model, most = self.body.model, engine.limits.max_waiting
-        if self.num_requests > most:  # it could be told to come back for ever
+        if self._num_requests > most:  # it could be told to come back for ever
             raise RequestError(
                 f"a request must ask for at most {most} completions, prompts to be scored "
-                f"included, got {self.num_requests}; send several"
+                f"included, got {self._num_requests}; send several"
             )
         tenant = self._http.scope.get(TENANT, "")
         with engine.accepting():
@@ -266,8 +258,6 @@ class Exchange(ABC):
         try:
             if self.body.includes_usage:
                 frame["usage"] = None
-            for choice in self.opening():
-                yield {**frame, "choices": [choice]}
             async for index, piece in self._pieces():
                 for choice in self.chunk(index, piece):
                     yield {**frame, "choices": [choice]}
@@ -290,7 +280,7 @@ class Exchange(ABC):
     def _end(self, gone: asyncio.Task[None]) -> None:
         # end all that have not ended: the client has gone, or wants no more
         for row in self._rows:
-            self.backend.engine.cancel(row)
+            row.is_cancelled = True
         self._queue.put_nowait((0, Failure(_client_gone())))
 
 

@@ -179,13 +179,9 @@ class CompletionBody(SamplingBody):
     """Log-probabilities of tokens, and of this many of the most likely ones."""
     echo: bool = False
     """Put the prompt in front of the completion, with its log-probabilities if they are wanted."""
-    suffix: None = None
-    best_of: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _check_options(self):
-        if self.best_of not in (None, self.n):
-            raise ValueError(f"best_of must be n, {self.n}, or be left out, got {self.best_of}")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1 without echo, got 0")
         if self.max_tokens == 0 and self.routing:
