@@ -86,13 +86,6 @@ def test_what_a_model_says_can_not_steer_the_terminal(saved, monkeypatch, capsys
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_spaces_and_joiners_of_an_answer_are_printed_as_they_are(saved, monkeypatch, capsys):
-    text = "\ta\u3000b\xa0c\u200d\x1b"
-    monkeypatch.setattr("loraloom.generation.sampling.TextStream.push", lambda self, token: text)
-    chat(saved, monkeypatch, "one")
-    assert "\ta\u3000b\xa0c\u200d\\x1b" in capsys.readouterr().out
-
-
 def test_a_slow_answer_is_waited_for(saved, monkeypatch, capsys):
     later = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600)
     monkeypatch.setattr("loraloom.generation.engine.time", later)

@@ -45,14 +45,6 @@ def test_what_is_shown_is_the_same_run(run_file, tmp_path, capsys):
     assert load_run_config(again) == load_run_config(run_file)
 
 
-def test_settings_are_changed_before_they_are_shown(run_file, capsys):
-    argv = ["config", "show", str(run_file)]
-    argv += ["--set", "jobs.0.train.learning_rate=1e-4", "--set", "jobs.0.seed=3"]
-    assert main(argv) == 0
-    job = yaml.safe_load(capsys.readouterr().out)["jobs"][0]
-    assert (job["train"]["learning_rate"], job["seed"]) == (1e-4, 3)
-
-
 def test_faults_are_listed_with_code_2(run_file, capsys):
     overrides = ["jobs.0.adapter.top_k=9", "jobs.0.adapter.rnak=3"]
     argv = ["config", "show", str(run_file)]
@@ -64,11 +56,6 @@ def test_faults_are_listed_with_code_2(run_file, capsys):
         "  jobs.0.adapter.top_k must be in [1, num_experts=8], got 9",
         "  jobs.0.adapter: unknown key 'rnak'; did you mean 'rank'?",
     ]
-
-
-def test_a_missing_run_file_is_code_2(capsys):
-    assert main(["config", "show", "nowhere.yaml"]) == 2
-    assert capsys.readouterr().err.startswith("error: nowhere.yaml can't be read")
 
 
 def test_the_jobs_of_a_sweep_are_listed_and_the_rest_is_the_same_run(run_file, tmp_path, capsys):

@@ -87,11 +87,6 @@ def test_a_row_that_is_dropped_is_shown_as_such(show):
     assert "texts" not in shown
 
 
-def test_an_unknown_job_is_named(show):
-    message = show("--job", "chat", code=2)
-    assert "did you mean 'chats'? --job must be one of chats, texts, got 'chat'" in message
-
-
 def test_a_run_file_of_data_alone_is_checked_whole(directory, tmp_path, capsys):
     rows = [{"instruction": f"Say {n}", "output": "" if n in (5, 7) else "blue"} for n in range(9)]
     rows += [{"instruction": "Say 1", "output": "blue"}, {"instruction": 1, "output": "blue"}]

@@ -71,12 +71,6 @@ def test_split_limit_and_base_can_be_chosen(run, saved, tmp_path):
     assert results["a"]["arc_easy"]["split"] == "validation"
 
 
-def test_moe_pefts_labels_can_be_asked_for(run, tmp_path):
-    lines = tmp_path / "lines.jsonl"
-    assert run("--task", "arc_easy", "--compat", "moe-peft", "--per-question", str(lines)) == 0
-    assert len(json.loads(lines.read_text().splitlines()[0])["scores"]) == 9
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -118,9 +112,3 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
-
-
-def test_a_broken_row_is_named(run, saved, tmp_path, capsys):
-    (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"question": "?"}\n')
-    assert run("--task", "arc_easy", "--data", str(tmp_path)) == 2
-    assert "test.jsonl, line 2: the row has no field 'choices.text'" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loraloom.cli.evaluation_command import evaluation_command, generation_command
+from loraloom.cli.train import evaluation_command, generation_command
 from loraloom.errors import LoraloomError
 from loraloom.training.settings import RunConfig
 
@@ -93,32 +93,12 @@ def test_there_is_no_command_where_there_is_nothing_to_evaluate():
     assert evaluation_command(run_of({**ROWS, "validation": of_config}), [result()]) is None
 
 
-@pytest.mark.parametrize(("objective", "more"), [({}, ""), ({"beta": 0.3}, "--beta 0.3")])
+@pytest.mark.parametrize(("objective", "more"), [({}, "--beta 0.1"), ({"beta": 0.3}, "--beta 0.3")])
 def test_pairs_are_asked_as_pairs(objective, more):
     pairs = {"dataset": "pairs.jsonl", "format": "preference"}
     run = run_of(pairs, train={**TRAIN, "objective": {"name": "dpo", **objective}})
     asked = shlex.join(words(run, result()))
     assert f"--dataset HELD_OUT.jsonl --format preference {more}".rstrip() + " --output" in asked
-
-
-def test_a_job_called_as_the_base_model_goes_by_another_name():
-    run = run_of({"task": "boolq"}, name="base")
-    assert "base-adapter=out/base" in words(run, result("base"))
-
-
-def test_adapters_of_jobs_that_learnt_from_something_else_are_left_out():
-    pairs = {"dataset": "pairs.jsonl", "format": "preference"}
-    jobs = [
-        {"name": "chat", "data": ROWS, "train": TRAIN},
-        {"name": "dpo", "data": pairs, "train": {**TRAIN, "objective": {"name": "dpo"}}},
-        {"name": "plain", "data": {**ROWS, "format": "text"}, "train": TRAIN},
-    ]
-    jobs = [{"adapter": LORA, **job} for job in jobs]
-    run = RunConfig.model_validate({"base_model": "m", "output_dir": "out", "jobs": jobs})
-    results = [result(job["name"]) for job in jobs] + [result("from-elsewhere")]
-    asked = words(run, *results)
-    assert [word for word in asked if "=out/" in word] == ["chat=out/chat"]
-    assert asked[asked.index("--format") + 1] == "chat"
 
 
 def test_what_was_trained_can_be_asked():

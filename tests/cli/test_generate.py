@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import date
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from loraloom.cli import generate as verb
 from loraloom.cli import main as cli
@@ -42,13 +39,6 @@ def test_a_prompt_is_completed_on_the_terminal(run, capsys):
     assert completion.endswith("\n")
 
 
-def test_every_adapter_answers_a_prompt(run, saved, capsys):
-    adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
-    assert run("--prompt", "the sky", *adapters) == 0
-    output = capsys.readouterr().out
-    assert output.index("[a]\n") < output.index("[b]\n")
-
-
 def test_a_file_is_completed_row_by_row(run, saved, tmp_path):
     rows = [{"prompt": "the sky", "id": 7}, {"prompt": "one"}, {"prompt": "one", "adapter": "base"}]
     path = write_rows(tmp_path / "in.jsonl", *rows)
@@ -72,19 +62,6 @@ def test_a_row_without_an_adapter_is_answered_by_all_of_them(run, saved, tmp_pat
     ]
 
 
-def test_rows_of_a_table_with_dates_are_written_again(run, tmp_path):
-    rows, output = {"prompt": ["one"], "day": [date(2026, 1, 2)]}, tmp_path / "out.jsonl"
-    parquet.write_table(pa.table(rows), tmp_path / "in.parquet")
-    assert run("--input", str(tmp_path / "in.parquet"), "--output", str(output)) == 0
-    assert read_rows(output)[0]["day"] == "2026-01-02"
-
-
-def test_half_a_surrogate_pair_in_a_row_is_named(run, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "one"}\n{"prompt": "\\ud800"}\n')
-    assert run("--input", str(tmp_path / "in.jsonl")) == 2
-    assert "in.jsonl, line 2: the row must be JSON, column 19: " in capsys.readouterr().err
-
-
 def test_a_row_may_scale_its_adapter(run, saved, tmp_path):
     rows = [{"prompt": "one", "adapter": adapter} for adapter in (["a", 0.0], "base", ["a", 1])]
     path, output = write_rows(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
@@ -99,21 +76,6 @@ def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
     assert run("--input", write_rows(tmp_path / "in.jsonl", {"prompt": "one"})) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert set(row) == {"prompt", "completion", "adapter"}
-
-
-def test_a_prompt_can_be_written_to_a_file(run, tmp_path, capsys):
-    assert run("--prompt", "one", "--output", str(tmp_path / "out.jsonl")) == 0
-    assert read_rows(tmp_path / "out.jsonl")[0]["prompt"] == "one"
-    assert capsys.readouterr().out == ""
-
-
-def test_sampling_options_are_used(run, capsys):
-    options = ["--temperature", "1.5", "--top-p", "0.95", "--top-k", "50"]
-    outputs = []
-    for seed in ("1", "1", "2"):
-        assert run("--prompt", "one", "--raw", *options, "--seed", seed) == 0
-        outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1] != outputs[2]
 
 
 @pytest.mark.parametrize(
@@ -162,26 +124,6 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
-
-
-def test_messages_without_a_template_are_an_error(run, tmp_path, capsys):
-    turns = {"messages": [{"role": "user", "content": "one"}]}
-    assert run("--input", write_rows(tmp_path / "in.jsonl", turns)) == 2
-    assert "in.jsonl, line 1: the tokenizer must have a chat template" in capsys.readouterr().err
-
-
-def test_raw_conversations_are_an_error(run, tmp_path, capsys):
-    turns = {"messages": [{"role": "user", "content": "one"}]}
-    assert run("--input", write_rows(tmp_path / "in.jsonl", turns), "--raw") == 2
-    assert "--raw has no effect on 'messages'" in capsys.readouterr().err
-
-
-def test_a_chat_template_takes_the_place_of_the_tokenizers(run, tmp_path, capsys):
-    path = write_rows(tmp_path / "in.jsonl", {"messages": [{"role": "user", "content": "one"}]})
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert run("--input", path, "--chat-template", template) == 0
-    assert run("--prompt", "one", "--chat-template", "{{ 1/0 }}") == 2
-    assert "do not fit the chat template: division by zero" in capsys.readouterr().err
 
 
 def interrupt_after(monkeypatch, num_batches):
@@ -263,19 +205,6 @@ def test_other_settings_do_not_go_on(job, saved, capsys, more, message):
     assert output.read_text() == before
 
 
-def test_settings_that_are_gone_or_changed_do_not_go_on(run, tmp_path, capsys):
-    path, output = write_rows(tmp_path / "in.jsonl", *MANY[:2]), tmp_path / "out.jsonl"
-    template = tmp_path / "template.jinja"
-    template.write_text("{{ messages[0].content }}")
-    words = ["--input", path, "--output", str(output), "--max-new-tokens", "2"]
-    with_template = [*words, "--chat-template", str(template)]
-    assert run(*with_template) == 0
-    template.write_text("{{ messages[0].content }}!")
-    for other in (words, with_template):
-        assert run(*other) == 2
-        assert "generated with another chat_template" in capsys.readouterr().err
-
-
 def test_other_rows_do_not_go_on(job, tmp_path, capsys):
     _, generate = job
     assert generate() == 0
@@ -285,24 +214,6 @@ def test_other_rows_do_not_go_on(job, tmp_path, capsys):
     write_rows(tmp_path / "in.jsonl", *MANY[:2])
     assert generate() == 2
     assert "it has 7 rows where the input has 2" in capsys.readouterr().err
-
-
-def test_a_file_of_something_else_is_left_alone(job, capsys):
-    output, generate = job
-    output.write_text("precious\n")
-    assert generate() == 2
-    assert "must be new or what the same command has begun" in capsys.readouterr().err
-    assert output.read_text() == "precious\n"
-
-
-def test_rows_may_have_a_completion_that_is_replaced(run, tmp_path, monkeypatch):
-    path = write_rows(tmp_path / "in.jsonl", {"prompt": "one", "completion": "old"})
-    words = ["--input", path, "--output", str(tmp_path / "out.jsonl")]
-    assert run(*words) == 0
-    assert read_rows(tmp_path / "out.jsonl")[0]["completion"] != "old"
-    count = interrupt_after(monkeypatch, 99)
-    assert run(*words) == 0
-    assert count == []
 
 
 def test_the_input_is_never_overwritten(run, tmp_path, capsys):

@@ -8,11 +8,9 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 import datasets
-from lm_eval.tasks import TaskManager
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from loraloom.eval.harness import tasks
 from loraloom.eval.results import read_evaluation
 from loraloom.eval.statistics import read_answers, wilson_interval
 from tests.eval.harness.toy import write_tasks
@@ -65,19 +63,6 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     assert "exact_match" in output
 
 
-def test_git_has_nothing_to_say_outside_a_repository(run, monkeypatch, tmp_path, capfd):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert run("--harness", "toy_letter", "--limit", "2") == 0
-    assert "fatal" not in capfd.readouterr().err
-
-
-def test_adapters_can_go_without_the_base(run, saved, tmp_path):
-    words = ["--harness", "toy_letter", "--no-base", "--output", str(tmp_path / "r.json")]
-    assert run(*words, "--adapter", f"a={saved / 'lora'}") == 0
-    assert list(json.loads((tmp_path / "r.json").read_text())["results"]) == ["a"]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -110,13 +95,3 @@ def test_a_missing_lm_eval_is_one_error(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run("--harness", "toy_choice") == 2
     assert "pip install 'loraloom[eval]'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_an_unknown_task_is_one_error(run, capsys, monkeypatch):
-    def without_defaults(include_path, **_):
-        return TaskManager(include_path=include_path, include_defaults=False)
-
-    monkeypatch.setattr(tasks, "TaskManager", without_defaults)  # lm-eval's own take seconds
-    assert run("--harness", "toy_choise") == 2
-    assert "did you mean 'toy_choice'?" in capsys.readouterr().err

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from loraloom.cli import main as cli
-from loraloom.report.page import make_page
 from tests.generation.saved import save_tiny
-from tests.report.made import write_run
 
 ROWS = [
     {"instruction": f"Say {word}", "input": "", "output": word}
@@ -63,28 +60,6 @@ def test_a_repeated_evaluation_computes_nothing(run, capsys):
     assert again["results"] == first["results"]
     assert again["num_cached_scores"] == 2 * len(ROWS)
     assert "10 of 10 answers were scored before" in capsys.readouterr().err
-
-
-def test_results_are_written_in_other_forms_and_by_row(run, tmp_path):
-    files = [tmp_path / f"result.{suffix}" for suffix in ("csv", "md")]
-    outputs = [word for file in files for word in ("--output", str(file))]
-    written = run(*outputs, "--per-question", str(tmp_path / "rows.jsonl"))
-    rows = list(csv.DictReader(files[0].read_text().splitlines()))
-    assert [float(row["loss"]) for row in rows] == [
-        written["results"][name]["held_out"]["loss"] for name in ("base", "a")
-    ]
-    assert "| a | " in files[1].read_text()
-    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    of_a = [line for line in lines if line["adapter"] == "a"]
-    total = sum(line["loss"] for line in of_a) / sum(line["num_tokens"] for line in of_a)
-    assert total == pytest.approx(written["results"]["a"]["held_out"]["loss"])
-
-
-def test_a_report_shows_the_losses(run, tmp_path):
-    written = run()
-    page = make_page([write_run(tmp_path / "run")], [tmp_path / "r.json"])
-    assert f"{written['results']['a']['held_out']['loss']:.4f}" in page
-    assert "Held-out loss" in page
 
 
 def test_columns_may_have_other_names(run, tmp_path):

@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -96,33 +95,6 @@ def test_an_unexpected_error_is_one_line_and_code_1_and_its_traceback_is_in_a_pr
     assert path.is_relative_to(os.environ["XDG_CACHE_HOME"])
     assert "in fail\n" in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize("home", ["", "a file"])
-def test_where_the_cache_can_not_be_written_the_traceback_is_in_a_temporary_file(
-    monkeypatch, capsys, tmp_path, home
-):
-    (tmp_path / "a file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", home and str(tmp_path / home))
-    monkeypatch.setattr(Path, "home", lambda: 1 / 0 if home else raise_no_home())
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def fail() -> None:
-        raise RuntimeError
-
-    assert run_with(monkeypatch, fail) == 1
-    path = Path(capsys.readouterr().err.strip().rpartition("the traceback is in ")[2])
-    assert path.parent == tmp_path
-
-
-def raise_no_home():
-    raise RuntimeError("Could not determine home directory.")
-
-
-def test_a_command_without_errors_makes_no_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cli.main(["--version"]) == 0
-    assert os.listdir(tmp_path) == []
 
 
 def test_the_traceback_of_a_job_that_failed_is_kept_too(monkeypatch, capsys):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
-from loraloom.cli.data import token_lines, token_text
+from loraloom.cli.data import token_lines
 
 
 def show(tokenizer, text, marked, width=80):
@@ -29,4 +29,4 @@ def test_what_can_not_be_seen_is_escaped(tiny_tokenizer):
 def test_a_space_that_the_tokenizer_drops_is_shown(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(type(tiny_tokenizer), "convert_ids_to_tokens", lambda self, token: "▁sky")
     monkeypatch.setattr(type(tiny_tokenizer), "decode", lambda self, tokens: "sky")
-    assert token_text(tiny_tokenizer, 7) == " sky"
+    assert [*token_lines(tiny_tokenizer, [7], [False], 80)] == [" sky|"]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -106,13 +105,6 @@ def test_training_goes_on_when_nobody_reads_its_output_any_more(
     assert capsys.readouterr().err == ""
 
 
-def test_an_existing_output_directory_needs_resume_or_overwrite(run_file, tmp_path, capsys):
-    (tmp_path / "out/plain").mkdir(parents=True)
-    assert cli.main(["train", run_file]) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert cli.main(["train", run_file, "--overwrite"]) == 0
-
-
 def test_a_job_that_fails_gives_code_2_and_the_others_are_trained(run_file, tmp_path, capsys):
     words = ["--set", "jobs.0.train.learning_rate=1e30", "--set", "jobs.0.train.max_grad_norm=null"]
     assert cli.main(["train", run_file, *words]) == 2
@@ -177,15 +169,6 @@ def test_watch_trains_job_files_beside_a_run_file_without_jobs(
     }
     assert "adapter must be" in states["bad"]["reason"]
     assert (tmp_path / "out/two/adapter_model.safetensors").exists()
-
-
-def test_train_help_imports_no_torch():
-    code = (
-        "import sys; from loraloom.cli.main import main; code = main(['train', '--help']);"
-        "sys.exit('imported torch' if 'torch' in sys.modules else code)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_a_sweep_prints_its_ranking_and_leaves_a_table_and_a_picture(inputs, tmp_path, capsys):

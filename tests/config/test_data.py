@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from loraloom.config.data import DataConfig, SourceConfig, task_name
+from loraloom.config.data import DataConfig, SourceConfig
 
 
 def test_a_task_is_a_source():
@@ -22,15 +22,6 @@ def test_a_task_may_be_a_file_whose_scoring_is_its_own():
     assert SourceConfig(task="quiz.yml", scoring="text", path="data").scoring == "text"
 
 
-def test_a_tasks_name_is_its_files():
-    assert [task_name(task) for task in ("piqa", "tasks/quiz.yaml")] == ["piqa", "quiz"]
-
-
-def test_editors_know_the_tasks_names():
-    options = SourceConfig.model_json_schema()["properties"]["task"]["anyOf"]
-    assert "arc_easy" in options[0]["enum"]
-
-
 def test_a_task_is_scored_by_label_by_default():
     assert SourceConfig(task="arc_easy").scoring == "label"
     assert SourceConfig(task="arc_easy", scoring=None).scoring == "label"
@@ -44,14 +35,6 @@ def test_a_dataset_keeps_its_settings_as_a_source():
     )
     (source,) = data.sources
     assert (source.config, source.split, source.fields) == ("main", "dev", fields)
-
-
-@pytest.mark.parametrize(
-    "held_out", [{"validation_fraction": 0.1}, {"validation": {"task": "piqa"}}]
-)
-def test_held_out_rows_are_validation(held_out):
-    assert DataConfig.model_validate({"task": "piqa", **held_out}).has_validation
-    assert not DataConfig(task="piqa").has_validation
 
 
 CHAT = {"dataset": "a.jsonl", "format": "chat"}

@@ -6,14 +6,14 @@ import contextlib
 import math
 import secrets
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
+from typing_extensions import override
 
 from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
-from loraloom.config.fields import checked
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation
@@ -36,34 +36,38 @@ class ChatOptions(HostOptions):
     """The system message, in place of those that adapters were trained on."""
     raw: bool = False
     """Read each message as it stands, without a template."""
-    max_new_tokens: int = 512
-    """Generate at most N tokens for an answer."""
-    temperature: float = 0.7
-    """0 takes the most likely token; from 0.001, tokens are drawn."""
-    top_p: float = 1.0
-    """Draw from the most likely tokens whose probabilities sum to this."""
-    repetition_penalty: float = 1.0
-    """Above 1: repeat less."""
-    seed: int | None = None
-    """Seed of the random draws; by default another one each time."""
     cache_tokens: int | None = Field(default=None, ge=32)
     """Tokens of the key-value cache. By default all rows at full length, as far as a quarter of the
     free memory goes."""
 
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.raw and self.system is not None:
+            yield "--system has no effect with --raw; leave one of them out"
 
-def chat(options: Annotated[ChatOptions, Parameter(name="*")]) -> None:
+
+class ChatSampling(SamplingConfig):
+    """How tokens are chosen, and when an answer ends."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Generate at most N tokens for an answer."""
+    temperature: float = Field(default=0.7, ge=0)
+    """0 takes the most likely token; from 0.001, tokens are drawn."""
+    seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=0, lt=2**63)
+    """Seed of the random draws; by default another one each time."""
+
+
+def chat(
+    options: Annotated[ChatOptions, Parameter(name="*")],
+    sampling: Annotated[ChatSampling | None, Parameter(name="*")] = None,
+) -> None:
     """Talk to the base model and its adapters; /help says how to switch between them.
 
     Each adapter reads messages as its training data wrote prompts, the base model in its chat
     template.
     """
-    adapters, system, raw = options.adapters, options.system, options.raw
-    if raw and system is not None:
-        raise ConfigError("--system has no effect with --raw; leave one of them out")
-    settings = options.model_dump(include=set(SamplingConfig.model_fields))
-    if options.seed is None:
-        settings["seed"] = secrets.randbits(63)
-    sampling = checked(SamplingConfig, settings)
+    adapters, system = options.adapters, options.system
     check_sources(options, adapters)
     host, tokenizer = load_host(options, adapters)
     have_turns = [one.prompt and not one.prompt.is_text for one in host.adapters.values()]
@@ -71,84 +75,34 @@ def chat(options: Annotated[ChatOptions, Parameter(name="*")]) -> None:
         raise ConfigError(
             "--system needs a chat template, the base model's tokenizer has none; leave it out"
         )
-    if not raw:
+    if not options.raw:
         tell_unknown_prompts(host, tokenizer)
     max_rows = len(adapters) + 1
     cache_tokens = options.cache_tokens or default_cache_tokens(host, max_rows)
-    limits = EngineLimits(max_rows, cache_tokens, max_request_s=math.inf)
-    conversation = Conversation(Engine(host, tokenizer, limits), tokenizer, BASE, system, raw=raw)
-    Terminal(conversation, [BASE, *adapters], sampling).run()
-
-
-class Terminal:
-    """Reads lines, and does what they say."""
-
-    def __init__(self, conversation: Conversation, models: Sequence[str], sampling: SamplingConfig):
-        self._conversation = conversation
-        self._known = list(models)
-        self._models = self._known[-1:]
-        self._sampling = sampling
-
-    def run(self) -> None:
-        """Go on until the input ends, or /quit."""
-        print(f"models: {', '.join(self._known)}; /help for commands")
-        while (line := _read_line(f"{' '.join(self._models)}> ")) is not None:
-            try:
-                if self._handle(line.strip()):
-                    return
-            except LoraloomError as error:
-                print(f"error: {error}")
-
-    def _handle(self, line: str) -> bool:
-        """Do what a line says; return whether it ends the conversation."""
-        command, *words = line.split() if line.startswith("/") else [""]
-        match command:
-            case "":
-                if line:
-                    self._answer(line)
-            case "/adapter":
-                self._choose(words, most=1)
-            case "/compare":
-                self._choose(words, most=len(self._known))
-            case "/reset":
-                self._conversation.turns.clear()
-            case "/help":
-                print(HELP)
-            case "/quit" | "/exit":
-                return True
-            case _:
-                raise ConfigError(f"there is no command {shown(command)}; /help names them")
-        return False
-
-    def _choose(self, names: Sequence[str], most: int) -> None:
-        known = ", ".join(self._known)
-        unknown = [name for name in names if name not in self._known]
-        if unknown or not 1 <= len(set(names)) == len(names) <= most:
-            count = "one" if most == 1 else f"1 to {most} different ones"
-            raise ConfigError(f"name {count} of {known}, got {shown(' '.join(names))}")
-        self._models = list(names)
-
-    def _answer(self, text: str) -> None:
-        """Print the answers as they come."""
-        answering = None
-        answers = self._conversation.ask(text, self._models, self._sampling)
+    engine = Engine(host, tokenizer, EngineLimits(max_rows, cache_tokens, max_request_s=math.inf))
+    conversation = Conversation(engine, tokenizer, BASE, system, raw=options.raw)
+    known = [BASE, *adapters]
+    models = known[-1:]
+    print(f"models: {', '.join(known)}; /help for commands")
+    while (line := _read_line(f"{' '.join(models)}> ")) not in (None, "/quit", "/exit"):
         try:
-            for model, piece in answers:
-                if model != answering and len(self._models) > 1:
-                    print(f"{'' if answering is None else chr(10)}[{model}]")
-                answering = model
-                print(_printed(piece), end="", flush=True)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            answers.close()  # pyright: ignore[reportAttributeAccessIssue]
-            print()
-
-
-def _printed(text: str) -> str:
-    """An answer with its spaces and joiners, but without what would steer the terminal."""
-    joiners = "\t\u200c\u200d"
-    return "".join(c if c in joiners or unicodedata.category(c) == "Zs" else plain(c) for c in text)
+            if not str(line).startswith("/"):
+                _answer(conversation, str(line), models, sampling or ChatSampling())
+                continue
+            command, *words = str(line).split()
+            match command:
+                case "/adapter":
+                    models = _choose(words, known, most=1)
+                case "/compare":
+                    models = _choose(words, known, most=len(known))
+                case "/reset":
+                    conversation.turns.clear()
+                case "/help":
+                    print(HELP)
+                case _:
+                    raise ConfigError(f"there is no command {shown(command)}; /help names them")
+        except LoraloomError as error:
+            print(f"error: {error}")
 
 
 def _read_line(prompt: str) -> str | None:
@@ -156,7 +110,41 @@ def _read_line(prompt: str) -> str | None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited and called back)
     try:
-        return input(prompt)
+        return input(prompt).strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return None
+
+
+def _choose(names: list[str], known: Sequence[str], most: int) -> list[str]:
+    if not set(names) <= set(known) or not 1 <= len(set(names)) == len(names) <= most:
+        count = "one" if most == 1 else f"1 to {most} different ones"
+        raise ConfigError(f"name {count} of {', '.join(known)}, got {shown(' '.join(names))}")
+    return names
+
+
+def _answer(
+    conversation: Conversation, text: str, models: Sequence[str], sampling: SamplingConfig
+) -> None:
+    """Print the answers as they come."""
+    if not text:
+        return
+    answering = None
+    answers = conversation.ask(text, models, sampling)
+    try:
+        for model, piece in answers:
+            if model != answering and len(models) > 1:
+                print(f"{'' if answering is None else chr(10)}[{model}]")
+            answering = model
+            print(_printed(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        answers.close()  # pyright: ignore[reportAttributeAccessIssue]
+        print()
+
+
+def _printed(text: str) -> str:
+    """An answer with its spaces and joiners, but without what would steer the terminal."""
+    joiners = "\t\u200c\u200d"
+    return "".join(c if c in joiners or unicodedata.category(c) == "Zs" else plain(c) for c in text)

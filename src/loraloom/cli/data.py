@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from pydantic import Field
 from rich.cells import cell_len, chop_cells
+from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -22,9 +23,10 @@ from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.models.loading import load_tokenizer
 from loraloom.terminal import make_console, make_table, print_tables
-from loraloom.training.settings import JobConfig, RunConfig, load_run_config
+from loraloom.training.settings import JobConfig, load_run_config
 
 WIDTH = 80
+COUNTS = ["rows", "empty", "cut", "dropped", "duplicates", "with tools", "faulty"]
 
 
 class ShowOptions(StrictModel):
@@ -52,26 +54,30 @@ def show(
         run_file: A base model and its jobs.
     """
     run = load_run_config(run_file, overrides or (), fill_in=_fill_in)
-    jobs = _find_jobs(run, options.job)
+    names = [job.name for job in run.all_jobs]
+    if options.job is not None and options.job not in names:
+        raise ConfigError(
+            f"{suggestion(options.job, names)}--job must be one of {', '.join(names[:20])}, got "
+            f"{options.job!r}"
+        )
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")
-    table = make_table(
-        "source", values=["rows", "empty", "cut", "dropped", "duplicates", "with tools", "faulty"]
-    )
-    faults: dict[str, None] = {}
-    for config in jobs:
-        held_out = () if config.data.validation is None else (config.data.validation,)
-        for number, source in enumerate((*config.data.sources, *held_out)):
-            split = "train" if number < len(config.data.sources) else "validation"
-            fault = _check_source(
-                config, source, split, tokenizer, options.rows, console.print, table
-            )
-            faults |= {fault: None} if fault else {}
+    table = make_table("source", values=COUNTS)
+    faults: list[str] = []
+    for job in run.all_jobs:
+        if options.job in (None, job.name):
+            splits = [(source, "train") for source in job.data.sources]
+            splits += [(job.data.validation, "validation")] if job.data.validation else []
+            for source, split in splits:
+                try:
+                    _check_source(job, source, split, tokenizer, options.rows, console, table)
+                except DataError as error:
+                    faults.append(str(error))
     console.print()
     print_tables(make_console(), [table])
     if faults:
-        raise DataError("\n".join(faults))
+        raise DataError("\n".join(dict.fromkeys(faults)))
 
 
 def _fill_in(settings: dict[str, Any]) -> dict[str, Any]:
@@ -79,27 +85,11 @@ def _fill_in(settings: dict[str, Any]) -> dict[str, Any]:
     jobs = settings.get("jobs")
     if isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs):
         adapter = {"method": CONFIGS[0].model_fields["method"].default}
-        settings["jobs"] = [
-            {"name": f"job{n}", "adapter": adapter, "train": _some_training(job), **job}
-            for n, job in enumerate(jobs, start=1)
-        ]
+        for number, job in enumerate(jobs):
+            has_pairs = "preference" in str(job.get("data"))
+            train = {"max_steps": 1, **({"objective": {"name": "dpo"}} if has_pairs else {})}
+            jobs[number] = {"name": f"job{number + 1}", "adapter": adapter, "train": train, **job}
     return {"output_dir": "out", **settings}
-
-
-def _some_training(job: dict[str, Any]) -> dict[str, Any]:
-    learns_pairs = "preference" in str(job.get("data"))
-    return {"max_steps": 1, **({"objective": {"name": "dpo"}} if learns_pairs else {})}
-
-
-def _find_jobs(run: RunConfig, name: str | None) -> list[JobConfig]:
-    jobs = [job for job in run.all_jobs if name in (None, job.name)]
-    if not jobs:
-        names = [job.name for job in run.all_jobs]
-        raise ConfigError(
-            f"{suggestion(name or '', names)}--job must be one of {', '.join(names[:20])}, got "
-            f"{name!r}"
-        )
-    return jobs
 
 
 def _check_source(
@@ -108,32 +98,24 @@ def _check_source(
     split: str,
     tokenizer: PreTrainedTokenizerBase,
     num_shown: int,
-    print_line: Any,
+    console: Console,
     table: Table,
-) -> str:
-    """Print a source's first rows and add its counts to the table; what is wrong with its rows."""
-    streaming = job.data.streaming and split == "train"
-    train = job.train
+) -> None:
+    """Print a source's first rows and add its counts to the table."""
+    train, streaming = job.train, job.data.streaming and split == "train"
     encoder = SourceEncoder(config, tokenizer, train.max_length, train.learns_from_pairs)
-    try:
-        limit = num_shown if streaming else None
-        rows, source = encoder.read(split, limit, streaming=streaming)
-    except DataError as error:  # the file as a whole
-        return str(error)
+    rows, source = encoder.read(split, num_shown if streaming else None, streaming=streaming)
     for number, row in enumerate(source.rows[:num_shown], start=1):
         for line in _show_row(f"{job.name}: {source.name}, row {number}", row, tokenizer):
-            print_line(line, style="bold green" if line.lstrip(" ^") == "" else None)
+            console.print(line, style="bold green" if line.lstrip(" ^") == "" else None)
     tools = (config.fields or {}).get("tools", "tools")
     counts = _count(rows, source.rows, tools)
     table.add_row(f"{job.name}: {Path(source.name).name}", *map(str, counts))
-    try:
-        encoder.check(rows, source.rows)
-    except DataError as error:
-        return str(error)
-    return ""
+    encoder.check(rows, source.rows)
 
 
-def _count(rows: list[Row], encoded: list[EncodedRow], tools: str) -> tuple[int, ...]:
+def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], tools: str) -> tuple[int, ...]:
+    """The numbers of COUNTS."""
     learnt = [tuple(piece.input_ids for piece in row.pieces) for row in encoded if row.pieces]
     empty = sum(row.is_empty for row in encoded)
     faulty = sum(bool(row.fault) for row in encoded) - empty
@@ -164,26 +146,15 @@ def token_lines(
     """Lines of tokens, `|` between them; after each that has marked ones, a line of `^`."""
     text, marks = "", ""
     for token, is_marked in zip(ids, marked, strict=True):
-        shown = token_text(tokenizer, token)
+        # escapes stand in place of what can't be seen
+        shown = plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
         for part in chop_cells(shown, width - 1) or [""]:
             if cell_len(text) + cell_len(part) + 1 > width:
-                yield from _lines(text, marks)
+                yield from filter(None, (text, marks.rstrip()))
                 text, marks = "", ""
             text += f"{part}|"
             marks += ("^" if is_marked else " ") * cell_len(part) + " "
         if "\\n" in shown:
-            yield from _lines(text, marks)
+            yield from filter(None, (text, marks.rstrip()))
             text, marks = "", ""
-    yield from _lines(text, marks)
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What stands for a token in a text, with escapes in place of what can't be seen."""
-    return plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
-
-
-def _lines(text: str, marks: str) -> Iterator[str]:
-    if text:
-        yield text
-    if marks.strip():
-        yield marks.rstrip()
+    yield from filter(None, (text, marks.rstrip()))

@@ -1,28 +1,42 @@
-"""`loraloom generate`: completions of one prompt or of a file of prompts."""
+"""`loraloom generate`: completions of one prompt or of a file of prompts.
+
+An --output is at any time the beginning of what it will be, so an interrupted command goes on where
+it was. What its texts depend on stands in a file beside it, `FILE.settings.json`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field
+from typing_extensions import override
 
-from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
 from loraloom.cli.options import BASE, HostOptions, LocalPath, Text, tell_unknown_prompts
+from loraloom.config.text import parse_json, read_json
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
 from loraloom.data.templates import template_source, template_text
+from loraloom.durable import append_text, prepare_output, write_json
 from loraloom.errors import ConfigError, shown
 from loraloom.eval.cache import describe_adapters
+from loraloom.eval.evaluation import EvaluationProgress
 from loraloom.generation.generate import complete_in_order
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.models.layout import RowAdapter
+from loraloom.terminal import make_console
+
+Rows = Sequence[dict[str, Any]]
 
 
 class GenerateOptions(HostOptions):
@@ -49,37 +63,31 @@ class GenerateOptions(HostOptions):
     batch_size: int = Field(default=16, ge=1)
     """Complete at most N prompts at once."""
 
-    def check(self) -> None:
-        """Raise a ConfigError for options that don't go together."""
-        ways = {
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        forms = {
             "--chat-template": self.chat_template,
             "--template": self.template,
             "--raw": self.raw or None,
         }
-        given = [option for option, value in ways.items() if value is not None]
+        given = [option for option, value in forms.items() if value is not None]
         if len(given) > 1:
-            raise ConfigError(f"{given[0]} has no effect with {given[1]}; leave one of them out")
+            yield f"{given[0]} has no effect with {given[1]}; leave one of them out"
         if self.overwrite and self.output is None:
-            raise ConfigError("--overwrite has no effect without --output; leave it out")
+            yield "--overwrite has no effect without --output; leave it out"
         if (self.prompt is None) == (self.input is None):
-            raise ConfigError("generate needs either --prompt or --input; give one of them")
-        if self.no_base and (self.input is not None or not self.adapters):
-            raise ConfigError(
-                "--no-base has an effect on --prompt with --adapter only; leave it out"
-            )
+            yield "generate needs either --prompt or --input; give one of them"
+        elif self.no_base and (self.input is not None or not self.adapter):
+            yield "--no-base has an effect on --prompt with --adapter only; leave it out"
         if self.output and self.input and self.output.resolve() == self.input.resolve():
-            raise ConfigError(
-                f"--output must be another file than --input, got {self.output} twice"
-            )
+            yield f"--output must be another file than --input, got {self.output} twice"
 
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What the completions depend on, as JSON values."""
-        settings: dict[str, Any] = {
-            "base_model": self.base_model,
-            "dtype": self.dtype,
-            "sampling": sampling.model_dump(),
-            "raw": self.raw,
-            "batch_size": self.batch_size,
+        settings = {
+            **self.model_dump(include={"base_model", "dtype", "raw", "batch_size"}, mode="json"),
+            "sampling": sampling.model_dump(mode="json"),
             "adapters": describe_adapters(self.adapters),
         }
         if self.chat_template is not None:
@@ -102,14 +110,14 @@ def generate(
 
     After Ctrl-C the same command goes on behind the rows that --output has.
     """
-    options.check()
-    rows, prompts = _read(options)
+    asked = list(_read(options))
+    prompts = [prompt for _, prompt in asked]
+    rows = [{**row, "adapter": prompt.adapter or BASE} for row, prompt in asked]
     check_sources(options, options.adapters)
-    num_done, file = 0, None
+    num_done = 0
     if options.output is not None:
-        lines = [*labelled(rows, prompts)]
-        file = OutputFile(options.output, lines, options.settings(sampling))
-        num_done = file.count_done(options.batch_size, overwrite=options.overwrite)
+        settings = options.settings(sampling)
+        num_done = _count_done(options, rows, settings)
     if num_done == len(rows):
         print(f"all {num_done} rows are in {options.output} already", file=sys.stderr)
         return
@@ -128,45 +136,38 @@ def generate(
         prompt_form=form,
     )
     texts = ([completion.text for completion in batch] for batch in batches)
-    if file is not None:
-        file.write(texts, num_done)
-    elif options.input is None:
-        print_answers(prompts, texts)
-    else:
-        print_rows([*labelled(rows, prompts)], texts)
+    if options.output is not None:
+        _write(options.output, rows, settings, texts, num_done)
+        return
+    for row, text in zip(rows, chain.from_iterable(texts), strict=True):
+        if options.input is not None:
+            print(_line(row, text), end="", flush=True)
+        else:
+            print(f"[{row['adapter']}]\n{text}" if len(rows) > 1 else text)
 
 
-def _read(options: GenerateOptions) -> tuple[list[dict[str, Any]], list[Prompt]]:
+def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
     """Rows to write again, and their prompts."""
     if options.input is None:
-        names = [*([] if options.no_base else [None]), *options.adapters]
-        return [{"prompt": options.prompt}] * len(names), [
-            Prompt(str(options.prompt), name, origin="--prompt") for name in names
-        ]
-    asked = [
-        (dict(row), prompt)
-        for row in read_rows(options.input)
-        for prompt in _prompts_of(row, options.adapters, raw=options.raw)
-    ]
-    return [row for row, _ in asked], [prompt for _, prompt in asked]
-
-
-def _prompts_of(row: Row, adapters: Mapping[str, str], *, raw: bool) -> list[Prompt]:
-    """What a row asks: one adapter, or all of them where it names none."""
-    if ("prompt" in row) == ("messages" in row):
-        row.reject("a row must have either 'prompt' or 'messages'")
-    if raw and "messages" in row:
-        row.reject("--raw has no effect on 'messages', which need a chat template; give 'prompt'")
-    tools = None
-    if "prompt" in row:
-        content = row.text("prompt")
-    else:
-        content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")
-    wanted: list[RowAdapter] = (
-        [_adapter_of(row, adapters)] if "adapter" in row else list(adapters) or [None]
-    )
-    fields = {name: value for name, value in row.items() if name != "prompt"}
-    return [Prompt(content, adapter, row.origin, tools, fields) for adapter in wanted]
+        for name in [*([] if options.no_base else [None]), *options.adapters]:
+            yield {"prompt": options.prompt}, Prompt(str(options.prompt), name, origin="--prompt")
+        return
+    for row in read_rows(options.input):
+        if ("prompt" in row) == ("messages" in row):
+            row.reject("a row must have either 'prompt' or 'messages'")
+        if "prompt" in row:
+            content, tools = row.text("prompt"), None
+        elif options.raw:
+            row.reject(
+                "--raw has no effect on 'messages', which need a chat template; give 'prompt'"
+            )
+        else:
+            content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")
+        adapters = options.adapters
+        wanted = [_adapter_of(row, adapters)] if "adapter" in row else list(adapters) or [None]
+        fields = {name: value for name, value in row.items() if name != "prompt"}
+        for adapter in wanted:
+            yield dict(row), Prompt(content, adapter, row.origin, tools, fields)
 
 
 def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
@@ -186,3 +187,88 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
             f"field 'adapter' must be one of {known}, got {shown(name)}; give --adapter for it"
         )
     return name if scale == 1 else (name, scale)
+
+
+def _count_done(options: GenerateOptions, rows: Rows, settings: Mapping[str, Any]) -> int:
+    """Find out where to go on; nothing is changed."""
+    path = options.output
+    prepare_output(path, "--output")
+    if options.overwrite or path is None or not path.exists():
+        return 0
+    reason = ""
+    try:
+        known = read_json(_settings_path(path))
+        others = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
+        reason = f"its texts were generated with another {others[0]}" if others else ""
+    except (ConfigError, TypeError):
+        reason = f"{_settings_path(path).name} beside it can't be read"
+    lines = _whole_lines(path)
+    if len(lines) > len(rows):
+        reason = reason or f"it has {len(lines)} rows where the input has {len(rows)}"
+    for number, (line, row) in enumerate(zip(lines, rows, strict=False), start=1):
+        if not _is_done(line, row):
+            reason = reason or f"line {number} is not the input's row {number} completed"
+    if reason:
+        raise ConfigError(
+            f"--output {path} must be new or what the same command has begun, but {reason}; "
+            "give another file, or --overwrite"
+        )
+    # a batch that was not finished is begun anew: its rows' texts may depend on the batch's shape
+    is_complete = len(lines) == len(rows)
+    return len(lines) if is_complete else len(lines) // options.batch_size * options.batch_size
+
+
+def _write(
+    path: Path,
+    rows: Rows,
+    settings: Mapping[str, Any],
+    texts: Iterable[Sequence[str]],
+    num_done: int,
+) -> None:
+    """Append rows as they are done, and show how it gets on."""
+    messages = make_console(stderr=True, soft_wrap=True)
+    try:
+        if num_done:
+            os.truncate(path, sum(map(len, _whole_lines(path)[:num_done])))
+        else:
+            path.unlink(missing_ok=True)
+            write_json(_settings_path(path), settings)
+            append_text(path, "")
+        with EvaluationProgress(messages) as progress:
+            advance = progress.start(path.name, [1] * len(rows), "rows")
+            advance(range(num_done))
+            for batch in texts:
+                done = range(num_done, num_done + len(batch))
+                append_text(path, "".join(map(_line, [rows[place] for place in done], batch)))
+                advance(done)
+                num_done = done.stop
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error}") from error
+    except KeyboardInterrupt:
+        messages.print(
+            f"stopped; {num_done} of {len(rows)} rows are kept in {path}, the same command goes on "
+            "from there"
+        )
+        raise
+
+
+def _settings_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines that were written to their end."""
+    return [line + b"\n" for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def _line(row: Mapping[str, Any], text: str) -> str:
+    return json.dumps({**row, "completion": text}, ensure_ascii=False) + "\n"
+
+
+def _is_done(line: bytes, row: Mapping[str, Any]) -> bool:
+    """Whether a line is a row with its completion."""
+    try:
+        known = parse_json(line.decode(), "a row")
+        return known == json.loads(_line(row, known["completion"]))
+    except (ConfigError, UnicodeDecodeError, TypeError, KeyError):
+        return False

@@ -24,58 +24,45 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
     if as_json:
         print(json.dumps(description.to_json(), indent=2, allow_nan=False))
         return
+    settings = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, value in _settings(description).items():
+        settings.add_row(label, value)
+    norms = make_table("norm of", values=["tensors", "min", "median", "max"])
+    for norm in description.norms:
+        numbers = (f"{value:.4g}" for value in (norm.min, norm.median, norm.max))
+        norms.add_row(norm.name, str(norm.count), *numbers)
     console = make_console()
-    print_tables(console, [_settings_table(description), _norms_table(description)])
+    print_tables(console, [settings, norms])
     if description.num_non_finite:
         console.print(f"{description.num_non_finite} tensors have infinite or NaN values")
 
 
-def _settings_table(description: AdapterDescription) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, value in _settings(description).items():
-        table.add_row(label, value)
-    return table
-
-
-def _settings(description: AdapterDescription) -> dict[str, str]:
-    stabilized = ", rank-stabilized" if description.rank_stabilized else ""
-    prompt = description.prompt or {}
+def _settings(one: AdapterDescription) -> dict[str, str]:
+    stabilized = ", rank-stabilized" if one.rank_stabilized else ""
+    scaling = "" if one.alpha is None else f", alpha {one.alpha:g} (scaling {one.scaling:g})"
+    prompt = [f"{name}: {shown(text)}" for name, text in (one.prompt or {}).items()]
+    share = "base model's size unknown"
+    if one.percent_of_base is not None:
+        share = f"{one.percent_of_base:.3g} % of the base model"
     rows = {
-        "adapter": description.path,
-        "method": f"{description.method}{stabilized} ({description.layout} layout)",
-        "formula": description.formula,
-        "base model": description.base_model or "unknown",
-        "prompt": ", ".join(f"{name}: {shown(text)}" for name, text in prompt.items()) or "unknown",
-        "rank": _rank(description),
+        "adapter": one.path,
+        "method": f"{one.method}{stabilized} ({one.layout} layout)",
+        "formula": one.formula,
+        "base model": one.base_model or "unknown",
+        "prompt": ", ".join(prompt) or "unknown",
+        "rank": f"{one.rank}{scaling}, dropout {one.dropout:g}",
     }
-    if experts := description.experts:
+    if experts := one.experts:
         rows["experts"] = (
             f"{experts['num_experts']}, {experts['routing']}, rank {experts['rank']}, "
             f"alpha {experts['alpha']:g}, dropout {experts['dropout']:g}"
         )
-    rows["target modules"] = ", ".join(description.target_modules)
-    rows["layers"] = str(description.num_layers)
-    percent = description.percent_of_base
-    share = "base model's size unknown" if percent is None else f"{percent:.3g} % of the base model"
-    rows["parameters"] = f"{description.num_parameters:,} ({share})"
-    for kind, count in description.parameters.items():
-        rows[f"  {kind}"] = f"{count:,}"
-    rows["dtype"] = ", ".join(description.dtypes)
-    for name, size in description.file_bytes.items():
-        rows[name] = f"{size:,} bytes"
-    return rows
-
-
-def _rank(description: AdapterDescription) -> str:
-    scaling = ""
-    if description.alpha is not None:
-        scaling = f", alpha {description.alpha:g} (scaling {description.scaling:g})"
-    return f"{description.rank}{scaling}, dropout {description.dropout:g}"
-
-
-def _norms_table(description: AdapterDescription) -> Table:
-    table = make_table("norm of", values=["tensors", "min", "median", "max"])
-    for norm in description.norms:
-        numbers = (f"{value:.4g}" for value in (norm.min, norm.median, norm.max))
-        table.add_row(norm.name, str(norm.count), *numbers)
-    return table
+    return {
+        **rows,
+        "target modules": ", ".join(one.target_modules),
+        "layers": str(one.num_layers),
+        "parameters": f"{one.num_parameters:,} ({share})",
+        **{f"  {kind}": f"{count:,}" for kind, count in one.parameters.items()},
+        "dtype": ", ".join(one.dtypes),
+        **{name: f"{size:,} bytes" for name, size in one.file_bytes.items()},
+    }

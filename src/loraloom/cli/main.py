@@ -10,28 +10,25 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pydantic
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 
 import loraloom
-from loraloom.cli.tracebacks import TracebackFile
 from loraloom.config.fields import describe_faults
-from loraloom.errors import LoraloomError, plain, shown
-
-_log = logging.getLogger(__name__)
+from loraloom.durable import cache_directory
+from loraloom.errors import ConfigError, LoraloomError, plain, shown
 
 _HELP = "Train, evaluate and run mixtures of LoRA experts and plain adapters on one base model."
-_QUIET: Any = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 """What warns when transformers imports it, of kernels for devices that aren't there."""
 
-Command = Callable[..., None]
-
-VERBS: dict[str, tuple[str | Command, str]] = {
+VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "quickstart": ("quickstart:quickstart", "Train two LoRAs and a mixture, and compare them."),
     "train": ("train:train", "Train the adapters of a run file together."),
     "eval": ("eval:evaluate", "Score choice questions, or held-out rows."),
@@ -65,41 +62,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     words = [*(sys.argv[1:] if argv is None else argv)]
-    with TracebackFile() as tracebacks:
-        try:
-            return _run(words)
-        except CycloptsError as error:
-            _complain(_in_words(error), tracebacks)
-            return 2
-        except LoraloomError as error:
-            _complain(str(error), tracebacks)
-            return 2
-        except SystemExit as end:
-            return end.code if isinstance(end.code, int) else 0
-        except KeyboardInterrupt:
-            return 130
-        except BrokenPipeError:
-            return 1
-        except Exception as error:
-            _log.error("%s", shlex.join(["loraloom", *words]), exc_info=error)
-            _complain(f"unexpected {type(error).__name__}: {shown(str(error))}", tracebacks)
-            return 1
-        finally:
-            _flush_output()
+    tracebacks = _TracebackFile()
+    logger = logging.getLogger("loraloom")
+    logger.addHandler(tracebacks)
+    try:
+        _app(words)(
+            words or ["--help"],
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+        return 0 if words and words not in [[group] for group in GROUPS] else 2
+    except (CycloptsError, LoraloomError) as error:
+        tracebacks.complain(_in_words(error))
+        return 2
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        logger.error("%s", shlex.join(["loraloom", *words]), exc_info=error)
+        tracebacks.complain(f"unexpected {type(error).__name__}: {shown(str(error))}")
+        return 1
+    finally:
+        logger.removeHandler(tracebacks)
+        _flush_output()
 
 
-def _run(words: list[str]) -> int:
-    if words[:1] == ["serve"]:
-        return _serve(words[1:])
-    _build_app(words)(words or ["--help"], **_QUIET)
-    is_group = len(words) == 1 and words[0] in GROUPS
-    return 2 if not words or is_group else 0
-
-
-def _build_app(words: list[str]) -> App:
+def _app(words: Sequence[str]) -> App:
     """Declare the verbs; the help of the one that is used is its docstring."""
-    app = _group("loraloom", _HELP, version=f"loraloom {loraloom.__version__}")
-    groups = {name: _group(name, summary) for name, summary in GROUPS.items()}
+    # A flag has no --no-flag; of an option given twice the later counts.
+    options = {"default_parameter": Parameter(negative="", allow_repeating=True)}
+    version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
+    app = App("loraloom", help=_HELP, **version, **options)
+    groups = {
+        name: App(name, help=text, version_flags=[], **options) for name, text in GROUPS.items()
+    }
     for group in groups.values():
         app.command(group)
     for verb, (command, summary) in VERBS.items():
@@ -111,52 +111,51 @@ def _build_app(words: list[str]) -> App:
     return app
 
 
-def _serve(words: list[str]) -> int:
-    """Run the verb whose options are declared one by one."""
-    import typer
-    from typer.main import get_command
-
-    command, _ = VERBS["serve"]
-    if isinstance(command, str):
-        from loraloom.cli.serve import serve as command
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    get_command(app).main(args=words, prog_name="loraloom serve")
-    return 0
-
-
-def _group(name: str, summary: str | None, version: str = "") -> App:
-    flags = ["--version"] if version else []
-    # A flag has no --no-flag; of an option given twice the later counts.
-    parameter = Parameter(negative="", allow_repeating=True)
-    return App(
-        name, help=summary, version=version, version_flags=flags, default_parameter=parameter
-    )
-
-
-def _in_words(error: CycloptsError) -> str:
-    """What is wrong with the options; a model's own messages are as those of a run file."""
+def _in_words(error: Exception) -> str:
+    """What is wrong; a model's own messages are as those of a run file."""
     fault = error.__cause__
-    if not isinstance(error, ValidationError) or not isinstance(fault, pydantic.ValidationError):
-        return str(error)
-    return "\n".join(describe_faults(fault))
+    if isinstance(error, ValidationError) and isinstance(fault, pydantic.ValidationError):
+        return "\n".join(describe_faults(fault))
+    return str(error)
 
 
-def _complain(message: str, tracebacks: TracebackFile) -> None:
-    """Tell what went wrong on stderr, and where its traceback is if one was kept."""
-    place = "" if tracebacks.path is None else f"; the traceback is in {tracebacks.path}"
-    with suppress(OSError):
-        print(f"error{_origin()}: {plain(message)}{place}", file=sys.stderr)
+class _TracebackFile(logging.Handler):
+    """Keeps what loraloom logs as errors in a file that its user alone can read."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        self._path: Path | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            self._path = self._path or _new_file()
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(self.format(record) + "\n")
+
+    def complain(self, message: str) -> None:
+        """Tell what went wrong on stderr, and where its traceback is if one was kept."""
+        rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+        origin = "" if rank is None or size == "1" else f" on rank {plain(rank)}"
+        place = "" if self._path is None else f"; the traceback is in {self._path}"
+        with suppress(OSError):
+            print(f"error{origin}: {plain(message)}{place}", file=sys.stderr)
 
 
-def _origin() -> str:
-    """Say which of several ranks it is, as torchrun numbers them."""
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    return "" if rank is None or size == "1" else f" on rank {plain(rank)}"
+def _new_file() -> Path:
+    """Make an empty file under a name that nobody can guess, in the user's cache if possible."""
+    try:
+        directory = cache_directory() / "tracebacks"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(".log", "loraloom-", directory)
+    except (OSError, ConfigError):  # ConfigError: there is no home directory
+        descriptor, name = tempfile.mkstemp(".log", "loraloom-")
+    os.close(descriptor)
+    return Path(name)
 
 
 def _flush_output() -> None:
-    """Write what is left to stdout now, as Python would end with a traceback if that failed."""
+    # now, as Python would end with a traceback if that failed at its exit
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, Token
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
+from typing_extensions import override
 
 from loraloom.config.fields import CheckInfo, StrictModel, check_name
 from loraloom.config.model import BaseModelConfig
@@ -76,11 +77,11 @@ class RayOptions(StrictModel):
     ray_workers: int | None = Field(default=None, ge=1)
     """With --ray: use N devices; by default all accelerators, else one worker on each machine."""
 
-    @model_validator(mode="after")
-    def _check_workers(self) -> RayOptions:
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.ray_workers is not None and self.ray is None:
-            raise ValueError("--ray-workers has no effect without --ray; give it")
-        return self
+            yield "--ray-workers has no effect without --ray; give it"
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
@@ -90,12 +91,11 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
         name, _, path = text.partition("=")
         if not name or not path:
             raise ConfigError(f"--adapter must be name=path, got {text!r}")
-        if name == BASE:
+        if name == BASE or name in adapters:
             raise ConfigError(
-                f"--adapter {text}: name must not be base, which results call the base model by"
+                f"--adapter {text}: name must differ from base, which is the base model, and from "
+                "other adapters' names"
             )
-        if name in adapters:
-            raise ConfigError(f"--adapter {text}: name must not be given twice, got {name!r} again")
         try:
             adapters[check_name(name)] = path
         except ConfigError as error:

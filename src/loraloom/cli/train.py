@@ -1,23 +1,28 @@
-"""`loraloom train`: from a run file to trained adapters."""
+"""`loraloom train`: from a run file to trained adapters, and what to type next."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.table import Table
+from typing_extensions import override
 
-from loraloom.cli.options import LocalPath, RayOptions, Sets
+from loraloom.cli.options import BASE, LocalPath, RayOptions, Sets
 from loraloom.config.fields import StrictModel
-from loraloom.config.model import AttnImplementation, BaseDtype
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.config.model import AttnImplementation, BaseDtype, quantization_option
+from loraloom.errors import TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
 
 if TYPE_CHECKING:
     from loraloom.training.results import JobResult
+    from loraloom.training.settings import JobConfig, RunConfig
+
+MAX_ADAPTERS = 8
+"""Adapters in a command; of a sweep the best ones."""
 
 
 class TrainOptions(RayOptions):
@@ -31,6 +36,12 @@ class TrainOptions(RayOptions):
     """Go on, and train the job files that come into this directory too."""
     watch_exit_when_idle: bool = False
     """With --watch: end when all files are done."""
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.watch_exit_when_idle and self.watch is None:
+            yield "--watch-exit-when-idle has no effect without --watch DIR; give it"
 
 
 class ModelChanges(StrictModel):
@@ -64,7 +75,6 @@ def train(
     Args:
         run_file: A base model and its jobs.
     """
-    from loraloom.cli.evaluation_command import evaluation_command, generation_command
     from loraloom.training import run as training
     from loraloom.training.inbox import WatchOptions
     from loraloom.training.parallel import read_launch
@@ -72,8 +82,6 @@ def train(
     from loraloom.training.settings import load_run_config
 
     changes = [f"{name}={value}" for name, value in model.model_dump(exclude_none=True).items()]
-    if options.watch_exit_when_idle and options.watch is None:
-        raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
     run = load_run_config(
         run_file, [*(overrides or ()), *changes], needs_jobs=options.watch is None
     )
@@ -92,10 +100,11 @@ def train(
     others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
     if others:
         print_tables(console, [_results_table(others)])
-    for purpose, command in (
-        ("Evaluate", evaluation_command(run, results)),
-        ("Generate", generation_command(run, results)),
-    ):
+    commands = {
+        "Evaluate": evaluation_command(run, results),
+        "Generate": generation_command(run, results),
+    }
+    for purpose, command in commands.items():
         if command is not None:
             console.print(f"\n{purpose} with:\n  {command}", soft_wrap=True)
     raise_failures(results)
@@ -119,3 +128,84 @@ def raise_failures(results: Sequence[JobResult]) -> None:
     failures = [result.error for result in results if result.error is not None]
     if failures:
         raise TrainingError("\n".join(failures))
+
+
+def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
+    """Write the command, an option a line; None where there is nothing to evaluate.
+
+    It asks what the first job was measured on, or what it learnt from where that has other splits.
+    Adapters of jobs that would be asked something else are left out.
+    """
+    good = _good(run, results)
+    asked = {one.job: _asked(job) for one in good if (job := _find_job(run, one.job))}
+    first = next(filter(None, asked.values()), None)
+    if first is None:
+        return None
+    adapters = [one for one in good if asked.get(one.job) == first]
+    output = shlex.join(["--output", str(run.output_dir / "eval.json")])
+    return _command("eval", run, adapters, first, output)
+
+
+def generation_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
+    """Write the command that asks what was trained, an option a line; None if nothing was."""
+    good = _good(run, results)
+    return _command("generate", run, good, "--prompt 'Hello!'") if good else None
+
+
+def _good(run: RunConfig, results: Sequence[JobResult]) -> list[JobResult]:
+    """Results of jobs that got to their end; of a sweep the best ones first."""
+    good = [result for result in results if result.error is None and result.status != "stopped"]
+    if run.sweep is not None:
+        metric = run.sweep.metric
+        sign = 1 if metric.endswith("loss") else -1
+        good.sort(key=lambda one: sign * one.metrics.get(metric, sign * float("inf")))
+    return good
+
+
+def _command(verb: str, run: RunConfig, adapters: Sequence[JobResult], *options: str) -> str:
+    base = f"--base-model {shlex.quote(run.base_model)} {quantization_option(run.quantization)}"
+    # a job may be called as evaluations call the base model
+    names = [f"{one.job}-adapter" if one.job == BASE else one.job for one in adapters]
+    named = [
+        shlex.join(["--adapter", f"{name}={one.directory}"])
+        for name, one in zip(names, adapters, strict=True)
+    ]
+    return " \\\n    ".join([f"loraloom {verb} {base}".rstrip(), *named[:MAX_ADAPTERS], *options])
+
+
+def _find_job(run: RunConfig, name: str) -> JobConfig | None:
+    """The job of that name; TPE's later ones differ from a sweep's first one in values."""
+    owns = (lambda _: False) if run.sweep is None else run.sweep.owns
+    alike = (job for job in run.all_jobs if owns(name) and owns(job.name))
+    return next((job for job in run.all_jobs if job.name == name), next(alike, None))
+
+
+def _asked(job: JobConfig) -> str:
+    """The options that say what is asked."""
+    held_out = job.data.validation
+    sources = job.data.sources if held_out is None else (held_out,)
+    tasks = [one for one in (*job.eval, *sources) if one.task is not None]
+    if tasks:
+        first = tasks[0]
+        alike = [one for one in tasks if (one.scoring, one.path) == (first.scoring, first.path)]
+        names = ",".join(dict.fromkeys(str(one.task) for one in alike))
+        options = {"--task": names, "--scoring": first.scoring, "--data": first.path}
+    elif held_out is not None and held_out.config is not None:  # eval can't be told it
+        return ""
+    else:
+        source, length = sources[0], job.train.max_length
+        default = type(job.train).model_fields["max_length"].default
+        options = {
+            "--dataset": "HELD_OUT.jsonl" if held_out is None else source.dataset,
+            "--split": None if held_out is None else source.split,
+            "--format": source.format,
+            "--template": source.template,
+            "--chat-template": source.chat_template,
+            "--max-length": None if length == default else str(length),
+        }
+        if beta := getattr(job.train.objective, "beta", None):
+            options["--beta"] = str(beta)
+    words = [word for name, value in options.items() if value for word in (name, value)]
+    for role, column in (sources[0].fields or {}).items() if not tasks else ():
+        words += ["--field", f"{role}={column}"]
+    return shlex.join(words)
