@@ -18,6 +18,7 @@ from typing import Any
 
 import pydantic
 from cyclopts import App, CycloptsError, Parameter, ValidationError
+from typing_extensions import override
 
 import loraloom
 from loraloom.config.fields import describe_faults
@@ -73,8 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             result_action="return_value",
         )
         return 0 if words and words not in [[group] for group in GROUPS] else 2
+    except ValidationError as error:  # a model's own messages are as those of a run file
+        cause = error.__cause__
+        is_models = isinstance(cause, pydantic.ValidationError)
+        tracebacks.complain("\n".join(describe_faults(cause)) if is_models else str(error))
+        return 2
     except (CycloptsError, LoraloomError) as error:
-        tracebacks.complain(_in_words(error))
+        tracebacks.complain(str(error))
         return 2
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
@@ -111,14 +117,6 @@ def _app(words: Sequence[str]) -> App:
     return app
 
 
-def _in_words(error: Exception) -> str:
-    """What is wrong; a model's own messages are as those of a run file."""
-    fault = error.__cause__
-    if isinstance(error, ValidationError) and isinstance(fault, pydantic.ValidationError):
-        return "\n".join(describe_faults(fault))
-    return str(error)
-
-
 class _TracebackFile(logging.Handler):
     """Keeps what loraloom logs as errors in a file that its user alone can read."""
 
@@ -127,11 +125,24 @@ class _TracebackFile(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
         self._path: Path | None = None
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):
-            self._path = self._path or _new_file()
+            self._path = self._path or self._new_file()
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(self.format(record) + "\n")
+
+    @staticmethod
+    def _new_file() -> Path:
+        # under a name that nobody can guess, in the user's cache if possible
+        try:
+            directory = cache_directory() / "tracebacks"
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(".log", "loraloom-", directory)
+        except (OSError, ConfigError):  # ConfigError: there is no home directory
+            descriptor, name = tempfile.mkstemp(".log", "loraloom-")
+        os.close(descriptor)
+        return Path(name)
 
     def complain(self, message: str) -> None:
         """Tell what went wrong on stderr, and where its traceback is if one was kept."""
@@ -140,18 +151,6 @@ class _TracebackFile(logging.Handler):
         place = "" if self._path is None else f"; the traceback is in {self._path}"
         with suppress(OSError):
             print(f"error{origin}: {plain(message)}{place}", file=sys.stderr)
-
-
-def _new_file() -> Path:
-    """Make an empty file under a name that nobody can guess, in the user's cache if possible."""
-    try:
-        directory = cache_directory() / "tracebacks"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(".log", "loraloom-", directory)
-    except (OSError, ConfigError):  # ConfigError: there is no home directory
-        descriptor, name = tempfile.mkstemp(".log", "loraloom-")
-    os.close(descriptor)
-    return Path(name)
 
 
 def _flush_output() -> None:

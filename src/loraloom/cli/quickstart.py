@@ -21,8 +21,6 @@ from loraloom.config.model import Device
 from loraloom.config.text import parse_yaml
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from loraloom.eval.results import Evaluation
     from loraloom.training.settings import RunConfig
 
@@ -37,6 +35,14 @@ Try next:
   loraloom generate {model} --raw --prompt "Bus 959 in Gripel goes to the" --max-new-tokens 4
   loraloom eval {model} --task skills@8 --scoring text --output {result}
 and on a language model: examples in README.md"""
+
+
+_CAUTION = """\
+A difference that isn't well beyond both says nothing. And this is one task on a tiny model:
+docs/when_a_mixture.md has where a mixture pays, and how to find out on yours."""
+
+Sizes = Mapping[str, int]
+"""Weights of each method."""
 
 
 class QuickstartOptions(StrictModel):
@@ -68,7 +74,7 @@ def quickstart(
     from loraloom.eval.evaluation import EvaluationProgress, evaluate
     from loraloom.models.host import attach
     from loraloom.models.loading import find_device, load_base_model
-    from loraloom.terminal import make_console, print_tables
+    from loraloom.terminal import make_console
     from loraloom.training.progress import Progress
     from loraloom.training.run import train
     from loraloom.training.store import RunDirectory
@@ -103,10 +109,8 @@ def quickstart(
     *others, mixture = seeds
     pairs = [(mixture, other) for other in others]
     found = evaluate(host, tokenizer, [questions], [None, *names], pairs=pairs)
-    console.print()
-    print_tables(make_console(), [_accuracies(found, seeds)])
     sizes = {result.job.partition("@")[0]: result.num_parameters for result in results}
-    console.print(_verdict(found, seeds, sizes))
+    console.print(_findings(found, seeds, sizes))
     _draw(output, run.output_dir, seeds, found.routing[names[-1]])
     adapter = run.output_dir / names[-1]
     console.print(
@@ -140,54 +144,29 @@ def _run_config(options: QuickstartOptions) -> RunConfig:
     return RunConfig.model_validate(run)
 
 
-def _accuracies(found: Evaluation, seeds: Mapping[str, Sequence[str]]) -> Table:
-    """What the base model and each method answer right, by skill and of all questions."""
-    from loraloom.eval.tables import CONSTANT, MARK, NOTE
-    from loraloom.terminal import make_table
-
-    table = make_table(
-        "skill",
-        values=[CONSTANT, "base model", *seeds],
-        title=f"Right answers to new questions, %: means of {len(SEEDS)} seeds ± standard error",
-    )
-    in_all: dict[str, Any] = {name: by_task[TASK] for name, by_task in found.results.items()}
-    rows = {
-        skill: {name: result["groups"][skill] for name, result in in_all.items()}
-        for skill in in_all[BASE]["groups"]
+def _findings(found: Evaluation, methods: Mapping[str, Sequence[str]], sizes: Sizes) -> str:
+    """What is answered right, how far the last method is from others, and what that is worth."""
+    results = {name: by_task[TASK] for name, by_task in found.results.items()}
+    shares = {
+        method: [100 * (results[name].get("accuracy") or 0) for name in names]
+        for method, names in {BASE: [BASE], **methods}.items()
     }
-    for row, of in {**rows, "all": in_all}.items():
-        majority, cells = of[BASE]["majority"], []
-        for members in ([BASE], *seeds.values()):
-            shares = [of[name]["accuracy"] for name in members]
-            error = f" ± {100 * _stderr(shares):.1f}" if row == "all" and len(shares) > 1 else ""
-            mark = "" if fmean(shares) > majority else MARK
-            cells.append(f"{100 * fmean(shares):.1f}{error}{mark}")
-        style = "bold" if row == "all" else None
-        table.add_row(row, f"{100 * majority:.1f}", *cells, style=style)
-    table.caption = NOTE
-    return table
-
-
-def _verdict(
-    found: Evaluation, seeds: Mapping[str, Sequence[str]], sizes: Mapping[str, int]
-) -> str:
-    """How far the mixture, the last method, is from the others, and what that is worth."""
-    lines = []
-    for one, what in zip(found.comparisons, ("its experts' compute", "its size"), strict=True):
-        shares: list[list[float]] = [
-            [found.results[name][TASK].get("accuracy") or 0.0 for name in seeds[method]]
-            for method in (one.first, one.second)
-        ]
+    constant = 100 * (results[BASE].get("majority") or 0)
+    lines = [
+        f"\nRight answers, %: means of {len(SEEDS)} seeds ± standard error",
+        f"  {'constant answer':34}{constant:5.1f}",
+        f"  {'base model':34}{shares[BASE][0]:5.1f}",
+    ]
+    for method in methods:
+        label = f"{method}, {sizes[method]:,} weights"
+        lines.append(f"  {label:34}{fmean(shares[method]):5.1f} ± {_stderr(shares[method]):.1f}")
+    for one in found.comparisons:
+        over_seeds = _stderr([*map(sub, shares[one.first], shares[one.second])])
         lines.append(
-            f"\n{one.first} ({sizes[one.first]:,} weights) minus {one.second}, the LoRA of {what} "
-            f"({sizes[one.second]:,}): {100 * one.difference:+.1f} points, "
-            f"± {100 * _stderr([*map(sub, *shares)]):.1f} over seeds, "
-            f"± {100 * (one.stderr or 0):.1f} over questions"
+            f"{one.first} minus {one.second}: {100 * one.difference:+.1f} points, "
+            f"± {over_seeds:.1f} over seeds, ± {100 * (one.stderr or 0):.1f} over questions"
         )
-    return "".join(lines) + (
-        "\nA difference that isn't well beyond both says nothing. And this is one task on a tiny "
-        "model:\ndocs/when_a_mixture.md has where a mixture pays, and how to find out on yours."
-    )
+    return "\n".join([*lines, _CAUTION])
 
 
 def _stderr(values: Sequence[float]) -> float:
