@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.models.host import Host
 from tests.parity.peft_models import PARTS, wrapped_by_peft
 from tests.tiny import (
     ALL_METHODS,
     METHODS,
-    changed,
     randomise,
     relative_error,
     tiny_host,
@@ -107,12 +106,6 @@ def test_a_projection_that_the_smaller_rank_has_alone_is_filled_up(combination):
     torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rank_above_a_projections_sizes_is_combined():
-    config = LoraConfig(rank=40, target_modules=("q_proj",))
-    host = tiny_host(configs={"x": config, "y": config})
-    assert host.combine(["x", "y"], WEIGHTS, "svd", name="z").config.rank == 40
-
-
 def test_dare_ties_is_drawn_by_its_seed_and_leaves_torchs_numbers_alone():
     host, _ = in_both()
     state = torch.random.get_rng_state()
@@ -148,33 +141,6 @@ def test_experts_are_combined_one_by_one_and_routers_averaged(method):
     assert host.adapters["c"].config.top_k == config.top_k
 
 
-@torch.no_grad()
-def test_one_adapter_alone_is_itself():
-    experts = {"rank": 3, "alpha": 5}
-    config = MixLoraConfig(rank=2, alpha=6, num_experts=3, experts=experts)
-    host = tiny_host(configs={"a": config})
-    for combination in ("linear", "svd"):
-        host.combine(["a"], [1.0], combination, name=combination)
-        out = host(IDS, adapters=["a", "a"]).logits
-        again = host(IDS, adapters=[combination] * 2).logits
-        assert relative_error(again, out) < 1e-5
-
-
-@torch.no_grad()
-def test_adapters_of_different_targets_are_combined_where_they_are():
-    attention = LoraConfig(rank=2, alpha=2, target_modules="attention")
-    ffn = LoraConfig(rank=2, alpha=2, target_modules=("up_proj",))
-    host = tiny_host(configs={"a": attention, "b": ffn})
-    both = host.combine(["a", "b"], [1.0, 1.0], name="c")
-    names = {*host.base.attention_projections, "up_proj"}
-    assert set(both.config.target_modules) == names
-    first = LoraConfig(rank=2, alpha=2, layers=(0,), alpha_pattern={"q_proj": 8})
-    randomise(host.add("first", first))
-    host.combine(["first"], [1.0], name="again")
-    out, again = (host(IDS, adapters=[name] * 2).logits for name in ("first", "again"))
-    assert relative_error(again, out) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("names", "options", "error", "message"),
     [
@@ -201,30 +167,3 @@ def test_what_cannot_be_combined_is_refused(names, options, error, message):
     with pytest.raises(error, match=message):
         host.combine(names, weights, name="c", **options)
     assert "c" not in host.adapters
-
-
-def test_experts_with_and_without_magnitudes_are_not_combined():
-    plain = MixLoraConfig(rank=2, num_experts=2)
-    decomposed = changed(plain, experts={"weight_decomposition": True})
-    for configs in ({"a": plain, "b": decomposed}, {"a": decomposed, "b": plain}):
-        host = tiny_host(configs=configs)
-        with pytest.raises(AdapterError, match="must agree in weight_decomposition"):
-            host.combine(["a", "b"], [1.0, 1.0], name="c")
-
-
-def test_settings_of_training_alone_may_differ():
-    first = ALL_METHODS["loramoe"]
-    host = tiny_host(configs={"a": first, "b": changed(first, balance_coef=0.5)})
-    host.combine(["a", "b"], [1.0, 1.0], name="c")
-    orthogonal = LoraConfig(rank=4, init="orthogonal")
-    host = tiny_host(configs={"a": orthogonal, "b": LoraConfig(rank=5)}, dtype=torch.float32)
-    host.combine(["a", "b"], [1.0, 1.0], "svd", name="c")
-    assert host.adapter("c").config.rank == 5
-
-
-def test_experts_keep_their_own_dropout():
-    config = MixLoraConfig(rank=2, num_experts=2, dropout=0.1, experts={"dropout": 0.0})
-    host = tiny_host(configs={"a": config, "b": config})
-    host.combine(["a", "b"], [1.0, 1.0], name="c")
-    combined = host.adapter("c").config
-    assert (combined.dropout, combined.expert_config.dropout) == (0.1, 0.0)

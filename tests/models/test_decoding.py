@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 
-from loraloom.errors import AdapterError, DataError
+import loraloom
+from loraloom.errors import DataError
 from loraloom.models.decoding import Decoding
 from loraloom.models.host import Host
-from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids
+from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids, tiny_model
 
 NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
 LENGTHS = [7, 5, 3, 7, 6, 4]
@@ -43,12 +44,6 @@ def test_greedy_tokens_are_those_of_transformers_generate(family):
     assert torch.equal(greedy(host, host.prefill(ids, mask, NAMES), 6), expected)
 
 
-def test_the_base_model_decodes_as_bare_transformers():
-    host, (ids, mask) = tiny_host(), prompts()
-    expected = host.model.generate(ids, attention_mask=mask, **GREEDY)[:, 7:]
-    assert torch.equal(greedy(host, host.prefill(ids, mask), 6), expected)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", *TWO_KINDS])
 def test_rows_that_go_leave_the_others_as_they_are(family):
     host, (ids, mask) = tiny_host(family), prompts()
@@ -59,34 +54,6 @@ def test_rows_that_go_leave_the_others_as_they_are(family):
     assert part.adapters == ["dora", "lora"]
     host.decode(part, expected[[4, 2], 1])
     assert torch.equal(greedy(host, part, 3), expected[[4, 2], 2:])
-
-
-def test_the_cache_shrinks_with_its_longest_row():
-    host, (ids, mask) = tiny_host(), prompts()
-    session = host.prefill(ids, mask, NAMES)
-    session.keep([2, 5])
-    assert session.attention_mask.shape == (2, 4)
-    assert session.cache.layers[0].keys.shape[2] == 4
-    assert session.lengths.tolist() == [3, 4]
-
-
-def test_a_token_is_added_without_copying_the_others():
-    host, (ids, mask) = tiny_host(), prompts()
-    session = host.prefill(ids, mask, NAMES)
-    greedy(host, session, 40)
-    places = {layer.keys.data_ptr() for layer in session.cache.layers}
-    greedy(host, session, 3)
-    assert {layer.keys.data_ptr() for layer in session.cache.layers} == places
-
-
-def test_rows_that_come_where_others_left_move_nothing():
-    host, (ids, mask) = tiny_host(), prompts()
-    session = host.prefill(ids, mask, NAMES)
-    places = {layer.keys.data_ptr() for layer in session.cache.layers}
-    for _ in range(3):
-        session.join(host.prefill(ids[2:3, 4:], None, NAMES[2:3]))
-        session.keep([0, 1, 2, 6, 4, 5])
-    assert {layer.keys.data_ptr() for layer in session.cache.layers} == places
 
 
 def test_rows_that_come_and_go_at_random_say_what_they_say_alone():
@@ -151,12 +118,55 @@ def test_prompts_that_are_not_padded_on_the_left_are_refused(mask):
         tiny_host().prefill(tiny_ids(2, 3), torch.tensor([[1, 1, 1], mask]), ["lora", None])
 
 
-def test_a_step_that_was_refused_can_be_made_later():
-    host, ids = tiny_host(), tiny_ids(2)
-    session, expected = (host.prefill(ids, None, ["lora", None]) for _ in range(2))
-    tokens, adapter = session.logits.argmax(-1), host.adapters["lora"]
-    host.remove("lora")
-    with pytest.raises(AdapterError, match="adapter must be one of those on this host"):
-        host.decode(session, tokens)
-    host.adapters["lora"] = adapter
-    assert torch.equal(host.decode(session, tokens), host.decode(expected, tokens))
+GENERATED = ("llama", "phi", "gpt_neox", "gemma3_text")
+
+
+def alone(host, row: int, **kwargs):
+    ids, mask = prompts()
+    real = mask[row].bool()
+    return host.generate(ids[row : row + 1, real], adapters=[NAMES[row]], **GREEDY | kwargs)
+
+
+@pytest.mark.parametrize("family", GENERATED)
+def test_each_row_is_generated_as_alone_without_padding(family):
+    host, (ids, mask) = tiny_host(family), prompts()
+    together = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY)
+    for row in range(6):
+        start = 7 - LENGTHS[row]
+        assert torch.equal(together[row, start:], alone(host, row)[0])
+
+
+@pytest.mark.parametrize("family", GENERATED)
+def test_without_adapters_it_is_the_base_models_generate(family):
+    model, (ids, mask) = tiny_model(family), prompts()
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    host = loraloom.attach(model)
+    assert torch.equal(host.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("returned", [1, 2, 3])
+def test_beams_and_returned_sequences_take_their_rows_adapter(returned):
+    host, (ids, mask) = tiny_host(), prompts()
+    kwargs = {"num_beams": 3, "num_return_sequences": returned}
+    together = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY | kwargs)
+    assert len(together) == 6 * returned
+    for row in range(6):
+        start = 7 - LENGTHS[row]
+        rows = together[row * returned : (row + 1) * returned, start:]
+        assert torch.equal(rows, alone(host, row, **kwargs))
+
+
+def test_rows_that_end_early_do_not_shift_the_others():
+    host, (ids, mask) = tiny_host(), prompts()
+    greedy = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY)
+    ending = int(greedy[2, 8])  # the second token that row 2 generates
+    out = host.generate(
+        ids,
+        attention_mask=mask,
+        adapters=NAMES,
+        **GREEDY | {"eos_token_id": ending, "pad_token_id": 0},
+    )
+    for row in range(6):
+        tokens = out[row, 7:].tolist()
+        length = tokens.index(ending) + 1 if ending in tokens else len(tokens)
+        assert tokens[:length] == greedy[row, 7 : 7 + length].tolist()

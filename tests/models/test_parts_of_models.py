@@ -10,9 +10,7 @@ import torch
 
 import loraloom
 from loraloom.adapters import LoraConfig, VeraConfig
-from loraloom.data.tokens import TokenPair
-from loraloom.errors import AdapterError, ModelError
-from loraloom.generation.scoring import group_rows
+from loraloom.errors import AdapterError
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     ALL_METHODS,
@@ -78,36 +76,6 @@ def test_peft_adapts_what_the_adapter_does_and_nothing_else(family, config, tmp_
     assert relative_error(ours, expected) < 1e-6
     adapted = {name for name, _ in theirs.named_parameters() if "lora_" in name or "vera_l" in name}
     assert not [name for name in adapted if "vision" in name or ".conv." in name]
-
-
-@pytest.fixture(scope="module")
-def two_kinds():
-    return tiny_host("lfm2", METHODS)
-
-
-def test_layers_without_attention_have_the_mixture_alone(two_kinds):
-    names = two_kinds.adapters["mixlora"].tensors()
-    assert {name.split(".")[2] for name in names if name.startswith("layers.0.")} == {
-        "feed_forward"
-    }
-    assert two_kinds.base.attention_layers == (1,)
-
-
-def test_samples_are_not_packed_into_running_states(two_kinds):
-    with pytest.raises(ModelError, match="packing needs attention in all layers"):
-        two_kinds.hidden(IDS, adapters=["lora", "lora"], sample_lengths=[[4, 3], [7]])
-
-
-def test_choices_do_not_share_a_question_in_running_states(two_kinds):
-    pairs = [TokenPair([5, 6, 7], [last]) for last in (8, 9)]
-    assert [len(rows) for rows in group_rows(two_kinds, [pairs])] == [2]
-    assert [len(rows) for rows in group_rows(tiny_host(), [pairs])] == [1]
-
-
-def test_choices_do_not_share_a_question_where_positions_are_columns():
-    host, pairs = tiny_host(), [TokenPair([5, 6, 7], [last]) for last in (8, 9)]
-    host.model.config.alibi = True  # Falcon's
-    assert [len(rows) for rows in group_rows(host, [pairs])] == [2]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import loraloom
-from loraloom.adapters import LoraConfig, base
+from loraloom.adapters import base
 from loraloom.adapters.base import BaseProjection
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from loraloom.models.host import Host
 from loraloom.models.quantization import (
     QuantisedLinear,
-    num_parameters,
     quantised_linears,
     stored_weights,
 )
@@ -82,48 +81,17 @@ def loss_of(logits: Tensor) -> Tensor:
     return (logits * weights).tanh().sum()
 
 
-def test_linear_layers_are_quantised_and_the_rest_is_not(host, kind):
-    assert {one.quantised.kind for one in projections(host)} == {KINDS[kind]}
-    assert host.base.quantization == KINDS[kind]
-    assert host.dtype == torch.float32
-    assert type(host.model.get_output_embeddings()) is nn.Linear
-
-
 def test_weights_are_those_that_peft_dequantises(host, monkeypatch):
     monkeypatch.setattr(base, "_BLOCK_NUMBERS", 500)  # some rows at a time
     for projection in projections(host):
         assert projection.weight.equal(dequantize_module_weight(projection.linear))
 
 
-def test_weights_are_near_those_of_the_checkpoint(host, saved, kind):
-    exact = dict(load(saved).named_parameters())
-    allowed = 0.15 if kind == "nf4" else 0.01
-    for projection in projections(host):
-        weight = exact[f"model.{projection.key}.weight"]
-        assert relative_error(projection.weight, weight.detach()) < allowed
-
-
-def test_norms_and_products_are_those_of_the_dequantised_weight(host, monkeypatch):
-    monkeypatch.setattr(base, "_BLOCK_NUMBERS", 500)
-    for projection in projections(host):
-        projection._squared_norms = None
-        weight = projection.weight.double()
-        assert relative_error(projection.squared_norms, weight.square().sum(1)) < 1e-6
-        columns = torch.randn(3, projection.in_features)
-        assert relative_error(projection.product(columns), weight @ columns.double().T) < 1e-5
-
-
 @contextmanager
 def same_rounding() -> Iterator[list[Tensor]]:
     """Let LLM.int8 round a layer's input as it rounded the same input before.
 
-    It rounds each row to 127 steps. What differs in the last bit, as it does from CPU to CPU, may
-    be rounded to the next step: seen in 2 of 40 trials, with an error of 3e-4 in the logits, or of
-    1e-3 where inputs differ by 1e-6. Inputs are the same if they are so in float16, in which they
-    come.
-
-    Yields:
-        The inputs that were rounded.
+    What differs in the last bit, as from CPU to CPU, may be rounded to the next of 127 steps.
     """
     functional = bitsandbytes.functional
     rounded: list[tuple[Tensor, tuple]] = []
@@ -175,15 +143,6 @@ def test_logits_and_gradients_are_those_of_peft(saved, kind, host, method, noise
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             parameter.copy_(weights[name])
-
-
-def test_rows_of_all_methods_are_what_they_are_alone(host, kind):
-    with torch.no_grad():
-        together = host(IDS, adapters=ROWS).logits
-        alone = [host(IDS[n : n + 1], adapters=[name]).logits for n, name in enumerate(ROWS)]
-    # LLM.int8 takes outliers apart by column, whichever row has them
-    allowed = 0.05 if kind == "int8" else 1e-5
-    assert relative_error(together, torch.cat(alone)) < allowed
 
 
 def test_decoding_step_by_step_gives_the_logits_of_whole_rows(host, kind):
@@ -246,19 +205,6 @@ def test_a_forward_keeps_no_more_than_on_an_unquantised_base(host, saved):
     assert kept_bytes(host) <= 1.01 * kept_bytes(plain)
 
 
-def test_parameters_are_counted_as_the_numbers_that_they_stand_for(host, saved):
-    plain = load(saved)
-    assert host.base.num_parameters == num_parameters(plain) == plain.num_parameters()
-
-
-def test_weights_take_the_memory_that_their_bits_say(host, kind):
-    linears = quantised_linears(host.model).values()
-    stored = sum(t.nbytes for weight in linears for _, t in weight.tensors())
-    numbers = sum(weight.linear.weight.shape.numel() for weight in linears)
-    numbers *= 2 if kind == "nf4" else 1  # two of them are in a byte
-    assert stored / numbers == pytest.approx(0.5 if kind == "nf4" else 1, rel=0.25)
-
-
 def test_a_quantised_checkpoint_is_loaded_as_it_is(saved, kind, tmp_path):
     model, tokenizer = loraloom.load_base_model(str(saved / "base"), quantization=kind)
     model.save_pretrained(tmp_path)
@@ -304,15 +250,6 @@ def test_merging_is_refused_before_anything_is_changed(host, kind):
     assert host.merged is None
 
 
-def test_an_adapter_remembers_how_its_base_was_quantised(saved, host, kind, tmp_path):
-    host.save("mixlora", tmp_path)
-    plain = loraloom.attach(load(saved))
-    with pytest.warns(
-        UserWarning, match=f"it had weights in {KINDS[kind]}, here .* floating point"
-    ):
-        plain.load("a", tmp_path)
-
-
 class Coded(nn.Module):
     """A linear layer of a library that nobody knows: whole numbers and a scale."""
 
@@ -354,14 +291,6 @@ def test_a_format_that_nobody_knows_is_read_by_what_the_layer_computes():
     ("settings", "error", "message"),
     [
         ("nf5", ConfigError, "quantization must be nf4, .*got 'nf5'; did you mean 'nf4'?"),
-        ({"bits": 4}, ConfigError, "quantization.quant_method must be given, it is missing"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, ConfigError, "bnb_4bit_quant_type"),
-        ({"load_in_8bit": True, "llm_int8_threshold": -1}, ConfigError, "at least 0, got -1"),
-        (
-            {"load_in_4bit": True, "quant_method": "torchao"},
-            ConfigError,
-            "quantization: unknown key 'load_in_4bit'",
-        ),
         ("torchao-int4", ModelError, "int4_weight_only needs a CUDA device .*got cpu"),
     ],
 )
@@ -373,30 +302,12 @@ def test_what_cant_be_had_is_an_error_before_anything_is_loaded(
         loraloom.load_base_model(str(saved / "base"), quantization=settings)
 
 
-def test_four_bits_of_torchao_contradict_other_dtypes(saved):
-    with pytest.raises(ConfigError, match="computes in bfloat16 only, got dtype float32"):
-        loraloom.load_base_model(str(saved / "base"), "float32", quantization="torchao-int4")
-
-
 @pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
 def test_a_library_that_is_missing_is_named_with_its_extra(saved, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     kind = {"bitsandbytes": "nf4", "torchao": "torchao-int8"}[library]
     with pytest.raises(ConfigError, match=rf"needs {library}.*pip install 'loraloom\[quantisation"):
         loraloom.load_base_model(str(saved / "base"), quantization=kind)
-
-
-def test_settings_reach_the_library(saved):
-    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
-    settings |= {"bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "bfloat16"}
-    host = loraloom.attach(load(saved, settings))
-    linear = host.model.model.layers[0].mlp.up_proj
-    assert host.base.quantization == "bitsandbytes fp4"
-    assert not linear.weight.quant_state.nested
-    assert linear.compute_dtype == torch.bfloat16
-    host.add("dora", LoraConfig(rank=2, weight_decomposition=True))
-    projection = host.adapters["dora"].base_layers[0].ffn["up_proj"]
-    assert projection.weight.equal(dequantize_module_weight(linear))
 
 
 def test_rows_that_bitsandbytes_computes_wrongly_on_a_cpu_are_refused(tmp_path):

@@ -17,13 +17,6 @@ def forward(host, **changes):
     return host.hidden(**arguments, adapters=NAMES, sample_keys=range(5))
 
 
-def test_the_record_has_an_entry_for_each_mixture_and_layer():
-    routing = forward(tiny_host()).routing
-    assert routing.keys() == REAL.keys()
-    for layers in routing.values():
-        assert [record.layer for record in layers] == list(range(LAYERS))
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_record_has_real_tokens_only(side):
     routing = forward(tiny_host(), attention_mask=padded_mask(LENGTHS, side)).routing
@@ -34,11 +27,6 @@ def test_the_record_has_real_tokens_only(side):
             assert record.selected_experts.shape == (REAL[name], config.top_k)
             assert record.routing_weights.shape == (REAL[name], config.top_k)
             assert (record.selected_experts >= 0).all()
-
-
-def test_without_a_mask_all_tokens_are_real():
-    (record, *_) = forward(tiny_host(), attention_mask=None).routing["mixlora"]
-    assert len(record.router_logits) == 14
 
 
 def test_tokens_come_row_by_row():
@@ -52,13 +40,6 @@ def test_tokens_come_row_by_row():
     for layer in range(LAYERS):
         expected = torch.cat([routing[layer].router_logits for routing in apart])
         torch.testing.assert_close(together[layer].router_logits, expected, rtol=0, atol=1e-10)
-
-
-def test_weights_belong_to_the_chosen_logits():
-    for layers in forward(tiny_host()).routing.values():
-        for record in layers:
-            chosen = record.router_logits.gather(1, record.selected_experts)
-            torch.testing.assert_close(record.routing_weights, chosen.softmax(-1))
 
 
 def test_recomputation_adds_nothing_to_the_record():
@@ -77,35 +58,6 @@ def test_recomputation_adds_nothing_to_the_record():
         for name, layers in out.routing.items()
         for record, kept in zip(layers, before[name], strict=True)
     )
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_router_logits_carry_gradient_to_routers_and_earlier_layers(checkpointing):
-    host = tiny_host()
-    host.train().enable_gradient_checkpointing(checkpointing)
-    last = forward(host).routing["mixlora"][-1]
-    last.router_logits.square().sum().backward()
-    grads = {name: p.grad for name, p in host.adapters["mixlora"].named_parameters()}
-    assert grads[f"layers.{LAYERS - 1}.router.weight"].any()
-    assert grads["layers.0.router.weight"].any()
-    assert grads["layers.0.self_attn.q_proj.lora_A"].any()
-    assert (
-        grads[f"layers.{LAYERS - 1}.mlp.down_proj.lora_A"] is None
-        or not grads[f"layers.{LAYERS - 1}.mlp.down_proj.lora_A"].any()
-    )
-
-
-def test_each_forward_has_its_own_record():
-    host = tiny_host()
-    first, second = forward(host).routing, forward(host).routing
-    assert first["mixlora"] is not second["mixlora"]
-    assert len(first["mixlora"]) == len(second["mixlora"]) == LAYERS
-
-
-def test_a_forward_without_mixtures_records_nothing():
-    host = tiny_host()
-    with torch.no_grad():
-        assert host(tiny_ids(2), adapters=["lora", None]).routing == {}
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 
 import pytest
 import torch
 from torch import Tensor
 
-from loraloom.adapters import LoraConfig, MixLoraConfig
+import loraloom
+from loraloom.adapters import LoraConfig
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
+from tests.parity.dense_loop import DenseAdapter
 from tests.tiny import (
+    ALL_METHODS,
     METHODS,
     changed,
     padded_mask,
     parameter_grads,
-    router_loss,
+    randomise,
+    relative_error,
     tiny_host,
     tiny_ids,
+    tiny_model,
 )
 
 NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
@@ -30,11 +35,9 @@ NOISY: dict[str, LoraConfig] = {
 }
 
 
-def train_rows(host: Host, rows: list[int], names: list, side: str = "right") -> dict[str, Tensor]:
+def train_rows(host: Host, rows: list[int], names: list) -> dict[str, Tensor]:
     """Return the gradients of the rows' summed losses, router losses left out."""
-    ids, mask = tiny_ids(6)[rows], padded_mask(LENGTHS, side)[rows]
-    if side == "left":
-        ids = shifted(ids, mask)
+    ids, mask = tiny_ids(6)[rows], padded_mask(LENGTHS)[rows]
     host.train()
     keys = [KEYS[row] for row in rows]
     states = host.hidden(
@@ -47,14 +50,6 @@ def train_rows(host: Host, rows: list[int], names: list, side: str = "right") ->
         for name, adapter in host.adapters.items()
         for key, grad in parameter_grads(adapter).items()
     }
-
-
-def shifted(ids: Tensor, mask: Tensor) -> Tensor:
-    """Move each row's first tokens to where the mask has its real ones."""
-    moved = torch.zeros_like(ids)
-    for row, real in enumerate(mask.bool()):
-        moved[row, real] = ids[row, : int(real.sum())]
-    return moved
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -74,16 +69,6 @@ def test_rows_come_in_any_order(order):
         torch.testing.assert_close(actual[place][real], expected[row][real], rtol=0, atol=1e-10)
 
 
-def test_every_grouping_of_three_rows_gives_each_its_own_logits():
-    host, ids = tiny_host(), tiny_ids(3)
-    with torch.no_grad():
-        alone = {name: host(ids, adapters=[name] * 3).logits for name in (None, "lora", "mixdora")}
-        for names in itertools.product(alone, repeat=3):
-            together = host(ids, adapters=list(names)).logits
-            for row, name in enumerate(names):
-                torch.testing.assert_close(together[row], alone[name][row], rtol=0, atol=1e-10)
-
-
 def test_an_adapter_trains_as_if_it_were_alone():
     together = train_rows(tiny_host(configs=NOISY), list(range(6)), NAMES)
     for name in METHODS:
@@ -94,19 +79,6 @@ def test_an_adapter_trains_as_if_it_were_alone():
         assert_same({key: together[key] for key in alone}, alone)
 
 
-def test_training_rows_come_in_any_order():
-    order = [3, 0, 5, 2, 4, 1]
-    expected = train_rows(tiny_host(configs=NOISY), list(range(6)), NAMES)
-    actual = train_rows(tiny_host(configs=NOISY), order, [NAMES[row] for row in order])
-    assert_same(actual, expected)
-
-
-def test_the_side_of_the_padding_does_not_matter_in_training():
-    right = train_rows(tiny_host(configs=NOISY), list(range(6)), NAMES)
-    left = train_rows(tiny_host(configs=NOISY), list(range(6)), NAMES, side="left")
-    assert_same(left, right)
-
-
 def test_micro_batches_add_up():
     whole = train_rows(tiny_host(configs=NOISY), list(range(6)), NAMES)
     host, total = tiny_host(configs=NOISY), {}
@@ -114,44 +86,6 @@ def test_micro_batches_add_up():
         for key, grad in train_rows(host, [row], [NAMES[row]]).items():
             total[key] = total.get(key, 0) + grad
     assert_same(total, whole)
-
-
-def test_the_router_loss_of_an_adapter_knows_its_rows_alone():
-    host, ids, mask = tiny_host(), tiny_ids(6), padded_mask(LENGTHS)
-    with torch.no_grad():
-        together = host(ids, mask, NAMES).routing
-        for name in ("mixlora", "mixdora"):
-            rows = [row for row, other in enumerate(NAMES) if other == name]
-            alone = host(ids[rows], mask[rows], [name] * len(rows)).routing[name]
-            config: MixLoraConfig = host.adapters[name].config
-            torch.testing.assert_close(
-                router_loss(together[name], config), router_loss(alone, config)
-            )
-
-
-def test_two_adapters_of_one_method_and_different_ranks_do_not_mix():
-    configs = {
-        "small": MixLoraConfig(rank=1, alpha=2, num_experts=2, top_k=1),
-        "large": MixLoraConfig(rank=4, alpha=4, num_experts=5, top_k=3),
-        "part": LoraConfig(rank=2, alpha=4, target_modules=("v_proj", "down_proj")),
-    }
-    host, ids, names = tiny_host(configs=configs), tiny_ids(4), ["large", "part", "small", "large"]
-    with torch.no_grad():
-        together = host(ids, adapters=names).logits
-        for row, name in enumerate(names):
-            alone = host(ids[row : row + 1], adapters=[name]).logits[0]
-            torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
-def test_adapters_of_attention_alone_leave_the_ffn_to_the_base(family):
-    configs = {"attention": LoraConfig(rank=2, target_modules="attention"), **METHODS}
-    host, ids, names = tiny_host(family, configs), tiny_ids(3), ["attention", None, "mixlora"]
-    with torch.no_grad():
-        together = host(ids, adapters=names).logits
-        for row, name in enumerate(names):
-            alone = host(ids[row : row + 1], adapters=[name]).logits[0]
-            torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-10)
 
 
 def test_padding_rows_get_the_base_ffn():
@@ -174,8 +108,108 @@ def test_padding_rows_get_the_base_ffn():
     assert not torch.allclose(outputs[0][~padding], expected[~padding])
 
 
-def test_bool_masks_are_masks_too():
-    host, ids, mask = tiny_host(), tiny_ids(6), padded_mask(LENGTHS)
+IDS = tiny_ids(2, 6)
+MASK = padded_mask([6, 4], length=6)
+SCALES = [-1.5, 0.25, 1.75]
+MIXED = [("mixlora", 0.5), "lora", ("dora", 0.5), None, ("mixlora", 2.0), "mixlora", ("lora", -1.0)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
+def test_a_scale_is_a_factor_of_every_dense_update(family, method, scale):
+    plain = tiny_model(family)
+    host = loraloom.attach(copy.deepcopy(plain))
+    adapter = randomise(host.add("a", METHODS[method]))
+    oracle = DenseAdapter(METHODS[method], host.base, adapter.tensors(), MASK, scale=scale)
+    expected = oracle.attach(plain)(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    actual = host(IDS, MASK, [("a", scale)] * 2).logits[MASK.bool()]
+    assert relative_error(actual, expected) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", sorted(ALL_METHODS.keys() - {"dora", "mixdora"}))
+def test_every_method_scales_as_if_its_last_factor_were_multiplied(method):
+    host = tiny_host(configs={"a": ALL_METHODS[method], "halved": ALL_METHODS[method]})
+    tensors = host.adapters["a"].tensors()
+    host.adapters["halved"].load_tensors(
+        {key: t * 0.5 if key.endswith(("lora_B", "lambda_b")) else t for key, t in tensors.items()}
+    )
+    out = host(IDS, MASK, [("a", 0.5), "halved"])
+    alone = host(IDS, MASK, ["halved", ("a", 0.5)])
+    torch.testing.assert_close(out.logits, alone.logits, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_scale_1_is_the_adapter_and_scale_0_the_base_model(method):
+    host = tiny_host(configs={"a": ALL_METHODS[method]})
+    assert torch.equal(host(IDS, MASK, [("a", 1.0)] * 2).logits, host(IDS, MASK, ["a"] * 2).logits)
+    nothing, base = host(IDS, MASK, [("a", 0.0)] * 2).logits, host(IDS, MASK).logits
+    torch.testing.assert_close(nothing, base, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_rows_of_different_scales_share_a_batch():
+    host, ids = tiny_host(), tiny_ids(len(MIXED))
+    alone = [host(ids[row : row + 1], None, [MIXED[row]]).logits for row in range(len(MIXED))]
+    torch.testing.assert_close(host(ids, None, MIXED).logits, torch.cat(alone), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_session_and_generate_continue_rows_at_their_scales():
+    host, ids = tiny_host(), tiny_ids(len(MIXED), 5)
+    session = host.prefill(ids, None, MIXED)
+    tokens = session.logits.argmax(-1)
+    longer = torch.cat([ids, tokens.unsqueeze(1)], dim=1)
+    expected = host(longer, None, MIXED).logits[:, -1]
+    torch.testing.assert_close(host.decode(session, tokens), expected, rtol=1e-9, atol=1e-9)
+    new = host.generate(ids, torch.ones_like(ids), MIXED, max_new_tokens=1, do_sample=False)
+    assert new[:, -1].equal(tokens)
+
+
+GROUPED = [None, "lora", "lora", "dora", "mixlora", "mixdora", "mixdora"]
+UNGROUPED = ["mixdora", "lora", None, "mixlora", "lora", "dora", "mixdora"]
+LENGTHS_OF_SEVEN = [7, 4, 6, 7, 5, 3, 7]
+
+
+def diverge(host: Host, name: str, value: float) -> None:
     with torch.no_grad():
-        expected = host(ids, mask, NAMES).logits
-        assert torch.equal(host(ids, mask.bool(), NAMES).logits, expected)
+        for parameter in host.adapters[name].parameters():
+            parameter.fill_(value)
+
+
+@pytest.mark.parametrize("names", [GROUPED, UNGROUPED], ids=["grouped", "mixed"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("diverged", METHODS)
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
+def test_logits_of_other_rows_are_bit_equal(family, diverged, value, names):
+    host, ids, mask = tiny_host(family), tiny_ids(7), padded_mask(LENGTHS_OF_SEVEN)
+    others = [row for row, name in enumerate(names) if name != diverged]
+    with torch.no_grad():
+        before = host(ids, mask, names).logits
+        diverge(host, diverged, value)
+        after = host(ids, mask, names).logits
+    assert not after[[row for row in range(7) if row not in others]].isfinite().all()
+    assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("names", [GROUPED, UNGROUPED], ids=["grouped", "mixed"])
+@pytest.mark.parametrize("diverged", METHODS)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_gradients_of_other_adapters_are_bit_equal(family, diverged, names, checkpointing):
+    host, ids, mask = tiny_host(family), tiny_ids(7), padded_mask(LENGTHS_OF_SEVEN)
+    host.train().enable_gradient_checkpointing(checkpointing)
+    results = []
+    for value in (None, torch.nan):
+        if value is not None:
+            diverge(host, diverged, value)
+        states = host.hidden(ids, mask, names, sample_keys=range(7)).last_hidden_state
+        real = mask.bool()
+        host.token_losses(states[real], ids[real]).sum().backward()
+        results.append({name: parameter_grads(a) for name, a in host.adapters.items()})
+    assert all(grad.isnan().any() for grad in results[1].pop(diverged).values())
+    for name, grads in results[1].items():
+        assert all(torch.equal(grad, results[0][name][key]) for key, grad in grads.items()), name

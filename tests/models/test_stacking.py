@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections import Counter
 
 import pytest
 import torch
 
-from loraloom.models import stacks
 from loraloom.models.host import Host, HostOutput
 from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids
 
@@ -88,47 +86,6 @@ def test_a_diverged_adapter_leaves_its_companions_alone(family, diverged):
     assert not after[ROWS.index(diverged)].isfinite().any()
 
 
-@torch.no_grad()
-def test_base_rows_are_those_of_the_base_model():
-    host, ids = host_with_pairs("phi"), tiny_ids(len(ROWS), 1)
-    base = [row for row, name in enumerate(ROWS) if name is None]
-    alone = host(ids, None, None).logits[base]
-    torch.testing.assert_close(stacked(host, ids, ROWS).logits[base], alone, rtol=1e-13, atol=1e-13)
-
-
-@torch.no_grad()
-def test_a_removed_adapter_is_freed():
-    host = host_with_pairs("llama")
-    stacked(host, tiny_ids(2, 1), ["lora", "lora-b"])
-    gone = weakref.ref(host.adapters["lora-b"])
-    host.remove("lora-b")
-    gc.collect()
-    assert gone() is None
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("limit", [0, 1 << 20])
-def test_small_forwards_of_prepared_weights_alone_are_stacked(monkeypatch, limit):
-    monkeypatch.setattr(stacks, "MAX_HIDDEN_BYTES", limit)
-    host, ids, seen = host_with_pairs("llama"), tiny_ids(len(ROWS), 1), []
-    whole = stacks.StackedForward.ffn
-    monkeypatch.setattr(
-        stacks.StackedForward, "ffn", lambda *args: (seen.append(1), whole(*args))[1]
-    )
-    alone = host(ids, None, ROWS).logits
-    assert seen == []
-    torch.testing.assert_close(stacked(host, ids, ROWS).logits, alone, rtol=1e-9, atol=1e-9)
-    assert bool(seen) is bool(limit)
-
-
-def test_adapters_that_do_not_stack_go_the_general_way(monkeypatch):
-    """A method without a stacked form of its own takes the whole batch along."""
-    host, ids = host_with_pairs("llama"), tiny_ids(len(ROWS), 1)
-    expected = stacked(host, ids, ROWS).logits
-    monkeypatch.setattr(host.adapters["lora"], "stack_key", lambda: None)
-    torch.testing.assert_close(stacked(host, ids, ROWS).logits, expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize(
     ("method", "targets"),
     [
@@ -142,15 +99,6 @@ def test_adapters_of_some_projections_are_stacked_too(method, targets):
     part = changed(ALL_METHODS[method], target_modules=targets)
     host = tiny_host(configs={"part": part, "part-b": part, "whole": ALL_METHODS["lora"]})
     ids, rows = tiny_ids(5, 2), ["part-b", "whole", None, "part", "part-b"]
-    expected = host(ids, None, rows).logits.detach()
-    torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_from_the_bases_weights_is_stacked_with_its_like_alone(init):
-    configs = {"start": changed(METHODS["lora"], init=init), "plain": METHODS["lora"]}
-    host = tiny_host(configs=configs | {"start-b": configs["start"]})
-    ids, rows = tiny_ids(4, 1), ["start", "plain", None, "start-b"]
     expected = host(ids, None, rows).logits.detach()
     torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
 

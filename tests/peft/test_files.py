@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 
 import loraloom
 from loraloom import (
     AdapterError,
     LoraConfig,
-    OptimizerConfig,
-    TrainingClient,
-    example_of,
 )
-from tests.conftest import build_tokenizer
 from tests.tiny import parameter_grads, randomise, relative_error, tiny_ids, tiny_model
 
 # peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
@@ -84,25 +77,6 @@ def test_what_peft_saves_gives_its_logits_and_goes_back(choice, safe, tmp_path):
     assert host.adapter("b").config == host.adapter("a").config
 
 
-def test_layers_elsewhere_in_the_model_are_found(tmp_path):
-    choice = {
-        "target_modules": ["query_key_value", "dense_h_to_4h"],
-        "layers_to_transform": [1],
-        "rank_pattern": {r"gpt_neox\.layers\.1\.attention\.query_key_value": 2},
-    }
-    theirs = trained_by_peft("gpt_neox", **choice)
-    theirs.save_pretrained(tmp_path / "theirs")
-    host = loraloom.attach(tiny_model("gpt_neox", torch.float32))
-    config = host.load("a", tmp_path / "theirs").config
-    assert config.layers == (1,)
-    assert config.rank_pattern == {r"layers\.1\.attention\.query_key_value": 2}
-    expected = logits(theirs)
-    assert relative_error(logits(host, adapters=["a"] * 3), expected) < 1e-5
-    host.save("a", tmp_path / "ours")
-    again = PeftModel.from_pretrained(tiny_model("gpt_neox", torch.float32), tmp_path / "ours")
-    assert relative_error(logits(again), expected) < 1e-5
-
-
 OURS = {
     "layers": LoraConfig(rank=3, layers=(1,)),
     "places": LoraConfig(rank=3, target_modules=("layers.0.mlp.up_proj", "o_proj")),
@@ -132,35 +106,6 @@ def test_gradients_are_those_of_peft(choice, tmp_path):
         assert relative_error(grad.reshape(want.shape), want) < 1e-4, name
 
 
-@pytest.mark.parametrize("choice", OURS)
-def test_what_is_trained_here_is_computed_by_peft_too(choice, tmp_path):
-    host = loraloom.attach(tiny_model(dtype=torch.float32))
-    optimizer = OptimizerConfig(optimizer="sgd", learning_rate=0.5)
-    client = TrainingClient(host, build_tokenizer(), "a", OURS[choice], optimizer)
-    for _ in range(2):
-        client.forward_backward([example_of(row, [True] * len(row)) for row in IDS.tolist()])
-        client.optim_step()
-    client.save(tmp_path)
-    theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path)
-    ours = logits(host, adapters=["a"] * 3)
-    assert relative_error(ours, logits(theirs)) < 1e-5
-    assert relative_error(ours, logits(host)) > 1e-3
-
-
-@pytest.mark.parametrize("choice", OURS)
-def test_rows_of_irregular_adapters_share_batches_and_decode(choice):
-    host = loraloom.attach(tiny_model())
-    randomise(host.add("a", OURS[choice]))
-    randomise(host.add("b", LoraConfig(rank=3), seed=1), 1)
-    names = ["a", None, "b"]
-    alone = [logits(host, adapters=[name] * 3)[row] for row, name in enumerate(names)]
-    together = logits(host, adapters=names)
-    assert all(relative_error(together[row], alone[row]) < 1e-9 for row in range(3))
-    session = host.prefill(IDS[:, :-1], adapters=names)
-    decoded = host.decode(session, IDS[:, -1])
-    assert relative_error(decoded, together[:, -1]) < 1e-9
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -174,26 +119,3 @@ def test_choices_without_effect_are_refused(settings, message):
     host = loraloom.attach(tiny_model())
     with pytest.raises(AdapterError, match=message):
         host.add("a", LoraConfig(**settings))
-
-
-def test_a_pattern_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"patterns must be regular expressions, got '\('"):
-        LoraConfig(rank_pattern={"(": 3})
-
-
-def test_patterns_of_a_file_that_match_nothing_have_no_effect_as_in_peft(tmp_path):
-    trained_by_peft().save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"nope": 3}}))
-    host = loraloom.attach(tiny_model(dtype=torch.float32))
-    assert host.load("a", tmp_path).config.rank_pattern == {}
-
-
-def test_a_layer_that_a_file_does_not_leave_out_must_be_there(tmp_path):
-    trained_by_peft().save_pretrained(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = {name: value for name, value in load_file(path).items() if ".layers.1." not in name}
-    save_file(tensors, path)
-    host = loraloom.attach(tiny_model(dtype=torch.float32))
-    with pytest.raises(AdapterError, match="it has 1 layers, not 2"):
-        host.load("a", tmp_path)

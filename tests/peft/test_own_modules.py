@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import peft
 import pytest
 import torch
@@ -15,16 +13,8 @@ from transformers import AutoModelForCausalLM
 import loraloom
 from loraloom import (
     AdapterError,
-    FormatError,
     LoraConfig,
-    MixLoraConfig,
-    OptimizerConfig,
-    TrainingClient,
-    VeraConfig,
-    example_of,
-    run_requests,
 )
-from loraloom.formats.description import describe
 from loraloom.peft import LoraloomConfig
 from tests.conftest import build_tokenizer
 from tests.tiny import (
@@ -129,30 +119,6 @@ def test_scaled_embeddings_and_heads_keep_their_scale(family, tmp_path):
         assert relative_error(logits(host, adapters=["a"] * 3), logits(theirs)) < 1e-5
 
 
-def test_tables_that_peft_saves_without_being_asked_are_read(tmp_path):
-    model_of(TIED).save_pretrained(tmp_path / "base")
-
-    def resized():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-        model.resize_token_embeddings(99, mean_resizing=False)
-        return model.eval()
-
-    for place, choice in enumerate([{"trainable_token_indices": [97, 98]}, {}]):
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **choice)
-        theirs = move(get_peft_model(resized(), config)).eval()
-        theirs.save_pretrained(tmp_path / str(place))
-        ids = torch.tensor([[3, 97, 98, 5]])
-        with torch.no_grad():
-            expected = theirs(ids).logits
-            host = loraloom.attach(resized())
-            host.load("a", tmp_path / str(place))
-            assert relative_error(host(ids, adapters=["a"]).logits, expected) < 1e-5
-    small = loraloom.attach(model_of(TIED))
-    with pytest.raises(AdapterError, match=r"shape \(97, 32\).*got \(99, 32\).*resize"):
-        small.load("a", tmp_path / "0")
-
-
 OURS = {
     "tied": (TIED, {"modules_to_save": ("embed_tokens", "norm"), "ensure_weight_tying": True}),
     "untied": (UNTIED, {"modules_to_save": ("lm_head",), "trainable_token_indices": (4, 9, 3)}),
@@ -242,48 +208,6 @@ def test_losses_are_those_of_each_rows_head_with_its_gradient(choice):
     assert torch.equal(ids_of_top, logits.topk(2).indices)
 
 
-def test_what_trains_together_trains_as_alone():
-    examples = [example_of(row, [True] * len(row)) for row in tiny_ids(4).tolist()]
-    optimizer = OptimizerConfig(optimizer="sgd", learning_rate=0.3)
-    configs = {
-        "a": LoraConfig(rank=2, modules_to_save=("lm_head", "embed_tokens")),
-        "b": MixLoraConfig(rank=2, num_experts=2, trainable_token_indices=tuple(TOKENS)),
-    }
-
-    def trained(names):
-        host = loraloom.attach(tiny_model(**TIED))
-        clients = [
-            TrainingClient(host, build_tokenizer(), name, configs[name], optimizer)
-            for name in names
-        ]
-        for _ in range(2):
-            run_requests(host, [one.request(examples) for one in clients], clients[0].pad_id)
-            for one in clients:
-                one.optim_step()
-        return {one.name: one.adapter.tensors() for one in clients}
-
-    together = trained("ab")
-    for name in configs:
-        for key, tensor in trained(name)[name].items():
-            assert relative_error(together[name][key], tensor) < 1e-9, key
-
-
-def test_files_of_mixtures_have_them_too(tmp_path):
-    host = mixed_host("untied", torch.float32)
-    host.save("mixlora", tmp_path)
-    fields = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert fields["modules_to_save"] == ["lm_head"]
-    assert fields["trainable_token_indices"] == [4, 9, 3]
-    again = host.load("again", tmp_path)
-    with torch.no_grad():
-        expected = host(IDS, adapters=["mixlora"] * 3).logits
-        assert torch.equal(host(IDS, adapters=["again"] * 3).logits, expected)
-    assert again.config.modules_to_save == ("lm_head",)
-    counts = describe(tmp_path).parameters
-    assert (counts["modules_to_save"], counts["tokens"]) == (97 * 32, 3 * 32)
-    assert "modules_to_save:\n  - lm_head" in (tmp_path / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -311,22 +235,6 @@ def test_what_means_no_module_of_the_base_is_refused(settings, message):
     assert host.adapters == {}
 
 
-def test_tokens_that_are_named_twice_are_refused():
-    with pytest.raises(ValueError, match=r"must differ, got \[1, 1\]"):
-        LoraConfig(trainable_token_indices=(1, 1))
-    with pytest.raises(ValueError, match="no place for them"):
-        VeraConfig(trainable_token_indices=(1,))
-
-
-def test_files_without_the_modules_that_they_name_are_refused(tmp_path):
-    host = mixed_host("untied")
-    host.save("dora", tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
-    with pytest.raises(FormatError, match=r"missing tensors: modules.lm_head.weight"):
-        host.load("a", tmp_path)
-
-
 def test_what_has_no_place_for_them_says_so(tmp_path):
     host = mixed_host("untied")
     with pytest.raises(AdapterError, match=r"without modules_to_save.*to be merged"):
@@ -342,28 +250,6 @@ def test_what_has_no_place_for_them_says_so(tmp_path):
     host.load("back", tmp_path / "peft")
     own = host.adapter("back").tensors()
     assert all(torch.equal(own[k], v) for k, v in host.adapter("lora").tensors().items())
-
-
-def test_peft_models_of_our_methods_have_them_too(tmp_path):
-    config = MixLoraConfig(
-        rank=2, num_experts=2, modules_to_save=("lm_head",), trainable_token_indices=tuple(TOKENS)
-    )
-    model = move(get_peft_model(model_of(UNTIED), LoraloomConfig(config, seed=0)))
-    model.train()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    grads = parameter_grads(model)
-    assert sum("own_modules" in name for name in grads) == 2
-    assert all(bool(grad.isfinite().all()) for grad in grads.values())
-    model.eval().save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(model_of(UNTIED), tmp_path).eval()
-    host = loraloom.attach(model_of(UNTIED))
-    host.load("a", tmp_path)
-    expected = logits(model)
-    assert relative_error(logits(again), expected) < 1e-6
-    assert relative_error(logits(host, adapters=["a"] * 3), expected) < 1e-6
-    view = host.as_model("a")
-    with torch.no_grad():
-        assert relative_error(view(input_ids=IDS).logits, expected) < 1e-6
 
 
 @pytest.mark.parametrize("choice", OURS)

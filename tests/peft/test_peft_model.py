@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import json
-
 import peft
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, RepoUrl
-from huggingface_hub.errors import EntryNotFoundError
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from transformers import DynamicCache
 
 import loraloom
-from loraloom import AdapterError, ConfigError, FormatError, MixLoraConfig, ModelError
+from loraloom import AdapterError, ConfigError, MixLoraConfig, ModelError
 from loraloom.peft import LoraloomConfig
 from tests.tiny import (
     ALL_METHODS,
@@ -111,36 +105,6 @@ def test_a_saved_model_is_found_with_its_base_model(tmp_path):
     assert torch.equal(logits(again), logits(wrapped))
 
 
-def test_only_the_adapter_is_trained(capsys):
-    wrapped = peft_model()
-    count = sum(p.numel() for p in wrapped.base_model.host.adapter("default").parameters())
-    assert wrapped.get_nb_trainable_parameters()[0] == count
-    wrapped.print_trainable_parameters()
-    assert f"trainable params: {count:,}" in capsys.readouterr().out
-    trained = {name for name, weight in wrapped.named_parameters() if weight.requires_grad}
-    assert all(".default." in name for name in trained)
-
-
-def test_without_a_seed_initial_weights_follow_torchs_own():
-    models = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        base = tiny_model(dtype=torch.float32)
-        models.append(get_peft_model(base, LoraloomConfig(adapter=MIX)).base_model.host)
-    first, same, other = (model.adapter("default").router(0) for model in models)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_disabled_it_is_the_base_model():
-    wrapped, expected = peft_model(), logits(tiny_model(dtype=torch.float32))
-    with wrapped.disable_adapter():
-        assert torch.equal(logits(wrapped), expected)
-        assert wrapped.get_model_status().enabled is False
-    assert not torch.equal(logits(wrapped), expected)
-    assert wrapped.get_model_status().enabled is True
-
-
 def test_adapters_of_several_methods_take_turns_or_share_a_batch():
     wrapped = peft_model()
     wrapped.add_adapter("second", LoraloomConfig(adapter=ALL_METHODS["dora"], seed=1))
@@ -162,68 +126,6 @@ def test_adapters_of_several_methods_take_turns_or_share_a_batch():
     assert all(".second." in name for name in trained)
 
 
-def test_a_deleted_adapter_leaves_the_others():
-    wrapped = peft_model()
-    first = logits(wrapped)
-    wrapped.add_adapter("second", LoraloomConfig(adapter=MIX, seed=1))
-    wrapped.set_adapter("second")
-    wrapped.delete_adapter("second")
-    assert wrapped.active_adapters == ["default"]
-    assert torch.equal(logits(wrapped), first)
-    assert not any(".second." in name for name in wrapped.state_dict())
-
-
-def test_the_adapter_that_becomes_active_by_a_deletion_trains():
-    wrapped = peft_model()
-    wrapped.add_adapter("second", LoraloomConfig(adapter=MIX, seed=1))
-    wrapped.delete_adapter("default")
-    assert wrapped.active_adapters == ["second"]
-    assert any(parameter.requires_grad for parameter in wrapped.parameters())
-
-
-def test_a_configuration_serves_two_base_models(tmp_path):
-    config = LoraloomConfig(adapter=MIX, seed=1)
-    for family in ("llama", "phi"):
-        wrapped = get_peft_model(tiny_model(family, torch.float32), config)
-        wrapped.save_pretrained(tmp_path / family)
-        again = PeftModel.from_pretrained(tiny_model(family, torch.float32), tmp_path / family)
-        assert torch.equal(logits(again.eval()), logits(wrapped.eval()))
-
-
-def test_a_configuration_is_read_with_what_the_tensors_say_of_patterns(tmp_path):
-    theirs = peft.LoraConfig(
-        target_modules=r".*\.(q|v)_proj", r=2, rank_pattern={"model.layers.0.self_attn.q_proj": 3}
-    )
-    model = get_peft_model(tiny_model(dtype=torch.float32), theirs)
-    randomise(model, 3)
-    model.save_pretrained(tmp_path)
-    config = LoraloomConfig.from_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path, config=config)
-    assert relative_error(logits(again.eval()), logits(model.eval())) < 1e-5
-
-
-def test_several_adapters_are_saved_and_loaded_each_under_its_name(tmp_path):
-    wrapped = peft_model()
-    wrapped.add_adapter("second", LoraloomConfig(adapter=ALL_METHODS["mola"], seed=1))
-    randomise(wrapped.base_model.host.adapter("second"), 1)
-    wrapped.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path)
-    again.load_adapter(tmp_path / "second", "second")
-    for name in ("default", "second"):
-        wrapped.set_adapter(name)
-        again.set_adapter(name)
-        assert torch.equal(logits(again), logits(wrapped))
-
-
-def test_generation_runs_the_active_adapter_in_eval_mode():
-    host, wrapped = host_of(changed(MIX, dropout=0.5)), peft_model(changed(MIX, dropout=0.5))
-    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    expected = host.generate(IDS, adapters=["default"] * 3, **greedy)
-    mask = torch.ones_like(IDS)
-    wrapped.train()
-    assert torch.equal(wrapped.generate(input_ids=IDS, attention_mask=mask, **greedy), expected)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_in_training_the_loss_has_the_auxiliary_loss(checkpointing):
     wrapped, host = peft_model(), host_of()
@@ -241,25 +143,6 @@ def test_in_training_the_loss_has_the_auxiliary_loss(checkpointing):
     assert all(relative_error(ours[name], theirs[name]) < 1e-6 for name in theirs)
 
 
-def test_recomputed_layers_fill_no_cache():
-    wrapped = peft_model()
-    wrapped.activation_checkpointing_enable()
-    mask = torch.ones_like(IDS)
-    mask[0, -2:] = 0
-    labels = IDS.masked_fill(mask == 0, -100)
-    out = wrapped.train()(input_ids=IDS, attention_mask=mask, labels=labels)
-    assert out.past_key_values is None
-    out.loss.backward()
-    kept = peft_model()
-    kept.train()(input_ids=IDS, attention_mask=mask, labels=labels).loss.backward()
-    ours, theirs = (
-        parameter_grads(one.base_model.host.adapter("default")) for one in (wrapped, kept)
-    )
-    assert all(relative_error(ours[name], theirs[name]) < 1e-6 for name in theirs)
-    with pytest.raises(ModelError, match="with gradient checkpointing fills no cache"):
-        wrapped(input_ids=IDS, labels=IDS, past_key_values=DynamicCache())
-
-
 def test_a_micro_batchs_auxiliary_loss_has_its_share_of_the_steps_labels():
     wrapped = peft_model().train()
     labels = IDS.clone()
@@ -269,26 +152,6 @@ def test_a_micro_batchs_auxiliary_loss_has_its_share_of_the_steps_labels():
     base = wrapped.base_model.host(IDS, adapters=["default"] * 3, labels=labels).loss
     torch.testing.assert_close(out.loss, base * 9 / 36 + alone.aux_loss * 9 / 36)
     torch.testing.assert_close(alone.loss, base + alone.aux_loss)
-
-
-def test_tuples_have_the_auxiliary_loss_too():
-    wrapped = peft_model().train()
-    loss = wrapped(input_ids=IDS, labels=IDS, return_dict=False)[0]
-    torch.testing.assert_close(loss, wrapped(input_ids=IDS, labels=IDS).loss)
-
-
-def test_evaluation_has_the_language_models_loss_alone():
-    wrapped, host = peft_model(), host_of()
-    with torch.no_grad():
-        out = wrapped(input_ids=IDS, labels=IDS)
-        assert torch.equal(out.loss, host(IDS, adapters=["default"] * 3, labels=IDS).loss)
-    assert "aux_loss" not in out
-
-
-def test_the_base_model_stays_in_eval_mode():
-    wrapped = peft_model().train()
-    assert wrapped.training
-    assert not any(module.training for module in wrapped.get_base_model().modules())
 
 
 def test_a_mixture_is_not_merged_and_unload_gives_the_base_model_back():
@@ -323,36 +186,3 @@ def test_what_can_not_be_used_is_refused_and_leaves_the_base_model_alone(tmp_pat
         wrapped.base_model.set_adapter(["default", "other"])
     with pytest.raises(ModelError, match="every decoder layer, non-reentrantly"):
         wrapped.activation_checkpointing_enable({"use_reentrant": True})
-
-
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
-    peft_model().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_experts": 5}))
-    with pytest.raises(FormatError, match=r"missing tensors: layers\.0\.mlp"):
-        PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path)
-
-
-def test_a_copied_configuration_is_the_same():
-    config = LoraloomConfig(adapter=MIX, seed=3)
-    assert copy.deepcopy(config) == config
-    assert config.to_dict()["adapter"] == MIX.model_dump(mode="json")
-    assert LoraloomConfig(adapter=MIX.model_dump()) == LoraloomConfig(adapter=MIX)
-
-
-def test_push_to_hub_uploads_the_adapters_files(monkeypatch):
-    def load_card(*_, **__):
-        raise EntryNotFoundError("there is none yet")
-
-    uploaded = []
-    monkeypatch.setattr(ModelCard, "load", load_card)
-    monkeypatch.setattr(
-        HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/me/mix")
-    )
-
-    def create_commit(self, repo_id, operations, **_):
-        uploaded.extend(operation.path_in_repo for operation in operations)
-
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    peft_model().push_to_hub("me/mix", token="none")
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(uploaded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import loraloom
-from loraloom import AdapterError, ModelError, OptimizerConfig, TrainingClient, example_of
+from loraloom import OptimizerConfig, TrainingClient, example_of
 from loraloom.peft import LoraloomConfig
 from tests.conftest import build_tokenizer
 from tests.tiny import ALL_METHODS, changed, randomise, relative_error, tiny_ids, tiny_model
@@ -148,14 +147,6 @@ def test_every_method_is_trained_as_by_our_trainer(method, trainer, way, tmp_pat
     assert_equal_weights(trained_by_us(trainer, config), weights(adapter))
 
 
-def test_adam_reaches_them_too_up_to_how_it_rounds(tmp_path):
-    model, adapter = model_of("view")
-    trainer_of(model, tmp_path, optim="adamw_torch").train()
-    ours, theirs = trained_by_us("Trainer", optimizer="adamw"), weights(adapter)
-    flat = [torch.cat([tensor.flatten() for tensor in own.values()]) for own in (ours, theirs)]
-    assert relative_error(flat[1], flat[0]) < 1e-5
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("trainer", LANGUAGE)
 def test_the_auxiliary_loss_is_counted_once_whatever_the_accumulation(trainer, way, tmp_path):
@@ -185,17 +176,6 @@ def test_a_resumed_run_ends_as_an_unbroken_one(trainer, way, tmp_path):
     assert_equal_weights(weights(unbroken), weights(adapter), 1e-7)
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
-    model, adapter = model_of("peft")
-    settings = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1}
-    settings |= {"save_steps": 1, "load_best_model_at_end": True, "learning_rate": 30.0}
-    trainer = trainer_of(model, tmp_path, **settings)
-    trainer.train()
-    best = trainer.state.best_model_checkpoint
-    host = loraloom.attach(base_model())
-    assert_equal_weights(weights(host.load("best", best)), weights(adapter), 1e-7)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_an_adapters_files_are_saved(way, tmp_path):
     model, adapter = model_of(way)
@@ -209,25 +189,6 @@ def test_an_adapters_files_are_saved(way, tmp_path):
     assert_equal_weights(weights(adapter), weights(host.load("a", tmp_path)), 1e-7)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("trainer", LANGUAGE)
-def test_evaluation_loses_what_the_language_model_does(trainer, way, tmp_path):
-    model, _ = model_of(way)
-    metrics = TRAINERS[trainer](model, tmp_path).evaluate()
-    with torch.no_grad():
-        expected = host_of()(IDS, adapters=["default"] * 4, labels=IDS).loss
-    assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
-
-
-@pytest.mark.parametrize(("trainer", "way"), [("Trainer", "view"), ("SFTTrainer", "peft")])
-def test_bf16_autocast_trains_float32_weights(trainer, way, tmp_path):
-    model, adapter = model_of(way, ALL_METHODS["lora"])
-    TRAINERS[trainer](model, tmp_path, bf16=True).train()
-    after = weights(adapter)
-    assert all(tensor.dtype == torch.float32 for tensor in after.values())
-    assert_equal_weights(trained_by_us(trainer, ALL_METHODS["lora"]), after, 0.05)
-
-
 def test_rows_that_trl_packs_train_as_they_do_alone(tmp_path):
     model, adapter = model_of("peft")
     packed = {"packing": True, "max_length": 36, "per_device_train_batch_size": 1}
@@ -235,64 +196,20 @@ def test_rows_that_trl_packs_train_as_they_do_alone(tmp_path):
     assert_equal_weights(trained_by_us("SFTTrainer"), weights(adapter))
 
 
-def test_other_adapters_on_the_host_stay_as_they_are(tmp_path):
-    model, _ = model_of("view")
-    other = model.host.add("other", MIX, seed=1)
-    before = weights(other)
-    trainer_of(model, tmp_path).train()
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(other).items())
-    assert model.state_dict().keys() == {f"adapter.{name}" for name in other.state_dict()}
-
-
-def test_a_trained_adapter_is_its_own_reference(tmp_path):
-    model, adapter = model_of("peft")
-    randomise(adapter)
-    trainer = dpo_trainer_of(model, tmp_path, max_steps=1)
-    trainer.train()
-    entry = trainer.state.log_history[0]
-    assert entry["loss"] - entry["aux_loss"] == pytest.approx(math.log(2), rel=1e-4)
-
-
-def test_a_view_of_the_base_model_has_nothing_to_train_or_save(tmp_path):
-    host = host_of()
-    view = host.as_model(None)
-    assert not any(weight.requires_grad for weight in view.parameters())
-    with torch.no_grad():
-        assert torch.equal(view(input_ids=IDS).logits, host(IDS).logits)
-    with pytest.raises(ModelError, match="this view is of the base model"):
-        view.save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=r"one of those on this host \(default\), got 'nope'"):
-        host.as_model("nope")
-
-
-def test_a_view_generates_as_its_host_does():
-    host = host_of()
-    randomise(host.adapter("default"))
-    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    expected = host.generate(IDS, adapters=["default"] * 4, **greedy)
-    assert torch.equal(host.as_model("default").generate(IDS, **greedy), expected)
-
-
 def test_an_interrupted_forward_leaves_nothing_behind():
     host = host_of()
     randomise(host.adapter("default"))
     view, ids = host.as_model("default"), IDS[:, :5]
-    with torch.no_grad():
-        expected = view(input_ids=ids).logits
-        tokens = host.generate(ids, adapters=["default"] * 4, max_new_tokens=2, do_sample=False)
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for again in (
-        lambda: torch.equal(view(input_ids=ids).logits, expected),
-        lambda: torch.equal(view.generate(ids, max_new_tokens=2, do_sample=False), tokens),
-        lambda: torch.equal(host.as_model(None)(input_ids=ids).logits, host(ids).logits),
-    ):
-        hook = host.model.get_output_embeddings().register_forward_hook(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            view.train()(input_ids=IDS, labels=IDS)
-        hook.remove()
-        view.eval()
-        with torch.no_grad():
-            assert again()
+    with torch.no_grad():
+        expected, base = view(input_ids=ids).logits, host(ids).logits
+    hook = host.model.get_output_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        view.train()(input_ids=IDS, labels=IDS)
+    hook.remove()
+    with torch.no_grad():
+        assert torch.equal(host.model(ids).logits, base)
+        assert torch.equal(view.eval()(input_ids=ids).logits, expected)

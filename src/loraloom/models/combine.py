@@ -31,15 +31,12 @@ from loraloom.errors import AdapterError, ConfigError
 
 @dataclass(frozen=True)
 class MergeError:
-    """What rounding to the base model's dtype changed, over all merged weights.
-
-    Args:
-        of_weights: ‖rounded - exact‖ / ‖exact‖.
-        of_update: ‖rounded - exact‖ / ‖exact - base‖: the share of the update that is lost.
-    """
+    """What rounding to the base model's dtype changed, over all merged weights."""
 
     of_weights: float
+    """‖rounded - exact‖ / ‖exact‖."""
     of_update: float
+    """‖rounded - exact‖ / ‖exact - base‖: the share of the update that is lost."""
 
 
 class Merged:
@@ -60,7 +57,6 @@ class Merged:
             raise
 
     def undo(self) -> None:
-        """Put the original weights back, bit by bit."""
         for base, original in self._originals:
             base.set_weight(original)
         self._originals.clear()
@@ -184,7 +180,6 @@ def _disagreements(first: AdapterConfig, other: AdapterConfig) -> list[str]:
 
 
 def _places(adapter: Adapter) -> dict[TensorKey, dict[str, Tensor]]:
-    """Group an adapter's tensors by projection, expert or router."""
 
     def not_pairs(what: str) -> AdapterError:
         return AdapterError(
@@ -274,7 +269,6 @@ def _by_svd(
 
 
 def _targets(sources: Sequence[_Source]) -> Any:
-    """The projections of all adapters; with their layers, where one is not in all of them."""
     places = dict.fromkeys(place for source in sources for place in source.places)
     if not all(source.config.in_every_layer for source in sources):
         return tuple(f"layers.{place.layer}.{place.path}" for place in places)

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 Program = Literal["native", "peft", "reference", "axolotl"]
 """Whose form: what `Host.save` writes, PEFT's, MoE-PEFT's or axolotl's."""
 
-_LEAST_DROPOUT = 1e-6
-"""MoE-PEFT refuses a dropout of 0, and drops at inference as well."""
+_LEAST_DROPOUT = 1e-6  # MoE-PEFT refuses a dropout of 0, and drops at inference as well
 
 
 def convert(
@@ -41,24 +40,19 @@ def convert(
     settings: Mapping[str, Any] | None = None,
     host: Host | None = None,
 ) -> AdapterConfig:
-    """Write an adapter for another program.
+    """Write an adapter for another program, and return its configuration.
 
     Args:
         source: A directory or hub id, in any form that `Host.load` reads.
         destination: A new directory.
         to: Whose form: `native` is what `Host.save` writes.
-        settings: Of the method: what the files don't tell, or in place of what they do.
+        settings: The method's, as in `Host.load`.
         host: With the adapter's base model, to check that it fits. Needed where files lack a DoRA's
-            magnitudes; without, the files are checked against one another.
-
-    Returns:
-        The adapter's configuration.
+            magnitudes.
 
     Raises:
-        ConfigError: If there is no such program.
         FormatError: If the files can't be read.
-        AdapterError: If the other program can't hold such an adapter, or it doesn't fit the base
-            model, or the destination is there already.
+        AdapterError: If the other program can't hold such an adapter, or the destination is there.
     """
     if to not in get_args(Program):
         raise ConfigError(
@@ -67,8 +61,7 @@ def convert(
     config, tensors, base, prompt = _read(source, settings, host)
     if to in ("reference", "axolotl"):
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT or axolotl")
-    card = model_card(config, base, prompt=prompt)
-    path = Path(destination)
+    path, card = Path(destination), model_card(config, base, prompt=prompt)
     if to == "reference":
         write_new(path, _for_reference(config, tensors, base, prompt), card, pickled=True)
     elif to == "axolotl":
@@ -110,8 +103,7 @@ def _read(
 def _for_reference(
     config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo, prompt: PromptForm | None
 ) -> AdapterFiles:
-    fault = reference_fault(config, base)
-    if fault is not None:
+    if (fault := reference_fault(config, base)) is not None:
         raise AdapterError(f"the adapter must be one that MoE-PEFT 2.0.2 reads: {fault}")
     files = render(config, tensors, base, prompt)
     fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}

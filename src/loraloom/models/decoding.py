@@ -46,7 +46,6 @@ class _Room:
         return self._space[: self._num_rows, :, self._start : self._stop]
 
     def append(self, added: Tensor) -> None:
-        """Add tokens to all rows, [B, heads, l, head_dim]."""
         if self._stop + added.shape[2] > self._space.shape[2]:
             self._make_space(columns_after=added.shape[2])
         self._stop += added.shape[2]
@@ -136,28 +135,20 @@ def _is_running(layer: Any) -> bool:
 
 @dataclass
 class Decoding:
-    """Rows that are being continued; made by `Host.prefill`.
-
-    Args:
-        adapters: Of each row.
-        attention_mask: 1 at real tokens, [B, L]; on the CPU.
-        cache: Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer.
-        prepared: The adapters' weights in compute form; they must not change meanwhile.
-        logits: Of the token after each row's last one, [B, V].
-    """
+    """Rows that are being continued; made by `Host.prefill`. Weights must not change meanwhile."""
 
     adapters: list[RowAdapter]
     attention_mask: Tensor
+    """1 at real tokens, [B, L]; on the CPU."""
     cache: Any
+    """Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer."""
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
     logits: Tensor = field(init=False)
+    """Of the token after each row's last one, [B, V]."""
 
     @classmethod
     def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:
-        """Make a session of one row from what `states` took out of another one.
-
-        It has no logits yet: the first `Host.extend` gives them.
-        """
+        """Make a session of one row, without logits, from what `states` took out of another."""
         mask = torch.ones(1, states.shape[3], dtype=torch.long)
         session = cls([adapter], mask, make_cache(None), prepared)
         for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
@@ -166,7 +157,6 @@ class Decoding:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row, [B]; on the CPU."""
         return self.attention_mask.sum(1)
 
     def states(self, row: int, start: int, stop: int) -> Tensor:

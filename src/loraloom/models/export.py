@@ -170,7 +170,6 @@ def _write_model(
 
 
 def _logit_error(model: _ExportedModel, directory: Path) -> float:
-    """Compare what transformers loads with the adapter."""
     host = model.host
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(host.config.vocab_size, (1, _PROBE_LENGTH), generator=generator)
@@ -237,7 +236,6 @@ class _ExportedModel(ABC):
             yield {name: self._owned(name, tensor) for name, tensor in named}
 
     def _owned(self, name: str, tensor: LazyTensor) -> LazyTensor:
-        """Put what the adapter has as its own in place of a module's parameter."""
         path, _, kind = name.rpartition(".")
         own = self.adapter.own_at(path)
         if own is None:
@@ -318,7 +316,6 @@ class _MoeModel(_ExportedModel):
             yield f"{self.twin.block}.{name}", tensor
 
     def _check_tensors(self) -> None:
-        """Compare what surrounds the FFN blocks with what the class has there."""
         host, base, twin = self.host, self.host.base, self.twin
         layer = f"{base.layers_path}.0"
         ours = _tensors_of(host.model.get_submodule(layer))

@@ -33,13 +33,9 @@ class Family:
     Args:
         attention_inputs: Attention projections, grouped by the tensor they read. Layers whose
             attention has others have none.
-        ffn_shape: Projections of the FFN block.
-        layers: Path of the decoder layers.
-        attention: Name of a layer's attention module.
-        ffn: Name of a layer's FFN module.
+        layers: Path of the decoder layers, whose `attention` and `ffn` are modules.
         activation: Name of the FFN module's activation, or where it has none, transformers' name.
-        logit_divisor: Config field that divides the head's logits.
-        logit_factor: Config field that multiplies them.
+        logit_divisor: Config field that divides the head's logits; `logit_factor` multiplies them.
         logit_softcap: Config field of the logits' soft cap.
         in_table: It has a row here.
     """
@@ -60,7 +56,6 @@ class Family:
         return tuple(name for group in self.attention_inputs for name in group)
 
     def has_attention(self, layer: nn.Module) -> bool:
-        """Whether a decoder layer has all of the attention projections."""
         names = [f"{self.attention}.{name}" for name in self.attention_projections]
         linears = {name for name, module in layer.named_modules() if is_linear(module)}
         return linears.issuperset(names)
@@ -123,7 +118,6 @@ def keeps_running_states(config: Any) -> bool:
 
 
 def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
-    """List each decoder layer's projections."""
     hidden_size = text_config(model).hidden_size
     layers = []
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
@@ -158,7 +152,6 @@ def _projections(
 
 
 def _shapes(layers: Sequence[BaseLayer]) -> dict[str, tuple[int, int]]:
-    """Name all projections, `block.projection`, with (out_features, in_features)."""
     return {
         f"{block}.{name}": (projection.out_features, projection.in_features)
         for layer in layers
@@ -168,16 +161,12 @@ def _shapes(layers: Sequence[BaseLayer]) -> dict[str, tuple[int, int]]:
 
 
 def activation_of(ffn: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
-    """Return the activation of an FFN block."""
     own: Callable[[Tensor], Tensor] | None = getattr(ffn, family.activation, None)
     return ACT2FN[family.activation] if own is None else own
 
 
 def head_of(model: nn.Module, family: Family) -> Callable[..., Tensor]:
-    """Return the function from final hidden states to logits, with scaling and soft cap.
-
-    It takes another linear layer as a second argument, in place of the model's.
-    """
+    """Return the function from final hidden states, maybe by another linear layer, to logits."""
     config = text_config(model)
     linear = model.get_output_embeddings()  # pyright: ignore
     fields = (family.logit_divisor, family.logit_factor, family.logit_softcap)

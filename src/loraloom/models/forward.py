@@ -8,7 +8,7 @@ layer takes its context along: the backward pass may recompute it in another thr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,17 +34,11 @@ Updates = Sequence[tuple[Tensor | None, UpProjection | None]]
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One forward of a batch through the base model and its adapters.
+    """One forward of a batch through the base model and its adapters, each segment's or None.
 
-    Args:
-        owner: The wiring of the base model that it runs in.
-        layout: Which rows belong to which adapter.
-        adapters: Each segment's; None is the base model.
-        training: Dropout and jitter are on.
-        checkpointing: Decoder layers are recomputed in the backward pass.
-        record: Collects what routers do; None where nobody asks.
-        prepared: Compute forms of the weights; None: they are made from the parameters as they are.
-        stacked: How small steps are computed for like adapters at once.
+    `owner` is the wiring of the base model. `record` collects what routers do. Without `prepared`,
+    compute forms are made from the parameters as they are; `stacked` computes small steps of like
+    adapters at once.
     """
 
     owner: object
@@ -82,7 +76,6 @@ class ForwardContext:
     def tokens(
         self, adapter: Adapter, index: int, layer: int, device: torch.device
     ) -> SegmentTokens:
-        """Describe a segment's tokens in a layer to their adapter."""
         return self.layout.segments[index].at_layer(layer, device, self.recorder(adapter))
 
     def attention_updates(
@@ -121,7 +114,6 @@ class ForwardContext:
         rows: Tensor,
         dtype: torch.dtype,
     ) -> tuple[InputGroup, Tensor, Tensor, SegmentTokens] | None:
-        """Return a segment's weights, its product with A, its input and its tokens."""
         adapter = self.adapters[index]
         if adapter is None:
             return None
@@ -142,14 +134,12 @@ _current: ContextVar[ForwardContext | None] = ContextVar("loraloom_forward", def
 
 
 def current_forward(owner: object) -> ForwardContext | None:
-    """Return the forward that runs in this thread through a wiring; None if there is none."""
     forward = _current.get()
     return forward if forward is not None and forward.owner is owner else None
 
 
 @contextmanager
 def running(forward: ForwardContext | None) -> Iterator[None]:
-    """Make a forward the current one."""
     token = _current.set(forward)
     try:
         yield
@@ -159,14 +149,7 @@ def running(forward: ForwardContext | None) -> Iterator[None]:
             forward._shared.clear()
 
 
-def checkpoint_contexts(
-    forward: ForwardContext,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a checkpointed layer's forward and of its recomputation."""
-    return nullcontext(), _Recomputation(forward)
-
-
-class _Recomputation(AbstractContextManager[None]):
+class Recomputation(AbstractContextManager[None]):
     """Enters a forward again while a layer is recomputed; a graph that is kept may do so often."""
 
     def __init__(self, forward: ForwardContext):
@@ -189,6 +172,5 @@ def query_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def segment_adapters(layout: Layout, adapters: Mapping[str, Adapter]) -> tuple[Adapter | None, ...]:
-    """Look each segment's adapter up."""
     names = [segment.adapter_name for segment in layout.segments]
     return tuple(None if name is None else adapters[name] for name in names)

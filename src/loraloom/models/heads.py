@@ -43,16 +43,9 @@ class Heads:
         adapters: RowAdapters,
         prepared: PreparedWeights | None,
     ) -> Sequence[Tensor]:
-        """Compute something of states with the heads of their adapters.
+        """Call a function of a head and tensors, [N, …] each, with the heads of their adapters.
 
-        Args:
-            function: From a head and `tensors` to results.
-            tensors: [N, …] each.
-            adapters: Of each state; None: the base model's head for all.
-            prepared: Keeps heads in compute form where weights don't change.
-
-        Returns:
-            Results, [N, …] each.
+        Without adapters it is the base model's. Results are [N, …] each.
         """
         groups = {} if adapters is None else self._places_by_head(adapters, len(tensors[0]))
         if not groups.keys() - {None}:

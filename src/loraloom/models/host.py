@@ -155,7 +155,6 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
         return self.model.get_input_embeddings().weight.device
 
     @property
@@ -331,7 +330,6 @@ class Host:
         return self
 
     def eval(self) -> Host:
-        """Make eval mode the default of forwards."""
         return self.train(False)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
@@ -593,7 +591,6 @@ class Host:
         record: Record | None = None,
         prepared: PreparedWeights | None = None,
     ) -> ForwardContext:
-        """Make the context of a forward."""
         batch_size, length = input_ids.shape
         names = self._registry.rows(adapters, batch_size)
         training = self.training if training is None else training
@@ -654,14 +651,12 @@ class Host:
 
     @contextmanager
     def _run(self, forward: ForwardContext) -> Iterator[None]:
-        """Be inside the base model, alone."""
         with self._inside, running(forward), recovering(self.model):
             yield
 
     def _visit(
         self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
     ) -> Visit | None:
-        """Open a forward that somebody else makes."""
         if current_forward(self._registry.wiring) is not None:
             return None
         keys, record = None, None

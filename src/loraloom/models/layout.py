@@ -6,10 +6,9 @@ The layout is made once for each forward and outlives the backward pass. Rows of
 scale form a segment; where a batch comes grouped by them, segments are views, otherwise rows are
 gathered by segment and put back.
 
-Packed rows hold several samples side by side. Positions count anew from each sample's first token.
-From that alone transformers makes the masks of every kind of layer, also of sliding windows: a
-token sees its own sample. What is left at a row's end is padding, a sample of its own to the
-attention, so that no token sees nothing.
+Packed rows hold several samples side by side. Positions restart at each sample's first token. From
+that alone transformers makes the masks of every kind of layer: a token sees its own sample. What is
+left at a row's end is padding, a sample of its own to the attention, so that no token sees nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ RowAdapters = Sequence[RowAdapter] | None
 
 
 def check_takes_packed_rows(config: Any) -> None:
-    """Check that a model can keep the samples of a row apart."""
     if keeps_running_states(config):
         raise ModelError(
             "packing needs attention in all layers, got layers that keep running states, which "
@@ -73,23 +71,18 @@ def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
 
 @dataclass(frozen=True)
 class Segment:
-    """The rows of one adapter and scale.
-
-    Args:
-        adapter_name: Its name; None is the base model.
-        scale: Factor of what the adapter adds to the base model.
-        tokens: Its range in the token rows grouped by segment.
-        real: True at real tokens, [T]; None when all are.
-        real_index: Their positions.
-        spans: Samples for random numbers, in training.
-    """
+    """The rows of one adapter, or of the base model, and scale."""
 
     adapter_name: str | None
     scale: float
     tokens: slice
+    """Its range in the token rows grouped by segment."""
     real: Tensor | None
+    """True at real tokens, [T]; None when all are."""
     real_index: Tensor | None
+    """Their positions."""
     spans: tuple[SampleSpan, ...] | None
+    """Samples for random numbers, in training."""
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +94,6 @@ class Segment:
         device: torch.device,
         record: Callable[[LayerRouting], None] | None = None,
     ) -> SegmentTokens:
-        """Describe these tokens in a layer to their adapter."""
         noise = None
         if self.spans is not None:
             noise = SampleNoise(self.spans, self.num_tokens, layer, device)
@@ -128,16 +120,11 @@ def _grouped(adapters: Sequence[Hashable]) -> list[int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments of a batch.
-
-    Args:
-        segments: In the order of their first rows.
-        row_order: Rows grouped by segment; None when they come so.
-        row_inverse: The way back.
-    """
+    """All segments of a batch, in the order of their first rows."""
 
     segments: tuple[Segment, ...]
     row_order: Tensor | None
+    """Rows grouped by segment; None when they come so."""
     row_inverse: Tensor | None
 
     @property
@@ -160,19 +147,16 @@ class Layout:
         return rows.split([segment.num_tokens for segment in self.segments])
 
     def join(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put the segments' tokens together to `shape`, [B, L, N]."""
         rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         return self._in_order(rows.view(shape))
 
     def split_rows(self, values: Tensor) -> Sequence[Tensor]:
-        """Cut [B, …] into each segment's rows."""
         if self.row_order is not None:
             values = values.index_select(0, self.row_order)
         length = self.segments[-1].tokens.stop // len(values)
         return values.split([segment.num_tokens // length for segment in self.segments])
 
     def join_rows(self, parts: Sequence[Tensor]) -> Tensor:
-        """Put the segments' rows together again."""
         return self._in_order(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
 
     def _in_order(self, values: Tensor) -> Tensor:
@@ -235,7 +219,6 @@ def _spans(
 
 
 def _positions(mask: Tensor, offset: int) -> slice | Tensor:
-    """Return where a row's real tokens are: a range when nothing lies between them."""
     positions = mask.nonzero().squeeze(1) + offset
     if len(positions) == 0:
         return slice(offset, offset)

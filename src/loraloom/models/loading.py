@@ -160,7 +160,6 @@ def _find_directory(path: Path) -> ModelSource:
 
 
 def _ask_hub(source: ModelSource) -> ModelSource:
-    """Find out whether the hub has a model."""
     name = source.location
     # By a single question: left to itself, the client asks six times for each of a model's files.
     try:
@@ -250,7 +249,6 @@ def load_base_model(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model alone."""
     source, what = find_source(name), f"the tokenizer of {name}"
     with quiet(hides_stderr=source.kind == "gguf"), _raised_as_model_error(what, source):
         return _load_tokenizer(source)
@@ -306,7 +304,6 @@ def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) 
 
 
 def _multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":

@@ -78,7 +78,6 @@ def check_checkpoint(
 def transformers_config(
     quantization: AnyQuantization, dtype: torch.dtype
 ) -> QuantizationConfigMixin:
-    """Write a quantisation as transformers takes it."""
     settings = quantization.model_dump(exclude={"quant_method"})
     match quantization:
         case BitsAndBytes4bit(bnb_4bit_compute_dtype=compute_dtype):
@@ -242,7 +241,6 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def quantised_linears(model: nn.Module) -> dict[str, QuantisedWeight]:
-    """Find the linear layers of a model that are quantised, by their names."""
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     weights = {name: quantised_weight(linear) for name, linear in linears.items()}
     return {name: weight for name, weight in weights.items() if weight is not None}
@@ -287,7 +285,6 @@ class QuantisedLinear:
         return self.output(hidden_states)
 
     def output(self, hidden_states: Tensor) -> Tensor:
-        """Return what the layer returns, without a graph."""
         # LLM.int8 sets outliers in float16 to zero and back, which autograd would take for another
         # input than others have kept; `data` has a version of its own. The output must be no view,
         # as updates may change it in place, which autograd refuses of views made in functions.

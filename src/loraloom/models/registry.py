@@ -22,14 +22,7 @@ from loraloom.models.wrappers import Wiring
 
 
 class AdapterRegistry:
-    """The adapters on a base model, by name.
-
-    Attributes:
-        model: The base model, frozen and wired.
-        base: Its description.
-        adapters: Those on it.
-        merged: The adapter that is in its weights; None for none.
-    """
+    """The adapters on a base model, by name; `merged` is the one that is in its weights."""
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
@@ -48,7 +41,6 @@ class AdapterRegistry:
         return self.adapters[name]
 
     def build(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
-        """Make an adapter for the base model, which it is not yet on."""
         check_name(name)
         if self._detached:
             raise AdapterError(
@@ -81,7 +73,6 @@ class AdapterRegistry:
             self.merged = None
 
     def detach(self) -> None:
-        """Leave the base model as it was."""
         self._detached = True
         self.unmerge()
         self.wiring.undo()
@@ -127,6 +118,5 @@ class AdapterRegistry:
         return name if scale == 1 else (name, float(scale))
 
     def scaled(self, row: RowAdapter) -> ScaledAdapter | None:
-        """Look a row's adapter up; None is the base model."""
         name, scale = name_and_scale(row)
         return None if name is None else (self.adapters[name], scale)

@@ -1,9 +1,8 @@
 """A frozen base model of which every rank keeps a part (PyTorch's FSDP2).
 
-A model is divided before it has weights, and then each rank reads its part of them. A layer's
-weights are put together for its forward, and again for its backward pass. Embedding, final norm and
-head stay together from a forward on to the end of the backward pass, as losses are computed outside
-of the model's own forward.
+A layer's weights are put together for its forward, and again for its backward pass. Embedding,
+final norm and head stay together from a forward on to the end of the backward pass, as losses are
+computed outside of the model's own forward.
 """
 
 from __future__ import annotations
@@ -27,12 +26,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def sharded_class(model_class: type[Model], device: torch.device) -> type[Model]:
-    """Return the class whose models are divided as they are made; see `shard`.
+    """Return the class whose models are divided as they are made; see `shard`."""
 
-    transformers' `from_pretrained` makes a model without data, and reads of each tensor only what
-    this rank keeps.
-    """
-
+    # `from_pretrained` makes a model without data, and reads of each tensor what this rank keeps.
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
         shard(self, device)

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -71,11 +71,9 @@ class ComputeForms:
         self._keeps_new = keeps_new
 
     def passing(self) -> ComputeForms:
-        """Return these forms where they are kept, and others without keeping them."""
         return ComputeForms(self._kept)
 
     def forget(self, adapter: Adapter) -> None:
-        """Drop an adapter's forms, as its weights have changed or it has gone."""
         gone = set(adapter.modules())
         for key in [key for key in self._kept if key[0] in gone]:
             del self._kept[key]
@@ -147,7 +145,6 @@ class _Stack:
         return stack_inputs(groups) if groups else None
 
     def span(self, adapters: Sequence[ScaledAdapter]) -> slice:
-        """Where adapters are, and perhaps others between them."""
         entries = [self.adapters.index(adapter) for adapter in adapters]
         return slice(min(entries), max(entries) + 1)
 
@@ -182,7 +179,6 @@ class PreparedWeights:
         return self._plans[key]
 
     def forget(self, adapter: Adapter) -> None:
-        """Drop what was made of an adapter's weights, as they have changed or it has gone."""
         self.forms.forget(adapter)
         self._plans.clear()
         for stack in self._stacks.values():
@@ -195,7 +191,12 @@ class PreparedWeights:
         present = dict.fromkeys(adapter for adapter in rows if adapter is not None)
         # By name, so that stacks depend on no order of rows; scales of one adapter stay in order.
         adapters = sorted(present, key=lambda one: one[0].name)
-        if not adapters or not _is_small(adapters, len(rows) * length, dtype):
+        if not adapters:
+            return None
+        slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
+        layer = adapters[0][0].base_layers[0]
+        width = max([layer.hidden_size, *(one.in_features for one in layer.ffn.values())])
+        if slots * len(rows) * length * width * dtype.itemsize > MAX_HIDDEN_BYTES:
             return None
         alike: dict[Hashable, list[ScaledAdapter]] = {}
         for adapter, scale in adapters:
@@ -239,13 +240,6 @@ def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
     return prepared.forms
 
 
-def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.dtype) -> bool:
-    slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
-    layer = adapters[0][0].base_layers[0]
-    width = max([layer.hidden_size, *(one.in_features for one in layer.ffn.values())])
-    return slots * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
-
-
 @dataclass(frozen=True)
 class Cohort:
     """Like adapters of a batch, views of their weights, and where their rows are.
@@ -266,10 +260,6 @@ class Cohort:
     others: Tensor | None = None
     _views: dict[tuple[int, _Names], Any] = field(default_factory=dict)
 
-    @cached_property
-    def adapters(self) -> tuple[ScaledAdapter, ...]:
-        return self.stack.adapters[self.entries]
-
     @property
     def width(self) -> int:
         """Token rows of each adapter, padding included: n."""
@@ -283,22 +273,9 @@ class Cohort:
             self._views[key] = whole and whole.take(self.entries)
         return self._views[key]
 
-    def tokens(self, layer: int, recorder: Recorder, device: Any, index: int) -> SegmentTokens:
-        """Describe an adapter's rows in a layer; padding at their end is not real."""
-        count = self.counts[index]
-        record = recorder(self.adapters[index][0]) if count else None
-        if count == self.width or record is None:
-            return SegmentTokens(layer, record=record)
-        real_index = torch.arange(count, device=device)
-        return SegmentTokens(layer, None, real_index, None, record)
-
     def side_by_side(self, rows: Tensor) -> Tensor:
         """See gathered rows, [N·n, ...], as [N, n, ...]."""
-        return rows.view(len(self.adapters), -1, rows.shape[-1])
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Go from [T, ...] to [N, n, ...]."""
-        return self.side_by_side(rows if self.take is None else rows.index_select(0, self.take))
+        return rows.view(len(self.counts), -1, rows.shape[-1])
 
     def scatter(self, values: Tensor, blank: float = 0.0) -> Tensor:
         """Go from [N, n, O] to [T, O], with `blank` at rows that are not the cohort's."""
@@ -314,9 +291,7 @@ class StackedPlan:
     """The cohorts of a batch, and how their FFN rows lie behind one another.
 
     Args:
-        cohorts: Of attention; those that adapt FFN blocks too come first.
-        num_in_ffn: How many of them.
-        device: Of the hidden states.
+        cohorts: Of attention; the `num_in_ffn` that adapt FFN blocks too come first.
         ffn_take: Token row of each place of all cohorts' rows, behind one another, and behind them
             the rows that no cohort's FFN has; None when there is one cohort with all rows in order.
         ffn_put: Place of each token row among these; None as above.
@@ -371,16 +346,13 @@ def make_plan(
     return StackedPlan(tuple(cohorts), len(orders), device, ffn_take.to(device), ffn_put.to(device))
 
 
-_Update = tuple[StackedInput | None, Tensor]
-
-
 class StackedForward:
     """A forward whose adapters are computed by cohorts."""
 
     def __init__(self, plan: StackedPlan, recorder: Recorder):
         self._plan = plan
         self._recorder = recorder
-        self._shared: tuple[Tensor, int, tuple[str, ...], Sequence[_Update]] | None = None
+        self._shared: tuple[Any, ...] = (None,)
 
     def project(
         self,
@@ -391,7 +363,6 @@ class StackedForward:
         output: Tensor,
         linear: nn.Module,
     ) -> Tensor:
-        """Adapt an attention projection's output, [B, L, O], in place where that is possible."""
         rows = output.view(-1, output.shape[-1])
         updates = self._updates(layer, group, hidden_states, output.dtype)
         for cohort, (stack, update) in zip(self._plan.cohorts, updates, strict=True):
@@ -434,7 +405,7 @@ class StackedForward:
                 cohort.part(layer).step(
                     *(None if own is None else cohort.side_by_side(own) for own in inputs),
                     act,
-                    self._tokens(cohort, layer),
+                    partial(self._tokens, cohort, layer),
                 )
                 for cohort, *inputs in zip(cohorts, *parts, strict=False)
             ]
@@ -453,26 +424,32 @@ class StackedForward:
             rows = rows.index_select(0, plan.ffn_put)
         return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
 
-    def _tokens(self, cohort: Cohort, layer: int) -> Callable[[int], SegmentTokens]:
-        return partial(cohort.tokens, layer, self._recorder, self._plan.device)
+    def _tokens(self, cohort: Cohort, layer: int, index: int) -> SegmentTokens:
+        """Describe an adapter's rows in a layer; padding at their end is not real."""
+        count = cohort.counts[index]
+        adapter, _ = cohort.stack.adapters[cohort.entries][index]
+        record = self._recorder(adapter) if count else None
+        if count == cohort.width or record is None:
+            return SegmentTokens(layer, record=record)
+        real_index = torch.arange(count, device=self._plan.device)
+        return SegmentTokens(layer, None, real_index, None, record)
 
     def _updates(
         self, layer: int, group: tuple[str, ...], hidden_states: Tensor, dtype: torch.dtype
-    ) -> Sequence[_Update]:
+    ) -> Sequence[tuple[StackedInput | None, Tensor]]:
         """Every cohort's update of projections with one input, [T, ΣO]; kept for the next one."""
-        if self._shared is not None:
-            known_states, known_layer, known_group, updates = self._shared
-            if known_states is hidden_states and known_layer == layer and known_group is group:
-                return updates
+        if self._shared[0] is hidden_states and self._shared[1] == (layer, group):
+            return self._shared[2]
         rows = hidden_states.view(-1, hidden_states.shape[-1]).to(dtype)
         updates = []
         for cohort in self._plan.cohorts:
             stack, update = cohort.part(layer, group), rows
             if stack is not None:
-                tokens = self._tokens(cohort, layer)
-                update = cohort.scatter(stack.update(cohort.gather(rows), tokens))
+                taken = rows if cohort.take is None else rows.index_select(0, cohort.take)
+                tokens = partial(self._tokens, cohort, layer)
+                update = cohort.scatter(stack.update(cohort.side_by_side(taken), tokens))
             updates.append((stack, update))
-        self._shared = (hidden_states, layer, group, updates)
+        self._shared = (hidden_states, (layer, group), updates)
         return updates
 
 

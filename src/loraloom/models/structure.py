@@ -1,15 +1,11 @@
 """Which family a model is of: its row in the table, or what its decoder layers look like.
 
-A layer is known by the names that its linear modules usually have: attention has projections to q,
-k and v, or one to all three, and one from the heads; an FFN block has gate, up and down, gate and
-up in one, or one before its activation and one behind it; or it is a mixture of experts, which have
-tensors of three axes. Names only suggest what a model computes, so that a host tries one that has
-no row on a few tokens before it takes it: a LoRA on attention, and one on the FFN blocks, must give
-the logits that PEFT's would, those of the base model with `s·B(Ax)` added to each linear layer's
-output; a mixture whose experts do nothing must leave the logits as they are; hidden states through
-the head must give the logits, and so must a forward in two steps with a cache.
-
-Axes: B rows, L tokens of a row, I in_features, O out_features, R rank, T tokens.
+A layer is known by the names that its linear modules usually have. Names only suggest what a model
+computes, so a host tries one that has no row on a few tokens before it takes it: a LoRA on
+attention, and one on the FFN blocks, must give the logits that PEFT's would, those of the base
+model with `s·B(Ax)` added to each linear layer's output; a mixture whose experts do nothing must
+leave the logits as they are; hidden states through the head must give the logits, and so must a
+forward in two steps with a cache.
 """
 
 from __future__ import annotations
@@ -76,7 +72,6 @@ def family_of(model: nn.Module) -> Family:
 
 
 def unsupported(model: nn.Module, reason: str) -> ModelError:
-    """Make the error that a model can't be a host."""
     linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
     return ModelError(
         f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "
@@ -120,7 +115,6 @@ def _decoder_layers(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
 
 
 def _attention(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, tuple[str, ...], str]:
-    """Name a layer's attention, its input projections and its output projection."""
     found = [
         (block, inputs, output)
         for layer in layers
@@ -135,7 +129,6 @@ def _attention(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, tupl
 
 
 def _ffn(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, FfnShape]:
-    """Name a layer's FFN block and its projections."""
     described = [_blocks(layer) for layer in layers]
     for block, shape in product(described[0], _FFNS):
         if all(blocks.get(block, set()).issuperset(shape.names) for blocks in described):
@@ -156,7 +149,6 @@ def _has_experts(block: nn.Module) -> bool:
 
 
 def _activation(model: nn.Module, ffn: nn.Module, shape: FfnShape) -> str:
-    """Name the FFN module's activation."""
     if shape == EXPERTS:
         return ""
     others = [name for name, _ in ffn.named_children() if name not in shape.names]
@@ -167,7 +159,6 @@ def _activation(model: nn.Module, ffn: nn.Module, shape: FfnShape) -> str:
 
 
 def _blocks(layer: nn.Module) -> dict[str, set[str]]:
-    """Name a layer's modules and the linear ones right in them."""
     return {
         block: {name for name, module in child.named_children() if is_linear(module)}
         for block, child in layer.named_children()

@@ -32,19 +32,15 @@ _CHECKPOINTING_SETTINGS = {"use_reentrant": False, "preserve_rng_state": True}
 
 @dataclass(frozen=True)
 class Rows:
-    """The adapters of a forward's rows.
+    """The adapters of the rows that were given, or one of all; beams take their row's.
 
-    Args:
-        adapters: Of each row that was given; one stands for all rows. Beams and returned sequences
-            take their row's.
-        training: Dropout and jitter are on, and the loss gets the adapters' auxiliary losses.
+    In training, dropout and jitter are on, and the loss gets the adapters' auxiliary losses.
     """
 
     adapters: Sequence[RowAdapter]
     training: bool = False
 
     def expanded(self, batch_size: int) -> list[RowAdapter]:
-        """Repeat each row's adapter for its beams or returned sequences."""
         copies = batch_size // len(self.adapters)
         return [adapter for adapter in self.adapters for _ in range(copies)]
 
@@ -63,10 +59,8 @@ _given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", def
 class Door:
     """Hooks that give the forwards that others make of a module their context.
 
-    Args:
-        module: One that calls a base model, or the base model itself.
-        open_visit: Opens a forward.
-        rows: Returns the adapters of the rows where nobody names them; None: the base model's.
+    The module is the base model, or calls it. `rows` returns the adapters of the rows where nobody
+    names them; None: they are the base model's.
     """
 
     def __init__(self, module: nn.Module, open_visit: OpenVisit, rows: Callable[[], Rows | None]):
@@ -147,7 +141,6 @@ def _close() -> None:
 
 
 def _add_loss(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, is_asked: bool) -> Any:
-    """Add an auxiliary loss to a model's output: to its `loss`, and as `aux_loss`."""
     if loss is None:
         if is_asked:
             tensors = (value for value in output.values() if isinstance(value, Tensor))
@@ -168,7 +161,6 @@ def _add_loss(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, is_as
 
 
 def _share(kwargs: dict[str, Any]) -> Tensor | float:
-    """Return the share that a micro-batch has of its step's labels, as Trainer counts them."""
     count = kwargs.get("num_items_in_batch")
     if count is None:  # the trainer averages over micro-batches itself
         return 1.0
@@ -211,7 +203,6 @@ class TakesCheckpointing:
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute decoder layers in the backward pass."""
         settings = activation_checkpointing_kwargs or {}
         other = {
             name: value
@@ -289,12 +280,10 @@ class AdapterModel(TakesCheckpointing, nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **generate_kwargs: Any
     ) -> Any:
-        """Generate with transformers' `generate`; see `Host.generate`."""
         adapters = [self.name] * len(input_ids)
         return self.host.generate(input_ids, attention_mask, adapters, **generate_kwargs)
 
     def train(self, mode: bool = True) -> AdapterModel:
-        """Train the adapter; the base model stays in eval mode."""
         super().train(mode)
         self.base.eval()
         return self

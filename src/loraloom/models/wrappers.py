@@ -11,7 +11,7 @@ theirs: that of the base's outputs for low-rank products, float32 for routers an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from loraloom.adapters.base import FfnRows, FfnShape
 from loraloom.errors import ModelError
 from loraloom.models.extra_modules import own_outputs
 from loraloom.models.families import EXPERTS, Family, activation_of
-from loraloom.models.forward import ForwardContext, checkpoint_contexts, current_forward
+from loraloom.models.forward import ForwardContext, Recomputation, current_forward
 from loraloom.models.quantization import (
     QuantisedLinear,
     check_computes,
@@ -57,7 +57,7 @@ class DecoderLayer:
             self.base_forward,
             *args,
             use_reentrant=False,
-            context_fn=partial(checkpoint_contexts, forward),
+            context_fn=lambda: (nullcontext(), Recomputation(forward)),
             preserve_rng_state=False,  # adapters' random numbers depend on no generator's state
             **kwargs,
         )
@@ -227,12 +227,10 @@ class Wiring:
         self._wrap(family)
 
     def undo(self) -> None:
-        """Leave the model as it was."""
         while self._undo:
             self._undo.pop()()
 
     def on_undo(self, undo: Callable[[], object]) -> None:
-        """Have something else undone with the rest."""
         self._undo.append(undo)
 
     def lead_through(self, path: str) -> None:
