@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from loraloom.data.tokens import first_fit
 from loraloom.models.host import Host
 from loraloom.models.quantization import stored_weights
-from loraloom.models.sharding import gathered_weights
 from loraloom.training.job import Job
 from loraloom.training.rounds import (
     _bytes_of,
@@ -180,6 +181,13 @@ def _watch(host: Host, job: Job) -> ForwardCost:
     return ForwardCost(constant, per_row / _TOKENS - per_square * _TOKENS, per_square)
 
 
+def _gathered_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of a sharded model that are put together now; none of another model."""
+    if not isinstance(model, FSDPModule):
+        return []
+    return [weight for weight in model.parameters() if not isinstance(weight, DTensor)]
+
+
 def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     """Count the storages that autograd keeps in a forward of rows with padding."""
     base = [weight for _, weight in stored_weights(host.model)]
@@ -190,7 +198,7 @@ def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     def look(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in known and key not in _storages(gathered_weights(host.model)):
+        if key not in known and key not in _storages(_gathered_weights(host.model)):
             kept[key] = storage.nbytes()
         return tensor.detach()  # an output kept as it is would keep its own node, for good
 

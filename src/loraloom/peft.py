@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.peft_types import PeftType, register_peft_method
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -27,35 +30,19 @@ from loraloom.formats.layouts import render
 from loraloom.models.host import Host
 from loraloom.models.view import Rows, TakesCheckpointing, with_auxiliary_loss
 
-try:
-    from peft import PeftConfig
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils.peft_types import PeftType, register_peft_method
-except ImportError as error:
-    raise ConfigError(
-        "loraloom.peft needs PEFT, which is not installed; run: pip install 'loraloom[peft]'"
-    ) from error
-
-_TYPE = "LORALOOM"
+_TYPE, _TASK = "LORALOOM", "CAUSAL_LM"
 _PREFIX = "base_model.loraloom."
 """Of the tensors of adapters in a PEFT model's state."""
-_BASE_ROWS = "__base__"
-"""What PEFT calls the base model in `adapter_names`."""
-_TASK = "CAUSAL_LM"
 _FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
 """Fields of PEFT's that the configuration has too."""
 
 
 @dataclass(init=False)
 class LoraloomConfig(PeftConfig):
-    """A method of loraloom with its settings, as PEFT takes them.
+    """A method of loraloom with its settings, and PEFT's own fields, as PEFT takes them.
 
-    Args:
-        adapter: The method's configuration.
-        seed: Seed of the initial weights; None draws one from torch's own generator, which
-            `set_seed` sets.
-        fields: Of PEFT's (`task_type`, `base_model_name_or_path`, `revision`, `inference_mode`);
-            or, without `adapter`, all that an adapter_config.json says.
+    Without a seed, initial weights follow torch's own generator, which `set_seed` sets. Without
+    `adapter`, the fields are those of an adapter_config.json.
     """
 
     adapter: AdapterConfig = field(kw_only=True)
@@ -71,8 +58,7 @@ class LoraloomConfig(PeftConfig):
         else:
             self.adapter = _checked(adapter)
         self.seed = seed
-        defaults: dict[str, Any] = {"task_type": _TASK}
-        super().__init__(**defaults | fields)
+        super().__init__(**{"task_type": _TASK} | fields)
         if self.task_type not in (_TASK, None):
             raise ConfigError(f"task_type must be {_TASK}, got {self.task_type!r}")
         self.peft_type = getattr(PeftType, _TYPE)
@@ -85,9 +71,8 @@ class LoraloomConfig(PeftConfig):
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         files = {path.name for path in directory.glob("adapter_*")}
         if CONFIG_FILE not in files or not files & {WEIGHTS_FILE, PICKLE_FILE}:
-            name: Any = str(pretrained_model_name_or_path)
-            of_hub: Any = super().from_pretrained(name, subfolder, **kwargs)
-            return of_hub
+            name = str(pretrained_model_name_or_path)
+            return super().from_pretrained(name, subfolder, **kwargs)  # pyright: ignore
         fields = cls.from_json_file(str(directory / CONFIG_FILE))
         shared = {name: fields[name] for name in _FIELDS if name in fields}
         config = cls(read_stored(directory).config, kwargs.get("seed"), **shared)
@@ -109,11 +94,11 @@ class LoraloomConfig(PeftConfig):
                 f"{CONFIG_FILE} describes the base model too, and this configuration has none; "
                 "give it to get_peft_model first"
             )
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        path = Path(save_directory, CONFIG_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
         fields = self.file_fields | {"base_model_name_or_path": self.base_model_name_or_path}
         text = json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False)
-        (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _checked(adapter: Any) -> AdapterConfig:
@@ -167,7 +152,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         has_router = any(adapter.config.experts_per_router > 0 for adapter in active)
         return with_auxiliary_loss(config) if has_router else config
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, *_: Any) -> None:
         self.host = Host(model)
         layers = model.modules()
         is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
@@ -196,12 +181,11 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         return adapter
 
     def _active_rows(self) -> Rows | None:
-        if self.loraloom.disable_adapters or not self.active_adapters:
-            return None
-        return Rows(self.active_adapters, self._trains())
+        is_off = self.loraloom.disable_adapters or not self.active_adapters
+        return None if is_off else self._rows(self.active_adapters)
 
-    def _trains(self) -> bool:
-        return self.training and torch.is_grad_enabled()
+    def _rows(self, adapters: Sequence[str | None]) -> Rows:
+        return Rows(adapters, self.training and torch.is_grad_enabled())
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -210,8 +194,8 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         if adapter_names is None:
             yield
             return
-        names = [None if name == _BASE_ROWS else name for name in adapter_names]
-        with self._door.of_rows(Rows(names, self._trains())):
+        names = [None if name == "__base__" else name for name in adapter_names]
+        with self._door.of_rows(self._rows(names)):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -240,11 +224,8 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         self.active_adapter = names
         self.loraloom._active_adapter = names
 
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self.host.adapter(name).requires_grad_(requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -265,9 +246,8 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     def merge_adapter(self, *_: Any, **__: Any) -> Any:
         raise AdapterError(
-            "adapters of loraloom.peft are not merged into the base model's weights: a router "
-            "chooses experts for each token, which no single matrix does; unload() gives the base "
-            "model back, and PEFT's own methods merge"
+            "adapters of loraloom.peft are not merged: a router chooses experts for each token, "
+            "which no single matrix does; unload() gives the base model back"
         )
 
     merge_and_unload = merge_adapter

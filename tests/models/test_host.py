@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -155,7 +156,7 @@ def test_other_programs_do_not_train_on_a_float16_base():
 
 def test_what_is_mistaken_for_a_model_is_told():
     attach = inspect.unwrap(loraloom.attach)  # without the tests' own checks of types
-    with pytest.raises(ModelError, match="attach takes a model, got a host"):
+    with pytest.raises(ModelError, match="attach takes a causal LM of transformers, got Host"):
         attach(attach(tiny_model()))
     with pytest.raises(ModelError, match="attach takes a causal LM of transformers, got str"):
         attach("smollm2-135m")

@@ -183,7 +183,7 @@ def diverge(host: Host, name: str, value: float) -> None:
 @pytest.mark.parametrize("names", [GROUPED, UNGROUPED], ids=["grouped", "mixed"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("diverged", METHODS)
-@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi"])
 def test_logits_of_other_rows_are_bit_equal(family, diverged, value, names):
     host, ids, mask = tiny_host(family), tiny_ids(7), padded_mask(LENGTHS_OF_SEVEN)
     others = [row for row, name in enumerate(names) if name != diverged]
@@ -198,7 +198,7 @@ def test_logits_of_other_rows_are_bit_equal(family, diverged, value, names):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("names", [GROUPED, UNGROUPED], ids=["grouped", "mixed"])
 @pytest.mark.parametrize("diverged", METHODS)
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["phi3"])
 def test_gradients_of_other_adapters_are_bit_equal(family, diverged, names, checkpointing):
     host, ids, mask = tiny_host(family), tiny_ids(7), padded_mask(LENGTHS_OF_SEVEN)
     host.train().enable_gradient_checkpointing(checkpointing)

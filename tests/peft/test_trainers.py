@@ -137,9 +137,12 @@ def test_trainers_reach_our_trainers_weights(trainer, way, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "way"), [("Trainer", "view"), ("SFTTrainer", "peft"), ("DPOTrainer", "peft")]
+    ("method", "trainer", "way"),
+    [
+        (method, *[("Trainer", "view"), ("SFTTrainer", "peft"), ("DPOTrainer", "peft")][place % 3])
+        for place, method in enumerate(ALL_METHODS)
+    ],
 )
-@pytest.mark.parametrize("method", ALL_METHODS)
 def test_every_method_is_trained_as_by_our_trainer(method, trainer, way, tmp_path):
     config = ALL_METHODS[method]
     model, adapter = model_of(way, config)

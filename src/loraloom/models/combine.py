@@ -158,25 +158,19 @@ def _check(
         raise ConfigError(f"density is a setting of ties and dare_ties, {combination} has none")
     if density is not None and not 0 < density < 1:
         raise ConfigError(f"density must be in (0, 1), got {density}")
+    first, settings = adapters[0], adapters[0].config.model_dump()
+    fixed = [name for name in settings if name not in _FREE and not name.startswith("router_")]
     for adapter in adapters:
-        if odd := _disagreements(adapters[0].config, adapter.config):
+        other = adapter.config
+        odd = ["method"] if other.method != first.config.method else []
+        odd = odd or [name for name in fixed if getattr(other, name) != settings[name]]
+        if not odd and first.config.title != other.title:  # of experts with their own settings
+            odd = ["weight_decomposition"]
+        if odd:
             raise AdapterError(
                 f"adapters must agree in {', '.join(odd)} to be combined, "
-                f"{adapters[0].name!r} and {adapter.name!r} don't"
+                f"{first.name!r} and {adapter.name!r} don't"
             )
-
-
-def _disagreements(first: AdapterConfig, other: AdapterConfig) -> list[str]:
-    if first.method != other.method:
-        return ["method"]
-    odd = [
-        name
-        for name, value in first.model_dump().items()
-        if name not in _FREE and not name.startswith("router_") and getattr(other, name) != value
-    ]
-    if not odd and first.title != other.title:  # of experts with settings of their own
-        odd.append("weight_decomposition")
-    return odd
 
 
 def _places(adapter: Adapter) -> dict[TensorKey, dict[str, Tensor]]:

@@ -42,22 +42,16 @@ _ROUNDED = 0.2
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
-
-    Args:
-        path: Where.
-        form: As what.
-        architecture: The class of transformers, or llama.cpp's name.
-        num_bytes: Of the tensors, or of the GGUF file.
-        logit_error: ‖logits of the files - the adapter's‖ / ‖the adapter's‖ on some tokens; None
-            for a GGUF adapter.
-    """
+    """What was written."""
 
     path: Path
     form: ExportForm
     architecture: str
+    """The class of transformers, or llama.cpp's name."""
     num_bytes: int
+    """Of the tensors, or of the GGUF file."""
     logit_error: float | None
+    """‖logits of the files - the adapter's‖ / ‖the adapter's‖ on some tokens; None for GGUF."""
 
 
 @torch.no_grad()
@@ -75,7 +69,7 @@ def export(
     Args:
         host: With the adapter on its base model.
         tokenizer: The base model's; written with a whole model.
-        name: Of the adapter.
+        name: The adapter's.
         path: A directory that is new or empty; for `gguf` a new file `….gguf`.
         to: `moe`, the mixture-of-experts checkpoint that computes the same as a mixture; `merged`,
             the base model with a plain adapter in its weights; `gguf`, an adapter for llama.cpp.
@@ -83,8 +77,7 @@ def export(
         dtype: Of the written tensors: float32, bfloat16 or float16.
 
     Raises:
-        AdapterError: If there is no such adapter, or it has no such form; nothing is written then.
-        ConfigError: If the path, the form or the dtype can't be used.
+        AdapterError: If the adapter has no such form; nothing is written then.
     """
     path, adapter = Path(path), host.adapter(name)
     if host.merged is not None:
@@ -104,13 +97,9 @@ def export(
         _write(write_file, path, lambda aside: write_gguf_adapter(aside, *described))
         return Export(path, form, architecture, path.stat().st_size, None)
     model = _MoeModel(host, adapter) if form == "moe" else _MergedModel(host, adapter)
-    writer = _with_prompts_of(adapter, tokenizer)
+    options = (_with_prompts_of(adapter, tokenizer), DTYPES[dtype])
     measured: list[Any] = []
-
-    def fill(aside: Path) -> None:
-        measured.extend(_write_model(model, writer, aside, DTYPES[dtype]))
-
-    _write(write_directory, path, fill)
+    _write(write_directory, path, lambda aside: measured.extend(model.write(aside, *options)))
     return Export(path, form, model.architecture, *measured)
 
 
@@ -143,46 +132,6 @@ def _with_prompts_of(
     writer = copy.deepcopy(tokenizer)
     writer.chat_template = adapter.prompt.as_chat_template(own, adds_bos=adds_bos)
     return writer
-
-
-def _write_model(
-    model: _ExportedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype
-) -> tuple[int, float]:
-    """Write a whole model, and return its tensors' bytes and the error of its logits."""
-    host = model.host
-    model.config.dtype = dtype
-    model.config.save_pretrained(directory)
-    # `save_pretrained` refuses settings without effect that base models are published with.
-    host.model.generation_config.to_json_file(directory / "generation_config.json")
-    tokenizer.save_pretrained(directory)
-    num_bytes = write_shards(directory, model.shards(), host.base.num_layers + 1, dtype)
-    error = _logit_error(model, directory)
-    is_exact = {dtype, host.dtype} <= {torch.float32, torch.float64}
-    most = _EXACT if is_exact and host.base.quantization is None else _ROUNDED
-    if not error <= most:
-        coarse = "" if most == _EXACT else ", or rounding moves it too far (export in float32)"
-        raise AdapterError(
-            f"the files' logits must be the adapter's within {most:g}, they differ by {error:.2g}: "
-            f"{model.architecture} doesn't compute this model{coarse}; serve the adapter with "
-            "loraloom"
-        )
-    return num_bytes, error
-
-
-def _logit_error(model: _ExportedModel, directory: Path) -> float:
-    host = model.host
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(host.config.vocab_size, (1, _PROBE_LENGTH), generator=generator)
-    expected = host(ids.to(host.device), adapters=[model.adapter.name]).logits.float().cpu()
-    with quiet(), TemporaryDirectory() as scratch:
-        written = model.built.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            device_map=_on_disk(model.built, host.base.layers_path),
-            offload_folder=scratch,
-        )
-        actual = written.eval()(ids).logits
-    return float((actual - expected).norm() / expected.norm())
 
 
 def _on_disk(module: nn.Module, layers_path: str, path: str = "") -> dict[str, str]:
@@ -220,6 +169,40 @@ class _ExportedModel(ABC):
     @property
     def architecture(self) -> str:
         return type(self.built).__name__
+
+    def write(
+        self, directory: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    ) -> tuple[int, float]:
+        """Write the model, and return its tensors' bytes and the error of its logits."""
+        host = self.host
+        self.config.dtype = dtype
+        self.config.save_pretrained(directory)
+        # `save_pretrained` refuses settings without effect that base models are published with.
+        host.model.generation_config.to_json_file(directory / "generation_config.json")
+        tokenizer.save_pretrained(directory)
+        num_bytes = write_shards(directory, self.shards(), host.base.num_layers + 1, dtype)
+        error = self._logit_error(directory)
+        is_exact = {dtype, host.dtype} <= {torch.float32, torch.float64}
+        most = _EXACT if is_exact and host.base.quantization is None else _ROUNDED
+        if not error <= most:
+            coarse = "" if most == _EXACT else ", or rounding moves it too far (export in float32)"
+            raise AdapterError(
+                f"the files' logits must be the adapter's within {most:g}, they differ by "
+                f"{error:.2g}: {self.architecture} doesn't compute this model{coarse}; serve the "
+                "adapter with loraloom"
+            )
+        return num_bytes, error
+
+    def _logit_error(self, directory: Path) -> float:
+        host = self.host
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(host.config.vocab_size, (1, _PROBE_LENGTH), generator=generator)
+        expected = host(ids.to(host.device), adapters=[self.adapter.name]).logits.float().cpu()
+        with quiet(), TemporaryDirectory() as scratch:
+            places = _on_disk(self.built, host.base.layers_path)
+            options = {"dtype": torch.float32, "device_map": places, "offload_folder": scratch}
+            actual = self.built.from_pretrained(directory, **options).eval()(ids).logits
+        return float((actual - expected).norm() / expected.norm())
 
     def shards(self) -> Iterator[Mapping[str, LazyTensor]]:
         """Yield the tensors outside of the decoder layers by name, then those of each layer."""

@@ -19,8 +19,13 @@ from torch import Tensor
 from loraloom.adapters.base import SegmentTokens
 from loraloom.adapters.method import Adapter
 from loraloom.models.layout import Layout
-from loraloom.models.stacks import ComputeForms, PreparedWeights, StackedForward, forms_of
-from loraloom.ops.dropout import Site
+from loraloom.models.stacks import (
+    AttentionPlace,
+    ComputeForms,
+    PreparedWeights,
+    StackedForward,
+    forms_of,
+)
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.routing.record import LayerRouting
 
@@ -79,50 +84,37 @@ class ForwardContext:
         return self.layout.segments[index].at_layer(layer, device, self.recorder(adapter))
 
     def attention_updates(
-        self,
-        layer: int,
-        names: Sequence[str],
-        name: str,
-        site: Site,
-        hidden_states: Tensor,
-        dtype: torch.dtype,
+        self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype
     ) -> Updates:
-        """Return each segment's update of one of the projections that read the same input.
+        """Return each segment's update of a projection.
 
-        The product with all their A is computed once, and used again for the same input tensor.
+        The product with all A of its group is computed once, and used again for the same input.
         """
-        key = (layer, site, dtype)
+        key = (place.layer, place.site, dtype)
         known = self._shared.get("attention")
         if known is None or known[0] is not hidden_states or known[1] != key:
-            parts = [
-                self._attention_part(index, layer, names, site, rows, dtype)
-                for index, rows in enumerate(self.layout.split(hidden_states))
-            ]
+            split = self.layout.split(hidden_states)
+            parts = [self._attention_part(place, *rows, dtype) for rows in enumerate(split)]
             known = self._shared["attention"] = (hidden_states, key, parts)
         updates = []
         for part in known[2]:
-            side = None if part is None else part[0].projections.get(name)
+            side = None if part is None else part[0].projections.get(place.name)
             updates.append((None, None) if side is None else (side.rank_input(*part[1:]), side))
         return updates
 
     def _attention_part(
-        self,
-        index: int,
-        layer: int,
-        names: Sequence[str],
-        site: Site,
-        rows: Tensor,
-        dtype: torch.dtype,
+        self, place: AttentionPlace, index: int, rows: Tensor, dtype: torch.dtype
     ) -> tuple[InputGroup, Tensor, Tensor, SegmentTokens] | None:
+        """Return a segment's weights, its product with A, its input and its tokens."""
         adapter = self.adapters[index]
         if adapter is None:
             return None
         row = (adapter, self.layout.segments[index].scale)
-        group = self.forms.attention(row, layer, names, dtype)
+        group = self.forms.attention(row, place.layer, place.group, dtype)
         if group is None:
             return None
-        tokens = self.tokens(adapter, index, layer, rows.device)
-        return group, adapter.attention_low_rank(group, rows, site, tokens), rows, tokens
+        tokens = self.tokens(adapter, index, place.layer, rows.device)
+        return group, adapter.attention_low_rank(group, rows, place.site, tokens), rows, tokens
 
     def recomputing(self) -> ForwardContext:
         """Return the context in which a layer is recomputed: its routing is recorded already."""

@@ -38,7 +38,6 @@ from loraloom.models.forward import (
     running,
     segment_adapters,
 )
-from loraloom.models.heads import Head, Heads
 from loraloom.models.layout import (
     RowAdapters,
     SampleLengths,
@@ -47,7 +46,7 @@ from loraloom.models.layout import (
     packed_positions,
     packed_token_mask,
 )
-from loraloom.models.registry import AdapterRegistry
+from loraloom.models.registry import AdapterRegistry, Head, Heads
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacks import PreparedWeights, StackedForward, compute_dtype
 from loraloom.models.structure import try_adapters
@@ -68,8 +67,6 @@ def attach(model: nn.Module) -> Host:
     Raises:
         ModelError: If it is no model, its family is not supported, or it is attached already.
     """
-    if isinstance(model, Host):
-        raise ModelError("attach takes a model, got a host, which is one attached; use it as it is")
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"attach takes a causal LM of transformers, got {type(model).__name__}; "
@@ -80,15 +77,11 @@ def attach(model: nn.Module) -> Host:
 
 @dataclass(frozen=True)
 class HostOutput:
-    """What a forward returns.
+    """What a forward returns: logits, [B, L, V], and the cache and base model's loss if asked for.
 
-    Args:
-        logits: [B, L, V] (fewer positions with `logits_to_keep`).
-        past_key_values: The cache, if one was asked for.
-        loss: The base model's own loss, if labels were given.
-        routing: Each mixture's routing by adapter name, an entry for each router, real tokens only;
-            those of rows with one scale before those with the next.
-        samples: In training the samples whose tokens these are, by adapter name.
+    `routing` is each mixture's by adapter name, an entry for each router, real tokens only; those
+    of rows with one scale before those with the next. In training, `samples` are those whose tokens
+    these are.
     """
 
     logits: Tensor
@@ -184,11 +177,8 @@ class Host:
     ) -> Adapter:
         """Put an adapter from files on the base model.
 
-        Args:
-            name: A safe file name that is not taken.
-            path_or_hub_id: A directory or hub id, in PEFT's, MoE-PEFT's, axolotl's or our layout.
-            settings: The method's, `{"top_k": 2}` for instance, that files lack or in place of
-                what they have.
+        They are in PEFT's, MoE-PEFT's, axolotl's or loraloom's layout. `settings` are the method's,
+        `{"top_k": 2}` for instance, that files lack or in place of what they have.
 
         Raises:
             FormatError: If the files can't be read.
@@ -206,13 +196,9 @@ class Host:
     def save(
         self, name: str, directory: str | Path, card: str | None = None, *, overwrite: bool = False
     ) -> None:
-        """Write an adapter's files, in the layout of its method (docs/peft.md has a table).
+        """Write an adapter's files in its method's layout, with `card` as README.md.
 
-        Args:
-            name: The adapter's.
-            directory: Where to; made when missing.
-            card: Text of its README.md; a short model card by default.
-            overwrite: Replace an adapter that is there, which is an error otherwise.
+        An adapter that is there already is an error, or replaced with `overwrite`.
         """
         adapter = self.adapter(name)
         described = (adapter.config, adapter.tensors(), self.base, card)
@@ -221,13 +207,9 @@ class Host:
     def push_to_hub(
         self, name: str, hub_id: str, *, results: str | None = None, private: bool = False
     ) -> str:
-        """Upload an adapter's files with a model card, and return the repository's address.
+        """Upload an adapter's files to a repository, `owner/name`, and return its address.
 
-        Args:
-            name: The adapter's.
-            hub_id: `owner/name` of a repository, made if it isn't there.
-            results: Markdown on evaluations for the card, a table for instance.
-            private: Whether a new repository is.
+        Its model card has `results`, Markdown on evaluations.
         """
         adapter = self.adapter(name)
         described = (adapter.config, self.base)
@@ -267,10 +249,6 @@ class Host:
             name: The new adapter's.
             density: Share of the values that ties and dare_ties keep, 0.5 by default.
             seed: Of dare_ties' draws.
-
-        Raises:
-            AdapterError: If the adapters differ in more than rank, scaling and targets, or their
-                method's updates are no products BA.
         """
         sources = [self.adapter(source) for source in adapters]
         config, tensors = combine(sources, weights, combination, density, seed)
@@ -283,8 +261,7 @@ class Host:
     @property
     def merged(self) -> str | None:
         """The adapter that is in the base model's weights; None for none."""
-        merged = self._registry.merged
-        return None if merged is None else merged.name
+        return self._registry.merged and self._registry.merged.name
 
     def merge(self, name: str) -> MergeError:
         """Put an adapter's updates into the base model's weights; return what rounding cost.
@@ -357,10 +334,6 @@ class Host:
                 from a count of forwards when left out.
             training: Dropout and jitter are on, for this forward.
             model_inputs: Passed to the base model: `past_key_values`, `position_ids`, ...
-
-        Raises:
-            AdapterError: If `adapters` has another length than the batch or an unknown name.
-            ModelError: If it fills a cache and layers are to be recomputed.
         """
         forward = self._forward(
             input_ids, attention_mask, adapters, sample_keys, training=training, record={}
@@ -382,18 +355,14 @@ class Host:
         training: bool | None = None,
         **model_inputs: Any,
     ) -> HiddenOutput:
-        """Run rows up to the final norm; other arguments and errors as in calling the host.
+        """Run rows up to the final norm; other arguments are as in calling the host.
 
         Args:
-            input_ids: Tokens, [B, L].
             attention_mask: Padding mask, or a mask of your own to add to attention scores.
-            adapters: As in calling the host.
             sample_keys: A key for each sample's dropout, row after row.
             token_mask: 1 at real tokens, [B, L], where the attention mask doesn't say it.
             sample_lengths: Of rows that hold several samples from the left, the samples' tokens;
                 they replace both masks and `position_ids`. None: a row is a sample.
-            training: Dropout and jitter are on, for this forward.
-            model_inputs: Passed to the base model.
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
@@ -493,26 +462,19 @@ class Host:
         """Read prompts, padded on the left, and return a session with the next tokens' logits.
 
         Its rows may go (`keep`), and those of another session join it (`join`). Weights must not
-        change while it goes on.
-
-        Args:
-            input_ids: Prompts, [B, L].
-            attention_mask: 1 at real tokens, [B, L], best on the CPU, where it is read.
-            adapters: As in calling the host.
-            prepared: Keeps the weights in compute form; by default they are the session's own.
-            record: Collects what routers do, by adapter name.
+        change while it goes on; `prepared` has their compute forms, by default the session's own.
+        The mask is read on the CPU. `record` collects what routers do, by adapter name.
         """
         mask = torch.ones(input_ids.shape, dtype=torch.long)
-        if attention_mask is not None:
-            mask = attention_mask.cpu()
+        mask = mask if attention_mask is None else attention_mask.cpu()
         if not bool((mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()):
             raise DataError(
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
-        names = self._registry.rows(adapters, len(input_ids))
-        session = Decoding(names, mask, make_cache(self.config), prepared or PreparedWeights())
-        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0), mask, record)
+        names, cache = self._registry.rows(adapters, len(input_ids)), make_cache(self.config)
+        session = Decoding(names, mask[:, :0], cache, prepared or PreparedWeights())
+        self._advance(session, input_ids, mask, record)
         return session
 
     def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
@@ -521,27 +483,22 @@ class Host:
 
     def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
         """Continue every row of a session by tokens, [B, L]; return the next logits, [B, V]."""
-        positions = session.lengths.unsqueeze(1) + torch.arange(input_ids.shape[1])
         ones = session.attention_mask.new_ones(input_ids.shape)
-        mask = torch.cat([session.attention_mask, ones], dim=1)
-        self._advance(session, input_ids, positions, mask, record)
+        self._advance(session, input_ids, ones, record)
         return session.logits
 
     @torch.no_grad()
     def _advance(
-        self,
-        session: Decoding,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        mask: Tensor,
-        record: Record | None,
+        self, session: Decoding, input_ids: Tensor, added: Tensor, record: Record | None
     ) -> None:
         """Run tokens of a session; its logits become those after the last one of each row."""
+        mask = torch.cat([session.attention_mask, added], dim=1)
+        positions = mask.cumsum(1).sub(1).clamp_min(0)[:, -input_ids.shape[1] :]
         names, prepared = session.adapters, session.prepared
         forward = self._forward(
             input_ids, mask, names, training=False, record=record, prepared=prepared
         )
-        inputs = {"position_ids": position_ids.to(self.device), self._cache_argument: session.cache}
+        inputs = {"position_ids": positions.to(self.device), self._cache_argument: session.cache}
         # One of ones is left out, as transformers would ask the device for it, and then do so.
         real = self._fit(forward, None if bool(mask.all()) else mask, inputs)
         with self._run(forward):
@@ -598,7 +555,15 @@ class Host:
         if training:
             self._registry.check_unmerged("train")
             self._forwards += 1
-            keys = self._sample_keys(sample_keys, batch_size, sample_lengths)
+            count = batch_size if sample_lengths is None else sum(map(len, sample_lengths))
+            keys = [sample_key(0, self._forwards, place) for place in range(count)]
+            if sample_keys is not None:
+                keys = list(map(int, sample_keys))
+            if len(keys) != count:
+                what = "rows" if sample_lengths is None else "samples"
+                raise AdapterError(
+                    f"sample_keys must have one key for each of the {count} {what}, got {len(keys)}"
+                )
         mask = query_mask(attention_mask, length)
         layout = make_layout(names, length, mask, keys, self.device, sample_lengths)
         forward = ForwardContext(
@@ -620,20 +585,6 @@ class Host:
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
-
-    def _sample_keys(
-        self, keys: Sequence[int] | None, batch_size: int, lengths: SampleLengths | None
-    ) -> list[int]:
-        count, what = batch_size, "rows"
-        if lengths is not None:
-            count, what = sum(map(len, lengths)), "samples"
-        if keys is None:
-            return [sample_key(0, self._forwards, place) for place in range(count)]
-        if len(keys) != count:
-            raise AdapterError(
-                f"sample_keys must have one key for each of the {count} {what}, got {len(keys)}"
-            )
-        return [int(key) for key in keys]
 
     def _fit(
         self, forward: ForwardContext, mask: Tensor | None, inputs: dict[str, Any]

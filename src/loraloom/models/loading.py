@@ -33,19 +33,8 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 from transformers.utils import logging
 
 from loraloom.config.model import (
@@ -128,7 +117,19 @@ def find_source(name: str) -> ModelSource:
             )
         return ModelSource("gguf", str(path.parent), path.name)
     if path.is_dir():
-        return _find_directory(path)
+        if (path / "adapter_config.json").exists():
+            raise ModelError(
+                f"base model must be a whole model, got the adapter in {path}; name the model that "
+                "it was trained on, and load it as an adapter"
+            )
+        if not (path / "config.json").exists():
+            files = sorted(path.glob("*.gguf"))
+            raise ModelError(
+                "base model's directory must hold config.json, weights and tokenizer, as "
+                f"save_pretrained writes them, got {path} without config.json; "
+                + (f"name its file {files[0]}" if files else "correct the path")
+            )
+        return ModelSource("directory", str(path))
     if path.exists():
         raise ModelError(f"base model must be {_KINDS}, got the file {name}")
     if name.startswith((".", "~", os.sep)) or name.endswith("/"):
@@ -141,22 +142,6 @@ def find_source(name: str) -> ModelSource:
             "possible hub name (owner/model)"
         ) from error
     return ModelSource("hub", name)
-
-
-def _find_directory(path: Path) -> ModelSource:
-    if (path / "adapter_config.json").exists():
-        raise ModelError(
-            f"base model must be a whole model, got the adapter in {path}; name the model that it "
-            "was trained on, and load it as an adapter"
-        )
-    if not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        raise ModelError(
-            "base model's directory must hold config.json, weights and tokenizer, as "
-            f"save_pretrained writes them, got {path} without config.json; "
-            + (f"name its file {files[0]}" if files else "correct the path")
-        )
-    return ModelSource("directory", str(path))
 
 
 def _ask_hub(source: ModelSource) -> ModelSource:
@@ -233,12 +218,24 @@ def load_base_model(
             "take base: replicated"
         )
     chosen = _find_dtype(dtype, checkpoint, place)
+    chosen_name = str(chosen).removeprefix("torch.")
     options: dict[str, Any] = {"dtype": chosen, "device_map": place}
     if attn_implementation is not None:
-        _check_attention(attn_implementation, chosen)
+        # transformers would accept a hub name too, and run the kernel that it downloads from there.
+        known = get_args(AttnImplementation)
+        if attn_implementation not in known:
+            raise ModelError(
+                f"attn_implementation must be one of {', '.join(known)}, got "
+                f"{shown(attn_implementation)}"
+            )
+        if attn_implementation == "flash_attention_2" and chosen.itemsize > 2:
+            raise ModelError(
+                "attn_implementation flash_attention_2 computes in 16 bits only, got dtype "
+                f"{chosen_name}; take bfloat16, or sdpa"
+            )
         options["attn_implementation"] = attn_implementation
     if quantised is not None:
-        check_fits_dtype(quantised, str(chosen).removeprefix("torch."))
+        check_fits_dtype(quantised, chosen_name)
         options["quantization_config"] = transformers_config(quantised, chosen)
     with quiet(hides_stderr=source.kind == "gguf"), _raised_as_model_error(name, source):
         load = _load if source.gguf_file is None else _load_gguf
@@ -314,20 +311,6 @@ def _multiplies_in_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _check_attention(name: str, dtype: torch.dtype) -> None:
-    # transformers would accept a hub name too, and run the kernel that it downloads from there.
-    known = get_args(AttnImplementation)
-    if name not in known:
-        raise ModelError(
-            f"attn_implementation must be one of {', '.join(known)}, got {shown(name)}"
-        )
-    if name == "flash_attention_2" and dtype.itemsize > 2:
-        raise ModelError(
-            "attn_implementation flash_attention_2 computes in 16 bits only, got dtype "
-            f"{str(dtype).removeprefix('torch.')}; take bfloat16, or sdpa"
-        )
-
-
 def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: bool) -> Loaded:
     with _raised_as_model_error(f"the tokenizer of {name}", source):
         tokenizer = _load_tokenizer(source)
@@ -337,13 +320,15 @@ def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: b
     # trust_remote_code=None would ask on the terminal whether to run a repository's code.
     common = {"local_files_only": source.cached, "trust_remote_code": False}
     model_type = _read_config(source).get("model_type")
-    is_composite = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    has_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto: Any = AutoModelForCausalLM
-    if is_composite and not has_causal:
-        auto = AutoModelForImageTextToText
+    auto: Any = modeling_auto.AutoModelForCausalLM
+    # Models of images and text have no causal LM of their type.
+    if (
+        model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        auto = modeling_auto.AutoModelForImageTextToText
     if sharded:
-        config = AutoConfig.from_pretrained(source.location, **common)
+        config = configuration_auto.AutoConfig.from_pretrained(source.location, **common)
         auto = sharded_class(auto._model_mapping[type(config)], options["device_map"])
     model, report = auto.from_pretrained(
         source.location,
@@ -429,7 +414,7 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _read_tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(
+    return tokenization_auto.AutoTokenizer.from_pretrained(
         source.location, trust_remote_code=False, local_files_only=source.cached, **options
     )
 

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from loraloom.errors import ModelError
 from loraloom.models.structure import family_of
@@ -63,13 +62,6 @@ def decoder_of(model: Any) -> Callable[..., Any]:
     root.run_decoder = MethodType(lambda self, **inputs: self.base_model(**inputs), root)
     register_fsdp_forward_method(root, "run_decoder")
     return root.run_decoder
-
-
-def gathered_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of a sharded model that are put together now; none of another model."""
-    if not isinstance(model, FSDPModule):
-        return []
-    return [weight for weight in model.parameters() if not isinstance(weight, DTensor)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from loraloom.adapters.base import SegmentTokens
 from loraloom.adapters.low_rank import input_group
 from loraloom.adapters.method import Adapter, OwnModule
+from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights
 from loraloom.ops.low_rank import InputGroup, decompose
 from loraloom.ops.stacked import StackedInput, stack_inputs
@@ -41,6 +42,16 @@ ScaledRows = Sequence[ScaledAdapter | None]
 """The adapter of each row of a batch; None is the base model."""
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
 """From an adapter to what takes its routing; None where nobody asks."""
+
+
+class AttentionPlace(NamedTuple):
+    """A projection of a layer's attention, and the group of those that read the same input."""
+
+    layer: int
+    group: tuple[str, ...]
+    name: str
+    site: Site
+
 
 _Form = TypeVar("_Form")
 _Names = tuple[str, ...] | None
@@ -355,21 +366,16 @@ class StackedForward:
         self._shared: tuple[Any, ...] = (None,)
 
     def project(
-        self,
-        layer: int,
-        group: tuple[str, ...],
-        name: str,
-        hidden_states: Tensor,
-        output: Tensor,
-        linear: nn.Module,
+        self, place: AttentionPlace, hidden_states: Tensor, output: Tensor, linear: nn.Module
     ) -> Tensor:
+        """Adapt a projection's output, [B, L, O], in place where that is possible."""
         rows = output.view(-1, output.shape[-1])
-        updates = self._updates(layer, group, hidden_states, output.dtype)
+        updates = self._updates(place, hidden_states, output.dtype)
         for cohort, (stack, update) in zip(self._plan.cohorts, updates, strict=True):
-            if stack is None or name not in stack.columns:
+            if stack is None or place.name not in stack.columns:
                 continue
-            update = update[:, stack.columns[name]]
-            row_scale = stack.row_scales.get(name)
+            update = update[:, stack.columns[place.name]]
+            row_scale = stack.row_scales.get(place.name)
             if row_scale is None:
                 rows = rows.add_(update)
             else:  # DoRA's formula rebuilds the cohort's rows
@@ -435,21 +441,21 @@ class StackedForward:
         return SegmentTokens(layer, None, real_index, None, record)
 
     def _updates(
-        self, layer: int, group: tuple[str, ...], hidden_states: Tensor, dtype: torch.dtype
+        self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype
     ) -> Sequence[tuple[StackedInput | None, Tensor]]:
         """Every cohort's update of projections with one input, [T, ΣO]; kept for the next one."""
-        if self._shared[0] is hidden_states and self._shared[1] == (layer, group):
+        if self._shared[0] is hidden_states and self._shared[1] == place[:2]:
             return self._shared[2]
         rows = hidden_states.view(-1, hidden_states.shape[-1]).to(dtype)
         updates = []
         for cohort in self._plan.cohorts:
-            stack, update = cohort.part(layer, group), rows
+            stack, update = cohort.part(*place[:2]), rows
             if stack is not None:
                 taken = rows if cohort.take is None else rows.index_select(0, cohort.take)
-                tokens = partial(self._tokens, cohort, layer)
+                tokens = partial(self._tokens, cohort, place.layer)
                 update = cohort.scatter(stack.update(cohort.side_by_side(taken), tokens))
             updates.append((stack, update))
-        self._shared = (hidden_states, (layer, group), updates)
+        self._shared = (hidden_states, place[:2], updates)
         return updates
 
 

@@ -10,7 +10,7 @@ forward in two steps with a cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -25,26 +25,20 @@ from loraloom.errors import LoraloomError, ModelError, shown
 from loraloom.models.families import EXPERTS, FAMILIES, Family, text_config
 from loraloom.models.quantization import is_linear
 
+_ROWS_OF_TABLE = tuple(FAMILIES.values())
 _ATTENTION_INPUTS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("wq", "wk", "wv"),
-    ("qkv_proj",),
-    ("query_key_value",),
-    ("Wqkv",),
+    *dict.fromkeys(family.attention_inputs[0] for family in _ROWS_OF_TABLE),
+    *(("query", "key", "value"), ("wq", "wk", "wv"), ("Wqkv",)),
 )
-_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "Wo", "c_proj")
+_ATTENTION_OUTPUTS = (
+    *dict.fromkeys(family.attention_inputs[1][0] for family in _ROWS_OF_TABLE),
+    *("wo", "Wo", "c_proj"),
+)
 _FFNS = (
-    FfnShape(("gate_proj", "up_proj"), "down_proj"),
-    FfnShape(("gate_up_proj",), "down_proj"),
-    FfnShape(("up_proj",), "down_proj"),
-    FfnShape(("w1", "w3"), "w2"),
-    FfnShape(("fc1",), "fc2"),
+    *dict.fromkeys(f.ffn_shape for f in _ROWS_OF_TABLE if f.ffn_shape != EXPERTS),
     FfnShape(("fc_in",), "fc_out"),
-    FfnShape(("c_fc",), "c_proj"),
-    FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
 )
-_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+_ACTIVATIONS = (*dict.fromkeys(family.activation for family in _ROWS_OF_TABLE), "activation")
 _LOGIT_FIELDS = {
     "logit_divisor": "logits_scaling",
     "logit_factor": "logit_scale",
@@ -88,14 +82,35 @@ def _family_by_structure(model: nn.Module) -> Family:
     config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise unsupported(model, "it has an encoder")
-    path, layers = _decoder_layers(model)
-    attention, inputs, output = _attention(model, layers)
-    ffn, shape = _ffn(model, layers)
+    # The list of decoder layers, not of an encoder of images beside them.
+    num_layers = getattr(config, "num_hidden_layers", None)
+    inside = {id(module) for module in model.get_decoder().modules()}  # pyright: ignore
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and id(module) in inside and len(module) == num_layers
+    ]
+    if not lists:
+        raise unsupported(model, f"no list of its modules has its {num_layers} decoder layers")
+    path, layers = lists[0]
+    described = [_blocks(layer) for layer in layers]
+    attention = [
+        (block, inputs, output)
+        for blocks in described
+        for block, linears in blocks.items()
+        for inputs, output in product(_ATTENTION_INPUTS, _ATTENTION_OUTPUTS)
+        if linears.issuperset((*inputs, output))
+    ]
+    if not attention:
+        raise unsupported(model, "no layer has attention with projections of q, k, v and output")
+    # Linear attention, which may have such projections too, comes last.
+    block, inputs, output = min(attention, key=lambda one: "linear" in one[0])
+    ffn, shape = _ffn(model, layers, described)
     return Family(
         attention_inputs=(inputs, (output,)),
         ffn_shape=shape,
         layers=path,
-        attention=attention,
+        attention=block,
         ffn=ffn,
         activation=_activation(model, layers[0].get_submodule(ffn), shape),
         in_table=False,
@@ -103,49 +118,21 @@ def _family_by_structure(model: nn.Module) -> Family:
     )
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
-    """Find the list of decoder layers, not of an encoder of images beside them."""
-    num_layers = getattr(text_config(model), "num_hidden_layers", None)
-    inside = {id(module) for module in model.get_decoder().modules()}  # pyright: ignore
-    for path, module in model.named_modules():
-        is_inside = isinstance(module, nn.ModuleList) and id(module) in inside
-        if is_inside and len(module) == num_layers:  # pyright: ignore
-            return path, list(module.children())
-    raise unsupported(model, f"no list of its modules has its {num_layers} decoder layers")
-
-
-def _attention(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, tuple[str, ...], str]:
-    found = [
-        (block, inputs, output)
-        for layer in layers
-        for block, linears in _blocks(layer).items()
-        for inputs, output in product(_ATTENTION_INPUTS, _ATTENTION_OUTPUTS)
-        if linears.issuperset((*inputs, output))
-    ]
-    if not found:
-        raise unsupported(model, "no layer has attention with projections of q, k, v and output")
-    # Linear attention, which may have such projections too, comes last.
-    return min(found, key=lambda one: "linear" in one[0])
-
-
-def _ffn(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, FfnShape]:
-    described = [_blocks(layer) for layer in layers]
+def _ffn(
+    model: nn.Module, layers: Iterable[nn.Module], described: Sequence[Mapping[str, set[str]]]
+) -> tuple[str, FfnShape]:
+    """Name a layer's FFN block and its projections."""
     for block, shape in product(described[0], _FFNS):
         if all(blocks.get(block, set()).issuperset(shape.names) for blocks in described):
             return block, shape
-    for layer in layers:
-        for block, child in layer.named_children():
-            if _has_experts(child):
-                return block, EXPERTS
+    for block, child in (pair for layer in layers for pair in layer.named_children()):
+        # Weights of several experts are one tensor.
+        modules = [module for module in child.modules() if not isinstance(module, nn.Conv1d)]
+        if any(w.dim() == 3 for module in modules for w in module.parameters(recurse=False)):
+            return block, EXPERTS
     raise unsupported(
         model, "its layers have no module with the FFN block's projections, gate, up and down"
     )
-
-
-def _has_experts(block: nn.Module) -> bool:
-    """Whether weights of several experts are one tensor in it."""
-    modules = (module for module in block.modules() if not isinstance(module, nn.Conv1d))
-    return any(w.dim() == 3 for module in modules for w in module.parameters(recurse=False))
 
 
 def _activation(model: nn.Module, ffn: nn.Module, shape: FfnShape) -> str:
@@ -201,7 +188,7 @@ class _Trial:
         self.most = _EXACT if exact or host.dtype == torch.float64 else _ROUNDED
 
     def run(self) -> None:
-        logits = self._bare()
+        logits = self.host.model(input_ids=self.ids).logits
         states = self.host.hidden(self.ids).last_hidden_state
         scaled = self.host.logits(states)
         self._compare("its head's logits, scaled as its config says", scaled, logits)
@@ -220,9 +207,6 @@ class _Trial:
         decoded = self.host.extend(session, self.ids[:, _READ_FIRST:])
         self._compare("decoding with a cache", decoded, logits[:, -1])
 
-    def _bare(self) -> Tensor:
-        return self.host.model(input_ids=self.ids).logits
-
     def _expected(self, adapter: Adapter) -> Tensor:
         """Draw an adapter's B, and compute the logits that PEFT's LoRA layers would give."""
         generator = torch.Generator().manual_seed(1)
@@ -231,23 +215,22 @@ class _Trial:
             if name.endswith("lora_B"):
                 tensor.copy_(torch.empty(tensor.shape).normal_(std=_STD, generator=generator))
         with _plain_updates(adapter, tensors) as num_calls:
-            expected = self._bare()
+            expected = self.host.model(input_ids=self.ids).logits
         for key, calls in num_calls.items():
             if calls != 1:
-                raise self._differs(f"{key} computes {calls} times in a forward, not 1")
+                reason = f"{key} computes {calls} times in a forward, not 1"
+                raise unsupported(self.host.model, reason)
         return expected
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
         wanted = expected.double()
         error = float((actual.double() - wanted).norm() / wanted.norm())
         if not error <= self.most:
-            raise self._differs(
+            raise unsupported(
+                self.host.model,
                 f"{what} must be what the model itself computes within {self.most:g}, it is off by "
-                f"{error:.2g}"
+                f"{error:.2g}",
             )
-
-    def _differs(self, reason: str) -> ModelError:
-        return unsupported(self.host.model, reason)
 
 
 @contextmanager

@@ -96,8 +96,11 @@ class Door:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         inside = _inside.get()
-        if inside is not None and not inside[0]._leads_to(self):
-            _close()
+        # A forward through an outer door may come to this one, of a part of its module.
+        if inside is not None:
+            outer = inside[0]
+            if outer is self or all(part is not self._module for part in outer._module.modules()):
+                _close()
         given = _given.get()
         rows = given[1] if given is not None and given[0] is self else self._rows()
         if rows is None:
@@ -125,11 +128,6 @@ class Door:
             return None
         _, (_, auxiliary_loss), is_asked = inside
         return _add_loss(output, auxiliary_loss(), kwargs, is_asked=is_asked)
-
-    def _leads_to(self, other: Door) -> bool:
-        """Whether a forward through this door may come to another, that of a part of its module."""
-        parts = self._module.modules()
-        return other is not self and any(part is other._module for part in parts)
 
 
 def _close() -> None:

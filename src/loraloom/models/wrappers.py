@@ -10,8 +10,9 @@ theirs: that of the base's outputs for low-rank products, float32 for routers an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from loraloom.models.quantization import (
     keep_layout,
     quantised_linears,
 )
-from loraloom.models.stacks import outside_autocast
+from loraloom.models.stacks import AttentionPlace, outside_autocast
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation
 from loraloom.ops.low_rank import add_low_rank_, apply_update
@@ -63,15 +64,12 @@ class DecoderLayer:
         )
 
 
+@dataclass(frozen=True)
 class AttentionProjection:
     """A forward hook that adds every segment's update to a projection's output."""
 
-    def __init__(self, owner: object, layer: int, name: str, group: Sequence[str], site: Site):
-        self.owner = owner
-        self.layer = layer
-        self.name = name
-        self.group = tuple(group)
-        self.site = site
+    owner: object
+    place: AttentionPlace
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -80,18 +78,12 @@ class AttentionProjection:
         if forward is None or not forward.has_adapters:
             return output
         with outside_autocast(output):
-            return self._adapted(forward, module, args[0], output)
+            if forward.stacked is not None:
+                return forward.stacked.project(self.place, args[0], output, module)
+            return self._adapted(forward, args[0], output)
 
-    def _adapted(
-        self, forward: ForwardContext, module: nn.Module, hidden_states: Tensor, output: Tensor
-    ) -> Tensor:
-        if forward.stacked is not None:
-            return forward.stacked.project(
-                self.layer, self.group, self.name, hidden_states, output, module
-            )
-        updates = forward.attention_updates(
-            self.layer, self.group, self.name, self.site, hidden_states, output.dtype
-        )
+    def _adapted(self, forward: ForwardContext, hidden_states: Tensor, output: Tensor) -> Tensor:
+        updates = forward.attention_updates(self.place, hidden_states, output.dtype)
         adapted = [side for _, side in updates if side is not None]
         if not adapted:
             return output
@@ -206,7 +198,7 @@ class OwnedModule:
 class Wiring:
     """What a host changes on its base model, and how that is undone."""
 
-    def __init__(self, model: nn.Module, family: Family):
+    def __init__(self, model: Any, family: Family):
         if any(isinstance(m.__dict__.get("forward"), DecoderLayer) for m in model.modules()):
             raise ModelError("model must not be attached yet: call detach() on its host first")
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -218,13 +210,33 @@ class Wiring:
         quantised = quantised_linears(model)
         for name, weight in quantised.items():
             check_computes(name, weight)
-        self._model: Any = model
+        self._model = model
         self._undo: list[Callable[[], object]] = []
-        self._freeze()
+        modes = [(module, module.training) for module in model.modules()]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.eval()
+        model.requires_grad_(False)
+        self.on_undo(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        self.on_undo(lambda: [parameter.requires_grad_(True) for parameter in trainable])
         for weight in quantised.values():
             self.on_undo(keep_layout(weight.linear))
             self._replace_forward(weight.linear, QuantisedLinear(weight))
-        self._wrap(family)
+        sites = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
+        for index, layer in enumerate(model.get_submodule(family.layers).children()):
+            if family.has_attention(layer):
+                attention = layer.get_submodule(family.attention)
+                for group, site in zip(family.attention_inputs, sites, strict=True):
+                    for name in group:
+                        hook = AttentionProjection(self, AttentionPlace(index, group, name, site))
+                        handle = attention.get_submodule(name).register_forward_hook(hook)
+                        self.on_undo(handle.remove)
+            if family.ffn_shape != EXPERTS:
+                ffn = layer.get_submodule(family.ffn)
+                act = activation_of(ffn, family)
+                self._replace_forward(ffn, FfnBlock(self, index, ffn, family.ffn_shape, act))
+            self._replace_forward(layer, DecoderLayer(self, layer))
+        head = model.get_output_embeddings()
+        self.on_undo(head.register_forward_pre_hook(_contiguous_input).remove)
 
     def undo(self) -> None:
         while self._undo:
@@ -238,32 +250,6 @@ class Wiring:
         module = self._model.get_submodule(path)
         if not isinstance(module.__dict__.get("forward"), OwnedModule):
             self._replace_forward(module, OwnedModule(self, path, module))
-
-    def _freeze(self) -> None:
-        modes = [(module, module.training) for module in self._model.modules()]
-        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._model.eval()
-        self._model.requires_grad_(False)
-        self.on_undo(lambda: [setattr(module, "training", mode) for module, mode in modes])
-        self.on_undo(lambda: [parameter.requires_grad_(True) for parameter in trainable])
-
-    def _wrap(self, family: Family) -> None:
-        sites = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
-        for index, layer in enumerate(self._model.get_submodule(family.layers).children()):
-            if family.has_attention(layer):
-                attention = layer.get_submodule(family.attention)
-                for group, site in zip(family.attention_inputs, sites, strict=True):
-                    for name in group:
-                        hook = AttentionProjection(self, index, name, group, site)
-                        handle = attention.get_submodule(name).register_forward_hook(hook)
-                        self.on_undo(handle.remove)
-            if family.ffn_shape != EXPERTS:
-                ffn = layer.get_submodule(family.ffn)
-                act = activation_of(ffn, family)
-                self._replace_forward(ffn, FfnBlock(self, index, ffn, family.ffn_shape, act))
-            self._replace_forward(layer, DecoderLayer(self, layer))
-        head = self._model.get_output_embeddings()
-        self.on_undo(head.register_forward_pre_hook(_contiguous_input).remove)
 
     def _replace_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
         before = module.__dict__.get("forward")
