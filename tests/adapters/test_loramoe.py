@@ -10,7 +10,6 @@ from loraloom.adapters import LoraMoeConfig
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.loramoe import balancing_constraint
 from loraloom.data.tokens import Example
-from loraloom.errors import AdapterError
 from loraloom.training.settings import SftConfig
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.requests import Request, run_requests
@@ -75,22 +74,6 @@ def test_the_constraint_is_the_papers_for_samples_of_two_groups(delta):
     torch.testing.assert_close(actual, constraint(weights, samples, delta))
 
 
-def test_equal_sums_cost_nothing_and_so_do_no_tokens():
-    even = torch.full((6, 4), 0.25)
-    assert float(balancing_constraint(even, [SampleTokens(3), SampleTokens(3)], 0.0)) == 0
-    assert float(balancing_constraint(even[:0], [SampleTokens(0)], 0.2)) == 0
-
-
-def test_attention_has_a_plain_lora_and_no_router():
-    host = tiny_host(configs={"a": CONFIG})
-    with torch.no_grad():
-        routing = host(tiny_ids(2), adapters=["a", "a"]).routing["a"]
-    assert {layer.projection.partition(".")[0] for layer in routing} == {"mlp"}
-    names = host.adapters["a"].tensors()
-    assert "layers.0.self_attn.q_proj.lora_A" in names
-    assert "layers.0.mlp.up_proj.experts.2.lora_B" in names
-
-
 def test_weight_decomposition_is_of_attention_alone(tmp_path):
     host, ids = tiny_host(configs={"a": changed(CONFIG, weight_decomposition=True)}), tiny_ids(2)
     magnitudes = [name for name in host.adapters["a"].tensors() if name.endswith("magnitude")]
@@ -116,8 +99,3 @@ def test_a_step_tells_whose_tokens_are_whose(monkeypatch):
     request = Request(host.adapters["a"], data, build_objective(SftConfig()), lambda place: place)
     run_requests(host, [request], pad_id=0)
     assert seen == [(6, [SampleTokens(4, 1), SampleTokens(2, 0)])]
-
-
-def test_experts_must_be_on_some_ffn_projection():
-    with pytest.raises(AdapterError, match=r"LoRAMoE needs experts: .* down_proj.*, got k_proj"):
-        tiny_host("llama", {"a": changed(CONFIG, target_modules="attention")})

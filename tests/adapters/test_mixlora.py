@@ -11,10 +11,6 @@ from pydantic import ValidationError
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig, SharedExpertConfig
 from loraloom.errors import AdapterError
-from loraloom.routing.losses import balance_by_bias
-from loraloom.routing.routes import top_k_routing
-from loraloom.training.settings import OptimizerConfig
-from loraloom.training.step.optimizers import parameter_groups
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients
 from tests.tiny import (
     changed,
@@ -81,12 +77,6 @@ def test_what_a_mixture_has_beside_its_experts_is_saved_and_read_back(tmp_path, 
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in saved.items())
 
 
-def test_a_shared_expert_takes_what_it_leaves_out_from_the_experts():
-    config = changed(PLAIN, shared_expert={})
-    assert (config.shared_config.rank, config.shared_config.alpha) == (3, 3)
-    assert PLAIN.shared_config is None
-
-
 def test_a_shared_expert_is_refused_where_norms_are_of_one_update():
     with pytest.raises(ValidationError, match="shared_expert can't be used with weight_decompos"):
         MixLoraConfig(weight_decomposition=True, shared_expert=SharedExpertConfig())
@@ -121,37 +111,3 @@ def test_a_bias_moves_the_load_to_experts_that_have_too_little():
         optimizer.zero_grad()
         after = spread()
     assert after < 0.4 * before
-
-
-def test_a_bias_is_in_the_choice_of_experts_and_not_in_their_weights():
-    logits = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
-    selected, weights = top_k_routing(logits, 2, torch.tensor([[-3.0, 0.0, 0.0]]).double())
-    assert selected.tolist() == [[1, 2]]
-    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0]]).double().softmax(-1))
-
-
-def test_a_bias_learns_from_its_load_alone():
-    bias = torch.tensor([0.5, -1.0, 0.0, 2.0], requires_grad=True)
-    loss = balance_by_bias(bias, torch.tensor([[0, 1], [0, 2], [0, 3], [0, 1]]))
-    loss.backward()
-    assert loss.item() == 0
-    torch.testing.assert_close(1e3 * bias.grad, torch.tensor([0.25, 0.0, -0.125, -0.125]))
-
-
-def test_a_bias_learns_faster_than_its_router_and_does_not_decay():
-    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, router_lr_ratio=0.5)
-    adapter = tiny_host(configs={"a": BIASED}).adapters["a"]
-    names = {id(parameter): name for name, parameter in adapter.named_parameters()}
-    rates = {
-        names[id(parameter)].split(".", 2)[2]: (group["lr"], group["weight_decay"])
-        for group in parameter_groups(config, adapter)
-        for parameter in group["params"]
-    }
-    assert rates["router.weight"] == (0.005, 0.1)
-    assert rates["router.bias"] == (pytest.approx(0.05), 0.0)
-
-
-def test_a_mixture_with_biases_is_no_moe_checkpoint():
-    host = tiny_host(configs={"a": BIASED})
-    with pytest.raises(AdapterError, match="must be a mixture whose routers choose top_k"):
-        host.adapters["a"].as_moe(0)

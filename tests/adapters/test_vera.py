@@ -64,16 +64,6 @@ def own_tensors(host: Host) -> dict[str, Tensor]:
 
 
 @each_targets
-def test_projections_are_drawn_as_in_peft(targets):
-    model, config = tiny_model(), changed(CONFIG, target_modules=targets)
-    host = attached(model, config)
-    theirs, ours = theirs_of(model, config, host.base), host.adapters["a"].tensors()
-    for part in ("vera_A", "vera_B"):
-        their_matrix = getattr(theirs.base_model, part)["default"]
-        assert torch.equal(ours[f"shared.{part}"], their_matrix)
-
-
-@each_targets
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
 def test_logits_and_gradients_are_those_of_peft(family, targets):
     if family != "llama" and isinstance(targets, tuple):
@@ -128,34 +118,6 @@ def test_peft_reads_what_we_save(tmp_path, targets, saved):
     host.save("a", tmp_path)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path)
     assert relative_error(logits_of(host), their_logits(theirs)) < 1e-5
-
-
-@each_way
-def test_what_we_save_we_read(tmp_path, saved):
-    host = attached(tiny_model(), changed(CONFIG, save_projection=saved))
-    host.save("a", tmp_path)
-    assert host.load("b", tmp_path).config.save_projection is saved
-    assert torch.equal(logits_of(host, "b"), logits_of(host))
-
-
-def test_saved_projections_count_and_not_the_generator(tmp_path):
-    """Files from another random generator have their own A and B."""
-    host = attached(tiny_model(), CONFIG)
-    adapter = host.adapters["a"]
-    adapter.load_tensors(
-        {name: t * 2 if name.startswith("shared") else t for name, t in adapter.tensors().items()}
-    )
-    host.save("a", tmp_path)
-    host.load("b", tmp_path)
-    assert torch.equal(logits_of(host, "b"), logits_of(host))
-
-
-def test_projections_are_neither_trained_nor_repeated():
-    host = attached(tiny_model(), CONFIG)
-    parameters = dict(host.adapters["a"].named_parameters())
-    assert {name.rpartition(".")[2] for name in parameters} == {"lambda_b", "lambda_d"}
-    storages = {b.data_ptr() for b in host.adapters["a"].buffers()}
-    assert len(storages) == 2
 
 
 @pytest.mark.parametrize(

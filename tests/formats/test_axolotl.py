@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from loraloom.adapters import ExpertsConfig, MixLoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import describe, read_adapter, write_adapter
-from loraloom.formats.foreign import split
 from loraloom.models.converting import convert
 from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
@@ -97,12 +96,6 @@ def test_without_the_runs_settings_it_asks_for_them(run, base, tmp_path):
     assert_same_tensors(read, tensors)
 
 
-def test_given_settings_take_the_place_of_the_runs(base, tmp_path):
-    write(tmp_path)
-    config, _ = read_adapter(tmp_path, base, {"top_k": 1, "experts": {"alpha": 3}})
-    assert (config.top_k, config.experts.alpha, config.experts.rank) == (1, 3, 2)
-
-
 @pytest.mark.parametrize(
     ("run", "fields", "message"),
     [
@@ -120,15 +113,6 @@ def test_what_does_not_belong_together_is_refused(run, fields, message, base, tm
         read_adapter(tmp_path, base)
 
 
-def test_tensors_of_another_name_are_refused(base, tmp_path):
-    write(tmp_path)
-    tensors = load_file(tmp_path / SIDECAR)
-    odd = "base_model.model.model.layers.0.mlp.experts.0.shared.weight"
-    save_file(tensors | {odd: tensors.popitem()[1]}, tmp_path / SIDECAR)
-    with pytest.raises(FormatError, match=r"shared\.weight` is no router's or expert's tensor"):
-        read_adapter(tmp_path, base)
-
-
 @pytest.mark.parametrize("name", ["extra.safetensors", "head.bin", "embeddings.pt"])
 def test_weights_that_nothing_reads_are_an_error(name, base, tmp_path):
     config = MixLoraConfig(rank=2, num_experts=2)
@@ -136,24 +120,6 @@ def test_weights_that_nothing_reads_are_an_error(name, base, tmp_path):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(FormatError, match=f"weights that loraloom doesn't read .{name}"):
         read_adapter(tmp_path, base)
-
-
-def test_what_trainers_keep_beside_weights_is_no_weight(base, tmp_path):
-    write(tmp_path)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"):
-        (tmp_path / name).write_bytes(b"")
-    for name in ("training_args.bin", "scaler.pt", "model.safetensors", "adapter.gguf"):
-        (tmp_path / name).write_bytes(b"")
-    read_adapter(tmp_path, base)
-
-
-def test_saving_over_it_leaves_nothing_of_it(base, tmp_path):
-    tensors = write(tmp_path)
-    with pytest.raises(AdapterError, match=f"already has .*{SIDECAR}"):
-        write_adapter(tmp_path, CONFIG, tensors, base)
-    write_adapter(tmp_path, CONFIG, tensors, base, overwrite=True)
-    assert not (tmp_path / SIDECAR).exists()
-    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
 
 
 def test_what_is_written_for_axolotl_is_what_axolotl_wrote(base, tmp_path):
@@ -169,16 +135,6 @@ def test_what_is_written_for_axolotl_is_what_axolotl_wrote(base, tmp_path):
     run = yaml.safe_load((tmp_path / "ours" / "config.yml").read_text())
     assert run.items() >= RUN.items()
     assert read_adapter(tmp_path / "ours", base)[0] == CONFIG
-
-
-def test_a_lora_on_some_of_attention_stays_on_it(base, tmp_path):
-    config = MixLoraConfig(
-        rank=2,
-        num_experts=2,
-        target_modules=("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
-    )
-    attention, _ = split(config, make_tensors(config, base), base)
-    assert attention.target_modules == ("q_proj", "v_proj")
 
 
 @pytest.mark.parametrize(

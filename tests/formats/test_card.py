@@ -39,12 +39,6 @@ def test_front_matter_names_base_and_library():
     assert front_matter(model_card(MixLoraConfig(), base))["library_name"] == "loraloom"
 
 
-@pytest.mark.parametrize("name", ["/models/llama", "./llama", "smollm2-135m", "", "a: b\n---"])
-def test_a_base_model_that_is_not_on_the_hub_stays_out_of_the_front_matter(name):
-    matter = front_matter(model_card(LoraConfig(), llama_base(name_or_path=name)))
-    assert "base_model" not in matter
-
-
 def test_the_card_tells_method_data_and_results():
     config = MixLoraConfig(rank=4, num_experts=6, target_modules=("up_proj",))
     card = model_card(
@@ -52,12 +46,6 @@ def test_the_card_tells_method_data_and_results():
     )
     for text in ("# arc", "num_experts: 6", "rank: 4", "up_proj", "1,600 questions", "0.7"):
         assert text in card
-
-
-def test_sections_without_content_are_left_out():
-    card = model_card(LoraConfig(), llama_base())
-    assert "## Data" not in card
-    assert "## Results" not in card
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "./my-base", "base.gguf"])

@@ -1,35 +1,21 @@
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import describe, hub, read_adapter, write_adapter
+from loraloom.formats import describe, read_adapter, write_adapter
 from loraloom.formats.files import read_stored
-from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
+from tests.formats.tiny import llama_base, make_tensors
 
 LORA = LoraConfig(rank=2)
 MIXTURE = MixLoraConfig(rank=2, num_experts=2)
-FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-ADAPTER_FILES = [
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "README.md",
-    "mixlora_model.safetensors",
-    "config.yml",
-    "config.yaml",
-]
-
-
 @pytest.fixture(params=[LORA, MIXTURE], ids=["lora", "mixlora"])
 def saved(request, base, tmp_path):
     write_adapter(tmp_path / "a", request.param, make_tensors(request.param, base), base)
@@ -41,44 +27,11 @@ def drop_tensors(directory, part):
     save_file({k: v for k, v in load_file(path).items() if part not in k}, path)
 
 
-def test_three_files_are_written_and_nothing_else(saved):
-    assert {path.name for path in saved.iterdir()} == FILES
-
-
-def test_other_files_in_the_directory_stay(base, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base)
-    assert {path.name for path in tmp_path.iterdir()} == FILES | {"metrics.jsonl"}
-
-
 def test_an_adapter_is_not_overwritten_unasked(saved, base):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(AdapterError, match=r"already has adapter_config.json"):
         write_adapter(saved, LORA, make_tensors(LORA, base, seed=1), base)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-
-
-def test_an_adapter_is_overwritten_when_asked(saved, base):
-    tensors = make_tensors(MIXTURE, base, seed=1)
-    write_adapter(saved, MIXTURE, tensors, base, overwrite=True)
-    assert_same_tensors(read_adapter(saved, base)[1], tensors)
-
-
-def test_overwriting_removes_a_pickle_that_would_be_stale(saved, base):
-    torch.save({}, saved / "adapter_model.bin")
-    write_adapter(saved, LORA, make_tensors(LORA, base), base, overwrite=True)
-    assert {path.name for path in saved.iterdir()} == FILES
-
-
-def test_a_file_in_the_directorys_place_is_an_error(base, tmp_path):
-    (tmp_path / "a").write_text("")
-    with pytest.raises(AdapterError, match="is a file"):
-        write_adapter(tmp_path / "a", LORA, make_tensors(LORA, base), base)
-
-
-def test_the_card_given_is_written(base, tmp_path):
-    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base, "# mine\n")
-    assert (tmp_path / "README.md").read_text() == "# mine\n"
 
 
 def test_missing_tensors_are_listed(saved, base):
@@ -106,19 +59,6 @@ def test_a_file_cut_short_is_named(name, message, keep, saved, base):
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(FormatError, match=f"{name} {message}"):
-        read_adapter(saved, base)
-
-
-def test_a_config_that_is_not_an_object_is_an_error(saved, base):
-    (saved / "adapter_config.json").write_text("[]")
-    with pytest.raises(FormatError, match="must hold a JSON object, got list"):
-        read_adapter(saved, base)
-
-
-def test_an_unknown_method_is_named(saved, base):
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "IA3"}))
-    with pytest.raises(FormatError, match=r"must be one of LORA, MIXLORA.*, got 'IA3'"):
         read_adapter(saved, base)
 
 
@@ -152,31 +92,10 @@ def test_code_in_a_pickle_is_not_run(saved, base, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("content", [[1], {"x": 1}, {1: torch.zeros(1)}])
-def test_a_pickle_of_something_else_is_an_error(content, saved, base):
-    (saved / "adapter_model.safetensors").unlink()
-    torch.save(content, saved / "adapter_model.bin")
-    with pytest.raises(FormatError, match="must hold a flat dict of tensors"):
-        read_adapter(saved, base)
-
-
-def test_integer_tensors_are_an_error(saved, base):
-    path = saved / "adapter_model.safetensors"
-    save_file({name: tensor.int() for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(FormatError, match="tensors must be floating point"):
-        read_adapter(saved, base)
-
-
 def test_a_base_model_is_not_an_adapter(tmp_path, base):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FormatError, match="it is a model, not an adapter"):
         read_adapter(tmp_path, base)
-
-
-def test_a_file_is_not_an_adapter(tmp_path, base):
-    (tmp_path / "a").write_text("")
-    with pytest.raises(FormatError, match="must be a directory"):
-        read_adapter(tmp_path / "a", base)
 
 
 def test_a_path_that_is_not_there_is_an_error(tmp_path, base):
@@ -186,33 +105,6 @@ def test_a_path_that_is_not_there_is_an_error(tmp_path, base):
         read_adapter("../owner/nowhere", base)
 
 
-def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
-    def offline(*args, **kwargs):
-        raise LocalEntryNotFoundError("outgoing traffic has been disabled")
-
-    monkeypatch.setattr(hub, "snapshot_download", offline)
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", offline)
-    with pytest.raises(FormatError, match=r"no directory here, .*outgoing traffic.*check the name"):
-        read_adapter("owner/adapter", base)
-
-
-def test_of_a_hub_repository_only_the_adapters_files_are_downloaded(monkeypatch, saved, base):
-    asked = {}
-
-    def download(repo_id, allow_patterns):
-        asked.update(repo_id=repo_id, files={*allow_patterns})
-        return str(saved)
-
-    files = [*ADAPTER_FILES, "optimizer.pt", "merged/model.safetensors"]
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda api, repo_id: files)
-    read_adapter("owner/adapter", base)
-    assert asked == {"repo_id": "owner/adapter", "files": {*ADAPTER_FILES}}
-    files.append("experts.safetensors")
-    with pytest.raises(FormatError, match=r"owner/adapter has weights .*\(experts.safetensors\)"):
-        read_adapter("owner/adapter", base)
-
-
 def test_another_shape_is_an_error_that_names_the_tensor(saved):
     shapes = llama_base().shapes | {"self_attn.k_proj": (16, 64)}
     message = r"`layers\.0\.self_attn\.k_proj\.lora_B` must have shape \(16, 2\) .* got \(32, 2\)"
@@ -220,22 +112,11 @@ def test_another_shape_is_an_error_that_names_the_tensor(saved):
         read_adapter(saved, llama_base(shapes=shapes))
 
 
-def test_another_number_of_layers_is_another_base_model(saved):
-    with pytest.raises(AdapterError, match=r"for another base model .* it has 2 layers, not 3"):
-        read_adapter(saved, llama_base(num_layers=3))
-
-
 def test_other_modules_are_another_base_model(saved, phi_base):
     with pytest.raises(
         AdapterError, match=r"for another base model .*mlp\.down_proj, .*some-org/tiny-llama"
     ):
         read_adapter(saved, phi_base)
-
-
-def test_another_stack_of_layers_is_another_base_model(base, tmp_path):
-    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base)
-    with pytest.raises(AdapterError, match=r"its layers are at model\.layers"):
-        read_adapter(tmp_path, replace(base, layers_path="model.language_model.layers"))
 
 
 def test_other_weights_of_the_same_shape_are_a_warning(saved, base):
@@ -261,12 +142,6 @@ def test_files_without_a_fingerprint_warn_of_a_base_model_of_another_name(base, 
         read_adapter(tmp_path, replace(base, name_or_path=name))
 
 
-def test_the_same_weights_are_no_warning(saved, base):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read_adapter(saved, base)
-
-
 @pytest.mark.parametrize("config", [LORA, MIXTURE])
 def test_an_adapter_remembers_how_its_training_data_wrote_prompts(tmp_path, base, config):
     form = PromptForm(format="instruction", template="Q: {{ instruction }}\nA: ")
@@ -274,13 +149,3 @@ def test_an_adapter_remembers_how_its_training_data_wrote_prompts(tmp_path, base
     assert read_stored(tmp_path).prompt == form
     assert "## Prompts" in (tmp_path / "README.md").read_text()
     assert describe(tmp_path).prompt == form.model_dump(exclude_none=True)
-
-
-def test_a_form_of_prompts_that_can_not_be_used_is_an_error(tmp_path, base):
-    write_adapter(
-        tmp_path, MIXTURE, make_tensors(MIXTURE, base), base, prompt=PromptForm(format="text")
-    )
-    path = tmp_path / "adapter_config.json"
-    path.write_text(path.read_text().replace('"text"', '"verse"'))
-    with pytest.raises(FormatError, match=r"prompt\.format must be 'instruction', 'chat'"):
-        read_stored(tmp_path)

@@ -65,21 +65,6 @@ def test_legacy_mixtures_are_read(base, tmp_path):
     assert_same_tensors(read_tensors, tensors)
 
 
-def test_legacy_mixtures_of_0_4_name_projections_as_today(base, tmp_path):
-    config = MixLoraConfig(rank=2, alpha=4, num_experts=2, target_modules="ffn")
-    tensors = make_tensors(config, base)
-    write_legacy(
-        tmp_path,
-        tensors,
-        old_mixture_name,
-        peft_type="MIXLORA",
-        routing_strategy="mixtral",
-        num_experts=2,
-        target_modules={"q_proj": False, "gate_proj": True, "up_proj": True, "down_proj": True},
-    )
-    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
-
-
 def test_legacy_plain_adapters_kept_the_ffn_under_attention(base, tmp_path):
     config = LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "gate_proj", "down_proj"))
     tensors = make_tensors(config, base)
@@ -94,19 +79,6 @@ def test_legacy_plain_adapters_kept_the_ffn_under_attention(base, tmp_path):
     )
     read, read_tensors = read_adapter(tmp_path, base)
     assert read.target_modules == ("q_proj", "gate_proj", "down_proj")
-    assert_same_tensors(read_tensors, tensors)
-
-
-def test_legacy_switch_mixtures_are_read(base, tmp_path):
-    config = MixLoraConfig(rank=2, alpha=4, num_experts=2, target_modules="ffn")
-    tensors = make_tensors(config, base)
-    fields = {"peft_type": "MIXLORA", "routing_strategy": "switch", "expert_capacity": 8}
-    targets = list(base.ffn_projections)
-    write_legacy(
-        tmp_path, tensors, old_mixture_name, num_experts=2, target_modules=targets, **fields
-    )
-    read, read_tensors = read_adapter(tmp_path, base)
-    assert (read.routing, read.expert_capacity) == ("switch", 8)
     assert_same_tensors(read_tensors, tensors)
 
 

@@ -119,23 +119,3 @@ def test_we_read_what_peft_saves(config, use_safetensors, tmp_path):
     if config.weight_decomposition:
         magnitude = weights.lora_magnitude_vector["default"].weight
         assert torch.equal(tensors[f"{key}.magnitude"], magnitude)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_our_config_is_the_one_that_peft_itself_would_save(config, tmp_path):
-    base = info(tiny_llama())
-    write_adapter(tmp_path, config, make_tensors(config, base), base)
-    loaded = peft.PeftConfig.from_pretrained(tmp_path).to_dict()
-    targets = base.attention_projections
-    targets = targets if config.target_modules == "attention" else targets + base.ffn_projections
-    expected = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=int(config.alpha),
-        target_modules=list(targets),
-        use_dora=config.weight_decomposition,
-        use_rslora=config.rank_stabilized,
-        init_lora_weights="gaussian" if config.init == "gaussian" else True,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    assert loaded == expected.to_dict()

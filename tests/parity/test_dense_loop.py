@@ -158,17 +158,6 @@ def test_any_part_of_the_projections(family, targets, decomposed):
         compare(family, heavy_balance(config))
 
 
-def test_experts_have_their_own_rank_alpha_and_dropout():
-    config = MixLoraConfig(
-        rank=3,
-        alpha=6,
-        dropout=0.1,
-        num_experts=3,
-        experts={"rank": 2, "alpha": 7, "dropout": 0.4},
-    )
-    compare("llama", config, train=True)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_rank_stabilized_scaling(method):
     compare("llama", changed(METHODS[method], rank_stabilized=True))

@@ -14,9 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.adapters import MixLoraConfig
-from loraloom.data.tasks import load_question_set
-from loraloom.eval.score import Scorer, score_questions
-from tests.parity.plain_arc import read_rows, score
 from tests.tiny import randomise
 
 pytestmark = pytest.mark.slow
@@ -54,20 +51,6 @@ def test_a_copy_is_loaded_that_continues_a_sentence_sensibly(smollm2, capfd):
     assert model.config.name_or_path == "smollm2-135m"
     weights = model.state_dict()
     assert all(weight.equal(weights[name]) for name, weight in smollm2[0].state_dict().items())
-
-
-@pytest.mark.parametrize("scoring", ["label", "text"])
-def test_questions_are_scored_as_in_plain_transformers(smollm2, shared_dir, scoring):
-    model, tokenizer = smollm2
-    arc_easy = shared_dir / "data" / "arc_easy"
-    rows = read_rows(arc_easy / "test.jsonl", limit=4)
-    plain = [score(model, tokenizer, row, scoring) for row in rows]
-    host = loraloom.attach(model)
-    questions = load_question_set("arc_easy", scoring, path=arc_easy, limit=4).questions
-    scores = score_questions(Scorer(host, [None]), tokenizer, questions)[None]
-    host.detach()
-    for found, expected in zip(scores, plain, strict=True):
-        assert found.scores == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()

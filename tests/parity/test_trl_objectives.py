@@ -184,24 +184,3 @@ def test_cpo_is_that_of_trl(cpo_trainer, objective):
     ours = run_window(host, [job])["a"]
     loss, metrics = trl_cpo(cpo_trainer, host, job, objective)
     assert_equals(ours, job, loss, metrics)
-
-
-def test_smoothed_dpo_is_trls_smoothed_loss_of_log_ratios(cpo_trainer):
-    """trl's DPO dropped label smoothing; its CPO has the same formula, of log-probabilities."""
-    objective = {"name": "dpo", "label_smoothing": 0.2, "beta": 0.5}
-    host, job = pair_job(objective)
-    ours = run_window(host, [job])["a"]
-    policy = log_probs_of(*logits_of(host, job, "a")).sum(1)
-    with torch.no_grad():
-        reference = log_probs_of(*logits_of(host, job, None)).sum(1)
-    trainer = cpo_trainer_with(cpo_trainer, objective)
-    losses, chosen, rejected = trainer.cpo_loss(*(policy - reference).chunk(2))
-    metrics = {
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "rewards/accuracies": (chosen > rejected).float().mean(),
-        "rewards/margins": (chosen - rejected).mean(),
-        "logps/chosen": policy.detach().chunk(2)[0].mean(),
-        "logps/rejected": policy.detach().chunk(2)[1].mean(),
-    }
-    assert_equals(ours, job, losses.mean(), metrics)

@@ -12,45 +12,28 @@ Axes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
-from gguf import (
-    MODEL_ARCH,
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFType,
-    GGUFWriter,
-    Keys,
-    LlamaFileType,
-    TensorNameMap,
-    get_tensor_name_map,
-)
+from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import quantize
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.method import Adapter, Projection
+from loraloom.adapters.method import Adapter
 from loraloom.errors import AdapterError
 
 _ARCHITECTURES = {
-    "llama": MODEL_ARCH.LLAMA,
-    "mistral": MODEL_ARCH.LLAMA,
-    "qwen2": MODEL_ARCH.QWEN2,
-    "qwen3": MODEL_ARCH.QWEN3,
-    "gemma": MODEL_ARCH.GEMMA,
-    "gemma2": MODEL_ARCH.GEMMA2,
-    "gemma3_text": MODEL_ARCH.GEMMA3,
-    "phi": MODEL_ARCH.PHI2,
-    "phi3": MODEL_ARCH.PHI3,
-    "olmo2": MODEL_ARCH.OLMO2,
-    "granite": MODEL_ARCH.GRANITE,
-    "stablelm": MODEL_ARCH.STABLELM,
-    "gpt_neox": MODEL_ARCH.GPTNEOX,
-    "smollm3": MODEL_ARCH.SMOLLM3,
+    **{name: name for name in ("llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2")},
+    **{name: name for name in ("granite", "stablelm", "smollm3")},
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "phi": "phi2",
+    "gpt_neox": "gptneox",
 }
+"""llama.cpp's name of a family's architecture."""
 _PAIRED = ("llama", "mistral", "granite", "smollm3")
 """Families whose q and k llama.cpp rotates by neighbouring rows, not by halves of a head."""
 _FILE_TYPES = {
@@ -67,24 +50,35 @@ def architecture_of(base: BaseInfo) -> str:
             f"a GGUF adapter's base model must be of the families {', '.join(_ARCHITECTURES)}, "
             f"got {base.model_type}; merge the adapter and convert the whole model instead"
         )
-    return MODEL_ARCH_NAMES[_ARCHITECTURES[base.model_type]]
+    return _ARCHITECTURES[base.model_type]
 
 
 def write_gguf_adapter(
     path: Path, adapter: Adapter, base: BaseInfo, config: Any, dtype: str
 ) -> None:
-    """Write an adapter as a GGUF file."""
+    """Write an adapter as a GGUF file; `config` is the base model's."""
+    projections = list(adapter.projections())
+    found = adapter.config.title if adapter.config.experts_per_router else None
+    if any(projection.row_scale() is not None for projection in projections):
+        found = found or "weight_decomposition; export it merged into its base model instead"
+    if found is not None:
+        raise AdapterError(
+            f"adapter {adapter.name!r} must be without routers and weight_decomposition to be a "
+            f"GGUF adapter, as llama.cpp has neither, got {found}"
+        )
     architecture = architecture_of(base)
-    names = get_tensor_name_map(_ARCHITECTURES[base.model_type], base.num_layers)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture], base.num_layers)
     alpha = (adapter.config.description()["scaling"] or 1.0) * adapter.config.rank
     kind, file_type = _FILE_TYPES[dtype]
-    writer = GGUFWriter(path, architecture)
-    writer.add_type(GGUFType.ADAPTER)
-    writer.add_string(Keys.Adapter.TYPE, Keys.Adapter.LORA_ALPHA.split(".")[1])
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(file_type)
-    for projection in _projections(adapter):
-        name = _gguf_name(names, base, projection)
+    for projection in projections:
+        name = names.get_name(projection.key.replace("layers", base.layers_path, 1))
+        assert name is not None, projection.key
         lora_B = projection.compute_B(torch.float32).T * (projection.num_columns / alpha)
         stored_B = _stored_rows(lora_B, projection.name, base.model_type, config)
         for part, tensor in (("a", projection.compute_A(torch.float32)), ("b", stored_B)):
@@ -94,31 +88,6 @@ def write_gguf_adapter(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _projections(adapter: Adapter) -> Iterator[Projection]:
-    if adapter.config.experts_per_router:
-        raise AdapterError(
-            f"adapter {adapter.name!r} must be without routers to be a GGUF adapter, "
-            f"got {adapter.config.title}; llama.cpp has none with routers"
-        )
-    return map(_without_row_scale, adapter.projections())
-
-
-def _without_row_scale(projection: Projection) -> Projection:
-    if projection.row_scale() is not None:
-        raise AdapterError(
-            "an adapter must be without weight_decomposition to be a GGUF adapter: llama.cpp has "
-            "no magnitudes; export it merged into its base model instead"
-        )
-    return projection
-
-
-def _gguf_name(names: TensorNameMap, base: BaseInfo, projection: Projection) -> str:
-    path = projection.key.replace("layers", base.layers_path, 1)
-    name = names.get_name(path)
-    assert name is not None, path
-    return name
 
 
 def _stored_rows(lora_B: Tensor, name: str, model_type: str, config: Any) -> Tensor:

@@ -1,39 +1,89 @@
-"""Which mixture-of-experts class of transformers computes what a mixture on a dense family does.
+"""Mixture-of-experts checkpoints of transformers: the class of a mixture, and files of models.
 
 A twin has the dense family's attention, norms and head, and in place of the FFN block a router and
 whole experts: softmax over all experts, the top_k of it, renormalised to sum to 1. Families that
 are not in the table have none: gemma's norms add 1 or come in other places, for instance.
 
+safetensors' own writer wants all tensors of a file at once, which would be a layer with all of its
+experts; here a tensor is made when its bytes are written.
+
 Source: transformers 5.24, the classes' `modeling_*.py`, and `conversion_mapping.py` for the names
-that their checkpoints have.
+that their checkpoints have; https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraloom.adapters.base import MoeFfn
 from loraloom.errors import AdapterError
-from loraloom.formats.checkpoint import LazyTensor
 
-SILENT_SIZE = 16
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SILENT_SIZE = 16
 """Width of a shared expert that adds nothing; vLLM wants some."""
-_OWN_FIELDS = (
-    "architectures",
-    "auto_map",
-    "model_type",
-    "transformers_version",
-    "quantization_config",
-)
-"""Fields of a configuration that are not the twin's."""
-
 
 Place = tuple[int | slice, ...]
 """An index of a tensor."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a shape that is made when it is wanted."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @staticmethod
+    def of(tensor: Tensor) -> LazyTensor:
+        """Stand for a tensor that is there."""
+        return LazyTensor(tuple(tensor.shape), lambda: tensor)
+
+    def part(self, place: Place) -> LazyTensor:
+        """Stand for what is at a place of it."""
+        shape = torch.empty(self.shape, device="meta")[place].shape
+        return LazyTensor(tuple(shape), lambda: self.make()[place])
+
+
+def write_shards(
+    directory: Path, shards: Iterable[Mapping[str, LazyTensor]], num_shards: int, dtype: torch.dtype
+) -> int:
+    """Write a file for each shard and the index of their tensors; return their bytes."""
+    files: dict[str, str] = {}
+    total_bytes = 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{num_shards:05}.safetensors"
+        total_bytes += _write_file(directory / name, shard, dtype)
+        files |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total_bytes
+
+
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> int:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + math.prod(tensor.shape) * dtype.itemsize
+        offsets = {"shape": tensor.shape, "data_offsets": [start, stop]}
+        header[name] = {"dtype": _DTYPES[dtype], **offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            value = tensor.make().to("cpu", dtype).contiguous()
+            assert tuple(value.shape) == tuple(tensor.shape), name
+            file.write(value.flatten().view(torch.uint8).numpy().data)
+    return stop
 
 
 @dataclass(frozen=True)
@@ -53,7 +103,6 @@ class Twin:
             of a shared expert.
         splits_qkv: The dense family's q, k and v are one projection, the class's three.
         loaded_block: Name of the block in the class itself.
-        loaded_names: Names of its tensors there, where they are not the checkpoint's.
         keeps_layer_types: Layers may differ in their attention, as the dense family's do.
     """
 
@@ -68,7 +117,6 @@ class Twin:
     zeros: Mapping[str, str] = field(default_factory=dict)
     splits_qkv: bool = False
     loaded_block: str = "mlp"
-    loaded_names: Mapping[str, str] = field(default_factory=dict)
     keeps_layer_types: bool = False
 
     def ffn_tensors(
@@ -78,34 +126,45 @@ class Twin:
         yield self.router, LazyTensor.of(ffn.router)
         experts = [_expert(ffn, expert, shapes, dtype) for expert in range(ffn.num_experts)]
         if self.stacked:
-            yield from _stacked_experts(experts)
+            (gate, _, down), num_experts = experts[0], len(experts)
+            inputs = (num_experts, 2 * gate.shape[0], gate.shape[1])
+            yield (
+                "input_linear.weight",
+                LazyTensor(
+                    inputs,
+                    lambda: torch.stack([torch.cat([g.make(), u.make()]) for g, u, _ in experts]),
+                ),
+            )
+            outputs = (num_experts, *down.shape)
+            yield (
+                "output_linear.weight",
+                LazyTensor(outputs, lambda: torch.stack([d.make() for *_, d in experts])),
+            )
         else:
             for number, weights in enumerate(experts):
                 for name, weight in zip(self.names, weights, strict=True):
                     yield f"experts.{number}.{name}.weight", weight
-        sizes = {"E": ffn.num_experts, "D": ffn.router.shape[1], "S": SILENT_SIZE, "1": 1}
+        sizes = {"E": ffn.num_experts, "D": ffn.router.shape[1], "S": _SILENT_SIZE, "1": 1}
         for name, axes in self.zeros.items():
             yield name, LazyTensor.of(torch.zeros([sizes[axis] for axis in axes]))
 
     def stored_parts(self, name: str, shape: Sequence[int]) -> dict[str, Place]:
         """Say of which tensors of the checkpoint a tensor of a loaded layer is made."""
         inner = name.removeprefix(f"{self.loaded_block}.")
+        experts = [f"{self.block}.experts.{expert}" for expert in range(shape[0])]
+        gate, up, down = self.names
         if inner == name:
             return {name: ()}
-        gate, up, down = self.names
-        size = shape[1] // 2 if len(shape) > 1 else 0
-        experts = [f"{self.block}.experts.{expert}" for expert in range(shape[0])]
-        match inner, self.stacked:
-            case "experts.gate_up_proj", False:
-                halves = {gate: slice(0, size), up: slice(size, None)}
-                return {
-                    f"{expert}.{half}.weight": (place, rows)
-                    for place, expert in enumerate(experts)
-                    for half, rows in halves.items()
-                }
-            case "experts.down_proj", False:
-                return {f"{expert}.{down}.weight": (e,) for e, expert in enumerate(experts)}
-        return {f"{self.block}.{self.loaded_names.get(inner, inner)}": ()}
+        if inner == "experts.gate_up_proj":
+            halves = {gate: slice(0, shape[1] // 2), up: slice(shape[1] // 2, None)}
+            return {
+                f"{expert}.{half}.weight": (place, rows)
+                for place, expert in enumerate(experts)
+                for half, rows in halves.items()
+            }
+        if inner == "experts.down_proj":
+            return {f"{expert}.{down}.weight": (e,) for e, expert in enumerate(experts)}
+        return {f"{self.block}.{inner}": ()}
 
     def rename(
         self, name: str, tensor: LazyTensor, config: Any
@@ -121,17 +180,19 @@ class Twin:
         for letter, num_heads in zip("qkv", heads, strict=True):
             rows = slice(start, start + head_dim * num_heads)
             start = rows.stop
-            yield name.replace("qkv", letter), _rows(tensor, rows)
+            yield name.replace("qkv", letter), tensor.part((rows,))
 
     def config_fields(self, config: Mapping[str, Any], ffn: MoeFfn) -> dict[str, Any]:
         """Make the fields of the class's configuration from the dense family's."""
-        fields = {name: value for name, value in config.items() if name not in _OWN_FIELDS}
+        family = {"architectures", "auto_map", "model_type", "transformers_version"}
+        family |= {"quantization_config"}
         own = dict(zip(self.fields, (ffn.num_experts, ffn.top_k), strict=True))
         if self.size_field is not None:
             own[self.size_field] = config["intermediate_size"]
         if self.splits_qkv and not config.get("head_dim"):  # a long rope asks for it
             own["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-        return {**fields, **self.settings, **own}
+        kept = {name: value for name, value in config.items() if name not in family}
+        return {**kept, **self.settings, **own}
 
 
 def _expert(
@@ -146,78 +207,51 @@ def _expert(
         return weights
     fused, down = weights
     half = fused.shape[0] // 2
-    return _rows(fused, slice(0, half)), _rows(fused, slice(half, 2 * half)), down
+    return fused.part((slice(0, half),)), fused.part((slice(half, None),)), down
 
 
-def _rows(tensor: LazyTensor, rows: slice) -> LazyTensor:
-    shape = (rows.stop - rows.start, *tensor.shape[1:])
-    return LazyTensor(shape, lambda: tensor.make()[rows])
-
-
-def _stacked_experts(experts: Sequence[Sequence[LazyTensor]]) -> Iterator[tuple[str, LazyTensor]]:
-    gate, _, down = experts[0]
-    shape = (len(experts), 2 * gate.shape[0], gate.shape[1])
-    yield (
-        "input_linear.weight",
-        LazyTensor(
-            shape, lambda: torch.stack([torch.cat([g.make(), u.make()]) for g, u, _ in experts])
-        ),
-    )
-    yield (
-        "output_linear.weight",
-        LazyTensor(
-            (len(experts), *down.shape), lambda: torch.stack([d.make() for *_, d in experts])
-        ),
-    )
-
-
+_PER_TOKEN = "num_experts_per_tok"
 _MIXTRAL = Twin(
     "mixtral",
-    ("num_local_experts", "num_experts_per_tok"),
+    ("num_local_experts", _PER_TOKEN),
     {"router_jitter_noise": 0.0, "output_router_logits": False},
     block="block_sparse_moe",
     names=("w1", "w3", "w2"),
 )
-_QWEN_SETTINGS = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_QWEN3 = Twin(
+    "qwen3_moe",
+    ("num_experts", _PER_TOKEN),
+    {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    size_field="moe_intermediate_size",
+)
+_SHARED = {f"shared_expert.{name}.weight": "SD" for name in ("gate_proj", "up_proj")}
 
 TWINS: dict[str, Twin] = {
     "llama": _MIXTRAL,
     "mistral": _MIXTRAL,
     "phi3": replace(_MIXTRAL, splits_qkv=True),
-    "qwen2": Twin(
-        "qwen2_moe",
-        ("num_experts", "num_experts_per_tok"),
-        _QWEN_SETTINGS | {"shared_expert_intermediate_size": SILENT_SIZE, "qkv_bias": True},
-        size_field="moe_intermediate_size",
-        zeros={
-            "shared_expert.gate_proj.weight": "SD",
-            "shared_expert.up_proj.weight": "SD",
-            "shared_expert.down_proj.weight": "DS",
-            "shared_expert_gate.weight": "1D",
+    "qwen2": replace(
+        _QWEN3,
+        model_type="qwen2_moe",
+        settings={
+            **_QWEN3.settings,
+            "shared_expert_intermediate_size": _SILENT_SIZE,
+            "qkv_bias": True,
         },
+        zeros=_SHARED | {"shared_expert.down_proj.weight": "DS", "shared_expert_gate.weight": "1D"},
         keeps_layer_types=True,
     ),
-    "qwen3": Twin(
-        "qwen3_moe",
-        ("num_experts", "num_experts_per_tok"),
-        _QWEN_SETTINGS,
-        size_field="moe_intermediate_size",
-    ),
+    "qwen3": _QWEN3,
     "granite": Twin(
         "granitemoe",
-        ("num_local_experts", "num_experts_per_tok"),
+        ("num_local_experts", _PER_TOKEN),
         {"output_router_logits": False},
         block="block_sparse_moe",
         router="router.layer.weight",
         loaded_block="block_sparse_moe",
-        loaded_names={
-            "router.weight": "router.layer.weight",
-            "experts.gate_up_proj": "input_linear.weight",
-            "experts.down_proj": "output_linear.weight",
-        },
         stacked=True,
     ),
-    "olmo2": Twin("flex_olmo", ("num_experts", "num_experts_per_tok"), {"norm_topk_prob": True}),
+    "olmo2": Twin("flex_olmo", ("num_experts", _PER_TOKEN), {"norm_topk_prob": True}),
     "ernie4_5": Twin(
         "ernie4_5_moe",
         ("moe_num_experts", "moe_k"),
@@ -229,19 +263,15 @@ TWINS: dict[str, Twin] = {
         },
         size_field="moe_intermediate_size",
         zeros={"moe_statics.e_score_correction_bias": "1E"},
-        loaded_names={
-            "gate.moe_statics.e_score_correction_bias": "moe_statics.e_score_correction_bias"
-        },
     ),
 }
 """From a dense family's `model_type` to the class that computes its mixtures."""
 
-
 STORED: dict[str, Twin] = {
     "mixtral": _MIXTRAL,
     "qwen2_moe": TWINS["qwen2"],
-    "qwen3_moe": TWINS["qwen3"],
-    "olmoe": TWINS["qwen3"],
+    "qwen3_moe": _QWEN3,
+    "olmoe": _QWEN3,
 }
 """From a mixture-of-experts class's `model_type` to what tells its checkpoint's names."""
 

@@ -24,9 +24,8 @@ from loraloom.adapters.own import own_parts, refuse_own_parts
 from loraloom.config.model import Dtype
 from loraloom.durable import write_directory, write_file
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.formats.checkpoint import LazyTensor, write_shards
 from loraloom.formats.gguf import architecture_of, write_gguf_adapter
-from loraloom.formats.moe import STORED, twin_of
+from loraloom.formats.moe import STORED, LazyTensor, twin_of, write_shards
 from loraloom.models.combine import check_merges
 from loraloom.models.host import Host
 from loraloom.models.loading import DTYPES, quiet
