@@ -13,10 +13,9 @@ from jaxtyping import Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from loraloom.adapters.base import BaseLayer, SampleTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection, SampleTokens
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
-from loraloom.adapters.low_rank import LowRankAdapter
-from loraloom.adapters.method import MAX_NUMBER, Adapter
+from loraloom.adapters.method import MAX_NUMBER, Projection
 from loraloom.config.fields import CheckInfo
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.record import LayerRouting
@@ -61,17 +60,12 @@ class DynMoleConfig(MixtureConfig):
     def _check_keep_top_k(cls, keep: int, info: CheckInfo) -> int:
         return check_at_most("num_experts", keep, info)
 
-    def build(
-        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
-    ) -> Adapter:
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
         entropy = (self.entropy_index, self.entropy_threshold, self.entropy_eps)
         route = Hybrid(self.top_p, self.keep_top_k, *entropy)
-        return LowRankAdapter.of(
-            name,
-            self,
-            base_layers,
-            lambda base, _: RoutedProjection(base, self, self.num_experts, route, dtype, seed),
-        )
+        return RoutedProjection(base, self, self.num_experts, route, dtype, seed)
 
     def auxiliary_loss(
         self,

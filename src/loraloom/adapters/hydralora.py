@@ -5,7 +5,7 @@ Axes: T tokens, I in_features, O out_features, E experts, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
-from loraloom.adapters.low_rank import LowRankAdapter, initial_A
-from loraloom.adapters.method import Adapter, Projection
+from loraloom.adapters.low_rank import initial_A
+from loraloom.adapters.method import Projection
 from loraloom.routing.routes import router_logits
 
 
@@ -33,12 +33,10 @@ class HydraLoraConfig(MixtureConfig):
     num_experts: ExpertCount = 3  # pyright: ignore[reportIncompatibleVariableOverride]
     """Matrices B of each projection."""
 
-    def build(
-        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
-    ) -> Adapter:
-        return LowRankAdapter.of(
-            name, self, base_layers, lambda base, _: HydraLoraProjection(base, self, dtype, seed)
-        )
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
+        return HydraLoraProjection(base, self, dtype, seed)
 
 
 class HydraLoraProjection(Projection):

@@ -16,13 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.keys import TensorKey, is_meant
-from loraloom.adapters.low_rank import (
-    LowRankAdapter,
-    LowRankConfig,
-    generator_for,
-    initial_A,
-    seeded,
-)
+from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_A, seeded
 from loraloom.adapters.method import (
     MAX_NUMBER,
     MAX_RANK,
@@ -156,15 +150,16 @@ class LoraConfig(DecomposedConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         _check_selection(self, base_layers)
+        return super().build(name, base_layers, dtype, seed)
 
-        def build(projection: BaseProjection, layer: BaseLayer) -> Projection:
-            own = self.at(projection.key)
-            weights = LoraProjection(projection, own, None, dtype, seed)
-            if own.init in PEFT_STARTS and projection.device.type != "meta":
-                weights.start_from(*_start_of(projection, own, seed), off=own.takes_start_off)
-            return weights
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
+        own = self.at(base.key)
+        weights = LoraProjection(base, own, None, dtype, seed)
+        if own.init in PEFT_STARTS and base.device.type != "meta":
+            weights.start_from(*_start_of(base, own, seed), off=own.takes_start_off)
+        return weights
 
     def summary(self) -> dict[str, Any]:
         chosen = {"layers": self.layers, "ranks": self.rank_pattern}

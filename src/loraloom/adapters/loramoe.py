@@ -21,7 +21,6 @@ from loraloom.adapters.experts import (
     check_has_experts,
 )
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
-from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.adapters.method import MAX_NUMBER, Adapter, Projection
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.record import LayerRouting
@@ -62,14 +61,15 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         check_has_experts(self, base_layers[0])
-        expert_config = self.model_copy(update={"weight_decomposition": False})
+        return super().build(name, base_layers, dtype, seed)
 
-        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
-            if base.key.split(".")[2] != layer.ffn_block:
-                return LoraProjection(base, self, None, dtype, seed)
-            return RoutedProjection(base, expert_config, self.num_experts, Dense(), dtype, seed)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
+        if base.key.split(".")[2] != layer.ffn_block:
+            return LoraProjection(base, self, None, dtype, seed)
+        config = self.model_copy(update={"weight_decomposition": False})
+        return RoutedProjection(base, config, self.num_experts, Dense(), dtype, seed)
 
     def auxiliary_loss(
         self,

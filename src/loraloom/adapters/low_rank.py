@@ -43,6 +43,19 @@ class LowRankConfig(AdapterConfig):
         """The factor s of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        return LowRankAdapter.of(
+            name, self, base_layers, lambda base, layer: self.projection(base, layer, dtype, seed)
+        )
+
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
+        """Make the method's weights on a projection; a method without such overrides `build`."""
+        raise NotImplementedError(f"{type(self).__name__} has no weights on single projections")
+
     def scaling_of(self, key: TensorKey) -> float:
         return self.scaling
 

@@ -7,7 +7,7 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +35,7 @@ from loraloom.adapters.method import (
     Projection,
     Targets,
 )
-from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
@@ -115,18 +115,13 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
             )
         return targets
 
-    @field_validator("compat")
-    @classmethod
-    def _check_compat(cls, compat: str | None, info: CheckInfo) -> str | None:
-        if compat is not None and info.data.get("routing") not in (None, "top_p", "switch"):
-            raise ValueError(
-                f"compat must be unset where MoE-PEFT computes what the method means, got "
-                f"{compat} with routing: {info.data['routing']}"
-            )
-        return compat
-
     @model_validator(mode="after")
     def _check_extras(self) -> MixLoraConfig:
+        if self.compat is not None and self.routing not in ("top_p", "switch"):
+            raise ValueError(
+                "compat must be unset where MoE-PEFT computes what the method means, got "
+                f"{self.compat} with routing: {self.routing}"
+            )
         if self.router_bias and self.routing != "top_k":
             raise ValueError(f"router_bias is a setting of routing: top_k, got {self.routing}")
         if self.shared_expert is not None and self.expert_config.weight_decomposition:
@@ -252,7 +247,12 @@ class MixLoraAdapter(Adapter):
         hidden, finish = lean_expert_ffn(
             hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
         )
-        return FfnRows(hidden, self._with_bias(layer, weights, routing, finish))
+        bias = self._unweighted_bias(layer, weights)
+        if bias is None:
+            return FfnRows(hidden, finish)
+        # Each slot has the bias, so that their sum has it times the sum of the weights.
+        excess = routing.routing_weights.sum(1, keepdim=True).to(bias.dtype) - 1
+        return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
         if self._returns_input or self.config.router_bias:
@@ -317,8 +317,10 @@ class MixLoraAdapter(Adapter):
         else:
             selected, weights = top_k_routing(logits, self.config.top_k, bias.detach().unsqueeze(0))
         tokens.record_routing(logits, selected, weights)
-        if not self._routed.sums_to_one:
-            selected, weights = _used_slots(selected, weights)
+        # Slots that no token uses are left out, where the device need not be waited for.
+        if not self._routed.sums_to_one and weights.device.type == "cpu" and len(weights):
+            used = int((weights.detach() != 0).sum(1).max())  # NaN counts
+            selected, weights = selected[:, :used], weights[:, :used]
         beyond = tokens.beyond_capacity(selected, self.config.expert_capacity)
         if beyond is not None:
             selected = selected.masked_fill(beyond, -1)
@@ -330,35 +332,11 @@ class MixLoraAdapter(Adapter):
         return Routing(torch.where(real, selected, -1), torch.where(real, weights, first_slot))
 
     def _unweighted_bias(self, layer: int, weights: FfnWeights) -> Tensor | None:
-        """The output projection's bias, where it is added once and slots' weights don't sum to 1.
-
-        Each slot has the bias, so that their sum has it times the sum of the weights.
-        """
+        """The bias of the output, where it is added once and slots' weights don't sum to 1."""
         if self._routed.sums_to_one or weights.apart:
             return None
         base = self.base_layers[layer]
         return base.ffn[base.ffn_shape.output].compute_bias(weights.sides[0].B.dtype)
-
-    def _with_bias(
-        self,
-        layer: int,
-        weights: FfnWeights,
-        routing: Routing,
-        finish: Callable[[Tensor], Tensor],
-    ) -> Callable[[Tensor], Tensor]:
-        bias = self._unweighted_bias(layer, weights)
-        if bias is None:
-            return finish
-        excess = routing.routing_weights.sum(1, keepdim=True).to(bias.dtype) - 1
-        return lambda output: finish(output + excess * bias)
-
-
-def _used_slots(selected: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out slots that no token uses, where the device need not be waited for."""
-    if weights.device.type != "cpu" or not len(weights):
-        return selected, weights
-    used = int((weights.detach() != 0).sum(1).max())  # NaN counts
-    return selected[:, :used], weights[:, :used]
 
 
 def _build_layer(

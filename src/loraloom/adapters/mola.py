@@ -10,7 +10,6 @@ from pydantic import model_validator
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
-from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.adapters.method import Adapter, Projection
 from loraloom.errors import AdapterError
 
@@ -47,20 +46,20 @@ class MolaConfig(RoutingConfig):
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
-        num_experts = self.num_experts
-        counts = [num_experts] * len(base_layers) if isinstance(num_experts, int) else num_experts
-        if len(counts) != len(base_layers):
+        counts = self.num_experts
+        if not isinstance(counts, int) and len(counts) != len(base_layers):
             raise AdapterError(
                 f"num_experts must have a number for each of the base model's {len(base_layers)} "
                 f"layers, got {len(counts)}"
             )
-        route, capacity = self.route, self.expert_capacity
+        return super().build(name, base_layers, dtype, seed)
 
-        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
-            count = counts[layer.index]
-            return RoutedProjection(base, self, count, route, dtype, seed, capacity)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
+        counts, route = self.num_experts, self.route
+        count = counts if isinstance(counts, int) else counts[layer.index]
+        return RoutedProjection(base, self, count, route, dtype, seed, self.expert_capacity)
 
     def summary(self) -> dict[str, Any]:
         own = {"routing": self.routing_label, "temperature": self.temperature}

@@ -7,21 +7,15 @@ Axes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.low_rank import (
-    LowRankAdapter,
-    LowRankConfig,
-    generator_for,
-    initial_A,
-    kaiming_uniform,
-)
-from loraloom.adapters.method import Adapter, Projection
+from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_A, kaiming_uniform
+from loraloom.adapters.method import Projection
 
 
 class MosLoraConfig(LowRankConfig):
@@ -39,12 +33,10 @@ class MosLoraConfig(LowRankConfig):
     mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
     """How M starts: Kaiming uniform with a = sqrt(5), or a random orthogonal matrix."""
 
-    def build(
-        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
-    ) -> Adapter:
-        return LowRankAdapter.of(
-            name, self, base_layers, lambda base, _: MosLoraProjection(base, self, dtype, seed)
-        )
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
+        return MosLoraProjection(base, self, dtype, seed)
 
 
 class MosLoraProjection(Projection):

@@ -15,8 +15,8 @@ from torch import Tensor
 from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
 from loraloom.adapters.experts import Router, RouterLossConfig, check_at_most
 from loraloom.adapters.lora import LoraProjection
-from loraloom.adapters.low_rank import LowRankAdapter, LowRankConfig
-from loraloom.adapters.method import Adapter, AdapterConfig, Targets
+from loraloom.adapters.low_rank import LowRankConfig
+from loraloom.adapters.method import AdapterConfig, Projection, Targets
 from loraloom.config.fields import CheckInfo
 from loraloom.routing.routes import router_logits, top_k_routing
 
@@ -54,12 +54,10 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     def experts_per_router(self) -> int:
         return self.rank
 
-    def build(
-        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
-    ) -> Adapter:
-        return LowRankAdapter.of(
-            name, self, base_layers, lambda base, _: SmoraProjection(base, self, dtype, seed)
-        )
+    def projection(
+        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+    ) -> Projection:
+        return SmoraProjection(base, self, dtype, seed)
 
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
         return AdapterConfig.combined(self, others, targets)  # routers choose ranks as they are
