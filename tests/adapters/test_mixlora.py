@@ -82,11 +82,6 @@ def test_a_shared_expert_is_refused_where_norms_are_of_one_update():
         MixLoraConfig(weight_decomposition=True, shared_expert=SharedExpertConfig())
 
 
-def test_a_bias_is_refused_where_no_number_of_experts_is_chosen():
-    with pytest.raises(ValidationError, match="router_bias is a setting of routing: top_k, got"):
-        MixLoraConfig(router_bias=True, routing="dense")
-
-
 def test_mixtures_with_a_shared_expert_are_not_combined():
     host = tiny_host(configs={"a": CONFIG, "b": CONFIG})
     with pytest.raises(AdapterError, match="must have no shared_expert and no router_bias"):

@@ -12,7 +12,6 @@ import torch
 from pydantic import ValidationError
 
 from loraloom.adapters import MixLoraConfig, MolaConfig
-from loraloom.errors import AdapterError
 from tests.tiny import changed, padded_mask, tiny_host, tiny_ids
 
 ROUTINGS: dict[str, dict[str, Any]] = {
@@ -100,13 +99,3 @@ def test_moe_pefts_switch_returns_a_blocks_input_outside_of_training():
             layer.mlp.forward = lambda x: x
         expected = model(ids).logits
     torch.testing.assert_close(actual, expected)
-
-
-def test_only_mixtures_whose_weights_sum_to_1_are_moe_checkpoints():
-    biased = MixLoraConfig(rank=2, router_bias=True)
-    configs = {"dense": MIXTURES["MixL dense"], "p": MIXTURES["MixL top_p"], "biased": biased}
-    host = tiny_host(configs=configs)
-    assert host.adapters["dense"].as_moe(0).top_k == 4
-    for name, found in (("p", "routing: top_p"), ("biased", "router_bias")):
-        with pytest.raises(AdapterError, match=f"choose top_k whole FFN experts .*got {found}"):
-            host.adapters[name].as_moe(0)

@@ -15,25 +15,6 @@ def base() -> BaseInfo:
 
 
 @pytest.fixture
-def gpt_neox_base() -> BaseInfo:
-    return llama_base(
-        name_or_path="some-org/tiny-pythia",
-        model_type="gpt_neox",
-        layers_path="gpt_neox.layers",
-        attention="attention",
-        attention_projections=("query_key_value", "dense"),
-        ffn_projections=("dense_h_to_4h", "dense_4h_to_h"),
-        activation="gelu",
-        shapes={
-            "attention.query_key_value": (192, 64),
-            "attention.dense": (64, 64),
-            "mlp.dense_h_to_4h": (96, 64),
-            "mlp.dense_4h_to_h": (64, 96),
-        },
-    )
-
-
-@pytest.fixture
 def phi_base() -> BaseInfo:
     """The base model of the fixtures' phi case."""
     return llama_base(

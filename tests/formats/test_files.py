@@ -16,6 +16,8 @@ from tests.formats.tiny import llama_base, make_tensors
 
 LORA = LoraConfig(rank=2)
 MIXTURE = MixLoraConfig(rank=2, num_experts=2)
+
+
 @pytest.fixture(params=[LORA, MIXTURE], ids=["lora", "mixlora"])
 def saved(request, base, tmp_path):
     write_adapter(tmp_path / "a", request.param, make_tensors(request.param, base), base)

@@ -3,11 +3,9 @@ from __future__ import annotations
 import json
 import re
 
-import pytest
 import torch
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from tests.formats.tiny import assert_same_tensors, make_tensors
 
@@ -80,25 +78,3 @@ def test_legacy_plain_adapters_kept_the_ffn_under_attention(base, tmp_path):
     read, read_tensors = read_adapter(tmp_path, base)
     assert read.target_modules == ("q_proj", "gate_proj", "down_proj")
     assert_same_tensors(read_tensors, tensors)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"routing_strategy": "switch", "sparse_step": 1}, "`sparse_step` must be unset"),
-        ({"routing_strategy": "mixtral", "sparse_step": 2}, "`sparse_step` must be unset"),
-    ],
-)
-def test_what_we_lack_is_refused(fields, message, base, tmp_path):
-    config = MixLoraConfig(rank=2, num_experts=2)
-    write_legacy(
-        tmp_path,
-        make_tensors(config, base),
-        old_mixture_name,
-        peft_type="MIXLORA",
-        num_experts=2,
-        target_modules=["q_proj"],
-        **fields,
-    )
-    with pytest.raises(FormatError, match=message):
-        read_adapter(tmp_path, base)

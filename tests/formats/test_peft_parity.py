@@ -8,13 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from loraloom.adapters import LoraConfig
 from loraloom.adapters.base import BaseInfo
@@ -22,6 +16,7 @@ from loraloom.formats import read_adapter, write_adapter
 from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 from tests.formats.tiny import assert_same_tensors, make_tensors
+from tests.tiny import tiny_model
 
 CONFIGS = [
     LoraConfig(rank=4, alpha=8, target_modules="attention"),
@@ -29,34 +24,6 @@ CONFIGS = [
     LoraConfig(rank=4, alpha=6, weight_decomposition=True),
     LoraConfig(rank=2, alpha=3, weight_decomposition=True, rank_stabilized=True, init="gaussian"),
 ]
-
-
-def tiny_llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
-
-
-def tiny_gpt_neox() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            tie_word_embeddings=False,
-        )
-    )
 
 
 def info(model: PreTrainedModel) -> BaseInfo:
@@ -73,10 +40,10 @@ def load_with_peft(model: PreTrainedModel, directory) -> peft.PeftModel:
     return loaded
 
 
-@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt_neox])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_peft_loads_what_we_write(config, make_model, tmp_path):
-    model = make_model()
+def test_peft_loads_what_we_write(config, family, tmp_path):
+    model = tiny_model(family, torch.float32)
     base = info(model)
     tensors = make_tensors(config, base)
     write_adapter(tmp_path, config, tensors, base)
@@ -93,7 +60,7 @@ def test_peft_loads_what_we_write(config, make_model, tmp_path):
 @pytest.mark.parametrize("use_safetensors", [True, False])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_we_read_what_peft_saves(config, use_safetensors, tmp_path):
-    model = tiny_llama()
+    model = tiny_model("llama", torch.float32)
     base = info(model)
     targets = base.attention_projections
     targets = targets if config.target_modules == "attention" else targets + base.ffn_projections

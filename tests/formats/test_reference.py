@@ -117,38 +117,6 @@ def test_settings_can_be_given_in_place_of_those_in_files(base, tmp_path):
         read_adapter(tmp_path, base, {"top_n": 1})
 
 
-def test_settings_of_training_at_the_references_names_are_taken(base, tmp_path):
-    write_mixture(tmp_path, base)
-    edit_config(
-        tmp_path, loraloom=None, router_init_range=0.3, router_loss=False, lora_init="gaussian"
-    )
-    config = read_adapter(tmp_path, base)[0]
-    assert (config.router_init_std, config.router_aux_loss_coef) == (0.3, 0)
-    assert config.init == "gaussian"
-
-
-@pytest.mark.parametrize("flags", [(True, False), (False, True)])
-def test_experts_may_be_of_another_kind_than_the_adapters_lora(flags, base, tmp_path):
-    decomposed, stabilized = flags
-    experts = ExpertsConfig(weight_decomposition=decomposed, rank_stabilized=stabilized)
-    config = MixLoraConfig(
-        rank=2,
-        num_experts=2,
-        experts=experts,
-        weight_decomposition=not decomposed,
-        rank_stabilized=not stabilized,
-        target_modules=("q_proj", "up_proj"),
-    )
-    tensors = make_tensors(config, base)
-    assert any("magnitude" in name and "mlp" in name for name in tensors) == decomposed
-    assert any("magnitude" in name and "attn" in name for name in tensors) != decomposed
-    write_adapter(tmp_path, config, tensors, base)
-    read, read_tensors = read_adapter(tmp_path, base)
-    assert read == config
-    assert read.title == ("MixDoRA" if decomposed else "MixLoRA")
-    assert_same_tensors(read_tensors, tensors)
-
-
 def keep_attention_alone(directory):
     path = directory / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if ".experts." not in k}, path)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pytest
-
 from loraloom.adapters import MixLoraConfig
 from loraloom.routing.collapse import find_collapse
 
@@ -56,9 +54,5 @@ def test_a_mixture_whose_tokens_take_all_experts_cant_collapse():
     assert found([5000, 0], config=config) == {}
 
 
-@pytest.mark.parametrize(("scope", "named"), [("pooled", True), ("per_layer", False)])
-def test_advice_names_the_coefficient_and_what_is_not_set_yet(scope, named):
-    config = MixLoraConfig(router_aux_loss_coef=0.02, router_loss_scope=scope)
-    text = config.collapse_advice
-    assert "router_aux_loss_coef (it is 0.02)" in text
-    assert ("router_loss_scope: per_layer" in text) is named
+def test_advice_names_settings_that_the_method_has():
+    assert "router_aux_loss_coef" in MixLoraConfig().collapse_advice

@@ -30,6 +30,7 @@ class DynMoleConfig(MixtureConfig):
     """
 
     adds_up_over_ranks = False
+    collapse_advice = "raise router_aux_loss_coef, or lower learning_rate"
     peft_type = "DYNMOLE"
     layout = "reference"
     title = "DynMoLE"
@@ -86,10 +87,6 @@ class DynMoleConfig(MixtureConfig):
             self.router_entropy_loss_coef * mean_entropy
             + self.router_aux_loss_coef * weight_balance_loss(probabilities, selected, weights)
         )
-
-    @property
-    def collapse_advice(self) -> str:
-        return "raise router_aux_loss_coef, or lower learning_rate"
 
     @property
     def routing_label(self) -> str:

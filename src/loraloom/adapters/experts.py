@@ -6,7 +6,7 @@ Axes: T tokens, I in_features, E experts, K slots of a token, R rank, S = E·R.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -77,21 +77,16 @@ class MixtureConfig(LowRankConfig):
 class RouterLossConfig(StrictModel):
     """Losses on routers that choose a few experts for each token."""
 
+    collapse_advice: ClassVar[str] = (
+        "raise router_aux_loss_coef, set router_loss_scope: per_layer, or lower learning_rate"
+    )
+
     router_aux_loss_coef: float = Field(default=0.01, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss; its minimum is coefficient × top_k."""
     router_z_loss_coef: float = Field(default=0.0, ge=0, le=MAX_NUMBER)
     """Weight of the mean squared logsumexp of the router's logits."""
     router_loss_scope: Literal["pooled", "per_layer"] = "pooled"
     """Load over all routers together, as the reference has it, or the mean of each one's loss."""
-
-    @property
-    def collapse_advice(self) -> str:
-        per_layer = self.router_loss_scope == "per_layer"
-        scope = "" if per_layer else ", set router_loss_scope: per_layer"
-        return (
-            f"raise router_aux_loss_coef (it is {self.router_aux_loss_coef:g}){scope}, or lower "
-            "learning_rate"
-        )
 
     def auxiliary_loss(
         self,

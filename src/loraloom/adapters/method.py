@@ -70,6 +70,9 @@ class AdapterConfig(StrictModel, ABC):
     adds_up_over_ranks: ClassVar[bool] = True
     """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
 
+    collapse_advice: ClassVar[str] = "lower learning_rate"
+    """What to change where routers send all tokens to the same few experts."""
+
     method: str
     rank: int = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the update."""
@@ -189,11 +192,6 @@ class AdapterConfig(StrictModel, ABC):
     def routes_outside_training(self) -> bool:
         """Whether routers choose experts for tokens that nothing is learnt of."""
         return self.experts_per_router > 0
-
-    @property
-    def collapse_advice(self) -> str:
-        """What to change where routers send all tokens to the same few experts."""
-        return "lower learning_rate"
 
     def auxiliary_loss(
         self,
@@ -337,14 +335,7 @@ class OwnModule(Weights):
         inputs: Tensor,
         base_forward: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Compute what the adapter's rows get from the base's module, whose own forward is given.
-
-        Args:
-            module: The base model's.
-            weights: What `compute_form` returned.
-            inputs: Of the adapter's rows.
-            base_forward: The module's own forward.
-        """
+        """Compute what the adapter's rows, the inputs, get in place of the module's own forward."""
 
     @abstractmethod
     def stored(self, name: str, weight: Tensor) -> Tensor:

@@ -40,14 +40,6 @@ from loraloom.formats.foreign import adopted
 from loraloom.formats.hub import find_adapter
 from loraloom.formats.layouts import StoredAdapter, parse, render
 
-_SAME_ACTIVATION = {
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_new",
-    "gelu_fast": "gelu_new",
-    "gelu_python": "gelu",
-}
-"""Names of transformers for one function; those on the right stand for both."""
-
 
 def read_adapter(
     path_or_hub_id: str | Path, base: BaseInfo, settings: Mapping[str, Any] | None = None
@@ -154,12 +146,6 @@ def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
             f"({base.model_type}): {reason}; it was made for "
             f"{stored.base.name_or_path or 'one that it does not name'}"
         )
-    names = [_SAME_ACTIVATION.get(name, name) for name in (stored.activation, base.activation)]
-    if stored.activation is not None and names[0] != names[1]:
-        raise FormatError(
-            f"{stored.source}: `act_fn` must be the base model's activation {base.activation!r}, "
-            f"got {shown(stored.activation)}; use the base model that the adapter was trained on"
-        )
 
 
 def _check_tensors(
@@ -198,29 +184,24 @@ def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
     The files of other programs have no fingerprint, but a name: paths differ from place to place,
     so the last part alone is compared.
     """
-    trained_on, here = (
-        record.name_or_path or "a model without a name" for record in (stored.base, base)
-    )
+    then, here = stored.base.name_or_path or "", base.name_or_path
     consequence = "its outputs may be wrong. Load the base model it was trained on."
-    if stored.base.fingerprint == base.fingerprint:
-        return
     if stored.base.fingerprint is None:
-        names = [Path(name).name.lower() for name in (trained_on, here)]
-        if not (stored.base.name_or_path and base.name_or_path) or names[0] == names[1]:
+        if not then or not here or Path(then).name.lower() == Path(here).name.lower():
             return
         difference = "its files don't tell whether the weights are the same"
+    elif stored.base.fingerprint == base.fingerprint:
+        return
     elif stored.base.quantization != base.quantization:
-        kinds = (stored.base.quantization, base.quantization)
-        then, now = (kind or "floating point" for kind in kinds)
-        difference = f"it had weights in {then}, here they are in {now}"
+        kinds = [kind or "floating point" for kind in (stored.base.quantization, base.quantization)]
+        difference = f"it had weights in {kinds[0]}, here they are in {kinds[1]}"
         consequence = "outputs differ by the rounding; if it is another model, they may be wrong."
     else:
-        difference = (
-            f"weights differ: fingerprint {stored.base.fingerprint}, here {base.fingerprint}"
-        )
+        own = (stored.base.fingerprint, base.fingerprint)
+        difference = "weights differ: fingerprint {}, here {}".format(*own)
     warnings.warn(
-        f"{stored.source} was trained on {trained_on}, the base model here is {here} "
-        f"({difference}). It loads, but {consequence}",
+        f"{stored.source} was trained on {then or 'a model without a name'}, the base model here "
+        f"is {here or 'one without'} ({difference}). It loads, but {consequence}",
         stacklevel=4,
     )
 
