@@ -67,7 +67,6 @@ def first(tensors, change):
         ("top_k", 10**300),
         ("expert_lora", ["x"]),
         ("routing_strategy", -1),
-        ("act_fn", ["x"]),
         ("loraloom", "x"),
     ],
 )

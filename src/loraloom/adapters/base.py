@@ -149,6 +149,7 @@ class BaseProjection:
 
 
 def _squared_norms(rows: Tensor) -> Tensor:
+    # In bfloat16 a sum of thousands of squares would keep two digits.
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return wide.square().sum(1)
 
@@ -236,6 +237,7 @@ class BaseInfo:
 
     def layers_without_weights(self) -> list[BaseLayer]:
         """Describe the projections on the meta device, where an adapter's shapes are read off."""
+        # One module for all layers: thousands of projections would take seconds even on meta.
         linears = {
             path: nn.Linear(size[1], size[0], bias=False, device="meta")
             for path, size in self.shapes.items()
@@ -301,6 +303,7 @@ class SegmentTokens:
         """
         if self.record is None:
             return
+        # Padding is left out here, so that no loss or count has to know of it.
         values = (router_logits, selected_experts, routing_weights)
         if self.real_index is not None:
             values = [value.index_select(0, self.real_index) for value in values]

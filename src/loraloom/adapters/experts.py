@@ -237,6 +237,7 @@ class RoutedProjection(LoraProjection):
         logits = router_logits(hidden_states, self.router.weight)
         selected, chosen = self.route(logits)  # (T, K)
         tokens.record_routing(logits, selected, chosen, self.path)
+        # The record is of what the router wanted; an expert that is full adds nothing.
         beyond = tokens.beyond_capacity(selected, self.capacity)
         if beyond is not None:
             chosen = chosen.masked_fill(beyond, 0)

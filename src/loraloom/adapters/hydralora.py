@@ -72,6 +72,7 @@ class HydraLoraProjection(Projection):
         """Weigh a copy of Ax for each B."""
         logits = router_logits(hidden_states, self.router.weight)
         weights = logits.softmax(-1)  # (T, E)
+        # Only the record needs an order, and sorting takes longer than the softmax.
         if tokens.record is not None:
             best_first = weights.sort(-1, descending=True)
             tokens.record_routing(logits, best_first.indices, best_first.values, self.path)

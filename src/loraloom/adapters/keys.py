@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseInfo
 
+# A part is never `weight` or `bias`: those are parameters of a module that is trained whole.
 _PATTERN = re.compile(
     r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
     r"(?:(?P<router>router|router_bias)"

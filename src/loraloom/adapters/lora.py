@@ -240,7 +240,8 @@ def _start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tens
             "run: pip install 'loraloom[peft]'"
         ) from error
     copied = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    weight = base.weight.detach().to(torch.float32, copy=True)  # which PEFT changes
+    # A copy, as PEFT takes the start off the weight that it is given.
+    weight = base.weight.detach().to(torch.float32, copy=True)
     copied.weight = nn.Parameter(weight, requires_grad=False)
     settings: Any = {"use_rslora": config.rank_stabilized, "init_lora_weights": config.init}
     sizes: Any = {"r": config.rank, "lora_alpha": config.alpha}
@@ -311,6 +312,7 @@ class LoraProjection(Projection):
         if isinstance(config, DecomposedConfig) and config.weight_decomposition:
             norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
             self.lora_magnitude_vector = nn.Parameter(norms)
+        # The start that is taken off is in no file: it is computed again from the base's weights.
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
 
@@ -342,6 +344,7 @@ class LoraProjection(Projection):
         """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [E, O]; the norm has no gradient."""
         if self.lora_magnitude_vector is None:
             return None
+        # The paper takes the norm as a constant; its gradient would need W + sBA in full.
         with torch.no_grad():
             lora_A = self._all_A()
             product, squares = self.base.product(lora_A.flatten(0, 1)), self.base.squared_norms

@@ -107,5 +107,6 @@ def balancing_constraint(
     of_samples = torch.tensor([s.expert_group for s in samples], device=weights.device)
     is_own = groups.unsqueeze(0) == of_samples.unsqueeze(1).bool()
     values = torch.where(is_own, (1 + delta) * sums, (1 - delta) * sums)  # (M, N)
-    mean = values.mean().clamp_min(torch.finfo(values.dtype).tiny)  # no tokens cost nothing
+    # No tokens cost nothing: 0 / tiny in place of 0 / 0.
+    mean = values.mean().clamp_min(torch.finfo(values.dtype).tiny)
     return values.var(correction=0) / mean

@@ -151,6 +151,7 @@ def projection_blocks(config: AdapterConfig, layer: BaseLayer, build: Build) -> 
 
 def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup:
     """Stack the A of projections that share an input; keep the B side of each by name."""
+    # One product with all A reads the input once.
     matrices = [module.compute_A(dtype) for module in modules]
     projections, start = {}, 0
     for module, lora_A in zip(modules, matrices, strict=True):
@@ -181,6 +182,7 @@ def ffn_weights(
     (input_A, sides), (down_A, (down,)) = (
         _sides(block, names, dtype) for names in (shape.inputs, (shape.output,))
     )
+    # The specification has a gate and an up, each with its own part of the B side.
     if shape.fused:
         sides = _halves(sides[0])
     any_module = next(iter(block.values()))
@@ -237,12 +239,14 @@ def kaiming_uniform(shape: tuple[int, int], seed: int, name: str) -> Tensor:
         seed: Of the job.
         name: The tensor's full name: what is drawn depends on it and the seed alone.
     """
+    # On the CPU in float32 whatever trains, so that a job starts alike on every device.
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator_for(seed, name))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """Make a CPU generator that depends on the seed and the name alone."""
+    # Not Python's hash, which differs from process to process.
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

@@ -367,6 +367,7 @@ class Adapter(nn.Module, ABC):
         self.layers = nn.ModuleList(layers)
         self.own_modules = nn.ModuleList()
         self.prompt: PromptForm | None = None  # how its training data writes prompts
+        # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
             for base, layer in zip(base_layers, layers, strict=True)
@@ -466,6 +467,7 @@ class Adapter(nn.Module, ABC):
                 f"missing {missing[:3]} ({len(missing)}), unexpected {unexpected[:3]} "
                 f"({len(unexpected)}); check that config and weights belong together"
             )
+        # All is checked before the first value is copied.
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
                 raise AdapterError(

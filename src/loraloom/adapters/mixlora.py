@@ -255,6 +255,7 @@ class MixLoraAdapter(Adapter):
         return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
+        # The stacked form has one route for all, without biases on the choice.
         if self._returns_input or self.config.router_bias:
             return None
         return type(self.config), self._routed, self._shapes
@@ -326,6 +327,7 @@ class MixLoraAdapter(Adapter):
             selected = selected.masked_fill(beyond, -1)
         if tokens.real is None:
             return Routing(selected, weights)
+        # Padding goes to no expert, with the weight 1 in one slot: it gets the base's output.
         real = tokens.real.unsqueeze(1)
         first_slot = torch.zeros_like(weights)
         first_slot[:, 0] = 1

@@ -83,6 +83,7 @@ def own_parts(config: AdapterConfig, base: BaseInfo) -> OwnParts:
                 "trainable_token_indices must be the same for embedding and head with "
                 "ensure_weight_tying, got others"
             )
+    # A head that has the embedding's rows by being tied counts as trained for some tokens.
     both = sorted({*modules} & {*tokens, *(tied if tokens else ())})
     if both:
         raise AdapterError(

@@ -86,6 +86,7 @@ class SharedProjections(Weights):
             for projection in layer.projections
             if projection.key.rpartition(".")[2] in config.targets_in(layer)
         ]
+        # A before B from one generator, and these bounds: PEFT draws the same numbers.
         generator = torch.Generator().manual_seed(config.projection_seed)
         options = {"dtype": dtype, "device": adapted[0].device}
         in_features = max(projection.in_features for projection in adapted)
@@ -119,7 +120,8 @@ class VeraProjection(Projection):
         options = {"dtype": dtype, "device": base.device}
         self.lambda_b = nn.Parameter(torch.zeros(base.out_features, **options))
         self.lambda_d = nn.Parameter(torch.full((config.rank,), config.d_initial, **options))
-        self._shared = (shared,)  # in a tuple, as the adapter owns it and no projection does
+        # In a tuple, which torch doesn't look into: the adapter owns it, and no projection does.
+        self._shared = (shared,)
 
     @property
     def num_columns(self) -> int:

@@ -117,6 +117,7 @@ def read_files(directory: Path) -> AdapterFiles:
     config = read_json(path, FormatError, max_bytes=2**24)
     if not isinstance(config, dict):
         raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    # PEFT writes null for what is unset.
     config = {name: value for name, value in config.items() if value is not None}
     check_all_read(str(directory), (path.name for path in directory.iterdir() if path.is_file()))
     weights, pickled, metadata = directory / WEIGHTS_FILE, directory / PICKLE_FILE, {}
@@ -171,6 +172,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """Read a flat dict of tensors; anything that would run code is refused."""
     try:
+        # weights_only builds tensors and plain values alone, whatever the pickle calls.
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is broken in a pickle decides which error it is
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -266,7 +268,8 @@ def _fill(aside: Path, files: AdapterFiles, card: str, pickled: bool = False) ->
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     save_file(_copies(tensors), path, metadata=metadata)
-    shutil.copymode(path.parent / CONFIG_FILE, path)  # safetensors makes it 0600
+    # safetensors makes files 0600, which a server's user could not read.
+    shutil.copymode(path.parent / CONFIG_FILE, path)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

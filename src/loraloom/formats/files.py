@@ -122,6 +122,7 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
             f"{names_in(odd)}; its training has diverged, take an earlier checkpoint"
         )
     _warn_if_another_base(stored, base)
+    # Files may be in 16 bits, training is not: in bfloat16 small steps would be rounded away.
     wide = {name: torch.promote_types(torch.float32, stored.tensors[name].dtype) for name in shapes}
     return config, {name: stored.tensors[name].to(dtype) for name, dtype in wide.items()}
 

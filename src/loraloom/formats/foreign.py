@@ -128,6 +128,7 @@ def _of_axolotl(files: AdapterFiles) -> AdapterFiles:
             f"{shown(files.config.get('peft_type'))}; move it elsewhere if it isn't a part of the "
             "adapter"
         )
+    # The directory may hold the settings of another run, of a LoRA for instance.
     run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
     names = {}
     for name in sidecar.tensors:

@@ -156,6 +156,7 @@ def render(
         "base_model_name_or_path": base.name_or_path or None,
         "task_type": "CAUSAL_LM",
     }
+    # transformers refuses a file without a format.
     metadata = {"format": "pt"}
     if config.layout == "peft":
         fields |= {"inference_mode": True, "revision": None}

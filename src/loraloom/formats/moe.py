@@ -81,6 +81,7 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtyp
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
             value = tensor.make().to("cpu", dtype).contiguous()
+            # The header is written already; another shape would shift all that follows.
             assert tuple(value.shape) == tuple(tensor.shape), name
             file.write(value.flatten().view(torch.uint8).numpy().data)
     return stop
