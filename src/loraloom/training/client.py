@@ -82,7 +82,7 @@ class TrainingClient:
         adapter: Settings of a new adapter; None to train the one that the host has under this name,
             which `close` leaves there.
         optimizer: How weights follow gradients.
-        seed: Seed of the initial weights, the dropout and the random draws.
+        seed: Seed of initial weights, dropout and draws.
         prompt_form: How `sample` writes prompts, and the adapter's files record it; `example` and
             `pair` read prompts as they stand.
 
@@ -116,12 +116,16 @@ class TrainingClient:
         if any(client.host is host and client.name == name for client in _OPEN):
             raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
         self._optimizer_config = optimizer or OptimizerConfig()
-        optimizers.rehearse(self._optimizer_config, name)
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
         if prompt_form is not None:
             self.adapter.prompt = prompt_form
         self.parameters = dict(self.adapter.named_parameters())
-        self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
+        try:
+            optimizers.rehearse(self._optimizer_config, name)
+            self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
+        except BaseException:
+            self._take_off()
+            raise
         self._loss_scale = optimizers.make_loss_scale(host)
         _OPEN.add(self)
 
@@ -315,15 +319,17 @@ class TrainingClient:
         """
         self.zero_grad()
         self._optimizer.state.clear()
+        self._take_off()
+        _OPEN.discard(self)
+        clients = [client for client in _OPEN if client.host is self.host]
+        others = [one for client in clients for one in client.references.values()]
+        for reference in self.references.values():
+            objectives.drop_reference(self.host, reference, others)
+        self.references.clear()
+
+    def _take_off(self) -> None:
         if self._added:
             self.host.remove(self.name)
-        _OPEN.discard(self)
-        others = [client.references.values() for client in _OPEN if client.host is self.host]
-        for reference in self.references.values():
-            objectives.drop_reference(
-                self.host, reference, [one for some in others for one in some]
-            )
-        self.references.clear()
 
     def _loss_factor(self) -> float:
         return 1.0 if self._loss_scale is None else self._loss_scale.scale
