@@ -34,6 +34,9 @@ _KEYS = ("file", "state", "job", "reason", "step", "total_steps", "loss")
 _KEYS += ("queued_at", "started_at", "ended_at", "result", "sha256")
 """Of a state file, beside `updated_at`. `sha256` is of the job file's content as it was read."""
 
+_OPEN = ("queued", "running")
+"""States of files that something is still to come of."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,10 +49,7 @@ class WatchOptions(NamedTuple):
 
 
 class Inbox:
-    """Brings job files to an engine, and its news back beside them.
-
-    As a context it says of jobs that were interrupted that they wait.
-    """
+    """Brings job files to an engine, and its news back beside them."""
 
     def __init__(self, options: WatchOptions, engine: Lead, say: Callable[[str], None]):
         self._options = options
@@ -60,38 +60,18 @@ class Inbox:
         self._is_settled = False
         self._warnings: set[str] = set()
         self._states = dict(self._read_states())
-        self._written = {path: dict(state) for path, state in self._states.items()}
-
-    def __enter__(self) -> Inbox:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        reason = "the run was interrupted; it goes on with --resume"
-        for state in self._states.values():
-            if state["job"] in self._engine.jobs:
-                self._tell_progress(state)
-                state |= {"state": "queued", "reason": reason}
-        self._write_states()
 
     def between_steps(self, engine: Lead) -> None:
         """Look for files if it is time, and wait for some when no job trains."""
         if time.monotonic() >= self._next_look:
             self.look()
-        while not (engine.jobs or engine.is_interrupted or self._is_over):
+        while not (engine.jobs or engine.is_interrupted or self._is_over()):
             engine.save_if_due(may_wait=True)
             time.sleep(LOOK_S)
             self.look()
 
-    @property
-    def _is_over(self) -> bool:
-        """Whether every file is dealt with, and nobody waits for more."""
-        is_idle = all(
-            state["state"] not in ("queued", "running") for state in self._states.values()
-        )
-        return self._options.exit_when_idle and is_idle and self._is_settled
-
     def look(self) -> None:
-        """Take in new and deleted files, and write what has changed."""
+        """Take in new, edited and deleted files, and write how jobs get on."""
         now = time.monotonic()
         self._next_look = now + LOOK_S
         try:
@@ -103,22 +83,33 @@ class Inbox:
         # Some editors rename a file and write it again: it is gone when two looks have missed it.
         for path in self._states.keys() - hashes.keys() - before.keys():
             self._forget(path)
-        is_progress_due = now >= self._next_progress
-        if is_progress_due:
+        if is_progress_due := now >= self._next_progress:
             self._next_progress = now + PROGRESS_S
         for path, content in hashes.items():
-            new = {"file": path.name, "state": "queued", "step": 0, "queued_at": _now()}
-            state = self._states.setdefault(path, dict.fromkeys(_KEYS) | new)
-            if state["job"] in self._engine.jobs:
+            state = self._states.get(path, {})
+            if (name := state.get("job")) in self._engine.jobs:
                 if is_progress_due or state["state"] != "running":
-                    self._tell_progress(state)
-            elif state["state"] in ("queued", "running") and state["job"] is not None:
-                self._end(path, self._engine.results[state["job"]])
+                    self._write(path, state="running", reason=None, **self._progress(name))
+            elif name is not None and state["state"] in _OPEN:
+                self._end(path, self._engine.results[name])
+            elif not state:
+                self._write(path, state="queued", queued_at=_now())
             elif before.get(path, "") != content:  # it is being written
                 continue
             elif state["state"] == "queued" or content not in (state["sha256"], None):
-                self._submit(path, state | new | {"sha256": content})
-        self._write_states()
+                self._submit(path, content)
+
+    def close(self) -> None:
+        """Say of jobs that were interrupted that they wait."""
+        reason = "the run was interrupted; it goes on with --resume"
+        for path, state in self._states.items():
+            if (name := state["job"]) in self._engine.jobs:
+                self._write(path, state="queued", reason=reason, **self._progress(name))
+
+    def _is_over(self) -> bool:
+        """Whether every file is dealt with, and nobody waits for more."""
+        is_idle = all(state["state"] not in _OPEN for state in self._states.values())
+        return self._options.exit_when_idle and is_idle and self._is_settled
 
     def _read_states(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Read what earlier runs left: states of this run's jobs, and of files that are done.
@@ -135,63 +126,68 @@ class Inbox:
                     state["job"] = state["job"] if is_of_this_run else None
                     yield file.with_name(file.name.replace(".state.json", ".yaml")), state
 
-    def _submit(self, path: Path, state: dict[str, Any]) -> None:
+    def _submit(self, path: Path, content: str | None) -> None:
         """Let a file's job join; whatever is wrong with it is told in its state."""
-        self._states[path] = state
+        began: dict[str, Any] = {"queued_at": self._states[path]["queued_at"], "sha256": content}
+        self._states[path] = dict.fromkeys(_KEYS) | {"file": path.name, "step": 0} | began
         try:
             config = load_job_config(path)
             if config.name in self._engine.jobs or config.name in self._engine.results:
                 raise ConfigError(f"job name must be new in this run, got {config.name!r} again")
-            job = self._engine.build(config, reads_data=True)
-            self._engine.add(job, overwrite=self._options.overwrite)
+            self._engine.add(self._engine.build(config), overwrite=self._options.overwrite)
         except Exception as error:
             reason = str(error)
             if not isinstance(error, LoraloomError):
                 reason = f"{type(error).__name__}: {shown(reason)}"
                 _log.error("%s failed", path, exc_info=error)
             self._say(f"{path}: failed: {reason}")
-            state |= {"state": "failed", "job": None, "reason": reason, "ended_at": _now()}
+            self._write(path, state="failed", reason=reason, ended_at=_now())
         else:
             self._say(f"{path}: job {config.name} joins")
-            state |= {"job": config.name, "started_at": _now()}
-            self._tell_progress(state)
+            progress = self._progress(config.name)
+            self._write(path, state="running", job=config.name, started_at=_now(), **progress)
 
-    def _tell_progress(self, state: dict[str, Any]) -> None:
-        job = self._engine.jobs[state["job"]]
-        state |= {"state": "running", "reason": None, "step": job.position.step}
-        state |= {"total_steps": job.total_steps, "loss": job.position.last_loss}
+    def _progress(self, name: str) -> dict[str, Any]:
+        job = self._engine.jobs[name]
+        position = job.position
+        return {"step": position.step, "total_steps": job.total_steps, "loss": position.last_loss}
 
     def _end(self, path: Path, result: JobResult) -> None:
         """Say what became of a job. What was edited while it trained has no effect."""
-        is_done, reason = result.status in ("finished", "stopped early"), result.stop_reason
-        if result.status == "stopped early":
+        state, reason = result.status, result.error or result.stop_reason
+        if state == "stopped early":
             reason = "its metric no longer got better"
-        self._states[path] |= {
-            **{"state": "done" if is_done else result.status, "reason": result.error or reason},
-            **{"step": result.steps, "ended_at": _now(), "result": result.directory},
-            "sha256": self._hashes.get(path),
-        }
+        self._write(
+            path,
+            state="done" if state in ("finished", "stopped early") else state,
+            reason=reason,
+            step=result.steps,
+            ended_at=_now(),
+            result=result.directory,
+            sha256=self._hashes.get(path),
+        )
 
     def _forget(self, path: Path) -> None:
         """Follow a file's deletion: its job is stopped, or no longer waits."""
         state = self._states[path]
         if state["job"] in self._engine.jobs:
             self._end(path, self._engine.stop(state["job"], f"its file {path} was deleted"))
-            self._write_states()
         elif state["state"] == "queued":
             with suppress(OSError):
                 _state_file(path).unlink(missing_ok=True)
         del self._states[path]
-        self._written.pop(path, None)
 
-    def _write_states(self) -> None:
-        for path, state in self._states.items():
-            if state != self._written.get(path):
-                try:
-                    write_json(_state_file(path), state | {"updated_at": _now()})
-                    self._written[path] = dict(state)
-                except OSError as error:
-                    self._warn_once(f"{path} has a state file that can't be written: {error}")
+    def _write(self, path: Path, **changes: Any) -> None:
+        """Change a file's state, and write it if that is new."""
+        new = dict.fromkeys(_KEYS) | {"file": path.name, "step": 0}
+        state = self._states.setdefault(path, new)
+        if changes.items() <= state.items():
+            return
+        state |= changes
+        try:
+            write_json(_state_file(path), state | {"updated_at": _now()})
+        except OSError as error:
+            self._warn_once(f"{path} has a state file that can't be written: {error}")
 
     def _warn_once(self, warning: str) -> None:
         if warning not in self._warnings:

@@ -135,7 +135,7 @@ def train(
         if watch is not None:  # the last one, as it may wait
             inbox = Inbox(watch, setup.lead, progress.message)
             if ranks.is_first:
-                stack.enter_context(inbox)
+                stack.callback(inbox.close)
             callbacks.append(setup.lead.between_steps(inbox.between_steps))
         results = setup.engine.run(*callbacks)
         if sweep is not None and ranks.is_first:
