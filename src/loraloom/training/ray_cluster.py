@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -75,9 +75,12 @@ def _connect(ray: Any, address: str) -> None:
         if address != "auto":
             _check_reachable(address)
             options["address"] = address
-        elif _runs_here(ray):
-            options["address"] = "auto"
-        else:
+        else:  # one that runs here and that others may join: another run's is its own
+            with suppress(ConfigError, OSError):
+                found = ray._private.services.canonicalize_bootstrap_address("auto")
+                _check_reachable(found or "")
+                options["address"] = "auto"
+        if "address" not in options:
             # Without this, Ray takes the machine's address on the network in place of the loopback,
             # and its servers listen to everybody.
             ray_constants.ENABLE_RAY_CLUSTER = False
@@ -93,15 +96,6 @@ def _connect(ray: Any, address: str) -> None:
         ) from None
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = may_serve_others
-
-
-def _runs_here(ray: Any) -> bool:
-    """Whether a cluster runs on this machine that others may join: another run's is its own."""
-    try:
-        _check_reachable(ray._private.services.canonicalize_bootstrap_address("auto") or "")
-    except (ConfigError, OSError):
-        return False
-    return True
 
 
 def _check_reachable(address: str) -> None:
