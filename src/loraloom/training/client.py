@@ -223,6 +223,7 @@ class TrainingClient:
                 f"adapter {self.name}: optim_step needs a gradient; call forward_backward"
             )
         if scale is not None:
+            # Before clipping, whose bound is on the gradient that the optimizer sees.
             scale.unscale(weights)
         grad_norm = optimizers.clip_gradients(weights, max_grad_norm)
         is_skipped = scale is not None and not scale.takes(grad_norm)
@@ -258,6 +259,7 @@ class TrainingClient:
         if num_samples < 1:
             raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
         sampling = sampling or SamplingConfig()
+        # Another seed in each call: equal calls would draw the same completions.
         self._draws += 1
         seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})
@@ -321,6 +323,7 @@ class TrainingClient:
         self._optimizer.state.clear()
         self._take_off()
         _OPEN.discard(self)
+        # A reference may also hold what other clients of this host train.
         clients = [client for client in _OPEN if client.host is self.host]
         others = [one for client in clients for one in client.references.values()]
         for reference in self.references.values():

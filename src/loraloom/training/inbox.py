@@ -79,6 +79,7 @@ class Inbox:
         except OSError as error:  # no file was deleted then
             return self._warn_once(f"{self._options.path} can't be read, jobs go on: {error}")
         before, self._hashes = self._hashes, hashes
+        # A file that was edited a moment ago is not dealt with, whatever its last state says.
         self._is_settled = before == hashes
         # Some editors rename a file and write it again: it is gone when two looks have missed it.
         for path in self._states.keys() - hashes.keys() - before.keys():

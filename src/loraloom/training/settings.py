@@ -231,7 +231,8 @@ class TrainConfig(OptimizerConfig):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         scheduler, args = self.lr_scheduler, self.lr_scheduler_args
-        if args and scheduler in ("constant", "constant_with_warmup"):  # transformers ignores them
+        # transformers ignores arguments of these two.
+        if args and scheduler in ("constant", "constant_with_warmup"):
             yield f"lr_scheduler_args must hold nothing for {scheduler}, got {args}"
         for reserved in sorted({"mode", "last_epoch"} & args.keys()):
             yield f"lr_scheduler_args must not hold {reserved}: the job sets it"
@@ -504,6 +505,7 @@ class RunConfig(BaseModelConfig):
         if None not in lengths:
             yield from stopping.reach_faults(max(length or 0 for length in lengths))
 
+    # Drawn once: the check of a run file has all of them built, and the run trains these.
     @cached_property
     def trials(self) -> tuple[Trial, ...]:
         """The jobs of the sweep that are known beforehand: all but TPE's later ones."""
@@ -547,6 +549,7 @@ class RunConfig(BaseModelConfig):
         return tuple(job for job in self.all_jobs if job.name not in later)
 
 
+# The union of all methods is part of both models, so they are built again.
 @when_registered
 def _take_further_methods() -> None:
     JobConfig.model_fields["adapter"].annotation = any_method()

@@ -170,6 +170,7 @@ class Sweep:
             for trial, name in self._own():
                 if trial.state == TrialState.RUNNING:
                     self._report(trial, name)
+            # All report before any is judged: jobs of a fused step come to a rung together.
             for trial, name in self._own():
                 self._judge(trial, name)
             self._fill()

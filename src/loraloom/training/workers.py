@@ -86,6 +86,7 @@ class Worker:
         self._setup: Setup | None = None
         os.chdir(self.directory)
 
+    # `mark` is made by the driver in output_dir: a machine that doesn't see it has other storage.
     def prepare(self, mark: Path | None, resume: bool) -> LoraloomError | None:
         """Load the base model and build the jobs, to see what is wrong with them."""
         if mark is not None and not mark.exists():
@@ -127,6 +128,7 @@ class Worker:
 
     def news(self) -> list[tuple[Any, ...]]:
         """Say what has happened since the last time, after a moment."""
+        # The driver asks again at once: without a pause, both would do nothing else.
         time.sleep(NEWS_S)
         calls, self._progress.calls = self._progress.calls, []
         return calls
