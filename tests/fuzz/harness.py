@@ -115,10 +115,10 @@ def mutated(draw: st.DrawFn, value: Any, most: int = 3) -> Any:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, child in list(items) if isinstance(value, dict | list) else ():
-        yield value, key
-        yield from _places(child)
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from _places(value[key])
 
 
 @st.composite

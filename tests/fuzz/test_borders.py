@@ -67,7 +67,11 @@ RUN = {
             "train": {"max_steps": 9, "lr_scheduler": "cosine", "objective": {"name": "sft"}},
         },
     ],
-    "sweep": {"job": "b", "parameters": {"adapter.rank": [4, 8]}, "metric": "eval/loss"},
+    "sweep": {
+        "job": "a",
+        "parameters": {"adapter.rank": [4, 8]},
+        "metric": "eval/boolq/accuracy",
+    },
 }
 
 
