@@ -179,7 +179,7 @@ class Evaluation:
             if job.reference is not None:
                 references = torch.tensor(job.reference.of(rows[job.name]), dtype=torch.float64)
             scored = ScoredSamples(torch.cat(log_probs), list(map(len, log_probs)), references)
-            terms = job.objective.terms(scored, count_totals(job.training_set.validation))
+            terms = job.objective(scored, count_totals(job.training_set.validation))
             values = {"loss": terms.loss, **terms.metrics}
             metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values.items()}
         for config in dict.fromkeys(config for job in jobs for config in job.config.eval):

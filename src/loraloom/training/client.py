@@ -37,10 +37,10 @@ from loraloom.ops.dropout import sample_key
 from loraloom.training.settings import CpoConfig, DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step import objectives, optimizers
 from loraloom.training.step.requests import (
-    CustomObjective,
     ForwardBackwardOutput,
     LossFunction,
     Request,
+    custom_objective,
     number_rows,
     run_requests,
 )
@@ -174,7 +174,7 @@ class TrainingClient:
         `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
         It returns a scalar loss that depends on these, and metrics.
         """
-        key, objective = self._next_sample_key(), CustomObjective(data, loss_fn)
+        key, objective = self._next_sample_key(), custom_objective(data, loss_fn)
         request = Request(self.adapter, data, objective, key, loss_scale=self._loss_factor)
         return run_requests(self.host, [request], self.pad_id)[0]
 

@@ -74,7 +74,7 @@ class Engine:
         self._is_checkpoint_due = False
         self._no_checkpoint_before = 0.0
         self._reporter = Reporter(directory, progress, trackers)
-        self._interruption = Interruption(partial(self._reporter.message, NOTICE))
+        self.interruption = Interruption(partial(self._reporter.message, NOTICE))
         self._runner = RoundRunner(host, evaluation.pad_id, memory_limit, self._reporter.message)
         self._started_at = time.monotonic()
         for job in jobs:
@@ -95,22 +95,16 @@ class Engine:
         """Wall time of the training, earlier parts of a resumed one included."""
         return time.monotonic() - self._started_at
 
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether Ctrl-C or SIGTERM came: the run ends after what is being done."""
-        return self._interruption.requested
-
-    def interrupt(self) -> None:
-        """End the run after what is being done, as Ctrl-C does; from another thread."""
-        self._interruption.requested = True
-
     def run(self, *between_steps: Callable[[Engine], None]) -> list[JobResult]:
         """Train until all jobs are done."""
-        with self._reporter.showing(self.jobs.values()), self._interruption:
+        with self._reporter.showing(self.jobs.values()), self.interruption:
             is_ending = self._must_end()
             while not is_ending:
                 self._evaluate_due()
-                self._close_complete()
+                for job in [job for job in self.jobs.values() if job.is_complete]:
+                    if self._has_sound_weights(job) and self.close(job).error is None:
+                        directory = self._directory.job(job.name)
+                        self._reporter.message(f"{job.name}: done, {directory}")
                 for callback in between_steps:
                     callback(self)
                 self.save_if_due(may_wait=bool(self.jobs))
@@ -126,7 +120,7 @@ class Engine:
                     self._reporter.message("saved; --resume goes on from here")
                 except TrainingError as error:
                     self._reporter.message(f"error: {error}; --resume goes on from the one before")
-                self._interruption.end()
+                self.interruption.end()
         return list(self.results.values())
 
     def recall(self, name: str) -> bool:
@@ -225,7 +219,13 @@ class Engine:
                     if isinstance(outcome, Exception):
                         raise outcome
                     if job.take_evaluation(outcome):
-                        self._write_best(job)
+                        try:
+                            self._directory.write_best(self.host, job)
+                        except (LoraloomError, OSError) as error:
+                            self._reporter.message(
+                                f"warning: job {job.name}: {error}; its best weights are kept, "
+                                "they are written at its end"
+                            )
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -269,17 +269,21 @@ class Engine:
         # Before a job has begun, the seed says it all.
         states = {name: job.state_dict() for name, job in self.jobs.items() if job.has_begun}
         states |= self._unwritten
-        journal = self._directory.sweep_journal
+        journal, records = self._directory.sweep_journal, {}
         try:
-            checkpoint = Checkpoint(
-                self.round,
-                self.seconds,
-                describe_base(self.host),
-                {name: self._record(name) for name in self._records},
-                sweep_bytes=journal.stat().st_size if journal.exists() else 0,
-            )
+            for name, record in self._records.items():
+                records[name] = replace(
+                    record,
+                    metrics_bytes=self._reporter.metrics_bytes(name),
+                    sha256=None,
+                    scheduler_pass=self.jobs[name].scheduler_pass if name in self.jobs else 0.0,
+                    result=None if name in self._unwritten else record.result,
+                )
+            journal_bytes = journal.stat().st_size if journal.exists() else 0
         except OSError as error:
             raise TrainingError(f"a checkpoint can't be written: {error}") from error
+        base = describe_base(self.host)
+        checkpoint = Checkpoint(self.round, self.seconds, base, records, journal_bytes)
         self._directory.write_checkpoint(checkpoint, states, keep=self._keep if states else 1)
         self._is_checkpoint_due = False
 
@@ -318,17 +322,6 @@ class Engine:
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
 
-    def _record(self, name: str) -> JobRecord:
-        """Return what a checkpoint says of a job."""
-        job, record = self.jobs.get(name), self._records[name]
-        return replace(
-            record,
-            metrics_bytes=self._reporter.metrics_bytes(name),
-            sha256=None,
-            scheduler_pass=0.0 if job is None else job.scheduler_pass,
-            result=None if name in self._unwritten else record.result,
-        )
-
     def _own_checkpoint(self, name: str) -> Checkpoint | None:
         if not self._directory.by_job:
             return None
@@ -365,28 +358,12 @@ class Engine:
 
     def _must_end(self) -> bool:
         """Whether any rank was interrupted; signals come to them one after the other."""
-        return self.host.ranks.any(self.is_interrupted)
-
-    def _write_best(self, job: Job) -> None:
-        try:
-            self._directory.write_best(self.host, job)
-        except (LoraloomError, OSError) as error:
-            self._reporter.message(
-                f"warning: job {job.name}: {error}; its best weights are kept, they are written at "
-                "its end"
-            )
+        return self.host.ranks.any(self.interruption.requested)
 
     def _evaluate_due(self) -> None:
         due = [job for job in self.jobs.values() if job.is_evaluation_due]
         if due:
             self.evaluate(due)
-
-    def _close_complete(self) -> None:
-        for job in [job for job in self.jobs.values() if job.is_complete]:
-            if self._has_sound_weights(job):
-                result = self.close(job)
-                if result.error is None:
-                    self._reporter.message(f"{job.name}: done, {result.directory}")
 
     def _has_sound_weights(self, job: Job) -> bool:
         """Check a job's weights; end it if they are not finite."""

@@ -39,7 +39,7 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Read what a launcher says of this process; of a process group, if there is one already."""
+    """Read what a launcher, or a process group that is there, says of this process."""
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         local = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
@@ -147,7 +147,7 @@ class Lead:
     @property
     def is_interrupted(self) -> bool:
         """Whether this rank was interrupted, or told of another one that was."""
-        return self._heard_of_interruption or self.engine.is_interrupted
+        return self._heard_of_interruption or self.engine.interruption.requested
 
     def between_steps(self, decide: Callable[[Lead], None]) -> Callable[[Engine], None]:
         """Make a callback for the engine of each rank; `decide` is called on the first one."""
@@ -184,7 +184,7 @@ class Lead:
 
     def _tell(self, *action: Any) -> list[Any]:
         """Exchange actions among the ranks, and return that of the first one."""
-        told = self._ranks.gather([self.engine.is_interrupted, *action])
+        told = self._ranks.gather([self.engine.interruption.requested, *action])
         self._heard_of_interruption = any(is_interrupted for is_interrupted, *_ in told)
         return told[0][1:]
 

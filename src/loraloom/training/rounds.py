@@ -58,7 +58,8 @@ class RoundRunner:
         say: Callable[[str], None] = _log.warning,
     ):
         self.max_tokens: int | None = None  # of a forward, with padding, since memory ran out
-        self._memory = MemoryWatch(host, memory_limit)
+        self._limit = memory_limit  # of base model, adapters and step; None: what the device has
+        self._learning: set[str] = set()  # adapters whose optimizers have states
         self._say = say
         self._host = host
         self._pad_id = pad_id
@@ -108,7 +109,7 @@ class RoundRunner:
         """Return what a forward gives or raises; None where memory runs out."""
         adapters = [batch.adapter for batch in batches]
         try:
-            with gradients_set_aside(adapters), self._memory.watching(adapters, tokens):
+            with gradients_set_aside(adapters), self._watching(adapters, tokens):
                 return forward_backward(self._host, batches, self._pad_id)
         except torch.OutOfMemoryError:
             pass
@@ -116,6 +117,65 @@ class RoundRunner:
             return error
         free_memory()  # the error, which holds on to the activations, is gone by now
         return None
+
+    @cached_property
+    def _uncounted(self) -> int:
+        """What else is in the process, and may still be: libraries and data."""
+        counted = base_bytes(self._host) + adapter_bytes(self._host)
+        return _used_bytes(self._host.device) - counted + _RESERVE_BYTES
+
+    @contextmanager
+    def _watching(self, adapters: Sequence[Adapter], num_tokens: int) -> Iterator[None]:
+        """Raise an OutOfMemoryError in a forward while its backward pass still has room.
+
+        On a CPU no allocation fails: the system kills the process. So what is left is looked at
+        between decoder layers, and what those to come will take follows from those before.
+        """
+        host = self._host
+        # Where a forward takes all ranks, one can't leave it.
+        if host.ranks.in_lockstep or (self._limit is None and host.device.type == "cuda"):
+            yield
+            return
+        layers = list(host.model.get_submodule(host.base.layers_path).children())
+        sizes = {adapter.name: _bytes_of(adapter.parameters()) for adapter in adapters}
+        new = sum(size for name, size in sizes.items() if name not in self._learning)
+        backward = sum(sizes.values()) + _LEARNING_COPIES * new
+        backward += 2 * _loss_bytes(host, num_tokens, adapters)
+        seen: list[int] = []
+
+        def look(place: int, index: int, *_: Any) -> None:
+            needed, left = backward, self._bytes_left()
+            if place == len(seen):  # not when a checkpointed layer is computed again
+                seen.append(left)
+                # What malloc keeps of earlier forwards hides what the first layers take.
+                taken = max(0, seen[0] - left) // max(1, index)
+                needed += host.ranks.local_size * taken * (len(layers) - index)
+            if left < needed and self._bytes_left(trim=True) < needed:
+                raise torch.OutOfMemoryError(f"{_in_gb(left)} left, {_in_gb(needed)} needed")
+
+        # A look takes 0.1 ms, so that not every layer of many has one.
+        watched = {0, min(1, len(layers) - 1), *range(0, len(layers), 1 + len(layers) // 10)}
+        hooks = [
+            layers[index].register_forward_pre_hook(partial(look, place, index))
+            for place, index in enumerate(sorted(watched))
+        ]
+        try:
+            yield
+            self._learning |= sizes.keys()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _bytes_left(self, *, trim: bool = False) -> int:
+        """Return what a step may still take; what malloc holds on to is given back with `trim`."""
+        if trim and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+        available, left = available_bytes(self._host.device), sys.maxsize
+        if available is not None:
+            left = available - _RESERVE_BYTES
+        if self._limit is not None:
+            left = min(left, self._limit - _used_bytes(self._host.device) + self._uncounted)
+        return left
 
     def raise_if_general(self, fault: Exception) -> None:
         """Raise an error again if it also affects the base model (a lost device, for example)."""
@@ -209,75 +269,6 @@ def available_bytes(device: torch.device) -> int | None:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available if device.type in ("cpu", "mps") else None
-
-
-class MemoryWatch:
-    """Ends a training forward while its backward pass still has room.
-
-    On a CPU no allocation fails: the system kills the process. So what is left is looked at
-    between decoder layers, and what the layers to come will take follows from those before. The
-    limit is of base model, adapters and step; None is what the device has.
-    """
-
-    def __init__(self, host: Host, limit: int | None):
-        self._host = host
-        self._limit = limit
-        self._known: set[str] = set()  # adapters that have learnt: their states are there
-
-    @cached_property
-    def _uncounted(self) -> int:
-        """What else is in the process, and may still be: libraries and data."""
-        counted = base_bytes(self._host) + adapter_bytes(self._host)
-        return _used_bytes(self._host.device) - counted + _RESERVE_BYTES
-
-    @contextmanager
-    def watching(self, adapters: Sequence[Adapter], num_tokens: int) -> Iterator[None]:
-        """Raise an OutOfMemoryError in a forward of so many tokens that would take too much."""
-        host = self._host
-        # Where a forward takes all ranks, one can't leave it.
-        if host.ranks.in_lockstep or (self._limit is None and host.device.type == "cuda"):
-            yield
-            return
-        layers = list(host.model.get_submodule(host.base.layers_path).children())
-        sizes = {adapter.name: _bytes_of(adapter.parameters()) for adapter in adapters}
-        new = sum(size for name, size in sizes.items() if name not in self._known)
-        backward = sum(sizes.values()) + _LEARNING_COPIES * new
-        backward += 2 * _loss_bytes(host, num_tokens, adapters)
-        seen: list[int] = []
-
-        def look(place: int, index: int, *_: Any) -> None:
-            needed, left = backward, self._bytes_left()
-            if place == len(seen):  # not when a checkpointed layer is computed again
-                seen.append(left)
-                # What malloc keeps of earlier forwards hides what the first layers take.
-                taken = max(0, seen[0] - left) // max(1, index)
-                needed += host.ranks.local_size * taken * (len(layers) - index)
-            if left < needed and self._bytes_left(trim=True) < needed:
-                raise torch.OutOfMemoryError(f"{_in_gb(left)} left, {_in_gb(needed)} needed")
-
-        # A look takes 0.1 ms, so that not every layer of many has one.
-        watched = {0, min(1, len(layers) - 1), *range(0, len(layers), 1 + len(layers) // 10)}
-        hooks = [
-            layers[index].register_forward_pre_hook(partial(look, place, index))
-            for place, index in enumerate(sorted(watched))
-        ]
-        try:
-            yield
-            self._known |= sizes.keys()
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _bytes_left(self, *, trim: bool = False) -> int:
-        """Return what a step may still take; what malloc holds on to is given back with `trim`."""
-        if trim and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
-        available, left = available_bytes(self._host.device), sys.maxsize
-        if available is not None:
-            left = available - _RESERVE_BYTES
-        if self._limit is not None:
-            left = min(left, self._limit - _used_bytes(self._host.device) + self._uncounted)
-        return left
 
 
 def _used_bytes(device: torch.device) -> int:

@@ -23,7 +23,6 @@ from loraloom.training.builder import Evaluation, JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions, sole_trainer
 from loraloom.training.parallel import (
-    Launch,
     Lead,
     check_adds_up,
     joined_ranks,
@@ -95,17 +94,24 @@ def train(
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     options = {"resume": resume, "overwrite": overwrite}
     if ray is not None:
-        _check_goes_with_ray(launch, watch, base, between_steps)
+        given = {"--watch": watch, "base": base, "between_steps": between_steps}
+        given["torchrun"] = launch if launch.size > 1 else None
+        if others := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"--ray does not go with {', '.join(others)}; leave one of them out")
         from loraloom.training.workers import train_with_ray  # it needs Ray
 
         return train_with_ray(run, ray, ray_workers, progress=progress, command=command, **options)
-    is_sharded = run.parallel.base == "fsdp" and launch.size > 1
-    if is_sharded:
-        _check_can_be_sharded(run, base)
+    if run.parallel.base == "fsdp" and launch.size > 1 and (base or run.quantization):
+        raise ConfigError(
+            "parallel.base: fsdp takes a base model apart as it is loaded, in floating point, got "
+            f"{'quantization' if base is None else 'one that is loaded: `base`'}; leave that out, "
+            "or take base: replicated"
+        )
     device = rank_device(run.device, launch)
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
     check_run(run, directory, launch.size, **options)
     with ExitStack() as stack:
+        is_sharded = run.parallel.base == "fsdp" and launch.size > 1
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None and ranks.is_first:
             stack.enter_context(sole_trainer(watch.path))
@@ -113,9 +119,8 @@ def train(
         stack.enter_context(_borrowed(host, ranks))
         if resume and directory.has_checkpoints():
             stack.enter_context(directory.lock())
-        setup = set_up(
-            run, run.first_jobs, (host, tokenizer), directory, progress, command, resume=resume
-        )
+        parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)
+        setup = set_up(*parts, resume=resume)
         _check_alike(ranks, run, setup)
         sweep = None if run.sweep is None else setup.sweep()
         if setup.checkpoint is None:
@@ -125,22 +130,34 @@ def train(
             directory.check(**options)  # another run may have ended now
             directory.prepare([job.name for job in run.all_jobs])
         setup.begin()
-        callbacks: list[Callable[[Engine], None]] = []
-        if sweep is not None:
-            if ranks.is_first:
-                sweep.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
-            callbacks.append(setup.lead.between_steps(sweep.between_steps))
-        if between_steps is not None:
-            callbacks.append(lambda engine: between_steps(engine, setup.builder))
-        if watch is not None:  # the last one, as it may wait
-            inbox = Inbox(watch, setup.lead, progress.message)
-            if ranks.is_first:
-                stack.callback(inbox.close)
-            callbacks.append(setup.lead.between_steps(inbox.between_steps))
-        results = setup.engine.run(*callbacks)
-        if sweep is not None and ranks.is_first:
-            sweep.show(is_over=True)
-        return results
+        return _run(setup, ranks, stack, sweep, between_steps, watch)
+
+
+def _run(
+    setup: Setup,
+    ranks: Ranks,
+    stack: ExitStack,
+    sweep: Sweep | None,
+    between_steps: BetweenSteps | None,
+    watch: WatchOptions | None,
+) -> list[JobResult]:
+    """Train, and let a sweep, a caller and a directory act between two rounds."""
+    callbacks: list[Callable[[Engine], None]] = []
+    if sweep is not None:
+        if ranks.is_first:
+            sweep.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
+        callbacks.append(setup.lead.between_steps(sweep.between_steps))
+    if between_steps is not None:
+        callbacks.append(lambda engine: between_steps(engine, setup.builder))
+    if watch is not None:  # the last one, as it may wait
+        inbox = Inbox(watch, setup.lead, setup.progress.message)
+        if ranks.is_first:
+            stack.callback(inbox.close)
+        callbacks.append(setup.lead.between_steps(inbox.between_steps))
+    results = setup.engine.run(*callbacks)
+    if sweep is not None and ranks.is_first:
+        sweep.show(is_over=True)
+    return results
 
 
 def check_run(
@@ -220,11 +237,10 @@ def set_up(
         kept = {}
         for name, record in checkpoint.jobs.items():
             if name not in in_file and not record.joined_later:
-                if record.result is None:
-                    lines.append(
-                        f"warning: job {name} is no longer in the run file and is left out; put it "
-                        "back to go on with it, before its snapshots are replaced"
-                    )
+                lines.append(
+                    f"warning: job {name} is no longer in the run file and is left out; put it "
+                    "back to go on with it, before its checkpoints are replaced"
+                )
                 continue
             if name not in first and record.result is None:
                 try:
@@ -273,12 +289,10 @@ def _check_same_run(checkpoint: Checkpoint, run: RunConfig, host: Host) -> None:
     base = describe_base(host)
     changed = [f"base {name}" for name, value in base.items() if checkpoint.base.get(name) != value]
     for job in run.all_jobs:
-        record = checkpoint.jobs.get(job.name)
-        if record is not None:  # priority changes no job's result
-            saved, now = (
-                {**settings, "priority": None}
-                for settings in (as_of_now(record.settings), job.model_dump(mode="json"))
-            )
+        if job.name in checkpoint.jobs:
+            saved = as_of_now(checkpoint.jobs[job.name].settings)
+            # It changes no job's result.
+            now = job.model_dump(mode="json") | {"priority": saved.get("priority")}
             changed += [f"job {job.name}: {change}" for change in describe_changes(saved, now)]
     if changed:
         raise ConfigError(
@@ -290,8 +304,7 @@ def _check_same_run(checkpoint: Checkpoint, run: RunConfig, host: Host) -> None:
 def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
     """Return what this version makes of a job's settings that an older one saved.
 
-    Settings that are new have their defaults, and those of `init: eva`, which had no effect on
-    other jobs, are left out.
+    New settings have their defaults; those of `init: eva`, which is gone, had no effect otherwise.
     """
     adapter = {name: value for name, value in settings["adapter"].items() if name != "eva"}
     try:
@@ -312,26 +325,6 @@ def _borrowed(host: Host, ranks: Ranks) -> Iterator[None]:
         raise
     finally:
         host.ranks = before
-
-
-def _check_can_be_sharded(run: RunConfig, base: Base | None) -> None:
-    if base is not None or run.quantization is not None:
-        raise ConfigError(
-            "parallel.base: fsdp takes a base model apart as it is loaded, in floating point, got "
-            f"{'quantization' if base is None else 'one that is loaded: `base`'}; leave that out, "
-            "or take base: replicated"
-        )
-
-
-def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: Any) -> None:
-    """Refuse what workers of a cluster can't do."""
-    given = {"--watch": watch, "base": base, "between_steps": between_steps}
-    given["torchrun"] = launch if launch.size > 1 else None
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name} does not go with --ray, whose workers train; leave one of them out"
-            )
 
 
 def _check_alike(ranks: Ranks, run: RunConfig, setup: Setup) -> None:

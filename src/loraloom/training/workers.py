@@ -136,7 +136,7 @@ class Worker:
     def interrupt(self) -> None:
         """Let the training end, with everything saved."""
         if self._setup is not None:
-            self._setup.engine.interrupt()
+            self._setup.engine.interruption.requested = True
 
 
 def train_with_ray(

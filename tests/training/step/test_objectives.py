@@ -18,7 +18,7 @@ def scored() -> ScoredSamples:
 
 
 def test_sft_is_the_mean_over_labels():
-    terms = build_objective(SftConfig()).terms(scored(), WHOLE)
+    terms = build_objective(SftConfig())(scored(), WHOLE)
     assert float(terms.loss) == pytest.approx(12.25 / 7)
     assert terms.metrics == {}
 
@@ -30,10 +30,10 @@ def test_sft_is_the_mean_over_labels():
 )
 def test_shares_of_micro_batches_add_up(config):
     objective = build_objective(config)
-    whole = objective.terms(scored(), WHOLE)
+    whole = objective(scored(), WHOLE)
     parts = [
-        objective.terms(ScoredSamples(LOG_PROBS[:3], NUM_LABELS[:2], REFERENCES[:2]), WHOLE),
-        objective.terms(ScoredSamples(LOG_PROBS[3:], NUM_LABELS[2:], REFERENCES[2:]), WHOLE),
+        objective(ScoredSamples(LOG_PROBS[:3], NUM_LABELS[:2], REFERENCES[:2]), WHOLE),
+        objective(ScoredSamples(LOG_PROBS[3:], NUM_LABELS[2:], REFERENCES[2:]), WHOLE),
     ]
     torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
     for name, value in whole.metrics.items():

@@ -16,9 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter
-from loraloom.data.tokens import Example, count_labels, first_fit, join_samples
+from loraloom.data.tokens import Example, count_labels, first_fit
 from loraloom.routing.collapse import Choices
 from loraloom.routing.record import RouterName
 from loraloom.training.step.objectives import Objective, Reference
@@ -165,65 +164,34 @@ class RowLayout:
     """Micro-batches in the rows of a fused forward."""
 
     micro_batches: Sequence[MicroBatch]
-    rows: Sequence[Rows]
+    rows: Sequence[Rows]  # of each micro-batch
 
     @cached_property
-    def samples(self) -> list[list[list[Example]]]:
-        """The samples of each micro-batch's rows."""
+    def flat(self) -> list[tuple[MicroBatch, list[int]]]:
+        """Each row with its micro-batch."""
         pairs = zip(self.micro_batches, self.rows, strict=True)
-        return [[[batch.examples[i] for i in row] for row in rows] for batch, rows in pairs]
+        return [(batch, row) for batch, rows in pairs for row in rows]
+
+    @cached_property
+    def samples(self) -> list[list[Example]]:
+        """The samples of each row."""
+        return [[batch.examples[place] for place in row] for batch, row in self.flat]
 
     @property
-    def is_packed(self) -> bool:
-        """Whether a row has several samples."""
-        return any(len(row) > 1 for rows in self.rows for row in rows)
-
-    @property
-    def adapters(self) -> list[str]:
-        """The adapter of each row."""
-        pairs = zip(self.micro_batches, self.rows, strict=True)
-        return [batch.adapter.name for batch, rows in pairs for _ in rows]
-
-    @property
-    def sample_keys(self) -> list[int]:
-        """Each sample's key, row after row."""
-        pairs = zip(self.micro_batches, self.rows, strict=True)
-        return [batch.sample_keys[place] for batch, rows in pairs for row in rows for place in row]
-
-    @property
-    def sample_lengths(self) -> list[list[int]] | None:
-        """Tokens of each row's samples; None where a row is a sample."""
-        if not self.is_packed:
-            return None
-        return [[len(s.input_ids) for s in row] for rows in self.samples for row in rows]
-
-    @property
-    def sample_tokens(self) -> list[list[SampleTokens]]:
-        """Each micro-batch's samples in the order of their tokens, row after row."""
-        return [
-            [SampleTokens(len(s.input_ids), s.expert_group) for row in rows for s in row]
-            for rows in self.samples
-        ]
-
-    def joined(self) -> list[Example]:
-        """Return each row as one example."""
-        return [join_samples(row) for rows in self.samples for row in rows]
+    def computed_tokens(self) -> list[int]:
+        """Tokens of each micro-batch's rows, padding included."""
+        length = max(sum(len(sample.input_ids) for sample in row) for row in self.samples)
+        return [len(rows) * length for rows in self.rows]
 
     def split_losses(self, losses: Tensor) -> list[Tensor]:
         """Cut the losses of all labels, in row order, into those of each micro-batch's examples."""
-        counts = [count_labels(s) for rows in self.samples for row in rows for s in row]
+        counts = [count_labels(sample) for row in self.samples for sample in row]
         pieces = iter(losses.split(counts))
         split = []
         for rows in self.rows:
             by_place = {place: next(pieces) for row in rows for place in row}
             split.append(torch.cat([by_place[place] for place in range(len(by_place))]))
         return split
-
-    @property
-    def computed_tokens(self) -> list[int]:
-        """Tokens of each micro-batch's rows, padding included."""
-        length = max(sum(len(s.input_ids) for s in row) for rows in self.samples for row in rows)
-        return [len(rows) * length for rows in self.rows]
 
 
 def lay_out(micro_batches: Sequence[MicroBatch]) -> RowLayout:

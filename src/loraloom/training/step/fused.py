@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter
-from loraloom.data.tokens import count_labels
+from loraloom.data.tokens import count_labels, join_samples
 from loraloom.generation.rows import collate, example_row, owners
 from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import measure_load, read_statistics
-from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out
 from loraloom.training.step.objectives import ScoredSamples, ask_references
 
 
@@ -46,29 +46,26 @@ def forward_backward(
     ranks = host.ranks
     ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
     layout = lay_out([batch.share(ranks.rank, ranks.size) for batch in micro_batches])
-    rows = [example_row(example) for example in layout.joined()]
+    rows = [example_row(join_samples(samples)) for samples in layout.samples]
+    adapters = [batch.adapter.name for batch, _ in layout.flat]
+    is_packed = any(len(samples) > 1 for samples in layout.samples)
+    lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
     with ranks.together():
         inputs = collate(rows, host.dtype, host.device, pad_id)
         output = host.hidden(
             inputs.input_ids,  # (B, L)
-            None if layout.is_packed else inputs.attention_mask,
-            adapters=layout.adapters,
-            sample_keys=layout.sample_keys,
-            sample_lengths=layout.sample_lengths,
+            None if is_packed else inputs.attention_mask,
+            adapters=adapters,
+            sample_keys=[b.sample_keys[place] for b, row in layout.flat for place in row],
+            sample_lengths=lengths if is_packed else None,
             training=True,
         )
         states = inputs.predicting_states(output.last_hidden_state)  # (N, D)
-        losses = host.token_losses(states, inputs.targets, owners(rows, layout.adapters))  # (N,)
-        pieces = zip(
-            layout.micro_batches,
-            layout.split_losses(losses),
-            layout.sample_tokens,
-            layout.computed_tokens,
-            strict=True,
-        )
+        losses = host.token_losses(states, inputs.targets, owners(rows, adapters))  # (N,)
+        parts = (layout.micro_batches, layout.split_losses(losses), layout.rows)
         shares = [
-            _share(batch, own, output.routing.get(batch.adapter.name), samples, computed_tokens)
-            for batch, own, samples, computed_tokens in pieces
+            _share(batch, own, batch_rows, output.routing.get(batch.adapter.name), tokens)
+            for batch, own, batch_rows, tokens in zip(*parts, layout.computed_tokens, strict=True)
         ]
     for share, micro_batch in zip(shares, micro_batches, strict=True):
         share.add_auxiliary_loss(micro_batch, ranks)
@@ -110,15 +107,17 @@ class _Share:
 def _share(
     batch: MicroBatch,
     token_losses: Tensor,
+    rows: Rows,
     routing: list[LayerRouting] | None,
-    samples: Sequence[SampleTokens],
     computed_tokens: int,
 ) -> _Share:
+    examples = [batch.examples[place] for row in rows for place in row]
+    samples = [SampleTokens(len(one.input_ids), one.expert_group) for one in examples]
     references = None
     if batch.reference is not None:
         references = token_losses.new_tensor(batch.reference.of(batch.examples))
     scored = ScoredSamples(-token_losses, list(map(count_labels, batch.examples)), references)
-    terms = batch.objective.terms(scored, batch.window.totals)
+    terms = batch.objective(scored, batch.window.totals)
     loss, metrics = terms.loss, terms.metrics
     if not batch.counts:
         # The graph stays, as a sharded base needs the same backward pass on all ranks.

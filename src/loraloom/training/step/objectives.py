@@ -5,24 +5,21 @@ Axes: N labels, S samples, P pairs, S = 2P.
 A sample is a row of the forward. Where examples are pairs of answers, samples alternate: a chosen
 one, its rejected one, and so on.
 
-A new objective is a class here, a section in `config/objective.py` and a case of
+A new objective is a function here, a section in `config/objective.py` and a case of
 `build_objective`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import final
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from typing_extensions import override
 
 from loraloom.data.tokens import Example, TrainingExample
 from loraloom.generation.scoring import label_log_probs
@@ -65,25 +62,16 @@ class ObjectiveTerms:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(ABC):
-    """A loss whose shares add up: it does not depend on how a step is cut into micro-batches."""
-
-    @abstractmethod
-    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Compute the samples' share of the loss and the metrics of their whole step."""
+Objective = Callable[[ScoredSamples, StepTotals], ObjectiveTerms]
+"""A loss whose shares add up: it does not depend on how a step is cut into micro-batches."""
 
 
-@final
-class Sft(Objective):
+def sft(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
     """Supervised fine-tuning: the mean of -log p over a step's labels."""
-
-    @override
-    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        return ObjectiveTerms(-scored.log_probs.sum() / max(totals.num_labels, 1))
+    return ObjectiveTerms(-scored.log_probs.sum() / max(totals.num_labels, 1))
 
 
-@final
-class Dpo(Objective):
+def dpo(config: DpoConfig, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
     """Direct preference optimisation against a reference policy.
 
     The mean over pairs of a loss of Δ = log(π/π_ref)(chosen) - log(π/π_ref)(rejected).
@@ -94,27 +82,19 @@ class Dpo(Objective):
         Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Azar et al. 2023, arXiv:2310.12036, eq. 17,
         with lengths divided out as trl 1.16 `DPOTrainer` does on the authors' word.
     """
-
-    def __init__(self, config: DpoConfig):
-        self.config = config
-
-    @override
-    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        assert scored.references is not None, "a DPO job has a reference"
-        beta = self.config.beta
-        log_ratios = scored.sums - scored.references  # (S,)
-        if self.config.loss_type == "ipo":
-            chosen, rejected = _split_pairs(log_ratios / scored.lengths)  # (P,)
-            losses = (chosen - rejected - 1 / (2 * beta)).square()
-        else:
-            chosen, rejected = _split_pairs(log_ratios)
-            losses = _sigmoid_losses(beta * (chosen - rejected), self.config.label_smoothing)
-        metrics = _pair_metrics(beta * log_ratios, scored, totals.num_examples)
-        return ObjectiveTerms(losses.sum() / totals.num_examples, metrics)
+    assert scored.references is not None, "a DPO job has a reference"
+    log_ratios = scored.sums - scored.references  # (S,)
+    if config.loss_type == "ipo":
+        chosen, rejected = _split_pairs(log_ratios / scored.lengths)  # (P,)
+        losses = (chosen - rejected - 1 / (2 * config.beta)).square()
+    else:
+        chosen, rejected = _split_pairs(log_ratios)
+        losses = _sigmoid_losses(config.beta * (chosen - rejected), config.label_smoothing)
+    metrics = _pair_metrics(config.beta * log_ratios, scored, totals.num_examples)
+    return ObjectiveTerms(losses.sum() / totals.num_examples, metrics)
 
 
-@final
-class Cpo(Objective):
+def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
     """Contrastive preference optimisation: a margin without a reference, and a likelihood term.
 
     The mean over pairs of a loss of β(log π(chosen) - log π(rejected)), and α × NLL.
@@ -125,32 +105,26 @@ class Cpo(Objective):
     Source:
         Xu et al. 2024, arXiv:2401.08417, eq. 5; hinge as in m-LoRA 0.2 and trl 1.16 `CPOTrainer`.
     """
-
-    def __init__(self, config: CpoConfig):
-        self.config = config
-
-    @override
-    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        chosen, rejected = _split_pairs(scored.sums)
-        margins = self.config.beta * (chosen - rejected)  # (P,)
-        if self.config.loss_type == "hinge":
-            losses = (1 - margins).relu()
-        else:
-            losses = _sigmoid_losses(margins, self.config.label_smoothing)
-        nll = -chosen.sum() / max(totals.num_chosen_labels, 1)
-        loss = losses.sum() / totals.num_examples + self.config.cpo_alpha * nll
-        metrics = _pair_metrics(self.config.beta * scored.sums, scored, totals.num_examples)
-        return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
+    chosen, rejected = _split_pairs(scored.sums)
+    margins = config.beta * (chosen - rejected)  # (P,)
+    if config.loss_type == "hinge":
+        losses = (1 - margins).relu()
+    else:
+        losses = _sigmoid_losses(margins, config.label_smoothing)
+    nll = -chosen.sum() / max(totals.num_chosen_labels, 1)
+    loss = losses.sum() / totals.num_examples + config.cpo_alpha * nll
+    metrics = _pair_metrics(config.beta * scored.sums, scored, totals.num_examples)
+    return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
 
 
 def build_objective(config: SftConfig | DpoConfig | CpoConfig) -> Objective:
     match config:
         case DpoConfig():
-            return Dpo(config)
+            return partial(dpo, config)
         case CpoConfig():
-            return Cpo(config)
+            return partial(cpo, config)
         case SftConfig():
-            return Sft()
+            return sft
 
 
 def _split_pairs(values: Float[Tensor, " S"]) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import Example, TrainingExample
@@ -53,17 +51,11 @@ class Request:
     loss_scale: Callable[[], float] = lambda: 1.0  # factor of gradients, when they are computed
 
 
-@final
-class CustomObjective(Objective):
-    """A caller's own loss, of all data at once."""
+def custom_objective(data: Sequence[TrainingExample], loss_fn: LossFunction) -> Objective:
+    """Make an objective of a caller's own loss, of all data at once."""
 
-    def __init__(self, data: Sequence[TrainingExample], loss_fn: LossFunction):
-        self._data = data
-        self._loss_fn = loss_fn
-
-    @override
-    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        loss, metrics = self._loss_fn(self._data, scored.by_sample)
+    def terms(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        loss, metrics = loss_fn(data, scored.by_sample)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise TrainingError(
                 "loss_fn must return a scalar tensor that depends on the log-probabilities, and "
@@ -72,19 +64,7 @@ class CustomObjective(Objective):
         values = {name: torch.as_tensor(value).to(loss) for name, value in metrics.items()}
         return ObjectiveTerms(loss.reshape(()), values)
 
-
-@final
-class _Recorder(Objective):
-    """An objective that remembers the log-probabilities that it was asked about."""
-
-    def __init__(self, objective: Objective):
-        self.log_probs: list[Tensor] = []
-        self._objective = objective
-
-    @override
-    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        self.log_probs += [values.detach().cpu() for values in scored.by_sample]
-        return self._objective.terms(scored, totals)
+    return terms
 
 
 def run_requests(
@@ -109,8 +89,8 @@ def run_requests(
             f"requests must each be of another adapter, got {', '.join(names)}; put an adapter's "
             "data into one request, or call run_requests again"
         )
-    recorders = [_Recorder(request.objective) for request in requests]
-    queues = [_micro_batches(*pair) for pair in zip(requests, recorders, strict=True)]
+    log_probs: list[list[Tensor]] = [[] for _ in requests]
+    queues = [_micro_batches(*pair) for pair in zip(requests, log_probs, strict=True)]
     totals = [MicroBatchLoss(0.0) for _ in requests]
     with gradients_set_aside([request.adapter for request in requests]):
         for micro_batches in zip_longest(*queues):
@@ -130,8 +110,8 @@ def run_requests(
     if faults:
         raise TrainingError("\n".join(faults))
     return [
-        ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, recorder.log_probs)
-        for total, recorder in zip(totals, recorders, strict=True)
+        ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, own)
+        for total, own in zip(totals, log_probs, strict=True)
     ]
 
 
@@ -141,7 +121,13 @@ def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
     return [replace(row, sample_id=place) for place, row in enumerate(rows)]
 
 
-def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
+def _micro_batches(request: Request, log_probs: list[Tensor]) -> list[MicroBatch]:
+    """Cut a request's data; what its labels have is kept in `log_probs`."""
+
+    def recorded(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        log_probs.extend(values.detach().cpu() for values in scored.by_sample)
+        return request.objective(scored, totals)
+
     if not request.data:
         raise ConfigError(f"adapter {request.adapter.name}: data must have an example, got none")
     size = len(request.data) if request.micro_batch_size is None else request.micro_batch_size
@@ -156,6 +142,6 @@ def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
     for index in range(window.num_micro_batches):
         examples = [next(rows) for _ in window.micro_batch(index)]
         keys = [request.sample_key(example.sample_id) for example in examples]
-        parts = (request.adapter, examples, keys, window, recorder, request.reference)
+        parts = (request.adapter, examples, keys, window, recorded, request.reference)
         micro_batches.append(MicroBatch(*parts, loss_scale=scale))
     return micro_batches
