@@ -46,28 +46,25 @@ class JobBuilder:
         """
         if reads_data:
             self._sets.clear()
-        before = set(self._host.adapters)
+        host, before = self._host, set(self._host.adapters)
         try:
-            return self._build(config)
+            if config.train.packing:
+                check_takes_packed_rows(host.config)
+            adapter = host.add(config.name, config.adapter, config.seed)
+            if config.start_from is not None:
+                load_start(host, adapter, config.start_from)
+            reference = load_reference(host, config.train.objective)
+            training_set = self._training_set(config)
+            _check_lengths(config, training_set, host.config.max_position_embeddings)
+            adapter.prompt = prompt_form(config.data, self._tokenizer)
+            self._evaluation.read(config)
+            return Job(config, adapter, training_set, reference, make_loss_scale(host))
         except BaseException as error:
-            for name in self._host.adapters.keys() - before:
-                self._host.remove(name)
+            for name in host.adapters.keys() - before:
+                host.remove(name)
             if isinstance(error, LoraloomError):
                 raise type(error)(f"job {config.name}: {error}") from error
             raise
-
-    def _build(self, config: JobConfig) -> Job:
-        if config.train.packing:
-            check_takes_packed_rows(self._host.config)
-        adapter = self._host.add(config.name, config.adapter, config.seed)
-        if config.start_from is not None:
-            load_start(self._host, adapter, config.start_from)
-        reference = load_reference(self._host, config.train.objective)
-        training_set = self._training_set(config)
-        _check_lengths(config, training_set, self._host.config.max_position_embeddings)
-        adapter.prompt = prompt_form(config.data, self._tokenizer)
-        self._evaluation.read(config)
-        return Job(config, adapter, training_set, reference, make_loss_scale(self._host))
 
     def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
         data, length = config.data, config.train.max_length
@@ -110,19 +107,14 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     config, tensors = read_adapter(path_or_hub_id, host.base)
     # What decides how weights are used, and most of what decides their shapes.
     wanted, stored = (
-        {
-            "method": one.method,
-            **one.summary(),
-            "trainable_token_indices": own_parts(one, host.base).tokens,
-        }
+        {"method": one.method, **one.summary(), "tokens": own_parts(one, host.base).tokens}
         for one in (adapter.config, config)
     )
-    changed = [
-        f"{name} is {value!r} and that adapter's {stored.get(name)!r}"
-        for name, value in wanted.items()
-        if stored.get(name) != value
-    ]
-    if changed:
+    differences = (name for name, value in wanted.items() if stored.get(name) != value)
+    if changed := [
+        f"{name} is {wanted[name]!r} and that adapter's {stored.get(name)!r}"
+        for name in differences
+    ]:
         raise ConfigError(
             f"start_from needs an adapter with the job's own settings, got {path_or_hub_id}: "
             f"{'; '.join(changed)}"

@@ -193,7 +193,8 @@ class Job:
             )
         self.optimizer.zero_grad(set_to_none=True)
         if self.reference is not None and isinstance(self.training_set, StreamedSet):
-            self.reference.forget(self.window.examples)  # they never come again
+            # They never come again.
+            self.reference.forget(self.window.examples)
         position.step += 1
         position.micro_step = 0
         position.loss = MicroBatchLoss(0.0)
@@ -223,7 +224,8 @@ class Job:
             position.stopped_early = self.selection.evaluations_since >= patience
         if train.lr_scheduler in SCHEDULERS_ON_METRIC:
             self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
-        if is_best:  # checkpoints have these weights too
+        if is_best:
+            # Checkpoints have these weights too: the files may be those of a later moment.
             tensors = self.adapter.tensors().items()
             self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
         return is_best
@@ -233,13 +235,12 @@ class Job:
             raise self._error("weights must be finite, got inf or nan", self.position.step)
 
     def restore_proven_weights(self) -> None:
-        """Go back to the last weights that gave a finite loss.
-
-        They are the present ones, unless no micro-batch went through them since the last step.
-        """
+        """Go back to the last weights that gave a finite loss."""
+        # They are the present ones, unless no micro-batch went through them since the last step.
         if self._proven is not None:
             copy_all(self.parameters.values(), self._proven)
-            self.position.evaluated_step = -1  # what was measured is of the weights that are gone
+            # What was measured is of the weights that are gone.
+            self.position.evaluated_step = -1
         self.release()
 
     def release(self) -> None:

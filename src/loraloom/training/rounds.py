@@ -115,7 +115,8 @@ class RoundRunner:
             pass
         except Exception as error:
             return error
-        free_memory()  # the error, which holds on to the activations, is gone by now
+        # The error, which holds on to the activations, is gone by now.
+        free_memory()
         return None
 
     @cached_property

@@ -56,10 +56,7 @@ class MicroBatch:
         return self.num_tokens / self.window.num_tokens
 
     def halves(self) -> list[MicroBatch]:
-        """Cut it in two of about the same size, pairs of answers whole; nothing if it has one.
-
-        The step's gradient is complete with neither of them alone.
-        """
+        """Cut it in two of about the same size, pairs of answers whole; nothing if it has one."""
         starts = self._starts
         if len(starts) < 2:
             return []
@@ -71,14 +68,11 @@ class MicroBatch:
         return [replace(self._subset(half), is_last=False) for half in cut]
 
     def share(self, rank: int, num_ranks: int) -> MicroBatch:
-        """Return what one of several ranks computes: every so-many-th example.
-
-        A rank that none is left for gets the shortest one, which doesn't count: all ranks make the
-        same forwards then.
-        """
+        """Return what one of several ranks computes: every so-many-th example."""
         if num_ranks == 1:
             return self
         own = self._starts[rank::num_ranks]
+        # A rank that none is left for computes the shortest, so that all make the same forwards.
         return self._subset(own) if own else replace(self._subset(self._starts[-1:]), counts=False)
 
     @property

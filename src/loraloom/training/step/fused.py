@@ -37,8 +37,7 @@ def forward_backward(
     """Add each micro-batch's gradient to its adapter's.
 
     A loss is the micro-batch's share of its objective over the whole step, so that the gradient
-    does not depend on how the step is cut. A loss that is not finite is left out of the backward
-    pass; its adapter's gradient is of no use then. Gradients are those of losses times their scale.
+    does not depend on how the step is cut. Gradients are those of losses times their scale.
 
     Where the host has several ranks, each computes its share of the rows and gets its summand of
     the gradient, for `sum_gradients`. Losses are those of all.
@@ -71,6 +70,7 @@ def forward_backward(
         share.add_auxiliary_loss(micro_batch, ranks)
     reports = _fetch(micro_batches, shares, ranks)
     with ranks.together(), recovering(host.model):
+        # One that is not finite makes no gradient of use, and would spoil those of others.
         finite = [
             _scaled(share.loss + share.aux_loss, micro_batch.loss_scale)
             for share, report, micro_batch in zip(shares, reports, micro_batches, strict=True)
@@ -159,12 +159,11 @@ def _scaled(loss: Tensor, scale: float) -> Tensor:
 
 
 def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
-    """Add gradients up over all ranks, one adapter after the other.
-
-    A weight that no rank has a gradient of gets none.
-    """
+    """Add gradients up over all ranks."""
     if ranks.size == 1:
         return
+    # One after the other, which takes less memory. A weight that no rank has a gradient of gets
+    # none, as an optimizer takes a zero for a gradient.
     for adapter in adapters:
         weights = [weight for weight in adapter.parameters() if weight.requires_grad]
         with ranks.together():
@@ -178,10 +177,8 @@ def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def gradients_set_aside(adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Add what backward passes give to the gradients that are there, but only if they end.
-
-    They may fail half-way, so they get empty gradients; the others come back in any case.
-    """
+    """Add what backward passes give to the gradients that are there, but only if they end."""
+    # They may fail half-way, so they get empty gradients.
     before = {weight: weight.grad for adapter in adapters for weight in adapter.parameters()}
     for weight in before:
         weight.grad = None

@@ -156,15 +156,12 @@ def _pair_metrics(
 
 @dataclass
 class Reference:
-    """What a job is held at, be it the base model or an adapter beside it.
+    """What a job is held at: the base model (None), or an adapter next to it."""
 
-    No second model is loaded: the reference's rows go through the same base model. What it gives a
-    sample, log p summed over its labels, never changes, so each sample is asked for once, when it
-    is first needed. The name is the adapter's on the host; None is the base model.
-    """
-
+    # No second model is loaded: the reference's rows go through the same base model. What it gives
+    # a sample never changes, so each sample is asked for once, when it is first needed.
     adapter_name: str | None = None
-    log_probs: dict[int, float] = field(default_factory=dict)
+    log_probs: dict[int, float] = field(default_factory=dict)  # summed over a sample's labels
 
     def of(self, examples: Sequence[Example]) -> list[float]:
         return [self.log_probs[example.sample_id] for example in examples]

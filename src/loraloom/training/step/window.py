@@ -30,9 +30,8 @@ class StepTotals:
 class Window:
     """The examples of one step.
 
-    An epoch's last window may have fewer than batch_size. The longest examples come first, so that
-    a micro-batch has examples of similar lengths and little padding. The epoch of streams is always
-    0, as their sample ids go on from pass to pass.
+    The longest examples come first, so that a micro-batch has examples of similar lengths and
+    little padding. The epoch of streams is always 0, as their sample ids go on from pass to pass.
     """
 
     epoch: int
@@ -72,10 +71,7 @@ def longest_row(example: TrainingExample) -> int:
 
 
 class StepOrder:
-    """Windows that are a function of the step alone, so that a job can begin anywhere.
-
-    Each epoch has its own order. An epoch's last window takes what is left.
-    """
+    """Windows that are a function of the step alone, so that a job can begin anywhere."""
 
     def __init__(self, training_set: TrainingSet, config: TrainConfig):
         self.training_set = training_set
@@ -86,11 +82,9 @@ class StepOrder:
 
     @property
     def max_micro_batch_tokens(self) -> int:
-        """Tokens of the longest micro-batch, padding included; if packed, of the longest example.
-
-        How many rows packed examples need is not known in advance.
-        """
+        """Tokens of the longest micro-batch with padding; if packed, of the longest example."""
         examples = self.training_set.examples
+        # How many rows packed examples need is not known in advance.
         if self.config.packing:
             return max(sum(len(row.input_ids) for row in example.rows) for example in examples)
         num_examples = min(self.config.micro_batch_size, self.training_set.epoch_length)
