@@ -167,7 +167,7 @@ def _read(directory: Path) -> Checkpoint:
     body = read_json(directory / MANIFEST)
     if not isinstance(body, dict) or body.pop("checksum", None) != _json_hash(body):
         raise ValueError(f"{MANIFEST} was changed")
-    checkpoint = _CHECKPOINT.validate_python({**body, "directory": directory})
+    checkpoint = _CHECKPOINT.validate_python({**body, "directory": directory, "files": {}})
     for name, record in checkpoint.jobs.items():
         file = directory / f"{check_name(name)}.pt"
         if record.sha256 is not None and _file_hash(file) != record.sha256:
