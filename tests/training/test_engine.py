@@ -95,7 +95,7 @@ def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatc
     for path, of_step in (
         (directory.job("a"), 2),
         (directory.best("a"), 2),
-        (directory.last("a"), 3),
+        (directory.best("a").with_name("last"), 3),
     ):
         _, tensors = read_adapter(path, base)
         expected = weights_after[of_step]
