@@ -16,21 +16,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from loraloom.errors import ConfigError
 
 _SUFFIX = ".writing"
 _NUM_CHARACTERS = 16
-_IS_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside, sync it and put it in its place.
+    """Write a file aside, sync it and put it in its place; of a link, its target stays."""
 
-    A link at the place is replaced, and what it points to stays.
-    """
-    write_file(path, lambda aside: _create(aside, text))
+    def create(aside: Path) -> None:
+        with aside.open("x", encoding="utf-8") as file:  # a link that is there is an error
+            file.write(text)
+
+    write_file(path, create)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,22 +48,30 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
-def append_text(path: Path, text: str) -> None:
-    """Append to a file, which is made when missing, and flush it to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-    sync(path)
+def write_output(path: Path, text: str) -> None:
+    """Write a result that the user asked for; see `write_text`."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error}") from error
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a directory aside, sync it and put it in its place."""
+    """Fill a directory aside, sync it and put it in its place. Several processes may do so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging(path.parent) as aside:
         fill(aside)
-        for file in aside.rglob("*"):
+        for file in (*aside.rglob("*"), aside):
             sync(file)
-        sync(aside)
-        _replace_directory(aside, path)
+        while True:
+            try:
+                os.replace(aside, path)
+                break
+            except OSError as error:  # no directory replaces a file or a directory with files
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            with _aside(path.parent) as old, suppress(FileNotFoundError):
+                os.replace(path, old)
     sync(path.parent)
 
 
@@ -72,6 +81,24 @@ def staging(directory: Path) -> Iterator[Path]:
     with _aside(directory) as aside:
         aside.mkdir()
         yield aside
+
+
+@contextmanager
+def _aside(directory: Path) -> Iterator[Path]:
+    """Name a path in a directory for what is on its way; what is there at the end goes."""
+    aside = directory / f".{secrets.token_hex(_NUM_CHARACTERS // 2)}{_SUFFIX}"
+    try:
+        yield aside
+    finally:
+        with suppress(OSError):
+            remove(aside)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a file, which is made when missing, and flush it to the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+    sync(path)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -94,19 +121,14 @@ def cut_torn_line(path: Path, max_bytes: int | None = None) -> None:
         return
     with path.open("r+b") as file:
         length = file.seek(0, os.SEEK_END)
-        kept = _line_end(file, length if max_bytes is None else min(length, max_bytes))
+        kept = length if max_bytes is None else min(length, max_bytes)
+        while kept > 0:
+            file.seek(kept - 1)
+            if file.read(1) == b"\n":
+                break
+            kept -= 1
         if kept < length:
             file.truncate(kept)
-
-
-def _line_end(file: BinaryIO, stop: int) -> int:
-    """Find where the last whole line before a place ends."""
-    while stop > 0:
-        file.seek(stop - 1)
-        if file.read(1) == b"\n":
-            break
-        stop -= 1
-    return stop
 
 
 def remove(path: Path) -> None:
@@ -145,54 +167,15 @@ def prepare_output(path: Path | None, option: str) -> None:
         raise ConfigError(f"{option} must be a file, got the directory {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"no permission to write to {path.parent}")
     except OSError as error:
         raise ConfigError(f"{option} can't be written to {path}: {error}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{option} can't be written: no permission to write to {path.parent}")
-
-
-def write_output(path: Path, text: str) -> None:
-    """Write a result that the user asked for; see `write_text`."""
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error}") from error
 
 
 def cache_directory() -> Path:
-    """Give `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set."""
+    """Name `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"
     except RuntimeError as error:
         raise ConfigError(f"there is no cache directory: {error}; set XDG_CACHE_HOME") from None
-
-
-@contextmanager
-def _aside(directory: Path) -> Iterator[Path]:
-    """Give a path in a directory for what is on its way; what is there at the end goes."""
-    aside = directory / f".{secrets.token_hex(_NUM_CHARACTERS // 2)}{_SUFFIX}"
-    try:
-        yield aside
-    finally:
-        with suppress(OSError):
-            remove(aside)
-
-
-def _create(path: Path, text: str) -> None:
-    """Write a new file; one that is there, or a link, is an error."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Rename a directory to where another one, or a link, may be. Several processes may do so."""
-    while True:
-        try:
-            os.replace(new, path)
-        except OSError as error:
-            if error.errno not in _IS_IN_THE_WAY:
-                raise
-        else:
-            return
-        with _aside(path.parent) as old, suppress(FileNotFoundError):
-            os.replace(path, old)

@@ -1,4 +1,4 @@
-"""The processes that share a run's rows, and what they tell each other.
+"""The processes that share a run's rows, and what they send each other.
 
 Every rank holds all adapters whole and does the same rounds. Of each micro-batch it computes its
 own rows; gradients, losses and counts are added up over all ranks. So all of them go on with the
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -26,14 +27,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others, while one writes a snapshot for example."""
+"""How long a rank waits for the others, while one writes a checkpoint for example."""
 
 
 class RankLost(BaseException):
-    """The other ranks can't be reached any more.
-
-    It is no `Exception`, as those end the job that is at fault, and here none is.
-    """
+    """The other ranks can't be reached any more, which is no fault of the job that ends here."""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -47,8 +45,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether ranks hold parts of a tensor. One process is spared a second for the import."""
-    if not dist.is_initialized():
+    if not dist.is_initialized():  # one process is spared a second for the import
         return False
     from torch.distributed.tensor import DTensor
 
@@ -58,11 +55,8 @@ def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
 class Ranks(ABC):
     """What a rank knows of the others.
 
-    Attributes:
-        rank: Its number, from 0.
-        size: How many there are.
-        local_size: How many of them are on this machine.
-        in_lockstep: A forward takes all ranks, as each holds a part of the base model.
+    `local_size` of them are on this machine. In lockstep, a forward needs all ranks, as each holds
+    a part of the base model.
     """
 
     rank: int = 0
@@ -75,14 +69,11 @@ class Ranks(ABC):
 
     @abstractmethod
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to add a tensor up in place, and return what waits until it is done.
-
-        All ranks begin their sums in the same order.
-        """
+        """Begin to add a tensor up in place, in the same order on all; return what waits for it."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
-        """Tell all ranks a value of tensors, texts and numbers, and return what each one told."""
+        """Send all ranks a value of tensors, texts and numbers, and return what each one sent."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, to bit-equal sums on all of them."""
@@ -112,72 +103,56 @@ class Ranks(ABC):
             raise
         self._agree(None)
 
-    def spread(
-        self,
-        items: Sequence[Item],
-        compute: Callable[[Item], Result],
-        *,
-        makes_forwards: bool = True,
-    ) -> Iterator[Result]:
-        """Compute items, each on one rank, and give all results in the order of the items.
-
-        Within `compute` a rank is alone.
-        """
-        if self.size == 1 or self._is_apart:
-            yield from map(compute, items)
-            return
-        in_lockstep = self.in_lockstep and makes_forwards
-        own = items if in_lockstep else items[self.rank :: self.size]
-        with self.together(), self._apart():
-            results = [compute(item) for item in own]
-        parts = [iter(part) for part in self.gather(results)]
-        for place in range(len(items)):
-            yield next(parts[0 if in_lockstep else place % self.size])
-
-    def keep_at_first(self, parameters: Iterable[Parameter]) -> None:
-        """Drop gradients that all ranks have, except on the first: they count once."""
-        if not self.is_first:
-            for parameter in parameters:
-                parameter.grad = None
-
-    def check_alike(self, facts: dict[str, str]) -> list[str]:
-        """Name the facts that are not the same on all ranks."""
-        told = self.gather(facts)
-        names = dict.fromkeys(name for own in told for name in own)
-        return [name for name in names if len({own.get(name) for own in told}) > 1]
-
     def _agree(self, error: Exception | None) -> None:
         """Raise on all ranks what some have run into; a rank's own error is left to the caller."""
         if not self.any(error is not None):
             return
         is_general = error is not None and not isinstance(error, torch.OutOfMemoryError)
         text = f"{type(error).__name__}: {error}" if is_general else ""
-        faults = [(rank, told) for rank, told in enumerate(self.gather(text)) if told]
+        faults = [f"on rank {n}: {sent}" for n, sent in enumerate(self.gather(text)) if sent]
         if faults and not is_general:
-            rank, told = faults[0]
-            raise RuntimeError(f"on rank {rank}: {told}")
+            raise RuntimeError(faults[0])
         if error is None:
             raise torch.OutOfMemoryError("memory ran out on another rank")
 
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        self._is_apart = True
-        try:
-            yield
-        finally:
-            self._is_apart = False
+    def spread(self, items: Sequence[Item], compute: Callable[[Item], Result]) -> Iterator[Result]:
+        """Compute items, each on one rank, which is alone then; give all results in order."""
+        if self.size == 1 or self._is_apart:
+            yield from map(compute, items)
+            return
+        own = items if self.in_lockstep else items[self.rank :: self.size]
+        with self.together():
+            self._is_apart = True
+            try:
+                results = [compute(item) for item in own]
+            finally:
+                self._is_apart = False
+        parts = [iter(part) for part in self.gather(results)]
+        for place in range(len(items)):
+            yield next(parts[0 if self.in_lockstep else place % self.size])
+
+    def keep_at_first(self, parameters: Iterable[Parameter]) -> None:
+        """Drop gradients that all ranks have, except on the first: they count once."""
+        for parameter in () if self.is_first else parameters:
+            parameter.grad = None
+
+    def check_alike(self, facts: dict[str, str]) -> list[str]:
+        """Name the facts that are not the same on all ranks."""
+        sent = self.gather(facts)
+        names = dict.fromkeys(name for one in sent for name in one)
+        return [name for name in names if len({one.get(name) for one in sent}) > 1]
 
 
 @final
 class Alone(Ranks):
     """A single process."""
 
+    @override
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Leave the tensor as it is."""
         return lambda: None
 
+    @override
     def gather(self, value: Any) -> list[Any]:
-        """Return the value."""
         return [value]
 
 
@@ -188,12 +163,11 @@ class ProcessRanks(Ranks):
     def __init__(self, backend: str, local_size: int, *, in_lockstep: bool = False):
         super().__init__()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.local_size = local_size
-        self.in_lockstep = in_lockstep
+        self.local_size, self.in_lockstep = local_size, in_lockstep
         self._group = dist.new_group(backend=backend, timeout=TIMEOUT)
 
+    @override
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """See Ranks."""
         with self._reaching_others():
             work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
 
@@ -203,16 +177,16 @@ class ProcessRanks(Ranks):
 
         return wait
 
+    @override
     def gather(self, value: Any) -> list[Any]:
-        """See Ranks."""
+        # torch's own gather of objects unpickles whatever comes
         file = io.BytesIO()
         torch.save(value, file)
         own = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         with self._reaching_others():
             dist.all_gather(lengths, torch.tensor([len(own)]), group=self._group)
-            longest = int(max(lengths))
-            padded = torch.cat([own, own.new_zeros(longest - len(own))])
+            padded = torch.cat([own, own.new_zeros(int(max(lengths)) - len(own))])
             parts = [torch.empty_like(padded) for _ in range(self.size)]
             dist.all_gather(parts, padded, group=self._group)
         return [
@@ -225,9 +199,8 @@ class ProcessRanks(Ranks):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
             raise RankLost(
                 f"rank {self.rank} of {self.size} can't reach the others any more, one has died or "
-                f"doesn't answer ({reason}); --resume goes on from the last checkpoint, on any "
-                "number of ranks"
+                f"doesn't answer ({str(error).strip().splitlines()[0]}); --resume goes on "
+                "from the last checkpoint, on any number of ranks"
             ) from error

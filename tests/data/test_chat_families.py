@@ -1,12 +1,18 @@
-"""What is learnt of every kind of conversation in the templates of twelve families."""
+"""What is learnt of every kind of conversation in the templates of twelve families.
+
+Where trl has a family's template it is taken from there; the others are in the family's format.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from trl import chat_template_utils as trl
 
 from loraloom.data.chat import learn_answers, read_conversation
 from loraloom.data.sources import Row
@@ -14,73 +20,34 @@ from loraloom.data.templates import load_chat_template
 from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from tests.conftest import build_tokenizer
-from tests.data.chat_families import FAMILIES, KINDS, TRAINING
 
-CALL = '{"name": "color", "arguments": {"of": "sky"}}'
-NO_THOUGHT = "<think>\n\n</think>\n\n"
-QWEN_CALL = f"<tool_call>\n{CALL}\n</tool_call><|im_end|>\n"
-NO_TOOLS = "the chat template leaves out the tools; give chat_template one"
-NO_REASONING = "the chat template leaves out the reasoning of message 2"
-ALTERNATE = "does not fit the chat template: Conversation roles must alternate"
-ENDS = {
-    "chatml": "<|im_end|>\n",
-    "llama-2": " <eos>",
-    "llama-3": "<|eot_id|>",
-    "mistral": "<eos>",
-    "gemma": "<end_of_turn>\n",
-    "phi-3": "<|end|>\n",
-    "qwen2.5": "<|im_end|>\n",
-    "qwen3": "<|im_end|>\n",
-    "zephyr": "<eos>\n",
-    "command-r": "<|END_OF_TURN_TOKEN|>",
-    "granite": "<|end_of_text|>\n",
+_FILE = yaml.safe_load(Path(__file__).with_name("conversations.yaml").read_text())
+KINDS = _FILE["conversations"]
+_TRL = {
+    "llama-3": "llama3",
+    "gemma": "gemma",
+    "phi-3": "phi3",
+    "qwen2.5": "qwen2_5",
+    "qwen3": "qwen3",
+    "deepseek": "deepseekv3",
+    "command-r": "cohere",
 }
-BEGINNINGS = {"llama-2": " ", "mistral": " ", "qwen3": NO_THOUGHT}
-TOOLS = {
-    "chatml": NO_TOOLS,
-    "llama-2": "does not fit the chat template: roles must alternate",
-    "llama-3": NO_TOOLS,
-    "mistral": [f"[TOOL_CALLS] [{CALL}]<eos>"],
-    "gemma": ALTERNATE,
-    "phi-3": NO_TOOLS,
-    "qwen2.5": [QWEN_CALL],
-    "qwen3": [NO_THOUGHT + QWEN_CALL],
-    "zephyr": NO_TOOLS,
-    "command-r": ALTERNATE,
-    "granite": [f"<|tool_call|>[{CALL}]<|end_of_text|>\n"],
+FAMILIES = _FILE["templates"] | {
+    family: getattr(trl, f"{name}_chat_template") for family, name in _TRL.items()
 }
-DEEPSEEK = {"tools": "does not fit the chat template: can only", "reasoning": NO_REASONING}
+TRAINING = {family: getattr(trl, f"{name}_training_chat_template") for family, name in _TRL.items()}
+"""What trl trains with, where it has something."""
+
+EXPECTED = _FILE["learnt"]
 TRL_BEGINS_EARLIER = {"qwen2.5": "\n", "deepseek": "<｜Assistant｜>"}
 """What trl marks of the text that asks for an answer."""
-
-
-def expected(family: str, kind: str) -> list[str] | str:
-    """The texts that are learnt, or what the error says."""
-    if family == "deepseek":
-        return DEEPSEEK.get(
-            kind, r"asks for message \d with '<think>\\n' where it then writes 'blue"
-        )
-    blue, yes = (BEGINNINGS.get(family, "") + answer + ENDS[family] for answer in ("blue", "yes"))
-    last = "<eos>" if family == "phi-3" else ""
-    if kind == "tools":
-        calls = TOOLS[family]
-        return calls if isinstance(calls, str) else [*calls, blue + last]
-    if kind == "reasoning":
-        thoughts = ("<think>\nLook up.\n", "blue"), ("<think>\nIt is.\n", "yes")
-        thought = [f"{text}</think>\n\n{said}{ENDS[family]}" for text, said in thoughts]
-        return thought if family == "qwen3" else NO_REASONING
-    if (family, kind) == ("gemma", "system"):
-        return "does not fit the chat template: System role not supported"
-    return [blue, yes + last]
 
 
 def learn(family: str, kind: str, template: str | None = None) -> list[Example]:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = FAMILIES[family]
     row = Row(KINDS[kind], "chat.jsonl, line 3")
-    return learn_answers(
-        tokenizer, load_chat_template(tokenizer, template), row, read_conversation(row)
-    )
+    return learn_answers(load_chat_template(tokenizer, template), row, read_conversation(row))
 
 
 def spans(texts: list[Example]) -> list[str]:
@@ -110,7 +77,7 @@ def train_with_trl(family: str, kind: str) -> Example:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_answer_is_learnt_as_it_would_be_generated_or_refused(family, kind):
-    wanted = expected(family, kind)
+    wanted = EXPECTED[family][kind]
     if isinstance(wanted, list):
         assert spans(learn(family, kind)) == wanted
     else:
@@ -121,7 +88,7 @@ def test_every_answer_is_learnt_as_it_would_be_generated_or_refused(family, kind
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", TRAINING)
 def test_the_same_is_learnt_as_by_trl_with_its_own_template(family, kind):
-    if isinstance(expected(family, kind), str):
+    if isinstance(EXPECTED[family][kind], str):
         return
     theirs = spans([train_with_trl(family, kind)])
     assert spans(learn(family, kind)) == [

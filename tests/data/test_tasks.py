@@ -2,159 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from loraloom.data.sources import HubSource, Row
 from loraloom.data.tasks import TASK_NAMES, ChoiceQuestion, find_task, load_question_set
 from loraloom.errors import ConfigError, DataError
 
-ROWS = {
-    "arc_easy": {
-        "question": "What do plants need?",
-        "choices": {"text": ["light", "a stone", "salt"], "label": ["1", "2", "3"]},
-        "answerKey": "2",
-    },
-    "boolq": {"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True},
-    "openbookqa": {
-        "question_stem": "The sun is",
-        "choices": {"text": ["a star", "a moon"], "label": ["A", "B"]},
-        "answerKey": "A ",
-    },
-    "piqa": {"goal": "Boil an egg.", "sol1": "Use water.", "sol2": "Use sand.", "label": 1},
-    "social_i_qa": {
-        "context": "Kai lost a key.",
-        "question": "What will Kai do?",
-        "answerA": "sleep",
-        "answerB": "look for it",
-        "answerC": "sing",
-        "label": "2",
-    },
-    "hellaswag": {
-        "activity_label": "Removing ice",
-        "ctx": "[header] Then, the man writes. someone",
-        "ctx_a": "[header] Then, the man writes.",
-        "ctx_b": "someone",
-        "endings": ["drives  off.", "wins [substeps] it.", "a [title] b", "sits."],
-        "label": "3",
-    },
-    "winogrande": {
-        "sentence": "Ann thanked Bo as _ had helped.",
-        "option1": "Ann",
-        "option2": "Bo",
-        "answer": "2",
-    },
-    "skills": {
-        "skill": "parity",
-        "question": "Bus 12 goes to the",
-        "choices": ["lake", "mill"],
-        "answer": 1,
-    },
-}
-ROWS["arc_challenge"] = ROWS["arc_easy"]
-
-LABEL = {
-    "arc_easy": (
-        "Please choose the correct answer to the question: What do plants need? (1) light "
-        "(2) a stone (3) salt\nAnswer:",
-        ("1", "2", "3"),
-        1,
-    ),
-    "boolq": (
-        "Please answer the following question with true or false: is ice cold?\nAnswer:",
-        ("true", "false"),
-        0,
-    ),
-    "openbookqa": (
-        "Please choose the correct answer to the question: The sun is (A) a star (B) a moon\n"
-        "Answer:",
-        ("A", "B"),
-        0,
-    ),
-    "piqa": (
-        "Below is a common task along with two possible solutions labeled (A) and (B). Please "
-        "select the appropriate solution to achieve the task:\nBoil an egg.\n\n(A) Use water.\n"
-        "(B) Use sand.\n\nCorrect solution:",
-        ("A", "B"),
-        1,
-    ),
-    "social_i_qa": (
-        "Please choose the correct answer to the question.\nQuestion: Kai lost a key. What will "
-        "Kai do?\n(A) sleep\n(B) look for it\n(C) sing\nAnswer:",
-        ("A", "B", "C"),
-        1,
-    ),
-    "hellaswag": (
-        "Please choose the correct ending to complete the given sentence.\nSentence: Removing ice. "
-        "[header] Then, the man writes. someone\n(A) drives  off.\n(B) wins [substeps] it.\n"
-        "(C) a [title] b\n(D) sits.\nAnswer:",
-        ("A", "B", "C", "D"),
-        3,
-    ),
-    "winogrande": (
-        "Please choose the correct answer to fill in the blank to complete the given sentence.\n"
-        "Sentence: Ann thanked Bo as _ had helped.\n(A) Ann\n(B) Bo\nAnswer:",
-        ("A", "B"),
-        1,
-    ),
-    "skills": ("Bus 12 goes to the\n(A) lake\n(B) mill\nAnswer:", ("A", "B"), 1),
-}
-LABEL["arc_challenge"] = LABEL["arc_easy"]
-
-TEXT = {
-    "arc_easy": ("Question: What do plants need?\nAnswer:", (" light", " a stone", " salt"), 1),
-    "boolq": ("Ice is frozen water.\nQuestion: is ice cold?\nAnswer:", (" no", " yes"), 1),
-    "openbookqa": ("The sun is", (" a star", " a moon"), 0),
-    "piqa": ("Question: Boil an egg.\nAnswer:", (" Use water.", " Use sand."), 1),
-    "social_i_qa": (
-        "Q: Kai lost a key. What will Kai do?\nA:",
-        (" sleep", " look for it", " sing"),
-        1,
-    ),
-    "hellaswag": (
-        "Removing ice:  Then, the man writes. Someone".replace("  ", " "),
-        (" drives off.", " wins it.", " a. b", " sits."),
-        3,
-    ),
-    "skills": ("Bus 12 goes to the", (" lake", " mill"), 1),
-}
-TEXT["arc_challenge"] = TEXT["arc_easy"]
-
-NORMALIZERS = {
-    "arc_easy": (5.0, 7.0, 4.0),
-    "arc_challenge": (5.0, 7.0, 4.0),
-    "boolq": (1.0, 1.0),
-    "openbookqa": (6.0, 6.0),
-    "piqa": (10.0, 9.0),
-    "social_i_qa": (1.0, 1.0, 1.0),
-    "hellaswag": (11.0, 8.0, 4.0, 5.0),
-    "skills": (4.0, 4.0),
-}
+TASKS = yaml.safe_load(Path(__file__).with_name("questions.yaml").read_text())
+TASKS["arc_challenge"] = TASKS["arc_easy"]
 
 
 def question(task, scoring, **changes) -> ChoiceQuestion:
-    row = Row({**ROWS[task], **changes}, "rows.jsonl, line 5")
+    row = Row({**TASKS[task]["row"], **changes}, "rows.jsonl, line 5")
     return find_task(task).question(row, 7, scoring)
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_label_prompts_are_the_papers(task):
-    asked = question(task, "label")
-    prompt, labels, gold = LABEL[task]
-    assert asked.contexts == (prompt,) * len(labels)
-    assert asked.continuations == tuple(f" {label}" for label in labels)
-    assert (asked.labels, asked.gold) == (labels, gold)
+    asked, expected = question(task, "label"), TASKS[task]["label"]
+    assert set(asked.contexts) == {expected["prompt"]}
+    assert asked.continuations == tuple(f" {label}" for label in expected["answers"])
+    assert (list(asked.labels), asked.gold) == (expected["answers"], expected["gold"])
     assert set(asked.normalizers) == {1.0}
     assert (asked.task, asked.index) == (task, 7)
 
 
-@pytest.mark.parametrize("task", TEXT)
+@pytest.mark.parametrize("task", [task for task in TASKS if "text" in TASKS[task]])
 def test_text_prompts_are_those_of_lm_eval(task):
-    asked = question(task, "text")
-    prompt, continuations, gold = TEXT[task]
-    assert asked.contexts == (prompt,) * len(continuations)
-    assert asked.continuations == continuations
-    assert asked.gold == gold
-    assert asked.normalizers == NORMALIZERS[task]
+    asked, expected = question(task, "text"), TASKS[task]["text"]
+    assert set(asked.contexts) == {expected["prompt"]}
+    assert list(asked.continuations) == expected["answers"]
+    assert asked.gold == expected["gold"]
+    assert list(asked.normalizers) == expected["normalizers"]
 
 
 def test_winogrande_compares_the_rest_of_the_sentence_after_each_option():
@@ -175,14 +57,14 @@ def test_skills_carry_their_skill_as_the_group():
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_training_text_is_the_right_answers_question(task, scoring):
     asked = question(task, scoring)
-    row = Row(ROWS[task], "rows.jsonl, line 5")
+    row = Row(TASKS[task]["row"], "rows.jsonl, line 5")
     expected = (asked.contexts[asked.gold], asked.continuations[asked.gold])
     assert find_task(task).training_text(row, scoring) == expected
 
 
 @pytest.mark.parametrize(("answer", "gold"), [(1, 1), (0, 0), ("True", 1), ("false", 0)])
 def test_boolq_reads_superglues_labels_and_csv_words(answer, gold):
-    row = {key: value for key, value in ROWS["boolq"].items() if key != "answer"}
+    row = {key: value for key, value in TASKS["boolq"]["row"].items() if key != "answer"}
     asked = find_task("boolq").question(Row({**row, "label": answer}, "f"), 0, "text")
     assert asked.gold == gold
 

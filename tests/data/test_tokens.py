@@ -81,11 +81,6 @@ def test_bos_is_added_once_and_eos_never(bos_tokenizer):
         assert eos not in ids + continuation
 
 
-def test_a_tokenizer_without_bos_adds_nothing(tiny_tokenizer):
-    assert leading_tokens(tiny_tokenizer) == []
-    assert encode_texts(tiny_tokenizer, ["yes", ""]) == [tiny_tokenizer("yes").input_ids, []]
-
-
 def test_an_empty_context_is_the_token_that_begins_a_text(tiny_tokenizer, bos_tokenizer):
     expected = [tiny_tokenizer.bos_token_id], tiny_tokenizer.encode("yes", add_special_tokens=False)
     assert encode_pair(tiny_tokenizer, "", "yes") == expected
@@ -93,6 +88,7 @@ def test_an_empty_context_is_the_token_that_begins_a_text(tiny_tokenizer, bos_to
 
 
 def test_without_bos_and_eos_an_empty_context_is_refused(tiny_tokenizer):
+    assert encode_texts(tiny_tokenizer, ["yes", ""]) == [tiny_tokenizer("yes").input_ids, []]
     tiny_tokenizer.bos_token = None
     assert encode_pair(tiny_tokenizer, "", "yes")[0] == [tiny_tokenizer.eos_token_id]
     tiny_tokenizer.eos_token = None
@@ -101,23 +97,15 @@ def test_without_bos_and_eos_an_empty_context_is_refused(tiny_tokenizer):
             encode(tiny_tokenizer, "", "yes")
 
 
-def test_many_pairs_are_encoded_as_each_alone(tiny_tokenizer):
-    pairs = [("Question: one", " yes"), ("", "no"), ("Answer: ", "blue")]
-    assert encode_pairs(tiny_tokenizer, pairs) == [encode_pair(tiny_tokenizer, *p) for p in pairs]
-    assert encode_pairs(tiny_tokenizer, []) == []
-
-
 def test_loss_is_on_the_completion_and_a_closing_eos(tiny_tokenizer):
     (row,) = encode_completions(tiny_tokenizer, [("Question: sky? Answer:", " blue")], 64)
     (piece,) = row.pieces
     assert tiny_tokenizer.decode(piece.input_ids) == "Question: sky? Answer: blue<eos>"
     assert learnt(tiny_tokenizer, piece) == " blue<eos>"
     assert not row.is_cut
-    for token, label in zip(piece.input_ids, piece.labels, strict=True):
-        assert label in (token, NO_LOSS)
 
 
-def test_a_long_prompt_loses_its_beginning_and_the_answer_stays(tiny_tokenizer):
+def test_a_long_prompt_loses_its_beginning_and_the_answer_stays_or_is_dropped(tiny_tokenizer):
     prompt = "one two one two one two Answer:"
     (row,) = encode_completions(tiny_tokenizer, [(prompt, " blue")], 10)
     (piece,) = row.pieces
@@ -125,11 +113,7 @@ def test_a_long_prompt_loses_its_beginning_and_the_answer_stays(tiny_tokenizer):
     assert len(piece.input_ids) == 10
     assert tiny_tokenizer.decode(piece.input_ids).endswith("Answer: blue<eos>")
     assert learnt(tiny_tokenizer, piece) == " blue<eos>"
-
-
-def test_an_answer_that_does_not_fit_is_dropped(tiny_tokenizer):
-    answer = " yes" * 20
-    assert encode_completions(tiny_tokenizer, [("Answer:", answer)], 10) == [DROPPED]
+    assert encode_completions(tiny_tokenizer, [("Answer:", " yes" * 20)], 10) == [DROPPED]
 
 
 def test_a_long_document_is_divided_and_each_token_predicted_once(tiny_tokenizer):
@@ -170,11 +154,8 @@ def test_bos_stays_in_front_of_a_cut_row():
     assert fit(row, [1], 2) == DROPPED
 
 
-def test_samples_go_the_longest_first_into_the_first_row_with_room():
+def test_rows_hold_every_sample_once_the_longest_first_and_no_row_is_too_long():
     assert first_fit([3, 7, 2, 5, 4], max_length=10) == [[1, 0], [3, 4], [2]]
-
-
-def test_rows_hold_every_sample_once_and_no_row_is_too_long():
     lengths = [1 + 7 * n % 23 for n in range(50)]
     rows = first_fit(lengths, max_length=30)
     assert sorted(place for row in rows for place in row) == list(range(50))

@@ -170,11 +170,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def learn_answers(
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    row: Row,
-    conversation: Conversation,
-    first: int = 0,
+    template: ChatTemplate, row: Row, conversation: Conversation, first: int = 0
 ) -> list[Example]:
     """A conversation in full length: loss on the assistant's turns from message `first` on.
 
@@ -191,19 +187,15 @@ def learn_answers(
         for what, one, other in _omissions(conversation, first):
             if _renders_alike(template, one, other):
                 row.reject(
-                    f"the chat template leaves out {what}; give chat_template one that writes it, "
-                    "or leave it out of the data"
+                    f"the chat template leaves out {what}; give chat_template one that writes it"
                 )
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation, first)]
         else:
             texts = _answered_texts(template, row, conversation, places)
     except TemplateError as error:
-        row.reject(
-            f"the conversation does not fit the chat template: {error}; change the conversation, "
-            "or give chat_template another one"
-        )
-    return [_learn_spans(tokenizer, *text) for text in texts]
+        row.reject(f"the conversation does not fit the chat template: {error}; change one of them")
+    return [_learn_spans(template.tokenizer, *text) for text in texts]
 
 
 def _marked_text(
@@ -213,10 +205,7 @@ def _marked_text(
     start = count_shared(text, template.render(conversation.until(first))) if first else 0
     spans = [(begin, end) for begin, end in marks if begin >= start]
     if not any(end > begin for begin, end in spans):
-        row.reject(
-            "the chat template's {% generation %} marks have nothing of it between them; give "
-            "chat_template another one"
-        )
+        row.reject("the chat template's {% generation %} marks have nothing of it between them")
     return text, spans
 
 
@@ -224,7 +213,18 @@ def _answered_texts(
     template: ChatTemplate, row: Row, conversation: Conversation, places: Sequence[int]
 ) -> list[Marked]:
     """As few texts as have every answer as it would be generated."""
-    answers = [_read_answer(template, row, conversation, place) for place in places]
+    answers: list[tuple[str, str]] = []
+    for place in places:
+        asked = template.render(conversation.until(place), for_answer=True)
+        answered = template.render(conversation.until(place + 1))
+        answers.append((asked, answered))
+        if not answered.startswith(asked):
+            shared = count_shared(asked, answered)
+            row.reject(
+                f"the chat template asks for message {place + 1} with {shown(asked[shared:])} "
+                f"where it then writes {shown(answered[shared : shared + 30])}, so the model would "
+                "learn another text than it is asked for; give chat_template: trl, or another"
+            )
     closing = template.closing()
     texts: list[Marked] = []
     while answers:
@@ -241,39 +241,18 @@ def _answered_texts(
     return texts[::-1]
 
 
-def _read_answer(
-    template: ChatTemplate, row: Row, conversation: Conversation, place: int
-) -> tuple[str, str]:
-    """The text that asks for an assistant's turn, and the text with the turn at its end."""
-    asked = template.render(conversation.until(place), for_answer=True)
-    answered = template.render(conversation.until(place + 1))
-    if not answered.startswith(asked):
-        shared = count_shared(asked, answered)
-        row.reject(
-            f"the chat template asks for message {place + 1} with {shown(asked[shared:])} where it "
-            f"then writes {shown(answered[shared : shared + 30])}, so the model would learn "
-            "another text than it is asked for; give chat_template: trl, or a template without "
-            "this difference"
-        )
-    return asked, answered
-
-
 def _learn_spans(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
 ) -> Example:
     """The tokens of a text; those that reach into a span are learnt."""
     if not tokenizer.is_fast:
-        raise DataError(
-            "chats need a fast tokenizer, which knows where its tokens begin in a text, got "
-            f"{type(tokenizer).__name__}"
-        )
+        got = type(tokenizer).__name__
+        raise DataError(f"chats need a fast tokenizer, which knows where tokens begin, got {got}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    labels = [
-        token if any(b < e and begin < e and end > b for b, e in spans) else NO_LOSS
-        for token, (begin, end) in zip(
-            encoding["input_ids"], encoding["offset_mapping"], strict=True
-        )
-    ]
+    labels = list(encoding["input_ids"])
+    for place, (begin, end) in enumerate(encoding["offset_mapping"]):
+        if not any(b < e and begin < e and end > b for b, e in spans):
+            labels[place] = NO_LOSS
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 

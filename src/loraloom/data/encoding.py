@@ -12,9 +12,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,7 +169,7 @@ class SourceEncoder:
         self, template: ChatTemplate, columns: Mapping[str, str], row: Row
     ) -> EncodedRow:
         conversation = read_conversation(row, self.config.fields)
-        texts = learn_answers(self.tokenizer, template, row, conversation)
+        texts = learn_answers(template, row, conversation)
         fitted = [fit(text, self._start, self.max_length) for text in texts]
         pieces = tuple(piece for text in fitted for piece in text.pieces)
         is_cut = any(text.is_cut or not text.pieces for text in fitted)
@@ -186,7 +186,7 @@ class SourceEncoder:
             first, both = len(prompt), [[*prompt, *one] for one in both]
         tools, learnt = read_tools(row, "tools"), []
         for one in both:
-            texts = learn_answers(self.tokenizer, template, row, Conversation(one, tools), first)
+            texts = learn_answers(template, row, Conversation(one, tools), first)
             if len(texts) > 1:
                 row.reject(
                     "an answer of several turns must be one text, and the chat template writes its "
@@ -198,20 +198,20 @@ class SourceEncoder:
     def _encode_task(self, rows: list[Row]) -> LoadedSource:
         task = find_task(self.config.task or "")
         scoring = self.config.scoring or task.config.scoring
-        places = {id(row): place for place, row in enumerate(rows)}
-        encoder: Any = encode_completion_pairs if self.as_pairs else encode_completions
+        encode: Any = encode_completion_pairs if self.as_pairs else encode_completions
+        places = count()
 
         def read(row: Row) -> Any:
             if self.as_pairs:
-                return task.preference_texts(row, places[id(row)], scoring)
+                return task.preference_texts(row, next(places), scoring)
             return task.training_text(row, scoring)
 
-        def encode(texts: Sequence[Any]) -> list[EncodedRow]:
-            return encoder(self.tokenizer, texts, self.max_length)
+        def encode_some(texts: Sequence[Any]) -> list[EncodedRow]:
+            return encode(self.tokenizer, texts, self.max_length)
 
-        settings = [self.as_pairs, self.max_length]
-        once = partial(_encode_once, encode=encode, tokenizer=self.tokenizer, settings=settings)
-        return LoadedSource(f"{task.name} ({scoring})", _encode_each(rows, read, once))
+        once = partial(_encode_once, encode=encode_some, tokenizer=self.tokenizer)
+        encoded = _encode_each(rows, read, partial(once, settings=[self.as_pairs, self.max_length]))
+        return LoadedSource(f"{task.name} ({scoring})", encoded)
 
 
 def _read_texts(columns: Mapping[str, str], row: Row) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -297,17 +297,14 @@ def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Seq
         [version(package) for package in ("transformers", "tokenizers", "jinja2")],
         *settings,
     ]
-    digest = hashlib.sha256(_code())
+    digest = hashlib.sha256()
+    # whoever changes how rows are encoded changes one of the modules next to this one
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     for value in (told, *items):
         digest.update(json.dumps(value, default=repr).encode())
         digest.update(getattr(value, "fault", "").encode())
     return digest.hexdigest()
-
-
-@cache
-def _code() -> bytes:
-    """The modules next to this one: whoever changes how rows are encoded changes one of them."""
-    return b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
 
 
 def given_form(

@@ -143,7 +143,7 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, source: str | None = None, day: date | None = None
     ):
-        self._tokenizer, self._given = tokenizer, source
+        self.tokenizer, self._given = tokenizer, source
         self._fields = {**tokenizer.special_tokens_map, "documents": None}
         if day is not None:  # apply_chat_template takes plain data alone, and so no other clock
             self._fields["strftime_now"] = day.strftime
@@ -151,7 +151,7 @@ class ChatTemplate:
 
     def source(self, tools: list[dict[str, Any]] | None = None) -> str:
         try:
-            return self._tokenizer.get_chat_template(self._given, tools)
+            return self.tokenizer.get_chat_template(self._given, tools)
         except ValueError as error:
             raise DataError(
                 "the tokenizer must have a chat template for messages, and one by default; give "

@@ -113,8 +113,9 @@ def load_training_set(
         portions.append(Portion(start, len(examples), settings.weight))
         report.append(_describe(source, examples[start:], validation[num_held_out:], max_length))
     if config.validation is not None:
-        encoder = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
-        source = encoder.load("validation")
+        source = SourceEncoder(config.validation, tokenizer, max_length, as_pairs).load(
+            "validation"
+        )
         validation += [one for row in source.rows for one in number_row(row, sample_ids)]
         report.append(_describe(source, [], validation, max_length))
     warnings = _warn_of_repeats(examples, validation)
@@ -125,8 +126,7 @@ def number_row(
     row: EncodedRow, sample_ids: Iterator[int], expert_group: int = 0
 ) -> Sequence[TrainingExample]:
     examples = [
-        replace(piece, sample_id=next(sample_ids), expert_group=expert_group)
-        for piece in row.pieces
+        replace(one, sample_id=next(sample_ids), expert_group=expert_group) for one in row.pieces
     ]
     return [PreferencePair(*examples)] if row.is_pair else examples
 

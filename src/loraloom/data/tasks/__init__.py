@@ -20,7 +20,15 @@ from string import ascii_uppercase
 from types import MappingProxyType
 from typing import Any, get_args
 
-from loraloom.config.data import Scoring, TaskName, is_skills, is_task_file, num_lands, task_name
+from loraloom.config.data import (
+    MAX_LANDS,
+    Scoring,
+    TaskName,
+    is_skills,
+    is_task_file,
+    num_lands,
+    task_name,
+)
 from loraloom.config.fields import check_name, suggestion
 from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
@@ -100,10 +108,9 @@ def find_task(name: str) -> ChoiceTask:
     if is_task_file(name):
         return _load_task(Path(name))
     if is_skills(name):
-        try:
-            generate = partial(generate_skills, num_lands=num_lands(name))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        if (num_lands(name) or 0) > MAX_LANDS:
+            raise ConfigError(f"task must be skills@1 to skills@{MAX_LANDS}, got {name!r}")
+        generate = partial(generate_skills, num_lands=num_lands(name))
         return replace(_built_in("skills"), name=name, source=generate)
     if name not in TASK_NAMES:
         raise ConfigError(
