@@ -46,11 +46,11 @@ def words(run, *results):
             "--task tasks/quiz.yaml --scoring text",
         ),
         (ROWS, {"eval": [{"task": "skills"}]}, "--task skills --scoring label"),
-        (ROWS, {}, "--dataset HELD_OUT.jsonl --format chat"),
+        (ROWS, {}, "--dataset HELD_OUT.jsonl --format chat --max-length 512"),
         (
             {**ROWS, "validation": {**ROWS, "dataset": "a b.jsonl"}},
             {},
-            "--dataset 'a b.jsonl' --format chat",
+            "--dataset 'a b.jsonl' --format chat --max-length 512",
         ),
         (
             {**ROWS, "validation": {**ROWS, "dataset": "owner/chats", "split": "held_out"}},
@@ -60,12 +60,14 @@ def words(run, *results):
         (
             {**ROWS, "chat_template": "{{ messages }}"},
             {},
-            "--dataset HELD_OUT.jsonl --format chat --chat-template '{{ messages }}'",
+            "--dataset HELD_OUT.jsonl --format chat --chat-template '{{ messages }}' "
+            "--max-length 512",
         ),
         (
             {**ROWS, "format": "instruction", "template": "plain", "fields": {"output": "reply"}},
             {},
-            "--dataset HELD_OUT.jsonl --format instruction --template plain --field output=reply",
+            "--dataset HELD_OUT.jsonl --format instruction --template plain --max-length 512 "
+            "--field output=reply",
         ),
     ],
 )
@@ -98,7 +100,11 @@ def test_pairs_are_asked_as_pairs(objective, more):
     pairs = {"dataset": "pairs.jsonl", "format": "preference"}
     run = run_of(pairs, train={**TRAIN, "objective": {"name": "dpo", **objective}})
     asked = shlex.join(words(run, result()))
-    assert f"--dataset HELD_OUT.jsonl --format preference {more}".rstrip() + " --output" in asked
+    assert (
+        f"--dataset HELD_OUT.jsonl --format preference --max-length 512 {more}".rstrip()
+        + " --output"
+        in asked
+    )
 
 
 def test_what_was_trained_can_be_asked():

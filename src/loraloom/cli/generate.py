@@ -37,6 +37,7 @@ from loraloom.models.layout import RowAdapter
 from loraloom.terminal import make_console
 
 Rows = Sequence[dict[str, Any]]
+_DECISIVE = {"base_model", "dtype", "quantization", "raw", "batch_size"}
 
 
 class GenerateOptions(HostOptions):
@@ -85,18 +86,13 @@ class GenerateOptions(HostOptions):
 
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What the completions depend on, as JSON values."""
-        settings = {
-            **self.model_dump(include={"base_model", "dtype", "raw", "batch_size"}, mode="json"),
+        return {
+            **self.model_dump(include=_DECISIVE, mode="json"),
             "sampling": sampling.model_dump(mode="json"),
             "adapters": describe_adapters(self.adapters),
+            "chat_template": self.chat_template and template_text(self.chat_template),
+            "template": self.template and template_source(self.template),
         }
-        if self.chat_template is not None:
-            settings["chat_template"] = template_text(self.chat_template)
-        if self.template is not None:
-            settings["template"] = template_source(self.template)
-        if self.quantization is not None:
-            settings["quantization"] = self.quantization.model_dump()
-        return settings
 
 
 def generate(

@@ -136,8 +136,11 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | No
     It asks what the first job was measured on, or what it learnt from where that has other splits.
     Adapters of jobs that would be asked something else are left out.
     """
-    good = _good(run, results)
-    asked = {one.job: _asked(job) for one in good if (job := _find_job(run, one.job))}
+    good, jobs = _good(run, results), {job.name: job for job in run.all_jobs}
+    if run.sweep is not None and run.trials:  # TPE's later jobs differ from the first in values
+        owned = [one.job for one in good if run.sweep.owns(one.job)]
+        jobs = dict.fromkeys(owned, run.trials[0].job) | jobs
+    asked = {one.job: _asked(jobs[one.job]) for one in good if one.job in jobs}
     first = next(filter(None, asked.values()), None)
     if first is None:
         return None
@@ -163,28 +166,20 @@ def _good(run: RunConfig, results: Sequence[JobResult]) -> list[JobResult]:
 
 
 def _command(verb: str, run: RunConfig, adapters: Sequence[JobResult], *options: str) -> str:
-    base = f"--base-model {shlex.quote(run.base_model)} {quantization_option(run.quantization)}"
-    # a job may be called as evaluations call the base model
-    names = [f"{one.job}-adapter" if one.job == BASE else one.job for one in adapters]
-    named = [
-        shlex.join(["--adapter", f"{name}={one.directory}"])
-        for name, one in zip(names, adapters, strict=True)
-    ]
-    return " \\\n    ".join([f"loraloom {verb} {base}".rstrip(), *named[:MAX_ADAPTERS], *options])
-
-
-def _find_job(run: RunConfig, name: str) -> JobConfig | None:
-    """The job of that name; TPE's later ones differ from a sweep's first one in values."""
-    owns = (lambda _: False) if run.sweep is None else run.sweep.owns
-    alike = (job for job in run.all_jobs if owns(name) and owns(job.name))
-    return next((job for job in run.all_jobs if job.name == name), next(alike, None))
+    words = [f"loraloom {verb} --base-model {shlex.quote(run.base_model)}"]
+    words += filter(None, [quantization_option(run.quantization)])
+    for one in adapters[:MAX_ADAPTERS]:
+        # a job may be called as evaluations call the base model
+        name = f"{one.job}-adapter" if one.job == BASE else one.job
+        words.append(shlex.join(["--adapter", f"{name}={one.directory}"]))
+    return " \\\n    ".join([*words, *options])
 
 
 def _asked(job: JobConfig) -> str:
     """The options that say what is asked."""
     held_out = job.data.validation
-    sources = job.data.sources if held_out is None else (held_out,)
-    tasks = [one for one in (*job.eval, *sources) if one.task is not None]
+    source = job.data.sources[0] if held_out is None else held_out
+    tasks = [one for one in (*job.eval, source) if one.task is not None]
     if tasks:
         first = tasks[0]
         alike = [one for one in tasks if (one.scoring, one.path) == (first.scoring, first.path)]
@@ -193,19 +188,17 @@ def _asked(job: JobConfig) -> str:
     elif held_out is not None and held_out.config is not None:  # eval can't be told it
         return ""
     else:
-        source, length = sources[0], job.train.max_length
-        default = type(job.train).model_fields["max_length"].default
+        beta = getattr(job.train.objective, "beta", None)
         options = {
             "--dataset": "HELD_OUT.jsonl" if held_out is None else source.dataset,
             "--split": None if held_out is None else source.split,
             "--format": source.format,
             "--template": source.template,
             "--chat-template": source.chat_template,
-            "--max-length": None if length == default else str(length),
+            "--max-length": str(job.train.max_length),
+            "--beta": beta and str(beta),
         }
-        if beta := getattr(job.train.objective, "beta", None):
-            options["--beta"] = str(beta)
-    words = [word for name, value in options.items() if value for word in (name, value)]
-    for role, column in (sources[0].fields or {}).items() if not tasks else ():
+    words = [word for pair in options.items() if pair[1] for word in pair]
+    for role, column in (source.fields or {}).items() if not tasks else ():
         words += ["--field", f"{role}={column}"]
-    return shlex.join(words)
+    return shlex.join(map(str, words))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field
+from typing_extensions import override
 
-from loraloom.config.fields import CheckInfo, StrictModel, checked, did_you_mean
+from loraloom.config.fields import StrictModel, checked, did_you_mean
 from loraloom.config.text import parse_yaml
 from loraloom.errors import ConfigError, shown
 
@@ -23,6 +25,9 @@ but bfloat16 in place of float16 where the device computes in it."""
 
 AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
 """How transformers computes attention."""
+
+
+_WIDE = ("float32", "float64")
 
 
 def check_device(device: str) -> str:
@@ -171,23 +176,12 @@ class BaseModelConfig(StrictModel):
     attn_implementation: AttnImplementation | None = None
     """How transformers computes attention; null for its own choice."""
 
-    @field_validator("quantization")
-    @classmethod
-    def _check_quantization(
-        cls, quantization: AnyQuantization | None, info: CheckInfo
-    ) -> AnyQuantization | None:
-        check_fits_dtype(quantization, info.data.get("dtype"))
-        return quantization
-
-    @field_validator("attn_implementation")
-    @classmethod
-    def _check_attention(
-        cls, implementation: AttnImplementation | None, info: CheckInfo
-    ) -> AttnImplementation | None:
-        wide = info.data.get("dtype") in ("float32", "float64")
-        if implementation == "flash_attention_2" and wide:
-            raise ValueError(
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        check_fits_dtype(self.quantization, self.dtype)
+        if self.attn_implementation == "flash_attention_2" and self.dtype in _WIDE:
+            yield (
                 "attn_implementation flash_attention_2 computes in 16 bits only; "
                 "set dtype: bfloat16 or take sdpa"
             )
-        return implementation

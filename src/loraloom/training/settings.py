@@ -464,6 +464,7 @@ class RunConfig(BaseModelConfig):
 
     @override
     def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         computes_in_float16 = getattr(self.quantization, "bnb_4bit_compute_dtype", 0) == "float16"
         if computes_in_float16 and self.dtype != "float16":
             yield (
