@@ -6,6 +6,7 @@ it was. What its texts depend on stands in a file beside it, `FILE.settings.json
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from loraloom.cli.options import BASE, HostOptions, LocalPath, Text, tell_unknown_prompts
-from loraloom.config.text import parse_json, read_json
+from loraloom.config.text import read_json
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
@@ -84,12 +85,14 @@ class GenerateOptions(HostOptions):
         if self.output and self.input and self.output.resolve() == self.input.resolve():
             yield f"--output must be another file than --input, got {self.output} twice"
 
-    def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
+    def settings(self, sampling: SamplingConfig, rows: Rows) -> dict[str, Any]:
         """What the completions depend on, as JSON values."""
+        text = json.dumps(rows, sort_keys=True)
         return {
             **self.model_dump(include=_DECISIVE, mode="json"),
             "sampling": sampling.model_dump(mode="json"),
             "adapters": describe_adapters(self.adapters),
+            "input": hashlib.sha256(text.encode()).hexdigest(),
             "chat_template": self.chat_template and template_text(self.chat_template),
             "template": self.template and template_source(self.template),
         }
@@ -112,8 +115,8 @@ def generate(
     check_sources(options, options.adapters)
     num_done = 0
     if options.output is not None:
-        settings = options.settings(sampling)
-        num_done = _count_done(options, rows, settings)
+        settings = options.settings(sampling, rows)
+        num_done = _count_done(options, len(rows), settings)
     if num_done == len(rows):
         print(f"all {num_done} rows are in {options.output} already", file=sys.stderr)
         return
@@ -185,33 +188,26 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
     return name if scale == 1 else (name, scale)
 
 
-def _count_done(options: GenerateOptions, rows: Rows, settings: Mapping[str, Any]) -> int:
+def _count_done(options: GenerateOptions, num_rows: int, settings: Mapping[str, Any]) -> int:
     """Find out where to go on; nothing is changed."""
     path = options.output
     prepare_output(path, "--output")
     if options.overwrite or path is None or not path.exists():
         return 0
-    reason = ""
     try:
         known = read_json(_settings_path(path))
         others = [name for name in {**known, **settings} if known.get(name) != settings.get(name)]
-        reason = f"its texts were generated with another {others[0]}" if others else ""
     except (ConfigError, TypeError):
-        reason = f"{_settings_path(path).name} beside it can't be read"
-    lines = _whole_lines(path)
-    if len(lines) > len(rows):
-        reason = reason or f"it has {len(lines)} rows where the input has {len(rows)}"
-    for number, (line, row) in enumerate(zip(lines, rows, strict=False), start=1):
-        if not _is_done(line, row):
-            reason = reason or f"line {number} is not the input's row {number} completed"
-    if reason:
+        others = ["command"]
+    if others:
         raise ConfigError(
-            f"--output {path} must be new or what the same command has begun, but {reason}; "
-            "give another file, or --overwrite"
+            f"--output {path} must be new or what the same command has begun, but its texts were "
+            f"generated with another {others[0]}; give another file, or --overwrite"
         )
+    num_done = path.read_bytes().count(b"\n")
     # a batch that was not finished is begun anew: its rows' texts may depend on the batch's shape
-    is_complete = len(lines) == len(rows)
-    return len(lines) if is_complete else len(lines) // options.batch_size * options.batch_size
+    is_complete = num_done == num_rows
+    return num_done if is_complete else num_done // options.batch_size * options.batch_size
 
 
 def _write(
@@ -225,7 +221,8 @@ def _write(
     messages = make_console(stderr=True, soft_wrap=True)
     try:
         if num_done:
-            os.truncate(path, sum(map(len, _whole_lines(path)[:num_done])))
+            kept = path.read_bytes().split(b"\n")[:num_done]
+            os.truncate(path, sum(map(len, kept)) + num_done)
         else:
             path.unlink(missing_ok=True)
             write_json(_settings_path(path), settings)
@@ -252,19 +249,5 @@ def _settings_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines that were written to their end."""
-    return [line + b"\n" for line in path.read_bytes().split(b"\n")[:-1]]
-
-
 def _line(row: Mapping[str, Any], text: str) -> str:
     return json.dumps({**row, "completion": text}, ensure_ascii=False) + "\n"
-
-
-def _is_done(line: bytes, row: Mapping[str, Any]) -> bool:
-    """Whether a line is a row with its completion."""
-    try:
-        known = parse_json(line.decode(), "a row")
-        return known == json.loads(_line(row, known["completion"]))
-    except (ConfigError, UnicodeDecodeError, TypeError, KeyError):
-        return False
