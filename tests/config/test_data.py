@@ -55,7 +55,7 @@ CONTRADICTIONS = [
     ({**CHAT, "scoring": "text"}, "scoring has no effect on a dataset"),
     (
         {**CHAT, "template": "alpaca"},
-        "template has no effect on format chat: conversations have ch",
+        "template has no effect on format chat, only on instruction",
     ),
     ({"task": "piqa", "chat_template": "trl"}, "chat_template has no effect on a task, only on a"),
     (

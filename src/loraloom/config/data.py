@@ -43,13 +43,6 @@ FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
 }
 """What a row of each format is made of: the keys that `fields` may map to columns."""
 
-_NO_TEMPLATE = {
-    "chat": "conversations have chat_template, or the tokenizer's",
-    "text": "plain text is taken as it is",
-    "preference": "prompts are taken as they are, and messages have chat_template",
-}
-"""Why a format takes no prompt template."""
-
 _ALPACA = """\
 Below is an instruction that describes a task\
 {% if input %}, paired with an input that provides further context{% endif %}. \
@@ -264,8 +257,8 @@ class _SourceFields(StrictModel):
             yield ("path", "scoring"), "a dataset, only on a task"
             if _DATA_FILE.fullmatch(self.dataset):
                 yield ("split", "config"), f"a file ({self.dataset})"
-        if self.format in _NO_TEMPLATE:
-            yield ("template",), f"format {self.format}: {_NO_TEMPLATE[self.format]}"
+        if self.format not in ("instruction", None):
+            yield ("template",), f"format {self.format}, only on instruction"
         if self.format in ("instruction", "text"):
             yield ("chat_template",), f"format {self.format}, only on chat and preference"
 

@@ -181,13 +181,12 @@ def _describe(fault: ErrorDetails, settings: Any, other_names: Mapping[str, str]
     for theirs, ours in _WORDS.items():
         message = message.replace(theirs, ours)
     message = re.sub(", (unable to|got a number).*", "", message)
-    if kind == "model_type" or kind == "model_attributes_type":
+    if kind in ("model_type", "model_attributes_type"):
         message = "must be a mapping"
     if kind != "missing":
         value = fault["input"]
-        given = {None: "nothing", True: "true", False: "false"}
-        known = value is None or isinstance(value, bool)
-        message += f", got {given[value] if known else shown(value)}"
+        text = str(value).lower() if isinstance(value, bool) else shown(value)
+        message += f", got {'nothing' if value is None else text}"
     if kind == "literal_error":
         message += did_you_mean(str(fault["input"]), re.findall(r"'([^']*)'", context["expected"]))
     return f"{'.'.join(path)} {message}".lstrip()
