@@ -26,7 +26,12 @@ INSTRUCTIONS = [
     {"instruction": f"Say {word}", "input": "", "output": f"{word} " * times}
     for times, word in enumerate(("blue", "yes", "two", "short"), start=1)
 ]
+LONG = {"instruction": "Say", "input": "", "output": "blue " * 60}
 TEXTS = [{"text": "The sky is blue. " * times} for times in (1, 4, 9)]
+PAIRS = [
+    {"prompt": f"Say {word}", "chosen": f" {word}", "rejected": " no" * times}
+    for times, word in enumerate(("blue", "yes", "two", "short", "one"), start=1)
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +45,20 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(statistics, "NUM_RESAMPLES", 100)
 
 
-def write(path, rows):
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)
+@pytest.fixture
+def data_of(tmp_path):
+    """Write rows, and give the settings of their data set."""
+
+    def write(rows, data_format="instruction", name="held_out.jsonl"):
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return {"dataset": str(tmp_path / name), "format": data_format}
+
+    return write
 
 
 @pytest.fixture
-def instructions(tmp_path):
-    path = write(tmp_path / "held_out.jsonl", INSTRUCTIONS)
-    return {"dataset": path, "format": "instruction"}
+def instructions(data_of):
+    return data_of(INSTRUCTIONS)
 
 
 @torch.no_grad()
@@ -64,63 +74,50 @@ def plain_loss(host, rows, adapter):
     return total / count
 
 
-@pytest.mark.parametrize("data_format", ["instruction", "text"])
-def test_the_loss_is_that_of_a_plain_forward(host, tiny_tokenizer, tmp_path, data_format):
-    rows = INSTRUCTIONS if data_format == "instruction" else TEXTS
-    data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": data_format}
-    evaluation = evaluate_loss(host, tiny_tokenizer, data, max_length=24 if rows is TEXTS else 256)
-    max_length = 24 if rows is TEXTS else 256
+@pytest.mark.parametrize(
+    ("rows", "data_format", "max_length"), [(INSTRUCTIONS, "instruction", 256), (TEXTS, "text", 24)]
+)
+def test_the_loss_is_that_of_a_plain_forward(
+    host, tiny_tokenizer, data_of, rows, data_format, max_length
+):
+    data = data_of(rows, data_format)
+    evaluation = evaluate_loss(host, tiny_tokenizer, data, max_length=max_length)
     encoded = SourceEncoder(parse_source(data), tiny_tokenizer, max_length).load("validation").rows
     assert any(len(row.pieces) > 1 for row in encoded) == (rows is TEXTS)
     assert list(evaluation.results) == ["base", *METHODS]
     for name in (None, "lora", "mixdora"):
-        result = evaluation.results[name or "base"]["rows"]
+        result = evaluation.results[name or "base"]["held_out"]
         assert result["loss"] == pytest.approx(plain_loss(host, encoded, name), abs=1e-6)
         assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
         assert result["interval"][0] <= result["loss"] <= result["interval"][1]
         assert result["num_examples"] == len(rows)
+    assert list(evaluation.routing) == ["mixlora", "mixdora"]
+    task = evaluation.routing["mixlora"]["tasks"]["held_out"]
+    assert task["num_questions_covered"] == len(rows)
+    json.dumps(evaluation.to_json(), allow_nan=False)
 
 
-def test_everybody_is_compared_on_the_same_rows(host, tiny_tokenizer, instructions):
-    evaluation = evaluate_loss(host, tiny_tokenizer, instructions, [None, "lora"])
-    (comparison,) = evaluation.comparisons
-    assert (comparison.first, comparison.second, comparison.metric) == ("lora", "base", "loss")
-    results = evaluation.results
-    difference = results["lora"]["held_out"]["loss"] - results["base"]["held_out"]["loss"]
-    assert comparison.difference == pytest.approx(difference)
-    assert comparison.num_examples == len(INSTRUCTIONS)
-
-
-def test_seeds_are_one_contestant(tiny_tokenizer, instructions):
+def test_seeds_are_one_contestant_on_the_same_rows(tiny_tokenizer, instructions):
     seeds = {f"mix@{seed}": METHODS["mixlora"] for seed in range(2)}
     evaluation = evaluate_loss(scoring_host(configs=seeds), tiny_tokenizer, instructions)
     losses = [evaluation.results[name]["held_out"]["loss"] for name in seeds]
     assert evaluation.seeds["mix"]["tasks"]["held_out"]["mean"] == pytest.approx(sum(losses) / 2)
     (comparison,) = evaluation.comparisons
+    assert (comparison.first, comparison.second, comparison.metric) == ("mix", "base", "loss")
     base = evaluation.results["base"]["held_out"]["loss"]
     assert comparison.difference == pytest.approx(sum(losses) / 2 - base)
+    assert comparison.num_examples == len(INSTRUCTIONS)
 
 
-def test_mixtures_tell_where_they_send_the_tokens(host, tiny_tokenizer, instructions):
-    evaluation = evaluate_loss(host, tiny_tokenizer, instructions)
-    assert list(evaluation.routing) == ["mixlora", "mixdora"]
-    task = evaluation.routing["mixlora"]["tasks"]["held_out"]
-    assert task["num_questions_covered"] == len(INSTRUCTIONS)
-    json.dumps(evaluation.to_json(), allow_nan=False)
-
-
-def test_kept_losses_are_not_computed_again(
-    host, tiny_tokenizer, instructions, tmp_path, monkeypatch
-):
-    names = [None, "lora"]
+def test_kept_losses_are_not_computed_again(host, tiny_tokenizer, instructions, tmp_path):
     first, again = (
         evaluate_loss(
-            host, tiny_tokenizer, instructions, names, cache=ScoreCache(tmp_path, host, names)
+            host, tiny_tokenizer, instructions, ["lora"], cache=ScoreCache(tmp_path, host, ["lora"])
         )
         for _ in range(2)
     )
     assert again.results == first.results
-    assert again.num_cached_scores == 2 * len(INSTRUCTIONS)
+    assert again.num_cached_scores == len(INSTRUCTIONS)
 
 
 def test_memory_that_runs_out_changes_nothing(host, tiny_tokenizer, instructions, monkeypatch):
@@ -131,40 +128,20 @@ def test_memory_that_runs_out_changes_nothing(host, tiny_tokenizer, instructions
         assert parted[name]["held_out"]["loss"] == pytest.approx(by_task["held_out"]["loss"])
 
 
-def test_rows_that_do_not_fit_are_told(host, tiny_tokenizer, tmp_path):
-    rows = [*INSTRUCTIONS, {"instruction": "Say", "input": "", "output": "blue " * 60}]
-    data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": "instruction"}
-    held_out = load_held_out(host, tiny_tokenizer, data, max_length=60)
-    assert held_out.details["num_dropped"] == 1
-    line = describe_rows(held_out.name, held_out.details)
-    assert "4 rows" in line
-    assert "1 dropped" in line
-
-
-def test_rows_have_their_places_in_the_data_set(host, tiny_tokenizer, tmp_path):
-    rows = [{"instruction": "Say", "input": "", "output": "blue " * 60}, *INSTRUCTIONS, {"x": 1}]
-    data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": "instruction"}
+def test_rows_have_their_places_and_those_that_do_not_fit_are_told(host, tiny_tokenizer, data_of):
+    data = data_of([LONG, *INSTRUCTIONS, {"x": 1}])
     options = {"max_length": 60, "limit": 1 + len(INSTRUCTIONS)}  # what comes later isn't read
     evaluation = evaluate_loss(host, tiny_tokenizer, data, ["lora"], **options)
     places = [line["index"] for line in evaluation.lines()]
     assert places == [place + 1 for place in range(len(INSTRUCTIONS))]
-
-
-@pytest.mark.parametrize(("data", "adapters"), [([], ["lora"]), ({"dataset": "x.jsonl"}, [])])
-def test_nothing_to_measure_is_an_error(host, tiny_tokenizer, data, adapters):
-    with pytest.raises(LoraloomError, match="at least"):
-        evaluate_loss(host, tiny_tokenizer, data, adapters)
-
-
-PAIRS = [
-    {"prompt": f"Say {word}", "chosen": f" {word}", "rejected": " no" * times}
-    for times, word in enumerate(("blue", "yes", "two", "short", "one"), start=1)
-]
+    line = describe_rows("held_out", evaluation.tasks["held_out"])
+    assert "4 rows" in line
+    assert "1 dropped" in line
 
 
 @pytest.mark.parametrize("names", [[None, "mixdora", "lora"], ["lora"]])
-def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, tmp_path, names):
-    data = {"dataset": write(tmp_path / "pairs.jsonl", PAIRS), "format": "preference"}
+def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, data_of, tmp_path, names):
+    data = data_of(PAIRS, "preference", "pairs.jsonl")
     evaluation = evaluate_loss(host, tiny_tokenizer, data, names, beta=0.3)
     encoded = SourceEncoder(parse_source(data), tiny_tokenizer, 256).load("validation").rows
 
@@ -198,11 +175,14 @@ def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, tmp_path,
     [
         ({"format": "chatt"}, {}, "format"),
         ({}, {"max_length": 10**6}, "max_length must be at most the model's 256, got 1000000"),
+        ({}, {"adapters": []}, "at least"),
     ],
 )
 def test_a_wrong_data_set_is_an_error(host, tiny_tokenizer, instructions, change, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(LoraloomError, match=message):
         evaluate_loss(host, tiny_tokenizer, instructions | change, **options)
+    with pytest.raises(ConfigError, match="must have a data set at least"):
+        evaluate_loss(host, tiny_tokenizer, [])
 
 
 def test_a_diverged_adapter_is_an_error(tiny_tokenizer, instructions):
@@ -218,17 +198,14 @@ def test_data_sets_have_the_names_of_their_files():
     assert [*map(data_set_name, names)] == ["eval.math", "rows", "OpenHermes-2.5", "dolly"]
 
 
-def test_the_split_of_a_directory_that_was_read_is_noted(host, tiny_tokenizer, tmp_path):
-    path = write(tmp_path / "validation.jsonl", INSTRUCTIONS)
+def test_the_split_of_a_directory_that_was_read_is_noted(host, tiny_tokenizer, data_of, tmp_path):
+    path = data_of(INSTRUCTIONS, name="validation.jsonl")["dataset"]
     data = {"dataset": str(tmp_path), "format": "instruction"}
     details = load_held_out(host, tiny_tokenizer, data).details
-    assert details["split"] == "validation"
-    assert details["source"]["file"] == str(path)
+    assert (details["split"], details["source"]["file"]) == ("validation", path)
 
 
 def test_a_perplexity_that_is_no_number_is_left_out(host, tiny_tokenizer, instructions):
     data = load_held_out(host, tiny_tokenizer, instructions)
-    losses = {name: [loss * n for n in data.num_tokens] for name, loss in (("a", 2.0), ("b", 1e4))}
-    results = row_scores(data, losses).results
-    assert results["a"]["perplexity"] == pytest.approx(math.exp(2))
-    assert results["b"]["perplexity"] is None
+    losses = {"a": [1e4 * n for n in data.num_tokens]}
+    assert row_scores(data, losses).results["a"]["perplexity"] is None

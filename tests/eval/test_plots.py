@@ -22,27 +22,15 @@ def test_a_loss_curve_is_drawn_raw_and_smoothed(tmp_path):
     assert points(raw_a) == curves["a"]
     assert points(smooth_a) == [(1, 2.0), (2, pytest.approx(4 / 3)), (3, pytest.approx(6 / 7))]
     assert points(raw_b) == points(smooth_b) == curves["b"]
-    assert raw_a.get_color() == smooth_a.get_color() != raw_b.get_color()
-    assert raw_a.get_alpha() < 1
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss per token (nats)")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
-
-
-def test_the_frame_fits_what_comes_after_the_first_tenth(tmp_path):
-    curves = {"a": [(step, 8.0 if step < 2 else 1.0 + step / 100) for step in range(20)]}
-    (axes,) = plot_loss_curves(curves, tmp_path / "loss.png", smoothing=0.0).axes
+    late = {"a": [(step, 8.0 if step < 2 else 1.0 + step / 100) for step in range(20)]}
+    (axes,) = plot_loss_curves(late, path, smoothing=0.0).axes
     assert axes.get_ylim() == pytest.approx((1.02 - 0.017, 1.19 + 0.017))
 
 
-def test_a_loss_that_is_not_finite_leaves_the_smoothed_curve_whole(tmp_path):
-    curves = {"a": [(1, 2.0), (2, math.nan), (3, 2.0)]}
-    (axes,) = plot_loss_curves(curves, tmp_path / "loss.png").axes
-    assert points(axes.lines[1]) == [(1, 2.0), (3, pytest.approx(2.0))]
-
-
-def test_a_running_mean_starts_at_the_first_value():
-    assert smoothed([(1, 4.0), (2, 4.0)], 0.9) == [(1, pytest.approx(4)), (2, pytest.approx(4))]
-    assert smoothed([(1, math.inf)], 0.9) == []
+def test_a_running_mean_starts_at_the_first_value_and_skips_what_is_not_finite():
+    curve = [(1, 4.0), (2, math.nan), (3, 4.0), (4, math.inf)]
+    assert smoothed(curve, 0.9) == [(1, pytest.approx(4)), (3, pytest.approx(4))]
 
 
 def test_experts_are_drawn_by_layer(tmp_path):
@@ -51,13 +39,9 @@ def test_experts_are_drawn_by_layer(tmp_path):
     information = {"about the skill": [0.1, 0.3], "about the token": [0.2, 0.0]}
     figure = plot_experts(load, by_topic, information, path, "experts")
     assert path.read_bytes().startswith(PNG)
-    left, middle, right, _, bar = figure.axes
+    left, middle, right, *_ = figure.axes
     assert left.images[0].get_array().tolist() == load
     assert middle.images[0].get_array().tolist() == [[0.25, 0.6], [0.75, 0.4]]
     assert [label.get_text() for label in middle.get_xticklabels()] == ["sums", "dates"]
     assert [points(line) for line in right.lines] == [[(0.1, 0), (0.3, 1)], [(0.2, 0), (0.0, 1)]]
     assert [text.get_text() for text in right.get_legend().get_texts()] == list(information)
-    assert left.get_ylim() == middle.get_ylim() == right.get_ylim()
-    assert (left.get_xlabel(), left.get_ylabel()) == ("expert", "layer")
-    assert bar.get_ylabel() == "distance from all tokens' load (bits)"
-    assert figure.get_suptitle() == "experts"

@@ -37,12 +37,11 @@ from loraloom.models.quantization import stored_weights
 SCORING_VERSION = 1
 """Raise it with every change of the code that may change a log-likelihood."""
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of as many bytes as a number."""
-
 FILE_NAME = "scores.sqlite3"
 
 _LOCK_TIMEOUT_S = 60
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of a number."""
 
 _SCHEMA = """
 PRAGMA journal_mode = DELETE; -- WAL needs memory that all processes share, so one machine
@@ -79,10 +78,8 @@ class ScoreCache:
         self.fault: str | None = None
         self._path = directory / FILE_NAME
         key = computation_key(host)
-        keys = {
-            name: {**key, "adapter": name and adapter_digest(host.adapter(name))}
-            for name in adapters
-        }
+        digests = {name: name and adapter_digest(host.adapter(name)) for name in adapters}
+        keys = {name: {**key, "adapter": digest} for name, digest in digests.items()}
         self._ids = {name: json_digest(value) for name, value in keys.items()}
         computations = {self._ids[name]: value for name, value in keys.items()}
         self._scores = _transact(self._path, lambda file: _read_scores(file, computations))
@@ -116,18 +113,16 @@ class ScoreCache:
 
 
 def _read_scores(
-    connection: sqlite3.Connection, computations: Mapping[str, Any]
+    file: sqlite3.Connection, computations: Mapping[str, Any]
 ) -> dict[tuple[str, str], LogLikelihoods]:
     """Note what is going to be computed, and read what is known of it."""
-    ((state,),) = connection.execute("PRAGMA quick_check(1)")
+    ((state,),) = file.execute("PRAGMA quick_check(1)")
     if state != "ok":
         raise sqlite3.DatabaseError(state)
     notes = [(name, json.dumps(description)) for name, description in computations.items()]
-    connection.executemany("INSERT OR IGNORE INTO computations VALUES (?, ?)", notes)
-    wanted = ", ".join("?" * len(computations))
-    rows = connection.execute(
-        f"SELECT * FROM scores WHERE computation IN ({wanted})", list(computations)
-    )
+    file.executemany("INSERT OR IGNORE INTO computations VALUES (?, ?)", notes)
+    wanted = f"computation IN ({', '.join('?' * len(computations))})"
+    rows = file.execute(f"SELECT * FROM scores WHERE {wanted}", list(computations))
     return {(name, question): tuple(json.loads(values)) for name, question, values in rows}
 
 
@@ -148,22 +143,27 @@ def _transact(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Resul
 
 def describe_evaluation(host: Host, adapters: Mapping[str, str], command: str) -> dict[str, Any]:
     """Describe the base model, adapters, software and machine of an evaluation."""
-    device = str(host.device)
-    if host.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(host.device)})"
+    is_cuda = host.device.type == "cuda"
+    device = f"{host.device} ({torch.cuda.get_device_name(host.device)})" if is_cuda else None
     return {
         "base_model": host.base.name_or_path,
-        "base_fingerprint": host.base.fingerprint,
-        "dtype": str(host.dtype).removeprefix("torch."),
         "quantization": host.base.quantization,
-        "attention": host.config._attn_implementation,
+        **_how_computed(host),
         "adapters": describe_adapters(adapters),
-        "scoring_version": SCORING_VERSION,
         "versions": versions(),
-        "device": device,
+        "device": device or str(host.device),
         "platform": platform.platform(),
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _how_computed(host: Host) -> dict[str, Any]:
+    return {
+        "scoring_version": SCORING_VERSION,
+        "base_fingerprint": host.base.fingerprint,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "attention": host.config._attn_implementation,
     }
 
 
@@ -193,12 +193,9 @@ def computation_key(host: Host) -> dict[str, Any]:
     config = {k: value for k, value in host.config.to_dict().items() if k not in left_out}
     text = json.dumps(config, sort_keys=True, default=str)
     return {
-        "scoring_version": SCORING_VERSION,
-        "base_fingerprint": host.base.fingerprint,
+        **_how_computed(host),
         "base_weights": _weights_digest(host),
         "base_config": hashlib.sha256(text.encode()).hexdigest()[:32],
-        "dtype": str(host.dtype).removeprefix("torch."),
-        "attention": host.config._attn_implementation,
         "device": host.device.type,
         "torch": version("torch"),
         "transformers": version("transformers"),

@@ -10,16 +10,16 @@ evaluation.write("result.json")
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig
@@ -35,7 +35,6 @@ from loraloom.eval.score import (
     Advance,
     Scorer,
     Scores,
-    check_moe_peft_tasks,
     encode_choices,
     encode_last_tokens,
     score_questions,
@@ -49,54 +48,43 @@ from loraloom.models.host import Host
 Compat = Literal["moe-peft"]
 
 
-PLAIN_INTERVAL_S = 10.0
-_SPEED_PERIOD_S = 300.0
-"""The time over which the speed is averaged: some batches even of a large model."""
+_PLAIN_INTERVAL_S = 10.0
 
 
 class EvaluationProgress:
-    """Shows what is done and the time left; items weigh by their size, as the largest come first.
-
-    On a terminal each task has a bar, which disappears at the end; elsewhere, a line comes now and
-    then.
-    """
+    """Shows what is done and the time left, on a terminal often, elsewhere now and then."""
 
     def __init__(self, console: Console):
-        self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=_SPEED_PERIOD_S,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._console, self._bars = console, ExitStack()
 
     def __enter__(self) -> EvaluationProgress:
-        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        self._bars.close()
 
     def start(self, name: str, sizes: Sequence[int], unit: str = "questions") -> Advance:
-        """Begin to show a task."""
-        task_id = self._bars.add_task(name, total=sum(sizes))
-        task = self._bars.tasks[task_id]
-        num_done, shown_at = 0, time.monotonic()
+        """Begin to show a task, whose items weigh by their size, as the largest come first."""
+        console = self._console
+        bar: Any = tqdm(
+            total=sum(sizes),
+            file=console.file,
+            disable=console.quiet,
+            leave=False,
+            desc=f"{name}: 0/{len(sizes)} {unit}",
+            delay=0 if console.is_terminal else _PLAIN_INTERVAL_S,
+            mininterval=0.1 if console.is_terminal else _PLAIN_INTERVAL_S,
+            bar_format="{desc} |{bar}| ETA {remaining}",
+        )
+        self._bars.callback(bar.close)
+        num_done = 0
 
         def advance(places: Sequence[int]) -> None:
-            nonlocal num_done, shown_at
+            nonlocal num_done
             num_done += len(places)
-            line, size = f"{name}: {num_done}/{len(sizes)} {unit}", sum(sizes[n] for n in places)
-            self._bars.update(task_id, advance=size, description=line)
-            is_due = time.monotonic() - shown_at >= PLAIN_INTERVAL_S and num_done < len(sizes)
-            if is_due and not self._console.is_terminal:
-                shown_at, left = time.monotonic(), task.time_remaining
-                eta = "-:--:--" if left is None else timedelta(seconds=round(left))
-                self._console.print(f"{line}, ETA {eta}", soft_wrap=True)
+            line = f"{name}: {num_done}/{len(sizes)} {unit}"
+            bar.set_description_str(line, refresh=False)
+            bar.update(sum(sizes[place] for place in places))
 
         return advance
 
@@ -138,22 +126,17 @@ def join_evaluations(
         found = {name: value for part in of_parts for name, value in part.items()}
         return {name: found[name] for name in order if name in found}
 
+    def join(of: Sequence[Scores]) -> Scores:
+        lines = partial(chain.from_iterable, [[*one.lines()] for one in of])
+        results, values = joined(one.results for one in of), joined(one.values for one in of)
+        return replace(of[0], results=results, values=values, lines=lines)
+
     computed = {"schema_version", "results", "seeds", "comparisons", "scores"}
     details = {name: value for name, value in parts[0] if name not in computed}
     details["routing"] = joined(part.routing for part in parts)
     details["adapters"] = joined(part.adapters for part in parts)
     details["num_cached_scores"] = sum(part.num_cached_scores for part in parts)
-    by_task = zip(*(part.scores for part in parts), strict=True)
-    return summarise([_join_scores(of, joined) for of in by_task], pairs, **details)
-
-
-def _join_scores(parts: Sequence[Scores], joined: Callable[..., dict[str, Any]]) -> Scores:
-    return replace(
-        parts[0],
-        results=joined(part.results for part in parts),
-        values=joined(part.values for part in parts),
-        lines=lambda: chain.from_iterable(part.lines() for part in parts),
-    )
+    return summarise([*map(join, zip(*(p.scores for p in parts), strict=True))], pairs, **details)
 
 
 class _Pass:
@@ -194,8 +177,8 @@ class _Pass:
             on_routing=self._tally.of(asked.task, len(questions), [one.group for one in questions]),
         )
         places = [f"in {asked.task}, question {question.index}" for question in questions]
-        for name, of_name in scores.items():
-            _check_finite("scores", name, [one.log_likelihoods for one in of_name], places)
+        values = {name: [one.log_likelihoods for one in of] for name, of in scores.items()}
+        _check_finite("scores", values, places)
         return task_scores(asked, {name or BASE: of_name for name, of_name in scores.items()})
 
     def measure(self, data: HeldOutSet) -> Scores:
@@ -211,8 +194,7 @@ class _Pass:
             self._tally.of(data.name, len(data.rows)),
         )
         places = [f"in row {place + 1} of {data.name}" for place in data.places]
-        for name, of_name in scores.items():
-            _check_finite("losses", name, of_name, places)
+        _check_finite("losses", scores, places)
         losses = {name: [-value for (value,) in of_name] for name, of_name in scores.items()}
         asked = {name or BASE: losses[name] for name in self.names}
         return pair_scores(data, asked, losses[None]) if data.has_pairs else row_scores(data, asked)
@@ -228,11 +210,12 @@ class _Pass:
 
 
 def _check_finite(
-    what: str, name: str | None, scores: Sequence[LogLikelihoods], places: Sequence[str]
+    what: str, scores: Mapping[str | None, Sequence[LogLikelihoods]], places: Sequence[str]
 ) -> None:
-    for values, place in zip(scores, places, strict=True):
-        if not all(map(math.isfinite, values)):
-            raise not_finite(what, values if len(values) > 1 else values[0], [name], place)
+    for name, of_name in scores.items():
+        for values, place in zip(of_name, places, strict=True):
+            if not all(map(math.isfinite, values)):
+                raise not_finite(what, values if len(values) > 1 else values[0], [name], place)
 
 
 def evaluate(
@@ -311,14 +294,11 @@ def evaluate_loss(
         AdapterError: If the host lacks an adapter, or its losses are not finite.
     """
     scored = _Pass(host, tokenizer, adapters, **options)
-    sets = (
-        [load_held_out(host, tokenizer, data, max_length, limit, beta)]
-        if isinstance(data, SourceConfig | Mapping)
-        else list(data)
-    )
-    if not sets:
+    if isinstance(data, SourceConfig | Mapping):
+        data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
+    if not data:
         raise ConfigError("data must have a data set at least, got none")
-    return scored.evaluation([scored.measure(one) for one in sets])
+    return scored.evaluation([scored.measure(one) for one in data])
 
 
 def load_question_sets(
@@ -333,17 +313,13 @@ def load_question_sets(
     names = [find_task(task).name for task in tasks]
     if len(set(names)) < len(names):
         raise ConfigError(f"tasks must have different names, got {', '.join(names)}")
-    if compat is not None:
-        if scoring == "text":
-            raise ConfigError(f"compat {compat} scores labels; leave out scoring {scoring}")
-        check_moe_peft_tasks(tasks)
+    if compat is not None and scoring == "text":
+        raise ConfigError(f"compat {compat} scores labels; leave out scoring {scoring}")
     if data is not None and len(tasks) > 1:  # which must not all read the data of one
-        absent = [name for name in names if not (local_path(data, "data") / name).is_dir()]
-        if absent:
-            raise ConfigError(
-                f"data must be a directory with one for each of several tasks, got {data} without "
-                f"{', '.join(absent)}"
-            )
+        places = {name: local_path(data, "data") / name for name in names}
+        if absent := [name for name, place in places.items() if not place.is_dir()]:
+            needed = f"data must be a directory with one for each of several tasks, got {data}"
+            raise ConfigError(f"{needed} without {', '.join(absent)}")
     loaded = [load_question_set(task, scoring, split, data, limit) for task in tasks]
     if compat is None:
         return loaded

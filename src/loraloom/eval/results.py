@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
@@ -81,16 +81,9 @@ class SeedGroup(TypedDict):
 class PairedComparison:
     """How much better one adapter is than another on the same questions.
 
-    Args:
-        difference: Accuracy of the first minus that of the second, in [-1, 1].
-        stderr: Of the difference, sd(d) / sqrt(n) over the questions' differences d; None for a
-            single question.
-        interval: Percentile bootstrap interval of the difference.
-        p_value: Two-sided, of the exact sign test over questions, which is McNemar's test where
-            both are single adapters.
-        num_first_better: Questions on which the first did better.
-        num_second_better: Questions on which the second did better.
-        num_examples: How many questions.
+    `stderr` is that of the difference, None for a single question. `interval` is a bootstrap's
+    percentiles. `p_value` is two-sided, of the exact sign test over questions, which is McNemar's
+    test where both are single adapters.
     """
 
     difference: Number
@@ -146,17 +139,10 @@ class AdapterRouting(TypedDict, total=False):
     warnings: list[str]
 
 
-class Record(BaseModel):
-    """A file that loraloom wrote, or a part of it."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-_Kind = TypeVar("_Kind", bound=Record)
-
-
-class Environment(Record):
+class Environment(BaseModel):
     """With what a run was made."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     versions: dict[str, str] = {}
     platform: str = ""
@@ -233,19 +219,10 @@ def read_evaluation(path: Path) -> Evaluation:
     """Read an evaluation's JSON file."""
     if not path.is_file():
         raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
-    return read_record(path, Evaluation, "what `loraloom eval --output` wrote")
-
-
-def read_record(path: Path, kind: type[_Kind], expected: str) -> _Kind:
-    """Read a JSON file."""
     try:
-        return kind.model_validate(read_json(path, DataError))
+        return Evaluation.model_validate(read_json(path, DataError))
     except ValidationError as error:
-        reason = first_fault(error)
-        raise DataError(f"{path} must be {expected}, got another file: {reason}") from None
-
-
-def first_fault(error: ValidationError) -> str:
-    """Say what is wrong first, and where."""
-    fault = error.errors(include_url=False)[0]
-    return ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))
+        fault = error.errors(include_url=False)[0]
+        reason = ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))
+        expected = "must be what `loraloom eval --output` wrote, got another file"
+        raise DataError(f"{path} {expected}: {reason}") from None

@@ -23,27 +23,14 @@ from loraloom.adapters.method import AdapterConfig
 from loraloom.eval.results import AdapterRouting, TaskRouting
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
+from loraloom.routing import tally
 from loraloom.routing.collapse import find_collapse
-from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import (
-    RoutingTotals,
-    load_shares,
-    load_similarity,
-    loads_by_class,
-    mutual_information_bits,
-    routing_totals,
-    specialisation_bits,
-)
+from loraloom.routing.record import LayerRouting, RouterName
 
 NUM_WORDS = 12
-"""Tokens that are named for each expert."""
-
 WORD_PRIOR = 10
 """Choices that a token is taken to have made before, as all tokens do; rare ones count less."""
-
 MAX_EXAMPLE_TOKENS = 160
-"""Of a task's first question, whose tokens are kept one by one."""
-
 TOKEN_CLASSES = ("start of a word", "rest of a word", "number", "sign", "space")
 
 _SPACES = "Ġ▁ "
@@ -61,7 +48,7 @@ class RoutingTally:
         configs = {name: host.adapter(name).config for name in adapters if name is not None}
         configs = {n: config for n, config in configs.items() if config.experts_per_router > 0}
         classes = token_classes(tokenizer, host.config.vocab_size) if configs else torch.zeros(0)
-        self.adapters = {n: AdapterTally(c, classes, tokenizer) for n, c in configs.items()}
+        self.adapters = {n: _AdapterTally(c, classes, tokenizer) for n, c in configs.items()}
 
     def of(
         self, task: str, num_questions: int, groups: Sequence[str | None] = ()
@@ -69,17 +56,17 @@ class RoutingTally:
         """Give what takes in a task's batches; None if there is no mixture."""
         topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
         for adapter in self.adapters.values():
-            adapter.num_questions[task], adapter.questions[task] = num_questions, set()
+            adapter.num_questions[task], adapter.covered[task] = num_questions, set()
         if not self.adapters:
             return None
         return lambda routed: self.adapters[routed.adapter].add(task, topics, routed)
 
     def summarise(self) -> dict[str, AdapterRouting]:
         """Give the routing by adapter, as it stands in the JSON file under `routing`."""
-        return {name: one.summarise() for name, one in self.adapters.items()}
+        return {name: adapter.summarise() for name, adapter in self.adapters.items()}
 
 
-class AdapterTally:
+class _AdapterTally:
     """The routing of one adapter in all tasks; `classes` of the vocabulary's tokens, [V]."""
 
     def __init__(self, config: AdapterConfig, classes: Tensor, tokenizer: PreTrainedTokenizerBase):
@@ -87,18 +74,17 @@ class AdapterTally:
         # experts that a token chooses; the one of most weight where a router mixes all
         self.num_chosen = config.experts_per_token or 1
         self.num_questions: dict[str, int] = {}
-        self.questions: dict[str, set[int]] = {}  # by task, the places of those scored now
-        self.totals: dict[str, RoutingTotals] = {}
+        self.covered: dict[str, set[int]] = {}  # by task, the places of questions scored now
+        self.totals: dict[str, tally.RoutingTotals] = {}
         self.examples: dict[str, dict[str, Any]] = {}
         self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
-        self.word_layers: list[int] = []
-        self.word_counts = torch.zeros(0, dtype=torch.int32)  # (layers, V, E)
+        self.word_counts: dict[int, Tensor] = {}  # by layer, (V, E)
 
     def add(self, task: str, topics: Sequence[str], routed: RoutedRows) -> None:
         """Take in a forward; its tokens' topics are by a question's place, or the task."""
         routing, rows = routed.routing, routed.rows
-        totals = routing_totals(routing)
-        self.questions[task].update(routed.places)
+        totals = tally.routing_totals(routing)
+        self.covered[task].update(routed.places)
         self.totals[task] = self.totals[task] + totals if task in self.totals else totals
         token_ids = torch.tensor([token for row in rows for token in row.input_ids])  # (T,)
         self._count_words(token_ids, routing)
@@ -112,72 +98,68 @@ class AdapterTally:
         for place, row in zip(routed.places, rows, strict=True):
             if place == 0 and 0 in row.choices and task not in self.examples:
                 end = start + min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
-                chosen = (routing[layer] for layer in self.word_layers)
+                records = [routing[layer] for layer in self.word_counts]
+                experts = {one.router: one.selected_experts[start:end, 0] for one in records}
                 self.examples[task] = {
-                    "tokens": self._texts(row.input_ids[: end - start]),
-                    "experts": {
-                        str(_label(*one.router)): one.selected_experts[start:end, 0].tolist()
-                        for one in chosen
-                    },
+                    "tokens": token_texts(row.input_ids[: end - start], self.tokenizer),
+                    "experts": {str(_label(router)): e.tolist() for router, e in experts.items()},
                 }
             start += len(row.input_ids)
 
     def _add_loads(
         self, kind: str, names: Sequence[str], classes: Tensor, routing: Sequence[LayerRouting]
     ) -> None:
-        loads, added = self.loads[kind], loads_by_class(routing, classes, len(names))
+        loads, added = self.loads[kind], tally.loads_by_class(routing, classes, len(names))
         for name, load in zip(names, added, strict=True):
             loads[name] = loads[name] + load if name in loads else load
 
     def _count_words(self, token_ids: Tensor, routing: Sequence[LayerRouting]) -> None:
         """Count how often each token chose each expert of the first, middle and last layer."""
-        if not self.word_layers:
-            self.word_layers = sorted({0, len(routing) // 2, len(routing) - 1})
-            most = max(record.num_experts for record in routing)
-            self.word_counts = self.word_counts.new_zeros(
-                len(self.word_layers), len(self.classes), most
-            )
+        if not self.word_counts:
+            shape = (len(self.classes), max(record.num_experts for record in routing))
+            layers = sorted({0, len(routing) // 2, len(routing) - 1})
+            self.word_counts = {n: torch.zeros(shape, dtype=torch.int32) for n in layers}
         one = torch.ones((), dtype=torch.int32)
-        for counts, layer in zip(self.word_counts, self.word_layers, strict=True):
+        for layer, counts in self.word_counts.items():
             chosen = routing[layer].selected_experts[:, : self.num_chosen].cpu()  # (T, K)
             counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
 
     def summarise(self) -> AdapterRouting:
         """Give the routing as it stands in the JSON file."""
-        config, routers, sizes = self.config, (), ()
-        for totals in self.totals.values():
-            routers, sizes = totals.routers, totals.num_experts
-        layers = [_label(*router) for router in routers]
+        totals = reduce(operator.add, self.totals.values()) if self.totals else None
+        layers = [_label(router) for router in totals.routers] if totals else []
         loads = {task: totals.load for task, totals in self.totals.items()}
         similarity = []
         for first, second in combinations(loads, 2):
-            by_layer = load_similarity(loads[first], loads[second])
+            by_layer = tally.load_similarity(loads[first], loads[second])
             figures = {"mean": _rounded(by_layer.mean()), "by_layer": _rounded(by_layer)}
             similarity.append({"first": first, "second": second, **figures})
-        counts = zip(self.word_layers, self.word_counts, strict=True)
+        words = [
+            {"layer": layers[n], "experts": self._words(of)} for n, of in self.word_counts.items()
+        ]
         return {
-            "num_experts": config.experts_per_router,
-            "top_k": config.experts_per_token or config.experts_per_router,
+            "num_experts": self.config.experts_per_router,
+            "top_k": self.config.experts_per_token or self.config.experts_per_router,
             "layers": layers,
-            "experts_by_layer": list(sizes),
-            "tasks": {task: self._task(task) for task in self.questions},
+            "experts_by_layer": list(totals.num_experts) if totals else [],
+            "tasks": {task: self._task(task) for task in self.num_questions},
             "similarity": similarity,
             "specialisation": self._specialisation(),
-            "words": [{"layer": layers[n], "experts": self._words(of)} for n, of in counts],
-            "warnings": self._warnings(),
+            "words": words,
+            "warnings": self._warnings(totals) if totals else [],
         }
 
     def _task(self, task: str) -> TaskRouting:
         totals = self.totals.get(task)
         summary: TaskRouting = {
             "num_questions": self.num_questions[task],
-            "num_questions_covered": len(self.questions[task]),
+            "num_questions_covered": len(self.covered[task]),
             "num_tokens": 0 if totals is None else totals.num_tokens,
         }
         if totals is not None:
             summary["load"] = _rounded(totals.load)
             summary["effective_experts"] = _rounded(totals.effective_experts)
-            summary["mean_probabilities"] = _rounded(load_shares(totals.probabilities))
+            summary["mean_probabilities"] = _rounded(tally.load_shares(totals.probabilities))
             summary["mean_entropy_bits"] = _rounded(totals.mean_entropy_bits)
             summary["token_entropy_bits"] = _rounded(totals.token_entropy_bits)
         if task in self.examples:
@@ -191,8 +173,11 @@ class AdapterTally:
             loads = {name: load for name, load in by_name.items() if load.any()}
             if len(loads) > (kind == "topics"):  # a single topic says nothing
                 stacked = torch.stack([*loads.values()])  # (C, N, E)
-                apart = dict(zip(loads, _rounded(specialisation_bits(stacked)), strict=True))
-                found[kind] = {"bits": _rounded(mutual_information_bits(stacked)), "of": apart}
+                apart = dict(zip(loads, _rounded(tally.specialisation_bits(stacked)), strict=True))
+                found[kind] = {
+                    "bits": _rounded(tally.mutual_information_bits(stacked)),
+                    "of": apart,
+                }
         return found
 
     def _words(self, counts: Tensor) -> list[list[dict[str, Any]]]:
@@ -200,32 +185,25 @@ class AdapterTally:
         found = []
         for expert, tokens in enumerate(words_by_expert(counts)):
             times, all_times = counts[tokens, expert].tolist(), counts[tokens].sum(-1).tolist()
-            words = zip(self._texts(tokens), times, all_times, strict=True)
-            found.append(
-                [
-                    {"token": text, "count": n, "share": round(n * self.num_chosen / total, 4)}
-                    for text, n, total in words
-                ]
-            )
+            words = zip(token_texts(tokens, self.tokenizer), times, all_times, strict=True)
+            shares = [(text, n, round(n * self.num_chosen / total, 4)) for text, n, total in words]
+            found.append([{"token": text, "count": n, "share": share} for text, n, share in shares])
         return found
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, totals: tally.RoutingTotals) -> list[str]:
         """Judge the load over all tasks."""
-        if not self.totals or self.config.experts_per_token is None:
+        if self.config.experts_per_token is None:
             return []
-        together = reduce(operator.add, self.totals.values())
-        rows = together.tokens_per_expert.long().tolist()
-        routers = zip(together.routers, together.num_experts, rows, strict=True)
+        rows = totals.tokens_per_expert.long().tolist()
+        routers = zip(totals.routers, totals.num_experts, rows, strict=True)
         counts = {router: row[:size] for router, size, row in routers}
         found = find_collapse(counts, self.config.experts_per_token)
         return [f"{text}; train again: {self.config.collapse_advice}" for text in found.values()]
 
-    def _texts(self, token_ids: Sequence[int]) -> list[str]:
-        return token_texts(token_ids, self.tokenizer)
 
-
-def _label(layer: int, projection: str | None) -> int | str:
+def _label(router: RouterName) -> int | str:
     """Name a router in the JSON file: its layer, and its projection if it has one of its own."""
+    layer, projection = router
     return layer if projection is None else f"{layer}.{projection}"
 
 
@@ -235,20 +213,15 @@ def _rounded(values: Tensor) -> Any:
 
 
 def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int]]:
-    """Find the tokens that go to an expert more than others do, of counts [V, E].
-
-    A token's share at an expert, after `WORD_PRIOR` choices like everybody's, is divided by the
-    expert's load; the tokens with the largest quotients above 1 are taken.
-    """
+    """Find the tokens that go to an expert more than others do, of counts [V, E]."""
     seen = counts.sum(-1).nonzero().squeeze(1)
     choices = counts[seen].double()  # (T, E)
-    load = load_shares(choices.sum(0))
+    load = tally.load_shares(choices.sum(0))
     shares = (choices + WORD_PRIOR * load) / (choices.sum(-1, keepdim=True) + WORD_PRIOR)
-    best = (shares / load.where(load > 0, 1)).topk(min(num_words, len(seen)), dim=0)
-    return [
-        seen[rows[lift > 1]].tolist()
-        for lift, rows in zip(best.values.T, best.indices.T, strict=True)
-    ]
+    lift = shares / load.where(load > 0, 1)  # above 1 for a token that goes there more than all do
+    best = lift.topk(min(num_words, len(seen)), dim=0)
+    columns = zip(best.values.T, best.indices.T, strict=True)
+    return [seen[rows[values > 1]].tolist() for values, rows in columns]
 
 
 def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

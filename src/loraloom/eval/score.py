@@ -279,17 +279,11 @@ def _question_lines(
         }
 
 
-def check_moe_peft_tasks(tasks: Sequence[str]) -> None:
-    """Raise a ConfigError if MoE-PEFT has no list of labels for a task."""
-    if unknown := [task for task in tasks if task not in MOE_PEFT_LABELS]:
-        known = ", ".join(MOE_PEFT_LABELS)
-        raise ConfigError(
-            f"compat moe-peft needs a task that MoE-PEFT has ({known}), got {', '.join(unknown)}"
-        )
-
-
 def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
     """Offer every label of MoE-PEFT's list for the task, in its order."""
+    if question.task not in MOE_PEFT_LABELS:
+        known = ", ".join(MOE_PEFT_LABELS)
+        raise ConfigError(f"compat moe-peft needs a task of {known}, got {question.task}")
     labels, gold = MOE_PEFT_LABELS[question.task], question.labels[question.gold]
     if gold not in labels:
         raise DataError(

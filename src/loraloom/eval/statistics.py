@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -26,16 +26,10 @@ from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.results import BASE, PairedComparison
 
 CONFIDENCE = 0.95
-"""Of every interval."""
-
 NUM_RESAMPLES = 10_000
-"""Of the bootstrap."""
 
 MAX_FOR_ALL_PAIRS = 4
 """Contestants, besides the base model, of whom all pairs are compared without being asked for."""
-
-_NO_FILTER = "none"
-"""What lm-eval calls the filter that leaves answers as they are."""
 
 _Answers = dict[int, tuple[str, bool]]
 """By a question's place: its hash, and whether it was answered right."""
@@ -45,12 +39,9 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """Whether each question of a task was answered right.
+    """Whether each question of a task was answered right, by adapter; `base` is the base model.
 
-    Args:
-        task: Name of the task.
-        questions: Their places in the split.
-        right: By adapter, in the order of the questions; `base` is the base model.
+    `questions` are their places in the split.
     """
 
     task: str
@@ -91,8 +82,7 @@ def compare_paired(
     """Compare two adapters, or two groups of seeds, on the same questions.
 
     Args:
-        first: For each question 1 if it was answered right, 0 if not; for a group of adapters that
-            differ in their seed the share of them that answered it right.
+        first: For each question 1 if it was answered right, 0 if not, or the share of seeds.
         second: The same of the other, in the same order.
         seed: Of the bootstrap.
 
@@ -121,11 +111,7 @@ def compare_paired(
 def compare_losses(
     first: Sequence[int | float], second: Sequence[int | float], num_tokens: Sequence[int]
 ) -> PairedComparison:
-    """Compare the losses a token of two adapters on the same rows, of which the bootstrap draws.
-
-    The better one of a row is that with the lower loss. A loss is a ratio of sums over rows, so
-    `stderr` is that of a ratio.
-    """
+    """Compare the losses a token of two adapters on the same rows; they are ratios of sums."""
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     lengths = np.asarray(num_tokens, dtype=np.float64)
     (interval,) = ratio_intervals(differences[:, None], lengths)
@@ -150,15 +136,14 @@ def _percentiles(draws: np.ndarray) -> tuple[float, float]:
 
 
 def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
-    """Compute the standard error of Σ sums / Σ lengths over rows; None for a single row.
-
-    It is that of the ratio's linear part, sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i.
+    """Compute the standard error of R = Σ sums / Σ lengths over rows; None for a single row.
 
     Source: Cochran 1977, Sampling Techniques, section 6.3.
     """
     count, total = len(sums), lengths.sum()
     if count == 1:
         return None
+    # of the ratio's linear part: sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i
     deviations = sums - sums.sum() / total * lengths
     return float(math.sqrt(count / (count - 1) * np.square(deviations).sum()) / total)
 
@@ -177,10 +162,9 @@ def ratio_intervals(sums: np.ndarray, lengths: np.ndarray) -> list[tuple[float, 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust the p-values of several tests, so that one of them below 5 % is news of all.
 
-    The i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's.
-
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
+    # the i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = max(highest, min(1.0, p_values[place] * (len(p_values) - rank)))
@@ -257,8 +241,8 @@ def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
     if BASE in adapters:
         raise AdapterError(f"no adapter may be called {BASE}, which results call the base model")
     names = [name or BASE for name in adapters]
-    seed_groups(names)  # are they clear?
-    for name in (name for pair in pairs for name in pair):
+    seed_groups(names)  # raises where a group has an adapter's name
+    for name in chain.from_iterable(pairs):
         members_of(name, names)
 
 
@@ -295,8 +279,8 @@ def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, di
     for task, by_adapter in figures.items():
         for stem, members in seed_groups(list(by_adapter)).items():
             values = [by_adapter[name] for name in members]
-            group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
             spread = {"mean": fmean(values), "sd": stdev(values), "num_seeds": len(values)}
+            group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
             group["tasks"][task] = spread
     return summary
 
@@ -327,8 +311,8 @@ def _read_file(path: Path) -> dict[tuple[str, str], _Answers]:
     """Answers by task and adapter; what lm-eval filtered in several ways is several tasks."""
     answers: dict[tuple[str, str], _Answers] = {}
     for row in read_rows(path):
-        chosen_filter = row.get("filter", _NO_FILTER)
-        task = row.text("task") + ("" if chosen_filter == _NO_FILTER else f",{chosen_filter}")
+        chosen_filter = row.get("filter", "none")
+        task = row.text("task") + ("" if chosen_filter == "none" else f",{chosen_filter}")
         adapter, index, correct = row.text("adapter"), row.integer("index"), row.get("correct")
         if not isinstance(correct, bool):
             row.reject(f"field 'correct' must be true or false, got {correct!r}")

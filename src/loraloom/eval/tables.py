@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     Results = Mapping[str, Mapping[str, TaskResult]]
 
 SUFFIXES = (".json", ".csv", ".md")
-"""Of files of results; they say what is in them."""
 
 CONSTANT = "constant answer"
 """What tables call the answer that is the same to every question, the most frequent right one."""
-
 MARK = "†"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
 
@@ -144,32 +142,27 @@ def _seeds_table(found: Evaluation, tasks: Sequence[str], *, is_loss: bool) -> T
     table = make_table("adapters", values=["seeds", *tasks], title=f"{what} ± standard deviation")
     for stem, group in found.seeds.items():
         spreads: Any = [group["tasks"][task] for task in tasks]
-        cells = (
-            f"{scale * one['mean']:.{digits}f} ± {scale * one['sd']:.{digits}f}" for one in spreads
-        )
+        pairs = [(scale * one["mean"], scale * one["sd"]) for one in spreads]
+        cells = (f"{mean:.{digits}f} ± {sd:.{digits}f}" for mean, sd in pairs)
         table.add_row(stem, str(len(group["adapters"])), *cells)
     return table
 
 
 def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
-    metric = comparisons[0].metric
-    unit, scale, digits = _UNITS[metric]
-    table = make_table(
-        "difference",
-        values=(unit, "95 % interval", "won : lost", "p", "p (Holm)"),
-        title=f"{task}: differences in {metric}",
-    )
+    unit, scale, digits = _UNITS[comparisons[0].metric]
+    titles = (unit, "95 % interval", "won : lost", "p", "p (Holm)")
+    title = f"{task}: differences in {comparisons[0].metric}"
+    table = make_table("difference", values=titles, title=title)
     for one in comparisons:
-        low, high = (f"{scale * end:+.{digits}f}" for end in one.interval)
-        p_values = [
-            "< 0.001" if p < 0.001 else f"{p:.3f}" for p in (one.p_value, one.adjusted_p_value)
-        ]
+        ends = (one.difference, *one.interval)
+        difference, low, high = (f"{scale * end:+.{digits}f}" for end in ends)
+        p_values = (one.p_value, one.adjusted_p_value)
         table.add_row(
             f"{one.first} - {one.second}",
-            f"{scale * one.difference:+.{digits}f}",
+            difference,
             f"{low} to {high}",
             f"{one.num_first_better} : {one.num_second_better}",
-            *p_values,
+            *("< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values),
         )
     return table
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 
@@ -23,7 +22,7 @@ from loraloom.eval.results import (
     TaskRouting,
     read_evaluation,
 )
-from loraloom.report.charts import Chart, interval_chart, job_styles, learning_curves
+from loraloom.report.charts import interval_chart, job_styles, learning_curves
 from loraloom.report.jobs import Job, read_runs
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
@@ -40,51 +39,6 @@ _FAULTS = (
 """What comes of files that are damaged."""
 
 _CLASSES = {"topics": "topic", "token_classes": "kind of token"}
-
-
-@dataclass(frozen=True)
-class Results:
-    """An evaluation, laid out; `tasks` have accuracies, or other figures than `losses`."""
-
-    name: str
-    content: Evaluation
-    tasks: Sequence[str]
-    losses: Sequence[str]
-    charts: Sequence[Chart]
-    means: Mapping[str, float | None]
-    """Each adapter's mean accuracy, where there are several tasks; None without accuracy."""
-    constants: Mapping[str, float]
-    """Accuracy of the best constant answer to each task, where it is known."""
-    mixtures: Sequence[Mixture]
-
-
-class Row(NamedTuple):
-    """A row of a heatmap: shares of the load, and figures that stand behind them."""
-
-    label: str
-    load: Sequence[float]
-    figures: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A mixture's routing, laid out."""
-
-    name: str
-    routing: AdapterRouting
-    coverage: str
-    layers: Sequence[Row]
-    """Over all tasks: load; effective experts, entropy of the mean probabilities, mean entropy of
-    tokens, in bits."""
-    specialisation: Sequence[Mapping[str, Any]]
-    similarity: Mapping[str, Sequence[float | None]]
-    """A row for each task: its likeness to every one; None on the diagonal."""
-    examples: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def uniform_bits(self) -> float:
-        """The highest entropy."""
-        return math.log2(self.routing["num_experts"])
 
 
 def make_page(
@@ -109,7 +63,7 @@ def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) 
         "jobs": jobs,
         "facts": _facts(jobs, read.values(), made_with),
         "commands": _different(one.command for one in made_with),
-        "warnings": _warnings(jobs, results),
+        "warnings": _warnings(jobs, read),
         "metrics": list(dict.fromkeys(name for one in trained for name in one.get("metrics", ()))),
         "styles": job_styles(jobs),
         "charts": learning_curves(jobs),
@@ -172,7 +126,7 @@ def _unique(values: Iterable[str]) -> str:
     return "; ".join(_different(values))
 
 
-def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str, str]]:
+def _warnings(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> list[tuple[str, str]]:
     """Who, and what went wrong."""
     found = []
     for job in jobs:
@@ -181,13 +135,18 @@ def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str
         else:
             texts = [job.result.get("error"), *job.result.get("warnings", ())]
             found += [(job.label, text) for text in texts if text]
-    for one in results:
-        for name, routing in one.content.routing.items():
-            found += [(name, f"{one.name}: {text}") for text in routing.get("warnings", ())]
+    for file, content in read.items():
+        for name, routing in content.routing.items():
+            found += [(name, f"{file}: {text}") for text in routing.get("warnings", ())]
     return found
 
 
-def _lay_out(name: str, content: Evaluation) -> Results:
+def _lay_out(name: str, content: Evaluation) -> dict[str, Any]:
+    """Lay an evaluation out; `tasks` have accuracies, or other figures than `losses`.
+
+    `means` are over several tasks, None without accuracy; `constants` are the accuracies of the
+    best constant answers, where they are known.
+    """
     found = [pair for by_task in content.results.values() for pair in by_task.items()]
     losses = list(dict.fromkeys(task for task, result in found if "loss" in result))
     tasks = list(dict.fromkeys(task for task, _ in found if task not in losses))
@@ -199,18 +158,17 @@ def _lay_out(name: str, content: Evaluation) -> Results:
             if (accuracy := (result := by_task.get(task, {})).get("accuracy")) is not None
         ]
         charts += [interval_chart(task, rows)] if rows else []
-    return Results(
-        name=name,
-        content=content,
-        tasks=tasks,
-        losses=losses,
-        charts=charts,
-        means={name: _mean(by_task, counted) for name, by_task in content.results.items()}
-        if len(counted) > 1
-        else {},
-        constants={task: one["majority"] for task, one in found if "majority" in one},
-        mixtures=[lay_out(name, routing) for name, routing in content.routing.items()],
-    )
+    means = {adapter: _mean(by_task, counted) for adapter, by_task in content.results.items()}
+    return {
+        "name": name,
+        "content": content,
+        "tasks": tasks,
+        "losses": losses,
+        "charts": charts,
+        "means": means if len(counted) > 1 else {},
+        "constants": {task: one["majority"] for task, one in found if "majority" in one},
+        "mixtures": [lay_out(adapter, routing) for adapter, routing in content.routing.items()],
+    }
 
 
 def _counted(tasks: Sequence[str], results: Mapping[str, TaskResult]) -> list[str]:
@@ -254,37 +212,36 @@ def _visible(token: str) -> str:
     return token.translate(str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"}))
 
 
-def lay_out(name: str, routing: AdapterRouting) -> Mixture:
+def lay_out(name: str, routing: AdapterRouting) -> dict[str, Any]:
     """Lay a mixture's routing out for the page."""
     covered = {task: one for task, one in routing["tasks"].items() if one.get("load")}
-    return Mixture(
-        name=name,
-        routing=routing,
-        coverage=_coverage([*routing["tasks"].values()]),
-        layers=_layer_rows(routing, [*covered.values()]) if covered else [],
-        specialisation=[
-            _specialisation(_CLASSES[kind], found, routing["layers"])
-            for kind, found in routing.get("specialisation", {}).items()
-        ],
-        similarity=_similarity(routing, [*covered]),
-        examples={task: one["example"] for task, one in covered.items() if one.get("example")},
-    )
+    told = routing.get("specialisation", {})
+    return {
+        "name": name,
+        "routing": routing,
+        "coverage": _coverage([*routing["tasks"].values()]),
+        "layers": _layer_rows(routing, [*covered.values()]) if covered else [],
+        "specialisation": [_specialisation(told[k], k, routing["layers"]) for k in told],
+        "similarity": _similarity(routing, [*covered]),
+        "examples": {task: one["example"] for task, one in covered.items() if "example" in one},
+        "uniform_bits": math.log2(routing["num_experts"]),
+    }
 
 
 def _coverage(tasks: Sequence[TaskRouting]) -> str:
     covered = sum(task["num_questions_covered"] for task in tasks)
     asked = sum(task["num_questions"] for task in tasks)
-    text = (
-        f"{covered:,} of {asked:,} questions, {sum(task['num_tokens'] for task in tasks):,} tokens."
-    )
-    if covered < asked:
-        text += " The scores of the others were kept from before; "
-        text += "evaluate with --no-cache to cover them."
-    return text
+    tokens = sum(task["num_tokens"] for task in tasks)
+    text = f"{covered:,} of {asked:,} questions, {tokens:,} tokens."
+    kept = " The others' scores were kept from before; evaluate with --no-cache to cover them."
+    return text + kept if covered < asked else text
 
 
-def _layer_rows(routing: AdapterRouting, tasks: Sequence[Any]) -> list[Row]:
-    """Rows over all tasks; each weighs by its tokens."""
+def _layer_rows(routing: AdapterRouting, tasks: Sequence[Any]) -> list[dict[str, Any]]:
+    """By layer, over all tasks by their tokens: the load, and figures that stand behind it.
+
+    These are effective experts, entropy of the mean probabilities, mean entropy of tokens, in bits.
+    """
     weights = [task["num_tokens"] for task in tasks]
 
     def mean(values: Sequence[float]) -> float:
@@ -302,18 +259,19 @@ def _layer_rows(routing: AdapterRouting, tasks: Sequence[Any]) -> list[Row]:
         else:  # in files of earlier versions
             entropy = mean([task["mean_entropy_bits"][place] for task in tasks])
         of_tokens = mean([task["token_entropy_bits"][place] for task in tasks])
-        rows.append(Row(str(layer), load, [effective_number(load), entropy, of_tokens]))
+        figures = [effective_number(load), entropy, of_tokens]
+        rows.append({"label": layer, "load": load, "figures": figures})
     return rows
 
 
-def _specialisation(what: str, found: Mapping[str, Any], layers: Sequence[Any]) -> dict[str, Any]:
+def _specialisation(found: Mapping[str, Any], kind: str, layers: Sequence[Any]) -> dict[str, Any]:
     """By layer the mutual information, and how far each class's load is from that of all.
 
     `mean` is that distance in the mean, at least a millibit, to compare others with.
     """
     by_layer = list(zip(*found["of"].values(), strict=True))
     return {
-        "what": what,
+        "what": _CLASSES[kind],
         "classes": list(found["of"]),
         "rows": list(zip(layers, found["bits"], by_layer, strict=True)),
         "mean": max(0.001, fmean(value for values in by_layer for value in values)),

@@ -12,6 +12,7 @@ from loraloom.eval.harness.results import (
     question_lines,
     results_table,
 )
+from tests.conftest import build_tokenizer
 from tests.eval.harness.toy import ROWS, TASKS
 from tests.eval.scoring import scoring_host
 from tests.tiny import METHODS
@@ -27,8 +28,6 @@ def tasks(toy_tasks):
 
 @pytest.fixture(scope="module")
 def results(tasks):
-    from tests.conftest import build_tokenizer
-
     return evaluate_adapters(scoring_host(), build_tokenizer(), tasks, EVERYBODY, **OPTIONS)
 
 
@@ -37,7 +36,7 @@ def numbers(results, task):
     return {key: value for key, value in figures if isinstance(value, float)}
 
 
-@pytest.mark.parametrize("name", EVERYBODY)
+@pytest.mark.parametrize("name", [None, "mixdora"])
 def test_adapters_together_are_as_alone(results, tasks, tiny_tokenizer, name):
     alone = evaluate_adapters(scoring_host(), tiny_tokenizer, tasks, [name], **OPTIONS)[name]
     for task in TASKS:
@@ -48,40 +47,28 @@ def test_adapters_together_are_as_alone(results, tasks, tiny_tokenizer, name):
 
 
 def test_examples_are_the_same_for_every_adapter(tiny_tokenizer, toy_tasks):
+    tiny_tokenizer.chat_template = (
+        "<bos>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     tasks = load_tasks(["toy_choice"], toy_tasks)
     host = scoring_host(configs={"lora": METHODS["lora"]})
-    results = evaluate_adapters(
-        host, tiny_tokenizer, tasks, [None, "lora"], num_fewshot=2, **OPTIONS
-    )
+    options = {"num_fewshot": 2, "apply_chat_template": True, **OPTIONS}
+    results = evaluate_adapters(host, tiny_tokenizer, tasks, [None, "lora"], **options)
     prompts = [
         [sample["arguments"][0][0] for sample in of_adapter["samples"]["toy_choice"]]
         for of_adapter in results.values()
     ]
     assert prompts[0] == prompts[1]
+    assert prompts[0][0].startswith("<bos>[user] Question:")
+    assert prompts[0][0].endswith("[assistant]")
     assert prompts[0][0].count("Answer:") == 3
     assert results[None]["n-shot"] == {"toy_choice": 2}
 
 
-def test_the_chat_template_is_used(tiny_tokenizer, toy_tasks):
-    tiny_tokenizer.chat_template = (
-        "<bos>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    results = evaluate_adapters(
-        scoring_host(configs={}),
-        tiny_tokenizer,
-        load_tasks(["toy_choice"], toy_tasks),
-        [None],
-        apply_chat_template=True,
-        **OPTIONS,
-    )
-    prompt = results[None]["samples"]["toy_choice"][0]["arguments"][0][0]
-    assert prompt.startswith("<bos>[user] Question:")
-    assert prompt.endswith("[assistant]")
-
-
 def test_results_are_in_our_form(results):
-    summary = as_evaluation(results).results
+    evaluation = as_evaluation(results)
+    summary = evaluation.results
     assert list(summary) == ["base", *METHODS]
     choice = summary["lora"]["toy_choice"]
     own = results["lora"]["results"]["toy_choice"]
@@ -92,6 +79,13 @@ def test_results_are_in_our_form(results):
     assert summary["base"]["toy_generate"]["metric"] == "exact_match,none"
     assert "accuracy" not in summary["base"]["toy_rolling"]
     assert summary["base"]["toy_rolling"]["metrics"]["word_perplexity,none"]["value"] > 1
+    table = results_table(evaluation)
+    assert [column.header for column in table.columns][4:] == ["base", *METHODS]
+    assert table.row_count == 3 * 2 + 1 + 1
+    plain = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))["lm_eval"]
+    assert plain["mixlora"]["results"] == results["mixlora"]["results"]
+    assert plain["mixlora"]["config"]["adapter"] == "mixlora"
+    assert "samples" not in plain["base"]
 
 
 def test_targets_that_are_no_answers_have_no_majority():
@@ -110,14 +104,6 @@ def test_of_mutual_information_the_answers_with_the_question_are_the_choices():
     assert _question(sample | metrics)["chosen"] == 1
 
 
-def test_lm_evals_own_results_are_json(results):
-    plain = as_evaluation(results).to_json()["lm_eval"]
-    json.dumps(plain, allow_nan=False)
-    assert plain["mixlora"]["results"] == results["mixlora"]["results"]
-    assert plain["mixlora"]["config"]["adapter"] == "mixlora"
-    assert "samples" not in plain["base"]
-
-
 def test_there_is_a_line_for_each_question(results):
     lines = list(question_lines(results))
     assert len(lines) == len(EVERYBODY) * len(TASKS) * 8
@@ -128,9 +114,3 @@ def test_there_is_a_line_for_each_question(results):
     assert choice["metrics"]["acc"] == float(choice["chosen"] == choice["correct_label"])
     words = next(line for line in lines if line["task"] == "toy_generate")
     assert isinstance(words["responses"][0], str)
-
-
-def test_the_table_has_a_column_for_each_adapter(results):
-    table = results_table(as_evaluation(results))
-    assert [column.header for column in table.columns][4:] == ["base", *METHODS]
-    assert table.row_count == 3 * 2 + 1 + 1

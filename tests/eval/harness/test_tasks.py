@@ -34,22 +34,19 @@ def own_manager(all_tasks, monkeypatch):
 
 def write_split(directory, split, rows, compressed=False):
     directory.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    if compressed:
-        (directory / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    else:
-        (directory / f"{split}.jsonl").write_text(text)
+    text = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    name = f"{split}.jsonl.gz" if compressed else f"{split}.jsonl"
+    (directory / name).write_bytes(gzip.compress(text) if compressed else text)
 
 
 def test_own_tasks_need_no_index_of_lm_evals(toy_tasks, monkeypatch):
-    made = []
-    manager = module.TaskManager
+    made, manager = [], module.TaskManager
     monkeypatch.setattr(
         module, "TaskManager", lambda **options: made.append(options) or manager(**options)
     )
-    (task,) = load_tasks(["toy_choice"], toy_tasks)
-    assert task.task_name == "toy_choice"
-    assert len(task.eval_docs) == len(ROWS)
+    tasks = load_tasks(list(TASKS), toy_tasks)
+    assert [task.task_name for task in tasks] == list(TASKS)
+    assert len(tasks[0].eval_docs) == len(ROWS)
     assert made == [{"include_path": str(toy_tasks), "include_defaults": False}]
 
 
@@ -62,16 +59,12 @@ def test_tasks_can_be_groups_tags_patterns_and_files(tmp_path, toy_tasks, monkey
             include_path=include_path, include_defaults=False
         ),
     )
-    for name in ("toy_choice", "toy_letter"):
+    both = ["toy_choice", "toy_letter"]
+    for name in both:
         config = yaml.safe_load((toy_tasks / f"{name}.yaml").read_text())
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**config, "tag": "toys"}))
-    group = {
-        "group": "toy_group",
-        "task": ["toy_choice", "toy_letter"],
-        "aggregate_metric_list": [{"metric": "acc"}],
-    }
+    group = {"group": "toy_group", "task": both, "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
-    both = ["toy_choice", "toy_letter"]
     assert [task.task_name for task in load_tasks(["toys"], tmp_path)] == both
     assert [task.task_name for task in load_tasks(["toy_c*", "toy_l*"], tmp_path)] == both
     (group,) = load_tasks(["toy_group"], tmp_path)
@@ -90,26 +83,16 @@ def test_tasks_that_lm_eval_would_not_ask_are_refused(toy_tasks, monkeypatch, ma
 
 
 @pytest.mark.usefixtures("own_manager")
-def test_an_unknown_task_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"did you mean 'arc_easy'.*got 'arc_esay'"):
-        load_tasks(["arc_esay"])
-    with pytest.raises(ConfigError, match="--harness-include must be a directory"):
-        load_tasks(["arc_easy"], tmp_path / "nowhere")
-
-
-@pytest.mark.usefixtures("own_manager")
 def test_local_files_take_the_place_of_the_hubs(tmp_path):
     write_split(tmp_path / "arc_easy", "test", [ARC])
     write_split(tmp_path / "arc_easy", "train", [ARC, ARC], compressed=True)
-    (task,) = load_tasks(["arc_easy"], data=tmp_path)
-    doc = task.eval_docs[0]
-    assert task.doc_to_text(doc) == "Question: Why?\nAnswer:"
-    assert (task.doc_to_choice(doc), task.doc_to_target(doc)) == (["a", "b"], 1)
-    assert len(task.training_docs()) == 2
-    assert not task.has_validation_docs()
-    (tmp_path / "arc_easy" / "LICENSE.txt").write_text("free")
-    (same,) = load_tasks(["arc_easy"], data=tmp_path / "arc_easy")
-    assert len(same.eval_docs) == 1
+    for data in (tmp_path, tmp_path / "arc_easy"):
+        (task,) = load_tasks(["arc_easy"], data=data)
+        doc = task.eval_docs[0]
+        assert task.doc_to_text(doc) == "Question: Why?\nAnswer:"
+        assert (task.doc_to_choice(doc), task.doc_to_target(doc)) == (["a", "b"], 1)
+        assert len(task.training_docs()) == 2
+        assert not task.has_validation_docs()
 
 
 def test_one_tasks_data_is_not_taken_for_anothers(tmp_path, toy_tasks):
@@ -124,19 +107,20 @@ def test_one_tasks_data_is_not_taken_for_anothers(tmp_path, toy_tasks):
 @pytest.mark.usefixtures("own_manager")
 def test_boolq_reads_both_forms(tmp_path):
     super_glue = {"question": "is it", "passage": "It -- It is.", "label": 1}
-    write_split(tmp_path / "own" / "boolq", "validation", [BOOLQ, {**BOOLQ, "answer": False}])
-    write_split(tmp_path / "glue" / "boolq", "validation", [super_glue])
-    (own,) = load_tasks(["boolq"], data=tmp_path / "own")
-    (glue,) = load_tasks(["boolq"], data=tmp_path / "glue")
-    for task in (own, glue):
+    for form, row in (("own", BOOLQ), ("glue", super_glue)):
+        write_split(tmp_path / form / "boolq", "validation", [row])
+        (task,) = load_tasks(["boolq"], data=tmp_path / form)
         doc = task.eval_docs[0]
         assert task.doc_to_text(doc) == "It -- It is.\nQuestion: is it?\nAnswer:"
         assert task.doc_to_target(doc) == 1
-    assert own.doc_to_target(own.eval_docs[1]) == 0
 
 
 @pytest.mark.usefixtures("own_manager")
-def test_what_local_files_lack_is_an_error(tmp_path):
+def test_what_cannot_be_found_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean 'arc_easy'.*got 'arc_esay'"):
+        load_tasks(["arc_esay"])
+    with pytest.raises(ConfigError, match="--harness-include must be a directory"):
+        load_tasks(["arc_easy"], tmp_path / "nowhere")
     write_split(tmp_path / "arc_easy", "train", [ARC])
     with pytest.raises(DataError, match="task arc_easy: its split 'test' must be among"):
         load_tasks(["arc_easy"], data=tmp_path)
@@ -154,7 +138,3 @@ def test_data_that_cannot_be_loaded_is_an_error(tmp_path, toy_tasks):
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**config, "task": "toy"}))
     with pytest.raises(DataError, match=r"task toy: it could not be loaded: .*nowhere\.jsonl"):
         load_tasks(["toy"], tmp_path)
-
-
-def test_every_toy_task_loads(toy_tasks):
-    assert [task.task_name for task in load_tasks(list(TASKS), toy_tasks)] == list(TASKS)

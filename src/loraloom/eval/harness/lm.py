@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
 from unittest.mock import patch
@@ -67,39 +68,29 @@ class Answers:
         self.adapters = list(dict.fromkeys(adapters))
         self._host, self._tokenizer, self._batch_size = host, tokenizer, batch_size
         self._max_tokens = max_tokens_per_batch or tokens_per_batch(host)
-        self._kept: dict[str | None, dict[Any, Any]] = {name: {} for name in self.adapters}
-        self._weights = {name: self._weights_of(name) for name in self.adapters}
+        self._kept: dict[Any, Any] = {}  # by adapter, its weights and request
 
-    def of(
-        self, adapter: str | None, requests: Sequence[Any], what: str, *, quiet: bool
-    ) -> list[Any]:
+    def of(self, adapter: str | None, requests: Sequence[Any], what: str, quiet: Any) -> list[Any]:
         """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
-        # weights may have changed since answers were kept
+        # an answer is of weights that may change, and of an adapter that another may replace
         weights = {name: self._weights_of(name) for name in self.adapters}
-        for name in self.adapters:
-            if weights[name] != self._weights[name]:
-                self._kept[name].clear()
-        self._weights = weights
-        kept, distinct = self._kept[adapter], list(dict.fromkeys(requests))
-        missing = [request for request in distinct if request not in kept]
+        self._kept = {key: one for key, one in self._kept.items() if weights[key[0]] == key[1]}
+        keys = {one: (adapter, weights[adapter], one) for one in requests}
+        missing = [one for one, key in keys.items() if key not in self._kept]
         with cast("Any", tqdm)(total=len(missing), desc=what, disable=quiet or None) as bar:
-            self._complete([one for one in missing if isinstance(one, Completion)], bar)
-            self._score([one for one in missing if not isinstance(one, Completion)], bar)
-        answers = {request: kept.pop(request) for request in distinct}
+            for name, request, answer in self._compute(missing, bar):
+                self._kept[name, weights[name], request] = answer
+        answers = {request: self._kept.pop(key) for request, key in keys.items()}
         return [answers[request] for request in requests]
 
-    def _score(self, requests: Sequence[Any], bar: Any) -> None:
-        groups = _group_by_context(requests)
-        rows = group_rows(self._host, [[TokenPair(*map(list, one)) for one in g] for g in groups])
-        with self._host.prepared():
-            for places in token_batches(rows, self._max_tokens // len(self.adapters)):
-                wanted = list(product(self.adapters, places))
-                scores = score_groups(self._host, rows, wanted, self._max_tokens)
-                for (name, place), of_group in zip(wanted, scores, strict=True):
-                    self._kept[name].update(zip(groups[place], of_group, strict=True))
-                bar.update(sum(len(groups[place]) for place in places))
+    def _weights_of(self, name: str | None) -> Hashable:
+        adapter = None if name is None else self._host.adapter(name)
+        return adapter and (weakref.ref(adapter), adapter_digest(adapter))
 
-    def _complete(self, requests: Sequence[Completion], bar: Any) -> None:
+    def _compute(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
+        if requests and not isinstance(requests[0], Completion):
+            yield from self._score(requests, bar)
+            return
         for sampling in dict.fromkeys(request.sampling for request in requests):
             chosen = [request for request in requests if request.sampling == sampling]
             rows = list(product(chosen, self.adapters))
@@ -112,29 +103,30 @@ class Answers:
                 keys=[request.draw for request, _ in rows],
                 batch_size=self._batch_size,
             )
-            for (request, name), completion in zip(rows, completions, strict=True):
-                self._kept[name][request] = completion.text
+            yield from ((n, r, c.text) for (r, n), c in zip(rows, completions, strict=True))
             bar.update(len(chosen))
 
-    def _weights_of(self, name: str | None) -> Hashable:
-        """What changes when an adapter's weights do, or another adapter takes its name."""
-        adapter = None if name is None else self._host.adapter(name)
-        return adapter and (weakref.ref(adapter), adapter_digest(adapter))
+    def _score(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
+        groups = _group_by_context(requests)
+        rows = group_rows(self._host, [[TokenPair(*map(list, one)) for one in g] for g in groups])
+        with self._host.prepared():
+            for places in token_batches(rows, self._max_tokens // len(self.adapters)):
+                wanted = list(product(self.adapters, places))
+                scores = score_groups(self._host, rows, wanted, self._max_tokens)
+                for (name, place), of_group in zip(wanted, scores, strict=True):
+                    yield from ((name, *one) for one in zip(groups[place], of_group, strict=True))
+                bar.update(sum(len(groups[place]) for place in places))
 
 
-def _group_by_context(requests: Sequence[Any]) -> list[list[Any]]:
+def _group_by_context(requests: list[Any]) -> list[list[Any]]:
     """Put continuations of the same context together, as many as a row should hold."""
-    groups: list[list[Any]] = []
-    open_groups: dict[Any, tuple[list[Any], int]] = {}
+    groups: dict[Any, list[Any]] = {}
+    num_tokens: Counter[Any] = Counter()
     for context, continuation in requests:
-        group, num_tokens = open_groups.get(context, ([], 0))
-        num_tokens += len(continuation)
-        if not group or num_tokens > _TOKENS_BESIDE_CONTEXT:
-            group, num_tokens = [], len(continuation)
-            groups.append(group)
-        group.append((context, continuation))
-        open_groups[context] = group, num_tokens
-    return groups
+        num_tokens[context] += len(continuation)
+        part = num_tokens[context] // _TOKENS_BESIDE_CONTEXT
+        groups.setdefault((context, part), []).append((context, continuation))
+    return [*groups.values()]
 
 
 class _Arguments(BaseModelConfig):
@@ -202,10 +194,8 @@ class HostLM(_HFLM):
     ) -> HostLM:
         """Load a model from the arguments of lm-eval's command line."""
         given = {key: value for key, value in (additional_config or {}).items() if value}
-        texts = {
-            name: str(arg_dict[name]) for name in ("base_model", "adapter") if name in arg_dict
-        }
-        settings = {"device": str(given.get("device", "auto"))} | arg_dict | texts
+        settings = {"device": str(given.get("device", "auto"))} | arg_dict
+        settings |= {n: str(arg_dict[n]) for n in ("base_model", "adapter") if n in arg_dict}
         settings["quantization"] = parse_quantization(arg_dict.get("quantization"))
         found = checked(_Arguments, settings)
         adapters = {} if found.adapter is None else {"adapter": found.adapter}
@@ -246,7 +236,7 @@ class HostLM(_HFLM):
         # a context of blanks has no token of its own
         pairs = [TokenPair(text or [self.prefix_token_id], rest) for _, text, rest in requests]
         asked = [tuple(map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
-        scores = self.answers.of(self.adapter, asked, "loglikelihood", quiet=disable_tqdm)
+        scores = self.answers.of(self.adapter, asked, "loglikelihood", disable_tqdm)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             if not math.isfinite(score.log_likelihood):
                 raise not_finite("log-likelihoods", score.log_likelihood, [self.adapter])
@@ -258,7 +248,7 @@ class HostLM(_HFLM):
         """Complete prompts up to their stop texts."""
         pairs: list[Any] = [request.args for request in requests]
         asked = [self._completion(*pair, place) for place, pair in enumerate(pairs)]
-        texts = self.answers.of(self.adapter, asked, "generate_until", quiet=disable_tqdm)
+        texts = self.answers.of(self.adapter, asked, "generate_until", disable_tqdm)
         for pair, text in zip(pairs, texts, strict=True):
             self.cache_hook.add_partial("generate_until", pair, text)
         return texts
@@ -305,10 +295,8 @@ def shared_lms(
     don't change.
     """
     answers = Answers(host, tokenizer, adapters, max_tokens_per_batch, batch_size)
-    return {
-        name: HostLM(host, tokenizer, name, batch_size=batch_size, answers=answers, **options)
-        for name in answers.adapters
-    }
+    options |= {"answers": answers, "batch_size": batch_size}
+    return {name: HostLM(host, tokenizer, name, **options) for name in answers.adapters}
 
 
 def evaluate_adapters(
@@ -322,11 +310,9 @@ def evaluate_adapters(
 ) -> dict[str | None, dict[str, Any]]:
     """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
     models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
-    manager = TaskManager(include_defaults=False)  # the tasks are there, so none is looked up
+    # the tasks are there, so none is looked up
+    options |= {"tasks": list(tasks), "task_manager": TaskManager(include_defaults=False)}
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
     # lm-eval's own lets git complain on stderr where the working directory is no repository
     with patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
-        return {
-            name: evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
-            for name, model in models.items()
-        }
+        return {name: evaluate(model=model, **options) for name, model in models.items()}
