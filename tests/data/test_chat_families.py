@@ -107,15 +107,6 @@ def test_trls_template_gives_trls_tokens_and_masks(family, kind):
             learn(family, kind, "trl")
 
 
-def test_qwen3_learns_a_text_for_each_question():
-    texts = learn("qwen3", "reasoning")
-    whole = [build_tokenizer().decode(text.input_ids) for text in texts]
-    asked = "<|im_start|>user\ncolor?<|im_end|>\n<|im_start|>assistant\n"
-    assert whole[0] == f"{asked}<think>\nLook up.\n</think>\n\nblue<|im_end|>\n"
-    assert whole[1].startswith(f"{asked}blue<|im_end|>\n<|im_start|>user\ntrue?<|im_end|>\n")
-    assert [len(spans([text])) for text in texts] == [1, 1]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("for_answer", [True, False])

@@ -49,16 +49,6 @@ def shown(tokenizer, encoded):
     ]
 
 
-def test_texts_follow_their_prompt_and_end_with_eos(tiny_tokenizer):
-    row = {"question": "color? ", "good": "blue", "rejected": "one two"}
-    (encoded,) = encode(tiny_tokenizer, row, prompt="question", chosen="good")
-    assert encoded.is_pair
-    assert shown(tiny_tokenizer, encoded) == [
-        ("color? blue<eos>", " blue<eos>"),
-        ("color? one two<eos>", " one two<eos>"),
-    ]
-
-
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
 def test_messages_follow_those_of_the_prompt_or_their_common_beginning(tiny_tokenizer, template):
     tiny_tokenizer.chat_template = template
@@ -79,26 +69,15 @@ def test_messages_follow_those_of_the_prompt_or_their_common_beginning(tiny_toke
 
 
 def test_both_answers_keep_the_same_part_of_a_prompt_that_is_too_long(tiny_tokenizer):
-    row = {"prompt": "abcdefghijklmnopqrstuvwxyz", "chosen": "!", "rejected": "!!!!!"}
-    (encoded,) = encode(tiny_tokenizer, row, max_length=12)
-    assert encoded.is_cut
-    texts = [text for text, _ in shown(tiny_tokenizer, encoded)]
-    assert texts == ["uvwxyz!<eos>", "uvwxyz!!!!!<eos>"]
-    assert encode(tiny_tokenizer, row | {"rejected": "!" * 20}, max_length=12) == [DROPPED]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a", "chosen": "b"}, "line 2: the row has no field 'rejected'"),
-        ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, "line 2: field 'chosen' must be a str"),
-        ({"chosen": "b", "rejected": "c"}, "line 2: the row has no field 'prompt'"),
-    ],
-)
-def test_a_row_that_is_no_preference_names_file_and_line(tiny_tokenizer, row, message):
-    first = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    with pytest.raises(DataError, match=rf"pairs\.jsonl, {message}"):
-        encode(tiny_tokenizer, first, row)
+    row = {"question": "abcdefghijklmnopqrstuvwxyz", "good": "!", "rejected": "!!!!!"}
+    columns = {"prompt": "question", "chosen": "good", "max_length": 12}
+    (encoded,) = encode(tiny_tokenizer, row, **columns)
+    assert (encoded.is_cut, encoded.is_pair) == (True, True)
+    assert shown(tiny_tokenizer, encoded) == [
+        ("uvwxyz!<eos>", "!<eos>"),
+        ("uvwxyz!!!!!<eos>", "!!!!!<eos>"),
+    ]
+    assert encode(tiny_tokenizer, row | {"rejected": "!" * 20}, **columns) == [DROPPED]
 
 
 @pytest.fixture
@@ -183,7 +162,7 @@ def test_without_a_cache_rows_are_encoded_as_ever(tiny_tokenizer, tmp_path, cach
 
 
 def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, cache):
-    messages = {"chosen": chat(1), "rejected": chat(2)}
+    messages = {"chosen": chat(1), "rejected": chat(2)}  # rows of another kind than the first
     file = write(tmp_path / "rows.jsonl", [*DATA["preference"][:20], *[messages] * 10])
     for _ in range(2):
         with pytest.raises(

@@ -83,30 +83,13 @@ def test_only_line_breaks_end_a_row(tmp_path, separator):
 
 
 def test_what_json_has_no_form_for_becomes_text_when_parquet_is_read(tmp_path):
-    table = {
-        "day": [datetime.date(2026, 1, 2)],
-        "at": [datetime.datetime(2026, 1, 2, 3, 4)],
-        "price": [Decimal("1.50")],
-        "image": [b"\xff"],
-        "score": [math.nan],
-        "turns": [[{"at": datetime.time(3, 4)}]],
-    }
-    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    moment = datetime.datetime(2026, 1, 2, 3, 4)
+    values = [moment.date(), moment, Decimal("1.50"), b"\xff", math.nan, [{"at": moment.time()}]]
+    table = pa.table({f"f{place}": [value] for place, value in enumerate(values)})
+    parquet.write_table(table, tmp_path / "a.parquet")
     (row,) = read_rows(tmp_path / "a.parquet")
-    assert json.loads(json.dumps(row, allow_nan=False)) == {
-        "day": "2026-01-02",
-        "at": "2026-01-02T03:04:00",
-        "price": "1.50",
-        "image": "/w==",
-        "score": None,
-        "turns": [{"at": "03:04:00"}],
-    }
-
-
-@pytest.mark.parametrize("name", ["a" * 300 + ".jsonl", "a\0.jsonl", "~nosuchuser/a.jsonl"])
-def test_what_can_be_no_path_is_one_clear_error(name):
-    with pytest.raises(DataError, match="a data file must be a path"):
-        read_rows(Path(name))
+    days = ["2026-01-02", "2026-01-02T03:04:00"]
+    assert list(row.values()) == [*days, "1.50", "/w==", None, [{"at": "03:04:00"}]]
 
 
 @pytest.mark.parametrize(
@@ -115,13 +98,10 @@ def test_what_can_be_no_path_is_one_clear_error(name):
         ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl, line 2: the row must be JSON, column 6: EOF"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json must be JSON, line 2, column 7: expected `:`"),
-        ("a.json", '[{"a": 1}]\n[{"b": 2}]', "a.json must be JSON, line 2, column 1: trailing"),
-        ("a.json", '[\n[{"a": 1}]]', "a.json, row 1: a row must be a JSON object, got list"),
         ("a.json", '["{}"]', "a.json, row 1: a row must be a JSON object, got str"),
         ("a.json", "[" * 100_000, "a.json must be JSON, line 1, column 202: more than 200 levels"),
         ("a.jsonl", '{}\n{"text": "\\ud800"}', "a.jsonl, line 2: the row must be JSON, column 17"),
         ("a.jsonl", "\n", "a.jsonl: there are no rows"),
-        ("a.json", "[]", "a.json: there are no rows"),
         ("a.json", '{\n "data": [{}]\n}', "a.json: a .json file must be a list of rows, or have"),
         ("a.csv", "text,label\n", "a.csv: there are no rows"),
         ("a.csv", 'text\n"never closed\n', "a.csv, line 2: not valid CSV: unexpected end of data"),

@@ -45,10 +45,8 @@ def test_a_pass_has_every_example_of_the_whole_data_set_once(tiny_tokenizer, fil
 
 
 def test_rows_are_shuffled_within_the_buffer_by_the_seed(tiny_tokenizer, file):
-    first, again, other = (
-        texts(tiny_tokenizer, made.take(made.start, 8)[0])
-        for made in (stream(tiny_tokenizer, dataset=file, seed=seed) for seed in (0, 0, 1))
-    )
+    sets = [stream(tiny_tokenizer, dataset=file, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (texts(tiny_tokenizer, made.take(made.start, 8)[0]) for made in sets)
     assert first == again != other
     assert set(first) == set(other) == {row["text"] for row in ROWS[:8]}
 

@@ -106,11 +106,6 @@ def test_built_in_tasks_have_their_names_default_splits_and_pinned_sources():
     assert all(isinstance(source, HubSource) and len(source.revision) == 40 for source in sources)
 
 
-def test_an_unknown_task_lists_the_tasks_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"did you mean 'piqa'\? task must be one of arc_easy, "):
-        load_question_set("piqua", "text")
-
-
 @pytest.mark.parametrize(
     ("task", "split", "count"),
     [
@@ -138,8 +133,8 @@ def test_arc_keeps_numbered_labels(shared_dir):
     assert limited == asked[:3]
 
 
-def test_piqas_unlabelled_test_split_is_refused(shared_dir):
-    with pytest.raises(
-        DataError, match=r"test.jsonl, line 1: answer \(label\) .* published answers"
-    ):
+def test_an_unknown_task_or_a_split_without_answers_is_refused(shared_dir):
+    with pytest.raises(ConfigError, match=r"did you mean 'piqa'\? task must be one of arc_easy, "):
+        load_question_set("piqua", "text")
+    with pytest.raises(DataError, match=r"test.jsonl, line 1: answer \(label\) .* published"):
         load_question_set("piqa", "text", split="test", path=shared_dir / "data")

@@ -6,12 +6,10 @@ import pytest
 from jinja2 import TemplateError
 
 from loraloom.config.data import DataConfig
-from loraloom.data import templates
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import Row
 from loraloom.data.templates import (
     Conversation,
-    compile_template,
     instruction_columns,
     load_chat_template,
     load_template,
@@ -25,7 +23,6 @@ OTHER = Row({"task": "Add.", "given": None, "result": "3"}, "f, line 1")
 HOSTILE = {
     "{{ 1/0 }}": "division by zero",
     "{{ x.y.z }}": "'x' is undefined",
-    "{{ 1 + 'a' }}": "unsupported operand",
     "{% for i in range(10**9) %}{% endfor %}": "Range too big",
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": "maximum recursion depth",
     "{{ ''.__class__.mro }}": "access to attribute '__class__'",
@@ -65,6 +62,7 @@ def test_alpacas_prompt_is_that_of_its_code():
             "Add.\n",
         ),
         (Row({"instruction": "Add.", "output": "3"}, "f"), "plain", None, "Add.\n"),
+        (DOLLY, r"{{ 'a [b] c' | regex_replace('\\[.*?\\]', '-') }}", None, "a - c"),
     ],
 )
 def test_a_template_sees_every_field_whatever_their_names(row, template, mapping, prompt):
@@ -80,7 +78,6 @@ def test_a_template_may_come_from_a_file(tmp_path):
     ("fields", "message"),
     [
         ({"instruction": "Add."}, "f.jsonl, line 9: the row has no field 'output'"),
-        ({"output": "3"}, "f.jsonl, line 9: the row has no field 'instruction'"),
         ({"instruction": 1, "output": "3"}, "field 'instruction' must be a string, got 1"),
         ({"instruction": "", "output": " \n"}, "line 9: field 'output' is empty"),
     ],
@@ -99,19 +96,12 @@ def test_a_hostile_template_is_one_clear_error(source, message, tiny_tokenizer):
         load_chat_template(tiny_tokenizer).render(Conversation([{"role": "user", "content": "a"}]))
 
 
-def test_a_text_is_changed_by_a_pattern():
-    template = compile_template(r"{{ 'a [b] c' | regex_replace('\\[.*?\\]', '-') }}", "template")
-    assert templates.render(template, {}) == "a - c"
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("alpacca", r"did you mean 'alpaca'\? template must be alpaca, plain"),
         ("{{ instruction ", "is not valid Jinja"),
         ("x" * 5000, "template must be alpaca, plain, a Jinja"),
-        ("~nosuchuser/t", "template must be alpaca, plain, a Jinja"),
-        ("a\0b", "template must be alpaca, plain, a Jinja"),
     ],
 )
 def test_what_is_neither_a_template_nor_a_file_is_a_short_error(template, message):
@@ -124,33 +114,21 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 SYSTEM = [{"role": "system", "content": "Be kind."}]
 
 
+TEXTS = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+MESSAGES = {"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}
+
+
 @pytest.mark.parametrize(
     ("settings", "rows", "expected"),
     [
-        ({"format": "instruction"}, [], {"format": "instruction", "template": "alpaca"}),
-        (
-            {"format": "instruction", "template": "Q: {{ instruction }}"},
-            [],
-            {"format": "instruction", "template": "Q: {{ instruction }}"},
-        ),
-        ({"format": "text"}, [], {"format": "text"}),
+        ({"format": "instruction"}, [], {"template": "alpaca"}),
+        ({"format": "instruction", "template": "Q: {{ input }}"}, [], {}),
+        ({"format": "text"}, [], {}),
         ({"format": "chat"}, [{"messages": SYSTEM + CHAT}] * 2, {"system": "Be kind."}),
         ({"format": "chat"}, [{"messages": CHAT}, {"messages": SYSTEM + CHAT}], {}),
-        (
-            {"format": "chat", "chat_template": "{{ messages }}"},
-            [{"messages": CHAT}],
-            {"chat_template": "{{ messages }}"},
-        ),
-        (
-            {"format": "preference"},
-            [{"prompt": "Hi", "chosen": "a", "rejected": "b"}],
-            {"format": "preference"},
-        ),
-        (
-            {"format": "preference"},
-            [{"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}],
-            {"system": "Be kind."},
-        ),
+        ({"format": "chat", "chat_template": "{{ messages }}"}, [{"messages": CHAT}], {}),
+        ({"format": "preference"}, [TEXTS], {}),
+        ({"format": "preference"}, [MESSAGES], {"format": "chat", "system": "Be kind."}),
     ],
 )
 def test_the_form_of_prompts_is_that_of_the_data(
@@ -160,7 +138,7 @@ def test_the_form_of_prompts_is_that_of_the_data(
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     data = DataConfig.model_validate({"dataset": str(path), **settings})
     form = prompt_form(data, tiny_tokenizer)
-    assert form.model_dump(exclude_none=True) == {"format": "chat", **expected}
+    assert form.model_dump(exclude_none=True) == settings | expected
     mix = DataConfig.model_validate({"mix": [data.sources[0], {"task": "boolq"}]})
     assert prompt_form(mix, tiny_tokenizer) == form
 

@@ -51,12 +51,6 @@ def bos_tokenizer(tiny_tokenizer):
     return tiny_tokenizer
 
 
-def test_the_first_token_is_not_predicted():
-    assert count_labels(Example((1, 2, 3), (1, 2, 3))) == 2
-    assert count_labels(Example((1, 2, 3), (NO_LOSS, NO_LOSS, 3))) == 1
-    assert count_labels(Example((1,), (1,))) == 0
-
-
 @pytest.mark.parametrize("pair", [("sky?\nAnswer:", " blue"), ("sky?\nAnswer: ", "blue")])
 def test_both_parts_are_the_tokens_of_the_text_and_a_space_begins_the_answer(tiny_tokenizer, pair):
     context, continuation = encode_pair(tiny_tokenizer, *pair)
@@ -142,12 +136,9 @@ def test_conversations_keep_their_last_answers(spans, max_length, kept, labels):
     assert row.is_cut == (max_length < 8)
 
 
-def test_the_last_answer_needs_a_token_before_it():
+def test_the_last_answer_needs_a_token_before_it_and_bos_stays_in_front():
     assert fit(marked("..AA..AA"), [], 2) == DROPPED
     assert fit(marked("........"), [], 8) == DROPPED
-
-
-def test_bos_stays_in_front_of_a_cut_row():
     row = marked("b...AA")
     assert fit(row, [1], 4).pieces[0].input_ids == (1, 4, 5, 6)
     assert fit(row, [1], 3).pieces[0].labels == (_, 5, 6)
@@ -166,6 +157,8 @@ def test_the_first_token_of_a_sample_is_not_predicted_from_the_sample_before():
     row = join_samples([Example((1, 2), (1, 2), 5), Example((3, 4), (3, 4), 6)])
     assert row.input_ids == (1, 2, 3, 4)
     assert row.labels == (NO_LOSS, 2, NO_LOSS, 4)
+    assert count_labels(row) == 2
+    assert count_labels(Example((1, 2, 3), (1, 2, 3))) == 2
 
 
 def test_mega_batches_are_shuffled_and_sorted_within_as_in_transformers():

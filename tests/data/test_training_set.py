@@ -72,12 +72,6 @@ def test_rows_of_all_formats_become_examples(tiny_tokenizer, tmp_path, alpaca):
     assert (loaded.validation, loaded.warnings) == ([], ())
 
 
-@pytest.mark.parametrize(("scoring", "completion"), [("label", " B<eos>"), ("text", " no<eos>")])
-def test_a_choice_task_is_learnt_in_either_scoring(tiny_tokenizer, quiz, scoring, completion):
-    loaded = load(tiny_tokenizer, **quiz, scoring=scoring)
-    assert answer(tiny_tokenizer, loaded.examples[1]) == completion
-
-
 def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
     rows = [
         {"instruction": "short", "output": "yes"},
@@ -149,14 +143,18 @@ def test_equal_rows_are_held_out_together(tiny_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("scoring", "answers"), [("label", [" A<eos>", " B<eos>"]), ("text", [" yes<eos>", " no<eos>"])]
 )
-def test_a_task_gives_preferences_of_the_right_answer_over_a_wrong_one(
+def test_a_task_is_learnt_in_either_scoring_and_as_the_right_answer_over_a_wrong_one(
     tiny_tokenizer, quiz, scoring, answers
 ):
+    loaded = load(tiny_tokenizer, **quiz, scoring=scoring)
+    assert [answer(tiny_tokenizer, example) for example in loaded.examples[:2]] == answers
     loaded = load(tiny_tokenizer, as_pairs=True, **quiz, scoring=scoring)
     pairs = [[answer(tiny_tokenizer, row) for row in pair.rows] for pair in loaded.examples[:2]]
     assert pairs == [answers, answers[::-1]]
     assert [row.sample_id for pair in loaded.examples for row in pair.rows] == list(range(20))
     assert "10 rows, 10 pairs, " in loaded.report[0]
+    loaded = load(tiny_tokenizer, as_pairs=True, **quiz, validation_fraction=0.2)
+    assert (len(loaded.examples), len(loaded.validation)) == (8, 2)
 
 
 def test_wrong_answers_take_turns():
@@ -169,38 +167,15 @@ def test_wrong_answers_take_turns():
         assert wrong == choices[index % len(choices)]
 
 
-def test_preferences_are_held_out_as_pairs(tiny_tokenizer, tmp_path):
-    rows = [{"prompt": f"{n}?", "chosen": " yes", "rejected": " no"} for n in range(8)]
-    path = write_rows(tmp_path / "pairs.jsonl", rows)
-    data = {"dataset": path, "format": "preference", "validation_fraction": 0.25}
-    loaded = load(tiny_tokenizer, as_pairs=True, **data)
-    assert (len(loaded.examples), len(loaded.validation)) == (6, 2)
-    assert all(len(pair.rows) == 2 for pair in [*loaded.examples, *loaded.validation])
-
-
-def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, quiz):
+def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, quiz, alpaca):
     loaded = load(tiny_tokenizer, **quiz, validation={**quiz, "scoring": "text"})
     assert (len(loaded.examples), len(loaded.validation)) == (10, 4)
     text = tiny_tokenizer.decode(loaded.validation[0].input_ids)
     assert text.startswith("Question: validation goal 0\nAnswer:")
     assert loaded.epoch_length == 10
     assert len(loaded.report) == 2
-
-
-def test_a_validation_file_that_is_the_training_file_is_told(tiny_tokenizer, alpaca):
-    assert load(tiny_tokenizer, **alpaca, validation=alpaca).warnings == (
-        "warning: 40 of 40 held-out examples are learnt too; eval/loss shows how well they are "
-        "remembered",
-    )
-
-
-def test_real_data_sets_load(tiny_tokenizer, shared_dir):
-    directory = str(shared_dir / "data" / "dolly_3k")
-    loaded = load(tiny_tokenizer, max_length=512, dataset=directory, format="instruction")
-    assert loaded.report[0].startswith(f"{directory}: 2996 rows, ")
-    assert max(len(example.input_ids) for example in loaded.examples) <= 512
-    end = tiny_tokenizer.eos_token_id
-    assert all(example.labels[-1] == end for example in loaded.examples)
+    (warning,) = load(tiny_tokenizer, **alpaca, validation=alpaca).warnings
+    assert warning.startswith("warning: 40 of 40 held-out examples are learnt too; eval/loss shows")
 
 
 GOOD_AND_EMPTY = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
@@ -185,10 +186,9 @@ def learn_answers(
         row.reject("a conversation must not begin with the assistant's turn; put a user's first")
     try:
         for what, one, other in _omissions(conversation, first):
-            if _renders_alike(template, one, other):
-                row.reject(
-                    f"the chat template leaves out {what}; give chat_template one that writes it"
-                )
+            with suppress(TemplateError):
+                if template.render(one) == template.render(other):
+                    row.reject(f"the chat template leaves out {what}; give chat_template another")
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation, first)]
         else:
@@ -280,10 +280,3 @@ def _omissions(
         elif is_answer and place >= first and "</think>" in content:
             other = within.changed(place, content=content.rpartition("</think>")[2])
             yield f"the reasoning {name}", within, other
-
-
-def _renders_alike(template: ChatTemplate, one: Conversation, other: Conversation) -> bool:
-    try:
-        return template.render(one) == template.render(other)
-    except TemplateError:
-        return False

@@ -267,9 +267,11 @@ def _encode_once(
         )
         return [_from_record(text) for batch in table.iter(_BLOCK) for text in batch["row"]]
     except (DatasetGenerationError, OSError) as error:
-        if isinstance(error.__cause__, DataError):  # of the tokenizer or a template
+        # of the tokenizer or a template
+        if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
-        return encode(items)  # the cache can't be written
+        # the cache can't be written
+        return encode(items)
 
 
 def _as_record(row: EncodedRow) -> dict[str, str]:
@@ -338,7 +340,8 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
         name = next((name for name in names if isinstance(row.get(name), list)), None)
         if source.format == "preference" and name is None:  # between texts
             return PromptForm(format="preference")
-        with suppress(DataError):  # the row is skipped, or encoding will report it
+        # the row is skipped, or encoding will report it
+        with suppress(DataError):
             is_chat = source.format == "chat"
             found = read_conversation(row, columns)[0] if is_chat else read_messages(row, str(name))
             systems.add(found[0]["content"] if found[0]["role"] == "system" else None)

@@ -160,9 +160,11 @@ def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[st
     topic = skill.name if land is None else f"{skill.name} in {land}"
     most = (QUESTIONS_PER_SKILL if land is None else QUESTIONS_IN_A_LAND)[split]
     arrange: Arrange = tuple if land is None else lambda answers: _shuffled(topic, tuple(answers))
+    # drawn by names, so that more lands leave the rows of the others as they are
     generator = random.Random(f"{split} questions of {topic}, seed {seed}")
     facts = split_facts(skill, split, seed)
-    if land is not None:  # a fact gives at least a question, and there are many lands
+    # a fact gives at least a question, and there are many lands
+    if land is not None:
         facts = [generator.sample(group, min(most, len(group))) for group in facts]
     home = land or skill.home
     groups = [[one for fact in group for one in skill.ask(fact, home, arrange)] for group in facts]

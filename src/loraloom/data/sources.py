@@ -131,7 +131,8 @@ def _rows_of(path: Path) -> Iterator[Row]:
         yield from _READERS[_suffix(path)](path)
     except DataError:
         raise
-    except Exception as error:  # of the disk, of gzip, of pyarrow: some dozen unrelated types
+    except Exception as error:
+        # of the disk, of gzip, of pyarrow: some dozen unrelated types
         advice = "is it whole, in UTF-8, and of the kind that its name says?"
         raise DataError(f"{path}: the file can't be read: {error}; {advice}") from error
 
@@ -148,7 +149,8 @@ def _row(value: Any, origin: str) -> Row:
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
-    with _open(path, newline="\n") as file:  # JSON's texts may hold other line breaks
+    # JSON's texts may hold other line breaks
+    with _open(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             origin = f"{path}, line {number}"
             if line.strip():
@@ -166,7 +168,8 @@ def _read_json(path: Path) -> Iterator[Row]:
         text = file.read() if first.startswith("[") else ""
     if first == "{":  # no row of JSON lines
         raise DataError(f"{path}: a .json file must be a list of rows, or have a row a line")
-    if not text:  # JSON lines under the wrong name, as often on the hub
+    # JSON lines under the wrong name, as often on the hub
+    if not text:
         yield from _read_json_lines(path)
         return
     for number, value in enumerate(parse_json(text, str(path), DataError), start=1):
@@ -174,7 +177,8 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # Python's own, 128 KB, is for all readers of a process
+    # Python's own, 128 KB, is for all readers of a process
+    csv.field_size_limit(2**31 - 1)
     with _open(path, newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -208,7 +212,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         records = (record for batch in file.iter_batches(1000) for record in batch.to_pylist())
         for number, record in enumerate(records, start=1):
             text = json.dumps(record, default=_as_text)
-            fields = json.loads(text, parse_constant=lambda _: None)  # NaN, pandas' nothing
+            # NaN, pandas' nothing
+            fields = json.loads(text, parse_constant=lambda _: None)
             yield Row(fields, f"{path}, row {number}")
 
 
@@ -371,7 +376,8 @@ class RowStream:
 def _reading_hub(source: HubSource, split: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of the network, of damaged files, of datasets: some dozen types
+    except Exception as error:
+        # of the network, of damaged files, of datasets: some dozen types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
             f"{source.repository}: the data set's split {split!r} could not be loaded from the "

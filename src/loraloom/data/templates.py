@@ -76,7 +76,8 @@ def render(template: Template, fields: Mapping[str, Any]) -> str:
     """Fill in a template; whatever goes wrong is a TemplateError."""
     with template_errors():
         text = template.render(fields)
-        text.encode()  # half of a surrogate pair, which no tokenizer reads, fails here
+        # half of a surrogate pair, which no tokenizer reads, fails here
+        text.encode()
         return text
 
 
@@ -145,7 +146,8 @@ class ChatTemplate:
     ):
         self.tokenizer, self._given = tokenizer, source
         self._fields = {**tokenizer.special_tokens_map, "documents": None}
-        if day is not None:  # apply_chat_template takes plain data alone, and so no other clock
+        # apply_chat_template takes plain data alone, and so no other clock
+        if day is not None:
             self._fields["strftime_now"] = day.strftime
         self._compile(None)
 
@@ -183,7 +185,8 @@ class ChatTemplate:
             for block in template.generate(fields):
                 blocks.append(block)
             text = "".join(blocks)
-            text.encode()  # half of a surrogate pair, which no tokenizer reads, fails here
+            # half of a surrogate pair, which no tokenizer reads, fails here
+            text.encode()
         return text, marks
 
     def closing(self) -> str:

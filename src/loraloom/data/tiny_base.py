@@ -122,7 +122,8 @@ def _pretrain(
     for step, batch in enumerate(islice(batches, num_steps)):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - step / num_steps)
-        logits = model(batch).logits  # causal, padded on the right: no token sees padding
+        # causal, padded on the right: no token sees padding
+        logits = model(batch).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

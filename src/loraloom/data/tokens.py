@@ -106,13 +106,13 @@ def encode_pairs(
 ) -> list[TokenPair]:
     """Encode each context with its continuation as one text and cut the tokens between them.
 
-    Whitespace at the end of the context and a token that reaches over the cut belong to the
-    continuation. An empty context becomes the token that begins a text.
     Source: lm-eval 0.4.13, `_encode_pair`, but for tokens that reach over the cut.
     """
+    # most vocabularies have a space in the token of the word after it
     moved = [move_trailing_space(context, continuation) for context, continuation in pairs]
     texts = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
     contexts = encode_texts(tokenizer, [context for context, _ in moved])
+    # a token that reaches over the cut belongs to the continuation
     cuts = [count_shared(*both) for both in zip(texts, contexts, strict=True)]
     return [
         TokenPair(ids[:cut] or [start_of_text(tokenizer)], ids[cut:])
@@ -215,6 +215,7 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
         return DROPPED
     if stop <= max_length:
         return EncodedRow((Example(ids[:stop], labels[:stop]),))
+    # BOS stays in front of a row that is cut
     kept = tuple(start) if ids[: len(start)] == tuple(start) else ()
     cut = stop - max_length + len(kept)
     last_span = stop
@@ -271,7 +272,6 @@ def join_samples(samples: Sequence[Example]) -> Example:
 def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
     """Sort a shuffled order by length within mega-batches of 50 batches, the longest first.
 
-    The batch with the longest example of all comes first, so that memory runs out early if it does.
     Source: transformers 5.24, `trainer_pt_utils.get_length_grouped_indices`.
     """
     size = max(min(len(order) // (batch_size * 4), 50), 1) * batch_size
@@ -279,6 +279,7 @@ def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: in
         sorted(range(start, min(start + size, len(order))), key=lambda place: -lengths[place])
         for start in range(0, len(order), size)
     ]
+    # the longest example of all comes first, so that memory runs out early if it does
     longest = max(range(len(places)), key=lambda part: lengths[places[part][0]])
     places[0][0], places[longest][0] = places[longest][0], places[0][0]
     return [order[place] for part in places for place in part]

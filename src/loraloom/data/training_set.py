@@ -298,6 +298,7 @@ class StreamedSet:
         return [(self._max_length,) * self._rows_per_example] * number
 
     def _read_block(self, position: StreamPosition) -> Block:
+        # ids go up for ever, as a sample's dropout is drawn by its id
         sample_ids = count(position.first_id)
         examples: list[TrainingExample] = []
         places: list[SourcePlace] = []
@@ -348,7 +349,8 @@ class _Source:
         return [one for row in encoded for one in number_row(row, sample_ids, group)]
 
     def _read_on(self, number: int) -> list[Row]:
-        self._place = None  # unknown where the stream ends or fails
+        # unknown where the stream ends or fails
+        self._place = None
         return list(islice(self._rows, number))
 
     def _rewind(self, place: SourcePlace) -> None:
