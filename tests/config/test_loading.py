@@ -104,6 +104,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         "jobs.0.adapter.rnak=3": r"jobs\.0\.adapter: unknown key 'rnak'; did you mean 'rank'",
         "jobs.0.data.task=arc_esy": r"jobs\.0\.data\.task must .*did you mean 'arc_easy'",
         "jobs.0.data.wieght=2": r"jobs\.0\.data: unknown key 'wieght'",
+        "jobs.0.data.lr=1": r"jobs\.0\.data: unknown key 'lr'; learning_rate belongs to 'train'",
         "jobs.0.train.learning_rate=fast": r".*rate must be a number, got 'fast'",
         "jobs.0.eval=[{}]": r"jobs\.0\.eval\.0\.task must be given, it is missing",
         "jobs.1.adapter.num_experts=8": r".*unknown key 'num_experts'; known keys are",

@@ -75,7 +75,7 @@ class StrictModel(BaseModel):
             faults = [
                 _unknown_key(fault, list(cls.model_fields))
                 if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1
-                else _as_fault(fault)
+                else _as_fault(fault, cls)
                 for fault in error.errors()
             ]
         raise ValidationError.from_exception_data(cls.__name__, faults)
@@ -99,14 +99,38 @@ def _unknown_key(fault: ErrorDetails, known: list[str]) -> InitErrorDetails:
     return {"type": kind, "loc": fault["loc"], "input": fault["input"]}
 
 
-def _as_fault(fault: ErrorDetails) -> InitErrorDetails:
+def _as_fault(fault: ErrorDetails, model: type[BaseModel]) -> InitErrorDetails:
     """A fault that pydantic reported, for `ValidationError.from_exception_data`."""
     kind: Any = fault["type"]
     context = fault.get("ctx", {})
-    if kind not in get_args(ErrorType):  # not built into pydantic
+    if kind == "unknown_key" and (home := _home_of(fault["loc"], model)):
+        text = f"unknown key {shown(str(fault['loc'][-1]))}; {home}"
+        kind = PydanticCustomError("unknown_key", "{text}", {"text": text})
+    elif kind not in get_args(ErrorType):  # not built into pydantic
         message: Any = fault["msg"]
         kind = PydanticCustomError(kind, message, context)
     return {"type": kind, "loc": fault["loc"], "input": fault["input"], "ctx": context}
+
+
+def _home_of(loc: Sequence[int | str], model: type[BaseModel]) -> str:
+    """Where a key belongs that a section of a model doesn't know; nothing if nobody knows it."""
+    section, key = str(loc[0]), _RENAMED.get(str(loc[-1]), str(loc[-1]))
+    if key in model.model_fields:
+        return f"{key} belongs next to {section!r}, not into it"
+    homes = [
+        name
+        for name, field in model.model_fields.items()
+        if name != section and key in _known_keys(field.annotation)
+    ]
+    return f"{key} belongs to {homes[0]!r}" if homes else ""
+
+
+def _known_keys(annotation: Any) -> Iterator[str]:
+    """The keys of all models that a setting may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from annotation.model_fields
+    for argument in get_args(annotation):
+        yield from _known_keys(argument)
 
 
 def raise_faults(reasons: Iterable[str]) -> None:
