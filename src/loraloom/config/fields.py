@@ -115,13 +115,12 @@ def _as_fault(fault: ErrorDetails, model: type[BaseModel]) -> InitErrorDetails:
 def _home_of(loc: Sequence[int | str], model: type[BaseModel]) -> str:
     """Where a key belongs that a section of a model doesn't know; nothing if nobody knows it."""
     section, key = str(loc[0]), _RENAMED.get(str(loc[-1]), str(loc[-1]))
-    if key in model.model_fields:
+    fields = model.model_fields
+    homes = [name for name, field in fields.items() if key in _known_keys(field.annotation)]
+    if section in homes:  # by another name
+        return ""
+    if key in fields:
         return f"{key} belongs next to {section!r}, not into it"
-    homes = [
-        name
-        for name, field in model.model_fields.items()
-        if name != section and key in _known_keys(field.annotation)
-    ]
     return f"{key} belongs to {homes[0]!r}" if homes else ""
 
 
