@@ -59,6 +59,7 @@ class ChatSampling(SamplingConfig):
 
 
 def chat(
+    *,
     options: Annotated[ChatOptions, Parameter(name="*")],
     sampling: Annotated[ChatSampling | None, Parameter(name="*")] = None,
 ) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field
+from rich.console import Console
+from rich.table import Table
 from typing_extensions import override
 
 from loraloom.cli.options import HostOptions, LocalPath, LocalPaths, RayOptions, Text
@@ -19,22 +21,8 @@ from loraloom.data.sources import find_location, read_rows
 from loraloom.data.tasks import QuestionSet
 from loraloom.durable import prepare_output
 from loraloom.errors import ConfigError
+from loraloom.eval import evaluation, held_out
 from loraloom.eval.cache import ScoreCache, default_cache_directory
-from loraloom.eval.evaluation import (
-    Compat,
-    EvaluationProgress,
-    evaluate_loss,
-    join_evaluations,
-    load_question_sets,
-)
-from loraloom.eval.evaluation import evaluate as evaluate_choices
-from loraloom.eval.held_out import (
-    BETA,
-    data_set_name,
-    describe_rows,
-    load_held_out,
-    parse_source,
-)
 from loraloom.eval.results import Evaluation, write_lines
 from loraloom.eval.statistics import choose_pairs
 from loraloom.eval.tables import check_outputs
@@ -43,17 +31,12 @@ from loraloom.formats.hub import find_adapter
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.terminal import make_console, print_tables
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 _ONLY = {
-    ("--harness",): ("harness_include", "num_fewshot", "apply_chat_template"),
-    ("--dataset",): (
-        *("format", "template", "chat_template", "field", "on_empty", "beta", "max_length"),
-    ),
-    ("--task",): ("scoring", "compat"),
-    ("--task", "--harness"): ("data",),
-    ("--task", "--dataset"): ("split", "compare", "cache", "no_cache", "ray"),
+    ("--harness",): "harness_include num_fewshot apply_chat_template",
+    ("--dataset",): "format template chat_template field on_empty beta max_length",
+    ("--task",): "scoring compat",
+    ("--task", "--harness"): "data",
+    ("--task", "--dataset"): "split compare cache no_cache ray",
 }
 """Options that only some kinds of evaluation read."""
 
@@ -98,7 +81,7 @@ class EvalRun(HostOptions, RayOptions):
     """Split to score; by default test for ARC and OpenBookQA, validation for the rest."""
     scoring: Scoring | None = None
     """Score the choice's label or its own text; by default label, or a task file's own."""
-    compat: Compat | None = None
+    compat: evaluation.Compat | None = None
     """Score labels as MoE-PEFT does: its lists, last tokens."""
     limit: int | None = Field(default=None, ge=1)
     """Score the first N questions only."""
@@ -129,7 +112,7 @@ class EvalRun(HostOptions, RayOptions):
             yield f"{kind} has no effect with {others[0]}; give one of them"
             return
         for allowed, names in _ONLY.items():
-            for name in names:
+            for name in names.split():
                 value = getattr(self, name)
                 if kind not in allowed and value is not False and value not in (None, ()):
                     yield (
@@ -154,7 +137,7 @@ class EvalRun(HostOptions, RayOptions):
         return self.model_copy(update={"adapter": adapters, "no_base": None not in names})
 
 
-def evaluate(run: Annotated[EvalRun, Parameter(name="*")]) -> None:
+def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     """Score choice questions, or held-out rows, with the base model and adapters, all in one pass.
 
     Scores of --task and --dataset are kept: after Ctrl-C the same command goes on where it was.
@@ -174,17 +157,25 @@ def evaluate(run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     else:
         _check(run)
         tasks = _names(run.task)
-        asked = load_question_sets(tasks, run.scoring, run.split, run.data, run.limit, run.compat)
+        asked = evaluation.load_question_sets(
+            tasks, run.scoring, run.split, run.data, run.limit, run.compat
+        )
     messages = make_console(stderr=True, soft_wrap=True)
-    evaluation = _spread(asked, run, messages) if run.ray else _score(asked, run, messages)
-    for name, routing in evaluation.routing.items():
+    found = _spread(asked, run, messages) if run.ray else _score(asked, run, messages)
+    for name, routing in found.routing.items():
         for warning in routing.get("warnings", ()):
             messages.print(f"warning: adapter {name}: {warning}")
-    print_tables(make_console(), evaluation.tables())
+    _write(run, found, found.tables(), found.lines())
+
+
+def _write(
+    run: EvalRun, found: Evaluation, tables: list[Table], lines: Iterator[Mapping[str, Any]]
+) -> None:
+    print_tables(make_console(), tables)
     for path in run.output:
-        evaluation.write(path)
+        found.write(path)
     if run.per_question is not None:
-        write_lines(run.per_question, evaluation.lines())
+        write_lines(run.per_question, lines)
 
 
 def _names(values: Sequence[str]) -> list[str]:
@@ -224,10 +215,10 @@ def _held_out(run: EvalRun) -> list[SourceConfig]:
     if run.beta is not None and run.format != "preference":
         raise ConfigError("--beta has an effect with --format preference only; leave it out")
     datasets = list(dict.fromkeys(run.dataset))
-    names = [data_set_name(dataset) for dataset in datasets]
+    names = [held_out.data_set_name(dataset) for dataset in datasets]
     if len(set(names)) < len(names):
         raise ConfigError(f"--dataset must give different names, got {', '.join(names)}")
-    return [parse_source({"dataset": dataset, **given}) for dataset in datasets]
+    return [held_out.parse_source({"dataset": dataset, **given}) for dataset in datasets]
 
 
 def _score(asked: Sequence[Any], run: EvalRun, messages: Console) -> Evaluation:
@@ -250,16 +241,16 @@ def _score(asked: Sequence[Any], run: EvalRun, messages: Console) -> Evaluation:
         "command": _command(),
     }
     try:
-        with EvaluationProgress(messages) as options["progress"]:
+        with evaluation.EvaluationProgress(messages) as options["progress"]:
             if run.dataset:
-                sizes = run.max_length, run.limit, run.beta or BETA
-                sets = [load_held_out(host, tokenizer, one, *sizes) for one in asked]
+                sizes = run.max_length, run.limit, run.beta or held_out.BETA
+                sets = [held_out.load_held_out(host, tokenizer, one, *sizes) for one in asked]
                 for one in sets:
-                    messages.print(describe_rows(one.name, one.details))
-                found = evaluate_loss(host, tokenizer, sets, run.names, **options)
+                    messages.print(held_out.describe_rows(one.name, one.details))
+                found = evaluation.evaluate_loss(host, tokenizer, sets, run.names, **options)
             else:
                 options["compat"] = run.compat
-                found = evaluate_choices(host, tokenizer, asked, run.names, **options)
+                found = evaluation.evaluate(host, tokenizer, asked, run.names, **options)
     except KeyboardInterrupt:
         kept = "no scores are kept"
         if cache is not None:
@@ -294,8 +285,8 @@ def _spread(asked: Sequence[Any], run: EvalRun, messages: Console) -> Evaluation
         raise
     for name, details in parts[0].tasks.items():  # workers are silent
         if "num_examples" in details:
-            messages.print(describe_rows(name, details))
-    return join_evaluations(parts, run.names, choose_pairs(run.names, run.compare))
+            messages.print(held_out.describe_rows(name, details))
+    return evaluation.join_evaluations(parts, run.names, choose_pairs(run.names, run.compare))
 
 
 def _score_in_worker(asked: Sequence[Any], run: EvalRun, names: Sequence[str | None]) -> Evaluation:
@@ -327,9 +318,5 @@ def _evaluate_harness(run: EvalRun) -> None:
         num_fewshot=run.num_fewshot,
         apply_chat_template=run.apply_chat_template,
     )
-    evaluation = as_evaluation(results, **describe_evaluation(host, run.adapters, _command()))
-    print_tables(make_console(), [results_table(evaluation)])
-    if run.per_question is not None:
-        write_lines(run.per_question, question_lines(results))
-    for path in run.output:
-        evaluation.write(path)
+    found = as_evaluation(results, **describe_evaluation(host, run.adapters, _command()))
+    _write(run, found, [results_table(found)], question_lines(results))

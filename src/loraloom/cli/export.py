@@ -29,7 +29,7 @@ class ExportOptions(BaseModelConfig):
     """Number format of the written weights."""
 
 
-def export(options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
+def export(*, options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
     """Write an adapter for other engines: transformers, vLLM, llama.cpp."""
     exporting.check_target(options.output, options.to)
     adapters = {_NAME: options.adapter}

@@ -99,6 +99,7 @@ class GenerateOptions(HostOptions):
 
 
 def generate(
+    *,
     options: Annotated[GenerateOptions, Parameter(name="*")],
     sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),
 ) -> None:

@@ -9,7 +9,7 @@ from operator import sub
 from pathlib import Path
 from shlex import quote
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field
@@ -19,10 +19,19 @@ from loraloom.cli.train import raise_failures
 from loraloom.config.fields import StrictModel
 from loraloom.config.model import Device
 from loraloom.config.text import parse_yaml
-
-if TYPE_CHECKING:
-    from loraloom.eval.results import Evaluation
-    from loraloom.training.settings import RunConfig
+from loraloom.data import tiny_base
+from loraloom.data.tasks import load_question_set
+from loraloom.eval.evaluation import EvaluationProgress, evaluate
+from loraloom.eval.plots import plot_experts, plot_loss_curves
+from loraloom.eval.results import Evaluation
+from loraloom.models.host import attach
+from loraloom.models.loading import find_device, load_base_model
+from loraloom.terminal import make_console
+from loraloom.training.progress import Progress
+from loraloom.training.run import train
+from loraloom.training.settings import RunConfig
+from loraloom.training.store import RunDirectory
+from loraloom.training.tracking import read_curve
 
 SEEDS = (0, 1, 2)
 BASE_STEPS = 4000
@@ -61,6 +70,7 @@ class QuickstartOptions(StrictModel):
 
 
 def quickstart(
+    *,
     options: Annotated[QuickstartOptions, Parameter(name="*")] = QuickstartOptions(),
 ) -> None:
     """Train two LoRAs and a mixture together, three seeds of each, and see which learns more.
@@ -69,16 +79,6 @@ def quickstart(
     tiny base model that knows its language are made on the spot. Four to seven minutes on
     two slow processor cores.
     """
-    from loraloom.data.tasks import load_question_set
-    from loraloom.data.tiny_base import make_tiny_base
-    from loraloom.eval.evaluation import EvaluationProgress, evaluate
-    from loraloom.models.host import attach
-    from loraloom.models.loading import find_device, load_base_model
-    from loraloom.terminal import make_console
-    from loraloom.training.progress import Progress
-    from loraloom.training.run import train
-    from loraloom.training.store import RunDirectory
-
     output, console = options.output_dir, make_console(soft_wrap=True)
     again: dict[str, Any] = {"resume": options.resume, "overwrite": options.overwrite}
     run = _run_config(options)
@@ -91,7 +91,7 @@ def quickstart(
         console.print("Making a tiny base model of three layers (some two minutes)")
         with EvaluationProgress(console) as progress:
             advance = progress.start("base model", [1] * BASE_STEPS, "steps")
-            make_tiny_base(base, BASE_STEPS, on_step=lambda step: advance([step]))
+            tiny_base.make_tiny_base(base, BASE_STEPS, on_step=lambda step: advance([step]))
     model, tokenizer = load_base_model(run.base_model, device=options.device)
     host = attach(model)
     names = [job.name for job in run.jobs]
@@ -126,8 +126,6 @@ def quickstart(
 
 def _run_config(options: QuickstartOptions) -> RunConfig:
     """Fill the quickstart's run file in, with a job for each seed."""
-    from loraloom.training.settings import RunConfig
-
     file = files("loraloom.cli") / "quickstart.yaml"
     run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
     run["base_model"], run["output_dir"] = (
@@ -177,9 +175,6 @@ def _draw(
     output: Path, adapters: Path, seeds: Mapping[str, Sequence[str]], routing: Mapping[str, Any]
 ) -> None:
     """Draw each method's training loss, the mean of its seeds, and what a mixture's experts do."""
-    from loraloom.eval.plots import plot_experts, plot_loss_curves
-    from loraloom.training.tracking import read_curve
-
     curves = {}
     for method, members in seeds.items():
         by_seed = [read_curve(adapters / name / "metrics.jsonl", "loss") for name in members]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field
 from typing_extensions import override
 
 from loraloom.cli.options import HostOptions, LocalPath, Text, tell_unknown_prompts
+from loraloom.data.templates import load_chat_template
 from loraloom.errors import ConfigError
-
-if TYPE_CHECKING:
-    import socket
-
-    from loraloom.generation.engine import Engine
-    from loraloom.serve.adapters import ServedAdapters
+from loraloom.generation import loading
+from loraloom.generation.engine import Engine
+from loraloom.generation.scheduler import EngineLimits
+from loraloom.serve.adapters import ServedAdapters
+from loraloom.serve.process import bound_memory, is_loopback, read_keys, run_apart
 
 _OF_BOTH = {
     *("base_model", "adapter", "adapter_dir", "max_adapters", "host", "port", "api_key_file"),
@@ -100,10 +101,8 @@ class ServeOptions(HostOptions):
                 yield f"--{name.replace('_', '-')} has no effect with --engine vllm; leave it out"
 
 
-def serve(options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
+def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
     """Serve the base model and its adapters with OpenAI's API."""
-    from loraloom.serve.process import is_loopback, read_keys
-
     is_local = is_loopback(options.host)
     if not is_local and options.api_key_file is None and not options.no_api_key:
         raise ConfigError(
@@ -129,13 +128,12 @@ def serve(options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
 def _serve_embedded(
     options: ServeOptions, is_local: bool, keys: list[str], admin_keys: list[str]
 ) -> None:
-    from loraloom.generation.loading import check_sources
+    # packages of the extra `serve`, which vLLM does without
     from loraloom.serve.http.app import ApiOptions, create_app
-    from loraloom.serve.http.server import ConnectionLimits, Server, listen
-    from loraloom.serve.process import bound_memory, run_apart
+    from loraloom.serve.http.server import ConnectionLimits, OnceASecond, Server, listen
 
     bound_memory()
-    check_sources(options, options.adapters)
+    loading.check_sources(options, options.adapters)
     connections = ConnectionLimits(
         options.max_connections,
         options.header_seconds,
@@ -155,25 +153,19 @@ def _serve_embedded(
             options.access_log,
         )
         app = create_app(engine, tokenizer, adapters, allowed)
-        _write_log()
+        _write_log(OnceASecond())
         Server(app, engine, connections).run([sock])
 
 
 def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, ServedAdapters, Any]:
     """Load what is served, and say what and where that is."""
-    from loraloom.data.templates import load_chat_template
-    from loraloom.generation.engine import Engine
-    from loraloom.generation.loading import cache_bytes, default_cache_tokens, load_host
-    from loraloom.generation.scheduler import EngineLimits
-    from loraloom.serve.adapters import ServedAdapters
-
-    model, tokenizer = load_host(options, {})
+    model, tokenizer = loading.load_host(options, {})
     if options.chat_template is not None:
         template = load_chat_template(tokenizer, options.chat_template)
         tokenizer.chat_template = template.source()
     limits = EngineLimits(
         options.max_rows,
-        options.cache_tokens or default_cache_tokens(model, options.max_rows),
+        options.cache_tokens or loading.default_cache_tokens(model, options.max_rows),
         options.prefill_tokens,
         options.max_waiting,
         options.max_request_seconds,
@@ -193,8 +185,9 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
     print(f"models: {', '.join([adapters.base_name, *adapters.names()])}")
+    size = loading.cache_bytes(model, limits) / 2**20
     print(
-        f"cache: {limits.cache_tokens:,} tokens, {cache_bytes(model, limits) / 2**20:,.0f} MiB; "
+        f"cache: {limits.cache_tokens:,} tokens, {size:,.0f} MiB; "
         f"at most {limits.max_rows} rows of {engine.max_length:,} tokens"
     )
     print(f"listening on http://{address}:{port}/v1", flush=True)
@@ -202,17 +195,15 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     return engine, adapters, tokenizer
 
 
-def _write_log() -> None:
+def _write_log(seldom: logging.Filter) -> None:
     """Write what loraloom logs to stderr; what clients cause without asking once a second."""
-    from loraloom.serve.http.server import OnceASecond
-
     for name in (
         "asyncio",
         "uvicorn.error",
         "loraloom.generation.sequence",
         "loraloom.serve.http.server",
     ):
-        logging.getLogger(name).addFilter(OnceASecond())
+        logging.getLogger(name).addFilter(seldom)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("loraloom")

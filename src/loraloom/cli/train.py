@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.table import Table
@@ -16,10 +16,12 @@ from loraloom.config.fields import StrictModel
 from loraloom.config.model import AttnImplementation, BaseDtype, quantization_option
 from loraloom.errors import TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
-
-if TYPE_CHECKING:
-    from loraloom.training.results import JobResult
-    from loraloom.training.settings import JobConfig, RunConfig
+from loraloom.training import run as training
+from loraloom.training.inbox import WatchOptions
+from loraloom.training.parallel import read_launch
+from loraloom.training.progress import Progress
+from loraloom.training.results import JobResult
+from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 
 MAX_ADAPTERS = 8
 """Adapters in a command; of a sweep the best ones."""
@@ -75,12 +77,6 @@ def train(
     Args:
         run_file: A base model and its jobs.
     """
-    from loraloom.training import run as training
-    from loraloom.training.inbox import WatchOptions
-    from loraloom.training.parallel import read_launch
-    from loraloom.training.progress import Progress
-    from loraloom.training.settings import load_run_config
-
     changes = [f"{name}={value}" for name, value in model.model_dump(exclude_none=True).items()]
     run = load_run_config(
         run_file, [*(overrides or ()), *changes], needs_jobs=options.watch is None
