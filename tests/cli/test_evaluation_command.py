@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import shlex
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from loraloom.cli.train import evaluation_command, generation_command
 from loraloom.errors import LoraloomError
+from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
 
 TRAIN = {"max_steps": 4}
@@ -20,9 +21,8 @@ def run_of(data, **settings):
 
 
 def result(name="a", error=None, status="finished", **metrics):
-    return SimpleNamespace(
-        job=name, error=error, status=status, directory=f"out/{name}", metrics=metrics
-    )
+    given = {"job": name, "error": error, "status": status, "metrics": metrics}
+    return Mock(spec=JobResult, directory=f"out/{name}", **given)
 
 
 def words(run, *results):
