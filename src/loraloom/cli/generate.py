@@ -114,7 +114,7 @@ def generate(
     prompts = [prompt for _, prompt in asked]
     rows = [{**row, "adapter": prompt.adapter or BASE} for row, prompt in asked]
     check_sources(options, options.adapters)
-    num_done = 0
+    num_done, settings = 0, dict[str, Any]()
     if options.output is not None:
         settings = options.settings(sampling, rows)
         num_done = _count_done(options, len(rows), settings)

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _app(words: Sequence[str]) -> App:
     """Declare the verbs; the help of the one that is used is its docstring."""
     # A flag has no --no-flag; of an option given twice the later counts.
-    options = {"default_parameter": Parameter(negative="", allow_repeating=True)}
+    options: Any = {"default_parameter": Parameter(negative="", allow_repeating=True)}
     version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
     app = App("loraloom", help=_HELP, **version, **options)
     groups = {

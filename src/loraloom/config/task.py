@@ -122,10 +122,11 @@ class TaskConfig(StrictModel):
     @override
     def contradictions(self) -> Iterator[str]:
         for asked in (self, self.label, self.text):
-            labels, choices = asked.labels, asked.choices
-            both = isinstance(labels, tuple) and isinstance(choices, tuple)
-            if both and len(labels) != len(choices):
-                yield f"labels must be as many as the {len(choices)} choices, got {len(labels)}"
+            lists = [one for one in (asked.labels, asked.choices) if isinstance(one, tuple)]
+            if len(lists) == 2 and len(lists[0]) != len(lists[1]):
+                yield (
+                    f"labels must be as many as the {len(lists[1])} choices, got {len(lists[0])}"
+                )
         known, given = get_args(Scoring), [*self.template]
         if not set(given) <= set(known) or self.scoring not in given:
             yield (

@@ -102,8 +102,9 @@ def read_text(
 
 def local_path(text: str | Path, name: str, error: type[LoraloomError] = ConfigError) -> Path:
     """A path with `~` filled in, that the system can be asked about without an exception."""
+    path = Path(text)
     try:
-        path = Path(text).expanduser()
+        path = path.expanduser()
         path.stat()
     except (RuntimeError, ValueError) as fault:  # no such user; a null character
         raise error(f"{name} must be a path, got {shown(str(text))}: {fault}") from None
