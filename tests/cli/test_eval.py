@@ -85,7 +85,6 @@ def test_split_limit_and_base_can_be_chosen(run, saved, tmp_path):
             "--task arc_easy --compat moe-peft --scoring text",
             "compat moe-peft scores labels; leave out scoring text",
         ),
-        ("--task skills --compat moe-peft", "compat moe-peft needs a task that MoE-PEFT has"),
         ("--task piqa", "no data set 'piqa' there"),
         ("--task arc_easy --split train", "no split 'train' there"),
         ("--task arc_easy --data nowhere", "nowhere"),
