@@ -36,7 +36,7 @@ from loraloom.formats.disk import (
     replace_files,
 )
 from loraloom.formats.fields import known_targets
-from loraloom.formats.foreign import adopted
+from loraloom.formats.foreign import adopted, of_axolotl
 from loraloom.formats.hub import find_adapter
 from loraloom.formats.layouts import StoredAdapter, parse, render
 
@@ -57,6 +57,8 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
     """Find out the method from the configuration, and understand the files by its layout."""
     methods = {method.peft_type: method for method in CONFIGS}
     try:
+        if files.sidecar is not None:
+            return of_axolotl(files, files.sidecar)
         files = adopted(files)
         peft_type = files.config.get("peft_type")
         if peft_type is None and "routing_strategy" in files.config:

@@ -36,7 +36,8 @@ from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import OWN_FIELDS
 from loraloom.errors import AdapterError, shown
 from loraloom.formats.disk import SIDECAR_SETTINGS, SIDECAR_WEIGHTS, AdapterFiles, Sidecar
-from loraloom.formats.fields import FFN_NAMES, LORA_FIELDS, read_settings
+from loraloom.formats.fields import FFN_NAMES, LORA_FIELDS
+from loraloom.formats.layouts import StoredAdapter, build_config, parse
 
 _STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
 _PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
@@ -61,15 +62,15 @@ _EXPERT = re.compile(
 _FFN = ("gate_proj", "up_proj", "down_proj")
 _TRAINING_FIELDS = {
     "mixlora_router_aux_loss_coef": "router_aux_loss_coef",
-    "mixlora_router_init_range": "router_init_range",
-    "mixlora_jitter_noise": "jitter_noise",
+    "mixlora_router_init_range": "router_init_std",
+    "mixlora_jitter_noise": "router_jitter",
 }
-"""Settings of training, by their names in the run's YAML and in the reference's files."""
+"""Ours of training, by their names in the run's YAML."""
 
 
 def adopted(files: AdapterFiles) -> AdapterFiles:
     """Bring files of these programs into today's layouts; others stay as they are."""
-    return _of_axolotl(_without_experts(_up_to_date(files)))
+    return _without_experts(_up_to_date(files))
 
 
 def _up_to_date(files: AdapterFiles) -> AdapterFiles:
@@ -118,67 +119,38 @@ def _without_experts(files: AdapterFiles) -> AdapterFiles:
     )
 
 
-def _of_axolotl(files: AdapterFiles) -> AdapterFiles:
-    sidecar = files.sidecar
-    if sidecar is None:
-        return files
+def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
+    """Understand a mixture of axolotl's: PEFT's files of a LoRA, and what lies beside them."""
     if files.config.get("peft_type") != LoraConfig.peft_type:
         raise files.error(
             f"{SIDECAR_WEIGHTS} doesn't go with `peft_type` "
             f"{shown(files.config.get('peft_type'))}; move it elsewhere if it isn't a part of the "
             "adapter"
         )
-    # The directory may hold the settings of another run, of a LoRA for instance.
-    run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
-    names = {}
-    for name in sidecar.tensors:
-        if match := _ROUTER.fullmatch(name):
-            names[name] = f"mixlora.layers.{match[1]}.mlp.moe_gate.weight"
-        elif match := _EXPERT.fullmatch(name):
-            layer, expert, projection, part = match.groups()
-            place = f"mixlora.layers.{layer}.mlp.{projection}_proj.experts.{expert}"
-            names[name] = f"{place}.lora_{part.upper()}.weight"
-        else:
-            raise files.error(f"{SIDECAR_WEIGHTS}: `{name}` is no router's or expert's tensor")
-    attention = {
-        name.replace(_LAYER, "mixlora.layers.", 1) if ".self_attn." in name else name: tensor
-        for name, tensor in files.tensors.items()
-    }
-    experts = replace(files, tensors=sidecar.tensors).renamed(names)
-    return replace(
-        files,
-        config=_attention_fields(files) | _mixture_fields(files, run, sidecar.tensors),
-        tensors=attention | experts,
-        sidecar=None,
-        program="axolotl",
-    )
-
-
-def _attention_fields(files: AdapterFiles) -> dict[str, Any]:
-    """Read the LoRA on attention; what a mixture can't choose is refused."""
-    defaults = {name: LoraConfig.model_fields[name].default for name in LORA_FIELDS}
-    settings = defaults | read_settings(files, LoraConfig, [])
-    chosen = [n for n in ("rank_pattern", "alpha_pattern", "layers") if settings.get(n)]
-    if chosen or settings["init"] in ("pissa", "olora"):
+    attention = parse(replace(files, given={}), LoraConfig)
+    lora: Any = attention.config
+    chosen = [n for n in ("rank_pattern", "alpha_pattern", "layers") if getattr(lora, n)]
+    if chosen or lora.takes_start_off:
         raise files.error(
             "the LoRA beside a mixture must have one rank and alpha, be in every layer and leave "
-            f"the base model's weights as they are, got {', '.join(chosen) or settings['init']}"
+            f"the base model's weights as they are, got {', '.join(chosen) or lora.init}"
         )
-    return {
-        "base_model_name_or_path": files.config.get("base_model_name_or_path"),
-        "target_modules": [*settings["target_modules"], *_FFN],
-        **{theirs: settings[ours] for ours, theirs in LORA_FIELDS.items()},
-        **{name: files.config[name] for name in OWN_FIELDS if name in files.config},
-    }
-
-
-def _mixture_fields(
-    files: AdapterFiles, run: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    router = next((t for name, t in tensors.items() if _ROUTER.fullmatch(name)), None)
-    lora_A = next((t for name, t in tensors.items() if name.endswith("_lora_a.weight")), None)
+    experts = {}
+    for name, tensor in sidecar.tensors.items():
+        if match := _ROUTER.fullmatch(name):
+            experts[f"layers.{match[1]}.mlp.router"] = tensor
+        elif match := _EXPERT.fullmatch(name):
+            layer, expert, projection, part = match.groups()
+            place = f"layers.{layer}.mlp.{projection}_proj.experts.{expert}"
+            experts[f"{place}.lora_{part.upper()}"] = tensor
+        else:
+            raise files.error(f"{SIDECAR_WEIGHTS}: `{name}` is no router's or expert's tensor")
+    router = next((t for key, t in experts.items() if key.endswith("router")), None)
+    lora_A = next((t for key, t in experts.items() if key.endswith("lora_A")), None)
     if router is None or lora_A is None or router.dim() != 2 or lora_A.dim() != 2:
         raise files.error(f"{SIDECAR_WEIGHTS} must hold routers and experts of axolotl's")
+    # The directory may hold the settings of another run, of a LoRA for instance.
+    run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
     told = run.get("mixlora_num_experts", len(router))
     if told != len(router):
         raise files.error(
@@ -194,17 +166,17 @@ def _mixture_fields(
             "host.load(name, path, settings={'top_k': 2, 'experts': {'alpha': 32}}), or "
             "loraloom convert PATH NEW --to native --set top_k=2 --set experts.alpha=32"
         )
-    dropout = run.get("mixlora_expert_lora_dropout")
-    expert = {"r": len(lora_A), "lora_alpha": alpha, "lora_dropout": dropout}
-    expert |= {"use_dora": False, "use_rslora": False}
-    return {
-        "peft_type": MixLoraConfig.peft_type,
-        "routing_strategy": "mixlora",
+    own = {"rank": len(lora_A), "alpha": alpha, "dropout": run.get("mixlora_expert_lora_dropout")}
+    settings = {
+        **lora.model_dump(include={*LORA_FIELDS, *OWN_FIELDS}),
+        "target_modules": (*lora.target_modules, *_FFN),
         "num_experts": len(router),
         "top_k": run.get("mixlora_top_k", 2),
-        "expert_lora": {name: value for name, value in expert.items() if value is not None},
-        **{theirs: run[name] for name, theirs in _TRAINING_FIELDS.items() if name in run},
+        "experts": own | {"weight_decomposition": False, "rank_stabilized": False},
+        **{ours: run[theirs] for theirs, ours in _TRAINING_FIELDS.items() if theirs in run},
     }
+    config = build_config(files, MixLoraConfig, settings)
+    return replace(attention, layout="axolotl", config=config, tensors=attention.tensors | experts)
 
 
 def split(

@@ -130,7 +130,7 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
     name = str(files.config.get("base_model_name_or_path") or "")
     return StoredAdapter(
         files.program or LABELS[method.layout],
-        _build_config(files, method, _with_given(settings, files.given)),
+        build_config(files, method, settings),
         tensors,
         record.base.model_copy(update={"name_or_path": plain(name) or None}),
         files.source,
@@ -263,11 +263,12 @@ def _with_given(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str,
     return merged
 
 
-def _build_config(
+def build_config(
     files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
 ) -> AdapterConfig:
+    """Make a method's configuration of settings in files, and of those that the user gives."""
     try:
-        return method(**settings)
+        return method(**_with_given(settings, files.given))
     except ValidationError as error:
         faults = []
         for fault in error.errors():
