@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.formats import moe
-from loraloom.formats.moe import TWINS
+from loraloom.models import moe
 from loraloom.models.families import FAMILIES
 from loraloom.models.host import Host
+from loraloom.models.moe import TWINS
 from tests.conftest import build_tokenizer
 from tests.tiny import ALL_METHODS, METHODS, relative_error, tiny_host, tiny_ids
 

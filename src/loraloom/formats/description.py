@@ -56,12 +56,11 @@ class AdapterDescription:
     num_layers: int
     dtypes: tuple[str, ...]
     parameters: dict[str, int]
-    """Numbers by kind: `self_attn LoRA`, `mlp experts`, `router`, `magnitudes`,
-    `modules_to_save`, `tokens`."""
+    """By kind: `self_attn LoRA`, `mlp experts`, `router`, `magnitudes`, `modules_to_save`,
+    `tokens`."""
     num_parameters: int
     """Trained ones; what all layers share is frozen."""
     num_base_parameters: int | None
-    """None if the files don't tell."""
     norms: tuple[NormDescription, ...]
     num_non_finite: int
     """Tensors with a value that is infinite or not a number; their norms are left out."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
@@ -37,7 +37,7 @@ from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, plain, shown
 from loraloom.formats.disk import CONFIG_FILE, AdapterFiles, names_in
-from loraloom.formats.fields import LORA_FIELDS, read_settings, write_fields
+from loraloom.formats.fields import read_settings, write_fields
 
 RECORD_VERSION = 1
 """Version of what loraloom adds to files; those with a higher one are refused."""
@@ -63,7 +63,6 @@ _ENDINGS: dict[str, dict[str, str]] = {
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _TABLE = ".token_adapter.base_layer.weight"
 _WHOLE = re.compile(r"(?:\w+\.)*(?!lora_|vera_)\w+\.(?:weight|bias)", re.ASCII)
-_FILE_FIELDS = LORA_FIELDS | {"experts": "expert_lora"}
 
 
 Text = Annotated[str, AfterValidator(plain)]
@@ -267,15 +266,9 @@ def build_config(
     files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
 ) -> AdapterConfig:
     """Make a method's configuration of settings in files, and of those that the user gives."""
-    try:
-        return method(**_with_given(settings, files.given))
-    except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            path = ".".join(_FILE_FIELDS.get(str(name), str(name)) for name in fault["loc"])
-            faults.append(f"{path}: {fault['msg']}" if path else fault["msg"])
-        origin = f"{CONFIG_FILE} with the given settings" if files.given else CONFIG_FILE
-        raise files.error(f"{origin} can't be used: {'; '.join(faults)}") from error
+    origin = f"{CONFIG_FILE} with the given settings" if files.given else CONFIG_FILE
+    origin = f"{files.source}: {origin} can't be used: "
+    return checked(method, _with_given(settings, files.given), FormatError, origin)
 
 
 def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -320,8 +313,8 @@ def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:
         # A table that is tied to another one has no rows of its own.
         found = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
         rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(found), None))
-        fits = rows is not None and rows.shape == (len(tokens), *table.shape[1:])
-        if rows is None or not fits or any(token >= len(table) for token in tokens):
+        shape = (len(tokens), *table.shape[1:])
+        if rows is None or rows.shape != shape or max(tokens, default=0) >= len(table):
             raise files.error(
                 f"`trainable_token_indices` must name a row of {path}{_TABLE} for each row of "
                 f"{path}{_TOKENS}, got {len(tokens)} tokens"

@@ -25,10 +25,10 @@ from loraloom.config.model import Dtype
 from loraloom.durable import write_directory, write_file
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.gguf import architecture_of, write_gguf_adapter
-from loraloom.formats.moe import STORED, LazyTensor, twin_of, write_shards
 from loraloom.models.combine import check_merges
 from loraloom.models.host import Host
 from loraloom.models.loading import DTYPES, quiet
+from loraloom.models.moe import STORED, LazyTensor, twin_of, write_shards
 from loraloom.models.quantization import quantised_linears
 
 ExportForm = Literal["moe", "merged", "gguf"]
