@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -77,16 +76,17 @@ class DynMoleConfig(MixtureConfig):
         """Compute the losses on entropy and load, over the tokens of all routers together."""
         if not routing:
             return None
-        logits = torch.cat([layer.router_logits for layer in routing])
-        selected = torch.cat([layer.selected_experts for layer in routing])
-        weights = torch.cat([layer.routing_weights for layer in routing])
-        probabilities = logits.softmax(-1)
-        entropy = tsallis_entropy(probabilities, self.entropy_index, self.entropy_eps)
-        mean_entropy = entropy.sum() / max(1, len(logits))
-        return (
-            self.router_entropy_loss_coef * mean_entropy
-            + self.router_aux_loss_coef * weight_balance_loss(probabilities, selected, weights)
-        )
+        logits = torch.cat([layer.router_logits for layer in routing])  # (T, E)
+        selected = torch.cat([layer.selected_experts for layer in routing])  # (T, K)
+        weights = torch.cat([layer.routing_weights for layer in routing])  # (T, K)
+        p = logits.softmax(-1)
+        num_tokens, num_experts = max(1, len(p)), p.shape[1]
+        entropy = tsallis_entropy(p, self.entropy_index, self.entropy_eps).sum() / num_tokens
+        # E · Σ_n w[n] · P[n], of an expert's mean weight and mean probability, as in its code
+        # (`_dynamic_load_balancing_loss_func`).
+        of_experts = torch.zeros_like(p).scatter(1, selected, weights)  # (T, E)
+        balance = num_experts * (of_experts.sum(0) * p.sum(0)).sum() / num_tokens**2
+        return self.router_entropy_loss_coef * entropy + self.router_aux_loss_coef * balance
 
     @property
     def routing_label(self) -> str:
@@ -95,17 +95,3 @@ class DynMoleConfig(MixtureConfig):
     def summary(self) -> dict[str, Any]:
         names = {"keep_top_k", "top_p", "entropy_threshold", "entropy_index", "entropy_eps"}
         return super().summary() | self.model_dump(include=names)
-
-
-def weight_balance_loss(
-    probabilities: Float[Tensor, "T E"],
-    selected_experts: Int[Tensor, "T K"],
-    routing_weights: Float[Tensor, "T K"],
-) -> Float[Tensor, ""]:
-    """Compute `E · Σ_n w[n] · P[n]`: w is an expert's mean weight, P its mean probability.
-
-    Source: DynMoLE's code, `_dynamic_load_balancing_loss_func`.
-    """
-    weights = torch.zeros_like(probabilities).scatter(1, selected_experts, routing_weights)
-    num_tokens = max(1, len(probabilities))
-    return probabilities.shape[1] * (weights.sum(0) * probabilities.sum(0)).sum() / num_tokens**2

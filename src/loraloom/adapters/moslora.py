@@ -46,7 +46,10 @@ class MosLoraProjection(Projection):
         super().__init__(base)
         rank, options = config.rank, {"dtype": dtype, "device": base.device}
         lora_A = initial_A((rank, base.in_features), config.init, seed, f"{self.key}.lora_A")
-        mixer = initial_mixer(rank, config, seed, f"{self.key}.mixer")
+        mixer = kaiming_uniform((rank, rank), seed, f"{self.key}.mixer")
+        if config.mixer_init == "orthogonal":
+            generator = generator_for(seed, f"{self.key}.mixer")
+            mixer = nn.init.orthogonal_(torch.empty(rank, rank), generator=generator)
         self.lora_A = nn.Parameter(lora_A.to(**options))
         self.mixer = nn.Parameter(mixer.to(**options))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
@@ -66,10 +69,3 @@ class MosLoraProjection(Projection):
         yield f"{self.key}.lora_A", self.lora_A.detach()
         yield f"{self.key}.mixer", self.mixer.detach()
         yield f"{self.key}.lora_B", self.lora_B.detach()
-
-
-def initial_mixer(rank: int, config: MosLoraConfig, seed: int, name: str) -> Tensor:
-    """Draw an M, [R, R], by the configuration's `mixer_init`."""
-    if config.mixer_init == "orthogonal":
-        return nn.init.orthogonal_(torch.empty(rank, rank), generator=generator_for(seed, name))
-    return kaiming_uniform((rank, rank), seed, name)

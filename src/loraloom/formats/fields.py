@@ -10,7 +10,6 @@ Source: peft 0.21.2, `peft/tuners/{lora,vera}/config.py`; moe-peft 2.0.2,
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -332,16 +331,7 @@ def _written_by_mixlora(config: Any) -> set[str]:
     return named if config.routing == "dense" else named | {"routing", "top_k"}
 
 
-# MoE-PEFT's other mixtures, and DynMoLE.
-
-
-def _read_mola(files: AdapterFiles) -> Settings:
-    if files.config.get("use_dora"):
-        warnings.warn(
-            f"{files.source}: `use_dora` is left out, as MoE-PEFT ignores it in a MoLA's experts",
-            stacklevel=2,
-        )
-    return {}
+# DynMoLE. In experts of a MoLA, MoE-PEFT ignores `use_dora`, and so does its table here.
 
 
 def _read_dynmole(files: AdapterFiles) -> Settings:
@@ -421,7 +411,6 @@ TABLES: dict[str, _Table] = {
     MolaConfig.peft_type: _Table(
         _UNDECOMPOSED | _same("num_experts top_k"),
         {"routing_strategy": "mola"},
-        read=_read_mola,
         moe_peft_fault=_mola_fault,
     ),
     LoraMoeConfig.peft_type: _Table(
