@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 
@@ -30,6 +31,7 @@ ANSWERS = TaskAnswers(
     },
 )
 NAMES = list(ANSWERS.right)
+WRONG = ((-1.0, -2.0), (-2.0, -1.0))  # other answers than the usual ones
 
 
 def test_adapters_with_an_at_are_seeds_of_what_stands_before_it():
@@ -69,12 +71,8 @@ def test_pairs_can_be_asked_for():
 def test_a_pair_of_others_is_an_error(names, text):
     with pytest.raises(ConfigError, match="--compare must be FIRST:SECOND, two of base, mix@0, "):
         choose_pairs(names, [text])
-
-
-@pytest.mark.parametrize("again", ["lora:base", "base:lora"])
-def test_a_pair_is_compared_once(again):
     with pytest.raises(ConfigError, match="--compare must name each pair once, got lora:base, "):
-        choose_pairs(NAMES, ["lora:base", again])
+        choose_pairs(NAMES, ["lora:base", "base:lora"])
 
 
 def test_seeds_answer_as_the_share_of_them_that_are_right():
@@ -86,14 +84,15 @@ def test_seeds_answer_as_the_share_of_them_that_are_right():
 
 
 def test_several_comparisons_are_adjusted_for_their_number():
-    values = [(-2.0, -1.0), (-2.0, -1.0)]
-    one, other = toy_scores(), toy_scores(task="other", values=values)
-    found = summarise([one, other], [("law", "base")])
+    found = summarise([toy_scores(), toy_scores(task="other", values=WRONG)], [("law", "base")])
     assert [comparison.task for comparison in found.comparisons] == ["toy", "other"]
     for comparison in found.comparisons:
         assert (comparison.first, comparison.second) == ("law", "base")
         assert comparison.adjusted_p_value == min(1, 2 * comparison.p_value)
         assert comparison.result.difference == comparison.difference == 0.0
+    travelled = pickle.loads(pickle.dumps(found))  # from a worker of a cluster
+    assert [*travelled.lines()] == [*found.lines()]
+    assert travelled.to_json() == found.to_json()
 
 
 def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
@@ -101,9 +100,6 @@ def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
     (group,) = summarise_seeds([TaskAnswers("toy", (0, 1, 2, 3), right)]).values()
     assert group["adapters"] == ["mix@0", "mix@1", "mix@2"]
     assert group["tasks"] == {"toy": {"mean": 0.75, "sd": pytest.approx(0.25), "num_seeds": 3}}
-
-
-WRONG = ((-1.0, -2.0), (-2.0, -1.0))  # other answers than the usual ones
 
 
 def test_answers_survive_their_files_and_are_joined_by_task(tmp_path):

@@ -19,19 +19,10 @@ SEEDS = {
 
 
 def compared(p_value=0.0312):
-    return Comparison(
-        difference=-0.0125,
-        stderr=0.004,
-        interval=(-0.02, -0.005),
-        p_value=p_value,
-        num_first_better=3,
-        num_second_better=13,
-        num_examples=800,
-        task="toy",
-        first="mix",
-        second="base",
-        adjusted_p_value=min(1.0, 2 * p_value),
-    )
+    names = {"task": "toy", "first": "mix", "second": "base", "p_value": p_value}
+    figures = {"difference": -0.0125, "stderr": 0.004, "interval": (-0.02, -0.005)}
+    counts = {"num_first_better": 3, "num_second_better": 13, "num_examples": 800}
+    return Comparison(**names, **figures, **counts, adjusted_p_value=min(1.0, 2 * p_value))
 
 
 def tables_of(*scores, **details) -> list[Table]:

@@ -69,11 +69,14 @@ def evaluation(
 ) -> dict[str, Any]:
     """What `loraloom eval --output` writes."""
     names = ["base", *adapters]
+    compared = {"first": adapters[0], "second": "base", "difference": 0.2, "stderr": 0.07}
+    compared |= {"interval": [0.1, 0.3], "p_value": 0.0004, "adjusted_p_value": 0.012}
+    compared |= {"num_first_better": 10, "num_second_better": 2, "num_examples": 40}
     return {
         "schema_version": 1,
         "results": {name: {task: _accuracy(name, task) for task in tasks} for name in names},
         "seeds": {},
-        "comparisons": [_comparison(adapters[0], "base", task) for task in tasks],
+        "comparisons": [{"task": task, **compared} for task in tasks],
         "routing": {n: routing(tasks, n) for n in adapters if n.startswith("mix")},
         "base_model": "a/base",
         "dtype": "bfloat16",
@@ -90,27 +93,12 @@ def _accuracy(name: str, task: str) -> dict[str, Any]:
     return {"accuracy": accuracy, "stderr": 0.05, "interval": interval, "num_examples": 40}
 
 
-def _comparison(first: str, second: str, task: str) -> dict[str, Any]:
-    return {
-        "task": task,
-        "first": first,
-        "second": second,
-        "difference": 0.2,
-        "stderr": 0.07,
-        "interval": [0.1, 0.3],
-        "p_value": 0.0004,
-        "adjusted_p_value": 0.012,
-        "num_first_better": 10,
-        "num_second_better": 2,
-        "num_examples": 40,
-    }
-
-
 def routing(tasks: Sequence[str] = TASKS, seed: object = 0) -> dict[str, Any]:
     """A mixture's routing."""
     generator = random.Random(str(seed))
     pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1 :]]
     words = [[{"token": " hot", "count": 9, "share": 0.9}] for _ in range(NUM_EXPERTS)]
+    topics, classes = [0.5] * NUM_LAYERS, [0.25] * NUM_LAYERS
     return {
         "num_experts": NUM_EXPERTS,
         "top_k": 2,
@@ -118,36 +106,27 @@ def routing(tasks: Sequence[str] = TASKS, seed: object = 0) -> dict[str, Any]:
         "tasks": {task: _task_routing(generator) for task in tasks},
         "similarity": [{"first": a, "second": b, "mean": 0.9, "by_layer": []} for a, b in pairs],
         "specialisation": {
-            "topics": _specialisation(tasks, 0.5),
-            "token_classes": _specialisation(("number", "sign"), 0.25),
+            "topics": {"bits": topics, "of": dict.fromkeys(tasks, topics)},
+            "token_classes": {"bits": classes, "of": dict.fromkeys(("number", "sign"), classes)},
         },
         "words": [{"layer": layer, "experts": words} for layer in LAYERS],
         "warnings": [],
     }
 
 
-def _specialisation(names: Sequence[str], bits: float) -> dict[str, Any]:
-    by_layer = [bits] * NUM_LAYERS
-    return {"bits": by_layer, "of": dict.fromkeys(names, by_layer)}
-
-
 def _task_routing(generator: random.Random) -> dict[str, Any]:
+    weights = [[generator.expovariate(1) for _ in range(NUM_EXPERTS)] for _ in range(NUM_LAYERS)]
     experts = {str(n): [generator.randrange(NUM_EXPERTS) for _ in TOKENS] for n in LAYERS}
     return {
         "num_questions": 40,
         "num_questions_covered": 40,
         "num_tokens": 1000,
-        "load": [_load(generator) for _ in range(NUM_LAYERS)],
+        "load": [[weight / sum(of_layer) for weight in of_layer] for of_layer in weights],
         "effective_experts": [7.0] * NUM_LAYERS,
         "mean_entropy_bits": [2.9] * NUM_LAYERS,
         "token_entropy_bits": [2.5] * NUM_LAYERS,
         "example": {"tokens": list(TOKENS), "experts": experts},
     }
-
-
-def _load(generator: random.Random) -> list[float]:
-    weights = [generator.expovariate(1) for _ in range(NUM_EXPERTS)]
-    return [weight / sum(weights) for weight in weights]
 
 
 def write_evaluation(path: Path, content: dict[str, Any] | None = None) -> Path:

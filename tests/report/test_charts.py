@@ -33,7 +33,7 @@ def places(chart):
 
 def test_a_chart_draws_its_curves_as_they_are_in_the_colors_of_the_page():
     curves = {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 3.0), (2, 2.5), (3, 2.0)]}
-    chart = line_chart("loss", curves, STYLES)
+    chart = line_chart("loss <1>", curves, STYLES)
     (axes,) = chart.figure.axes
     assert [points(line) for line in axes.lines] == list(curves.values())
     drawn = [one.get("style") for one in elements(chart, "path") if "--c" in one.get("style", "")]
@@ -41,11 +41,7 @@ def test_a_chart_draws_its_curves_as_they_are_in_the_colors_of_the_page():
     assert ["stroke: var(--c3)" in style for style in drawn] == [False, True]
     assert ["stroke-dasharray: 6,3" in style for style in drawn] == [False, True]
     assert "step" in texts(chart)
-
-
-def test_words_of_each_curve_are_its_title_and_in_the_name_of_the_chart():
-    chart = line_chart("loss <1>", {"a": [(1, 2.0), (2, 1.23456)], "b": [(7, 3.0)]}, STYLES)
-    said = ["a: 1.235 at step 2", "b: 3 at step 7"]
+    said = ["a: 1 at step 2", "b: 2 at step 3"]
     assert [one.text for one in elements(chart, "title")] == said
     (root,) = elements(chart, "svg")
     assert root.get("aria-label") == "loss <1>. " + ". ".join(said)
@@ -56,15 +52,13 @@ def test_a_chart_stays_within_its_box():
     chart = line_chart("sine", {"a": [(step, math.sin(step)) for step in range(50)]}, STYLES)
     assert len(places(chart)) == 50
     _, _, width, height = map(float, elements(chart, "svg")[0].get("viewBox").split())
-    assert all(46 <= x <= width - 8 for x, _ in places(chart))
-    assert all(8 <= y <= height - 30 for _, y in places(chart))
+    assert all(46 <= x <= width - 8 and 8 <= y <= height - 30 for x, y in places(chart))
 
 
 @pytest.mark.parametrize(
     ("curve", "labels"),
     [
         ([(0, 0.0), (45, 1.0)], ["0", "10", "20", "30", "40"]),
-        ([(0, 0.0), (4e-4, 1.0)], ["0", "0.0001", "0.0002", "0.0003", "0.0004"]),
         ([(0, 0.0), (4e-5, 1.0)], ["0", "1e−05", "2e−05", "3e−05", "4e−05"]),
         ([(0.9978, 0.0), (0.9987, 1.0)], ["0.9978", "0.998", "0.9982", "0.9984", "0.9986"]),
     ],
@@ -73,20 +67,15 @@ def test_ticks_are_round_values_with_digits_enough(curve, labels):
     assert texts(line_chart("t", {"a": curve}, STYLES))[: len(labels)] == labels
 
 
-def test_what_is_not_finite_is_left_out():
+def test_what_is_not_finite_is_left_out_and_a_single_point_is_a_dot():
     curves = {"a": [(1, math.nan), (2, 1.0), (3, math.inf)], "b": [(1, math.nan)]}
-    (line,) = line_chart("loss", curves, STYLES).figure.axes[0].lines
-    assert line.get_label() == "a: 1 at step 2"
-    assert line_chart("loss", {"a": [(1, math.nan)]}, STYLES) is None
-
-
-def test_a_single_point_is_a_dot():
-    chart = line_chart("loss", {"a": [(5, 0.0)]}, STYLES)
+    chart = line_chart("loss", curves, STYLES)
     (line,) = chart.figure.axes[0].lines
-    assert line.get_linewidth() > 2
-    assert line.get_solid_capstyle() == "round"
+    assert line.get_label() == "a: 1 at step 2"
+    assert (line.get_linewidth(), line.get_solid_capstyle()) == (8, "round")
     first, second = places(chart)
     assert first == second
+    assert line_chart("loss", {"a": [(1, math.nan)]}, STYLES) is None
 
 
 def test_long_curves_are_thinned_to_means():
@@ -110,31 +99,20 @@ def test_intervals_share_an_axis_in_percent():
     assert chart.title == "t: accuracy and 95 % interval, %"
     assert texts(chart)[-2:] == ["a", "b"]
     assert axes.get_ylim() == (1.5, -0.5)  # the first on top
-    assert [one.text for one in elements(chart, "title")] == ["a: 50 %"] * 2 + ["b: 55 %"] * 2
-
-
-def test_long_names_lose_their_middle_and_foreign_ones_warn_of_nothing():
     rows = [("x" * 40 + "@2", 0.5, (0.4, 0.6), "50 %"), ("数学 $a$ <b>", 0.5, (0.4, 0.6), "50 %")]
-    assert texts(interval_chart("t", rows))[-2:] == [
-        "x" * 12 + "…" + "x" * 11 + "@2",
-        "数学 $a$ <b>",
-    ]
+    names = ["x" * 12 + "…" + "x" * 11 + "@2", "数学 $a$ <b>"]
+    assert texts(interval_chart("t", rows))[-2:] == names
 
 
-def test_a_style_that_is_in_use_changes_no_drawing():
-    """Optuna's pictures leave one behind, for instance."""
-
+def test_a_drawing_refers_to_nothing_and_is_the_same_in_any_style():
     def drawn():
-        rows = [("a", 0.5, (0.4, 0.6), "words")]
-        charts = line_chart("t", {"a": [(1, 2.0), (2, 1.0)]}, STYLES), interval_chart("t", rows)
+        charts = (
+            line_chart("t", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, STYLES),
+            interval_chart("t", [("a", 0.5, (0.4, 0.6), "words")]),
+        )
         return [chart.svg for chart in charts]
 
     expected = drawn()
-    with matplotlib.style.context("ggplot"):
+    with matplotlib.style.context("ggplot"):  # Optuna's pictures leave one behind, for instance
         assert drawn() == expected
-
-
-def test_a_drawing_refers_to_nothing_and_is_the_same_again():
-    svg = line_chart("t", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, STYLES).svg
-    assert svg == line_chart("t", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, STYLES).svg
-    assert not re.search(r"\bid=|href|url\(|<style|font-family|#c0de", svg)
+    assert not re.search(r"\bid=|href|url\(|<style|font-family|#c0de", "".join(expected))

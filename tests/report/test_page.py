@@ -157,13 +157,6 @@ def test_what_experts_tell_is_shown_by_layer(page, page_of):
         page_of(content)
 
 
-def test_layers_with_several_routers_have_names(page_of):
-    content = evaluation()
-    routing = content["routing"]["mix"]
-    routing["layers"] = [f"{layer}.self_attn" for layer in routing["layers"]]
-    assert '<th scope="row">0.self_attn</th>' in page_of(content)
-
-
 def test_results_of_the_harness_may_lack_an_accuracy(page_of):
     results = {"base": {"a": {"accuracy": 0.5, "stderr": 0.1}, "wiki": {"num_examples": 3}}}
     page = page_of({"schema_version": 1, "results": results})

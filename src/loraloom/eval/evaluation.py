@@ -215,7 +215,8 @@ def _check_finite(
     for name, of_name in scores.items():
         for values, place in zip(of_name, places, strict=True):
             if not all(map(math.isfinite, values)):
-                raise not_finite(what, values if len(values) > 1 else values[0], [name], place)
+                shown = values[0] if len(values) == 1 else values
+                raise not_finite(what, shown, [name], place)
 
 
 def evaluate(

@@ -77,7 +77,9 @@ class Scorer:
 
         def score(places: Sequence[int]) -> list[LogLikelihoods]:
             keys = list(product(self.adapters, places))
-            found = {key: cache and cache.find(key[0], tokens[key[1]]) for key in keys}
+            found: dict[Any, Any] = {
+                (name, n): cache and cache.find(name, tokens[n]) for name, n in keys
+            }
             missing = [key for key, values in found.items() if values is None]
             scored = score_groups(self.host, rows, missing, budget, on_routing)
             for key, pairs in zip(missing, scored, strict=True):
@@ -255,9 +257,10 @@ def _task_result(scores: Sequence[QuestionScore], split: str) -> TaskResult:
     result["split"] = split
     if num_truncated := sum(score.truncated for score in scores):
         result["num_truncated"] = num_truncated
-    if names := sorted({one.question.group for one in scores} - {None}):
-        groups = [[one for one in scores if one.question.group == name] for name in names]
-        result["groups"] = dict(zip(names, map(summarise, groups), strict=True))
+    groups = {one.question.group for one in scores}
+    if names := sorted(group for group in groups if group is not None):
+        of = [[one for one in scores if one.question.group == name] for name in names]
+        result["groups"] = dict(zip(names, map(summarise, of), strict=True))
     return result
 
 

@@ -264,8 +264,8 @@ def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> Pai
     Raises:
         ConfigError: If the answers have no such name.
     """
-    shares = (seed_values(answers.right, name) for name in (first, second))
-    return compare_paired(*shares, seed)
+    one, other = (seed_values(answers.right, name) for name in (first, second))
+    return compare_paired(one, other, seed)
 
 
 def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
@@ -273,9 +273,9 @@ def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
     return seed_means({task.task: {n: fmean(r) for n, r in task.right.items()} for task in tasks})
 
 
-def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, dict[str, Any]]:
+def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, Any]:
     """The same of figures by task and adapter."""
-    summary: dict[str, dict[str, Any]] = {}
+    summary: dict[str, Any] = {}
     for task, by_adapter in figures.items():
         for stem, members in seed_groups(list(by_adapter)).items():
             values = [by_adapter[name] for name in members]

@@ -105,12 +105,12 @@ def _group_table(results: Results, task: str) -> Table:
 
 def accuracy_cell(result: Any) -> str:
     """An accuracy in percent with its interval, marked where a constant answer reaches it."""
-    mark = "" if result["beats_majority"] else MARK
-    return f"{_percent(result['accuracy'], result['interval'])}{mark}"
+    mark = MARK if result.get("beats_majority") is False else ""  # files of old don't have it
+    return f"{_percent(result.get('accuracy'), result.get('interval', ()))}{mark}"
 
 
 def _percent(share: Any, interval: Sequence[float] = ()) -> str:
-    text = f"{100 * share:.1f}"
+    text = "–" if share is None else f"{100 * share:.1f}"
     return f"{text} ({'–'.join(map(_percent, interval))})" if interval else text
 
 

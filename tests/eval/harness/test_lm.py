@@ -176,26 +176,6 @@ def test_what_was_kept_is_forgotten_when_weights_change(tiny_tokenizer, change):
     assert_same_scores(log_likelihoods(lms["lora"]), now, tolerance=1e-8)
 
 
-def test_evaluation_leaves_the_mode_as_it_was(tiny_tokenizer):
-    host = scoring_host().train()
-    lm = HostLM(host, tiny_tokenizer, "mixlora")
-    log_likelihoods(lm)
-    completions(lm)
-    assert host.training
-
-
-def test_a_special_stop_token_ends_a_completion(host, tiny_tokenizer):
-    whole = completions(HostLM(host, tiny_tokenizer), ["The sky"], {"max_gen_toks": 6})
-    ids = tiny_tokenizer("The sky", return_tensors="pt")["input_ids"]
-    third = host.generate(ids, max_new_tokens=3, do_sample=False)[0, -1:].tolist()
-    special = [tiny_tokenizer.convert_ids_to_tokens(third[0])]
-    tiny_tokenizer.add_special_tokens({"additional_special_tokens": special})
-    settings = {"max_gen_toks": 6, "until": tiny_tokenizer.decode(third)}
-    stopped = completions(HostLM(host, tiny_tokenizer), ["The sky"], settings)
-    assert whole[0].startswith(stopped[0])
-    assert len(stopped[0]) < len(whole[0])
-
-
 def test_chat_templates_are_as_in_lm_evals_own_class(host, tiny_tokenizer):
     user = {"role": "user", "content": "one"}
     with pytest.raises(ConfigError, match="apply_chat_template needs a tokenizer with a chat"):

@@ -64,14 +64,9 @@ def write_tasks(directory: Path) -> Path:
         (directory / f"{split}.jsonl").write_text(lines)
     for name, settings in TASKS.items():
         files = {split: str(directory / f"{split}.jsonl") for split in ("train", "test")}
-        config = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": files},
-            "training_split": "train",
-            "test_split": "test",
-            **settings,
-        }
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
+        splits = {"training_split": "train", "test_split": "test"}
+        config = {"task": name, **data, **splits, **settings}
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return directory
 

@@ -247,7 +247,7 @@ class HostLM(_HFLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete prompts up to their stop texts."""
         pairs: list[Any] = [request.args for request in requests]
-        asked = [self._completion(*pair, place) for place, pair in enumerate(pairs)]
+        asked = [self._completion(text, how, n) for n, (text, how) in enumerate(pairs)]
         texts = self.answers.of(self.adapter, asked, "generate_until", disable_tqdm)
         for pair, text in zip(pairs, texts, strict=True):
             self.cache_hook.add_partial("generate_until", pair, text)

@@ -36,11 +36,11 @@ def as_evaluation(found: Results, **details: Any) -> Evaluation:
     """
     plain = {n or BASE: {k: v for k, v in of.items() if k != "samples"} for n, of in found.items()}
     text = json.dumps(plain, default=handle_non_serializable)
+    details["lm_eval"] = json.loads(text, parse_constant=lambda _: None)
     return Evaluation(
         schema_version=SCHEMA_VERSION,
         results={n or BASE: {t: _result(of, t) for t in of["results"]} for n, of in found.items()},
         tasks={},
-        lm_eval=json.loads(text, parse_constant=lambda _: None),
         **details,
     )
 
