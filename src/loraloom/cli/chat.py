@@ -107,9 +107,9 @@ def chat(
 
 
 def _read_line(prompt: str) -> str | None:
-    """A line of the input; None at its end."""
+    # merely importing it lets lines be edited and called back; Windows has none
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (lines can be edited and called back)
+        import readline  # noqa: F401
     try:
         return input(prompt).strip()
     except (EOFError, KeyboardInterrupt):
@@ -146,6 +146,6 @@ def _answer(
 
 
 def _printed(text: str) -> str:
-    """An answer with its spaces and joiners, but without what would steer the terminal."""
+    # what a model says may hold escapes that would steer the terminal; spaces and joiners stay
     joiners = "\t\u200c\u200d"
     return "".join(c if c in joiners or unicodedata.category(c) == "Zs" else plain(c) for c in text)

@@ -81,7 +81,7 @@ def show(
 
 
 def _fill_in(settings: dict[str, Any]) -> dict[str, Any]:
-    """Give a run file what data does not depend on, where it lacks that."""
+    # what data does not depend on: a run file may be checked before it has methods and rates
     jobs = settings.get("jobs")
     if isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs):
         adapter = {"method": CONFIGS[0].model_fields["method"].default}
@@ -115,7 +115,7 @@ def _check_source(
 
 
 def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], tools: str) -> tuple[int, ...]:
-    """The numbers of COUNTS."""
+    # in the order of COUNTS; rows with the same tokens count as duplicates, whatever they say
     learnt = [tuple(piece.input_ids for piece in row.pieces) for row in encoded if row.pieces]
     empty = sum(row.is_empty for row in encoded)
     faulty = sum(bool(row.fault) for row in encoded) - empty

@@ -179,7 +179,7 @@ def _write(
 
 
 def _names(values: Sequence[str]) -> list[str]:
-    """Names of `--task a,b --task c`, each once."""
+    # --task a,b --task c names three, each once
     names = [name.strip() for value in values for name in value.split(",")]
     return list(dict.fromkeys(filter(None, names)))
 
@@ -199,7 +199,7 @@ def _check(run: EvalRun) -> None:
 
 
 def _held_out(run: EvalRun) -> list[SourceConfig]:
-    """The data sets, as what the adapters were trained on where no format is given."""
+    # without --format, rows are written as those that all adapters were trained on
     settings = {"format", "template", "chat_template", "split", "on_empty"}
     given = run.model_dump(include=settings, exclude_none=True)
     fields = [text.partition("=") for text in run.field]
@@ -289,6 +289,7 @@ def _spread(asked: Sequence[Any], run: EvalRun, messages: Console) -> Evaluation
     return evaluation.join_evaluations(parts, run.names, choose_pairs(run.names, run.compare))
 
 
+# at the top of the file, as workers of a cluster get it by pickle
 def _score_in_worker(asked: Sequence[Any], run: EvalRun, names: Sequence[str | None]) -> Evaluation:
     return _score(asked, run.only(names), make_console(quiet=True))
 

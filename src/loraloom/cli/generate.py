@@ -87,6 +87,7 @@ class GenerateOptions(HostOptions):
 
     def settings(self, sampling: SamplingConfig, rows: Rows) -> dict[str, Any]:
         """What the completions depend on, as JSON values."""
+        # rows by their hash: the file beside the output stays small
         text = json.dumps(rows, sort_keys=True)
         return {
             **self.model_dump(include=_DECISIVE, mode="json"),
@@ -190,7 +191,7 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
 
 
 def _count_done(options: GenerateOptions, num_rows: int, settings: Mapping[str, Any]) -> int:
-    """Find out where to go on; nothing is changed."""
+    # nothing is changed here, as the base model, which is loaded next, may not fit
     path = options.output
     prepare_output(path, "--output")
     if options.overwrite or path is None or not path.exists():

@@ -27,7 +27,6 @@ from loraloom.errors import ConfigError, LoraloomError, plain, shown
 
 _HELP = "Train, evaluate and run mixtures of LoRA experts and plain adapters on one base model."
 _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
-"""What warns when transformers imports it, of kernels for devices that aren't there."""
 
 VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "quickstart": ("quickstart:quickstart", "Train two LoRAs and a mixture, and compare them."),
@@ -60,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names the file that has the traceback) and where nobody reads the output any more, 130 after
     Ctrl-C, 143 after SIGTERM and 129 after SIGHUP in training.
     """
+    # transformers imports them, and they warn of kernels for devices that aren't there
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     words = [*(sys.argv[1:] if argv is None else argv)]

@@ -125,7 +125,7 @@ def quickstart(
 
 
 def _run_config(options: QuickstartOptions) -> RunConfig:
-    """Fill the quickstart's run file in, with a job for each seed."""
+    # the file says what a person would write; seeds, steps and places are filled in
     file = files("loraloom.cli") / "quickstart.yaml"
     run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
     run["base_model"], run["output_dir"] = (

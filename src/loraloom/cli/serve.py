@@ -140,6 +140,7 @@ def _serve_embedded(
         options.body_seconds,
         options.idle_seconds,
     )
+    # the socket comes first, so that a port in use is an error before minutes of loading
     with listen(options.host, options.port) as sock:
         engine, adapters, tokenizer = run_apart(lambda: _prepare(options, sock))
         allowed = ApiOptions(
@@ -196,7 +197,7 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
 
 
 def _write_log(seldom: logging.Filter) -> None:
-    """Write what loraloom logs to stderr; what clients cause without asking once a second."""
+    # what clients cause without asking is written once a second, or they could fill a disk
     for name in (
         "asyncio",
         "uvicorn.error",

@@ -152,10 +152,11 @@ def generation_command(run: RunConfig, results: Sequence[JobResult]) -> str | No
 
 
 def _good(run: RunConfig, results: Sequence[JobResult]) -> list[JobResult]:
-    """Results of jobs that got to their end; of a sweep the best ones first."""
+    # a sweep's best first, as a command has MAX_ADAPTERS of them
     good = [result for result in results if result.error is None and result.status != "stopped"]
     if run.sweep is not None:
         metric = run.sweep.metric
+        # a job that was never measured goes last, whichever way is better
         sign = 1 if metric.endswith("loss") else -1
         good.sort(key=lambda one: sign * one.metrics.get(metric, sign * float("inf")))
     return good

@@ -220,6 +220,7 @@ class _SourceFields(StrictModel):
     on_empty: Literal["error", "skip"] | None = None
     """Data set: whether rows with an empty answer are an error (the default) or left out."""
 
+    # filled in here, as results name the scoring and old ones are compared with new ones
     @field_validator("scoring")
     @classmethod
     def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
@@ -295,6 +296,7 @@ class DataConfig(_SourceFields):
     validation: SourceConfig | None = None
     """A source to measure `eval/loss` on, in place of a share of the training rows."""
 
+    # None where all rows are shuffled, as snapshots of earlier versions have it
     @field_validator("shuffle_buffer")
     @classmethod
     def _fill_in_buffer(cls, buffer: int | None, info: CheckInfo) -> int | None:

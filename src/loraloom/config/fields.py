@@ -172,8 +172,8 @@ def describe_faults(
 
 
 def _follows(fault: ErrorDetails) -> bool:
-    """Whether a fault only follows from another one, which is reported too."""
-    if fault["type"] == "too_short":  # pydantic counts the entries that are right
+    # pydantic counts the entries of a list that are right: one that is wrong makes it too short
+    if fault["type"] == "too_short":
         return len(fault["input"]) >= fault.get("ctx", {})["min_length"]
     return fault["type"] == "default_factory_not_called"
 

@@ -95,8 +95,8 @@ _NAMED: dict[str, AnyQuantization] = {
 
 
 def _spelled_out(value: Any) -> Any:
-    """Give a name's settings; take transformers' own flags for the method."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):  # as on the command line
+    # on the command line, a mapping is a text
+    if isinstance(value, str) and value.lstrip().startswith("{"):
         value = parse_yaml(value, "quantization")
     if isinstance(value, str):
         if value not in _NAMED:
@@ -105,6 +105,7 @@ def _spelled_out(value: Any) -> Any:
                 f"{did_you_mean(value, _NAMED)}"
             )
         return _NAMED[value]
+    # transformers' own flags stand for the method, whose name it spells without the bits
     if isinstance(value, dict) and value.get("quant_method") in (None, "bitsandbytes"):
         for bits in ("4bit", "8bit"):
             if value.get(f"load_in_{bits}") is True:

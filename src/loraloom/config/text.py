@@ -36,7 +36,8 @@ def parse_yaml(text: str, origin: str) -> Any:
         mark = error.problem_mark
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"{origin} must be valid YAML{place}: {error.problem}") from None
-    except (YAMLError, ValueError, LookupError) as error:  # a 13th month, `!!bool maybe`
+    # ruamel lets Python's own errors through for a 13th month, or `!!bool maybe`
+    except (YAMLError, ValueError, LookupError) as error:
         raise ConfigError(f"{origin} must be valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{origin} must be YAML of a few levels, its are too deep") from None
@@ -87,7 +88,8 @@ def read_text(
 ) -> str:
     """The text of a plain file in UTF-8, with or without a byte order mark."""
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait
+        # to open a pipe would wait for whoever writes to it
+        if path.exists() and not path.is_file():
             raise error(f"{path} must be a file, it is something else")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
