@@ -7,7 +7,7 @@ import torch
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import ConfigError, LoraloomError
-from loraloom.training.builder import Evaluation, JobBuilder, load_start
+from loraloom.training.builder import JobBuilder, load_start
 from loraloom.training.settings import JobConfig
 from tests.tiny import METHODS, changed, randomise
 from tests.training.toy import toy_host, toy_tokenizer
@@ -18,7 +18,7 @@ ROWS = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four"
 @pytest.fixture
 def builder():
     host, tokenizer = toy_host(), toy_tokenizer()
-    return JobBuilder(host, tokenizer, Evaluation(host, tokenizer))
+    return JobBuilder(host, tokenizer)
 
 
 @pytest.fixture

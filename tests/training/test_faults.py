@@ -73,8 +73,8 @@ def failing(function, when, error):
 
 
 def test_an_exception_in_an_evaluation_stops_that_job_only(engine, unhurt, tmp_path):
-    measure = engine._evaluation.measure
-    engine._evaluation.measure = failing(
+    measure = engine.builder.measure
+    engine.builder.measure = failing(
         measure,
         lambda jobs: any(job.name == "hit" and job.position.step >= 4 for job in jobs),
         ZeroDivisionError("no answer"),

@@ -289,22 +289,3 @@ def test_job_files_are_trained_by_all_ranks(world):
 def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_any_number(tmp_path):
     for differences in resume_elsewhere(save_inputs(tmp_path), [1, 3]).values():
         assert all(one.is_rounding for one in differences)
-
-
-def test_ranks_that_see_other_files_are_told_so(tmp_path):
-    save_inputs(tmp_path)
-    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
-    for seed, file in enumerate(files):
-        run = settings(tmp_path, tmp_path / "out", ["plain"] * 4)
-        run["jobs"][0]["seed"] = seed
-        write_run_file(file, run)
-    assert run_ranks(2, _train_own, files) == [0, 0]
-    for file in files:
-        message = file.with_suffix(".error").read_text()
-        assert "these differ: the data of job lora, the run file" in message
-
-
-def _train_own(rank: int, files: list[Path]) -> None:
-    with pytest.raises(loraloom.LoraloomError) as error:
-        loraloom.train(files[rank])
-    files[rank].with_suffix(".error").write_text(str(error.value))

@@ -73,26 +73,6 @@ def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
     assert "step 1/3" in printed(screen)
 
 
-def test_a_file_gets_one_line_for_all_jobs():
-    screen = console()
-    progress, jobs = Progress(screen, interval_s=0.0), [job("math", 2), job("law", 1)]
-    for one in jobs:
-        progress.add(*shown(one))
-    progress._interval_s = 1000.0
-    for one in (jobs[0], jobs[1], jobs[0]):
-        advance(one, 100, 2.0)
-        progress.update(*shown(one))
-    (line,) = printed(screen).splitlines()
-    assert line.startswith("math: step 2/2, loss 2.0000; law: step 1/1, loss 2.0000, ")
-    progress._interval_s = 0.0
-    for one in jobs:
-        one.position.step = 0
-        progress.update(*shown(one))
-    first, second = printed(screen).splitlines()[1:]
-    assert first.startswith("math: step 0/2")
-    assert second.startswith("law: step 0/1"), "with news since the last line alone"
-
-
 def table(value: float) -> Table:
     drawn = make_table("", "job", values=["eval/loss"])
     drawn.add_row("1", "lr-000", f"{value:.4f}")

@@ -10,7 +10,7 @@ import pytest
 
 from loraloom.errors import ConfigError
 from loraloom.training import tracking
-from loraloom.training.builder import Evaluation
+from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
 from loraloom.training.step.batch import MicroBatchLoss, StepReport
@@ -140,9 +140,9 @@ def test_wandb_is_offline_unless_the_user_has_told_it_otherwise(fakes, tmp_path,
 def tracked_engine(directory, tracker, progress=None, **train) -> Engine:
     host, data = toy_host(), {"task": "skills", "validation_fraction": 0.5}
     job = add_job(host, toy_config("a", data=data, **train), toy_set(num_validation=2))
-    evaluation, progress = Evaluation(host, toy_tokenizer()), progress or Progress()
+    builder, progress = JobBuilder(host, toy_tokenizer()), progress or Progress()
     directory = RunDirectory(directory)
-    return Engine(host, [job], evaluation, directory, progress, trackers=(tracker,))
+    return Engine(host, [job], builder, directory, progress, trackers=(tracker,))
 
 
 @pytest.mark.parametrize("method", ["init", "log", "finish"])

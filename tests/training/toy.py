@@ -19,7 +19,7 @@ from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
-from loraloom.training.builder import Evaluation
+from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job
 from loraloom.training.progress import Progress
@@ -194,10 +194,8 @@ def toy_engine(
     host = toy_host(dtype)
     jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
     tokenizer = toy_tokenizer()
-    evaluation = Evaluation(host, tokenizer)
-    return Engine(
-        host, jobs, evaluation, RunDirectory(directory), progress or Progress(), **options
-    )
+    builder = JobBuilder(host, tokenizer)
+    return Engine(host, jobs, builder, RunDirectory(directory), progress or Progress(), **options)
 
 
 def weights_of(job: Job) -> dict[str, Tensor]:

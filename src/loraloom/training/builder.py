@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +30,16 @@ KEPT_TRAINING_SETS = 8
 
 
 class JobBuilder:
-    """Builds jobs on one host; jobs with the same data and seed share what was read."""
+    """Builds jobs on one host, and measures them.
 
-    def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation):
+    Jobs with the same data and seed share what was read. Questions of a run stay as they were read.
+    """
+
+    def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase):
+        self.pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        self.questions: dict[EvaluationConfig, list[ChoiceQuestion]] = {}
         self._host = host
         self._tokenizer = tokenizer
-        self._evaluation = evaluation
         self._sets: list[tuple[tuple[Any, ...], TrainingSet | StreamedSet]] = []
 
     def build(self, config: JobConfig, *, reads_data: bool = False) -> Job:
@@ -57,7 +60,11 @@ class JobBuilder:
             training_set = self._training_set(config)
             _check_lengths(config, training_set, host.config.max_position_embeddings)
             adapter.prompt = prompt_form(config.data, self._tokenizer)
-            self._evaluation.read(config)
+            for one in config.eval:
+                if one not in self.questions:
+                    self.questions[one] = load_question_set(
+                        one.task, one.scoring, one.split, one.path, one.limit
+                    ).questions
             return Job(config, adapter, training_set, reference, make_loss_scale(host))
         except BaseException as error:
             for name in host.adapters.keys() - before:
@@ -80,6 +87,56 @@ class JobBuilder:
             read = load_training_set(*common, as_pairs=as_pairs)
         self._sets = [*self._sets[1 - KEPT_TRAINING_SETS :], (key, read)]
         return read
+
+    def input_digests(self, job: Job) -> dict[str, str]:
+        """Hash a job's encoded examples, its questions and its reference's weights."""
+        digests = {"examples": job.training_set.digest}
+        if job.config.eval:
+            sets = (self.questions.get(config, []) for config in job.config.eval)
+            digests["questions"] = " ".join(map(questions_digest, sets))
+        if job.reference is not None and job.reference.adapter_name is not None:
+            digests["reference"] = adapter_digest(self._host.adapter(job.reference.adapter_name))
+        return digests
+
+    def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+        """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each task.
+
+        The loss is a job's objective on its held-out examples, as one step of it would compute it;
+        an objective's own metrics come as `eval/<name>` too.
+        """
+        metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
+        held_out = [job for job in jobs if job.training_set.validation]
+        rows = {
+            job.name: [r for e in job.training_set.validation for r in e.rows] for job in held_out
+        }
+        ask_references(self._host, [(job.reference, rows[job.name]) for job in held_out])
+        scores = iter(label_log_probs(self._host, [(name, r) for name in rows for r in rows[name]]))
+        for job in held_out:
+            log_probs = [next(scores) for _ in rows[job.name]]
+            references = None
+            if job.reference is not None:
+                references = torch.tensor(job.reference.of(rows[job.name]), dtype=torch.float64)
+            scored = ScoredSamples(torch.cat(log_probs), list(map(len, log_probs)), references)
+            terms = job.objective(scored, count_totals(job.training_set.validation))
+            values = {"loss": terms.loss, **terms.metrics}
+            metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values.items()}
+        for config in dict.fromkeys(config for job in jobs for config in job.config.eval):
+            names = [job.name for job in jobs if config in job.config.eval]
+            questions = self.questions[config]
+            accuracies = score_accuracy(self._host, self._tokenizer, questions, names)
+            for name in names:
+                metrics[name][config.metric] = accuracies[name]
+        return metrics
+
+    def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
+        """Measure jobs together; if that fails, each alone, to find whose fault it is."""
+        try:
+            measured = self.measure(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                return [error]
+            return [outcome for job in jobs for outcome in self.measure_apart([job])]
+        return [measured[job.name] for job in jobs]
 
 
 def _check_lengths(
@@ -120,74 +177,3 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
             f"{'; '.join(changed)}"
         )
     adapter.load_tensors(tensors)
-
-
-@dataclass
-class Evaluation:
-    """Everything that jobs are measured on, read before training begins."""
-
-    host: Host
-    tokenizer: PreTrainedTokenizerBase
-    questions: dict[EvaluationConfig, list[ChoiceQuestion]] = field(default_factory=dict)
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-
-    def read(self, job: JobConfig) -> None:
-        """Read the questions that a job is measured on; those of a run stay as they were read."""
-        for config in job.eval:
-            if config not in self.questions:
-                self.questions[config] = load_question_set(
-                    config.task, config.scoring, config.split, config.path, config.limit
-                ).questions
-
-    def input_digests(self, job: Job) -> dict[str, str]:
-        """Hash a job's encoded examples, its questions and its reference's weights."""
-        digests = {"examples": job.training_set.digest}
-        if job.config.eval:
-            sets = (self.questions.get(config, []) for config in job.config.eval)
-            digests["questions"] = " ".join(map(questions_digest, sets))
-        if job.reference is not None and job.reference.adapter_name is not None:
-            digests["reference"] = adapter_digest(self.host.adapter(job.reference.adapter_name))
-        return digests
-
-    def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-        """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each task.
-
-        The loss is a job's objective on its held-out examples, as one step of it would compute it;
-        an objective's own metrics come as `eval/<name>` too.
-        """
-        metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
-        held_out = [job for job in jobs if job.training_set.validation]
-        rows = {
-            job.name: [r for e in job.training_set.validation for r in e.rows] for job in held_out
-        }
-        ask_references(self.host, [(job.reference, rows[job.name]) for job in held_out])
-        scores = iter(label_log_probs(self.host, [(name, r) for name in rows for r in rows[name]]))
-        for job in held_out:
-            log_probs = [next(scores) for _ in rows[job.name]]
-            references = None
-            if job.reference is not None:
-                references = torch.tensor(job.reference.of(rows[job.name]), dtype=torch.float64)
-            scored = ScoredSamples(torch.cat(log_probs), list(map(len, log_probs)), references)
-            terms = job.objective(scored, count_totals(job.training_set.validation))
-            values = {"loss": terms.loss, **terms.metrics}
-            metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values.items()}
-        for config in dict.fromkeys(config for job in jobs for config in job.config.eval):
-            names = [job.name for job in jobs if config in job.config.eval]
-            questions = self.questions[config]
-            accuracies = score_accuracy(self.host, self.tokenizer, questions, names)
-            for name in names:
-                metrics[name][config.metric] = accuracies[name]
-        return metrics
-
-    def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
-        """Measure jobs together; if that fails, each alone, to find whose fault it is."""
-        try:
-            measured = self.measure(jobs)
-        except Exception as error:
-            if len(jobs) == 1:
-                return [error]
-            return [outcome for job in jobs for outcome in self.measure_apart([job])]
-        return [measured[job.name] for job in jobs]

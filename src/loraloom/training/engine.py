@@ -15,7 +15,7 @@ import torch
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
-from loraloom.training.builder import Evaluation
+from loraloom.training.builder import JobBuilder
 from loraloom.training.job import Job
 from loraloom.training.progress import NOTICE, Interruption, Progress, Reporter
 from loraloom.training.results import JobResult, Status
@@ -50,7 +50,7 @@ class Engine:
         self,
         host: Host,
         jobs: Sequence[Job],
-        evaluation: Evaluation,
+        builder: JobBuilder,
         directory: RunDirectory,
         progress: Progress,
         *,
@@ -65,7 +65,7 @@ class Engine:
         self.round = 0  # rounds done
         self._records: dict[str, JobRecord] = {}  # of every job of the run, in their order
         self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs that couldn't be written
-        self._evaluation = evaluation
+        self.builder = builder
         self._directory = directory
         self._environment = dict(environment or {})
         self._max_tokens = max_tokens_per_step
@@ -75,7 +75,7 @@ class Engine:
         self._no_checkpoint_before = 0.0
         self._reporter = Reporter(directory, progress, trackers)
         self.interruption = Interruption(partial(self._reporter.message, NOTICE))
-        self._runner = RoundRunner(host, evaluation.pad_id, memory_limit, self._reporter.message)
+        self._runner = RoundRunner(host, builder.pad_id, memory_limit, self._reporter.message)
         self._started_at = time.monotonic()
         for job in jobs:
             check_fits(job, max_tokens_per_step)
@@ -209,7 +209,7 @@ class Engine:
     def evaluate(self, jobs: Sequence[Job]) -> None:
         """Measure jobs between two of their steps, and keep their weights if they are the best."""
         sound = [job for job in jobs if self._has_sound_weights(job)]
-        outcomes = self._evaluation.measure_apart(sound)
+        outcomes = self.builder.measure_apart(sound)
         faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         if faults and len(faults) == len(outcomes):
             self._runner.raise_if_general(faults[0])
@@ -332,7 +332,7 @@ class Engine:
         changed = []
         for job in jobs:
             saved = checkpoint.jobs[job.name].inputs if job.name in checkpoint.jobs else {}
-            now = self._evaluation.input_digests(job)
+            now = self.builder.input_digests(job)
             changed += [f"job {job.name}: {k}" for k, v in now.items() if saved.get(k, v) != v]
         if changed:
             raise ConfigError(
@@ -421,7 +421,7 @@ class Engine:
         passes = [other.scheduler_pass for other in self.jobs.values()]
         job.scheduler_pass = min(passes, default=0.0)
         self.jobs[job.name] = job
-        inputs = self._evaluation.input_digests(job)
+        inputs = self.builder.input_digests(job)
         settings = job.config.model_dump(mode="json")
         self._records[job.name] = JobRecord(settings, joined_later=joined_later, inputs=inputs)
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.loading import find_device
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
-from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job
 from loraloom.training.results import JobResult
@@ -128,10 +127,9 @@ class Lead:
     do. What fails on one rank fails on all, and the first one deals with it.
     """
 
-    def __init__(self, engine: Engine, builder: JobBuilder):
+    def __init__(self, engine: Engine):
         self.engine = engine
         self.jobs, self.recall = engine.jobs, engine.recall
-        self._builder = builder
         self._ranks = engine.host.ranks
         self._heard_of_interruption = False
         self._built: Job | None = None
@@ -206,7 +204,7 @@ class Lead:
         self._built = job = None
         try:
             with self._ranks.together():
-                job = self._builder.build(config, reads_data=reads_data)
+                job = self.engine.builder.build(config, reads_data=reads_data)
             if self._ranks.check_alike({config.name: job.training_set.digest}):
                 raise ConfigError(
                     f"job {config.name}: all {self._ranks.size} ranks must have the same data; let "

@@ -19,7 +19,7 @@ from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.host import Host, attach
 from loraloom.models.loading import load_base_model
 from loraloom.ranks import Ranks
-from loraloom.training.builder import Evaluation, JobBuilder
+from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions, sole_trainer
 from loraloom.training.parallel import (
@@ -148,7 +148,7 @@ def _run(
             sweep.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
         callbacks.append(setup.lead.between_steps(sweep.between_steps))
     if between_steps is not None:
-        callbacks.append(lambda engine: between_steps(engine, setup.builder))
+        callbacks.append(lambda engine: between_steps(engine, setup.engine.builder))
     if watch is not None:  # the last one, as it may wait
         inbox = Inbox(watch, setup.lead, setup.progress.message)
         if ranks.is_first:
@@ -185,14 +185,13 @@ class Setup:
 
     run: RunConfig
     engine: Engine
-    builder: JobBuilder
     checkpoint: Checkpoint | None
     progress: Progress
     directory: RunDirectory
 
     @cached_property
     def lead(self) -> Lead:
-        return Lead(self.engine, self.builder)
+        return Lead(self.engine)
 
     def sweep(self, worker: tuple[int, int] = (0, 1)) -> Sweep:
         """Make the run's sweep, whose study is not open yet."""
@@ -221,8 +220,7 @@ def set_up(
 ) -> Setup:
     """Build jobs of a run, those that had joined it among them, and check that they fit."""
     host, tokenizer = base
-    evaluation = Evaluation(host, tokenizer)
-    builder = JobBuilder(host, tokenizer, evaluation)
+    builder = JobBuilder(host, tokenizer)
     checkpoint, lines = None, list[str]()
     if resume:
         checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
@@ -253,7 +251,7 @@ def set_up(
     engine = Engine(
         host,
         jobs,
-        evaluation,
+        builder,
         directory,
         progress,
         trackers=run.trackers,
@@ -268,7 +266,7 @@ def set_up(
         lines += [f"{job.name}: {line}" for line in (*read.report, *read.warnings)]
     for line in lines:
         progress.message(line)
-    return Setup(run, engine, builder, checkpoint, progress, directory)
+    return Setup(run, engine, checkpoint, progress, directory)
 
 
 def _describe_environment(host: Host, command: str) -> dict[str, Any]:
