@@ -149,7 +149,7 @@ def test_ranks_and_ray_exclude_each_other(run_file, monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name, value in zip(names, ("0", "0", "2", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="torchrun does not go with --ray"):
+    with pytest.raises(ConfigError, match="--ray does not go with torchrun"):
         loraloom.train(run_file, ray="auto")
 
 

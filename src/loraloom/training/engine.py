@@ -141,7 +141,8 @@ class Engine:
                     raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
                 check_fits(job, self._max_tokens)
                 check_limit(self.host, self._memory_limit)
-                load_reference(self.host, job.config.train.objective)  # another job's may have gone
+                # Another job that was held at it may have gone with it since this one was built.
+                load_reference(self.host, job.config.train.objective)
                 if checkpoint is None:
                     self._directory.check_sources([job.config])
                     self._directory.prepare_job(job.name, overwrite=overwrite)
@@ -328,9 +329,9 @@ class Engine:
         return self._directory.newest_checkpoint([name])[0]
 
     def _check_inputs(self, checkpoint: Checkpoint, jobs: Sequence[Job]) -> None:
-        """Check that jobs keep what they began with (older checkpoints have no hashes)."""
         changed = []
         for job in jobs:
+            # Checkpoints of older versions have no hashes.
             saved = checkpoint.jobs[job.name].inputs if job.name in checkpoint.jobs else {}
             now = self.builder.input_digests(job)
             changed += [f"job {job.name}: {k}" for k, v in now.items() if saved.get(k, v) != v]
@@ -350,14 +351,15 @@ class Engine:
             self._directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
         except LoraloomError as error:
             raise ConfigError(f"job {job.name}: {error}") from error
-        except Exception as error:  # whatever comes of a state of something else
+        except Exception as error:
+            # Whatever comes of a state of something else.
             raise ConfigError(
                 f"checkpoint {checkpoint.directory} can't be used, the state of job {job.name} is "
                 f"of something else: {_describe(error)}; delete it to go on from the one before"
             ) from error
 
     def _must_end(self) -> bool:
-        """Whether any rank was interrupted; signals come to them one after the other."""
+        # Signals come to the ranks one after the other.
         return self.host.ranks.any(self.interruption.requested)
 
     def _evaluate_due(self) -> None:

@@ -338,14 +338,12 @@ class CollapseWatch:
     warnings: dict[str, str] = field(default_factory=dict)
 
     def take(self, step: int, chosen: Choices, config: AdapterConfig) -> tuple[str, ...]:
-        """Take a step's choices in; give new warnings.
-
-        A window ends after `WINDOW_STEPS`, or later when it has too few tokens to be judged.
-        """
+        """Take a step's choices in; give new warnings."""
         if config.experts_per_token is None or not chosen:
             return ()
         self.num_steps += 1
         self.tokens_per_expert = add_counts(self.tokens_per_expert, chosen)
+        # It takes longer where there are too few tokens to be judged.
         if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
             return ()
         collapses = find_collapse(self.tokens_per_expert, config.experts_per_token)

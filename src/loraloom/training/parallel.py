@@ -80,10 +80,7 @@ def rank_device(name: str, launch: Launch) -> str:
 
 @contextmanager
 def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> Iterator[Ranks]:
-    """Be one of the ranks for a while; a process that was started alone is alone.
-
-    A process group that is there is used, and left as it is.
-    """
+    """Be one of the ranks for a while; a process that was started alone is alone."""
     if launch.size == 1:
         yield Alone()
         return
@@ -91,11 +88,13 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     backend = _BACKENDS[kind.type]
     if kind.type != "cpu":
         torch.get_device_module(kind).set_device(kind)
+    # A process group that is there is used, and left as it is.
     is_ours = not dist.is_initialized()
     if is_ours:
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:  # torch's own errors of the network: the former
+        except (RuntimeError, ValueError) as error:
+            # torch's own errors of the network are the former.
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
                 f"rank {launch.rank} of {launch.size} can't join the others: {reason}; check that "

@@ -242,10 +242,7 @@ class Reporter:
 
 
 class Interruption:
-    """A context in which the first Ctrl-C, SIGTERM or SIGHUP sets a flag, the second one ends.
-
-    It does so in the main thread. A SIGHUP that is ignored, as under nohup, stays so.
-    """
+    """A context in which the first Ctrl-C, SIGTERM or SIGHUP sets a flag, the second one ends."""
 
     def __init__(self, on_request: Callable[[], None]):
         self.requested = False
@@ -256,6 +253,7 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
+            # One that is ignored, as under nohup, stays so.
             if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
                 numbers.append(_HANGUP)
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -281,5 +279,6 @@ class Interruption:
         if self.requested:
             self.end()
         self.requested = True
-        with suppress(RuntimeError):  # the signal came in the midst of a write to the terminal
+        # The signal may have come in the midst of a write to the terminal.
+        with suppress(RuntimeError):
             self._on_request()

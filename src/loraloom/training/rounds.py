@@ -1,7 +1,6 @@
 """Rounds: which jobs take part in one, and one that fails or is too large is done in parts.
 
-Jobs are parted first, which changes nothing for any of them. A job that is alone when memory runs
-out has its micro-batch halved, example by whole example, down to one.
+A job that is alone when memory runs out has its micro-batch halved, example by whole example.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class RoundRunner:
 
     @cached_property
     def _uncounted(self) -> int:
-        """What else is in the process, and may still be: libraries and data."""
+        # What else is in the process, and may still be: libraries and data.
         counted = base_bytes(self._host) + adapter_bytes(self._host)
         return _used_bytes(self._host.device) - counted + _RESERVE_BYTES
 
@@ -168,7 +167,7 @@ class RoundRunner:
                 hook.remove()
 
     def _bytes_left(self, *, trim: bool = False) -> int:
-        """Return what a step may still take; what malloc holds on to is given back with `trim`."""
+        # malloc holds on to what earlier forwards have freed.
         if trim and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
         available, left = available_bytes(self._host.device), sys.maxsize
@@ -188,7 +187,7 @@ class RoundRunner:
 
 
 def _halves(group: Group) -> list[Group]:
-    """Part jobs, or the examples of a single one; nothing if there is only one example."""
+    # Jobs are parted first, which changes nothing for any of them.
     if len(group) > 1:
         middle = (len(group) + 1) // 2
         return [group[:middle], group[middle:]]

@@ -127,7 +127,8 @@ def train(
             if sweep is not None:
                 sweep.check_reached()
             stack.enter_context(directory.lock())
-            directory.check(**options)  # another run may have ended now
+            # Another run may have ended since.
+            directory.check(**options)
             directory.prepare([job.name for job in run.all_jobs])
         setup.begin()
         return _run(setup, ranks, stack, sweep, between_steps, watch)
@@ -149,7 +150,8 @@ def _run(
         callbacks.append(setup.lead.between_steps(sweep.between_steps))
     if between_steps is not None:
         callbacks.append(lambda engine: between_steps(engine, setup.engine.builder))
-    if watch is not None:  # the last one, as it may wait
+    # The last one, as it may wait.
+    if watch is not None:
         inbox = Inbox(watch, setup.lead, setup.progress.message)
         if ranks.is_first:
             stack.callback(inbox.close)

@@ -124,7 +124,8 @@ class CheckpointStore:
         try:
             number = max(self._numbered(), default=0) + 1
             write_directory(self.directory / f"snapshot-{number:06}", fill)
-        except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
+        except (OSError, RuntimeError) as error:
+            # On a full disk, torch.save raises a RuntimeError.
             raise TrainingError(
                 f"a checkpoint can't be written to {self.directory}: {error}"
             ) from error
@@ -158,7 +159,7 @@ class CheckpointStore:
         return [path for _, path in sorted(self._numbered().items(), reverse=True)]
 
     def _numbered(self) -> dict[int, Path]:
-        """Find checkpoints by number; what is called otherwise, a backup say, is left alone."""
+        # What is called otherwise, a backup say, is left alone.
         names = [(_NUMBERED.fullmatch(path.name), path) for path in self.directory.glob("*/")]
         return {int(name[1]): path for name, path in names if name is not None}
 
@@ -374,7 +375,8 @@ class RunDirectory:
 
     @_by_its_owner
     def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
-        """Bring the files of a job back to where its checkpoint is: a killed run may be ahead."""
+        """Bring the files of a job back to where its checkpoint is."""
+        # A killed run may have got further: with better weights, or to the job's end.
         name = job.name
         with self._writing():
             for directory in (self.job(name), *self.job(name).glob("checkpoints/*/")):
@@ -398,7 +400,8 @@ class RunDirectory:
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
         """Write a job's last weights, the adapter's files (the best, if any) and result.json."""
         if job.best is not None:
-            self.write_best(host, job)  # again: what is there may be half of it
+            # Again: what is there may be half of it.
+            self.write_best(host, job)
         last, best = job.adapter.tensors(), job.best
         _write_adapter(self.best(job.name).with_name("last"), host, job, last)
         card = _model_card(result, host, job)

@@ -77,7 +77,8 @@ def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], name:
         kind = getattr(library.optim, BITSANDBYTES[config.optimizer])
     arguments = {"lr": config.learning_rate, **config.optimizer_args}
     if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
-        arguments.setdefault("fused", True)  # an adapter has hundreds of small tensors
+        # An adapter has hundreds of small tensors.
+        arguments.setdefault("fused", True)
     with _raised_as_config_error(config, "optimizer", name):
         return kind(groups, **arguments)
 
@@ -96,13 +97,9 @@ def _raised_as_config_error(config: OptimizerConfig, setting: str, name: str) ->
 
 
 def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str, Any]]:
-    """Group an adapter's weights by learning rate and weight decay.
+    """Group an adapter's weights by learning rate and weight decay; frozen ones are in no group.
 
-    lora_B learns at `loraplus_lr_ratio` times the learning rate (LoRA+), routers at
-    `router_lr_ratio` times, and their biases at `BIAS_LR_RATIO` times that. A parameter is a
-    router's if its name ends in `router` or `router.weight`. lora_A, lora_B and routers decay.
-    Biases don't, and magnitudes neither: they start at the norms of the base model's rows, and a
-    decay would shrink the base model. Frozen weights are in no group.
+    lora_B learns at `loraplus_lr_ratio` times the learning rate, routers at `router_lr_ratio`.
 
     Source:
         Hayou et al. 2024, LoRA+, arXiv:2402.12354.
@@ -118,6 +115,7 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
             ratio = config.router_lr_ratio or 1.0
         elif name.endswith(("router_bias", "router.bias")):
             ratio = BIAS_LR_RATIO * (config.router_lr_ratio or 1.0)
+        # Magnitudes start at the norms of the base's rows: a decay would shrink the base model.
         is_undecayed = name.endswith(("lora_magnitude_vector", "bias"))
         decay = 0.0 if is_undecayed else config.weight_decay
         groups.setdefault((ratio, decay), []).append(parameter)

@@ -159,7 +159,7 @@ class StreamOrder:
         self._positions = {step: position}
 
     def _begun_block(self, position: StreamPosition) -> str | None:
-        """Hash of the block that is being learnt; None at its beginning, where it may be unread."""
+        # At the beginning of a block, it may not have been read yet.
         return self.training_set.block_digest(position) if position.taken else None
 
 
