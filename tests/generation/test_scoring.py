@@ -39,19 +39,6 @@ def test_scores_come_in_the_order_of_the_requests(requests, monkeypatch):
         torch.testing.assert_close(values, scores_alone(host, name, example)[0])
 
 
-def test_the_likeliest_tokens_are_known(requests):
-    host = tiny_host(configs=METHODS)
-    name, example = requests[1]
-    best = host(torch.tensor([example.input_ids]), adapters=[name]).logits[0].argmax(-1).tolist()
-    ids = (*example.input_ids[:-1], best[-2])
-    greedy = Example(ids, (*[NO_LOSS] * (len(ids) - 2), ids[-2], ids[-1]), 0)
-    (scores,) = score_rows(host, [(name, example_row(greedy))])
-    expected = scores_alone(host, name, greedy)
-    torch.testing.assert_close(scores.log_probs, expected[0])
-    assert scores.is_top.tolist() == expected[1].tolist()
-    assert scores.is_top[-1]
-
-
 def test_batches_have_like_lengths_and_stay_within_their_tokens():
     rows = [[example_row(example)] for example in toy_examples(20, longest=30)]
     lengths = [len(group[0].input_ids) for group in rows]

@@ -250,22 +250,20 @@ class Engine:
         return True
 
     def _score_prompts(self) -> None:
-        room, batch = tokens_per_batch(self.host), []
+        """Score prompts that wait for one adapter, as many as fit into a forward."""
+        room, rows = tokens_per_batch(self.host), []
         if self._served:  # whose next tokens wait meanwhile
             room = min(room, self.limits.prefill_tokens)
         with self._wake:
-            while self._to_score and (not batch or self._to_score[0].length <= room):
-                batch.append(self._to_score.popleft())
-                room -= batch[-1].length
-            for row in batch:
-                self._scheduler.charge(row.share, row.length)
-        by_adapter: dict[str | None, list[Row]] = {}
-        for row in batch:
-            by_adapter.setdefault(row.request.adapter_name, []).append(row)
-        for rows in by_adapter.values():  # each by itself, as a fault is an adapter's own
-            self._score(rows)
-
-    def _score(self, rows: Sequence[Row]) -> None:
+            waiting = self._to_score
+            while waiting and (not rows or waiting[0].length <= room):
+                if rows and waiting[0].request.adapter != rows[0].request.adapter:
+                    break  # a fault is an adapter's own
+                rows.append(waiting.popleft())
+                room -= rows[-1].length
+                self._scheduler.charge(rows[-1].share, rows[-1].length)
+        if not rows:
+            return
         requests = [(row.request.adapter, text_row(row.request.prompt_ids)) for row in rows]
         num_top = max(row.request.num_logprobs or 0 for row in rows)
         try:
@@ -273,23 +271,21 @@ class Engine:
         except Exception as error:
             log_failure("prompts could not be scored", error)
             for row in rows:
-                if len(rows) > 1:
-                    self._score([row])
-                else:
-                    self._fail(row, error)
+                self._fail(row, error)
             return
         for row, scored in zip(rows, scores, strict=True):
             row.was_scored(scored)
             self._end(row, "length")
 
     def _schedule(self) -> list[Row]:
-        # send rows back and admit others; return those that are to be read
+        """Send rows back and admit others; return those that are to be read."""
         served, scheduler, running = self._served, self._scheduler, set(self._runner.rows)
         with self._wake:
             while len(served) > 1 and (
                 scheduler.cached_tokens(served, added=1) > self.limits.cache_tokens
             ):
-                self._send_back(scheduler.greediest(served))
+                # whoever has used most goes
+                self._send_back(max(served, key=lambda r: (*scheduler.used(r.share), r.arrival)))
             while True:
                 while (row := scheduler.admit(served)) is not None:
                     served.append(row)
@@ -333,7 +329,7 @@ class Engine:
         return []
 
     def _read(self, reading: list[Row]) -> list[Failed]:
-        # read pieces of prompts, first of whoever was served least; rows then join the others
+        """Read pieces of prompts, first of whoever was served least; rows then join the others."""
         failures = []
         budget = self.limits.prefill_tokens
         while reading and budget > 0:
@@ -377,8 +373,9 @@ class Engine:
             # read from the device once for all rows, not once for each
             most_likely = logits.argmax(-1).tolist()
             is_broken = logits.isnan().any(-1).tolist()
-            columns = zip(self._runner.rows, logits, most_likely, is_broken, strict=True)
-            self._leave([row for row, *said in columns if self._ends_now(row, *said)])
+            columns = zip(logits, most_likely, is_broken, strict=True)
+            rows = zip(self._runner.rows, columns, strict=True)
+            self._leave([row for row, column in rows if self._ends_now(row, *column)])
         self._fit_prefixes()
 
     def _ends_now(self, row: Row, logits: Tensor, most_likely: int, is_broken: bool) -> bool:
@@ -417,9 +414,11 @@ class Engine:
         self._runner.leave(rows)
 
     def _recover(self, error: Exception) -> list[Failed]:
-        # after rows failed together, read them again, adapter by adapter.
-        # Rows of one adapter that failed without others have failed for good. Where memory ran out,
-        # half as many are read
+        """After rows failed together, read them again, adapter by adapter.
+
+        Rows of one adapter that failed without others have failed for good. Where memory ran out,
+        half as many are read.
+        """
         rows = self._runner.take_apart(self._served)
         if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
             free_memory()
@@ -433,7 +432,7 @@ class Engine:
         return []
 
     def _retry_or_fail(self, row: Row, error: Exception) -> None:
-        # let a row wait until others have ended if it needs their memory
+        """Let a row wait until others have ended if it needs their memory."""
         is_memory = isinstance(error, torch.OutOfMemoryError)
         if is_memory and self._runner.rows:
             free_memory()

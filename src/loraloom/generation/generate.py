@@ -279,7 +279,7 @@ class Conversation:
                 pass
 
     def _request(self, model: str, turn: Turn, sampling: SamplingConfig) -> GenerationRequest:
-        # what a model reads: all turns, or the last one alone where its prompts have no turns
+        """What a model reads: all turns, or the last one alone where its prompts have no turns."""
         adapter = None if model == self.base_name else model
         form = form_for(self.engine.host, adapter)
         has_turns = self.tokenizer.chat_template if form is None else not form.is_text

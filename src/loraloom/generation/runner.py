@@ -145,7 +145,7 @@ class Runner:
         self._host.decode(self.session, tokens, record)
 
     def leave(self, leaving: Collection[Row]) -> None:
-        # let rows go; the last ones take the places that become free
+        """Let rows go; the last ones take the places that become free."""
         kept = [place for place, row in enumerate(self.rows) if row not in leaving]
         if len(kept) == len(self.rows):
             return
@@ -180,7 +180,7 @@ class Runner:
                 session.prepared = self._prepared
 
     def _salt_of(self, row: Row) -> Hashable:
-        # what tells those apart who may not use one another's prompts: customers, weights
+        """What tells those apart who may not use one another's prompts: customers, weights."""
         tenant = row.share.tenant if self._prompt_cache == "own" else None
         name, scale = name_and_scale(row.request.adapter)
         if name is None:

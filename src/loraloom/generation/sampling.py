@@ -144,9 +144,13 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token, and return the text that is settled by it."""
         self._ids.append(token)
-        if self._hidden and self._ends_hidden():
-            settled, self.stopped = self.finish(), True
-            return settled
+        if self._hidden:
+            # a token has a byte at least, so no stop text has more tokens than bytes
+            window = max(len(text.encode()) for text in self._hidden)
+            tail = str(self._tokenizer.decode(self._ids[self._num_before :][-window:]))
+            if any(text in tail for text in self._hidden):
+                settled, self.stopped = self.finish(), True
+                return settled
         decoded = self._decode()
         if decoded.endswith(_INCOMPLETE) or len(decoded) <= len(self._known_text):
             return ""
@@ -161,25 +165,15 @@ class TextStream:
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True))
 
-    def _ends_hidden(self) -> bool:
-        # a token has a byte at least, so no stop text has more tokens than bytes
-        window = max(len(text.encode()) for text in self._hidden)
-        tail = str(self._tokenizer.decode(self._ids[self._num_before :][-window:]))
-        return any(text in tail for text in self._hidden)
-
     def _settle(self, fresh: str, *, is_last: bool) -> str:
         if self.stopped:
             return ""
         pending = self._pending + fresh
         cuts = [place for place in map(pending.find, self._stop) if place >= 0]
         self.stopped = bool(cuts)
-        place = min(cuts) if cuts else len(pending) - (0 if is_last else self._num_begun(pending))
+        # what a stop text may begin with, at the end, is kept until more is known
+        sizes = range(min(max(map(len, self._stop), default=1) - 1, len(pending)), 0, -1)
+        begun = (n for n in sizes if any(stop.startswith(pending[-n:]) for stop in self._stop))
+        place = min(cuts) if cuts else len(pending) - (0 if is_last else next(begun, 0))
         self._pending = pending[place:]
         return pending[:place]
-
-    def _num_begun(self, text: str) -> int:
-        # count the characters at the text's end that a stop text may begin with
-        longest = max(map(len, self._stop), default=1) - 1
-        sizes = range(min(longest, len(text)), 0, -1)
-        begins = (n for n in sizes if any(stop.startswith(text[-n:]) for stop in self._stop))
-        return next(begins, 0)

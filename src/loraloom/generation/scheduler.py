@@ -122,7 +122,7 @@ class Scheduler:
         rows.update(other.share.tenant for other in served)
 
         def lead(other: Row) -> tuple[int, int, int]:
-            # in rows and tokens, of the customers or of one customer's adapters
+            """In rows and tokens, of the customers or of one customer's adapters."""
             theirs, ours = other.share, row.share
             if theirs.tenant != ours.tenant:
                 theirs, ours = theirs.tenant, ours.tenant
@@ -134,15 +134,12 @@ class Scheduler:
         allowed += [one for one in leads if one[0] == 1 and one[1] > _QUANTUM]
         return leads[max(allowed)] if allowed else None
 
-    def greediest(self, served: Sequence[Row]) -> Row:
-        return max(served, key=lambda row: (*self.used(row.share), row.arrival))
-
     def cached_tokens(self, served: Sequence[Row], added: int = 0) -> int:
         """Tokens of the cache that rows take up when each has `added` more."""
         return len(served) * max((row.length + added for row in served), default=0)
 
     def suspect(self, rows: Sequence[Row]) -> None:
-        # serve the adapters of rows that failed together apart from others
+        """Serve the adapters of rows that failed together apart from others."""
         self._suspects |= {row.request.adapter_name for row in rows}
 
     def clear(self, rows: Sequence[Row]) -> None:

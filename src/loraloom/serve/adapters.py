@@ -186,7 +186,7 @@ class ServedAdapters:
             ) from None
 
     def _serve_waiters(self) -> None:
-        # hand adapters that are there to those that wait, and begin the next load
+        """Hand adapters that are there to those that wait, and begin the next load."""
         for name, future in self._waiters:
             if not future.done() and (adapter := self.take(name)) is not None:
                 future.set_result(adapter)
@@ -195,7 +195,7 @@ class ServedAdapters:
             self._loader = asyncio.create_task(self._load_for(self._waiters[0][0]))
 
     def _has_place(self) -> bool:
-        # make a place for the adapter of the first that waits, if one can go for it
+        """Make a place for the adapter of the first that waits, if one can go for it."""
         if self._waiters[0][0] in self._sources:
             return True  # it needs none
         lazy = [one for one in self._served.values() if one.is_lazy]
@@ -238,7 +238,7 @@ class ServedAdapters:
             self._let_go(former)
 
     def _make_room_for(self, new: ServedAdapter) -> None:
-        # let unused adapters of the directory go until all fit the memory, or else the new one
+        """Let unused adapters of the directory go until all fit the memory, or else the new one."""
         while sum(map(_bytes_of, self._host.adapters.values())) > self._max_bytes:
             served = self._served.values()
             unused = [one for one in served if one.is_lazy and not one.num_users]
@@ -289,7 +289,7 @@ def _unknown(message: str) -> RequestError:
 
 
 def _files_of(source: str) -> Files:
-    # what a directory's files are like; empty on the Hub, or where it can't be read
+    """What a directory's files are like; empty on the Hub, or where it can't be read."""
     try:
         files = [file for file in os.scandir(source) if file.is_file()] if source else []
         stats = [(file.name, file.stat()) for file in files]

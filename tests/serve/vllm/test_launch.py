@@ -50,13 +50,6 @@ def test_options_are_said_in_vllms_words():
     assert settings == {"LORALOOM_MAX_TOP_K": "3", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
-def test_the_environments_top_k_stands_if_it_is_larger(monkeypatch):
-    monkeypatch.setenv("LORALOOM_MAX_TOP_K", "4")
-    words, settings = vllm_command(options(), [FoldedAdapter({}, 8, 2)], {})
-    assert settings["LORALOOM_MAX_TOP_K"] == "4"
-    assert words[words.index("--max-lora-rank") + 1] == "16"
-
-
 def test_adapters_of_a_directory_are_named_unless_they_are_found_by_name(tmp_path):
     changes = {"adapters": {}, "adapter_dir": tmp_path}
     words, settings = vllm_command(options(**changes), [], {"law": "runs/law"})

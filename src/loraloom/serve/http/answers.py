@@ -72,7 +72,16 @@ class ChatExchange(Exchange):
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        schema = _schema(body)  # compiled once for all answers
+        schema, tools = body.schema_of_answer, body.tools or ()
+        if body.named_tool:
+            named = (tool for tool in tools if tool["function"]["name"] == body.named_tool)
+            schema = arguments_schema(next(named))
+        elif body.tool_choice == "required":
+            try:
+                schema = call_schema(tools)
+            except RecursionError:
+                raise DataError("a tool's schema must not be nested so deeply") from None
+        # compiled once for all answers
         make = None if schema is None else backend.read_schema(schema).copy
         form = form_for(backend.engine.host, adapter)
         ids, continues = encode_chat(backend.tokenizer, body, form)
@@ -155,7 +164,7 @@ class ChatExchange(Exchange):
         return {"token": text, "logprob": _finite(log_prob), "bytes": encoded}
 
     def _reason(self, piece: Piece, calls: list[Function]) -> str | None:
-        # why an answer ended, as OpenAI says it: one that was told what to call just stops
+        """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
         is_called = calls and not self._named and piece.finish_reason == "stop"
         return "tool_calls" if is_called else piece.finish_reason
 
@@ -202,8 +211,8 @@ class TextExchange(Exchange):
                 completions = [next(rest) for _ in range(body.n)]
             echoed, scored, first = "", [], None
             if body.echo:
-                is_text, first = isinstance(prompt, str), prompt_ids[0]
-                echoed = prompt if is_text else str(self.backend.tokenizer.decode(prompt_ids))
+                decoded, first = str(self.backend.tokenizer.decode(prompt_ids)), prompt_ids[0]
+                echoed = prompt if isinstance(prompt, str) else decoded
                 scored = next(rest).log_probs if body.is_scored else []
             for answer in completions:
                 whole = replace(answer, text=echoed + answer.text)
@@ -255,20 +264,6 @@ def encode_chat(
             "the server with a --chat-template that writes them, or leave tools out"
         )
     return encoded
-
-
-def _schema(body: ChatBody) -> dict[str, Any] | None:
-    tools = body.tools or ()
-    if body.named_tool:
-        return arguments_schema(
-            next(one for one in tools if one["function"]["name"] == body.named_tool)
-        )
-    if body.tool_choice == "required":
-        try:
-            return call_schema(tools)
-        except RecursionError:
-            raise DataError("a tool's schema must not be nested so deeply") from None
-    return body.schema_of_answer
 
 
 def _called(calls: list[Function], *, in_pieces: bool = False) -> list[dict[str, Any]]:

@@ -205,7 +205,7 @@ class Exchange(ABC):
             return JSONResponse({**frame, "choices": choices, "usage": self._usage()})
         finally:
             if not body.stream or not self._num_open:
-                self._gone.cancel()
+                self._end()
 
     async def _ask(self) -> None:
         """Hand the engine what a model is asked for."""
@@ -233,10 +233,12 @@ class Exchange(ABC):
                 for _ in range(num_uses - len(self._rows)):
                     release()
                 raise
+            if self._gone.done():  # before there were rows that it could end
+                raise _client_gone()
             self._num_open = len(requests)
 
     def _tell(self, index: int, whole: Piece | None, event: Event) -> None:
-        # take an event in the engine's thread; an answer that is not streamed, when it ended
+        """Take an event in the engine's thread; an answer that is not streamed, when it ended."""
         if whole is not None and isinstance(event, Piece):
             whole.add(event)
             if event.finish_reason is None:
@@ -264,7 +266,7 @@ class Exchange(ABC):
             if self.body.includes_usage:
                 yield {**frame, "choices": [], "usage": self._usage()}
         finally:
-            self._gone.cancel()
+            self._end()
 
     def _usage(self) -> dict[str, int]:
         return {
@@ -277,8 +279,9 @@ class Exchange(ABC):
         while (await self._http.receive())["type"] != "http.disconnect":
             pass
 
-    def _end(self, gone: asyncio.Task[None]) -> None:
-        # end all that have not ended: the client has gone, or wants no more
+    def _end(self, *_: object) -> None:
+        """End all that have not ended: the client has gone, or wants no more."""
+        self._gone.cancel()
         for row in self._rows:
             row.is_cancelled = True
         self._queue.put_nowait((0, Failure(_client_gone())))

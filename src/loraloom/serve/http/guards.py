@@ -209,8 +209,8 @@ class AccessGuard:
             scope[TENANT] = given.hex()
         if not (is_user or self._is_open or scope["path"] in _OPEN):
             message = "the request needs a header `Authorization: Bearer KEY` with a key of this "
-            headers = {"WWW-Authenticate": "Bearer"}
-            return error_response(401, f"{message}server", "invalid_api_key", headers=headers)
+            asks = {"WWW-Authenticate": "Bearer"}
+            return error_response(401, f"{message}server", "invalid_api_key", headers=asks)
         if scope["path"] in LOADING and self._admins and not is_admin:
             message = "only an admin's key of this server may load adapters"
             return error_response(403, message, "not_an_admin")

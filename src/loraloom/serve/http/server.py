@@ -103,7 +103,7 @@ class _Connection(H11Protocol):
             self._timer.cancel()
 
     def _watch(self) -> None:
-        # start the clock anew when something else is awaited of the client
+        """Start the clock anew when something else is awaited of the client."""
         if self.flow.write_paused or self.transport.is_closing():
             what = "read"
         elif self.timeout_keep_alive_task is not None:

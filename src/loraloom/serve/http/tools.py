@@ -98,7 +98,7 @@ class CallStream:
         return parse_calls(self._held, self._names)
 
     def _start(self) -> int:
-        # where in the text that is held back a call may begin
+        """Where in the text that is held back a call may begin."""
         begun = self._held.lstrip()
         if not self._said.strip() and any(
             begun.startswith(start) or start.startswith(begun) for start in _BARE_STARTS
@@ -130,7 +130,7 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    # let the references within a schema lead to where it is inside of another one
+    """Let the references within a schema lead to where it is inside of another one."""
     if isinstance(schema, list):
         return [_moved(part, place) for part in schema]
     if not isinstance(schema, dict):

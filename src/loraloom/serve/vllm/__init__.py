@@ -145,8 +145,10 @@ def vllm_command(
 
 
 def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
-    # read all adapters, for what they need, and name those of the directory.
-    # A fault of one that the options name is told at once
+    """Read all adapters, for what they need, and name those of the directory.
+
+    A fault of one that the options name is told at once.
+    """
     from transformers import AutoConfig
 
     from loraloom.serve.vllm.folding import Folder

@@ -136,7 +136,7 @@ def _expand_slots(layer: Any, output: Tensor, low_rank: Tensor) -> Tensor:
 
 
 def _own(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
-    # each token's own weights, as vLLM looks them up on a CPU, but once for all slots
+    """Each token's own weights, as vLLM looks them up on a CPU, but once for all slots."""
     adapters = _adapters(layer, num_tokens).clamp_min(0)
     return stacked.squeeze(1).index_select(0, adapters)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm import distributed, forward_context  # pyright: ignore[reportMissingImports]
+from vllm import distributed, forward_context  # pyright: ignore
 from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
 from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
 from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
@@ -114,7 +114,7 @@ def _refusal(model: nn.Module, blocks: dict[str, nn.Module], vllm_config: Any) -
 
 
 def _router(block: Any, prefix: str, vllm_config: Any) -> nn.Module:
-    # A layer that computes nothing, so that vLLM keeps a LoRA for it
+    """A layer that computes nothing, so that vLLM keeps a LoRA for it."""
     down = block.down_proj
     device = next(down.parameters()).device
     with set_current_vllm_config(vllm_config), torch.device(device):
