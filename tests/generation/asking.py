@@ -77,14 +77,4 @@ def answers(engine: Engine, requests: Iterable[GenerationRequest]) -> list[str]:
 
 def alone(engine: Engine, tokenizer: Any, requests: Sequence[GenerationRequest]) -> list[str]:
     """What `loraloom.generate` makes of each request without company."""
-    return [
-        complete(
-            engine.host,
-            tokenizer,
-            [list(one.prompt_ids)],
-            [one.adapter],
-            one.sampling,
-            keys=[one.place],
-        )[0].text
-        for one in requests
-    ]
+    return [complete(engine.host, tokenizer, [one])[0].text for one in requests]

@@ -5,7 +5,7 @@ import torch
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import DataError
-from loraloom.generation.generate import complete, generate, generate_tokens
+from loraloom.generation.generate import generate, generate_tokens
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from tests.tiny import METHODS, tiny_host
@@ -93,15 +93,6 @@ def test_a_completion_ends_at_an_end_token(host, tiny_tokenizer):
     assert new[2] not in new[:2]
     expected = tiny_tokenizer.decode(new[:2])
     assert completed(host, tiny_tokenizer, [Prompt("the sky")]) == [expected]
-
-
-def test_progress_is_told(host, tiny_tokenizer):
-    told = []
-    sampling = SamplingConfig(max_new_tokens=1)
-    encoded = tiny_tokenizer(list(TEXTS))["input_ids"]
-    names = [None] * len(encoded)
-    complete(host, tiny_tokenizer, encoded, names, sampling, batch_size=2, on_progress=told.append)
-    assert told == [2, 4, 5]
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error(host, tiny_tokenizer):

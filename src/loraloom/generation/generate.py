@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +19,6 @@ from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, Failure, GenerationRequest, NotFiniteError, Row
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter, name_and_scale
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,8 @@ def generate_tokens(
     raw: bool = False,
     prompt_form: PromptForm | None = None,
 ) -> list[Completion]:
-    ids, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
-    names = [prompt.adapter for prompt in prompts]
-    return complete(
-        host, tokenizer, ids, names, sampling, continues=continues, batch_size=batch_size
-    )
+    requests = _requests(host, tokenizer, prompts, sampling, raw, prompt_form)
+    return complete(host, tokenizer, requests, batch_size=batch_size)
 
 
 def complete_in_order(
@@ -114,37 +110,25 @@ def complete_in_order(
     All prompts are checked before the first batch. Batches that have been had before can be left
     out; the others are what they would have been.
     """
-    ids, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
-    names = [prompt.adapter for prompt in prompts]
+    requests = _requests(host, tokenizer, prompts, sampling, raw, prompt_form)
     starts = range(0, len(prompts), batch_size)[num_done // batch_size :]
-    return (
-        complete(
-            host,
-            tokenizer,
-            ids[start : start + batch_size],
-            names[start : start + batch_size],
-            sampling,
-            continues=continues[start : start + batch_size],
-            keys=range(start, start + batch_size),
-            batch_size=batch_size,
-        )
-        for start in starts
-    )
+    batches = (requests[start : start + batch_size] for start in starts)
+    return (complete(host, tokenizer, batch, batch_size=batch_size) for batch in batches)
 
 
-def _encode(
+def _requests(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     raw: bool,
     form: PromptForm | None,
-) -> tuple[list[list[int]], list[bool]]:
+) -> list[GenerationRequest]:
     length, num_new = host.config.max_position_embeddings, sampling.max_new_tokens
-    all_ids, continues = [], []
-    for prompt in prompts:
+    requests = []
+    for place, prompt in enumerate(prompts):
         own_form = form or form_for(host, prompt.adapter)
-        ids, is_text = encode_prompt(tokenizer, prompt, own_form, raw=raw)
+        ids, continues = encode_prompt(tokenizer, prompt, own_form, raw=raw)
         if len(ids) > length - num_new:
             raise DataError(
                 f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
@@ -152,38 +136,30 @@ def _encode(
                 "or lower max_new_tokens"
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
-        all_ids.append(ids)
-        continues.append(is_text)
-    return all_ids, continues
+        requests.append(
+            GenerationRequest(ids, prompt.adapter, "", sampling, place, continues=continues)
+        )
+    return requests
 
 
 def complete(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[list[int]],
-    adapters: Sequence[RowAdapter],
-    sampling: SamplingConfig,
+    requests: Sequence[GenerationRequest],
     *,
-    continues: Sequence[bool] | None = None,
-    keys: Sequence[int] | None = None,
     batch_size: int = 16,
-    on_progress: Callable[[int], object] = lambda num_done: None,
 ) -> list[Completion]:
-    """Complete prompts that are token ids and fit the model, at most `batch_size` at once.
-
-    Draws follow from the seed and a prompt's key, which is its place unless `keys` says others.
-    `on_progress` is told how many prompts are done.
-    """
+    """Complete prompts that fit the model, at most `batch_size` at once."""
     limits = EngineLimits(
         max_rows=batch_size,
         cache_tokens=batch_size * host.config.max_position_embeddings,
         prefill_tokens=2**62,
-        max_waiting=len(encoded) + 1,
+        max_waiting=len(requests) + 1,
         max_request_s=math.inf,
         prompt_cache="off",
     )
     engine = Engine(host, tokenizer, limits)
-    texts = [""] * len(encoded)
+    texts = [""] * len(requests)
     failures: dict[int, Exception] = {}
 
     def take(place: int, event: Event) -> None:
@@ -194,32 +170,18 @@ def complete(
 
     rows: dict[int, Row] = {}
     # the longest first, so that rows of a batch end together
-    for place in sorted(range(len(encoded)), key=lambda place: -len(encoded[place])):
-        request = GenerationRequest(
-            encoded[place],
-            adapters[place],
-            owner="",  # one queue for all
-            sampling=sampling,
-            place=place if keys is None else keys[place],
-            continues=continues is not None and continues[place],
-        )
-        rows[place] = engine.submit(request, partial(take, place))
-    num_done = 0
-    while not engine.is_idle:
-        engine.step()
+    for place in sorted(range(len(texts)), key=lambda place: -len(requests[place].prompt_ids)):
+        rows[place] = engine.submit(requests[place], partial(take, place))
+    while engine.step() or failures:
         broken = [place for place in failures if isinstance(failures[place], NotFiniteError)]
         if broken:
-            names = (name_and_scale(adapters[place])[0] for place in sorted(broken))
+            names = (requests[place].adapter_name for place in sorted(broken))
             raise not_finite("logits", "NaN", dict.fromkeys(names))
         if failures:
             raise next(iter(failures.values()))
-        num_ended = len(rows) - engine.num_running - engine.num_waiting
-        if num_ended > num_done:
-            num_done = num_ended
-            on_progress(num_done)
     return [
-        Completion(list(ids), rows[place].new_ids, texts[place])
-        for place, ids in enumerate(encoded)
+        Completion(list(request.prompt_ids), rows[place].new_ids, texts[place])
+        for place, request in enumerate(requests)
     ]
 
 

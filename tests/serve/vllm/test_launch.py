@@ -79,7 +79,7 @@ def test_what_can_not_be_done_is_refused(monkeypatch, found, changes, message):
 def test_options_that_vllm_can_not_honour_are_refused(capsys):
     given = ["serve", "--base-model", "some/base", "--engine", "vllm", "--max-waiting", "3"]
     assert main(given) == 2
-    assert "--max-waiting can't be used with --engine vllm" in capsys.readouterr().err
+    assert "--max-waiting has no effect with --engine vllm" in capsys.readouterr().err
 
 
 def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):

@@ -38,6 +38,7 @@ from loraloom.generation.loading import load_host
 from loraloom.generation.rows import fit_pair
 from loraloom.generation.sampling import SamplingConfig, parse_sampling
 from loraloom.generation.scoring import group_rows, score_groups, token_batches, tokens_per_batch
+from loraloom.generation.sequence import GenerationRequest
 from loraloom.models.host import Host
 
 _TOKENS_BESIDE_CONTEXT = 512
@@ -91,20 +92,14 @@ class Answers:
         if requests and not isinstance(requests[0], Completion):
             yield from self._score(requests, bar)
             return
-        for sampling in dict.fromkeys(request.sampling for request in requests):
-            chosen = [request for request in requests if request.sampling == sampling]
-            rows = list(product(chosen, self.adapters))
-            completions = complete(
-                self._host,
-                self._tokenizer,
-                [list(request.input_ids) for request, _ in rows],
-                [name for _, name in rows],
-                sampling,
-                keys=[request.draw for request, _ in rows],
-                batch_size=self._batch_size,
-            )
-            yield from ((n, r, c.text) for (r, n), c in zip(rows, completions, strict=True))
-            bar.update(len(chosen))
+        rows = list(product(requests, self.adapters))
+        asked = [
+            GenerationRequest(list(one.input_ids), name, "", one.sampling, one.draw)
+            for one, name in rows
+        ]
+        completions = complete(self._host, self._tokenizer, asked, batch_size=self._batch_size)
+        yield from ((n, r, c.text) for (r, n), c in zip(rows, completions, strict=True))
+        bar.update(len(requests))
 
     def _score(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
         groups = _group_by_context(requests)
