@@ -1,22 +1,24 @@
-"""Training on a Ray cluster of this machine, one of whose workers is killed."""
+"""Training and evaluation on a Ray cluster: played here, and on this machine with a worker killed."""
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import loraloom
 from benchmarks import cluster
 from loraloom.cli import main as cli
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.errors import AdapterError, ConfigError, DataError, TrainingError
 from loraloom.training import ray_cluster, workers
-from loraloom.training.workers import Worker
+from tests.generation.saved import save_tiny
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import read_result
@@ -54,46 +56,56 @@ def test_nothing_of_rays_is_printed_and_the_user_is_told_what_it_waits_for(run_f
         assert "raylet" not in ran.stdout + ran.stderr
 
 
-class LostError(Exception):
-    """Stands for Ray's errors."""
+def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:
+    return {"Alive": alive, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}}
 
 
-class LocalRay:
-    """Workers in this process, each call of which is made when it is waited for.
+class PlayedRay:
+    """Workers in this process, each call of which is made when its result is asked for.
 
     Args:
-        dies: Told a worker's jobs, whether its training ends with its loss.
+        lost: Adapters and jobs whose worker is lost.
     """
 
-    exceptions = SimpleNamespace(RayError=LostError)
-    nodes = staticmethod(lambda: [node(2)])
+    class exceptions:  # noqa: N801
+        class RayError(Exception):
+            pass
 
-    def __init__(self, dies):
-        self.dies = dies
+        class RayTaskError(RayError):
+            pass
 
-    def remote(self, _):
-        return self
+    def __init__(self, *lost: str):
+        self.lost, self.shares, self.cancelled = set(lost), [], []
 
-    def options(self, **_):
-        return SimpleNamespace(remote=self.start)
+    def nodes(self):
+        return [node(2)]
 
-    def start(self, *args):
-        worker = Worker(*args)
-        methods = ("prepare", "train", "news", "interrupt")
-        return SimpleNamespace(
-            **{name: SimpleNamespace(remote=partial(self.call, worker, name)) for name in methods}
-        )
+    def put(self, value: Any) -> Any:
+        return value
 
-    def call(self, worker, name, *args):
-        return partial(self.make, worker, name, args)
+    def remote(self, what):
+        start = self.actor if isinstance(what, type) else partial(partial, self.task, what)
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
 
-    def make(self, worker, name, args):
-        if name == "train" and self.dies({job.name for job in worker.jobs}):
-            raise LostError("killed")
+    def actor(self, *args):
+        worker, names = workers.Worker(*args), ("prepare", "train", "news", "interrupt")
+        calls = {name: partial(partial, self.method, worker, name) for name in names}
+        return SimpleNamespace(**{k: SimpleNamespace(remote=v) for k, v in calls.items()})
+
+    def method(self, worker, name, *args):
+        if name == "train" and self.lost & {job.name for job in worker.jobs}:
+            raise self.exceptions.RayError("killed\nMore of it.")
         return getattr(worker, name)(*args)
 
-    def wait(self, calls, **_):
-        return list(calls), []
+    def task(self, score, kept, names, directory):
+        if self.lost & set(names):
+            raise self.exceptions.RayError("killed\nMore of it.")
+        self.shares.append(names)
+        return score(kept, names, directory)
+
+    def wait(self, calls, num_returns=1, timeout=None):
+        number = num_returns if timeout is None else len(calls)
+        return list(calls)[:number], list(calls)[number:]
 
     def get(self, call):
         return call()
@@ -101,19 +113,75 @@ class LocalRay:
     def kill(self, actor, **_):
         pass
 
+    def cancel(self, call, force):
+        self.cancelled.append(call)
+
+
+@pytest.fixture
+def play(monkeypatch):
+    def playing(*lost: str) -> PlayedRay:
+        ray = PlayedRay(*lost)
+        for module in (workers, ray_cluster):
+            monkeypatch.setattr(module, "connected", lambda _: nullcontext(ray))
+        monkeypatch.setattr(workers, "NEWS_S", 0.0)
+        return ray
+
+    return playing
+
 
 def test_jobs_of_a_worker_that_is_lost_for_good_are_left_and_the_others_are_trained(
-    inputs, tmp_path, monkeypatch
+    inputs, tmp_path, play
 ):
-    ray = LocalRay(lambda jobs: "plain" in jobs)
-    monkeypatch.setattr(workers, "connected", lambda _: nullcontext(ray))
-    monkeypatch.setattr(workers, "NEWS_S", 0.0)
+    play("plain")
     run, spoken = run_settings(inputs, tmp_path / "out"), Spoken()
     with pytest.raises(TrainingError, match="1 of 2 workers were lost 3 times: killed; the other"):
         loraloom.train(run, ray="auto", ray_workers=2, progress=spoken)
     assert read_result(tmp_path / "out/mixture").status == "finished"
     assert not (tmp_path / "out/plain/result.json").exists()
     assert "warning: a worker was lost for good: killed" in spoken.messages
+
+
+def test_adapters_are_scored_as_in_one_process(tmp_path, capsys, play):
+    saved = save_tiny(tmp_path)
+    kinds = {"b": "mixlora", "a@0": "lora", "a@1": "mixlora"}
+    adapters = [f"--adapter={name}={saved / kind}" for name, kind in kinds.items()]
+    words = ["--base-model", str(saved / "base"), "--device", "cpu", "--dtype", "float32"]
+    words += [*adapters, "--task", "skills", "--limit", "6", "--compare", "b:a", "--no-cache"]
+    ray, written, tables = play(), [], []
+    for name, more in (("one.json", []), ("two.json", ["--ray", "auto", "--ray-workers", "2"])):
+        assert cli.main(["eval", *words, "--output", str(tmp_path / name), *more]) == 0
+        printed = capsys.readouterr()
+        tables.append(printed.out)
+        written.append(json.loads((tmp_path / name).read_text()))
+    assert "2 of 2 workers have scored their adapters" in printed.err
+    assert ray.shares == [[None, "a@0"], ["b", "a@1"]]
+    for one in written:
+        del one["command"], one["date"]
+    assert written[1] == approximately(written[0])
+    assert tables[0] == tables[1]
+
+
+def approximately(value: Any) -> Any:
+    """Numbers of batches of another shape differ by rounding."""
+    if isinstance(value, dict):
+        return {name: approximately(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [approximately(entry) for entry in value]
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
+
+
+def test_an_error_in_a_worker_is_raised_and_a_lost_one_too_and_the_others_end(play):
+    def score(names):
+        raise DataError(f"no data for {names}")
+
+    ray = play("b")
+    for names, error, message in (
+        (["a", "c"], DataError, r"no data for \['a'\]"),
+        (["b", "c"], AdapterError, r"scored some adapters were lost: killed$"),
+    ):
+        with pytest.raises(error, match=message):
+            ray_cluster.score_on_workers(score, names, "auto", 2, "cpu", print)
+    assert len(ray.cancelled) == 4
 
 
 @pytest.mark.parametrize(
@@ -153,10 +221,6 @@ def test_ranks_and_ray_exclude_each_other(run_file, monkeypatch):
         loraloom.train(run_file, ray="auto")
 
 
-def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:
-    return {"Alive": alive, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}}
-
-
 @pytest.mark.parametrize(
     ("nodes", "device", "asked", "size", "resources"),
     [
@@ -165,7 +229,6 @@ def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:
         ([node(0), node(8), node(8)], "auto", None, 2, {"num_cpus": 8, "num_gpus": 0}),
         ([node(8, 4), node(8, 2)], "auto", None, 6, {"num_cpus": 0, "num_gpus": 1}),
         ([node(8, 4), node(8, 4, alive=False)], "cuda", 3, 3, {"num_cpus": 0, "num_gpus": 1}),
-        ([node(8, 4)], "cpu", None, 1, {"num_cpus": 8, "num_gpus": 0}),
     ],
 )
 def test_each_worker_has_an_accelerator_or_a_share_of_the_cores(
@@ -178,7 +241,6 @@ def test_each_worker_has_an_accelerator_or_a_share_of_the_cores(
     ("nodes", "device", "asked", "counts"),
     [
         ([node(8, 4)], "cuda", 5, "5 workers and 4 accelerators"),
-        ([node(8)], "cuda", None, "1 workers and 0 accelerators"),
         ([node(2)], "cpu", 3, "3 workers and 2 cores"),
     ],
 )

@@ -34,23 +34,9 @@ from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
+from loraloom.training import store
 from loraloom.training.settings import CpoConfig, DpoConfig, OptimizerConfig, SftConfig
-from loraloom.training.step import objectives, optimizers
-from loraloom.training.step.requests import (
-    ForwardBackwardOutput,
-    LossFunction,
-    Request,
-    custom_objective,
-    number_rows,
-    run_requests,
-)
-from loraloom.training.store import (
-    Checkpoint,
-    CheckpointStore,
-    JobRecord,
-    describe_base,
-    describe_changes,
-)
+from loraloom.training.step import objectives, optimizers, requests
 
 ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
 """An objective with its settings, or its name for the defaults."""
@@ -148,7 +134,7 @@ class TrainingClient:
 
     def forward(self, data: Sequence[TrainingExample]) -> list[Tensor]:
         """Compute log p of the labels of each row, without gradients and dropout, on the CPU."""
-        return label_log_probs(self.host, [(self.name, row) for row in number_rows(data)])
+        return label_log_probs(self.host, [(self.name, row) for row in requests.number_rows(data)])
 
     def forward_backward(
         self,
@@ -156,7 +142,7 @@ class TrainingClient:
         objective: ObjectiveChoice = "sft",
         *,
         micro_batch_size: int | None = None,
-    ) -> ForwardBackwardOutput:
+    ) -> requests.ForwardBackwardOutput:
         """Add the gradient of an objective over data to what is there since the last step.
 
         sft takes examples, dpo and cpo take pairs; sample ids are not read. Means are over all of
@@ -164,19 +150,19 @@ class TrainingClient:
         that is not finite is a TrainingError, and gradients are dropped.
         """
         request = self.request(data, objective, micro_batch_size=micro_batch_size)
-        return run_requests(self.host, [request], self.pad_id)[0]
+        return requests.run_requests(self.host, [request], self.pad_id)[0]
 
     def forward_backward_custom(
-        self, data: Sequence[TrainingExample], loss_fn: LossFunction
-    ) -> ForwardBackwardOutput:
+        self, data: Sequence[TrainingExample], loss_fn: requests.LossFunction
+    ) -> requests.ForwardBackwardOutput:
         """Add the gradient of a loss of one's own, in one forward.
 
         `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
         It returns a scalar loss that depends on these, and metrics.
         """
-        key, objective = self._next_sample_key(), custom_objective(data, loss_fn)
-        request = Request(self.adapter, data, objective, key, loss_scale=self._loss_factor)
-        return run_requests(self.host, [request], self.pad_id)[0]
+        key, objective = self._next_sample_key(), requests.custom_objective(data, loss_fn)
+        request = requests.Request(self.adapter, data, objective, key, loss_scale=self._loss_factor)
+        return requests.run_requests(self.host, [request], self.pad_id)[0]
 
     def request(
         self,
@@ -184,7 +170,7 @@ class TrainingClient:
         objective: ObjectiveChoice = "sft",
         *,
         micro_batch_size: int | None = None,
-    ) -> Request:
+    ) -> requests.Request:
         """Make a `forward_backward` that `run_requests` does, for several clients at once."""
         config = _DEFAULTS.get(objective) if isinstance(objective, str) else objective
         if config is None:
@@ -197,7 +183,7 @@ class TrainingClient:
         if reference is not None:
             self.references[reference.adapter_name] = reference
         terms, keys = objectives.build_objective(config), self._next_sample_key()
-        return Request(
+        return requests.Request(
             self.adapter, data, terms, keys, reference, micro_batch_size, self._loss_factor
         )
 
@@ -284,18 +270,18 @@ class TrainingClient:
             "draws": self._draws,
             "loss_scale": None if self._loss_scale is None else asdict(self._loss_scale),
         }
-        records = {_STATE: JobRecord(self._settings())}
-        checkpoint = Checkpoint(self.step, 0.0, describe_base(self.host), records)
-        CheckpointStore(Path(directory)).write(checkpoint, {_STATE: state}, keep=1)
+        records = {_STATE: store.JobRecord(self._settings())}
+        checkpoint = store.Checkpoint(self.step, 0.0, store.describe_base(self.host), records)
+        store.CheckpointStore(Path(directory)).write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
         """Go on from a saved state, of this client or of one with equal settings."""
-        snapshot, faults = CheckpointStore(Path(directory)).newest()
+        snapshot, faults = store.CheckpointStore(Path(directory)).newest()
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "there is none"
             raise ConfigError(f"{directory} must hold a client's saved state: {reason}")
-        changed = describe_changes(snapshot.base, describe_base(self.host), "base")
-        changed += describe_changes(snapshot.jobs[_STATE].settings, self._settings())
+        changed = store.describe_changes(snapshot.base, store.describe_base(self.host), "base")
+        changed += store.describe_changes(snapshot.jobs[_STATE].settings, self._settings())
         if changed:
             raise ConfigError(
                 "a state must have been saved with the client's own settings, these differ: "
