@@ -1,4 +1,4 @@
-"""Training and evaluation on a Ray cluster: played here, and on this machine with a worker killed."""
+"""Training and evaluation on a Ray cluster: a played one, and this machine with a worker killed."""
 
 from __future__ import annotations
 

@@ -30,7 +30,11 @@ Metrics = dict[str, float | int | list[str] | None]
 
 
 def step_metrics(report: StepReport, seconds: float) -> Metrics:
-    """Name what a step did, as metrics.jsonl has it; docs/training.md says what each is."""
+    """Name what a step did, as metrics.jsonl has it.
+
+    Tokens, computed tokens (with padding) and seconds are totals; `loss` is the objective's over
+    the whole step, `aux_loss` the router losses with their coefficients.
+    """
     loss = report.loss
     metrics: Metrics = {
         "step": report.step,
