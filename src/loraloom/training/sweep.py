@@ -207,7 +207,9 @@ class Sweep:
         Those at their own end are ahead, then those that passed most rungs; by the metric among
         them.
         """
-        rungs = () if self.stopping is None else self.stopping.rungs(self.longest)
+        # Workers note in the study how long their jobs are; who only shows it builds none.
+        longest = self.study.user_attrs.get("longest_job", self.longest)
+        rungs = () if self.stopping is None else self.stopping.rungs(longest)
         sign = 1 if metric_mode(self.metric) == "min" else -1
         rows: list[Row] = []
         order: list[tuple[bool, bool, int, float]] = []
