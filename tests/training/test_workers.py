@@ -1,4 +1,4 @@
-"""Training and evaluation on a Ray cluster: a played one, and this machine with a worker killed."""
+"""Training and evaluation on a Ray cluster that is played, and on one of this machine."""
 
 from __future__ import annotations
 

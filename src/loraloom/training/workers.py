@@ -233,11 +233,12 @@ def _train(
     def end(worker: Any, call: Any) -> None:
         try:
             outcome = ray.get(call)
-            show(ray.get(worker.news.remote()))
         except ray.exceptions.RayError as error:
             lost.append(first_line(error))
             progress.message(f"warning: a worker was lost for good: {lost[-1]}")
             return
+        with suppress(ray.exceptions.RayError):  # its last words; the outcome is here
+            show(ray.get(worker.news.remote()))
         ray.kill(worker, no_restart=True)
         if isinstance(outcome, LoraloomError):
             raise outcome
