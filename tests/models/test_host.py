@@ -57,8 +57,6 @@ def test_names_are_safe_file_names(name):
     [
         lambda host: host(tiny_ids(1), adapters=["nobody"]),
         lambda host: host.hidden(tiny_ids(1), adapters=["nobody"]),
-        lambda host: host.generate(tiny_ids(1), adapters=["nobody"], max_new_tokens=1),
-        lambda host: host.remove("nobody"),
         lambda host: host.save("nobody", "nowhere"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from loraloom.errors import ModelError
 from loraloom.models.layout import Layout, make_layout
 from loraloom.ops.dropout import mix64
-from tests.tiny import ALL_FAMILIES, padded_mask, relative_error, tiny_host, tiny_ids
+from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids
 
 CPU = torch.device("cpu")
 
@@ -35,15 +35,6 @@ def test_join_undoes_split(names):
     for segment, part in zip(made.segments, parts, strict=True):
         rows = [row for row, name in enumerate(names) if name == segment.adapter_name]
         assert torch.equal(part, values[rows].flatten(0, 1))
-
-
-def test_real_tokens_are_those_of_the_segments_own_rows():
-    mask = padded_mask([3, 1, 2], length=3)
-    first, second = layout(["a", "b", "a"], mask=mask).segments
-    assert first.real.tolist() == [True] * 3 + [True, True, False]
-    assert first.real_index.tolist() == [0, 1, 2, 3, 4]
-    assert second.real.tolist() == [True, False, False]
-    assert second.real_index.tolist() == [0]
 
 
 def test_samples_are_spans_of_real_tokens():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny import LAYERS, METHODS, changed, padded_mask, tiny_host, tiny_ids
+from tests.tiny import LAYERS, METHODS, padded_mask, tiny_host, tiny_ids
 
 NAMES = ["mixlora", None, "mixdora", "lora", "mixlora"]
 LENGTHS = [7, 5, 3, 7, 2]
@@ -74,17 +74,3 @@ def test_with_a_cache_the_record_has_the_new_tokens():
         torch.testing.assert_close(
             rest.routing["mixlora"][layer].router_logits, expected, rtol=0, atol=1e-10
         )
-
-
-def test_jitter_changes_the_routers_input_in_training_only():
-    jittery = {"a": changed(METHODS["mixlora"], router_jitter=0.5)}
-    host, plain = tiny_host(configs=jittery), tiny_host(configs={"a": METHODS["mixlora"]})
-    ids, logits = tiny_ids(2), {}
-    for train in (False, True):
-        for kind, each in (("jitter", host), ("plain", plain)):
-            each.train(train)
-            out = each.hidden(ids, adapters=["a", "a"], sample_keys=[1, 2])
-            logits[kind, train] = out.routing["a"][0].router_logits
-    assert torch.equal(logits["jitter", False], logits["plain", False])
-    assert torch.equal(logits["plain", True], logits["plain", False])
-    assert not torch.allclose(logits["jitter", True], logits["plain", True])

@@ -43,7 +43,8 @@ class WholeModule(OwnModule):
         # the class's forward with the copy's weights
         twin: Any = copy.copy(module)
         twin.__dict__.pop("forward", None)
-        twin._parameters = {**twin._parameters, **weights}  # a parameter may be None
+        # A parameter may be None.
+        twin._parameters = {**twin._parameters, **weights}
         outputs = twin.forward(inputs)
         dtype = next(module.parameters(recurse=False)).dtype
         return outputs if self.is_linear else outputs.to(dtype)

@@ -239,7 +239,8 @@ def _other_modules(model: nn.Module, family: Family) -> dict[str, dict[str, tupl
         is_norm = (
             is_leaf
             and all(len(shape) == 1 for shape in shapes.values())
-            and len(signature(type(module).forward).parameters) == 2  # a gated one takes its gate
+            # A gated norm takes its gate too.
+            and len(signature(type(module).forward).parameters) == 2
             and not path.endswith(activation)
         )
         if shapes and (module in tables or is_norm):

@@ -43,8 +43,7 @@ from loraloom.models.layout import (
     SampleLengths,
     check_takes_packed_rows,
     make_layout,
-    packed_positions,
-    packed_token_mask,
+    packed_rows,
 )
 from loraloom.models.registry import AdapterRegistry, Head, Heads
 from loraloom.models.sharding import decoder_of, recovering
@@ -367,9 +366,7 @@ class Host:
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
-            length = input_ids.shape[1]
-            real = packed_token_mask(sample_lengths, length)
-            positions = packed_positions(sample_lengths, length)
+            positions, real = packed_rows(sample_lengths, input_ids.shape[1])
             model_inputs["position_ids"] = positions.to(self.device)
         forward = self._forward(
             input_ids, real, adapters, sample_keys, sample_lengths, training=training, record={}
@@ -528,7 +525,8 @@ class Host:
     def door(self, module: nn.Module, rows: Callable[[], Rows | None] = lambda: None) -> Door:
         """Let forwards that others make of a module run adapters, until `detach`; see `Door`."""
         door = Door(module, self._visit, rows)
-        known = weakref.ref(door)  # the module's hooks keep it, and it keeps the adapter
+        # Weakly, as the module's hooks keep the door, and it keeps the adapter.
+        known = weakref.ref(door)
         self._registry.wiring.on_undo(lambda: (door := known()) and door.undo())
         return door
 
@@ -612,7 +610,8 @@ class Host:
             return None
         keys, record = None, None
         if rows.training:
-            if self.dtype == torch.float16:  # nobody can tell whether the trainer scales its loss
+            # Nobody can tell whether the trainer scales its loss.
+            if self.dtype == torch.float16:
                 raise ModelError(
                     "training by other programs needs a base model in bfloat16 or float32, got "
                     "float16: without loss scaling small gradients become zero; load it in another "
@@ -622,7 +621,8 @@ class Host:
             keys, record = torch.randint(2**62, (len(tokens),)).tolist(), {}
         names = rows.expanded(len(tokens))
         forward = self._forward(tokens, mask, names, keys, training=rows.training, record=record)
-        if forward.checkpointing:  # transformers, too, keeps no cache then
+        # As transformers does it.
+        if forward.checkpointing:
             inputs["use_cache"] = False
         self._fit(forward, None, inputs)
         return self._run(forward), lambda: self._auxiliary_loss(*_routing_of(forward))

@@ -49,19 +49,14 @@ def check_takes_packed_rows(config: Any) -> None:
         )
 
 
-def packed_positions(sample_lengths: SampleLengths, length: int) -> Tensor:
-    """Return the place of each token in its sample, [B, L]; padding counts on its own."""
-    rows = [
+def packed_rows(sample_lengths: SampleLengths, length: int) -> tuple[Tensor, Tensor]:
+    """Return tokens' places in samples or padding, and 1 at tokens of samples, [B, L] each."""
+    positions = [
         torch.cat([torch.arange(one) for one in (*lengths, length - sum(lengths))])
         for lengths in sample_lengths
     ]
-    return torch.stack(rows)
-
-
-def packed_token_mask(sample_lengths: SampleLengths, length: int) -> Tensor:
-    """Return 1 at tokens of samples and 0 at padding, [B, L]."""
     filled = torch.tensor([sum(lengths) for lengths in sample_lengths])
-    return (torch.arange(length) < filled[:, None]).long()
+    return torch.stack(positions), (torch.arange(length) < filled[:, None]).long()
 
 
 def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:

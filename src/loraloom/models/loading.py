@@ -164,7 +164,8 @@ def _ask_hub(source: ModelSource) -> ModelSource:
             f"base model must be {_KINDS}, got {name}, which does not exist here, and the hub has "
             "no public one of that name; check the name, or run `hf auth login` if it is private"
         ) from None
-    except Exception as error:  # of the client's own HTTP library: no route, no name, a timeout
+    # Whatever the client's own HTTP library raises: no route, no name, a timeout.
+    except Exception as error:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return replace(source, cached=True)
         reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
@@ -333,8 +334,10 @@ def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: b
     model, report = auto.from_pretrained(
         source.location,
         **common,
-        adapter_kwargs={"local_files_only": source.cached},  # else it waits for the hub, in vain
-        ignore_mismatched_sizes=True,  # the report has them, and they are refused below
+        # Else it waits for the hub, in vain.
+        adapter_kwargs={"local_files_only": source.cached},
+        # The report has them, and they are refused below.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
         **options,
     )
@@ -357,7 +360,8 @@ def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: b
 def _load_gguf(name: str, source: ModelSource, options: dict[str, Any], *, sharded: bool) -> Loaded:
     """Load a GGUF file by its dequantised copy, made where there is none or a broken one."""
     with Path(source.location, source.gguf_file or "").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()  # so that no copy is stale
+        # By its bytes, so that no copy is stale.
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     copy = source.copy("gguf", f"{digest} {options['dtype']}")
 
     def load_copy(directory: Path) -> Loaded:
@@ -372,7 +376,8 @@ def _load_gguf(name: str, source: ModelSource, options: dict[str, Any], *, shard
             return load_copy(copy)
     loaded = None
     plain = {name: value for name, value in options.items() if name != "quantization_config"}
-    with ExitStack() as lock:  # several processes wait for the first one's copy
+    # Several processes wait for the first one's copy.
+    with ExitStack() as lock:
         with suppress(OSError):  # of a cache that can't be written, where nothing is kept
             copy.parent.mkdir(parents=True, exist_ok=True)
             lock.enter_context(FileLock(f"{copy}.lock"))

@@ -54,7 +54,8 @@ class AdapterRegistry:
             raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
         dtype = torch.promote_types(torch.float32, self.model.dtype)
         parts = own_parts(check_config(config), self.base)
-        with torch.inference_mode(False):  # its tensors could neither be trained nor decode
+        # Tensors of inference mode could neither be trained nor decode.
+        with torch.inference_mode(False):
             adapter = config.build(name, self._layers, dtype, seed)
             adapter.own_modules.extend(build_own_modules(parts, self.model, dtype))
         return adapter
@@ -166,7 +167,8 @@ class Heads:
     ) -> dict[ScaledAdapter | None, list[int]]:
         """Group states by the adapter whose own head they have; None: the base model's."""
         registry, groups = self._registry, {}
-        hosted = tuple(registry.adapters.values())  # other threads may load and remove some
+        # A copy, as other threads may load and remove some.
+        hosted = tuple(registry.adapters.values())
         if all(adapter.own_at(registry.base.head) is None for adapter in hosted):
             return groups
         for place, row in enumerate(registry.rows(adapters, num_states)):

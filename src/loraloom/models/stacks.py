@@ -236,7 +236,8 @@ class PreparedWeights:
             self._plans.clear()
             stack.keep([*places, *others])
         entries = stack.span(adapters)
-        if entries.stop - entries.start > 2 * len(adapters):  # others lie between them
+        # Others lie between them: when these are more, they go.
+        if entries.stop - entries.start > 2 * len(adapters):
             self._plans.clear()
             stack.keep(sorted(map(stack.adapters.index, adapters)))
             entries = stack.span(adapters)

@@ -173,7 +173,8 @@ def try_adapters(host: Any) -> None:
             _Trial(host, ids.to(host.device)).run()
     except LoraloomError:
         raise
-    except Exception as error:  # whatever a foreign model raises
+    # Whatever a foreign model raises.
+    except Exception as error:
         reason = f"a forward with adapters fails: {type(error).__name__}: {error}"
         raise unsupported(host.model, reason) from error
 

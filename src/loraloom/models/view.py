@@ -160,7 +160,8 @@ def _add_loss(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, is_as
 
 def _share(kwargs: dict[str, Any]) -> Tensor | float:
     count = kwargs.get("num_items_in_batch")
-    if count is None:  # the trainer averages over micro-batches itself
+    # Without a count the trainer averages over micro-batches itself.
+    if count is None:
         return 1.0
     labels = kwargs.get("shift_labels")
     labels = kwargs["labels"][..., 1:] if labels is None else labels

@@ -59,7 +59,8 @@ class DecoderLayer:
             *args,
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), Recomputation(forward)),
-            preserve_rng_state=False,  # adapters' random numbers depend on no generator's state
+            # Adapters' random numbers depend on no generator's state.
+            preserve_rng_state=False,
             **kwargs,
         )
 
