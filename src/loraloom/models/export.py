@@ -197,7 +197,7 @@ class _ExportedModel(ABC):
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(host.config.vocab_size, (1, _PROBE_LENGTH), generator=generator)
         expected = host(ids.to(host.device), adapters=[self.adapter.name]).logits.float().cpu()
-        with quiet(), TemporaryDirectory() as scratch:
+        with quiet(), TemporaryDirectory(dir=directory) as scratch:
             places = _on_disk(self.built, host.base.layers_path)
             options = {"dtype": torch.float32, "device_map": places, "offload_folder": scratch}
             actual = self.built.from_pretrained(directory, **options).eval()(ids).logits

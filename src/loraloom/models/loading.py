@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from logging import ERROR, getLogger
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -446,9 +447,12 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 @contextmanager
 def quiet(*, hides_stderr: bool = False) -> Iterator[None]:
-    """Hold back warnings and progress bars of transformers, but not the bars of a download."""
+    """Hold back warnings and bars of transformers and accelerate, but not bars of a download."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     download_bars = not are_progress_bars_disabled()
+    accelerate = getLogger("accelerate.big_modeling")
+    accelerate_level = accelerate.level
+    accelerate.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if download_bars:
@@ -458,6 +462,7 @@ def quiet(*, hides_stderr: bool = False) -> Iterator[None]:
         with redirect_stderr(io.StringIO()) if hides_stderr else nullcontext():
             yield
     finally:
+        accelerate.setLevel(accelerate_level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

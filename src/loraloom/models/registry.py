@@ -150,7 +150,14 @@ class Heads:
 
         Without adapters it is the base model's. Results are [N, …] each.
         """
-        groups = {} if adapters is None else self._places_by_head(adapters, len(tensors[0]))
+        path, groups, rows = self._registry.base.head, {}, []
+        # A copy, as other threads may load and remove some.
+        hosted = tuple(self._registry.adapters.values())
+        if adapters is not None and any(adapter.own_at(path) is not None for adapter in hosted):
+            rows = self._registry.rows(adapters, len(tensors[0]))
+        for place, row in enumerate(map(self._registry.scaled, rows)):
+            has_own = row is not None and row[0].own_at(path) is not None
+            groups.setdefault(row if has_own else None, []).append(place)
         if not groups.keys() - {None}:
             return function(self.base, *tensors)
         results = [
@@ -161,21 +168,6 @@ class Heads:
         inverse = torch.tensor(order, device=tensors[0].device).argsort()
         columns = zip(*results, strict=True)
         return [torch.cat(column).index_select(0, inverse) for column in columns]
-
-    def _places_by_head(
-        self, adapters: Sequence[RowAdapter], num_states: int
-    ) -> dict[ScaledAdapter | None, list[int]]:
-        """Group states by the adapter whose own head they have; None: the base model's."""
-        registry, groups = self._registry, {}
-        # A copy, as other threads may load and remove some.
-        hosted = tuple(registry.adapters.values())
-        if all(adapter.own_at(registry.base.head) is None for adapter in hosted):
-            return groups
-        for place, row in enumerate(registry.rows(adapters, num_states)):
-            scaled = registry.scaled(row)
-            has_own = scaled is not None and scaled[0].own_at(registry.base.head) is not None
-            groups.setdefault(scaled if has_own else None, []).append(place)
-        return groups
 
     def _head_of(self, row: ScaledAdapter | None, prepared: PreparedWeights | None) -> Head:
         if row is None:
