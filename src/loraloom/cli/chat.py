@@ -61,7 +61,7 @@ class ChatSampling(SamplingConfig):
 def chat(
     *,
     options: Annotated[ChatOptions, Parameter(name="*")],
-    sampling: Annotated[ChatSampling | None, Parameter(name="*")] = None,
+    sampling: Annotated[ChatSampling, Parameter(name="*")] = ChatSampling(),
 ) -> None:
     """Talk to the base model and its adapters; /help says how to switch between them.
 
@@ -88,7 +88,7 @@ def chat(
     while (line := _read_line(f"{' '.join(models)}> ")) not in (None, "/quit", "/exit"):
         try:
             if not str(line).startswith("/"):
-                _answer(conversation, str(line), models, sampling or ChatSampling())
+                _answer(conversation, str(line), models, sampling)
                 continue
             command, *words = str(line).split()
             match command:

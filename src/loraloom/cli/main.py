@@ -108,6 +108,7 @@ def _app(words: Sequence[str]) -> App:
     }
     for group in groups.values():
         app.command(group)
+    app.register_install_completion_command()
     for verb, (command, summary) in VERBS.items():
         *above, name = verb.split()
         place = f"loraloom.cli.{command}" if isinstance(command, str) else command
