@@ -175,8 +175,8 @@ def _command(verb: str, run: RunConfig, adapters: Sequence[JobResult], *options:
 def _asked(job: JobConfig) -> str:
     """The options that say what is asked."""
     held_out = job.data.validation
-    source = job.data.sources[0] if held_out is None else held_out
-    tasks = [one for one in (*job.eval, source) if one.task is not None]
+    source, *more = job.data.sources if held_out is None else [held_out]
+    tasks = [one for one in (*job.eval, source, *more) if one.task is not None]
     if tasks:
         first = tasks[0]
         alike = [one for one in tasks if (one.scoring, one.path) == (first.scoring, first.path)]
