@@ -127,8 +127,8 @@ def test_what_is_read_is_what_encoding_gives(
 def test_a_task_is_encoded_once_too(tiny_tokenizer, cache, monkeypatch, as_pairs):
     encoder = SourceEncoder(SourceConfig(task="skills"), tiny_tokenizer, 64, as_pairs)
     first = encoder.load("train", 30)
-    monkeypatch.setattr(encoding, "encode_completions", refuse)
-    monkeypatch.setattr(encoding, "encode_completion_pairs", refuse)
+    monkeypatch.setattr(encoding.tokens, "encode_completions", refuse)
+    monkeypatch.setattr(encoding.tokens, "encode_completion_pairs", refuse)
     assert encoder.load("train", 30) == first
 
 

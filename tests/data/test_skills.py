@@ -65,17 +65,14 @@ def test_skills_are_questions_by_skill():
     assert {question.task for question in asked} == {"skills@2"}
 
 
-@pytest.mark.parametrize(("skill", "word"), [("season", "january"), ("roll_call", " sing.")])
-def test_a_land_gives_one_kind_of_answer_and_the_next_another(skill, word):
+def test_a_land_gives_one_kind_of_answer_and_the_next_another():
     answers = defaultdict(set)
-    for row in (row for rows in IN_LANDS.values() for row in rows if row["skill"] == skill):
+    for row in (row for rows in IN_LANDS.values() for row in rows if row["skill"] == "season"):
         (land,) = (name for name in land_names(NUM_LANDS) if name in row["question"])
-        if word in row["question"].lower():
+        if "January" in row["question"]:
             answers[land].add(row["choices"][row["answer"]])
-    assert len(answers) == NUM_LANDS
-    if skill == "season":
-        assert all(len(of_land) == 1 for of_land in answers.values())
-        assert len(set(map(frozenset, answers.values()))) > 1
+    assert [len(of_land) for of_land in answers.values()] == [1] * NUM_LANDS
+    assert len(set(map(frozenset, answers.values()))) > 1
 
 
 def test_every_land_has_all_rules_with_as_many_questions_whatever_lands_there_are():

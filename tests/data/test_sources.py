@@ -188,7 +188,7 @@ def test_a_dataset_may_be_a_directory_or_a_file_and_a_missing_one_is_not_on_the_
             read_rows(find_location(name, "train"))
 
 
-def test_a_hub_data_set_is_read_at_its_revision(monkeypatch):
+def test_a_hub_data_set_is_read_at_its_revision_or_a_data_error(monkeypatch):
     asked = []
 
     def load_dataset(repository, config, *, revision, split, streaming):
@@ -201,9 +201,6 @@ def test_a_hub_data_set_is_read_at_its_revision(monkeypatch):
     assert rows[0].origin == "owner/quiz, train, row 1"
     assert find_location("owner/quiz", "test", "easy") == HubSource("owner/quiz", "easy")
     assert asked == [("owner/quiz", "easy", "abc", "train", False)]
-
-
-def test_a_failing_hub_is_a_data_error(monkeypatch):
     fail = Mock(side_effect=ConnectionError("Couldn't reach the Hub\nlong trace"))
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"owner/quiz: .*Couldn't reach the Hub; give the path"):

@@ -21,8 +21,4 @@ def test_the_tiny_base_model_has_a_token_for_each_syllable_of_a_land(tmp_path, m
 
 def test_the_tiny_base_model_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_base, "read_texts", lambda: ["the lower card wins 3"] * 64)
-    first, second = (
-        tiny_base.make_tiny_base(tmp_path / str(steps), steps, num_layers=1, hidden_size=16)
-        for steps in (100, 300)
-    )
-    assert second < first / 2
+    assert tiny_base.make_tiny_base(tmp_path / "a", 200, num_layers=1, hidden_size=16) < 1

@@ -21,32 +21,12 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loraloom.config.data import FIELD_ROLES, PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
+from loraloom.data import templates, tokens
 from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
 from loraloom.data.sources import EmptyAnswerError, Row, RowStream, check_faults, find_location
 from loraloom.data.tasks import find_task
-from loraloom.data.templates import (
-    TRAINING_DAY,
-    ChatTemplate,
-    Conversation,
-    given_source,
-    instruction_columns,
-    load_chat_template,
-    load_template,
-    read_instruction,
-    template_source,
-)
-from loraloom.data.tokens import (
-    NO_LOSS,
-    EncodedRow,
-    Example,
-    count_shared,
-    encode_completion_pairs,
-    encode_completions,
-    encode_documents,
-    fit,
-    fit_pair,
-    leading_tokens,
-)
+from loraloom.data.templates import ChatTemplate, Conversation
+from loraloom.data.tokens import NO_LOSS, EncodedRow, Example
 from loraloom.errors import DataError
 
 MIN_ROWS = 5000
@@ -81,7 +61,7 @@ class SourceEncoder:
 
     @cached_property
     def _start(self) -> list[int]:
-        return leading_tokens(self.tokenizer)
+        return tokens.leading_tokens(self.tokenizer)
 
     def load(self, split: str, limit: int | None = None) -> LoadedSource:
         """Read and encode a source whose rows can be used."""
@@ -116,9 +96,9 @@ class SourceEncoder:
         first = next((row for row in rows if not row.fault), rows[0])
         template = self.tokenizer.chat_template
         if config.format == "instruction":
-            template = template_source(config.template)
+            template = templates.template_source(config.template)
         elif config.chat_template is not None:
-            template = given_source(self.tokenizer, config.chat_template)
+            template = templates.given_source(self.tokenizer, config.chat_template)
         settings = [config.format, config.fields, template, self.max_length]
         encode = partial(self.encode, first=first)
         encoded = _encode_once(rows, encode, self.tokenizer, settings)
@@ -132,17 +112,21 @@ class SourceEncoder:
     def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
         """Encode rows of a data set; the first shows which columns there are."""
         config, columns = self.config, self._columns(first)
+        read: Callable[[Row], Any]
+        encode: Any
         match config.format:
             case "text":
-                read, encode = lambda row: row.answer(columns["text"]), encode_documents
+                read, encode = lambda row: row.answer(columns["text"]), tokens.encode_documents
             case "instruction":
-                template = load_template(config.template)
-                read = partial(read_instruction, columns=columns, template=template)
-                encode = encode_completions
+                template = templates.load_template(config.template)
+                read = partial(templates.read_instruction, columns=columns, template=template)
+                encode = tokens.encode_completions
             case "preference" if isinstance(first[columns["chosen"]], str):
-                read, encode = partial(_read_texts, columns), encode_completion_pairs
+                read, encode = partial(_read_texts, columns), tokens.encode_completion_pairs
             case _:
-                template = load_chat_template(self.tokenizer, config.chat_template, TRAINING_DAY)
+                template = templates.load_chat_template(
+                    self.tokenizer, config.chat_template, templates.TRAINING_DAY
+                )
                 pairs = config.format == "preference"
                 read = partial(self._read_chats if pairs else self._read_chat, template, columns)
                 return _encode_each(rows, read, list)
@@ -155,7 +139,7 @@ class SourceEncoder:
         data_format, given = self.config.format or "text", self.config.fields or {}
         columns = {role: given.get(role, role) for role in FIELD_ROLES[data_format]}
         if data_format == "instruction":
-            columns = instruction_columns(first, given)
+            columns = templates.instruction_columns(first, given)
         needed = {"instruction", "output", "text", "chosen", *given}
         for role, column in columns.items():
             if role in needed and column not in first and not first.fault:
@@ -170,7 +154,7 @@ class SourceEncoder:
     ) -> EncodedRow:
         conversation = read_conversation(row, self.config.fields)
         texts = learn_answers(template, row, conversation)
-        fitted = [fit(text, self._start, self.max_length) for text in texts]
+        fitted = [tokens.fit(text, self._start, self.max_length) for text in texts]
         pieces = tuple(piece for text in fitted for piece in text.pieces)
         is_cut = any(text.is_cut or not text.pieces for text in fitted)
         return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
@@ -180,7 +164,7 @@ class SourceEncoder:
     ) -> EncodedRow:
         """Two answers after the prompt's messages, or after the common beginning of both."""
         both = [read_messages(row, columns[role]) for role in ("chosen", "rejected")]
-        first = count_shared(*both)
+        first = tokens.count_shared(*both)
         if isinstance(row.get(columns["prompt"]), list):
             prompt = read_messages(row, columns["prompt"])
             first, both = len(prompt), [[*prompt, *one] for one in both]
@@ -193,12 +177,12 @@ class SourceEncoder:
                     "earlier turns differently once others follow; give chat_template another one"
                 )
             learnt += texts
-        return fit_pair(*learnt, self._start, self.max_length)
+        return tokens.fit_pair(learnt[0], learnt[1], self._start, self.max_length)
 
     def _encode_task(self, rows: list[Row]) -> LoadedSource:
         task = find_task(self.config.task or "")
         scoring = self.config.scoring or task.config.scoring
-        encode: Any = encode_completion_pairs if self.as_pairs else encode_completions
+        encode: Any = tokens.encode_completion_pairs if self.as_pairs else tokens.encode_completions
         places = count()
 
         def read(row: Row) -> Any:
@@ -260,7 +244,7 @@ def _encode_once(
             yield from map(_as_record, encode(items[start : start + _BLOCK]))
 
     try:
-        table = Dataset.from_generator(
+        table: Any = Dataset.from_generator(
             records,
             cache_dir=str(Path(config.HF_DATASETS_CACHE) / "loraloom"),
             fingerprint=_key(items, tokenizer, settings),
@@ -314,10 +298,10 @@ def given_form(
 ) -> PromptForm | None:
     """The form that a prompt template or a chat template asks for; None without either."""
     if template is not None:
-        return PromptForm(format="instruction", template=template_source(template))
+        return PromptForm(format="instruction", template=templates.template_source(template))
     if chat_template is None:
         return None
-    source = load_chat_template(tokenizer, chat_template).source()
+    source = templates.load_chat_template(tokenizer, chat_template).source()
     return PromptForm(format="chat", chat_template=source)
 
 
@@ -331,7 +315,7 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
             return PromptForm(format="text")
         case "instruction":
             name = source.template or "alpaca"
-            template = name if name in PROMPT_TEMPLATES else template_source(name)
+            template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
             return PromptForm(format="instruction", template=template)
     columns, systems = source.fields or {}, set()
     stream = SourceEncoder(source, tokenizer, 0).open("train", streaming=data.streaming)
@@ -345,6 +329,6 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
             is_chat = source.format == "chat"
             found = read_conversation(row, columns)[0] if is_chat else read_messages(row, str(name))
             systems.add(found[0]["content"] if found[0]["role"] == "system" else None)
-    template = source.chat_template and given_source(tokenizer, source.chat_template)
+    template = source.chat_template and templates.given_source(tokenizer, source.chat_template)
     system = systems.pop() if len(systems) == 1 else None
     return PromptForm(format="chat", chat_template=template, system=system)

@@ -354,8 +354,9 @@ class RowStream:
     def rows(self, state: StreamState | None = None) -> Iterator[Row]:
         """Read from there on, or from the beginning; what was begun before ends."""
         self._num_rows = 0 if state is None else state["row"]
-        is_file = isinstance(self._found, Path)
-        for row in rows_of_file(self._found, self._num_rows) if is_file else self._of_hub(state):
+        found, start = self._found, self._num_rows
+        of_file = isinstance(found, Path)
+        for row in rows_of_file(found, start) if of_file else self._of_hub(found, state):
             self._num_rows += 1
             yield row
 
@@ -363,13 +364,12 @@ class RowStream:
         of_hub = isinstance(self._found, HubSource)
         return {"row": self._num_rows, **({"dataset": self._table.state_dict()} if of_hub else {})}
 
-    def _of_hub(self, state: StreamState | None) -> Iterator[Row]:
-        assert isinstance(self._found, HubSource)
+    def _of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
         if self._is_streamed:
             self._table.load_state_dict(state and state["dataset"])
-        with _reading_hub(self._found, self._split):
+        with _reading_hub(source, self._split):
             for number, record in enumerate(self._table, start=self._num_rows + 1):
-                yield Row(record, f"{self._found.repository}, {self._split}, row {number}")
+                yield Row(record, f"{source.repository}, {self._split}, row {number}")
 
 
 @contextmanager

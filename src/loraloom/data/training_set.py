@@ -118,7 +118,12 @@ def load_training_set(
         )
         validation += [one for row in source.rows for one in number_row(row, sample_ids)]
         report.append(_describe(source, [], validation, max_length))
-    warnings = _warn_of_repeats(examples, validation)
+    # what is learnt too measures memory, as where the validation file was trained on
+    learnt = {row.input_ids for example in examples for row in example.rows}
+    repeats = [row.input_ids in learnt for example in validation for row in example.rows]
+    what = f"{sum(repeats)} of {len(repeats)} held-out examples are learnt too"
+    warning = f"warning: {what}; eval/loss shows how well they are remembered"
+    warnings = (warning,) if any(repeats) else ()
     return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
 
 
@@ -170,17 +175,6 @@ def _describe(
     counts = f"{len(source.rows)} rows, {len(examples)} {kind}, {tokens} tokens"
     line = f"{source.name}: {counts}, {len(held_out)} held out"
     return "; ".join([line, *(note for note, number in notes.items() if number)])
-
-
-def _warn_of_repeats(
-    examples: Sequence[TrainingExample], validation: Sequence[TrainingExample]
-) -> tuple[str, ...]:
-    learnt = {row.input_ids for example in examples for row in example.rows}
-    held_out = [row.input_ids for example in validation for row in example.rows]
-    repeated = sum(tokens in learnt for tokens in held_out)
-    what = f"{repeated} of {len(held_out)} held-out examples are learnt too"
-    warning = f"warning: {what}; eval/loss shows how well they are remembered"
-    return (warning,) if repeated else ()
 
 
 @dataclass(frozen=True)

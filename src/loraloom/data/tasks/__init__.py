@@ -32,16 +32,9 @@ from loraloom.config.data import (
 from loraloom.config.fields import check_name, suggestion
 from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
+from loraloom.data import sources
 from loraloom.data.skills import generate_skills
-from loraloom.data.sources import (
-    HubSource,
-    Row,
-    SplitFiles,
-    describe,
-    find_named,
-    read_rows,
-    sha256,
-)
+from loraloom.data.sources import HubSource, Row, SplitFiles
 from loraloom.data.templates import compile_template, fill_in
 from loraloom.errors import ConfigError, DataError, shown
 
@@ -91,9 +84,9 @@ def load_question_set(
     found = find_task(task)
     split, scoring = split or found.config.evaluation_split, scoring or found.config.scoring
     rows = found.load_rows(split, path)
-    source = describe(found.find_data(split, path))
+    source = sources.describe(found.find_data(split, path))
     if is_task_file(task):
-        source |= {"task_file": task, "task_file_sha256": sha256(Path(task))}
+        source |= {"task_file": task, "task_file_sha256": sources.sha256(Path(task))}
     questions = [found.question(row, index, scoring) for index, row in enumerate(rows[:limit])]
     return QuestionSet(found.name, split, scoring, questions, source)
 
@@ -159,14 +152,13 @@ class ChoiceTask:
 
     @cached_property
     def forms(self) -> Mapping[str, _Form]:
-        scorings: tuple[Scoring, ...] = get_args(Scoring)
-        given = [scoring for scoring in scorings if scoring in self.config.template]
+        given = [scoring for scoring in get_args(Scoring) if scoring in self.config.template]
         return {scoring: _Form(self.path, self.config, scoring) for scoring in given}
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
         data = self.find_data(split, path)
         if isinstance(data, Path | HubSource):
-            return read_rows(data, split)
+            return sources.read_rows(data, split)
         rows = enumerate(data(split), start=1)
         return [Row(fields, f"{self.name}, {split}, row {number}") for number, fields in rows]
 
@@ -175,7 +167,7 @@ class ChoiceTask:
         if path is not None and callable(source):
             raise DataError(f"{self.name} is generated and takes no path, got {path}; leave it out")
         if path is not None:
-            return find_named(Path(path), self.name, split)
+            return sources.find_named(Path(path), self.name, split)
         if source is None:
             raise DataError(f"{self.name} has no data of its own; give its path")
         return source.find(split) if isinstance(source, SplitFiles) else source
@@ -211,9 +203,11 @@ class _Form:
         self._is_by_label = scoring == "label"
         self._template = _template(path, f"template {scoring}", config.template[scoring])
         continuation = config.continuation
-        self._continuation = continuation and _template(path, "continuation", continuation)
+        self._continuation = None
+        if continuation is not None:
+            self._continuation = _template(path, "continuation", continuation)
         self._choices = _reader(path, "choices", config.choices)
-        self._labels = config.labels and _reader(path, "labels", config.labels)
+        self._labels = None if config.labels is None else _reader(path, "labels", config.labels)
         self._answer = _reader(path, "answer", config.answer)
 
     def ask(self, row: Row, task: str, index: int) -> ChoiceQuestion:
