@@ -98,16 +98,6 @@ def test_a_new_adapter_gets_the_weights_of_the_old_one(stored):
     assert all(torch.equal(own[name], tensor) for name, tensor in old.tensors().items())
 
 
-def test_weights_that_would_be_used_otherwise_are_refused(stored):
-    method, path = stored
-    host = toy_host()
-    new = host.add("new", changed(METHODS[method], alpha=60))
-    with pytest.raises(
-        ConfigError, match=r"start_from needs an adapter with the job's own .*scaling"
-    ):
-        load_start(host, new, path)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "setting"),
     [

@@ -109,23 +109,6 @@ def test_a_run_whose_memory_runs_out_ends_with_the_same_weights(memory, tmp_path
         assert relative_error(weights[1][name], whole) < 1e-5, name
 
 
-@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
-def test_halves_keep_pairs_together(settings):
-    part = add_job(toy_host(), toy_config("a", batch_size=5, **settings)).micro_batch()
-    halves = part.halves()
-    size = len(part.window.examples[0].rows)
-    pairs = [part.examples[start : start + size] for start in range(0, 5 * size, size)]
-    kept = [
-        half.examples[start : start + size]
-        for half in halves
-        for start in range(0, len(half.examples), size)
-    ]
-    assert sorted(map(str, map(list, kept))) == sorted(map(str, map(list, pairs)))
-    assert [len(half.examples) for half in halves] == [3 * size, 2 * size]
-    keys = dict(zip(part.examples, part.sample_keys, strict=True))
-    assert all(keys[e] == k for h in halves for e, k in zip(h.examples, h.sample_keys, strict=True))
-
-
 @pytest.fixture
 def small_machine(monkeypatch):
     """A machine of 6100 bytes of which each layer takes 2 bytes a token until a forward is over."""

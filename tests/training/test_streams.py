@@ -82,13 +82,3 @@ def test_rows_that_changed_where_the_stream_stands_are_refused(inputs, tmp_path)
     file.write_text(text + lines[0])
     with pytest.raises(loraloom.ConfigError, match="job plain: examples"):
         loraloom.train(run, resume=True)
-
-
-def test_a_bad_row_ends_its_own_job_where_a_snapshot_comes_before_it(inputs, tmp_path):
-    rows = (inputs / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "bad.jsonl").write_text("\n".join([*rows[:8], "{}", *rows[8:]]))
-    run = settings(inputs, tmp_path / "out")
-    run["jobs"][0]["data"] |= {"dataset": str(tmp_path / "bad.jsonl"), "shuffle_buffer": 4}
-    bad, good = loraloom.train(run)  # a step has four rows, and each is followed by a snapshot
-    assert (bad.status, bad.steps, good.status) == ("failed", 2, "finished")
-    assert "bad.jsonl, line 9: " in bad.error

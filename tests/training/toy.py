@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.config.text import read_json
 from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
@@ -96,7 +98,7 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
 
 def read_result(directory: Path) -> JobResult:
     """Read a job's result.json."""
-    return JobResult.read(directory)
+    return TypeAdapter(JobResult).validate_python(read_json(directory / "result.json"))
 
 
 def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:

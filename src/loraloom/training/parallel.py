@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +26,7 @@ from loraloom.training.step.optimizers import rehearse
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A process among those that were started together, and among those on its machine."""
 
     rank: int = 0

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 
-from loraloom.config.text import read_json
 from loraloom.durable import write_json
 
 RESULT_FILE = "result.json"
@@ -73,11 +72,3 @@ class JobResult:
     def write(self, directory: Path) -> None:
         """Write result.json."""
         write_json(directory / RESULT_FILE, asdict(self))
-
-    @staticmethod
-    def read(directory: Path) -> JobResult:
-        """Read result.json; an OSError or ValueError says that it is missing or damaged."""
-        return _RESULT.validate_python(read_json(directory / RESULT_FILE))
-
-
-_RESULT = TypeAdapter(JobResult)

@@ -65,7 +65,7 @@ class MicroBatch:
         # The longest come first: of packed examples, every other one makes halves of equal size.
         if self.max_row_length is not None:
             cut = (starts[::2], starts[1::2])
-        return [replace(self._subset(half), is_last=False) for half in cut]
+        return [self._subset(half) for half in cut]
 
     def share(self, rank: int, num_ranks: int) -> MicroBatch:
         """Return what one of several ranks computes: every so-many-th example."""
