@@ -1,4 +1,4 @@
-"""What became of a job: result.json, which one class writes and reads."""
+"""What became of a job: result.json, and the same in checkpoints."""
 
 from __future__ import annotations
 
