@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -259,19 +259,24 @@ def _encode_once(
 
 
 def _as_record(row: EncodedRow) -> dict[str, str]:
-    # JSON, as its lists of numbers are read faster than Arrow's
-    pieces = [(one.input_ids, [label != NO_LOSS for label in one.labels]) for one in row.pieces]
+    # JSON, as its lists of numbers are read faster than Arrow's; labels as where they are learnt
+    pieces: list[Any] = []
+    for piece in row.pieces:
+        marks = [False, *(label != NO_LOSS for label in piece.labels), False]
+        edges = [place for place, (a, b) in enumerate(pairwise(marks)) if a != b]
+        pieces.append([piece.input_ids, edges])
     return {"row": json.dumps([pieces, *row[1:]])}
 
 
 def _from_record(text: str) -> EncodedRow:
     pieces, *rest = json.loads(text)
     examples = []
-    for ids, is_learnt in pieces:
-        # the same objects as ids, as two of each number would double what a data set takes
-        marked = zip(ids, is_learnt, strict=True)
-        labels = tuple(token if learnt else NO_LOSS for token, learnt in marked)
-        examples.append(Example(tuple(ids), labels))
+    for ids, edges in pieces:
+        labels = [NO_LOSS] * len(ids)
+        for begin, end in zip(edges[::2], edges[1::2], strict=True):
+            # the same objects as ids, as two of each number would double what a data set takes
+            labels[begin:end] = ids[begin:end]
+        examples.append(Example(tuple(ids), tuple(labels)))
     return EncodedRow(tuple(examples), *rest)
 
 
