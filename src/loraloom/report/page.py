@@ -28,14 +28,7 @@ from loraloom.report.jobs import Job, read_runs
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
 """Where a cell's color changes: the load as a multiple of an even share."""
 
-_FAULTS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    jinja2.TemplateError,
-)
+_BAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError)
 """What comes of files that are damaged."""
 
 _CLASSES = {"topics": "topic", "token_classes": "kind of token"}
@@ -49,7 +42,7 @@ def make_page(
     read = {path.name: read_evaluation(path) for path in evaluations}
     try:
         return _render(jobs, read, now or datetime.now(UTC))
-    except _FAULTS as error:
+    except _BAD as error:
         files = ", ".join(map(str, [*runs, *evaluations]))
         raise DataError(f"the tables in {files} are not whole: {error}") from error
 
