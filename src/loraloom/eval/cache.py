@@ -101,6 +101,7 @@ class ScoreCache:
             if all(map(math.isfinite, values))
         }
         rows = [(*key, json.dumps(values)) for key, values in finite.items()]
+        # another process may have kept the same scores since this one began
         insert = "INSERT OR REPLACE INTO scores VALUES (?, ?, ?)"
         self._scores.update(finite)
         try:
@@ -205,6 +206,7 @@ def computation_key(host: Host) -> dict[str, Any]:
 def adapter_digest(adapter: Adapter) -> str:
     """Hash an adapter's settings and weights as they are now, with SHA-256."""
     digest = hashlib.sha256(adapter.config.model_dump_json().encode())
+    # by name, as the order in which parameters were made is no part of what they compute
     for name, tensor in sorted(adapter.tensors().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -97,6 +97,7 @@ def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -
             results.setdefault(name, {})[task.name] = result
     figure = lambda one: one.get("loss", one.get("accuracy"))  # noqa: E731
     figures = {t.name: {n: figure(of[t.name]) for n, of in results.items()} for t in scores}
+    # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all
     found = [(task, *pair, task.compare(*pair)) for task in scores for pair in pairs]
     adjusted = holm([one.p_value for *_, one in found])
     comparisons = [

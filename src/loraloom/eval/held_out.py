@@ -149,6 +149,7 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
     """Sum up how well adapters predict rows: losses of each, summed over its tokens, in nats."""
     lengths = np.asarray(data.num_tokens, dtype=np.float64)
     sums = np.column_stack([np.asarray(of_rows) for of_rows in losses.values()])
+    # of all adapters from the same resamples: ten thousand draws are what takes time
     intervals = zip(losses, sums.T, ratio_intervals(sums, lengths), strict=True)
     results: dict[str, TaskResult] = {}
     for name, column, interval in intervals:

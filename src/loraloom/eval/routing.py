@@ -122,6 +122,7 @@ class _AdapterTally:
         one = torch.ones((), dtype=torch.int32)
         for layer, counts in self.word_counts.items():
             chosen = routing[layer].selected_experts[:, : self.num_chosen].cpu()  # (T, K)
+            # adds up where a token stands in several places, which += would count once
             counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
 
     def summarise(self) -> AdapterRouting:

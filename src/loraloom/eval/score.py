@@ -199,10 +199,8 @@ def summarise(scores: Sequence[QuestionScore]) -> TaskResult:
 
 
 def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
-    """Compute the share of questions that the best constant answer gets right: a label or a text.
-
-    A text is no answer where the choices differ in their contexts.
-    """
+    """Compute the share of questions that the best constant label, or text, gets right."""
+    # choices that differ in their contexts have one text, which answers nothing
     asked = [one for one in questions if len(set(one.continuations)) > 1]
     labels = Counter(question.labels[question.gold] for question in questions)
     texts = Counter(question.continuations[question.gold] for question in asked)

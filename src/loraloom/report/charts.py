@@ -78,6 +78,7 @@ class Chart:
         lines = [line for axes in self.figure.axes for line in axes.lines]
         words = list(dict.fromkeys(str(line.get_label()) for line in lines))
         (box,) = re.findall(r'viewBox="[^"]*"', svg)
+        # what comes before is a document's head and matplotlib's own style
         body = _styled(svg[svg.index("</defs>") + len("</defs>") :])
         for place, line in enumerate(lines, start=1):
             title = f"<g><title>{escape(str(line.get_label()))}</title>"

@@ -89,6 +89,7 @@ class Answers:
         return adapter and (weakref.ref(adapter), adapter_digest(adapter))
 
     def _compute(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
+        # lm-eval asks for one kind at a time
         if requests and not isinstance(requests[0], Completion):
             yield from self._score(requests, bar)
             return
@@ -119,6 +120,7 @@ def _group_by_context(requests: list[Any]) -> list[list[Any]]:
     num_tokens: Counter[Any] = Counter()
     for context, continuation in requests:
         num_tokens[context] += len(continuation)
+        # a context of very many continuations is read several times, in rows of bounded length
         part = num_tokens[context] // _TOKENS_BESIDE_CONTEXT
         groups.setdefault((context, part), []).append((context, continuation))
     return [*groups.values()]
