@@ -6,7 +6,6 @@ import pytest
 
 from loraloom.data.tasks import QuestionSet
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets
 from loraloom.eval.results import read_evaluation
 from loraloom.eval.score import score_accuracy
@@ -75,13 +74,6 @@ def test_what_is_written_is_read_by_the_same_type(host, tiny_tokenizer, tmp_path
     assert f"({host.base.fingerprint}) in float64" in text
     with pytest.raises(ConfigError, match=r"must end in \.json, \.csv, \.md, got"):
         evaluation.write(tmp_path / "result.txt")
-
-
-def test_kept_scores_are_counted(host, tiny_tokenizer, tmp_path):
-    for count in (0, len(some_questions())):
-        cache = ScoreCache(tmp_path, host, ["lora"])
-        found = evaluate(host, tiny_tokenizer, [TOY], ["lora"], cache=cache)
-        assert found.num_cached_scores == count
 
 
 def test_a_diverged_adapter_is_an_error(tiny_tokenizer):

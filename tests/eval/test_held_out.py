@@ -19,7 +19,7 @@ from loraloom.eval.held_out import (
     parse_source,
     row_scores,
 )
-from tests.eval.scoring import limit_rows, scoring_host
+from tests.eval.scoring import scoring_host
 from tests.tiny import METHODS
 
 INSTRUCTIONS = [
@@ -118,14 +118,6 @@ def test_kept_losses_are_not_computed_again(host, tiny_tokenizer, instructions, 
     )
     assert again.results == first.results
     assert again.num_cached_scores == len(INSTRUCTIONS)
-
-
-def test_memory_that_runs_out_changes_nothing(host, tiny_tokenizer, instructions, monkeypatch):
-    whole = evaluate_loss(host, tiny_tokenizer, instructions).results
-    limit_rows(monkeypatch, 3)
-    parted = evaluate_loss(host, tiny_tokenizer, instructions).results
-    for name, by_task in whole.items():
-        assert parted[name]["held_out"]["loss"] == pytest.approx(by_task["held_out"]["loss"])
 
 
 def test_rows_have_their_places_and_those_that_do_not_fit_are_told(host, tiny_tokenizer, data_of):

@@ -31,21 +31,6 @@ def results(tasks):
     return evaluate_adapters(scoring_host(), build_tokenizer(), tasks, EVERYBODY, **OPTIONS)
 
 
-def numbers(results, task):
-    figures = results["results"][task].items()
-    return {key: value for key, value in figures if isinstance(value, float)}
-
-
-@pytest.mark.parametrize("name", [None, "mixdora"])
-def test_adapters_together_are_as_alone(results, tasks, tiny_tokenizer, name):
-    alone = evaluate_adapters(scoring_host(), tiny_tokenizer, tasks, [name], **OPTIONS)[name]
-    for task in TASKS:
-        for key, value in numbers(alone, task).items():
-            assert results[name]["results"][task][key] == pytest.approx(value, rel=1e-6)
-        pairs = zip(alone["samples"][task], results[name]["samples"][task], strict=True)
-        assert all(one["arguments"] == other["arguments"] for one, other in pairs)
-
-
 def test_examples_are_the_same_for_every_adapter(tiny_tokenizer, toy_tasks):
     tiny_tokenizer.chat_template = (
         "<bos>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
