@@ -38,11 +38,13 @@ def test_a_run_is_shown_with_its_defaults(run_file, capsys):
     assert shown["jobs"][0]["train"]["micro_batch_size"] == 16
 
 
-def test_what_is_shown_is_the_same_run(run_file, tmp_path, capsys):
-    assert main(["config", "show", str(run_file)]) == 0
+@pytest.mark.parametrize("name", ["a", "'08'", "'1e5'", "'yes'"])
+def test_what_is_shown_is_the_same_run(run_file, tmp_path, capsys, name):
+    changes = [f"jobs.0.name={name}", "jobs.0.train.learning_rate=1e-5"]
+    assert main(["config", "show", str(run_file), "--set", changes[0], "--set", changes[1]]) == 0
     again = tmp_path / "again.yaml"
     again.write_text(capsys.readouterr().out)
-    assert load_run_config(again) == load_run_config(run_file)
+    assert load_run_config(again) == load_run_config(run_file, changes)
 
 
 def test_faults_are_listed_with_code_2(run_file, capsys):

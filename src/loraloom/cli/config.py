@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 
-import yaml
+from ruamel.yaml import YAML
 
 from loraloom.cli.options import LocalPath, Sets
 from loraloom.training.settings import load_run_config
@@ -25,7 +26,11 @@ def show(run_file: LocalPath, /, *, overrides: Sets | None = None) -> None:
     """
     run = load_run_config(run_file, overrides or ())
     settings = run.model_dump(mode="json")
-    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
+    # written as run files are read: a name like 08 has quotes in YAML 1.2 alone
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.allow_unicode = False, True
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    yaml.dump(settings, sys.stdout)
     if run.sweep is not None:
         print(f"# The sweep's {run.sweep.num_jobs} jobs:")
         for trial in run.trials:
