@@ -234,6 +234,7 @@ class Engine:
                 self._scheduler.remove(row)
             for row in [row for row in self._to_score if self._is_over(row)]:
                 self._to_score.remove(row)
+        # here, as no forward uses what was prepared of them between two steps
         for adapter in gone:
             self._runner.forget(adapter)
         self._leave([row for row in self._served if self._is_over(row)])
@@ -317,6 +318,7 @@ class Engine:
         error = _attempt("rows could not be decoded", partial(self._runner.decode, record))
         if error is not None:
             return self._recover(error)
+        # they went well together, so none of them is suspected any more
         self._scheduler.clear(rows)
         for row in rows:
             self._scheduler.charge(row.share, 1)
@@ -454,6 +456,7 @@ class Engine:
         row.seconds = time.monotonic() - row.request.arrived_s
         self._mean_s += 0.1 * (row.seconds - self._mean_s)
         self.on_end(row)
+        # last, as the adapter may be removed with it
         row.on_gone()
 
     def _fit_prefixes(self) -> None:

@@ -160,6 +160,7 @@ class Runner:
 
     def take_apart(self, served: Sequence[Row]) -> list[Row]:
         rows, self.rows, self.session = self.rows, [], None
+        # what failed may have left weights half prepared
         self._prepare_anew(served, set())
         return rows
 

@@ -91,6 +91,7 @@ class TokenChooser:
             self._processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self._processors.append(TopPLogitsWarper(sampling.top_p))
+        # a generator of its own leaves torch's global numbers alone
         key = sample_key(sampling.seed, 0, row)
         self._generator = torch.Generator(device).manual_seed(key)
 

@@ -204,6 +204,7 @@ class ServedAdapters:
             return True
         idle = [one for one in lazy if one.num_users == 0]
         num_wanted = len({name for name, _ in self._waiters})
+        # those in use stay for who uses them; who asks for them next waits in line
         for adapter in idle[:1] or lazy[: max(0, num_wanted - num_leaving)]:
             self._let_go(self._served.pop(adapter.name))
         return bool(idle)
@@ -228,6 +229,7 @@ class ServedAdapters:
             host_name = f"{name[:90]}.{next(self._versions)}"
         if sum(size for _, size, *_ in _files_of(str(directory))) > self._max_bytes:
             raise self._no_memory(name)
+        # not in the pool's own thread, which would keep OpenMP's helpers
         load = partial(self._host.load, host_name, directory)
         await asyncio.to_thread(run_apart, load)
         adapter = ServedAdapter(name, host_name, source, files, is_lazy)

@@ -1,7 +1,11 @@
-"""What `loraloom serve --engine vllm` hands on."""
+"""What `loraloom serve --engine vllm` hands on, and vLLM itself where a Python has both."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -86,3 +90,21 @@ def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(vllm, "vllm_version", lambda: "0.99.0")
     vllm.register()
     assert "knows vLLM 0.32, this is 0.99.0: mixtures can't be served" in caplog.text
+
+
+PYTHON = os.environ.get("LORALOOM_VLLM_PYTHON", "")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON, reason="LORALOOM_VLLM_PYTHON names no Python with vLLM")
+def test_mixtures_loras_and_the_base_say_in_one_batch_what_they_say_here():
+    ran = subprocess.run(
+        [PYTHON, "-m", "benchmarks.vllm_plugin", "check", "--families", "llama"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads(ran.stdout.splitlines()[-1])["equal"]

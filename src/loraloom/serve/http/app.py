@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import threading
 import time
@@ -242,11 +241,9 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
 def find_below(root: Path, text: str) -> str | None:
     """Find a directory below another one; None if there is none, or links lead out of it."""
     root = root.resolve()
-    path = Path(os.path.normpath(root / text))
     try:
-        if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
-            return None
-        files = [file.resolve() for file in path.iterdir()]
+        path = (root / text).resolve(strict=True)
+        files = [path, *(file.resolve() for file in path.iterdir())]
     except (OSError, RuntimeError, ValueError):  # a file, a circle of links, no path at all
         return None
     return str(path) if all(file.is_relative_to(root) for file in files) else None

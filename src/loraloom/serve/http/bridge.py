@@ -169,6 +169,7 @@ class Exchange(ABC):
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._num_open = 0
+        # nothing else reads from the connection while the engine works
         self._gone = asyncio.create_task(self._until_disconnected())
         self._gone.add_done_callback(self._end)
 

@@ -54,6 +54,7 @@ class ConnectionLimits:
             object.__setattr__(self, "max_connections", min(room, 1024))
 
 
+# whatever changes what is awaited of a client goes through four methods of uvicorn
 def _and_watch(method: Callable[..., None]) -> Callable[..., None]:
     def watched(self: _Connection, *args: Any) -> None:
         method(self, *args)
