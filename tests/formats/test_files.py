@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import describe, read_adapter, write_adapter
+from loraloom.formats import describe, hub, read_adapter, write_adapter
 from loraloom.formats.files import read_stored
 from tests.formats.tiny import llama_base, make_tensors
 
@@ -105,6 +105,16 @@ def test_a_path_that_is_not_there_is_an_error(tmp_path, base):
         read_adapter(tmp_path / "nowhere", base)
     with pytest.raises(FormatError, match="there is no"):
         read_adapter("../owner/nowhere", base)
+
+
+def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
+    def offline(*args, **kwargs):
+        raise OSError("outgoing traffic has been disabled")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", offline)
+    with pytest.raises(FormatError, match=r"no directory here, .*outgoing traffic.*check the name"):
+        read_adapter("owner/adapter", base)
 
 
 def test_another_shape_is_an_error_that_names_the_tensor(saved):

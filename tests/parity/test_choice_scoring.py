@@ -6,13 +6,43 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
 from tests.generation.saved import save_tiny
-from tests.parity.plain_arc import load, read_rows, score
 
 TOLERANCE = 1e-4
+
+
+def ask(row: dict, scoring: str) -> tuple[str, list[str], list[int]]:
+    """Prompt, continuations and what to divide their log-likelihoods by."""
+    texts, labels = row["choices"]["text"], row["choices"]["label"]
+    if scoring == "text":
+        prompt = f"Question: {row['question']}\nAnswer:"
+        return prompt, [" " + text for text in texts], [len(text) for text in texts]
+    listed = " ".join(f"({label}) {text}" for label, text in zip(labels, texts, strict=True))
+    prompt = (
+        f"Please choose the correct answer to the question: {row['question']} {listed}\nAnswer:"
+    )
+    return prompt, [" " + label for label in labels], [1] * len(labels)
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, prompt: str, continuation: str) -> float:
+    ids = tokenizer(prompt + continuation, return_tensors="pt")["input_ids"]
+    start = len(tokenizer(prompt)["input_ids"])
+    log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+    return float(log_probs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+
+
+def score(model, tokenizer, row: dict, scoring: str) -> list[float]:
+    prompt, continuations, lengths = ask(row, scoring)
+    return [
+        log_likelihood(model, tokenizer, prompt, continuation) / length
+        for continuation, length in zip(continuations, lengths, strict=True)
+    ]
 
 
 def evaluated(base_model: str, data: Path, scoring: str, limit: int, lines: Path) -> list[dict]:
@@ -42,8 +72,10 @@ def arc_easy(shared_dir, monkeypatch) -> Path:
 @pytest.mark.parametrize("scoring", ["label", "text"])
 def test_a_tiny_model_answers_as_in_plain_transformers(arc_easy, tmp_path, scoring):
     base = save_tiny(tmp_path, max_position_embeddings=1024) / "base"
-    model, tokenizer = load(str(base))
-    rows = read_rows(arc_easy / "test.jsonl", limit=40)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lines = (arc_easy / "test.jsonl").read_text().splitlines()[:40]
+    rows = [json.loads(line) for line in lines]
     plain = [score(model, tokenizer, row, scoring) for row in rows]
     answers = evaluated(str(base), arc_easy, scoring, 40, tmp_path / "lines.jsonl")
     assert_same_answers(answers, rows, plain)
