@@ -314,7 +314,8 @@ def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:
         found = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
         rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(found), None))
         shape = (len(tokens), *table.shape[1:])
-        if rows is None or rows.shape != shape or max(tokens, default=0) >= len(table):
+        are_rows = all(0 <= token < len(table) for token in tokens)
+        if rows is None or rows.shape != shape or not are_rows:
             raise files.error(
                 f"`trainable_token_indices` must name a row of {path}{_TABLE} for each row of "
                 f"{path}{_TOKENS}, got {len(tokens)} tokens"
