@@ -7,7 +7,7 @@ K slots of a token, S columns of an A product, n rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -330,6 +330,12 @@ class SampleTokens:
     num_tokens: int
     expert_group: int = 0
     """Of the experts that are meant for its kind of data, 0 or 1."""
+
+
+Records = Sequence[LayerRouting]
+"""What routers did in one forward, an entry for each."""
+Samples = Sequence[SampleTokens] | None
+"""Whose tokens records hold, in their order; None where nobody knows."""
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,17 @@ Axes: T tokens, E experts, K slots of a token (all experts).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, SampleTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
 from loraloom.adapters.method import MAX_NUMBER, Projection
 from loraloom.config.fields import CheckInfo
 from loraloom.routing.losses import AddUp, whole
-from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import Hybrid, tsallis_entropy
 
 
@@ -68,10 +66,7 @@ class DynMoleConfig(MixtureConfig):
         return RoutedProjection(base, self, self.num_experts, route, dtype, seed)
 
     def auxiliary_loss(
-        self,
-        routing: Sequence[LayerRouting],
-        samples: Sequence[SampleTokens] | None = None,
-        add_up: AddUp = whole,
+        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:
         """Compute the losses on entropy and load, over the tokens of all routers together."""
         if not routing:

@@ -5,14 +5,14 @@ Axes: T tokens, I in_features, E experts, K slots of a token, R rank, S = E·R.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, SampleTokens, SegmentTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, kaiming_uniform
@@ -20,7 +20,6 @@ from loraloom.adapters.method import MAX_NUMBER, AdapterConfig
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import AddUp, router_loss, whole
-from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import Dense, Route, Switch, TopK, TopP, router_logits
 
 ExpertCount = Annotated[int, Field(ge=1, le=2**10)]
@@ -89,10 +88,7 @@ class RouterLossConfig(StrictModel):
     """Load over all routers together, as the reference has it, or the mean of each one's loss."""
 
     def auxiliary_loss(
-        self,
-        routing: Sequence[LayerRouting],
-        samples: Sequence[SampleTokens] | None = None,
-        add_up: AddUp = whole,
+        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:
         if not routing:
             return None

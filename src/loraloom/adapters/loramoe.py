@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, SampleTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples, SampleTokens
 from loraloom.adapters.experts import (
     ExpertCount,
     MixtureConfig,
@@ -23,7 +23,6 @@ from loraloom.adapters.experts import (
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
 from loraloom.adapters.method import MAX_NUMBER, Adapter, Projection
 from loraloom.routing.losses import AddUp, whole
-from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import Dense
 
 
@@ -72,10 +71,7 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
         return RoutedProjection(base, config, self.num_experts, Dense(), dtype, seed)
 
     def auxiliary_loss(
-        self,
-        routing: Sequence[LayerRouting],
-        samples: Sequence[SampleTokens] | None = None,
-        add_up: AddUp = whole,
+        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:
         """Compute the balancing constraint, the mean over routers."""
         if not routing or self.balance_coef == 0:

@@ -30,7 +30,8 @@ from loraloom.adapters.base import (
     BaseProjection,
     FfnRows,
     MoeFfn,
-    SampleTokens,
+    Records,
+    Samples,
     SegmentTokens,
 )
 from loraloom.adapters.keys import Shape, TensorKey, Weights
@@ -42,7 +43,6 @@ from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
 from loraloom.routing.losses import AddUp, whole
-from loraloom.routing.record import LayerRouting
 
 MAX_RANK, MAX_NUMBER = 2**16, 1e6
 """Bounds far from what anybody trains, so that a slip or malice ends in a message."""
@@ -194,16 +194,13 @@ class AdapterConfig(StrictModel, ABC):
         return self.experts_per_router > 0
 
     def auxiliary_loss(
-        self,
-        routing: Sequence[LayerRouting],
-        samples: Sequence[SampleTokens] | None = None,
-        add_up: AddUp = whole,
+        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:
         """Compute what the method adds to the objective, with its coefficient; None for nothing.
 
         Args:
-            routing: The record of one forward, an entry for each router.
-            samples: Whose tokens these are, in their order; None where nobody knows.
+            routing: The records of one forward.
+            samples: Whose tokens these are.
             add_up: Adds a tensor up over everybody who has a part of the micro-batch.
         """
         return None
@@ -437,10 +434,7 @@ class Adapter(nn.Module, ABC):
         )
 
     def auxiliary_loss(
-        self,
-        routing: Sequence[LayerRouting],
-        samples: Sequence[SampleTokens] | None = None,
-        add_up: AddUp = whole,
+        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:
         """Compute what is added to the objective; see `AdapterConfig.auxiliary_loss`."""
         return self.config.auxiliary_loss(routing, samples, add_up)

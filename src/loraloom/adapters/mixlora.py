@@ -20,7 +20,8 @@ from loraloom.adapters.base import (
     BaseProjection,
     FfnRows,
     MoeFfn,
-    SampleTokens,
+    Records,
+    Samples,
     SegmentTokens,
 )
 from loraloom.adapters.experts import ExpertCount, Router, RoutingConfig, check_has_experts
@@ -42,7 +43,6 @@ from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
 from loraloom.routing.losses import AddUp, balance_by_bias, whole
-from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import Route, router_logits, top_k_routing
 
 
@@ -285,10 +285,7 @@ class MixLoraAdapter(Adapter):
         return MoeFfn(self.router(layer).detach(), top_k, weight)
 
     def auxiliary_loss(
-        self,
-        routing: Sequence[LayerRouting],
-        samples: Sequence[SampleTokens] | None = None,
-        add_up: AddUp = whole,
+        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:
         loss = super().auxiliary_loss(routing, samples, add_up)
         for record in routing:
