@@ -58,7 +58,8 @@ class LoraloomConfig(PeftConfig):
         else:
             self.adapter = _checked(adapter)
         self.seed = seed
-        super().__init__(**{"task_type": _TASK} | fields)
+        defaults: dict[str, Any] = {"task_type": _TASK}
+        super().__init__(**defaults | fields)
         if self.task_type not in (_TASK, None):
             raise ConfigError(f"task_type must be {_TASK}, got {self.task_type!r}")
         self.peft_type = getattr(PeftType, _TYPE)
@@ -152,7 +153,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         has_router = any(adapter.config.experts_per_router > 0 for adapter in active)
         return with_auxiliary_loss(config) if has_router else config
 
-    def _pre_injection_hook(self, model: nn.Module, *_: Any) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.host = Host(model)
         layers = model.modules()
         is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
@@ -283,7 +284,9 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         return {f"{_PREFIX}adapters.{name}.{key}": value for key, value in state.items()}
 
     @classmethod
-    def _get_adapter_state_dict(cls, *, model: Any, adapter_name: str, state_dict: Any, **_: Any):
+    def _get_adapter_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
+    ) -> dict[str, Tensor]:
         return model.base_model._stored(adapter_name, state_dict)
 
     @classmethod
@@ -291,7 +294,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         return key
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         return model.base_model._load(adapter_name, state_dict)

@@ -99,7 +99,11 @@ class ForwardContext:
         updates = []
         for part in known[2]:
             side = None if part is None else part[0].projections.get(place.name)
-            updates.append((None, None) if side is None else (side.rank_input(*part[1:]), side))
+            if part is None or side is None:
+                updates.append((None, None))
+            else:
+                _, low_rank, rows, tokens = part
+                updates.append((side.rank_input(low_rank, rows, tokens), side))
         return updates
 
     def _attention_part(

@@ -183,7 +183,8 @@ class PreparedWeights:
         if key not in self._plans:
             parts = self._parts(rows, length, dtype)
             # assigned behind it, as a change of a stack empties the plans
-            self._plans[key] = parts and make_plan(parts, rows, length, device)
+            plan = None if parts is None else make_plan(parts, rows, length, device)
+            self._plans[key] = plan
         self._plans.move_to_end(key)
         if len(self._plans) > MAX_PLANS:
             self._plans.popitem(last=False)
