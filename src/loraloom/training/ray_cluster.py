@@ -42,6 +42,7 @@ def connected(address: str) -> Iterator[ModuleType]:
     try:
         import ray
         import ray.exceptions
+        from ray._private import worker
     except ImportError as error:
         raise ConfigError(
             "--ray needs Ray, which is not installed: pip install 'loraloom[ray]'"
@@ -51,7 +52,6 @@ def connected(address: str) -> Iterator[ModuleType]:
     if is_ours:
         _connect(ray, address)
     # What Ray says of lost workers stays off the terminal: the run says so, and Ray's logs too.
-    worker: Any = ray._private.worker
     printed, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
     try:
         yield ray
@@ -106,7 +106,7 @@ def _check_reachable(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -59,7 +59,7 @@ class _Calls(Progress):
         self.calls.append(("update", name, total_steps, replace(position)))
 
     @override
-    def rank(self, *_: Any) -> None:
+    def rank(self, *_: Any, **__: Any) -> None:
         pass
 
 
