@@ -77,7 +77,19 @@ class RoundRunner:
             if halves and self.max_tokens is not None and tokens > self.max_tokens:
                 waiting += halves[::-1]
                 continue
-            outcome = self._try([batch for _, batch in group], tokens)
+            batches = [batch for _, batch in group]
+            adapters = [batch.adapter for batch in batches]
+            outcome: list[MicroBatchLoss] | Exception | None = None  # memory ran out
+            try:
+                with gradients_set_aside(adapters), self._watching(adapters, tokens):
+                    outcome = forward_backward(self._host, batches, self._pad_id)
+            except torch.OutOfMemoryError:
+                pass
+            except Exception as error:
+                outcome = error
+            # Only now is the error gone, which held on to the activations.
+            if outcome is None:
+                free_memory()
             if isinstance(outcome, list):
                 for (place, _), loss in zip(group, outcome, strict=True):
                     losses[place] += loss
@@ -101,22 +113,6 @@ class RoundRunner:
         complete = [b.adapter for i, b in enumerate(micro_batches) if b.is_last and i not in errors]
         sum_gradients(self._host.ranks, complete)
         return [errors.get(place, loss) for place, loss in enumerate(losses)]
-
-    def _try(
-        self, batches: Sequence[MicroBatch], tokens: int
-    ) -> list[MicroBatchLoss] | Exception | None:
-        """Return what a forward gives or raises; None where memory runs out."""
-        adapters = [batch.adapter for batch in batches]
-        try:
-            with gradients_set_aside(adapters), self._watching(adapters, tokens):
-                return forward_backward(self._host, batches, self._pad_id)
-        except torch.OutOfMemoryError:
-            pass
-        except Exception as error:
-            return error
-        # The error, which holds on to the activations, is gone by now.
-        free_memory()
-        return None
 
     @cached_property
     def _uncounted(self) -> int:

@@ -93,6 +93,7 @@ def train(
     launch = read_launch()
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     options = {"resume": resume, "overwrite": overwrite}
+    is_sharded = run.parallel.base == "fsdp" and launch.size > 1
     if ray is not None:
         given = {"--watch": watch, "base": base, "between_steps": between_steps}
         given["torchrun"] = launch if launch.size > 1 else None
@@ -101,7 +102,7 @@ def train(
         from loraloom.training.workers import train_with_ray  # it needs Ray
 
         return train_with_ray(run, ray, ray_workers, progress=progress, command=command, **options)
-    if run.parallel.base == "fsdp" and launch.size > 1 and (base or run.quantization):
+    if is_sharded and (base or run.quantization):
         raise ConfigError(
             "parallel.base: fsdp takes a base model apart as it is loaded, in floating point, got "
             f"{'quantization' if base is None else 'one that is loaded: `base`'}; leave that out, "
@@ -111,7 +112,6 @@ def train(
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
     check_run(run, directory, launch.size, **options)
     with ExitStack() as stack:
-        is_sharded = run.parallel.base == "fsdp" and launch.size > 1
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None and ranks.is_first:
             stack.enter_context(sole_trainer(watch.path))
@@ -131,35 +131,23 @@ def train(
             directory.check(**options)
             directory.prepare([job.name for job in run.all_jobs])
         setup.begin()
-        return _run(setup, ranks, stack, sweep, between_steps, watch)
-
-
-def _run(
-    setup: Setup,
-    ranks: Ranks,
-    stack: ExitStack,
-    sweep: Sweep | None,
-    between_steps: BetweenSteps | None,
-    watch: WatchOptions | None,
-) -> list[JobResult]:
-    """Train, and let a sweep, a caller and a directory act between two rounds."""
-    callbacks: list[Callable[[Engine], None]] = []
-    if sweep is not None:
-        if ranks.is_first:
+        if sweep is not None and ranks.is_first:
             sweep.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
-        callbacks.append(setup.lead.between_steps(sweep.between_steps))
-    if between_steps is not None:
-        callbacks.append(lambda engine: between_steps(engine, setup.engine.builder))
-    # The last one, as it may wait.
-    if watch is not None:
-        inbox = Inbox(watch, setup.lead, setup.progress.message)
-        if ranks.is_first:
-            stack.callback(inbox.close)
-        callbacks.append(setup.lead.between_steps(inbox.between_steps))
-    results = setup.engine.run(*callbacks)
-    if sweep is not None and ranks.is_first:
-        sweep.show(is_over=True)
-    return results
+        actions = [one for one in (sweep, watch and _inbox(setup, watch, stack)) if one is not None]
+        callbacks = [setup.lead.between_steps(one.between_steps) for one in actions]
+        if between_steps is not None:
+            callbacks.insert(0, lambda engine: between_steps(engine, setup.engine.builder))
+        results = setup.engine.run(*callbacks)
+        if sweep is not None and ranks.is_first:
+            sweep.show(is_over=True)
+        return results
+
+
+def _inbox(setup: Setup, watch: WatchOptions, stack: ExitStack) -> Inbox:
+    inbox = Inbox(watch, setup.lead, setup.progress.message)
+    if setup.engine.host.ranks.is_first:
+        stack.callback(inbox.close)
+    return inbox
 
 
 def check_run(
