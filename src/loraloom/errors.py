@@ -17,8 +17,8 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable
 
+# Characters of a message; what is longer is cut.
 MAX_MESSAGE = 4000
-"""Characters of a message; what is longer is cut."""
 
 
 class _Shown(reprlib.Repr):

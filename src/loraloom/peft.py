@@ -31,10 +31,10 @@ from loraloom.models.host import Host
 from loraloom.models.view import Rows, TakesCheckpointing, with_auxiliary_loss
 
 _TYPE, _TASK = "LORALOOM", "CAUSAL_LM"
+# Of the tensors of adapters in a PEFT model's state.
 _PREFIX = "base_model.loraloom."
-"""Of the tensors of adapters in a PEFT model's state."""
+# Fields of PEFT's that the configuration has too.
 _FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
-"""Fields of PEFT's that the configuration has too."""
 
 
 @dataclass(init=False)

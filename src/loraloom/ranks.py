@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# How long a rank waits for the others, while one writes a checkpoint for example.
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others, while one writes a checkpoint for example."""
 
 
 class RankLost(BaseException):

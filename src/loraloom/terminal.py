@@ -16,8 +16,8 @@ from rich.text import Text
 
 from loraloom.errors import plain
 
+# Characters between two columns.
 _PADDING = 2
-"""Characters between two columns."""
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:

@@ -20,6 +20,8 @@ from loraloom.adapters.smora import SmoraConfig
 from loraloom.adapters.vera import VeraConfig
 from loraloom.errors import ConfigError
 
+# The methods. To add one, import its configuration above and name it here; see also
+# `register_method`.
 CONFIGS: list[type[AdapterConfig]] = [
     LoraConfig,
     MixLoraConfig,
@@ -31,15 +33,13 @@ CONFIGS: list[type[AdapterConfig]] = [
     DynMoleConfig,
     SmoraConfig,
 ]
-"""The methods. To add one, import its configuration above and name it here; see also
-`register_method`."""
 
+# What a base model of an unknown type is tried with; experts do nothing until they are trained.
 TRIALS: Mapping[str, AdapterConfig] = {
     "attention": LoraConfig(rank=4, alpha=8, target_modules="attention"),
     "ffn": LoraConfig(rank=4, alpha=8, target_modules="ffn"),
     "mixture": MixLoraConfig(rank=2, num_experts=2, top_k=1),
 }
-"""What a base model of an unknown type is tried with; experts do nothing until they are trained."""
 
 
 def any_method() -> Any:

@@ -22,8 +22,8 @@ from loraloom.ranks import own_part, whole
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import beyond_capacity
 
+# About how many numbers of a quantised weight are dequantised at a time.
 _BLOCK_NUMBERS = 1 << 22
-"""About how many numbers of a quantised weight are dequantised at a time."""
 
 
 class QuantisedWeight(ABC):
@@ -332,10 +332,10 @@ class SampleTokens:
     """Of the experts that are meant for its kind of data, 0 or 1."""
 
 
+# What routers did in one forward, an entry for each.
 Records = Sequence[LayerRouting]
-"""What routers did in one forward, an entry for each."""
+# Whose tokens records hold, in their order; None where nobody knows.
 Samples = Sequence[SampleTokens] | None
-"""Whose tokens records hold, in their order; None where nobody knows."""
 
 
 @dataclass(frozen=True)

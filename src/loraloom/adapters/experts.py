@@ -101,13 +101,13 @@ class RouterLossConfig(StrictModel):
         )
 
 
+# The routing that each setting belongs to.
 _ROUTING_OF = {
     "top_k": "top_k",
     "top_p": "top_p",
     "temperature": "top_p",
     "expert_capacity": "switch",
 }
-"""The routing that each setting belongs to."""
 
 
 class RoutingConfig(RouterLossConfig, MixtureConfig):

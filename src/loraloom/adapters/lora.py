@@ -28,8 +28,8 @@ from loraloom.adapters.method import (
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.ops.low_rank import dora_norms
 
+# Initialisations that PEFT computes.
 PEFT_STARTS = ("orthogonal", "pissa", "olora")
-"""Initialisations that PEFT computes."""
 
 _Index = Annotated[int, Field(ge=0)]
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]

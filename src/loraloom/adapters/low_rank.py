@@ -73,8 +73,8 @@ class LowRankConfig(AdapterConfig):
         return super().description() | own | {"rank_stabilized": self.rank_stabilized}
 
 
+# From a projection of the base model and its layer to the weights on it.
 Build = Callable[[BaseProjection, BaseLayer], Projection]
-"""From a projection of the base model and its layer to the weights on it."""
 
 
 class LowRankAdapter(Adapter):

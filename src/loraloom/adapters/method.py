@@ -44,8 +44,8 @@ from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
 from loraloom.routing.losses import AddUp, whole
 
+# Bounds far from what anybody trains, so that a slip or malice ends in a message.
 MAX_RANK, MAX_NUMBER = 2**16, 1e6
-"""Bounds far from what anybody trains, so that a slip or malice ends in a message."""
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 TargetGroup = Literal["all-linear", "attention", "ffn"]

@@ -21,10 +21,10 @@ from loraloom.adapters.keys import Shape, is_meant
 from loraloom.adapters.method import AdapterConfig
 from loraloom.errors import AdapterError
 
+# What the names of such tensors begin with.
 MODULES, TOKENS = "modules.", "tokens."
-"""What the names of such tensors begin with."""
+# The settings, which are called so in all files.
 OWN_FIELDS = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
-"""The settings, which are called so in all files."""
 
 
 @dataclass(frozen=True)

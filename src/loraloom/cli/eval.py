@@ -31,6 +31,7 @@ from loraloom.formats.hub import find_adapter
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.terminal import make_console, print_tables
 
+# Options that only some kinds of evaluation read.
 _ONLY = {
     ("--harness",): "harness_include num_fewshot apply_chat_template",
     ("--dataset",): "format template chat_template field on_empty beta max_length",
@@ -38,7 +39,6 @@ _ONLY = {
     ("--task", "--harness"): "data",
     ("--task", "--dataset"): "split compare cache no_cache ray",
 }
-"""Options that only some kinds of evaluation read."""
 
 
 class EvalRun(HostOptions, RayOptions):

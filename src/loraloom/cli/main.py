@@ -28,6 +28,7 @@ from loraloom.errors import ConfigError, LoraloomError, plain, shown
 _HELP = "Train, evaluate and run mixtures of LoRA experts and plain adapters on one base model."
 _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
+# Verb -> its function, as `file:name` of this package, and its line of --help.
 VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "quickstart": ("quickstart:quickstart", "Train two LoRAs and a mixture, and compare them."),
     "train": ("train:train", "Train the adapters of a run file together."),
@@ -43,13 +44,12 @@ VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "config show": ("config:show", "Check a run file and print all its settings."),
     "data show": ("data:show", "Print the first rows of jobs as tokens."),
 }
-"""Verb -> its function, as `file:name` of this package, and its line of --help."""
 
+# Verb with verbs of its own -> its help.
 GROUPS = {
     "config": "Run files: their schema, and one in full.",
     "data": "What a run's jobs learn from.",
 }
-"""Verb with verbs of its own -> its help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from loraloom.models.host import Host
 
+# What files and options call the base model.
 BASE = "base"
-"""What files and options call the base model."""
 
 
 def _read_path(kind: Any, tokens: Sequence[Token]) -> Any:
@@ -34,15 +34,15 @@ def _check_path(path: Path, info: CheckInfo) -> Path:
     return local_path(path, str(info.field_name))
 
 
+# A path that the system can be asked about.
 LocalPath = Annotated[Path, Parameter(converter=_read_path), AfterValidator(_check_path)]
-"""A path that the system can be asked about."""
 
 LocalPaths = Annotated[
     list[Annotated[Path, AfterValidator(_check_path)]], Parameter(converter=_read_path)
 ]
 
+# A text, which may look like an option.
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
-"""A text, which may look like an option."""
 
 Sets = Annotated[
     list[str],

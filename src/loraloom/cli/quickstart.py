@@ -50,8 +50,8 @@ _CAUTION = """\
 A difference that isn't well beyond both says nothing. And this is one task on a tiny model:
 docs/when_a_mixture.md has where a mixture pays, and how to find out on yours."""
 
+# Weights of each method.
 Sizes = Mapping[str, int]
-"""Weights of each method."""
 
 
 class QuickstartOptions(StrictModel):

@@ -21,11 +21,11 @@ from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.adapters import ServedAdapters
 from loraloom.serve.process import bound_memory, is_loopback, read_keys, run_apart
 
+# Options that vLLM heeds too.
 _OF_BOTH = {
     *("base_model", "adapter", "adapter_dir", "max_adapters", "host", "port", "api_key_file"),
     *("no_api_key", "allow_loading", "cors_origin", "max_rows", "dtype", "engine"),
 }
-"""Options that vLLM heeds too."""
 
 
 class ServeOptions(HostOptions):

@@ -23,8 +23,8 @@ from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 
+# Adapters in a command; of a sweep the best ones.
 MAX_ADAPTERS = 8
-"""Adapters in a command; of a sweep the best ones."""
 
 
 class TrainOptions(RayOptions):

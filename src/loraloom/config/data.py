@@ -35,13 +35,13 @@ TaskName = Literal[
 Scoring = Literal["label", "text"]
 DataFormat = Literal["instruction", "chat", "text", "preference"]
 
+# What a row of each format is made of: the keys that `fields` may map to columns.
 FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
     "chat": ("messages", "tools", "system"),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
 }
-"""What a row of each format is made of: the keys that `fields` may map to columns."""
 
 _ALPACA = """\
 Below is an instruction that describes a task\
@@ -62,8 +62,8 @@ _PLAIN = """\
 {% if input %}{{ input }}
 {% endif %}"""
 
+# Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`.
 PROMPT_TEMPLATES = {"alpaca": _ALPACA, "plain": _PLAIN}
-"""Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`."""
 
 _CONVERSATION_OF_INSTRUCTIONS = (
     "{% set ns = namespace(system='') %}{% for message in messages %}"
@@ -82,11 +82,11 @@ _BEGINNING = (
 _OF_DATASETS = ("config", "format", "template", "chat_template", "fields", "on_empty")
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
 
+# Rows of a stream that are shuffled together, where no other number is given.
 SHUFFLE_BUFFER = 1000
-"""Rows of a stream that are shuffled together, where no other number is given."""
 
+# Of `skills@N`.
 MAX_LANDS = 600
-"""Of `skills@N`."""
 
 
 def is_task_file(task: str) -> bool:
@@ -132,12 +132,12 @@ def _check_task(task: str) -> str:
     )
 
 
+# A task's name, or the .yaml file of a task of one's own.
 TaskReference = Annotated[
     str,
     AfterValidator(_check_task),
     WithJsonSchema({"anyOf": [{"enum": [*get_args(TaskName)]}, {"type": "string"}]}),
 ]
-"""A task's name, or the .yaml file of a task of one's own."""
 
 
 class PromptForm(StrictModel):

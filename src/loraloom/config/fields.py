@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 else:  # pydantic's protocol can't be tested for at run time, as tests do
     CheckInfo = Any
 
+# Of one message.
 MAX_FAULTS = 30
-"""Of one message."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+# Names of peft and transformers that difflib would not find ours by.
 _RENAMED = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -40,8 +41,8 @@ _RENAMED = {
     "model_name_or_path": "base_model",
     "torch_dtype": "dtype",
 }
-"""Names of peft and transformers that difflib would not find ours by."""
 
+# pydantic's words, and those of run files.
 _WORDS = {
     "Input should be": "must be",
     "greater than or equal to": "at least",
@@ -55,7 +56,6 @@ _WORDS = {
     "a valid dictionary": "a mapping",
     "Field required": "must be given, it is missing",
 }
-"""pydantic's words, and those of run files."""
 
 
 class StrictModel(BaseModel):

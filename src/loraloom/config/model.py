@@ -16,15 +16,15 @@ from loraloom.config.fields import StrictModel, checked, did_you_mean
 from loraloom.config.text import parse_yaml
 from loraloom.errors import ConfigError, shown
 
+# Number format of the base model's weights and of the low-rank products.
 Dtype = Literal["float32", "bfloat16", "float16"]
-"""Number format of the base model's weights and of the low-rank products."""
 
+# Number format of the base model's weights as it is asked for; auto: as the checkpoint has them,
+# but bfloat16 in place of float16 where the device computes in it.
 BaseDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-"""Number format of the base model's weights as it is asked for; auto: as the checkpoint has them,
-but bfloat16 in place of float16 where the device computes in it."""
 
+# How transformers computes attention.
 AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
-"""How transformers computes attention."""
 
 
 _WIDE = ("float32", "float64")
@@ -85,13 +85,13 @@ class TorchAo(StrictModel):
 
 AnyQuantization = BitsAndBytes4bit | BitsAndBytes8bit | TorchAo
 
+# What usual settings go by.
 _NAMED: dict[str, AnyQuantization] = {
     "nf4": BitsAndBytes4bit(),
     "int8": BitsAndBytes8bit(),
     "torchao-int8": TorchAo(),
     "torchao-int4": TorchAo(quant_type="int4_weight_only"),
 }
-"""What usual settings go by."""
 
 
 def _spelled_out(value: Any) -> Any:
@@ -118,6 +118,7 @@ def _read_quantization(_: object, tokens: tuple[Token, ...]) -> str:
     return tokens[0].value
 
 
+# A name, or a library's settings.
 QuantizationConfig = Annotated[
     Annotated[AnyQuantization, Field(discriminator="quant_method")],
     BeforeValidator(
@@ -126,7 +127,6 @@ QuantizationConfig = Annotated[
         | dict[str, Any],
     ),
 ]
-"""A name, or a library's settings."""
 
 
 class _Section(StrictModel):

@@ -15,14 +15,14 @@ from ruamel.yaml.error import MarkedYAMLError
 from loraloom.config.fields import describe_faults
 from loraloom.errors import ConfigError, LoraloomError, shown
 
+# Of a YAML document whose aliases are written out.
 MAX_VALUES = 100_000
-"""Of a YAML document whose aliases are written out."""
 
+# Of a file that is read as a whole, unless its reader says less.
 MAX_FILE_BYTES = 2**28
-"""Of a file that is read as a whole, unless its reader says less."""
 
+# Of a file of settings.
 MAX_SETTINGS_BYTES = 1_000_000
-"""Of a file of settings."""
 
 _Config = TypeVar("_Config", bound=BaseModel)
 

@@ -31,12 +31,12 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_KEYS = ("role", "content", "name")
+# Roles, and what a message of each may have.
 _KEYS = {
     **dict.fromkeys(("system", "developer", "user"), _TEXT_KEYS),
     "assistant": (*_TEXT_KEYS, "tool_calls", *_REASONING),
     "tool": (*_TEXT_KEYS, "tool_call_id"),
 }
-"""Roles, and what a message of each may have."""
 
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),

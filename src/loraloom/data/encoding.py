@@ -29,11 +29,11 @@ from loraloom.data.templates import ChatTemplate, Conversation
 from loraloom.data.tokens import NO_LOSS, EncodedRow, Example
 from loraloom.errors import DataError
 
+# Rows from which on reading tokens is worth a file.
 MIN_ROWS = 5000
-"""Rows from which on reading tokens is worth a file."""
 
+# Rows that are encoded, and read, at once.
 _BLOCK = 1000
-"""Rows that are encoded, and read, at once."""
 
 Item = TypeVar("Item")
 

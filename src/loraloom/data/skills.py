@@ -29,20 +29,20 @@ LAST_SYLLABLES = (
     "dan mir tos vel gan rek lum sho bir nax dor pel tin wug zem fos hal kor lin mav"
 ).split()
 
+# The part of each group's facts, in shuffled order, that a split gets.
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
-"""The part of each group's facts, in shuffled order, that a split gets."""
 
+# Most questions of a skill at its home in a split.
 QUESTIONS_PER_SKILL = {"train": 480, "validation": 72, "test": 72}
-"""Most questions of a skill at its home in a split."""
 
+# Most questions of a skill in each of many lands.
 QUESTIONS_IN_A_LAND = {"train": 48, "validation": 8, "test": 8}
-"""Most questions of a skill in each of many lands."""
 
+# A question, its right answer, and the wrong ones.
 Asked = tuple[str, str, tuple[str, ...]]
-"""A question, its right answer, and the wrong ones."""
 
+# Puts a rule's answers in the order in which a land gives them out.
 Arrange = Callable[[Sequence[Any]], tuple[Any, ...]]
-"""Puts a rule's answers in the order in which a land gives them out."""
 
 
 class Skill(NamedTuple):

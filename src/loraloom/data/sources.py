@@ -29,8 +29,8 @@ from loraloom.config.text import local_path, parse_json
 from loraloom.errors import DataError, shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# Fields of a row, faults or rows that a message names.
 _MAX_NAMES = 20
-"""Fields of a row, faults or rows that a message names."""
 
 
 class EmptyAnswerError(DataError):
@@ -326,8 +326,8 @@ def read_rows(found: Path | HubSource, split: str = "") -> list[Row]:
     return rows
 
 
+# A place in a stream, in plain values.
 StreamState = dict[str, Any]
-"""A place in a stream, in plain values."""
 
 
 class RowStream:

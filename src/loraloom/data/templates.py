@@ -25,27 +25,27 @@ from loraloom.config.text import local_path, read_text
 from loraloom.data.sources import Row
 from loraloom.errors import DataError, shown
 
+# Today, for templates in training, as in Llama 3.2's by default: the same rows are the same tokens
+# tomorrow, and the same ones are held out.
 TRAINING_DAY = date(2024, 7, 26)
-"""Today, for templates in training, as in Llama 3.2's by default: the same rows are the same tokens
-tomorrow, and the same ones are held out."""
 
+# In place of a template: the one that trl has for training with the tokenizer's.
 TRL = "trl"
-"""In place of a template: the one that trl has for training with the tokenizer's."""
 
+# A text, and where in it the answers begin and end, in characters.
 Marked = tuple[str, list[tuple[int, int]]]
-"""A text, and where in it the answers begin and end, in characters."""
 
+# `role` and `content`; `tool_calls` and `reasoning_content` where an assistant's turn has them.
 Message = dict[str, Any]
-"""`role` and `content`; `tool_calls` and `reasoning_content` where an assistant's turn has them."""
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
 
+# Alpaca's and Dolly's names for the parts of an instruction row.
 _INSTRUCTION_COLUMNS = (
     {"instruction": "instruction", "input": "input", "output": "output"},
     {"instruction": "instruction", "input": "context", "output": "response"},
 )
-"""Alpaca's and Dolly's names for the parts of an instruction row."""
 
 
 class Conversation(NamedTuple):

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.errors import DataError
 
+# Label of a token that is read but not learnt.
 NO_LOSS = -100
-"""Label of a token that is read but not learnt."""
 
+# Tokens of a prompt that decide how the text of its completion begins.
 NUM_BEFORE = 4
-"""Tokens of a prompt that decide how the text of its completion begins."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class PreferencePair:
         return (self.chosen, self.rejected)
 
 
+# What a batch is counted in.
 TrainingExample = Example | PreferencePair
-"""What a batch is counted in."""
 
 
 def count_labels(example: Example) -> int:

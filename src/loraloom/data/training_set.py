@@ -26,8 +26,8 @@ from loraloom.data.sources import Row, StreamState
 from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
 from loraloom.errors import DataError
 
+# Blocks that are kept: jobs with the same data may be in several.
 MAX_BLOCKS = 4
-"""Blocks that are kept: jobs with the same data may be in several."""
 
 
 @dataclass(frozen=True)

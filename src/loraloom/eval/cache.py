@@ -34,14 +34,14 @@ from loraloom.formats.hub import find_adapter
 from loraloom.models.host import Host
 from loraloom.models.quantization import stored_weights
 
+# Raise it with every change of the code that may change a log-likelihood.
 SCORING_VERSION = 1
-"""Raise it with every change of the code that may change a log-likelihood."""
 
 FILE_NAME = "scores.sqlite3"
 
 _LOCK_TIMEOUT_S = 60
+# By the bytes of a number.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of a number."""
 
 _SCHEMA = """
 PRAGMA journal_mode = DELETE; -- WAL needs memory that all processes share, so one machine
@@ -51,13 +51,13 @@ CREATE TABLE IF NOT EXISTS scores (
 ) WITHOUT ROWID;
 """
 
+# Of a question's choices.
 LogLikelihoods = tuple[float, ...]
-"""Of a question's choices."""
 
 Result = TypeVar("Result")
 
+# Of a question's choices: what the model reads, and what is scored.
 Tokens = Sequence[TokenPair]
-"""Of a question's choices: what the model reads, and what is scored."""
 
 
 def default_cache_directory() -> Path:

@@ -38,13 +38,13 @@ from loraloom.training.settings import DpoConfig, TrainConfig
 
 _SUFFIXES = re.compile(r"(\.(json|jsonl|csv|txt|parquet))?(\.gz)?$", re.IGNORECASE)
 
+# Longest row in tokens, as in training by default.
 MAX_LENGTH = TrainConfig.model_fields["max_length"].default
-"""Longest row in tokens, as in training by default."""
 
 BETA = DpoConfig.model_fields["beta"].default
 
+# Loss from which on a perplexity, 4e38, says nothing.
 MAX_EXPONENT = 89
-"""Loss from which on a perplexity, 4e38, says nothing."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from loraloom.durable import write_file
 
+# A step and what was measured there.
 Point = tuple[int | float, int | float]
-"""A step and what was measured there."""
 
 Curve = Sequence[Point]
 

@@ -25,20 +25,20 @@ from loraloom.eval import tables
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# What results call the base model.
 BASE = "base"
-"""What results call the base model."""
 
+# Of the file. A field that goes or changes its meaning raises it, a new one does not.
 SCHEMA_VERSION = 1
-"""Of the file. A field that goes or changes its meaning raises it, a new one does not."""
 
+# What is compared: of accuracies more is better, of losses (in nats a token) less.
 Metric = Literal["accuracy", "loss"]
-"""What is compared: of accuracies more is better, of losses (in nats a token) less."""
 
 Fields = dict[str, Any]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+# As much as float32 holds.
 Number = Annotated[float, Field(ge=-1e39, le=1e39, allow_inf_nan=False)]
-"""As much as float32 holds."""
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 

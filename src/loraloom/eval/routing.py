@@ -28,15 +28,15 @@ from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting, RouterName
 
 NUM_WORDS = 12
+# Choices that a token is taken to have made before, as all tokens do; rare ones count less.
 WORD_PRIOR = 10
-"""Choices that a token is taken to have made before, as all tokens do; rare ones count less."""
 MAX_EXAMPLE_TOKENS = 160
 TOKEN_CLASSES = ("start of a word", "rest of a word", "number", "sign", "space")
 
+# What tokenizers write in front of a token that begins a word.
 _SPACES = "Ġ▁ "
-"""What tokenizers write in front of a token that begins a word."""
+# White space as byte-level tokenizers write it, and as it is.
 _BLANKS = "ĊĉĠčĩ▁ \n\t\r"
-"""White space as byte-level tokenizers write it, and as it is."""
 
 
 class RoutingTally:

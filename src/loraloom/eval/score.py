@@ -32,11 +32,14 @@ from loraloom.generation.scoring import (
 )
 from loraloom.models.host import Host
 
+# Takes the places of items that are done.
 Advance = Callable[[Sequence[int]], None]
-"""Takes the places of items that are done."""
 
 _ARC = ("1", "2", "3", "4", "A", "B", "C", "D", "E")
 
+# What MoE-PEFT asks for in each task, whether a question has such a choice or not; from its
+# `moe_peft/tasks/qa_tasks.py`. (It also cuts long prompts on the right, where the answer's cue is;
+# that is not repeated.)
 MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
     "arc_easy": _ARC,
     "arc_challenge": _ARC,
@@ -47,9 +50,6 @@ MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
     "hellaswag": ("A", "B", "C", "D"),
     "winogrande": ("A", "B"),
 }
-"""What MoE-PEFT asks for in each task, whether a question has such a choice or not; from its
-`moe_peft/tasks/qa_tasks.py`. (It also cuts long prompts on the right, where the answer's cue is;
-that is not repeated.)"""
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ from loraloom.eval.results import BASE, PairedComparison
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 
+# Contestants, besides the base model, of whom all pairs are compared without being asked for.
 MAX_FOR_ALL_PAIRS = 4
-"""Contestants, besides the base model, of whom all pairs are compared without being asked for."""
 
+# By a question's place: its hash, and whether it was answered right.
 _Answers = dict[int, tuple[str, bool]]
-"""By a question's place: its hash, and whether it was answered right."""
 
 Pair = tuple[str, str]
 

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".json", ".csv", ".md")
 
+# What tables call the answer that is the same to every question, the most frequent right one.
 CONSTANT = "constant answer"
-"""What tables call the answer that is the same to every question, the most frequent right one."""
 MARK = "†"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
 
+# Of what is compared: the unit of differences, how many of it make one, and decimals.
 _UNITS = {"accuracy": ("points", 100, 1), "loss": ("nats a token", 1, 4)}
-"""Of what is compared: the unit of differences, how many of it make one, and decimals."""
 
+# Of the data frame, those that there are.
 _COLUMNS = (
     "adapter", "task", "split", "group", "accuracy", "loss", "stderr", "low", "high", "perplexity",
     "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
 )  # fmt: skip
-"""Of the data frame, those that there are."""
 
 
 def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:

@@ -17,8 +17,8 @@ from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 
+# What parts are counted as, where they aren't a LoRA's or an expert's.
 _KINDS = {"router": "router", "router_bias": "router", "magnitude": "magnitudes"}
-"""What parts are counted as, where they aren't a LoRA's or an expert's."""
 
 
 @dataclass(frozen=True)

@@ -27,23 +27,23 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 SIDECAR_WEIGHTS = "mixlora_model.safetensors"
+# axolotl's files that are read beside these; the latter has the run's settings.
 SIDECAR_SETTINGS = ("config.yml", "config.yaml")
-"""axolotl's files that are read beside these; the latter has the run's settings."""
+# All that an adapter may be read from.
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, SIDECAR_WEIGHTS, *SIDECAR_SETTINGS)
-"""All that an adapter may be read from."""
 
+# What would be read instead of new files, or beside them.
 _STALE_FILES = (PICKLE_FILE, SIDECAR_WEIGHTS)
-"""What would be read instead of new files, or beside them."""
+# All that saving an adapter replaces.
 SAVED_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
-"""All that saving an adapter replaces."""
+# Age at which files that lie aside are no longer being written by anybody.
 _ABANDONED_S = 3600.0
-"""Age at which files that lie aside are no longer being written by anybody."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+# What trainers keep beside an adapter: states, and whole models under transformers' names.
 _NO_PART = re.compile(
     r"(optimizer|scheduler|sampler|scaler|training_args|rng_state|random_states|dl_state_dict)\w*\.\w+"
     r"|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"
 )
-"""What trainers keep beside an adapter: states, and whole models under transformers' names."""
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

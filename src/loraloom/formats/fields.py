@@ -32,6 +32,7 @@ from loraloom.formats.disk import CONFIG_FILE, AdapterFiles
 
 Settings = dict[str, Any]
 
+# PEFT's names of a LoRA's settings by ours.
 LORA_FIELDS = {
     "rank": "r",
     "alpha": "lora_alpha",
@@ -39,7 +40,6 @@ LORA_FIELDS = {
     "rank_stabilized": "use_rslora",
     "weight_decomposition": "use_dora",
 }
-"""PEFT's names of a LoRA's settings by ours."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class _Table:
     moe_peft_fault: Callable[[Any], str | None] | None = None
 
 
+# Those of a table's fields that files must have.
 _REQUIRED = ("r", "lora_alpha", "num_experts")
-"""Those of a table's fields that files must have."""
 
 
 def read_settings(
@@ -143,22 +143,22 @@ _READ = {
     *LORA_FIELDS.values(),
     *"alpha_pattern bias layers_pattern layers_to_transform rank_pattern target_modules".split(),
 }
+# Fields that don't change what the saved tensors compute, or are looked at elsewhere.
 _NO_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
     "exclude_modules inference_mode init_lora_weights loftq_config lora_ga_config megatron_core "
     "modules_to_save peft_type peft_version qalora_group_size revision task_type "
     "trainable_token_indices".split()
 )
-"""Fields that don't change what the saved tensors compute, or are looked at elsewhere."""
+# Initialisations that stay an adapter's: PEFT's files mean the base without the last two.
 _READ_STARTS = ("gaussian", "pissa", "olora")
-"""Initialisations that stay an adapter's: PEFT's files mean the base without the last two."""
+# Those that files name; of an orthogonal one trained weights know nothing, which is computed.
 _NAMED_STARTS = (*_READ_STARTS, "orthogonal")
-"""Those that files name; of an orthogonal one trained weights know nothing, which is computed."""
+# A tensor of each adapted module.
 _MODULE = re.compile(
     r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
     r"\.lora_A(?:\.weight)?$"
 )
-"""A tensor of each adapted module."""
 
 
 def _read_lora(files: AdapterFiles) -> Settings:
@@ -179,7 +179,7 @@ def _read_lora(files: AdapterFiles) -> Settings:
         for match in map(_MODULE.match, files.tensors)
         if match is not None
     }
-    settings = {"init": start if start in _READ_STARTS else "kaiming"}
+    settings: dict[str, Any] = {"init": start if start in _READ_STARTS else "kaiming"}
     for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         patterns = files.section(name)
         # What is no regular expression is left for the configuration to name.
@@ -260,17 +260,17 @@ def _write_vera(config: Any, base: BaseInfo) -> Settings:
 
 # MixLoRA. MoE-PEFT refuses a dropout of 0, which loraloom writes as it is.
 
+# Fields that MoE-PEFT reads but doesn't save; files have them if people write them.
 _TRAINING_FIELDS = {
     "router_init_range": "router_init_std",
     "jitter_noise": "router_jitter",
     "router_aux_loss_coef": "router_aux_loss_coef",
     "router_z_loss_coef": "router_z_loss_coef",
 }
-"""Fields that MoE-PEFT reads but doesn't save; files have them if people write them."""
+# Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files.
 _ROUTINGS = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
-"""Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files."""
+# What stands for any number of tokens in the reference's files.
 _NO_CAPACITY = 2**20
-"""What stands for any number of tokens in the reference's files."""
 
 
 def _read_mixlora(files: AdapterFiles) -> Settings:
@@ -386,6 +386,7 @@ def _same(names: str) -> dict[str, str]:
 
 _UNDECOMPOSED = {ours: name for ours, name in LORA_FIELDS.items() if ours != "weight_decomposition"}
 
+# The methods that other libraries store.
 TABLES: dict[str, _Table] = {
     LoraConfig.peft_type: _Table(
         LORA_FIELDS,
@@ -425,12 +426,11 @@ TABLES: dict[str, _Table] = {
         read=_read_dynmole,
     ),
 }
-"""The methods that other libraries store."""
 
+# Projections on which MoE-PEFT's mixtures have experts.
 FFN_NAMES = frozenset(
     "gate_proj up_proj down_proj fc1 fc2 gate_up_proj dense_h_to_4h dense_4h_to_h".split()
 )
-"""Projections on which MoE-PEFT's mixtures have experts."""
 _KNOWN_NAMES = FFN_NAMES | set("q_proj k_proj v_proj o_proj dense qkv_proj".split())
 
 

@@ -60,12 +60,12 @@ _EXPERT = re.compile(
     r"(gate|up|down)_lora_([ab])\.weight"
 )
 _FFN = ("gate_proj", "up_proj", "down_proj")
+# Ours of training, by their names in the run's YAML.
 _TRAINING_FIELDS = {
     "mixlora_router_aux_loss_coef": "router_aux_loss_coef",
     "mixlora_router_init_range": "router_init_std",
     "mixlora_jitter_noise": "router_jitter",
 }
-"""Ours of training, by their names in the run's YAML."""
 
 
 def adopted(files: AdapterFiles) -> AdapterFiles:

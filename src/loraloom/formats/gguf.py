@@ -25,6 +25,7 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.method import Adapter
 from loraloom.errors import AdapterError
 
+# llama.cpp's name of a family's architecture.
 _ARCHITECTURES = {
     **{name: name for name in ("llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2")},
     **{name: name for name in ("granite", "stablelm", "smollm3")},
@@ -33,9 +34,8 @@ _ARCHITECTURES = {
     "phi": "phi2",
     "gpt_neox": "gptneox",
 }
-"""llama.cpp's name of a family's architecture."""
+# Families whose q and k llama.cpp rotates by neighbouring rows, not by halves of a head.
 _PAIRED = ("llama", "mistral", "granite", "smollm3")
-"""Families whose q and k llama.cpp rotates by neighbouring rows, not by halves of a head."""
 _FILE_TYPES = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),

@@ -14,7 +14,7 @@ from loraloom.formats.disk import ADAPTER_FILES, CARD_FILE, check_all_read
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 # The first is that of the HTTP client, which huggingface_hub has changed: no connection, say.
-_ERRORS = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
+_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
 
 
 def find_adapter(path_or_hub_id: str | Path) -> Path:

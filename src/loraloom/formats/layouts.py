@@ -39,13 +39,14 @@ from loraloom.errors import FormatError, plain, shown
 from loraloom.formats.disk import CONFIG_FILE, AdapterFiles, names_in
 from loraloom.formats.fields import read_settings, write_fields
 
+# Version of what loraloom adds to files; those with a higher one are refused.
 RECORD_VERSION = 1
-"""Version of what loraloom adds to files; those with a higher one are refused."""
+# What `inspect` calls the layouts.
 LABELS = {"peft": "peft", "reference": "moe-peft", "native": "loraloom"}
-"""What `inspect` calls the layouts."""
 
 _PREFIX = "base_model.model."
 _LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+# How names end by our parts, in a layout or for a method; native ones are as they are.
 _ENDINGS: dict[str, dict[str, str]] = {
     "peft": {**_LORA, "magnitude": "lora_magnitude_vector"},
     "VERA": {
@@ -59,7 +60,6 @@ _ENDINGS: dict[str, dict[str, str]] = {
         "router_bias": "moe_gate_bias.weight",
     },
 }
-"""How names end by our parts, in a layout or for a method; native ones are as they are."""
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _TABLE = ".token_adapter.base_layer.weight"
 _WHOLE = re.compile(r"(?:\w+\.)*(?!lora_|vera_)\w+\.(?:weight|bias)", re.ASCII)

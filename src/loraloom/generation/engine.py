@@ -53,12 +53,12 @@ from loraloom.routing.tally import expert_loads
 
 _log = logging.getLogger(__name__)
 
+# Of this many steps, one counts which experts tokens are sent to.
 ROUTING_STEPS = 16
-"""Of this many steps, one counts which experts tokens are sent to."""
+# Tokens that a row generates at least before it gives way to others.
 MIN_TURN = 16
-"""Tokens that a row generates at least before it gives way to others."""
+# Tokens that are read in about the time in which one is generated.
 READ_PER_TOKEN = 8
-"""Tokens that are read in about the time in which one is generated."""
 
 Failed = tuple[Row, Exception]
 

@@ -28,10 +28,10 @@ from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.models.stacks import PreparedWeights
 from loraloom.routing.record import choices_by_token
 
+# Most adapters, each in each scale, whose weights are kept in compute form.
 MAX_PREPARED = 32
-"""Most adapters, each in each scale, whose weights are kept in compute form."""
+# Tokens of a block.
 BLOCK_TOKENS = 16
-"""Tokens of a block."""
 
 
 class PrefixCache:

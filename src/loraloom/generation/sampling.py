@@ -28,8 +28,8 @@ from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 
 MIN_TEMPERATURE = 0.001
+# Draw from all tokens.
 _ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
-"""Draw from all tokens."""
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 

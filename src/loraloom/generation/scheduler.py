@@ -15,10 +15,10 @@ from typing import Literal
 
 from loraloom.generation.sequence import Row, Share
 
+# Tokens that a row must have room for when it joins others, so that it isn't sent back at once.
 _ROOM = 16
-"""Tokens that a row must have room for when it joins others, so that it isn't sent back at once."""
+# Tokens that one may be ahead of another who has as good as many rows.
 _QUANTUM = 64
-"""Tokens that one may be ahead of another who has as good as many rows."""
 
 PromptCache = Literal["own", "shared", "off"]
 

@@ -28,11 +28,11 @@ from loraloom.routing.record import LayerRouting
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
+# A row's adapter, and what it is to score.
 Request = tuple[RowAdapter, TokenRow]
-"""A row's adapter, and what it is to score."""
 
+# The rows of continuations that belong together, such as the choices of a question.
 Group = Sequence[TokenRow]
-"""The rows of continuations that belong together, such as the choices of a question."""
 
 
 class TokenScores(NamedTuple):

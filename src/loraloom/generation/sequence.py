@@ -26,8 +26,8 @@ from loraloom.routing.record import RouterChoice
 
 _log = logging.getLogger(__name__)
 
+# An end token or a stop text came, or there is no room for more tokens.
 FinishReason = Literal["stop", "length"]
-"""An end token or a stop text came, or there is no room for more tokens."""
 
 
 class RequestError(LoraloomError):
@@ -153,10 +153,10 @@ class Failure:
 
 
 Event = Piece | Failure
+# Takes events, in the engine's thread; it must not block.
 Sink = Callable[[Event], None]
-"""Takes events, in the engine's thread; it must not block."""
+# Told once that the engine has let a request go, and uses its adapter no more.
 OnGone = Callable[[], object]
-"""Told once that the engine has let a request go, and uses its adapter no more."""
 
 
 class Row:

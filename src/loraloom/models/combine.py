@@ -88,12 +88,12 @@ def check_merges(adapter: Adapter) -> None:
 Combination = Literal["linear", "ties", "dare_ties", "svd"]
 _PAIR = {"lora_A", "lora_B"}
 _AVERAGED = {"router", "magnitude"}
+# Settings in which adapters that are combined may differ; those of routers' training too.
 _FREE = {
     *("rank", "alpha", "dropout", "target_modules", "rank_stabilized", "init", "experts"),
     *("shared_expert", "layers", "rank_pattern", "alpha_pattern"),
     *("balance_coef", "balance_delta", "expert_capacity"),
 }
-"""Settings in which adapters that are combined may differ; those of routers' training too."""
 
 
 class _Source(NamedTuple):

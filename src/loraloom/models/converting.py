@@ -26,8 +26,8 @@ from loraloom.formats.layouts import render
 if TYPE_CHECKING:
     from loraloom.models.host import Host
 
+# Whose form: what `Host.save` writes, PEFT's, MoE-PEFT's or axolotl's.
 Program = Literal["native", "peft", "reference", "axolotl"]
-"""Whose form: what `Host.save` writes, PEFT's, MoE-PEFT's or axolotl's."""
 
 _LEAST_DROPOUT = 1e-6  # MoE-PEFT refuses a dropout of 0, and drops at inference as well
 

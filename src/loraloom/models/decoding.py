@@ -23,10 +23,10 @@ from loraloom.models.families import keeps_running_states
 from loraloom.models.layout import RowAdapter
 from loraloom.models.stacks import PreparedWeights
 
+# Most columns behind the last token that are not in use.
 SPARE_TOKENS = 64
-"""Most columns behind the last token that are not in use."""
+# Most rows that are not in use, as a share of those that are, when room for them is made.
 SPARE_ROWS = 0.25
-"""Most rows that are not in use, as a share of those that are, when room for them is made."""
 
 
 class _Room:

@@ -33,10 +33,10 @@ from loraloom.models.quantization import quantised_linears
 
 ExportForm = Literal["moe", "merged", "gguf"]
 _PROBE_LENGTH = 48
+# Most relative error of logits where nothing is rounded to 16 bits.
 _EXACT = 1e-4
-"""Most relative error of logits where nothing is rounded to 16 bits."""
+# Most where weights are, or where the base is quantised, which may round more than weights.
 _ROUNDED = 0.2
-"""Most where weights are, or where the base is quantised, which may round more than weights."""
 
 
 @dataclass(frozen=True)

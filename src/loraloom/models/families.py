@@ -21,8 +21,8 @@ from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
 from loraloom.errors import ModelError
 from loraloom.models.quantization import is_linear, num_parameters, quantised_weight
 
+# The FFN block is no dense one, but a mixture of experts.
 EXPERTS = FfnShape((), "")
-"""The FFN block is no dense one, but a mixture of experts."""
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 

@@ -29,12 +29,12 @@ from loraloom.models.stacks import (
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.routing.record import LayerRouting
 
+# What routers did, by adapter.
 Record = dict[str, list[LayerRouting]]
-"""What routers did, by adapter."""
 
 
+# Of each segment, what a projection's B multiplies, [T, S], and its B side; None: not adapted.
 Updates = Sequence[tuple[Tensor | None, UpProjection | None]]
-"""Of each segment, what a projection's B multiplies, [T, S], and its B side; None: not adapted."""
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from loraloom.models.families import keeps_running_states
 from loraloom.ops.dropout import SampleNoise, SampleSpan
 from loraloom.routing.record import LayerRouting
 
+# Tokens of the samples in each row, from its left.
 SampleLengths = Sequence[Sequence[int]]
-"""Tokens of the samples in each row, from its left."""
+# A row's adapter: its name, its name and a factor of what it adds, or None, the base model.
 RowAdapter = str | tuple[str, float] | None
-"""A row's adapter: its name, its name and a factor of what it adds, or None, the base model."""
+# A batch's adapters; None: the base model for all rows.
 RowAdapters = Sequence[RowAdapter] | None
-"""A batch's adapters; None: the base model for all rows."""
 
 
 def check_takes_packed_rows(config: Any) -> None:

@@ -65,8 +65,8 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# The name of SmolLM2-135M-Instruct as a Python package brings it.
 SMALL_MODEL = "smollm2-135m"
-"""The name of SmolLM2-135M-Instruct as a Python package brings it."""
 
 # What transformers, safetensors and gguf raise at files that are missing, broken or unknown.
 _LOADING_ERRORS = (

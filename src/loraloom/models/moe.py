@@ -28,11 +28,11 @@ from loraloom.errors import AdapterError
 
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Width of a shared expert that adds nothing; vLLM wants some.
 _SILENT_SIZE = 16
-"""Width of a shared expert that adds nothing; vLLM wants some."""
 
+# An index of a tensor.
 Place = tuple[int | slice, ...]
-"""An index of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ _QWEN3 = Twin(
 )
 _SHARED = {f"shared_expert.{name}.weight": "SD" for name in ("gate_proj", "up_proj")}
 
+# From a dense family's `model_type` to the class that computes its mixtures.
 TWINS: dict[str, Twin] = {
     "llama": _MIXTRAL,
     "mistral": _MIXTRAL,
@@ -266,15 +267,14 @@ TWINS: dict[str, Twin] = {
         zeros={"moe_statics.e_score_correction_bias": "1E"},
     ),
 }
-"""From a dense family's `model_type` to the class that computes its mixtures."""
 
+# From a mixture-of-experts class's `model_type` to what tells its checkpoint's names.
 STORED: dict[str, Twin] = {
     "mixtral": _MIXTRAL,
     "qwen2_moe": TWINS["qwen2"],
     "qwen3_moe": _QWEN3,
     "olmoe": _QWEN3,
 }
-"""From a mixture-of-experts class's `model_type` to what tells its checkpoint's names."""
 
 
 def twin_of(model_type: str) -> Twin:

@@ -123,8 +123,8 @@ class AdapterRegistry:
         return None if name is None else (self.adapters[name], scale)
 
 
+# From states after the final norm to logits, [N, V], scaled and soft-capped.
 Head = Callable[[Tensor], Tensor]
-"""From states after the final norm to logits, [N, V], scaled and soft-capped."""
 
 
 class Heads:

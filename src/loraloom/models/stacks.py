@@ -31,17 +31,17 @@ from loraloom.ops.stacked import StackedInput, stack_inputs
 from loraloom.routing.record import LayerRouting
 
 # Above it, blocks of tokens that stay in the processor's cache are faster, as in ops/lean_*.py.
+# Most bytes of all slots' hidden states in a forward that is computed by stacks.
 MAX_HIDDEN_BYTES = 1 << 20
-"""Most bytes of all slots' hidden states in a forward that is computed by stacks."""
+# Plans that are kept: rows come and go in ever new combinations.
 MAX_PLANS = 8
-"""Plans that are kept: rows come and go in ever new combinations."""
 
+# An adapter, and a factor of what it adds to the base model.
 ScaledAdapter = tuple[Adapter, float]
-"""An adapter, and a factor of what it adds to the base model."""
+# The adapter of each row of a batch; None is the base model.
 ScaledRows = Sequence[ScaledAdapter | None]
-"""The adapter of each row of a batch; None is the base model."""
+# From an adapter to what takes its routing; None where nobody asks.
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
-"""From an adapter to what takes its routing; None where nobody asks."""
 
 
 class AttentionPlace(NamedTuple):
@@ -54,8 +54,8 @@ class AttentionPlace(NamedTuple):
 
 
 _Form = TypeVar("_Form")
+# Attention projections that share an input; None for the FFN block.
 _Names = tuple[str, ...] | None
-"""Attention projections that share an input; None for the FFN block."""
 
 
 def outside_autocast(like: Tensor) -> AbstractContextManager[object]:
@@ -160,8 +160,8 @@ class _Stack:
         return slice(min(entries), max(entries) + 1)
 
 
+# Adapters that lie behind one another in a stack.
 _Part = tuple[_Stack, slice]
-"""Adapters that lie behind one another in a stack."""
 
 
 class PreparedWeights:

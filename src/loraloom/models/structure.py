@@ -39,12 +39,12 @@ _FFNS = (
     FfnShape(("fc_in",), "fc_out"),
 )
 _ACTIVATIONS = (*dict.fromkeys(family.activation for family in _ROWS_OF_TABLE), "activation")
+# Fields of a configuration that usually say what becomes of the head's logits.
 _LOGIT_FIELDS = {
     "logit_divisor": "logits_scaling",
     "logit_factor": "logit_scale",
     "logit_softcap": "final_logit_softcapping",
 }
-"""Fields of a configuration that usually say what becomes of the head's logits."""
 
 
 def family_of(model: nn.Module) -> Family:
@@ -153,12 +153,12 @@ def _blocks(layer: nn.Module) -> dict[str, set[str]]:
 
 
 _ROWS, _LENGTH, _READ_FIRST = 2, 8, 5
+# Most relative error of logits in float32.
 _EXACT = 1e-5
-"""Most relative error of logits in float32."""
+# Most in 16 bits, or where weights have fewer; a wrong block is off by about 1.
 _ROUNDED = 0.1
-"""Most in 16 bits, or where weights have fewer; a wrong block is off by about 1."""
+# Of B's numbers: with it an update is about as large as the projection's own output.
 _STD = 0.3
-"""Of B's numbers: with it an update is about as large as the projection's own output."""
 _NAME = "trial"
 
 

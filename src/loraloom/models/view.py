@@ -23,11 +23,11 @@ from loraloom.errors import ModelError
 from loraloom.models.layout import RowAdapter
 from loraloom.models.stacks import outside_autocast
 
+# The argument by which trl asks a model for `aux_loss`.
 _REQUEST = "output_router_logits"
-"""The argument by which trl asks a model for `aux_loss`."""
 _BASE = "base"
+# Arguments of `torch.utils.checkpoint` that say what a host does anyway.
 _CHECKPOINTING_SETTINGS = {"use_reentrant": False, "preserve_rng_state": True}
-"""Arguments of `torch.utils.checkpoint` that say what a host does anyway."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Rows:
         return [adapter for adapter in self.adapters for _ in range(copies)]
 
 
+# What a forward that others make runs in, and what computes its auxiliary loss; None: nothing.
 Visit = tuple[AbstractContextManager[None], Callable[[], Tensor | None]]
-"""What a forward that others make runs in, and what computes its auxiliary loss; None: nothing."""
+# From tokens, mask, rows and the arguments by name, which it may change, to a visit; None where a
+# forward runs already.
 OpenVisit = Callable[[Tensor, Tensor | None, Rows, dict[str, Any]], Visit | None]
-"""From tokens, mask, rows and the arguments by name, which it may change, to a visit; None where a
-forward runs already."""
 
 # The visit of this thread: through which door, and whether its auxiliary loss is asked for.
 _inside: ContextVar[tuple[Door, Visit, bool] | None] = ContextVar("loraloom_inside", default=None)

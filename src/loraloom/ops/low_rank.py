@@ -23,8 +23,8 @@ from torch.nn.functional import embedding
 from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.fused.rows import fused_decompose, is_fused
 
+# From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S].
 Between = Callable[[Tensor, Tensor, Any], Tensor]
-"""From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S]."""
 
 
 @dataclass(frozen=True)

@@ -24,18 +24,18 @@ from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.expert_ffn import FfnWeights, Routing
 from loraloom.ops.low_rank import rows_of_experts, slot_masks
 
+# Most bytes of a piece's hidden states in 16 bits, four times as many in float32: products take
+# most of the time there, and fewer calls save more than the cache.
 PIECE_BYTES = 1 << 21
-"""Most bytes of a piece's hidden states in 16 bits, four times as many in float32: products take
-most of the time there, and fewer calls save more than the cache."""
 
+# Most columns of a group, G·R: in 16 bits, processors multiply so few no faster.
 GROUP_COLUMNS = 64
-"""Most columns of a group, G·R: in 16 bits, processors multiply so few no faster."""
 
+# Rows of a group, in the mean, from which smaller groups cost more calls than they save.
 MIN_GROUP_ROWS = 128
-"""Rows of a group, in the mean, from which smaller groups cost more calls than they save."""
 
+# Slots from which gathering them by group pays.
 MIN_SORTED_SLOTS = 512
-"""Slots from which gathering them by group pays."""
 
 
 @dataclass(frozen=True)

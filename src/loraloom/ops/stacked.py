@@ -26,8 +26,8 @@ from loraloom.ops.expert_ffn import Activation, FfnWeights, are_halves, combine_
 from loraloom.ops.low_rank import Between, InputGroup, UpProjection, decompose
 from loraloom.routing.routes import Route
 
+# From an adapter's place in the stack to the description of its rows.
 TokensOf = Callable[[int], Any]
-"""From an adapter's place in the stack to the description of its rows."""
 
 _Value = TypeVar("_Value")
 
@@ -126,10 +126,9 @@ class StackedSide(Entries):
     by_entry = ("B", "row_scale", "between")
 
 
+# From the base's output projection of a block's hidden states to the block's output, [N·n, D].
+# Where nothing else is asked of it, the output is changed in place and returned.
 Finish = Callable[[Tensor], Tensor]
-"""From the base's output projection of a block's hidden states to the block's output, [N·n, D].
-
-Where nothing else is asked of it, the output is changed in place and returned."""
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from matplotlib.ticker import MaxNLocator
 from loraloom.eval.plots import Curve, Point, smoothed
 from loraloom.report.jobs import Job
 
+# Of the palette; then the lines' dashes change.
 NUM_COLORS = 6
-"""Of the palette; then the lines' dashes change."""
 
 DASHES = ("none", "6 3", "2 2", "8 3 2 3", "12 4")
 MAX_POINTS = 240
+# Characters of an adapter's name beside its interval; a longer one loses its middle.
 MAX_NAME = 26
-"""Characters of an adapter's name beside its interval; a longer one loses its middle."""
 
+# Weight of the past in the running mean of what jumps from step to step.
 SMOOTHING = 0.9
-"""Weight of the past in the running mean of what jumps from step to step."""
 
 _TITLES = {
     "loss": "Training loss",
@@ -48,8 +48,8 @@ _PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
 _WIDTH, _HEIGHT, _ROW = 360, 220, 22
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LETTER = 46, 8, 8, 30, 6.2
 _RULE = "#c0deff"
+# Whatever style is in use: the page brings its own.
 _STYLE: tuple[Any, ...] = ("default", {"svg.fonttype": "none", "path.simplify": False})
-"""Whatever style is in use: the page brings its own."""
 
 
 class Style(NamedTuple):

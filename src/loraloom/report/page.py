@@ -25,11 +25,11 @@ from loraloom.eval.results import (
 from loraloom.report.charts import interval_chart, job_styles, learning_curves
 from loraloom.report.jobs import Job, read_runs
 
+# Where a cell's color changes: the load as a multiple of an even share.
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
-"""Where a cell's color changes: the load as a multiple of an even share."""
 
+# What comes of files that are damaged.
 _BAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError)
-"""What comes of files that are damaged."""
 
 _CLASSES = {"topics": "topic", "token_classes": "kind of token"}
 

@@ -13,25 +13,25 @@ from torch import Tensor
 from loraloom.routing.record import RouterName, describe_router
 from loraloom.routing.tally import effective_number, load_shares
 
+# An expert below this part of its fair share, 1 / E, is unused: at 8 experts 1 choice in 800.
 UNUSED_SHARE = 0.01
-"""An expert below this part of its fair share, 1 / E, is unused: at 8 experts 1 choice in 800."""
 
+# Part of all layers' experts that must be unused for a warning. Single ones are common where the
+# balance loss pools layers: 3 of 240 after 50 steps of a healthy run.
 UNUSED_PART = 0.05
-"""Part of all layers' experts that must be unused for a warning. Single ones are common where the
-balance loss pools layers: 3 of 240 after 50 steps of a healthy run."""
 
+# A layer is collapsed if its effective number of experts is at most this part of the way from
+# top_k, where all tokens choose the same experts, to E, where the load is balanced.
 COLLAPSED_PART = 0.1
-"""A layer is collapsed if its effective number of experts is at most this part of the way from
-top_k, where all tokens choose the same experts, to E, where the load is balanced."""
 
+# With fewer choices a layer is not judged: an unused expert has five of them at most.
 MIN_CHOICES_PER_EXPERT = 500
-"""With fewer choices a layer is not judged: an unused expert has five of them at most."""
 
 _MAX_NAMED = 4
 
 
+# How often each router chose each of its experts.
 Choices = Mapping[RouterName, Sequence[int]]
-"""How often each router chose each of its experts."""
 
 
 def has_enough_choices(choices: Choices) -> bool:

@@ -15,11 +15,11 @@ from torch.nn.functional import one_hot
 
 from loraloom.routing.record import LayerRouting
 
+# Factor of the gradients of biases: too small to count in an adapter's norm.
 _BIAS_GRADIENT = 1e-3
-"""Factor of the gradients of biases: too small to count in an adapter's norm."""
 
+# Adds a tensor up over everybody who has a part of the micro-batch.
 AddUp = Callable[[Tensor], Tensor]
-"""Adds a tensor up over everybody who has a part of the micro-batch."""
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# A layer, and a projection (None for a router of the whole FFN block).
 RouterName = tuple[int, str | None]
-"""A layer, and a projection (None for a router of the whole FFN block)."""
 
 
 def describe_router(router: RouterName) -> str:

@@ -32,8 +32,8 @@ from loraloom.serve.process import run_apart
 
 MAX_DOWNLOADS = 4
 
+# What a directory's files are like: names, sizes, times and inodes.
 Files = frozenset[tuple[str, int, int, int]]
-"""What a directory's files are like: names, sizes, times and inodes."""
 
 
 @dataclass(eq=False)

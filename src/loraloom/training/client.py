@@ -38,13 +38,13 @@ from loraloom.training import store
 from loraloom.training.settings import CpoConfig, DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step import objectives, optimizers, requests
 
+# An objective with its settings, or its name for the defaults.
 ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
-"""An objective with its settings, or its name for the defaults."""
 
 _DEFAULTS = {"sft": SftConfig(), "dpo": DpoConfig(), "cpo": CpoConfig()}
 _STATE = "client"
+# Clients that are not closed: those of one host may share references.
 _OPEN: WeakSet[TrainingClient] = WeakSet()
-"""Clients that are not closed: those of one host may share references."""
 
 
 class OptimStepOutput(NamedTuple):

@@ -34,8 +34,8 @@ _KEYS = ("file", "state", "job", "reason", "step", "total_steps", "loss")
 _KEYS += ("queued_at", "started_at", "ended_at", "result", "sha256")
 """Of a state file, beside `updated_at`. `sha256` is of the job file's content as it was read."""
 
+# States of files that something is still to come of.
 _OPEN = ("queued", "running")
-"""States of files that something is still to come of."""
 
 _log = logging.getLogger(__name__)
 

@@ -322,8 +322,8 @@ class Selection:
         return True
 
 
+# Steps whose load is judged together, so that one odd step warns nobody.
 WINDOW_STEPS = 25
-"""Steps whose load is judged together, so that one odd step warns nobody."""
 
 
 @dataclass

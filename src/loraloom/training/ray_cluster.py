@@ -16,17 +16,17 @@ from loraloom.errors import AdapterError, ConfigError, LoraloomError, shown
 
 _Part = TypeVar("_Part")
 
+# How often Ray itself starts a lost worker again.
 RESTARTS = 2
-"""How often Ray itself starts a lost worker again."""
+# What Ray reads when it is imported.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # at Ray's 15, workers hardly run where others keep the cores busy
 }
-"""What Ray reads when it is imported."""
+# Almost the least that Ray takes: nothing large goes through it.
 _OBJECT_STORE_BYTES = 80_000_000
-"""Almost the least that Ray takes: nothing large goes through it."""
 _REACH_S = 5.0
 _DEVICES = ("auto", "cpu", "cuda", "xpu")
 

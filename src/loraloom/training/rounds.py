@@ -33,17 +33,17 @@ from loraloom.training.step.fused import (
     sum_gradients,
 )
 
+# Left to others, and to what else is in the process.
 _RESERVE_BYTES = 100_000_000
-"""Left to others, and to what else is in the process."""
+# Copies of new weights to come: two optimizer states, the last sound weights, the best ones.
 _LEARNING_COPIES = 4
-"""Copies of new weights to come: two optimizer states, the last sound weights, the best ones."""
 
 _log = logging.getLogger(__name__)
 
+# A job, and what it puts into the next round.
 Turn = tuple[Job, MicroBatch]
-"""A job, and what it puts into the next round."""
+# Micro-batches of one forward, with their places in the round.
 Group = list[tuple[int, MicroBatch]]
-"""Micro-batches of one forward, with their places in the round."""
 
 
 class RoundRunner:

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from loraloom.training.sweep import Sweep
 
 Base = tuple[Host, PreTrainedTokenizerBase]
+# Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
 BetweenSteps = Callable[[Engine, JobBuilder], None]
-"""Called between two rounds: may build jobs, and call the engine's `add` and `stop`."""
 
 
 def train(

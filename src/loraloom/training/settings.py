@@ -47,32 +47,30 @@ from loraloom.errors import ConfigError, shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
 # fmt: off
+# The optimizers of torch.optim, in lower case, and bitsandbytes' as transformers calls them. Three
+# can't be used: lbfgs evaluates the loss several times a step, muon takes matrices only (a
+# mixture's experts are stacked), sparseadam takes sparse gradients only.
 OptimizerName = Literal[
     "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam",
     "rmsprop", "rprop", "sgd", "adamw_8bit", "ademamix_8bit", "lion_8bit", "paged_adamw_8bit",
     "paged_adamw_32bit", "paged_ademamix_8bit", "paged_lion_8bit",
 ]
 # fmt: on
-"""The optimizers of torch.optim, in lower case, and bitsandbytes' as transformers calls them.
-
-Three can't be used: lbfgs evaluates the loss several times a step, muon takes matrices only (a
-mixture's experts are stacked), sparseadam takes sparse gradients only.
-"""
 
 # fmt: off
+# The schedulers of transformers (SchedulerType).
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
     "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
     "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]
 # fmt: on
-"""The schedulers of transformers (SchedulerType)."""
 
+# They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
-"""They move after each evaluation, by the metric that selects the weights."""
 SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
+# The reference that is the base model itself.
 BASE_REFERENCE = "base"
-"""The reference that is the base model itself."""
 
 _IN_ANY_CASE = "|".join(
     re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name)

@@ -49,18 +49,18 @@ from loraloom.training.sweep_settings import (
 
 _log = logging.getLogger(__name__)
 
+# Draws of TPE among which one is looked for that was not tried.
 _TPE_TRIES = 20
-"""Draws of TPE among which one is looked for that was not tried."""
+# Jobs that the picture's legend names, the best that were trained to their end.
 _MAX_NAMES = 5
-"""Jobs that the picture's legend names, the best that were trained to their end."""
 _STATUS = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "stopped",
     TrialState.FAIL: "failed",
 }
+# A line of sweep.csv, by column.
 Row = dict[str, Any]
-"""A line of sweep.csv, by column."""
 
 
 class AshaPruner(BasePruner):

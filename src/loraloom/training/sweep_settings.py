@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 MAX_JOBS = 512
+# Random jobs that TPE begins with, as many as Optuna's sampler wants to have seen.
 TPE_STARTUP_JOBS = 10
-"""Random jobs that TPE begins with, as many as Optuna's sampler wants to have seen."""
 TPE_CONCURRENT_JOBS = 4
 
 
@@ -61,11 +61,11 @@ def _check_values(values: Any) -> Any:
 
 _JSON = (str, int, float, bool, dict, list, type(None))
 RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
+# Values to try, or a range to draw from.
 Parameter = Annotated[
     tuple[Any, ...] | dict[RangeKind, tuple[int | float, int | float]],
     BeforeValidator(_check_values),
 ]
-"""Values to try, or a range to draw from."""
 
 
 class RandomSearch(StrictModel):

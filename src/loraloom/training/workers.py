@@ -34,8 +34,8 @@ from loraloom.training.run import Setup, check_run, load_base, set_up
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.store import RunDirectory, nearest_existing
 
+# How often the user is told of workers that start or load the base model.
 TELL_S = 20.0
-"""How often the user is told of workers that start or load the base model."""
 NEWS_S = 1.0
 
 

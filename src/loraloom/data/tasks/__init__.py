@@ -40,8 +40,8 @@ from loraloom.errors import ConfigError, DataError, shown
 
 TASK_NAMES = get_args(TaskName)
 
+# Makes the rows of a split.
 Generator = Callable[[str], list[dict[str, Any]]]
-"""Makes the rows of a split."""
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ from loraloom.generation.scoring import group_rows, score_groups, token_batches,
 from loraloom.generation.sequence import GenerationRequest
 from loraloom.models.host import Host
 
+# Most tokens of continuations in one row; attention's cost is quadratic in a row.
 _TOKENS_BESIDE_CONTEXT = 512
-"""Most tokens of continuations in one row; attention's cost is quadratic in a row."""
 
 
 class Completion(NamedTuple):

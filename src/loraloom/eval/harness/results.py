@@ -20,11 +20,11 @@ from loraloom.eval.statistics import wilson_interval
 from loraloom.eval.tables import MARK, with_note
 from loraloom.terminal import make_table
 
+# What `lm_eval.simple_evaluate` returns, by adapter.
 Results = Mapping[str | None, Mapping[str, Any]]
-"""What `lm_eval.simple_evaluate` returns, by adapter."""
 
+# What counts as a task's accuracy, the first that it has.
 _ACCURACIES = ("acc_norm", "acc", "exact_match")
-"""What counts as a task's accuracy, the first that it has."""
 
 
 def as_evaluation(found: Results, **details: Any) -> Evaluation:

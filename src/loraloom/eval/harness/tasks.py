@@ -18,6 +18,7 @@ from loraloom.errors import ConfigError, DataError
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# What a task says otherwise where the data set's own files differ from the copy that it reads.
 _LOCAL_FORMS: dict[str, dict[str, str]] = {
     # the task reads SuperGLUE's copy: titles stand in its passages, labels are numbers
     "boolq": {
@@ -26,7 +27,6 @@ _LOCAL_FORMS: dict[str, dict[str, str]] = {
         "doc_to_target": "{{label if label is defined else answer | int}}",
     }
 }
-"""What a task says otherwise where the data set's own files differ from the copy that it reads."""
 
 
 def load_tasks(

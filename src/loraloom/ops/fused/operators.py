@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+# A tile's sides: a program has some eight tiles in registers.
 BLOCK_ROWS = BLOCK_COLS = 64
-"""A tile's sides: a program has some eight tiles in registers."""
 
 
 @custom_op("loraloom::expert_hidden", mutates_args=())

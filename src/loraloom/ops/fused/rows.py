@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.ops.fused.operators import decomposed, decomposed_backward
 
+# Kernels' names of activations by those of torch's and transformers' classes and functions.
 ACTIVATIONS: Mapping[str, str] = {
     "SiLU": "silu",
     "silu": "silu",
@@ -27,13 +28,12 @@ ACTIVATIONS: Mapping[str, str] = {
     "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
 }
-"""Kernels' names of activations by those of torch's and transformers' classes and functions."""
 
+# Environment variable; `on` lets kernels compute, anything else leaves all to PyTorch.
 SWITCH = "LORALOOM_KERNELS"
-"""Environment variable; `on` lets kernels compute, anything else leaves all to PyTorch."""
 
+# Exact products in float32 have no fast kernel: tiles would not fit into registers.
 _DTYPES = (torch.bfloat16, torch.float16)
-"""Exact products in float32 have no fast kernel: tiles would not fit into registers."""
 
 
 def is_fused(rows: Tensor) -> bool:

@@ -57,6 +57,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+# Name of a counter -> what it counts, and its labels.
 _COUNTERS: dict[str, tuple[str, list[str]]] = {
     "steps": ("Steps of the engine.", []),
     "preemptions": ("Rows sent back to the queue for others.", []),
@@ -71,7 +72,6 @@ _COUNTERS: dict[str, tuple[str, list[str]]] = {
         ["model", "router", "expert"],
     ),
 }
-"""Name of a counter -> what it counts, and its labels."""
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 

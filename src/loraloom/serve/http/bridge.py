@@ -39,8 +39,8 @@ from loraloom.serve.http.guards import TENANT, answer_to
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.http.tools import JsonConstraint, schema_reader
 
+# Largest factor of what an adapter adds to the base model, positive or negative.
 MAX_SCALE = 10.0
-"""Largest factor of what an adapter adds to the base model, positive or negative."""
 
 
 @dataclass

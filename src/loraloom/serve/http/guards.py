@@ -26,21 +26,22 @@ from loraloom.generation.sequence import RequestError
 from loraloom.serve.process import is_loopback
 
 HEALTH = ("/health", "/ready")
+# Path of the playground -> file and kind. They hold nothing of the server's, and need no key.
 PAGES = {
     "/": ("playground.html", "text/html"),
     "/playground.css": ("playground.css", "text/css"),
     "/playground.js": ("playground.js", "text/javascript"),
 }
-"""Path of the playground -> file and kind. They hold nothing of the server's, and need no key."""
+# Paths that need an admin's key, where there are any.
 LOADING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Paths that need an admin's key, where there are any."""
 _OPEN = (*HEALTH, *PAGES)
+# Those that are counted apart.
 _PATHS = {
     *_OPEN, *LOADING, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
 }  # fmt: skip
-"""Those that are counted apart."""
+# Where a request's scope says with which key it came, as a hash.
 TENANT = "loraloom.tenant"
-"""Where a request's scope says with which key it came, as a hash."""
+# Code of an error -> status; 400 for others.
 _STATUS = {
     "model_not_found": 404,
     "queue_full": 429,
@@ -51,7 +52,6 @@ _STATUS = {
     "timeout": 504,
     "adapter_memory": 507,
 }
-"""Code of an error -> status; 400 for others."""
 _log = logging.getLogger("loraloom.access")
 
 

@@ -25,8 +25,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from loraloom.errors import ConfigError
 from loraloom.generation.engine import Engine
 
+# Accepted beyond the limit, when all within it are being answered: they may ask for health.
 SPARE_CONNECTIONS = 32
-"""Accepted beyond the limit, when all within it are being answered: they may ask for health."""
 _log = logging.getLogger(__name__)
 
 

@@ -34,8 +34,8 @@ _OPENING = "<tool_call>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _BARE_STARTS = ("{", "[", "<|python_tag|>")
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
+# Python's own way of writing JSON; where any space is allowed, small models never end.
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""Python's own way of writing JSON; where any space is allowed, small models never end."""
 
 
 class Said(NamedTuple):

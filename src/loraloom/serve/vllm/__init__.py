@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Of vLLM, into whose inside the plug-in reaches.
 KNOWN_VERSION = "0.32"
-"""Of vLLM, into whose inside the plug-in reaches."""
+# A directory of adapters that are found by their names.
 ADAPTER_DIR = "LORALOOM_ADAPTER_DIR"
-"""A directory of adapters that are found by their names."""
+# The largest top_k of a mixture; FFN blocks compute this many experts of each token.
 MAX_TOP_K = "LORALOOM_MAX_TOP_K"
-"""The largest top_k of a mixture; FFN blocks compute this many experts of each token."""
+# Those that vLLM takes for --max-lora-rank.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM takes for --max-lora-rank."""
 
 
 def register() -> None:

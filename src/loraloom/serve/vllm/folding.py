@@ -30,8 +30,8 @@ from loraloom.formats.layouts import StoredAdapter
 from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 
+# A float32 is the sum of this many bfloat16.
 PIECES = 3
-"""A float32 is the sum of this many bfloat16."""
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 
 _log = logging.getLogger(__name__)
 
+# Of llama, phi3, mistral, qwen2, qwen3 and gemma2.
 _BLOCKS = (llama.LlamaMLP, mistral.MistralMLP, qwen2.Qwen2MLP, gemma2.Gemma2MLP)
-"""Of llama, phi3, mistral, qwen2, qwen3 and gemma2."""
 
 
 @cache

@@ -26,8 +26,8 @@ from loraloom.training.step.window import Window
 _LENGTHS = 16
 _LITTLE_PADDING = 0.015
 
+# A job's rows; a row has the places of its samples among the micro-batch's examples.
 Rows = list[list[int]]
-"""A job's rows; a row has the places of its samples among the micro-batch's examples."""
 
 
 @dataclass(frozen=True)

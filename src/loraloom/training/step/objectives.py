@@ -62,8 +62,8 @@ class ObjectiveTerms:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+# A loss whose shares add up: it does not depend on how a step is cut into micro-batches.
 Objective = Callable[[ScoredSamples, StepTotals], ObjectiveTerms]
-"""A loss whose shares add up: it does not depend on how a step is cut into micro-batches."""
 
 
 def sft(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:

@@ -27,13 +27,14 @@ from loraloom.training.settings import (
     TrainConfig,
 )
 
+# Those of torch by their names in a run file.
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {
     name.lower(): getattr(torch.optim, name)
     for name in "Adadelta Adafactor Adagrad Adam Adamax AdamW ASGD NAdam RAdam RMSprop Rprop "
     "SGD".split()
 }
-"""Those of torch by their names in a run file."""
 
+# bitsandbytes' classes by their names in a run file, which are transformers'.
 BITSANDBYTES: Mapping[str, str] = {
     "adamw_8bit": "AdamW8bit",
     "ademamix_8bit": "AdEMAMix8bit",
@@ -43,10 +44,9 @@ BITSANDBYTES: Mapping[str, str] = {
     "paged_ademamix_8bit": "PagedAdEMAMix8bit",
     "paged_lion_8bit": "PagedLion8bit",
 }
-"""bitsandbytes' classes by their names in a run file, which are transformers'."""
 
+# Of the routers' rate: a bias has to move as far as logits differ, which is about 1, in time.
 BIAS_LR_RATIO = 10.0
-"""Of the routers' rate: a bias has to move as far as logits differ, which is about 1, in time."""
 
 Scheduler = LRScheduler | GreedyLR
 
@@ -180,8 +180,8 @@ def build_scheduler(
         )
 
 
+# Steps in a row without an overflow after which the scale is doubled.
 GROWTH_INTERVAL = 2000
-"""Steps in a row without an overflow after which the scale is doubled."""
 
 
 @dataclass

@@ -22,10 +22,10 @@ from loraloom.training.step.fused import forward_backward, gradients_set_aside
 from loraloom.training.step.objectives import Objective, ObjectiveTerms, Reference, ScoredSamples
 from loraloom.training.step.window import StepTotals, Window
 
+# From data, and log p of the labels of each row, to a scalar loss and metrics.
 LossFunction = Callable[
     [Sequence[TrainingExample], Sequence[Tensor]], tuple[Tensor, Mapping[str, float | Tensor]]
 ]
-"""From data, and log p of the labels of each row, to a scalar loss and metrics."""
 
 
 @dataclass(frozen=True)
