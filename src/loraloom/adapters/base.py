@@ -124,7 +124,6 @@ class BaseProjection:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes."""
         return next(chain(self.linear.parameters(), self.linear.buffers())).device
 
     @property
@@ -193,7 +192,6 @@ class BaseLayer:
 
     @property
     def projections(self) -> list[BaseProjection]:
-        """Attention's, then the FFN block's."""
         return [*self.attention.values(), *self.ffn.values()]
 
 

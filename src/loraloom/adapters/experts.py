@@ -60,7 +60,6 @@ class MixtureConfig(LowRankConfig):
 
     @property
     def routing_label(self) -> str:
-        """Which experts a token uses, for people."""
         return "dense"
 
     def summary(self) -> dict[str, Any]:
@@ -139,7 +138,6 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
 
     @property
     def route(self) -> Route:
-        """What routers do with their logits."""
         if self.routing == "top_k":
             return TopK(self.top_k)
         if self.routing == "top_p":

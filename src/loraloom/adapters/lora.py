@@ -169,7 +169,6 @@ class LoraConfig(DecomposedConfig):
 
 
 def is_pattern(pattern: str) -> bool:
-    """Whether a text is a regular expression."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):

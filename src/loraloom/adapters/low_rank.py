@@ -40,7 +40,6 @@ class LowRankConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """The factor s of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def build(

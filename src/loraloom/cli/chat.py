@@ -127,7 +127,6 @@ def _choose(names: list[str], known: Sequence[str], most: int) -> list[str]:
 def _answer(
     conversation: Conversation, text: str, models: Sequence[str], sampling: SamplingConfig
 ) -> None:
-    """Print the answers as they come."""
     if not text:
         return
     answering = None

@@ -148,7 +148,6 @@ def generate(
 
 
 def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
-    """Rows to write again, and their prompts."""
     if options.input is None:
         for name in [*([] if options.no_base else [None]), *options.adapters]:
             yield {"prompt": options.prompt}, Prompt(str(options.prompt), name, origin="--prompt")

@@ -335,7 +335,6 @@ class DataConfig(_SourceFields):
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """The sources, whether there is one or a mix."""
         if self.mix is not None:
             return self.mix
         own = self.model_dump(include=set(_SourceFields.model_fields))

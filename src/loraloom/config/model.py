@@ -31,7 +31,6 @@ _WIDE = ("float32", "float64")
 
 
 def check_device(device: str) -> str:
-    """Return a device's name as it came."""
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
         raise ConfigError(
             f"device must be auto, cpu, cuda, cuda:<index>, xpu, xpu:<index> or mps, got {device!r}"

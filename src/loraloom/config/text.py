@@ -79,7 +79,6 @@ def parse_json(
 def read_json(
     path: Path, error: type[LoraloomError] = ConfigError, max_bytes: int = MAX_FILE_BYTES
 ) -> Any:
-    """The value of a JSON file."""
     return parse_json(read_text(path, error, max_bytes), str(path), error)
 
 

@@ -165,7 +165,6 @@ class _Pass:
         self._tally = RoutingTally(host, self.names, tokenizer)
 
     def ask(self, asked: QuestionSet, compat: Compat | None) -> Scores:
-        """Score a task's questions."""
         questions = asked.questions
         # characters that the model reads: different contexts once, and every continuation
         sizes = [sum(map(len, {*one.contexts, *one.continuations})) for one in questions]
@@ -183,7 +182,6 @@ class _Pass:
         return task_scores(asked, {name or BASE: of_name for name, of_name in scores.items()})
 
     def measure(self, data: HeldOutSet) -> Scores:
-        """Compute the losses of a data set's rows."""
         scorer, progress = self._scorer, self._progress
         if data.has_pairs and None not in self.names:  # rewards are relative to the base model
             scorer = replace(scorer, adapters=[None, *self.names])
@@ -311,7 +309,6 @@ def load_question_sets(
     limit: int | None = None,
     compat: Compat | None = None,
 ) -> list[QuestionSet]:
-    """Load the questions of tasks."""
     names = [find_task(task).name for task in tasks]
     if len(set(names)) < len(names):
         raise ConfigError(f"tasks must have different names, got {', '.join(names)}")

@@ -126,7 +126,6 @@ def load_held_out(
 
 
 def parse_source(settings: SourceConfig | Mapping[str, Any]) -> SourceConfig:
-    """Check the settings of a data set."""
     return checked(SourceConfig, settings)
 
 

@@ -75,7 +75,6 @@ def smoothed(curve: Curve, past: int | float) -> list[Point]:
 
 
 def save_figure(figure: Figure, path: Path) -> Figure:
-    """Write a figure and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix[1:] or None
     write_file(path, lambda aside: figure.savefig(aside, dpi=120, format=kind))

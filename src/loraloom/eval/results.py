@@ -216,7 +216,6 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read an evaluation's JSON file."""
     if not path.is_file():
         raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
     try:

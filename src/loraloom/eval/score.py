@@ -118,7 +118,6 @@ class QuestionScore:
 
     @property
     def correct(self) -> bool:
-        """Whether the right choice is chosen."""
         return self.chosen == self.question.gold
 
 
@@ -224,11 +223,9 @@ class Scores:
 
     @property
     def metric(self) -> Metric:
-        """What adapters are compared by."""
         return "loss" if self.num_tokens else "accuracy"
 
     def compare(self, first: str, second: str) -> PairedComparison:
-        """Compare two contestants on the same items."""
         one, other = (seed_values(self.values, name) for name in (first, second))
         if self.num_tokens:
             return compare_losses(one, other, self.num_tokens)

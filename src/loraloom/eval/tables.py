@@ -168,7 +168,6 @@ def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
 
 
 def with_note(table: Table) -> Table:
-    """Explain the mark below a table that has it."""
     cells = (str(cell) for column in table.columns for cell in column.cells)
     if any(MARK in cell for cell in cells):
         table.caption = NOTE

@@ -74,12 +74,10 @@ class AdapterDescription:
         return 100 * self.num_parameters / self.num_base_parameters
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `loraloom inspect --json`."""
         return asdict(self) | {"percent_of_base": self.percent_of_base}
 
 
 def describe(path_or_hub_id: str | Path) -> AdapterDescription:
-    """Describe an adapter from its files alone."""
     directory = find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     config, tensors = stored.config, stored.tensors

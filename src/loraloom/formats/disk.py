@@ -73,11 +73,9 @@ class AdapterFiles:
     """Which program wrote them, where they have been brought into another layout."""
 
     def error(self, message: str) -> FormatError:
-        """Make an error that names these files."""
         return FormatError(f"{self.source}: {message}")
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Give the tensors other names, by their own."""
         olds = {new: old for old, new in names.items()}
         for old, new in names.items():
             if olds[new] != old:

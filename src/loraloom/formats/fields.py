@@ -95,7 +95,6 @@ def read_settings(
 
 
 def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
-    """Write a method's settings."""
     settings = config.model_dump(mode="json")
     table = TABLES.get(config.peft_type)
     if table is None:

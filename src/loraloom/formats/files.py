@@ -44,7 +44,6 @@ from loraloom.formats.layouts import StoredAdapter, parse, render
 def read_adapter(
     path_or_hub_id: str | Path, base: BaseInfo, settings: Mapping[str, Any] | None = None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read an adapter for a base model."""
     return fit_to_base(read_stored(find_adapter(path_or_hub_id), settings), base)
 
 

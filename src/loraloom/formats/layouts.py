@@ -112,7 +112,6 @@ class StoredAdapter:
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
-    """Understand the files of a method's adapter."""
     if files.config.get("task_type") not in (None, "CAUSAL_LM", "QUESTION_ANS"):
         raise files.error(f"`task_type` must be CAUSAL_LM, got {shown(files.config['task_type'])}")
     if files.config.get("bias", "none") != "none":
@@ -145,7 +144,6 @@ def render(
     base: BaseInfo,
     prompt: PromptForm | None = None,
 ) -> AdapterFiles:
-    """Lay an adapter out as its method's files are."""
     known = {name: getattr(base, name) or None for name in BaseRecord.model_fields}
     record = AdapterRecord(base=BaseRecord(**known), prompt=prompt).model_dump(
         mode="json", exclude_none=True, exclude={"adapter": True, "base": {"name_or_path"}}

@@ -111,7 +111,6 @@ def combine(
     density: float | None,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Combine adapters; see `Host.combine`."""
     _check(adapters, weights, combination, density)
     sources = [
         _Source(adapter.config, float(weight), _places(adapter))

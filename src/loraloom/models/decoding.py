@@ -52,7 +52,6 @@ class _Room:
         self.window[:, :, -added.shape[2] :] = added
 
     def join(self, other: _Room) -> None:
-        """Add another one's rows."""
         first, added = self._num_rows, other.window
         missing = max(0, added.shape[2] - (self._stop - self._start))
         if first + len(added) > len(self._space) or missing > self._start:

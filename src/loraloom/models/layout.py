@@ -166,7 +166,6 @@ def make_layout(
     device: torch.device,
     sample_lengths: SampleLengths | None = None,
 ) -> Layout:
-    """Group a batch's rows by adapter."""
     mask = None if mask is None else mask.cpu().bool()
     mask = None if mask is None or bool(mask.all()) else mask
     order = _grouped(adapters)

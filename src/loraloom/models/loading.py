@@ -254,7 +254,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def find_device(name: str) -> torch.device:
-    """Return a device that this machine has."""
     if check_device(name) == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = torch.device(name)

@@ -44,11 +44,9 @@ class LazyTensor:
 
     @staticmethod
     def of(tensor: Tensor) -> LazyTensor:
-        """Stand for a tensor that is there."""
         return LazyTensor(tuple(tensor.shape), lambda: tensor)
 
     def part(self, place: Place) -> LazyTensor:
-        """Stand for what is at a place of it."""
         shape = torch.empty(self.shape, device="meta")[place].shape
         return LazyTensor(tuple(shape), lambda: self.make()[place])
 
@@ -278,7 +276,6 @@ STORED: dict[str, Twin] = {
 
 
 def twin_of(model_type: str) -> Twin:
-    """Look a family's twin up."""
     if model_type not in TWINS:
         raise AdapterError(
             f"a mixture's base model must be of a family that a mixture-of-experts class of "

@@ -320,7 +320,6 @@ class StackedPlan:
 def make_plan(
     parts: Sequence[_Part], rows: ScaledRows, length: int, device: torch.device
 ) -> StackedPlan:
-    """Lay out a batch's token rows by cohorts."""
     num_tokens = len(rows) * length
     ffn_put, is_left = torch.zeros(num_tokens).long(), torch.ones(num_tokens).bool()
     cohorts: list[Cohort] = []

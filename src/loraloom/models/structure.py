@@ -121,7 +121,6 @@ def _family_by_structure(model: nn.Module) -> Family:
 def _ffn(
     model: nn.Module, layers: Iterable[nn.Module], described: Sequence[Mapping[str, set[str]]]
 ) -> tuple[str, FfnShape]:
-    """Name a layer's FFN block and its projections."""
     for block, shape in product(described[0], _FFNS):
         if all(blocks.get(block, set()).issuperset(shape.names) for blocks in described):
             return block, shape

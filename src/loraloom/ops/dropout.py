@@ -58,7 +58,6 @@ class SampleSpan:
 
     @property
     def num_tokens(self) -> int:
-        """How many they are."""
         if isinstance(self.tokens, slice):
             return self.tokens.stop - self.tokens.start
         return len(self.tokens)

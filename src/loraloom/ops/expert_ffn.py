@@ -71,7 +71,6 @@ class FfnWeights:
 
     @property
     def sides(self) -> Sequence[UpProjection]:
-        """The B sides of what is adapted."""
         return [side for side in (self.gate, self.up, self.down) if side is not None]
 
     def scaled(self, scale: float) -> FfnWeights:
@@ -116,7 +115,6 @@ class FfnDropout:
 
     @staticmethod
     def none(top_k: int) -> FfnDropout:
-        """Nothing is dropped."""
         return FfnDropout(0.0, None, [None] * top_k)
 
 

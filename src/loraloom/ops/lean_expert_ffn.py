@@ -294,7 +294,6 @@ class _PieceForward:
         self.up_excess = _excess_rows(up_c, gate.dtype)
 
     def states(self, piece: Piece) -> _PieceStates:
-        """Compute a piece's hidden states."""
         block = self.block
         inner = self._project(piece, self.gate, block.gate, self.gate_B, self.gate_excess)
         with torch.set_grad_enabled(self.with_graph):
@@ -352,7 +351,6 @@ class _Backward:
         )  # fmt: skip
 
     def accumulate(self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor) -> None:
-        """Add a piece's share."""
         states = self.forward.states(piece)
         inner, outer = states.inner, states.outer
         grad_states = self._grad_states(piece, grad_hidden, grad_down, states.hidden)

@@ -157,7 +157,6 @@ class RowsOfGroup:
         return self.group is not None
 
     def take(self, values: Tensor) -> Tensor:
-        """Rows of [T, ...]."""
         return values.index_select(0, self.rows)
 
     def take_slots(self, values: Tensor) -> Tensor:
@@ -165,7 +164,6 @@ class RowsOfGroup:
         return values[self.place]
 
     def put_slots(self, total: Tensor, values: Tensor) -> None:
-        """Write rows of [K·T, ...]."""
         total[self.place] = values
 
     def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
@@ -173,11 +171,9 @@ class RowsOfGroup:
         total.index_add_(0, self.rows, values if weight is None else values * weight)
 
     def slot_weights(self, weights: Tensor) -> Tensor:
-        """Each row's weight from [T, K], [t, 1]."""
         return weights.T.flatten().index_select(0, self.slot_rows).unsqueeze(1)
 
     def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
-        """Write each row's value, [t], into [T, K]."""
         slots = self.slot_rows.div(self.num_tokens, rounding_mode="floor")
         total[self.rows, slots] = values
 
@@ -194,15 +190,12 @@ class RowsOfGroup:
         total[self.place] += values
 
     def keep_rank(self, values: Tensor) -> Tensor:
-        """Zero what is outside of a row's expert's columns."""
         return values if self._has_one_expert else values * self._mask(self.rank, values.dtype)
 
     def of_rows(self, table: Tensor) -> Tensor:
-        """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
         return table[self._places] if self._has_one_expert else rows_of_experts(table, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
-        """Add the factors' gradients, [t, F], to [E, F]."""
         own = total[self._places]
         if self._has_one_expert:
             own += values.sum(0, keepdim=True)
@@ -374,7 +367,6 @@ class Slots:
         return replace(self, experts=None)
 
     def with_experts(self, experts: Tensor) -> Slots:
-        """Return these slots with their tensor."""
         return replace(self, experts=experts)
 
     def masks(self, dtype: torch.dtype) -> Tensor | None:
@@ -384,7 +376,6 @@ class Slots:
         return slot_masks(self.experts.T, self.num_experts, self.rank, dtype)
 
     def pieces(self, gate: Tensor) -> Iterable[Piece]:
-        """Cut the slots into pieces."""
         if self.group is not None:
             return self.by_group
         return masked_pieces(self.experts, self.masks(gate.dtype), self.rank, gate)

@@ -186,7 +186,6 @@ class StackedLowRankFfn(StackedFfn):
         act: Activation,
         tokens: TokensOf,
     ) -> tuple[Tensor, Finish]:
-        """See StackedFfn."""
         hidden_states = hidden_states.to(gate.dtype)
         low_rank = None if self.input_A is None else torch.bmm(hidden_states, self.input_A)
         gate_rank = _rank_input(self.gate, low_rank, hidden_states, tokens)
@@ -276,7 +275,6 @@ class StackedExpertFfn(StackedFfn):
         act: Activation,
         tokens: TokensOf,
     ) -> tuple[Tensor, Finish]:
-        """See StackedFfn."""
         step = _ExpertStep(self, hidden_states, gate, up, act, tokens)
         return step.hidden, step.finish
 

@@ -68,7 +68,6 @@ class Chart:
 
     @property
     def svg(self) -> Markup:
-        """The drawing as an element of the page."""
         text = io.StringIO()
         with style.context(_STYLE), warnings.catch_warnings():
             # the page has fonts of its own

@@ -50,7 +50,6 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
 
 
 def read_run(path: Path) -> list[Job]:
-    """Read the jobs of a run, by name."""
     entries = sorted(path.iterdir()) if path.is_dir() else []
     if jobs := list(filter(_is_job, entries)):
         return [_read_job(directory, path.resolve().name) for directory in jobs]

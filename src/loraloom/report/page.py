@@ -37,7 +37,6 @@ _CLASSES = {"topics": "topic", "token_classes": "kind of token"}
 def make_page(
     runs: Sequence[Path], evaluations: Sequence[Path] = (), now: datetime | None = None
 ) -> str:
-    """Make the report of one or several runs."""
     jobs = read_runs(runs)
     read = {path.name: read_evaluation(path) for path in evaluations}
     try:
@@ -91,7 +90,6 @@ def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) 
 def _facts(
     jobs: Sequence[Job], contents: Iterable[Evaluation], made_with: Sequence[Environment]
 ) -> dict[str, str]:
-    """What the header says."""
     contents = list(contents)
     ended = [job.ended for job in jobs if job.ended is not None]
     models = [job.result["base_model"] for job in jobs if job.result is not None]
@@ -206,7 +204,6 @@ def _visible(token: str) -> str:
 
 
 def lay_out(name: str, routing: AdapterRouting) -> dict[str, Any]:
-    """Lay a mixture's routing out for the page."""
     covered = {task: one for task, one in routing["tasks"].items() if one.get("load")}
     told = routing.get("specialisation", {})
     return {

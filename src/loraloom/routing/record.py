@@ -62,7 +62,6 @@ class LayerRouting:
 
     @property
     def router(self) -> RouterName:
-        """Which router of the adapter it is."""
         return self.layer, self.projection
 
 

@@ -128,7 +128,6 @@ class ServedAdapters:
         self._serve_waiters()
 
     def add(self, name: str, source: str) -> None:
-        """Load an adapter while nobody asks for any."""
         self._check_free(name, replace=False)
         directory, files = find_adapter(source), _files_of(source)
         self._host.load(name, directory)
@@ -139,7 +138,6 @@ class ServedAdapters:
             self._sources[name] = source
 
     async def load(self, name: str, source: str, *, replace: bool = False) -> None:
-        """Load an adapter from a directory or hub id."""
         self._check_free(name, replace=replace)
         directory = await self._fetch(source)
         async with self._turn:

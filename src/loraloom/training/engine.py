@@ -96,7 +96,6 @@ class Engine:
         return time.monotonic() - self._started_at
 
     def run(self, *between_steps: Callable[[Engine], None]) -> list[JobResult]:
-        """Train until all jobs are done."""
         with self._reporter.showing(self.jobs.values()), self.interruption:
             is_ending = self._must_end()
             while not is_ending:

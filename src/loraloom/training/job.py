@@ -244,7 +244,6 @@ class Job:
         self.release()
 
     def release(self) -> None:
-        """Free what only learning needs."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         self._proven = None

@@ -55,7 +55,6 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def rank_device(name: str, launch: Launch) -> str:
-    """Choose a rank's device."""
     if launch.size == 1:
         return name
     kind = find_device(name).type
@@ -170,11 +169,9 @@ class Lead:
         self._do(*self._tell("add", sorted(job.milestones), overwrite))
 
     def stop(self, name: str, reason: str) -> JobResult:
-        """End a job now; see `Engine.stop`."""
         return self._do(*self._tell("stop", name, reason))
 
     def save_if_due(self, *, may_wait: bool) -> None:
-        """See `Engine.save_if_due`."""
         self._do(*self._tell("save", may_wait))
 
     def _tell(self, *action: Any) -> list[Any]:

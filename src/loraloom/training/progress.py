@@ -75,7 +75,6 @@ class Progress:
         self._bars.start()
 
     def add(self, name: str, total_steps: int, position: Position) -> None:
-        """Show one more job."""
         fields: dict[str, Any] = dict.fromkeys(_FIELDS, "-")
         fields["begun"] = position.step, position.tokens
         self._bars.add_task(name, total=total_steps, completed=position.step, **fields)
@@ -83,7 +82,6 @@ class Progress:
         self._describe(name, position)
 
     def update(self, name: str, total_steps: int, position: Position) -> None:
-        """Show a job after a step."""
         self._bars.update(self._tasks[name].id, completed=position.step)
         self._describe(name, position)
         if self._is_live:
@@ -111,7 +109,6 @@ class Progress:
         return f"{'; '.join(lines)}, {rate} tokens/s{padding}, ETA {longest}"
 
     def _describe(self, name: str, position: Position) -> None:
-        """Bring the fields of a job's line up to date."""
         task = self._tasks[name]
         first_step, first_tokens = task.fields["begun"]
         rate, speed, remaining = "-", task.speed, task.time_remaining
@@ -187,7 +184,6 @@ class Reporter:
                 self.end(name)
 
     def add(self, job: Job) -> None:
-        """Open a job's trackers and show it, if the run has begun."""
         if not self._is_started:
             return
         directory, config = self._directory.job(job.name), job.config.model_dump(mode="json")
@@ -212,7 +208,6 @@ class Reporter:
         self.message(f"{job.name}: step {step}, {described}")
 
     def end(self, job_name: str) -> None:
-        """Close a job's trackers."""
         for tracker in self._trackers.pop(job_name, ()):
             with self._noting_faults(tracker.name, job_name):
                 tracker.close()
@@ -266,7 +261,6 @@ class Interruption:
         self.requested = False
 
     def end(self) -> NoReturn:
-        """End as the signal would have ended it."""
         if self._number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self._number)

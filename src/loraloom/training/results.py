@@ -70,5 +70,4 @@ class JobResult:
     __pydantic_config__ = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     def write(self, directory: Path) -> None:
-        """Write result.json."""
         write_json(directory / RESULT_FILE, asdict(self))

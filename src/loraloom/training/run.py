@@ -273,7 +273,6 @@ def _describe_environment(host: Host, command: str) -> dict[str, Any]:
 
 
 def _check_same_run(checkpoint: Checkpoint, run: RunConfig, host: Host) -> None:
-    """Check that what goes on is what was saved."""
     base = describe_base(host)
     changed = [f"base {name}" for name, value in base.items() if checkpoint.base.get(name) != value]
     for job in run.all_jobs:

@@ -90,7 +90,6 @@ class Checkpoint:
         return {name for name, record in self.jobs.items() if record.result is not None}
 
     def load_state(self, job: str) -> dict[str, Any] | None:
-        """Read a job's state; None if it had none."""
         if self.jobs[job].sha256 is None:
             return None
         file = self.files.get(job, self.directory / f"{job}.pt")
@@ -392,7 +391,6 @@ class RunDirectory:
 
     @_by_its_owner
     def write_best(self, host: Host, job: Job) -> None:
-        """Write the best weights that a job has kept."""
         assert job.best is not None, "an evaluation has chosen some"
         _write_adapter(self.best(job.name), host, job, job.best)
 

@@ -232,7 +232,6 @@ class SweepConfig(StrictModel):
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The parameters as Optuna has them."""
         kinds = load_optuna().distributions
         made: dict[str, BaseDistribution] = {}
         for path, values in self.parameters.items():
@@ -284,7 +283,6 @@ def load_optuna() -> ModuleType:
 
 
 def format_value(value: Any) -> str:
-    """A parameter's value as tables show it."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -72,7 +72,6 @@ class MetricsFile:
         append_line(self._path, json.dumps(metrics, allow_nan=False))
 
     def close(self) -> None:
-        """Flush what was written to the disk."""
         if self._path.exists():
             sync(self._path)
 
@@ -94,14 +93,12 @@ class Tracker:
         self._context.run(self._tracker.log, values, step=metrics["step"])
 
     def close(self) -> None:
-        """Write what is left."""
         self._context.run(self._tracker.finish)
 
 
 def open_tracker(
     name: str, directory: Path, first_step: int, config: Mapping[str, Any]
 ) -> MetricsFile | Tracker:
-    """Open a tracker for a job."""
     project = os.environ.get(f"{name.upper()}_PROJECT", "loraloom")
     group = directory.parent.resolve().name
     run = {"name": directory.name, "group": group, "config": dict(config)}

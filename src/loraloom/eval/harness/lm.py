@@ -182,7 +182,6 @@ class HostLM(_HFLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict | None = None
     ) -> HostLM:
-        """Load a model from `--model_args`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
@@ -203,7 +202,6 @@ class HostLM(_HFLM):
         return cls(host, tokenizer, *adapters, **options)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval notes of the model."""
         return {
             "base_model": self.host.base.name_or_path,
             "base_fingerprint": self.host.base.fingerprint,
@@ -242,7 +240,6 @@ class HostLM(_HFLM):
         return [tuple(score) for score in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Complete prompts up to their stop texts."""
         pairs: list[Any] = [request.args for request in requests]
         asked = [self._completion(text, how, n) for n, (text, how) in enumerate(pairs)]
         texts = self.answers.of(self.adapter, asked, "generate_until", disable_tqdm)

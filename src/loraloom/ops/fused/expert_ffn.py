@@ -93,7 +93,6 @@ class _Block:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """What both operators take."""
         return self.starts, self.rank, self.num_columns, self.act, self.keep_scale, self.apart
 
 

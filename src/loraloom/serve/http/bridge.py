@@ -186,7 +186,6 @@ class Exchange(ABC):
         """Choices of the chunks in which a piece of an answer is told."""
 
     async def respond(self) -> Response:
-        """Answer at once or in pieces."""
         body = self.body
         try:
             await self._ask()

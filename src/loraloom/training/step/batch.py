@@ -162,13 +162,11 @@ class RowLayout:
 
     @cached_property
     def flat(self) -> list[tuple[MicroBatch, list[int]]]:
-        """Each row with its micro-batch."""
         pairs = zip(self.micro_batches, self.rows, strict=True)
         return [(batch, row) for batch, rows in pairs for row in rows]
 
     @cached_property
     def samples(self) -> list[list[Example]]:
-        """The samples of each row."""
         return [[batch.examples[place] for place in row] for batch, row in self.flat]
 
     @property

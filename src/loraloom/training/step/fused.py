@@ -159,7 +159,6 @@ def _scaled(loss: Tensor, scale: float) -> Tensor:
 
 
 def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
-    """Add gradients up over all ranks."""
     if ranks.size == 1:
         return
     # One after the other, which takes less memory. A weight that no rank has a gradient of gets

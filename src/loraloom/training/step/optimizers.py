@@ -150,7 +150,6 @@ def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) ->
 def load_learning_state(
     parameters: Mapping[str, Parameter], optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Go on from what `learning_state` returned."""
     copy_all(parameters.values(), state["weights"].values())
     for name, parameter in parameters.items():
         gradient = state["gradients"].get(name)
