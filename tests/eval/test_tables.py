@@ -5,8 +5,7 @@ import csv
 from rich.table import Table
 
 from loraloom.eval.evaluation import summarise
-from loraloom.eval.results import Comparison, Evaluation
-from loraloom.eval.tables import data_frame, markdown
+from loraloom.eval.results import Comparison, Evaluation, data_frame, markdown
 from loraloom.terminal import make_console, print_tables
 from tests.eval.scoring import toy_scores
 

@@ -23,9 +23,8 @@ from loraloom.durable import prepare_output
 from loraloom.errors import ConfigError
 from loraloom.eval import evaluation, held_out
 from loraloom.eval.cache import ScoreCache, default_cache_directory
-from loraloom.eval.results import Evaluation, write_lines
+from loraloom.eval.results import Evaluation, check_outputs, write_lines
 from loraloom.eval.statistics import choose_pairs
-from loraloom.eval.tables import check_outputs
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 from loraloom.generation.loading import check_sources, load_host

@@ -30,8 +30,8 @@ from loraloom.training.ray_cluster import (
     first_line,
 )
 from loraloom.training.results import JobResult
-from loraloom.training.run import Setup, check_run, load_base, set_up
 from loraloom.training.settings import JobConfig, RunConfig
+from loraloom.training.setup import Setup, check_run, load_base, set_up
 from loraloom.training.store import RunDirectory, nearest_existing
 
 # How often the user is told of workers that start or load the base model.

@@ -10,8 +10,7 @@ from torch.nn.functional import silu
 
 from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConfig
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.serve.vllm import fitting_rank, max_top_k
-from loraloom.serve.vllm.folding import Folder, split_in_pieces
+from loraloom.serve.vllm.folding import Folder, fitting_rank, max_top_k, split_in_pieces
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 from tests.tiny import METHODS, tiny_host
 

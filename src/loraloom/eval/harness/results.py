@@ -15,9 +15,8 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 
-from loraloom.eval.results import BASE, SCHEMA_VERSION, Evaluation, TaskResult
+from loraloom.eval.results import BASE, MARK, SCHEMA_VERSION, Evaluation, TaskResult, with_note
 from loraloom.eval.statistics import wilson_interval
-from loraloom.eval.tables import MARK, with_note
 from loraloom.terminal import make_table
 
 # What `lm_eval.simple_evaluate` returns, by adapter.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError, ConfigError, LoraloomError, ModelError, shown
+from loraloom.errors import ConfigError, LoraloomError, ModelError
 from loraloom.formats.disk import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -28,12 +28,6 @@ _log = logging.getLogger(__name__)
 
 # Of vLLM, into whose inside the plug-in reaches.
 KNOWN_VERSION = "0.32"
-# A directory of adapters that are found by their names.
-ADAPTER_DIR = "LORALOOM_ADAPTER_DIR"
-# The largest top_k of a mixture; FFN blocks compute this many experts of each token.
-MAX_TOP_K = "LORALOOM_MAX_TOP_K"
-# Those that vLLM takes for --max-lora-rank.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def register() -> None:
@@ -61,24 +55,6 @@ def vllm_version() -> str | None:
 
 def is_known(found: str | None) -> bool:
     return found is not None and found.startswith(f"{KNOWN_VERSION}.")
-
-
-def max_top_k() -> int:
-    """The largest top_k of a mixture, 2 unless the environment says another."""
-    given = os.environ.get(MAX_TOP_K, "2")
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"{MAX_TOP_K} must be a whole number of at least 1, got {shown(given)}")
-    return int(given)
-
-
-def fitting_rank(rank: int) -> int:
-    for possible in _RANKS:
-        if possible >= rank:
-            return possible
-    raise AdapterError(
-        f"vLLM takes LoRAs of rank {_RANKS[-1]} at most, got {rank} (a mixture's experts times "
-        "their rank); serve it with the embedded engine"
-    )
 
 
 def serve_with_vllm(options: Any) -> None:
@@ -112,7 +88,13 @@ def vllm_command(
 
     vLLM looks for adapters by name only where clients may load them; elsewhere it must be told all.
     """
-    from loraloom.serve.vllm.folding import PIECES
+    from loraloom.serve.vllm.folding import (
+        ADAPTER_DIR,
+        MAX_TOP_K,
+        PIECES,
+        fitting_rank,
+        max_top_k,
+    )
 
     top_k = max([max_top_k(), *(one.top_k for one in folded if one.top_k is not None)])
     rank = fitting_rank(max([PIECES * top_k, *(adapter.rank for adapter in folded)]))

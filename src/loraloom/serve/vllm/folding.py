@@ -10,6 +10,7 @@ Axes: I in_features, O out_features, D hidden, E experts, R rank, S = E·R.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +24,19 @@ from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import refuse_own_parts
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.hub import find_adapter
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 
+# A directory of adapters that are found by their names.
+ADAPTER_DIR = "LORALOOM_ADAPTER_DIR"
+# The largest top_k of a mixture; FFN blocks compute this many experts of each token.
+MAX_TOP_K = "LORALOOM_MAX_TOP_K"
+# Those that vLLM takes for --max-lora-rank.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # A float32 is the sum of this many bfloat16.
 PIECES = 3
 
@@ -171,3 +178,21 @@ def _weightless(layer: BaseLayer) -> BaseLayer:
         }
 
     return replace(layer, attention=projections(layer.attention), ffn=projections(layer.ffn))
+
+
+def max_top_k() -> int:
+    """The largest top_k of a mixture, 2 unless the environment says another."""
+    given = os.environ.get(MAX_TOP_K, "2")
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"{MAX_TOP_K} must be a whole number of at least 1, got {shown(given)}")
+    return int(given)
+
+
+def fitting_rank(rank: int) -> int:
+    for possible in _RANKS:
+        if possible >= rank:
+            return possible
+    raise AdapterError(
+        f"vLLM takes LoRAs of rank {_RANKS[-1]} at most, got {rank} (a mixture's experts times "
+        "their rank); serve it with the embedded engine"
+    )

@@ -43,8 +43,7 @@ from loraloom.errors import ConfigError, FormatError, LoraloomError
 from loraloom.formats.disk import CONFIG_FILE
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
-from loraloom.serve.vllm import ADAPTER_DIR, fitting_rank, max_top_k
-from loraloom.serve.vllm.folding import PIECES, Folder
+from loraloom.serve.vllm.folding import ADAPTER_DIR, PIECES, Folder, fitting_rank, max_top_k
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 
 _log = logging.getLogger(__name__)
