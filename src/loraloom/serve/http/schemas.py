@@ -1,4 +1,4 @@
-"""What requests may say. Answers are OpenAI's own types, `openai.types`."""
+"""What requests may say: tools and formats as `openai.types` has them, all else here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from loraloom.config.fields import StrictModel
 from loraloom.errors import shown
 
 Tool = chat.ChatCompletionFunctionToolParam
-NamedTool = chat.ChatCompletionNamedToolChoiceParam
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
