@@ -54,13 +54,6 @@ def test_rows_longer_than_the_models_positions_are_refused(builder, rows):
         builder.build(config(rows, train={"max_steps": 1, "max_length": 900}))
 
 
-def test_data_that_may_have_changed_is_read_again(builder, rows):
-    builder.build(config(rows))
-    rows.write_text(json.dumps(ROWS[0]) + "\n")
-    job = builder.build(config(rows, "b"), reads_data=True)
-    assert len(job.training_set.examples) == 1
-
-
 @pytest.mark.parametrize(
     "sections",
     [

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import ConfigError
+from loraloom.training.inbox import WatchOptions
 from loraloom.training.parallel import Launch, rank_device, read_launch
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
@@ -71,3 +72,11 @@ def test_a_base_model_that_is_loaded_is_not_taken_apart(tmp_path, monkeypatch):
     run = RunConfig.model_validate({**settings, "parallel": {"base": "fsdp"}})
     with pytest.raises(ConfigError, match=r"takes a base model apart as it is loaded, .*got one"):
         train(run, base=(toy_host(), toy_tokenizer()))
+
+
+def test_a_sweep_and_a_watched_directory_need_one_process(tmp_path, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    settings = {"base_model": "none", "output_dir": tmp_path / "out"}
+    with pytest.raises(ConfigError, match=r"--watch needs one process, got 4 ranks; start it with"):
+        train(settings, watch=WatchOptions(tmp_path))

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.nn import Parameter, ParameterList
 
 import loraloom
 from benchmarks.kills import ADAPTERS
 from benchmarks.parallel import difference, resume_elsewhere, settings
 from loraloom.ranks import ProcessRanks
-from loraloom.training import inbox
 from loraloom.training.rounds import RoundRunner
 from loraloom.training.step.fused import sum_gradients
 from tests.training.running import read_metrics
@@ -30,9 +28,6 @@ pytestmark = pytest.mark.slow
 
 MODES = ("pairs", "plain", "accumulation", "packing")
 """Of a LoRA, a DoRA, a MixLoRA and a MixDoRA."""
-
-SHARDED = {"parallel": {"base": "fsdp"}, "memory_limit": "8 GB"}
-"""With a limit, the memory of jobs that join is predicted, by forwards that take all ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +44,7 @@ def world(tmp_path_factory) -> Path:
         run = settings(directory, directory / name, ["plain"] * len(ADAPTERS))
         run |= {"dtype": "float16", "jobs": [run["jobs"][0], run["jobs"][2]]}
         write_run_file(directory / f"{name}.yaml", run)
-    write_run_file(directory / "sweep.yaml", _sweep(directory, directory / "sweep-one"))
-    sharded = _sweep(directory, directory / "sweep-two") | SHARDED
-    write_run_file(directory / "two-sweep.yaml", sharded)
     loraloom.train(directory / "one.yaml")
-    loraloom.train(directory / "sweep.yaml")
     _overflow(1, directory / "half-one")
     assert run_ranks(2, _work, directory) == [0, 0]
     return directory
@@ -65,7 +56,6 @@ def _work(rank: int, directory: Path) -> None:
     loraloom.train(directory / "two.yaml")
     loraloom.train(directory / "sharded.yaml", between_steps=lambda *_: None)
     _overflow(rank, directory / "half-two")
-    _decide(rank, directory)
 
     def between_steps(engine, _builder):
         if (rank, engine.round) == (1, 4):
@@ -73,44 +63,6 @@ def _work(rank: int, directory: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         loraloom.train(directory / "broken.yaml", between_steps=between_steps)
-
-
-def _sweep(inputs: Path, output_dir: Path) -> dict[str, Any]:
-    """Make a sweep that stops some jobs early, while others join."""
-    run = settings(inputs, output_dir, ["plain"] * len(ADAPTERS))
-    sweep = {
-        "job": run.pop("jobs")[0],
-        "parameters": {"train.learning_rate": [1e-5, 5e-3, 1e-3, 1e-4]},
-        "max_concurrent": 3,
-        "early_stopping": {"asha": {"min_steps": 1, "reduction_factor": 2}},
-    }
-    return {**run, "sweep": sweep}
-
-
-def _decide(rank: int, directory: Path) -> None:
-    """Train a sweep that is interrupted on the second rank, then what is in a directory."""
-
-    def between_steps(engine, _builder):
-        if (rank, engine.round) == (1, 2):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        loraloom.train(directory / "two-sweep.yaml", between_steps=between_steps)
-    loraloom.train(directory / "two-sweep.yaml", resume=True)
-    inbox.LOOK_S = 0.0
-    run = yaml.safe_load((directory / "one.yaml").read_text())
-    jobs = {job["name"]: job for job in run.pop("jobs")}
-    if rank == 0:
-        (directory / "in").mkdir()
-        unsplit = {**jobs["dora"], "name": "unsplit", "adapter": {"method": "loramoe"}}
-        taken = {**jobs["dora"], "name": "taken"}
-        (directory / "watched" / "taken").mkdir(parents=True)
-        (directory / "watched" / "taken" / "result.json").write_text("{}")
-        for job in (jobs["dora"], unsplit, taken):
-            write_run_file(directory / "in" / f"{job['name']}.yaml", job)
-    run |= {"output_dir": str(directory / "watched"), "jobs": [jobs["lora"]], **SHARDED}
-    watch = inbox.WatchOptions(directory / "in", exit_when_idle=True)
-    loraloom.train(run, watch=watch, overwrite=True)
 
 
 def _overflow(rank: int, directory: Path) -> None:
@@ -258,32 +210,6 @@ def test_a_run_whose_second_rank_was_interrupted_goes_on_with_one(world, tmp_pat
     loraloom.train(write_run_file(tmp_path / "run.yaml", run), resume=True)
     for job in ADAPTERS:
         assert difference(directory / job, world / "one" / job).is_rounding
-
-
-def test_a_sweep_on_two_ranks_has_the_trials_of_one(world):
-    tables = [(world / f"sweep-{name}" / "sweep.csv").read_text() for name in ("one", "two")]
-    one, two = ([line.split(",")[:5] for line in table.splitlines()] for table in tables)
-    assert one[0] == ["name", "rank", "status", "steps", "train.learning_rate"]
-    assert one == two
-    assert {status for _, _, status, *_ in one[1:]} == {"finished", "stopped"}
-    for job, *_ in one[1:]:
-        assert difference(world / "sweep-two" / job, world / "sweep-one" / job).is_rounding
-
-
-def test_job_files_are_trained_by_all_ranks(world):
-    states = {
-        name: json.loads((world / "in" / f"{name}.state.json").read_text())
-        for name in ("dora", "unsplit", "taken")
-    }
-    assert {name: one["state"] for name, one in states.items()} == {
-        "dora": "done",
-        "unsplit": "failed",
-        "taken": "failed",
-    }
-    assert "loramoe needs a single process" in states["unsplit"]["reason"]
-    assert "job taken must be new" in states["taken"]["reason"]
-    for job in ("lora", "dora"):
-        assert difference(world / "watched" / job, world / "one" / job).is_rounding
 
 
 def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_any_number(tmp_path):

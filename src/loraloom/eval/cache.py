@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import torch
 
-import loraloom
 from loraloom.adapters.method import Adapter
 from loraloom.data.sources import sha256
 from loraloom.data.tokens import TokenPair
@@ -180,8 +179,8 @@ def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what results may depend on."""
-    packages = {name: version(name) for name in ("torch", "transformers")}
-    return {"loraloom": loraloom.__version__, "python": platform.python_version(), **packages}
+    packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
+    return {"python": platform.python_version(), **packages}
 
 
 def computation_key(host: Host) -> dict[str, Any]:

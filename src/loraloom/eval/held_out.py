@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import SourceConfig
+from loraloom.config.data import BETA, MAX_LENGTH, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import find_location, is_data_file, sha256
@@ -34,14 +34,8 @@ from loraloom.eval.results import TaskResult
 from loraloom.eval.score import Scores
 from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
 from loraloom.models.host import Host
-from loraloom.training.settings import DpoConfig, TrainConfig
 
 _SUFFIXES = re.compile(r"(\.(json|jsonl|csv|txt|parquet))?(\.gz)?$", re.IGNORECASE)
-
-# Longest row in tokens, as in training by default.
-MAX_LENGTH = TrainConfig.model_fields["max_length"].default
-
-BETA = DpoConfig.model_fields["beta"].default
 
 # Loss from which on a perplexity, 4e38, says nothing.
 MAX_EXPONENT = 89

@@ -42,13 +42,8 @@ class JobBuilder:
         self._tokenizer = tokenizer
         self._sets: list[tuple[tuple[Any, ...], TrainingSet | StreamedSet]] = []
 
-    def build(self, config: JobConfig, *, reads_data: bool = False) -> Job:
-        """Put a job's adapter on the host, and read its data and what it is measured on.
-
-        With `reads_data`, data that an earlier job has is read again: its files may have changed.
-        """
-        if reads_data:
-            self._sets.clear()
+    def build(self, config: JobConfig) -> Job:
+        """Put a job's adapter on the host, and read its data and what it is measured on."""
         host, before = self._host, set(self._host.adapters)
         try:
             if config.train.packing:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from loraloom.config.text import read_json
 from loraloom.durable import write_json
 from loraloom.errors import ConfigError, LoraloomError, shown
-from loraloom.training.parallel import Lead
+from loraloom.training.engine import Engine
 from loraloom.training.results import JobResult
 from loraloom.training.settings import load_job_config
 
@@ -51,7 +51,7 @@ class WatchOptions(NamedTuple):
 class Inbox:
     """Brings job files to an engine, and its news back beside them."""
 
-    def __init__(self, options: WatchOptions, engine: Lead, say: Callable[[str], None]):
+    def __init__(self, options: WatchOptions, engine: Engine, say: Callable[[str], None]):
         self._options = options
         self._engine = engine
         self._say = say
@@ -61,11 +61,11 @@ class Inbox:
         self._warnings: set[str] = set()
         self._states = dict(self._read_states())
 
-    def between_steps(self, engine: Lead) -> None:
+    def between_steps(self, engine: Engine) -> None:
         """Look for files if it is time, and wait for some when no job trains."""
         if time.monotonic() >= self._next_look:
             self.look()
-        while not (engine.jobs or engine.is_interrupted or self._is_over()):
+        while not (engine.jobs or engine.interruption.requested or self._is_over()):
             engine.save_if_due(may_wait=True)
             time.sleep(LOOK_S)
             self.look()
@@ -135,7 +135,7 @@ class Inbox:
             config = load_job_config(path)
             if config.name in self._engine.jobs or config.name in self._engine.results:
                 raise ConfigError(f"job name must be new in this run, got {config.name!r} again")
-            self._engine.add(self._engine.build(config), overwrite=self._options.overwrite)
+            self._engine.add(self._engine.builder.build(config), overwrite=self._options.overwrite)
         except Exception as error:
             reason = str(error)
             if not isinstance(error, LoraloomError):

@@ -1,15 +1,11 @@
-"""Several processes that train one run: joining them, and doing what the first one decides.
-
-torchrun, accelerate or another launcher starts them. A sweep and an inbox go by a clock and files,
-so the first rank alone has theirs.
-"""
+"""The processes that torchrun, accelerate or another launcher starts to train one run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,11 +13,7 @@ import torch.distributed as dist
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.loading import find_device
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
-from loraloom.training.engine import Engine
-from loraloom.training.job import Job
-from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig
-from loraloom.training.step.optimizers import rehearse
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
@@ -114,99 +106,3 @@ def check_adds_up(job: JobConfig, num_ranks: int) -> None:
             f"job {job.name}: method {job.adapter.method} needs a single process, as its "
             f"router loss joins all tokens, got {num_ranks} ranks; start it without torchrun"
         )
-
-
-class Lead:
-    """An engine as the first rank's decisions see it; a single process is the first one.
-
-    What the first rank lets its engine do between two rounds, the others are told and let theirs
-    do. What fails on one rank fails on all, and the first one deals with it.
-    """
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.jobs, self.recall = engine.jobs, engine.recall
-        self._ranks = engine.host.ranks
-        self._heard_of_interruption = False
-        self._built: Job | None = None
-
-    @property
-    def results(self) -> dict[str, JobResult]:
-        return self.engine.results
-
-    @property
-    def joined(self) -> set[str]:
-        return self.engine.joined
-
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether this rank was interrupted, or told of another one that was."""
-        return self._heard_of_interruption or self.engine.interruption.requested
-
-    def between_steps(self, decide: Callable[[Lead], None]) -> Callable[[Engine], None]:
-        """Make a callback for the engine of each rank; `decide` is called on the first one."""
-
-        def callback(_: Engine) -> None:
-            if self._ranks.is_first:
-                decide(self)
-                self._tell("go on")
-                return
-            while (told := self._tell())[0] != "go on":
-                with suppress(Exception):
-                    self._do(*told)
-
-        return callback
-
-    def build(self, config: JobConfig, *, reads_data: bool = False) -> Job:
-        """Build a job on all ranks; see `JobBuilder.build`."""
-        check_adds_up(config, self._ranks.size)
-        rehearse(config.train, config.name)
-        self._tell("build", config.model_dump_json(), reads_data)
-        return self._build(config, reads_data)
-
-    def add(self, job: Job, *, overwrite: bool = False) -> None:
-        """Let the job that was built last join; see `Engine.add`."""
-        self._do(*self._tell("add", sorted(job.milestones), overwrite))
-
-    def stop(self, name: str, reason: str) -> JobResult:
-        return self._do(*self._tell("stop", name, reason))
-
-    def save_if_due(self, *, may_wait: bool) -> None:
-        self._do(*self._tell("save", may_wait))
-
-    def _tell(self, *action: Any) -> list[Any]:
-        """Exchange actions among the ranks, and return that of the first one."""
-        told = self._ranks.gather([self.engine.interruption.requested, *action])
-        self._heard_of_interruption = any(is_interrupted for is_interrupted, *_ in told)
-        return told[0][1:]
-
-    def _do(self, action: str, *values: Any) -> Any:
-        match action:
-            case "build":
-                config, reads_data = values
-                return self._build(JobConfig.model_validate_json(config), reads_data)
-            case "add" if self._built is not None:
-                milestones, overwrite = values
-                self._built.milestones = frozenset(milestones)
-                self.engine.add(self._built, overwrite=overwrite)
-            case "stop":
-                return self.engine.stop(*values)
-            case "save":
-                self.engine.save_if_due(may_wait=values[0])
-
-    def _build(self, config: JobConfig, reads_data: bool) -> Job:
-        self._built = job = None
-        try:
-            with self._ranks.together():
-                job = self.engine.builder.build(config, reads_data=reads_data)
-            if self._ranks.check_alike({config.name: job.training_set.digest}):
-                raise ConfigError(
-                    f"job {config.name}: all {self._ranks.size} ranks must have the same data; let "
-                    "all machines see the same files"
-                )
-        except Exception:
-            if job is not None:
-                self.engine.discard(job)
-            raise
-        self._built = job
-        return job

@@ -87,12 +87,17 @@ def train(
             f"{'quantization' if base is None else 'one that is loaded: `base`'}; leave that out, "
             "or take base: replicated"
         )
+    if launch.size > 1 and (run.sweep is not None or watch is not None):
+        raise ConfigError(
+            f"{'sweep' if watch is None else '--watch'} needs one process, got {launch.size} "
+            "ranks; start it without torchrun, or spread a sweep's jobs over devices with --ray"
+        )
     device = rank_device(run.device, launch)
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
     check_run(run, directory, launch.size, **options)
     with ExitStack() as stack:
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
-        if watch is not None and ranks.is_first:
+        if watch is not None:
             stack.enter_context(sole_trainer(watch.path))
         host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
         stack.enter_context(_borrowed(host, ranks))
@@ -110,23 +115,21 @@ def train(
             directory.check(**options)
             directory.prepare([job.name for job in run.all_jobs])
         setup.begin()
-        if sweep is not None and ranks.is_first:
+        if sweep is not None:
             sweep.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
-        actions = [one for one in (sweep, watch and _inbox(setup, watch, stack)) if one is not None]
-        callbacks = [setup.lead.between_steps(one.between_steps) for one in actions]
+        callbacks = list[Callable[[Engine], None]]()
         if between_steps is not None:
-            callbacks.insert(0, lambda engine: between_steps(engine, setup.engine.builder))
+            callbacks.append(lambda engine: between_steps(engine, engine.builder))
+        if sweep is not None:
+            callbacks.append(sweep.between_steps)
+        if watch is not None:
+            inbox = Inbox(watch, setup.engine, progress.message)
+            stack.callback(inbox.close)
+            callbacks.append(inbox.between_steps)
         results = setup.engine.run(*callbacks)
-        if sweep is not None and ranks.is_first:
+        if sweep is not None:
             sweep.show(is_over=True)
         return results
-
-
-def _inbox(setup: Setup, watch: WatchOptions, stack: ExitStack) -> Inbox:
-    inbox = Inbox(watch, setup.lead, setup.progress.message)
-    if setup.engine.host.ranks.is_first:
-        stack.callback(inbox.close)
-    return inbox
 
 
 @contextmanager

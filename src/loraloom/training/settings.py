@@ -25,6 +25,8 @@ from typing_extensions import override
 
 from loraloom.adapters import CONFIGS, AnyAdapterConfig, any_method, when_registered
 from loraloom.config.data import (
+    BETA,
+    MAX_LENGTH,
     DataConfig,
     Scoring,
     SourceConfig,
@@ -103,7 +105,7 @@ class DpoConfig(StrictModel):
     """Direct preference optimisation."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     """The loss of DPO's paper, or of IPO's on log-probabilities per token."""
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=BETA, gt=0)
     """How strongly the policy is held at the reference; the τ of IPO's paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """sigmoid: the share of pairs that are taken to be the wrong way round."""
@@ -206,7 +208,7 @@ class TrainConfig(OptimizerConfig):
     """Passes over the data; or give max_steps."""
     max_steps: int | None = Field(default=None, ge=1)
     """Steps after which the job ends; or give num_epochs."""
-    max_length: int = Field(default=512, ge=2)
+    max_length: int = Field(default=MAX_LENGTH, ge=2)
     """Longest row in tokens."""
     group_by_length: bool = False
     """Let examples of similar length share a step, for less padding; orders stay random."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from loraloom.models.host import Host, attach
 from loraloom.models.loading import load_base_model
 from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
-from loraloom.training.parallel import Lead, check_adds_up
+from loraloom.training.parallel import check_adds_up
 from loraloom.training.progress import Progress
 from loraloom.training.rounds import check_limit
 from loraloom.training.settings import JobConfig, RunConfig
@@ -61,15 +60,11 @@ class Setup:
     progress: Progress
     directory: RunDirectory
 
-    @cached_property
-    def lead(self) -> Lead:
-        return Lead(self.engine)
-
     def sweep(self, worker: tuple[int, int] = (0, 1)) -> Sweep:
         """Make the run's sweep, whose study is not open yet."""
         from loraloom.training.sweep import Sweep  # it needs Optuna
 
-        return Sweep(self.run, self.directory, self.progress, self.lead, worker)
+        return Sweep(self.run, self.directory, self.progress, self.engine, worker)
 
     def begin(self) -> None:
         """Bring the jobs to where the checkpoint has them, or write the first one."""

@@ -34,8 +34,8 @@ from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError, LoraloomError, plain
 from loraloom.eval.plots import save_figure
 from loraloom.terminal import make_table
+from loraloom.training.engine import Engine
 from loraloom.training.job import Job, metric_mode
-from loraloom.training.parallel import Lead
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
@@ -100,7 +100,7 @@ class Sweep:
         run: RunConfig,
         directory: RunDirectory,
         progress: Progress,
-        engine: Lead | None = None,
+        engine: Engine | None = None,
         worker: tuple[int, int] = (0, 1),
     ):
         assert run.sweep is not None
@@ -164,7 +164,7 @@ class Sweep:
                 f"{'; '.join(changes)}; set them back, or give --overwrite to begin again"
             )
 
-    def between_steps(self, engine: Lead) -> None:
+    def between_steps(self, engine: Engine) -> None:
         """Report what was measured, stop the jobs that lost, and let others join."""
         with self._noting_faults():
             for trial, name in self._own():
@@ -359,7 +359,8 @@ class Sweep:
         if name in self._engine.results or self._engine.recall(name):
             return self._report(trial, name)
         try:
-            job = self._engine.build(self._run.trial(trial.number, parameters_of(trial)).job)
+            config = self._run.trial(trial.number, parameters_of(trial)).job
+            job = self._engine.builder.build(config)
             self._set_rungs(job)
             self._note_length(job.total_steps)
             self._engine.add(job, overwrite=True)

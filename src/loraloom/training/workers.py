@@ -120,7 +120,7 @@ class Worker:
                 return self._setup.engine.run()
             sweep = self._setup.sweep(self.place)
             sweep.open()
-            return self._setup.engine.run(self._setup.lead.between_steps(sweep.between_steps))
+            return self._setup.engine.run(sweep.between_steps)
         except LoraloomError as error:
             return error
         except KeyboardInterrupt:  # everything is saved
