@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 import pytest
 
 import loraloom
-from loraloom.terminal import make_console, make_table, print_tables
+from loraloom import terminal
+from loraloom.terminal import make_console, make_table, print_tables, show_progress
 
 FOREIGN = "[/INST] [bold]x[/bold] :tada: [link=https://a.b]c"
 
@@ -67,6 +69,23 @@ def test_a_key_that_is_too_long_is_folded():
     text = printed(wide_table(1, key="x" * 100))
     assert text.count("x") == 100
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def progress(**console):
+    """Show three items, the first as long as the others together."""
+    stream = io.StringIO()
+    with show_progress(make_console(file=stream, width=80, **console), "toy", [2, 1, 1]) as advance:
+        for places in ([0], [1], [2]):
+            advance(places)
+    return stream.getvalue()
+
+
+def test_progress_is_shown_now_and_then_and_disappears(monkeypatch):
+    assert progress() == ""  # within ten seconds
+    monkeypatch.setattr(terminal, "PLAIN_INTERVAL_S", 0)
+    assert "toy: 50 % |" in progress()
+    assert progress().endswith("\r")
+    assert progress(quiet=True) == ""
 
 
 def test_every_console_is_made_in_one_place():

@@ -6,18 +6,22 @@ Names, templates and texts of others may hold what rich takes for markup (`[/INS
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+from tqdm import tqdm
 
 from loraloom.errors import plain
 
 # Characters between two columns.
 _PADDING = 2
+# Between two lines of progress in a file.
+PLAIN_INTERVAL_S = 10.0
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:
@@ -31,6 +35,30 @@ def make_table(*keys: str, values: Sequence[str | Text] = (), title: str | None 
     for value in values:
         table.add_column(value, justify="right")
     return table
+
+
+@contextmanager
+def show_progress(
+    console: Console | None, name: str, sizes: Sequence[int]
+) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Show the share of items that is done, weighed by their sizes, and the time left.
+
+    On a terminal it is shown often, elsewhere now and then. What is given takes the places of
+    items that are done.
+    """
+    interval_s = 0.1 if console is not None and console.is_terminal else PLAIN_INTERVAL_S
+    bar: Any = tqdm(
+        total=sum(sizes),
+        file=console and console.file,
+        disable=console is None or console.quiet,
+        leave=False,
+        delay=interval_s,
+        mininterval=interval_s,
+        desc=name,
+        bar_format="{desc}: {percentage:.0f} % |{bar}| ETA {remaining}",
+    )
+    with bar:
+        yield lambda places: bar.update(sum(sizes[place] for place in places))
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:

@@ -12,7 +12,6 @@ from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
 from loraloom.data.sources import sha256
 from loraloom.data.tasks import load_question_set, questions_digest
-from loraloom.eval.cache import FILE_NAME, ScoreCache
 from loraloom.eval.statistics import compare, read_answers
 from loraloom.models.host import Host
 from tests.generation.saved import save_tiny
@@ -120,19 +119,6 @@ def test_a_default_cache_that_can_not_be_used_is_a_warning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cli.main([*words, "--task", "arc_easy", "--data", str(saved / "data")]) == 0
     assert capsys.readouterr().err.startswith("warning: scores can't be kept in")
-
-
-def test_a_cache_that_is_damaged_under_way_is_a_warning(run, tmp_path, capsys, monkeypatch):
-    damaged = tmp_path / "cache" / "loraloom" / "eval" / FILE_NAME
-    add = ScoreCache.add
-
-    def adding(cache, scores):
-        damaged.write_bytes(b"junk")
-        add(cache, scores)
-
-    monkeypatch.setattr(ScoreCache, "add", adding)
-    assert run()["results"] == run("--no-cache")["results"]
-    assert "warning: some scores are not kept: " in capsys.readouterr().err
 
 
 def test_the_file_says_how_results_were_got(run, saved):

@@ -81,10 +81,6 @@ def test_split_limit_and_base_can_be_chosen(run, saved, tmp_path):
         ("--dataset a.jsonl --format chat", "--data has an effect with --task or --harness only"),
         ("--task ,", "--task must name at least one task"),
         ("--task arc_easy --no-base", "--no-base leaves nothing to score"),
-        (
-            "--task arc_easy --compat moe-peft --scoring text",
-            "compat moe-peft scores labels; leave out scoring text",
-        ),
         ("--task piqa", "no data set 'piqa' there"),
         ("--task arc_easy --split train", "no split 'train' there"),
         ("--task arc_easy --data nowhere", "nowhere"),

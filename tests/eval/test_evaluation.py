@@ -88,8 +88,6 @@ def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
     ("tasks", "options", "message"),
     [
         (["arc_easy", "arc_easy"], {}, "tasks must have different names, got arc_easy, arc_easy"),
-        (["arc_easy"], {"compat": "moe-peft", "scoring": "text"}, "leave out scoring text"),
-        (["skills"], {"compat": "moe-peft"}, "compat moe-peft needs a task of arc_easy"),
         (["arc_easy", "piqa"], {"data": "nowhere"}, "without arc_easy, piqa"),
         (["arc_esay"], {}, "did you mean 'arc_easy'"),
     ],

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 import loraloom
 from benchmarks import cluster
 from loraloom.cli import main as cli
-from loraloom.errors import AdapterError, ConfigError, DataError, TrainingError
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.training import ray_cluster, workers
-from tests.generation.saved import save_tiny
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import read_result
@@ -75,17 +72,13 @@ class PlayedRay:
             pass
 
     def __init__(self, *lost: str):
-        self.lost, self.shares, self.cancelled = set(lost), [], []
+        self.lost = set(lost)
 
     def nodes(self):
         return [node(2)]
 
-    def put(self, value: Any) -> Any:
-        return value
-
-    def remote(self, what):
-        start = self.actor if isinstance(what, type) else partial(partial, self.task, what)
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+    def remote(self, _):
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.actor))
 
     def actor(self, *args):
         worker, names = workers.Worker(*args), ("prepare", "train", "news", "interrupt")
@@ -97,12 +90,6 @@ class PlayedRay:
             raise self.exceptions.RayError("killed\nMore of it.")
         return getattr(worker, name)(*args)
 
-    def task(self, score, kept, names, directory):
-        if self.lost & set(names):
-            raise self.exceptions.RayError("killed\nMore of it.")
-        self.shares.append(names)
-        return score(kept, names, directory)
-
     def wait(self, calls, num_returns=1, timeout=None):
         number = num_returns if timeout is None else len(calls)
         return list(calls)[:number], list(calls)[number:]
@@ -112,9 +99,6 @@ class PlayedRay:
 
     def kill(self, actor, **_):
         pass
-
-    def cancel(self, call, force):
-        self.cancelled.append(call)
 
 
 @pytest.fixture
@@ -139,49 +123,6 @@ def test_jobs_of_a_worker_that_is_lost_for_good_are_left_and_the_others_are_trai
     assert read_result(tmp_path / "out/mixture").status == "finished"
     assert not (tmp_path / "out/plain/result.json").exists()
     assert "warning: a worker was lost for good: killed" in spoken.messages
-
-
-def test_adapters_are_scored_as_in_one_process(tmp_path, capsys, play):
-    saved = save_tiny(tmp_path)
-    kinds = {"b": "mixlora", "a@0": "lora", "a@1": "mixlora"}
-    adapters = [f"--adapter={name}={saved / kind}" for name, kind in kinds.items()]
-    words = ["--base-model", str(saved / "base"), "--device", "cpu", "--dtype", "float32"]
-    words += [*adapters, "--task", "skills", "--limit", "6", "--compare", "b:a", "--no-cache"]
-    ray, written, tables = play(), [], []
-    for name, more in (("one.json", []), ("two.json", ["--ray", "auto", "--ray-workers", "2"])):
-        assert cli.main(["eval", *words, "--output", str(tmp_path / name), *more]) == 0
-        printed = capsys.readouterr()
-        tables.append(printed.out)
-        written.append(json.loads((tmp_path / name).read_text()))
-    assert "2 of 2 workers have scored their adapters" in printed.err
-    assert ray.shares == [[None, "a@0"], ["b", "a@1"]]
-    for one in written:
-        del one["command"], one["date"]
-    assert written[1] == approximately(written[0])
-    assert tables[0] == tables[1]
-
-
-def approximately(value: Any) -> Any:
-    """Numbers of batches of another shape differ by rounding."""
-    if isinstance(value, dict):
-        return {name: approximately(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [approximately(entry) for entry in value]
-    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
-
-
-def test_an_error_in_a_worker_is_raised_and_a_lost_one_too_and_the_others_end(play):
-    def score(names):
-        raise DataError(f"no data for {names}")
-
-    ray = play("b")
-    for names, error, message in (
-        (["a", "c"], DataError, r"no data for \['a'\]"),
-        (["b", "c"], AdapterError, r"scored some adapters were lost: killed$"),
-    ):
-        with pytest.raises(error, match=message):
-            ray_cluster.score_on_workers(score, names, "auto", 2, "cpu", print)
-    assert len(ray.cancelled) == 4
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -15,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from loraloom.cli.options import HostOptions, LocalPath, LocalPaths, RayOptions, Text
+from loraloom.cli.options import HostOptions, LocalPath, LocalPaths, Text
 from loraloom.config.data import DataFormat, Scoring, SourceConfig
 from loraloom.data.sources import find_location, read_rows
 from loraloom.data.tasks import QuestionSet
-from loraloom.durable import prepare_output
+from loraloom.durable import cache_directory, prepare_output
 from loraloom.errors import ConfigError
 from loraloom.eval import evaluation, held_out
-from loraloom.eval.cache import ScoreCache, default_cache_directory
+from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
 from loraloom.eval.statistics import choose_pairs
 from loraloom.formats.files import read_stored
@@ -34,13 +33,13 @@ from loraloom.terminal import make_console, print_tables
 _ONLY = {
     ("--harness",): "harness_include num_fewshot apply_chat_template",
     ("--dataset",): "format template chat_template field on_empty beta max_length",
-    ("--task",): "scoring compat",
+    ("--task",): "scoring",
     ("--task", "--harness"): "data",
-    ("--task", "--dataset"): "split compare cache no_cache ray",
+    ("--task", "--dataset"): "split compare cache no_cache",
 }
 
 
-class EvalRun(HostOptions, RayOptions):
+class EvalRun(HostOptions):
     """What is evaluated on what, and where the results go."""
 
     task: tuple[str, ...] = ()
@@ -80,8 +79,6 @@ class EvalRun(HostOptions, RayOptions):
     """Split to score; by default test for ARC and OpenBookQA, validation for the rest."""
     scoring: Scoring | None = None
     """Score the choice's label or its own text; by default label, or a task file's own."""
-    compat: evaluation.Compat | None = None
-    """Score labels as MoE-PEFT does: its lists, last tokens."""
     limit: int | None = Field(default=None, ge=1)
     """Score the first N questions only."""
     no_base: bool = False
@@ -130,11 +127,6 @@ class EvalRun(HostOptions, RayOptions):
         """Names of the adapters to score; None is the base model."""
         return [*([] if self.no_base else [None]), *self.adapters]
 
-    def only(self, names: Sequence[str | None]) -> EvalRun:
-        """Return the same with fewer adapters."""
-        adapters = tuple(one for one in self.adapter if one.partition("=")[0] in names)
-        return self.model_copy(update={"adapter": adapters, "no_base": None not in names})
-
 
 def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     """Score choice questions, or held-out rows, with the base model and adapters, all in one pass.
@@ -156,11 +148,9 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     else:
         _check(run)
         tasks = _names(run.task)
-        asked = evaluation.load_question_sets(
-            tasks, run.scoring, run.split, run.data, run.limit, run.compat
-        )
+        asked = evaluation.load_question_sets(tasks, run.scoring, run.split, run.data, run.limit)
     messages = make_console(stderr=True, soft_wrap=True)
-    found = _spread(asked, run, messages) if run.ray else _score(asked, run, messages)
+    found = _score(asked, run, messages)
     for name, routing in found.routing.items():
         for warning in routing.get("warnings", ()):
             messages.print(f"warning: adapter {name}: {warning}")
@@ -189,9 +179,7 @@ def _command() -> str:
 
 def _check(run: EvalRun) -> None:
     """Find what can be found wrong before anything is loaded, and make room for the outputs."""
-    # the workers of a cluster have devices that this machine may not have
-    elsewhere = {"device": "cpu", "dtype": "auto", "quantization": None}
-    check_sources(run.model_copy(update=elsewhere) if run.ray else run, run.adapters)
+    check_sources(run, run.adapters)
     for path in run.output:
         prepare_output(path, "--output")
     prepare_output(run.per_question, "--per-question")
@@ -226,30 +214,28 @@ def _score(asked: Sequence[Any], run: EvalRun, messages: Console) -> Evaluation:
     cache: ScoreCache | None = None
     try:
         if not run.no_cache:
-            cache = ScoreCache(run.cache or default_cache_directory(), host, run.names)
+            cache = ScoreCache(run.cache or cache_directory() / "eval", host, run.names)
     except ConfigError as error:
         if run.cache is not None:
             raise
         messages.print(f"warning: {error}")
     options: dict[str, Any] = {
-        # of a cluster's workers, none has all adapters
-        "pairs": () if run.ray else choose_pairs(run.names, run.compare),
+        "pairs": choose_pairs(run.names, run.compare),
         "cache": cache,
         "max_tokens_per_batch": run.batch_tokens,
+        "console": messages,
         "sources": run.adapters,
         "command": _command(),
     }
     try:
-        with evaluation.EvaluationProgress(messages) as options["progress"]:
-            if run.dataset:
-                sizes = run.max_length, run.limit, run.beta or held_out.BETA
-                sets = [held_out.load_held_out(host, tokenizer, one, *sizes) for one in asked]
-                for one in sets:
-                    messages.print(held_out.describe_rows(one.name, one.details))
-                found = evaluation.evaluate_loss(host, tokenizer, sets, run.names, **options)
-            else:
-                options["compat"] = run.compat
-                found = evaluation.evaluate(host, tokenizer, asked, run.names, **options)
+        if run.dataset:
+            sizes = run.max_length, run.limit, run.beta or held_out.BETA
+            asked = [held_out.load_held_out(host, tokenizer, one, *sizes) for one in asked]
+            for one in asked:
+                messages.print(held_out.describe_rows(one.name, one.details))
+            found = evaluation.evaluate_loss(host, tokenizer, asked, run.names, **options)
+        else:
+            found = evaluation.evaluate(host, tokenizer, asked, run.names, **options)
     except KeyboardInterrupt:
         kept = "no scores are kept"
         if cache is not None:
@@ -259,38 +245,12 @@ def _score(asked: Sequence[Any], run: EvalRun, messages: Console) -> Evaluation:
             )
         messages.print(f"stopped; {kept}")
         raise
-    if cache is not None and cache.fault is not None:
-        messages.print(f"warning: some scores are not kept: {cache.fault}")
     if cache is not None and cache.num_found:
         messages.print(
             f"{cache.num_found} of {cache.num_found + cache.num_added} answers were scored before; "
             f"their scores are kept in {cache.directory}"
         )
     return found
-
-
-def _spread(asked: Sequence[Any], run: EvalRun, messages: Console) -> Evaluation:
-    """Score on a cluster's workers, some adapters each."""
-    from loraloom.training.ray_cluster import score_on_workers
-
-    assert run.ray is not None, "asked for"
-    work = partial(_score_in_worker, asked, run)
-    try:
-        parts = score_on_workers(
-            work, run.names, run.ray, run.ray_workers, run.device, messages.print
-        )
-    except KeyboardInterrupt:
-        messages.print("stopped; the same command goes on from any scores that are kept")
-        raise
-    for name, details in parts[0].tasks.items():  # workers are silent
-        if "num_examples" in details:
-            messages.print(held_out.describe_rows(name, details))
-    return evaluation.join_evaluations(parts, run.names, choose_pairs(run.names, run.compare))
-
-
-# at the top of the file, as workers of a cluster get it by pickle
-def _score_in_worker(asked: Sequence[Any], run: EvalRun, names: Sequence[str | None]) -> Evaluation:
-    return _score(asked, run.only(names), make_console(quiet=True))
 
 
 def _evaluate_harness(run: EvalRun) -> None:

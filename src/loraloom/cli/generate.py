@@ -29,13 +29,12 @@ from loraloom.data.templates import template_source, template_text
 from loraloom.durable import append_text, prepare_output, write_json
 from loraloom.errors import ConfigError, shown
 from loraloom.eval.cache import describe_adapters
-from loraloom.eval.evaluation import EvaluationProgress
 from loraloom.generation.generate import complete_in_order
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.models.layout import RowAdapter
-from loraloom.terminal import make_console
+from loraloom.terminal import make_console, show_progress
 
 Rows = Sequence[dict[str, Any]]
 _DECISIVE = {"base_model", "dtype", "quantization", "raw", "batch_size"}
@@ -228,8 +227,7 @@ def _write(
             path.unlink(missing_ok=True)
             write_json(_settings_path(path), settings)
             append_text(path, "")
-        with EvaluationProgress(messages) as progress:
-            advance = progress.start(path.name, [1] * len(rows), "rows")
+        with show_progress(messages, path.name, [1] * len(rows)) as advance:
             advance(range(num_done))
             for batch in texts:
                 done = range(num_done, num_done + len(batch))

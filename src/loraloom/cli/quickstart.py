@@ -21,12 +21,12 @@ from loraloom.config.model import Device
 from loraloom.config.text import parse_yaml
 from loraloom.data import tiny_base
 from loraloom.data.tasks import load_question_set
-from loraloom.eval.evaluation import EvaluationProgress, evaluate
+from loraloom.eval.evaluation import evaluate
 from loraloom.eval.plots import plot_experts, plot_loss_curves
 from loraloom.eval.results import Evaluation
 from loraloom.models.host import attach
 from loraloom.models.loading import find_device, load_base_model
-from loraloom.terminal import make_console
+from loraloom.terminal import make_console, show_progress
 from loraloom.training.progress import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
@@ -89,8 +89,7 @@ def quickstart(
         console.print(f"Taking the tiny base model in {base}")
     else:
         console.print("Making a tiny base model of three layers (some two minutes)")
-        with EvaluationProgress(console) as progress:
-            advance = progress.start("base model", [1] * BASE_STEPS, "steps")
+        with show_progress(console, "base model", [1] * BASE_STEPS) as advance:
             tiny_base.make_tiny_base(base, BASE_STEPS, on_step=lambda step: advance([step]))
     model, tokenizer = load_base_model(run.base_model, device=options.device)
     host = attach(model)

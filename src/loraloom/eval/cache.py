@@ -1,10 +1,8 @@
 """Scores that are kept, so that an evaluation goes on where it was interrupted, and how it was got.
 
-One SQLite file holds the scores of all base models and adapters. A score is known by its
-computation, a hash of all that it depends on (`computation_key`), and by a hash of its question's
-tokens. Every batch is a transaction of its own: several processes can share a file, and a crash
-leaves what was kept before. A connection is open only while something is read or written, so that
-the file can be deleted at any time.
+One SQLite file holds the scores of all base models and adapters, by a hash of all that a score
+depends on (`computation_key`, the adapter, the question's tokens). Every batch is a transaction of
+its own: several processes can share the file, and a crash leaves what was kept before.
 """
 
 from __future__ import annotations
@@ -14,19 +12,18 @@ import json
 import math
 import platform
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from loraloom.adapters.method import Adapter
 from loraloom.data.sources import sha256
 from loraloom.data.tokens import TokenPair
-from loraloom.durable import cache_directory
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.hub import find_adapter
@@ -36,122 +33,84 @@ from loraloom.models.quantization import stored_weights
 # Raise it with every change of the code that may change a log-likelihood.
 SCORING_VERSION = 1
 
-FILE_NAME = "scores.sqlite3"
+FILE_NAME = "log_likelihoods.sqlite3"
 
 _LOCK_TIMEOUT_S = 60
 # By the bytes of a number.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_SCHEMA = """
-PRAGMA journal_mode = DELETE; -- WAL needs memory that all processes share, so one machine
-CREATE TABLE IF NOT EXISTS computations (id TEXT PRIMARY KEY, description TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS scores (
-    computation TEXT, question TEXT, log_likelihoods TEXT, PRIMARY KEY (computation, question)
-) WITHOUT ROWID;
-"""
-
-# Of a question's choices.
-LogLikelihoods = tuple[float, ...]
-
-Result = TypeVar("Result")
+_SCHEMA = """CREATE TABLE IF NOT EXISTS kept (
+    id TEXT PRIMARY KEY, log_likelihoods TEXT
+) WITHOUT ROWID"""
 
 # Of a question's choices: what the model reads, and what is scored.
 Tokens = Sequence[TokenPair]
 
 
-def default_cache_directory() -> Path:
-    """Give the directory of scores in the user's cache."""
-    return cache_directory() / "eval"
-
-
 class ScoreCache:
     """The scores of several adapters on one base model; None is the base model itself.
 
-    `num_found` scores were known, `num_added` are kept in the file since then; `fault` is why some
-    are not, if so. Weights must not change while it is used.
+    `num_found` scores were known, `num_added` are new. Weights must not change while it is used.
     """
 
     def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):
         self.directory = directory
         self.num_found = self.num_added = 0
-        self.fault: str | None = None
-        self._path = directory / FILE_NAME
         key = computation_key(host)
         digests = {name: name and adapter_digest(host.adapter(name)) for name in adapters}
-        keys = {name: {**key, "adapter": digest} for name, digest in digests.items()}
-        self._ids = {name: json_digest(value) for name, value in keys.items()}
-        computations = {self._ids[name]: value for name, value in keys.items()}
-        self._scores = _transact(self._path, lambda file: _read_scores(file, computations))
+        self._ids = {n: json_digest({**key, "adapter": digest}) for n, digest in digests.items()}
+        with self._open():
+            pass
 
-    def find(self, adapter: str | None, question: Tokens) -> LogLikelihoods | None:
-        """Give a question's log-likelihoods if they are known."""
-        known = self._scores.get((self._ids[adapter], json_digest(question)))
-        self.num_found += known is not None
-        return known
+    def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[float, ...] | None]:
+        """Give the log-likelihoods of adapters and questions, of those that are known."""
+        select = "SELECT log_likelihoods FROM kept WHERE id = ?"
+        with self._open() as file:
+            rows = [file.execute(select, (self._id(*one),)).fetchone() for one in wanted]
+            found = [row and tuple(json.loads(row[0])) for row in rows]
+        self.num_found += len(found) - found.count(None)
+        return found
 
-    def add(self, scores: Sequence[tuple[str | None, Tokens, LogLikelihoods]]) -> None:
-        """Keep scores of adapters and questions; those that are not finite are left out.
+    def add(self, scores: Sequence[tuple[str | None, Tokens, Sequence[float]]]) -> None:
+        """Keep scores of adapters and questions; those that are not finite are left out."""
+        finite = [one for one in scores if all(map(math.isfinite, one[2]))]
+        rows = [(self._id(name, tokens), json.dumps(values)) for name, tokens, values in finite]
+        with self._open() as file:
+            # another process may have kept the same scores since
+            file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
+        self.num_added += len(rows)
 
-        Where the file can't be written any more, they are kept until the evaluation ends.
-        """
-        finite = {
-            (self._ids[adapter], json_digest(question)): values
-            for adapter, question, values in scores
-            if all(map(math.isfinite, values))
-        }
-        rows = [(*key, json.dumps(values)) for key, values in finite.items()]
-        # another process may have kept the same scores since this one began
-        insert = "INSERT OR REPLACE INTO scores VALUES (?, ?, ?)"
-        self._scores.update(finite)
+    def _id(self, adapter: str | None, tokens: Tokens) -> str:
+        return json_digest([self._ids[adapter], tokens])
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Open the file, which is made when missing, for one transaction."""
+        path = self.directory / FILE_NAME
         try:
-            if rows:
-                _transact(self._path, lambda file: file.executemany(insert, rows))
-        except ConfigError as error:
-            self.fault = str(error)
-        else:
-            self.num_added += len(finite)
-
-
-def _read_scores(
-    file: sqlite3.Connection, computations: Mapping[str, Any]
-) -> dict[tuple[str, str], LogLikelihoods]:
-    """Note what is going to be computed, and read what is known of it."""
-    ((state,),) = file.execute("PRAGMA quick_check(1)")
-    if state != "ok":
-        raise sqlite3.DatabaseError(state)
-    notes = [(name, json.dumps(description)) for name, description in computations.items()]
-    file.executemany("INSERT OR IGNORE INTO computations VALUES (?, ?)", notes)
-    wanted = f"computation IN ({', '.join('?' * len(computations))})"
-    rows = file.execute(f"SELECT * FROM scores WHERE {wanted}", list(computations))
-    return {(name, question): tuple(json.loads(values)) for name, question, values in rows}
-
-
-def _transact(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Result:
-    """Do a transaction in a file, which is made when missing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as connection:
-            connection.executescript(_SCHEMA)
-            with connection:
-                return work(connection)
-    except (OSError, sqlite3.Error, ValueError) as error:
-        raise ConfigError(
-            f"scores can't be kept in {path.parent}: {error}; delete {path.name} there if it is "
-            "damaged, or give another --cache DIR, or --no-cache"
-        ) from error
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as file, file:
+                file.execute(_SCHEMA)
+                yield file
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise ConfigError(
+                f"scores can't be kept in {path}: {error}; delete the file if it is damaged, or "
+                "give another --cache DIR, or --no-cache"
+            ) from error
 
 
 def describe_evaluation(host: Host, adapters: Mapping[str, str], command: str) -> dict[str, Any]:
     """Describe the base model, adapters, software and machine of an evaluation."""
     is_cuda = host.device.type == "cuda"
-    device = f"{host.device} ({torch.cuda.get_device_name(host.device)})" if is_cuda else None
+    packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
     return {
         "base_model": host.base.name_or_path,
         "quantization": host.base.quantization,
         **_how_computed(host),
         "adapters": describe_adapters(adapters),
-        "versions": versions(),
-        "device": device or str(host.device),
+        "versions": {"python": platform.python_version(), **packages},
+        "device": f"{host.device}"
+        + (f" ({torch.cuda.get_device_name(host.device)})" if is_cuda else ""),
         "platform": platform.platform(),
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -177,12 +136,6 @@ def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
     return described
 
 
-def versions() -> dict[str, str]:
-    """Versions of what results may depend on."""
-    packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
-    return {"python": platform.python_version(), **packages}
-
-
 def computation_key(host: Host) -> dict[str, Any]:
     """Name everything but the adapter and the tokens that a log-likelihood depends on.
 
@@ -191,11 +144,10 @@ def computation_key(host: Host) -> dict[str, Any]:
     # neither where the base was loaded from nor what saved it
     left_out = ("_name_or_path", "transformers_version")
     config = {k: value for k, value in host.config.to_dict().items() if k not in left_out}
-    text = json.dumps(config, sort_keys=True, default=str)
     return {
         **_how_computed(host),
         "base_weights": _weights_digest(host),
-        "base_config": hashlib.sha256(text.encode()).hexdigest()[:32],
+        "base_config": json_digest(config),
         "device": host.device.type,
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -226,5 +178,5 @@ def _weights_digest(host: Host) -> str:
 
 def json_digest(value: Any) -> str:
     """Hash a value that JSON holds, such as a question's tokens."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

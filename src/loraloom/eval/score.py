@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,9 +16,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet, questions_digest
-from loraloom.data.tokens import TokenPair, encode_pairs, encode_texts
-from loraloom.errors import ConfigError, DataError
-from loraloom.eval.cache import LogLikelihoods, ScoreCache, Tokens
+from loraloom.data.tokens import encode_pairs
+from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.results import Metric, PairedComparison, TaskResult
 from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, wilson_interval
 from loraloom.generation.rows import fit_pair
@@ -35,21 +34,8 @@ from loraloom.models.host import Host
 # Takes the places of items that are done.
 Advance = Callable[[Sequence[int]], None]
 
-_ARC = ("1", "2", "3", "4", "A", "B", "C", "D", "E")
-
-# What MoE-PEFT asks for in each task, whether a question has such a choice or not; from its
-# `moe_peft/tasks/qa_tasks.py`. (It also cuts long prompts on the right, where the answer's cue is;
-# that is not repeated.)
-MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
-    "arc_easy": _ARC,
-    "arc_challenge": _ARC,
-    "boolq": ("true", "false"),
-    "openbookqa": ("A", "B", "C", "D"),
-    "piqa": ("A", "B"),
-    "social_i_qa": ("A", "B", "C"),
-    "hellaswag": ("A", "B", "C", "D"),
-    "winogrande": ("A", "B"),
-}
+# Of a question's choices.
+LogLikelihoods = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -73,24 +59,24 @@ class Scorer:
         # cut as if nothing were known, so that an interrupted evaluation goes on with the batches
         # that it would have had, and to the same numbers
         batches = list(token_batches(rows, budget // len(self.adapters)))
-        cache, scores = self.cache, {}
+        scores: dict[tuple[str | None, int], LogLikelihoods] = {}
 
-        def score(places: Sequence[int]) -> list[LogLikelihoods]:
+        def score(places: Sequence[int]) -> dict[Any, LogLikelihoods]:
             keys = list(product(self.adapters, places))
-            found: dict[Any, Any] = {
-                (name, n): cache and cache.find(name, tokens[n]) for name, n in keys
-            }
-            missing = [key for key, values in found.items() if values is None]
+            asked = [(name, tokens[place]) for name, place in keys]
+            known = self.cache.find(asked) if self.cache else [None] * len(keys)
+            found = {key: values for key, values in zip(keys, known, strict=True) if values}
+            missing = [key for key in keys if key not in found]
             scored = score_groups(self.host, rows, missing, budget, on_routing)
             for key, pairs in zip(missing, scored, strict=True):
                 found[key] = tuple(pair.log_likelihood for pair in pairs)
-            if cache is not None:
-                cache.add([(name, tokens[place], found[name, place]) for name, place in missing])
-            return [*found.values()]
+            if self.cache and missing:
+                self.cache.add([(name, tokens[n], found[name, n]) for name, n in missing])
+            return found
 
         with self.host.prepared():
-            for places, values in zip(batches, self.host.ranks.spread(batches, score), strict=True):
-                scores |= dict(zip(product(self.adapters, places), values, strict=True))
+            for places, found in zip(batches, self.host.ranks.spread(batches, score), strict=True):
+                scores |= found
                 if on_progress is not None:
                     on_progress(places)
         return {n: [scores[n, place] for place in range(len(rows))] for n in self.adapters}
@@ -121,47 +107,25 @@ class QuestionScore:
         return self.chosen == self.question.gold
 
 
-def encode_choices(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
-) -> list[list[TokenPair]]:
-    """Encode every choice's context and whole continuation, split as in training."""
-    choices = [
-        pair for one in questions for pair in zip(one.contexts, one.continuations, strict=True)
-    ]
-    pairs = iter(encode_pairs(tokenizer, choices))
-    return [[next(pairs) for _ in question.contexts] for question in questions]
-
-
-def encode_last_tokens(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
-) -> list[list[TokenPair]]:
-    """Encode prompts and labels by themselves, and keep the last token of each label.
-
-    Source: MoE-PEFT `moe_peft/evaluator.py`.
-    """
-    prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
-    texts = sorted({text for question in questions for text in question.continuations})
-    ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-    return [
-        [TokenPair(prompt, ids[text][-1:]) for text in question.continuations]
-        for prompt, question in zip(prompts, questions, strict=True)
-    ]
-
-
 def score_questions(
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[ChoiceQuestion],
-    encode: Callable[..., list[list[TokenPair]]] = encode_choices,
     **observers: Any,
 ) -> dict[str | None, list[QuestionScore]]:
-    """Score every choice of every question with each adapter; see `Scorer.score`."""
-    encoded = encode(tokenizer, questions)
+    """Score every choice of every question with each adapter; see `Scorer.score`.
+
+    A choice's context and whole continuation are split into tokens as in training.
+    """
+    choices = [
+        pair for one in questions for pair in zip(one.contexts, one.continuations, strict=True)
+    ]
+    pairs = iter(encode_pairs(tokenizer, choices))
+    encoded = [[next(pairs) for _ in question.contexts] for question in questions]
     max_length = scorer.host.config.max_position_embeddings
-    names = [f"{one.task}, question {one.index}: a choice" for one in questions]
     fitted = [
-        [fit_pair(pair, max_length, name) for pair in pairs]
-        for name, pairs in zip(names, encoded, strict=True)
+        [fit_pair(pair, max_length, f"{one.task}, question {one.index}: a choice") for pair in of]
+        for one, of in zip(questions, encoded, strict=True)
     ]
     scores = scorer.score(group_rows(scorer.host, fitted), fitted, **observers)
     truncated = [one != whole for one, whole in zip(fitted, encoded, strict=True)]
@@ -275,24 +239,3 @@ def _question_lines(
             "correct_label": question.labels[question.gold],
             "scores": list(score.scores),
         }
-
-
-def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
-    """Offer every label of MoE-PEFT's list for the task, in its order."""
-    if question.task not in MOE_PEFT_LABELS:
-        known = ", ".join(MOE_PEFT_LABELS)
-        raise ConfigError(f"compat moe-peft needs a task of {known}, got {question.task}")
-    labels, gold = MOE_PEFT_LABELS[question.task], question.labels[question.gold]
-    if gold not in labels:
-        raise DataError(
-            f"{question.task}, question {question.index}: its answer must be a label that MoE-PEFT "
-            f"asks for ({', '.join(labels)}), got {gold!r}; leave out --compat"
-        )
-    return replace(
-        question,
-        contexts=question.contexts[:1] * len(labels),
-        continuations=tuple(f" {label}" for label in labels),
-        labels=labels,
-        gold=labels.index(gold),
-        normalizers=(1.0,) * len(labels),
-    )

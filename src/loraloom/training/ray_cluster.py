@@ -6,15 +6,12 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-from loraloom.errors import AdapterError, ConfigError, LoraloomError, shown
-
-_Part = TypeVar("_Part")
+from loraloom.errors import ConfigError, LoraloomError, shown
 
 # How often Ray itself starts a lost worker again.
 RESTARTS = 2
@@ -141,50 +138,3 @@ def choose_workers(
             f"{kind} in the cluster; give a lower --ray-workers, or another --device"
         )
     return size, resources
-
-
-def score_on_workers(
-    score: Callable[[Sequence[str | None]], _Part],
-    names: Sequence[str | None],
-    address: str,
-    num_workers: int | None,
-    device: str,
-    tell: Callable[[str], object],
-) -> list[_Part]:
-    """Let each worker score its share of the adapters."""
-    check_worker_device(device)
-    with connected(address) as ray:
-        size, resources = choose_workers(ray.nodes(), device, num_workers)
-        options = {"max_retries": RESTARTS, "scheduling_strategy": "SPREAD", **resources}
-        task: Any = ray.remote(_score).options(**options)
-        kept = ray.put(score)  # once, as it has the questions in it
-        shares = [names[place::size] for place in range(min(size, len(names)))]
-        calls = [task.remote(kept, share, Path.cwd()) for share in shares]
-        results: dict[Any, Any] = {}
-        try:
-            while len(results) < len(calls):
-                (done,), _ = ray.wait([call for call in calls if call not in results])
-                results[done] = ray.get(done)
-                if isinstance(results[done], LoraloomError):
-                    raise results[done]
-                tell(f"{len(results)} of {len(calls)} workers have scored their adapters")
-            return [results[call] for call in calls]
-        except BaseException as error:
-            for call in calls:
-                ray.cancel(call, force=True)
-            # What a worker's code raised is a defect of ours, and stays as it is.
-            is_loss = isinstance(error, ray.exceptions.RayError)
-            if is_loss and not isinstance(error, ray.exceptions.RayTaskError):
-                raise AdapterError(
-                    f"the workers that scored some adapters were lost: {first_line(error)}"
-                ) from None
-            raise
-
-
-def _score(score: Callable[[Any], Any], names: Sequence[str | None], directory: Path) -> Any:
-    """Score in a worker's process; errors that are ours are returned, not raised."""
-    os.chdir(directory)
-    try:
-        return score(names)
-    except LoraloomError as error:
-        return error
