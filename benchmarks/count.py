@@ -151,25 +151,13 @@ class Count:
 
 
 @register_flop_formula(torch.ops.loraloom.expert_hidden)
-def _hidden_flops(gate, up, low_rank, experts, weights, gate_B, *others, **_):
-    return _slot_flops(gate, experts, gate_B, others[2])
+def _hidden_flops(gate, up, low_rank, experts, weights, gate_B, up_B, *_, **__):
+    return _slot_flops(gate, experts, gate_B, up_B)
 
 
 @register_flop_formula(torch.ops.loraloom.expert_hidden_backward)
 def _hidden_backward_flops(grad, grad_rank, down_A, gate, up, low_rank, experts, *others, **_):
-    return _slot_flops(gate, experts, down_A, others[1], others[4])
-
-
-@register_flop_formula(torch.ops.loraloom.decomposed)
-def _decomposed_flops(output, rank_input, lora_B, row_scale, bias, experts, *_, **__):
-    return _slot_flops(rank_input, experts, lora_B)
-
-
-@register_flop_formula(torch.ops.loraloom.decomposed_backward)
-def _decomposed_backward_flops(
-    grad, output, rank_input, lora_B, row_scale, bias, experts, *_, **__
-):
-    return _slot_flops(rank_input, experts, lora_B)
+    return _slot_flops(gate, experts, down_A, others[1], others[2])
 
 
 def _slot_flops(rows: Any, experts: Any, *weights: Any) -> int:

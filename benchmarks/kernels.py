@@ -25,7 +25,6 @@ from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
 from loraloom.ops.fused import kernels
 from loraloom.ops.fused.expert_ffn import fused_hidden
-from loraloom.ops.fused.rows import fused_decompose
 from loraloom.ops.low_rank import UpProjection
 
 FFN_SIZE, HIDDEN_SIZE, TOKENS = 11008, 4096, 64
@@ -52,17 +51,15 @@ def main() -> None:
 
 
 def launches(dtype: torch.dtype) -> Launches:
-    """Arguments of each kernel, as the blocks of four methods start it."""
+    """Arguments of each kernel, as the blocks of two methods start it."""
     seen: Launches = {}
-    for method, num_experts, decomposed in (
-        ("LoRA", 0, False), ("DoRA", 0, True), ("MixLoRA", 8, False), ("MixDoRA", 8, True)
-    ):  # fmt: skip
-        for kernel, arguments in started(num_experts, decomposed, dtype):
+    for method, num_experts in (("LoRA", 0), ("MixLoRA", 8)):
+        for kernel, arguments in started(num_experts, dtype):
             seen.setdefault(f"{method} {kernel}", arguments)
     return seen
 
 
-def started(num_experts: int, decomposed: bool, dtype: torch.dtype) -> list[Any]:
+def started(num_experts: int, dtype: torch.dtype) -> list[Any]:
     """Go through an FFN block's kernels and note their arguments in place of running them."""
     taken: list[tuple[str, dict[str, Any]]] = []
     names = [name for name in vars(kernels) if name.endswith("_kernel")]
@@ -76,11 +73,11 @@ def started(num_experts: int, decomposed: bool, dtype: torch.dtype) -> list[Any]
 
     noted: dict[str, Any] = {name: Noted(name) for name in names}
     with patch.multiple(kernels, **noted):
-        run_block(num_experts, decomposed, dtype)
+        run_block(num_experts, dtype)
     return taken
 
 
-def run_block(num_experts: int, decomposed: bool, dtype: torch.dtype) -> None:
+def run_block(num_experts: int, dtype: torch.dtype) -> None:
     """Go through a block, forward and backward; no experts are a plain LoRA."""
     experts = routing_weights = None
     rank = 16 if num_experts else 80
@@ -90,27 +87,21 @@ def run_block(num_experts: int, decomposed: bool, dtype: torch.dtype) -> None:
     count = max(1, num_experts)
     size = count * rank
 
-    def leaf(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=of, requires_grad=True)
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
     def side(start: int, width: int) -> UpProjection:
-        scale = leaf(count, width, of=torch.float32) if decomposed else None
-        return UpProjection(slice(start, start + size), leaf(size, width), scale)
+        return UpProjection(slice(start, start + size), leaf(size, width))
 
-    down = side(0, HIDDEN_SIZE)
     weights = FfnWeights(
         leaf(2 * size, HIDDEN_SIZE), side(0, FFN_SIZE), side(size, FFN_SIZE),
-        leaf(size, FFN_SIZE), down, count, rank,
+        leaf(size, FFN_SIZE), side(0, HIDDEN_SIZE), count, rank,
     )  # fmt: skip
     hidden, down_rank = fused_hidden(
         leaf(TOKENS, FFN_SIZE), leaf(TOKENS, FFN_SIZE), leaf(TOKENS, 2 * size), weights, experts,
-        None if decomposed else routing_weights, silu, FfnDropout.none(2),
+        routing_weights, silu, FfnDropout.none(2),
     )  # fmt: skip
     (hidden.sum() + down_rank.sum()).backward()
-    if decomposed:
-        output = leaf(TOKENS * (2 if num_experts else 1), HIDDEN_SIZE)
-        lora = leaf(TOKENS, size), down.B, down.row_scale, down.bias
-        fused_decompose(output, *lora, rank, experts, routing_weights).sum().backward()
 
 
 def compile_kernel(name: str, arguments: dict[str, Any], capability: int) -> tuple[int, int, int]:

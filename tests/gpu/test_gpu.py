@@ -11,7 +11,7 @@ from torch import Tensor
 
 import loraloom
 from loraloom.models.host import Host
-from loraloom.ops.fused.rows import SWITCH
+from loraloom.ops.fused.expert_ffn import SWITCH
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.training.settings import SftConfig
 from loraloom.training.step.batch import MicroBatch

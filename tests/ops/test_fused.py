@@ -8,11 +8,9 @@ from torch import Tensor
 from transformers import activations
 
 from loraloom.ops import lean_expert_ffn as lean
-from loraloom.ops import low_rank
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
 from loraloom.ops.fused import operators
 from loraloom.ops.fused.expert_ffn import fused_hidden
-from loraloom.ops.low_rank import UpProjection, apply_update, decompose
 from tests.ops.ffn_case import SHAPES, FfnCase, dense_loop, make_case, run
 
 ACTIVATIONS = (
@@ -29,8 +27,7 @@ pytest.importorskip("triton", reason="kernels need Triton")
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
-    for module in (lean, low_rank):
-        monkeypatch.setattr(module, "is_fused", lambda rows: True)
+    monkeypatch.setattr(lean, "is_fused", lambda rows: True)
 
 
 def gradients(output: Tensor, case: FfnCase) -> list[Tensor]:
@@ -64,41 +61,34 @@ def assert_same(case: FfnCase) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize(
     ("top_k", "padding", "dropout"), [(1, [], 0.0), (2, [1, 4], 0.0), (3, [], 0.4)]
 )
-def test_output_and_gradients_are_those_of_a_dense_loop(shape, decomposed, dropout, top_k, padding):
-    assert_same(
-        make_case(shape, decomposed=decomposed, dropout=dropout, top_k=top_k, padding=padding)
-    )
+def test_output_and_gradients_are_those_of_a_dense_loop(shape, dropout, top_k, padding):
+    assert_same(make_case(shape, dropout=dropout, top_k=top_k, padding=padding))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("decomposed", [False, True])
-def test_a_single_slot_may_have_a_weight_below_one(shape, decomposed):
-    case = make_case(shape, top_k=1, is_switch=True, decomposed=decomposed)
+def test_a_single_slot_may_have_a_weight_below_one(shape):
+    case = make_case(shape, top_k=1, is_switch=True)
     case.bias["down"].zero_()  # the FFN block sees to it that the output has it once
     assert_same(case)
 
 
 @pytest.mark.parametrize("targets", [["gate"], ["up"], ["down"], ["up", "down"]])
-@pytest.mark.parametrize("decomposed", [False, True])
-def test_projections_without_experts_keep_their_base_output(targets, decomposed):
-    assert_same(make_case("gated", targets=targets, dropout=0.4, decomposed=decomposed))
+def test_projections_without_experts_keep_their_base_output(targets):
+    assert_same(make_case("gated", targets=targets, dropout=0.4))
 
 
 @pytest.mark.parametrize(("num_tokens", "features", "rank"), [(65, 130, 2), (70, 6, 20)])
 def test_tiles_at_the_edges_are_whole(num_tokens, features, rank):
-    case = make_case(
-        "gated", num_tokens=num_tokens, features=features, rank=rank, padding=[64], decomposed=True
-    )
-    assert_same(case)
+    sizes = {"num_tokens": num_tokens, "features": features, "rank": rank}
+    assert_same(make_case("gated", padding=[64], **sizes))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_plain_lora_is_one_expert_of_weight_one(shape):
-    case = make_case(shape, top_k=1, num_experts=1, dropout=0.4, decomposed=True)
+    case = make_case(shape, top_k=1, num_experts=1, dropout=0.4)
 
     def without_routing(x, gate, up, weights, routing, act, masks):
         return lean.lean_expert_ffn(x, gate, up, weights, None, act, masks)
@@ -120,30 +110,14 @@ def test_activations_and_their_slopes_are_pytorchs(act):
     torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-def test_doras_sum_is_that_of_decompose(biased):
-    torch.manual_seed(0)
-    output, low, lora_B = torch.randn(3, 5), torch.randn(3, 2), torch.randn(2, 5)
-    row_scale, bias = torch.rand(1, 5) + 0.5, torch.randn(5) if biased else None
-    leaves = [tensor.requires_grad_() for tensor in (output, low, lora_B, row_scale)]
-    side = UpProjection(slice(0, 2), lora_B, row_scale, bias)
-    results = [apply_update(output, low, side), decompose(output, low @ lora_B, row_scale, bias)]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    ours, theirs = (torch.autograd.grad(result.square().sum(), leaves) for result in results)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
 def test_operators_without_data_return_what_kernels_fill():
     gate, grad, low_rank = torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 4)
     experts, weights = torch.tensor([[0, 1, -1], [1, 0, -1]]), torch.rand(3, 2)
-    lora_B, row_scale = torch.randn(4, 5), torch.rand(2, 5)
-    block = (gate, gate, low_rank, experts, weights, lora_B, row_scale, None, lora_B, None, None)
-    settings = (None, [0, 0], 2, 4, "silu", 1.0, False)
-    decomposed = (torch.randn(6, 5), low_rank, lora_B, row_scale, None, experts, weights, 2)
+    lora_B = torch.randn(4, 5)
+    block = (gate, gate, low_rank, experts, weights, lora_B, lora_B, None)
+    settings = ([0, 0], 2, 4, "silu", 1.0)
     for operator, arguments in (
         (operators.expert_hidden, (*block, *settings, True)),
         (operators.expert_hidden_backward, (grad, low_rank, lora_B, *block, *settings)),
-        (operators.decomposed, decomposed),
-        (operators.decomposed_backward, (grad, *decomposed)),
     ):
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")

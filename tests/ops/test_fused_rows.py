@@ -6,14 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraloom.ops.fused.rows import SWITCH, activation_name, by_slot, is_fused, over_slots
+from loraloom.ops.fused.expert_ffn import (
+    SWITCH,
+    by_slot,
+    has_kernels,
+    is_fused,
+    over_slots,
+)
+from tests.ops.ffn_case import compute_form, make_case
 
 
 def rows(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Tensor:
     return torch.empty(2, 3, dtype=dtype, device=device)
 
 
-def test_half_precision_on_an_accelerator_is_fused(monkeypatch):
+def test_half_precision_on_an_accelerator_is_fused_where_kernels_are_on(monkeypatch):
+    for value in ("off", ""):
+        monkeypatch.setenv(SWITCH, value)
+        assert not is_fused(rows())
     monkeypatch.setenv(SWITCH, "on")
     assert is_fused(rows())
     assert is_fused(rows(torch.float16))
@@ -21,17 +31,12 @@ def test_half_precision_on_an_accelerator_is_fused(monkeypatch):
     assert not is_fused(rows(device="cpu"))
 
 
-def test_kernels_are_off_unless_they_are_turned_on(monkeypatch):
-    for value in (None, "off", ""):
-        monkeypatch.delenv(SWITCH, raising=False)
-        if value is not None:
-            monkeypatch.setenv(SWITCH, value)
-        assert not is_fused(rows())
-
-
-@pytest.mark.parametrize(("act", "name"), [(torch.nn.SiLU(), "silu"), (torch.tanh, None)])
-def test_known_activations_have_a_name(act, name):
-    assert activation_name(act) == name
+@pytest.mark.parametrize("options", [{"decomposed": True}, {"rounds_rows": True}])
+def test_blocks_whose_slots_stay_apart_are_left_to_pytorch(options):
+    act = torch.nn.SiLU()
+    assert has_kernels(compute_form(make_case("gated")), act)
+    assert not has_kernels(compute_form(make_case("gated", **options)), act)
+    assert not has_kernels(compute_form(make_case("gated")), torch.tanh)
 
 
 def test_slots_have_the_columns_of_their_expert_and_add_up():

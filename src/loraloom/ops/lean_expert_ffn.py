@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
-from loraloom.ops.fused.expert_ffn import fused_hidden
-from loraloom.ops.fused.rows import activation_name, fused_decompose, is_fused
+from loraloom.ops.fused.expert_ffn import fused_hidden, has_kernels, is_fused
 from loraloom.ops.grouped_products import (
     grouped_combine,
     grouped_down,
@@ -78,7 +77,7 @@ def lean_expert_ffn(
     slot_weights = None
     if routing is not None and not slots.apart:
         slot_weights = routing.routing_weights
-    if is_fused(gate) and activation_name(act):
+    if is_fused(gate) and has_kernels(weights, act):
         experts = slots.experts if slots.routed else None
         hidden, down_rank = fused_hidden(
             gate, up, low_rank, weights, experts, slot_weights, act, dropout
@@ -117,10 +116,6 @@ def _finish(
         return lambda output: grouped_up(output, down_rank, down.B, slots)
 
     def finish(output: Tensor) -> Tensor:
-        if down is not None and down.row_scale is not None and is_fused(output):
-            routed = (slots.experts, routing.routing_weights) if routing else ()
-            lora = down_rank, down.B, down.row_scale, down.bias
-            return fused_decompose(output, *lora, slots.rank, *routed)
         slot_weights = None if routing is None else routing.routing_weights.to(output.dtype)
         if slots.group is not None and slot_weights is not None:
             return grouped_combine(output, down_rank, down, slot_weights, slots)

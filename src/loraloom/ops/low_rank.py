@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.fused.rows import fused_decompose, is_fused
 
 # From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S].
 Between = Callable[[Tensor, Tensor, Any], Tensor]
@@ -209,10 +208,6 @@ def apply_update(output: Tensor, rank_input: Tensor | None, side: UpProjection |
         return output
     if side.row_scale is None:
         return torch.addmm(output, rank_input, side.B)
-    if is_fused(output):
-        return fused_decompose(
-            output, rank_input, side.B, side.row_scale, side.bias, rank=len(side.B)
-        )
     return decompose(output, rank_input @ side.B, side.row_scale, side.bias)
 
 

@@ -1,6 +1,7 @@
 """The hidden states of one adapter's FFN block on an accelerator, in one kernel each way.
 
-Axes: T tokens, F feed-forward, K top_k, E experts, R rank, S = E·R, P columns of the input product.
+Axes: T tokens, F feed-forward, K top_k, E experts, R rank, S = E·R, P columns of the input product,
+C projections side by side.
 
 Formulas, and what is kept for the backward pass, are those of `lean_expert_ffn._LeanFfn`; slots lie
 one after another in [K·T, F]. Products that sum over columns or tokens are PyTorch's.
@@ -8,184 +9,210 @@ one after another in [K·T, F]. Products that sum over columns or tokens are PyT
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
 from loraloom.ops.fused.operators import expert_hidden, expert_hidden_backward
-from loraloom.ops.fused.rows import activation_name, by_slot, over_slots, own_experts, with_rows
-from loraloom.ops.low_rank import UpProjection
+
+# Kernels' names of activations by those of torch's and transformers' classes and functions.
+ACTIVATIONS: Mapping[str, str] = {
+    "SiLU": "silu",
+    "silu": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
+
+# Environment variable; `on` lets kernels compute, anything else leaves all to PyTorch.
+SWITCH = "LORALOOM_KERNELS"
+
+# Exact products in float32 have no fast kernel: tiles would not fit into registers.
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def is_fused(rows: Tensor) -> bool:
+    """Whether kernels compute on these rows: on an accelerator with Triton.
+
+    The meta device stands for one.
+    """
+    on_accelerator = rows.is_meta or (rows.is_cuda and _has_triton())
+    return on_accelerator and rows.dtype in _DTYPES and os.environ.get(SWITCH) == "on"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def has_kernels(weights: FfnWeights, act: Activation) -> bool:
+    """Whether kernels know a block's formula: without DoRA, its slots added up in front of down."""
+    is_decomposed = any(side.row_scale is not None for side in weights.sides)
+    return activation_name(act) is not None and not is_decomposed and not weights.apart
+
+
+def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
+    """Return what kernels call an activation; None if they don't know it."""
+    return ACTIVATIONS.get(type(act).__name__) or ACTIVATIONS.get(getattr(act, "__name__", ""))
 
 
 def fused_hidden(
-    gate: Tensor,
-    up: Tensor | None,
-    low_rank: Tensor | None,
+    gate: Float[Tensor, "T F"],
+    up: Float[Tensor, "T F"] | None,
+    low_rank: Float[Tensor, "T P"] | None,
     weights: FfnWeights,
-    experts: Tensor | None,
-    routing_weights: Tensor | None,
+    experts: Int[Tensor, "K T"] | None,
+    routing_weights: Float[Tensor, "T K"] | None,
     act: Activation,
     dropout: FfnDropout,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "T F"], Tensor]:
     """Compute the hidden states of all slots, and what the output projection's B multiplies.
 
     Args:
-        gate: Base output of the gate (or only) input projection, [T, F].
-        up: Base output of up, [T, F], or None.
-        low_rank: The product with all A of the block's input, [T, P].
-        weights: The adapter's.
-        experts: Expert of each slot, [K, T]; None for a plain LoRA.
-        routing_weights: g, [T, K] float32; None where slots stay apart.
-        act: The base's activation, one that `activation_name` knows.
+        gate: Base output of the gate (or only) input projection.
+        up: Base output of up.
+        low_rank: The product with all A of the block's input.
+        weights: The adapter's, which `has_kernels`.
+        experts: Expert of each slot; None for a plain LoRA.
+        routing_weights: g in float32; None for a plain LoRA.
+        act: The base's activation.
         dropout: Masks.
 
     Returns:
-        Σ_j g_j h_j, [T, F], or h_j, [K·T, F]; and Σ_j g_j drop(h_j) A_dᵀ, [T, S] (apart: without
-        g, as slots of a token have different columns), empty without an A_d.
+        Σ_j g_j h_j, and Σ_j g_j drop(h_j) A_dᵀ, [T, S], empty without an A_d.
     """
     masks = [mask for mask in dropout.keep_slots if mask is not None]
-    block = _Block(
-        starts=[side.columns.start if side else 0 for side in (weights.gate, weights.up)],
-        num_experts=weights.num_experts,
-        rank=weights.rank,
-        act=activation_name(act) or "",
-        keep_scale=dropout.scale,
-        apart=weights.apart,
-    )
+    sides = (weights.gate, weights.up)
+    starts = [side.columns.start if side else 0 for side in sides]
+    num_columns = weights.num_experts * weights.rank
     return _FusedHidden.apply(  # pyright: ignore[reportReturnType]
-        block,
-        with_rows(gate),
-        None if up is None else with_rows(up),
+        (starts, weights.rank, num_columns, activation_name(act), dropout.scale),
+        _with_rows(gate),
+        None if up is None else _with_rows(up),
         low_rank,
-        *_tensors(weights.gate),
-        *_tensors(weights.up),
-        weights.down_A,
-        routing_weights,
         experts,
+        routing_weights,
+        *(side and side.B for side in sides),
         torch.cat(masks) if masks else None,
+        weights.down_A,
     )
-
-
-def _tensors(side: UpProjection | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if side is None else (side.B, side.row_scale, side.bias)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """What the function needs besides tensors; see `operators.expert_hidden`."""
-
-    starts: list[int]
-    num_experts: int
-    rank: int
-    act: str
-    keep_scale: float
-    apart: bool
-
-    @property
-    def num_columns(self) -> int:
-        """S."""
-        return self.num_experts * self.rank
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        return self.starts, self.rank, self.num_columns, self.act, self.keep_scale, self.apart
 
 
 class _FusedHidden(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, block, gate, up, low_rank, gate_B, gate_c, gate_bias, up_B, up_c, up_bias, down_A,
-        routing_weights, experts, keep,
-    ):  # fmt: skip
-        tensors = (
-            gate, up, low_rank, experts, routing_weights,
-            gate_B, gate_c, gate_bias, up_B, up_c, up_bias, keep,
-        )  # fmt: skip
+        ctx, settings, gate, up, low_rank, experts, routing_weights, gate_B, up_B, keep, down_A
+    ):
+        tensors = (gate, up, low_rank, experts, routing_weights, gate_B, up_B, keep)
         # A weighted sum can't be taken apart again, not even that of one slot.
-        with_slots = down_A is not None and (routing_weights is not None or keep is not None)
-        hidden, slots = expert_hidden(*tensors, *block.settings, with_slots)
-        own, down_rank = None, gate.new_empty(0)
+        with_slots = down_A is not None and (experts is not None or keep is not None)
+        hidden, slots = expert_hidden(*tensors, *settings, with_slots)
+        _, rank, num_columns, *_ = settings
+        weighed, down_rank = None, gate.new_empty(0)
         if down_A is not None:
             if experts is not None:
-                own = _weighed(own_experts(experts, block.num_experts), routing_weights, gate.dtype)
+                weights = routing_weights.T.unsqueeze(-1).to(gate.dtype)
+                weighed = own_experts(experts, num_columns // rank) * weights
             slot_rank = (slots if with_slots else hidden) @ down_A.T
-            down_rank = over_slots(slot_rank, own, block.rank)
-        ctx.block = block
-        ctx.save_for_backward(*tensors, down_A, own)
+            down_rank = over_slots(slot_rank, weighed, rank)
+        ctx.settings = settings
+        ctx.save_for_backward(*tensors, down_A, weighed)
         return hidden, down_rank
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_hidden, grad_rank):  # pyright: ignore
-        block = ctx.block
+        starts, rank, num_columns, *_ = ctx.settings
         *tensors, down_A, weighed = ctx.saved_tensors
-        _, up, low_rank, experts, _, gate_B, _, _, up_B, *_ = tensors
+        _, up, low_rank, experts, _, gate_B, up_B, _ = tensors
         grad_rank = None if down_A is None else grad_rank.contiguous()
-        results = expert_hidden_backward(
-            grad_hidden.contiguous(), grad_rank, down_A, *tensors, *block.settings
+        grad_gate, grad_up, slot_gate, slot_up, slots, weight_sums = expert_hidden_backward(
+            grad_hidden.contiguous(), grad_rank, down_A, *tensors, *ctx.settings
         )
-        grad_gate, grad_up, slot_gate, slot_up, slots, weight_sums, *scale_sums = results
         if experts is None or len(experts) == 1:
             slot_gate, slot_up = grad_gate, grad_up
         grad_A = None
         if grad_rank is not None:
-            grad_A = by_slot(grad_rank, weighed, block.rank).T @ slots
-        own = None if experts is None else own_experts(experts, block.num_experts)
-        sides = zip(block.starts, (gate_B, up_B), (slot_gate, slot_up), strict=True)
-        grad_low_rank, grad_gate_B, grad_up_B = _through_B(block, low_rank, own, list(sides))
-        grad_gate_c, grad_up_c = (sums.sum(0) if sums.numel() else None for sums in scale_sums)
+            grad_A = by_slot(grad_rank, weighed, rank).T @ slots
+        own = None if experts is None else own_experts(experts, num_columns // rank)
+        sides = zip(starts, (gate_B, up_B), (slot_gate, slot_up), strict=True)
+        through_B = [None] * 3
+        if low_rank is not None:
+            through_B = _through_B(low_rank, own, rank, num_columns, list(sides))
+        grad_low_rank, grad_gate_B, grad_up_B = through_B
         grad_weights = weight_sums.sum(0).T if weight_sums.numel() else None
         return (
-            None, grad_gate, None if up is None else grad_up, grad_low_rank,
-            grad_gate_B, grad_gate_c, None, grad_up_B, grad_up_c, None, grad_A,
-            grad_weights, None, None,
+            None, grad_gate, None if up is None else grad_up, grad_low_rank, None, grad_weights,
+            grad_gate_B, grad_up_B, None, grad_A,
         )  # fmt: skip
 
 
-def _weighed(own: Tensor, routing_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Whose columns each slot has, times its weight, [K, T, E]."""
-    if routing_weights is None:
-        return own.to(dtype)
-    return own * routing_weights.T.unsqueeze(-1).to(dtype)
-
-
 def _through_B(
-    block: _Block,
-    low_rank: Tensor | None,
+    low_rank: Tensor,
     own: Tensor | None,
+    rank: int,
+    num_columns: int,
     sides: Sequence[tuple[int, Tensor | None, Tensor]],
 ) -> list[Tensor | None]:
-    """Go back through the input projections' B.
+    """Return the gradients of what the input projections' B multiplied, [T, P], and of each B.
 
-    Args:
-        block: Sizes.
-        low_rank: What they multiplied before it was masked, [T, P].
-        own: Whose columns each slot has, [K, T, E]; None without routing.
-        sides: First column, B and the slots' gradients, [K·T, F], of each projection.
-
-    Returns:
-        Gradients of `low_rank`, and of each B.
+    `sides` has the first column, B and the slots' gradients, [K·T, F], of each projection.
     """
-    if low_rank is None:
-        return [None] * (1 + len(sides))
-    rank_input = by_slot(low_rank, own, block.rank)
+    rank_input = by_slot(low_rank, own, rank)
     grad_rank = torch.empty_like(rank_input)
     grads: list[Tensor | None] = []
     written = set()
     for start, lora_B, slot_grad in sides:
-        columns = slice(start, start + block.num_columns)
         if lora_B is None:
             grads.append(None)
             continue
+        columns = slice(start, start + num_columns)
         grads.append(rank_input[:, columns].T @ slot_grad)
         if start in written:  # gate and up share the columns of a fused projection
             grad_rank[:, columns].addmm_(slot_grad, lora_B.T)
         else:
             torch.mm(slot_grad, lora_B.T, out=grad_rank[:, columns])
             written.add(start)
-    return [over_slots(grad_rank, own, block.rank), *grads]
+    return [over_slots(grad_rank, own, rank), *grads]
+
+
+def _with_rows(values: Tensor) -> Tensor:
+    """Kernels step from row to row by any stride, and within a row by 1."""
+    return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def own_experts(experts: Int[Tensor, "K T"], num_experts: int) -> Shaped[Tensor, "K T E"]:
+    """Tell whose columns each slot has; expert -1 has none."""
+    return experts.unsqueeze(-1) == torch.arange(num_experts, device=experts.device)
+
+
+def by_slot(
+    rows: Float[Tensor, "T P"], own: Shaped[Tensor, "K T E"] | None, rank: int
+) -> Float[Tensor, "N P"]:
+    """Spread rank-space rows over slots, [K·T, C·S], times what each slot has of an expert.
+
+    That is `own_experts`, or its product with routing weights; None without routing.
+    """
+    if own is None:
+        return rows
+    experts = rows.view(len(rows), -1, own.shape[-1], rank)
+    return (experts * own[:, :, None, :, None]).reshape(-1, rows.shape[1])
+
+
+def over_slots(
+    rows: Float[Tensor, "N P"], own: Shaped[Tensor, "K T E"] | None, rank: int
+) -> Float[Tensor, "T P"]:
+    """Add up what `by_slot` spreads: a token's slots, times what each has of an expert."""
+    if own is None:
+        return rows
+    num_slots, num_tokens, num_experts = own.shape
+    experts = rows.view(num_slots, num_tokens, -1, num_experts, rank)
+    return (experts * own[:, :, None, :, None]).sum(0).reshape(num_tokens, -1)

@@ -1,11 +1,11 @@
-"""Triton kernels of an FFN block's hidden states and of DoRA's sum; `operators.py` starts them.
+"""Triton kernels of an FFN block's hidden states; `operators.py` starts them.
 
 Axes: T tokens, K slots of a token, F columns, E experts, R rank, S = E·R.
 
 A program computes a tile of rows and columns, slot after slot, in float32. What B or A multiply in
-rank space is read masked to the expert of each row, so that nothing is gathered or sorted. Values
-that are summed over columns (of routing weights) or rows (of DoRA's factors) are written for each
-tile and added up later: the same sum in every run.
+rank space is read masked to the expert of each row, so that nothing is gathered or sorted. Sums
+over columns, the gradients of routing weights, are written for each tile and added up later: the
+same sum in every run.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -59,40 +59,20 @@ def _product(
 @triton.jit
 def _project(
     output, output_row, low_rank, low_rank_row, start, lora_B, B_row, B_col,
-    row_scale, row_scale_row, bias,
     expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return `c ∘ (Wx + Δ) + b`, what c multiplies, and c - 1.
-
-    As in `ops.low_rank.scale_rows`: (Wx + b) + (Δ + (c - 1) ∘ (Wx + Δ)).
-    """
+    """Return `Wx + Δ` in float32."""
     exist = rows_exist[:, None] & cols_exist[None, :]
     value = tl.load(output + rows[:, None] * output_row + cols[None, :], mask=exist, other=0.0)
     value = value.to(tl.float32)
-    unscaled = value
-    excess = value
     if lora_B is not None:
-        update = _product(
+        value += _product(
             low_rank, low_rank_row, start, lora_B, B_row, B_col,
             expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
             BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
         )  # fmt: skip
-        if row_scale is None:
-            value += update
-        else:
-            unscaled = value + update
-            if bias is not None:
-                own_bias = tl.load(bias + cols, mask=cols_exist, other=0.0).to(tl.float32)
-                unscaled -= own_bias[None, :]
-            excess = tl.load(
-                row_scale + expert[:, None] * row_scale_row + cols[None, :],
-                mask=exist & (expert >= 0)[:, None],
-                other=1.0,
-            ).to(tl.float32)
-            excess -= 1.0
-            value += update + excess * unscaled
-    return value, unscaled, excess
+    return value
 
 
 @triton.jit
@@ -107,25 +87,16 @@ def _expert(experts, experts_slot, experts_row, slot, rows, rows_exist):
 
 
 @triton.jit
-def _store_sums_by_expert(sums, values, expert, part, num_experts, num_cols, cols, cols_exist):
-    """Write the sum over the rows of each expert, [E, F], as one of many parts."""
-    for number in range(0, num_experts):
-        own = tl.sum(tl.where((expert == number)[:, None], values, 0.0), axis=0)
-        tl.store(sums + (part * num_experts + number) * num_cols + cols, own, mask=cols_exist)
-
-
-@triton.jit
 def hidden_kernel(
     gate, gate_row, up, up_row, low_rank, low_rank_row, gate_start, up_start,
     gate_B, gate_B_row, gate_B_col, up_B, up_B_row, up_B_col,
-    gate_scale, gate_scale_row, up_scale, up_scale_row, gate_bias, up_bias,
     experts, experts_slot, experts_row, weights, weights_row, weights_slot,
     keep, keep_scale, hidden, slots,
     num_tokens, num_slots, num_cols, rank, num_columns,
-    ACT: tl.constexpr, APART: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute hidden states: Σ_j g_j h_j, or h_j of each slot; drop(h_j) if `slots` is given."""
+    """Compute Σ_j g_j h_j, and drop(h_j) of each slot if `slots` is given."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     rows_exist, cols_exist = rows < num_tokens, cols < num_cols
@@ -135,17 +106,15 @@ def hidden_kernel(
     for slot in range(0, num_slots):
         expert = _expert(experts, experts_slot, experts_row, slot, rows, rows_exist)
         in_slot = here + tl.cast(slot, tl.int64) * num_tokens * num_cols
-        inner, _, _ = _project(
+        inner = _project(
             gate, gate_row, low_rank, low_rank_row, gate_start, gate_B, gate_B_row, gate_B_col,
-            gate_scale, gate_scale_row, gate_bias,
             expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
             BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
         )  # fmt: skip
         states, _ = _activation(inner, ACT)
         if up is not None:
-            outer, _, _ = _project(
+            outer = _project(
                 up, up_row, low_rank, low_rank_row, up_start, up_B, up_B_row, up_B_col,
-                up_scale, up_scale_row, up_bias,
                 expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
                 BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
             )  # fmt: skip
@@ -155,15 +124,11 @@ def hidden_kernel(
             if keep is not None:
                 kept *= tl.load(keep + in_slot, mask=exist, other=0.0).to(tl.float32) * keep_scale
             tl.store(slots + in_slot, kept, mask=exist)
-        if APART:
-            tl.store(hidden + in_slot, states, mask=exist)
-        else:
-            if weights is not None:
-                places = weights + rows * weights_row + slot * weights_slot
-                states *= tl.load(places, mask=rows_exist, other=0.0).to(tl.float32)[:, None]
-            total += states
-    if not APART:
-        tl.store(hidden + here, total, mask=exist)
+        if weights is not None:
+            places = weights + rows * weights_row + slot * weights_slot
+            states *= tl.load(places, mask=rows_exist, other=0.0).to(tl.float32)[:, None]
+        total += states
+    tl.store(hidden + here, total, mask=exist)
 
 
 @triton.jit
@@ -171,18 +136,16 @@ def hidden_backward_kernel(
     grad_hidden, grad_rank, grad_rank_row, down_A, down_A_row, down_A_col,
     gate, gate_row, up, up_row, low_rank, low_rank_row, gate_start, up_start,
     gate_B, gate_B_row, gate_B_col, up_B, up_B_row, up_B_col,
-    gate_scale, gate_scale_row, up_scale, up_scale_row, gate_bias, up_bias,
     experts, experts_slot, experts_row, weights, weights_row, weights_slot,
-    keep, keep_scale,
-    grad_gate, grad_up, slot_gate, slot_up, slots, weight_sums, gate_scale_sums, up_scale_sums,
-    num_tokens, num_slots, num_cols, num_experts, rank, num_columns,
-    ACT: tl.constexpr, APART: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    keep, keep_scale, grad_gate, grad_up, slot_gate, slot_up, slots, weight_sums,
+    num_tokens, num_slots, num_cols, rank, num_columns,
+    ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go back through `hidden_kernel`; see `loraloom.ops.lean_expert_ffn._LeanFfn` for formulas.
 
     Writes the gradients of gate and up, those of each slot's gate and up where they are asked for,
-    drop(h_j), and parts of the sums that are the gradients of routing weights and DoRA's factors.
+    drop(h_j), and parts of the sums that are the gradients of routing weights.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -195,29 +158,22 @@ def hidden_backward_kernel(
         expert = _expert(experts, experts_slot, experts_row, slot, rows, rows_exist)
         wide_slot = tl.cast(slot, tl.int64)
         in_slot = here + wide_slot * num_tokens * num_cols
-        part = wide_slot * tl.num_programs(0) + tl.program_id(0)
-        inner, inner_unscaled, inner_excess = _project(
+        inner = _project(
             gate, gate_row, low_rank, low_rank_row, gate_start, gate_B, gate_B_row, gate_B_col,
-            gate_scale, gate_scale_row, gate_bias,
             expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
             BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
         )  # fmt: skip
         activated, slope = _activation(inner, ACT)
         states = activated
-        outer, outer_unscaled, outer_excess = inner, inner_unscaled, inner_excess
         if up is not None:
-            outer, outer_unscaled, outer_excess = _project(
+            outer = _project(
                 up, up_row, low_rank, low_rank_row, up_start, up_B, up_B_row, up_B_col,
-                up_scale, up_scale_row, up_bias,
                 expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
                 BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
             )  # fmt: skip
             states = activated * outer
             slope *= outer
-        if APART:
-            upstream = tl.load(grad_hidden + in_slot, mask=exist, other=0.0).to(tl.float32)
-        else:
-            upstream = tl.load(grad_hidden + here, mask=exist, other=0.0).to(tl.float32)
+        upstream = tl.load(grad_hidden + here, mask=exist, other=0.0).to(tl.float32)
         if down_A is not None:
             through = _product(
                 grad_rank, grad_rank_row, 0, down_A, down_A_row, down_A_col,
@@ -239,96 +195,14 @@ def hidden_backward_kernel(
             places = weights + rows * weights_row + slot * weights_slot
             upstream *= tl.load(places, mask=rows_exist, other=0.0).to(tl.float32)[:, None]
         grad = upstream * slope
-        if gate_scale_sums is not None:
-            _store_sums_by_expert(
-                gate_scale_sums, grad * inner_unscaled, expert, part, num_experts, num_cols,
-                cols, cols_exist,
-            )  # fmt: skip
-            grad += inner_excess * grad
         if slot_gate is not None:
             tl.store(slot_gate + in_slot, grad, mask=exist)
         total_gate += grad
         if up is not None:
             grad = upstream * activated
-            if up_scale_sums is not None:
-                _store_sums_by_expert(
-                    up_scale_sums, grad * outer_unscaled, expert, part, num_experts, num_cols,
-                    cols, cols_exist,
-                )  # fmt: skip
-                grad += outer_excess * grad
             if slot_up is not None:
                 tl.store(slot_up + in_slot, grad, mask=exist)
             total_up += grad
     tl.store(grad_gate + here, total_gate, mask=exist)
     if up is not None:
         tl.store(grad_up + here, total_up, mask=exist)
-
-
-@triton.jit
-def decomposed_kernel(
-    output, output_row, rank_input, rank_input_row, output_B, output_B_row, output_B_col,
-    output_scale, output_scale_row, output_bias,
-    experts, experts_slot, experts_row, weights, weights_row, weights_slot, total,
-    num_tokens, num_slots, num_cols, rank, num_columns,
-    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute `Σ_j g_j (c ∘ (Wx_j + Δ_j) + b)`."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    rows_exist, cols_exist = rows < num_tokens, cols < num_cols
-    values = tl.full((BLOCK_T, BLOCK_F), 0.0, tl.float32)
-    for slot in range(0, num_slots):
-        expert = _expert(experts, experts_slot, experts_row, slot, rows, rows_exist)
-        slot_output = output + tl.cast(slot, tl.int64) * num_tokens * output_row
-        value, _, _ = _project(
-            slot_output, output_row, rank_input, rank_input_row, 0,
-            output_B, output_B_row, output_B_col, output_scale, output_scale_row, output_bias,
-            expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
-            BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
-        )  # fmt: skip
-        if weights is not None:
-            places = weights + rows * weights_row + slot * weights_slot
-            value *= tl.load(places, mask=rows_exist, other=0.0).to(tl.float32)[:, None]
-        values += value
-    exist = rows_exist[:, None] & cols_exist[None, :]
-    tl.store(total + rows[:, None] * num_cols + cols[None, :], values, mask=exist)
-
-
-@triton.jit
-def decomposed_backward_kernel(
-    grad, output, output_row, rank_input, rank_input_row, output_B, output_B_row, output_B_col,
-    output_scale, output_scale_row, output_bias,
-    experts, experts_slot, experts_row, weights, weights_row, weights_slot,
-    grad_rows, weight_sums, scale_sums,
-    num_tokens, num_slots, num_cols, num_experts, rank, num_columns,
-    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Go back through `decomposed_kernel`: c ∘ g_j ∂y of each slot, and parts of the other sums."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    rows_exist, cols_exist = rows < num_tokens, cols < num_cols
-    exist = rows_exist[:, None] & cols_exist[None, :]
-    here = rows[:, None] * num_cols + cols[None, :]
-    for slot in range(0, num_slots):
-        expert = _expert(experts, experts_slot, experts_row, slot, rows, rows_exist)
-        wide_slot = tl.cast(slot, tl.int64)
-        value, unscaled, excess = _project(
-            output + wide_slot * num_tokens * output_row, output_row,
-            rank_input, rank_input_row, 0,
-            output_B, output_B_row, output_B_col, output_scale, output_scale_row, output_bias,
-            expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
-            BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
-        )  # fmt: skip
-        upstream = tl.load(grad + here, mask=exist, other=0.0).to(tl.float32)
-        if weights is not None:
-            own = tl.sum(upstream * value, axis=1)
-            sums = weight_sums + (tl.program_id(1) * num_slots + wide_slot) * num_tokens + rows
-            tl.store(sums, own, mask=rows_exist)
-            places = weights + rows * weights_row + slot * weights_slot
-            upstream *= tl.load(places, mask=rows_exist, other=0.0).to(tl.float32)[:, None]
-        part = wide_slot * tl.num_programs(0) + tl.program_id(0)
-        _store_sums_by_expert(
-            scale_sums, upstream * unscaled, expert, part, num_experts, num_cols, cols, cols_exist
-        )
-        upstream += excess * upstream
-        tl.store(grad_rows + here + wide_slot * num_tokens * num_cols, upstream, mask=exist)
