@@ -96,7 +96,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 40, **settings):
     config = SourceConfig.model_validate({"dataset": dataset, "format": data_format, **settings})
-    return SourceEncoder(config, tokenizer, max_length).load("train").rows
+    return SourceEncoder(config, tokenizer, max_length).load("train")
 
 
 def entries(cache: Path) -> list[Path]:

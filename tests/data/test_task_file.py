@@ -116,7 +116,7 @@ def test_a_template_sees_the_choices_and_scoring_by_label_offers_the_labels(writ
     ("change", "message"),
     [
         ({"options": None}, "field 'options' must be a list, got None"),
-        ({"options": ["one"]}, "choices must be at least 2, got 1"),
+        ({"options": ["one"]}, "choices must be at least 2, .* got 1 and A"),
         ({"options": ["one", ["x"]]}, r"field 'options' must be a text or a number, got \['x'\]"),
         ({"answer": 2}, r"answer \(answer\) must be a choice's index, one of 0, 1, got '2'"),
         ({"answer": None}, "answer must be a text or a number, got None"),
@@ -131,7 +131,7 @@ def test_a_row_that_can_not_be_used_is_named(write, change, message):
     ("field", "message"),
     [
         ("options", "the row has no field 'options'; the fields there are question, "),
-        ("question", "template text can't be filled in: 'question' is undefined; the row's fields"),
+        ("question", "template can't be filled in: 'question' is undefined; the row's fields"),
     ],
 )
 def test_a_missing_field_is_named_with_those_that_are_there(write, field, message):
@@ -142,8 +142,8 @@ def test_a_missing_field_is_named_with_those_that_are_there(write, field, messag
 
 def test_labels_must_fit_the_choices(write):
     text = TASK.replace("choices: options", "choices: options\nlabels: tags")
-    for tags, message in ((["x"], "as many labels as choices, got 1 and 2"), (["x"] * 2, "differ")):
-        with pytest.raises(DataError, match=message):
+    for tags in (["x"], ["x"] * 2):
+        with pytest.raises(DataError, match=r"as many labels that differ .* got 2 and x"):
             load_question_set(write(text, {**ROW, "tags": tags}))
 
 
@@ -156,7 +156,7 @@ def test_what_a_task_lacks_is_an_error(write, tmp_path):
     (tmp_path / "rows" / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"test.jsonl: no such file"):
         load_question_set(path)
-    with pytest.raises(DataError, match=r"quiz.yaml: template text is not valid Jinja"):
+    with pytest.raises(DataError, match=r"quiz.yaml: template is not valid Jinja"):
         load_question_set(write(TASK.replace("{{ question }}", "{{ question")))
     with pytest.raises(DataError, match="quiz has no data of its own; give its path"):
         load_question_set(write(TASK.replace("data:", "#")))

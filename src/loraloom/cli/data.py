@@ -104,14 +104,14 @@ def _check_source(
     """Print a source's first rows and add its counts to the table."""
     train, streaming = job.train, job.data.streaming and split == "train"
     encoder = SourceEncoder(config, tokenizer, train.max_length, train.learns_from_pairs)
-    rows, source = encoder.read(split, num_shown if streaming else None, streaming=streaming)
-    for number, row in enumerate(source.rows[:num_shown], start=1):
-        for line in _show_row(f"{job.name}: {source.name}, row {number}", row, tokenizer):
+    rows, encoded = encoder.read(split, num_shown if streaming else None, streaming=streaming)
+    for number, row in enumerate(encoded[:num_shown], start=1):
+        for line in _show_row(f"{job.name}: {encoder.name}, row {number}", row, tokenizer):
             console.print(line, style="bold green" if line.lstrip(" ^") == "" else None)
     tools = (config.fields or {}).get("tools", "tools")
-    counts = _count(rows, source.rows, tools)
-    table.add_row(f"{job.name}: {Path(source.name).name}", *map(str, counts))
-    encoder.check(rows, source.rows)
+    counts = _count(rows, encoded, tools)
+    table.add_row(f"{job.name}: {Path(encoder.name).name}", *map(str, counts))
+    encoder.check(rows, encoded)
 
 
 def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], tools: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import count, islice, pairwise
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,18 +39,6 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class LoadedSource:
-    """A source's rows as token ids."""
-
-    name: str
-    rows: list[EncodedRow]
-
-    @property
-    def num_empty(self) -> int:
-        return sum(row.is_empty for row in self.rows)
-
-
-@dataclass(frozen=True)
 class SourceEncoder:
     """Reads and encodes the rows of a source; a task's as pairs of answers if these are learnt."""
 
@@ -63,16 +51,24 @@ class SourceEncoder:
     def _start(self) -> list[int]:
         return tokens.leading_tokens(self.tokenizer)
 
-    def load(self, split: str, limit: int | None = None) -> LoadedSource:
+    @property
+    def name(self) -> str:
+        task = self.config.task
+        if task is None:
+            return self.config.dataset or ""
+        found = find_task(task)
+        return f"{found.name} ({self.config.scoring or found.config.scoring})"
+
+    def load(self, split: str, limit: int | None = None) -> list[EncodedRow]:
         """Read and encode a source whose rows can be used."""
-        rows, source = self.read(split, limit)
-        self.check(rows, source.rows)
-        if not any(row.pieces for row in source.rows):
+        rows, encoded = self.read(split, limit)
+        self.check(rows, encoded)
+        if not any(row.pieces for row in encoded):
             raise DataError(
-                f"{source.name}: none of the {len(rows)} rows has an answer that fits "
+                f"{self.name}: none of the {len(rows)} rows has an answer that fits "
                 f"max_length={self.max_length}; raise it"
             )
-        return source
+        return encoded
 
     def check(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
         faults = [
@@ -84,7 +80,7 @@ class SourceEncoder:
 
     def read(
         self, split: str, limit: int | None = None, *, streaming: bool = False
-    ) -> tuple[list[Row], LoadedSource]:
+    ) -> tuple[list[Row], list[EncodedRow]]:
         """Read a source's rows, in the split that is set or else the given one, and encode them."""
         config = self.config
         if config.task is not None:
@@ -101,8 +97,7 @@ class SourceEncoder:
             template = templates.given_source(self.tokenizer, config.chat_template)
         settings = [config.format, config.fields, template, self.max_length]
         encode = partial(self.encode, first=first)
-        encoded = _encode_once(rows, encode, self.tokenizer, settings)
-        return rows, LoadedSource(config.dataset or "", encoded)
+        return rows, _encode_once(rows, encode, self.tokenizer, settings)
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
         split = self.config.split or split
@@ -179,7 +174,7 @@ class SourceEncoder:
             learnt += texts
         return tokens.fit_pair(learnt[0], learnt[1], self._start, self.max_length)
 
-    def _encode_task(self, rows: list[Row]) -> LoadedSource:
+    def _encode_task(self, rows: list[Row]) -> list[EncodedRow]:
         task = find_task(self.config.task or "")
         scoring = self.config.scoring or task.config.scoring
         encode: Any = tokens.encode_completion_pairs if self.as_pairs else tokens.encode_completions
@@ -193,9 +188,10 @@ class SourceEncoder:
         def encode_some(texts: Sequence[Any]) -> list[EncodedRow]:
             return encode(self.tokenizer, texts, self.max_length)
 
-        once = partial(_encode_once, encode=encode_some, tokenizer=self.tokenizer)
-        encoded = _encode_each(rows, read, partial(once, settings=[self.as_pairs, self.max_length]))
-        return LoadedSource(f"{task.name} ({scoring})", encoded)
+        settings = [self.as_pairs, self.max_length]
+        return _encode_each(
+            rows, read, lambda texts: _encode_once(texts, encode_some, self.tokenizer, settings)
+        )
 
 
 def _read_texts(columns: Mapping[str, str], row: Row) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -259,24 +255,23 @@ def _encode_once(
 
 
 def _as_record(row: EncodedRow) -> dict[str, str]:
-    # JSON, as its lists of numbers are read faster than Arrow's; labels as where they are learnt
-    pieces: list[Any] = []
-    for piece in row.pieces:
-        marks = [False, *(label != NO_LOSS for label in piece.labels), False]
-        edges = [place for place, (a, b) in enumerate(pairwise(marks)) if a != b]
-        pieces.append([piece.input_ids, edges])
+    # JSON, as its lists of numbers are read faster than Arrow's
+    pieces = [
+        (piece.input_ids, [int(label != NO_LOSS) for label in piece.labels]) for piece in row.pieces
+    ]
     return {"row": json.dumps([pieces, *row[1:]])}
 
 
 def _from_record(text: str) -> EncodedRow:
     pieces, *rest = json.loads(text)
-    examples = []
-    for ids, edges in pieces:
-        labels = [NO_LOSS] * len(ids)
-        for begin, end in zip(edges[::2], edges[1::2], strict=True):
-            # the same objects as ids, as two of each number would double what a data set takes
-            labels[begin:end] = ids[begin:end]
-        examples.append(Example(tuple(ids), tuple(labels)))
+    # labels are the same objects as ids: two of each number would double what a data set takes
+    examples = [
+        Example(
+            tuple(ids),
+            tuple(i if learnt else NO_LOSS for i, learnt in zip(ids, marks, strict=True)),
+        )
+        for ids, marks in pieces
+    ]
     return EncodedRow(tuple(examples), *rest)
 
 

@@ -10,7 +10,6 @@ datasets would change values: it reads 007 as a number, and gives all rows the k
 
 from __future__ import annotations
 
-import base64
 import csv
 import gzip
 import hashlib
@@ -19,7 +18,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, time
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,10 +104,10 @@ def _listed(names: Sequence[str]) -> str:
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
     """Read a file's rows one after the other; whether it is there is checked at once."""
     path = local_path(path, "a data file", DataError)
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: the directory {path.parent} does not exist")
     if not path.is_file():
-        names = sorted(entry.name for entry in path.parent.iterdir())
+        names = (
+            sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        )
         hint = f"{suggestion(path.name, names)}{path.parent} has {_listed(names) or 'nothing'}"
         raise DataError(f"{path}: no such file or directory; {hint}")
     if not is_data_file(path):
@@ -127,135 +125,104 @@ def _suffix(path: Path) -> str:
 
 
 def _rows_of(path: Path) -> Iterator[Row]:
+    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    is_binary = _suffix(path) == ".parquet"
+    how = {} if is_binary else {"encoding": "utf-8-sig", "newline": ""}
     try:
-        yield from _READERS[_suffix(path)](path)
-    except DataError:
-        raise
+        with opener(path, "rb" if is_binary else "rt", **how) as file:
+            for place, value in _READERS[_suffix(path)](file):
+                yield _as_row(value, f"{path}, {place}")
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except Exception as error:
         # of the disk, of gzip, of pyarrow: some dozen unrelated types
         advice = "is it whole, in UTF-8, and of the kind that its name says?"
         raise DataError(f"{path}: the file can't be read: {error}; {advice}") from error
 
 
-def _open(path: Path, mode: str = "rt", newline: str | None = None) -> Any:
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, mode, encoding="utf-8-sig" if mode == "rt" else None, newline=newline)
+def _as_row(value: Any, origin: str) -> Row:
+    """The row of a value, or of the reason why there is none."""
+    if isinstance(value, dict):
+        return Row(value, origin)
+    is_reason = isinstance(value, DataError)
+    reason = str(value) if is_reason else f"a row must be a JSON object, got {type(value).__name__}"
+    return Row({}, origin, reason)
 
 
-def _row(value: Any, origin: str) -> Row:
-    is_object = isinstance(value, dict)
-    fault = "" if is_object else f"a row must be a JSON object, got {type(value).__name__}"
-    return Row(value if is_object else {}, origin, fault)
+# A row's line or number, and its value, or the error in place of one.
+_Read = Iterator[tuple[str, Any]]
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    # JSON's texts may hold other line breaks
-    with _open(path, newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            origin = f"{path}, line {number}"
-            if line.strip():
-                try:
-                    row = _row(parse_json(line.removesuffix("\n"), "the row", DataError), origin)
-                except DataError as error:
-                    row = Row({}, origin, str(error).replace(", line 1", "", 1))
-                yield row
+def _read_json_lines(file: Any) -> _Read:
+    # JSON's texts may hold other line breaks than the one that ends a row
+    for number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            try:
+                value = parse_json(line, "the row", DataError)
+            except DataError as error:
+                value = DataError(str(error).replace(", line 1", "", 1))
+            yield f"line {number}", value
 
 
-def _read_json(path: Path) -> Iterator[Row]:
-    with _open(path, newline="\n") as file:
-        first = next((line.strip() for line in file if line.strip()), "")
-        file.seek(0)
-        text = file.read() if first.startswith("[") else ""
-    if first == "{":  # no row of JSON lines
-        raise DataError(f"{path}: a .json file must be a list of rows, or have a row a line")
+def _lines(file: Any) -> Iterator[str]:
+    return (line.removesuffix("\n").removesuffix("\r") for line in file)
+
+
+def _read_json(file: Any) -> _Read:
+    first = next((line for line in file if line.strip()), "").lstrip()
+    file.seek(0)
+    if first.strip() == "{":
+        raise DataError("a .json file must be a list of rows, or have a row a line")
     # JSON lines under the wrong name, as often on the hub
-    if not text:
-        yield from _read_json_lines(path)
+    if not first.startswith("["):
+        yield from _read_json_lines(file)
         return
-    for number, value in enumerate(parse_json(text, str(path), DataError), start=1):
-        yield _row(value, f"{path}, row {number}")
+    for number, value in enumerate(parse_json(file.read(), "the list", DataError), start=1):
+        yield f"row {number}", value
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    # Python's own, 128 KB, is for all readers of a process
+def _read_csv(file: Any) -> _Read:
+    # Python's own limit, 128 KB, is for all readers of a process
     csv.field_size_limit(2**31 - 1)
-    with _open(path, newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            columns, line = next(reader, []), reader.line_num
-            if len(set(columns)) < len(columns):
-                raise DataError(f"{path}, line 1: columns must have different names; rename one")
-            for values in reader:
-                origin, line = f"{path}, line {line + 1}", reader.line_num
-                fields, fault = dict(zip(columns, values, strict=False)), ""
-                if len(values) > len(columns):
-                    fault = f"a row must have at most {len(columns)} columns, got {len(values)}"
-                    fault, fields = f"{fault}; put texts with commas into quotes", {}
-                if values:
-                    yield Row(fields, origin, fault)
-        except csv.Error as error:
-            place = f"{path}, line {reader.line_num}"
-            raise DataError(f"{place}: not valid CSV: {error}; mend the quotes") from error
+    reader, line = csv.DictReader(file, strict=True, restkey=""), 1
+    columns = reader.fieldnames or ()
+    if len(set(columns)) < len(columns):
+        raise DataError("columns must have different names; rename one")
+    try:
+        for row in reader:
+            line, begin = reader.line_num, line + 1
+            if "" in row:
+                what = f"a row must have at most {len(columns)} columns, got more"
+                yield f"line {begin}", DataError(f"{what}; put texts with commas into quotes")
+            else:
+                yield f"line {begin}", {name: v for name, v in row.items() if v is not None}
+    except csv.Error as error:
+        what = f"line {reader.reader.line_num}: not valid CSV: {error}; mend the quotes"
+        raise DataError(what) from error
 
 
-def _read_plain_text(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield Row({"text": line.removesuffix("\n")}, f"{path}, line {number}")
+def _read_plain_text(file: Any) -> _Read:
+    return ((f"line {n}", {"text": t}) for n, t in enumerate(_lines(file), start=1) if t.strip())
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(file: Any) -> _Read:
     from pyarrow import parquet
 
-    with _open(path, "rb") as opened, parquet.ParquetFile(opened) as file:
-        records = (record for batch in file.iter_batches(1000) for record in batch.to_pylist())
-        for number, record in enumerate(records, start=1):
-            text = json.dumps(record, default=_as_text)
-            # NaN, pandas' nothing
-            fields = json.loads(text, parse_constant=lambda _: None)
-            yield Row(fields, f"{path}, row {number}")
+    batches = parquet.ParquetFile(file).iter_batches(1000)
+    records = (record for batch in batches for record in batch.to_pylist())
+    for number, record in enumerate(records, start=1):
+        # what JSON has no form for, dates and decimals, as texts; NaN is pandas' nothing
+        text = json.dumps(record, default=str)
+        yield f"row {number}", json.loads(text, parse_constant=lambda _: None)
 
 
-def _as_text(value: Any) -> str:
-    """What JSON has no form for: dates and decimals as texts, bytes in base64."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return value.isoformat() if isinstance(value, date | time) else str(value)
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Any], _Read]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
     ".txt": _read_plain_text,
     ".parquet": _read_parquet,
 }
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """A data set of local files, one a split. `name` is what messages call it."""
-
-    name: str
-    files: Mapping[str, Path]
-
-    @classmethod
-    def of(cls, directory: Path) -> SplitFiles:
-        files = {
-            file.name.removesuffix(ending): file
-            for suffix in reversed(_READERS)
-            for ending in (f"{suffix}.gz", suffix)
-            for file in directory.glob(f"*{ending}")
-        }
-        return cls(str(directory), files)
-
-    def find(self, split: str) -> Path:
-        if split in self.files:
-            return self.files[split]
-        names = ", ".join(sorted(self.files)) or f"none, {split}.jsonl say"
-        hint = f"{suggestion(split, self.files)}the splits are: {names}"
-        raise DataError(f"{self.name}: no split {split!r} there; {hint}")
 
 
 @dataclass(frozen=True)
@@ -272,9 +239,27 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
     if path.is_dir():
         if config is not None:
             raise DataError(f"{path}: config is for data sets on the hub, and this is a directory")
-        return SplitFiles.of(path).find(split)
+        return find_split(split_files(path), split, path)
     is_path = path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location)
     return path if is_path else HubSource(location, config)
+
+
+def split_files(directory: Path) -> dict[str, Path]:
+    """The file of each split of a data set; where it has several, the plainest kind's."""
+    endings = [f"{suffix}{gz}" for suffix in reversed(_READERS) for gz in (".gz", "")]
+    return {
+        file.name.removesuffix(ending): file
+        for ending in endings
+        for file in directory.glob(f"*{ending}")
+    }
+
+
+def find_split(files: Mapping[str, Path], split: str, name: object) -> Path:
+    if split in files:
+        return files[split]
+    names = ", ".join(sorted(files)) or f"none, {split}.jsonl say"
+    hint = f"{suggestion(split, files)}the splits are: {names}"
+    raise DataError(f"{name}: no split {split!r} there; {hint}")
 
 
 def find_splits(path: Path, name: str, *, alone: bool) -> Mapping[str, Path]:
@@ -283,16 +268,16 @@ def find_splits(path: Path, name: str, *, alone: bool) -> Mapping[str, Path]:
     if not path.is_dir():
         raise DataError(f"{path}: there is no such directory of data sets")
     is_named = (path / name).is_dir()
-    return SplitFiles.of(path / name if is_named else path).files if is_named or alone else {}
+    return split_files(path / name if is_named else path) if is_named or alone else {}
 
 
 def find_named(path: Path, name: str, split: str) -> Path:
     """The file of one split of the data set `name`; a single file may turn out to be missing."""
     path = local_path(path, "the path of data", DataError)
     if path.is_dir():
-        found = SplitFiles.of(path / name if (path / name).is_dir() else path)
-        if found.files or found.name != str(path):
-            return found.find(split)
+        files = find_splits(path, name, alone=True)
+        if files or (path / name).is_dir():
+            return find_split(files, split, path / name if (path / name).is_dir() else path)
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         hint = f"{suggestion(name, names)}the data sets are: {_listed(names) or 'none'}"
         raise DataError(f"{path}: no data set {name!r} there; {hint}")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeError
@@ -64,6 +65,7 @@ class Conversation(NamedTuple):
         )
 
 
+@lru_cache(maxsize=256)
 def compile_template(source: str, origin: str) -> Template:
     try:
         with template_errors():

@@ -21,7 +21,7 @@ from typing import Any, final
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import DataConfig
-from loraloom.data.encoding import LoadedSource, SourceEncoder
+from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row, StreamState
 from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
 from loraloom.errors import DataError
@@ -97,27 +97,24 @@ def load_training_set(
     as_pairs: bool = False,
 ) -> TrainingSet:
     """Read and encode a job's data, and hold out what it is measured on."""
-    sources = [
-        SourceEncoder(source, tokenizer, max_length, as_pairs).load("train")
-        for source in config.sources
-    ]
     examples: list[TrainingExample] = []
     validation: list[TrainingExample] = []
     portions, report, sample_ids = [], [], count()
-    for source, settings in zip(sources, config.sources, strict=True):
-        chosen = choose_held_out(source.name, source.rows, config.validation_fraction, seed)
+    for settings in config.sources:
+        source = SourceEncoder(settings, tokenizer, max_length, as_pairs)
+        rows = source.load("train")
+        chosen = choose_held_out(source.name, rows, config.validation_fraction, seed)
         start, num_held_out = len(examples), len(validation)
-        for index, row in enumerate(source.rows):
+        for index, row in enumerate(rows):
             side = validation if index in chosen else examples
             side += number_row(row, sample_ids, settings.expert_group)
         portions.append(Portion(start, len(examples), settings.weight))
-        report.append(_describe(source, examples[start:], validation[num_held_out:], max_length))
+        report.append(_describe(source, rows, examples[start:], validation[num_held_out:]))
     if config.validation is not None:
-        source = SourceEncoder(config.validation, tokenizer, max_length, as_pairs).load(
-            "validation"
-        )
-        validation += [one for row in source.rows for one in number_row(row, sample_ids)]
-        report.append(_describe(source, [], validation, max_length))
+        source = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
+        rows = source.load("validation")
+        validation += [one for row in rows for one in number_row(row, sample_ids)]
+        report.append(_describe(source, rows, [], validation))
     # what is learnt too measures memory, as where the validation file was trained on
     learnt = {row.input_ids for example in examples for row in example.rows}
     repeats = [row.input_ids in learnt for example in validation for row in example.rows]
@@ -158,21 +155,21 @@ def choose_held_out(
 
 
 def _describe(
-    source: LoadedSource,
+    source: SourceEncoder,
+    rows: Sequence[EncodedRow],
     examples: Sequence[TrainingExample],
     held_out: Sequence[TrainingExample],
-    max_length: int,
 ) -> str:
     tokens = sum(len(row.input_ids) for example in examples for row in example.rows)
-    kind = "pairs" if any(row.is_pair for row in source.rows) else "examples"
-    cut, empty = sum(row.is_cut for row in source.rows), source.num_empty
-    dropped = sum(not row.pieces for row in source.rows) - empty
+    kind = "pairs" if any(row.is_pair for row in rows) else "examples"
+    cut, empty = sum(row.is_cut for row in rows), sum(row.is_empty for row in rows)
+    dropped = sum(not row.pieces for row in rows) - empty
     notes = {
-        f"{cut} cut or divided to fit max_length={max_length}": cut,
+        f"{cut} cut or divided to fit max_length={source.max_length}": cut,
         f"{empty} skipped, their answer is empty": empty,
         f"{dropped} dropped, their answer does not fit": dropped,
     }
-    counts = f"{len(source.rows)} rows, {len(examples)} {kind}, {tokens} tokens"
+    counts = f"{len(rows)} rows, {len(examples)} {kind}, {tokens} tokens"
     line = f"{source.name}: {counts}, {len(held_out)} held out"
     return "; ".join([line, *(note for note, number in notes.items() if number)])
 
@@ -236,7 +233,7 @@ class StreamedSet:
         if config.validation is not None:
             encoder = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
             held_out = encoder.load("validation")
-            self.validation += [one for row in held_out.rows for one in number_row(row, sample_ids)]
+            self.validation += [one for row in held_out for one in number_row(row, sample_ids)]
         self.warnings: tuple[str, ...] = ()
         self._max_length, self._rows_per_example = max_length, 1 + as_pairs
         assert config.shuffle_buffer is not None, "a stream has one"

@@ -92,13 +92,13 @@ def load_held_out(
     if longest > positions:
         raise ConfigError(f"max_length must be at most the model's {positions}, got {longest}")
     split = source.split or "validation"
-    loaded = SourceEncoder(source, tokenizer, longest).load(split, limit)
-    encoded = loaded.rows
+    encoder = SourceEncoder(source, tokenizer, longest)
+    encoded = encoder.load(split, limit)
     rows = [list(filter(count_labels, row.pieces)) for row in encoded]
     places = [place for place, examples in enumerate(rows) if examples]
     kept = [rows[place] for place in places]
     if not kept:
-        raise DataError(f"{loaded.name}: none of the {len(encoded)} rows has an answer that fits")
+        raise DataError(f"{encoder.name}: none of the {len(encoded)} rows has an answer that fits")
     tokens = [[[one.input_ids, one.labels] for one in examples] for examples in kept]
     details = {
         "format": source.format or source.scoring,
@@ -106,17 +106,18 @@ def load_held_out(
         "num_examples": len(kept),
         "num_tokens": sum(count_labels(one) for examples in kept for one in examples),
         "num_cut": sum(row.is_cut for row in encoded),
-        "num_empty": loaded.num_empty,
-        "num_dropped": len(rows) - len(kept) - loaded.num_empty,
+        "num_empty": sum(row.is_empty for row in encoded),
+        "num_dropped": sum(not examples for examples in rows)
+        - sum(row.is_empty for row in encoded),
         "max_length": longest,
         "examples_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-        "source": _describe_source(source, split, loaded.name),
+        "source": _describe_source(source, split, encoder.name),
     }
     if source.format == "preference":  # whose answers are rows of their own
         kept = [[answer] for pair in kept for answer in pair]
         places = [place for place in places for _ in range(2)]
         details["beta"] = beta
-    return HeldOutSet(data_set_name(source.dataset or loaded.name), kept, places, details)
+    return HeldOutSet(data_set_name(source.dataset or encoder.name), kept, places, details)
 
 
 def parse_source(settings: SourceConfig | Mapping[str, Any]) -> SourceConfig:

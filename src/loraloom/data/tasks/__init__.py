@@ -20,6 +20,8 @@ from string import ascii_uppercase
 from types import MappingProxyType
 from typing import Any, get_args
 
+from jinja2 import Template
+
 from loraloom.config.data import (
     MAX_LANDS,
     Scoring,
@@ -34,7 +36,7 @@ from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
 from loraloom.data import sources
 from loraloom.data.skills import generate_skills
-from loraloom.data.sources import HubSource, Row, SplitFiles
+from loraloom.data.sources import HubSource, Row
 from loraloom.data.templates import compile_template, fill_in
 from loraloom.errors import ConfigError, DataError, shown
 
@@ -128,12 +130,12 @@ def _load_task(path: Path) -> ChoiceTask:
     if data is not None and data.hub is not None:
         source = HubSource(data.hub, data.config, data.revision)
     elif data is not None and data.files is not None:
-        local = {
-            split: local_path(file, "data.files", DataError) for split, file in data.files.items()
+        source = {
+            split: path.parent / local_path(file, "data.files", DataError)
+            for split, file in data.files.items()
         }
-        source = SplitFiles(str(path), {split: path.parent / file for split, file in local.items()})
     task = ChoiceTask(name, path, config, source)
-    _ = task.forms  # whose templates are compiled
+    task.check_templates()
     return task
 
 
@@ -148,12 +150,19 @@ class ChoiceTask:
     name: str
     path: Path
     config: TaskConfig
-    source: HubSource | SplitFiles | Generator | None
+    source: HubSource | Mapping[str, Path] | Generator | None
 
     @cached_property
-    def forms(self) -> Mapping[str, _Form]:
-        given = [scoring for scoring in get_args(Scoring) if scoring in self.config.template]
-        return {scoring: _Form(self.path, self.config, scoring) for scoring in given}
+    def _asked(self) -> Mapping[str, TaskConfig]:
+        return {scoring: self.config.asked_by(scoring) for scoring in get_args(Scoring)}
+
+    def check_templates(self) -> None:
+        for scoring, config in self._asked.items():
+            given = {"template": config.template.get(scoring), "continuation": config.continuation}
+            given |= {name: getattr(config, name) for name in ("choices", "labels", "answer")}
+            for setting, texts in given.items():
+                for text in [texts] if isinstance(texts, str) else texts or ():
+                    self._template(setting, text)
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
         data = self.find_data(split, path)
@@ -170,15 +179,43 @@ class ChoiceTask:
             return sources.find_named(Path(path), self.name, split)
         if source is None:
             raise DataError(f"{self.name} has no data of its own; give its path")
-        return source.find(split) if isinstance(source, SplitFiles) else source
+        return (
+            sources.find_split(source, split, self.path) if isinstance(source, Mapping) else source
+        )
 
     def question(self, row: Row, index: int, scoring: Scoring) -> ChoiceQuestion:
-        if scoring not in self.forms:
+        config, by_label = self._asked[scoring], scoring == "label"
+        if scoring not in config.template:
             raise ConfigError(
                 f"{self.path}: template must have one for scoring {scoring}, it has "
-                f"{', '.join(self.forms)} alone; add it, or score by {self.config.scoring}"
+                f"{', '.join(config.template)} alone; add it, or score by {config.scoring}"
             )
-        return self.forms[scoring].ask(row, self.name, index)
+        prompt = config.template[scoring]
+        texts, labels = self._choices(row, config)
+        known: dict[str, Any] = {"choice_texts": texts, "choice_labels": labels}
+        if config.continuation is None:
+            answers = labels if by_label else texts
+            contexts = (self._fill_in(row, "template", prompt, known),) * len(texts)
+        else:
+            rest = self._fill_in(row, "continuation", config.continuation, known)
+            if not rest.strip():
+                row.reject("the continuation is empty, so there is nothing to score; mend the row")
+            answers = (rest,) * len(texts)
+            contexts = tuple(
+                self._fill_in(row, "template", prompt, {**known, "choice": text}) for text in texts
+            )
+        per_character = not by_label and config.normalization == "characters"
+        group = None if config.group is None else _find(row, config.group)
+        return ChoiceQuestion(
+            self.name,
+            index,
+            contexts,
+            continuations=tuple(config.delimiter + answer for answer in answers),
+            labels=labels,
+            gold=self._gold(row, config, texts, labels),
+            normalizers=tuple(float(max(len(a), 1)) if per_character else 1.0 for a in answers),
+            group=None if group is None else _as_text(row, "group", group),
+        )
 
     def training_text(self, row: Row, scoring: Scoring) -> tuple[str, str]:
         """The row as prompt and completion, those of the right answer; errors as `question`."""
@@ -194,65 +231,23 @@ class ChoiceTask:
         right = texts.pop(asked.gold)
         return right, texts[index % len(texts)]
 
-
-class _Form:
-    """Puts the rows of a task into words, for one scoring."""
-
-    def __init__(self, path: Path, task: TaskConfig, scoring: Scoring):
-        self._config = config = task.asked_by(scoring)
-        self._is_by_label = scoring == "label"
-        self._template = _template(path, f"template {scoring}", config.template[scoring])
-        continuation = config.continuation
-        self._continuation = None
-        if continuation is not None:
-            self._continuation = _template(path, "continuation", continuation)
-        self._choices = _reader(path, "choices", config.choices)
-        self._labels = None if config.labels is None else _reader(path, "labels", config.labels)
-        self._answer = _reader(path, "answer", config.answer)
-
-    def ask(self, row: Row, task: str, index: int) -> ChoiceQuestion:
-        texts, labels = self._read_choices(row)
-        known = {"choice_texts": texts, "choice_labels": labels}
-        if self._continuation is None:
-            answers = labels if self._is_by_label else texts
-            contexts = (self._template(row, known),) * len(texts)
-        else:
-            rest = self._continuation(row, known)
-            if not rest.strip():
-                row.reject("the continuation is empty, so there is nothing to score; mend the row")
-            answers = (rest,) * len(texts)
-            contexts = tuple(self._template(row, {**known, "choice": text}) for text in texts)
-        per_character = not self._is_by_label and self._config.normalization == "characters"
-        group = self._config.group
-        return ChoiceQuestion(
-            task,
-            index,
-            contexts,
-            continuations=tuple(self._config.delimiter + answer for answer in answers),
-            labels=labels,
-            gold=self._read_gold(row, texts, labels),
-            normalizers=tuple(float(max(len(a), 1)) if per_character else 1.0 for a in answers),
-            group=None if group is None else _as_text(row, "group", _find(row, group)),
-        )
-
-    def _read_choices(self, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _choices(self, row: Row, config: TaskConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The texts and the labels of a row's choices."""
-        texts = _as_texts(row, self._config.choices, self._choices(row))
+        texts = _as_texts(row, config.choices, self._read(row, "choices", config.choices))
         labels = tuple(ascii_uppercase[: len(texts)])
-        if len(texts) < 2:
-            row.reject(f"choices must be at least 2, got {len(texts)}")
-        if self._labels:
-            labels = _as_texts(row, self._config.labels, self._labels(row))
-        elif len(texts) > len(ascii_uppercase):
-            row.reject(f"{len(texts)} choices are more than there are letters; give labels")
-        if len(labels) != len(texts):
-            row.reject(f"must have as many labels as choices, got {len(labels)} and {len(texts)}")
-        if len(set(labels)) < len(labels):
-            row.reject(f"labels must differ, got {', '.join(labels)}")
+        if config.labels is not None:
+            labels = _as_texts(row, config.labels, self._read(row, "labels", config.labels))
+        if not 2 <= len(texts) == len(labels) == len(set(labels)):
+            row.reject(
+                "choices must be at least 2, with as many labels that differ (of their own where "
+                f"there are more than letters), got {len(texts)} and {', '.join(labels)}"
+            )
         return texts, labels
 
-    def _read_gold(self, row: Row, texts: Sequence[str], labels: Sequence[str]) -> int:
-        config, answer = self._config, _as_text(row, "answer", self._answer(row)).strip()
+    def _gold(
+        self, row: Row, config: TaskConfig, texts: Sequence[str], labels: Sequence[str]
+    ) -> int:
+        answer = _as_text(row, "answer", self._read(row, "answer", config.answer)).strip()
         options = {
             "index": [str(place) for place in range(len(texts))],
             "text": [text.strip() for text in texts],
@@ -266,20 +261,20 @@ class _Form:
             )
         return options.index(answer)
 
+    def _read(self, row: Row, setting: str, value: str | Sequence[str]) -> Any:
+        """A setting's value in a row: of a field, of a template, or of a list of templates."""
+        if not isinstance(value, str):
+            return [self._fill_in(row, setting, source) for source in value]
+        is_template = "{{" in value or "{%" in value
+        return self._fill_in(row, setting, value) if is_template else _find(row, value)
 
-def _template(path: Path, setting: str, source: str) -> Callable[..., str]:
-    template = compile_template(source, f"{path}: {setting}")
-    return lambda row, known=MappingProxyType({}): fill_in(template, row, setting, known)
+    def _fill_in(
+        self, row: Row, setting: str, source: str, known: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
+        return fill_in(self._template(setting, source), row, setting, known)
 
-
-def _reader(path: Path, setting: str, value: str | Sequence[str]) -> Callable[[Row], Any]:
-    """What reads a setting from a row: a field, a template, or a list of templates."""
-    if not isinstance(value, str):
-        readers = [_template(path, setting, source) for source in value]
-        return lambda row: [read(row) for read in readers]
-    if "{{" in value or "{%" in value:
-        return _template(path, setting, value)
-    return lambda row: _find(row, value)
+    def _template(self, setting: str, source: str) -> Template:
+        return compile_template(source, f"{self.path}: {setting}")
 
 
 def _find(row: Row, path: str) -> Any:
