@@ -3,21 +3,26 @@
 A mixture becomes a mixture-of-experts checkpoint, a plain adapter is merged into its base model.
 Weights are made and written one decoder layer at a time, quantised ones in floating point. Then the
 files are read back: the logits of what transformers loads are compared with the adapter's.
+
+Source: transformers 5.24, the classes' `modeling_*.py`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import own_parts, refuse_own_parts
@@ -28,7 +33,6 @@ from loraloom.formats.gguf import architecture_of, write_gguf_adapter
 from loraloom.models.combine import check_merges
 from loraloom.models.host import Host
 from loraloom.models.loading import DTYPES, quiet
-from loraloom.models.moe import STORED, LazyTensor, twin_of, write_shards
 from loraloom.models.quantization import quantised_linears
 
 ExportForm = Literal["moe", "merged", "gguf"]
@@ -95,7 +99,7 @@ def export(
         described = (adapter, host.base, host.config, dtype)
         _write(write_file, path, lambda aside: write_gguf_adapter(aside, *described))
         return Export(path, form, architecture, path.stat().st_size, None)
-    model = _MoeModel(host, adapter) if form == "moe" else _MergedModel(host, adapter)
+    model = (_MoeModel if form == "moe" else _MergedModel)(host, adapter)
     options = (_with_prompts_of(adapter, tokenizer), DTYPES[dtype])
     measured: list[Any] = []
     _write(write_directory, path, lambda aside: measured.extend(model.write(aside, *options)))
@@ -147,27 +151,33 @@ def _on_disk(module: nn.Module, layers_path: str, path: str = "") -> dict[str, s
 class _ExportedModel(ABC):
     """A base model and an adapter as one model: a configuration, and tensors layer by layer."""
 
-    config: Any
-    """In transformers' class."""
-    built: Any
-    """A model of the class, maybe without weights."""
-
     def __init__(self, host: Host, adapter: Adapter):
         self.host = host
         self.adapter = adapter
-        self.dtype = torch.promote_types(host.dtype, torch.float32)
+        self.wide = torch.promote_types(host.dtype, torch.float32)
         # The adapter may have an embedding or head of its own, and not both as one.
         base = host.base
         has_own = any(adapter.own_at(path) is not None for path in (base.embedding, base.head))
         self.unties_head = base.ties_head and has_own and not own_parts(adapter.config, base).tied
+        self.config: Any = self.make_config()
+        if self.unties_head:
+            self.config.tie_word_embeddings = False
+        with torch.device("meta"):
+            self.built: Any = self.build()
+        self.architecture = type(self.built).__name__
+        self.config.architectures = [self.architecture]
 
     @abstractmethod
-    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
-        """Yield a decoder layer's tensors by their names in the layer."""
+    def make_config(self) -> Any:
+        """Make the model's configuration, in transformers' class."""
 
-    @property
-    def architecture(self) -> str:
-        return type(self.built).__name__
+    @abstractmethod
+    def build(self) -> Any:
+        """Make the model without its weights."""
+
+    @abstractmethod
+    def layer_tensors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
+        """Make a decoder layer's tensors, by their names in a layer of the built model."""
 
     def write(
         self, directory: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
@@ -179,7 +189,18 @@ class _ExportedModel(ABC):
         # `save_pretrained` refuses settings without effect that base models are published with.
         host.model.generation_config.to_json_file(directory / "generation_config.json")
         tokenizer.save_pretrained(directory)
-        num_bytes = write_shards(directory, self.shards(), host.base.num_layers + 1, dtype)
+        num_bytes, files = 0, {}
+        for number, shard in enumerate(self.shards(), start=1):
+            # Checkpoints have other names than models, and experts apart.
+            stored = revert_weight_conversion(self.built, shard)
+            stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
+            file = f"model-{number:05}-of-{host.base.num_layers + 1:05}.safetensors"
+            save_file(stored, directory / file, metadata={"format": "pt"})
+            num_bytes += sum(tensor.nbytes for tensor in stored.values())
+            files |= dict.fromkeys(stored, file)
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": files}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         error = self._logit_error(directory)
         is_exact = {dtype, host.dtype} <= {torch.float32, torch.float64}
         most = _EXACT if is_exact and host.base.quantization is None else _ROUNDED
@@ -203,72 +224,129 @@ class _ExportedModel(ABC):
             actual = self.built.from_pretrained(directory, **options).eval()(ids).logits
         return float((actual - expected).norm() / expected.norm())
 
-    def shards(self) -> Iterator[Mapping[str, LazyTensor]]:
+    def shards(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors outside of the decoder layers by name, then those of each layer."""
         model, path = self.host.model, self.host.base.layers_path
         tied = {} if self.unties_head else model.all_tied_weights_keys
-        yield {
-            name: self._owned(name, tensor)
-            for name, tensor in _tensors_of(model).items()
-            if not name.startswith(f"{path}.") and name not in tied
-        }
+        outside = _tensors_of(model, f"{path}.")
+        yield self._with_own({name: t for name, t in outside.items() if name not in tied})
         for index, layer in enumerate(model.get_submodule(path).children()):
             tensors = self.layer_tensors(index, layer)
-            named = ((f"{path}.{index}.{name}", tensor) for name, tensor in tensors)
-            yield {name: self._owned(name, tensor) for name, tensor in named}
+            yield self._with_own({f"{path}.{index}.{name}": t for name, t in tensors.items()})
 
-    def _owned(self, name: str, tensor: LazyTensor) -> LazyTensor:
-        path, _, kind = name.rpartition(".")
-        own = self.adapter.own_at(path)
-        if own is None:
-            return tensor
-        return LazyTensor(tensor.shape, lambda: own.stored(kind, tensor.make()))
+    def _with_own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put the adapter's own modules in place of the base model's."""
+        stored = {}
+        for name, tensor in tensors.items():
+            path, _, kind = name.rpartition(".")
+            own = self.adapter.own_at(path)
+            stored[name] = tensor if own is None else own.stored(kind, tensor)
+        return stored
 
     def merged(
-        self, projections: Mapping[str, Projection], name: str, tensor: LazyTensor
-    ) -> LazyTensor:
-        """Merge the update into a tensor if it is the weight of one of a block's projections."""
-        weights = {f"{projection.path}.weight": projection for projection in projections.values()}
-        if name not in weights:
-            return tensor
-        return LazyTensor(tensor.shape, lambda: weights[name].merged(self.dtype))
+        self, layer: nn.Module, projections: Mapping[str, Projection], leave_out: str = " "
+    ) -> dict[str, Tensor]:
+        """Make a layer's tensors, with updates in the weights of some projections."""
+        merged = {f"{one.path}.weight": one.merged(self.wide) for one in projections.values()}
+        return _tensors_of(layer, leave_out) | merged
 
 
-def _tensors_of(module: nn.Module) -> dict[str, LazyTensor]:
-    """A module's tensors by name; weights that are quantised are dequantised when wanted."""
-    tensors = {name: LazyTensor.of(tensor) for name, tensor in module.state_dict().items()}
-    for path, weight in quantised_linears(module).items():
-        for name in [name for name in tensors if name.startswith(f"{path}.")]:
-            if name != f"{path}.bias":
-                del tensors[name]
-        shape = (weight.linear.out_features, weight.linear.in_features)
-        tensors[f"{path}.weight"] = LazyTensor(shape, weight.whole)
-    return tensors
+def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
+    """A module's tensors but for those of one part, by name; quantised weights are dequantised."""
+    weights = {
+        f"{path}.": weight
+        for path, weight in quantised_linears(module).items()
+        if not path.startswith(leave_out)
+    }
+    return {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if not name.startswith((leave_out, *weights)) or name.endswith(".bias")
+    } | {f"{path}weight": weight.whole() for path, weight in weights.items()}
 
 
 class _MergedModel(_ExportedModel):
     """The base model with an adapter's updates in its weights."""
 
-    def __init__(self, host: Host, adapter: Adapter):
-        super().__init__(host, adapter)
-        check_merges(adapter)
-        self.built = host.model
-        self.config = copy.deepcopy(host.model.config)
-        self.config.architectures = [self.architecture]
+    def make_config(self) -> Any:
+        check_merges(self.adapter)
+        config = copy.deepcopy(self.host.model.config)
         for name in ("quantization_config", "auto_map"):
-            if hasattr(self.config, name):
-                delattr(self.config, name)
-        if self.unties_head:
-            self.config.tie_word_embeddings = False
+            if hasattr(config, name):
+                delattr(config, name)
+        return config
 
-    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
-        stored = STORED.get(self.host.base.model_type)
-        projections = {**self.adapter.attention_block(index), **self.adapter.ffn_block(index)}
-        for name, tensor in _tensors_of(layer).items():
-            merged = self.merged(projections, name, tensor)
-            parts = {name: ()} if stored is None else stored.stored_parts(name, merged.shape)
-            for stored_name, place in parts.items():
-                yield stored_name, merged.part(place)
+    def build(self) -> Any:
+        return type(self.host.model)(self.config)
+
+    def layer_tensors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
+        adapter = self.adapter
+        return self.merged(layer, {**adapter.attention_block(index), **adapter.ffn_block(index)})
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A class of transformers whose mixtures of experts are those of a dense family.
+
+    It has the family's attention, norms and head, and in place of the FFN block a router and whole
+    experts: softmax over all experts, the top_k of it, renormalised to sum to 1. What else the
+    block has adds nothing where it is zero.
+    """
+
+    model_type: str
+    fields: tuple[str, str]
+    """Its configuration's fields for the number of experts and for top_k."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    size_field: str | None = None
+    """The field of the experts' width; None where it is the dense family's."""
+    block: str = "mlp"
+    router: str = "gate.weight"
+    splits_qkv: bool = False
+    """The dense family's q, k and v are one projection, the class's three."""
+    keeps_layer_types: bool = False
+    """Layers may differ in their attention, as the dense family's do."""
+
+
+_PER_TOKEN = "num_experts_per_tok"
+_QUIET = {"output_router_logits": False}
+_MIXTRAL = Twin("mixtral", ("num_local_experts", _PER_TOKEN), _QUIET | {"router_jitter_noise": 0.0})
+_QWEN3 = Twin(
+    "qwen3_moe",
+    ("num_experts", _PER_TOKEN),
+    {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    size_field="moe_intermediate_size",
+)
+_EVERY_LAYER = {"moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+
+# From a dense family's `model_type` to the class that computes its mixtures. Others have none:
+# gemma's norms add 1 or come in other places, for instance.
+TWINS: dict[str, Twin] = {
+    "llama": _MIXTRAL,
+    "mistral": _MIXTRAL,
+    "phi3": replace(_MIXTRAL, splits_qkv=True),
+    "qwen2": replace(
+        _QWEN3,
+        model_type="qwen2_moe",
+        # The shared expert is silent; vLLM wants one of some width.
+        settings={**_QWEN3.settings, "shared_expert_intermediate_size": 16, "qkv_bias": True},
+        keeps_layer_types=True,
+    ),
+    "qwen3": _QWEN3,
+    "granite": Twin(
+        "granitemoe",
+        ("num_local_experts", _PER_TOKEN),
+        _QUIET,
+        block="block_sparse_moe",
+        router="router.weight",
+    ),
+    "olmo2": Twin("flex_olmo", ("num_experts", _PER_TOKEN), {"norm_topk_prob": True}),
+    "ernie4_5": Twin(
+        "ernie4_5_moe",
+        ("moe_num_experts", "moe_k"),
+        {"moe_num_shared_experts": 0, **_EVERY_LAYER},
+        size_field="moe_intermediate_size",
+    ),
+}
 
 
 class _MoeModel(_ExportedModel):
@@ -276,44 +354,70 @@ class _MoeModel(_ExportedModel):
 
     def __init__(self, host: Host, adapter: Adapter):
         super().__init__(host, adapter)
-        self.twin = twin_of(host.base.model_type)
-        fields = self.twin.config_fields(host.config.to_dict(), adapter.as_moe(0))
-        if self.unties_head:
-            fields["tie_word_embeddings"] = False
-        self.config = AutoConfig.for_model(self.twin.model_type, **fields)
-        with torch.device("meta"):
-            self.built = AutoModelForCausalLM.from_config(self.config)
-        self.config.architectures = [self.architecture]
-        self._check_tensors()
-
-    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
-        base, attention = self.host.base, self.adapter.attention_block(index)
-        for name, tensor in _tensors_of(layer).items():
-            if not name.startswith(f"{base.ffn}."):
-                merged = self.merged(attention, name, tensor)
-                yield from self.twin.rename(name, merged, self.host.config)
-        ffn = self.adapter.as_moe(index)
-        shapes = {name: base.shapes[f"{base.ffn}.{name}"] for name in base.ffn_projections}
-        for name, tensor in self.twin.ffn_tensors(ffn, shapes, self.dtype):
-            yield f"{self.twin.block}.{name}", tensor
-
-    def _check_tensors(self) -> None:
-        host, base, twin = self.host, self.host.base, self.twin
-        layer = f"{base.layers_path}.0"
-        ours = _tensors_of(host.model.get_submodule(layer))
-        outside = {name for name in ours if not name.startswith(f"{base.ffn}.")}
-        odd = [name for name in ours if name not in outside and "bias" in name]
-        names = {new for name in outside for new, _ in twin.rename(name, ours[name], host.config)}
-        theirs = self.built.get_submodule(layer).state_dict()
-        odd += sorted(names ^ {n for n in theirs if not n.startswith(f"{twin.loaded_block}.")})
-        kinds = set(getattr(host.config, "layer_types", None) or [])
-        rope = getattr(host.config, "rope_parameters", None) or {}
-        if twin.splits_qkv and rope.get("partial_rotary_factor", 1.0) != 1.0:
-            odd.append("heads that are rotated in part")
-        if not twin.keeps_layer_types and "sliding_attention" in kinds:
+        layer = f"{host.base.layers_path}.0"
+        ours = host.model.get_submodule(layer)
+        ffn = ours.get_submodule(host.base.ffn)
+        odd = [f"{host.base.ffn}.{name}" for name, _ in ffn.named_parameters() if "bias" in name]
+        theirs = {
+            name
+            for name in self.built.get_submodule(layer).state_dict()
+            if not name.startswith(f"{self.twin.block}.")
+        }
+        odd += sorted(theirs ^ self._outside_ffn(0, ours).keys())
+        kinds = getattr(host.config, "layer_types", None) or []
+        if not self.twin.keeps_layer_types and "sliding_attention" in kinds:
             odd.append("layers with sliding attention")
         if odd:
             raise AdapterError(
-                f"a mixture on this {base.model_type} can't be a {self.architecture}: only one of "
-                f"them has {', '.join(odd)}; serve the mixture with loraloom instead"
+                f"a mixture on this {host.base.model_type} can't be a {self.architecture}: only "
+                f"one of them has {', '.join(odd)}; serve the mixture with loraloom instead"
             )
+
+    @property
+    def twin(self) -> Twin:
+        model_type = self.host.base.model_type
+        if model_type not in TWINS:
+            raise AdapterError(
+                f"a mixture's base model must be of a family that a mixture-of-experts class of "
+                f"transformers computes exactly ({', '.join(TWINS)}), got {model_type}; no such "
+                "class has its norms and activations, so serve the mixture with loraloom instead"
+            )
+        return TWINS[model_type]
+
+    def make_config(self) -> Any:
+        twin, ffn, config = self.twin, self.adapter.as_moe(0), self.host.config.to_dict()
+        for name in ("architectures", "auto_map", "model_type", "quantization_config"):
+            config.pop(name, None)
+        fields = dict(zip(twin.fields, (ffn.num_experts, ffn.top_k), strict=True))
+        if twin.size_field is not None:
+            fields[twin.size_field] = config["intermediate_size"]
+        if twin.splits_qkv and not config.get("head_dim"):  # a long rope asks for it
+            fields["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        return AutoConfig.for_model(twin.model_type, **{**config, **twin.settings, **fields})
+
+    def build(self) -> Any:
+        return AutoModelForCausalLM.from_config(self.config)
+
+    def layer_tensors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
+        ffn, shape = self.adapter.as_moe(index), self.adapter.base_layers[index].ffn_shape
+        path = f"{self.host.base.layers_path}.{index}.{self.twin.block}"
+        parts = self.built.get_submodule(path).state_dict()
+        tensors = {n: torch.zeros(part.shape, dtype=self.config.dtype) for n, part in parts.items()}
+        tensors[self.twin.router] = ffn.router
+        for expert in range(ffn.num_experts):
+            inputs = [ffn.weight(expert, name, self.wide) for name in shape.inputs]
+            tensors["experts.gate_up_proj"][expert] = torch.cat(inputs)
+            tensors["experts.down_proj"][expert] = ffn.weight(expert, shape.output, self.wide)
+        named = {f"{self.twin.block}.{name}": tensor for name, tensor in tensors.items()}
+        return self._outside_ffn(index, layer) | named
+
+    def _outside_ffn(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
+        config, attention = self.config, self.adapter.attention_block(index)
+        tensors = self.merged(layer, attention, f"{self.host.base.ffn}.")
+        for name in [name for name in tensors if self.twin.splits_qkv and "qkv_proj" in name]:
+            heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+            parts = tensors.pop(name).split([config.head_dim * count for count in heads])
+            tensors |= {
+                name.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)
+            }
+        return tensors
