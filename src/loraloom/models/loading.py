@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import os
 import platform
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from logging import ERROR, getLogger
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -57,8 +55,6 @@ from loraloom.models.sharding import sharded_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -76,8 +72,19 @@ _LOADING_ERRORS = (
 _KINDS = f"a hub name, a directory, a .gguf file or {SMALL_MODEL}"
 _ADVICE = {
     "directory": "check that save_pretrained wrote model and tokenizer there",
-    "gguf": "check that the file is whole and that transformers reads its architecture",
+    "gguf": "check that the file is whole, that transformers reads its architecture, and that the "
+    "cache ($XDG_CACHE_HOME) has room for its copy",
     "hub": "check the name on huggingface.co, the network, and `hf auth login` if it is gated",
+}
+
+
+# Why the hub doesn't give a model, by its client's errors.
+_REFUSALS = {
+    EntryNotFoundError: "its repository on the hub has no config.json; name the model that an "
+    "adapter was trained on, or download a .gguf file and name that",
+    GatedRepoError: "it is gated; accept its terms on its page of the hub and run `hf auth login`",
+    RepositoryNotFoundError: "it does not exist here, and the hub has no public one of that name; "
+    "check the name, or run `hf auth login` if it is private",
 }
 
 
@@ -90,12 +97,6 @@ class ModelSource:
     gguf_file: str | None = None
     cached: bool = False
     """Only what the hub's cache has is to be read."""
-
-    def copy(self, kind: str, key: str) -> Path:
-        """Where what is made of a GGUF file is kept: by a key and the packages that make it."""
-        packages = f"transformers {version('transformers')} gguf {version('gguf')}"
-        digest = hashlib.sha256(f"{key} {packages}".encode()).hexdigest()[:16]
-        return cache_directory() / kind / f"{Path(self.gguf_file or '').stem}-{digest}"
 
 
 def find_source(name: str) -> ModelSource:
@@ -133,8 +134,6 @@ def find_source(name: str) -> ModelSource:
         return ModelSource("directory", str(path))
     if path.exists():
         raise ModelError(f"base model must be {_KINDS}, got the file {name}")
-    if name.startswith((".", "~", os.sep)) or name.endswith("/"):
-        raise ModelError(f"base model must be {_KINDS}, got {name}, which does not exist")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -150,32 +149,20 @@ def _ask_hub(source: ModelSource) -> ModelSource:
     # By a single question: left to itself, the client asks six times for each of a model's files.
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10.0)
-    except EntryNotFoundError:
-        raise ModelError(
-            f"base model must be a model of transformers, got {name}, whose repository on the hub "
-            "has no config.json; name the model that an adapter was trained on, or download a "
-            ".gguf file and name that"
-        ) from None
-    except GatedRepoError:
-        raise ModelError(
-            f"{name} is gated: accept its terms on its page of the hub, then run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"base model must be {_KINDS}, got {name}, which does not exist here, and the hub has "
-            "no public one of that name; check the name, or run `hf auth login` if it is private"
-        ) from None
+        return source
+    except tuple(_REFUSALS) as error:
+        reason = next(text for kind, text in _REFUSALS.items() if isinstance(error, kind))
     # Whatever the client's own HTTP library raises: no route, no name, a timeout.
     except Exception as error:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return replace(source, cached=True)
-        reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
-        raise ModelError(
-            f"can't load {name}: it does not exist here, it is not in the hub's cache, and the hub "
-            f"can't be reached ({reason}); check the name and the network (HF_HUB_OFFLINE=1 "
-            "forbids it), or name a directory"
-        ) from None
-    return source
+        cause = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        reason = (
+            f"it does not exist here, it is not in the hub's cache, and the hub can't be reached "
+            f"({cause}); check the name and the network (HF_HUB_OFFLINE=1 forbids it), or name a "
+            "directory"
+        )
+    raise ModelError(f"can't load {name}: {reason}")
 
 
 def load_base_model(
@@ -186,7 +173,7 @@ def load_base_model(
     quantization: Any = None,
     *,
     sharded: bool = False,
-) -> Loaded:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM, in eval mode, and its tokenizer, which has a padding token.
 
     Args:
@@ -220,7 +207,6 @@ def load_base_model(
             "take base: replicated"
         )
     chosen = _find_dtype(dtype, checkpoint, place)
-    chosen_name = str(chosen).removeprefix("torch.")
     options: dict[str, Any] = {"dtype": chosen, "device_map": place}
     if attn_implementation is not None:
         # transformers would accept a hub name too, and run the kernel that it downloads from there.
@@ -230,27 +216,22 @@ def load_base_model(
                 f"attn_implementation must be one of {', '.join(known)}, got "
                 f"{shown(attn_implementation)}"
             )
-        if attn_implementation == "flash_attention_2" and chosen.itemsize > 2:
-            raise ModelError(
-                "attn_implementation flash_attention_2 computes in 16 bits only, got dtype "
-                f"{chosen_name}; take bfloat16, or sdpa"
-            )
         options["attn_implementation"] = attn_implementation
     if quantised is not None:
-        check_fits_dtype(quantised, chosen_name)
+        check_fits_dtype(quantised, str(chosen).removeprefix("torch."))
         options["quantization_config"] = transformers_config(quantised, chosen)
-    with quiet(hides_stderr=source.kind == "gguf"), _raised_as_model_error(name, source):
-        load = _load if source.gguf_file is None else _load_gguf
-        model, tokenizer = load(name, source, options, sharded=sharded)
+    with quiet():
+        tokenizer = _load_tokenizer(name, source)
+        with _raised_as_model_error(name, source):
+            model = _load(name, source, checkpoint, options, sharded=sharded)
     _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    source, what = find_source(name), f"the tokenizer of {name}"
-    with quiet(hides_stderr=source.kind == "gguf"), _raised_as_model_error(what, source):
-        return _load_tokenizer(source)
+    with quiet():
+        return _load_tokenizer(name, find_source(name))
 
 
 def find_device(name: str) -> torch.device:
@@ -289,8 +270,6 @@ def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) 
         return torch.float32 if device.type == "cpu" else torch.float16
     if name not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
-    if name == "float64" and device.type == "mps":
-        raise ModelError("dtype float64 does not exist on mps; use float32, or device cpu")
     in_16_bits = DTYPES[name].itemsize == 2
     if in_16_bits and device.type == "cpu" and not _multiplies_in_bfloat16(device):
         warnings.warn(
@@ -312,15 +291,16 @@ def _multiplies_in_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: bool) -> Loaded:
-    with _raised_as_model_error(f"the tokenizer of {name}", source):
-        tokenizer = _load_tokenizer(source)
-    if source.gguf_file is not None:
-        config = GgufConfig(dequantize=True)
-        options = {**options, "gguf_file": source.gguf_file, "quantization_config": config}
-    # trust_remote_code=None would ask on the terminal whether to run a repository's code.
-    common = {"local_files_only": source.cached, "trust_remote_code": False}
-    model_type = _read_config(source).get("model_type")
+def _load(
+    name: str,
+    source: ModelSource,
+    checkpoint: Mapping[str, Any],
+    options: dict[str, Any],
+    *,
+    sharded: bool,
+) -> PreTrainedModel:
+    source = _converted(name, source, options["dtype"])
+    model_type = checkpoint.get("model_type")
     auto: Any = modeling_auto.AutoModelForCausalLM
     # Models of images and text have no causal LM of their type.
     if (
@@ -329,11 +309,19 @@ def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: b
     ):
         auto = modeling_auto.AutoModelForImageTextToText
     if sharded:
-        config = configuration_auto.AutoConfig.from_pretrained(source.location, **common)
+        config = configuration_auto.AutoConfig.from_pretrained(
+            source.location, local_files_only=source.cached, trust_remote_code=False
+        )
         auto = sharded_class(auto._model_mapping[type(config)], options["device_map"])
+    return _read_model(name, auto, source, **options)
+
+
+def _read_model(name: str, auto: Any, source: ModelSource, **options: Any) -> PreTrainedModel:
     model, report = auto.from_pretrained(
         source.location,
-        **common,
+        local_files_only=source.cached,
+        # None would ask on the terminal whether to run a repository's code.
+        trust_remote_code=False,
         # Else it waits for the hub, in vain.
         adapter_kwargs={"local_files_only": source.cached},
         # The report has them, and they are refused below.
@@ -354,74 +342,43 @@ def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: b
             f"base model must be a whole model, got the adapter {name}; name the model that it was "
             "trained on, and load it as an adapter"
         )
-    return model, tokenizer
+    return model
 
 
-def _load_gguf(name: str, source: ModelSource, options: dict[str, Any], *, sharded: bool) -> Loaded:
-    """Load a GGUF file by its dequantised copy, made where there is none or a broken one."""
-    with Path(source.location, source.gguf_file or "").open("rb") as file:
-        # By its bytes, so that no copy is stale.
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    copy = source.copy("gguf", f"{digest} {options['dtype']}")
-
-    def load_copy(directory: Path) -> Loaded:
-        copied = ModelSource("directory", str(directory))
-        model, tokenizer = _load(name, copied, options, sharded=sharded)
-        tokenizer.name_or_path = source.location  # as if it came from the file
-        return model, tokenizer
-
-    is_broken = copy.is_dir()
-    if is_broken:
-        with suppress(ModelError, *_LOADING_ERRORS):
-            return load_copy(copy)
-    loaded = None
-    plain = {name: value for name, value in options.items() if name != "quantization_config"}
-    # Several processes wait for the first one's copy.
-    with ExitStack() as lock:
-        with suppress(OSError):  # of a cache that can't be written, where nothing is kept
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            lock.enter_context(FileLock(f"{copy}.lock"))
-        if is_broken or not copy.is_dir():
-            loaded = _load(name, source, plain, sharded=False)
-            with suppress(*_LOADING_ERRORS):
-                write_directory(copy, lambda aside: _save(aside, *loaded))
-            if plain == options and not sharded:
-                return loaded
-    # Outside of the lock, as ranks that read their parts wait for each other.
-    if loaded is None or copy.is_dir():
-        return load_copy(copy)
-    with TemporaryDirectory() as scratch:
-        _save(Path(scratch), *loaded)
-        return load_copy(Path(scratch))
-
-
-def _save(directory: Path, *parts: Any) -> None:
-    for part in parts:
-        part.save_pretrained(directory)
-
-
-def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; that of a GGUF file is converted once, which may take half a minute."""
-    if source.gguf_file is None:
-        return _read_tokenizer(source)
-    file = Path(source.location, source.gguf_file).resolve()
-    state = file.stat()
-    copy = source.copy("tokenizers", f"{file} {state.st_size} {state.st_mtime_ns}")
-    if copy.is_dir():
-        with suppress(*_LOADING_ERRORS):
-            tokenizer = _read_tokenizer(ModelSource("directory", str(copy)))
-            tokenizer.name_or_path = source.location
-            return tokenizer
-    tokenizer = _read_tokenizer(source, gguf_file=source.gguf_file)
-    with suppress(*_LOADING_ERRORS):
-        write_directory(copy, lambda aside: _save(aside, tokenizer))
-    return tokenizer
+def _load_tokenizer(name: str, source: ModelSource) -> PreTrainedTokenizerBase:
+    with _raised_as_model_error(f"the tokenizer of {name}", source):
+        return _read_tokenizer(_converted(name, source))
 
 
 def _read_tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerBase:
     return tokenization_auto.AutoTokenizer.from_pretrained(
         source.location, trust_remote_code=False, local_files_only=source.cached, **options
     )
+
+
+def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
+    """Find the dequantised model of a GGUF file, or its tokenizer, made once: it takes a minute."""
+    if source.gguf_file is None:
+        return source
+    file = Path(source.location, source.gguf_file).resolve()
+    state = file.stat()
+    packages = f"transformers {version('transformers')} gguf {version('gguf')}"
+    key = f"{file} {state.st_size} {state.st_mtime_ns} {dtype} {packages}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    copy = cache_directory() / "gguf" / f"{file.stem}-{digest}"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes wait for the first one's copy.
+    with FileLock(f"{copy}.lock"):
+        if not copy.is_dir():
+            options: dict[str, Any] = {"gguf_file": source.gguf_file}
+            with redirect_stderr(io.StringIO()):  # the bar of dequantising has no switch
+                if dtype is None:
+                    made: Any = _read_tokenizer(source, **options)
+                else:
+                    options |= {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
+                    made = _read_model(name, modeling_auto.AutoModelForCausalLM, source, **options)
+            write_directory(copy, made.save_pretrained)
+    return ModelSource("directory", str(copy))
 
 
 def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -445,27 +402,25 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 @contextmanager
-def quiet(*, hides_stderr: bool = False) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back warnings and bars of transformers and accelerate, but not bars of a download."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    download_bars = not are_progress_bars_disabled()
+    shows_downloads = not are_progress_bars_disabled()
     accelerate = getLogger("accelerate.big_modeling")
     accelerate_level = accelerate.level
     accelerate.setLevel(ERROR)
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if download_bars:
+    logging.disable_progress_bar()  # which are the hub's too
+    if shows_downloads:
         enable_progress_bars()
     try:
-        # the bar of dequantising has no switch
-        with redirect_stderr(io.StringIO()) if hides_stderr else nullcontext():
-            yield
+        yield
     finally:
         accelerate.setLevel(accelerate_level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-        if not download_bars:
+        if not shows_downloads:
             disable_progress_bars()
 
 
