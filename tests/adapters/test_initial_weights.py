@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraloom.adapters import LoraConfig
-from tests.tiny import METHODS, changed, tiny_host, tiny_ids
+from tests.tiny import METHODS, tiny_host
 
 
 def fresh(config: LoraConfig, seed: int = 0, before: tuple = (), family: str = "llama", **changes):
@@ -46,36 +46,6 @@ def test_a_projection_starts_alike_whatever_else_is_adapted():
     for targets in ("attention", "ffn", ("v_proj", "up_proj")):
         part = fresh(LoraConfig(rank=3, target_modules=targets))
         assert_equal(part, {name: everything[name] for name in part})
-
-
-@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_starts_that_peft_computes_begin_as_the_base_model(method, init):
-    host = tiny_host("llama", {})
-    host.add("a", changed(METHODS[method], init=init, rank=4, rank_pattern={"q_proj": 2}))
-    out = host(tiny_ids(2), adapters=["a"] * 2).logits
-    torch.testing.assert_close(out, host(tiny_ids(2)).logits, rtol=1e-5, atol=1e-5)
-    assert all(bool(t.any()) for name, t in host.adapter("a").tensors().items())
-
-
-def test_an_orthogonal_start_depends_on_the_seed_and_the_name_alone():
-    config = LoraConfig(rank=4, init="orthogonal")
-    torch.manual_seed(1)
-    first = fresh(config)
-    torch.manual_seed(2)
-    assert_equal(fresh(config), first)
-    assert not torch.equal(
-        fresh(config, seed=1)["layers.0.mlp.up_proj.lora_A"], first["layers.0.mlp.up_proj.lora_A"]
-    )
-    assert not torch.equal(
-        first["layers.0.mlp.up_proj.lora_A"], first["layers.0.mlp.gate_proj.lora_A"]
-    )
-
-
-@pytest.mark.parametrize("settings", [{"rank": 3}, {"rank": 4, "rank_pattern": {"q_proj": 3}}])
-def test_an_orthogonal_start_needs_even_ranks(settings):
-    with pytest.raises(ValueError, match="rank must be even for init: orthogonal, got 3"):
-        LoraConfig(init="orthogonal", **settings)
 
 
 @pytest.mark.parametrize("method", METHODS)

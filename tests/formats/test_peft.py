@@ -66,7 +66,7 @@ def test_listed_modules_that_the_base_lacks_have_no_effect_as_in_peft(base, tmp_
         ("bias", "all"),
         ("lora_bias", True),
         ("a_field_of_the_future", {"on": True}),
-        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "pissa"),
         ("task_type", "SEQ_CLS"),
     ],
 )

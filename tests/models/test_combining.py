@@ -149,7 +149,6 @@ def test_experts_are_combined_one_by_one_and_routers_averaged(method):
         (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["smora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
-        (["pissa"], {"weights": [1.0]}, AdapterError, "leave the base's weights as they are"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (["lora", "lora"], {"density": 0.5}, ConfigError, "density is a setting of ties"),
         (
@@ -161,8 +160,7 @@ def test_experts_are_combined_one_by_one_and_routers_averaged(method):
     ],
 )
 def test_what_cannot_be_combined_is_refused(names, options, error, message):
-    pissa = LoraConfig(rank=2, init="pissa")
-    host = tiny_host(configs=ALL_METHODS | {"pissa": pissa}, dtype=torch.float32)
+    host = tiny_host(configs=ALL_METHODS, dtype=torch.float32)
     weights = options.pop("weights", [1.0, 1.0])
     with pytest.raises(error, match=message):
         host.combine(names, weights, name="c", **options)

@@ -35,9 +35,6 @@ CHOICES = {
     "bare names": {"target_modules": ["q_proj", "down_proj"]},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
-    "pissa": {"init_lora_weights": "pissa"},
-    "pissa, dora": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
-    "olora": {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},
 }
 
 
@@ -82,8 +79,6 @@ OURS = {
     "places": LoraConfig(rank=3, target_modules=("layers.0.mlp.up_proj", "o_proj")),
     "ranks": LoraConfig(rank=3, rank_pattern={r".*\.0\.mlp\.\w+": 5, "q_proj": 2}),
     "alphas": LoraConfig(rank=3, alpha_pattern={"down_proj": 2.5}, weight_decomposition=True),
-    "pissa": LoraConfig(rank=3, init="pissa"),
-    "olora": LoraConfig(rank=3, init="olora", weight_decomposition=True),
 }
 
 

@@ -94,8 +94,6 @@ def test_a_new_adapter_gets_the_weights_of_the_old_one(stored):
 @pytest.mark.parametrize(
     ("old", "new", "setting"),
     [
-        (LoraConfig(rank=2, init="pissa"), LoraConfig(rank=2), "init"),
-        (LoraConfig(rank=2), LoraConfig(rank=2, init="olora"), "init"),
         (LoraConfig(rank=2, alpha_pattern={"q_proj": 7.0}), LoraConfig(rank=2), "alphas"),
         (TOP_P, changed(TOP_P, temperature=2.0), "temperature"),
         (TOP_P, changed(TOP_P, compat="moe-peft"), "compat"),

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.keys import TensorKey, is_meant
-from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_A, seeded
+from loraloom.adapters.low_rank import LowRankConfig, initial_A
 from loraloom.adapters.method import (
     MAX_NUMBER,
     MAX_RANK,
@@ -25,11 +25,8 @@ from loraloom.adapters.method import (
     Projection,
     Targets,
 )
-from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.errors import AdapterError, shown
 from loraloom.ops.low_rank import dora_norms
-
-# Initialisations that PEFT computes.
-PEFT_STARTS = ("orthogonal", "pissa", "olora")
 
 _Index = Annotated[int, Field(ge=0)]
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
@@ -70,10 +67,6 @@ class LoraConfig(DecomposedConfig):
 
     method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Low-rank adaptation of linear layers."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Start: A Kaiming uniform with a = sqrt(5) or normal with std 1 / rank, and B zero; A and B
-    random with BA = 0 (orthogonal, even ranks); or the largest part of W by its singular values
-    (pissa) or QR (olora), which is then taken off W. The last three are computed by PEFT."""
     layers: tuple[_Index, ...] | None = Field(default=None, min_length=1)
     """Decoder layers to adapt, counted from 0; None: all."""
     rank_pattern: dict[str, _Rank] = Field(default_factory=dict)
@@ -89,17 +82,6 @@ class LoraConfig(DecomposedConfig):
         if odd:
             raise ValueError(f"patterns must be regular expressions, got {shown(odd[0])}")
         return patterns
-
-    @model_validator(mode="after")
-    def _check_ranks(self) -> LoraConfig:
-        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
-        if self.init == "orthogonal" and odd:
-            raise ValueError(f"rank must be even for init: orthogonal, got {odd[0]}")
-        return self
-
-    @property
-    def takes_start_off(self) -> bool:
-        return self.init in ("pissa", "olora")
 
     @property
     def in_every_layer(self) -> bool:
@@ -126,13 +108,12 @@ class LoraConfig(DecomposedConfig):
 
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
         for config in (self, *others):
-            if isinstance(config, LoraConfig) and (config.takes_start_off or config.rank_pattern):
+            if isinstance(config, LoraConfig) and config.rank_pattern:
                 raise AdapterError(
-                    "adapters that are combined must have one rank and leave the base's weights "
-                    "as they are, got a rank_pattern or init: pissa or olora; give their rows "
-                    "scales instead"
+                    "adapters that are combined must have one rank, got a rank_pattern; give "
+                    "their rows scales instead"
                 )
-        plain = {"layers": None, "alpha_pattern": {}, "init": "kaiming"}  # targets say the layers
+        plain = {"layers": None, "alpha_pattern": {}}  # targets say the layers
         return super(LoraConfig, self.model_copy(update=plain)).combined(others, targets)
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
@@ -155,17 +136,12 @@ class LoraConfig(DecomposedConfig):
     def projection(
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
     ) -> Projection:
-        own = self.at(base.key)
-        weights = LoraProjection(base, own, None, dtype, seed)
-        if own.init in PEFT_STARTS and base.device.type != "meta":
-            weights.start_from(*_start_of(base, own, seed), off=own.takes_start_off)
-        return weights
+        return LoraProjection(base, self.at(base.key), None, dtype, seed)
 
     def summary(self) -> dict[str, Any]:
         chosen = {"layers": self.layers, "ranks": self.rank_pattern}
         own = {name: value for name, value in chosen.items() if value}
-        start = self.init if self.takes_start_off else None
-        return super().summary() | own | {"alphas": self.alpha_pattern, "init": start}
+        return super().summary() | own | {"alphas": self.alpha_pattern}
 
 
 def is_pattern(pattern: str) -> bool:
@@ -224,37 +200,6 @@ def _refuse(rule: str, odd: Sequence[str]) -> None:
         raise AdapterError(f"{rule}; got {', '.join(sorted(odd))}")
 
 
-def _start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Let PEFT initialise A, [R, I], and B, [O, R], on a copy of a projection.
-
-    Source: Meng et al. 2024, PiSSA, arXiv:2404.02948; Buyukakyuz 2024, OLoRA, arXiv:2406.01775;
-    peft 0.21.2, `peft/tuners/lora/layer.py`.
-    """
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft.tuners.lora import Linear
-    except ImportError as error:
-        raise ConfigError(
-            f"init: {config.init} is computed by PEFT, which is not installed; "
-            "run: pip install 'loraloom[peft]'"
-        ) from error
-    copied = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    # A copy, as PEFT takes the start off the weight that it is given.
-    weight = base.weight.detach().to(torch.float32, copy=True)
-    copied.weight = nn.Parameter(weight, requires_grad=False)
-    settings: Any = {"use_rslora": config.rank_stabilized, "init_lora_weights": config.init}
-    sizes: Any = {"r": config.rank, "lora_alpha": config.alpha}
-    with seeded(base.device, generator_for(seed, base.key).initial_seed()):
-        layer = Linear(copied, "start", config=PeftConfig(**settings), **sizes)
-    lora_A, lora_B = (layer.get_parameter(f"{part}.start.weight") for part in ("lora_A", "lora_B"))
-    if len(lora_A) < config.rank:
-        raise AdapterError(
-            f"init: {config.init} has {len(lora_A)} directions on {base.key}, got rank "
-            f"{config.rank}; lower rank, or give that projection less by rank_pattern"
-        )
-    return lora_A.detach(), lora_B.detach()
-
-
 class _ScaledTranspose(torch.autograd.Function):
     """B [E, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights.
 
@@ -298,11 +243,10 @@ class LoraProjection(Projection):
         if num_experts is not None:
             names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
         shape = (config.rank, base.in_features)
-        init = "gaussian" if config.init == "gaussian" else "kaiming"
         # Filled one by one: on the meta device torch.stack would import sympy.
         initial = torch.empty(len(names), *shape)
         for expert, name in enumerate(names):
-            initial[expert] = initial_A(shape, init, seed, name)
+            initial[expert] = initial_A(shape, config.init, seed, name)
         options = {"dtype": dtype, "device": base.device}
         self.lora_A = nn.Parameter(initial.to(**options))
         zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
@@ -311,18 +255,6 @@ class LoraProjection(Projection):
         if isinstance(config, DecomposedConfig) and config.weight_decomposition:
             norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
             self.lora_magnitude_vector = nn.Parameter(norms)
-        # The start that is taken off is in no file: it is computed again from the base's weights.
-        self.register_buffer("start_A", None, persistent=False)
-        self.register_buffer("start_B", None, persistent=False)
-
-    def start_from(self, start_A: Tensor, start_B: Tensor, *, off: bool) -> None:
-        """Begin with other weights, which perhaps are to be taken off the base's."""
-        with torch.no_grad():
-            self.lora_A.copy_(start_A)
-            self.lora_B.copy_(start_B)
-        if off:
-            self.start_A = self.lora_A.detach().clone()
-            self.start_B = -self.lora_B.detach()
 
     @property
     def num_columns(self) -> int:
@@ -352,25 +284,17 @@ class LoraProjection(Projection):
         return self.lora_magnitude_vector / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
     def _all_A(self) -> Tensor:
-        """A, [E, R, I]; behind it A₀, or in each expert what all share, where there is such."""
-        if self.shared is not None:
-            behind = self.shared.lora_A.expand(len(self.lora_A), -1, -1)
-        elif self.start_A is not None:
-            behind = self.start_A
-        else:
+        """A, [E, R, I]; behind each expert's what all share, where there is such."""
+        if self.shared is None:
             return self.lora_A
-        return torch.cat([self.lora_A, behind], 1)
+        return torch.cat([self.lora_A, self.shared.lora_A.expand(len(self.lora_A), -1, -1)], 1)
 
     def _all_B(self) -> Tensor:
-        """B, [E, O, R]; behind it -B₀, or what all share in the experts' own scaling."""
-        if self.shared is not None:
-            rescaled = self.shared.lora_B * (self.shared.config.scaling / self.config.scaling)
-            behind = rescaled.expand(len(self.lora_B), -1, -1)
-        elif self.start_B is not None:
-            behind = self.start_B
-        else:
+        """B, [E, O, R]; behind each expert's what all share, in the experts' scaling."""
+        if self.shared is None:
             return self.lora_B
-        return torch.cat([self.lora_B, behind], 2)
+        rescaled = self.shared.lora_B * (self.shared.config.scaling / self.config.scaling)
+        return torch.cat([self.lora_B, rescaled.expand(len(self.lora_B), -1, -1)], 2)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor under its name, experts apart."""

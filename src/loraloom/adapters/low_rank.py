@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -248,13 +247,3 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     # Not Python's hash, which differs from process to process.
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-@contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Let libraries draw from the global generators with a seed, and leave these as they were."""
-    accelerators = [] if device.type == "cpu" else [device]
-    kind = device.type if accelerators else "cuda"
-    with torch.random.fork_rng(accelerators, device_type=kind):
-        torch.manual_seed(seed)
-        yield

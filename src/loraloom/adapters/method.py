@@ -169,11 +169,6 @@ class AdapterConfig(StrictModel, ABC):
         return True
 
     @property
-    def takes_start_off(self) -> bool:
-        """Whether the start of the update is taken off the base's weights."""
-        return False
-
-    @property
     def experts_per_token(self) -> int | None:
         """How many experts a router chooses for a token; None where it chooses none."""
         return None

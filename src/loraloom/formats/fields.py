@@ -149,10 +149,8 @@ _NO_EFFECT = frozenset(
     "modules_to_save peft_type peft_version qalora_group_size revision task_type "
     "trainable_token_indices".split()
 )
-# Initialisations that stay an adapter's: PEFT's files mean the base without the last two.
-_READ_STARTS = ("gaussian", "pissa", "olora")
-# Those that files name; of an orthogonal one trained weights know nothing, which is computed.
-_NAMED_STARTS = (*_READ_STARTS, "orthogonal")
+# Initialisations that leave the base model's weights as they are.
+_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # A tensor of each adapted module.
 _MODULE = re.compile(
     r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
@@ -167,18 +165,18 @@ def _read_lora(files: AdapterFiles) -> Settings:
                 f"`{name}` must be unset, got {shown(value)}: loraloom has none; train without it"
             )
     start = files.config.get("init_lora_weights", True)
-    if start not in (True, False, "eva", "mica", *_NAMED_STARTS):
+    if start not in _STARTS:
         raise files.error(
-            "`init_lora_weights` must leave the base model's weights as they are, or be pissa or "
-            f"olora, got {shown(start)}; save it from PEFT with "
-            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            "`init_lora_weights` must leave the base model's weights as they are, got "
+            f"{shown(start)}; save it from PEFT with path_initial_model_for_weight_conversion, "
+            "which makes it a plain LoRA"
         )
     modules = {  # those with tensors: as in the base model, and as keys.py has them
         match["module"]: f"layers.{match['layer']}.{match['path']}"
         for match in map(_MODULE.match, files.tensors)
         if match is not None
     }
-    settings: dict[str, Any] = {"init": start if start in _READ_STARTS else "kaiming"}
+    settings: dict[str, Any] = {"init": "gaussian" if start == "gaussian" else "kaiming"}
     for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         patterns = files.section(name)
         # What is no regular expression is left for the configuration to name.
@@ -236,7 +234,7 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
         "alpha_pattern": _carried_over(alphas, config.alpha, names),
-        "init_lora_weights": config.init if config.init in _NAMED_STARTS else True,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "layers_to_transform": list(config.layers or ()) if by_layer else None,
         "rank_pattern": _carried_over(config.rank_pattern, config.rank, names),
         "target_modules": targets,
@@ -351,7 +349,6 @@ def _lora_fault(config: Any) -> str | None:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "places in target_modules": config.names_layers,
-        f"init: {config.init}": config.takes_start_off,
     }
     names = ", ".join(name for name, value in chosen.items() if value)
     return f"MoE-PEFT has no {names}" if names else None

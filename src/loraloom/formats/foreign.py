@@ -130,10 +130,10 @@ def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
     attention = parse(replace(files, given={}), LoraConfig)
     lora: Any = attention.config
     chosen = [n for n in ("rank_pattern", "alpha_pattern", "layers") if getattr(lora, n)]
-    if chosen or lora.takes_start_off:
+    if chosen:
         raise files.error(
-            "the LoRA beside a mixture must have one rank and alpha, be in every layer and leave "
-            f"the base model's weights as they are, got {', '.join(chosen) or lora.init}"
+            "the LoRA beside a mixture must have one rank and alpha and be in every layer, got "
+            f"{', '.join(chosen)}"
         )
     experts = {}
     for name, tensor in sidecar.tensors.items():

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from loraloom.adapters.base import BaseProjection
 from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.low_rank import seeded
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError, ConfigError
@@ -121,7 +120,10 @@ def combine(
     pair = _pair_function(combination, density)
     tensors: dict[str, Tensor] = {}
     device = next(adapters[0].parameters()).device
-    with torch.no_grad(), seeded(device, seed):
+    kind, devices = ("cuda", []) if device.type == "cpu" else (device.type, [device])
+    # PEFT's functions draw from the global generators, which are left as they were.
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(seed)
         for place in dict.fromkeys(place for source in sources for place in source.places):
             holders = [source for source in sources if place in source.places]
             for part, tensor in _combined(place, holders, pair):

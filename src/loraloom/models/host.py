@@ -185,7 +185,7 @@ class Host:
         """
         stored = read_stored(find_adapter(path_or_hub_id), settings)
         config, tensors = fit_to_base(stored, self.base)
-        if config.takes_start_off or tensor_shapes(config, self.base).keys() - tensors.keys():
+        if tensor_shapes(config, self.base).keys() - tensors.keys():
             self._registry.check_unmerged("load what depends on its weights")
         adapter = self._registry.build(name, config)
         adapter.load_tensors(tensors)

@@ -23,12 +23,10 @@ SERVED = {
     "shared": MixLoraConfig(rank=2, alpha=4, num_experts=4, shared_expert={"rank": 1}),
     "lora": LoraConfig(rank=5, alpha=6),
     "mixed": MosLoraConfig(rank=4, alpha=6),
-    "orthogonal": LoraConfig(rank=4, alpha=6, init="orthogonal"),
 }
 REFUSED = {
     "dora": METHODS["dora"],
     "mixdora": METHODS["mixdora"],
-    "pissa": LoraConfig(rank=2, init="pissa"),
     "mola": MolaConfig(rank=2, num_experts=(3, 4), router_loss_scope="per_layer"),
 }
 ROOM = 16
@@ -50,8 +48,8 @@ def served(request, tmp_path_factory):
 def test_each_adapter_keeps_its_own_rank_and_top_k(served):
     ranks = {name: one.rank for name, one in served.folded.items()}
     mixtures = {"small": 12, "large": 12, "one": 15, "shared": 12}
-    assert ranks == mixtures | {"lora": 5, "mixed": 4, "orthogonal": 4}
-    assert [one.top_k for one in served.folded.values()] == [2, 3, 1, 2, None, None, None]
+    assert ranks == mixtures | {"lora": 5, "mixed": 4}
+    assert [one.top_k for one in served.folded.values()] == [2, 3, 1, 2, None, None]
 
 
 def test_attention_is_a_lora_with_the_scaling_in_its_B(served):
@@ -205,7 +203,6 @@ def test_diverged_adapters_spoil_no_others_tokens(operations, served, mixture_ff
     [
         ("dora", "weight decomposition scales rows of the base model's own weights"),
         ("mixdora", "weight decomposition scales rows of the base model's own weights"),
-        ("pissa", "its start is a part of the base model's own weights"),
         ("mola", r"routers of whole FFN blocks only, this adapter has one on self_attn"),
     ],
 )

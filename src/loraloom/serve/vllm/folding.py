@@ -149,17 +149,11 @@ def _routers(adapter: Adapter, layer: int, source: str) -> MoeFfn:
 def _check_needs_no_weights(stored: StoredAdapter) -> None:
     keys = [TensorKey.parse(name) for name in stored.tensors]
     if any(key is not None and key.part == "magnitude" for key in keys):
-        reason = (
-            "weight decomposition scales rows of the base model's own weights, which no LoRA can"
+        raise AdapterError(
+            f"{stored.source}: weight decomposition scales rows of the base model's own weights, "
+            "which no LoRA can, so vLLM can't serve it; serve it with the embedded engine, or "
+            "export it merged (a mixture as an MoE checkpoint)"
         )
-    elif stored.config.takes_start_off:
-        reason = "its start is a part of the base model's own weights, which are not at hand"
-    else:
-        return
-    raise AdapterError(
-        f"{stored.source}: {reason}, so vLLM can't serve it; serve it with the embedded engine, or "
-        "export it merged (a mixture as an MoE checkpoint)"
-    )
 
 
 class _WeightlessProjection(BaseProjection):
