@@ -60,7 +60,7 @@ def compare(
     assert relative_error(out.logits[real].detach(), expected[real].detach()) < 1e-10
     loss, expected_loss = loss_of(out.logits), loss_of(expected)
     if added_loss is not None:
-        loss = loss + adapter.auxiliary_loss(out.routing["a"])
+        loss = loss + adapter.config.auxiliary_loss(out.routing["a"])
         expected_loss = expected_loss + added_loss()
     loss.backward()
     expected_loss.backward()

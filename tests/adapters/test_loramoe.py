@@ -88,7 +88,7 @@ def test_weight_decomposition_is_of_attention_alone(tmp_path):
 def test_a_step_tells_whose_tokens_are_whose(monkeypatch):
     host, seen = tiny_host(configs={"a": CONFIG}, dtype=torch.float32), []
     monkeypatch.setattr(
-        type(host.adapters["a"]),
+        LoraMoeConfig,
         "auxiliary_loss",
         lambda _, routing, samples, add_up: seen.append((len(routing[0].router_logits), samples)),
     )

@@ -109,7 +109,7 @@ def test_routers_that_collapse_to_different_experts_cost_unless_pooled(scope, ti
         LayerRouting(layer, own, *config.route(own), "self_attn.q_proj")
         for layer, own in enumerate(logits)
     ]
-    assert float(adapter.auxiliary_loss(routing)) == pytest.approx(times_the_least)
+    assert float(adapter.config.auxiliary_loss(routing)) == pytest.approx(times_the_least)
 
 
 @pytest.mark.parametrize("config", [CONFIG, EQUAL], ids=["by-layer", "pooled"])

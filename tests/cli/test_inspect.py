@@ -20,7 +20,7 @@ def test_inspect_shows_method_sizes_and_norms(tmp_path, capsys, monkeypatch):
     save(tmp_path, MixLoraConfig(rank=4, alpha=8, num_experts=4, top_k=2))
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for text in ("MixLoRA", "4, top-2", "% of the base model", "mlp.router", "mlp experts"):
+    for text in ("MixLoRA", "num_experts 4", "% of the base model", "mlp.router", "mlp experts"):
         assert text in printed
 
 
@@ -29,6 +29,6 @@ def test_inspect_prints_json(tmp_path, capsys):
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["method"] == "LoRA"
-    assert shown["experts"] is None
+    assert shown["settings"]["alpha"] == 8
     assert shown["num_parameters"] == sum(shown["parameters"].values())
     assert shown["percent_of_base"] == pytest.approx(shown["num_parameters"] / 1000)

@@ -12,7 +12,7 @@ def test_a_plain_adapter_is_described(base, tmp_path):
     tensors = make_tensors(config, base)
     write_adapter(tmp_path, config, tensors, base)
     description = describe(tmp_path)
-    assert (description.method, description.rank, description.scaling) == ("LoRA", 4, 2)
+    assert (description.method, description.settings["rank"]) == ("LoRA", 4)
     assert description.target_modules == ("q_proj",)
     assert description.num_layers == 2
     assert description.parameters == {"self_attn LoRA": 2 * 4 * (64 + 64)}
@@ -31,8 +31,7 @@ def test_parameters_add_up_by_kind(base, tmp_path):
     write_adapter(tmp_path, config, tensors, base)
     description = describe(tmp_path)
     assert description.method == "MixDoRA"
-    assert description.experts is not None
-    assert (description.experts["num_experts"], description.experts["rank"]) == (3, 2)
+    assert description.settings["experts"] == {"rank": 2}
     assert description.target_modules == base.attention_projections + base.ffn_projections
     assert description.parameters["router"] == 2 * 3 * 64
     assert description.parameters.keys() == {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.adapters import MixLoraConfig
 from loraloom.generation.sequence import RequestError
 from tests.generation.asking import TEXTS, answers, finish, request, submit
 
@@ -67,16 +66,7 @@ def test_a_row_that_waited_again_misses_no_token(make_engine, host, tiny_tokeniz
         assert_is_what_a_forward_does(host, one)
 
 
-@pytest.fixture
-def learns_alone(host):
-    """An adapter whose routers choose experts in training only."""
-    config = MixLoraConfig(rank=2, num_experts=3, routing="switch", compat="moe-peft")
-    yield host.add("learns-alone", config)
-    host.remove("learns-alone")
-
-
-@pytest.mark.usefixtures("learns_alone")
-@pytest.mark.parametrize("adapter", [None, "lora", "vera", "learns-alone"])
+@pytest.mark.parametrize("adapter", [None, "lora", "vera"])
 def test_what_has_no_routers_is_refused(make_engine, tiny_tokenizer, adapter):
     engine = make_engine()
     with pytest.raises(RequestError, match="has none; leave routing out"):

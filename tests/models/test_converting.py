@@ -89,7 +89,7 @@ def test_the_reference_gets_a_pickle_and_the_fields_that_it_reads(case, tmp_path
         (ALL_METHODS["mola"], "one number of experts for all layers"),
         (MolaConfig(num_experts=3, routing="dense"), "top-k routing alone, got dense"),
         (DynMoleConfig(num_experts=3), "MoE-PEFT has no DynMoLE"),
-        (MixLoraConfig(num_experts=2, router_bias=True), "neither a shared_expert nor"),
+        (MixLoraConfig(num_experts=2, shared_expert={}), "no shared_expert"),
         (ALL_METHODS["vera"], "give the base model: --base-model"),
     ],
 )

@@ -134,7 +134,7 @@ def test_in_training_the_loss_has_the_auxiliary_loss(checkpointing):
     out = wrapped.train()(input_ids=IDS, labels=IDS)
     out.loss.backward()
     expected = host(IDS, adapters=["default"] * 3, training=True, labels=IDS)
-    aux = host.adapter("default").auxiliary_loss(expected.routing["default"])
+    aux = host.adapter("default").config.auxiliary_loss(expected.routing["default"])
     (expected.loss + aux).backward()
     assert aux > 0
     assert torch.equal(out.aux_loss, aux)

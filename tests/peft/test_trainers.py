@@ -161,7 +161,9 @@ def test_the_auxiliary_loss_is_counted_once_whatever_the_accumulation(trainer, w
     with torch.no_grad():
         outputs = [host(half, adapters=["default"] * 2, labels=half) for half in IDS.split(2)]
         language = sum(output.loss for output in outputs) / 2
-        losses = [host.adapter("default").auxiliary_loss(out.routing["default"]) for out in outputs]
+        losses = [
+            host.adapter("default").config.auxiliary_loss(out.routing["default"]) for out in outputs
+        ]
     assert float(sum(losses)) > 1
     logged = runs.state.log_history[0]["loss"]
     assert logged == pytest.approx(float(language + sum(losses) / 2), rel=1e-4)

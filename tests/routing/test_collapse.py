@@ -52,7 +52,3 @@ def test_few_choices_say_nothing():
 def test_a_mixture_whose_tokens_take_all_experts_cant_collapse():
     config = MixLoraConfig(num_experts=2, top_k=2)
     assert found([5000, 0], config=config) == {}
-
-
-def test_advice_names_settings_that_the_method_has():
-    assert "router_aux_loss_coef" in MixLoraConfig().collapse_advice

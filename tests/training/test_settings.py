@@ -179,10 +179,6 @@ JOB_FAULTS = [
         "train.num_epochs needs the number of rows, which data.streaming does not know",
     ),
     ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA, which has no rou"),
-    (
-        {"adapter": {"method": "vera"}, "train": {"num_epochs": 1, "loraplus_lr_ratio": 2}},
-        "loraplus_lr_ratio has no effect on VeRA, which trains no B",
-    ),
 ]
 
 
@@ -190,16 +186,6 @@ JOB_FAULTS = [
 def test_a_faulty_job_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         JobConfig.model_validate(job(**settings))
-
-
-@pytest.mark.parametrize(
-    "adapter", [{"method": "mixlora"}, {"method": "loramoe", "balance_coef": 0}]
-)
-def test_groups_of_experts_need_a_method_that_has_them(adapter):
-    mix = [{"task": "piqa"}, {"task": "boolq", "expert_group": 1}]
-    JobConfig.model_validate(job(adapter={"method": "loramoe"}, data={"mix": mix}))
-    with pytest.raises(ValidationError, match="mix has sources with an expert_group, which has no"):
-        JobConfig.model_validate(job(adapter=adapter, data={"mix": mix}))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Axes: T tokens, E experts, K slots of a token (all experts).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
-from loraloom.adapters.method import MAX_NUMBER, Projection
+from loraloom.adapters.method import MAX_NUMBER, Free, Projection
 from loraloom.config.fields import CheckInfo
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.routes import Hybrid, tsallis_entropy
@@ -27,7 +27,6 @@ class DynMoleConfig(MixtureConfig):
     """
 
     adds_up_over_ranks = False
-    collapse_advice = "raise router_aux_loss_coef, or lower learning_rate"
     peft_type = "DYNMOLE"
     layout = "reference"
     title = "DynMoLE"
@@ -48,9 +47,9 @@ class DynMoleConfig(MixtureConfig):
     """q of the Tsallis entropy; 1 is Shannon's."""
     entropy_eps: float = Field(default=1e-5, gt=0, le=1)
     """Added to each probability in the entropy."""
-    router_entropy_loss_coef: float = Field(default=0.01, ge=0, le=MAX_NUMBER)
+    router_entropy_loss_coef: Free[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
     """Weight of the mean entropy, which makes routers decide."""
-    router_aux_loss_coef: float = Field(default=0.001, ge=0, le=MAX_NUMBER)
+    router_aux_loss_coef: Free[float] = Field(default=0.001, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss."""
 
     @field_validator("keep_top_k")
@@ -82,11 +81,3 @@ class DynMoleConfig(MixtureConfig):
         of_experts = torch.zeros_like(p).scatter(1, selected, weights)  # (T, E)
         balance = num_experts * (of_experts.sum(0) * p.sum(0)).sum() / num_tokens**2
         return self.router_entropy_loss_coef * entropy + self.router_aux_loss_coef * balance
-
-    @property
-    def routing_label(self) -> str:
-        return f"top-p {self.top_p:g} or all"
-
-    def summary(self) -> dict[str, Any]:
-        names = {"keep_top_k", "top_p", "entropy_threshold", "entropy_index", "entropy_eps"}
-        return super().summary() | self.model_dump(include=names)

@@ -6,7 +6,7 @@ Axes: T tokens, I in_features, E experts, K slots of a token, R rank, S = E·R.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -16,7 +16,7 @@ from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples, 
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, kaiming_uniform
-from loraloom.adapters.method import MAX_NUMBER, AdapterConfig
+from loraloom.adapters.method import MAX_NUMBER, AdapterConfig, Free
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import AddUp, router_loss, whole
@@ -58,32 +58,15 @@ class MixtureConfig(LowRankConfig):
     def experts_per_router(self) -> int:
         return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
 
-    @property
-    def routing_label(self) -> str:
-        return "dense"
-
-    def summary(self) -> dict[str, Any]:
-        return super().summary() | {"num_experts": self.num_experts}
-
-    def description(self) -> dict[str, Any]:
-        top_k = self.experts_per_token or self.experts_per_router
-        taken = {"num_experts": self.num_experts, "top_k": top_k, "routing": self.routing_label}
-        own = self.model_dump(include={"rank", "alpha", "dropout"})
-        return super().description() | {"experts": taken | own}
-
 
 class RouterLossConfig(StrictModel):
     """Losses on routers that choose a few experts for each token."""
 
-    collapse_advice: ClassVar[str] = (
-        "raise router_aux_loss_coef, set router_loss_scope: per_layer, or lower learning_rate"
-    )
-
-    router_aux_loss_coef: float = Field(default=0.01, ge=0, le=MAX_NUMBER)
+    router_aux_loss_coef: Free[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss; its minimum is coefficient × top_k."""
-    router_z_loss_coef: float = Field(default=0.0, ge=0, le=MAX_NUMBER)
+    router_z_loss_coef: Free[float] = Field(default=0.0, ge=0, le=MAX_NUMBER)
     """Weight of the mean squared logsumexp of the router's logits."""
-    router_loss_scope: Literal["pooled", "per_layer"] = "pooled"
+    router_loss_scope: Free[Literal["pooled", "per_layer"]] = "pooled"
     """Load over all routers together, as the reference has it, or the mean of each one's loss."""
 
     def auxiliary_loss(
@@ -121,7 +104,7 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     """What the p of a token's experts have to exceed together, with routing: top_p."""
     temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER, validate_default=True)
     """What the logits are divided by, with routing: top_p."""
-    expert_capacity: int | None = Field(default=None, ge=1, validate_default=True)
+    expert_capacity: Free[int | None] = Field(default=None, ge=1, validate_default=True)
     """Tokens of a sample that an expert takes in training, with routing: switch; those beyond it go
     without an expert. None: any number."""
 
@@ -145,11 +128,6 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
         return Switch() if self.routing == "switch" else Dense()
 
     @property
-    def routing_label(self) -> str:
-        numbers = {"top_k": f"top-{self.top_k}", "top_p": f"top-p {self.top_p:g}"}
-        return numbers.get(self.routing, self.routing)
-
-    @property
     def experts_per_token(self) -> int | None:
         return {"top_k": self.top_k, "switch": 1}.get(self.routing)
 
@@ -164,7 +142,6 @@ class Router(Weights):
         dtype: At least float32.
         device: Where the base's projection computes.
         std: Deviation of the initial values; None: Kaiming uniform, as linear layers begin.
-        has_bias: Whether a bias balances the load, [E], which starts at 0; see `balance_by_bias`.
     """
 
     def __init__(
@@ -176,7 +153,6 @@ class Router(Weights):
         dtype: torch.dtype,
         device: torch.device,
         std: float | None = None,
-        has_bias: bool = False,
     ):
         super().__init__()
         self.key = key
@@ -185,14 +161,9 @@ class Router(Weights):
         else:
             initial = torch.empty(shape).normal_(std=std, generator=generator_for(seed, key))
         self.weight = nn.Parameter(initial.to(dtype=dtype, device=device))
-        self.bias = None
-        if has_bias:
-            self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield self.key, self.weight.detach()
-        if self.bias is not None:
-            yield f"{self.key}_bias", self.bias.detach()
 
 
 class RoutedProjection(LoraProjection):

@@ -3,7 +3,6 @@
     layers.{L}.{block}.{projection}.{part}                   one for all
     layers.{L}.{block}.{projection}.experts.{e}.{part}       one for each expert
     layers.{L}.{block}.router                                a router of a whole block
-    layers.{L}.{block}.router_bias                           what balances its load
     shared.{part}                                            one for all layers
 
 A part is `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,), `router` (E, I), or what else a method
@@ -26,7 +25,7 @@ from loraloom.adapters.base import BaseInfo
 # A part is never `weight` or `bias`: those are parameters of a module that is trained whole.
 _PATTERN = re.compile(
     r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
-    r"(?:(?P<router>router|router_bias)"
+    r"(?:(?P<router>router)"
     r"|(?P<projection>\w+)\.(?:experts\.(?P<expert>\d{1,5})\.)?(?P<part>(?!weight$|bias$)\w+))",
     re.ASCII,
 )
@@ -52,7 +51,7 @@ class TensorKey:
     part: str
     """`lora_A`, `lora_B`, `magnitude`, `router` …"""
     projection: str | None = None
-    """None for the router of a block, and for its bias."""
+    """None for the router of a block."""
     expert: int | None = None
 
     @classmethod

@@ -22,6 +22,7 @@ from loraloom.adapters.method import (
     MAX_RANK,
     Adapter,
     AdapterConfig,
+    Free,
     Projection,
     Targets,
 )
@@ -67,7 +68,7 @@ class LoraConfig(DecomposedConfig):
 
     method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Low-rank adaptation of linear layers."""
-    layers: tuple[_Index, ...] | None = Field(default=None, min_length=1)
+    layers: Free[tuple[_Index, ...] | None] = Field(default=None, min_length=1)
     """Decoder layers to adapt, counted from 0; None: all."""
     rank_pattern: dict[str, _Rank] = Field(default_factory=dict)
     """Other ranks, by regular expressions of which the first counts that matches the end of
@@ -137,11 +138,6 @@ class LoraConfig(DecomposedConfig):
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
     ) -> Projection:
         return LoraProjection(base, self.at(base.key), None, dtype, seed)
-
-    def summary(self) -> dict[str, Any]:
-        chosen = {"layers": self.layers, "ranks": self.rank_pattern}
-        own = {name: value for name, value in chosen.items() if value}
-        return super().summary() | own | {"alphas": self.alpha_pattern}
 
 
 def is_pattern(pattern: str) -> bool:

@@ -21,7 +21,7 @@ from loraloom.adapters.experts import (
     check_has_experts,
 )
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
-from loraloom.adapters.method import MAX_NUMBER, Adapter, Projection
+from loraloom.adapters.method import MAX_NUMBER, Adapter, Free, Projection
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.routes import Dense
 
@@ -44,17 +44,13 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
     """Mixture of LoRA experts on each FFN projection, all used by every token."""
     num_experts: ExpertCount = 6  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each FFN projection."""
-    balance_coef: float = Field(default=0.1, ge=0, le=MAX_NUMBER)
+    balance_coef: Free[float] = Field(default=0.1, ge=0, le=MAX_NUMBER)
     """Weight of the localized balancing constraint, σ²(Z) / μ(Z): Z are the sums of the experts'
     weights in each sample, times 1 + balance_delta where expert and sample are of one group and
     1 - balance_delta elsewhere."""
-    balance_delta: float = Field(default=0.1, ge=0, lt=1)
+    balance_delta: Free[float] = Field(default=0.1, ge=0, lt=1)
     """How far the two groups of experts are to differ; samples have theirs from `expert_group` of
     their data, and the second half of the experts is group 1."""
-
-    @property
-    def has_expert_groups(self) -> bool:
-        return self.balance_coef > 0 and self.balance_delta > 0
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int

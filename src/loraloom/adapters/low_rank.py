@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, SegmentTokens
-from loraloom.adapters.keys import TensorKey, Weights
-from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Projection, Targets
+from loraloom.adapters.keys import Weights
+from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection, Targets
 from loraloom.ops.expert_ffn import Activation, FfnWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
@@ -34,7 +34,7 @@ class LowRankConfig(AdapterConfig):
     """Numerator of the scaling s = alpha / rank (alpha / sqrt(rank) when rank_stabilized)."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank), as rsLoRA does."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Free[Literal["kaiming", "gaussian"]] = "kaiming"
     """Start of A: Kaiming uniform with a = sqrt(5), or normal with std 1 / rank. B starts at 0."""
 
     @property
@@ -54,21 +54,11 @@ class LowRankConfig(AdapterConfig):
         """Make the method's weights on a projection; a method without such overrides `build`."""
         raise NotImplementedError(f"{type(self).__name__} has no weights on single projections")
 
-    def scaling_of(self, key: TensorKey) -> float:
-        return self.scaling
-
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
         """See AdapterConfig: the largest rank, and a scaling of 1."""
         rank = max(config.rank for config in (self, *others))
         own = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
         return type(self).model_validate({**self.model_dump(), **own, "target_modules": targets})
-
-    def summary(self) -> dict[str, Any]:
-        return {"rank": self.rank, "scaling": self.scaling}
-
-    def description(self) -> dict[str, Any]:
-        own = {"alpha": self.alpha, "scaling": self.scaling}
-        return super().description() | own | {"rank_stabilized": self.rank_stabilized}
 
 
 # From a projection of the base model and its layer to the weights on it.

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field, field_validator
@@ -47,6 +47,11 @@ from loraloom.routing.losses import AddUp, whole
 # Bounds far from what anybody trains, so that a slip or malice ends in a message.
 MAX_RANK, MAX_NUMBER = 2**16, 1e6
 
+_FREE = "may differ"
+_Setting = TypeVar("_Setting")
+# A setting that tensors tell, or that matters in training alone: `start_from` lets it differ.
+Free = Annotated[_Setting, _FREE]
+
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 TargetGroup = Literal["all-linear", "attention", "ffn"]
 Targets = TargetGroup | tuple[str, ...]
@@ -65,29 +70,24 @@ class AdapterConfig(StrictModel, ABC):
     """How tensors are named on disk; see formats/."""
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Names that people give as `method` for settings of this one, and what to write instead."""
-    trains_B: ClassVar[bool] = True
-    """Whether it has up-projections `lora_B` that are trained."""
     adds_up_over_ranks: ClassVar[bool] = True
     """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
-
-    collapse_advice: ClassVar[str] = "lower learning_rate"
-    """What to change where routers send all tokens to the same few experts."""
 
     method: str
     rank: int = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the update."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Free[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update, in training only."""
-    target_modules: Targets = "all-linear"
+    target_modules: Free[Targets] = "all-linear"
     """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Free[tuple[str, ...]] = ()
     """Modules outside of the projections that the adapter trains whole, as a copy of its own:
     `embed_tokens`, `lm_head`, norms; names or the ends of paths, as in PEFT."""
-    trainable_token_indices: TokenIds | dict[str, TokenIds] = ()
+    trainable_token_indices: Free[TokenIds | dict[str, TokenIds]] = ()
     """Tokens whose embeddings the adapter trains, as rows of its own; where the base model ties its
     head to the embeddings, the head has them too. By the name of the embedding or the head:
     `{embed_tokens: [7], lm_head: [7, 8]}`."""
-    ensure_weight_tying: bool = False
+    ensure_weight_tying: Free[bool] = False
     """Train one copy for embedding and head in modules_to_save, where the base model has one."""
 
     @field_validator("target_modules", mode="before")
@@ -178,16 +178,6 @@ class AdapterConfig(StrictModel, ABC):
         """The most experts that a router chooses from; 0 without routers."""
         return 0
 
-    @property
-    def has_expert_groups(self) -> bool:
-        """Whether its loss tells samples of two groups apart, the `expert_group` of their data."""
-        return False
-
-    @property
-    def routes_outside_training(self) -> bool:
-        """Whether routers choose experts for tokens that nothing is learnt of."""
-        return self.experts_per_router > 0
-
     def auxiliary_loss(
         self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:
@@ -211,17 +201,19 @@ class AdapterConfig(StrictModel, ABC):
             "give their rows scales instead"
         )
 
-    def scaling_of(self, key: TensorKey) -> float:
-        """The factor of an update, whose B and A are at a place."""
+    @property
+    def scaling(self) -> float:
+        """The factor of an update BA."""
         return 1.0
 
-    def summary(self) -> dict[str, Any]:
-        """The settings that decide what the weights compute, for `inspect` and `start_from`."""
-        return {"rank": self.rank}
+    def scaling_of(self, key: TensorKey) -> float:
+        """The factor of an update, whose B and A are at a place."""
+        return self.scaling
 
-    def description(self) -> dict[str, Any]:
-        """The settings that `loraloom inspect` shows beside rank and dropout."""
-        return {"alpha": None, "scaling": None, "rank_stabilized": False, "experts": None}
+    def summary(self) -> dict[str, Any]:
+        """The settings that decide what the weights compute, which `start_from` compares."""
+        fields = type(self).model_fields.items()
+        return {name: getattr(self, name) for name, one in fields if _FREE not in one.metadata}
 
 
 def _is_module_name(name: Any) -> bool:
@@ -427,12 +419,6 @@ class Adapter(nn.Module, ABC):
             f"adapter {self.name!r} must be a mixture whose routers choose top_k whole FFN experts "
             f"for each token to have the form of an MoE checkpoint, got {found}"
         )
-
-    def auxiliary_loss(
-        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
-    ) -> Tensor | None:
-        """Compute what is added to the objective; see `AdapterConfig.auxiliary_loss`."""
-        return self.config.auxiliary_loss(routing, samples, add_up)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor under its file-neutral name (keys.py), as views of the parameters."""

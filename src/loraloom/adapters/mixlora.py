@@ -8,7 +8,6 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,8 +19,6 @@ from loraloom.adapters.base import (
     BaseProjection,
     FfnRows,
     MoeFfn,
-    Records,
-    Samples,
     SegmentTokens,
 )
 from loraloom.adapters.experts import ExpertCount, Router, RoutingConfig, check_has_experts
@@ -33,6 +30,7 @@ from loraloom.adapters.method import (
     MAX_RANK,
     Adapter,
     AdapterConfig,
+    Free,
     Projection,
     Targets,
 )
@@ -42,8 +40,7 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
-from loraloom.routing.losses import AddUp, balance_by_bias, whole
-from loraloom.routing.routes import Route, router_logits, top_k_routing
+from loraloom.routing.routes import router_logits
 
 
 class ExpertsConfig(StrictModel):
@@ -85,9 +82,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     """Mixture of LoRA experts in the FFN blocks."""
     num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts in each FFN block."""
-    compat: Literal["moe-peft"] | None = None
-    """Compute what MoE-PEFT 2.0.2 does where it differs from the method: with routing: top_p the
-    temperature divides probabilities; with switch a block outside of training returns its input."""
     experts: ExpertsConfig | None = None
     """The experts' own rank, alpha and dropout where they differ."""
     shared_expert: SharedExpertConfig | None = None
@@ -96,13 +90,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     Each expert's W' is then W + sBA + s'B'A', with B' and A' the same in all of them, so that the
     experts need not learn apart what all tokens have in common (after Dai et al. 2024, DeepSeekMoE,
     arXiv:2401.06066)."""
-    router_bias: bool = False
-    """Balance the load by a bias on the choice of experts, which their weights don't have: it rises
-    where an expert gets less than an even share (Wang et al. 2024, arXiv:2408.15664). It learns at
-    ten times the routers' rate; router_aux_loss_coef may then be 0."""
-    router_init_std: float = Field(default=0.02, gt=0, le=MAX_NUMBER)
+    router_init_std: Free[float] = Field(default=0.02, gt=0, le=MAX_NUMBER)
     """Standard deviation of the router's initial weights."""
-    router_jitter: float = Field(default=0.0, ge=0, lt=1)
+    router_jitter: Free[float] = Field(default=0.0, ge=0, lt=1)
     """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
 
     @field_validator("target_modules")
@@ -116,24 +106,13 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         return targets
 
     @model_validator(mode="after")
-    def _check_extras(self) -> MixLoraConfig:
-        if self.compat is not None and self.routing not in ("top_p", "switch"):
-            raise ValueError(
-                "compat must be unset where MoE-PEFT computes what the method means, got "
-                f"{self.compat} with routing: {self.routing}"
-            )
-        if self.router_bias and self.routing != "top_k":
-            raise ValueError(f"router_bias is a setting of routing: top_k, got {self.routing}")
+    def _check_shared_expert(self) -> MixLoraConfig:
         if self.shared_expert is not None and self.expert_config.weight_decomposition:
             raise ValueError(
                 "shared_expert can't be used with weight_decomposition, whose norms are of one "
                 "update alone; leave one of them out"
             )
         return self
-
-    @property
-    def routes_outside_training(self) -> bool:
-        return self.compat is None or self.routing != "switch"
 
     @property
     def expert_config(self) -> LoraConfig:
@@ -156,13 +135,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         """MixLoRA, or MixDoRA where the experts are decomposed."""
         return f"Mix{self.expert_config.title}"
 
-    @property
-    def route(self) -> Route:
-        route = super().route
-        if self.compat is not None and self.routing == "top_p":
-            return replace(route, divides_probabilities=True)  # pyright: ignore
-        return route
-
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
@@ -173,10 +145,10 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
         mixtures = [config for config in (self, *others) if isinstance(config, MixLoraConfig)]
-        if any(config.shared_expert or config.router_bias for config in mixtures):
+        if any(config.shared_expert for config in mixtures):
             raise AdapterError(
-                "mixtures that are combined must have no shared_expert and no router_bias; give "
-                "their rows scales instead"
+                "mixtures that are combined must have no shared_expert; give their rows scales "
+                "instead"
             )
         rank = max(config.expert_config.rank for config in mixtures)
         kept = self.expert_config.model_dump(include={"dropout", "weight_decomposition"})
@@ -185,22 +157,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         return type(self).model_validate({**settings, "experts": experts})
 
     def summary(self) -> dict[str, Any]:
-        expert, shared = self.expert_config, self.shared_config
-        summary = super().summary() | {
-            "routing": self.routing_label,
-            "temperature": self.temperature,
-            "compat": self.compat,
-            "experts' rank": expert.rank,
-            "experts' scaling": expert.scaling,
-        }
-        if shared is not None:
-            summary |= {"shared rank": shared.rank, "shared scaling": shared.scaling}
-        return summary
-
-    def description(self) -> dict[str, Any]:
-        own = self.expert_config.model_dump(include={"rank", "alpha", "dropout"})
-        described = super().description()
-        return described | {"experts": described["experts"] | own}
+        return super().summary() | {"experts": self.expert_config.summary()}
 
 
 class MixLoraAdapter(Adapter):
@@ -221,7 +178,6 @@ class MixLoraAdapter(Adapter):
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
-        self._returns_input = not config.routes_outside_training
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         base = self.base_layers[layer]
@@ -238,8 +194,6 @@ class MixLoraAdapter(Adapter):
         tokens: SegmentTokens,
     ) -> FfnRows:
         """Route the real tokens and compute their experts; padding gets the base's output."""
-        if self._returns_input and tokens.noise is None:
-            return FfnRows(gate[:0], lambda output: hidden_states.to(output.dtype))
         routing = self._route(layer, hidden_states, tokens)
         dropout = self.ffn_dropout(
             self._expert_dropout, hidden_states.shape[-1], gate, routing.top_k, tokens
@@ -255,9 +209,6 @@ class MixLoraAdapter(Adapter):
         return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
-        # The stacked form has one route for all, without biases on the choice.
-        if self._returns_input or self.config.router_bias:
-            return None
         return type(self.config), self._routed, self._shapes
 
     @classmethod
@@ -272,8 +223,6 @@ class MixLoraAdapter(Adapter):
     def as_moe(self, layer: int) -> MoeFfn:
         if not self._routed.sums_to_one:
             raise self._no_moe(f"routing: {self.config.routing}")
-        if self.config.router_bias:
-            raise self._no_moe("router_bias, which such a checkpoint has no place for")
         block, base = self.ffn_block(layer), self.base_layers[layer].ffn
 
         def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
@@ -284,23 +233,9 @@ class MixLoraAdapter(Adapter):
         top_k = self.config.experts_per_token or self.config.num_experts
         return MoeFfn(self.router(layer).detach(), top_k, weight)
 
-    def auxiliary_loss(
-        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
-    ) -> Tensor | None:
-        loss = super().auxiliary_loss(routing, samples, add_up)
-        for record in routing:
-            bias = self.router_bias(record.layer)
-            if bias is not None and loss is not None:
-                loss = loss + balance_by_bias(bias, record.selected_experts, add_up)
-        return loss
-
     def router(self, layer: int) -> Tensor:
         """The router's weight in a layer, [E, D]."""
         return self.layers[layer]["router"].weight  # pyright: ignore
-
-    def router_bias(self, layer: int) -> Tensor | None:
-        """What balances the load of a layer's router, [E]; None without."""
-        return self.layers[layer]["router"].bias  # pyright: ignore
 
     def _route(self, layer: int, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
         jitter = None
@@ -309,11 +244,7 @@ class MixLoraAdapter(Adapter):
                 Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
             )
         logits = router_logits(hidden_states, self.router(layer), jitter)
-        bias = self.router_bias(layer)
-        if bias is None:
-            selected, weights = self._routed(logits)
-        else:
-            selected, weights = top_k_routing(logits, self.config.top_k, bias.detach().unsqueeze(0))
+        selected, weights = self._routed(logits)
         tokens.record_routing(logits, selected, weights)
         # Slots that no token uses are left out, where the device need not be waited for.
         if not self._routed.sums_to_one and weights.device.type == "cpu" and len(weights):
@@ -357,6 +288,5 @@ def _build_layer(
         std=config.router_init_std,
         dtype=dtype,
         device=next(iter(layer.ffn.values())).device,
-        has_bias=config.router_bias,
     )
     return weights

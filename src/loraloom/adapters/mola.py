@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import model_validator
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
-from loraloom.adapters.method import Adapter, Projection
+from loraloom.adapters.method import Adapter, Free, Projection
 from loraloom.errors import AdapterError
 
 
@@ -29,7 +29,7 @@ class MolaConfig(RoutingConfig):
     """Mixture of LoRA experts on each linear layer."""
     num_experts: ExpertCount | tuple[ExpertCount, ...] = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each projection: a number, or a list with one for each layer."""
-    router_loss_scope: Literal["pooled", "per_layer"] = "per_layer"
+    router_loss_scope: Free[Literal["pooled", "per_layer"]] = "per_layer"
     """The mean of each router's load-balance loss, or the load over all routers together (pooled),
     in which routers that have collapsed to different experts cost nothing."""
 
@@ -60,7 +60,3 @@ class MolaConfig(RoutingConfig):
         counts, route = self.num_experts, self.route
         count = counts if isinstance(counts, int) else counts[layer.index]
         return RoutedProjection(base, self, count, route, dtype, seed, self.expert_capacity)
-
-    def summary(self) -> dict[str, Any]:
-        own = {"routing": self.routing_label, "temperature": self.temperature}
-        return super().summary() | own

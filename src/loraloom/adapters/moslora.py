@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_A, kaiming_uniform
-from loraloom.adapters.method import Projection
+from loraloom.adapters.method import Free, Projection
 
 
 class MosLoraConfig(LowRankConfig):
@@ -30,7 +30,7 @@ class MosLoraConfig(LowRankConfig):
 
     method: Literal["moslora"] = "moslora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A LoRA with a trained mixer M between A and B."""
-    mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
+    mixer_init: Free[Literal["kaiming", "orthogonal"]] = "kaiming"
     """How M starts: Kaiming uniform with a = sqrt(5), or a random orthogonal matrix."""
 
     def projection(

@@ -6,7 +6,7 @@ Axes: T tokens, I in_features, R rank, K top_k.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -61,14 +61,6 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
 
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
         return AdapterConfig.combined(self, others, targets)  # routers choose ranks as they are
-
-    def summary(self) -> dict[str, Any]:
-        return super().summary() | {"top_k": self.top_k}
-
-    def description(self) -> dict[str, Any]:
-        own = self.model_dump(include={"alpha", "dropout", "top_k"})
-        sizes = {"num_experts": self.rank, "rank": 1, "routing": f"top-{self.top_k}"}
-        return super().description() | {"experts": sizes | own}
 
 
 class SmoraProjection(LoraProjection):

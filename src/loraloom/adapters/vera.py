@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.low_rank import LowRankAdapter
-from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Projection
+from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Free, Projection
 from loraloom.errors import shown
 
 
@@ -32,18 +32,17 @@ class VeraConfig(AdapterConfig):
     peft_type = "VERA"
     layout = "peft"
     title = "VeRA"
-    trains_B = False
     formula = "y = Wx + b ∘ B(d ∘ Ax), A and B frozen"
 
     method: Literal["vera"] = "vera"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Two trained vectors around frozen random matrices."""
     rank: int = Field(default=256, ge=1, le=MAX_RANK)
     """Rows of A and length of d."""
-    d_initial: float = Field(default=0.1, ge=-MAX_NUMBER, le=MAX_NUMBER)
+    d_initial: Free[float] = Field(default=0.1, ge=-MAX_NUMBER, le=MAX_NUMBER)
     """Initial value of d; b starts at 0."""
     projection_seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of A and B, as PEFT's projection_prng_key."""
-    save_projection: bool = True
+    save_projection: Free[bool] = True
     """Save A and B too, so that the files don't depend on the random generator."""
 
     @field_validator("trainable_token_indices")
@@ -67,9 +66,6 @@ class VeraConfig(AdapterConfig):
             lambda base, _: VeraProjection(base, self, shared, dtype),
             shared,
         )
-
-    def summary(self) -> dict[str, Any]:
-        return super().summary() | {"projection_seed": self.projection_seed}
 
 
 class SharedProjections(Weights):

@@ -21,13 +21,13 @@ def convert(
     overrides: Annotated[list[str] | None, Parameter("--set", allow_leading_hyphen=True)] = None,
     base_model: str | None = None,
 ) -> None:
-    """Write an adapter for another program: PEFT, MoE-PEFT, axolotl, loraloom itself.
+    """Write an adapter for another program: PEFT, MoE-PEFT, loraloom itself.
 
     Args:
         source: The adapter's directory or hub id.
         destination: A new directory to write.
         to: native: as loraloom saves it; peft: for PEFT (LoRA, DoRA, VeRA); reference: for MoE-PEFT
-            2.0.2; axolotl: a MixLoRA for axolotl's plug-in.
+            2.0.2.
         overrides: A setting of the adapter that its files lack, or another one, PATH=VALUE:
             top_k=2, experts.alpha=32. May be repeated.
         base_model: The base model, to check that the adapter fits. Needed for a DoRA whose files

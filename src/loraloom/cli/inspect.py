@@ -28,9 +28,8 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
     for label, value in _settings(description).items():
         settings.add_row(label, value)
     norms = make_table("norm of", values=["tensors", "min", "median", "max"])
-    for norm in description.norms:
-        numbers = (f"{value:.4g}" for value in (norm.min, norm.median, norm.max))
-        norms.add_row(norm.name, str(norm.count), *numbers)
+    for name, norm in description.norms.items():
+        norms.add_row(name, *(f"{value:.4g}" for value in norm.values()))
     console = make_console()
     print_tables(console, [settings, norms])
     if description.num_non_finite:
@@ -38,27 +37,17 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
 
 
 def _settings(one: AdapterDescription) -> dict[str, str]:
-    stabilized = ", rank-stabilized" if one.rank_stabilized else ""
-    scaling = "" if one.alpha is None else f", alpha {one.alpha:g} (scaling {one.scaling:g})"
     prompt = [f"{name}: {shown(text)}" for name, text in (one.prompt or {}).items()]
     share = "base model's size unknown"
     if one.percent_of_base is not None:
         share = f"{one.percent_of_base:.3g} % of the base model"
-    rows = {
+    return {
         "adapter": one.path,
-        "method": f"{one.method}{stabilized} ({one.layout} layout)",
+        "method": f"{one.method} ({one.layout} layout)",
         "formula": one.formula,
         "base model": one.base_model or "unknown",
         "prompt": ", ".join(prompt) or "unknown",
-        "rank": f"{one.rank}{scaling}, dropout {one.dropout:g}",
-    }
-    if experts := one.experts:
-        rows["experts"] = (
-            f"{experts['num_experts']}, {experts['routing']}, rank {experts['rank']}, "
-            f"alpha {experts['alpha']:g}, dropout {experts['dropout']:g}"
-        )
-    return {
-        **rows,
+        "settings": ", ".join(f"{n} {value}" for n, value in one.settings.items() if value),
         "target modules": ", ".join(one.target_modules),
         "layers": str(one.num_layers),
         "parameters": f"{one.num_parameters:,} ({share})",

@@ -24,7 +24,7 @@ from loraloom.eval.results import AdapterRouting, TaskRouting
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing import tally
-from loraloom.routing.collapse import find_collapse
+from loraloom.routing.collapse import COLLAPSE_ADVICE, find_collapse
 from loraloom.routing.record import LayerRouting, RouterName
 
 NUM_WORDS = 12
@@ -199,7 +199,7 @@ class _AdapterTally:
         routers = zip(totals.routers, totals.num_experts, rows, strict=True)
         counts = {router: row[:size] for router, size, row in routers}
         found = find_collapse(counts, self.config.experts_per_token)
-        return [f"{text}; train again: {self.config.collapse_advice}" for text in found.values()]
+        return [f"{text}; train again: {COLLAPSE_ADVICE}" for text in found.values()]
 
 
 def _label(router: RouterName) -> int | str:

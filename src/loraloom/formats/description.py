@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,19 +18,7 @@ from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 
 # What parts are counted as, where they aren't a LoRA's or an expert's.
-_KINDS = {"router": "router", "router_bias": "router", "magnitude": "magnitudes"}
-
-
-@dataclass(frozen=True)
-class NormDescription:
-    """Frobenius norms of one kind of tensor, over all layers and experts."""
-
-    name: str
-    """`self_attn.q_proj.lora_A` or `mlp.router`, say."""
-    count: int
-    min: float
-    median: float
-    max: float
+_KINDS = {"router": "router", "magnitude": "magnitudes"}
 
 
 @dataclass(frozen=True)
@@ -41,14 +29,10 @@ class AdapterDescription:
     layout: str
     method: str
     formula: str
-    rank: int
-    alpha: float | None
-    scaling: float | None
-    dropout: float
-    rank_stabilized: bool
+    settings: dict[str, Any]
+    """The method's, as in a run file; those that are unset are left out."""
     target_modules: tuple[str, ...]
-    experts: dict[str, Any] | None
-    """The mixture's side: num_experts, top_k, routing, and the experts' rank, alpha and dropout."""
+    """Those with tensors."""
     base_model: str | None
     base_fingerprint: str | None
     prompt: dict[str, Any] | None
@@ -61,7 +45,9 @@ class AdapterDescription:
     num_parameters: int
     """Trained ones; what all layers share is frozen."""
     num_base_parameters: int | None
-    norms: tuple[NormDescription, ...]
+    norms: dict[str, dict[str, Any]]
+    """Count, min, median and max of the Frobenius norms of a kind of tensor, over all layers and
+    experts: of `self_attn.q_proj.lora_A` or `mlp.router`, say."""
     num_non_finite: int
     """Tensors with a value that is infinite or not a number; their norms are left out."""
     file_bytes: dict[str, int]
@@ -102,9 +88,7 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
         layout=stored.layout,
         method=config.title,
         formula=config.formula,
-        rank=config.rank,
-        dropout=config.dropout,
-        **config.description(),
+        settings=config.model_dump(mode="json", exclude_none=True, exclude={"target_modules"}),
         target_modules=tuple(t for t in config.target_modules if t.rpartition(".")[2] in used),
         base_model=stored.base.name_or_path,
         base_fingerprint=stored.base.fingerprint,
@@ -114,11 +98,11 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
         parameters=dict(parameters),
         num_parameters=sum(parameters.values()),
         num_base_parameters=stored.base.num_parameters,
-        norms=tuple(
-            NormDescription(name, len(own), min(own), statistics.median(own), max(own))
+        norms={
+            name: {"count": len(own), "min": min(own), "median": median(own), "max": max(own)}
             for name, own in norms.items()
             if math.isfinite(max(own))  # finite values may have an infinite norm
-        ),
+        },
         num_non_finite=len(non_finite),
         file_bytes={path.name: path.stat().st_size for path in files if path.exists()},
     )

@@ -257,17 +257,9 @@ def _fill(aside: Path, files: AdapterFiles, card: str, pickled: bool = False) ->
     if pickled:
         torch.save(_copies(files.tensors), aside / PICKLE_FILE)
     else:
-        _write_tensors(aside / WEIGHTS_FILE, files.tensors, files.metadata)
-    if files.sidecar is not None:
-        _write_tensors(aside / SIDECAR_WEIGHTS, files.sidecar.tensors, {"format": "pt"})
-        text = yaml.safe_dump(files.sidecar.settings)
-        (aside / SIDECAR_SETTINGS[0]).write_text(text, encoding="utf-8")
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    save_file(_copies(tensors), path, metadata=metadata)
-    # safetensors makes files 0600, which a server's user could not read.
-    shutil.copymode(path.parent / CONFIG_FILE, path)
+        save_file(_copies(files.tensors), aside / WEIGHTS_FILE, metadata=files.metadata)
+        # safetensors makes files 0600, which a server's user could not read.
+        shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -90,7 +90,11 @@ def read_settings(
         "target_modules": targets,
         **{ours: files.config[name] for ours, name in table.names.items() if name in files.config},
         **table.read(files),
-        **files.section("loraloom").get("adapter", {}),
+        **{
+            name: value
+            for name, value in files.section("loraloom").get("adapter", {}).items()
+            if (name, value) != ("router_bias", False)  # which mixtures once had
+        },
     }
 
 
@@ -357,9 +361,9 @@ def _lora_fault(config: Any) -> str | None:
 def _mixlora_fault(config: Any) -> str | None:
     if config.expert_config.weight_decomposition:
         return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
-    if config.shared_expert is not None or config.router_bias:
-        return "MoE-PEFT has neither a shared_expert nor a router_bias"
-    if config.routing == "top_p" and config.temperature != 1 and config.compat is None:
+    if config.shared_expert is not None:
+        return "MoE-PEFT has no shared_expert"
+    if config.routing == "top_p" and config.temperature != 1:
         return "MoE-PEFT's temperature divides probabilities, not logits"
     return _alpha_fault(config.expert_config.alpha)
 

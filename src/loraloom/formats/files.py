@@ -131,7 +131,7 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
 def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
     """Raise an error if the adapter's names are of another kind of base model."""
     keys = [key for key in map(TensorKey.parse, stored.tensors) if key is not None]
-    known = {*base.shapes, f"{base.ffn}.router", f"{base.ffn}.router_bias"}
+    known = {*base.shapes, f"{base.ffn}.router"}
     foreign = list(dict.fromkeys(key.path for key in keys if key.path not in known))
     num_layers = 1 + max((key.layer for key in keys), default=-1)
     in_every_layer = stored.config.in_every_layer and base.attention_layers is None

@@ -23,18 +23,12 @@ axolotl 0.21.0, `axolotl/integrations/mixlora/`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.keys import TensorKey, target_projections
-from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import OWN_FIELDS
-from loraloom.errors import AdapterError, shown
+from loraloom.errors import shown
 from loraloom.formats.disk import SIDECAR_SETTINGS, SIDECAR_WEIGHTS, AdapterFiles, Sidecar
 from loraloom.formats.fields import FFN_NAMES, LORA_FIELDS
 from loraloom.formats.layouts import StoredAdapter, build_config, parse
@@ -177,62 +171,3 @@ def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
     }
     config = build_config(files, MixLoraConfig, settings)
     return replace(attention, layout="axolotl", config=config, tensors=attention.tensors | experts)
-
-
-def split(
-    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseInfo
-) -> tuple[LoraConfig, Sidecar]:
-    """Part a mixture into the LoRA on attention, and the sidecar's tensors and settings.
-
-    Raises:
-        AdapterError: If axolotl's plug-in has no such mixture.
-    """
-    if not isinstance(config, MixLoraConfig):
-        raise AdapterError(f"axolotl has mixtures of whole FFN blocks alone, got {config.title}")
-    paths = target_projections(config.target_modules, base)
-    names = [path.rpartition(".")[2] for path in paths if path.startswith(f"{base.attention}.")]
-    ffn = {path.rpartition(".")[2] for path in paths if path.startswith(f"{base.ffn}.")}
-    expert = config.expert_config
-    faults = {
-        f"have their layers at model.layers, got {base.layers_path}": (
-            base.layers_path != "model.layers"
-        ),
-        f"have experts on all of {', '.join(_FFN)}, got {', '.join(sorted(ffn))}": ffn != {*_FFN},
-        "have a LoRA on attention, got none": not names,
-        f"have top-k routing, got {config.routing}": config.routing != "top_k",
-        "have neither a shared_expert nor a router_bias, got one of them": (
-            config.shared_expert is not None or config.router_bias
-        ),
-        f"scale experts by alpha / rank and decompose none, got {config.title}": (
-            expert.weight_decomposition or expert.rank_stabilized
-        ),
-    }
-    for fault, is_so in faults.items():
-        if is_so:
-            raise AdapterError(f"axolotl's mixtures {fault}")
-    shared = {name: getattr(config, name) for name in (*LORA_FIELDS, "init")}
-    attention = LoraConfig(target_modules=tuple(dict.fromkeys(names)), **shared)
-    beside = {}
-    for key, tensor in ((TensorKey.parse(name), tensor) for name, tensor in tensors.items()):
-        if key is not None and key.part == "router":
-            beside[f"{_LAYER}{key.layer}.mlp.router.gate.weight"] = tensor
-        elif key is not None and key.expert is not None:
-            part = f"{str(key.projection).removesuffix('_proj')}_{key.part.lower()}.weight"
-            beside[f"{_LAYER}{key.layer}.mlp.experts.{key.expert}.{part}"] = tensor
-    settings = {
-        "adapter": "mixlora",
-        "plugins": ["axolotl.integrations.mixlora.MixLoraPlugin"],
-        "lora_r": attention.rank,
-        "lora_alpha": attention.alpha,
-        "lora_dropout": attention.dropout,
-        "lora_target_modules": list(attention.target_modules),
-        "mixlora_num_experts": config.num_experts,
-        "mixlora_top_k": config.top_k,
-        "mixlora_router_aux_loss_coef": config.router_aux_loss_coef,
-        "mixlora_router_init_range": config.router_init_std,
-        "mixlora_jitter_noise": config.router_jitter,
-        "mixlora_expert_lora_r": expert.rank,
-        "mixlora_expert_lora_alpha": expert.alpha,
-        "mixlora_expert_lora_dropout": expert.dropout,
-    }
-    return attention, Sidecar(beside, settings)

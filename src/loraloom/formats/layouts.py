@@ -57,7 +57,6 @@ _ENDINGS: dict[str, dict[str, str]] = {
         **_LORA,
         "magnitude": "lora_magnitude_vector.weight",
         "router": "moe_gate.weight",
-        "router_bias": "moe_gate_bias.weight",
     },
 }
 _TOKENS = ".token_adapter.trainable_tokens_delta"

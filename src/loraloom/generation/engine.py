@@ -205,9 +205,7 @@ class Engine:
     def _check(self, request: GenerationRequest) -> None:
         name = request.adapter_name
         adapter = None if name is None else self.host.adapter(name)
-        if request.tells_routing and (
-            adapter is None or not adapter.config.routes_outside_training
-        ):
+        if request.tells_routing and (adapter is None or not adapter.config.experts_per_router):
             raise RequestError(
                 "routing is told of models whose routers read answers, "
                 f"{request.owner!r} has none; leave routing out",

@@ -19,15 +19,14 @@ from loraloom.formats.card import model_card
 from loraloom.formats.disk import AdapterFiles, write_new
 from loraloom.formats.fields import reference_fault
 from loraloom.formats.files import fit_to_base, read_stored, seen_base
-from loraloom.formats.foreign import split
 from loraloom.formats.hub import find_adapter
 from loraloom.formats.layouts import render
 
 if TYPE_CHECKING:
     from loraloom.models.host import Host
 
-# Whose form: what `Host.save` writes, PEFT's, MoE-PEFT's or axolotl's.
-Program = Literal["native", "peft", "reference", "axolotl"]
+# Whose form: what `Host.save` writes, PEFT's, or MoE-PEFT's.
+Program = Literal["native", "peft", "reference"]
 
 _LEAST_DROPOUT = 1e-6  # MoE-PEFT refuses a dropout of 0, and drops at inference as well
 
@@ -59,15 +58,10 @@ def convert(
             f"an adapter is converted to one of {', '.join(get_args(Program))}, got {shown(to)}"
         )
     config, tensors, base, prompt = _read(source, settings, host)
-    if to in ("reference", "axolotl"):
-        refuse_own_parts(config, "the adapter", "be read by MoE-PEFT or axolotl")
     path, card = Path(destination), model_card(config, base, prompt=prompt)
     if to == "reference":
+        refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
         write_new(path, _for_reference(config, tensors, base, prompt), card, pickled=True)
-    elif to == "axolotl":
-        attention, beside = split(config, tensors, base)
-        own = {name: tensors[name] for name in attention.tensor_shapes(base)}
-        write_new(path, replace(render(attention, own, base, prompt), sidecar=beside), card)
     else:
         if to == "peft" and config.layout != "peft":
             raise AdapterError(

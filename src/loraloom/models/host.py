@@ -634,7 +634,7 @@ class Host:
     ) -> Tensor | None:
         """Add up what adapters add to the objective; None for nothing."""
         losses = [
-            self.adapters[name].auxiliary_loss(records, samples.get(name))
+            self.adapters[name].config.auxiliary_loss(records, samples.get(name))
             for name, records in routing.items()
         ]
         present = [loss for loss in losses if loss is not None]

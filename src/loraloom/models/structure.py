@@ -236,7 +236,7 @@ class _Trial:
 @contextmanager
 def _plain_updates(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
     """Add an adapter's updates to the outputs of linear layers; counts each one's calls."""
-    scaling: Any = adapter.config.description()["scaling"]
+    scaling = adapter.config.scaling
     num_calls: dict[str, int] = {}
 
     def hook_of(key: str) -> Any:

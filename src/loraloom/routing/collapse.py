@@ -39,6 +39,12 @@ def has_enough_choices(choices: Choices) -> bool:
     return all(sum(counts) >= MIN_CHOICES_PER_EXPERT * len(counts) for counts in choices.values())
 
 
+# What to change where routers have collapsed.
+COLLAPSE_ADVICE = (
+    "raise router_aux_loss_coef, set router_loss_scope: per_layer, or lower learning_rate"
+)
+
+
 def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
     """Describe what has collapsed, by kind: `unused experts`, `collapsed layers`."""
     choices = {router: counts for router, counts in choices.items() if len(counts) > top_k}

@@ -9,14 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from loraloom.routing.record import LayerRouting
-
-# Factor of the gradients of biases: too small to count in an adapter's norm.
-_BIAS_GRADIENT = 1e-3
 
 # Adds a tensor up over everybody who has a part of the micro-batch.
 AddUp = Callable[[Tensor], Tensor]
@@ -25,27 +21,6 @@ AddUp = Callable[[Tensor], Tensor]
 def whole(tensor: Tensor) -> Tensor:
     """Add up over the one who has all of it."""
     return tensor
-
-
-def balance_by_bias(
-    bias: Float[Tensor, " E"], selected_experts: Int[Tensor, "T K"], add_up: AddUp = whole
-) -> Float[Tensor, ""]:
-    """Let an optimizer move a router's bias against the load: a loss that is 0 wherever it is.
-
-    Its gradient is c·(f[n] - 1/E), f[n] the share of choices that went to expert n, so that Adam,
-    for which the factor c does not matter, lowers the bias of an expert with more than an even
-    share and raises that of one with less. c is small, for the norm by which gradients are clipped.
-
-    Source:
-        Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664, which moves the bias
-        by a constant in the direction of the error's sign.
-    """
-    num_experts = len(bias)
-    counts = one_hot(selected_experts.flatten(), num_experts).sum(0).to(bias.dtype)
-    own = counts.sum()
-    excess = (counts - own / num_experts) / add_up(own.clone()).clamp_min(1)
-    value = _BIAS_GRADIENT * (bias * excess).sum()
-    return value - value.detach()
 
 
 def router_loss(

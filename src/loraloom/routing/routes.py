@@ -55,8 +55,6 @@ class TopP(Route):
     Args:
         top_p: In (0, 1]; 1 keeps all.
         temperature: The logits are divided by it.
-        divides_probabilities: Divide the probabilities by the temperature instead, as MoE-PEFT
-            2.0.2 does.
 
     Source:
         MoE-PEFT 2.0.2, `mixlora-dynamic`; Huang et al. 2024, Harder Tasks Need More Experts,
@@ -65,13 +63,9 @@ class TopP(Route):
 
     top_p: float
     temperature: float = 1.0
-    divides_probabilities: bool = False
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        if self.divides_probabilities:
-            probabilities = logits.softmax(-1) / self.temperature
-        else:
-            probabilities = (logits / self.temperature).softmax(-1)
+        probabilities = (logits / self.temperature).softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
         before = weights.detach().cumsum(-1).roll(1, -1)
         before[..., 0] = 0
@@ -202,19 +196,14 @@ def router_logits(
 
 
 def top_k_routing(
-    logits: Float[Tensor, "T E"], top_k: int, bias: Float[Tensor, "#T E"] | None = None
+    logits: Float[Tensor, "T E"], top_k: int
 ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
     """Choose each token's k most probable experts and renormalise their probabilities to sum 1.
 
     Softmax keeps the order of the logits, and its renormalised part is the softmax of that part.
 
     Source:
-        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2. The bias: Wang et
-        al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664.
+        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2.
     """
-    if bias is None:
-        chosen, selected = logits.topk(top_k, dim=-1)
-    else:
-        selected = (logits.detach() + bias).topk(top_k, dim=-1).indices
-        chosen = logits.gather(-1, selected)
+    chosen, selected = logits.topk(top_k, dim=-1)
     return selected, chosen.softmax(-1)

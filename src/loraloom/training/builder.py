@@ -159,7 +159,7 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     config, tensors = read_adapter(path_or_hub_id, host.base)
     # What decides how weights are used, and most of what decides their shapes.
     wanted, stored = (
-        {"method": one.method, **one.summary(), "tokens": own_parts(one, host.base).tokens}
+        {**one.summary(), "tokens": own_parts(one, host.base).tokens}
         for one in (adapter.config, config)
     )
     differences = (name for name, value in wanted.items() if stored.get(name) != value)

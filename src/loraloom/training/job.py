@@ -14,7 +14,7 @@ from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.data.training_set import StreamedSet, TrainingSet, examples_digest
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
-from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices
+from loraloom.routing.collapse import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
 from loraloom.routing.record import RouterName
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, JobConfig
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
@@ -348,7 +348,7 @@ class CollapseWatch:
         collapses = find_collapse(self.tokens_per_expert, config.experts_per_token)
         first = step - self.num_steps + 1
         new = {
-            kind: f"steps {first} to {step}: {text}; {config.collapse_advice}"
+            kind: f"steps {first} to {step}: {text}; {COLLAPSE_ADVICE}"
             for kind, text in collapses.items()
             if kind not in self.warnings
         }

@@ -323,13 +323,8 @@ class JobConfig(StrictModel):
     def _adapter_contradictions(self) -> Iterator[str]:
         adapter, train = self.adapter, self.train
         no_effect = f"has no effect on {adapter.title}"
-        in_groups = any(source.expert_group for source in self.data.mix or ())
-        if in_groups and not adapter.has_expert_groups:
-            yield f"data.mix has sources with an expert_group, which {no_effect}; remove it"
         if train.router_lr_ratio and not adapter.experts_per_router:
             yield f"train.router_lr_ratio {no_effect}, which has no routers; remove it"
-        if train.loraplus_lr_ratio and not adapter.trains_B:
-            yield f"train.loraplus_lr_ratio {no_effect}, which trains no B; remove it"
 
     def _data_contradictions(self) -> Iterator[str]:
         train, has_pairs = self.train, self.train.learns_from_pairs

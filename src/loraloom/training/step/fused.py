@@ -96,7 +96,7 @@ class _Share:
         """Compute the summand of the router losses, which takes all ranks' counts of tokens."""
         if self.routing is None:
             return
-        added = micro_batch.adapter.auxiliary_loss(self.routing, self.samples, ranks.sum)
+        added = micro_batch.adapter.config.auxiliary_loss(self.routing, self.samples, ranks.sum)
         if added is not None:
             self.aux_loss = (added * micro_batch.token_share).to(self.loss.dtype)
 

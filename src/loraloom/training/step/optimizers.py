@@ -45,9 +45,6 @@ BITSANDBYTES: Mapping[str, str] = {
     "paged_lion_8bit": "PagedLion8bit",
 }
 
-# Of the routers' rate: a bias has to move as far as logits differ, which is about 1, in time.
-BIAS_LR_RATIO = 10.0
-
 Scheduler = LRScheduler | GreedyLR
 
 
@@ -113,8 +110,6 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
             ratio = config.loraplus_lr_ratio or 1.0
         elif name.endswith(("router", "router.weight")):
             ratio = config.router_lr_ratio or 1.0
-        elif name.endswith(("router_bias", "router.bias")):
-            ratio = BIAS_LR_RATIO * (config.router_lr_ratio or 1.0)
         # Magnitudes start at the norms of the base's rows: a decay would shrink the base model.
         is_undecayed = name.endswith(("lora_magnitude_vector", "bias"))
         decay = 0.0 if is_undecayed else config.weight_decay
