@@ -45,7 +45,8 @@ def read_run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def train_or_resume(run: dict[str, Any]) -> None:
     directory = Path(run["output_dir"])
-    if not (directory / "sweep.png").exists():  # it is drawn at the end
+    table = directory / "sweep.csv"
+    if not table.exists() or "running" in table.read_text(encoding="utf-8"):
         print(f"training {directory}", flush=True)
         loraloom.train(run, resume=(directory / ".checkpoints").exists())
 

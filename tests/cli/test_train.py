@@ -171,7 +171,7 @@ def test_watch_trains_job_files_beside_a_run_file_without_jobs(
     assert (tmp_path / "out/two/adapter_model.safetensors").exists()
 
 
-def test_a_sweep_prints_its_ranking_and_leaves_a_table_and_a_picture(inputs, tmp_path, capsys):
+def test_a_sweep_prints_its_ranking_and_leaves_a_table(inputs, tmp_path, capsys):
     settings = run_settings(inputs, tmp_path / "out")
     plain = settings.pop("jobs")[0]
     settings["sweep"] = {
@@ -182,8 +182,6 @@ def test_a_sweep_prints_its_ranking_and_leaves_a_table_and_a_picture(inputs, tmp
     run_file = write_run_file(tmp_path / "run.yaml", settings)
     assert cli.main(["train", str(run_file)]) == 0
     printed = capsys.readouterr().out
-    assert "sweep: 4 of 4 jobs train, at step 0/4" in printed
     assert "is not among the best after step 2" in printed
     assert printed.count(" finished") == 1
     assert len((tmp_path / "out/sweep.csv").read_text().splitlines()) == 5
-    assert (tmp_path / "out/sweep.png").exists()

@@ -50,14 +50,6 @@ def test_a_run_file_is_read(tmp_path):
     assert config.jobs[1].train.optimizer_args == {"eps": 1e-6}
 
 
-def test_jobs_may_come_later(tmp_path):
-    path = tmp_path / "base.yaml"
-    path.write_text("base_model: smollm2-135m\noutput_dir: out")
-    assert load_run_config(path, needs_jobs=False).jobs == ()
-    with pytest.raises(ConfigError, match="jobs must be a list of 1 or more"):
-        load_run_config(path)
-
-
 JOB = """
 adapter: {method: lora, rank: 8}
 data: {task: arc_easy}
@@ -138,7 +130,6 @@ def test_settings_that_do_not_go_together_are_in_one_message(tmp_path):
         ("jobs.1.adapter.dropout=1", "jobs.1.adapter.dropout must be less than 1, got 1"),
         ("jobs.1.adapter.alpha=.inf", "jobs.1.adapter.alpha must be a finite number, got inf"),
         ("jobs.1.name=7", "jobs.1.name must be a text (in quotes), got 7"),
-        ("jobs=[]", "jobs must be a list of 1 or more, or sweep must be given"),
         ("jobs=3", "jobs must be a list, got 3"),
         ("output_dir=s3://b/runs", "output_dir must be a directory, got the URL 's3://b/runs'"),
         ("output_dir=~nosuchuser/runs", "output_dir must be a path, got '~nosuchuser/runs'"),
@@ -198,8 +189,6 @@ def test_the_users_home_is_filled_in(tmp_path):
         "quantization={load_in_4bit: true, bnb_4bit_quant_type: fp4}",
         "quantization={load_in_8bit: true}",
         "quantization=nf4",
-        "jobs.0.train.optimizer=AdamW",
-        "jobs.0.train.optimizer=paged_AdamW_8bit",
     ],
 )
 def test_the_schema_takes_what_a_run_file_may_say(tmp_path, override):

@@ -101,7 +101,7 @@ def check_yaml(block: Example) -> None:
     if isinstance(settings, dict) and "choices" in settings:
         load_task_config(path)
     elif isinstance(settings, dict) and "base_model" in settings:
-        load_run_config(path, needs_jobs="jobs" in settings)
+        load_run_config(path)
     else:
         RunConfig.model_validate(completed(settings))
 

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import io
-import time
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
-from loraloom.terminal import make_table
 from loraloom.training.job import Job, Position
 from loraloom.training.progress import Progress
 from tests.training.toy import add_job, toy_config, toy_host
@@ -71,45 +68,6 @@ def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
     advance(math, 100, 2.0)
     often.update(*shown(math))
     assert "step 1/3" in printed(screen)
-
-
-def table(value: float) -> Table:
-    drawn = make_table("", "job", values=["eval/loss"])
-    drawn.add_row("1", "lr-000", f"{value:.4f}")
-    return drawn
-
-
-def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
-    screen = console(force_terminal=True)
-    progress = Progress(screen)
-    progress.start()
-    for name in ("lr-000", "lr-001", "law"):
-        progress.add(*shown(job(name, 9)))
-    progress.rank({"lr-000", "lr-001"}, table(2.5), "", True)
-    start = len(printed(screen))
-    time.sleep(0.5)  # drawn ten times a second
-    drawn = printed(screen)[start:].split("\x1b[1A\x1b[2K\r")[-1]
-    assert "2.5000" in drawn
-    assert "0/9 loss" in drawn
-    assert "lr-000 \x1b" not in drawn, "no line, only a place in the table"
-    progress.stop()
-    progress.conclude(table(2.75))
-    assert "2.7500" in printed(screen)
-
-
-def test_plain_lines_of_a_sweep_come_when_there_is_news():
-    screen = console()
-    progress, first_job = Progress(screen, interval_s=1000.0), job("lr-000", 9)
-    progress.start()
-    progress.add(*shown(first_job))
-    for step, is_news in enumerate((True, False, True, False)):
-        progress.rank({"lr-000"}, table(2.25), f"sweep: at step {step}", is_news)
-        advance(first_job, 100, 2.0)
-        progress.update(*shown(first_job))
-    progress.conclude(table(2.25))
-    first, second, *lines = printed(screen).splitlines()
-    assert len(lines) == 2
-    assert (first, second) == ("sweep: at step 0", "sweep: at step 2")
 
 
 class Failing(io.StringIO):

@@ -75,22 +75,10 @@ CONTRADICTIONS = [
     ({"max_steps": 5}, "max_steps and num_epochs exclude each other, got 5 and 1"),
     ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio and warmup_steps exclude each other"),
     ({"lr_scheduler": "constant", "warmup_steps": 5}, "use constant_with_warmup"),
-    ({"lr_scheduler": "greedy", "warmup_ratio": 0.1}, "warmup_ratio has no effect on greedy"),
-    ({"lr_scheduler": "constant", "lr_scheduler_args": {"power": 2}}, "nothing for constant, got"),
-    ({"lr_scheduler_args": {"mode": "max"}}, "must not hold mode: the job sets it"),
     ({"optimizer": "muon"}, "'sgd'"),
-    ({"optimizer": "rprop", "weight_decay": 0.1}, "weight_decay has no effect on rprop"),
-    ({"optimizer_args": {"lr": 1}}, "must not hold lr: the job's own learning_rate is used"),
+    ({"optimizer_args": {"lr": 1}}, "must not hold lr: learning_rate and weight_decay of the job"),
     ({"batch_size": 4, "micro_batch_size": 8}, "micro_batch_size must divide batch_size=4, got 8"),
     ({"early_stopping": {}}, "early_stopping has no effect without eval_steps"),
-    (
-        {"objective": {"name": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}},
-        "label_smoothing has no effect on loss_type ipo",
-    ),
-    (
-        {"objective": {"name": "cpo", "loss_type": "hinge", "label_smoothing": 0.1}},
-        "label_smoothing has no effect on loss_type hinge",
-    ),
 ]
 
 
@@ -168,7 +156,6 @@ JOB_FAULTS = [
         },
         "train.lr_scheduler greedy moves after evaluations only",
     ),
-    ({"eval": [{"task": "skills", "path": "data"}]}, "path has no effect on skills"),
     ({"data": PAIRS}, "train.objective must be dpo or cpo for data of format preference, got sft"),
     (
         {"train": DPO, "data": {"mix": [PAIRS, {"dataset": "a.jsonl", "format": "chat"}]}},
@@ -176,9 +163,9 @@ JOB_FAULTS = [
     ),
     (
         {"data": {"dataset": "a.jsonl", "format": "text", "streaming": True}},
-        "train.num_epochs needs the number of rows, which data.streaming does not know",
+        "data.streaming does not know the number and lengths of rows: give train.max_steps",
     ),
-    ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA, which has no rou"),
+    ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA; remove it"),
 ]
 
 
@@ -194,9 +181,7 @@ def test_a_faulty_job_is_refused(settings, message):
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
         ({"attn_implementation": "flash_attention_2", "dtype": "float32"}, "computes in 16 bits"),
         ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
-        ({"jobs": []}, "jobs must be a list of 1 or more, or sweep must be given"),
-        ({"jobs": [job(), job(name="A")]}, "jobs.1.name must differ from those of the other jobs"),
-        ({"jobs": [JobConfig.model_validate(job())] * 2}, "name must differ"),
+        ({"jobs": [job(), job(name="A")]}, "must have names that differ, got 'a' again"),
     ],
 )
 def test_a_faulty_run_is_refused(settings, message):

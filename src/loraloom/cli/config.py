@@ -33,7 +33,7 @@ def show(run_file: LocalPath, /, *, overrides: Sets | None = None) -> None:
     yaml.dump(settings, sys.stdout)
     if run.sweep is not None:
         print(f"# The sweep's {run.sweep.num_jobs} jobs:")
-        for trial in run.trials:
-            print(f"# {trial.name} {format_values(trial.parameters)}")
+        for job, drawn in zip(run.trials, run.sweep.combinations(), strict=True):
+            print(f"# {job.name} {format_values(drawn)}")
         if len(run.trials) < run.sweep.num_jobs:
             print("# and those that tpe chooses in the course of the run")

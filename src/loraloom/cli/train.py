@@ -78,9 +78,7 @@ def train(
         run_file: A base model and its jobs.
     """
     changes = [f"{name}={value}" for name, value in model.model_dump(exclude_none=True).items()]
-    run = load_run_config(
-        run_file, [*(overrides or ()), *changes], needs_jobs=options.watch is None
-    )
+    run = load_run_config(run_file, [*(overrides or ()), *changes])
     console = make_console(quiet=read_launch().rank > 0)
     results = training.train(
         run,
@@ -135,7 +133,7 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | No
     good, jobs = _good(run, results), {job.name: job for job in run.all_jobs}
     if run.sweep is not None and run.trials:  # TPE's later jobs differ from the first in values
         owned = [one.job for one in good if run.sweep.owns(one.job)]
-        jobs = dict.fromkeys(owned, run.trials[0].job) | jobs
+        jobs = dict.fromkeys(owned, run.trials[0]) | jobs
     asked = {one.job: _asked(jobs[one.job]) for one in good if one.job in jobs}
     first = next(filter(None, asked.values()), None)
     if first is None:

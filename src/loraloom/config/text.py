@@ -164,12 +164,11 @@ def check_settings(
     path: str | Path,
     model: type[_Config],
     settings: Mapping[str, Any],
-    context: Mapping[str, Any] | None = None,
     other_names: Mapping[str, str] | None = None,
 ) -> _Config:
     """Settings as a model; all that is wrong with them is one ConfigError, which names the file."""
     try:
-        return model.model_validate(settings, context=context)
+        return model.model_validate(settings)
     except ValidationError as error:
         faults = describe_faults(error, settings, other_names)
     count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"

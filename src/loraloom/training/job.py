@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter, AdapterConfig
-from loraloom.data.training_set import StreamedSet, TrainingSet, examples_digest
+from loraloom.data.training_set import StreamedSet, TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.collapse import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
@@ -104,11 +104,6 @@ class Job:
         if self._window is None or self._window[0] != step:
             self._window = (step, self.order.window(step))
         return self._window[1]
-
-    @property
-    def held_out(self) -> str:
-        """Hash of the examples that it is measured on."""
-        return examples_digest([], self.training_set.validation)
 
     @property
     def has_begun(self) -> bool:

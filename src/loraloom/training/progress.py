@@ -6,21 +6,21 @@ import io
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from loraloom.durable import sync
 from loraloom.errors import plain
-from loraloom.terminal import fitted, make_console, print_tables
+from loraloom.terminal import make_console, print_tables
 from loraloom.training.job import Job, Position
 from loraloom.training.step.batch import StepReport, padding_share
 from loraloom.training.store import RunDirectory
@@ -31,17 +31,6 @@ NOTICE = "saving everything after this step; Ctrl-C again stops at once"
 _MAX_JOBS_OF_A_LINE = 12
 _FIELDS = ("loss", "tokens/s", "padding", "ETA")
 _HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
-
-
-class _Bars(RichProgress):
-    """A line for each job, and perhaps a table under them."""
-
-    table: RenderableType | None = None
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        if self.table is not None:
-            yield self.table
 
 
 class Progress:
@@ -56,7 +45,7 @@ class Progress:
         self._is_live = console is not None and console.is_terminal
         self._interval_s = interval_s
         columns = [f"{name} {{task.fields[{name}]}}" for name in _FIELDS]
-        self._bars = _Bars(
+        self._bars = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             "{task.completed:.0f}/{task.total:.0f}",
@@ -68,8 +57,6 @@ class Progress:
         self._tasks: dict[str, Task] = {}
         self._news: dict[str, str] = {}  # since the last plain line
         self._shown_at = time.monotonic()
-        self._ranked: Set[str] = frozenset()
-        self._ranked_at = 0.0
 
     def start(self) -> None:
         self._bars.start()
@@ -86,9 +73,8 @@ class Progress:
         self._describe(name, position)
         if self._is_live:
             return
-        if name not in self._ranked:
-            loss = self._tasks[name].fields["loss"]
-            self._news[name] = f"{name}: step {position.step}/{total_steps}, loss {loss}"
+        loss = self._tasks[name].fields["loss"]
+        self._news[name] = f"{name}: step {position.step}/{total_steps}, loss {loss}"
         now = time.monotonic()
         is_end = all(task.finished for task in self._bars.tasks)
         if self._news and (is_end or now - self._shown_at >= self._interval_s):
@@ -123,17 +109,6 @@ class Progress:
             "ETA": "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))),
         }
 
-    def rank(self, names: Set[str], table: Table, line: str, is_news: bool) -> None:
-        """Show how the jobs of a sweep stand, in place of each by itself."""
-        self._ranked = names
-        if self._is_live:
-            for name in names & self._tasks.keys():
-                self._bars.update(self._tasks[name].id, visible=False)
-            self._bars.table = Group(*fitted(table, self._console.width))
-        elif is_news or time.monotonic() - self._ranked_at >= self._interval_s:
-            self._ranked_at = time.monotonic()
-            self.message(line)
-
     def conclude(self, table: Table) -> None:
         """Print how the jobs of a sweep stand in the end."""
         print_tables(self._console, [table])
@@ -147,8 +122,7 @@ class Progress:
             )
 
     def stop(self) -> None:
-        """Show nothing more; live lines stay as they are, without the table."""
-        self._bars.table = None
+        """Show nothing more; live lines stay as they are."""
         self._bars.stop()
 
 

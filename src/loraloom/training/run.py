@@ -68,7 +68,9 @@ def train(
         SystemExit: After SIGTERM, likewise.
     """
     if not isinstance(run, RunConfig):
-        run = load_run_config(run, needs_jobs=watch is None)
+        run = load_run_config(run)
+    if not run.jobs and run.sweep is None and watch is None:
+        raise ConfigError("jobs must be a list of 1 or more, or sweep must be given")
     launch = read_launch()
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     options = {"resume": resume, "overwrite": overwrite}
@@ -106,21 +108,18 @@ def train(
         parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)
         setup = set_up(*parts, resume=resume)
         _check_alike(ranks, run, setup)
-        sweep = None if run.sweep is None else setup.sweep()
         if setup.checkpoint is None:
-            if sweep is not None:
-                sweep.check_reached()
             stack.enter_context(directory.lock())
             # Another run may have ended since.
             directory.check(**options)
             directory.prepare([job.name for job in run.all_jobs])
         setup.begin()
-        if sweep is not None:
-            sweep.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
         callbacks = list[Callable[[Engine], None]]()
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, engine.builder))
-        if sweep is not None:
+        sweep = None
+        if run.sweep is not None:
+            sweep = setup.sweep(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
             callbacks.append(sweep.between_steps)
         if watch is not None:
             inbox = Inbox(watch, setup.engine, progress.message)
@@ -128,7 +127,7 @@ def train(
             callbacks.append(inbox.between_steps)
         results = setup.engine.run(*callbacks)
         if sweep is not None:
-            sweep.show(is_over=True)
+            sweep.conclude()
         return results
 
 

@@ -7,19 +7,17 @@ step is an optimizer step.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ByteSize,
     Field,
-    WithJsonSchema,
     field_validator,
-    model_validator,
 )
 from typing_extensions import override
 
@@ -33,10 +31,9 @@ from loraloom.config.data import (
     TaskReference,
     default_scoring,
     is_file_of_test,
-    is_skills,
     task_name,
 )
-from loraloom.config.fields import CheckInfo, StrictModel, check_name, checked, raise_faults
+from loraloom.config.fields import CheckInfo, StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import (
     apply_override,
@@ -45,7 +42,7 @@ from loraloom.config.text import (
     read_settings,
     set_setting,
 )
-from loraloom.errors import ConfigError, shown
+from loraloom.errors import shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
 # fmt: off
@@ -74,16 +71,6 @@ SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
 # The reference that is the base model itself.
 BASE_REFERENCE = "base"
 
-_IN_ANY_CASE = "|".join(
-    re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name)
-    for name in get_args(OptimizerName)
-)
-_OPTIMIZER_SCHEMA = {
-    "anyOf": [
-        {"enum": list(get_args(OptimizerName))},  # what editors complete
-        {"type": "string", "pattern": f"^({_IN_ANY_CASE})$"},
-    ]
-}
 _GIVE = "give data.validation_fraction, data.validation or eval"
 
 
@@ -112,10 +99,6 @@ class DpoConfig(StrictModel):
     reference: str = Field(default=BASE_REFERENCE, min_length=1)
     """Policy to stay near: base for the base model, or an adapter's directory or hub id."""
 
-    @override
-    def contradictions(self) -> Iterator[str]:
-        return _smoothing_contradictions(self)
-
 
 class CpoConfig(StrictModel):
     """Contrastive preference optimisation: no reference, and a likelihood term on chosen answers.
@@ -135,14 +118,9 @@ class CpoConfig(StrictModel):
     cpo_alpha: float = Field(default=1.0, ge=0)
     """Weight of the chosen answers' mean -log p per token."""
 
-    @override
-    def contradictions(self) -> Iterator[str]:
-        return _smoothing_contradictions(self)
 
-
-def _smoothing_contradictions(config: DpoConfig | CpoConfig) -> Iterator[str]:
-    if config.label_smoothing and config.loss_type != "sigmoid":
-        yield f"label_smoothing has no effect on loss_type {config.loss_type}; remove it"
+def _lower(name: Any) -> Any:
+    return name.lower() if isinstance(name, str) else name
 
 
 class OptimizerConfig(StrictModel):
@@ -150,7 +128,7 @@ class OptimizerConfig(StrictModel):
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate of the schedule."""
-    optimizer: Annotated[OptimizerName, WithJsonSchema(_OPTIMIZER_SCHEMA)] = "adamw"
+    optimizer: Annotated[OptimizerName, BeforeValidator(_lower)] = "adamw"
     """An optimizer of torch.optim, or of bitsandbytes in 8 bits or paged, by name in any case."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, for example `{betas: [0.9, 0.95]}`."""
@@ -161,19 +139,13 @@ class OptimizerConfig(StrictModel):
     router_lr_ratio: float | None = Field(default=None, gt=0)
     """Routers learn at this multiple of learning_rate."""
 
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _lower(cls, name: Any) -> Any:
-        return name.lower() if isinstance(name, str) else name
-
     @override
     def contradictions(self) -> Iterator[str]:
-        settings = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "parameters"}
-        for argument in settings.keys() & self.optimizer_args.keys():
-            own = settings[argument]
-            yield f"optimizer_args must not hold {argument}: the job's own {own} is used"
-        if self.weight_decay and self.optimizer == "rprop":
-            yield "weight_decay has no effect on rprop; remove it"
+        if taken := {"lr", "weight_decay", "params"} & self.optimizer_args.keys():
+            yield (
+                f"optimizer_args must not hold {', '.join(sorted(taken))}: learning_rate and "
+                "weight_decay of the job are used"
+            )
 
 
 class EarlyStoppingConfig(StrictModel):
@@ -230,16 +202,9 @@ class TrainConfig(OptimizerConfig):
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        scheduler, args = self.lr_scheduler, self.lr_scheduler_args
-        # transformers ignores arguments of these two.
-        if args and scheduler in ("constant", "constant_with_warmup"):
-            yield f"lr_scheduler_args must hold nothing for {scheduler}, got {args}"
-        for reserved in sorted({"mode", "last_epoch"} & args.keys()):
-            yield f"lr_scheduler_args must not hold {reserved}: the job sets it"
-        for warmup in ("warmup_steps", "warmup_ratio"):
-            if getattr(self, warmup) and scheduler in SCHEDULERS_WITHOUT_WARMUP:
-                advice = "use constant_with_warmup" if scheduler == "constant" else "remove it"
-                yield f"{warmup} has no effect on {scheduler}; {advice}"
+        warms_up = self.warmup_steps or self.warmup_ratio
+        if warms_up and self.lr_scheduler in SCHEDULERS_WITHOUT_WARMUP:
+            yield f"warmup has no effect on {self.lr_scheduler}; use constant_with_warmup"
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             yield "warmup_ratio and warmup_steps exclude each other; give one"
         if self.batch_size % (size := self.micro_batch_size):
@@ -283,11 +248,6 @@ class EvaluationConfig(StrictModel):
     def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
         return scoring or default_scoring(info.data.get("task"))
 
-    @override
-    def contradictions(self) -> Iterator[str]:
-        if self.path is not None and is_skills(self.task):
-            yield "path has no effect on skills, which loraloom generates; remove it"
-
     @property
     def metric(self) -> str:
         """Name of the result in metrics.jsonl."""
@@ -316,15 +276,10 @@ class JobConfig(StrictModel):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        yield from self._adapter_contradictions()
+        if self.train.router_lr_ratio and not self.adapter.experts_per_router:
+            yield f"train.router_lr_ratio has no effect on {self.adapter.title}; remove it"
         yield from self._data_contradictions()
         yield from self._evaluation_contradictions()
-
-    def _adapter_contradictions(self) -> Iterator[str]:
-        adapter, train = self.adapter, self.train
-        no_effect = f"has no effect on {adapter.title}"
-        if train.router_lr_ratio and not adapter.experts_per_router:
-            yield f"train.router_lr_ratio {no_effect}, which has no routers; remove it"
 
     def _data_contradictions(self) -> Iterator[str]:
         train, has_pairs = self.train, self.train.learns_from_pairs
@@ -340,11 +295,11 @@ class JobConfig(StrictModel):
                 f"train.objective {train.objective.name} needs pairs of answers: a task, or a "
                 f"dataset of format preference, got format {others[0]}"
             )
-        unknown = "which data.streaming does not know; give train."
-        if self.data.streaming and train.max_steps is None:
-            yield f"train.num_epochs needs the number of rows, {unknown}max_steps"
-        if self.data.streaming and train.group_by_length:
-            yield f"train.group_by_length needs the lengths of all rows, {unknown}packing"
+        if self.data.streaming and (train.max_steps is None or train.group_by_length):
+            yield (
+                "data.streaming does not know the number and lengths of rows: give train.max_steps "
+                "in place of num_epochs, and packing in place of group_by_length"
+            )
 
     def _evaluation_contradictions(self) -> Iterator[str]:
         train, selecting = self.train, self.selecting_metrics
@@ -404,22 +359,6 @@ class ParallelConfig(StrictModel):
     """replicated: each process has all of it; fsdp: each keeps a part of every layer's weights."""
 
 
-class Trial(NamedTuple):
-    """A job of a sweep, and the values that Optuna drew for it, by path."""
-
-    job: JobConfig
-    combination: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.job.name
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """What the sweep varies, as the job has it."""
-        return {path: parameter_value(drawn) for path, drawn in self.combination.items()}
-
-
 class RunConfig(BaseModelConfig):
     """One base model and the jobs that share it."""
 
@@ -451,12 +390,6 @@ class RunConfig(BaseModelConfig):
         is_path = isinstance(output_dir, str | Path)
         return local_path(output_dir, "output_dir") if is_path else output_dir
 
-    @model_validator(mode="after")
-    def _check_jobs(self, info: CheckInfo) -> RunConfig:
-        if not self.jobs and self.sweep is None and (info.context or {}).get("needs_jobs", True):
-            raise ValueError("jobs must be a list of 1 or more, or sweep must be given")
-        return self
-
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -466,59 +399,37 @@ class RunConfig(BaseModelConfig):
                 "quantization.bnb_4bit_compute_dtype must be float32 or bfloat16 in training, got "
                 "float16: small gradients become zero; or set dtype: float16, which scales the loss"
             )
-        names = [job.name.casefold() for job in self.jobs]
-        for index, job in enumerate(self.jobs):
-            if names[index] in names[:index]:
-                differ = "must differ from those of the other jobs"
-                yield f"jobs.{index}.name {differ}, got {job.name!r} again"
         if self.sweep is not None:
             yield from self._sweep_contradictions(self.sweep)
+        names = [job.name.casefold() for job in self.all_jobs]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"jobs and those of a sweep must have names that differ, got {name!r} again"
 
     def _sweep_contradictions(self, sweep: SweepConfig) -> Iterator[str]:
-        """What is wrong with the jobs of a sweep; a fault that several have is told once."""
         names = [job.name for job in self.jobs]
         if isinstance(sweep.job, str) and sweep.job not in names:
             raise ValueError(
                 "sweep.job must be the settings of a job or the name of one of jobs "
                 f"({', '.join(names) or 'none'}), got {sweep.job!r}"
             )
-        if "name" in sweep.parameters:
-            raise ValueError("sweep.parameters.name must be left out: the jobs are numbered")
-        for job in filter(lambda job: sweep.owns(job.name), self.jobs):
-            yield f"sweep.job.name must give new names, but {job.name} is one of jobs"
-        jobs = [trial.job for trial in self.trials]
-        other = next((job for job in jobs if sweep.metric not in job.selecting_metrics), None)
-        if other is not None:
+        known = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
+        if sweep.metric not in known:
             yield (
                 f"sweep.metric must be one that every job measures outside test splits "
-                f"({', '.join(other.selecting_metrics) or 'none'}), got {sweep.metric!r}; {_GIVE}"
+                f"({', '.join(sorted(known)) or 'none'}), got {sweep.metric!r}; {_GIVE}"
             )
-        stopping, lengths = sweep.early_stopping, [job.train.max_steps for job in jobs]
-        if stopping is None:
-            return
-        if stopping.median is not None and not all(job.train.eval_steps for job in jobs):
+        is_median = sweep.early_stopping is not None and sweep.early_stopping.median is not None
+        if is_median and not all(job.train.eval_steps for job in self.trials):
             yield "sweep.early_stopping.median judges evaluations; give train.eval_steps"
-        if None not in lengths:
-            yield from stopping.reach_faults(max(length or 0 for length in lengths))
 
     # Drawn once: the check of a run file has all of them built, and the run trains these.
     @cached_property
-    def trials(self) -> tuple[Trial, ...]:
+    def trials(self) -> tuple[JobConfig, ...]:
         """The jobs of the sweep that are known beforehand: all but TPE's later ones."""
-        if self.sweep is None:
-            return ()
-        trials, faults = list[Trial](), list[str]()
-        for number, combination in enumerate(self.sweep.combinations()):
-            try:
-                trials.append(self.trial(number, combination))
-            except ConfigError as error:
-                faults += str(error).splitlines()
-        # Values differ from job to job, and names: what is wrong with them is said once.
-        told = {fault.partition(", got ")[0]: fault for fault in reversed(faults)}
-        raise_faults([f"sweep.job: {fault}" for fault in reversed(told.values())])
-        return tuple(trials)
+        combinations = [] if self.sweep is None else self.sweep.combinations()
+        return tuple(self.trial(number, one) for number, one in enumerate(combinations))
 
-    def trial(self, number: int, combination: Mapping[str, Any]) -> Trial:
+    def trial(self, number: int, combination: Mapping[str, Any]) -> JobConfig:
         """A job of the sweep; a ConfigError if its values don't go together."""
         assert self.sweep is not None
         settings: Any = self.sweep.job
@@ -528,20 +439,20 @@ class RunConfig(BaseModelConfig):
         for path, drawn in combination.items():
             settings = set_setting(settings, path, parameter_value(drawn), origin="parameters.")
         name = self.sweep.job_name(number, combination)
-        return Trial(checked(JobConfig, {**settings, "name": name}), combination)
+        return checked(JobConfig, {**settings, "name": name}, origin="sweep.job: ")
 
     @property
     def all_jobs(self) -> tuple[JobConfig, ...]:
         """The jobs that train: those of the sweep after the others, without its template."""
         template = None if self.sweep is None else self.sweep.job
         others = [job for job in self.jobs if job.name != template]
-        return (*others, *(trial.job for trial in self.trials))
+        return (*others, *self.trials)
 
     @property
     def first_jobs(self) -> tuple[JobConfig, ...]:
         """The jobs that train from the beginning; others of the sweep join later."""
         num_first = 0 if self.sweep is None else self.sweep.num_concurrent
-        later = {trial.name for trial in self.trials[num_first:]}
+        later = {job.name for job in self.trials[num_first:]}
         return tuple(job for job in self.all_jobs if job.name not in later)
 
 
@@ -557,7 +468,6 @@ def load_run_config(
     source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
-    needs_jobs: bool = True,
     fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RunConfig:
     """What a run file says, checked."""
@@ -566,13 +476,13 @@ def load_run_config(
     else:
         settings, place = read_settings(source, "a run file"), source
     settings = fill_in(reduce(apply_override, overrides, settings))
-    return check_settings(place, RunConfig, settings, {"needs_jobs": needs_jobs}, _other_names())
+    return check_settings(place, RunConfig, settings, _other_names())
 
 
 def load_job_config(path: str | Path) -> JobConfig:
     """What a job file says, checked: the settings of one job, as in `jobs:` of a run file."""
     settings = {"name": Path(path).stem} | read_settings(path, "a job file")
-    return check_settings(path, JobConfig, settings, other_names=_other_names())
+    return check_settings(path, JobConfig, settings, _other_names())
 
 
 def _other_names() -> dict[str, str]:

@@ -60,11 +60,12 @@ class Setup:
     progress: Progress
     directory: RunDirectory
 
-    def sweep(self, worker: tuple[int, int] = (0, 1)) -> Sweep:
-        """Make the run's sweep, whose study is not open yet."""
-        from loraloom.training.sweep import Sweep  # it needs Optuna
+    def sweep(self, journal_bytes: int | None, place: tuple[int, int] = (0, 1)) -> Sweep:
+        """Open the run's sweep; see `open_study`."""
+        from loraloom.training.sweep import Sweep, open_study  # it needs Optuna
 
-        return Sweep(self.run, self.directory, self.progress, self.engine, worker)
+        study = open_study(self.run, self.directory, journal_bytes)
+        return Sweep(self.run, study, self.directory, self.progress, self.engine, place)
 
     def begin(self) -> None:
         """Bring the jobs to where the checkpoint has them, or write the first one."""

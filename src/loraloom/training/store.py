@@ -4,7 +4,7 @@
     <output_dir>/<job>/checkpoints/         `last` and `best`: the adapter at its end, and its best
     <output_dir>/.checkpoints/              checkpoints of all jobs at one moment
     <output_dir>/.checkpoints/jobs/<job>/   the same where several workers train, for each job apart
-    <output_dir>/sweep.csv, .png, .journal  the jobs of a sweep, compared; Optuna's record of them
+    <output_dir>/sweep.csv, .journal        the jobs of a sweep, compared; Optuna's record of them
 
 A checkpoint is a directory, which appears at once, by a rename:
 
@@ -225,7 +225,6 @@ class RunDirectory:
         self.by_job = by_job
         self.checkpoints = CheckpointStore(path / ".checkpoints")
         self.sweep_table = path / "sweep.csv"
-        self.sweep_picture = path / "sweep.png"
         self.sweep_journal = path / "sweep.journal"
         self._done: set[str] = set()  # with `by_job`, those whose last checkpoint is written
 
@@ -353,7 +352,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.clear()
             remove(self.checkpoints.directory / "jobs")
-            for file in (self.sweep_table, self.sweep_picture, self.sweep_journal):
+            for file in (self.sweep_table, self.sweep_journal):
                 file.unlink(missing_ok=True)
         for name in jobs:
             self.prepare_job(name, overwrite=True)

@@ -22,7 +22,7 @@ from operator import mul
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from typing_extensions import override
 
 from loraloom.config.fields import StrictModel
@@ -37,29 +37,32 @@ TPE_STARTUP_JOBS = 10
 TPE_CONCURRENT_JOBS = 4
 
 
+def distribution_of(values: Any) -> BaseDistribution:
+    """What Optuna draws a parameter's values from; an error if they can't be drawn."""
+    kinds = load_optuna().distributions
+    try:
+        match values:
+            case {"uniform": (low, high)}:
+                return kinds.FloatDistribution(low, high)
+            case {"log_uniform": (low, high)}:
+                return kinds.FloatDistribution(low, high, log=True)
+            case {"int_uniform": (int(low), int(high))}:
+                return kinds.IntDistribution(low, high)
+            case (_, *_):
+                return kinds.CategoricalDistribution([*map(json.dumps, values)])
+    except (TypeError, ValueError):  # ends in the wrong order; no JSON, a date for example
+        pass
+    raise ValueError(
+        "must be a list of JSON values, or a range with low <= high: {uniform: [low, high]}, "
+        f"{{log_uniform: ...}} above 0, {{int_uniform: ...}} of whole numbers; got {shown(values)}"
+    )
+
+
 def _check_values(values: Any) -> Any:
-    """Check that a parameter's values are a list that can be tried, or a range."""
-    match values:
-        case [_, *_] if all(type(one) in _JSON and values.count(one) == 1 for one in values):
-            return values
-        case {"int_uniform": [int(low), int(high)]}:
-            least = -math.inf
-        case {"uniform": [int(low) | float(low), int(high) | float(high)]}:
-            least = -math.inf
-        case {"log_uniform": [int(low) | float(low), int(high) | float(high)]}:
-            least = 0
-        case _:
-            low = high = least = 0
-    if not least < low < high < math.inf or len(values) > 1 or bool in (type(low), type(high)):
-        raise ValueError(
-            "must be a list of JSON values that differ, or a range with low < high: {uniform: "
-            "[low, high]}, {log_uniform: ...} above 0, {int_uniform: ...} of whole numbers; got "
-            f"{shown(values)}"
-        )
+    distribution_of(values)
     return values
 
 
-_JSON = (str, int, float, bool, dict, list, type(None))
 RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
 # Values to try, or a range to draw from.
 Parameter = Annotated[
@@ -68,22 +71,23 @@ Parameter = Annotated[
 ]
 
 
-class RandomSearch(StrictModel):
-    """Draw some combinations."""
+_SEARCHES = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
 
-    random: int = Field(ge=1, le=MAX_JOBS)
-    """How many."""
+
+class DrawnSearch(StrictModel):
+    """Draw combinations: at random, or by Optuna's TPE sampler, which learns from ended jobs."""
+
+    random: int | None = Field(default=None, ge=1, le=MAX_JOBS)
+    """How many to draw at random; or give tpe."""
+    tpe: int | None = Field(default=None, ge=1, le=MAX_JOBS)
+    """How many TPE draws, the first ten of them at random; or give random."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the draws. A larger number of them begins with the same ones."""
 
-
-class TpeSearch(StrictModel):
-    """Learn from the jobs that ended which combinations to try, by Optuna's TPE sampler."""
-
-    tpe: int = Field(ge=1, le=MAX_JOBS)
-    """How many. The first ten are random."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the draws."""
+    @override
+    def contradictions(self) -> Iterator[str]:
+        if (self.random is None) == (self.tpe is None):
+            yield f"search must be {_SEARCHES}"
 
 
 class AshaConfig(StrictModel):
@@ -97,16 +101,13 @@ class AshaConfig(StrictModel):
     """One in so many goes on after a rung."""
     min_steps: int | None = Field(default=None, ge=1)
     """The first rung; the others are this times the powers of reduction_factor. Or give rungs."""
-    rungs: tuple[int, ...] | None = Field(default=None, min_length=1)
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
     """Steps after which jobs are compared; or give min_steps."""
 
     @override
     def contradictions(self) -> Iterator[str]:
-        rungs = self.rungs
-        if (rungs is None) == (self.min_steps is None):
+        if (self.rungs is None) == (self.min_steps is None):
             yield "rungs or min_steps must be given, one of them"
-        if rungs is not None and (rungs[0] < 1 or list(rungs) != sorted(set(rungs))):
-            yield f"rungs must be steps that rise from 1 or more, got {list(rungs)}"
 
 
 class HyperbandConfig(StrictModel):
@@ -145,21 +146,22 @@ class SweepStoppingConfig(StrictModel):
         if [self.asha, self.hyperband, self.median].count(None) != 2:
             yield "early_stopping must be one of asha, hyperband and median"
 
-    def rungs(self, total_steps: int) -> tuple[int, ...]:
+    def rungs(self, total_steps: int) -> set[int]:
         """The rungs of a job of so many steps; at its last step there is nothing left to save."""
-        halving = self.asha or self.hyperband
-        if halving is None:
-            return ()
+        if self.asha is not None and self.asha.rungs is not None:
+            return {rung for rung in self.asha.rungs if rung < total_steps}
+        if (halving := self.asha or self.hyperband) is None:
+            return set()
         powers = accumulate(repeat(halving.reduction_factor), mul, initial=halving.min_steps or 1)
-        given = None if self.asha is None else self.asha.rungs
-        return tuple(takewhile(lambda rung: rung < total_steps, given or powers))
+        return set(takewhile(lambda rung: rung < total_steps, powers))
 
-    def reach_faults(self, longest: int) -> Iterator[str]:
-        """What is wrong if no job is long enough to be stopped."""
-        (rule,) = self.model_dump(exclude_none=True).values()
-        if max(rule.get("rungs", [rule.get("min_steps")])) >= longest:
-            steps = f"the last of the jobs' {longest} steps"
-            yield f"sweep.early_stopping must act before {steps}, got {rule}"
+
+# A fault of a plain union would name both members.
+_by_form = Discriminator(
+    lambda search: search if isinstance(search, str) else "drawn",
+    custom_error_type="search",
+    custom_error_message=f"must be {_SEARCHES}",
+)
 
 
 class SweepConfig(StrictModel):
@@ -170,7 +172,10 @@ class SweepConfig(StrictModel):
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Settings of the job, train.learning_rate say, and the values of each: a list; or, unless the
     search is a grid, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
-    search: Literal["grid"] | RandomSearch | TpeSearch = "grid"
+    search: Annotated[
+        Annotated[Literal["grid"], Tag("grid")] | Annotated[DrawnSearch, Tag("drawn")],
+        _by_form,
+    ] = "grid"
     """grid (all combinations), {random: how many, seed: 0} or {tpe: how many, seed: 0}."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Most jobs that train at once; null: all of a grid or a random search, 4 of tpe."""
@@ -179,20 +184,8 @@ class SweepConfig(StrictModel):
     early_stopping: SweepStoppingConfig | None = None
     """Stop jobs that do badly; null to train all to their end."""
 
-    @field_validator("search", mode="before")
-    @classmethod
-    def _check_search(cls, search: Any) -> Any:
-        # Chosen here: a union's faults would name each of its members.
-        if isinstance(search, dict):
-            return (TpeSearch if "tpe" in search else RandomSearch).model_validate(search)
-        if search != "grid" and not isinstance(search, RandomSearch | TpeSearch):
-            choices = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
-            raise ValueError(f"search must be {choices}, got {search!r}")
-        return search
-
     @override
     def contradictions(self) -> Iterator[str]:
-        load_optuna()
         ranges = [path for path, values in self.parameters.items() if isinstance(values, dict)]
         take = "take search: {random: how many}"
         if self.search == "grid" and ranges:
@@ -202,7 +195,7 @@ class SweepConfig(StrictModel):
 
     def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
         """Name of a job: the template's, its number, and its values as far as there is room."""
-        values = (format_value(parameter_value(drawn)) for drawn in combination.values())
+        values = map(format_drawn, combination.values())
         safe = (re.sub("[^A-Za-z0-9.-]+", "_", value).strip("_")[:24] for value in values)
         name = "-".join([self._numbered(number), *filter(None, safe)])
         return name[:100].rstrip("-._")
@@ -219,31 +212,20 @@ class SweepConfig(StrictModel):
     @property
     def num_jobs(self) -> int:
         """How many combinations are tried."""
-        match self.search:
-            case RandomSearch(random=number) | TpeSearch(tpe=number):
-                return number
-        return math.prod(map(len, self.parameters.values()))
+        if self.search == "grid":
+            return math.prod(map(len, self.parameters.values()))
+        return self.search.random or self.search.tpe or 0
 
     @property
     def num_concurrent(self) -> int:
         """How many jobs train at once."""
-        default = TPE_CONCURRENT_JOBS if isinstance(self.search, TpeSearch) else self.num_jobs
+        is_tpe = self.search != "grid" and self.search.tpe is not None
+        default = TPE_CONCURRENT_JOBS if is_tpe else self.num_jobs
         return min(self.num_jobs, self.max_concurrent or default)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        kinds = load_optuna().distributions
-        made: dict[str, BaseDistribution] = {}
-        for path, values in self.parameters.items():
-            match values:
-                case {"int_uniform": (low, high)}:
-                    made[path] = kinds.IntDistribution(low, high)
-                case dict():
-                    ((kind, (low, high)),) = values.items()
-                    made[path] = kinds.FloatDistribution(low, high, log=kind == "log_uniform")
-                case _:
-                    made[path] = kinds.CategoricalDistribution([*map(json.dumps, values)])
-        return made
+        return {path: distribution_of(values) for path, values in self.parameters.items()}
 
     def combinations(self) -> list[dict[str, Any]]:
         """The combinations that are known beforehand, as Optuna has them: all but TPE's later ones.
@@ -253,21 +235,10 @@ class SweepConfig(StrictModel):
         if self.search == "grid":
             labels = [map(json.dumps, values) for values in self.parameters.values()]
             return [dict(zip(self.parameters, one, strict=True)) for one in product(*labels)]
-        is_tpe = isinstance(self.search, TpeSearch)
-        number = min(self.num_jobs, TPE_STARTUP_JOBS) if is_tpe else self.num_jobs
         optuna, distributions = load_optuna(), self.distributions
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
-        drawn: list[dict[str, Any]] = []
-        for _ in range(100 * number):
-            combination = study.ask(distributions).params
-            if combination not in drawn:
-                drawn.append(combination)
-            if len(drawn) == number:
-                return drawn
-        raise ValueError(
-            "sweep.search must not be for more jobs than the parameters can give, "
-            f"got {number} and only {len(drawn)} different combinations"
-        )
+        number = self.search.random or min(self.num_jobs, TPE_STARTUP_JOBS)
+        return [study.ask(distributions).params for _ in range(number)]
 
 
 def load_optuna() -> ModuleType:
@@ -282,15 +253,16 @@ def load_optuna() -> ModuleType:
     return optuna
 
 
-def format_value(value: Any) -> str:
+def format_drawn(drawn: str | int | float) -> str:
+    value = parameter_value(drawn)
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def format_values(values: Mapping[str, Any]) -> str:
-    """Parameters as `train.learning_rate=0.0001 adapter.rank=8`."""
-    return " ".join(f"{path}={format_value(value)}" for path, value in values.items())
+def format_values(combination: Mapping[str, Any]) -> str:
+    """A combination as `train.learning_rate=0.0001 adapter.rank=8`."""
+    return " ".join(f"{path}={format_drawn(drawn)}" for path, drawn in combination.items())
 
 
 def parameter_value(drawn: str | int | float) -> Any:
