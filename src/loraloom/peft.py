@@ -159,7 +159,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         self.host.enable_gradient_checkpointing(is_on)
         self.loraloom = HostedAdapters()
-        self._door = self.host.door(model, self._active_rows)
+        self.host.outer_forward.default_rows = self._active_rows
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
         try:
@@ -196,7 +196,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
             yield
             return
         names = [None if name == "__base__" else name for name in adapter_names]
-        with self._door.of_rows(self._rows(names)):
+        with self.host.outer_forward.of_rows(self._rows(names)):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

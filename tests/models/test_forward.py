@@ -1,11 +1,8 @@
-"""The context of a forward: made at the door, seen by nobody else, stale for nobody."""
+"""The context of a forward: seen by nobody else, stale for nobody."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -139,17 +136,8 @@ def test_training_is_said_for_one_forward():
     assert torch.equal(host(ids, adapters=names, training=False).logits, plain)
 
 
-@pytest.mark.slow
-def test_compiled_decoder_layers_compute_the_same():
-    """Apart, as torch.compile can't trace what checks the types of the tests' calls."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.models.compiled_layers"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def test_a_compiled_model_is_refused_with_the_reason():
-    with pytest.raises(ModelError, match=r"compile its decoder layers.*layer\.compile\(\)"):
+    with pytest.raises(ModelError, match="must not be compiled"):
         loraloom.attach(torch.compile(tiny_model(), backend="eager"))
 
 

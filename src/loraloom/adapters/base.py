@@ -7,7 +7,7 @@ K slots of a token, S columns of an A product, n rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -22,47 +22,22 @@ from loraloom.ranks import own_part, whole
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import beyond_capacity
 
-# About how many numbers of a quantised weight are dequantised at a time.
-_BLOCK_NUMBERS = 1 << 22
-
 
 class QuantisedWeight(ABC):
     """A linear layer's W as a library keeps it, in fewer bits."""
 
-    def __init__(
-        self, linear: nn.Module, kind: str, row_step: int = 1, *, is_linear_over_rows: bool = True
-    ):
+    def __init__(self, linear: nn.Module, kind: str, *, is_linear_over_rows: bool = True):
         self.linear: Any = linear
         self.kind = kind
-        self.row_step = row_step
         self.is_linear_over_rows = is_linear_over_rows
 
     @abstractmethod
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Dequantise rows from one to another, [n, I]."""
+    def dequantised(self) -> Tensor:
+        """Return W in floating point, [O, I]."""
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield everything that is kept, by name."""
-
-    def blocks(self) -> Iterator[Tensor]:
-        """Dequantise W some millions of numbers at a time, [n, I] each."""
-        num_rows, width = self.linear.out_features, self.linear.in_features
-        size = max(_BLOCK_NUMBERS // width // self.row_step, 1) * self.row_step
-        for start in range(0, num_rows, size):
-            yield self.rows(start, min(start + size, num_rows))
-
-    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Dequantise W, [O, I], in a dtype or in that of `rows`."""
-        blocks, stop = self.blocks(), 0
-        first = next(blocks)
-        # Filled block by block: torch.cat would hold all blocks and their copy at once.
-        shape = (self.linear.out_features, self.linear.in_features)
-        numbers = first.new_empty(shape, dtype=dtype)
-        for block in chain([first], blocks):
-            start, stop = stop, stop + len(block)
-            numbers[start:stop] = block
-        return numbers
 
 
 class BaseProjection:
@@ -87,7 +62,7 @@ class BaseProjection:
     def weight(self) -> Tensor:
         """W, [O, I]: the base's own, put together where it is sharded, or a dequantised copy."""
         if self.quantised is not None:
-            return self.quantised.whole()
+            return self.quantised.dequantised()
         return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
 
     def check_can_be_changed(self) -> None:
@@ -113,9 +88,9 @@ class BaseProjection:
 
     @torch.no_grad()
     def product(self, lora_A: Float[Tensor, "S I"]) -> Float[Tensor, "O S"]:
-        """Compute W Aᵀ in W's dtype; of a quantised W, some rows are dequantised at a time."""
-        blocks = [rows @ lora_A.T.to(rows.dtype) for rows in self._row_blocks()]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        """Compute W Aᵀ in W's dtype."""
+        weight = self.weight
+        return weight @ lora_A.T.to(weight.dtype)
 
     def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The layer's bias in the dtype of its output, [O]."""
@@ -135,22 +110,11 @@ class BaseProjection:
     def squared_norms(self) -> Tensor:
         """‖W‖² of each output row, [O], in float32 or better; computed once on a device."""
         if self._squared_norms is None or self._squared_norms.device != self.device:
-            self._squared_norms = torch.cat([*map(_squared_norms, self._row_blocks())])
+            # In bfloat16 a sum of thousands of squares would keep two digits.
+            weight = self.weight.detach()
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            self._squared_norms = wide.square().sum(1)
         return self._squared_norms
-
-    def first_weights(self, count: int) -> Tensor:
-        """Return the first numbers of W's first row."""
-        row = self.weight if self.quantised is None else self.quantised.rows(0, 1)
-        return row.detach().flatten()[:count]
-
-    def _row_blocks(self) -> Iterable[Tensor]:
-        return [self.weight.detach()] if self.quantised is None else self.quantised.blocks()
-
-
-def _squared_norms(rows: Tensor) -> Tensor:
-    # In bfloat16 a sum of thousands of squares would keep two digits.
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return wide.square().sum(1)
 
 
 @dataclass(frozen=True)

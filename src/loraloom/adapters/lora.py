@@ -24,7 +24,6 @@ from loraloom.adapters.method import (
     AdapterConfig,
     Free,
     Projection,
-    Targets,
 )
 from loraloom.errors import AdapterError, shown
 from loraloom.ops.low_rank import dora_norms
@@ -107,15 +106,13 @@ class LoraConfig(DecomposedConfig):
     def scaling_of(self, key: TensorKey) -> float:
         return self.at(f"layers.{key.layer}.{key.path}").scaling
 
-    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
-        for config in (self, *others):
-            if isinstance(config, LoraConfig) and config.rank_pattern:
-                raise AdapterError(
-                    "adapters that are combined must have one rank, got a rank_pattern; give "
-                    "their rows scales instead"
-                )
-        plain = {"layers": None, "alpha_pattern": {}}  # targets say the layers
-        return super(LoraConfig, self.model_copy(update=plain)).combined(others, targets)
+    def combined(self) -> AdapterConfig:
+        if self.rank_pattern:
+            raise AdapterError(
+                "adapters that are combined must have one rank, got a rank_pattern; give their "
+                "rows scales instead"
+            )
+        return super(LoraConfig, self.model_copy(update={"alpha_pattern": {}})).combined()
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
         if self.layers is not None and layer.index not in self.layers:

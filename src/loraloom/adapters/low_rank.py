@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, SegmentTokens
 from loraloom.adapters.keys import Weights
-from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection, Targets
+from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection
 from loraloom.ops.expert_ffn import Activation, FfnWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
@@ -54,11 +54,8 @@ class LowRankConfig(AdapterConfig):
         """Make the method's weights on a projection; a method without such overrides `build`."""
         raise NotImplementedError(f"{type(self).__name__} has no weights on single projections")
 
-    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
-        """See AdapterConfig: the largest rank, and a scaling of 1."""
-        rank = max(config.rank for config in (self, *others))
-        own = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
-        return type(self).model_validate({**self.model_dump(), **own, "target_modules": targets})
+    def combined(self) -> AdapterConfig:
+        return self.model_copy(update={"alpha": float(self.rank), "rank_stabilized": False})
 
 
 # From a projection of the base model and its layer to the weights on it.

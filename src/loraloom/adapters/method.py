@@ -15,7 +15,7 @@ the A product, S rows of B.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -190,8 +190,8 @@ class AdapterConfig(StrictModel, ABC):
         """
         return None
 
-    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
-        """Give the settings of an adapter that others of this method were combined to.
+    def combined(self) -> AdapterConfig:
+        """Give the settings of an adapter that several like this one were combined to, scaling 1.
 
         Raises:
             AdapterError: If the method's updates can't be.
@@ -312,13 +312,7 @@ class OwnModule(Weights):
         """Bring the weights into the form in which `outputs` takes them, the base's dtype."""
 
     @abstractmethod
-    def outputs(
-        self,
-        module: nn.Module,
-        weights: Mapping[str, Tensor],
-        inputs: Tensor,
-        base_forward: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Compute what the adapter's rows, the inputs, get in place of the module's own forward."""
 
     @abstractmethod

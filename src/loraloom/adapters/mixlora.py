@@ -143,18 +143,15 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     def scaling_of(self, key: TensorKey) -> float:
         return self.scaling if key.expert is None else self.expert_config.scaling
 
-    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
-        mixtures = [config for config in (self, *others) if isinstance(config, MixLoraConfig)]
-        if any(config.shared_expert for config in mixtures):
+    def combined(self) -> AdapterConfig:
+        if self.shared_expert:
             raise AdapterError(
                 "mixtures that are combined must have no shared_expert; give their rows scales "
                 "instead"
             )
-        rank = max(config.expert_config.rank for config in mixtures)
-        kept = self.expert_config.model_dump(include={"dropout", "weight_decomposition"})
-        experts = {**kept, "rank": rank, "alpha": float(rank)}
-        settings = super().combined(others, targets).model_dump()
-        return type(self).model_validate({**settings, "experts": experts})
+        experts = self.expert_config
+        unscaled = experts.model_copy(update={"alpha": float(experts.rank)})
+        return super().combined().model_copy(update={"experts": unscaled})
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"experts": self.expert_config.summary()}

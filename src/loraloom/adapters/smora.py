@@ -5,7 +5,6 @@ Axes: T tokens, I in_features, R rank, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
 from loraloom.adapters.experts import Router, RouterLossConfig, check_at_most
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
-from loraloom.adapters.method import AdapterConfig, Projection, Targets
+from loraloom.adapters.method import AdapterConfig, Projection
 from loraloom.config.fields import CheckInfo
 from loraloom.routing.routes import router_logits, top_k_routing
 
@@ -59,8 +58,8 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     ) -> Projection:
         return SmoraProjection(base, self, dtype, seed)
 
-    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
-        return AdapterConfig.combined(self, others, targets)  # routers choose ranks as they are
+    def combined(self) -> AdapterConfig:
+        return AdapterConfig.combined(self)  # routers choose ranks as they are
 
 
 class SmoraProjection(LoraProjection):

@@ -45,21 +45,3 @@ def _listed(hub_id: str) -> list[str]:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def upload_adapter(directory: Path, hub_id: str, *, private: bool) -> str:
-    """Upload an adapter's directory to a repository, which is made if it isn't there."""
-    if not HUB_ID.fullmatch(hub_id):
-        raise FormatError(f"a Hub id must be owner/name, got {hub_id!r}")
-    api, message = HfApi(), "Upload an adapter of loraloom"
-    try:
-        repository = api.create_repo(hub_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=hub_id, folder_path=directory, commit_message=message)
-    except _ERRORS as error:
-        raise FormatError(
-            f"the adapter can't be put on the Hugging Face Hub as `{hub_id}` ({_reason(error)}); "
-            "check the network, HF_HUB_OFFLINE, and that `hf auth login` has given a token that "
-            "may write there. Without a network, save the adapter and upload its directory later: "
-            "`hf upload OWNER/NAME DIRECTORY`"
-        ) from error
-    return str(repository)

@@ -13,10 +13,10 @@ TIES, arXiv:2306.01708; Yu et al. 2023, DARE, arXiv:2311.03099.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -85,22 +85,9 @@ def check_merges(adapter: Adapter) -> None:
 
 
 Combination = Literal["linear", "ties", "dare_ties", "svd"]
-_PAIR = {"lora_A", "lora_B"}
-_AVERAGED = {"router", "magnitude"}
-# Settings in which adapters that are combined may differ; those of routers' training too.
-_FREE = {
-    *("rank", "alpha", "dropout", "target_modules", "rank_stabilized", "init", "experts"),
-    *("shared_expert", "layers", "rank_pattern", "alpha_pattern"),
-    *("balance_coef", "balance_delta", "expert_capacity"),
-}
-
-
-class _Source(NamedTuple):
-    """An adapter with its weight, and its tensors by place in the model."""
-
-    config: AdapterConfig
-    weight: float
-    places: dict[TensorKey, dict[str, Tensor]]
+# Settings in which adapters that are combined may differ: what only scales updates, and where they
+# began. Ranks and projections are compared as shapes.
+_FREE = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
 
 
 def combine(
@@ -111,37 +98,33 @@ def combine(
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     _check(adapters, weights, combination, density)
-    sources = [
-        _Source(adapter.config, float(weight), _places(adapter))
-        for adapter, weight in zip(adapters, weights, strict=True)
-    ]
-    first, *others = (adapter.config for adapter in adapters)
-    config = first.combined(others, _targets(sources))
+    config = adapters[0].config.combined()
     pair = _pair_function(combination, density)
+    sources = [adapter.tensors() for adapter in adapters]
     tensors: dict[str, Tensor] = {}
     device = next(adapters[0].parameters()).device
-    kind, devices = ("cuda", []) if device.type == "cpu" else (device.type, [device])
-    # PEFT's functions draw from the global generators, which are left as they were.
+    kind = "cuda" if device.type == "cpu" else device.type
+    # PEFT's functions draw from torch's own generators.
+    devices = [] if device.type == "cpu" else [device]
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
         torch.manual_seed(seed)
-        for place in dict.fromkeys(place for source in sources for place in source.places):
-            holders = [source for source in sources if place in source.places]
-            for part, tensor in _combined(place, holders, pair):
-                tensors[str(replace(place, part=part))] = tensor
+        for name in sources[0]:
+            key, values = TensorKey.parse(name), [source[name] for source in sources]
+            part = None if key is None else key.part
+            if key is not None and part == "lora_A":
+                place, other = replace(key, part=""), str(replace(key, part="lora_B"))
+                scalings = [adapter.config.scaling_of(place) for adapter in adapters]
+                strengths = [w * s for w, s in zip(weights, scalings, strict=True)]
+                lora_B = [source[other] for source in sources]
+                tensors[name], tensors[other] = pair(values, lora_B, strengths)
+            elif part in ("router", "magnitude"):
+                tensors[name] = _average(values, weights)
+            elif part != "lora_B":
+                raise AdapterError(
+                    f"adapters that are combined must have updates of the form BA, "
+                    f"{adapters[0].config.title} has {name}; give their rows scales instead"
+                )
     return config, tensors
-
-
-def load_padded(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Copy values in; those of a smaller rank are filled up with zeros, which changes no BA."""
-    padded = dict(tensors)
-    for name, target in adapter.tensors().items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape == target.shape or tensor.dim() != target.dim():
-            continue
-        if all(size <= most for size, most in zip(tensor.shape, target.shape, strict=True)):
-            padded[name] = tensor.new_zeros(target.shape)
-            padded[name][tuple(map(slice, tensor.shape))] = tensor
-    adapter.load_tensors(padded)
 
 
 def _check(
@@ -159,59 +142,32 @@ def _check(
         raise ConfigError(f"density is a setting of ties and dare_ties, {combination} has none")
     if density is not None and not 0 < density < 1:
         raise ConfigError(f"density must be in (0, 1), got {density}")
-    first, settings = adapters[0], adapters[0].config.model_dump()
-    fixed = [name for name in settings if name not in _FREE and not name.startswith("router_")]
-    for adapter in adapters:
-        other = adapter.config
-        odd = ["method"] if other.method != first.config.method else []
-        odd = odd or [name for name in fixed if getattr(other, name) != settings[name]]
-        if not odd and first.config.title != other.title:  # of experts with their own settings
-            odd = ["weight_decomposition"]
-        if odd:
+    first, *others = ((one.name, one.config.title, _fixed(one), _shapes(one)) for one in adapters)
+    for other in others:
+        if other[1:] != first[1:]:
             raise AdapterError(
-                f"adapters must agree in {', '.join(odd)} to be combined, "
-                f"{first.name!r} and {adapter.name!r} don't"
+                "adapters must be of one method, routed alike, of one rank and on the same "
+                f"projections to be combined, {first[0]!r} ({first[1]}) and {other[0]!r} "
+                f"({other[1]}) aren't; PEFT's add_weighted_adapter(combination_type='svd') "
+                "combines LoRAs of several ranks"
             )
 
 
-def _places(adapter: Adapter) -> dict[TensorKey, dict[str, Tensor]]:
+def _fixed(adapter: Adapter) -> dict[str, Any]:
+    return {name: value for name, value in adapter.config.summary().items() if name not in _FREE}
 
-    def not_pairs(what: str) -> AdapterError:
-        return AdapterError(
-            f"adapters that are combined must have updates of the form BA, "
-            f"{adapter.config.title} has {what}; give their rows scales instead"
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+
+
+def _average(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    if (total := sum(weights)) <= 0:
+        raise ConfigError(
+            "weights must have a positive sum where routers or magnitudes are averaged, "
+            f"got {list(weights)}"
         )
-
-    places: dict[TensorKey, dict[str, Tensor]] = {}
-    for name, tensor in adapter.tensors().items():
-        key = TensorKey.parse(name)
-        if key is None:
-            raise not_pairs(name)
-        places.setdefault(replace(key, part=""), {})[key.part] = tensor
-    for place, parts in places.items():
-        if not (_PAIR <= parts.keys() <= _PAIR | _AVERAGED or parts.keys() <= _AVERAGED):
-            raise not_pairs(f"{place}{', '.join(parts)}")
-    return places
-
-
-def _combined(
-    place: TensorKey, sources: Sequence[_Source], pair: Callable[..., tuple[Tensor, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    parts = [source.places[place] for source in sources]
-    if parts[0].keys() >= _PAIR:
-        strengths = [source.weight * source.config.scaling_of(place) for source in sources]
-        matrices = ([part[name] for part in parts] for name in ("lora_A", "lora_B"))
-        yield from zip(("lora_A", "lora_B"), pair(*matrices, strengths), strict=True)
-    for name in sorted(parts[0].keys() & _AVERAGED):
-        total = sum(source.weight for source in sources)
-        if total <= 0:
-            raise ConfigError(
-                "weights must have a positive sum where routers or magnitudes are averaged, "
-                f"got {[source.weight for source in sources]}"
-            )
-        shares = [source.weight / total for source in sources]
-        pairs = zip(parts, shares, strict=True)
-        yield name, torch.stack([part[name] * share for part, share in pairs]).sum(0)
+    return torch.stack([v * (w / total) for v, w in zip(values, weights, strict=True)]).sum(0)
 
 
 def _pair_function(
@@ -239,9 +195,6 @@ def _by_matrix(
     strengths: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """Combine all A and all B, each by the root of the strength; its sign goes to A."""
-    if len({matrix.shape for matrix in lora_A}) > 1:
-        ranks = sorted({len(matrix) for matrix in lora_A})
-        raise AdapterError(f"adapters must have one rank, got {ranks}; combine them by svd")
     # Roots in float64, as PEFT takes them, and rounded once.
     factors = torch.tensor(strengths, dtype=torch.float64)
     roots = factors.abs().sqrt()
@@ -255,20 +208,9 @@ def _by_svd(
     lora_B: list[Tensor],
     strengths: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Compute the best approximation of Σ s_i B_i A_i of the largest rank there is."""
-    rank = max(map(len, lora_A))
+    """Compute the best approximation of Σ s_i B_i A_i of their rank."""
+    rank = len(lora_A[0])
     updates = [b @ a for a, b in zip(lora_A, lora_B, strict=True)]
     total = task_arithmetic(updates, updates[0].new_tensor(strengths))
     left, values, right = torch.linalg.svd(total, full_matrices=False)
     return right[:rank], left[:, :rank] * values[:rank]
-
-
-def _targets(sources: Sequence[_Source]) -> Any:
-    places = dict.fromkeys(place for source in sources for place in source.places)
-    if not all(source.config.in_every_layer for source in sources):
-        return tuple(f"layers.{place.layer}.{place.path}" for place in places)
-    given = {str(source.config.target_modules): source.config.target_modules for source in sources}
-    if len(given) == 1:
-        return next(iter(given.values()))
-    names = (place.projection for place in places)
-    return tuple(dict.fromkeys(name for name in names if name is not None))

@@ -262,7 +262,7 @@ def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
         name: tensor
         for name, tensor in module.state_dict().items()
         if not name.startswith((leave_out, *weights)) or name.endswith(".bias")
-    } | {f"{path}weight": weight.whole() for path, weight in weights.items()}
+    } | {f"{path}weight": weight.dequantised() for path, weight in weights.items()}
 
 
 class _MergedModel(_ExportedModel):

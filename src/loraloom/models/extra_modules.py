@@ -6,7 +6,7 @@ Axes: B batch, L sequence, D hidden, V vocabulary, N tokens with rows of their o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,15 +33,9 @@ class WholeModule(OwnModule):
         weights = dict(self.named_parameters())
         return {n: w.to(dtype) for n, w in weights.items()} if self.is_linear else weights  # pyright: ignore
 
-    def outputs(
-        self,
-        module: nn.Module,
-        weights: Mapping[str, Tensor],
-        inputs: Tensor,
-        base_forward: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         # the class's forward with the copy's weights
-        twin: Any = copy.copy(module)
+        twin = copy.copy(module)
         twin.__dict__.pop("forward", None)
         # A parameter may be None.
         twin._parameters = {**twin._parameters, **weights}
@@ -67,7 +61,7 @@ class OwnTokens(OwnModule):
         rows: nn.Parameter,
         *,
         is_linear: bool,
-        is_tied: bool = False,
+        is_tied: bool,
     ):
         super().__init__(path)
         self.rows = rows
@@ -79,17 +73,12 @@ class OwnTokens(OwnModule):
     def compute_form(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"rows": self.rows.to(dtype) if self.is_linear else self.rows}
 
-    def outputs(
-        self,
-        module: nn.Module,
-        weights: Mapping[str, Tensor],
-        inputs: Tensor,
-        base_forward: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        outputs, rows, tokens = base_forward(inputs), weights["rows"], self.get_buffer("tokens")
+    def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        outputs = type(module).forward(module, inputs)
+        rows, tokens = weights["rows"], self.get_buffer("tokens")
         if self.is_linear:
-            bias: Any = module.bias
-            logits = linear(inputs, rows, None if bias is None else bias[tokens])
+            bias = None if module.bias is None else module.bias[tokens]
+            logits = linear(inputs, rows, bias)
             return outputs.index_copy(-1, tokens, logits.to(outputs.dtype))
         is_token = inputs.unsqueeze(-1).eq(tokens)  # (B, L, N)
         vectors = embedding(is_token.int().argmax(-1), rows)  # (B, L, D)
@@ -109,49 +98,35 @@ class OwnTokens(OwnModule):
 
 
 def own_outputs(
-    own: OwnModule,
-    weights: Mapping[str, Tensor],
-    module: nn.Module,
-    inputs: Tensor,
-    base_forward: Callable[[Tensor], Tensor],
-    scale: float,
+    own: OwnModule, weights: Mapping[str, Tensor], module: Any, inputs: Tensor, scale: float
 ) -> Tensor:
     """Compute what rows of an adapter get from a module; arguments as in `OwnModule.outputs`."""
-    outputs = own.outputs(module, weights, inputs, base_forward)
+    outputs = own.outputs(module, weights, inputs)
     if scale == 1:
         return outputs
-    base_outputs = base_forward(inputs)
+    base_outputs = type(module).forward(module, inputs)
     return base_outputs + scale * (outputs - base_outputs)
 
 
 def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> list[OwnModule]:
-    """Copy what an adapter has as its own off the base model."""
+    """Copy what an adapter has as its own off the base model; tied heads behind their tables."""
     own: dict[str, OwnModule] = {}
-
-    def copy_whole(path: str, shared: Mapping[str, nn.Parameter]) -> WholeModule:
-        module = _floating(model, path)
-        weights = {
-            name: nn.Parameter(whole(weight).detach().to(dtype, copy=True))
-            for name, weight in module.named_parameters(recurse=False)
-            if name not in shared
-        }
-        return WholeModule(path, {**shared, **weights}, is_linear=is_linear(module))
-
-    for path in parts.modules:
-        if path not in parts.tied:
-            own[path] = copy_whole(path, {})
-    for path, tokens in parts.tokens.items():
-        module: Any = _floating(model, path)
-        weight = whole(module.weight).detach()
-        rows = weight[torch.tensor(tokens, device=weight.device)].to(dtype)
-        own[path] = OwnTokens(path, tokens, nn.Parameter(rows), is_linear=is_linear(module))
-    for head, table in parts.tied.items():
-        shared = own[table]
-        if isinstance(shared, OwnTokens):
-            tokens = parts.tokens[table]
-            own[head] = OwnTokens(head, tokens, shared.rows, is_linear=True, is_tied=True)
+    paths = [path for path in (*parts.modules, *parts.tokens) if path not in parts.tied]
+    for path in (*paths, *parts.tied):
+        module, table = _floating(model, path), parts.tied.get(path, path)
+        weights = {name: whole(w).detach() for name, w in module.named_parameters(recurse=False)}
+        kinds = {"is_linear": is_linear(module), "is_tied": path in parts.tied}
+        if table in parts.tokens:
+            tokens, shared = parts.tokens[table], own.get(table)
+            places = torch.tensor(tokens, device=weights["weight"].device)
+            rows = nn.Parameter(weights["weight"][places].to(dtype))
+            rows = shared.rows if isinstance(shared, OwnTokens) else rows
+            own[path] = OwnTokens(path, tokens, rows, **kinds)
         else:
-            own[head] = copy_whole(head, {"weight": shared.get_parameter("weight")})
+            copies = {n: nn.Parameter(w.to(dtype, copy=True)) for n, w in weights.items()}
+            if path in parts.tied:
+                copies["weight"] = own[table].get_parameter("weight")
+            own[path] = WholeModule(path, copies, is_linear=is_linear(module))
     return list(own.values())
 
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,10 +22,9 @@ from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
-from loraloom.formats.card import model_card
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
-from loraloom.formats.hub import find_adapter, upload_adapter
-from loraloom.models.combine import Combination, Merged, MergeError, combine, load_padded
+from loraloom.formats.hub import find_adapter
+from loraloom.models.combine import Combination, Merged, MergeError, combine
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
 from loraloom.models.forward import (
@@ -49,7 +46,7 @@ from loraloom.models.registry import AdapterRegistry, Head, Heads
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacks import PreparedWeights, StackedForward, compute_dtype
 from loraloom.models.structure import try_adapters
-from loraloom.models.view import AdapterModel, Door, Rows, Visit
+from loraloom.models.view import AdapterModel, OuterForward, Rows, Visit
 from loraloom.ops.dropout import sample_key
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
 from loraloom.ranks import Alone, Ranks
@@ -125,7 +122,9 @@ class Host:
         self.ranks: Ranks = Alone()
         self._inside = threading.RLock()
         self._decoder = decoder_of(model)
-        self._generation = self.door(model)
+        self.outer_forward = OuterForward(self, model)
+        for hook in self.outer_forward.hooks:
+            self._registry.wiring.on_undo(hook.remove)
         # The argument for the cache changed its name within transformers 5.
         names = signature(self.model.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
@@ -203,20 +202,6 @@ class Host:
         described = (adapter.config, adapter.tensors(), self.base, card)
         write_adapter(directory, *described, prompt=adapter.prompt, overwrite=overwrite)
 
-    def push_to_hub(
-        self, name: str, hub_id: str, *, results: str | None = None, private: bool = False
-    ) -> str:
-        """Upload an adapter's files to a repository, `owner/name`, and return its address.
-
-        Its model card has `results`, Markdown on evaluations.
-        """
-        adapter = self.adapter(name)
-        described = (adapter.config, self.base)
-        card = model_card(*described, name=name, results=results, prompt=adapter.prompt)
-        with TemporaryDirectory() as directory:
-            self.save(name, directory, card)
-            return upload_adapter(Path(directory), hub_id, private=private)
-
     def adapter(self, name: str) -> Adapter:
         """Return an adapter; raise an AdapterError if there is none of that name."""
         return self._registry.get(name)
@@ -252,7 +237,7 @@ class Host:
         sources = [self.adapter(source) for source in adapters]
         config, tensors = combine(sources, weights, combination, density, seed)
         adapter = self._registry.build(name, config)
-        load_padded(adapter, tensors)
+        adapter.load_tensors(tensors)
         prompts = [source.prompt for source in sources]
         adapter.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
         return self._registry.register(adapter)
@@ -519,16 +504,8 @@ class Host:
         """
         rows = Rows(self._registry.rows(adapters, len(input_ids)))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        with self.prepared(), self._generation.of_rows(rows):
+        with self.prepared(), self.outer_forward.of_rows(rows):
             return self.model.generate(**inputs, **generate_kwargs)
-
-    def door(self, module: nn.Module, rows: Callable[[], Rows | None] = lambda: None) -> Door:
-        """Let forwards that others make of a module run adapters, until `detach`; see `Door`."""
-        door = Door(module, self._visit, rows)
-        # Weakly, as the module's hooks keep the door, and it keeps the adapter.
-        known = weakref.ref(door)
-        self._registry.wiring.on_undo(lambda: (door := known()) and door.undo())
-        return door
 
     def as_model(self, name: str | None) -> AdapterModel:
         """Show an adapter, or the base model, as a separate model, for trainers of others."""
@@ -603,11 +580,15 @@ class Host:
         with self._inside, running(forward), recovering(self.model):
             yield
 
-    def _visit(
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward of this host runs in this thread."""
+        return current_forward(self._registry.wiring) is not None
+
+    def visit(
         self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
-    ) -> Visit | None:
-        if current_forward(self._registry.wiring) is not None:
-            return None
+    ) -> Visit:
+        """Open the context of a forward that others make; `inputs` are its arguments by name."""
         keys, record = None, None
         if rows.training:
             # Nobody can tell whether the trainer scales its loss.

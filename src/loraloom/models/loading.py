@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import platform
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -31,20 +30,20 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
-from safetensors import SafetensorError
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 from transformers.utils import logging
 
 from loraloom.config.model import (
     AttnImplementation,
+    BaseDtype,
     check_device,
     check_fits_dtype,
     parse_quantization,
 )
 from loraloom.config.text import local_path
 from loraloom.durable import cache_directory, write_directory
-from loraloom.errors import ModelError, shown
+from loraloom.errors import LoraloomError, ModelError, shown
 from loraloom.models.quantization import (
     check_checkpoint,
     check_quantization,
@@ -55,20 +54,10 @@ from loraloom.models.sharding import sharded_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(BaseDtype)[1:]}
 # The name of SmolLM2-135M-Instruct as a Python package brings it.
 SMALL_MODEL = "smollm2-135m"
 
-# What transformers, safetensors and gguf raise at files that are missing, broken or unknown.
-_LOADING_ERRORS = (
-    *(OSError, ValueError, LookupError, ArithmeticError, ImportError, RuntimeError),
-    *(struct.error, SafetensorError),
-)
 _KINDS = f"a hub name, a directory, a .gguf file or {SMALL_MODEL}"
 _ADVICE = {
     "directory": "check that save_pretrained wrote model and tokenizer there",
@@ -223,7 +212,13 @@ def load_base_model(
     with quiet():
         tokenizer = _load_tokenizer(name, source)
         with _raised_as_model_error(name, source):
-            model = _load(name, source, checkpoint, options, sharded=sharded)
+            files, auto = _converted(name, source, chosen), _auto_class(checkpoint)
+            if sharded:
+                config = configuration_auto.AutoConfig.from_pretrained(
+                    files.location, local_files_only=files.cached, trust_remote_code=False
+                )
+                auto = sharded_class(auto._model_mapping[type(config)], place)
+            model = _read_model(name, auto, files, **options)
     _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
@@ -251,7 +246,7 @@ def find_device(name: str) -> torch.device:
 def _read_config(source: ModelSource) -> dict[str, Any]:
     """Read a checkpoint's config.json; {} where it has none, or none that can be read."""
     if source.gguf_file is None:
-        with suppress(*_LOADING_ERRORS):
+        with suppress(Exception):  # of whatever library
             return PreTrainedConfig.get_config_dict(
                 source.location, local_files_only=source.cached, trust_remote_code=False
             )[0]
@@ -270,8 +265,8 @@ def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) 
         return torch.float32 if device.type == "cpu" else torch.float16
     if name not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
-    in_16_bits = DTYPES[name].itemsize == 2
-    if in_16_bits and device.type == "cpu" and not _multiplies_in_bfloat16(device):
+    is_slow = device.type == "cpu" and not _multiplies_in_bfloat16(device)
+    if is_slow and DTYPES[name].itemsize == 2:
         warnings.warn(
             f"this CPU has no instructions for products in 16 bits: {name} takes 2 to 20 times as "
             "long as float32, for half of the memory; take dtype auto or float32",
@@ -291,29 +286,13 @@ def _multiplies_in_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _load(
-    name: str,
-    source: ModelSource,
-    checkpoint: Mapping[str, Any],
-    options: dict[str, Any],
-    *,
-    sharded: bool,
-) -> PreTrainedModel:
-    source = _converted(name, source, options["dtype"])
+def _auto_class(checkpoint: Mapping[str, Any]) -> Any:
+    """Models of images and text have no causal LM of their type."""
     model_type = checkpoint.get("model_type")
-    auto: Any = modeling_auto.AutoModelForCausalLM
-    # Models of images and text have no causal LM of their type.
-    if (
-        model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        and model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ):
-        auto = modeling_auto.AutoModelForImageTextToText
-    if sharded:
-        config = configuration_auto.AutoConfig.from_pretrained(
-            source.location, local_files_only=source.cached, trust_remote_code=False
-        )
-        auto = sharded_class(auto._model_mapping[type(config)], options["device_map"])
-    return _read_model(name, auto, source, **options)
+    has_causal_lm = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not has_causal_lm:
+        return modeling_auto.AutoModelForImageTextToText
+    return modeling_auto.AutoModelForCausalLM
 
 
 def _read_model(name: str, auto: Any, source: ModelSource, **options: Any) -> PreTrainedModel:
@@ -428,7 +407,9 @@ def quiet() -> Iterator[None]:
 def _raised_as_model_error(what: str, source: ModelSource) -> Iterator[None]:
     try:
         yield
-    except _LOADING_ERRORS as error:
+    except LoraloomError:
+        raise
+    except Exception as error:
         text = str(error).strip() or type(error).__name__
         advice = _ADVICE[source.kind]
         if isinstance(error, ImportError):

@@ -1,6 +1,6 @@
 """Base models in fewer bits: what this machine can do, and layers that a library keeps so.
 
-Axes: T tokens, I in_features, O out_features, n rows.
+Axes: T tokens, I in_features, O out_features.
 
 Layers are recognised by their libraries' classes where these are loaded already; only a model that
 is to be quantised imports a library.
@@ -42,7 +42,7 @@ def check_quantization(
     """Find out whether a model can be quantised so here, before anything is loaded."""
     if quantization is None:
         return
-    library = import_library(quantization.quant_method.partition("_")[0], "this quantization")
+    import_library(quantization.quant_method.partition("_")[0], "this quantization")
     check_fits_dtype(quantization, dtype)
     if isinstance(quantization, TorchAo):
         on_cuda = device.type == "cuda"
@@ -52,10 +52,6 @@ def check_quantization(
                 "quantization torchao int4_weight_only needs a CUDA device of capability 8.0 or "
                 f"higher, got {device}; take torchao-int8, or nf4"
             )
-    elif device.type not in (known := sorted(library.supported_torch_devices)):
-        raise ModelError(
-            f"quantization by bitsandbytes needs a device of type {', '.join(known)}, got {device}"
-        )
 
 
 def check_checkpoint(
@@ -118,24 +114,11 @@ class _Bits4(QuantisedWeight):
     """bitsandbytes in 4 bits: W's rows lie one behind another, each 64 numbers have a scale."""
 
     def __init__(self, linear: Any):
-        weight = linear.weight
-        # As many rows as a block has numbers fill whole blocks, however long they are.
-        super().__init__(linear, f"bitsandbytes {weight.quant_type}", weight.blocksize)
+        super().__init__(linear, f"bitsandbytes {linear.weight.quant_type}")
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def dequantised(self) -> Tensor:
         functional = sys.modules["bitsandbytes"].functional
-        state, width = self._state, self.linear.in_features
-        first, last = start * width, stop * width
-        packed = self._packed().view(torch.uint8).flatten()
-        part = functional.QuantState(
-            absmax=self._scales()[first // state.blocksize : -(last // -state.blocksize)],
-            shape=torch.Size((stop - start, width)),
-            code=state.code,
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=state.dtype,
-        )
-        return functional.dequantize_4bit(packed[first // 2 : -(last // -2)].unsqueeze(1), part)
+        return functional.dequantize_4bit(self._packed().view(torch.uint8), self._state)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         state = self._state
@@ -153,14 +136,6 @@ class _Bits4(QuantisedWeight):
         state = getattr(self.linear.weight, "quant_state", None)
         return self.linear.quant_state if state is None else state
 
-    def _scales(self) -> Tensor:
-        """The scale of each block; double quantisation quantises these too."""
-        state = self._state
-        if not state.nested:
-            return state.absmax.float()
-        functional = sys.modules["bitsandbytes"].functional
-        return (functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
-
 
 class _Bits8(QuantisedWeight):
     """bitsandbytes' LLM.int8: a scale for each row of W, and one for each row of the input."""
@@ -168,10 +143,10 @@ class _Bits8(QuantisedWeight):
     def __init__(self, linear: nn.Module):
         super().__init__(linear, "bitsandbytes int8", is_linear_over_rows=False)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def dequantised(self) -> Tensor:
         functional = sys.modules["bitsandbytes"].functional
-        numbers = self.linear.weight.data.as_subclass(Tensor)[start:stop]
-        return functional.int8_vectorwise_dequant(numbers, self._scales()[start:stop])
+        numbers = self.linear.weight.data.as_subclass(Tensor)
+        return functional.int8_vectorwise_dequant(numbers, self._scales())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "int8", self.linear.weight.data.as_subclass(Tensor)
@@ -184,7 +159,7 @@ class _Bits8(QuantisedWeight):
 
 
 class _TorchAo(QuantisedWeight):
-    """torchao: the weight is a tensor of a class of its own, which dequantises its rows."""
+    """torchao: the weight is a tensor of a class of its own, which dequantises itself."""
 
     def __init__(self, linear: Any):
         weight = linear.weight
@@ -192,8 +167,8 @@ class _TorchAo(QuantisedWeight):
         kind = f"torchao {type(weight).__name__}"
         super().__init__(linear, kind, is_linear_over_rows=not takes_rounded_rows)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.linear.weight.detach()[start:stop].dequantize()
+    def dequantised(self) -> Tensor:
+        return self.linear.weight.detach().dequantize()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         weight = self.linear.weight
@@ -205,18 +180,17 @@ class _Probed(QuantisedWeight):
     """A format of which nothing is known: W is what the layer makes of unit vectors."""
 
     def __init__(self, linear: Any):
-        kind = type(getattr(linear, "weight", linear)).__name__
-        super().__init__(linear, kind, row_step=linear.out_features)
+        super().__init__(linear, type(getattr(linear, "weight", linear)).__name__)
 
     @torch.no_grad()
-    def rows(self, start: int, stop: int) -> Tensor:
+    def dequantised(self) -> Tensor:
         numbers = [tensor for _, tensor in self.tensors() if _is_computed_with(tensor)]
         device = next(tensor.device for _, tensor in self.tensors())
         dtype = numbers[0].dtype if numbers else torch.bfloat16
         units = torch.eye(self.linear.in_features, dtype=dtype, device=device)
         products = type(self.linear).forward(self.linear, units)  # (I, O)
         bias = self.linear.bias
-        return (products if bias is None else products - bias.to(dtype)).T[start:stop]
+        return (products if bias is None else products - bias.to(dtype)).T
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from chain(self.linear.named_parameters(), self.linear.named_buffers())
@@ -303,16 +277,16 @@ class _ThroughWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad @ ctx.weight.whole(grad.dtype), None
+        return grad @ ctx.weight.dequantised().to(grad.dtype), None
 
 
 def check_computes(name: str, weight: QuantisedWeight) -> None:
     """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
     # Its kernel there begins a block of 64 numbers with every row.
     width, linear = weight.linear.in_features, weight.linear
-    if isinstance(weight, _Bits4) and linear.weight.is_cpu and width % weight.row_step:
+    if isinstance(weight, _Bits4) and linear.weight.is_cpu and width % linear.weight.blocksize:
         raise ModelError(
-            f"rows of a 4-bit weight must be a multiple of {weight.row_step} numbers on a CPU, "
+            f"rows of a 4-bit weight must be a multiple of {linear.weight.blocksize} on a CPU, "
             f"where bitsandbytes computes others wrongly, got {width} in {name}; "
             "take torchao-int8, or an accelerator"
         )

@@ -180,6 +180,6 @@ class Heads:
             # In training for each piece of the states anew: its gradient is then added up in the
             # dtype of the weights.
             weights = forms_of(prepared).own(own, states.dtype)
-            return own_outputs(own, weights, base, states, base, scale)
+            return own_outputs(own, weights, base, states, scale)
 
         return lambda states: self.base(states, linear)

@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from loraloom.errors import ModelError
 from loraloom.models.structure import family_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,12 +40,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
     Layers are brought to the device one after the other, so that it never has the whole model.
     """
     family = family_of(model)
-    for name, weight in model.named_parameters():
-        if not weight.is_floating_point():
-            raise ModelError(
-                f"parallel.base: fsdp needs weights in floating point, got {name} in "
-                f"{str(weight.dtype).removeprefix('torch.')}; take base: replicated"
-            )
     model.requires_grad_(False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.get_submodule(family.layers).children():

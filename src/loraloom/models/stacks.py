@@ -11,7 +11,6 @@ is thrown away. Rows that no cohort has are the base's; nothing of a cohort is e
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from loraloom.routing.record import LayerRouting
 # Most bytes of all slots' hidden states in a forward that is computed by stacks.
 MAX_HIDDEN_BYTES = 1 << 20
 # Plans that are kept: rows come and go in ever new combinations.
-MAX_PLANS = 8
+MAX_PLANS = 32
 
 # An adapter, and a factor of what it adds to the base model.
 ScaledAdapter = tuple[Adapter, float]
@@ -155,10 +154,6 @@ class _Stack:
         groups = [form for form in forms if form is not None]  # all have one, or none
         return stack_inputs(groups) if groups else None
 
-    def span(self, adapters: Sequence[ScaledAdapter]) -> slice:
-        entries = [self.adapters.index(adapter) for adapter in adapters]
-        return slice(min(entries), max(entries) + 1)
-
 
 # Adapters that lie behind one another in a stack.
 _Part = tuple[_Stack, slice]
@@ -172,7 +167,7 @@ class PreparedWeights:
 
     def __init__(self) -> None:
         self.forms = ComputeForms(keeps_new=True)
-        self._plans: OrderedDict[Hashable, StackedPlan | None] = OrderedDict()
+        self._plans: dict[Hashable, StackedPlan | None] = {}
         self._stacks: dict[Hashable, _Stack] = {}
 
     def plan(
@@ -181,13 +176,12 @@ class PreparedWeights:
         """Plan how to compute a small forward; None: not by stacks."""
         key = (tuple(rows), length, dtype, device)
         if key not in self._plans:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
             parts = self._parts(rows, length, dtype)
             # assigned behind it, as a change of a stack empties the plans
             plan = None if parts is None else make_plan(parts, rows, length, device)
             self._plans[key] = plan
-        self._plans.move_to_end(key)
-        if len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
         return self._plans[key]
 
     def forget(self, adapter: Adapter) -> None:
@@ -227,23 +221,18 @@ class PreparedWeights:
         stack = self._stacks.pop(key, None) or _Stack(dtype, self.forms.passing())
         missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
         if missing:
-            self._plans.clear()
             stack.add(missing)
         places = [stack.adapters.index(adapter) for adapter in adapters]
-        pairs = zip(adapters, adapters[1:], places, places[1:], strict=False)
-        if any(one[0] is next_one[0] and at > then for one, next_one, at, then in pairs):
-            # a record has an adapter's scales in the order of the rows
-            others = [n for n in range(len(stack.adapters)) if n not in places]
-            self._plans.clear()
-            stack.keep([*places, *others])
-        entries = stack.span(adapters)
         # Others lie between them: when these are more, they go.
-        if entries.stop - entries.start > 2 * len(adapters):
+        is_sparse = max(places) - min(places) >= 2 * len(places)
+        # An adapter's record has its scales in the order of the rows.
+        if missing or is_sparse or places != sorted(places):
             self._plans.clear()
-            stack.keep(sorted(map(stack.adapters.index, adapters)))
-            entries = stack.span(adapters)
+            others = [n for n in range(len(stack.adapters)) if n not in places]
+            stack.keep(places if is_sparse else [*places, *others])
+            places = range(len(places))
         self._stacks[key] = stack
-        return stack, entries
+        return stack, slice(min(places), max(places) + 1)
 
 
 def forms_of(prepared: PreparedWeights | None) -> ComputeForms:

@@ -49,10 +49,11 @@ _LOGIT_FIELDS = {
 
 def family_of(model: nn.Module) -> Family:
     """Look a model's family up, or tell it by the model's structure."""
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if is_compiled or hasattr(model, "_orig_mod"):
         raise ModelError(
-            "model must not be compiled as a whole, as its rows may have different adapters in "
-            "each forward; attach the model itself and compile its decoder layers: layer.compile()"
+            "model must not be compiled, as its rows may have different adapters in each forward; "
+            "attach the model itself"
         )
     find_head = getattr(model, "get_output_embeddings", None)
     if find_head is None or find_head() is None:  # a classifier has other heads

@@ -1,10 +1,10 @@
 """Forwards that others make: transformers' generation, Trainer, trl and PEFT.
 
-They call a module as if it were any model, with as many rows as they have. Hooks on the module, its
-door, ask which adapters the rows have, open the forward's context and close it again. A forward
-that a host makes itself passes. Adapters' auxiliary losses reach those who compute the loss on the
-way out; a micro-batch adds its share, so that a step adds the loss once, however many micro-batches
-it has. `AdapterModel` shows one adapter on a host as a model that trainers take.
+They call the base model as if it were any model, with as many rows as they have. Hooks on it ask
+which adapters the rows have, open the forward's context and close it again. Adapters' auxiliary
+losses reach those who compute the loss on the way out; a micro-batch adds its share, so that a step
+adds the loss once, however many micro-batches it has. `AdapterModel` shows one adapter on a host as
+a model that trainers take.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from loraloom.models.stacks import outside_autocast
 # The argument by which trl asks a model for `aux_loss`.
 _REQUEST = "output_router_logits"
 _BASE = "base"
-# Arguments of `torch.utils.checkpoint` that say what a host does anyway.
-_CHECKPOINTING_SETTINGS = {"use_reentrant": False, "preserve_rng_state": True}
 
 
 @dataclass(frozen=True)
@@ -45,74 +43,56 @@ class Rows:
         return [adapter for adapter in self.adapters for _ in range(copies)]
 
 
-# What a forward that others make runs in, and what computes its auxiliary loss; None: nothing.
-Visit = tuple[AbstractContextManager[None], Callable[[], Tensor | None]]
-# From tokens, mask, rows and the arguments by name, which it may change, to a visit; None where a
-# forward runs already.
-OpenVisit = Callable[[Tensor, Tensor | None, Rows, dict[str, Any]], Visit | None]
-
-# The visit of this thread: through which door, and whether its auxiliary loss is asked for.
-_inside: ContextVar[tuple[Door, Visit, bool] | None] = ContextVar("loraloom_inside", default=None)
+# Which rows this thread names, and for the forwards of which model.
 _given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
+# What a forward that others make runs in, and what computes its auxiliary loss.
+Visit = tuple[AbstractContextManager[None], Callable[[], Tensor | None]]
+# This thread's visit: through whose hooks, and whether its auxiliary loss is asked for.
+_inside: ContextVar[tuple[object, Visit, bool] | None] = ContextVar("loraloom_inside", default=None)
 
 
-class Door:
-    """Hooks that give the forwards that others make of a module their context.
+class OuterForward:
+    """Forwards that others make of a module: the base model, or one that calls it.
 
-    The module is the base model, or calls it. `rows` returns the adapters of the rows where nobody
-    names them; None: they are the base model's.
+    `default_rows` returns the adapters of the rows where nobody names them; None: they are the base
+    model's. A forward inside another, or inside one of the host's own, passes.
     """
 
-    def __init__(self, module: nn.Module, open_visit: OpenVisit, rows: Callable[[], Rows | None]):
-        self._module = module
-        self._open = open_visit
-        self._rows = rows
-        self._hooks = (
+    def __init__(
+        self, host: Any, module: nn.Module, default_rows: Callable[[], Rows | None] = lambda: None
+    ):
+        self._host = host
+        self.default_rows = default_rows
+        # Hooks, as trl puts a forward of its own in place of a model's.
+        self.hooks = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         )
 
-    def close(self) -> None:
-        """End a forward through this door that is interrupted: torch calls no hooks then."""
-        inside = _inside.get()
-        if inside is not None and inside[0] is self:
-            _close()
-
-    def undo(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
     @contextmanager
     def of_rows(self, rows: Rows) -> Iterator[None]:
         """Name the adapters of the rows of this thread's forwards."""
-        _close()
         token = _given.set((self, rows))
         try:
             yield
         finally:
+            self.close()
             _given.reset(token)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        inside = _inside.get()
-        # A forward through an outer door may come to this one, of a part of its module.
-        if inside is not None:
-            outer = inside[0]
-            if outer is self or all(part is not self._module for part in outer._module.modules()):
-                _close()
+        self.close()
         given = _given.get()
-        rows = given[1] if given is not None and given[0] is self else self._rows()
-        if rows is None:
+        rows = given[1] if given is not None and given[0] is self else self.default_rows()
+        if rows is None or self._host.is_running:
             return None
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]  # what has the tokens' shape
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         inputs = {name: value for name, value in kwargs.items() if name != _REQUEST}
-        visit = self._open(tokens, mask, rows, inputs)
-        if visit is None:
-            return None
+        visit = self._host.visit(tokens, mask, rows, inputs)
         visit[0].__enter__()
         _inside.set((self, visit, bool(kwargs.get(_REQUEST))))
         return args, inputs
@@ -120,22 +100,20 @@ class Door:
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        inside = _inside.get()
-        if inside is None or inside[0] is not self:
-            return None
-        _close()
-        if output is None:  # an error is on its way
+        inside = self.close()
+        if inside is None or output is None:  # without output, an error is on its way
             return None
         _, (_, auxiliary_loss), is_asked = inside
         return _add_loss(output, auxiliary_loss(), kwargs, is_asked=is_asked)
 
-
-def _close() -> None:
-    """End this thread's visit. An interrupt leaves one open, as torch calls no hooks then."""
-    inside = _inside.get()
-    if inside is not None:
+    def close(self) -> tuple[object, Visit, bool] | None:
+        """End this thread's visit. An interrupt leaves one open, as torch calls no hooks then."""
+        inside = _inside.get()
+        if inside is None or inside[0] is not self:
+            return None
         _inside.set(None)
         inside[1][0].__exit__(None, None, None)
+        return inside
 
 
 def _add_loss(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, is_asked: bool) -> Any:
@@ -196,30 +174,10 @@ class TakesCheckpointing:
 
     is_gradient_checkpointing = is_activation_checkpointing  # its older name
 
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        settings = activation_checkpointing_kwargs or {}
-        other = {
-            name: value
-            for name, value in settings.items()
-            if value is not None and value != _CHECKPOINTING_SETTINGS.get(name)
-        }
-        if every_n_layers != 1 or offload or other:
-            asked = other | {"every_n_layers": every_n_layers, "offload": offload}
-            raise ModelError(
-                "gradient checkpointing recomputes every decoder layer, non-reentrantly and on its "
-                f"device; got {asked}; leave these settings out"
-            )
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         self.host.enable_gradient_checkpointing()
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
-    ) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def activation_checkpointing_disable(self) -> None:
         self.host.enable_gradient_checkpointing(enabled=False)
@@ -248,7 +206,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         self.warnings_issued: dict[str, bool] = {}
         self.register_state_dict_post_hook(_leave_base_out)
         self.register_load_state_dict_post_hook(_expect_no_base)
-        self._door = host.door(self, self._rows)
+        self._outer_forward = OuterForward(host, self, self._rows)
         self.eval()
 
     def forward(
@@ -270,7 +228,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
                 **model_inputs,
             )
         except KeyboardInterrupt:
-            self._door.close()
+            self._outer_forward.close()
             raise
 
     def _rows(self) -> Rows:

@@ -35,12 +35,6 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation
 from loraloom.ops.low_rank import add_low_rank_, apply_update
 
-# What torch.compile must not trace, as it depends on the running forward: a compiled decoder layer
-# leaves its graph here. Called only while it traces: the detour takes microseconds, at hundreds of
-# places in a decoding step.
-_untraced: Any = torch.compiler.disable(lambda wrapper, *args: wrapper(*args))
-_untraced_forward: Any = torch.compiler.disable(current_forward)
-
 
 class DecoderLayer:
     """A decoder layer's forward: recomputed in the backward pass where the context says so."""
@@ -50,8 +44,7 @@ class DecoderLayer:
         self.base_forward = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
-        forward = (_untraced_forward if compiling else current_forward)(self.owner)
+        forward = current_forward(self.owner)
         if forward is None or not forward.checkpointing or not torch.is_grad_enabled():
             return self.base_forward(*args, **kwargs)
         return checkpoint(
@@ -73,8 +66,6 @@ class AttentionProjection:
     place: AttentionPlace
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _untraced(self, module, args, output)
         forward = current_forward(self.owner)
         if forward is None or not forward.has_adapters:
             return output
@@ -118,8 +109,6 @@ class FfnBlock:
         self.act = act
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _untraced(self, hidden_states)
         forward = current_forward(self.owner)
         if forward is None or not forward.adapts_ffn(self.layer):
             return self.base_forward(hidden_states)
@@ -174,8 +163,6 @@ class OwnedModule:
         self.base_forward = module.forward
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _untraced(self, inputs)
         forward = current_forward(self.owner)
         if forward is None or not forward.has_own(self.path):
             return self.base_forward(inputs)
@@ -193,7 +180,7 @@ class OwnedModule:
         dtype = next(self.module.parameters(recurse=False)).dtype
         weights = forward.forms.own(own, dtype)
         scale = forward.layout.segments[index].scale
-        return own_outputs(own, weights, self.module, inputs, self.base_forward, scale)
+        return own_outputs(own, weights, self.module, inputs, scale)
 
 
 class Wiring:
