@@ -107,9 +107,7 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--prompt x --top-p 0.5", "top_p has no effect at temperature 0"),
         ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be at least 1"),
         ("--prompt x --output .", "--output must be a file"),
-        ("--prompt x --overwrite --output .", "--output must be a file"),
-        ("--prompt x --overwrite", "--overwrite has no effect without --output"),
-        ("--prompt x --raw --chat-template trl", "--chat-template has no effect with --raw"),
+        ("--prompt x --raw --chat-template trl", "--chat-template exclude each other"),
         ("--prompt x --no-base", "--no-base has an effect on --prompt with --adapter only"),
         ("--prompt x --temperature 1e-45", "temperature must be 0, for the most likely token, or"),
     ],
@@ -161,11 +159,15 @@ def test_an_interrupted_file_has_the_rows_that_are_done_and_goes_on(job, monkeyp
         interrupt_after(patch, 2)
         assert generate() == 130
     assert output.read_text() == "".join(whole.splitlines(keepends=True)[:4])
-    assert "4 of 7 rows are kept in" in capsys.readouterr().err
+    assert generate() == 2
+    assert "exists; pass --resume to continue it, or delete it" in capsys.readouterr().err
     count = interrupt_after(monkeypatch, 99)
-    assert generate() == 0
+    assert generate("--resume") == 0
     assert len(count) == 2
     assert output.read_text() == whole
+    assert generate("--resume") == 0
+    assert len(count) == 2
+    assert "all 7 rows are in" in capsys.readouterr().err
 
 
 def test_a_torn_line_is_computed_again(job):
@@ -173,50 +175,25 @@ def test_a_torn_line_is_computed_again(job):
     assert generate() == 0
     whole = output.read_bytes()
     output.write_bytes(whole[: len(whole) // 2])
-    assert generate() == 0
+    assert generate("--resume") == 0
     assert output.read_bytes() == whole
 
 
-def test_a_complete_file_is_left_alone_unless_it_is_to_be_overwritten(job, monkeypatch, capsys):
-    _, generate = job
-    assert generate() == 0
-    count = interrupt_after(monkeypatch, 99)
-    assert generate() == 0
-    assert count == []
-    assert "all 7 rows are in" in capsys.readouterr().err
-    assert generate("--overwrite", "--seed", "3") == 0
-    assert len(count) == 4
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--seed", "1"], "its texts were generated with another sampling"),
-        (["--dtype", "bfloat16"], "its texts were generated with another dtype"),
-        (["--adapter", "a={saved}/lora"], "its texts were generated with another adapters"),
-    ],
-)
-def test_other_settings_do_not_go_on(job, saved, capsys, more, message):
+@pytest.mark.parametrize("rows", [[*MANY[:2], {"prompt": "another"}, *MANY[3:]], MANY[:3]])
+def test_other_rows_are_not_continued(job, tmp_path, capsys, rows):
     output, generate = job
     assert generate() == 0
     before = output.read_text()
-    assert generate(*(word.format(saved=saved) for word in more)) == 2
-    assert message in capsys.readouterr().err
+    write_rows(tmp_path / "in.jsonl", *rows)
+    assert generate("--resume") == 2
+    assert "must begin with the rows of --input, got others" in capsys.readouterr().err
     assert output.read_text() == before
 
 
-def test_other_rows_do_not_go_on(job, tmp_path, capsys):
-    _, generate = job
-    assert generate() == 0
-    write_rows(tmp_path / "in.jsonl", *MANY[:2], {"prompt": "another"}, *MANY[3:])
-    assert generate() == 2
-    assert "its texts were generated with another input" in capsys.readouterr().err
-
-
-def test_the_input_is_never_overwritten(run, tmp_path, capsys):
+def test_the_input_is_never_overwritten(run, tmp_path):
     path = write_rows(tmp_path / "in.jsonl", {"prompt": "one"})
-    assert run("--input", path, "--output", path, "--overwrite") == 2
-    assert "--output must be another file than --input" in capsys.readouterr().err
+    for more in ([], ["--resume"]):
+        assert run("--input", path, "--output", path, *more) == 2
     assert read_rows(tmp_path / "in.jsonl") == [{"prompt": "one"}]
 
 
@@ -248,5 +225,3 @@ def test_adapters_that_record_no_form_are_named_once(run, saved, tmp_path, capsy
     for given in (["--raw"], ["--template", str(template)]):
         assert run(*adapter, *given) == 0
         assert "note:" not in capsys.readouterr().err
-    assert run(*adapter, "--template", "alpaca", "--raw") == 2
-    assert "--template has no effect with --raw" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_base_and_adapters_have_a_loss(run, capsys):
     output = capsys.readouterr()
     assert "perplexity" in output.out
     assert f"{result['loss']:.4f}" in output.out
-    assert output.err.startswith("held_out: 5 rows, ")
+    assert "held_out: 5 rows, " in output.err
 
 
 def test_a_repeated_evaluation_computes_nothing(run, capsys):
@@ -59,7 +59,7 @@ def test_a_repeated_evaluation_computes_nothing(run, capsys):
     again = run()
     assert again["results"] == first["results"]
     assert again["num_cached_scores"] == 2 * len(ROWS)
-    assert "10 of 10 answers were scored before" in capsys.readouterr().err
+    assert "10 scores are those of an earlier evaluation" in capsys.readouterr().err
 
 
 def test_columns_may_have_other_names(run, tmp_path):
@@ -90,7 +90,6 @@ def test_conversations_are_written_out_by_the_template_that_is_given(run, tmp_pa
         ("--beta 0.2", "--beta has an effect with --format preference only"),
         ("--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("--chat-template trl", "chat_template has no effect on format instruction"),
-        ("--field output", "--field must be ROLE=COLUMN, got 'output'"),
         ("--field answer=a", "fields must map instruction, input, output"),
         ("--compare a:b", "--compare must be FIRST:SECOND, two of base, a, got 'a:b'"),
         ("--num-fewshot 1", "--num-fewshot has an effect with --harness only"),

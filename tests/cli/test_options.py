@@ -1,19 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 from cyclopts import Parameter
 
 from loraloom.cli import main as cli
-from loraloom.cli.options import HostOptions, LocalPaths, parse_adapters
-from loraloom.errors import ConfigError
+from loraloom.cli.options import HostOptions
 
 SEEN = {}
 
 
 def load(
-    paths: LocalPaths | None = None, /, *, model: Annotated[HostOptions, Parameter(name="*")]
+    paths: list[Path] | None = None, /, *, model: Annotated[HostOptions, Parameter(name="*")]
 ) -> None:
     """A verb with every shared option."""
     SEEN.update(model.model_dump() | {"adapters": model.adapters, "paths": paths})
@@ -74,8 +74,11 @@ def test_a_quantisation_is_a_name_or_settings(verb, text, quant_type):
         ("--quantization 4", "error: quantization must be nf4, int8"),
         ("--quantization {load_in_4bit:", "error: quantization must be valid YAML"),
         ("--devcie cpu", "Did you mean --device?"),
-        (f"a {300 * 'x'}", "error: the path must be a path, got"),
-        ("~nosuchuser/x", "error: the path must be a path, got '~nosuchuser/x'"),
+        ("--adapter =x", "error: --adapter must be name=path"),
+        ("--adapter law=", "error: --adapter must be name=path"),
+        ("--adapter a/b=x", "error: name must be a safe file name"),
+        ("--adapter base=x", "name must differ from base"),
+        ("--adapter a=x --adapter a=y", "from other adapters' names"),
     ],
 )
 def test_a_wrong_option_is_code_2(verb, capsys, words, message):
@@ -84,28 +87,8 @@ def test_a_wrong_option_is_code_2(verb, capsys, words, message):
 
 
 @pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["law"], "--adapter must be name=path, got 'law'"),
-        (["=x"], "--adapter must be name=path"),
-        (["law="], "--adapter must be name=path"),
-        (["a/b=x"], "--adapter a/b=x: name must be a safe file name"),
-        (["base=x"], "name must differ from base"),
-        (["a=x", "a=y"], "from other adapters' names"),
-    ],
+    "argv", [["report", "."], ["train", "run.yaml", "--watch"], ["eval", "--output"]]
 )
-def test_an_adapter_option_that_is_no_such_pair_is_refused(texts, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_adapters(texts)
-
-
-@pytest.mark.parametrize(
-    ("argv", "name"),
-    [
-        (["report", ".", "--eval", "a.json", "--eval", 300 * "x"], "--eval"),
-        (["train", "run.yaml", "--watch", 300 * "x"], "watch"),
-    ],
-)
-def test_a_path_that_can_not_exist_is_code_2_and_named(argv, name, capsys):
-    assert cli.main(argv) == 2
-    assert f"error: {name} must be a path, got" in capsys.readouterr().err
+def test_a_path_that_can_not_exist_is_code_2(argv, capsys):
+    assert cli.main([*argv, 300 * "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

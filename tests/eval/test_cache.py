@@ -85,7 +85,7 @@ def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
 
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path, base):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"scores can't be kept in .*, or give another --cache"):
+    with pytest.raises(ConfigError, match=r"scores can't be kept in .*, or give --no-cache"):
         ScoreCache(tmp_path / "file" / "cache", base, [None])
 
 

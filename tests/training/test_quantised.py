@@ -47,8 +47,8 @@ def run_of_all_methods(inputs, output_dir) -> dict:
 def test_every_method_trains_is_evaluated_and_decodes(inputs, tmp_path, capsys, kind):
     file, out = tmp_path / "run.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(run_of_all_methods(inputs, out)))
-    assert cli.main(["train", str(file), "--quantization", kind]) == 0
-    assert f"--quantization {kind}" in capsys.readouterr().out
+    assert cli.main(["train", str(file), "--set", f"quantization={kind}"]) == 0
+    assert "--quantization" in capsys.readouterr().out
     base = ["--base-model", str(inputs / "base"), "--quantization", kind, "--device", "cpu"]
     for name in METHODS:
         base += ["--adapter", f"{name}={out / name}"]

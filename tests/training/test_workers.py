@@ -132,7 +132,7 @@ def test_jobs_of_a_worker_that_is_lost_for_good_are_left_and_the_others_are_trai
         (["--ray", "127.0.0.1:{port}"], "--ray must name a Ray cluster that can be reached"),
         (["--ray-workers", "2"], "--ray-workers has no effect without --ray"),
         (["--ray", "auto", "--watch", "in"], "--ray does not go with --watch; leave one"),
-        (["--ray", "auto", "--device", "cuda:1"], "device must be one of auto, cpu, cuda, xpu"),
+        (["--ray", "auto", "--set", "device=cuda:1"], "device must be one of auto, cpu, cuda, xpu"),
         (["--ray", "auto", "--set", "parallel.base=fsdp"], "parallel.base: fsdp needs torchrun"),
     ],
 )

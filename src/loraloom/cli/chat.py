@@ -6,12 +6,11 @@ import contextlib
 import math
 import secrets
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
-from typing_extensions import override
 
 from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
@@ -22,10 +21,8 @@ from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 
 HELP = """\
-/adapter NAME      let an adapter answer, or `base`
-/compare NAME ...  let several answer each message
+/adapter NAME ...  let an adapter answer, or `base`; several answer one after the other
 /reset             forget what was said
-/help              show this
 /quit              end, as does Ctrl-D; Ctrl-C cuts an answer short"""
 
 
@@ -36,15 +33,6 @@ class ChatOptions(HostOptions):
     """The system message, in place of those that adapters were trained on."""
     raw: bool = False
     """Read each message as it stands, without a template."""
-    cache_tokens: int | None = Field(default=None, ge=32)
-    """Tokens of the key-value cache. By default all rows at full length, as far as a quarter of the
-    free memory goes."""
-
-    @override
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        if self.raw and self.system is not None:
-            yield "--system has no effect with --raw; leave one of them out"
 
 
 class ChatSampling(SamplingConfig):
@@ -68,40 +56,33 @@ def chat(
     Each adapter reads messages as its training data wrote prompts, the base model in its chat
     template.
     """
-    adapters, system = options.adapters, options.system
-    check_sources(options, adapters)
-    host, tokenizer = load_host(options, adapters)
-    have_turns = [one.prompt and not one.prompt.is_text for one in host.adapters.values()]
-    if system and not tokenizer.chat_template and not any(have_turns):
-        raise ConfigError(
-            "--system needs a chat template, the base model's tokenizer has none; leave it out"
-        )
+    check_sources(options, options.adapters)
+    host, tokenizer = load_host(options, options.adapters)
+    forms = [adapter.prompt for adapter in host.adapters.values()]
+    has_turns = tokenizer.chat_template or any(form and not form.is_text for form in forms)
+    if options.system and (options.raw or not has_turns):
+        raise ConfigError("--system needs a chat template, and none is used; leave it out")
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
-    max_rows = len(adapters) + 1
-    cache_tokens = options.cache_tokens or default_cache_tokens(host, max_rows)
-    engine = Engine(host, tokenizer, EngineLimits(max_rows, cache_tokens, max_request_s=math.inf))
-    conversation = Conversation(engine, tokenizer, BASE, system, raw=options.raw)
-    known = [BASE, *adapters]
+    known = [BASE, *host.adapters]
+    limits = EngineLimits(
+        len(known), default_cache_tokens(host, len(known)), max_request_s=math.inf
+    )
+    engine = Engine(host, tokenizer, limits)
+    conversation = Conversation(engine, tokenizer, BASE, options.system, raw=options.raw)
     models = known[-1:]
     print(f"models: {', '.join(known)}; /help for commands")
-    while (line := _read_line(f"{' '.join(models)}> ")) not in (None, "/quit", "/exit"):
+    while (line := _read_line(f"{' '.join(models)}> ")) not in (None, "/quit"):
+        command, *words = str(line).split() or [""]
         try:
-            if not str(line).startswith("/"):
+            if command in ("/adapter", "/compare"):
+                models = _choose(words, known)
+            elif command == "/reset":
+                conversation.turns.clear()
+            elif command.startswith("/"):
+                print(HELP)
+            elif command:
                 _answer(conversation, str(line), models, sampling)
-                continue
-            command, *words = str(line).split()
-            match command:
-                case "/adapter":
-                    models = _choose(words, known, most=1)
-                case "/compare":
-                    models = _choose(words, known, most=len(known))
-                case "/reset":
-                    conversation.turns.clear()
-                case "/help":
-                    print(HELP)
-                case _:
-                    raise ConfigError(f"there is no command {shown(command)}; /help names them")
         except LoraloomError as error:
             print(f"error: {error}")
 
@@ -117,18 +98,15 @@ def _read_line(prompt: str) -> str | None:
         return None
 
 
-def _choose(names: list[str], known: Sequence[str], most: int) -> list[str]:
-    if not set(names) <= set(known) or not 1 <= len(set(names)) == len(names) <= most:
-        count = "one" if most == 1 else f"1 to {most} different ones"
-        raise ConfigError(f"name {count} of {', '.join(known)}, got {shown(' '.join(names))}")
+def _choose(names: list[str], known: Sequence[str]) -> list[str]:
+    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
+        raise ConfigError(f"name some of {', '.join(known)}, got {shown(' '.join(names))}")
     return names
 
 
 def _answer(
     conversation: Conversation, text: str, models: Sequence[str], sampling: SamplingConfig
 ) -> None:
-    if not text:
-        return
     answering = None
     answers = conversation.ask(text, models, sampling)
     try:

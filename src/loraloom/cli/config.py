@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from loraloom.cli.options import LocalPath, Sets
+from loraloom.cli.options import Sets
 from loraloom.training.settings import load_run_config
 from loraloom.training.settings import schema as run_file_schema
 from loraloom.training.sweep_settings import format_values
@@ -18,13 +19,13 @@ def schema() -> None:
     print(json.dumps(run_file_schema(), indent=2))
 
 
-def show(run_file: LocalPath, /, *, overrides: Sets | None = None) -> None:
+def show(run_file: Path, /, *, overrides: Sets = ()) -> None:
     """Check a run file and print all its settings, defaults filled in, and a sweep's jobs.
 
     Args:
         run_file: A base model and its jobs.
     """
-    run = load_run_config(run_file, overrides or ())
+    run = load_run_config(run_file, overrides)
     settings = run.model_dump(mode="json")
     # written as run files are read: a name like 08 has quotes in YAML 1.2 alone
     yaml = YAML(typ="safe", pure=True)

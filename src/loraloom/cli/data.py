@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from cyclopts import Parameter
-from pydantic import Field
-from rich.cells import cell_len, chop_cells
+from cyclopts import Parameter, validators
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters import CONFIGS
-from loraloom.cli.options import LocalPath, Sets
+from loraloom.cli.options import Sets
 from loraloom.config.data import SourceConfig
-from loraloom.config.fields import StrictModel, suggestion
 from loraloom.data.encoding import SourceEncoder
-from loraloom.data.sources import Row
 from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.models.loading import load_tokenizer
@@ -26,70 +22,49 @@ from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training.settings import JobConfig, load_run_config
 
 WIDTH = 80
-COUNTS = ["rows", "empty", "cut", "dropped", "duplicates", "with tools", "faulty"]
-
-
-class ShowOptions(StrictModel):
-    """Which rows are shown."""
-
-    job: str | None = None
-    """Check and show one job only."""
-    rows: int = Field(default=2, ge=1)
-    """Print N rows of each source, from its beginning."""
+COUNTS = ["rows", "empty", "cut", "dropped", "duplicates", "faulty"]
 
 
 def show(
-    run_file: LocalPath,
+    run_file: Path,
     /,
     *,
-    overrides: Sets | None = None,
-    options: Annotated[ShowOptions, Parameter(name="*")] = ShowOptions(),
+    overrides: Sets = (),
+    job: str | None = None,
+    rows: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 2,
 ) -> None:
     """Check all rows of jobs, count them, and print the first as tokens, ^ under those learnt.
 
-    The run file needs a base_model, for its tokenizer, and the jobs' data. Rows that can't be used
-    are listed together at the end. Of streams, the first --rows rows are checked.
+    Rows that can't be used are listed together at the end. Of streams, the first --rows rows are
+    checked.
 
     Args:
         run_file: A base model and its jobs.
+        job: Check and show one job only.
+        rows: Print N rows of each source, from its beginning.
     """
-    run = load_run_config(run_file, overrides or (), fill_in=_fill_in)
-    names = [job.name for job in run.all_jobs]
-    if options.job is not None and options.job not in names:
-        raise ConfigError(
-            f"{suggestion(options.job, names)}--job must be one of {', '.join(names[:20])}, got "
-            f"{options.job!r}"
-        )
+    run = load_run_config(run_file, overrides)
+    jobs = {one.name: one for one in run.all_jobs if job in (None, one.name)}
+    if not jobs:
+        names = ", ".join(one.name for one in run.all_jobs)
+        raise ConfigError(f"--job must be one of {names}, got {job!r}")
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")
     table = make_table("source", values=COUNTS)
     faults: list[str] = []
-    for job in run.all_jobs:
-        if options.job in (None, job.name):
-            splits = [(source, "train") for source in job.data.sources]
-            splits += [(job.data.validation, "validation")] if job.data.validation else []
-            for source, split in splits:
-                try:
-                    _check_source(job, source, split, tokenizer, options.rows, console, table)
-                except DataError as error:
-                    faults.append(str(error))
+    for one in jobs.values():
+        splits = [(source, "train") for source in one.data.sources]
+        splits += [(one.data.validation, "validation")] if one.data.validation else []
+        for source, split in splits:
+            try:
+                _check_source(one, source, split, tokenizer, rows, console, table)
+            except DataError as error:
+                faults.append(str(error))
     console.print()
     print_tables(make_console(), [table])
     if faults:
         raise DataError("\n".join(dict.fromkeys(faults)))
-
-
-def _fill_in(settings: dict[str, Any]) -> dict[str, Any]:
-    # what data does not depend on: a run file may be checked before it has methods and rates
-    jobs = settings.get("jobs")
-    if isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs):
-        adapter = {"method": CONFIGS[0].model_fields["method"].default}
-        for number, job in enumerate(jobs):
-            has_pairs = "preference" in str(job.get("data"))
-            train = {"max_steps": 1, **({"objective": {"name": "dpo"}} if has_pairs else {})}
-            jobs[number] = {"name": f"job{number + 1}", "adapter": adapter, "train": train, **job}
-    return {"output_dir": "out", **settings}
 
 
 def _check_source(
@@ -108,26 +83,17 @@ def _check_source(
     for number, row in enumerate(encoded[:num_shown], start=1):
         for line in _show_row(f"{job.name}: {encoder.name}, row {number}", row, tokenizer):
             console.print(line, style="bold green" if line.lstrip(" ^") == "" else None)
-    tools = (config.fields or {}).get("tools", "tools")
-    counts = _count(rows, encoded, tools)
-    table.add_row(f"{job.name}: {Path(encoder.name).name}", *map(str, counts))
+    table.add_row(f"{job.name}: {Path(encoder.name).name}", *map(str, _count(encoded)))
     encoder.check(rows, encoded)
 
 
-def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], tools: str) -> tuple[int, ...]:
+def _count(rows: Sequence[EncodedRow]) -> tuple[int, ...]:
     # in the order of COUNTS; rows with the same tokens count as duplicates, whatever they say
-    learnt = [tuple(piece.input_ids for piece in row.pieces) for row in encoded if row.pieces]
-    empty = sum(row.is_empty for row in encoded)
-    faulty = sum(bool(row.fault) for row in encoded) - empty
-    return (
-        len(rows),
-        empty,
-        sum(row.is_cut for row in encoded),
-        len(rows) - len(learnt) - empty - faulty,
-        len(learnt) - len(set(learnt)),
-        sum(bool(row.get(tools)) for row in rows),
-        faulty,
-    )
+    learnt = [tuple(piece.input_ids for piece in row.pieces) for row in rows if row.pieces]
+    empty = sum(row.is_empty for row in rows)
+    faulty = sum(bool(row.fault) for row in rows) - empty
+    cut, dropped = sum(row.is_cut for row in rows), len(rows) - len(learnt) - empty - faulty
+    return len(rows), empty, cut, dropped, len(learnt) - len(set(learnt)), faulty
 
 
 def _show_row(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -144,17 +110,14 @@ def token_lines(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marked: Sequence[bool], width: int
 ) -> Iterator[str]:
     """Lines of tokens, `|` between them; after each that has marked ones, a line of `^`."""
-    text, marks = "", ""
+    lines: list[list[str]] = [[], []]
     for token, is_marked in zip(ids, marked, strict=True):
         # escapes stand in place of what can't be seen
-        shown = plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
-        for part in chop_cells(shown, width - 1) or [""]:
-            if cell_len(text) + cell_len(part) + 1 > width:
-                yield from filter(None, (text, marks.rstrip()))
-                text, marks = "", ""
-            text += f"{part}|"
-            marks += ("^" if is_marked else " ") * cell_len(part) + " "
-        if "\\n" in shown:
-            yield from filter(None, (text, marks.rstrip()))
-            text, marks = "", ""
-    yield from filter(None, (text, marks.rstrip()))
+        text = plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
+        if cell_len("".join(lines[-2])) + cell_len(text) >= width:
+            lines += [[], []]
+        lines[-2].append(f"{text}|")
+        lines[-1].append(("^" if is_marked else " ") * cell_len(text) + " ")
+        if "\\n" in text:
+            lines += [[], []]
+    yield from filter(None, ("".join(line).rstrip() for line in lines))

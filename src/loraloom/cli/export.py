@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from loraloom.cli.options import LocalPath
 from loraloom.config.model import BaseModelConfig, Dtype
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.models import export as exporting
@@ -19,7 +19,7 @@ class ExportOptions(BaseModelConfig):
 
     adapter: str
     """The adapter's directory or hub id."""
-    output: LocalPath
+    output: Path
     """A new directory to write; for gguf a new file, adapter.gguf for example."""
     to: exporting.ExportForm | None = None
     """moe: a mixture as the mixture-of-experts checkpoint that computes the same; merged: the base

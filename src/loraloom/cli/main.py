@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
-import tempfile
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pydantic
 from cyclopts import App, CycloptsError, Parameter, ValidationError
-from typing_extensions import override
 
 import loraloom
 from loraloom.config.fields import describe_faults
-from loraloom.durable import cache_directory
-from loraloom.errors import ConfigError, LoraloomError, plain, shown
+from loraloom.errors import LoraloomError, plain, shown
 
 _HELP = "Train, evaluate and run mixtures of LoRA experts and plain adapters on one base model."
 _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
@@ -37,9 +32,9 @@ VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "generate": ("generate:generate", "Complete a prompt, or every prompt of a file."),
     "serve": ("serve:serve", "Serve the base model and its adapters with OpenAI's API."),
     "chat": ("chat:chat", "Talk to the base model and its adapters."),
-    "inspect": ("inspect:inspect", "Show an adapter's method, sizes and norms."),
+    "inspect": ("adapter:inspect", "Show an adapter's method, sizes and norms."),
     "export": ("export:export", "Write an adapter for transformers, vLLM or llama.cpp."),
-    "convert": ("convert:convert", "Write an adapter's files for another program."),
+    "convert": ("adapter:convert", "Write an adapter's files for another program."),
     "config schema": ("config:schema", "Print the JSON Schema of run files."),
     "config show": ("config:show", "Check a run file and print all its settings."),
     "data show": ("data:show", "Print the first rows of jobs as tokens."),
@@ -55,17 +50,14 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, the process's own by default, and return the exit code.
 
-    It is 0, 2 after a user's fault (one message on stderr), 1 after any other (one line, which
-    names the file that has the traceback) and where nobody reads the output any more, 130 after
-    Ctrl-C, 143 after SIGTERM and 129 after SIGHUP in training.
+    It is 0, 2 after a user's fault or one of the system (one message on stderr), 1 after any other
+    (its traceback) and where nobody reads the output any more, 130 after Ctrl-C, 143 after SIGTERM
+    and 129 after SIGHUP in training.
     """
     # transformers imports them, and they warn of kernels for devices that aren't there
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     words = [*(sys.argv[1:] if argv is None else argv)]
-    tracebacks = _TracebackFile()
-    logger = logging.getLogger("loraloom")
-    logger.addHandler(tracebacks)
     try:
         _app(words)(
             words or ["--help"],
@@ -73,28 +65,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_error=False,
             result_action="return_value",
         )
+        sys.stdout.flush()  # now: Python would end with a traceback if that failed at its exit
         return 0 if words and words not in [[group] for group in GROUPS] else 2
     except ValidationError as error:  # a model's own messages are as those of a run file
         cause = error.__cause__
         is_models = isinstance(cause, pydantic.ValidationError)
-        tracebacks.complain("\n".join(describe_faults(cause)) if is_models else str(error))
-        return 2
-    except (CycloptsError, LoraloomError) as error:
-        tracebacks.complain(str(error))
-        return 2
+        return _fail("\n".join(describe_faults(cause)) if is_models else str(error))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (CycloptsError, LoraloomError, OSError) as error:
+        return _fail(str(error))
     except Exception as error:
-        logger.error("%s", shlex.join(["loraloom", *words]), exc_info=error)
-        tracebacks.complain(f"unexpected {type(error).__name__}: {shown(str(error))}")
-        return 1
-    finally:
-        logger.removeHandler(tracebacks)
-        _flush_output()
+        print(plain(traceback.format_exc()), file=sys.stderr)
+        return _fail(f"unexpected {type(error).__name__}: {shown(str(error))}", 1)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    origin = "" if rank is None or size == "1" else f" on rank {plain(rank)}"
+    print(f"error{origin}: {plain(message)}", file=sys.stderr)
+    return code
 
 
 def _app(words: Sequence[str]) -> App:
@@ -116,49 +111,3 @@ def _app(words: Sequence[str]) -> App:
         known = {} if is_used else {"help": summary}  # else its file is imported for it
         (groups[above[0]] if above else app).command(place, name=name, **known)
     return app
-
-
-class _TracebackFile(logging.Handler):
-    """Keeps what loraloom logs as errors in a file that its user alone can read."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-        self._path: Path | None = None
-
-    @override
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):
-            self._path = self._path or self._new_file()
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(self.format(record) + "\n")
-
-    @staticmethod
-    def _new_file() -> Path:
-        # under a name that nobody can guess, in the user's cache if possible
-        try:
-            directory = cache_directory() / "tracebacks"
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(".log", "loraloom-", directory)
-        except (OSError, ConfigError):  # ConfigError: there is no home directory
-            descriptor, name = tempfile.mkstemp(".log", "loraloom-")
-        os.close(descriptor)
-        return Path(name)
-
-    def complain(self, message: str) -> None:
-        """Tell what went wrong on stderr, and where its traceback is if one was kept."""
-        rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-        origin = "" if rank is None or size == "1" else f" on rank {plain(rank)}"
-        place = "" if self._path is None else f"; the traceback is in {self._path}"
-        with suppress(OSError):
-            print(f"error{origin}: {plain(message)}{place}", file=sys.stderr)
-
-
-def _flush_output() -> None:
-    # now, as Python would end with a traceback if that failed at its exit
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            print(f"warning: some of the output can't be written: {error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

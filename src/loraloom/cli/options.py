@@ -1,19 +1,14 @@
-"""What several verbs' options are: paths, adapters, and a base model with adapters on it."""
+"""What several verbs' options are: a base model with adapters on it, `--set`, and a cluster."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter, Token
-from pydantic import AfterValidator, Field
-from typing_extensions import override
+from cyclopts import Parameter
 
-from loraloom.config.fields import CheckInfo, StrictModel, check_name
+from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.text import local_path
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,28 +19,11 @@ if TYPE_CHECKING:
 # What files and options call the base model.
 BASE = "base"
 
-
-def _read_path(kind: Any, tokens: Sequence[Token]) -> Any:
-    paths = [local_path(token.value, token.keyword or "the path") for token in tokens]
-    return paths[0] if kind is Path else paths
-
-
-def _check_path(path: Path, info: CheckInfo) -> Path:
-    return local_path(path, str(info.field_name))
-
-
-# A path that the system can be asked about.
-LocalPath = Annotated[Path, Parameter(converter=_read_path), AfterValidator(_check_path)]
-
-LocalPaths = Annotated[
-    list[Annotated[Path, AfterValidator(_check_path)]], Parameter(converter=_read_path)
-]
-
 # A text, which may look like an option.
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
 Sets = Annotated[
-    list[str],
+    tuple[str, ...],
     Parameter(
         name="--set",
         allow_leading_hyphen=True,
@@ -65,42 +43,18 @@ class HostOptions(BaseModelConfig):
     @property
     def adapters(self) -> dict[str, str]:
         """Where to load each adapter from, by name, in their order."""
-        return parse_adapters(self.adapter)
-
-
-class RayOptions(StrictModel):
-    """A cluster that shares the work."""
-
-    ray: str | None = None
-    """Spread the work over the devices of a Ray cluster: auto (the one that runs on this machine,
-    else one that lasts as long as the command) or HOST:PORT."""
-    ray_workers: int | None = Field(default=None, ge=1)
-    """With --ray: use N devices; by default all accelerators, else one worker on each machine."""
-
-    @override
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        if self.ray_workers is not None and self.ray is None:
-            yield "--ray-workers has no effect without --ray; give it"
-
-
-def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
-    """Names and paths of `name=path`; a name is a safe file name, and none is given twice."""
-    adapters: dict[str, str] = {}
-    for text in texts:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise ConfigError(f"--adapter must be name=path, got {text!r}")
-        if name == BASE or name in adapters:
-            raise ConfigError(
-                f"--adapter {text}: name must differ from base, which is the base model, and from "
-                "other adapters' names"
-            )
-        try:
+        adapters: dict[str, str] = {}
+        for text in self.adapter:
+            name, _, path = text.partition("=")
+            if not name or not path:
+                raise ConfigError(f"--adapter must be name=path, got {text!r}")
+            if name == BASE or name in adapters:
+                raise ConfigError(
+                    f"--adapter {text}: name must differ from base, which is the base model, and "
+                    "from other adapters' names"
+                )
             adapters[check_name(name)] = path
-        except ConfigError as error:
-            raise ConfigError(f"--adapter {text}: {error}") from None
-    return adapters
+        return adapters
 
 
 def tell_unknown_prompts(host: Host, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,15 +9,10 @@ from operator import sub
 from pathlib import Path
 from shlex import quote
 from statistics import fmean, stdev
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-from pydantic import Field
-
-from loraloom.cli.options import BASE, LocalPath
+from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
-from loraloom.config.fields import StrictModel
-from loraloom.config.model import Device
 from loraloom.config.text import parse_yaml
 from loraloom.data import tiny_base
 from loraloom.data.tasks import load_question_set
@@ -50,39 +45,32 @@ _CAUTION = """\
 A difference that isn't well beyond both says nothing. And this is one task on a tiny model:
 docs/when_a_mixture.md has where a mixture pays, and how to find out on yours."""
 
-# Weights of each method.
-Sizes = Mapping[str, int]
-
-
-class QuickstartOptions(StrictModel):
-    """Where results go, and how long it takes."""
-
-    output_dir: LocalPath = Path("quickstart")
-    """Write adapters, metrics and pictures to this directory."""
-    overwrite: bool = False
-    """Replace an earlier quickstart's results."""
-    resume: bool = False
-    """Go on where an interrupted quickstart was, if there is one."""
-    max_steps: int = Field(default=800, ge=1)
-    """Train for N steps."""
-    device: Device = "auto"
-    """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
-
 
 def quickstart(
     *,
-    options: Annotated[QuickstartOptions, Parameter(name="*")] = QuickstartOptions(),
+    output_dir: Path = Path("quickstart"),
+    overwrite: bool = False,
+    resume: bool = False,
+    max_steps: int = 800,
+    device: str = "auto",
 ) -> None:
     """Train two LoRAs and a mixture together, three seeds of each, and see which learns more.
 
     Nothing is downloaded: the data set, `skills@8` (small rules in eight invented lands), and a
     tiny base model that knows its language are made on the spot. Four to seven minutes on
     two slow processor cores.
+
+    Args:
+        output_dir: Write adapters, metrics and pictures to this directory.
+        overwrite: Replace an earlier quickstart's results.
+        resume: Go on where an interrupted quickstart was, if there is one.
+        max_steps: Train for N steps.
+        device: auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps.
     """
-    output, console = options.output_dir, make_console(soft_wrap=True)
-    again: dict[str, Any] = {"resume": options.resume, "overwrite": options.overwrite}
-    run = _run_config(options)
-    find_device(options.device)  # one that isn't there is an error now, not minutes later
+    console = make_console(soft_wrap=True)
+    again: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
+    run = _run_config(output_dir, max_steps, device)
+    find_device(device)  # one that isn't there is an error now, not minutes later
     RunDirectory(run.output_dir).check(**again)
     base = Path(run.base_model)
     if base.is_dir():
@@ -91,7 +79,7 @@ def quickstart(
         console.print("Making a tiny base model of three layers (some two minutes)")
         with show_progress(console, "base model", [1] * BASE_STEPS) as advance:
             tiny_base.make_tiny_base(base, BASE_STEPS, on_step=lambda step: advance([step]))
-    model, tokenizer = load_base_model(run.base_model, device=options.device)
+    model, tokenizer = load_base_model(run.base_model, device=device)
     host = attach(model)
     names = [job.name for job in run.jobs]
     console.print(f"Training {len(names)} adapters on it, all in the same steps")
@@ -110,38 +98,36 @@ def quickstart(
     found = evaluate(host, tokenizer, [questions], [None, *names], pairs=pairs)
     sizes = {result.job.partition("@")[0]: result.num_parameters for result in results}
     console.print(_findings(found, seeds, sizes))
-    _draw(output, run.output_dir, seeds, found.routing[names[-1]])
+    _draw(output_dir, run.output_dir, seeds, found.routing[names[-1]])
     adapter = run.output_dir / names[-1]
     console.print(
         NEXT.format(
             adapters=run.output_dir,
-            output=output,
+            output=output_dir,
             mixture=quote(str(adapter)),
             model=f"--base-model {quote(str(base))} --adapter {quote(f'mix={adapter}')}",
-            result=quote(f"{output}/eval.json"),
+            result=quote(f"{output_dir}/eval.json"),
         )
     )
 
 
-def _run_config(options: QuickstartOptions) -> RunConfig:
+def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
     # the file says what a person would write; seeds, steps and places are filled in
     file = files("loraloom.cli") / "quickstart.yaml"
     run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
-    run["base_model"], run["output_dir"] = (
-        str(options.output_dir / "base"),
-        options.output_dir / "adapters",
-    )
-    run["device"] = options.device
+    run |= {"base_model": str(output / "base"), "output_dir": output / "adapters", "device": device}
     run["jobs"] = [
         {**job, "name": f"{job['name']}@{seed}", "seed": seed}
-        | {"train": {**job["train"], "max_steps": options.max_steps}}
+        | {"train": {**job["train"], "max_steps": max_steps}}
         for job in run["jobs"]
         for seed in SEEDS
     ]
     return RunConfig.model_validate(run)
 
 
-def _findings(found: Evaluation, methods: Mapping[str, Sequence[str]], sizes: Sizes) -> str:
+def _findings(
+    found: Evaluation, methods: Mapping[str, Sequence[str]], sizes: Mapping[str, int]
+) -> str:
     """What is answered right, how far the last method is from others, and what that is worth."""
     results = {name: by_task[TASK] for name, by_task in found.results.items()}
     shares = {

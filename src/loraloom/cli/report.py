@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from loraloom.cli.options import LocalPath, LocalPaths
 from loraloom.durable import prepare_output, write_output
 from loraloom.errors import ConfigError
 from loraloom.report.page import make_page
@@ -15,11 +15,11 @@ DEFAULT_NAME = "report.html"
 
 
 def report(
-    run_dirs: Annotated[LocalPaths, Parameter(name="RUN_DIR")],
+    run_dirs: Annotated[list[Path], Parameter(name="RUN_DIR")],
     /,
     *,
-    evaluations: Annotated[LocalPaths | None, Parameter(name="--eval")] = None,
-    output: LocalPath | None = None,
+    evaluations: Annotated[list[Path] | None, Parameter(name="--eval")] = None,
+    output: Path | None = None,
 ) -> None:
     """Put results, learning curves and the experts' load of a run on one HTML page.
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import Field
+from pydantic import DirectoryPath, Field
 from typing_extensions import override
 
-from loraloom.cli.options import HostOptions, LocalPath, Text, tell_unknown_prompts
+from loraloom.cli.options import HostOptions, Text, tell_unknown_prompts
 from loraloom.data.templates import load_chat_template
 from loraloom.errors import ConfigError
 from loraloom.generation import loading
@@ -31,7 +32,7 @@ _OF_BOTH = {
 class ServeOptions(HostOptions):
     """What is served to whom, and what that may take."""
 
-    adapter_dir: LocalPath | None = None
+    adapter_dir: DirectoryPath | None = None
     """A directory of adapters; each is loaded when it is first asked for."""
     max_adapters: int = Field(default=8, ge=1)
     """Most adapters of --adapter-dir at once."""
@@ -41,16 +42,16 @@ class ServeOptions(HostOptions):
     """Address; other machines' needs a key."""
     port: int = Field(default=8000, ge=0, le=65535)
     """0 takes any free one."""
-    api_key_file: LocalPath | None = None
+    api_key_file: Path | None = None
     """API keys, one a line."""
     no_api_key: bool = False
     """Let anybody ask."""
     allow_loading: bool = False
     """Let clients load and unload adapters by path; where there are API keys, with one of
     --admin-key-file."""
-    admin_key_file: LocalPath | None = None
+    admin_key_file: Path | None = None
     """Keys that may load adapters, one a line."""
-    adapter_root: LocalPath | None = None
+    adapter_root: DirectoryPath | None = None
     """Let clients load adapters below DIR alone, and none of the Hub."""
     cors_origin: tuple[str, ...] = ()
     """A web page's origin that may ask. May be repeated."""
@@ -68,19 +69,6 @@ class ServeOptions(HostOptions):
     """Most completions that wait."""
     max_request_seconds: float = Field(default=600.0, ge=1)
     """Longest time of a request."""
-    max_body_bytes: int = Field(default=2 << 20, ge=1024)
-    """Largest request."""
-    max_connections: int | None = Field(default=None, ge=1)
-    """Most connections at once; the longest idle one goes for a new one. By default what the limit
-    of open files has room for, at most 1024."""
-    header_seconds: float = Field(default=10.0, ge=0.1)
-    """Time for a request's headers."""
-    body_seconds: float = Field(default=60.0, ge=0.1)
-    """Time for a body, and for a client to read some of an answer."""
-    idle_seconds: float = Field(default=30.0, ge=0.1)
-    """Time between two requests."""
-    access_log: Annotated[bool, Parameter(negative="--no-access-log")] = True
-    """Write a line of each request."""
     chat_template: Text | None = None
     """In place of the tokenizer's: a file, a Jinja text, or trl for its training one."""
     engine: Literal["embedded", "vllm"] = "embedded"
@@ -89,15 +77,8 @@ class ServeOptions(HostOptions):
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        for option, path in (
-            ("--adapter-dir", self.adapter_dir),
-            ("--adapter-root", self.adapter_root),
-        ):
-            if path is not None and not path.is_dir():
-                yield f"{option} must be a directory, there is no {path}"
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if self.engine == "vllm" and name not in _OF_BOTH and value != field.default:
+        if self.engine == "vllm":
+            for name in sorted(self.model_fields_set - _OF_BOTH):
                 yield f"--{name.replace('_', '-')} has no effect with --engine vllm; leave it out"
 
 
@@ -130,16 +111,10 @@ def _serve_embedded(
 ) -> None:
     # packages of the extra `serve`, which vLLM does without
     from loraloom.serve.http.app import ApiOptions, create_app
-    from loraloom.serve.http.server import ConnectionLimits, OnceASecond, Server, listen
+    from loraloom.serve.http.server import OnceASecond, Server, listen
 
     bound_memory()
     loading.check_sources(options, options.adapters)
-    connections = ConnectionLimits(
-        options.max_connections,
-        options.header_seconds,
-        options.body_seconds,
-        options.idle_seconds,
-    )
     # the socket comes first, so that a port in use is an error before minutes of loading
     with listen(options.host, options.port) as sock:
         engine, adapters, tokenizer = run_apart(lambda: _prepare(options, sock))
@@ -149,13 +124,12 @@ def _serve_embedded(
             options.allow_loading,
             options.adapter_root,
             options.cors_origin,
-            options.max_body_bytes,
-            is_local,
-            options.access_log,
+            is_local=is_local,
+            log_requests=True,
         )
         app = create_app(engine, tokenizer, adapters, allowed)
         _write_log(OnceASecond())
-        Server(app, engine, connections).run([sock])
+        Server(app, engine).run([sock])
 
 
 def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, ServedAdapters, Any]:

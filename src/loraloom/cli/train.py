@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from pydantic import Field
 from rich.table import Table
 from typing_extensions import override
 
-from loraloom.cli.options import BASE, LocalPath, RayOptions, Sets
+from loraloom.cli.options import Sets
 from loraloom.config.fields import StrictModel
-from loraloom.config.model import AttnImplementation, BaseDtype, quantization_option
 from loraloom.errors import TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training import run as training
@@ -21,51 +23,44 @@ from loraloom.training.inbox import WatchOptions
 from loraloom.training.parallel import read_launch
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
-from loraloom.training.settings import JobConfig, RunConfig, load_run_config
+from loraloom.training.settings import RunConfig, load_run_config
 
 # Adapters in a command; of a sweep the best ones.
 MAX_ADAPTERS = 8
 
 
-class TrainOptions(RayOptions):
+class TrainOptions(StrictModel):
     """What becomes of earlier results, and where else jobs come from."""
 
     resume: bool = False
-    """Go on from the newest checkpoint, if there is one."""
+    """Resume from the newest checkpoint, if there is one."""
     overwrite: bool = False
     """Replace earlier results of these jobs."""
-    watch: LocalPath | None = None
-    """Go on, and train the job files that come into this directory too."""
+    watch: Path | None = None
+    """Keep running, and train the job files that come into this directory too."""
     watch_exit_when_idle: bool = False
     """With --watch: end when all files are done."""
+    ray: str | None = None
+    """Spread the work over the devices of a Ray cluster: auto (the one that runs on this machine,
+    else one that lasts as long as the command) or HOST:PORT."""
+    ray_workers: int | None = Field(default=None, ge=1)
+    """With --ray: use N devices; by default all accelerators, else one worker on each machine."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.watch_exit_when_idle and self.watch is None:
             yield "--watch-exit-when-idle has no effect without --watch DIR; give it"
-
-
-class ModelChanges(StrictModel):
-    """What takes the place of the run file's settings."""
-
-    dtype: BaseDtype | None = None
-    """Load the base model in this number format, in place of the run file's."""
-    quantization: str | None = None
-    """Quantize the base model so, in place of the run file's."""
-    device: str | None = None
-    """Run on this device, in place of the run file's."""
-    attn_implementation: AttnImplementation | None = None
-    """Compute attention so, in place of the run file's."""
+        if self.ray_workers is not None and self.ray is None:
+            yield "--ray-workers has no effect without --ray; give it"
 
 
 def train(
-    run_file: LocalPath,
+    run_file: Path,
     /,
     *,
-    overrides: Sets | None = None,
+    overrides: Sets = (),
     options: Annotated[TrainOptions, Parameter(name="*")] = TrainOptions(),
-    model: Annotated[ModelChanges, Parameter(name="*")] = ModelChanges(),
 ) -> None:
     """Train the adapters of a run file, all of them together on one base model.
 
@@ -77,8 +72,7 @@ def train(
     Args:
         run_file: A base model and its jobs.
     """
-    changes = [f"{name}={value}" for name, value in model.model_dump(exclude_none=True).items()]
-    run = load_run_config(run_file, [*(overrides or ()), *changes])
+    run = load_run_config(run_file, overrides)
     console = make_console(quiet=read_launch().rank > 0)
     results = training.train(
         run,
@@ -94,13 +88,8 @@ def train(
     others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
     if others:
         print_tables(console, [_results_table(others)])
-    commands = {
-        "Evaluate": evaluation_command(run, results),
-        "Generate": generation_command(run, results),
-    }
-    for purpose, command in commands.items():
-        if command is not None:
-            console.print(f"\n{purpose} with:\n  {command}", soft_wrap=True)
+    if command := evaluation_command(run, results):
+        console.print(f"\nEvaluate with:\n  {command}", soft_wrap=True)
     raise_failures(results)
 
 
@@ -124,76 +113,24 @@ def raise_failures(results: Sequence[JobResult]) -> None:
         raise TrainingError("\n".join(failures))
 
 
-def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
-    """Write the command, an option a line; None where there is nothing to evaluate.
-
-    It asks what the first job was measured on, or what it learnt from where that has other splits.
-    Adapters of jobs that would be asked something else are left out.
-    """
-    good, jobs = _good(run, results), {job.name: job for job in run.all_jobs}
-    if run.sweep is not None and run.trials:  # TPE's later jobs differ from the first in values
-        owned = [one.job for one in good if run.sweep.owns(one.job)]
-        jobs = dict.fromkeys(owned, run.trials[0]) | jobs
-    asked = {one.job: _asked(jobs[one.job]) for one in good if one.job in jobs}
-    first = next(filter(None, asked.values()), None)
-    if first is None:
-        return None
-    adapters = [one for one in good if asked.get(one.job) == first]
-    output = shlex.join(["--output", str(run.output_dir / "eval.json")])
-    return _command("eval", run, adapters, first, output)
-
-
-def generation_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
-    """Write the command that asks what was trained, an option a line; None if nothing was."""
-    good = _good(run, results)
-    return _command("generate", run, good, "--prompt 'Hello!'") if good else None
-
-
-def _good(run: RunConfig, results: Sequence[JobResult]) -> list[JobResult]:
-    # a sweep's best first, as a command has MAX_ADAPTERS of them
+def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str:
+    """Write a command that evaluates what was trained; empty where nothing was."""
     good = [result for result in results if result.error is None and result.status != "stopped"]
+    if not good:
+        return ""
     if run.sweep is not None:
         metric = run.sweep.metric
         # a job that was never measured goes last, whichever way is better
         sign = 1 if metric.endswith("loss") else -1
-        good.sort(key=lambda one: sign * one.metrics.get(metric, sign * float("inf")))
-    return good
-
-
-def _command(verb: str, run: RunConfig, adapters: Sequence[JobResult], *options: str) -> str:
-    words = [f"loraloom {verb} --base-model {shlex.quote(run.base_model)}"]
-    words += filter(None, [quantization_option(run.quantization)])
-    for one in adapters[:MAX_ADAPTERS]:
-        # a job may be called as evaluations call the base model
-        name = f"{one.job}-adapter" if one.job == BASE else one.job
-        words.append(shlex.join(["--adapter", f"{name}={one.directory}"]))
-    return " \\\n    ".join([*words, *options])
-
-
-def _asked(job: JobConfig) -> str:
-    """The options that say what is asked."""
-    held_out = job.data.validation
-    source, *more = job.data.sources if held_out is None else [held_out]
-    tasks = [one for one in (*job.eval, source, *more) if one.task is not None]
+        good.sort(key=lambda one: sign * one.metrics.get(metric, sign * math.inf))
+    options = [("--base-model", run.base_model)]
+    if run.quantization is not None:
+        options.append(("--quantization", run.quantization.model_dump_json(exclude_none=True)))
+    options += [("--adapter", f"{one.job}={one.directory}") for one in good[:MAX_ADAPTERS]]
+    tasks = [one for job in run.all_jobs for one in (*job.eval, *job.data.sources) if one.task]
     if tasks:
-        first = tasks[0]
-        alike = [one for one in tasks if (one.scoring, one.path) == (first.scoring, first.path)]
-        names = ",".join(dict.fromkeys(str(one.task) for one in alike))
-        options = {"--task": names, "--scoring": first.scoring, "--data": first.path}
-    elif held_out is not None and held_out.config is not None:  # eval can't be told it
-        return ""
+        asked = {"--task": tasks[0].task, "--scoring": tasks[0].scoring, "--data": tasks[0].path}
+        options += [(option, value) for option, value in asked.items() if value]
     else:
-        beta = getattr(job.train.objective, "beta", None)
-        options = {
-            "--dataset": "HELD_OUT.jsonl" if held_out is None else source.dataset,
-            "--split": None if held_out is None else source.split,
-            "--format": source.format,
-            "--template": source.template,
-            "--chat-template": source.chat_template,
-            "--max-length": str(job.train.max_length),
-            "--beta": beta and str(beta),
-        }
-    words = [word for pair in options.items() if pair[1] for word in pair]
-    for role, column in (source.fields or {}).items() if not tasks else ():
-        words += ["--field", f"{role}={column}"]
-    return shlex.join(map(str, words))
+        options.append(("--dataset", "HELD_OUT.jsonl"))
+    return " \\\n    ".join(["loraloom eval", *map(shlex.join, options)])

@@ -95,7 +95,7 @@ class ScoreCache:
         except (OSError, sqlite3.Error, ValueError) as error:
             raise ConfigError(
                 f"scores can't be kept in {path}: {error}; delete the file if it is damaged, or "
-                "give another --cache DIR, or --no-cache"
+                "set XDG_CACHE_HOME, or give --no-cache"
             ) from error
 
 

@@ -1,0 +1,84 @@
+"""`loraloom inspect` and `loraloom convert`: an adapter's files, without its base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from loraloom.cli.options import Sets
+from loraloom.config.model import BaseModelConfig
+from loraloom.config.text import apply_override
+from loraloom.errors import shown
+from loraloom.formats.description import describe
+from loraloom.models import converting
+from loraloom.terminal import make_console, make_table, print_tables
+
+
+def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = False) -> None:
+    """Show an adapter's method, sizes, parameters in % of the base model, and norms.
+
+    Args:
+        path: Directory of an adapter, or its id on the Hub.
+        as_json: Print JSON instead of tables.
+    """
+    description = describe(path).to_json()
+    if as_json:
+        print(json.dumps(description, indent=2, allow_nan=False))
+        return
+    norms = make_table("norm of", values=["tensors", "min", "median", "max"])
+    for name, norm in description.pop("norms").items():
+        norms.add_row(name, *map(_text, norm.values()))
+    settings = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in description.items():
+        if value not in (None, ()):
+            settings.add_row(name.replace("_", " "), _text(value))
+    print_tables(make_console(), [settings, norms])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        given = ((name, one) for name, one in value.items() if one is not None)
+        return "\n".join(f"{n}: {shown(v) if isinstance(v, str) else _text(v)}" for n, v in given)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def convert(
+    source: str,
+    destination: Path,
+    /,
+    *,
+    to: converting.Program,
+    overrides: Sets = (),
+    base_model: str | None = None,
+) -> None:
+    """Write an adapter for another program: PEFT, MoE-PEFT, loraloom itself.
+
+    Args:
+        source: The adapter's directory or hub id.
+        destination: A new directory to write.
+        to: native: as loraloom saves it; peft: for PEFT (LoRA, DoRA, VeRA); reference: for MoE-PEFT
+            2.0.2.
+        overrides: A setting of the adapter that its files lack, or another one, PATH=VALUE:
+            top_k=2, experts.alpha=32. May be repeated.
+        base_model: The base model, to check that the adapter fits. Needed for a DoRA whose files
+            have no magnitudes, and for VeRA.
+    """
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        settings = apply_override(settings, override)
+    host = None
+    if base_model is not None:
+        from loraloom.generation.loading import load_host  # with transformers
+
+        model = BaseModelConfig(base_model=base_model, dtype="float32", device="cpu")
+        host, _ = load_host(model, {})
+    config = converting.convert(source, destination, to, settings=settings, host=host)
+    print(f"wrote {destination}: {config.title}, rank {config.rank}, for {to}")
