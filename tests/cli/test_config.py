@@ -48,15 +48,15 @@ def test_what_is_shown_is_the_same_run(run_file, tmp_path, capsys, name):
 
 
 def test_faults_are_listed_with_code_2(run_file, capsys):
-    overrides = ["jobs.0.adapter.top_k=9", "jobs.0.adapter.rnak=3"]
+    overrides = ["jobs.0.adapter.top_k=9", "jobs.0.train.max_step=3"]
     argv = ["config", "show", str(run_file)]
     assert main([*argv, "--set", overrides[0], "--set", overrides[1]]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        f"error: {run_file} has 2 faults:",
-        "  jobs.0.adapter.top_k must be in [1, num_experts=8], got 9",
-        "  jobs.0.adapter: unknown key 'rnak'; did you mean 'rank'?",
+        f"error: {run_file}:",
+        "  jobs.0.adapter: top_k must be in [1, num_experts=8], got 9",
+        "  jobs.0.train: unknown key 'max_step'; did you mean 'max_steps'?",
     ]
 
 

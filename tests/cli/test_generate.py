@@ -105,7 +105,10 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--input nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("--prompt x --adapter a=nowhere", "there is no nowhere"),
         ("--prompt x --top-p 0.5", "top_p has no effect at temperature 0"),
-        ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be at least 1"),
+        (
+            "--prompt x --temperature -1 --max-new-tokens 0",
+            "max_new_tokens must be greater than",
+        ),
         ("--prompt x --output .", "--output must be a file"),
         ("--prompt x --raw --chat-template trl", "--chat-template exclude each other"),
         ("--prompt x --no-base", "--no-base has an effect on --prompt with --adapter only"),

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -35,8 +34,10 @@ def test_yaml_is_that_of_version_1_2(text, value):
             for text in ("a: \0", "a: 2024-13-45", "!!bool maybe", "!!int ''", "9" * 5000)
         ],
         ("a: &a [1, *a]", "more than 100,000 values"),
+        ("- &0 [1]\n" + "\n".join(f"- &{n} [*{n - 1}, *{n - 1}]" for n in range(1, 60)), "100,000"),
         (
-            "\n".join(f"- &{n} [*{n - 1}, *{n - 1}]" if n else "- &0 [1]" for n in range(60)),
+            "a0: &0 {x: 1}\n"
+            + "\n".join(f"a{n}: &{n} {{<<: [*{n - 1}, *{n - 1}]}}" for n in range(1, 40)),
             "100,000",
         ),
         ('a: "x\\ud800"', "surrogate"),
@@ -56,23 +57,17 @@ def test_what_json_writes_is_read_back(value):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", "line 1, column 0: EOF while parsing a value"),
-        ('{"a": 1,\n oops}', "line 2, column 2: key must be a string"),
-        ("[" * 100_000, "line 1, column 202: more than 200 levels"),
-        ("[NaN]", "line 1, column 2: expected value"),
+        ("", "EOF while parsing a value at line 1 column 0"),
+        ('{"a": 1,\n oops}', "key must be a string at line 2 column 2"),
+        ("[" * 100_000, "recursion limit exceeded at line 1 column 202"),
+        ("[NaN]", "expected value at line 1 column 2"),
         ("1" * 5000, "number out of range"),
-        ('"\ud800"', "line 1: half a surrogate pair"),
+        ('"\ud800"', "Expected"),
     ],
 )
 def test_what_is_no_json_is_an_error_with_its_line(text, fault):
-    with pytest.raises(FormatError, match=r"f\.json must be JSON, line") as caught:
+    with pytest.raises(FormatError, match=rf"f\.json must be JSON: {fault}"):
         parse_json(text, "f.json", FormatError)
-    assert fault in str(caught.value)
-
-
-def test_lines_are_those_of_the_file():
-    with pytest.raises(DataError, match=r"must be JSON, line 8, column 1: "):
-        parse_json("{\n]", "m.jsonl", DataError, line=7)
 
 
 def test_a_file_that_can_not_be_read_is_one_clear_error(tmp_path):
@@ -82,13 +77,8 @@ def test_a_file_that_can_not_be_read_is_one_clear_error(tmp_path):
     file.write_text("[1]", encoding="utf-8-sig")
     assert read_json(file) == [1]
     file.write_bytes(b'"\xff"')
-    with pytest.raises(DataError, match="must be text in UTF-8, byte 1 is not"):
+    with pytest.raises(DataError, match=r"must be text in UTF-8: .*position 1"):
         read_json(file, DataError)
-    with pytest.raises(DataError, match="must have at most 2 bytes"):
-        read_json(file, DataError, max_bytes=2)
-    os.mkfifo(tmp_path / "pipe")  # to open it would wait
-    with pytest.raises(DataError, match="must be a file, it is something else"):
-        read_json(tmp_path / "pipe", DataError)
 
 
 @pytest.mark.parametrize("text", ["a/b", "/", "~", "ä/模型", "x" * 255, "a b"])
@@ -100,15 +90,6 @@ def test_a_path_that_could_exist_is_taken(text):
 def test_a_path_that_can_not_exist_is_one_clear_error(text):
     with pytest.raises(FormatError, match="an adapter must be a path, got '"):
         local_path(text, "an adapter", FormatError)
-
-
-def test_a_directory_that_may_not_be_looked_into_is_one_clear_error(monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "stat", refuse)
-    with pytest.raises(ConfigError, match="no permission to look into its directory"):
-        local_path("/root/x.jsonl", "dataset")
 
 
 def settings():

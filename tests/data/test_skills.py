@@ -104,5 +104,3 @@ def test_skills_have_three_splits_and_no_path():
         generate_skills("dev")
     with pytest.raises(DataError, match="skills is generated and takes no path"):
         load_question_set("skills", "text", path="data")
-    with pytest.raises(ValueError, match="path has no effect on skills, which loraloom generates"):
-        SourceConfig(task="skills@2", path="data")

@@ -44,12 +44,12 @@ def test_a_draw_depends_on_seed_and_row_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"temperature": -1}, "temperature must be greater than or equal to 0, got -1"),
         ({"temperature": 1e-45}, "temperature must be 0, for the most likely token, or at least"),
         ({"temperature": float("nan")}, "temperature must be"),
-        ({"repetition_penalty": 1e300}, "repetition_penalty must be at most 100"),
-        ({"top_p": 1.5, "temperature": 1}, "top_p must be at most 1, got 1.5"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be less than or equal to 100"),
+        ({"top_p": 1.5, "temperature": 1}, "top_p must be less than or equal to 1, got 1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be greater than or equal to 1, got 0"),
         ({"top_p": 0.5}, "top_p has no effect at temperature 0, got 0.5; set temperature above 0"),
         ({"top_k": 5}, "top_k has no effect at temperature 0, got 5"),
         ({"stop": ("",)}, "stop"),

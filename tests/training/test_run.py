@@ -74,7 +74,7 @@ def test_settings_and_files_are_read_as_the_command_line_reads_them(inputs, tmp_
     results = train(write_run_file(tmp_path / "run.yaml", settings))
     assert [result.steps for result in results] == [4, 4]
     assert train(settings, overwrite=True)[0].metrics == results[0].metrics
-    with pytest.raises(ConfigError, match=r"the run has a fault:\n  unknown key 'output'"):
+    with pytest.raises(ConfigError, match=r"the run: unknown key 'output'"):
         train(settings | {"output": "elsewhere"})
 
 

@@ -153,14 +153,14 @@ def test_every_fault_of_the_values_is_told(tmp_path):
 def test_a_fault_of_one_job_or_of_all_is_told_once(tmp_path):
     for ranks in ([8, 0], [0, -1]):
         (line,) = faults(tmp_path, parameters={"adapter.rank": ranks})
-        assert line.startswith("sweep.job: adapter.rank must be at least 1, got ")
+        assert line.startswith("sweep.job: adapter.rank must be greater than or equal to 1, got ")
 
 
 SWEEP_FAULTS = [
     ({"job": "b"}, "job must be the settings of a job or the name of one of jobs (none), got 'b'"),
     ({"job": {**TEMPLATE, "name": "a/b"}}, "sweep.job: name must be a safe file name"),
     ({"search": "gird"}, "search must be grid, {random: how many, seed: 0} or {tpe: how many, s"),
-    ({"search": {"random": 0}}, "search.random must be at least 1, got 0"),
+    ({"search": {"random": 0}}, "search.random must be greater than or equal to 1, got 0"),
     ({"search": {"tpe": 2, "random": 2}}, "search must be grid, {random: how many, seed: 0} or {"),
     (
         {"parameters": {"seed": list(range(30)), "adapter.rank": list(range(1, 31))}},

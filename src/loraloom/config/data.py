@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
 from typing_extensions import override
 
 from loraloom.config.fields import CheckInfo, StrictModel, did_you_mean
-from loraloom.errors import shown
+from loraloom.errors import ConfigError, shown
 
 TaskName = Literal[
     "arc_easy",
@@ -39,8 +39,13 @@ DataFormat = Literal["instruction", "chat", "text", "preference"]
 MAX_LENGTH = 512
 BETA = 0.1
 
+Role = Literal[
+    *("instruction", "input", "output", "messages", "tools", "system", "text"),
+    *("prompt", "chosen", "rejected"),
+]
+
 # What a row of each format is made of: the keys that `fields` may map to columns.
-FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
+FIELD_ROLES: dict[DataFormat, tuple[Role, ...]] = {
     "instruction": ("instruction", "input", "output"),
     "chat": ("messages", "tools", "system"),
     "text": ("text",),
@@ -100,7 +105,7 @@ def is_task_file(task: str) -> bool:
 
 def is_skills(task: str) -> bool:
     """Whether a task is `skills`, or `skills@N`: its rules in N lands."""
-    return re.fullmatch(r"skills(@[1-9][0-9]{0,2})?", task) is not None
+    return re.fullmatch(r"skills(@([1-9]\d?|[1-5]\d\d|600))?", task, re.ASCII) is not None
 
 
 def is_file_of_test(dataset: str | None) -> bool:
@@ -124,22 +129,19 @@ def default_scoring(task: str | None) -> Scoring | None:
     return None if task is None or is_task_file(task) else "label"
 
 
-def _check_task(task: str) -> str:
-    names = get_args(TaskName)
-    if is_skills(task) and (num_lands(task) or 0) > MAX_LANDS:
-        raise ValueError(f"task must be skills@1 to skills@{MAX_LANDS}, got {task!r}")
-    if task in names or is_skills(task) or is_task_file(task):
+def check_task(task: str) -> str:
+    if task in (names := get_args(TaskName)) or is_task_file(task) or is_skills(task):
         return task
-    raise ValueError(
-        f"task must be one of {', '.join(names)}, or a task's .yaml file, got {shown(task)}"
-        f"{did_you_mean(task, names)}"
+    raise ConfigError(
+        f"task must be one of {', '.join(names)}, skills@N (N up to {MAX_LANDS}) or a task's .yaml "
+        f"file, got {shown(task)}{did_you_mean(task, names)}"
     )
 
 
 # A task's name, or the .yaml file of a task of one's own.
 TaskReference = Annotated[
     str,
-    AfterValidator(_check_task),
+    AfterValidator(check_task),
     WithJsonSchema({"anyOf": [{"enum": [*get_args(TaskName)]}, {"type": "string"}]}),
 ]
 
@@ -219,7 +221,7 @@ class _SourceFields(StrictModel):
     """Conversations: a Jinja text or file in place of the tokenizer's chat template.
 
     trl takes the template that the trl package has for training with the tokenizer's."""
-    fields: dict[str, str] | None = None
+    fields: dict[Role, str] | None = None
     """Data set: column of each role, where they differ from the format's own names."""
     on_empty: Literal["error", "skip"] | None = None
     """Data set: whether rows with an empty answer are an error (the default) or left out."""
@@ -244,24 +246,13 @@ class _SourceFields(StrictModel):
                     yield f"{name} has no effect on {what}; remove it"
         if self.dataset is not None and self.format is None:
             yield f"format must be given with a dataset: {', '.join(FIELD_ROLES)}"
-        if self.format is not None and self.fields is not None:
-            roles = FIELD_ROLES[self.format]
-            if unknown := sorted(set(self.fields) - set(roles)):
-                yield (
-                    f"fields must map {', '.join(roles)} to column names, got "
-                    f"{', '.join(map(shown, unknown))}"
-                )
 
     def _without_effect(self) -> Iterator[tuple[Sequence[str], str]]:
         """Settings that would change nothing, and what they would not change."""
-        if is_skills(self.task or ""):
-            yield ("path",), "skills, which loraloom generates"
         if self.task is not None:
             yield _OF_DATASETS, "a task, only on a dataset"
         if self.dataset is not None:
             yield ("path", "scoring"), "a dataset, only on a task"
-            if _DATA_FILE.fullmatch(self.dataset):
-                yield ("split", "config"), f"a file ({self.dataset})"
         if self.format not in ("instruction", None):
             yield ("template",), f"format {self.format}, only on instruction"
         if self.format in ("instruction", "text"):
@@ -304,11 +295,6 @@ class DataConfig(_SourceFields):
     @field_validator("shuffle_buffer")
     @classmethod
     def _fill_in_buffer(cls, buffer: int | None, info: CheckInfo) -> int | None:
-        if buffer is not None and not info.data.get("streaming"):
-            raise ValueError(
-                "shuffle_buffer has no effect without streaming, where all rows are shuffled; "
-                "remove it"
-            )
         return buffer or (SHUFFLE_BUFFER if info.data.get("streaming") else None)
 
     @override
@@ -330,12 +316,8 @@ class DataConfig(_SourceFields):
                 "validation_fraction is a share of all rows, which streaming never has; give "
                 "validation data of their own"
             )
-        if self.validation is not None:
-            if self.validation_fraction > 0:
-                yield "validation and validation_fraction exclude each other; give one"
-            for name in ("weight", "expert_group"):
-                if getattr(self.validation, name) != SourceConfig.model_fields[name].default:
-                    yield f"validation.{name} has no effect outside a mix; remove it"
+        if self.validation is not None and self.validation_fraction > 0:
+            yield "validation and validation_fraction exclude each other; give one"
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

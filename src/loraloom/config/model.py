@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -135,16 +133,6 @@ class _Section(StrictModel):
 def parse_quantization(value: Any) -> AnyQuantization | None:
     """Check how a base model is to be quantised."""
     return checked(_Section, {"quantization": value}).quantization
-
-
-def quantization_option(quantization: AnyQuantization | None) -> str:
-    """Write the option of the command line that asks for a quantisation; empty for none."""
-    if quantization is None:
-        return ""
-    name = next((name for name, known in _NAMED.items() if known == quantization), None)
-    settings = {"quant_method": quantization.quant_method}
-    settings |= quantization.model_dump(exclude_defaults=True)
-    return f"--quantization {name or shlex.quote(json.dumps(settings))}"
 
 
 def check_fits_dtype(quantization: AnyQuantization | None, dtype: str | None) -> None:

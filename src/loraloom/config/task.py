@@ -10,31 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from typing_extensions import override
 
 from loraloom.config.data import Scoring
-from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.config.text import check_settings, read_settings
+from loraloom.config.fields import CheckInfo, StrictModel, checked
+from loraloom.config.text import read_settings
 
 AnswerKind = Literal["label", "index", "text"]
 Normalization = Literal["characters", "none"]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
 
-def _check_texts(value: Any, info: CheckInfo) -> Any:
-    texts = value if isinstance(value, list | tuple) and len(value) > 1 else [value]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(
-            f"{info.field_name} must be a field's name or a list of two or more texts (numbers "
-            f"in quotes), got {value!r}"
-        )
-    return value
-
-
-Texts = Annotated[str | tuple[str, ...], BeforeValidator(_check_texts)]
+Texts = Text | Annotated[tuple[Text, ...], Field(min_length=2)]
 
 
 class TaskDataConfig(StrictModel):
@@ -55,9 +45,6 @@ class TaskDataConfig(StrictModel):
     def contradictions(self) -> Iterator[str]:
         if (self.hub is None) == (self.files is None):
             yield "hub or files must be given, one of them"
-        for name in ("config", "revision"):
-            if self.hub is None and getattr(self, name) is not None:
-                yield f"{name} has no effect without hub; remove it"
 
 
 class AskedConfig(StrictModel):
@@ -84,7 +71,7 @@ class TaskConfig(StrictModel):
     """Split that is scored by default."""
     scoring: Scoring = "text"
     """Default: whether the answer is the choice's label or its own text."""
-    template: dict[str, str]
+    template: dict[Scoring, Text]
     """The prompt; one for each scoring, {label: ..., text: ...}, or one for `scoring` alone."""
     choices: Texts
     """The choices' texts: the field that lists them, or a list of templates, one a choice."""
@@ -121,20 +108,11 @@ class TaskConfig(StrictModel):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        for asked in (self, self.label, self.text):
-            lists = [one for one in (asked.labels, asked.choices) if isinstance(one, tuple)]
-            if len(lists) == 2 and len(lists[0]) != len(lists[1]):
-                yield (
-                    f"labels must be as many as the {len(lists[1])} choices, got {len(lists[0])}"
-                )
-        known, given = get_args(Scoring), [*self.template]
-        if not set(given) <= set(known) or self.scoring not in given:
-            yield (
-                f"template must be a text, or map {' or '.join(known)} to one, {self.scoring} for "
-                f"one, got {', '.join(given) or 'nothing'}"
-            )
+        if self.scoring not in self.template:
+            yield f"template must have a text for scoring {self.scoring}"
 
 
 def load_task_config(path: str | Path) -> TaskConfig:
     """What the file of a choice task says, checked."""
-    return check_settings(path, TaskConfig, read_settings(path, "a task's file"))
+    settings = read_settings(path, "a task's file")
+    return checked(TaskConfig, settings, origin=f"{path}:\n  ")

@@ -2,118 +2,89 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent
 
-from loraloom.config.fields import describe_faults
 from loraloom.errors import ConfigError, LoraloomError, shown
 
 # Of a YAML document whose aliases are written out.
 MAX_VALUES = 100_000
 
-# Of a file that is read as a whole, unless its reader says less.
-MAX_FILE_BYTES = 2**28
 
-# Of a file of settings.
-MAX_SETTINGS_BYTES = 1_000_000
+class _BoundedComposer(Composer):
+    """Counts values as if aliases were written out: a few lines could stand for billions."""
 
-_Config = TypeVar("_Config", bound=BaseModel)
+    def __init__(self, loader: Any):
+        super().__init__(loader)
+        self._count, self._sizes = 0, dict[int, int]()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        before, is_alias = self._count, self.parser.check_event(AliasEvent)
+        node = super().compose_node(parent, index)
+        # a value inside of itself has no size yet
+        self._count += self._sizes.get(id(node), MAX_VALUES) if is_alias else 1
+        self._sizes[id(node)] = self._count - before
+        if isinstance(node.value, str):
+            node.value.encode()  # a UnicodeEncodeError, a ValueError, for half a surrogate pair
+        if self._count > MAX_VALUES:
+            raise ValueError(f"there are more than {MAX_VALUES:,} values, aliases written out")
+        return node
 
 
 def parse_yaml(text: str, origin: str) -> Any:
     """The value of a document in YAML 1.2; None if it is empty."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _BoundedComposer
     try:
-        value = YAML(typ="safe", pure=True).load(text)
-        _check_size(value)
+        return yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"{origin} must be valid YAML{place}: {error.problem}") from None
     # ruamel lets Python's own errors through for a 13th month, or `!!bool maybe`
-    except (YAMLError, ValueError, LookupError) as error:
+    except (YAMLError, ValueError, LookupError, RecursionError) as error:
         raise ConfigError(f"{origin} must be valid YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{origin} must be YAML of a few levels, its are too deep") from None
-    return value
 
 
-def _check_size(value: Any) -> None:
-    # a few lines of aliases can stand for billions of values, or for one inside of itself
-    stack, budget = [value], MAX_VALUES
-    while stack:
-        node = stack.pop()
-        budget -= 1
-        if budget < 0:
-            raise ValueError(f"there are more than {MAX_VALUES:,} values, aliases written out")
-        if isinstance(node, str):
-            node.encode()  # a UnicodeEncodeError, a ValueError, for half of a surrogate pair
-        elif isinstance(node, dict):
-            stack += [*node, *node.values()]
-        elif isinstance(node, list | tuple):
-            stack += node
-
-
-def parse_json(
-    text: str, origin: str, error: type[LoraloomError] = ConfigError, line: int = 1
-) -> Any:
+def parse_json(text: str, origin: str, error: type[LoraloomError] = ConfigError) -> Any:
     """The value of a JSON text, without NaN and of at most 200 levels."""
     try:
         return from_json(text, allow_inf_nan=False)
-    except TypeError:  # pydantic takes no text that could not be written as UTF-8
-        raise error(f"{origin} must be JSON, line {line}: half a surrogate pair") from None
-    except ValueError as fault:
-        problem, _, place = str(fault).rpartition(" at line ")
-        number, _, column = place.partition(" column ")
-        problem = problem.replace("recursion limit exceeded", "more than 200 levels")
-        where = f"line {line + int(number) - 1}, column {column}"
-        raise error(f"{origin} must be JSON, {where}: {problem}") from None
+    except (TypeError, ValueError) as fault:  # TypeError: half of a surrogate pair
+        raise error(f"{origin} must be JSON: {fault}") from None
 
 
-def read_json(
-    path: Path, error: type[LoraloomError] = ConfigError, max_bytes: int = MAX_FILE_BYTES
-) -> Any:
-    return parse_json(read_text(path, error, max_bytes), str(path), error)
+def read_json(path: Path, error: type[LoraloomError] = ConfigError) -> Any:
+    return parse_json(read_text(path, error), str(path), error)
 
 
-def read_text(
-    path: Path, error: type[LoraloomError] = ConfigError, max_bytes: int = MAX_FILE_BYTES
-) -> str:
-    """The text of a plain file in UTF-8, with or without a byte order mark."""
+def read_text(path: Path, error: type[LoraloomError] = ConfigError) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark."""
     try:
-        # to open a pipe would wait for whoever writes to it
-        if path.exists() and not path.is_file():
-            raise error(f"{path} must be a file, it is something else")
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise error(f"{path} must have at most {max_bytes:,} bytes, it has more")
-        return data.decode("utf-8-sig")
+        return path.read_text("utf-8-sig")
     except OSError as fault:
         raise error(f"{path} can't be read: {fault.strerror}") from None
     except UnicodeDecodeError as fault:
-        raise error(f"{path} must be text in UTF-8, byte {fault.start:,} is not") from None
+        raise error(f"{path} must be text in UTF-8: {fault}") from None
 
 
 def local_path(text: str | Path, name: str, error: type[LoraloomError] = ConfigError) -> Path:
     """A path with `~` filled in, that the system can be asked about without an exception."""
-    path = Path(text)
     try:
-        path = path.expanduser()
-        path.stat()
-    except (RuntimeError, ValueError) as fault:  # no such user; a null character
-        raise error(f"{name} must be a path, got {shown(str(text))}: {fault}") from None
-    except PermissionError:
-        raise error(f"{name} {path}: no permission to look into its directory") from None
-    except OSError as fault:
-        if fault.errno == errno.ENAMETOOLONG:
-            raise error(f"{name} must be a path, got {shown(str(text))}, a longer name") from None
+        path = Path(text).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise error(f"{name} must be a path, got {shown(str(text))}: {reason}") from None
     return path
 
 
@@ -130,8 +101,6 @@ def apply_override(settings: Any, override: str) -> Any:
 
 def set_setting(settings: Any, path: str, value: Any, origin: str) -> Any:
     """A copy of nested settings with one of them changed; what shares a section is not."""
-    if len(path) > 1000:
-        raise ConfigError(f"{origin}{shown(path)} must have at most 1000 characters")
     return _replaced(settings, path.split("."), value, f"{origin}{path}")
 
 
@@ -140,7 +109,7 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
         return value
     key, *rest = keys
     if isinstance(node, list):
-        if not (key.isdecimal() and len(key) < 9 and int(key) < len(node)):
+        if not (key.isdecimal() and int(key) < len(node)):
             raise ConfigError(f"{origin}: {shown(key)} must be an index in [0, {len(node) - 1}]")
         index = int(key)
         return [*node[:index], _replaced(node[index], rest, value, origin), *node[index + 1 :]]
@@ -152,24 +121,8 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
 
 def read_settings(path: str | Path, kind: str) -> dict[str, Any]:
     """The settings in a file, not checked yet; `kind` is what messages call it, `a run file`."""
-    text = read_text(local_path(path, kind), max_bytes=MAX_SETTINGS_BYTES)
-    settings = parse_yaml(text, str(path))
+    settings = parse_yaml(read_text(local_path(path, kind)), str(path))
     if not isinstance(settings, dict):
         got = "nothing" if settings is None else type(settings).__name__
         raise ConfigError(f"{path} must be a mapping of settings, got {got}")
     return settings
-
-
-def check_settings(
-    path: str | Path,
-    model: type[_Config],
-    settings: Mapping[str, Any],
-    other_names: Mapping[str, str] | None = None,
-) -> _Config:
-    """Settings as a model; all that is wrong with them is one ConfigError, which names the file."""
-    try:
-        return model.model_validate(settings)
-    except ValidationError as error:
-        faults = describe_faults(error, settings, other_names)
-    count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise ConfigError("\n  ".join([f"{path} has {count}:", *faults]))

@@ -160,7 +160,7 @@ def _read_json_lines(file: Any) -> _Read:
             try:
                 value = parse_json(line, "the row", DataError)
             except DataError as error:
-                value = DataError(str(error).replace(", line 1", "", 1))
+                value = DataError(str(error).replace(" line 1", "", 1))
             yield f"line {number}", value
 
 

@@ -108,7 +108,7 @@ def read_template(template: str, setting: str, names: Iterable[str]) -> str:
     if "{{" in template or "{%" in template:
         return template
     try:
-        return read_text(local_path(template, setting, DataError), DataError, 2**20)
+        return read_text(local_path(template, setting, DataError), DataError)
     except DataError as error:
         raise DataError(
             f"{suggestion(template, names)}{setting} must be {', '.join(names)}, a Jinja template "

@@ -112,7 +112,7 @@ def read_files(directory: Path) -> AdapterFiles:
         is_model = (directory / "config.json").is_file()
         hint = "it is a model, not an adapter" if is_model else "it is no adapter, or one cut short"
         raise FormatError(f"{directory} must have {CONFIG_FILE}, it has none; {hint}")
-    config = read_json(path, FormatError, max_bytes=2**24)
+    config = read_json(path, FormatError)
     if not isinstance(config, dict):
         raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
     # PEFT writes null for what is unset.

@@ -79,7 +79,7 @@ def _read_metrics(file: Path) -> list[Fields]:
     *lines, last = read_text(file, DataError).split("\n") if file.is_file() else [""]
     metrics = []
     for number, line in enumerate(lines, start=1):
-        values = parse_json(line or "{}", str(file), DataError, number)
+        values = parse_json(line or "{}", f"{file}, line {number}", DataError)
         metrics.append(_object(values, f"{file}, line {number}"))
     with suppress(DataError):
         metrics.append(_object(parse_json(last, str(file), DataError), str(file)))

@@ -7,7 +7,7 @@ step is an optimizer step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,7 +37,6 @@ from loraloom.config.fields import CheckInfo, StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import (
     apply_override,
-    check_settings,
     local_path,
     read_settings,
     set_setting,
@@ -465,24 +464,20 @@ def _take_further_methods() -> None:
 
 
 def load_run_config(
-    source: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    *,
-    fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> RunConfig:
     """What a run file says, checked."""
-    if isinstance(source, Mapping):
-        settings, place = dict(source), "the run"
-    else:
-        settings, place = read_settings(source, "a run file"), source
-    settings = fill_in(reduce(apply_override, overrides, settings))
-    return check_settings(place, RunConfig, settings, _other_names())
+    is_file = not isinstance(source, Mapping)
+    settings = read_settings(source, "a run file") if is_file else dict(source)
+    settings = reduce(apply_override, overrides, settings)
+    origin = f"{source}:\n  " if is_file else "the run: "
+    return checked(RunConfig, settings, origin=origin, other_names=_other_names())
 
 
 def load_job_config(path: str | Path) -> JobConfig:
     """What a job file says, checked: the settings of one job, as in `jobs:` of a run file."""
     settings = {"name": Path(path).stem} | read_settings(path, "a job file")
-    return check_settings(path, JobConfig, settings, _other_names())
+    return checked(JobConfig, settings, origin=f"{path}:\n  ", other_names=_other_names())
 
 
 def _other_names() -> dict[str, str]:

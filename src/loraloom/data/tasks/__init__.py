@@ -23,15 +23,15 @@ from typing import Any, get_args
 from jinja2 import Template
 
 from loraloom.config.data import (
-    MAX_LANDS,
     Scoring,
     TaskName,
+    check_task,
     is_skills,
     is_task_file,
     num_lands,
     task_name,
 )
-from loraloom.config.fields import check_name, suggestion
+from loraloom.config.fields import check_name
 from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
 from loraloom.data import sources
@@ -100,18 +100,11 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 
 
 def find_task(name: str) -> ChoiceTask:
-    if is_task_file(name):
+    if is_task_file(check_task(name)):
         return _load_task(Path(name))
     if is_skills(name):
-        if (num_lands(name) or 0) > MAX_LANDS:
-            raise ConfigError(f"task must be skills@1 to skills@{MAX_LANDS}, got {name!r}")
         generate = partial(generate_skills, num_lands=num_lands(name))
         return replace(_built_in("skills"), name=name, source=generate)
-    if name not in TASK_NAMES:
-        raise ConfigError(
-            f"{suggestion(name, TASK_NAMES)}task must be one of {', '.join(TASK_NAMES)}, or a "
-            f"task's .yaml file, got {name!r}"
-        )
     return _built_in(name)
 
 
