@@ -4,7 +4,7 @@ Both get the same base model and requests in one process and take turns, each at
 size. Agreement is counted by question: another choice is a near tie where the two scores that
 compete are closer than 1e-4.
 
-    .venv/bin/python benchmarks/harness.py --data data --limit 100 --output harness.json
+    .venv/bin/python benchmarks/harness.py --limit 100 --output harness.json
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-model", default="smollm2-135m")
     parser.add_argument("--tasks", default="arc_easy,piqa", help="multiple choice tasks")
-    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--include", type=Path, help="YAML files of tasks, for local data")
     parser.add_argument("--limit", type=int, help="questions of a task; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trial", type=int, default=20, help="questions to find a batch size with")
@@ -130,7 +130,7 @@ def main() -> None:
     names = arguments.tasks.split(",")
     requests: dict[str, list[Any]] = {}
     trial: list[Any] = []
-    for name, task in zip(names, load_tasks(names, data=arguments.data), strict=True):
+    for name, task in zip(names, load_tasks(names, arguments.include), strict=True):
         task.build_all_requests(limit=arguments.limit)  # pyright: ignore
         requests[name] = task.instances  # pyright: ignore
         trial += [request for request in requests[name] if request.doc_id < arguments.trial]

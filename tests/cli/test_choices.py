@@ -160,7 +160,7 @@ def test_seeds_are_reported_together(run, saved, capsys):
     assert group["adapters"] == ["mix@0", "mix@1"]
     assert group["tasks"]["arc_easy"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert [(one["first"], one["second"]) for one in written["comparisons"]] == [("mix", "base")]
-    assert "Mean accuracy of seeds" in capsys.readouterr().out
+    assert "Means of seeds" in capsys.readouterr().out
 
 
 def test_results_are_written_in_three_forms(run, tmp_path):
@@ -173,8 +173,9 @@ def test_results_are_written_in_three_forms(run, tmp_path):
         assert float(row["accuracy"]) == result["accuracy"]
         assert [float(row["low"]), float(row["high"])] == result["interval"]
     text = files[1].read_text()
-    assert "| adapter | arc_easy (test) |\n| --- | ---: |\n| base |" in text
-    assert "arc_easy: differences in accuracy:\n\n| difference |" in text
+    assert "| task | figure | examples | base | a | b | constant answer |" in text
+    assert "\n| arc_easy (test) | accuracy % | 12 |" in text
+    assert "Differences on the same rows:\n\n| difference |" in text
     assert written["base_fingerprint"] in text
 
 

@@ -48,10 +48,6 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     own = written["lm_eval"]["b"]["results"]["toy_choice"]
     assert summary["accuracy"] == own["acc_norm,none"]
     assert summary["interval"] == list(wilson_interval(summary["accuracy"], 5))
-    targets = [json.loads(line) for line in lines.read_text().splitlines()]
-    targets = [str(t["correct_label"]) for t in targets if t["task"] == "toy_choice"][:5]
-    assert summary["majority"] == max(map(targets.count, targets)) / 5
-    assert summary["beats_majority"] == (summary["accuracy"] > summary["majority"])
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5
     assert read_evaluation(result).results["a"]["toy_choice"]["num_examples"] == 5
@@ -73,7 +69,6 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
         ("--harness toy_choice --no-base", "--no-base leaves nothing to score"),
         ("--harness toy_choice --adapter a=nowhere", "there is no nowhere"),
         ("--harness toy_choice --harness-include nowhere", "--harness-include must be a directory"),
-        ("--harness toy_choice --output .", "--output must be a file"),
         ("--harness toy_choice --no-cache", "--no-cache has an effect with --task or"),
         ("--task arc_easy", "--harness-include has an effect with --harness only"),
     ],

@@ -100,6 +100,8 @@ def check_yaml(block: Example) -> None:
     settings = parse_yaml(block.parsed, str(path))
     if isinstance(settings, dict) and "choices" in settings:
         load_task_config(path)
+    elif isinstance(settings, dict) and "dataset_path" in settings:
+        return  # a task of lm-eval
     elif isinstance(settings, dict) and "base_model" in settings:
         load_run_config(path)
     else:

@@ -5,7 +5,7 @@ import csv
 from rich.table import Table
 
 from loraloom.eval.evaluation import summarise
-from loraloom.eval.results import Comparison, Evaluation, data_frame, markdown
+from loraloom.eval.results import Comparison, Evaluation, markdown
 from loraloom.terminal import make_console, print_tables
 from tests.eval.scoring import toy_scores
 
@@ -29,8 +29,8 @@ def tables_of(*scores, **details) -> list[Table]:
     return Evaluation(schema_version=1, results=results, **details).tables()
 
 
-def printed(*tables):
-    console = make_console(width=80)
+def printed(*tables, width=80):
+    console = make_console(width=width)
     with console.capture() as capture:
         print_tables(console, tables)
     return capture.get()
@@ -38,26 +38,32 @@ def printed(*tables):
 
 def test_the_table_has_accuracies_and_marks_those_that_a_constant_answer_reaches():
     other = toy_scores(task="other", values=((-1.0, -2.0), (-2.0, -1.0)))
-    (table,) = tables_of(toy_scores(), other)
-    text = printed(table)
-    assert "(test)" in text
-    base = next(line for line in text.splitlines() if line.startswith("base"))
-    assert base.split() == ["base", "50.0", "(9.5–90.5)†", "100.0", "(34.2–100.0)"]
-    constant = next(line for line in text.splitlines() if line.startswith("constant answer"))
-    assert constant.split()[2:] == ["50.0", "50.0"]
-    assert "† no better than a constant answer" in text
+    (table,) = tables_of(toy_scores(group="sums"), other)
+    toy, group, right = printed(table, width=120).splitlines()[2:5]
+    assert toy.split()[:5] == ["toy", "(test)", "accuracy", "%", "2"]
+    assert toy.split()[5:] == ["50.0", "(9.5–90.5)†"] * 2 + ["50.0"]
+    assert group.split()[:2] == ["toy/sums", "accuracy"]
+    assert right.split()[5:] == ["100.0", "(34.2–100.0)"] * 2 + ["50.0"]
+    assert "† no better than a constant answer" in printed(table)
 
 
-def test_groups_seeds_and_comparisons_have_a_table_where_there_are_some():
-    tables = tables_of(toy_scores(group="sums"), seeds=SEEDS, comparisons=[compared()])
-    _, seeds, comparisons, groups = map(printed, tables)
-    assert "sums" in groups
-    assert "law" in groups
-    assert "constant answer" in groups
-    assert "62.5 ± 3.1" in seeds
-    for cell in ("mix - base", "-1.2", "-2.0 to -0.5", "3 : 13", "0.031", "0.062"):
+def test_other_figures_have_rows_of_their_own():
+    results = {
+        "base": {"rows": {"loss": 2.0, "interval": [1.5, 2.5], "perplexity": 7.389}, "new": {}},
+        "mix": {"wiki": {"metrics": {"acc,none": {"value": 0.5, "stderr": None}}}},
+    }
+    text = printed(*Evaluation(schema_version=1, results=results).tables())
+    cells = ("2.0000 (1.5000–2.5000)", "7.389 (4.482–12.18)", "acc", "0.5000 ± –")
+    for cell in cells:
+        assert cell in text
+
+
+def test_seeds_and_comparisons_have_a_table_where_there_are_some():
+    tables = tables_of(toy_scores(), seeds=SEEDS, comparisons=[compared(), compared(1e-9)])
+    _, seeds, comparisons = map(printed, tables)
+    assert "0.6250 ± 0.0310" in seeds
+    for cell in ("mix - base", "-1.2", "-2.0 to -0.5", "3 : 13", "0.031", "0.062", "< 0.001 *"):
         assert cell in comparisons
-    assert "< 0.001" in printed(*tables_of(toy_scores(), comparisons=[compared(1e-9)]))
 
 
 def test_eight_adapters_with_long_names_fit_80_columns():
@@ -90,4 +96,3 @@ def test_the_frame_has_a_row_for_each_group():
         "majority",
     ]  # fmt: skip
     assert rows[0]["split"] == "test"
-    assert len(data_frame(summarise([toy_scores(group="")], []).results)) == len(rows)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field
-from rich.table import Table
 from typing_extensions import override
 
 from loraloom.cli.options import HostOptions, Text
@@ -33,8 +32,7 @@ from loraloom.terminal import make_console, print_tables
 _ONLY = {
     ("harness",): "harness_include num_fewshot apply_chat_template",
     ("dataset",): "format template chat_template field on_empty beta max_length",
-    ("task",): "scoring",
-    ("task", "harness"): "data",
+    ("task",): "scoring data",
     ("task", "dataset"): "split compare no_cache",
 }
 
@@ -131,18 +129,18 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     check_sources(run, run.adapters)
     messages = make_console(stderr=True, soft_wrap=True)
     if run.harness:
-        found, tables, lines = _evaluate_harness(run)
+        found, lines = _evaluate_harness(run)
     else:
         asked = _held_out(run) if run.dataset else _questions(run)
         found = _score(asked, run)
-        tables, lines = found.tables(), found.lines()
+        lines = found.lines()
     for name, details in found.tasks.items():
         if run.dataset:
             messages.print(held_out.describe_rows(name, details))
     for name, routing in found.routing.items():
         for warning in routing.get("warnings", ()):
             messages.print(f"warning: adapter {name}: {warning}")
-    print_tables(make_console(), tables)
+    print_tables(make_console(), found.tables())
     for path in run.output:
         found.write(path)
     if run.per_question is not None:
@@ -219,20 +217,15 @@ def _command() -> str:
     return shlex.join(["loraloom", *sys.argv[1:]])
 
 
-def _evaluate_harness(
-    run: EvalRun,
-) -> tuple[Evaluation, list[Table], Iterator[Mapping[str, Any]]]:
+def _evaluate_harness(run: EvalRun) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
     """Score tasks of lm-eval."""
-    for path in run.output:
-        if path.suffix.lower() != ".json":
-            raise ConfigError(f"--output must end in .json with --harness, got {path}")
     from loraloom.eval.cache import describe_evaluation
     from loraloom.eval.harness import evaluate_adapters, load_tasks
-    from loraloom.eval.harness.results import as_evaluation, question_lines, results_table
+    from loraloom.eval.harness.results import as_evaluation, question_lines
     from loraloom.eval.harness.tasks import check_asks_text
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
-    loaded = load_tasks(_names(run.harness), run.harness_include, run.data)
+    loaded = load_tasks(_names(run.harness), run.harness_include)
     check_asks_text(loaded)
     host, tokenizer = load_host(run, run.adapters)
     results = evaluate_adapters(
@@ -240,10 +233,10 @@ def _evaluate_harness(
         tokenizer,
         loaded,
         run.names,
-        lm_options={"max_tokens_per_batch": run.batch_tokens},
+        max_tokens_per_batch=run.batch_tokens,
         limit=run.limit,
         num_fewshot=run.num_fewshot,
         apply_chat_template=run.apply_chat_template,
     )
     found = as_evaluation(results, **describe_evaluation(host, run.adapters, _command()))
-    return found, [results_table(found)], question_lines(results)
+    return found, question_lines(results)

@@ -30,7 +30,7 @@ from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import find_location, is_data_file, sha256
 from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError, DataError
-from loraloom.eval.results import TaskResult
+from loraloom.eval.results import Fields
 from loraloom.eval.score import Scores
 from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
 from loraloom.models.host import Host
@@ -145,7 +145,7 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
     sums = np.column_stack([np.asarray(of_rows) for of_rows in losses.values()])
     # of all adapters from the same resamples: ten thousand draws are what takes time
     intervals = zip(losses, sums.T, ratio_intervals(sums, lengths), strict=True)
-    results: dict[str, TaskResult] = {}
+    results: dict[str, Fields] = {}
     for name, column, interval in intervals:
         loss = math.fsum(losses[name]) / sum(data.num_tokens)
         results[name] = {
@@ -178,7 +178,7 @@ def pair_scores(
     margins = {name: _margins(of) for name, of in losses.items()}
     rewards = {n: data.details["beta"] * (of - _margins(reference)) for n, of in margins.items()}
     values = {name: (of > 0).tolist() for name, of in margins.items()}
-    results: dict[str, TaskResult] = {}
+    results: dict[str, Fields] = {}
     for name, reward in rewards.items():
         loss, ones, accuracy = np.logaddexp(0, -reward), np.ones(len(reward)), fmean(values[name])
         intervals = ratio_intervals(np.column_stack([loss, reward]), ones)

@@ -2,21 +2,21 @@
 
 `Evaluation` is written to JSON and read from it, laid out in tables and in a data frame. Fields
 that have no name here are kept as they are, so that files with more of them can be read.
+docs/evaluation.md describes the fields of `results`, `seeds` and `routing`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
-from typing_extensions import TypedDict
 
 from loraloom.config.text import read_json
 from loraloom.durable import write_output
@@ -32,9 +32,6 @@ SUFFIXES = (".json", ".csv", ".md")
 CONSTANT = "constant answer"
 MARK = "†"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
-
-# Of what is compared: the unit of differences, how many of it make one, and decimals.
-_UNITS = {"accuracy": ("points", 100, 1), "loss": ("nats a token", 1, 4)}
 
 # Of the data frame, those that there are.
 _COLUMNS = (
@@ -52,46 +49,9 @@ SCHEMA_VERSION = 1
 Metric = Literal["accuracy", "loss"]
 
 Fields = dict[str, Any]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-# As much as float32 holds.
-Number = Annotated[float, Field(ge=-1e39, le=1e39, allow_inf_nan=False)]
-Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
-
-class TaskResult(TypedDict, total=False):
-    """An adapter's figures in a task or on a data set, those that it has."""
-
-    accuracy: Share | None
-    loss: Number
-    stderr: Number | None
-    interval: Interval
-    perplexity: Number | None
-    num_examples: Count | None
-    num_tokens: Count
-    majority: Share
-    beats_majority: bool
-    split: str | None
-    num_truncated: Count
-    groups: dict[str, TaskResult]
-    # of preference pairs
-    accuracy_interval: Interval
-    reward_accuracy: Share
-    reward_margin: Number
-    reward_margin_stderr: Number | None
-    reward_margin_interval: Interval
-    # of lm-eval
-    metric: str
-    metrics: dict[str, Fields]
-    num_fewshot: int | None
-    subtasks: list[str]
-
-
-class SeedGroup(TypedDict):
-    """Adapters that are seeds of one thing, and their `mean` and `sd` by task."""
-
-    adapters: list[str]
-    tasks: dict[str, dict[str, Number | None]]
+# Figures by adapter and task.
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -103,10 +63,10 @@ class PairedComparison:
     test where both are single adapters.
     """
 
-    difference: Number
-    stderr: Number | None
-    interval: tuple[Number, Number]
-    p_value: Share
+    difference: float
+    stderr: float | None
+    interval: tuple[float, float]
+    p_value: float
     num_first_better: int
     num_second_better: int
     num_examples: int
@@ -120,84 +80,54 @@ class Comparison(PairedComparison):
     metric: Metric = "accuracy"
     first: str
     second: str
-    adjusted_p_value: Share
-
-    @property
-    def result(self) -> PairedComparison:
-        """The comparison itself, which once was a part of its own."""
-        return self
+    adjusted_p_value: float
 
 
-class TaskRouting(TypedDict, total=False):
-    """A mixture's routing in a task; lists are by layer, and absent where nothing is covered."""
-
-    num_questions: Required[Count]
-    num_questions_covered: Required[Count]
-    num_tokens: Required[Count]
-    load: list[list[Share]]
-    effective_experts: list[Number]
-    mean_probabilities: list[list[Share]]
-    mean_entropy_bits: list[Number]
-    token_entropy_bits: list[Number]
-    example: Fields
-
-
-class AdapterRouting(TypedDict, total=False):
-    """A mixture's routing in all tasks."""
-
-    num_experts: Required[Annotated[int, Field(ge=1, le=1024)]]
-    top_k: Required[Count]
-    layers: Required[list[int | str]]
-    experts_by_layer: list[int]
-    tasks: Required[dict[str, TaskRouting]]
-    similarity: list[Fields]
-    specialisation: dict[Literal["topics", "token_classes"], Fields]
-    words: list[Fields]
-    warnings: list[str]
-
-
-class Environment(BaseModel):
-    """With what a run was made."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    versions: dict[str, str] = {}
-    platform: str = ""
-    device: str = ""
-    dtype: str = ""
-    command: str = ""
-
-
-class Evaluation(Environment):
+class Evaluation(BaseModel):
     """What an evaluation gave, field by field as in its JSON file.
 
     `results` are figures by adapter (`base` is the base model) and task; `scores` are those of
     every item, which the file doesn't hold.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="allow")
 
     schema_version: Literal[1]
-    results: dict[str, dict[str, TaskResult]]
-    seeds: dict[str, SeedGroup] = {}
+    results: dict[str, dict[str, Fields]]
+    seeds: dict[str, Fields] = {}
     comparisons: list[Comparison] = []
-    routing: dict[str, AdapterRouting] = {}
+    routing: dict[str, Fields] = {}
     base_model: str = ""
     base_fingerprint: str = ""
     attention: str = ""
     adapters: dict[str, Fields] = {}
     tasks: dict[str, Fields] = {}
+    versions: dict[str, str] = {}
+    platform: str = ""
+    device: str = ""
+    dtype: str = ""
+    command: str = ""
     date: str = ""
-    num_cached_scores: Count = 0
+    num_cached_scores: int = 0
     scores: list[Any] = Field(default=[], exclude=True, repr=False)
 
     def tables(self) -> list[Table]:
         """Make every table that there is something for, in the order to show them."""
-        return evaluation_tables(self)
+        seeds = [_seeds_table(self.seeds)] if self.seeds else []
+        comparisons = [_comparison_table(self.comparisons)] if self.comparisons else []
+        return [_results_table(self.results), *seeds, *comparisons]
 
     def frame(self) -> DataFrame:
         """Lay the results out in rows: an adapter, a task, a group of questions, and figures."""
-        return data_frame(self.results)
+        from pandas import DataFrame
+
+        rows = []
+        for adapter, by_task in self.results.items():
+            for (task, group), one in _with_groups(by_task).items():
+                low, high = one.get("interval", (None, None))
+                names = {"adapter": adapter, "task": task, "group": group}
+                rows.append({**names, **one, "low": low, "high": high})
+        return DataFrame(rows, dtype=object).filter(items=list(_COLUMNS))
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield what `--per-question` writes, a line for each adapter and item."""
@@ -219,7 +149,7 @@ class Evaluation(Environment):
             case ".csv":
                 text = self.frame().to_csv(index=False, lineterminator="\n")
             case ".md":
-                text = markdown_page(self)
+                text = _markdown_page(self)
             case _:
                 text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
                 text += "\n"
@@ -247,8 +177,6 @@ def read_evaluation(path: Path) -> Evaluation:
 def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:
     """Raise a ConfigError if a file's suffix says nothing, or two files are one."""
     for path in paths:
-        if path.is_dir():
-            raise ConfigError(f"--output must be a file, got the directory {path}")
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"--output must end in {', '.join(SUFFIXES)}, got {path}")
     files = [*paths, *([] if per_question is None else [per_question])]
@@ -257,63 +185,59 @@ def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> No
         raise ConfigError(f"--output and --per-question must name each file once, got {names}")
 
 
-def evaluation_tables(found: Evaluation) -> list[Table]:
-    """Make every table that there is something for, in the order to show them."""
-    results, some = found.results, next(iter(found.results.values()))
-    of_pairs = [task for task, result in some.items() if "reward_margin" in result]
-    losses = [task for task, result in some.items() if "perplexity" in result]
-    choices = [task for task in some if task not in (*of_pairs, *losses)]
-    tables = []
-    if choices:
-        title = "Accuracy in %, with its 95 % interval"
-        titles = [f"{task}\n({some[task].get('split')})" for task in choices]
-        table = _by_adapter(title, results, choices, titles, lambda one: [accuracy_cell(one)])
-        table.add_row(CONSTANT, *(_percent(some[task].get("majority")) for task in choices))
-        tables.append(with_note(table))
-    if losses:
-        title = "Held-out loss, with its 95 % interval"
-        titles = [f"{task}\n{what}" for task in losses for what in ("nats a token", "perplexity")]
-        tables.append(_by_adapter(title, results, losses, titles, _loss_cells))
-    if of_pairs:
-        figures = ("accuracy %", "reward accuracy %", "reward margin", "loss")
-        titles = [f"{task}\n{figure}" for task in of_pairs for figure in figures]
-        title = "Preference pairs, with 95 % intervals"
-        tables.append(_by_adapter(title, results, of_pairs, titles, _pair_cells))
-    if found.seeds:
-        tables.append(_seeds_table(found, list(some), is_loss=not choices))
-    for task, comparisons in groupby(found.comparisons, lambda one: one.task):
-        tables.append(_comparison_table(task, list(comparisons)))
-    return tables + [_group_table(results, task) for task in choices if "groups" in some[task]]
+def _with_groups(by_task: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Fields]:
+    """Results by task and group of questions, which is empty for all of them."""
+    found = {}
+    for task, result in by_task.items():
+        for group, one in {"": result, **result.get("groups", {})}.items():
+            found[task, group] = {**one, "split": result.get("split")}
+    return found
 
 
-def _by_adapter(
-    title: str,
-    results: Mapping[str, Mapping[str, TaskResult]],
-    tasks: Sequence[str],
-    titles: Sequence[str],
-    cells: Callable[[Any], Sequence[str]],
-) -> Table:
-    """Make a table with a row for each adapter and some columns for each task."""
-    table = make_table("adapter", values=titles, title=title)
-    for adapter, by_task in results.items():
-        table.add_row(adapter, *(cell for task in tasks for cell in cells(by_task[task])))
+def _results_table(results: Results) -> Table:
+    """Make a table with a column for each adapter, and a row for each figure in a task."""
+    found = {adapter: _with_groups(by_task) for adapter, by_task in results.items()}
+    places = dict.fromkeys(place for by_place in found.values() for place in by_place)
+    has_constant = any("majority" in one for of in found.values() for one in of.values())
+    columns = ["examples", *found, *([CONSTANT] if has_constant else [])]
+    table = make_table("task", "figure", values=columns, title="Results, with 95 % intervals")
+    for task, group in places:
+        of_adapters = [by_place.get((task, group), {}) for by_place in found.values()]
+        some = next(filter(None, of_adapters))
+        label = "/".join(filter(None, (task, group)))
+        split = f" ({some['split']})" if some["split"] and not group else ""
+        cells = [_cells(one) for one in of_adapters]
+        for figure in dict.fromkeys(figure for one in cells for figure in one):
+            constant = _percent(some.get("majority")) if figure == "accuracy %" else ""
+            row = [str(some.get("num_examples", "")), *(one.get(figure, "–") for one in cells)]
+            table.add_row(f"{label}{split}", figure, *row, *([constant] if has_constant else []))
+    if any(MARK in str(cell) for column in table.columns for cell in column.cells):
+        table.caption = NOTE
     return table
 
 
-def _group_table(results: Mapping[str, Mapping[str, TaskResult]], task: str) -> Table:
-    groups: Any = {adapter: by_task[task].get("groups") for adapter, by_task in results.items()}
-    columns = ["questions", CONSTANT, *groups]
-    table = make_table("group", values=columns, title=f"{task}: accuracy in % by group")
-    for group, result in next(iter(groups.values())).items():
-        cells = [accuracy_cell(of_adapter[group]) for of_adapter in groups.values()]
-        table.add_row(group, str(result["num_examples"]), _percent(result["majority"]), *cells)
-    return with_note(table)
-
-
-def accuracy_cell(result: Any) -> str:
-    """An accuracy in percent with its interval, marked where a constant answer reaches it."""
-    mark = MARK if result.get("beats_majority") is False else ""  # files of old don't have it
-    return f"{_percent(result.get('accuracy'), result.get('interval', ()))}{mark}"
+def _cells(result: Mapping[str, Any]) -> dict[str, str]:
+    """Write out the figures of a result, those that it has."""
+    interval, cells = result.get("interval", ()), {}
+    if "metrics" in result:  # lm-eval's, of which the accuracy is one
+        for name, metric in result["metrics"].items():
+            value, stderr = ("–" if n is None else f"{n:.4f}" for n in metric.values())
+            cells[name.removesuffix(",none")] = f"{value} ± {stderr}"
+        return cells
+    if result.get("accuracy") is not None:
+        mark = MARK if result.get("beats_majority") is False else ""
+        text = _percent(result["accuracy"], result.get("accuracy_interval", interval))
+        cells["accuracy %"] = f"{text}{mark}"
+    if "reward_margin" in result:
+        margin = _decimals(result["reward_margin"], result["reward_margin_interval"])
+        cells["reward accuracy %"] = _percent(result["reward_accuracy"])
+        cells["reward margin"] = margin
+    if "loss" in result:
+        cells["loss, nats a token"] = _decimals(result["loss"], interval)
+    if result.get("perplexity") is not None:
+        ends = "–".join(f"{math.exp(min(end, 700)):.4g}" for end in interval)
+        cells["perplexity"] = f"{result['perplexity']:.4g} ({ends})"
+    return cells
 
 
 def _percent(share: Any, interval: Sequence[float] = ()) -> str:
@@ -321,67 +245,44 @@ def _percent(share: Any, interval: Sequence[float] = ()) -> str:
     return f"{text} ({'–'.join(map(_percent, interval))})" if interval else text
 
 
-def _decimals(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.4f} ({'–'.join(f'{end:.4f}' for end in interval)})"
+def _decimals(value: float, interval: Sequence[float] = ()) -> str:
+    text = f"{value:.4f}"
+    return f"{text} ({'–'.join(map(_decimals, interval))})" if interval else text
 
 
-def _loss_cells(result: Any) -> Sequence[str]:
-    low, high = result["interval"]
-    try:
-        perplexity = f"{result['perplexity']:.4g} ({math.exp(low):.4g}–{math.exp(high):.4g})"
-    except (OverflowError, TypeError):  # it is no number any more
-        perplexity = "-"
-    return _decimals(result["loss"], result["interval"]), perplexity
-
-
-def _pair_cells(result: Any) -> Sequence[str]:
-    return (
-        _percent(result["accuracy"], result["accuracy_interval"]),
-        _percent(result["reward_accuracy"]),
-        _decimals(result["reward_margin"], result["reward_margin_interval"]),
-        _decimals(result["loss"], result["interval"]),
-    )
-
-
-def _seeds_table(found: Evaluation, tasks: Sequence[str], *, is_loss: bool) -> Table:
-    what = "Mean loss of seeds" if is_loss else "Mean accuracy of seeds in %"
-    scale, digits = (1, 4) if is_loss else (100, 1)
-    table = make_table("adapters", values=["seeds", *tasks], title=f"{what} ± standard deviation")
-    for stem, group in found.seeds.items():
-        spreads: Any = [group["tasks"][task] for task in tasks]
-        pairs = [(scale * one["mean"], scale * one["sd"]) for one in spreads]
-        cells = (f"{mean:.{digits}f} ± {sd:.{digits}f}" for mean, sd in pairs)
-        table.add_row(stem, str(len(group["adapters"])), *cells)
+def _seeds_table(seeds: Mapping[str, Mapping[str, Any]]) -> Table:
+    values = ["seeds", "mean ± standard deviation"]
+    table = make_table("adapters", "task", values=values, title="Means of seeds")
+    for stem, group in seeds.items():
+        for task, one in group["tasks"].items():
+            spread = " ± ".join("–" if one[n] is None else f"{one[n]:.4f}" for n in ("mean", "sd"))
+            table.add_row(stem, task, str(len(group["adapters"])), spread)
     return table
 
 
-def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
-    unit, scale, digits = _UNITS[comparisons[0].metric]
+def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    # accuracies differ by points, losses by nats
+    unit, scale, digits = ("points", 100, 1)
+    if comparisons[0].metric == "loss":
+        unit, scale, digits = ("nats a token", 1, 4)
     titles = (unit, "95 % interval", "won : lost", "p", "p (Holm)")
-    title = f"{task}: differences in {comparisons[0].metric}"
-    table = make_table("difference", values=titles, title=title)
+    table = make_table("difference", "task", values=titles, title="Differences on the same rows")
     for one in comparisons:
         ends = (one.difference, *one.interval)
         difference, low, high = (f"{scale * end:+.{digits}f}" for end in ends)
         p_values = (one.p_value, one.adjusted_p_value)
+        texts = ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values]
+        star = " *" if one.adjusted_p_value < 0.05 else ""
+        won = f"{one.num_first_better} : {one.num_second_better}"
         table.add_row(
-            f"{one.first} - {one.second}",
-            difference,
-            f"{low} to {high}",
-            f"{one.num_first_better} : {one.num_second_better}",
-            *("< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values),
-        )
+            f"{one.first} - {one.second}", one.task, difference, f"{low} to {high}", won,
+            texts[0], f"{texts[1]}{star}",
+        )  # fmt: skip
+        table.caption = "* p (Holm), adjusted for all comparisons, is below 0.05"
     return table
 
 
-def with_note(table: Table) -> Table:
-    cells = (str(cell) for column in table.columns for cell in column.cells)
-    if any(MARK in cell for cell in cells):
-        table.caption = NOTE
-    return table
-
-
-def markdown_page(found: Evaluation) -> str:
+def _markdown_page(found: Evaluation) -> str:
     """Write an evaluation's tables in Markdown, and below them how they were got."""
     asked = "; ".join(
         f"{task} by {one['scoring']} ({one['num_questions']} questions)"
@@ -401,10 +302,7 @@ def markdown_page(found: Evaluation) -> str:
 def markdown(table: Table) -> str:
     """Write a table in Markdown, with its title above and its caption below."""
     columns = [
-        [
-            str(cell).replace("|", "\\|").replace("\n", " ")
-            for cell in (column.header, *column.cells)
-        ]
+        [str(cell).replace("|", "\\|") for cell in (column.header, *column.cells)]
         for column in table.columns
     ]
     header, *rows = map(list, zip(*columns, strict=True))
@@ -413,17 +311,3 @@ def markdown(table: Table) -> str:
     below = "" if table.caption is None else f"\n{table.caption}\n"
     lines = [f"| {' | '.join(row)} |\n" for row in (header, rules, *rows)]
     return above + "".join(lines) + below
-
-
-def data_frame(results: Mapping[str, Mapping[str, TaskResult]]) -> DataFrame:
-    """Lay results out in rows: an adapter, a task, a group of questions, and the figures."""
-    from pandas import DataFrame
-
-    rows = []
-    for adapter, by_task in results.items():
-        for task, result in by_task.items():
-            for group, one in [("", result), *result.get("groups", {}).items()]:
-                low, high = one.get("interval", (None, None))
-                names = {"adapter": adapter, "task": task, "split": result.get("split")}
-                rows.append({**names, "group": group, **one, "low": low, "high": high})
-    return DataFrame(rows, dtype=object).filter(items=list(_COLUMNS))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.method import AdapterConfig
-from loraloom.eval.results import AdapterRouting, TaskRouting
+from loraloom.eval.results import Fields
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing import tally
@@ -61,7 +61,7 @@ class RoutingTally:
             return None
         return lambda routed: self.adapters[routed.adapter].add(task, topics, routed)
 
-    def summarise(self) -> dict[str, AdapterRouting]:
+    def summarise(self) -> dict[str, Fields]:
         """Give the routing by adapter, as it stands in the JSON file under `routing`."""
         return {name: adapter.summarise() for name, adapter in self.adapters.items()}
 
@@ -125,7 +125,7 @@ class _AdapterTally:
             # adds up where a token stands in several places, which += would count once
             counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
 
-    def summarise(self) -> AdapterRouting:
+    def summarise(self) -> Fields:
         """Give the routing as it stands in the JSON file."""
         totals = reduce(operator.add, self.totals.values()) if self.totals else None
         layers = [_label(router) for router in totals.routers] if totals else []
@@ -150,9 +150,9 @@ class _AdapterTally:
             "warnings": self._warnings(totals) if totals else [],
         }
 
-    def _task(self, task: str) -> TaskRouting:
+    def _task(self, task: str) -> Fields:
         totals = self.totals.get(task)
-        summary: TaskRouting = {
+        summary: Fields = {
             "num_questions": self.num_questions[task],
             "num_questions_covered": len(self.covered[task]),
             "num_tokens": 0 if totals is None else totals.num_tokens,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet, questions_digest
 from loraloom.data.tokens import encode_pairs
 from loraloom.eval.cache import ScoreCache, Tokens
-from loraloom.eval.results import Metric, PairedComparison, TaskResult
+from loraloom.eval.results import Fields, Metric, PairedComparison
 from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, wilson_interval
 from loraloom.generation.rows import fit_pair
 from loraloom.generation.scoring import (
@@ -146,7 +146,7 @@ def score_accuracy(
     return {name: sum(one.correct for one in of) / len(of) for name, of in scores.items()}
 
 
-def summarise(scores: Sequence[QuestionScore]) -> TaskResult:
+def summarise(scores: Sequence[QuestionScore]) -> Fields:
     """Compute the accuracy over questions, with its sample's standard error."""
     count = len(scores)
     accuracy = sum(score.correct for score in scores) / count
@@ -180,7 +180,7 @@ class Scores:
 
     name: str
     details: Mapping[str, Any]
-    results: Mapping[str, TaskResult]
+    results: Mapping[str, Fields]
     values: Mapping[str, Sequence[int | float]]
     lines: Callable[[], Iterator[dict[str, Any]]]
     num_tokens: Sequence[int] = ()
@@ -211,7 +211,7 @@ def task_scores(asked: QuestionSet, scores: Mapping[str, Sequence[QuestionScore]
     return Scores(asked.task, details, results, values, lines)
 
 
-def _task_result(scores: Sequence[QuestionScore], split: str) -> TaskResult:
+def _task_result(scores: Sequence[QuestionScore], split: str) -> Fields:
     result = summarise(scores)
     result["split"] = split
     if num_truncated := sum(score.truncated for score in scores):

@@ -31,9 +31,6 @@ NUM_RESAMPLES = 10_000
 # Contestants, besides the base model, of whom all pairs are compared without being asked for.
 MAX_FOR_ALL_PAIRS = 4
 
-# By a question's place: its hash, and whether it was answered right.
-_Answers = dict[int, tuple[str, bool]]
-
 Pair = tuple[str, str]
 
 
@@ -164,12 +161,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
+    given = np.asarray(p_values, dtype=np.float64)
+    order, places = given.argsort(kind="stable"), np.arange(len(given))
+    adjusted = np.empty_like(given)
     # the i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, p_values[place] * (len(p_values) - rank)))
-        adjusted[place] = highest
-    return adjusted
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, given[order] * (len(given) - places)))
+    return adjusted.tolist()
 
 
 def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
@@ -179,30 +176,26 @@ def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
         stem, at, _ = name.rpartition("@")
         if at:
             stems.setdefault(stem, []).append(name)
+    if twice := [stem for stem in stems if stem in (*names, BASE)]:
+        seeds = ", ".join(stems[twice[0]])
+        raise ConfigError(
+            f"adapter names must be clear, got {twice[0]!r} and its seeds {seeds}; "
+            "call one of them something else"
+        )
     return stems
 
 
 def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
     """Find adapters that are seeds of one thing; a single seed is no group."""
-    groups = {stem: seeds for stem, seeds in _seeds_by_stem(names).items() if len(seeds) > 1}
-    for stem, seeds in groups.items():
-        if stem in (*names, BASE):
-            raise ConfigError(
-                f"adapter names must be clear, got {stem!r} and its seeds {', '.join(seeds)}; "
-                "call one of them something else"
-            )
-    return groups
+    return {stem: seeds for stem, seeds in _seeds_by_stem(names).items() if len(seeds) > 1}
 
 
 def members_of(name: str, names: Sequence[str]) -> list[str]:
     """The adapters that a contestant stands for: itself, or its seeds."""
-    stems = _seeds_by_stem(names)
-    if name in names:
-        return [name]
-    if name not in stems:
-        known = ", ".join(dict.fromkeys([*names, *stems]))
-        raise ConfigError(f"what is compared must be one of {known}, got {name!r}")
-    return stems[name]
+    known = {**{one: [one] for one in names}, **_seeds_by_stem(names)}
+    if name not in known:
+        raise ConfigError(f"what is compared must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
 
 
 def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> list[Pair]:
@@ -210,10 +203,7 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
     names = [name or BASE for name in adapters]
     group_of = {seed: stem for stem, seeds in seed_groups(names).items() for seed in seeds}
     if wanted:
-        pairs = [_parse_pair(text, names) for text in wanted]
-        if len({frozenset(pair) for pair in pairs}) < len(pairs):
-            raise ConfigError(f"--compare must name each pair once, got {', '.join(wanted)}")
-        return pairs
+        return [_parse_pair(text, names) for text in dict.fromkeys(wanted)]
     contestants = dict.fromkeys(group_of.get(name, name) for name in names)
     others = [name for name in contestants if name != BASE]
     pairs = [(name, BASE) for name in others] if BASE in contestants else []
@@ -223,11 +213,10 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
 
 
 def _parse_pair(text: str, names: Sequence[str]) -> Pair:
-    stems = _seeds_by_stem(names)
-    known = dict.fromkeys([*names, *stems])
-    single = {stem: seeds[0] for stem, seeds in stems.items() if len(seeds) == 1}
-    first, second = (n if n in names else single.get(n, n) for n in text.partition(":")[::2])
-    if first not in known or second not in known or first == second:
+    first, _, second = text.partition(":")
+    known = list(dict.fromkeys([*names, *_seeds_by_stem(names)]))
+    is_known = first in known and second in known
+    if not is_known or members_of(first, names) == members_of(second, names):
         raise ConfigError(
             f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}"
         )
@@ -240,10 +229,8 @@ def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
         raise AdapterError("adapters must name at least one, or None for the base model, got none")
     if BASE in adapters:
         raise AdapterError(f"no adapter may be called {BASE}, which results call the base model")
-    names = [name or BASE for name in adapters]
-    seed_groups(names)  # raises where a group has an adapter's name
     for name in chain.from_iterable(pairs):
-        members_of(name, names)
+        members_of(name, [name or BASE for name in adapters])
 
 
 def seed_values(values: Mapping[str, Sequence[int | float]], name: str) -> list[float]:
@@ -288,50 +275,39 @@ def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, An
 def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     """The answers in files of `loraloom eval --per-question`, `--harness` or not, joined by task.
 
+    What lm-eval filtered in several ways is several tasks.
+
     Args:
         paths: At least one. Several may hold different adapters, or different tasks.
 
     Raises:
         DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
-            one task were asked different questions, or if two files have other answers of an
-            adapter of the same name.
+            one task were asked different questions, or if an adapter has two answers to a question.
     """
-    tasks: dict[str, dict[str, _Answers]] = {}
-    for path in paths:
-        for (task, adapter), answers in _read_file(Path(path)).items():
-            if tasks.setdefault(task, {}).setdefault(adapter, answers) != answers:
-                raise DataError(
-                    f"{path}: {adapter!r} must have the answers to {task} that it has in the files "
-                    "before, got others; give each adapter a name of its own"
-                )
-    return [_join(task, by_adapter) for task, by_adapter in tasks.items()]
-
-
-def _read_file(path: Path) -> dict[tuple[str, str], _Answers]:
-    """Answers by task and adapter; what lm-eval filtered in several ways is several tasks."""
-    answers: dict[tuple[str, str], _Answers] = {}
-    for row in read_rows(path):
+    tasks: dict[str, dict[str, dict[tuple[int, str], bool]]] = {}
+    for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
         chosen_filter = row.get("filter", "none")
         task = row.text("task") + ("" if chosen_filter == "none" else f",{chosen_filter}")
         adapter, index, correct = row.text("adapter"), row.integer("index"), row.get("correct")
         if not isinstance(correct, bool):
             row.reject(f"field 'correct' must be true or false, got {correct!r}")
-        known = answers.setdefault((task, adapter), {})
-        if index in known:
-            row.reject(f"{adapter!r} must answer question {index} of {task} once, got it again")
-        known[index] = (row.text("question"), correct)
-    return answers
+        answers = tasks.setdefault(task, {}).setdefault(adapter, {})
+        if answers.setdefault((index, row.text("question")), correct) != correct:
+            row.reject(
+                f"{adapter!r} must answer question {index} of {task} once, got another answer; "
+                "give each adapter a name of its own"
+            )
+    return [_join(task, by_adapter) for task, by_adapter in tasks.items()]
 
 
-def _join(task: str, by_adapter: Mapping[str, _Answers]) -> TaskAnswers:
+def _join(task: str, by_adapter: Mapping[str, Mapping[tuple[int, str], bool]]) -> TaskAnswers:
     first, asked = next(iter(by_adapter.items()))
-    questions = {index: digest for index, (digest, _) in asked.items()}
     for adapter, answers in by_adapter.items():
-        if {index: digest for index, (digest, _) in answers.items()} != questions:
+        if answers.keys() != asked.keys():
             raise DataError(
                 f"{task}: adapters must have been asked the same questions, got others of "
                 f"{adapter!r} than of {first!r}; take files of the same split and limit"
             )
-    places = sorted(asked)
-    right = {name: tuple(of[place][1] for place in places) for name, of in by_adapter.items()}
-    return TaskAnswers(task, tuple(places), right)
+    questions = sorted(asked)
+    right = {name: tuple(of[question] for question in questions) for name, of in by_adapter.items()}
+    return TaskAnswers(task, tuple(index for index, _ in questions), right)

@@ -1,97 +1,69 @@
-"""Charts of the page, learning curves and intervals: matplotlib draws them as SVG.
+"""Charts of the page, learning curves and intervals: images in SVG that matplotlib draws.
 
-The page's style sheet colors them. They are made for a phone's width and may be shown larger.
+Their colors stand out on white and on black, as the page has a dark mode.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
-import warnings
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from loraloom.eval.plots import Curve, Point, smoothed
+from loraloom.eval.plots import Curve, smoothed
 from loraloom.report.jobs import Job
 
-# Of the palette; then the lines' dashes change.
-NUM_COLORS = 6
-
-DASHES = ("none", "6 3", "2 2", "8 3 2 3", "12 4")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
+# When colors are used up, lengths of lines and gaps.
+DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3), (12, 4))
 MAX_POINTS = 240
 # Characters of an adapter's name beside its interval; a longer one loses its middle.
 MAX_NAME = 26
-
 # Weight of the past in the running mean of what jumps from step to step.
 SMOOTHING = 0.9
 
-_TITLES = {
-    "loss": "Training loss",
-    "eval/loss": "Loss on held-out examples",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "aux_loss": "Router losses with their coefficients",
-    "router/entropy": "Router entropy (1: uniform)",
-    "router/load_cv": "Spread of the experts' load (0: balanced)",
-}
 _SMOOTHED = ("loss", "grad_norm")
 _PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
-
-_WIDTH, _HEIGHT, _ROW = 360, 220, 22
-_LEFT, _RIGHT, _TOP, _BOTTOM, _LETTER = 46, 8, 8, 30, 6.2
-_RULE = "#c0deff"
-# Whatever style is in use: the page brings its own.
-_STYLE: tuple[Any, ...] = ("default", {"svg.fonttype": "none", "path.simplify": False})
+_GRAY = "#808080"
+_COLORED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+# Whatever style is in use.
+_STYLE: tuple[Any, ...] = (
+    "default",
+    {"figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "loraloom"},
+    {"axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.4},
+    dict.fromkeys(_COLORED, _GRAY),
+)
 
 
 class Style(NamedTuple):
-    """How a job's lines look in every chart: a color of the palette, and dashes."""
+    """How a job's lines look in every chart."""
 
-    color: int
-    dash: str
+    color: str
+    dashes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A drawing under its title; the label of each line says in words what it shows."""
+class Chart(NamedTuple):
+    """An image under its title, and in words what it shows."""
 
     title: str
-    figure: Figure
-
-    @property
-    def svg(self) -> Markup:
-        text = io.StringIO()
-        with style.context(_STYLE), warnings.catch_warnings():
-            # the page has fonts of its own
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            self.figure.savefig(text, format="svg", metadata={"Date": None})
-        svg = text.getvalue()
-        lines = [line for axes in self.figure.axes for line in axes.lines]
-        words = list(dict.fromkeys(str(line.get_label()) for line in lines))
-        (box,) = re.findall(r'viewBox="[^"]*"', svg)
-        # what comes before is a document's head and matplotlib's own style
-        body = _styled(svg[svg.index("</defs>") + len("</defs>") :])
-        for place, line in enumerate(lines, start=1):
-            title = f"<g><title>{escape(str(line.get_label()))}</title>"
-            body = body.replace(f'<g id="curve{place}">', title)
-        label = escape(f"{self.title}. {'. '.join(words)}")
-        return Markup(f'<svg class="chart" role="img" aria-label="{label}" {box}>{body}')
+    words: str
+    source: str
 
 
-def _styled(svg: str) -> str:
-    """Leave fonts and colors to the style sheet, and out what would stand twice in the page."""
-    svg = re.sub(r' id="(?!curve)[^"]*"', "", svg)
-    svg = re.sub(r"font-(size|family): [^;]*; ", "", svg)
-    svg = re.sub(r"#c0de0(\d)", r"var(--c\1)", svg).replace(_RULE, "var(--rule)")
-    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+|\s*\n", r"\1", path[0]), svg)
+def _draw(title: str, words: Sequence[str], height: int | float, draw: Any) -> Chart:
+    """Make axes, let a function draw in them, and give the image as a URL that has it all."""
+    image = io.BytesIO()
+    with style.context(_STYLE):
+        figure = Figure(figsize=(5, height))
+        draw(figure.subplots())
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{b64encode(image.getvalue()).decode()}"
+    return Chart(title, ". ".join([title, *words]), source)
 
 
 def line_chart(
@@ -99,67 +71,37 @@ def line_chart(
 ) -> Chart | None:
     """Draw curves over steps; None where no value is finite."""
     finite = {label: [p for p in of if all(map(math.isfinite, p))] for label, of in curves.items()}
-    drawn = {label: thinned(curve) for label, curve in finite.items() if curve}
-    if not drawn:
-        return None
-    figure, axes = _axes(_HEIGHT, _LEFT)
-    axes.margins(x=0, y=0.05)
-    axes.grid(axis="y", color=_RULE, linewidth=1, clip_on=False)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("step", loc="right", labelpad=2)
-    for label, curve in drawn.items():
-        step, value = curve[-1]
-        words, dash = f"{label}: {value:.4g} at step {step:g}", styles[label].dash
-        _draw(axes, curve, styles[label].color, words, dash)
-    return Chart(title, figure)
+    drawn = {label: curve for label, curve in finite.items() if curve}
+    words = [f"{label}: {of[-1][1]:.4g} at step {of[-1][0]:g}" for label, of in drawn.items()]
+
+    def draw(axes: Axes) -> None:
+        for label, curve in drawn.items():
+            points = curve[:: -math.ceil(len(curve) / MAX_POINTS)]  # from the last one
+            look = {"color": styles[label].color, "linestyle": (0, styles[label].dashes or None)}
+            marker = "o" if len(points) == 1 else None
+            axes.plot(*zip(*points, strict=True), marker=marker, **look)
+        axes.set_xlabel("step")
+
+    return _draw(title, words, 3, draw) if drawn else None
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, int | float, Point, str]]) -> Chart:
-    """Draw a value with its interval for each adapter, in percent on one axis."""
+def interval_chart(task: str, results: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+    """Draw each adapter's accuracy with its interval, in percent; None if none has both."""
+    found = {n: one for n, one in results.items() if one.get("accuracy") and one.get("interval")}
+    ends = [(one["accuracy"], *one["interval"]) for one in found.values()]
+    words = [f"{n}: {100 * one['accuracy']:.1f} %" for n, one in found.items()]
     half = MAX_NAME // 2
-    names = [n if len(n) <= MAX_NAME else f"{n[: half - 1]}…{n[-half:]}" for n, *_ in rows]
-    figure, axes = _axes(_ROW * len(rows) + _TOP + _BOTTOM, _LETTER * max(map(len, names)) + _RIGHT)
-    axes.margins(x=0.06)
-    axes.grid(axis="x", color=_RULE, linewidth=1, clip_on=False)
-    for place, (name, value, (low, high), text) in enumerate(rows):
-        _draw(axes, [(100 * low, place), (100 * high, place)], 0, f"{name}: {text}")
-        _draw(axes, [(100 * value, place)], 0, f"{name}: {text}")
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), names, parse_math=False)
-    return Chart(f"{title}: accuracy and 95 % interval, %", figure)
+    names = [n if len(n) <= MAX_NAME else f"{n[: half - 1]}…{n[-half:]}" for n in found]
 
+    def draw(axes: Axes) -> None:
+        for place, (value, low, high) in enumerate(ends):
+            axes.plot([100 * low, 100 * high], [place, place], color=COLORS[0])
+            axes.plot([100 * value], [place], color=COLORS[0], marker="o")
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+        axes.invert_yaxis()
 
-def _axes(height: int, left: int | float) -> tuple[Figure, Axes]:
-    """Make axes of a chart's width, with room for the labels of its ticks."""
-    figure = Figure(figsize=(_WIDTH / 72, height / 72), frameon=False)
-    share_x, share_y = left / _WIDTH, _BOTTOM / height
-    box = (share_x, share_y, 1 - share_x - _RIGHT / _WIDTH, 1 - share_y - _TOP / height)
-    with style.context(_STYLE):
-        axes = figure.add_axes(box, frameon=False)
-    axes.tick_params(length=0, pad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter("{x:g}")
-    return figure, axes
-
-
-def _draw(axes: Axes, points: Curve, color: int, words: str, dash: str = "none") -> None:
-    """Draw a line; a single point becomes a dot."""
-    look: dict[str, Any] = {"linewidth": 2, "solid_capstyle": "butt"}
-    if len(points) == 1:
-        points, look = [*points, *points], {"linewidth": 8, "solid_capstyle": "round"}
-    elif dash != "none":
-        look["linestyle"] = (0, [float(n) / 2 for n in dash.split()])
-    place = f"curve{len(axes.lines) + 1}"
-    x, y = zip(*points, strict=True)
-    axes.plot(x, y, color=f"#c0de0{color}", clip_on=False, gid=place, label=words, **look)
-
-
-def thinned(points: Curve) -> list[Point]:
-    """Replace neighbours by their mean until there are few enough points."""
-    size = max(1, math.ceil(len(points) / MAX_POINTS))
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts]
+    title = f"{task}: accuracy and 95 % interval, %"
+    return _draw(title, words, 0.6 + 0.25 * len(found), draw) if found else None
 
 
 def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
@@ -168,37 +110,32 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
     runs = list(dict.fromkeys(job.run for job in jobs))
     styles = {}
     for job in jobs:
-        place = names.index(job.name)
-        dash = runs.index(job.run) + len(runs) * (place // NUM_COLORS)
-        styles[job.label] = Style(place % NUM_COLORS, DASHES[dash % len(DASHES)])
+        repeat, color = divmod(names.index(job.name), len(COLORS))
+        dash = runs.index(job.run) + len(runs) * repeat
+        styles[job.label] = Style(COLORS[color], DASHES[dash % len(DASHES)])
     return styles
 
 
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
-    """Make a chart for each figure in the jobs' metrics, the well-known ones first."""
+    """Make a chart for each figure in the jobs' metrics."""
     items = (item for job in jobs for line in job.metrics for item in line.items())
     found = dict.fromkeys(name for name, value in items if isinstance(value, int | float))
-    accuracies = [name for name in found if name.startswith("eval/") and name not in _TITLES]
-    order = dict.fromkeys(["loss", "eval/loss", *accuracies, *_TITLES, *found])
-    charts = [_chart(name, jobs) for name in order if name in found and name not in _PASSED_OVER]
+    charts = [_chart(name, jobs) for name in found if name not in _PASSED_OVER]
     return [chart for chart in charts if chart is not None]
 
 
 def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
-    curves = {
-        job.label: [(line["step"], line[name]) for line in job.metrics if _is_number(line, name)]
+    numbers = {
+        job.label: [line for line in job.metrics if isinstance(line.get(name), int | float)]
         for job in jobs
     }
-    if name == "aux_loss":  # always 0 without a router
-        curves = {label: curve for label, curve in curves.items() if any(v for _, v in curve)}
-    title = _TITLES.get(name, name)
-    if name.startswith("eval/") and name.endswith("/accuracy"):
-        title = f"Accuracy in {name.removeprefix('eval/').removesuffix('/accuracy')}"
-    if name in _SMOOTHED:
-        curves = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
-        title += ", running mean"
-    return line_chart(title, curves, job_styles(jobs))
-
-
-def _is_number(line: Mapping[str, object], name: str) -> bool:
-    return isinstance(line.get(name), int | float)
+    # the loss of routers is always 0 where there are none
+    curves: dict[str, Curve] = {
+        label: [(line["step"], line[name]) for line in lines]
+        for label, lines in numbers.items()
+        if any(line[name] for line in lines)
+    }
+    if name not in _SMOOTHED:
+        return line_chart(name, curves, job_styles(jobs))
+    means = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
+    return line_chart(f"{name}, running mean", means, job_styles(jobs))

@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from loraloom.config.text import parse_json, read_json, read_text
 from loraloom.errors import ConfigError, DataError
-from loraloom.eval.results import Environment, Fields
+from loraloom.eval.results import Fields
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
@@ -25,14 +24,8 @@ class Job:
     run: str
     metrics: Sequence[Fields]
     result: Fields | None
-    ended: datetime | None
     label: str
     """What the page calls it: its name, after its run's where there are several."""
-
-    @property
-    def environment(self) -> Environment:
-        """With what it was trained."""
-        return Environment.model_validate((self.result or {}).get("environment", {}))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Job]:
@@ -67,11 +60,9 @@ def _is_job(path: Path) -> bool:
 
 
 def _read_job(directory: Path, run: str) -> Job:
-    file, name, result, ended = directory / RESULT_FILE, directory.resolve().name, None, None
-    if file.is_file():
-        result = _object(read_json(file, DataError), str(file))
-        ended = datetime.fromtimestamp(file.stat().st_mtime, UTC)
-    return Job(name, run, _read_metrics(directory / METRICS_FILE), result, ended, name)
+    file, name = directory / RESULT_FILE, directory.resolve().name
+    result = _object(read_json(file, DataError), str(file)) if file.is_file() else None
+    return Job(name, run, _read_metrics(directory / METRICS_FILE), result, name)
 
 
 def _read_metrics(file: Path) -> list[Fields]:

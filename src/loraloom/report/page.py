@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,17 +10,11 @@ from statistics import fmean
 from typing import Any
 
 import jinja2
+import numpy as np
 
 import loraloom
 from loraloom.errors import DataError
-from loraloom.eval.results import (
-    AdapterRouting,
-    Environment,
-    Evaluation,
-    TaskResult,
-    TaskRouting,
-    read_evaluation,
-)
+from loraloom.eval.results import Evaluation, Fields, read_evaluation
 from loraloom.report.charts import interval_chart, job_styles, learning_curves
 from loraloom.report.jobs import Job, read_runs
 
@@ -47,21 +40,20 @@ def make_page(
 
 
 def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) -> str:
-    results = [_lay_out(name, content) for name, content in read.items()]
     trained = [job.result for job in jobs if job.result is not None]
-    made_with = [*(job.environment for job in jobs), *read.values()]
+    made_with = [*(one.get("environment", {}) for one in trained), *map(dict, read.values())]
     content = {
         "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
         "jobs": jobs,
-        "facts": _facts(jobs, read.values(), made_with),
-        "commands": _different(one.command for one in made_with),
+        "facts": _facts(jobs, trained, made_with),
+        "commands": _different(one.get("command") for one in made_with),
         "warnings": _warnings(jobs, read),
         "metrics": list(dict.fromkeys(name for one in trained for name in one.get("metrics", ()))),
         "styles": job_styles(jobs),
         "charts": learning_curves(jobs),
-        "results": results,
+        "results": [_lay_out(name, content) for name, content in read.items()],
         "levels": LEVELS,
-        "made": _date(now),
+        "made": now.strftime("%Y-%m-%d %H:%M UTC"),
         "version": loraloom.__version__,
     }
     environment = jinja2.Environment(
@@ -72,49 +64,39 @@ def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) 
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": lambda value: f"{100 * value:.1f}",
-        "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
-        "nats": lambda value: f"{value:.4f}",
-        "nats_more": lambda value: f"{value:+.4f}".replace("-", "−"),
-        "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
         "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
         "level": level,
         "gib": lambda value: f"{value / 2**30:.2f} GiB",
+        "rows": lambda table: zip(*(column.cells for column in table.columns), strict=True),
         "word": _visible,
-        "interval": interval_of,
     }
     return environment.get_template("page.html.j2").render(content)
 
 
 def _facts(
-    jobs: Sequence[Job], contents: Iterable[Evaluation], made_with: Sequence[Environment]
+    jobs: Sequence[Job], trained: Sequence[Fields], made_with: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    contents = list(contents)
-    ended = [job.ended for job in jobs if job.ended is not None]
-    models = [job.result["base_model"] for job in jobs if job.result is not None]
-    packages = dict.fromkeys(name for one in made_with for name in one.versions)
-    versions = {n: _unique(one.versions.get(n, "") for one in made_with) for n in packages}
+    def unique(name: str, of: Sequence[Mapping[str, Any]] = made_with) -> str:
+        return "; ".join(_different(one.get(name) for one in of))
+
+    versions = [one.get("versions", {}) for one in made_with]
+    packages = {name: unique(name, versions) for of in versions for name in of}
     facts = {
-        "Base model": _unique([*models, *(content.base_model for content in contents)]),
-        "Number format": _unique(one.dtype for one in made_with),
+        "Base model": unique("base_model", [*trained, *made_with]),
+        "Number format": unique("dtype"),
         "Jobs": f"{len(jobs)}",
-        "Training ended": _date(max(ended)) if ended else "",
-        "Evaluated": _unique(content.date for content in contents),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "Device": _unique(one.device for one in made_with),
-        "Platform": _unique(one.platform for one in made_with),
+        "Evaluated": unique("date"),
+        "Versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
+        "Device": unique("device"),
+        "Platform": unique("platform"),
     }
     return {name: value for name, value in facts.items() if value}
 
 
-def _different(values: Iterable[str]) -> list[str]:
+def _different(values: Iterable[str | None]) -> list[str]:
     """What is not empty, each once."""
     return list(dict.fromkeys(filter(None, values)))
-
-
-def _unique(values: Iterable[str]) -> str:
-    return "; ".join(_different(values))
 
 
 def _warnings(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> list[tuple[str, str]]:
@@ -133,67 +115,18 @@ def _warnings(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> list[tuple
 
 
 def _lay_out(name: str, content: Evaluation) -> dict[str, Any]:
-    """Lay an evaluation out; `tasks` have accuracies, or other figures than `losses`.
-
-    `means` are over several tasks, None without accuracy; `constants` are the accuracies of the
-    best constant answers, where they are known.
-    """
-    found = [pair for by_task in content.results.values() for pair in by_task.items()]
-    losses = list(dict.fromkeys(task for task, result in found if "loss" in result))
-    tasks = list(dict.fromkeys(task for task, _ in found if task not in losses))
-    counted, charts = _counted(tasks, dict(found)), []
-    for task in tasks:
-        rows = [
-            (adapter, accuracy, *_interval_in_words(result))
-            for adapter, by_task in content.results.items()
-            if (accuracy := (result := by_task.get(task, {})).get("accuracy")) is not None
-        ]
-        charts += [interval_chart(task, rows)] if rows else []
-    means = {adapter: _mean(by_task, counted) for adapter, by_task in content.results.items()}
+    """Lay an evaluation out."""
+    tasks = dict.fromkeys(task for by_task in content.results.values() for task in by_task)
+    charts = [
+        interval_chart(task, {n: by_task.get(task, {}) for n, by_task in content.results.items()})
+        for task in tasks
+    ]
     return {
         "name": name,
-        "content": content,
-        "tasks": tasks,
-        "losses": losses,
-        "charts": charts,
-        "means": means if len(counted) > 1 else {},
-        "constants": {task: one["majority"] for task, one in found if "majority" in one},
+        "tables": content.tables(),
+        "charts": [chart for chart in charts if chart is not None],
         "mixtures": [lay_out(adapter, routing) for adapter, routing in content.routing.items()],
     }
-
-
-def _counted(tasks: Sequence[str], results: Mapping[str, TaskResult]) -> list[str]:
-    """Tasks of a mean: of a group with an accuracy the group alone, of another one its members."""
-    measured = {task for task, one in results.items() if one.get("accuracy") is not None}
-    members = {member for task in measured for member in results[task].get("subtasks", ())}
-    return [
-        task
-        for task in tasks
-        if task not in members and (task in measured or not results[task].get("subtasks"))
-    ]
-
-
-def _mean(by_task: Mapping[str, TaskResult], tasks: Sequence[str]) -> float | None:
-    accuracies = [by_task.get(task, {}).get("accuracy") for task in tasks]
-    known = [accuracy for accuracy in accuracies if accuracy is not None]
-    return math.fsum(known) / len(known) if len(known) == len(tasks) else None
-
-
-def interval_of(result: TaskResult) -> Sequence[float]:
-    """The file's interval, or 1.96 standard errors, or nothing around the accuracy."""
-    accuracy, half = result.get("accuracy") or 0.0, 1.96 * (result.get("stderr") or 0.0)
-    return result.get("interval", (accuracy - half, accuracy + half))
-
-
-def _interval_in_words(result: TaskResult) -> tuple[Any, str]:
-    low, high = interval_of(result)
-    accuracy = result.get("accuracy") or 0.0
-    text = f"{100 * accuracy:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
-    return (low, high), text
-
-
-def _date(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _visible(token: str) -> str:
@@ -203,55 +136,53 @@ def _visible(token: str) -> str:
     return token.translate(str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"}))
 
 
-def lay_out(name: str, routing: AdapterRouting) -> dict[str, Any]:
+def lay_out(name: str, routing: Fields) -> dict[str, Any]:
     covered = {task: one for task, one in routing["tasks"].items() if one.get("load")}
-    told = routing.get("specialisation", {})
+    found = routing.get("specialisation", {})
     return {
         "name": name,
         "routing": routing,
         "coverage": _coverage([*routing["tasks"].values()]),
         "layers": _layer_rows(routing, [*covered.values()]) if covered else [],
-        "specialisation": [_specialisation(told[k], k, routing["layers"]) for k in told],
-        "similarity": _similarity(routing, [*covered]),
+        "specialisation": [_specialisation(found[k], k, routing["layers"]) for k in found],
         "examples": {task: one["example"] for task, one in covered.items() if "example" in one},
         "uniform_bits": math.log2(routing["num_experts"]),
     }
 
 
-def _coverage(tasks: Sequence[TaskRouting]) -> str:
-    covered = sum(task["num_questions_covered"] for task in tasks)
-    asked = sum(task["num_questions"] for task in tasks)
-    tokens = sum(task["num_tokens"] for task in tasks)
+def _coverage(tasks: Sequence[Fields]) -> str:
+    keys = ("num_questions_covered", "num_questions", "num_tokens")
+    covered, asked, tokens = (sum(task[key] for task in tasks) for key in keys)
     text = f"{covered:,} of {asked:,} questions, {tokens:,} tokens."
     kept = " The others' scores were kept from before; evaluate with --no-cache to cover them."
     return text + kept if covered < asked else text
 
 
-def _layer_rows(routing: AdapterRouting, tasks: Sequence[Any]) -> list[dict[str, Any]]:
+def _layer_rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
     """By layer, over all tasks by their tokens: the load, and figures that stand behind it.
 
     These are effective experts, entropy of the mean probabilities, mean entropy of tokens, in bits.
     """
     weights = [task["num_tokens"] for task in tasks]
 
-    def mean(values: Sequence[float]) -> float:
-        return math.fsum(map(operator.mul, weights, values)) / sum(weights)
+    def mean(key: str) -> np.ndarray:
+        return np.average([task[key] for task in tasks], axis=0, weights=weights)
 
-    def means(key: str, place: int) -> list[float]:
-        return [mean(values) for values in zip(*(task[key][place] for task in tasks), strict=True)]
+    load, entropy = mean("load"), mean("mean_entropy_bits")
+    if all("mean_probabilities" in task for task in tasks):  # not in files of earlier versions
+        entropy = entropy_bits(mean("mean_probabilities"))
+    figures = np.stack([2 ** entropy_bits(load), entropy, mean("token_entropy_bits")], axis=1)
+    sizes = routing.get("experts_by_layer") or [None] * len(load)
+    by_layer = zip(routing["layers"], load, figures, sizes, strict=True)
+    return [
+        {"label": label, "load": row[:size].tolist(), "figures": of.tolist()}
+        for label, row, of, size in by_layer
+    ]
 
-    rows = []
-    for place, layer in enumerate(routing["layers"]):
-        sizes = routing.get("experts_by_layer")
-        load = means("load", place)[: sizes[place] if sizes else None]
-        if all("mean_probabilities" in task for task in tasks):
-            entropy = math.log2(effective_number(means("mean_probabilities", place)))
-        else:  # in files of earlier versions
-            entropy = mean([task["mean_entropy_bits"][place] for task in tasks])
-        of_tokens = mean([task["token_entropy_bits"][place] for task in tasks])
-        figures = [effective_number(load), entropy, of_tokens]
-        rows.append({"label": layer, "load": load, "figures": figures})
-    return rows
+
+def entropy_bits(shares: np.ndarray) -> np.ndarray:
+    """Compute the entropy of each row, as `loraloom.routing.tally` does on tensors."""
+    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(-1)
 
 
 def _specialisation(found: Mapping[str, Any], kind: str, layers: Sequence[Any]) -> dict[str, Any]:
@@ -268,17 +199,6 @@ def _specialisation(found: Mapping[str, Any], kind: str, layers: Sequence[Any]) 
     }
 
 
-def _similarity(routing: AdapterRouting, tasks: Sequence[str]) -> dict[str, list[float | None]]:
-    pairs = routing.get("similarity", ())
-    known = {frozenset((one["first"], one["second"])): one["mean"] for one in pairs}
-    return {a: [known.get(frozenset((a, b))) for b in tasks] for a in tasks if known}
-
-
 def level(multiple: int | float) -> int:
     """The level of a load, as a multiple of an even share: 0 is unused, 3 about even, 5 most."""
     return sum(multiple >= bound for bound in LEVELS)
-
-
-def effective_number(load: Sequence[float]) -> float:
-    """Compute exp of the load's entropy, as `loraloom.routing.tally` does on tensors."""
-    return math.exp(-math.fsum(share * math.log(share) for share in load if share > 0))

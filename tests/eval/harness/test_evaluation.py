@@ -5,13 +5,7 @@ import json
 import pytest
 
 from loraloom.eval.harness import evaluate_adapters, load_tasks
-from loraloom.eval.harness.results import (
-    _majority,
-    _question,
-    as_evaluation,
-    question_lines,
-    results_table,
-)
+from loraloom.eval.harness.results import as_evaluation, question_lines
 from tests.conftest import build_tokenizer
 from tests.eval.harness.toy import ROWS, TASKS
 from tests.eval.scoring import scoring_host
@@ -64,8 +58,8 @@ def test_results_are_in_our_form(results):
     assert summary["base"]["toy_generate"]["metric"] == "exact_match,none"
     assert "accuracy" not in summary["base"]["toy_rolling"]
     assert summary["base"]["toy_rolling"]["metrics"]["word_perplexity,none"]["value"] > 1
-    table = results_table(evaluation)
-    assert [column.header for column in table.columns][4:] == ["base", *METHODS]
+    (table,) = evaluation.tables()
+    assert [column.header for column in table.columns][3:] == ["base", *METHODS]
     assert table.row_count == 3 * 2 + 1 + 1
     plain = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))["lm_eval"]
     assert plain["mixlora"]["results"] == results["mixlora"]["results"]
@@ -73,29 +67,14 @@ def test_results_are_in_our_form(results):
     assert "samples" not in plain["base"]
 
 
-def test_targets_that_are_no_answers_have_no_majority():
-    rows = [{"doc_id": n, "target": n % 2, "arguments": [("q", " a"), ("q", " b")]} for n in (0, 1)]
-    assert _majority({"doc_to_target": "label"}, rows) == 0.5
-    assert _majority({"doc_to_target": 3}, rows) is None
-    of_contexts = [{**row, "arguments": [("x", " a"), ("y", " a")]} for row in rows]
-    assert _majority({}, of_contexts) is None
-    assert _majority({}, ()) is None
-
-
-def test_of_mutual_information_the_answers_with_the_question_are_the_choices():
-    responses = [(-2.0, False), (-1.0, True), (-9.0, False), (-0.5, True)]
-    metrics = {"acc": 1.0, "acc_mutual_info": 0.0}
-    sample = {"filtered_resps": responses, "metrics": [*metrics], "filter": "none", "target": 1}
-    assert _question(sample | metrics)["chosen"] == 1
-
-
 def test_there_is_a_line_for_each_question(results):
     lines = list(question_lines(results))
     assert len(lines) == len(EVERYBODY) * len(TASKS) * 8
     choice = next(line for line in lines if line["task"] == "toy_choice")
     assert choice["adapter"] == "base"
-    assert len(choice["scores"]) == len(ROWS[choice["index"]]["choices"])
-    assert choice["scores"][choice["chosen"]] == max(choice["scores"])
-    assert choice["metrics"]["acc"] == float(choice["chosen"] == choice["correct_label"])
+    scores = [score for score, _ in choice["responses"]]
+    assert len(scores) == len(ROWS[choice["index"]]["choices"])
+    is_best = scores.index(max(scores)) == choice["correct_label"]
+    assert choice["metrics"]["acc"] == float(is_best)
     words = next(line for line in lines if line["task"] == "toy_generate")
     assert isinstance(words["responses"][0], str)

@@ -12,10 +12,11 @@ from lm_eval.tasks import TaskManager
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, DataError
-from loraloom.eval.harness import HostLM, load_tasks, shared_lms
+from loraloom.eval.harness import HostLM, load_tasks
+from loraloom.eval.harness.lm import Answers
 from tests.eval.harness.toy import TASKS, instances, plain_score
 from tests.eval.scoring import scoring_host
-from tests.tiny import METHODS, randomise
+from tests.tiny import METHODS
 
 PAIRS = [
     ("Question: What color is the sky?\nAnswer:", " blue"),
@@ -29,6 +30,12 @@ PAIRS = [
 ]
 TEXTS = ["The sky is blue.", "yes", "Please choose the correct answer to the question. " * 20, ""]
 UNTIL = {"until": ["e", "\n\n"], "max_gen_toks": 12}
+
+
+def shared_lms(host, tokenizer, adapters):
+    """A model of each adapter, as `evaluate_adapters` makes them."""
+    answers = Answers(host, tokenizer, adapters)
+    return {name: HostLM(host, tokenizer, name, answers=answers) for name in adapters}
 
 
 def log_likelihoods(lm, pairs=PAIRS):
@@ -95,8 +102,7 @@ def test_everything_is_as_in_lm_evals_own_class(host, tiny_tokenizer, max_length
 
 
 @pytest.mark.parametrize(
-    ("name", "num_fewshot"),
-    [*((name, 0) for name in TASKS), ("toy_choice", 2), ("toy_generate", 2)],
+    ("name", "num_fewshot"), [*((name, 0) for name in TASKS), ("toy_choice", 2)]
 )
 def test_tasks_have_the_results_of_lm_evals_own_class(
     host, tiny_tokenizer, toy_tasks, name, num_fewshot
@@ -156,24 +162,6 @@ def test_what_was_computed_for_one_is_not_computed_again(host, tiny_tokenizer, m
     assert len(calls) == num_calls
     assert log_likelihoods(lms[None]) == first
     assert len(calls) == 2 * num_calls
-
-
-def step(host):
-    """Change the adapter as training does."""
-    optimizer = torch.optim.AdamW(host.adapters["lora"].parameters(), lr=0.1)
-    host(torch.tensor([[3, 4, 5]]), adapters=["lora"]).logits.logsumexp(-1).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("change", [step, lambda host: randomise(host.adapters["lora"], seed=9)])
-def test_what_was_kept_is_forgotten_when_weights_change(tiny_tokenizer, change):
-    host = scoring_host(configs={"lora": METHODS["lora"]})
-    lms = shared_lms(host, tiny_tokenizer, [None, "lora"])
-    log_likelihoods(lms[None])
-    change(host)
-    now = log_likelihoods(HostLM(host, tiny_tokenizer, "lora"))
-    assert_same_scores(log_likelihoods(lms["lora"]), now, tolerance=1e-8)
 
 
 def test_chat_templates_are_as_in_lm_evals_own_class(host, tiny_tokenizer):

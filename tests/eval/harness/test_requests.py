@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import importlib
-import runpy
 import sys
 
 import pytest
-from lm_eval.api.registry import get_model
 from tokenizers.processors import TemplateProcessing
 
 from loraloom.errors import ConfigError
@@ -14,7 +12,6 @@ from loraloom.generation.sampling import SamplingConfig
 from tests.conftest import build_tokenizer
 from tests.eval.harness.toy import instances
 from tests.eval.scoring import scoring_host
-from tests.generation.saved import save_tiny
 
 
 @pytest.mark.parametrize(("options", "num_bos"), [({}, 1), ({"add_bos_token": False}, 0)])
@@ -75,44 +72,6 @@ def test_generation_settings_are_read(settings, expected):
 def test_generation_that_cannot_be_done_is_an_error(settings, message):
     with pytest.raises(ConfigError, match=message):
         parse_generation(settings, 50)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("saved"))
-
-
-def test_arguments_load_a_model(saved):
-    text = f"base_model={saved / 'base'},adapter={saved / 'lora'},max_length=64"
-    lm = HostLM.create_from_arg_string(text, {"batch_size": "4", "device": "cpu"})
-    assert (lm.adapter, lm.max_length, lm.batch_size) == ("adapter", 64, 4)
-    base = HostLM.create_from_arg_obj({"base_model": str(saved / "base"), "device": "cpu"})
-    assert (base.adapter, base.max_length) == (None, 256)
-    assert get_model("loraloom") is HostLM
-    assert get_model("dummy").__name__ == "DummyLM"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "base_model must be given"),
-        ({"base_model": "m", "adaptor": "a"}, "did you mean 'adapter'"),
-    ],
-)
-def test_wrong_arguments_are_an_error(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        HostLM.create_from_arg_obj(arguments)
-
-
-@pytest.mark.slow
-def test_lm_evals_command_line_knows_the_model(saved, toy_tasks, monkeypatch, capsys):
-    arguments = f"base_model={saved / 'base'},adapter={saved / 'mixlora'},device=cpu"
-    words = f"--model loraloom --model_args {arguments} --include_path {toy_tasks} --limit 2"
-    monkeypatch.setattr(sys, "argv", ["lm-eval", *words.split(), "--tasks", "toy_choice"])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_module("loraloom.eval.harness", run_name="__main__")
-    assert not done.value.code
-    assert "toy_choice" in capsys.readouterr().out
 
 
 def test_a_missing_lm_eval_says_what_to_install(monkeypatch):

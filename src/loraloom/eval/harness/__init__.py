@@ -1,10 +1,7 @@
 """lm-evaluation-harness on a host: its tasks, asked of several adapters in one pass.
 
-    lm_eval.simple_evaluate(model=HostLM(host, tokenizer, "math"), tasks=["arc_easy"])
-    evaluate_adapters(host, tokenizer, load_tasks(["arc_easy"]), [None, "math", "law"])
-
-Importing this registers the model `loraloom` with lm-eval, whose own command line then knows it:
-`python -m loraloom.eval.harness --model loraloom --model_args base_model=M,adapter=PATH ...`.
+lm_eval.simple_evaluate(model=HostLM(host, tokenizer, "math"), tasks=["arc_easy"])
+evaluate_adapters(host, tokenizer, load_tasks(["arc_easy"]), [None, "math", "law"])
 """
 
 from loraloom.errors import ConfigError
@@ -17,7 +14,7 @@ except ImportError as error:
         "run: pip install 'loraloom[eval]'"
     ) from error
 
-from loraloom.eval.harness.lm import HostLM, evaluate_adapters, shared_lms
+from loraloom.eval.harness.lm import HostLM, evaluate_adapters
 from loraloom.eval.harness.tasks import load_tasks
 
-__all__ = ["HostLM", "evaluate_adapters", "load_tasks", "shared_lms"]
+__all__ = ["HostLM", "evaluate_adapters", "load_tasks"]

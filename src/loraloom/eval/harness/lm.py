@@ -7,34 +7,26 @@ once, and kept until each of the others is asked the same.
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import lm_eval
-import lm_eval.models  # lm-eval's own models, which it leaves out once one is registered
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.fields import checked
-from loraloom.config.model import BaseModelConfig, parse_quantization
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
-from loraloom.eval.cache import adapter_digest
 from loraloom.generation.generate import complete
-from loraloom.generation.loading import load_host
 from loraloom.generation.rows import fit_pair
 from loraloom.generation.sampling import SamplingConfig, parse_sampling
 from loraloom.generation.scoring import group_rows, score_groups, token_batches, tokens_per_batch
@@ -69,24 +61,16 @@ class Answers:
         self.adapters = list(dict.fromkeys(adapters))
         self._host, self._tokenizer, self._batch_size = host, tokenizer, batch_size
         self._max_tokens = max_tokens_per_batch or tokens_per_batch(host)
-        self._kept: dict[Any, Any] = {}  # by adapter, its weights and request
+        self._kept: dict[Any, Any] = {}  # by adapter and request
 
     def of(self, adapter: str | None, requests: Sequence[Any], what: str, quiet: Any) -> list[Any]:
         """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
-        # an answer is of weights that may change, and of an adapter that another may replace
-        weights = {name: self._weights_of(name) for name in self.adapters}
-        self._kept = {key: one for key, one in self._kept.items() if weights[key[0]] == key[1]}
-        keys = {one: (adapter, weights[adapter], one) for one in requests}
-        missing = [one for one, key in keys.items() if key not in self._kept]
+        missing = [one for one in dict.fromkeys(requests) if (adapter, one) not in self._kept]
         with cast("Any", tqdm)(total=len(missing), desc=what, disable=quiet or None) as bar:
             for name, request, answer in self._compute(missing, bar):
-                self._kept[name, weights[name], request] = answer
-        answers = {request: self._kept.pop(key) for request, key in keys.items()}
+                self._kept[name, request] = answer
+        answers = {one: self._kept.pop((adapter, one)) for one in dict.fromkeys(requests)}
         return [answers[request] for request in requests]
-
-    def _weights_of(self, name: str | None) -> Hashable:
-        adapter = None if name is None else self._host.adapter(name)
-        return adapter and (weakref.ref(adapter), adapter_digest(adapter))
 
     def _compute(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
         # lm-eval asks for one kind at a time
@@ -124,16 +108,6 @@ def _group_by_context(requests: list[Any]) -> list[list[Any]]:
         part = num_tokens[context] // _TOKENS_BESIDE_CONTEXT
         groups.setdefault((context, part), []).append((context, continuation))
     return [*groups.values()]
-
-
-class _Arguments(BaseModelConfig):
-    """The `model_args` of lm-eval's command line."""
-
-    adapter: str | None = None
-    max_length: int | None = None
-    add_bos_token: bool | None = None
-    prefix_token_id: int | None = None
-    max_tokens_per_batch: int | None = None
 
 
 _HFLM: Any = HFLM  # the decorator that registers it hides what it is
@@ -177,29 +151,6 @@ class HostLM(_HFLM):
         self._max_length = max_length or longest
         self._model, self._config, self._device = host.model, host.config, host.device
         self._rank, self._world_size = 0, 1
-
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict | None = None
-    ) -> HostLM:
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> HostLM:
-        """Load a model from the arguments of lm-eval's command line."""
-        given = {key: value for key, value in (additional_config or {}).items() if value}
-        settings = {"device": str(given.get("device", "auto"))} | arg_dict
-        settings |= {n: str(arg_dict[n]) for n in ("base_model", "adapter") if n in arg_dict}
-        settings["quantization"] = parse_quantization(arg_dict.get("quantization"))
-        found = checked(_Arguments, settings)
-        adapters = {} if found.adapter is None else {"adapter": found.adapter}
-        host, tokenizer = load_host(found, adapters)
-        options = found.model_dump(exclude={*BaseModelConfig.model_fields, "adapter"})
-        if str(given.get("batch_size")).isdigit():  # else "auto"
-            options["batch_size"] = int(given["batch_size"])
-        return cls(host, tokenizer, *adapters, **options)
 
     def get_model_info(self) -> dict[str, Any]:
         return {
@@ -259,9 +210,6 @@ class HostLM(_HFLM):
         return Completion(tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0)
 
 
-register_model("loraloom")(HostLM)
-
-
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
     """Read a task's `generation_kwargs`."""
     normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
@@ -274,36 +222,22 @@ def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> Sampli
     return parse_sampling(max_new_tokens=length, stop=stop, **chosen)
 
 
-def shared_lms(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    adapters: Sequence[str | None],
-    *,
-    max_tokens_per_batch: int | None = None,
-    batch_size: int = 16,
-    **options: Any,
-) -> dict[str | None, HostLM]:
-    """Make a model of each adapter; what one is asked is computed for all in the same batches.
-
-    The answers for the others are kept until they are asked the same, as long as their weights
-    don't change.
-    """
-    answers = Answers(host, tokenizer, adapters, max_tokens_per_batch, batch_size)
-    options |= {"answers": answers, "batch_size": batch_size}
-    return {name: HostLM(host, tokenizer, name, **options) for name in answers.adapters}
-
-
 def evaluate_adapters(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task | Group],
     adapters: Sequence[str | None],
     *,
-    lm_options: Mapping[str, Any] | None = None,
+    max_tokens_per_batch: int | None = None,
+    batch_size: int = 16,
     **options: Any,
 ) -> dict[str | None, dict[str, Any]]:
-    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
-    models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
+    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches.
+
+    Other options are `lm_eval.simple_evaluate`'s.
+    """
+    answers = Answers(host, tokenizer, adapters, max_tokens_per_batch, batch_size)
+    models = {name: HostLM(host, tokenizer, name, answers=answers) for name in answers.adapters}
     # the tasks are there, so none is looked up
     options |= {"tasks": list(tasks), "task_manager": TaskManager(include_defaults=False)}
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
