@@ -54,42 +54,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adapters": ("register_method",),
-    "config.data": ("PromptForm",),
-    "errors": (
-        "AdapterError",
-        "ConfigError",
-        "DataError",
-        "FormatError",
-        "LoraloomError",
-        "ModelError",
-        "TrainingError",
-    ),
-    "eval.evaluation": ("evaluate", "evaluate_loss"),
-    "eval.results": ("Evaluation",),
-    "eval.statistics": ("compare", "compare_paired", "read_answers", "summarise_seeds"),
-    "generation.generate": ("Completion", "generate"),
-    "generation.prompts": ("Prompt",),
-    "generation.sampling": ("SamplingConfig",),
-    "models.converting": ("convert",),
-    "models.export": ("Export", "export"),
-    "models.host": ("Host", "HostOutput", "attach"),
-    "models.loading": ("load_base_model",),
-    "training.client": ("TrainingClient", "example_of", "example_of_completion"),
-    "training.results": ("JobResult",),
-    "training.run": ("train",),
-    "training.settings": (
-        "CpoConfig",
-        "DpoConfig",
-        "JobConfig",
-        "OptimizerConfig",
-        "RunConfig",
-        "SftConfig",
-    ),
-    "training.step.requests": ("run_requests",),
+    "adapters": "register_method",
+    "config.data": "PromptForm",
+    "errors": "AdapterError ConfigError DataError FormatError LoraloomError ModelError "
+    "TrainingError",
+    "eval.evaluation": "evaluate evaluate_loss",
+    "eval.results": "Evaluation",
+    "eval.statistics": "compare compare_paired read_answers summarise_seeds",
+    "generation.generate": "Completion generate",
+    "generation.prompts": "Prompt",
+    "generation.sampling": "SamplingConfig",
+    "models.converting": "convert",
+    "models.export": "Export export",
+    "models.host": "Host HostOutput attach",
+    "models.loading": "load_base_model",
+    "training.client": "TrainingClient example_of example_of_completion",
+    "training.results": "JobResult",
+    "training.run": "train",
+    "training.settings": "CpoConfig DpoConfig JobConfig OptimizerConfig RunConfig SftConfig",
+    "training.step.requests": "run_requests",
 }
 
-_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every attribute
 

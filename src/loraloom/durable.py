@@ -102,17 +102,10 @@ def append_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, which is made when missing: all of the line, or nothing."""
-    cut_torn_line(path)
-    content = f"{line}\n".encode()
-    with path.open("ab", buffering=0) as file:
-        length = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except BaseException:
-            file.truncate(length)
-            raise
+    """Append a line to a file, which is made when missing, after the last that is whole."""
+    cut_torn_line(path)  # which a full disk may have left
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
 def cut_torn_line(path: Path, max_bytes: int | None = None) -> None:
@@ -122,13 +115,9 @@ def cut_torn_line(path: Path, max_bytes: int | None = None) -> None:
     with path.open("r+b") as file:
         length = file.seek(0, os.SEEK_END)
         kept = length if max_bytes is None else min(length, max_bytes)
-        while kept > 0:
-            file.seek(kept - 1)
-            if file.read(1) == b"\n":
-                break
+        while kept > file.seek(max(kept - 1, 0)) and file.read(1) != b"\n":
             kept -= 1
-        if kept < length:
-            file.truncate(kept)
+        file.truncate(kept)
 
 
 def remove(path: Path) -> None:
@@ -175,7 +164,4 @@ def prepare_output(path: Path | None, option: str) -> None:
 
 def cache_directory() -> Path:
     """Name `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"
-    except RuntimeError as error:
-        raise ConfigError(f"there is no cache directory: {error}; set XDG_CACHE_HOME") from None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"

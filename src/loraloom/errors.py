@@ -21,15 +21,8 @@ from collections.abc import Iterable
 MAX_MESSAGE = 4000
 
 
-class _Shown(reprlib.Repr):
-    """reprlib's, which trips over whole numbers of more digits than Python prints."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        return f"a number of {x.bit_length()} bits" if x.bit_length() > 256 else repr(x)
-
-
-_shown = _Shown()
-_shown.maxstring = _shown.maxother = 80
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 80
 _shown.maxlevel = 3
 
 
@@ -40,12 +33,8 @@ def shown(value: object) -> str:
 
 def plain(text: str) -> str:
     """Escape characters that can't be printed (controls, lone surrogates), but not line ends."""
-    if text.isprintable():
-        return text
-    kept = (
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
-    return "".join(kept)
+    kept = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(kept)
 
 
 class LoraloomError(Exception):

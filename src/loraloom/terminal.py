@@ -81,26 +81,25 @@ def fitted(table: Table, width: int) -> Iterator[Table]:
     num_keys = max(is_number.index(True), 1) if any(is_number) else len(is_number)
     keys, values = table.columns[:num_keys], table.columns[num_keys:]
     widths = [min(_width(key, of_words=True), width // 2 // num_keys) for key in keys]
-    part: list[Column] = []
+    parts: list[list[Column]] = [[]]
     for column in values:
-        if part and sum(map(_width, [*part, column])) > width - sum(widths):
-            yield _part(table, [*keys, *part], widths)
-            part = []
-        part.append(column)
-    yield _part(table, [*keys, *part], widths)
-
-
-def _part(table: Table, columns: Sequence[Column], key_widths: Sequence[int]) -> Table:
-    part = Table(box=table.box, padding=table.padding, show_header=table.show_header)
-    widths = [*key_widths, *map(_width, columns[len(key_widths) :])]
-    for place, (column, width) in enumerate(zip(columns, widths, strict=True)):
-        look = {"justify": column.justify, "no_wrap": place >= len(key_widths)}
-        part.add_column(
-            _as_text(column.header), overflow="fold", min_width=width - _PADDING, **look
-        )
-    for row, *cells in zip(table.rows, *(column.cells for column in columns), strict=True):
-        part.add_row(*map(_as_text, cells), style=row.style)
-    return part
+        if parts[-1] and sum(map(_width, [*parts[-1], column])) > width - sum(widths):
+            parts.append([])
+        parts[-1].append(column)
+    for columns in parts:
+        part = Table(box=table.box, padding=table.padding, show_header=table.show_header)
+        for column, least in zip([*keys, *columns], [*widths, *map(_width, columns)], strict=True):
+            part.add_column(
+                _as_text(column.header),
+                justify=column.justify,
+                no_wrap=any(column is one for one in columns),
+                overflow="fold",
+                min_width=least - _PADDING,
+            )
+        cells = (column.cells for column in [*keys, *columns])
+        for row, *texts in zip(table.rows, *cells, strict=True):
+            part.add_row(*map(_as_text, texts), style=row.style)
+        yield part
 
 
 def _as_text(cell: object) -> Text:

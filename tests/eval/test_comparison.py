@@ -99,7 +99,7 @@ def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
 def test_answers_survive_their_files_and_are_joined_by_task(tmp_path):
     first = [toy_scores(names=["base", "a"]), toy_scores(task="other")]
     for name, scores in (("a", first), ("b", [toy_scores(names=["base", "b"])])):
-        write_lines(tmp_path / f"{name}.jsonl", [line for one in scores for line in one.lines()])
+        write_lines(tmp_path / f"{name}.jsonl", [line for one in scores for line in one.lines])
     toy, other = read_answers(tmp_path / "a.jsonl", str(tmp_path / "b.jsonl"))
     assert (toy.task, toy.questions) == ("toy", (0, 1))
     assert toy.right == dict.fromkeys(["base", "a", "b"], (True, False))
@@ -125,8 +125,8 @@ def test_lines_that_can_not_be_used_are_an_error(tmp_path, lines, message):
 
 
 def test_other_answers_under_the_same_name_are_an_error(tmp_path):
-    write_lines(tmp_path / "a.jsonl", toy_scores().lines())
-    write_lines(tmp_path / "b.jsonl", toy_scores(values=WRONG).lines())
+    write_lines(tmp_path / "a.jsonl", toy_scores().lines)
+    write_lines(tmp_path / "b.jsonl", toy_scores(values=WRONG).lines)
     with pytest.raises(DataError, match=r"b.jsonl, line 2: 'base' must answer question 1 of"):
         read_answers(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 

@@ -11,7 +11,6 @@ from loraloom.eval.routing import (
     TOKEN_CLASSES,
     RoutingTally,
     class_of,
-    words_by_expert,
 )
 from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
@@ -63,8 +62,7 @@ def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
         for row in task["load"]:
             assert len(row) == num_experts
             assert sum(row) == pytest.approx(1, abs=1e-5)
-        assert [*task["example"]["experts"]] == [words["layer"] for words in routing["words"]]
-        assert all(0 < w["share"] <= 1 for e in routing["words"][0]["experts"] for w in e)
+        assert [*task["example"]["experts"]] == [routing["layers"][n] for n in (0, 7, 13)]
     assert summary["mola"]["experts_by_layer"] == [3] * 7 + [4] * 7
     hydra = summary["hydralora"]
     assert (hydra["top_k"], hydra["warnings"]) == (3, [])
@@ -121,16 +119,11 @@ def test_questions_whose_scores_were_kept_are_not_covered(tiny_tokenizer, tmp_pa
     assert task == {"num_questions": 5, "num_questions_covered": 0, "num_tokens": 0}
 
 
-def test_the_example_is_the_first_questions_context_and_words_are_where_they_went(summary):
+def test_the_example_is_the_first_questions_context(summary):
     example = summary["mixlora"]["tasks"]["toy"]["example"]
     assert "".join(example["tokens"]).startswith(some_questions()[0].contexts[0])
     assert list(example["experts"]) == ["0", "1"]
     assert all(len(experts) == len(example["tokens"]) for experts in example["experts"].values())
-    words = summary["mixlora"]["words"]
-    assert [layer["layer"] for layer in words] == [0, 1]
-    for layer in words:
-        assert len(layer["experts"]) == 4
-        assert all(0 < w["share"] <= 1 and w["count"] > 0 for e in layer["experts"] for w in e)
 
 
 def test_tasks_and_groups_of_questions_are_topics(tiny_tokenizer):
@@ -142,8 +135,6 @@ def test_tasks_and_groups_of_questions_are_topics(tiny_tokenizer):
     assert all(0 <= value <= 2 for value in bits)
     assert set(one["specialisation"]["token_classes"]["of"]) <= set(TOKEN_CLASSES)
     (two,) = tallied(host, tiny_tokenizer, ["mixlora"], tasks=("one", "two")).values()
-    (pair,) = two["similarity"]
-    assert pair == {"first": "one", "second": "two", "mean": 1, "by_layer": [1, 1]}
     assert two["specialisation"]["topics"]["of"] == {"one": [0, 0], "two": [0, 0]}
     groups = ["sums", "sums", None, "toy", "sums"]
     (grouped,) = tallied(host, tiny_tokenizer, ["mixlora"], groups=groups).values()
@@ -168,13 +159,6 @@ def test_tasks_and_groups_of_questions_are_topics(tiny_tokenizer):
 )
 def test_tokens_have_classes_by_what_they_are_in_a_text(name, text, expected):
     assert class_of(name, text) == expected
-
-
-def test_typical_tokens_are_those_with_more_than_the_load():
-    counts = torch.tensor([[40, 0], [30, 10], [0, 60], [1, 0], [0, 0]])
-    assert words_by_expert(counts) == [[0, 1, 3], [2]]
-    assert words_by_expert(counts, num_words=1) == [[0], [2]]
-    assert words_by_expert(torch.zeros(3, 2)) == [[], []]
 
 
 def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):

@@ -226,7 +226,7 @@ def test_results_are_by_adapter_and_group():
 
 
 def test_every_question_has_a_line():
-    lines = [json.loads(json.dumps(line)) for line in toy_scores().lines()]
+    lines = [json.loads(json.dumps(line)) for line in toy_scores().lines]
     places = [(line["adapter"], line["index"]) for line in lines]
     assert places == [("base", 0), ("base", 1), ("law", 0), ("law", 1)]
     assert lines[0]["question"] == lines[2]["question"] != lines[1].pop("question")

@@ -96,20 +96,16 @@ def _accuracy(name: str, task: str) -> dict[str, Any]:
 def routing(tasks: Sequence[str] = TASKS, seed: object = 0) -> dict[str, Any]:
     """A mixture's routing."""
     generator = random.Random(str(seed))
-    pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1 :]]
-    words = [[{"token": " hot", "count": 9, "share": 0.9}] for _ in range(NUM_EXPERTS)]
     topics, classes = [0.5] * NUM_LAYERS, [0.25] * NUM_LAYERS
     return {
         "num_experts": NUM_EXPERTS,
         "top_k": 2,
         "layers": list(range(NUM_LAYERS)),
         "tasks": {task: _task_routing(generator) for task in tasks},
-        "similarity": [{"first": a, "second": b, "mean": 0.9, "by_layer": []} for a, b in pairs],
         "specialisation": {
             "topics": {"bits": topics, "of": dict.fromkeys(tasks, topics)},
             "token_classes": {"bits": classes, "of": dict.fromkeys(("number", "sign"), classes)},
         },
-        "words": [{"layer": layer, "experts": words} for layer in LAYERS],
         "warnings": [],
     }
 

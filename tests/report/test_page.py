@@ -102,7 +102,6 @@ def test_names_and_texts_from_files_are_escaped(tmp_path):
     (run / "mix").rename(run / "<b onclick=x>")
     content = evaluation([f"mix {bad}"], [bad, "piqa"])
     routing = content["routing"][f"mix {bad}"]
-    routing["words"][0]["experts"][0][0]["token"] = bad
     routing["tasks"][bad]["example"]["tokens"][0] = bad
     page = make_page([run], [write_evaluation(tmp_path / "result.json", content)])
     checked = Checked(page)
@@ -136,8 +135,7 @@ def test_sections_say_what_is_not_there(run, page_of, tmp_path):
 def test_questions_that_are_not_covered_are_told(page_of, layers):
     content = evaluation()
     empty = {"num_questions": 40, "num_questions_covered": 0, "num_tokens": 0}
-    empty_lists = {"layers": layers, "words": [], "similarity": []}
-    content["routing"]["mix"] |= empty_lists | {"specialisation": {}}
+    content["routing"]["mix"] |= {"layers": layers, "specialisation": {}}
     content["routing"]["mix"]["tasks"] = {"arc_easy": empty, "piqa": empty}
     page = page_of(content)
     assert "0 of 80 questions, 0 tokens." in page

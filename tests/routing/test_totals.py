@@ -11,7 +11,6 @@ from loraloom.routing.tally import (
     effective_number,
     entropy_bits,
     load_shares,
-    load_similarity,
     routing_totals,
 )
 from tests.tiny import load_statistics
@@ -71,13 +70,6 @@ def test_a_layer_can_be_mixed_while_its_tokens_are_decided():
 def test_the_effective_number_is_two_to_the_entropy_in_bits(shares, bits):
     assert float(entropy_bits(torch.tensor(shares))) == pytest.approx(bits)
     assert float(effective_number(torch.tensor(shares))) == pytest.approx(2**bits)
-
-
-def test_equal_loads_are_similar_and_loads_without_a_common_expert_are_not():
-    first = torch.tensor([[0.5, 0.5, 0, 0], [0.2, 0.3, 0.5, 0]])
-    second = torch.tensor([[0, 0, 0.5, 0.5], [0.2, 0.3, 0.5, 0]])
-    assert load_similarity(first, second).tolist() == pytest.approx([0, 1])
-    assert load_similarity(first, second).equal(load_similarity(second, first))
 
 
 def test_shares_of_zero_counts_are_zero():

@@ -14,9 +14,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -107,8 +106,7 @@ def load_held_out(
         "num_tokens": sum(count_labels(one) for examples in kept for one in examples),
         "num_cut": sum(row.is_cut for row in encoded),
         "num_empty": sum(row.is_empty for row in encoded),
-        "num_dropped": sum(not examples for examples in rows)
-        - sum(row.is_empty for row in encoded),
+        "num_dropped": len(rows) - len(kept) - sum(row.is_empty for row in encoded),
         "max_length": longest,
         "examples_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         "source": _describe_source(source, split, encoder.name),
@@ -132,11 +130,10 @@ def data_set_name(dataset: str) -> str:
 
 def _describe_source(source: SourceConfig, split: str, name: str) -> dict[str, Any]:
     """The file that was read, with its hash, or what the data set is called."""
-    if source.dataset is None:
-        return {"dataset": name}
-    found = find_location(source.dataset, split, source.config)
-    is_file = isinstance(found, Path)
-    return {"file": str(found), "sha256": sha256(found)} if is_file else {"dataset": source.dataset}
+    found = source.dataset and find_location(source.dataset, split, source.config)
+    if isinstance(found, Path):
+        return {"file": str(found), "sha256": sha256(found)}
+    return {"dataset": source.dataset or name}
 
 
 def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Scores:
@@ -157,15 +154,12 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
             "num_tokens": sum(data.num_tokens),
             "split": data.details["split"],
         }
-    lines = partial(_row_lines, data, losses)
+    lines = [
+        {"dataset": data.name, "adapter": n, "index": place, "loss": loss, "num_tokens": count}
+        for n, of in losses.items()
+        for place, loss, count in zip(data.places, of, data.num_tokens, strict=True)
+    ]
     return Scores(data.name, data.details, results, losses, lines, data.num_tokens)
-
-
-def _row_lines(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
-    for name, of_rows in losses.items():
-        for place, loss, count in zip(data.places, of_rows, data.num_tokens, strict=True):
-            row = {"dataset": data.name, "adapter": name, "index": place}
-            yield {**row, "loss": loss, "num_tokens": count}
 
 
 def pair_scores(
@@ -196,26 +190,22 @@ def pair_scores(
             "num_tokens": sum(data.num_tokens),
             "split": data.details["split"],
         }
-    return Scores(
-        data.name, data.details, results, values, partial(_pair_lines, data, losses, rewards)
-    )
-
-
-def _pair_lines(
-    data: HeldOutSet, losses: Mapping[str, Sequence[float]], rewards: Mapping[str, np.ndarray]
-) -> Iterator[dict[str, Any]]:
-    for name, of_rows in losses.items():
-        answers = (data.places[0::2], of_rows[0::2], of_rows[1::2], rewards[name].tolist())
-        for place, chosen, rejected, reward in zip(*answers, strict=True):
-            yield {
-                "dataset": data.name,
-                "adapter": name,
-                "index": place,
-                "correct": chosen < rejected,
-                "chosen_log_prob": -chosen,
-                "rejected_log_prob": -rejected,
-                "reward_margin": reward,
-            }
+    lines = [
+        {
+            "dataset": data.name,
+            "adapter": name,
+            "index": place,
+            "correct": chosen < rejected,
+            "chosen_log_prob": -chosen,
+            "rejected_log_prob": -rejected,
+            "reward_margin": float(reward),
+        }
+        for name, of in losses.items()
+        for place, chosen, rejected, reward in zip(
+            data.places[0::2], of[0::2], of[1::2], rewards[name], strict=True
+        )
+    ]
+    return Scores(data.name, data.details, results, values, lines)
 
 
 def _margins(losses: Sequence[float]) -> np.ndarray:

@@ -18,22 +18,21 @@ Point = tuple[int | float, int | float]
 Curve = Sequence[Point]
 
 
-def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> Figure:
+def plot_loss_curves(curves: Mapping[str, Curve], path: Path) -> Figure:
     """Draw each job's training loss over its steps, smoothed, with the raw values behind."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     late: list[float] = []
     for index, (name, curve) in enumerate(curves.items()):
-        means = smoothed(curve, smoothing)
+        steps, means = zip(*smoothed(curve, 0.8), strict=True)
         axes.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=1)
-        axes.plot([x for x, _ in means], [y for _, y in means], color=f"C{index}", label=name)
-        late += [y for _, y in means[len(means) // 10 :]]
+        axes.plot(steps, means, color=f"C{index}", label=name)
+        late += means[len(means) // 10 :]  # losses fall from far above in their first tenth
+    room = 0.1 * (max(late) - min(late)) or 1.0
     axes.set(xlabel="step", ylabel="loss per token (nats)")
-    if late:  # losses fall from far above in their first tenth
-        room = 0.1 * (max(late) - min(late)) or 1.0
-        axes.set_ylim(min(late) - room, max(late) + room)
+    axes.set_ylim(min(late) - room, max(late) + room)
     axes.legend()
-    return save_figure(figure, path)
+    return _save(figure, path)
 
 
 def plot_experts(
@@ -57,11 +56,16 @@ def plot_experts(
     figure.colorbar(image, ax=middle, label="distance from all tokens' load (bits)")
     for name, bits in information.items():
         right.plot(bits, range(len(bits)), marker=".", label=name)
-    right.set(title="what an expert tells", xlabel="mutual information (bits)")
-    right.set_xlim(left=0)
+    right.set(title="what an expert tells", xlabel="mutual information (bits)", xlim=(0, None))
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)  # below the curves
     figure.suptitle(title)
-    return save_figure(figure, path)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Figure:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))
+    return figure
 
 
 def smoothed(curve: Curve, past: int | float) -> list[Point]:
@@ -72,10 +76,3 @@ def smoothed(curve: Curve, past: int | float) -> list[Point]:
             total, weight = past * total + (1 - past) * value, past * weight + (1 - past)
             means.append((step, total / weight))
     return means
-
-
-def save_figure(figure: Figure, path: Path) -> Figure:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.suffix[1:] or None
-    write_file(path, lambda aside: figure.savefig(aside, dpi=120, format=kind))
-    return figure

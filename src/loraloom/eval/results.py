@@ -131,7 +131,7 @@ class Evaluation(BaseModel):
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield what `--per-question` writes, a line for each adapter and item."""
-        return chain.from_iterable(task.lines() for task in self.scores)
+        return chain.from_iterable(task.lines for task in self.scores)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as it stands in the JSON file."""

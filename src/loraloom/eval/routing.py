@@ -1,4 +1,4 @@
-"""Where mixtures send the tokens of an evaluation: by layer and expert, task, and word.
+"""Where mixtures send the tokens of an evaluation: by layer and expert, task, and kind of token.
 
 Axes: C classes, N routers, T tokens, K top_k, E experts, V vocabulary.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import reduce
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -27,9 +26,6 @@ from loraloom.routing import tally
 from loraloom.routing.collapse import COLLAPSE_ADVICE, find_collapse
 from loraloom.routing.record import LayerRouting, RouterName
 
-NUM_WORDS = 12
-# Choices that a token is taken to have made before, as all tokens do; rare ones count less.
-WORD_PRIOR = 10
 MAX_EXAMPLE_TOKENS = 160
 TOKEN_CLASSES = ("start of a word", "rest of a word", "number", "sign", "space")
 
@@ -71,14 +67,11 @@ class _AdapterTally:
 
     def __init__(self, config: AdapterConfig, classes: Tensor, tokenizer: PreTrainedTokenizerBase):
         self.config, self.classes, self.tokenizer = config, classes, tokenizer
-        # experts that a token chooses; the one of most weight where a router mixes all
-        self.num_chosen = config.experts_per_token or 1
         self.num_questions: dict[str, int] = {}
         self.covered: dict[str, set[int]] = {}  # by task, the places of questions scored now
         self.totals: dict[str, tally.RoutingTotals] = {}
         self.examples: dict[str, dict[str, Any]] = {}
         self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
-        self.word_counts: dict[int, Tensor] = {}  # by layer, (V, E)
 
     def add(self, task: str, topics: Sequence[str], routed: RoutedRows) -> None:
         """Take in a forward; its tokens' topics are by a question's place, or the task."""
@@ -87,7 +80,6 @@ class _AdapterTally:
         self.covered[task].update(routed.places)
         self.totals[task] = self.totals[task] + totals if task in self.totals else totals
         token_ids = torch.tensor([token for row in rows for token in row.input_ids])  # (T,)
-        self._count_words(token_ids, routing)
         self._add_loads("token_classes", TOKEN_CLASSES, self.classes[token_ids], routing)
         topic_of = [topics[place] if topics else task for place in routed.places]
         number = {topic: place for place, topic in enumerate(dict.fromkeys(topic_of))}
@@ -98,7 +90,8 @@ class _AdapterTally:
         for place, row in zip(routed.places, rows, strict=True):
             if place == 0 and 0 in row.choices and task not in self.examples:
                 end = start + min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
-                records = [routing[layer] for layer in self.word_counts]
+                layers = sorted({0, len(routing) // 2, len(routing) - 1})
+                records = [routing[layer] for layer in layers]
                 experts = {one.router: one.selected_experts[start:end, 0] for one in records}
                 self.examples[task] = {
                     "tokens": token_texts(row.input_ids[: end - start], self.tokenizer),
@@ -113,40 +106,17 @@ class _AdapterTally:
         for name, load in zip(names, added, strict=True):
             loads[name] = loads[name] + load if name in loads else load
 
-    def _count_words(self, token_ids: Tensor, routing: Sequence[LayerRouting]) -> None:
-        """Count how often each token chose each expert of the first, middle and last layer."""
-        if not self.word_counts:
-            shape = (len(self.classes), max(record.num_experts for record in routing))
-            layers = sorted({0, len(routing) // 2, len(routing) - 1})
-            self.word_counts = {n: torch.zeros(shape, dtype=torch.int32) for n in layers}
-        one = torch.ones((), dtype=torch.int32)
-        for layer, counts in self.word_counts.items():
-            chosen = routing[layer].selected_experts[:, : self.num_chosen].cpu()  # (T, K)
-            # adds up where a token stands in several places, which += would count once
-            counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
-
     def summarise(self) -> Fields:
         """Give the routing as it stands in the JSON file."""
         totals = reduce(operator.add, self.totals.values()) if self.totals else None
         layers = [_label(router) for router in totals.routers] if totals else []
-        loads = {task: totals.load for task, totals in self.totals.items()}
-        similarity = []
-        for first, second in combinations(loads, 2):
-            by_layer = tally.load_similarity(loads[first], loads[second])
-            figures = {"mean": _rounded(by_layer.mean()), "by_layer": _rounded(by_layer)}
-            similarity.append({"first": first, "second": second, **figures})
-        words = [
-            {"layer": layers[n], "experts": self._words(of)} for n, of in self.word_counts.items()
-        ]
         return {
             "num_experts": self.config.experts_per_router,
             "top_k": self.config.experts_per_token or self.config.experts_per_router,
             "layers": layers,
             "experts_by_layer": list(totals.num_experts) if totals else [],
             "tasks": {task: self._task(task) for task in self.num_questions},
-            "similarity": similarity,
             "specialisation": self._specialisation(),
-            "words": words,
             "warnings": self._warnings(totals) if totals else [],
         }
 
@@ -181,16 +151,6 @@ class _AdapterTally:
                 }
         return found
 
-    def _words(self, counts: Tensor) -> list[list[dict[str, Any]]]:
-        """Name the typical tokens of each expert, with how often they chose it, of [V, E]."""
-        found = []
-        for expert, tokens in enumerate(words_by_expert(counts)):
-            times, all_times = counts[tokens, expert].tolist(), counts[tokens].sum(-1).tolist()
-            words = zip(token_texts(tokens, self.tokenizer), times, all_times, strict=True)
-            shares = [(text, n, round(n * self.num_chosen / total, 4)) for text, n, total in words]
-            found.append([{"token": text, "count": n, "share": share} for text, n, share in shares])
-        return found
-
     def _warnings(self, totals: tally.RoutingTotals) -> list[str]:
         """Judge the load over all tasks."""
         if self.config.experts_per_token is None:
@@ -211,18 +171,6 @@ def _label(router: RouterName) -> int | str:
 def _rounded(values: Tensor) -> Any:
     """Values as lists with six decimals."""
     return values.double().round(decimals=6).tolist()
-
-
-def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int]]:
-    """Find the tokens that go to an expert more than others do, of counts [V, E]."""
-    seen = counts.sum(-1).nonzero().squeeze(1)
-    choices = counts[seen].double()  # (T, E)
-    load = tally.load_shares(choices.sum(0))
-    shares = (choices + WORD_PRIOR * load) / (choices.sum(-1, keepdim=True) + WORD_PRIOR)
-    lift = shares / load.where(load > 0, 1)  # above 1 for a token that goes there more than all do
-    best = lift.topk(min(num_words, len(seen)), dim=0)
-    columns = zip(best.values.T, best.indices.T, strict=True)
-    return [seen[rows[values > 1]].tolist() for values, rows in columns]
 
 
 def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -175,14 +174,14 @@ class Scores:
     """What adapters make of a data set, by adapter (`base` is the base model).
 
     `values` are what is compared of each item: whether it is right, or its loss over `num_tokens`.
-    `lines` gives what `--per-question` writes.
+    `lines` are what `--per-question` writes.
     """
 
     name: str
     details: Mapping[str, Any]
     results: Mapping[str, Fields]
     values: Mapping[str, Sequence[int | float]]
-    lines: Callable[[], Iterator[dict[str, Any]]]
+    lines: Sequence[dict[str, Any]]
     num_tokens: Sequence[int] = ()
 
     @property
@@ -207,35 +206,32 @@ def task_scores(asked: QuestionSet, scores: Mapping[str, Sequence[QuestionScore]
     }
     results = {name: _task_result(of, asked.split) for name, of in scores.items()}
     values = {name: [one.correct for one in of] for name, of in scores.items()}
-    lines = partial(_question_lines, asked.task, asked.split, scores)
+    digests = [questions_digest([question])[:16] for question in asked.questions]
+    lines = [
+        {
+            "task": asked.task,
+            "split": asked.split,
+            "index": one.question.index,
+            "question": digest,
+            "adapter": name,
+            "correct": one.correct,
+            "chosen": None if one.chosen is None else one.question.labels[one.chosen],
+            "correct_label": one.question.labels[one.question.gold],
+            "scores": list(one.scores),
+        }
+        for name, of_adapter in scores.items()
+        for one, digest in zip(of_adapter, digests, strict=True)
+    ]
     return Scores(asked.task, details, results, values, lines)
 
 
 def _task_result(scores: Sequence[QuestionScore], split: str) -> Fields:
-    result = summarise(scores)
-    result["split"] = split
+    result = summarise(scores) | {"split": split}
     if num_truncated := sum(score.truncated for score in scores):
         result["num_truncated"] = num_truncated
-    groups = {one.question.group for one in scores}
-    if names := sorted(group for group in groups if group is not None):
-        of = [[one for one in scores if one.question.group == name] for name in names]
-        result["groups"] = dict(zip(names, map(summarise, of), strict=True))
-    return result
-
-
-def _question_lines(
-    task: str, split: str, scores: Mapping[str, Sequence[QuestionScore]]
-) -> Iterator[dict[str, Any]]:
-    for name, score in ((name, score) for name, of in scores.items() for score in of):
-        question, chosen = score.question, score.chosen
-        yield {
-            "task": task,
-            "split": split,
-            "index": question.index,
-            "question": questions_digest([question])[:16],
-            "adapter": name,
-            "correct": score.correct,
-            "chosen": None if chosen is None else question.labels[chosen],
-            "correct_label": question.labels[question.gold],
-            "scores": list(score.scores),
-        }
+    by_group: dict[str, list[QuestionScore]] = {}
+    for score in scores:
+        if score.question.group is not None:
+            by_group.setdefault(score.question.group, []).append(score)
+    groups = {name: summarise(by_group[name]) for name in sorted(by_group)}
+    return result | ({"groups": groups} if groups else {})

@@ -69,7 +69,6 @@ def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) 
         "level": level,
         "gib": lambda value: f"{value / 2**30:.2f} GiB",
         "rows": lambda table: zip(*(column.cells for column in table.columns), strict=True),
-        "word": _visible,
     }
     return environment.get_template("page.html.j2").render(content)
 
@@ -127,13 +126,6 @@ def _lay_out(name: str, content: Evaluation) -> dict[str, Any]:
         "charts": [chart for chart in charts if chart is not None],
         "mixtures": [lay_out(adapter, routing) for adapter, routing in content.routing.items()],
     }
-
-
-def _visible(token: str) -> str:
-    """Show the white space of a token."""
-    if token.strip():
-        return token.strip() if token.startswith(" ") else token
-    return token.translate(str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"}))
 
 
 def lay_out(name: str, routing: Fields) -> dict[str, Any]:

@@ -206,17 +206,6 @@ def effective_number(shares: Tensor) -> Tensor:
     return torch.exp2(entropy_bits(shares))
 
 
-def load_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Compute `1 - sqrt(JSD(p, q))`, JSD in bits: 1 for the same load, 0 for no expert in common.
-
-    Source:
-        Endres & Schindelin 2003, A new metric for probability distributions.
-    """
-    middle = entropy_bits((first + second) / 2)
-    divergence = middle - (entropy_bits(first) + entropy_bits(second)) / 2
-    return 1 - divergence.clamp(0, 1).sqrt()
-
-
 def specialisation_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, "C N"]:
     """Compute KL(p(e | c) ‖ p(e)) in bits: how far a class's load is from that of all tokens.
 
