@@ -90,7 +90,7 @@ def test_conversations_are_written_out_by_the_template_that_is_given(run, tmp_pa
         ("--beta 0.2", "--beta has an effect with --format preference only"),
         ("--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("--chat-template trl", "chat_template has no effect on format instruction"),
-        ("--field answer=a", "fields must map instruction, input, output"),
+        ("--field answer=a", "fields.answer.[key] must be 'instruction', 'input', "),
         ("--compare a:b", "--compare must be FIRST:SECOND, two of base, a, got 'a:b'"),
         ("--num-fewshot 1", "--num-fewshot has an effect with --harness only"),
         ("--harness arc_easy", "--dataset has no effect with --harness"),
