@@ -66,7 +66,7 @@ def kill_a_worker(output_dir: Path, killed: list[int]) -> None:
     while not any(output_dir.glob(".checkpoints/jobs/*/snapshot-000004")):
         time.sleep(0.05)
     for process in psutil.Process().children(recursive=True):
-        if "ray::Worker" in " ".join(process.cmdline()):
+        if "ray::train_share" in " ".join(process.cmdline()):
             process.kill()
             killed.append(process.pid)
             return

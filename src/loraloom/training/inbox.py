@@ -10,16 +10,13 @@ stops the job.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from loraloom.config.text import read_json
 from loraloom.durable import write_json
@@ -29,15 +26,9 @@ from loraloom.training.results import JobResult
 from loraloom.training.settings import load_job_config
 
 LOOK_S = 1.0
-PROGRESS_S = 5.0
-_KEYS = ("file", "state", "job", "reason", "step", "total_steps", "loss")
-_KEYS += ("queued_at", "started_at", "ended_at", "result", "sha256")
-"""Of a state file, beside `updated_at`. `sha256` is of the job file's content as it was read."""
 
-# States of files that something is still to come of.
-_OPEN = ("queued", "running")
-
-_log = logging.getLogger(__name__)
+# When a file was changed, and its size.
+_Version = tuple[int, int]
 
 
 class WatchOptions(NamedTuple):
@@ -55,11 +46,14 @@ class Inbox:
         self._options = options
         self._engine = engine
         self._say = say
-        self._next_look = self._next_progress = 0.0
-        self._hashes: dict[Path, str | None] = {}
+        self._next_look = 0.0
+        self._jobs: dict[Path, str] = {}  # the jobs that train, by their files
+        self._read: dict[Path, _Version] = {}  # files that were dealt with, as they were then
+        self._files: dict[Path, _Version] = {}  # as the last look found them
         self._is_settled = False
-        self._warnings: set[str] = set()
-        self._states = dict(self._read_states())
+        files = self._list_files()
+        for state_file in sorted(options.path.glob("*.state.json")):
+            self._take_up(state_file, files)
 
     def between_steps(self, engine: Engine) -> None:
         """Look for files if it is time, and wait for some when no job trains."""
@@ -71,129 +65,98 @@ class Inbox:
             self.look()
 
     def look(self) -> None:
-        """Take in new, edited and deleted files, and write how jobs get on."""
-        now = time.monotonic()
-        self._next_look = now + LOOK_S
+        """Take in new, edited and deleted files, and write what became of jobs."""
+        self._next_look = time.monotonic() + LOOK_S
         try:
-            hashes = _hash_files(self._options.path)
-        except OSError as error:  # no file was deleted then
-            return self._warn_once(f"{self._options.path} can't be read, jobs go on: {error}")
-        before, self._hashes = self._hashes, hashes
-        # A file that was edited a moment ago is not dealt with, whatever its last state says.
-        self._is_settled = before == hashes
-        # Some editors rename a file and write it again: it is gone when two looks have missed it.
-        for path in self._states.keys() - hashes.keys() - before.keys():
-            self._forget(path)
-        if is_progress_due := now >= self._next_progress:
-            self._next_progress = now + PROGRESS_S
-        for path, content in hashes.items():
-            state = self._states.get(path, {})
-            if (name := state.get("job")) in self._engine.jobs:
-                if is_progress_due or state["state"] != "running":
-                    self._write(path, state="running", reason=None, **self._progress(name))
-            elif name is not None and state["state"] in _OPEN:
-                self._end(path, self._engine.results[name])
-            elif not state:
-                self._write(path, state="queued", queued_at=_now())
-            elif before.get(path, "") != content:  # it is being written
+            files = self._list_files()
+        except OSError:  # away for a while: no file was deleted then
+            return
+        before, self._files = self._files, files
+        self._is_settled = before == files
+        for path, name in list(self._jobs.items()):
+            # Some editors rename a file and write it again: it is gone when two looks miss it.
+            if name in self._engine.jobs and path not in files and path not in before:
+                self._engine.stop(name, f"its file {path} was deleted")
+            if name in self._engine.results:
+                self._end(path, name)
+        for path, version in files.items():
+            if path in self._jobs or self._read.get(path) == version:
                 continue
-            elif state["state"] == "queued" or content not in (state["sha256"], None):
-                self._submit(path, content)
+            if before.get(path) == version:
+                self._read[path] = version
+                self._submit(path)
 
     def close(self) -> None:
         """Say of jobs that were interrupted that they wait."""
-        reason = "the run was interrupted; it goes on with --resume"
-        for path, state in self._states.items():
-            if (name := state["job"]) in self._engine.jobs:
-                self._write(path, state="queued", reason=reason, **self._progress(name))
+        for path, name in self._jobs.items():
+            if name in self._engine.jobs:
+                self._write(path, "queued", name, "interrupted; it goes on with --resume", None)
 
     def _is_over(self) -> bool:
         """Whether every file is dealt with, and nobody waits for more."""
-        is_idle = all(state["state"] not in _OPEN for state in self._states.values())
-        return self._options.exit_when_idle and is_idle and self._is_settled
+        return (
+            self._options.exit_when_idle
+            and self._is_settled
+            and self._files.items() <= self._read.items()
+        )
 
-    def _read_states(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Read what earlier runs left: states of this run's jobs, and of files that are done.
+    def _list_files(self) -> dict[Path, _Version]:
+        paths = sorted(self._options.path.iterdir())  # glob is silent about what it can't read
+        paths = [path for path in paths if path.suffix == ".yaml" and path.name[0] != "."]
+        found = ((path, path.stat()) for path in paths if path.is_file())
+        return {path: (status.st_mtime_ns, status.st_size) for path, status in found}
 
-        A file that waited or trained in another run waits again. What is done there has nothing to
-        do with a job of this one, whatever its name.
-        """
-        for file in sorted(self._options.path.glob("*.state.json")):
-            with suppress(OSError, ValueError, TypeError, AttributeError):  # it counts for nothing
-                saved = read_json(file)
-                state = {key: saved.get(key) for key in _KEYS}
-                is_of_this_run = state["job"] in self._engine.joined
-                if is_of_this_run or state["state"] in ("done", "failed", "stopped"):
-                    state["job"] = state["job"] if is_of_this_run else None
-                    yield file.with_name(file.name.replace(".state.json", ".yaml")), state
+    def _take_up(self, state_file: Path, files: dict[Path, _Version]) -> None:
+        """Go on with a file of this run, and leave one alone that was dealt with before."""
+        path = state_file.with_name(state_file.name.replace(".state.json", ".yaml"))
+        version = files.get(path, (0, 0))
+        try:
+            state = read_json(state_file)
+            if state["state"] in ("done", "failed", "stopped"):
+                if version[0] <= state_file.stat().st_mtime_ns:  # else it was edited since
+                    self._read[path] = version
+            elif state["job"] in self._engine.joined:
+                self._jobs[path] = state["job"]
+        except (LoraloomError, TypeError, KeyError):  # what is no state counts for nothing
+            pass
 
-    def _submit(self, path: Path, content: str | None) -> None:
+    def _submit(self, path: Path) -> None:
         """Let a file's job join; whatever is wrong with it is told in its state."""
-        began: dict[str, Any] = {"queued_at": self._states[path]["queued_at"], "sha256": content}
-        self._states[path] = dict.fromkeys(_KEYS) | {"file": path.name, "step": 0} | began
         try:
             config = load_job_config(path)
-            if config.name in self._engine.jobs or config.name in self._engine.results:
+            if config.name in self._engine.jobs:
                 raise ConfigError(f"job name must be new in this run, got {config.name!r} again")
             self._engine.add(self._engine.builder.build(config), overwrite=self._options.overwrite)
         except Exception as error:
-            reason = str(error)
-            if not isinstance(error, LoraloomError):
-                reason = f"{type(error).__name__}: {shown(reason)}"
-                _log.error("%s failed", path, exc_info=error)
+            is_ours = isinstance(error, LoraloomError)
+            reason = str(error) if is_ours else f"{type(error).__name__}: {shown(str(error))}"
             self._say(f"{path}: failed: {reason}")
-            self._write(path, state="failed", reason=reason, ended_at=_now())
+            self._write(path, "failed", None, reason, None)
         else:
             self._say(f"{path}: job {config.name} joins")
-            progress = self._progress(config.name)
-            self._write(path, state="running", job=config.name, started_at=_now(), **progress)
+            self._jobs[path] = config.name
+            self._write(path, "running", config.name, None, None)
 
-    def _progress(self, name: str) -> dict[str, Any]:
-        job = self._engine.jobs[name]
-        position = job.position
-        return {"step": position.step, "total_steps": job.total_steps, "loss": position.last_loss}
-
-    def _end(self, path: Path, result: JobResult) -> None:
+    def _end(self, path: Path, name: str) -> None:
         """Say what became of a job. What was edited while it trained has no effect."""
-        state, reason = result.status, result.error or result.stop_reason
-        if state == "stopped early":
-            reason = "its metric no longer got better"
-        self._write(
-            path,
-            state="done" if state in ("finished", "stopped early") else state,
-            reason=reason,
-            step=result.steps,
-            ended_at=_now(),
-            result=result.directory,
-            sha256=self._hashes.get(path),
-        )
+        del self._jobs[path]
+        result = self._engine.results[name]
+        state = "done" if result.status in ("finished", "stopped early") else result.status
+        self._write(path, state, name, result.error or result.stop_reason, result)
+        if path in self._files:
+            self._read[path] = self._files[path]
 
-    def _forget(self, path: Path) -> None:
-        """Follow a file's deletion: its job is stopped, or no longer waits."""
-        state = self._states[path]
-        if state["job"] in self._engine.jobs:
-            self._end(path, self._engine.stop(state["job"], f"its file {path} was deleted"))
-        elif state["state"] == "queued":
-            with suppress(OSError):
-                _state_file(path).unlink(missing_ok=True)
-        del self._states[path]
-
-    def _write(self, path: Path, **changes: Any) -> None:
-        """Change a file's state, and write it if that is new."""
-        new = dict.fromkeys(_KEYS) | {"file": path.name, "step": 0}
-        state = self._states.setdefault(path, new)
-        if changes.items() <= state.items():
-            return
-        state |= changes
+    def _write(
+        self, path: Path, state: str, job: str | None, reason: str | None, end: JobResult | None
+    ) -> None:
+        training = self._engine.jobs.get(job or "")
+        step = end.steps if end else training.position.step if training else 0
+        values = {"state": state, "job": job, "reason": reason, "step": step}
+        values["result"] = None if end is None else end.directory
         try:
-            write_json(_state_file(path), state | {"updated_at": _now()})
+            write_json(_state_file(path), values)
         except OSError as error:
-            self._warn_once(f"{path} has a state file that can't be written: {error}")
-
-    def _warn_once(self, warning: str) -> None:
-        if warning not in self._warnings:
-            self._say(f"warning: {warning}")
-        self._warnings.add(warning)
+            self._say(f"warning: {path} has a state file that can't be written: {error}")
 
 
 @contextmanager
@@ -201,35 +164,15 @@ def sole_trainer(path: Path) -> Iterator[None]:
     """Make a directory to watch if it isn't there, and keep other trainers away until the end."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        next(path.iterdir(), None)  # raises where it can't be read
         lock = FileLock(path / ".loraloom.lock", timeout=0).acquire()
-    except Timeout:
+    except OSError as error:  # a lock that another run has is one as well
         raise ConfigError(
-            f"--watch must name a directory that no other run watches, {path} is watched by "
-            "another; wait for its end, stop it, or name another directory"
+            "--watch must name a directory that can be written to and that no other run watches, "
+            f"got {path}: {error}"
         ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"--watch must name a directory that can be read and written to, got {path}: {error}"
-        ) from error
     with lock:
         yield
 
 
-def _hash_files(directory: Path) -> dict[Path, str | None]:
-    """The job files with the hashes of their contents; None of one that can't be read."""
-    hashes: dict[Path, str | None] = {}
-    for path in sorted(directory.iterdir()):  # glob is silent about what it can't read
-        if path.suffix == ".yaml" and not path.name.startswith(".") and path.is_file():
-            hashes[path] = None
-            with suppress(OSError):
-                hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashes
-
-
 def _state_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.state.json")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -16,11 +16,10 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
 from loraloom.durable import sync
 from loraloom.errors import plain
-from loraloom.terminal import make_console, print_tables
+from loraloom.terminal import make_console
 from loraloom.training.job import Job, Position
 from loraloom.training.step.batch import StepReport, padding_share
 from loraloom.training.store import RunDirectory
@@ -108,10 +107,6 @@ class Progress:
             "padding": f"{100 * padding:.1f} %",
             "ETA": "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))),
         }
-
-    def conclude(self, table: Table) -> None:
-        """Print how the jobs of a sweep stand in the end."""
-        print_tables(self._console, [table])
 
     def message(self, text: str) -> None:
         """Print a line, above the live ones."""

@@ -119,7 +119,9 @@ def train(
             callbacks.append(lambda engine: between_steps(engine, engine.builder))
         sweep = None
         if run.sweep is not None:
-            sweep = setup.sweep(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
+            from loraloom.training.sweep import Sweep  # it needs Optuna
+
+            sweep = Sweep(setup, 0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
             callbacks.append(sweep.between_steps)
         if watch is not None:
             inbox = Inbox(watch, setup.engine, progress.message)

@@ -27,13 +27,12 @@ from loraloom.config.data import (
     MAX_LENGTH,
     DataConfig,
     Scoring,
-    SourceConfig,
     TaskReference,
     default_scoring,
     is_file_of_test,
     task_name,
 )
-from loraloom.config.fields import CheckInfo, StrictModel, check_name, checked
+from loraloom.config.fields import StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import (
     apply_override,
@@ -41,7 +40,7 @@ from loraloom.config.text import (
     read_settings,
     set_setting,
 )
-from loraloom.errors import shown
+from loraloom.errors import ConfigError, shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
 # fmt: off
@@ -118,16 +117,12 @@ class CpoConfig(StrictModel):
     """Weight of the chosen answers' mean -log p per token."""
 
 
-def _lower(name: Any) -> Any:
-    return name.lower() if isinstance(name, str) else name
-
-
 class OptimizerConfig(StrictModel):
     """How an adapter's weights follow their gradients."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate of the schedule."""
-    optimizer: Annotated[OptimizerName, BeforeValidator(_lower)] = "adamw"
+    optimizer: Annotated[OptimizerName, BeforeValidator(lambda name: str(name).lower())] = "adamw"
     """An optimizer of torch.optim, or of bitsandbytes in 8 bits or paged, by name in any case."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, for example `{betas: [0.9, 0.95]}`."""
@@ -208,11 +203,8 @@ class TrainConfig(OptimizerConfig):
             yield "warmup_ratio and warmup_steps exclude each other; give one"
         if self.batch_size % (size := self.micro_batch_size):
             yield f"micro_batch_size must divide batch_size={self.batch_size}, got {size}"
-        steps, epochs = self.max_steps, self.num_epochs
-        if steps is not None and epochs is not None:
-            yield f"max_steps and num_epochs exclude each other, got {steps} and {epochs}; give one"
-        if steps is None and epochs is None:
-            yield "max_steps or num_epochs must be given"
+        if (self.max_steps is None) == (self.num_epochs is None):
+            yield "max_steps or num_epochs must be given, one of them"
         if self.early_stopping is not None and self.eval_steps is None:
             yield "early_stopping has no effect without eval_steps; give it"
 
@@ -237,15 +229,12 @@ class EvaluationConfig(StrictModel):
     """Directory that holds its data, or a directory of such directories; None for the hub."""
     split: str = Field(default="validation", min_length=1)
     """Split to score. Test splits are reported, they never select the weights."""
-    scoring: Scoring | None = Field(default=None, validate_default=True)
+    scoring: Scoring | None = Field(
+        default_factory=lambda fields: default_scoring(fields.get("task"))
+    )
     """Score the choice's label or its own text; label by default, a task file has its own."""
     limit: int | None = Field(default=None, ge=1)
     """Score the first so many questions only."""
-
-    @field_validator("scoring")
-    @classmethod
-    def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
-        return scoring or default_scoring(info.data.get("task"))
 
     @property
     def metric(self) -> str:
@@ -295,24 +284,18 @@ class JobConfig(StrictModel):
                 f"dataset of format preference, got format {others[0]}"
             )
         if self.data.streaming and (train.max_steps is None or train.group_by_length):
-            yield (
-                "data.streaming does not know the number and lengths of rows: give train.max_steps "
-                "in place of num_epochs, and packing in place of group_by_length"
-            )
+            yield "data.streaming needs train.max_steps, not num_epochs, and no group_by_length"
 
     def _evaluation_contradictions(self) -> Iterator[str]:
         train, selecting = self.train, self.selecting_metrics
         tasks = [task_name(evaluation.task) for evaluation in self.eval]
         if len(set(tasks)) < len(tasks):
             yield f"eval must name each task once, got {', '.join(tasks)}"
-        for setting in ("eval_steps", "eval_on_start"):
-            if getattr(train, setting) and not (self.data.has_validation or self.eval):
-                yield f"train.{setting} has nothing to evaluate; {_GIVE}"
+        evaluates = train.eval_steps or train.eval_on_start
+        if evaluates and not (self.data.has_validation or self.eval):
+            yield f"train.eval_steps has nothing to evaluate; {_GIVE}"
         if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
-            yield (
-                f"train.lr_scheduler {train.lr_scheduler} moves after evaluations only; "
-                f"give train.eval_steps, and {_GIVE}"
-            )
+            yield f"train.lr_scheduler {train.lr_scheduler} needs train.eval_steps; {_GIVE} too"
         if train.early_stopping is not None and train.early_stopping.metric not in selecting:
             yield (
                 "train.early_stopping.metric must be one that the job measures outside test splits "
@@ -333,17 +316,13 @@ class JobConfig(StrictModel):
     @property
     def selecting_metrics(self) -> list[str]:
         """Metrics that may choose weights: those that are measured outside test splits."""
-        data, held_out = self.data, list[str]()
-        if data.has_validation and not (data.validation and _is_of_test(data.validation)):
+        source, held_out = self.data.validation, list[str]()
+        is_of_test = source and (_is_test(source.split) or is_file_of_test(source.dataset))
+        if self.data.has_validation and not is_of_test:
             held_out = ["eval/loss"]
             if self.train.learns_from_pairs:
                 held_out += ["eval/rewards/accuracies", "eval/rewards/margins"]
         return held_out + [item.metric for item in self.eval if not _is_test(item.split)]
-
-
-def _is_of_test(source: SourceConfig) -> bool:
-    """Whether a source is a test split, or a file that is called so."""
-    return _is_test(source.split) or is_file_of_test(source.dataset)
 
 
 def _is_test(split: str | None) -> bool:
@@ -381,13 +360,12 @@ class RunConfig(BaseModelConfig):
     @field_validator("output_dir", mode="before")
     @classmethod
     def _check_output_dir(cls, output_dir: Any) -> Any:
-        if isinstance(output_dir, str) and "://" in output_dir:
-            raise ValueError(
-                f"output_dir must be a directory, got the URL {shown(output_dir)}; mount a file "
-                "system that all machines share (NFS, or JuiceFS on a bucket)"
-            )
-        is_path = isinstance(output_dir, str | Path)
-        return local_path(output_dir, "output_dir") if is_path else output_dir
+        if not isinstance(output_dir, str | Path):
+            return output_dir
+        if "://" in str(output_dir):
+            url = shown(output_dir)
+            raise ValueError(f"output_dir must be a directory, got the URL {url}; mount it (NFS)")
+        return local_path(output_dir, "output_dir")
 
     @override
     def contradictions(self) -> Iterator[str]:
@@ -398,28 +376,16 @@ class RunConfig(BaseModelConfig):
                 "quantization.bnb_4bit_compute_dtype must be float32 or bfloat16 in training, got "
                 "float16: small gradients become zero; or set dtype: float16, which scales the loss"
             )
-        if self.sweep is not None:
-            yield from self._sweep_contradictions(self.sweep)
         names = [job.name.casefold() for job in self.all_jobs]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"jobs and those of a sweep must have names that differ, got {name!r} again"
-
-    def _sweep_contradictions(self, sweep: SweepConfig) -> Iterator[str]:
-        names = [job.name for job in self.jobs]
-        if isinstance(sweep.job, str) and sweep.job not in names:
-            raise ValueError(
-                "sweep.job must be the settings of a job or the name of one of jobs "
-                f"({', '.join(names) or 'none'}), got {sweep.job!r}"
-            )
-        known = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
-        if sweep.metric not in known:
-            yield (
-                f"sweep.metric must be one that every job measures outside test splits "
-                f"({', '.join(sorted(known)) or 'none'}), got {sweep.metric!r}; {_GIVE}"
-            )
-        is_median = sweep.early_stopping is not None and sweep.early_stopping.median is not None
-        if is_median and not all(job.train.eval_steps for job in self.trials):
-            yield "sweep.early_stopping.median judges evaluations; give train.eval_steps"
+        if self.sweep is not None:
+            known = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
+            if self.sweep.metric not in known:
+                yield (
+                    f"sweep.metric must be one that every job measures outside test splits "
+                    f"({', '.join(sorted(known)) or 'none'}), got {self.sweep.metric!r}; {_GIVE}"
+                )
 
     # Drawn once: the check of a run file has all of them built, and the run trains these.
     @cached_property
@@ -433,8 +399,10 @@ class RunConfig(BaseModelConfig):
         assert self.sweep is not None
         settings: Any = self.sweep.job
         if isinstance(settings, str):
-            (template,) = (job for job in self.jobs if job.name == settings)
-            settings = template.model_dump(mode="json", exclude_unset=True)
+            templates = [job for job in self.jobs if job.name == settings]
+            if not templates:
+                raise ConfigError(f"sweep.job must be settings or the name of a job: {settings!r}")
+            settings = templates[0].model_dump(mode="json", exclude_unset=True)
         for path, drawn in combination.items():
             settings = set_setting(settings, path, parameter_value(drawn), origin="parameters.")
         name = self.sweep.job_name(number, combination)

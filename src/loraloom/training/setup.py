@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -23,10 +23,6 @@ from loraloom.training.rounds import check_limit
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step.optimizers import rehearse
 from loraloom.training.store import Checkpoint, RunDirectory, describe_base, describe_changes
-from loraloom.training.tracking import check_trackers
-
-if TYPE_CHECKING:
-    from loraloom.training.sweep import Sweep
 
 Base = tuple[Host, PreTrainedTokenizerBase]
 
@@ -40,7 +36,6 @@ def check_run(
         rehearse(job.train, job.name)
     directory.check(resume=resume, overwrite=overwrite)
     directory.check_sources(run.all_jobs)
-    check_trackers(run.trackers)
 
 
 def load_base(run: RunConfig, device: str, *, is_sharded: bool = False) -> Base:
@@ -59,13 +54,6 @@ class Setup:
     checkpoint: Checkpoint | None
     progress: Progress
     directory: RunDirectory
-
-    def sweep(self, journal_bytes: int | None, place: tuple[int, int] = (0, 1)) -> Sweep:
-        """Open the run's sweep; see `open_study`."""
-        from loraloom.training.sweep import Sweep, open_study  # it needs Optuna
-
-        study = open_study(self.run, self.directory, journal_bytes)
-        return Sweep(self.run, study, self.directory, self.progress, self.engine, place)
 
     def begin(self) -> None:
         """Bring the jobs to where the checkpoint has them, or write the first one."""

@@ -7,8 +7,8 @@
         adapter.rank: [4, 16]
       search: {tpe: 30}
 
-Every combination is a job of its own, called after its number and its values:
-`sweep-000-0.0001-4` and so on. Optuna draws them, and has the values of a list as JSON text.
+Every combination is a job, called after its number and values: `sweep-000-0.0001-4`, for example.
+Optuna draws them, and has the values of a list as JSON text.
 """
 
 from __future__ import annotations
@@ -90,36 +90,13 @@ class DrawnSearch(StrictModel):
             yield f"search must be {_SEARCHES}"
 
 
-class AshaConfig(StrictModel):
-    """Successive halving: only the best of those that reached a rung go on after it.
-
-    Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning,
-    arXiv:1810.05934, in the form that stops jobs.
-    """
-
-    reduction_factor: int = Field(default=3, ge=2)
-    """One in so many goes on after a rung."""
-    min_steps: int | None = Field(default=None, ge=1)
-    """The first rung; the others are this times the powers of reduction_factor. Or give rungs."""
-    rungs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
-    """Steps after which jobs are compared; or give min_steps."""
-
-    @override
-    def contradictions(self) -> Iterator[str]:
-        if (self.rungs is None) == (self.min_steps is None):
-            yield "rungs or min_steps must be given, one of them"
-
-
-class HyperbandConfig(StrictModel):
-    """Successive halving in several brackets, each with a later first rung than the one before.
-
-    Source: Li et al. 2018, Hyperband, JMLR 18(185).
-    """
+class HalvingConfig(StrictModel):
+    """Successive halving: only the best of those that reached a rung go on after it."""
 
     reduction_factor: int = Field(default=3, ge=2)
     """One in so many goes on after a rung."""
     min_steps: int = Field(ge=1)
-    """The first rung of the first bracket."""
+    """The first rung; the others are this times the powers of reduction_factor."""
 
 
 class MedianConfig(StrictModel):
@@ -134,10 +111,10 @@ class MedianConfig(StrictModel):
 class SweepStoppingConfig(StrictModel):
     """How jobs of a sweep are stopped before their end: one of these."""
 
-    asha: AshaConfig | None = None
-    """Successive halving."""
-    hyperband: HyperbandConfig | None = None
-    """Successive halving that begins early for some jobs and late for others."""
+    asha: HalvingConfig | None = None
+    """Successive halving (Li et al. 2020, arXiv:1810.05934), in the form that stops jobs."""
+    hyperband: HalvingConfig | None = None
+    """The same in brackets with ever later first rungs (Li et al. 2018, JMLR 18(185))."""
     median: MedianConfig | None = None
     """Comparison with finished jobs."""
 
@@ -146,14 +123,12 @@ class SweepStoppingConfig(StrictModel):
         if [self.asha, self.hyperband, self.median].count(None) != 2:
             yield "early_stopping must be one of asha, hyperband and median"
 
-    def rungs(self, total_steps: int) -> set[int]:
+    def rungs(self, total_steps: int) -> list[int]:
         """The rungs of a job of so many steps; at its last step there is nothing left to save."""
-        if self.asha is not None and self.asha.rungs is not None:
-            return {rung for rung in self.asha.rungs if rung < total_steps}
         if (halving := self.asha or self.hyperband) is None:
-            return set()
-        powers = accumulate(repeat(halving.reduction_factor), mul, initial=halving.min_steps or 1)
-        return set(takewhile(lambda rung: rung < total_steps, powers))
+            return []
+        powers = accumulate(repeat(halving.reduction_factor), mul, initial=halving.min_steps)
+        return list(takewhile(lambda rung: rung < total_steps, powers))
 
 
 # A fault of a plain union would name both members.

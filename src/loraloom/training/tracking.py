@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from loraloom.durable import append_line, sync
-from loraloom.errors import ConfigError
 from loraloom.training.step.batch import StepReport
 
 METRICS_FILE = "metrics.jsonl"
@@ -100,36 +98,23 @@ def open_tracker(
     name: str, directory: Path, first_step: int, config: Mapping[str, Any]
 ) -> MetricsFile | Tracker:
     project = os.environ.get(f"{name.upper()}_PROJECT", "loraloom")
-    group = directory.parent.resolve().name
-    run = {"name": directory.name, "group": group, "config": dict(config)}
+    run: dict[str, Any] = {"name": directory.name, "group": directory.parent.resolve().name}
+    run["config"] = dict(config)
     match name:
         case "tensorboard":
             tracker = TensorBoardTracker(TENSORBOARD_DIRECTORY, directory, purge_step=first_step)
         case "trackio":
-            quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-            tracker = TrackioTracker(project, **run, **quiet)
+            run |= {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+            tracker = TrackioTracker(project, **run)
         case "wandb":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            # Nothing leaves this machine unless the user has said where it may go.
-            may_send = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
-            run |= {"dir": str(directory), "mode": None if may_send else "offline"}
+            # Nothing leaves this machine unless the user says so.
+            run |= {"dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
             run |= {"reinit": "create_new", "settings": {"console": "off", "quiet": True}}
             tracker = WandBTracker(project, **run)
         case _:
             return MetricsFile(directory / METRICS_FILE)
     return Tracker(name, tracker)
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Check that what trackers need is installed."""
-    for name in names:
-        if name != "jsonl" and find_spec(name) is None:
-            raise ConfigError(
-                f"trackers: {name} needs a package that is not installed; "
-                "run: pip install 'loraloom[track]'"
-            )
 
 
 def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:

@@ -1,142 +1,83 @@
 """Many jobs on many devices: each worker of a Ray cluster trains a share of a run's jobs.
 
-A worker is an actor with a base model and an engine of its own. Each job has its own snapshots, so
-when a worker is lost, Ray starts it again, and its jobs go on from theirs. A sweep's study is a
-file that all workers share: each takes the next combination when it has room.
+A share is a task of Ray's: an engine on a base model of its own. Each job has its own snapshots, so
+when a worker is lost, Ray starts its task again, and the jobs go on from theirs. A sweep's study is
+a file that all workers share: each takes the next combination when it has room.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from typing_extensions import override
 
-from loraloom.durable import staging
-from loraloom.errors import ConfigError, LoraloomError, TrainingError
-from loraloom.training.job import Position
+from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.training.progress import NOTICE, Interruption, Progress
-from loraloom.training.ray_cluster import (
-    RESTARTS,
-    check_worker_device,
-    choose_workers,
-    connected,
-    first_line,
-)
 from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig, RunConfig
-from loraloom.training.setup import Setup, check_run, load_base, set_up
-from loraloom.training.store import RunDirectory, nearest_existing
+from loraloom.training.setup import check_run, load_base, set_up
+from loraloom.training.store import RunDirectory
 
-# How often the user is told of workers that start or load the base model.
-TELL_S = 20.0
+# How often Ray itself starts a lost worker again.
+RESTARTS = 2
 NEWS_S = 1.0
+# What Ray reads when it is imported.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15, workers hardly run where others keep the cores busy
+}
+# Almost the least that Ray takes: nothing large goes through it.
+_OBJECT_STORE_BYTES = 80_000_000
 
 
-class _Calls(Progress):
-    """Keeps what is said to the user, as calls for the progress of the command's own process."""
+class _Messages(Progress):
+    """Sends what is said to the user to the command's own process."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue: Any):
         super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
+        self._queue = queue
 
     @override
     def message(self, text: str) -> None:
-        self.calls.append(("message", text))
-
-    @override
-    def add(self, name: str, total_steps: int, position: Position) -> None:
-        self.calls.append(("add", name, total_steps, replace(position)))
-
-    @override
-    def update(self, name: str, total_steps: int, position: Position) -> None:
-        self.calls.append(("update", name, total_steps, replace(position)))
-
-    @override
-    def rank(self, *_: Any, **__: Any) -> None:
-        pass
+        with suppress(Exception):  # of a queue that was lost with its machine
+            self._queue.put(text)
 
 
-@dataclass
-class Worker:
-    """Trains some jobs of a run in a process of Ray's. Errors that are ours are returned.
+def train_share(
+    run: RunConfig,
+    jobs: Sequence[JobConfig],
+    place: tuple[int, int],
+    directory: Path,
+    command: str,
+    queue: Any,
+) -> list[JobResult]:
+    """Train some jobs of a run in a process of Ray's, from their newest snapshots if there are any.
 
-    Args:
-        run: The whole run.
-        jobs: The worker's share of its jobs; of a sweep's it takes one after the other.
-        place: The worker's number, and how many there are.
-        directory: Where the command was given.
-        command: What result.json says the run was started with.
+    Of a sweep's jobs it takes one after the other, as one of `place[1]` workers.
     """
+    os.chdir(directory)
+    if not run.output_dir.exists():  # the driver has made it
+        raise ConfigError(
+            f"output_dir must be on storage that all workers see, {run.output_dir} is not seen on "
+            f"{socket.gethostname()}; name a directory on a shared file system"
+        )
+    base, where = load_base(run, run.device), RunDirectory(run.output_dir, by_job=True)
+    setup = set_up(run, jobs, base, where, _Messages(queue), command, resume=True)
+    setup.begin()
+    if run.sweep is None:
+        return setup.engine.run()
+    from loraloom.training.sweep import Sweep  # it needs Optuna
 
-    run: RunConfig
-    jobs: Sequence[JobConfig]
-    place: tuple[int, int]
-    directory: Path
-    command: str
-
-    def __post_init__(self) -> None:
-        self._progress = _Calls()
-        self._setup: Setup | None = None
-        os.chdir(self.directory)
-
-    # `mark` is made by the driver in output_dir: a machine that doesn't see it has other storage.
-    def prepare(self, mark: Path | None, resume: bool) -> LoraloomError | None:
-        """Load the base model and build the jobs, to see what is wrong with them."""
-        if mark is not None and not mark.exists():
-            return ConfigError(
-                f"output_dir must be on storage that all workers see, {self.run.output_dir} is "
-                f"not seen on {socket.gethostname()}; name a directory on a shared file system"
-            )
-        directory = RunDirectory(self.run.output_dir, by_job=True)
-        try:
-            base = load_base(self.run, self.run.device)
-            self._setup = set_up(
-                *(self.run, self.jobs, base, directory, self._progress, self.command),
-                resume=resume,
-            )
-        except LoraloomError as error:
-            return error
-        return None
-
-    def train(self) -> list[JobResult] | LoraloomError:
-        """Train the jobs to their end, or until `interrupt`."""
-        if self._setup is None:  # Ray has started this worker again
-            self._progress.message(
-                f"warning: worker {self.place[0]} was lost; its jobs go on from their checkpoints"
-            )
-            if (fault := self.prepare(None, resume=True)) is not None:
-                return fault
-        assert self._setup is not None
-        try:
-            self._setup.begin()
-            if self.run.sweep is None:
-                return self._setup.engine.run()
-            sweep = self._setup.sweep(self.place)
-            sweep.open()
-            return self._setup.engine.run(sweep.between_steps)
-        except LoraloomError as error:
-            return error
-        except KeyboardInterrupt:  # everything is saved
-            return []
-
-    def news(self) -> list[tuple[Any, ...]]:
-        """Say what has happened since the last time, after a moment."""
-        # The driver asks again at once: without a pause, both would do nothing else.
-        time.sleep(NEWS_S)
-        calls, self._progress.calls = self._progress.calls, []
-        return calls
-
-    def interrupt(self) -> None:
-        """Let the training end, with everything saved."""
-        if self._setup is not None:
-            self._setup.engine.interruption.requested = True
+    return setup.engine.run(Sweep(setup, None, place).between_steps)
 
 
 def train_with_ray(
@@ -150,128 +91,149 @@ def train_with_ray(
     command: str,
 ) -> list[JobResult]:
     """Train a run's jobs on the workers of a Ray cluster; see `train`."""
-    check_worker_device(run.device)
-    if run.parallel.base != "replicated":
-        raise ConfigError(
-            "parallel.base: fsdp needs torchrun, got --ray, whose workers have a base model each"
-        )
     directory = RunDirectory(run.output_dir, by_job=True)
     check_run(run, directory, resume=resume, overwrite=overwrite)
-    goes_on = resume and directory.has_checkpoints()
     progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
-    with connected(address) as ray:
-        size, resources = choose_workers(ray.nodes(), run.device, num_workers)
-        jobs = [job for job in run.all_jobs if run.sweep is None or not run.sweep.owns(job.name)]
-        size = min(size, len(jobs)) if run.sweep is None else size
-        actor = ray.remote(Worker).options(
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-            max_concurrency=2,  # it trains, and tells the news
-            scheduling_strategy="SPREAD",
-            **resources,
-        )
-        progress.message(f"starting {size} workers")
-        shares = [(jobs[number::size], (number, size)) for number in range(size)]
-        workers = [actor.remote(run, *share, Path.cwd(), command) for share in shares]
-        _prepare(ray, workers, directory, progress, goes_on=goes_on)
-        with directory.lock():
-            if not goes_on:
-                directory.check(resume=resume, overwrite=overwrite)
-                directory.prepare([job.name for job in run.all_jobs])
-            return _train(ray, workers, run, directory, progress)
+    with connected(address) as ray, directory.lock():
+        if not (resume and directory.has_checkpoints()):
+            directory.check(resume=resume, overwrite=overwrite)  # another run may have ended since
+            directory.prepare([job.name for job in run.all_jobs])
+        results = _train_shares(ray, run, num_workers, directory, progress, command)
+    places = {job.name: place for place, job in enumerate(run.all_jobs)}
+    return sorted(results, key=lambda result: (places.get(result.job, len(places)), result.job))
 
 
-def _prepare(
-    ray: Any, workers: Sequence[Any], directory: RunDirectory, progress: Progress, *, goes_on: bool
-) -> None:
-    """Let workers load the base model and build their jobs, before anything is written."""
-    with staging(nearest_existing(directory.path)) as mark:
-        calls = [worker.prepare.remote(mark.absolute(), goes_on) for worker in workers]
-        began_at, waiting = time.monotonic(), calls
-        while waiting:
-            done, waiting = ray.wait(calls, num_returns=len(calls), timeout=TELL_S)
-            if waiting:
-                passed = f"{time.monotonic() - began_at:.0f} s"
-                progress.message(f"waiting for worker {len(done) + 1} of {len(calls)} ({passed})")
-        for number, call in enumerate(calls):
-            try:
-                fault = ray.get(call)
-            except ray.exceptions.RayError as error:
-                fault = TrainingError(f"worker {number} was lost: {first_line(error)}")
-            if fault is not None:
-                raise fault
-
-
-def _train(
+def _train_shares(
     ray: Any,
-    workers: Sequence[Any],
     run: RunConfig,
+    num_workers: int | None,
     directory: RunDirectory,
     progress: Progress,
+    command: str,
 ) -> list[JobResult]:
-    """Train until all jobs are done; the jobs of a worker that is lost for good are left."""
-    sweep: Any = None
+    """Train all jobs to their end; those of a worker that is lost for good are left."""
+    jobs, study = list(run.all_jobs), None
+    size, resources = choose_resources(ray.nodes(), run.device, num_workers)
     if run.sweep is not None:
-        from loraloom.training.sweep import Sweep  # it needs Optuna
+        from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
-        sweep = Sweep(run, directory, progress)
-        sweep.open()
-    training = {worker.train.remote(): worker for worker in workers}
-    news = {worker.news.remote(): worker for worker in workers}
-    results: dict[str, JobResult] = {}
-    shown: set[str] = set()
-    lost: list[str] = []
-    is_ending = False
+        study = open_study(run, directory, None)  # before workers look for combinations in it
+        jobs = [job for job in jobs if not run.sweep.owns(job.name)]
+    size = min(size, len(jobs)) if study is None else size
+    progress.message(f"starting {size} workers")
+    queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
+    task = ray.remote(train_share).options(
+        max_retries=RESTARTS, scheduling_strategy="SPREAD", **resources
+    )
+    shares = [(jobs[number::size], (number, size)) for number in range(size)]
+    calls = [task.remote(run, *share, Path.cwd(), command, queue) for share in shares]
+    results, faults, is_ending = list[JobResult](), list[Exception](), False
+    with Interruption(lambda: progress.message(NOTICE)) as interruption:
+        while calls:
+            if interruption.requested and not is_ending:
+                is_ending = True
+                for call in calls:  # as by Ctrl-C, so that everything is saved
+                    ray.cancel(call)
+            done, calls = ray.wait(calls, timeout=NEWS_S)
+            for call in done:
+                try:
+                    results += ray.get(call)
+                except ray.exceptions.RayError as error:
+                    if is_ending:
+                        continue
+                    lost = TrainingError(
+                        f"a worker was lost {RESTARTS + 1} times: {_first_line(error)}; when the "
+                        "others are done, give --resume to go on with its jobs"
+                    )
+                    faults.append(getattr(error, "cause", None) or lost)
+                    progress.message(f"error: {faults[-1]}")
+            with suppress(ray.exceptions.RayError):
+                for text in queue.get_nowait_batch(queue.qsize()):
+                    progress.message(text)
+        if is_ending:
+            interruption.end()
+    if run.sweep is not None and study is not None:
+        show_ranking(run.sweep, study, progress)
+    if faults:
+        raise faults[0]
+    return results
 
-    def show(calls: Sequence[tuple[Any, ...]]) -> None:
-        for method, *values in calls:
-            if method == "add" and values[0] in shown:  # by a worker that was started again
-                method = "update"
-            shown.update(values[:1] if method == "add" else [])
-            getattr(progress, method)(*values)
 
-    def end(worker: Any, call: Any) -> None:
-        try:
-            outcome = ray.get(call)
-        except ray.exceptions.RayError as error:
-            lost.append(first_line(error))
-            progress.message(f"warning: a worker was lost for good: {lost[-1]}")
-            return
-        with suppress(ray.exceptions.RayError):  # its last words; the outcome is here
-            show(ray.get(worker.news.remote()))
-        ray.kill(worker, no_restart=True)
-        if isinstance(outcome, LoraloomError):
-            raise outcome
-        results.update({result.job: result for result in outcome})
+def choose_resources(
+    nodes: Sequence[dict[str, Any]], device: str, num_workers: int | None
+) -> tuple[int, dict[str, int]]:
+    """Choose how many workers to start, and what each takes; Ray lets them wait for it."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    num_gpus = 0 if device == "cpu" else sum(int(one.get("GPU", 0)) for one in alive)
+    if num_gpus:
+        return num_workers or num_gpus, {"num_cpus": 0, "num_gpus": 1}
+    cpus = [int(one["CPU"]) for one in alive if one.get("CPU")]
+    size = num_workers or len(cpus)
+    # Torch has as many threads as its worker has cores.
+    return size, {"num_cpus": max(1, min(cpus) // -(-size // len(cpus))), "num_gpus": 0}
 
-    progress.start()
+
+@contextmanager
+def connected(address: str) -> Iterator[ModuleType]:
+    """Connect to a cluster, and give Ray's module.
+
+    A connection that this process has is used, and left as it is.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
-        with Interruption(lambda: progress.message(NOTICE)) as interruption:
-            while training:
-                if interruption.requested and not is_ending:
-                    is_ending = True
-                    for worker in training.values():
-                        worker.interrupt.remote()
-                for call in ray.wait([*training, *news], num_returns=1, timeout=NEWS_S)[0]:
-                    if call in training:
-                        end(training.pop(call), call)
-                    elif (worker := news.pop(call)) in training.values():
-                        with suppress(ray.exceptions.RayError):  # its training fails as well
-                            show(ray.get(call))
-                        news[worker.news.remote()] = worker
-                if sweep is not None:
-                    sweep.show()
-            if is_ending:
-                interruption.end()
+        import ray
+        import ray.exceptions
+        import ray.util.queue
+    except ImportError as error:
+        raise ConfigError(
+            "--ray needs Ray, which is not installed: pip install 'loraloom[ray]'"
+        ) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    _connect(ray, address)
+    try:
+        yield ray
     finally:
-        progress.stop()
-    if sweep is not None:
-        sweep.show(is_over=True)
-    if lost:
-        raise TrainingError(
-            f"{len(lost)} of {len(workers)} workers were lost {RESTARTS + 1} times: {lost[0]}; "
-            "the other jobs are done, give --resume to go on with theirs"
-        )
-    places = {job.name: place for place, job in enumerate(run.all_jobs)}
-    in_order = sorted(results, key=lambda name: (places.get(name, len(places)), name))
-    return [results[name] for name in in_order]
+        ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect this process to a cluster, or start one for itself."""
+    from ray._private import ray_constants
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or _find_cluster(ray)
+    if address == "local":
+        # Without this, Ray takes the machine's address on the network in place of the loopback, and
+        # its servers listen to everybody.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        options["object_store_memory"] = _OBJECT_STORE_BYTES
+    try:
+        ray.init(address if address == "local" else _reached(address), **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"--ray must be auto or HOST:PORT of a cluster that can be reached, got "
+            f"{shown(address)}: {_first_line(error)}; start one with `ray start --head`"
+        ) from None
+
+
+def _find_cluster(ray: Any) -> str:
+    """Find one that runs here and that others may join: that of another run listens to itself."""
+    with suppress(OSError):
+        return _reached(ray._private.services.canonicalize_bootstrap_address("auto"))
+    return "local"
+
+
+def _reached(address: str) -> str:
+    """Return an address if somebody listens: else Ray would end the process after a minute."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    return address
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
