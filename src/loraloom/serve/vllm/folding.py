@@ -1,8 +1,7 @@
 """An adapter as one plain LoRA: what vLLM keeps of it.
 
-The experts of an FFN block lie behind one another along the rank, as in our own compute form. The
-router becomes the LoRA of a linear layer that isn't there, `router`: its A are the router's rows,
-its B says what a LoRA has no place for (`router_pair`). Nothing else needs to be known of an
+The experts of an FFN block lie behind one another along the rank. The router becomes the LoRA of a
+linear layer that isn't there, `router` (`router_pair`). Nothing else needs to be known of an
 adapter, so each may have experts, top_k, rank and scaling of its own.
 
 Axes: I in_features, O out_features, D hidden, E experts, R rank, S = E·R.
@@ -11,10 +10,9 @@ Axes: I in_features, O out_features, D hidden, E experts, R rank, S = E·R.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +22,13 @@ from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import refuse_own_parts
-from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.errors import AdapterError
 from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.hub import find_adapter
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 
-# A directory of adapters that are found by their names.
-ADAPTER_DIR = "LORALOOM_ADAPTER_DIR"
 # The largest top_k of a mixture; FFN blocks compute this many experts of each token.
 MAX_TOP_K = "LORALOOM_MAX_TOP_K"
 # Those that vLLM takes for --max-lora-rank.
@@ -41,16 +37,12 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 PIECES = 3
 
 
-@dataclass(frozen=True)
-class FoldedAdapter:
-    """A LoRA with a scaling of 1: float32 tensors by names as in PEFT's files, its largest rank.
-
-    `top_k` is None without routers.
-    """
+class FoldedAdapter(NamedTuple):
+    """A LoRA with a scaling of 1: float32 tensors by names as in PEFT's files, its largest rank."""
 
     tensors: dict[str, Tensor]
     rank: int
-    top_k: int | None
+    top_k: int | None  # None without routers
 
 
 class Folder:
@@ -64,8 +56,8 @@ class Folder:
         self._base: BaseInfo = base_info(model, family, layers)
         self._layers = [_weightless(layer) for layer in layers]
 
-    def fold(self, path_or_hub_id: str | Path) -> FoldedAdapter:
-        stored = read_stored(find_adapter(path_or_hub_id))
+    def fold(self, path: str | Path) -> FoldedAdapter:
+        stored = read_stored(find_adapter(path))
         refuse_own_parts(stored.config, stored.source, "be served by vLLM")
         _check_needs_no_weights(stored)
         # the base's weights aren't here to be compared with those it was trained on
@@ -73,11 +65,11 @@ class Folder:
         config, tensors = fit_to_base(stored, self._base)
         adapter = config.build("folded", self._layers, torch.float32, seed=0)
         adapter.load_tensors(tensors)
-        return fold(adapter, self._base.layers_path, stored.source)
+        with torch.no_grad():
+            return _fold(adapter, self._base.layers_path, stored.source)
 
 
-@torch.no_grad()
-def fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
+def _fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
     tensors: dict[str, Tensor] = {}
     rank, top_k = 1, None
     for layer in adapter.base_layers:
@@ -90,7 +82,7 @@ def fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
             for name, projection in projections.items():
                 pairs[f"{block}.{name}"] = _pair_of(projection, source)
         if adapter.config.experts_per_router:
-            moe = _routers(adapter, layer.index, source)
+            moe = adapter.as_moe(layer.index)
             columns = max(p.num_columns for p in adapter.ffn_block(layer.index).values())
             pairs[f"{layer.ffn_block}.router"] = router_pair(moe, columns)
             top_k = moe.top_k
@@ -136,16 +128,6 @@ def _pair_of(projection: Projection, source: str) -> tuple[Tensor, Tensor]:
     return projection.compute_A(torch.float32), lora_B
 
 
-def _routers(adapter: Adapter, layer: int, source: str) -> MoeFfn:
-    try:
-        return adapter.as_moe(layer)
-    except AdapterError:
-        raise AdapterError(
-            f"{source}: vLLM can serve mixtures whose routers choose top_k whole FFN experts for "
-            f"each token, got {adapter.config.title}; serve it with the embedded engine"
-        ) from None
-
-
 def _check_needs_no_weights(stored: StoredAdapter) -> None:
     keys = [TensorKey.parse(name) for name in stored.tensors]
     if any(key is not None and key.part == "magnitude" for key in keys):
@@ -156,7 +138,7 @@ def _check_needs_no_weights(stored: StoredAdapter) -> None:
         )
 
 
-class _WeightlessProjection(BaseProjection):
+class _Weightless(BaseProjection):
     """A projection of which the shape is known alone; adapters on it are in memory."""
 
     @property
@@ -165,28 +147,20 @@ class _WeightlessProjection(BaseProjection):
 
 
 def _weightless(layer: BaseLayer) -> BaseLayer:
-    def projections(known: Mapping[str, BaseProjection]) -> dict[str, BaseProjection]:
-        return {
-            name: _WeightlessProjection(one.linear, one.key, one.in_features, one.out_features)
-            for name, one in known.items()
+    attention, ffn = (
+        {
+            name: _Weightless(one.linear, one.key, one.in_features, one.out_features)
+            for name, one in projections.items()
         }
-
-    return replace(layer, attention=projections(layer.attention), ffn=projections(layer.ffn))
+        for projections in (layer.attention, layer.ffn)
+    )
+    return replace(layer, attention=attention, ffn=ffn)
 
 
 def max_top_k() -> int:
-    """The largest top_k of a mixture, 2 unless the environment says another."""
-    given = os.environ.get(MAX_TOP_K, "2")
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"{MAX_TOP_K} must be a whole number of at least 1, got {shown(given)}")
-    return int(given)
+    return int(os.environ.get(MAX_TOP_K, "2"))
 
 
 def fitting_rank(rank: int) -> int:
-    for possible in _RANKS:
-        if possible >= rank:
-            return possible
-    raise AdapterError(
-        f"vLLM takes LoRAs of rank {_RANKS[-1]} at most, got {rank} (a mixture's experts times "
-        "their rank); serve it with the embedded engine"
-    )
+    """The --max-lora-rank for a rank; vLLM refuses what is larger than all."""
+    return next((possible for possible in _RANKS if possible >= rank), rank)

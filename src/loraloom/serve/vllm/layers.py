@@ -2,9 +2,8 @@
 
 Two custom operations stand around the base's output projection: torch.compile and CUDA graphs see
 them from outside, and between them is vLLM's own linear layer. Each token meets the weights of its
-own adapter alone. Plain LoRAs are mixtures of one expert, and the base model's tokens pass
-unchanged: what an adapter is lies in tensors that the tokens look up, so that nothing waits for the
-device, and graphs that were captured serve all adapters.
+own adapter alone; plain LoRAs are mixtures of one expert. What an adapter is lies in tensors that
+the tokens look up, so that nothing waits for the device, and captured graphs serve all adapters.
 
 Axes: T tokens, K slots of a token, C experts that there is room for, S rank that there is room for,
 F feed-forward, L adapters.

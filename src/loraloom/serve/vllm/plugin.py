@@ -7,12 +7,9 @@ vLLM's: slots, batches, loading and unloading, the least recently used one that 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Callable
 from functools import cache, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,29 +18,14 @@ from vllm import distributed, forward_context  # pyright: ignore
 from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
 from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
 from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
-from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-from vllm.lora.resolver import (  # pyright: ignore[reportMissingImports]
-    LoRAResolver,
-    LoRAResolverRegistry,
-)
-from vllm.lora.worker_manager import (  # pyright: ignore[reportMissingImports]
-    LRUCacheWorkerLoRAManager,
-    WorkerLoRAManager,
-)
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager  # pyright: ignore
 from vllm.model_executor.layers import linear  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports]
-    gemma2,
-    llama,
-    mistral,
-    qwen2,
-)
+from vllm.model_executor.models import gemma2, llama, mistral, qwen2  # pyright: ignore
 
-from loraloom.config.fields import check_name
-from loraloom.errors import ConfigError, FormatError, LoraloomError
-from loraloom.formats.disk import CONFIG_FILE
+from loraloom.errors import FormatError, LoraloomError
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
-from loraloom.serve.vllm.folding import ADAPTER_DIR, PIECES, Folder, fitting_rank, max_top_k
+from loraloom.serve.vllm.folding import PIECES, Folder, fitting_rank, max_top_k
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 
 _log = logging.getLogger(__name__)
@@ -58,27 +40,6 @@ def install() -> None:
     for manager in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         manager.create_lora_manager = _with_routers(manager.create_lora_manager)
     WorkerLoRAManager._load_adapter = _with_folding(WorkerLoRAManager._load_adapter)
-    directory = os.environ.get(ADAPTER_DIR)
-    if directory:
-        LoRAResolverRegistry.register_resolver("loraloom", DirectoryResolver(Path(directory)))
-
-
-class DirectoryResolver(LoRAResolver):
-    """Finds the adapters of a directory by their names, when they are first asked for."""
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-
-    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        try:
-            path = self._directory / check_name(lora_name)
-        except ConfigError:
-            return None
-        if not (path / CONFIG_FILE).is_file():
-            return None
-        digest = hashlib.blake2b(lora_name.encode(), digest_size=7).digest()
-        number = 1 + (1 << 32) + int.from_bytes(digest, "big")  # apart from those vLLM counts
-        return LoRARequest(lora_name, number, str(path.resolve()))
 
 
 def add_routers(model: nn.Module, vllm_config: Any) -> None:
@@ -101,10 +62,7 @@ def add_routers(model: nn.Module, vllm_config: Any) -> None:
 
 def _refusal(model: nn.Module, blocks: dict[str, nn.Module], vllm_config: Any) -> str | None:
     if not blocks:
-        return (
-            f"{type(model).__name__} has no FFN blocks that loraloom knows, which are those of "
-            "llama, mistral, qwen2, qwen3, phi3 and gemma2"
-        )
+        return f"{type(model).__name__} has no FFN blocks that loraloom knows"
     if vllm_config.lora_config.fully_sharded_loras:
         return "routers must be whole on each device, --fully-sharded-loras can't be used"
     if vllm_config.lora_config.max_lora_rank // PIECES < max_top_k():
