@@ -34,7 +34,7 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]
         assert lines[0] == f"models: {saved / 'base'}, mix\n"
-        assert lines[1] == "cache: 640 tokens, 0 MiB; at most 5 rows of 64 tokens\n"
+        assert lines[1] == "cache: 640 tokens; at most 5 rows of 64 tokens\n"
         address = lines[2].split()[-1].removesuffix("/v1")
         answers = []
         body = {"model": "mix", "prompt": "one", "max_tokens": 50, "ignore_eos": True}

@@ -8,7 +8,7 @@ from typing import Any
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import complete
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.sequence import Event, Failure, GenerationRequest, Piece
+from loraloom.generation.sequence import Event, GenerationRequest, Piece
 from loraloom.models.layout import RowAdapter
 
 TEXTS = (
@@ -39,7 +39,7 @@ class Asked:
     @property
     def error(self) -> Exception | None:
         last = self.events[-1]
-        return last.error if isinstance(last, Failure) else None
+        return last if isinstance(last, Exception) else None
 
 
 def request(

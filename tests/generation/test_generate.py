@@ -5,7 +5,7 @@ import torch
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import DataError
-from loraloom.generation.generate import generate, generate_tokens
+from loraloom.generation.generate import generate, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from tests.tiny import METHODS, tiny_host
@@ -58,12 +58,11 @@ def test_rows_of_a_batch_are_asked_as_their_adapters_were_trained(
     asked = [Prompt("yes", name) for name in (None, "lora", "mixlora", "dora")]
     written = ["yes says", "yes\n", "yes?", "yes says"]
     sampling = SamplingConfig(max_new_tokens=4)
-    found = generate_tokens(host, tiny_tokenizer, asked, sampling)
+    found = make_requests(host, tiny_tokenizer, asked, sampling)
     assert [tiny_tokenizer.decode(one.prompt_ids) for one in found] == written
-    one_form = generate_tokens(
-        host, tiny_tokenizer, asked, sampling, prompt_form=PromptForm(format="text")
-    )
-    raw = generate_tokens(host, tiny_tokenizer, asked, sampling, raw=True)
+    form = PromptForm(format="text")
+    one_form = make_requests(host, tiny_tokenizer, asked, sampling, prompt_form=form)
+    raw = make_requests(host, tiny_tokenizer, asked, sampling, raw=True)
     assert [one.prompt_ids for one in one_form] == [one.prompt_ids for one in raw]
     assert tiny_tokenizer.decode(raw[1].prompt_ids) == "yes"
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.config.model import BaseModelConfig
-from loraloom.errors import AdapterError, FormatError, ModelError
+from loraloom.errors import FormatError, ModelError
 from loraloom.generation import loading
 from loraloom.generation.loading import check_sources, load_host
 from tests.generation.saved import save_tiny
@@ -39,15 +39,3 @@ def test_sources_are_checked_without_loading_the_base_model(saved, monkeypatch):
         check_sources(model("./nowhere"), {})
     with pytest.raises(FormatError, match="there is no"):
         check_sources(model(saved / "base"), {"a": str(saved / "nowhere")})
-
-
-def test_an_adapter_of_another_base_model_is_an_error(saved, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
-    other = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_hidden_layers=1, **sizes))
-    other.save_pretrained(tmp_path / "other")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "other" / name).write_bytes((saved / "base" / name).read_bytes())
-    with pytest.raises(AdapterError):
-        load_host(model(tmp_path / "other"), {"a": str(saved / "lora")})

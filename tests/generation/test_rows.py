@@ -67,15 +67,6 @@ def test_a_mask_of_its_own_is_made_for_branches_only():
     ]
 
 
-def test_predictors_count_in_the_flattened_batch():
-    rows = make_rows([TokenPair([1, 2], [3]), TokenPair([4], [5])], shared=False)
-    batch = collate(rows, torch.float32, CPU)
-    assert batch.input_ids.tolist() == [[1, 2], [4, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1], [1, 0]]
-    assert batch.predictors.tolist() == [1, 2]
-    assert batch.targets.tolist() == [3, 5]
-
-
 def test_examples_are_padded_on_the_right_with_the_token_that_is_given():
     examples = [Example((5, 6, 7), (NO_LOSS, 6, 7), 40), Example((8,), (8,), 2)]
     batch = collate([example_row(example) for example in examples], torch.float32, CPU, pad_id=9)

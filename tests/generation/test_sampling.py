@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from loraloom.config.fields import checked
 from loraloom.data.tokens import NUM_BEFORE, text_of_token
 from loraloom.errors import ConfigError
-from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser, parse_sampling
+from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,6 @@ def test_a_draw_depends_on_seed_and_row_alone():
     ("settings", "message"),
     [
         ({"temperature": -1}, "temperature must be greater than or equal to 0, got -1"),
-        ({"temperature": 1e-45}, "temperature must be 0, for the most likely token, or at least"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"repetition_penalty": 1e300}, "repetition_penalty must be less than or equal to 100"),
         ({"top_p": 1.5, "temperature": 1}, "top_p must be less than or equal to 1, got 1.5"),
@@ -57,7 +57,7 @@ def test_a_draw_depends_on_seed_and_row_alone():
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        parse_sampling(**settings)
+        checked(SamplingConfig, settings)
 
 
 def streamed(tokenizer, ids, stop=()):
@@ -137,10 +137,9 @@ def test_what_stands_before_is_no_part_of_the_text(tiny_tokenizer):
         assert before + text == tiny_tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("stop", ["<bos>", "one<bos>", "bos"])
-def test_a_special_token_ends_a_text_in_which_it_is_not_seen(tiny_tokenizer, stop):
+def test_a_special_token_ends_a_text_in_which_it_is_not_seen(tiny_tokenizer):
     one, two = (tiny_tokenizer(word)["input_ids"] for word in ("one", "two"))
-    stream = TextStream(tiny_tokenizer, (stop,))
+    stream = TextStream(tiny_tokenizer, ("<bos>",))
     pushed = "".join(stream.push(token) for token in [*one, tiny_tokenizer.bos_token_id])
     assert (pushed, stream.stopped, stream.finish()) == ("one", True, "")
-    assert "".join(streamed(tiny_tokenizer, [*one, *two], (stop,))) == "onetwo"
+    assert "".join(streamed(tiny_tokenizer, [*one, *two], ("<bos>",))) == "onetwo"

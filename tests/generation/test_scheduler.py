@@ -79,12 +79,12 @@ def test_who_was_away_has_no_claim_to_what_others_used():
 
 def test_suspects_are_served_apart():
     scheduler = Scheduler(max_rows=4, max_tokens=1000)
-    bad, good = row("bad"), row("good")
-    scheduler.suspect([bad])
-    queue(scheduler, row("bad"))
-    assert scheduler.admit([good]) is None
-    assert scheduler.admit([bad]) is not None
-    queue(scheduler, row("good"))
+    bad, good, late = row("bad"), row("good"), row("bad")
+    bad.is_suspect = True
+    queue(scheduler, late)
+    assert scheduler.admit([good, bad]) is None
+    assert scheduler.admit([bad]) is late
+    queue(scheduler, good)
     assert scheduler.admit([bad]) is None
-    scheduler.clear([bad])
-    assert scheduler.admit([bad]) is not None
+    bad.is_suspect = False
+    assert scheduler.admit([bad]) is good

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from loraloom.generation import scoring
 from loraloom.generation.rows import example_row
-from loraloom.generation.scoring import in_halves, label_log_probs, score_rows, token_batches
+from loraloom.generation.scoring import label_log_probs, score_rows, token_batches
 from loraloom.models.host import Host
 from tests.eval.scoring import limit_rows
 from tests.tiny import METHODS, tiny_host
@@ -101,18 +99,3 @@ def test_routing_is_told_of_real_tokens_by_adapter(requests, monkeypatch):
         alone = Host.hidden(host, torch.tensor([one.rows[0].input_ids]), None, [one.adapter])
         for layer, expected in zip(one.routing, alone.routing[one.adapter], strict=True):
             assert torch.equal(layer.selected_experts, expected.selected_experts)
-
-
-def test_what_does_not_fit_is_halved_in_order_and_one_that_does_not_is_named():
-    seen = []
-
-    def double(numbers, most):
-        seen.append(len(numbers))
-        if len(numbers) > most:
-            raise torch.OutOfMemoryError
-        return [2 * number for number in numbers]
-
-    assert in_halves(partial(double, most=2), range(7), str) == [0, 2, 4, 6, 8, 10, 12]
-    assert seen == [7, 4, 2, 2, 3, 2, 1]
-    with pytest.raises(DataError, match="number 3 must fit into memory, it doesn't, even alone"):
-        in_halves(partial(double, most=0), [3, 4], lambda number: f"number {number}")

@@ -10,7 +10,7 @@ from functools import wraps
 
 import pytest
 
-from loraloom.errors import ConfigError, FormatError
+from loraloom.errors import ConfigError
 from loraloom.generation.sequence import RequestError
 from loraloom.serve.adapters import ServedAdapters
 from tests.tiny import METHODS, tiny_host
@@ -113,35 +113,22 @@ async def test_adapters_follow_their_files(host, saved, tmp_path):
 
 
 @in_loop
-async def test_a_hub_out_of_reach_delays_nobody_and_is_told(host, saved, monkeypatch):
+async def test_a_hub_out_of_reach_delays_nobody(host, saved, monkeypatch):
     released = threading.Event()
     monkeypatch.setattr("loraloom.serve.adapters.find_adapter", lambda source: released.wait(30))
-    adapters = ServedAdapters(host, "base", saved, download_s=0.01)
-    for _ in range(4):
-        with pytest.raises(FormatError, match="'far/away' was not downloaded in 0"):
-            await adapters.load("a", "far/away")
-    with pytest.raises(RequestError, match="at most 4 adapters are downloaded at once"):
-        await adapters.load("a", "far/away")
+    adapters = ServedAdapters(host, "base", saved)
+    loading = asyncio.create_task(adapters.load("a", "far/away"))
     async with using(adapters, "lora") as name:
         assert name in host.adapters
+    assert not loading.done()
+    loading.cancel()
     released.set()
-
-
-@in_loop
-async def test_files_that_can_not_be_used_fail_those_that_wait_for_them(host, saved, tmp_path):
-    shutil.copytree(saved, directory := tmp_path / "mine")
-    (directory / "lora" / "adapter_model.safetensors").write_bytes(b"no")
-    adapters = ServedAdapters(host, "base", directory)
-    with pytest.raises(FormatError):
-        await adapters.acquire("lora")
-    async with using(adapters, "dora"):
-        assert set(host.adapters) == {"own", "dora"}
 
 
 @in_loop
 async def test_an_adapter_that_is_unloaded_or_loaded_again_stays_for_those_that_use_it(host, saved):
     adapters = ServedAdapters(host, "base")
-    adapters.add("a", str(saved / "lora"))
+    await adapters.load("a", str(saved / "lora"))
     async with using(adapters, "a") as old:
         await adapters.load("a", str(saved / "mixlora"), replace=True)
         async with using(adapters, "a") as new:
@@ -175,7 +162,7 @@ async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
     size = sum(one.numel() * one.element_size() for one in own.state_dict().values())
     adapters = ServedAdapters(host, "base", saved, max_bytes=7 * size // 2)
     async with using(adapters, "lora"):
-        adapters.add("more", str(saved / "lora"))
+        await adapters.load("more", str(saved / "lora"))
         with pytest.raises(RequestError, match="'late' does not fit beside the others"):
             await adapters.load("late", str(saved / "lora"))
         assert set(host.adapters) == {"own", "lora", "more"}

@@ -21,7 +21,7 @@ from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
 from loraloom.durable import append_text, prepare_output
 from loraloom.errors import ConfigError, shown
-from loraloom.generation.generate import complete_in_order
+from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
@@ -88,21 +88,14 @@ def generate(
     form = given_form(tokenizer, options.template, options.chat_template)
     if form is None and not options.raw:
         tell_unknown_prompts(host, tokenizer)
-    batches = complete_in_order(
-        host,
-        tokenizer,
-        prompts,
-        sampling,
-        batch_size=options.batch_size,
-        num_done=num_done,
-        raw=options.raw,
-        prompt_form=form,
-    )
+    requests = make_requests(host, tokenizer, prompts, sampling, raw=options.raw, prompt_form=form)
+    size = options.batch_size
     messages = make_console(stderr=True, soft_wrap=True, quiet=options.output is None)
     with show_progress(messages, "rows", [1] * len(rows)) as advance:
         advance(range(num_done))
-        for batch in batches:
-            done = range(num_done, num_done + len(batch))
+        while num_done < len(rows):
+            done = range(num_done, min(num_done + size, len(rows)))
+            batch = complete(host, tokenizer, requests[done.start : done.stop], batch_size=size)
             num_done = done.stop
             _write(options, rows[done.start : done.stop], [one.text for one in batch])
             advance(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Iterator
@@ -62,9 +63,6 @@ class ServeOptions(HostOptions):
     free memory goes."""
     prefill_tokens: int = Field(default=256, ge=1)
     """Most prompt tokens read in a step."""
-    shared_prompt_cache: bool = False
-    """Let API keys use one another's cached prompts; response times then reveal which prompts other
-    keys have sent."""
     max_waiting: int = Field(default=256, ge=1)
     """Most completions that wait."""
     max_request_seconds: float = Field(default=600.0, ge=1)
@@ -111,7 +109,7 @@ def _serve_embedded(
 ) -> None:
     # packages of the extra `serve`, which vLLM does without
     from loraloom.serve.http.app import ApiOptions, create_app
-    from loraloom.serve.http.server import OnceASecond, Server, listen
+    from loraloom.serve.http.server import Server, listen
 
     bound_memory()
     loading.check_sources(options, options.adapters)
@@ -125,11 +123,11 @@ def _serve_embedded(
             options.adapter_root,
             options.cors_origin,
             is_local=is_local,
-            log_requests=True,
         )
         app = create_app(engine, tokenizer, adapters, allowed)
-        _write_log(OnceASecond())
-        Server(app, engine).run([sock])
+        server = Server(app, engine)
+        _write_log("loraloom", "uvicorn.access")
+        server.run([sock])
 
 
 def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, ServedAdapters, Any]:
@@ -144,7 +142,6 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
         options.prefill_tokens,
         options.max_waiting,
         options.max_request_seconds,
-        "shared" if options.shared_prompt_cache else "own",
     )
     engine = Engine(model, tokenizer, limits)
     adapters = ServedAdapters(
@@ -156,31 +153,20 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
         max_bytes=options.max_adapter_bytes,
     )
     for name, path in options.adapters.items():
-        adapters.add(name, path)
+        asyncio.run(adapters.load(name, path))
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
     print(f"models: {', '.join([adapters.base_name, *adapters.names()])}")
-    size = loading.cache_bytes(model, limits) / 2**20
-    print(
-        f"cache: {limits.cache_tokens:,} tokens, {size:,.0f} MiB; "
-        f"at most {limits.max_rows} rows of {engine.max_length:,} tokens"
-    )
+    rows = f"{limits.max_rows} rows of {engine.max_length:,} tokens"
+    print(f"cache: {limits.cache_tokens:,} tokens; at most {rows}")
     print(f"listening on http://{address}:{port}/v1", flush=True)
     tell_unknown_prompts(model, tokenizer)
     return engine, adapters, tokenizer
 
 
-def _write_log(seldom: logging.Filter) -> None:
-    # what clients cause without asking is written once a second, or they could fill a disk
-    for name in (
-        "asyncio",
-        "uvicorn.error",
-        "loraloom.generation.sequence",
-        "loraloom.serve.http.server",
-    ):
-        logging.getLogger(name).addFilter(seldom)
+def _write_log(*names: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("loraloom")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -8,13 +8,10 @@ reads pieces of the prompts of others, and then chooses a token for every row th
 
 from __future__ import annotations
 
-import logging
-import math
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 
@@ -23,17 +20,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.method import Adapter
-from loraloom.errors import DataError
+from loraloom.data.tokens import TokenPair
+from loraloom.errors import DataError, not_finite
 from loraloom.generation.prompts import check_token_ids
-from loraloom.generation.rows import text_row
+from loraloom.generation.rows import make_rows
 from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
-from loraloom.generation.scoring import free_memory, score_rows, tokens_per_batch, too_large
+from loraloom.generation.scoring import free_memory, score_rows, too_large
 from loraloom.generation.sequence import (
-    Failure,
     GenerationRequest,
-    NotFiniteError,
     OnGone,
     RequestError,
     Row,
@@ -43,18 +39,8 @@ from loraloom.generation.sequence import (
 from loraloom.models.forward import Record
 from loraloom.models.host import Host
 from loraloom.models.layout import rows_in_record
-from loraloom.routing.record import (
-    LayerRouting,
-    choices_by_token,
-    describe_router,
-    join_routing,
-)
-from loraloom.routing.tally import expert_loads
+from loraloom.routing.record import choices_by_token, join_routing
 
-_log = logging.getLogger(__name__)
-
-# Of this many steps, one counts which experts tokens are sent to.
-ROUTING_STEPS = 16
 # Tokens that a row generates at least before it gives way to others.
 MIN_TURN = 16
 # Tokens that are read in about the time in which one is generated.
@@ -75,77 +61,46 @@ class Engine:
         self.counts: Counter[tuple[str, ...]] = Counter()
         """What only grows, by a metric's name and labels."""
         self.on_end: Callable[[Row], object] = lambda row: None
-        self.is_stopping = False
         self._tokenizer = tokenizer  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
         self._wake = threading.Condition()  # with a lock that its holder may take again
         self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens)
         self._arrivals = count(1)
-        self._mean_s = 1.0
-        self._to_score: deque[Row] = deque()
         self._served: list[Row] = []  # in the order in which they were admitted
-        self._runner = Runner(host, limits.prompt_cache)
+        self._runner = Runner(host, keeps_prompts=limits.keeps_prompts)
         self._gone: list[Adapter] = []
-        self._num_accepted = 0
+        self._is_stopping = False
 
     @property
     def max_length(self) -> int:
         return min(self.host.config.max_position_embeddings, self.limits.cache_tokens)
 
     @property
-    def num_running(self) -> int:
-        return len(self._served)
-
-    @property
-    def num_waiting(self) -> int:  # those whose adapters are being loaded too
-        return len(self._scheduler) + len(self._to_score) + self._num_accepted
-
-    @property
     def is_idle(self) -> bool:
-        return not self._has_work and self._num_accepted == 0
+        return not (self._scheduler or self._gone or self._served)
 
-    @property
-    def _has_work(self) -> bool:
-        return bool(self._scheduler or self._to_score or self._gone or self._served)
+    def gauges(self) -> dict[str, int]:
+        """What goes up and down, by a metric's name."""
+        return {
+            "requests_running": len(self._served),
+            "requests_waiting": len(self._scheduler),
+            "cache_tokens": self.limits.cache_tokens,
+            "cache_tokens_used": self._scheduler.cached_tokens(self._served),
+            "cache_tokens_kept": self._runner.prefixes.num_tokens,
+        }
 
-    @property
-    def cache_tokens_in_use(self) -> int:
-        return self._scheduler.cached_tokens(self._served)
-
-    @property
-    def prefix_tokens(self) -> int:
-        return self._runner.prefixes.num_tokens
-
-    @contextmanager
-    def accepting(self) -> Iterator[None]:
-        """Take a request whose adapter is still to be loaded: `stop` waits for its end."""
-        with self._wake:
-            self._check_open()
-            self._num_accepted += 1
-        try:
-            yield
-        finally:
-            with self._wake:
-                self._num_accepted -= 1
-                self._wake.notify_all()
-
-    def submit(
-        self,
-        request: GenerationRequest,
-        sink: Sink,
-        on_gone: OnGone = lambda: None,
-        *,
-        is_accepted: bool = False,
-    ) -> Row:
+    def submit(self, request: GenerationRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Row:
         self._check(request)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
-            self._check_open(is_accepted=is_accepted)
+            if len(self._scheduler) >= self.limits.max_waiting:
+                raise RequestError(
+                    f"at most {self.limits.max_waiting} completions may wait, and so many do; "
+                    "try again later, or ask for fewer at once",
+                    "queue_full",
+                )
             row.arrival = next(self._arrivals)
-            if request.scores_prompt:
-                self._to_score.append(row)
-            else:
-                self._scheduler.add(row, self._served)
+            self._scheduler.add(row, self._served)
             self._wake.notify_all()
         return row
 
@@ -155,22 +110,21 @@ class Engine:
             self._wake.notify_all()
 
     def stop(self) -> None:
-        """Take no more requests; `run` returns when those that are there have ended."""
+        """Let `run` return when the requests that are there have ended."""
         with self._wake:
-            self.is_stopping = True
+            self._is_stopping = True
             self._wake.notify_all()
 
     def run(self) -> None:
         while True:
             with self._wake:
-                while not self._has_work and not (self.is_stopping and self.is_idle):
-                    self._wake.wait()
-                if not self._has_work:
+                self._wake.wait_for(lambda: self._is_stopping or not self.is_idle)
+                if self.is_idle:
                     return
             try:
                 self.step()
             except Exception as error:
-                _log.exception("a step failed")
+                log_failure("a step failed", error)
                 served, self._served = self._served, []
                 self._runner.take_apart(served)
                 for row in served:
@@ -179,41 +133,15 @@ class Engine:
     def step(self) -> bool:
         self.counts["steps",] += 1
         self._drop_ended()
-        self._score_prompts()
         reading = self._schedule()
         failures = [*self._decode(), *self._read(reading)]
         self._postprocess(failures)
-        return self._has_work
-
-    def _check_open(self, *, is_accepted: bool = False) -> None:
-        if self.is_stopping and not is_accepted:
-            raise RequestError(
-                "the server is stopping; ask another one, or later", "stopping", retry_after_s=1
-            )
-        num_waiting = self.num_waiting - is_accepted
-        if num_waiting >= self.limits.max_waiting:
-            num_waiting -= sum(row.settled_length > 0 for row in self._scheduler)  # were served
-        if num_waiting >= self.limits.max_waiting:
-            seconds = self._mean_s * self.num_waiting / self.limits.max_rows
-            raise RequestError(
-                f"at most {self.limits.max_waiting} requests may wait, and so many do; "
-                "try again later",
-                "queue_full",
-                retry_after_s=math.ceil(min(60.0, max(1.0, seconds))),
-            )
+        return not self.is_idle
 
     def _check(self, request: GenerationRequest) -> None:
-        name = request.adapter_name
-        adapter = None if name is None else self.host.adapter(name)
-        if request.tells_routing and (adapter is None or not adapter.config.experts_per_router):
-            raise RequestError(
-                "routing is told of models whose routers read answers, "
-                f"{request.owner!r} has none; leave routing out",
-                "no_routers",
-                param="routing",
-            )
-        num_prompt = len(request.prompt_ids)
-        num_new = 0 if request.scores_prompt else request.sampling.max_new_tokens
+        if request.adapter_name is not None:
+            self.host.adapter(request.adapter_name)  # an error if there is none
+        num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
         check_token_ids(request.prompt_ids, self.host.config.vocab_size, "prompt")
@@ -230,51 +158,20 @@ class Engine:
             gone, self._gone = self._gone, []
             for row in [row for row in self._scheduler if self._is_over(row)]:
                 self._scheduler.remove(row)
-            for row in [row for row in self._to_score if self._is_over(row)]:
-                self._to_score.remove(row)
         # here, as no forward uses what was prepared of them between two steps
         for adapter in gone:
-            self._runner.forget(adapter)
+            self._runner.prepared.forget(adapter)
         self._leave([row for row in self._served if self._is_over(row)])
 
     def _is_over(self, row: Row) -> bool:
-        limit_s = self.limits.max_request_s
-        if row.is_cancelled:
+        limit_s, is_cancelled = self.limits.max_request_s, row.is_cancelled
+        is_late = time.monotonic() - row.request.arrived_s > limit_s
+        if is_cancelled:
             self._end(row, "cancelled")
-        elif time.monotonic() - row.request.arrived_s > limit_s:
-            late = RequestError(f"a request must end in {limit_s:g} seconds", "timeout")
-            self._fail(row, late)
-        else:
-            return False
-        return True
-
-    def _score_prompts(self) -> None:
-        """Score prompts that wait for one adapter, as many as fit into a forward."""
-        room, rows = tokens_per_batch(self.host), []
-        if self._served:  # whose next tokens wait meanwhile
-            room = min(room, self.limits.prefill_tokens)
-        with self._wake:
-            waiting = self._to_score
-            while waiting and (not rows or waiting[0].length <= room):
-                if rows and waiting[0].request.adapter != rows[0].request.adapter:
-                    break  # a fault is an adapter's own
-                rows.append(waiting.popleft())
-                room -= rows[-1].length
-                self._scheduler.charge(rows[-1].share, rows[-1].length)
-        if not rows:
-            return
-        requests = [(row.request.adapter, text_row(row.request.prompt_ids)) for row in rows]
-        num_top = max(row.request.num_logprobs or 0 for row in rows)
-        try:
-            scores = score_rows(self.host, requests, num_top=num_top)
-        except Exception as error:
-            log_failure("prompts could not be scored", error)
-            for row in rows:
-                self._fail(row, error)
-            return
-        for row, scored in zip(rows, scores, strict=True):
-            row.was_scored(scored)
-            self._end(row, "length")
+        elif is_late:
+            text = f"a request must end in {limit_s:g} seconds"
+            self._fail(row, RequestError(text, "timeout"))
+        return is_cancelled or is_late
 
     def _schedule(self) -> list[Row]:
         """Send rows back and admit others; return those that are to be read."""
@@ -289,15 +186,7 @@ class Engine:
                 while (row := scheduler.admit(served)) is not None:
                     served.append(row)
                 # those that have made enough of their turn, or not begun
-                movable = [
-                    row
-                    for row in served
-                    if (
-                        row.length >= row.settled_length
-                        if row in self._runner.rows
-                        else not row.num_read
-                    )
-                ]
+                movable = [row for row in served if row.length >= row.settled_length]
                 victim = scheduler.victim(served, movable)
                 if victim is None:
                     break
@@ -310,21 +199,14 @@ class Engine:
         rows = self._runner.rows
         if not rows:
             return []
-        is_counted = self.counts["steps",] % ROUTING_STEPS == 0
-        is_told = any(row.request.tells_routing for row in rows)
-        record: Record | None = {} if is_counted or is_told else None
+        record: Record | None = {} if any(row.request.tells_routing for row in rows) else None
         error = _attempt("rows could not be decoded", partial(self._runner.decode, record))
         if error is not None:
             return self._recover(error)
-        # they went well together, so none of them is suspected any more
-        self._scheduler.clear(rows)
         for row in rows:
+            row.is_suspect = False  # they went well together
             self._scheduler.charge(row.share, 1)
-        if record and is_counted:
-            owners = {row.request.adapter_name: row.owner for row in rows}
-            for name, routing in record.items():
-                self._count_routing(owners[name], routing)
-        if record and is_told:
+        if record:
             _tell_routing(rows, record)
         return []
 
@@ -334,36 +216,36 @@ class Engine:
         budget = self.limits.prefill_tokens
         while reading and budget > 0:
             row = min(reading, key=lambda row: self._scheduler.used(row.share))
-            before = row.num_read
-            error = _attempt("a prompt could not be read", partial(self._runner.read, row, budget))
+            before, row.settled_length = row.num_read, row.length + 1  # until it has joined
+            error = _attempt("a prompt could not be read", partial(self._read_piece, row, budget))
             num_tokens = row.num_read - (before or row.num_known)
             budget -= num_tokens
             if not row.new_ids:  # what is read again is nobody's wish
                 self._scheduler.charge(row.share, num_tokens)
-            if error is None and row.num_read == row.length:
+            is_read = error is None and row.num_read == row.length
+            if is_read and not row.new_ids:
+                self.counts["prompt_tokens", row.owner] += row.length
+                self.counts["prompt_tokens_cached", row.owner] += row.num_known
+            if is_read or error is not None:
                 reading.remove(row)
-                if not row.new_ids:
-                    self.counts["prompt_tokens", row.owner] += row.length
-                    self.counts["prompt_tokens_cached", row.owner] += row.num_known
+            if is_read:
                 turn = max(MIN_TURN, (row.length - row.num_known) // READ_PER_TOKEN)
                 row.settled_length = row.length + turn
                 error = _attempt("a row could not join the others", partial(self._runner.join, row))
                 if error is not None:  # sessions may be joined in some layers alone
                     self._put_back(self._runner.take_apart(self._served))
-            elif error is not None:
-                reading.remove(row)
             if error is not None:
                 failures.append((row, error))
         return failures
 
-    def _count_routing(self, model: str, routing: Sequence[LayerRouting]) -> None:
-        # those that mix all experts send tokens nowhere
-        chosen = [one for one in routing if one.selected_experts.shape[-1] < one.num_experts]
-        loads = expert_loads(chosen).long().tolist() if chosen else []
-        for record, row in zip(chosen, loads, strict=True):
-            router = describe_router(record.router)
-            for expert, number in enumerate(row[: record.num_experts]):
-                self.counts["expert_tokens", model, router, str(expert)] += number
+    def _read_piece(self, row: Row, max_tokens: int) -> None:
+        request = row.request
+        self._runner.read(row, max_tokens)
+        if request.scores_prompt and row.num_read == row.length and not row.new_ids:
+            first, *rest = request.prompt_ids
+            (text,) = make_rows([TokenPair([first], rest)], shared=False)
+            num_top = request.num_logprobs or 0
+            row.was_scored(*score_rows(self.host, [(request.adapter, text)], num_top=num_top))
 
     def _postprocess(self, failures: Sequence[Failed]) -> None:
         for row, error in failures:
@@ -379,11 +261,9 @@ class Engine:
         self._fit_prefixes()
 
     def _ends_now(self, row: Row, logits: Tensor, most_likely: int, is_broken: bool) -> bool:
-        if is_broken:
-            error = f"model {row.owner!r} computes numbers that are not finite"
-            self._fail(row, NotFiniteError(error))
-            return True
         try:
+            if is_broken:
+                raise not_finite("logits", "NaN", [row.request.adapter_name])
             reason = row.take(row.choose(logits, most_likely), logits)
         except Exception as error:
             log_failure("a token could not be chosen", error)
@@ -405,7 +285,7 @@ class Engine:
         self._leave(rows)
         with self._wake:
             for row in sorted(rows, key=lambda row: -row.arrival):
-                row.session, row.num_read, row.num_known = None, 0, 0
+                row.session, row.num_read, row.num_known, row.settled_length = None, 0, 0, 0
                 self._scheduler.put_back(row)
 
     def _leave(self, rows: Sequence[Row]) -> None:
@@ -425,9 +305,8 @@ class Engine:
             self._scheduler.max_rows = len(rows) // 2
         elif len({row.request.adapter_name for row in rows}) == 1:
             return [(row, error) for row in rows]
-        else:
-            with self._wake:
-                self._scheduler.suspect(rows)
+        for row in rows:
+            row.is_suspect = not isinstance(error, torch.OutOfMemoryError)
         self._put_back(rows)
         return []
 
@@ -447,12 +326,11 @@ class Engine:
     def _fail(self, row: Row, error: Exception) -> None:
         self._end(row, "error")
         if not row.is_cancelled:
-            row.sink(Failure(error))
+            row.sink(error)
 
     def _end(self, row: Row, outcome: str) -> None:
         self.counts["requests", row.owner, outcome] += 1
         row.seconds = time.monotonic() - row.request.arrived_s
-        self._mean_s += 0.1 * (row.seconds - self._mean_s)
         self.on_end(row)
         # last, as the adapter may be removed with it
         row.on_gone()
@@ -474,9 +352,9 @@ def _attempt(what: str, work: Callable[[], object]) -> Exception | None:
 
 def _tell_routing(rows: Sequence[Row], record: Record) -> None:
     for name, places in rows_in_record([row.request.adapter for row in rows]).items():
-        of_adapter = [rows[place] for place in places]
-        if any(row.request.tells_routing for row in of_adapter):
-            choices = choices_by_token(join_routing(record[name]))
-            for row, choice in zip(of_adapter, choices, strict=True):
-                if row.request.tells_routing:
-                    row.was_read(choice)
+        routing = record.get(name)  # none of other adapters than mixtures
+        if routing and any(rows[place].request.tells_routing for place in places):
+            choices = choices_by_token(join_routing(routing))
+            for place, choice in zip(places, choices, strict=True):
+                if rows[place].request.tells_routing:
+                    rows[place].was_read(choice)

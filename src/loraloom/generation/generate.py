@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
-from loraloom.errors import DataError, not_finite
+from loraloom.errors import DataError
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import Prompt, check_token_ids, encode_prompt, form_for
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import Event, Failure, GenerationRequest, NotFiniteError, Row
+from loraloom.generation.sequence import Event, GenerationRequest, Row
 from loraloom.models.host import Host
 
 
@@ -68,67 +68,25 @@ def generate(
         AdapterError: If a prompt names an adapter that the host lacks, or whose weights have become
             infinite or NaN.
     """
-    completions = generate_tokens(
-        host,
-        tokenizer,
-        prompts,
-        sampling,
-        batch_size=batch_size,
-        raw=raw,
-        prompt_form=prompt_form,
-    )
-    return [completion.text for completion in completions]
+    requests = make_requests(host, tokenizer, prompts, sampling, raw=raw, prompt_form=prompt_form)
+    return [one.text for one in complete(host, tokenizer, requests, batch_size=batch_size)]
 
 
-def generate_tokens(
+def make_requests(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     *,
-    batch_size: int = 16,
     raw: bool = False,
     prompt_form: PromptForm | None = None,
-) -> list[Completion]:
-    requests = _requests(host, tokenizer, prompts, sampling, raw, prompt_form)
-    return complete(host, tokenizer, requests, batch_size=batch_size)
-
-
-def complete_in_order(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    *,
-    batch_size: int,
-    num_done: int,
-    raw: bool = False,
-    prompt_form: PromptForm | None = None,
-) -> Iterator[list[Completion]]:
-    """Complete prompts as `generate` does, but in their own order, each batch when it is asked for.
-
-    All prompts are checked before the first batch. Batches that have been had before can be left
-    out; the others are what they would have been.
-    """
-    requests = _requests(host, tokenizer, prompts, sampling, raw, prompt_form)
-    starts = range(0, len(prompts), batch_size)[num_done // batch_size :]
-    batches = (requests[start : start + batch_size] for start in starts)
-    return (complete(host, tokenizer, batch, batch_size=batch_size) for batch in batches)
-
-
-def _requests(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    raw: bool,
-    form: PromptForm | None,
 ) -> list[GenerationRequest]:
+    """Encode and check prompts; what is drawn for one follows from its place."""
     length, num_new = host.config.max_position_embeddings, sampling.max_new_tokens
     requests = []
     for place, prompt in enumerate(prompts):
-        own_form = form or form_for(host, prompt.adapter)
-        ids, continues = encode_prompt(tokenizer, prompt, own_form, raw=raw)
+        form = prompt_form or form_for(host, prompt.adapter)
+        ids, continues = encode_prompt(tokenizer, prompt, form, raw=raw)
         if len(ids) > length - num_new:
             raise DataError(
                 f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
@@ -156,41 +114,26 @@ def complete(
         prefill_tokens=2**62,
         max_waiting=len(requests) + 1,
         max_request_s=math.inf,
-        prompt_cache="off",
+        keeps_prompts=False,
     )
     engine = Engine(host, tokenizer, limits)
     texts = [""] * len(requests)
-    failures: dict[int, Exception] = {}
 
     def take(place: int, event: Event) -> None:
-        if isinstance(event, Failure):
-            failures[place] = event.error
-        else:
-            texts[place] += event.text
+        if isinstance(event, Exception):
+            raise event  # through the step that it came in
+        texts[place] += event.text
 
     rows: dict[int, Row] = {}
     # the longest first, so that rows of a batch end together
     for place in sorted(range(len(texts)), key=lambda place: -len(requests[place].prompt_ids)):
         rows[place] = engine.submit(requests[place], partial(take, place))
-    while engine.step() or failures:
-        broken = [place for place in failures if isinstance(failures[place], NotFiniteError)]
-        if broken:
-            names = (requests[place].adapter_name for place in sorted(broken))
-            raise not_finite("logits", "NaN", dict.fromkeys(names))
-        if failures:
-            raise next(iter(failures.values()))
+    while engine.step():
+        pass
     return [
         Completion(list(request.prompt_ids), rows[place].new_ids, texts[place])
         for place, request in enumerate(requests)
     ]
-
-
-@dataclass
-class Turn:
-    """What the user said, and what each model answered."""
-
-    said: str
-    answers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -205,7 +148,8 @@ class Conversation:
     base_name: str = "base"
     system: str | None = None
     raw: bool = False
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    """What the user said, and what each model answered."""
 
     def ask(
         self, text: str, models: Sequence[str], sampling: SamplingConfig
@@ -215,54 +159,48 @@ class Conversation:
         They answer together; the pieces of the later ones are kept until it is their turn. An
         answer whose reader stops early is remembered as far as it was read.
         """
-        turn = Turn(text)
-        requests = {model: self._request(model, turn, sampling) for model in models}
+        requests = {model: self._request(model, text, sampling) for model in models}
         events: dict[str, deque[Event]] = {model: deque() for model in models}
-        rows = []
+        rows, answers = [], dict[str, str]()
         try:
             for model in models:
                 rows.append(self.engine.submit(requests[model], events[model].append))
-            self.turns.append(turn)
+            self.turns.append((text, answers))
             for model in models:
-                is_open = True
-                while is_open:
+                reason = None
+                while reason is None:
                     while not events[model]:
                         self.engine.step()
                     event = events[model].popleft()
-                    if isinstance(event, Failure):
-                        raise event.error
-                    turn.answers[model] = turn.answers.get(model, "") + event.text
+                    if isinstance(event, Exception):
+                        raise event
+                    answers[model] = answers.get(model, "") + event.text
                     yield model, event.text
-                    is_open = event.finish_reason is None
+                    reason = event.finish_reason
         finally:
             for row in rows:
                 row.is_cancelled = True
             while self.engine.step():
                 pass
 
-    def _request(self, model: str, turn: Turn, sampling: SamplingConfig) -> GenerationRequest:
+    def _request(self, model: str, text: str, sampling: SamplingConfig) -> GenerationRequest:
         """What a model reads: all turns, or the last one alone where its prompts have no turns."""
         adapter = None if model == self.base_name else model
         form = form_for(self.engine.host, adapter)
         has_turns = self.tokenizer.chat_template if form is None else not form.is_text
-        content: str | tuple[Message, ...] = turn.said
+        content: str | tuple[Message, ...] = text
         if has_turns and not self.raw:
             messages: list[Message] = []
             if self.system is not None:
                 messages.append({"role": "system", "content": self.system})
-            for former in self.turns:
+            for said, answers in self.turns:
                 # of the model that was asked, where this one was not
-                answer = former.answers.get(model) or next(iter(former.answers.values()), "")
-                messages.append({"role": "user", "content": former.said})
+                answer = answers.get(model) or next(iter(answers.values()), "")
+                messages.append({"role": "user", "content": said})
                 messages.append({"role": "assistant", "content": answer})
-            content = (*messages, {"role": "user", "content": turn.said})
-        prompt = encode_prompt(self.tokenizer, Prompt(content), form, raw=self.raw)
-        room = max(1, self.engine.max_length - len(prompt.ids))
+            content = (*messages, {"role": "user", "content": text})
+        ids, continues = encode_prompt(self.tokenizer, Prompt(content), form, raw=self.raw)
+        room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
-        return GenerationRequest(
-            prompt.ids,
-            adapter,
-            model,
-            sampling.model_copy(update=shortened),
-            continues=prompt.continues,
-        )
+        sampling = sampling.model_copy(update=shortened)
+        return GenerationRequest(ids, adapter, model, sampling, continues=continues)

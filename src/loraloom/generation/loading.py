@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.model import BaseModelConfig
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
-from loraloom.generation.scheduler import EngineLimits
 from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.models.host import Host, attach
 from loraloom.models.loading import find_device, find_source, load_base_model
@@ -38,23 +37,13 @@ def load_host(
     return host, tokenizer
 
 
-def cache_bytes(host: Host, limits: EngineLimits) -> int:
-    tokens = limits.cache_tokens + limits.max_rows * SPARE_TOKENS
-    return int(tokens * (1 + SPARE_ROWS)) * _bytes_per_token(host)
-
-
 def default_cache_tokens(host: Host, max_rows: int) -> int:
     """Choose the size of the cache: rows of full length, as far as a quarter of the memory goes."""
     if host.device.type in ("cuda", "xpu"):
         free = torch.get_device_module(host.device).mem_get_info(host.device)[0]
     else:
         free = psutil.virtual_memory().available
-    affordable = int(free * 0.25 / (1 + SPARE_ROWS)) // _bytes_per_token(host)
+    session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))
+    affordable = int(free * 0.25 / (1 + SPARE_ROWS)) // session.states(0, 0, 1).nbytes
     affordable -= max_rows * SPARE_TOKENS
     return max(1, min(max_rows * host.config.max_position_embeddings, affordable))
-
-
-def _bytes_per_token(host: Host) -> int:
-    session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))
-    states = session.states(0, 0, 1)
-    return states.numel() * states.element_size()

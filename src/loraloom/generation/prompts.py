@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -46,13 +46,6 @@ class Prompt:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-class EncodedPrompt(NamedTuple):
-    """A prompt's tokens, and whether its completion continues the same text."""
-
-    ids: list[int]
-    continues: bool
-
-
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
     name, _ = name_and_scale(adapter)
     known = None if name is None else host.adapters.get(name)
@@ -65,11 +58,12 @@ def encode_prompt(
     form: PromptForm | None = None,
     *,
     raw: bool = False,
-) -> EncodedPrompt:
-    """Token ids of a prompt, written as an adapter's training data wrote it.
+) -> tuple[list[int], bool]:
+    """Token ids of a prompt, and whether its completion continues the same text.
 
-    Without a form, a text is the user's turn in the tokenizer's chat template where there is one,
-    and else is read as it stands. `raw` reads it as it stands in any case.
+    It is written as an adapter's training data was. Without a form, a text is the user's turn in
+    the tokenizer's chat template where there is one, and else is read as it stands. `raw` reads it
+    as it stands in any case.
     """
     content = prompt.content
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
@@ -77,11 +71,13 @@ def encode_prompt(
     if form is not None and form.system is not None and not is_given:
         messages.insert(0, {"role": "system", "content": form.system})
     for message in messages:
-        if not is_unicode(message["content"]):
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
             raise DataError(
                 f"{prompt.origin}: the prompt must be a text of Unicode, got half a surrogate pair "
                 f"in {shown(message['content'])}; write it in UTF-8"
-            )
+            ) from None
     text = None  # of a prompt that needs no chat template
     if raw or (form is None and not tokenizer.chat_template):
         text = content if isinstance(content, str) else None
@@ -105,7 +101,7 @@ def encode_prompt(
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
-    return EncodedPrompt(ids, continues=text is not None)
+    return ids, text is not None
 
 
 def _render_instructions(
@@ -141,14 +137,6 @@ def _render_instructions(
         else:
             system += f"{message['content']}\n\n"
     return written.rstrip(" ")
-
-
-def is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:

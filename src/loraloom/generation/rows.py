@@ -99,10 +99,6 @@ def example_row(example: Example) -> TokenRow:
     )
 
 
-def text_row(tokens: Sequence[int]) -> TokenRow:
-    return make_rows([TokenPair(list(tokens[:1]), list(tokens[1:]))], shared=False)[0]
-
-
 def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
     groups: dict[object, list[int]] = {}
     for choice, pair in enumerate(pairs):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter
-from loraloom.generation.scheduler import PromptCache
 from loraloom.generation.sequence import Row, log_failure
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import keeps_running_states
@@ -91,21 +90,18 @@ def _keys(salt: Hashable, tokens: Sequence[int]) -> Iterator[tuple[bytes, int]]:
 class Runner:
     """The rows that are decoded together, and what is kept of prompts and weights."""
 
-    def __init__(self, host: Host, prompt_cache: PromptCache):
+    def __init__(self, host: Host, *, keeps_prompts: bool):
         self.rows: list[Row] = []  # in the order of the session
         self.session: Decoding | None = None
         self.prefixes = PrefixCache()
         self._host = host
         # no token has a part of a running state
-        self._prompt_cache = "off" if keeps_running_states(host.config) else prompt_cache
-        self._prepared = PreparedWeights()
+        self._keeps_prompts = keeps_prompts and not keeps_running_states(host.config)
+        self.prepared = PreparedWeights()
         self._prepared_for: set[RowAdapter] = set()
-        self._serials: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
-        self._versions: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+        # of each adapter a number, another one when its weights have changed, and their version
+        self._serials: WeakKeyDictionary[Adapter, tuple[int, int]] = WeakKeyDictionary()
         self._next_serial = count()
-
-    def forget(self, adapter: Adapter) -> None:
-        self._prepared.forget(adapter)
 
     def read(self, row: Row, max_tokens: int) -> None:
         """Read some tokens of a row, after those that are known from prompts before."""
@@ -114,25 +110,25 @@ class Runner:
             row.salt = self._salt_of(row)
             known = self.prefixes.find(row.salt, tokens)
             if known is not None:
-                row.session = Decoding.resume(adapter, known, self._prepared)
+                row.session = Decoding.resume(adapter, known, self.prepared)
                 row.num_read = row.num_known = known.shape[3]
         piece = tokens[row.num_read : row.num_read + max_tokens]
         input_ids = torch.tensor([piece], device=self._host.device)
         # a row that was sent back is told what its last token met, which it wasn't yet
         record: Record | None = {} if row.new_ids and row.request.tells_routing else None
         if row.session is None:
-            row.session = self._host.prefill(input_ids, None, [adapter], self._prepared, record)
+            row.session = self._host.prefill(input_ids, None, [adapter], self.prepared, record)
         else:
             self._host.extend(row.session, input_ids, record)
         row.num_read += len(piece)
-        if record is not None and row.num_read == row.length:
-            (routing,) = record.values()
-            row.was_read(choices_by_token(routing)[-1])
+        if record and row.num_read == row.length:
+            for routing in filter(None, record.values()):
+                row.was_read(choices_by_token(routing)[-1])
 
     def join(self, row: Row) -> None:
+        self.remember(row)
         session, row.session = row.session, None
         assert session is not None
-        self._remember(session, 0, row)
         if self.session is None:
             self.session = session
         else:
@@ -158,6 +154,19 @@ class Runner:
         elif self.session is not None:
             self.session.keep(places)
 
+    def remember(self, row: Row) -> None:
+        """Keep what was read of a row, for those that begin alike."""
+        session = row.session or self.session
+        if not self._keeps_prompts or self._salt_of(row) != row.salt:  # weights have changed
+            return
+        assert session is not None
+        place = 0 if row.session else self.rows.index(row)
+        tokens = row.tokens[: int(session.lengths[place])]  # the last one may not be read yet
+        try:
+            self.prefixes.remember(session, place, row.salt, tokens)
+        except Exception as error:  # of memory, say; the row does without it
+            log_failure("a prompt could not be kept", error)
+
     def take_apart(self, served: Sequence[Row]) -> list[Row]:
         rows, self.rows, self.session = self.rows, [], None
         # what failed may have left weights half prepared
@@ -170,37 +179,23 @@ class Runner:
         if len(self._prepared_for) > max(MAX_PREPARED, len(adapters)):
             self._prepare_anew(served, adapters)
 
-    def remember(self, row: Row) -> None:
-        assert self.session is not None
-        self._remember(self.session, self.rows.index(row), row)
-
     def _prepare_anew(self, served: Sequence[Row], adapters: set[RowAdapter]) -> None:
-        self._prepared_for, self._prepared = adapters, PreparedWeights()
+        self._prepared_for, self.prepared = adapters, PreparedWeights()
         for session in (self.session, *(row.session for row in served)):
             if session is not None:
-                session.prepared = self._prepared
+                session.prepared = self.prepared
 
     def _salt_of(self, row: Row) -> Hashable:
         """What tells those apart who may not use one another's prompts: customers, weights."""
-        tenant = row.share.tenant if self._prompt_cache == "own" else None
+        tenant = row.share.tenant
         name, scale = name_and_scale(row.request.adapter)
         if name is None:
             return tenant, None
         adapter = self._host.adapter(name)
         # an optimizer's step, or anything else that changes weights in place, counts them up
         version = sum(parameter._version for parameter in adapter.parameters())
-        if self._versions.setdefault(adapter, version) != version:
-            self._versions[adapter] = version
-            self.forget(adapter)
-        if adapter not in self._serials:
-            self._serials[adapter] = next(self._next_serial)
-        return tenant, self._serials[adapter], version, scale
-
-    def _remember(self, session: Decoding, place: int, row: Row) -> None:
-        if self._prompt_cache == "off" or self._salt_of(row) != row.salt:  # weights have changed
-            return
-        tokens = row.tokens[: int(session.lengths[place])]  # the last one may not be read yet
-        try:
-            self.prefixes.remember(session, place, row.salt, tokens)
-        except Exception as error:  # of memory, say; the row does without it
-            log_failure("a prompt could not be kept", error)
+        known = self._serials.get(adapter)
+        if known is None or known[1] != version:
+            self._serials[adapter] = known = next(self._next_serial), version
+            self.prepared.forget(adapter)
+        return tenant, known[0], scale

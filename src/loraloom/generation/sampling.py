@@ -8,11 +8,11 @@ not depend on the prompts beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -22,14 +22,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from typing_extensions import override
 
-from loraloom.config.fields import CheckInfo, StrictModel, checked
+from loraloom.config.fields import StrictModel
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 
 MIN_TEMPERATURE = 0.001
-# Draw from all tokens.
-_ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -39,7 +38,7 @@ class SamplingConfig(StrictModel):
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens to generate for a prompt."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 takes the most likely token; from 0.001, tokens are drawn from softmax(logits / it)."""
+    """0 takes the most likely token; else tokens are drawn from softmax(logits / it)."""
     top_k: int = Field(default=0, ge=0)
     """Draw from this many of the most likely tokens; 0 for all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -51,29 +50,14 @@ class SamplingConfig(StrictModel):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts at whose first appearance a completion ends; they are not part of it."""
 
-    @field_validator("temperature")
-    @classmethod
-    def _check_temperature(cls, temperature: float) -> float:
-        if 0 < temperature < MIN_TEMPERATURE:  # logits by less are infinite
-            raise ValueError(
-                f"temperature must be 0, for the most likely token, or at least {MIN_TEMPERATURE}, "
-                f"got {temperature}"
-            )
-        return temperature
-
-    @field_validator("top_k", "top_p")
-    @classmethod
-    def _check_drawn(cls, value: int | float, info: CheckInfo) -> int | float:
-        if info.data.get("temperature") == 0 and value != _ALL[info.field_name]:
-            raise ValueError(
-                f"{info.field_name} has no effect at temperature 0, got {value}; "
-                "set temperature above 0 or leave it out"
-            )
-        return value
-
-
-def parse_sampling(**settings: Any) -> SamplingConfig:
-    return checked(SamplingConfig, settings)
+    @override
+    def contradictions(self) -> Iterator[str]:
+        for name, value, plain in (("top_k", self.top_k, 0), ("top_p", self.top_p, 1)):
+            if self.temperature == 0 and value != plain:
+                yield (
+                    f"{name} has no effect at temperature 0, got {value}; "
+                    "set temperature above 0 or leave it out"
+                )
 
 
 class TokenChooser:
@@ -86,7 +70,9 @@ class TokenChooser:
             self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
         if sampling.temperature == 0:
             return
-        self._processors.append(TemperatureLogitsWarper(sampling.temperature))
+        # logits by less are infinite
+        temperature = max(sampling.temperature, MIN_TEMPERATURE)
+        self._processors.append(TemperatureLogitsWarper(temperature))
         if sampling.top_k > 0:
             self._processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
@@ -94,6 +80,11 @@ class TokenChooser:
         # a generator of its own leaves torch's global numbers alone
         key = sample_key(sampling.seed, 0, row)
         self._generator = torch.Generator(device).manual_seed(key)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether it may choose anything but the most likely token."""
+        return bool(self._processors)
 
     def choose(self, input_ids: Sequence[int], logits: Tensor) -> int:
         """Choose the token after `input_ids` by its logits, [V].
@@ -131,11 +122,10 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        added = tokenizer.added_tokens_decoder.values() if stop else ()
-        special = [str(one) for one in added if one.special]
-        self._hidden = [text for text in stop if any(text in one or one in text for one in special)]
-        """Stop texts that have special tokens in them, which the text leaves out."""
-        self._ids, self._num_before = [*before], len(before)
+        added = tokenizer.added_tokens_decoder.items() if stop else ()
+        # special tokens that are stop texts, which the text leaves out
+        self._ends = {token for token, one in added if one.special and str(one) in stop}
+        self._ids = [*before]
         self._pending = ""
         # Tokens before `_known` are in the text. Some in front of them are decoded again with what
         # follows, as spaces and characters of several bytes depend on their neighbours.
@@ -145,13 +135,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token, and return the text that is settled by it."""
         self._ids.append(token)
-        if self._hidden:
-            # a token has a byte at least, so no stop text has more tokens than bytes
-            window = max(len(text.encode()) for text in self._hidden)
-            tail = str(self._tokenizer.decode(self._ids[self._num_before :][-window:]))
-            if any(text in tail for text in self._hidden):
-                settled, self.stopped = self.finish(), True
-                return settled
+        if token in self._ends:
+            settled, self.stopped = self.finish(), True
+            return settled
         decoded = self._decode()
         if decoded.endswith(_INCOMPLETE) or len(decoded) <= len(self._known_text):
             return ""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from loraloom.generation.sequence import Row, Share
 
@@ -19,8 +18,6 @@ from loraloom.generation.sequence import Row, Share
 _ROOM = 16
 # Tokens that one may be ahead of another who has as good as many rows.
 _QUANTUM = 64
-
-PromptCache = Literal["own", "shared", "off"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,8 @@ class EngineLimits:
     max_waiting: int = 256
     max_request_s: float = 600.0
     """Seconds after which a request fails, waiting included."""
-    prompt_cache: PromptCache = "own"
-    """Who may use what is kept of a prompt: whoever sent it, or all; then the time to the first
-    token says what others have sent. With `off`, nothing is kept."""
+    keeps_prompts: bool = True
+    """What is kept of a prompt is of use to whoever sent it: to others, times would tell it."""
 
 
 class Scheduler:
@@ -54,7 +50,6 @@ class Scheduler:
         self.max_tokens = max_tokens
         self._waiting: dict[Share, deque[Row]] = {}
         self._used: Counter[str | Share] = Counter()  # of customers, and of adapters of each
-        self._suspects: set[str | None] = set()
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -100,11 +95,11 @@ class Scheduler:
         if row is None or len(served) >= self.max_rows:
             return None
         if served:
-            adapters = {other.request.adapter_name for other in served}
-            own = row.request.adapter_name
-            if self._suspects & {*adapters, own} and adapters != {own}:
+            both = [*served, row]
+            adapters = {other.request.adapter_name for other in both}
+            if len(adapters) > 1 and any(other.is_suspect for other in both):
                 return None
-            if self.cached_tokens([*served, row], added=_ROOM) > self.max_tokens:
+            if self.cached_tokens(both, added=_ROOM) > self.max_tokens:
                 return None
         self.remove(row)
         return row
@@ -137,13 +132,6 @@ class Scheduler:
     def cached_tokens(self, served: Sequence[Row], added: int = 0) -> int:
         """Tokens of the cache that rows take up when each has `added` more."""
         return len(served) * max((row.length + added for row in served), default=0)
-
-    def suspect(self, rows: Sequence[Row]) -> None:
-        """Serve the adapters of rows that failed together apart from others."""
-        self._suspects |= {row.request.adapter_name for row in rows}
-
-    def clear(self, rows: Sequence[Row]) -> None:
-        self._suspects -= {row.request.adapter_name for row in rows}
 
     def _next(self) -> Row | None:
         if not self._waiting:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,6 @@ from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import LayerRouting
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 # A row's adapter, and what it is to score.
 Request = tuple[RowAdapter, TokenRow]
@@ -78,19 +76,19 @@ def too_large(item: str) -> DataError:
 
 
 def in_halves(
-    compute: Callable[[Sequence[_Item]], list[_Result]],
-    items: Sequence[_Item],
-    describe: Callable[[_Item], str],
-) -> list[_Result]:
-    """Compute items together, or in halves, and halves of these, where memory runs out."""
+    compute: Callable[[Sequence[int]], list[TokenScores]],
+    places: Sequence[int],
+    describe: Callable[[int], str],
+) -> list[TokenScores]:
+    """Score places together, or in halves, and halves of these, where memory runs out."""
     try:
-        return compute(items)
+        return compute(places)
     except torch.OutOfMemoryError:
-        if len(items) == 1:
-            raise too_large(describe(items[0])) from None
+        if len(places) == 1:
+            raise too_large(describe(places[0])) from None
     free_memory()
-    middle = (len(items) + 1) // 2
-    halves = (items[:middle], items[middle:])
+    middle = (len(places) + 1) // 2
+    halves = (places[:middle], places[middle:])
     return [result for half in halves for result in in_halves(compute, half, describe)]
 
 
@@ -138,12 +136,13 @@ def score_rows(
 
     def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
         forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
+        # ranks send one another tensors and no classes, which unpickling would have to trust
         return [tuple(scores) for scores in in_halves(forward, places, describe)]
 
     with torch.no_grad(), host.prepared():
-        for places, results in zip(batches, host.ranks.spread(batches, score), strict=True):
-            for place, result in zip(places, results, strict=True):
-                scores[place] = TokenScores(*result)
+        results = chain.from_iterable(host.ranks.spread(batches, score))
+        for place, result in zip(chain.from_iterable(batches), results, strict=True):
+            scores[place] = TokenScores(*result)
     return scores
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokens import NUM_BEFORE
-from loraloom.errors import AdapterError, LoraloomError
+from loraloom.errors import LoraloomError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 from loraloom.generation.scoring import TokenScores
 from loraloom.models.decoding import Decoding
@@ -33,22 +33,10 @@ FinishReason = Literal["stop", "length"]
 class RequestError(LoraloomError):
     """A request is refused, or ends without a result; `code` says why to programs."""
 
-    def __init__(
-        self,
-        message: str = "",
-        code: str | None = None,
-        *,
-        param: str | None = None,
-        retry_after_s: int = 0,
-    ):
+    def __init__(self, message: str = "", code: str | None = None, *, param: str | None = None):
         super().__init__(message)
         self.code = code
         self.param = param
-        self.retry_after_s = retry_after_s
-
-
-class NotFiniteError(AdapterError):
-    """An adapter's weights, or the base model's, have become infinite or NaN."""
 
 
 class Share(NamedTuple):
@@ -68,7 +56,7 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A completion to make, or a prompt to score."""
+    """A completion to make."""
 
     prompt_ids: Sequence[int]
     adapter: RowAdapter
@@ -89,7 +77,7 @@ class GenerationRequest:
     continues: bool = False
     """The text goes on where the prompt's ends, with the space between them."""
     scores_prompt: bool = False
-    """Generate nothing; tell the log-probabilities of the prompt's own tokens."""
+    """Tell the log-probabilities of the prompt's own tokens before those of new ones."""
     tenant: str = ""
     """Who asks, such as an API key; others share neither its turn nor its prompts."""
     arrived_s: float = field(default_factory=time.monotonic)
@@ -97,15 +85,6 @@ class GenerationRequest:
     @property
     def adapter_name(self) -> str | None:
         return name_and_scale(self.adapter)[0]
-
-    @property
-    def has_penalties(self) -> bool:
-        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
-
-    @property
-    def is_plain(self) -> bool:
-        changes = self.sampling.temperature > 0 or self.sampling.repetition_penalty != 1
-        return not (changes or self.has_penalties or self.constraint)
 
 
 class TokenLogProb(NamedTuple):
@@ -116,26 +95,17 @@ class TokenLogProb(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class TokenRouting(NamedTuple):
-    """A token of a completion, and what the adapter's routers did when they read it."""
-
-    text: str
-    choices: list[RouterChoice]
-
-
 @dataclass
 class Piece:
-    """What a step added to a completion; the last one has a `finish_reason`.
+    """What a step added to a completion; the last one has a `finish_reason`."""
 
-    `routing` is of the tokens that were read meanwhile: a token is read after it was told, so that
-    these are older ones, and the last one is never read.
-    """
-
-    text: str
-    num_tokens: int
+    text: str = ""
+    num_tokens: int = 0
     log_probs: list[TokenLogProb] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    routing: list[TokenRouting] = field(default_factory=list)
+    routing: list[tuple[str, list[RouterChoice]]] = field(default_factory=list)
+    """Texts of the tokens that were read meanwhile, which were told before, and what routers did
+    with them; a last token is never read."""
 
     def add(self, later: Piece) -> None:
         self.text += later.text
@@ -145,14 +115,8 @@ class Piece:
         self.routing += later.routing
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a request ends without a result."""
-
-    error: Exception
-
-
-Event = Piece | Failure
+# An error ends a request without a result.
+Event = Piece | Exception
 # Takes events, in the engine's thread; it must not block.
 Sink = Callable[[Event], None]
 # Told once that the engine has let a request go, and uses its adapter no more.
@@ -181,6 +145,7 @@ class Row:
         self.seconds = 0.0  # from its arrival to its end
         self.arrival = 0  # its place among all requests of the engine
         self.is_cancelled = False
+        self.is_suspect = False  # it failed with others, and is served apart from other adapters
         self.salt: Hashable = None  # what told the weights from others when its prompt was read
         self.session: Decoding | None = None  # while its prompt is read
         self.num_read = 0
@@ -191,8 +156,7 @@ class Row:
         self._text = TextStream(tokenizer, request.sampling.stop, before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
         self._chooser = TokenChooser(request.sampling, request.place, device)
-        self._counts: Counter[int] = Counter()
-        self._untold = Piece("", 0)
+        self._untold = Piece()
         self._last_text = ""
         self._num_routed = 0
 
@@ -206,13 +170,14 @@ class Row:
 
     def choose(self, logits: Tensor, most_likely: int) -> int:
         request = self.request
-        if request.is_plain:
+        penalties = defaultdict(float, request.logit_bias)
+        if request.presence_penalty or request.frequency_penalty:
+            for token, count in Counter(self.new_ids).items():
+                penalties[token] -= request.presence_penalty + request.frequency_penalty * count
+        if not (penalties or request.constraint or self._chooser.is_needed):
             return most_likely
         logits = logits.float()
-        if request.has_penalties:
-            penalties = defaultdict(float, request.logit_bias)
-            for token, count in self._counts.items():
-                penalties[token] -= request.presence_penalty + request.frequency_penalty * count
+        if penalties:
             index = torch.tensor(list(penalties), dtype=torch.long, device=logits.device)
             logits = logits.index_add(0, index, logits.new_tensor(list(penalties.values())))
         if request.constraint is not None:
@@ -225,7 +190,6 @@ class Row:
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.new_ids.append(token)
-        self._counts[token] += 1
         piece.num_tokens += 1
         if request.num_logprobs is not None:
             log_probs = logits.float().log_softmax(-1)
@@ -243,7 +207,7 @@ class Row:
             piece.text += self._text.finish()
             reason = piece.finish_reason = "stop" if self._text.stopped else reason
         if piece.text or reason:
-            self._untold = Piece("", 0)
+            self._untold = Piece()
             self.sink(piece)
         return reason
 
@@ -251,17 +215,15 @@ class Row:
         """Note what routers did when they read the token that was chosen last, the first time."""
         if self._num_routed < len(self.new_ids):
             self._num_routed = len(self.new_ids)
-            self._untold.routing.append(TokenRouting(self._last_text, choices))
+            self._untold.routing.append((self._last_text, choices))
 
     def was_scored(self, scores: TokenScores) -> None:
-        num_top = self.request.num_logprobs or 0
         tops = zip(scores.top_ids.tolist(), scores.top_log_probs.tolist(), strict=True)
         columns = zip(self.request.prompt_ids[1:], scores.log_probs.tolist(), tops, strict=True)
-        entries = [
-            TokenLogProb(token, log_prob, list(zip(ids, values, strict=True))[:num_top])
+        self._untold.log_probs = [
+            TokenLogProb(token, log_prob, list(zip(ids, values, strict=True)))
             for token, log_prob, (ids, values) in columns
         ]
-        self.sink(Piece("", 0, entries, "length"))
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -7,7 +7,6 @@ import ipaddress
 import os
 import platform
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,36 +37,17 @@ def read_keys(path: Path) -> list[str]:
     return keys
 
 
-def bound_memory(trim_s: float = 2.0) -> bool:
-    """Keep freed memory and code of shapes few; return whether the C library gives memory back.
-
-    It must be called before anything is multiplied, and before there are other threads.
-    """
+def bound_memory() -> None:
+    """Keep freed memory and code of shapes few, before anything is multiplied or threads begin."""
     # oneDNN, which multiplies in 16 bits, makes code for every shape that it meets and keeps that
     # of the last 1,024, up to a megabyte each
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the latter is ideep's
         os.environ.setdefault(name, "256")
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    # glibc keeps what is freed between allocations that live on, and threads have heaps of their
-    # own; mapping every large tensor apart would cost a tenth of the engine's speed
-    libc = ctypes.CDLL(None)
-    is_bounded = libc.mallopt(_ARENA_MAX, 2) == 1
-
-    def trim() -> None:
-        while True:
-            time.sleep(trim_s)
-            libc.malloc_trim(0)
-
-    threading.Thread(target=trim, daemon=True).start()
-    return is_bounded
+    if platform.libc_ver()[0] == "glibc":  # whose threads have heaps of their own
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
 
 
-def run_apart(
-    work: Callable[[], _Value],
-    timeout_s: float | None = None,
-    on_end: Callable[[], object] = lambda: None,
-) -> _Value:
+def run_apart(work: Callable[[], _Value]) -> _Value:
     """Do something that computes in a thread that ends with it, and return its result.
 
     On CPUs, GNU's OpenMP gives every thread that computes helpers, which live as long as it does.
@@ -79,15 +59,11 @@ def run_apart(
 
     def run() -> None:
         try:
-            result = work()
+            future.set_result(work())
         except BaseException as error:
-            on_end()
             future.set_exception(error)
-        else:
-            on_end()
-            future.set_result(result)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)  # which ends with Ctrl-C
     thread.start()
-    thread.join(timeout_s)
-    return future.result(timeout=0)
+    thread.join()
+    return future.result()

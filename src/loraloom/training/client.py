@@ -28,7 +28,7 @@ from loraloom.data.tokens import (
     learn_completions,
 )
 from loraloom.errors import AdapterError, ConfigError, TrainingError
-from loraloom.generation.generate import Completion, generate_tokens
+from loraloom.generation.generate import Completion, complete, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import label_log_probs
@@ -228,7 +228,8 @@ class TrainingClient:
         seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})
         copies = [Prompt(prompt, self.name) for prompt in prompts for _ in range(num_samples)]
-        completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
+        requests = make_requests(self.host, self.tokenizer, copies, drawn, raw=raw)
+        completions = complete(self.host, self.tokenizer, requests)
         starts = range(0, len(completions), num_samples)
         return [completions[start : start + num_samples] for start in starts]
 

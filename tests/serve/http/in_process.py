@@ -14,7 +14,7 @@ from loraloom.generation.scheduler import EngineLimits
 from loraloom.models.host import Host
 from loraloom.serve.adapters import ServedAdapters
 from loraloom.serve.http.app import ApiOptions, create_app
-from loraloom.serve.http.server import ConnectionLimits, Server, listen
+from loraloom.serve.http.server import Server, listen
 
 BASE = "some/base"
 
@@ -27,7 +27,6 @@ def serving(
     options: ApiOptions | None = None,
     base: str = BASE,
     max_adapters: int = 8,
-    connections: ConnectionLimits | None = None,
     **limits: Any,
 ) -> Iterator[tuple[str, Engine]]:
     """Serve a host in this process; gives the address, and the engine."""
@@ -36,7 +35,7 @@ def serving(
     shelf = ServedAdapters(host, base, directory, max_adapters, engine.forget)
     app = create_app(engine, tokenizer, shelf, options)
     with listen("127.0.0.1", 0) as sock:
-        server = Server(app, engine, connections)
+        server = Server(app, engine)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:

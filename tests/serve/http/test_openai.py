@@ -22,7 +22,22 @@ SCHEMA = {
     "required": ["color", "sure"],
     "additionalProperties": False,
 }
-TOOL: Any = {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}
+PAINT = {
+    "properties": {"color": {"$ref": "#/$defs/C"}},
+    "required": ["color"],
+    "additionalProperties": False,
+    "$defs": {
+        "C": {
+            "type": "object",
+            "properties": {"is": SCHEMA["properties"]["color"]},
+            "required": ["is"],
+            "additionalProperties": False,
+        }
+    },
+}
+FORMAT = {"type": "json_schema"}
+NO_SCHEMA = {"name": "a", "schema": {"type": 3}}
+TOOL: Any = {"type": "function", "function": {"name": "paint", "parameters": PAINT}}
 
 
 def chat(client, model="lora", **settings):
@@ -145,15 +160,10 @@ def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(client, host, tokenizer):
         assert tops == pytest.approx(best, abs=1e-4)
 
 
-def test_echo_alone_generates_nothing(client):
-    answer = client.completions.create(
-        model="lora", prompt="the sky", max_tokens=0, logprobs=0, echo=True, n=2
-    )
-    assert [choice.text for choice in answer.choices] == ["the sky", "the sky"]
-    assert answer.usage.completion_tokens == 0
-    plain = client.completions.create(model="lora", prompt="the sky", max_tokens=2, echo=True)
-    assert plain.choices[0].text.startswith("the sky")
-    assert plain.choices[0].logprobs is None
+def test_echo_without_logprobs_is_the_text_alone(client):
+    answer = client.completions.create(model="lora", prompt="the sky", max_tokens=2, echo=True, n=2)
+    assert [one.text.startswith("the sky") for one in answer.choices] == [True, True]
+    assert answer.choices[0].logprobs is None
 
 
 def test_models_are_the_base_and_its_adapters(client, saved):
@@ -179,7 +189,7 @@ def test_adapters_come_and_go(client, saved):
 
 
 def test_an_answer_keeps_to_a_json_schema(client):
-    schema: Any = {"type": "json_schema", "json_schema": {"name": "sky", "schema": SCHEMA}}
+    schema: Any = FORMAT | {"json_schema": {"name": "sky", "schema": SCHEMA}}
     for seed in range(3):
         answer = chat(client, response_format=schema, max_tokens=100, temperature=1.0, seed=seed)
         said = json.loads(answer.choices[0].message.content)
@@ -188,39 +198,22 @@ def test_an_answer_keeps_to_a_json_schema(client):
         assert answer.choices[0].finish_reason == "stop"
 
 
-def test_a_named_tool_is_called_with_arguments_of_its_schema(client):
-    choice = {"type": "function", "function": {"name": "paint"}}
-    settings: Any = {"tools": [TOOL], "tool_choice": choice, "max_tokens": 100}
-    call = chat(client, **settings).choices[0].message.tool_calls[0]
-    assert call.function.name == "paint"
-    assert json.loads(call.function.arguments)["color"] in ("blue", "red")
-    pieces = [
-        chunk.choices[0].delta.tool_calls[0].function
-        for chunk in chat(client, **settings, stream=True)
-        if chunk.choices[0].delta.tool_calls
-    ]
-    assert pieces[0].name == "paint"
-    assert "".join(piece.arguments for piece in pieces) == call.function.arguments
-
-
-def test_an_answer_may_have_to_be_a_call_of_some_tool(client):
-    other: Any = {
-        "type": "function",
-        "function": {"name": "wait", "parameters": {"additionalProperties": False}},
-    }
-    settings: Any = {"tools": [TOOL, other], "tool_choice": "required", "max_tokens": 120}
-    (choice,) = chat(client, **settings).choices
-    (call,) = choice.message.tool_calls
-    assert choice.message.content is None
-    assert choice.finish_reason == "tool_calls"
-    assert call.function.name in ("paint", "wait")
-    assert isinstance(json.loads(call.function.arguments), dict)
+@pytest.mark.parametrize("named", [True, False])
+def test_an_answer_may_have_to_be_a_call_of_a_tool(client, named):
+    no_more = {"name": "wait", "parameters": {"additionalProperties": False}}
+    other: Any = {"type": "function", "function": no_more}
+    choice = {"type": "function", "function": {"name": "paint"}} if named else "required"
+    settings: Any = {"tools": [other, TOOL], "tool_choice": choice, "max_tokens": 120}
+    (answer,) = chat(client, **settings).choices
+    (call,) = answer.message.tool_calls
+    assert answer.message.content is None
+    assert answer.finish_reason == "tool_calls"
+    assert call.function.name in ("paint", "wait")[: 2 - named]
+    arguments = json.loads(call.function.arguments)
+    assert arguments == {} or arguments["color"]["is"] in ("blue", "red")
     chunks = [chunk.choices[0] for chunk in chat(client, **settings, stream=True)]
     (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-    assert (streamed.function.name, streamed.function.arguments) == (
-        call.function.name,
-        call.function.arguments,
-    )
+    assert streamed.function.model_dump() == call.function.model_dump()
     assert chunks[-1].finish_reason == "tool_calls"
     assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
 
@@ -239,13 +232,6 @@ def test_metrics_count_by_model(client, served):
     assert samples["loraloom_time_to_first_token_seconds_count", "mixlora"] >= 3
     assert samples["loraloom_cache_tokens",] == 4096
     assert samples["loraloom_cache_tokens_used",] == 0
-    load = [
-        value
-        for (name, *labels), value in samples.items()
-        if name == "loraloom_expert_tokens_total" and labels[1:] == ["mixlora", "layer 0"]
-    ]
-    assert len(load) == 4
-    assert sum(load) > 0
 
 
 @pytest.mark.parametrize(
@@ -258,22 +244,12 @@ def test_metrics_count_by_model(client, served):
             "must have at most 256 tokens together",
         ),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
-        ({"extra_body": {"max_completion_tokens": 3}}, "are the same; give one of them"),
-        ({"extra_body": {"stream_options": {}}}, "stream_options needs stream"),
         ({"tool_choice": "auto"}, "tool_choice needs tools"),
         ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"logit_bias": {"5000": 1}}, "logit_bias: the text must have tokens of the model"),
         ({"n": 0}, "n"),
         ({"stop": [""]}, "stop"),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": {"type": 3}},
-                }
-            },
-            "the JSON schema can't be used",
-        ),
+        ({"response_format": FORMAT | {"json_schema": NO_SCHEMA}}, "JSON schema can't be used"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -294,7 +270,7 @@ def test_a_scale_behind_the_name_scales_the_adapter(client, host, tokenizer):
         assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == texts[-1:]
     assert texts[0] != chat(client, "mixlora").choices[0].message.content
     for model in ("lora:", "lora:x", "lora:nan", "lora:1e9"):
-        with pytest.raises(openai.BadRequestError, match="with a scale from -10 to 10"):
+        with pytest.raises(openai.BadRequestError, match="must be from -10 to 10"):
             chat(client, model)
 
 
@@ -313,8 +289,6 @@ def test_null_is_as_if_a_field_were_not_there(client):
     unset = dict.fromkeys(("temperature", "top_p", "n", "presence_penalty", "logprobs", "stream"))
     left_out, given = chat(client, seed=1, extra_body=unset), chat(client, seed=1, temperature=1)
     assert left_out.choices[0].message.content == given.choices[0].message.content
-    with pytest.raises(openai.BadRequestError, match="did you mean 'temperature'"):
-        chat(client, extra_body={"temprature": None})
 
 
 @pytest.mark.parametrize("model", ["nobody", "../lora", "lora/../lora", "LORA", "a" * 300])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import shutil
 import socket
 import threading
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -18,10 +16,9 @@ import openai
 import pytest
 
 from loraloom.errors import ConfigError, DataError
-from loraloom.generation.sequence import RequestError
 from loraloom.serve.http.answers import encode_chat
 from loraloom.serve.http.app import ApiOptions
-from loraloom.serve.http.bridge import Backend, as_events
+from loraloom.serve.http.bridge import as_events
 from loraloom.serve.http.schemas import ChatBody
 from loraloom.serve.http.server import listen
 from tests.serve.http.in_process import BASE, serving
@@ -114,8 +111,7 @@ def test_a_local_server_answers_to_its_own_names_alone(http):
     for name in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"):
         assert http.get("/v1/models", headers={"Host": name}).status_code == 200
     for name in ("evil.example", "evil.example:80", "127.0.0.1.evil", "", "[::2]"):
-        error = error_of(http.get("/v1/models", headers={"Host": name}), 400)
-        assert "must be called localhost" in error["message"]
+        assert http.get("/v1/models", headers={"Host": name}).status_code == 400
 
 
 def test_deep_json_is_refused_and_other_paths_are_errors_with_an_object(http):
@@ -205,31 +201,6 @@ def test_where_files_are_is_not_told(host, tokenizer, saved, tmp_path, caplog):
     assert str(broken) in caplog.text
 
 
-def test_every_answer_is_counted_and_logged(host, tokenizer, caplog):
-    options = ApiOptions(api_keys=["secret"], log_requests=True)
-    caplog.set_level(logging.INFO, "loraloom.access")
-    with serving(host, tokenizer, options=options) as (url, _):
-        headers = {"Authorization": "Bearer secret"}
-        path = f"{url}/v1/chat/completions"
-        told = httpx2.post(path, json=CHAT, headers=headers).json()["usage"]
-        httpx2.post(path, json=CHAT | {"stream": True}, headers=headers)
-        httpx2.post(path, json=CHAT | {"n": 0}, headers=headers)
-        httpx2.post(path, json=CHAT)
-        httpx2.get(f"{url}/nowhere%0A2026", headers=headers)
-        text = httpx2.get(f"{url}/metrics", headers=headers).text
-    for status, number in ((200, 2), (400, 1), (401, 1)):
-        sample = f'responses_total{{path="/v1/chat/completions",status="{status}"}} {number}.0'
-        assert sample in text
-    assert 'responses_total{path="other",status="404"} 1.0' in text
-    key = hashlib.sha256(b"secret").hexdigest()[:8]
-    tokens = f"{told['prompt_tokens']}+{told['completion_tokens']}"
-    line = f"POST /v1/chat/completions 200 model='lora' key={key} tokens={tokens} ms="
-    lines = [one for one in caplog.messages if " ms=" in one]
-    assert [one.startswith(line) for one in lines[:3]] == [True, True, False]
-    assert lines[3].startswith("POST /v1/chat/completions 401 model=- key=- tokens=0+0")
-    assert lines[4].startswith("GET '/nowhere\\n2026' 404")
-
-
 def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
     with serving(host, tokenizer) as (url, _):
         body = {"lora_name": "x", "lora_path": "x"}
@@ -245,27 +216,12 @@ def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
         assert allowed.headers["access-control-allow-origin"] == "http://here"
 
 
-def test_a_full_queue_answers_when_to_come_back(http, served, monkeypatch):
-    def full(*_, **__):
-        raise RequestError("so many wait", "queue_full", retry_after_s=7)
-
-    monkeypatch.setattr(served[1], "submit", full)
-    response = post(http, CHAT)
-    assert error_of(response, 429)["type"] == "rate_limit_error"
-    assert response.headers["retry-after"] == "7"
-
-
-def test_more_completions_than_may_ever_wait_are_refused_for_good(host, tokenizer):
-    body = {"model": "lora", "prompt": ["a", "b", "a"], "max_tokens": 1}
-    with serving(host, tokenizer, max_waiting=2) as (url, engine):
-        refused = httpx2.post(f"{url}/v1/completions", json=body)
-        assert (
-            "at most 2 completions, prompts to be scored included, got 3"
-            in error_of(refused, 400)["message"]
-        )
+def test_a_full_queue_answers_when_to_come_back(host, tokenizer):
+    with serving(host, tokenizer, max_waiting=0) as (url, engine):
+        response = httpx2.post(f"{url}/v1/chat/completions", json=CHAT)
+        assert error_of(response, 429)["type"] == "rate_limit_error"
+        assert response.headers["retry-after"] == "5"
         assert engine.is_idle
-        body["prompt"].pop()
-        assert httpx2.post(f"{url}/v1/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -279,13 +235,13 @@ def test_a_client_that_goes_away_is_not_worked_for(host, tokenizer, stream):
         port = int(url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(head.encode() + body)
-            wait_until(lambda: engine.num_running > 0)
+            wait_until(lambda: engine.gauges()["requests_running"] > 0)
         wait_until(lambda: engine.is_idle)
         assert engine.counts["generated_tokens", "lora"] < 200
-        assert engine.cache_tokens_in_use == 0
+        assert engine.gauges()["cache_tokens_used"] == 0
 
 
-def test_a_stopping_server_refuses_and_lets_requests_end(host, tokenizer):
+def test_a_stopping_server_lets_requests_end(host, tokenizer):
     answers = []
     body = CHAT | {"max_tokens": 150, "ignore_eos": True}
     with serving(host, tokenizer) as (url, engine):
@@ -294,14 +250,11 @@ def test_a_stopping_server_refuses_and_lets_requests_end(host, tokenizer):
             target=lambda: answers.append(httpx2.post(path, json=body, timeout=60))
         )
         thread.start()
-        wait_until(lambda: engine.num_running > 0)
-        engine.stop()
-        refused = httpx2.post(path, json=body)
-        assert error_of(refused, 503)["code"] == "stopping"
-        assert "retry-after" in refused.headers
-        assert httpx2.get(f"{url}/ready").status_code == 503
-        thread.join()
+        wait_until(lambda: engine.gauges()["requests_running"] > 0)
+    thread.join()
     assert answers[0].json()["usage"]["completion_tokens"] == 150
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.post(path, json=body)
 
 
 def test_requests_for_more_adapters_than_fit_end_even_when_the_server_stops(host, tokenizer, saved):
@@ -310,16 +263,15 @@ def test_requests_for_more_adapters_than_fit_end_even_when_the_server_stops(host
     with serving(host, tokenizer, saved, max_adapters=1) as (url, engine):
 
         def ask(model):
-            body = CHAT | {"model": model}
+            body = CHAT | {"model": model, "max_tokens": 50}
             answers.append(httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60))
 
         threads = [threading.Thread(target=ask, args=(model,)) for model in models]
         for thread in threads:
             thread.start()
-        wait_until(lambda: engine.num_waiting + engine.num_running + len(answers) == len(models))
-        engine.stop()
-        for thread in threads:
-            thread.join()
+        wait_until(lambda: engine.gauges()["requests_running"] > 0)
+    for thread in threads:
+        thread.join()
     assert [answer.status_code for answer in answers] == [200] * len(models)
 
 
@@ -342,23 +294,13 @@ def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypa
     assert encode_chat(tokenizer, ChatBody.model_validate(body | {"tool_choice": "none"}))
 
 
-@pytest.mark.parametrize("model", ["lora:x", "base:0.5"])
-def test_a_scale_that_is_none_holds_no_adapter(model):
-    adapters = SimpleNamespace(base_name="base", take=pytest.fail)
-    with pytest.raises(RequestError, match="scale"):
-        asyncio.run(Backend.acquire(SimpleNamespace(adapters=adapters), model, None))
-
-
-@pytest.mark.parametrize(("error", "level"), [(OSError, "ERROR"), (ConfigError, "INFO")])
-def test_what_fails_in_a_stream_is_in_the_log(error, level, caplog):
+def test_what_fails_in_a_stream_is_told_and_in_the_log(caplog):
     async def objects():
         yield {"text": "so far"}
-        raise error("of the disk")
+        raise OSError("of the disk")
 
     async def events():
         return [event async for event in as_events(objects())]
 
-    with caplog.at_level(logging.INFO, logger="loraloom"):
-        assert len(asyncio.run(events())) == 3
-    (record,) = caplog.records
-    assert record.levelname == level
+    assert len(asyncio.run(events())) == 3
+    assert [record.levelname for record in caplog.records] == ["ERROR"]

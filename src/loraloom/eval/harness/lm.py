@@ -28,7 +28,7 @@ from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
 from loraloom.generation.generate import complete
 from loraloom.generation.rows import fit_pair
-from loraloom.generation.sampling import SamplingConfig, parse_sampling
+from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import group_rows, score_groups, token_batches, tokens_per_batch
 from loraloom.generation.sequence import GenerationRequest
 from loraloom.models.host import Host
@@ -219,7 +219,8 @@ def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> Sampli
         raise ConfigError("generation_kwargs: do_sample draws at a temperature above 0, got 0")
     ignored = () if do_sample else ("temperature", "top_k", "top_p")
     chosen = {n: value for n, value in normal.items() if value is not None and n not in ignored}
-    return parse_sampling(max_new_tokens=length, stop=stop, **chosen)
+    settings = {"max_new_tokens": length, "stop": stop, **chosen}
+    return checked(SamplingConfig, settings)
 
 
 def evaluate_adapters(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -13,38 +14,45 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import PromptForm
-from loraloom.data.tokens import encode_texts
+from loraloom.config.fields import checked
 from loraloom.errors import DataError
-from loraloom.generation.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
-from loraloom.generation.sampling import parse_sampling
+from loraloom.generation.prompts import Prompt, encode_prompt, form_for
+from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.sequence import Constraint, GenerationRequest, Piece
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
 from loraloom.serve.http.schemas import ChatBody, CompletionBody, SamplingBody
-from loraloom.serve.http.tools import CallStream, arguments_schema, call_schema, parse_calls
+from loraloom.serve.http.tools import (
+    CallStream,
+    call_grammar,
+    compile_grammar,
+    parse_calls,
+    schema_grammar,
+)
 
 
-def generation_requests(
+def _several(
     backend: Backend,
     body: SamplingBody,
     prompt: GenerationRequest,
     max_new_tokens: int | None,
     make_constraint: Callable[[], Constraint] | None = None,
 ) -> list[GenerationRequest]:
+    """Ask for the `n` completions of a prompt."""
     room = max(1, backend.engine.max_length - len(prompt.prompt_ids))
-    sampling = parse_sampling(
-        max_new_tokens=room if max_new_tokens is None else max_new_tokens,
-        temperature=body.temperature,
-        repetition_penalty=body.repetition_penalty,
-        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
-        stop=body.stop_texts,
-        # at temperature 0 the most likely token is among those to draw from, however few
-        **({"top_k": body.top_k, "top_p": body.top_p} if body.temperature > 0 else {}),
-    )
+    sampling = {
+        "max_new_tokens": max_new_tokens or room,
+        "temperature": body.temperature,
+        "repetition_penalty": body.repetition_penalty,
+        "seed": secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        "stop": (body.stop,) if isinstance(body.stop, str) else body.stop or (),
+    }
+    if body.temperature > 0:  # else the most likely token is among those to draw from
+        sampling |= {"top_k": body.top_k, "top_p": body.top_p}
     request = replace(
         prompt,
-        sampling=sampling,
+        sampling=checked(SamplingConfig, sampling),
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         logit_bias=body.logit_bias or {},
@@ -64,25 +72,22 @@ class ChatExchange(Exchange):
     body: ChatBody
 
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
-        super().__init__(backend, body, http, body.n)
+        super().__init__(backend, body, http)
         self._opened: set[int] = set()
-        names, self._named = body.callable_names, body.named_tool
-        self._streams = [CallStream(names) for _ in range(body.n)] if names else []
+        self._names = [tool["function"]["name"] for tool in body.callable_tools]
+        self._streams = [CallStream(self._names) for _ in range(body.n)] if self._names else []
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        schema, tools = body.schema_of_answer, body.tools or ()
-        if body.named_tool:
-            named = (tool for tool in tools if tool["function"]["name"] == body.named_tool)
-            schema = arguments_schema(next(named))
-        elif body.tool_choice == "required":
-            try:
-                schema = call_schema(tools)
-            except RecursionError:
-                raise DataError("a tool's schema must not be nested so deeply") from None
-        # compiled once for all answers
-        make = None if schema is None else backend.read_schema(schema).copy
+        write_grammar, schema = None, body.schema_of_answer
+        if body.must_call:
+            write_grammar = partial(call_grammar, body.callable_tools)
+        elif schema is not None:
+            write_grammar = partial(schema_grammar, schema)
+        make = None
+        if write_grammar is not None:  # compiled once for all answers
+            make = compile_grammar(backend.grammar_tokenizer, write_grammar).copy
         form = form_for(backend.engine.host, adapter)
         ids, continues = encode_chat(backend.tokenizer, body, form)
         self.num_prompt = len(ids)
@@ -90,83 +95,56 @@ class ChatExchange(Exchange):
         prompt = GenerationRequest(
             ids, adapter, owner, num_logprobs=num_logprobs, continues=continues
         )
-        max_tokens = body.max_tokens or body.max_completion_tokens
-        return generation_requests(backend, body, prompt, max_tokens, make)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        return _several(backend, body, prompt, max_tokens, make)
 
     @override
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
         choices = []
         for index, answer in enumerate(answers):
             content, calls = answer.text, []
-            if self._named:
-                content, calls = "", [Function(name=self._named, arguments=answer.text)]
-            elif self._streams:
-                content, calls = parse_calls(answer.text, self.body.callable_names)
+            if self._streams:
+                content, calls = parse_calls(answer.text, self._names)
             message: dict[str, Any] = {"role": "assistant", "content": content}
             if calls:
                 message |= {"content": content or None, "tool_calls": _called(calls)}
-            reason = self._reason(answer, calls)
-            choices.append(self._choice(index, "message", message, answer, reason))
+            choices.append(self._choice(index, {"message": message}, answer, calls))
         return choices
 
     @override
-    def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        text, calls, choices = piece.text, [], []
-        delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        if index not in self._opened:
-            self._opened.add(index)
-            if self._named:
-                call = Function(name=self._named, arguments="")
-                delta |= {"content": None, "tool_calls": _called([call], in_pieces=True)}
-            choices.append(self._choice(index, "delta", delta))
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        text, calls = piece.text, []
         if self._streams:
             text = self._streams[index].push(text)
             if piece.finish_reason is not None:
                 rest, calls = self._streams[index].finish()
                 text += rest
-        if text or piece.log_probs or piece.routing:
-            delta = {"content": text}
-            if self._named:
-                delta = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
-            choices.append(self._choice(index, "delta", delta, piece))
+        delta: dict[str, Any] = {} if index in self._opened else {"role": "assistant"}
+        self._opened.add(index)
+        if text or not calls:
+            delta["content"] = text
         if calls:
-            delta = {"tool_calls": _called(calls, in_pieces=True)}
-            choices.append(self._choice(index, "delta", delta))
-        if piece.finish_reason is not None:
-            reason = self._reason(piece, calls)
-            choices.append(self._choice(index, "delta", {}, reason=reason))
-        return choices
+            delta["tool_calls"] = _called(calls)
+        return self._choice(index, {"delta": delta}, piece, calls)
 
     def _choice(
-        self,
-        index: int,
-        key: str,
-        said: dict[str, Any],
-        piece: Piece | None = None,
-        reason: str | None = None,
+        self, index: int, said: dict[str, Any], piece: Piece, calls: list[Function]
     ) -> dict[str, Any]:
         """An answer or a part of it, with what is told of the tokens of a piece."""
-        choice = {"index": index, key: said, "logprobs": None, "finish_reason": reason}
-        if piece is not None and self.body.logprobs:
+        is_called = calls and piece.finish_reason == "stop"
+        reason = "tool_calls" if is_called else piece.finish_reason
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": reason}
+        if self.body.logprobs:
             entries = [
                 self._entry(token, log_prob) | {"top_logprobs": [self._entry(*one) for one in top]}
                 for token, log_prob, top in piece.log_probs
             ]
             choice["logprobs"] = {"content": entries}
-        if piece is not None and self.body.routing:
-            choice["routing"] = _routing(piece)
-        return choice
+        return choice | ({"routing": _routing(piece)} if self.body.routing else {})
 
     def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
         text = self.backend.token_text(token)
-        is_whole = "\N{REPLACEMENT CHARACTER}" not in text
-        encoded = list(text.encode()) if is_whole else None
-        return {"token": text, "logprob": _finite(log_prob), "bytes": encoded}
-
-    def _reason(self, piece: Piece, calls: list[Function]) -> str | None:
-        """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
-        is_called = calls and not self._named and piece.finish_reason == "stop"
-        return "tool_calls" if is_called else piece.finish_reason
+        return {"token": text, "logprob": _finite(log_prob), "bytes": None}
 
 
 class TextExchange(Exchange):
@@ -176,82 +154,65 @@ class TextExchange(Exchange):
     body: CompletionBody
 
     def __init__(self, backend: Backend, body: CompletionBody, http: Request):
-        num_completions = 0 if body.max_tokens == 0 else body.n
-        num_requests = len(body.prompts) * max(1, num_completions + body.is_scored)
-        super().__init__(backend, body, http, num_requests)
+        super().__init__(backend, body, http)
         self._prompts: list[list[int]] = []
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
-        """The completions of each prompt and, behind them, its own log-probabilities if wanted."""
         body, requests = self.body, []
         for prompt in body.prompts:
             if isinstance(prompt, str):
-                try:
-                    prompt = encode_texts(self.backend.tokenizer, [prompt])[0]
-                except (TypeError, ValueError) as error:
-                    raise DataError(f"the prompt can't be read: {error}") from None
+                prompt, _ = encode_prompt(self.backend.tokenizer, Prompt(prompt), raw=True)
             self._prompts.append(prompt)
             request = GenerationRequest(
-                prompt, adapter, owner, num_logprobs=body.logprobs, continues=True
+                prompt,
+                adapter,
+                owner,
+                num_logprobs=body.logprobs,
+                continues=True,
+                scores_prompt=body.echo and body.logprobs is not None,
             )
-            if body.max_tokens != 0:
-                requests += generation_requests(self.backend, body, request, body.max_tokens)
-            if body.is_scored:
-                requests.append(replace(request, scores_prompt=True))
+            requests += _several(self.backend, body, request, body.max_tokens)
         self.num_prompt = sum(map(len, self._prompts))
         return requests
 
     @override
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        rest, choices, body = iter(answers), [], self.body
-        for prompt, prompt_ids in zip(body.prompts, self._prompts, strict=True):
-            completions = [Piece("", 0, finish_reason="length") for _ in range(body.n)]
-            if body.max_tokens != 0:
-                completions = [next(rest) for _ in range(body.n)]
-            echoed, scored, first = "", [], None
+        choices, body = [], self.body
+        for index, answer in enumerate(answers):
+            prompt, prompt_ids = body.prompts[index // body.n], self._prompts[index // body.n]
             if body.echo:
-                decoded, first = str(self.backend.tokenizer.decode(prompt_ids)), prompt_ids[0]
-                echoed = prompt if isinstance(prompt, str) else decoded
-                scored = next(rest).log_probs if body.is_scored else []
-            for answer in completions:
-                whole = replace(answer, text=echoed + answer.text)
-                whole.log_probs = [*scored, *answer.log_probs]
-                choices.append(self._choice(len(choices), whole, first))
+                decoded = str(self.backend.tokenizer.decode(prompt_ids))
+                answer.text = (prompt if isinstance(prompt, str) else decoded) + answer.text
+            choices.append(self._choice(index, answer, prompt_ids[:1] if body.echo else []))
         return choices
 
     @override
-    def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        return [self._choice(index, piece)]
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self._choice(index, piece, [])
 
-    def _choice(self, index: int, piece: Piece, first: int | None = None) -> dict[str, Any]:
-        """A completion or a piece of it; `first` is a token that has no log-probability."""
+    def _choice(self, index: int, piece: Piece, first: list[int]) -> dict[str, Any]:
+        """A completion or a piece of it; the `first` token has no log-probability."""
         choice: dict[str, Any] = {"index": index, "text": piece.text, "logprobs": None}
+        choice["finish_reason"] = piece.finish_reason
         if self.body.logprobs is not None:
             text_of, entries = self.backend.token_text, piece.log_probs
             tops = [
                 {text_of(token): _finite(value) for token, value in reversed(entry.top)}
                 for entry in entries
             ]
-            unknown = [] if first is None else [None]
+            unknown = [None for _ in first]
             choice["logprobs"] = {
-                "tokens": [*map(text_of, () if first is None else (first,))]
-                + [text_of(entry.token) for entry in entries],
+                "tokens": [text_of(token) for token in (*first, *(one.token for one in entries))],
                 "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
                 "top_logprobs": [*unknown, *tops],
             }
-        if self.body.routing:
-            choice["routing"] = _routing(piece)
-        return {**choice, "finish_reason": piece.finish_reason}
+        return choice | ({"routing": _routing(piece)} if self.body.routing else {})
 
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, body: ChatBody, form: PromptForm | None = None
-) -> EncodedPrompt:
-    if form is None and not tokenizer.chat_template:
-        raise DataError(
-            "the base model's tokenizer has no chat template; use /v1/completions instead"
-        )
+) -> tuple[list[int], bool]:
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
     plain = Prompt(messages, origin="messages")
     if not body.tools or body.tool_choice == "none":
@@ -266,10 +227,14 @@ def encode_chat(
     return encoded
 
 
-def _called(calls: list[Function], *, in_pieces: bool = False) -> list[dict[str, Any]]:
+def _called(calls: list[Function]) -> list[dict[str, Any]]:
     return [
-        {**({"index": place} if in_pieces else {}), "id": f"call-{secrets.token_hex(12)}"}
-        | {"type": "function", "function": call.model_dump()}
+        {
+            "index": place,  # of use in a stream
+            "id": f"call-{secrets.token_hex(12)}",
+            "type": "function",
+            "function": call.model_dump(),
+        }
         for place, call in enumerate(calls)
     ]
 
@@ -279,13 +244,7 @@ def _routing(piece: Piece) -> list[dict[str, Any]]:
         {
             "text": text,
             "routers": [
-                {
-                    "router": describe_router(choice.router),
-                    "num_experts": choice.num_experts,
-                    "experts": choice.experts,
-                    "weights": [round(weight, 4) for weight in choice.weights],
-                }
-                for choice in choices
+                {**asdict(choice), "router": describe_router(choice.router)} for choice in choices
             ],
         }
         for text, choices in piece.routing

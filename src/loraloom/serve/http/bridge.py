@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokens import text_of_token
@@ -26,7 +25,6 @@ from loraloom.generation.engine import Engine
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.sequence import (
     Event,
-    Failure,
     GenerationRequest,
     Piece,
     RequestError,
@@ -37,10 +35,6 @@ from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters
 from loraloom.serve.http.guards import TENANT, answer_to
 from loraloom.serve.http.schemas import SamplingBody
-from loraloom.serve.http.tools import JsonConstraint, schema_reader
-
-# Largest factor of what an adapter adds to the base model, positive or negative.
-MAX_SCALE = 10.0
 
 
 @dataclass
@@ -50,105 +44,47 @@ class Backend:
     engine: Engine
     adapters: ServedAdapters
     tokenizer: PreTrainedTokenizerBase
+    loop: asyncio.AbstractEventLoop = field(init=False)
+
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function in the event loop, from the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
+            self.loop.call_soon_threadsafe(function, *arguments)
 
     @cached_property
     def token_text(self) -> Callable[[int], str]:
         return cache(partial(text_of_token, self.tokenizer))
 
     @cached_property
-    def mailbox(self) -> Mailbox:
-        return Mailbox(asyncio.get_running_loop())
+    def grammar_tokenizer(self) -> Any:  # takes a second
+        # ids beyond the embedding are cut off
+        size = max(self.engine.host.config.vocab_size, len(self.tokenizer))
+        ends = end_tokens(self.engine.host, self.tokenizer)
+        return from_tokenizer(self.tokenizer, n_vocab=size, eos_token=ends)  # pyright: ignore
 
-    @cached_property
-    def read_schema(self) -> Callable[[dict[str, Any]], JsonConstraint]:  # takes a second
-        host = self.engine.host
-        ends = end_tokens(host, self.tokenizer)
-        return schema_reader(self.tokenizer, host.config.vocab_size, ends)
-
-    async def acquire(
-        self, model: str, gone: asyncio.Task[None]
-    ) -> tuple[ServedAdapter, RowAdapter]:
+    async def acquire(self, model: str) -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, as soon as it is there."""
-        base, (name, colon, text) = self.adapters.base_name, model.partition(":")
-        if model == base:
-            name, colon = model, ""
-        elif name == base:
-            raise RequestError(
-                "the base model has no scale, which is of what an adapter adds; ask for its name "
-                "alone",
-                param="model",
-            )
-        scale = _scale(text) if colon else None
+        base = self.adapters.base_name
+        name, colon, text = (model, "", "") if model == base else model.partition(":")
+        scale = _scale(text) if colon else 1.0
         try:
-            adapter = self.adapters.take(name) or await self._wait_for(name, gone)
+            adapter = await self.adapters.acquire(name)
         except (FormatError, AdapterError) as error:
             log_failure(f"adapter {shown(name)} could not be loaded", error)
             raise RequestError(
                 f"the adapter {shown(name)} can't be loaded; the server's log says why",
                 "broken_adapter",
             ) from None
-        if scale is None or adapter.host_name is None:
-            return adapter, adapter.host_name
-        return adapter, (adapter.host_name, scale)
-
-    async def _wait_for(self, name: str, gone: asyncio.Task[None]) -> ServedAdapter:
-        adapter = asyncio.create_task(self.adapters.acquire(name))
-        limit_s = self.engine.limits.max_request_s
-        try:
-            done, _ = await asyncio.wait(
-                {adapter, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if adapter in done:
-                return adapter.result()
-        finally:
-            adapter.cancel()  # as nobody waits for it now
-        if gone in done:
-            raise _client_gone()
-        late = f"the model {shown(name)} must be loaded in {limit_s:g} seconds"
-        raise RequestError(late, "timeout")
+        is_scaled = colon and adapter.host_name is not None
+        return adapter, (adapter.host_name, scale) if is_scaled else adapter.host_name
 
 
 def _scale(text: str) -> float:
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not abs(scale) <= MAX_SCALE:
-        raise RequestError(
-            f"model must be a name, or name:scale with a scale from -{MAX_SCALE:g} to "
-            f"{MAX_SCALE:g}, got the scale {shown(text)}",
-            param="model",
-        )
-    return scale
-
-
-def _client_gone() -> RequestError:
-    return RequestError("the client has gone", "client_gone")
-
-
-class Mailbox:
-    """Calls functions in an event loop for the engine's thread, those of a step together.
-
-    Each call into the loop takes some 20 µs of a core from those that compute.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._sent: deque[tuple[Callable[[Any], object], Any]] = deque()
-        self._is_called = False
-
-    def call(self, function: Callable[[Any], object], argument: object) -> None:
-        self._sent.append((function, argument))
-        if not self._is_called:
-            self._is_called = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
-                self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._is_called = False  # first, so that what comes meanwhile is not lost
-        while self._sent:
-            function, argument = self._sent.popleft()
-            function(argument)
+    with contextlib.suppress(ValueError):
+        if abs(scale := float(text)) <= 10:
+            return scale
+    text = f"a scale behind a model's name must be from -10 to 10, got {shown(text)}"
+    raise RequestError(text, param="model")
 
 
 class Exchange(ABC):
@@ -157,21 +93,17 @@ class Exchange(ABC):
     kind: tuple[str, str, str]
     """The beginning of ids, the object of a whole answer and that of a chunk."""
 
-    def __init__(self, backend: Backend, body: SamplingBody, http: Request, num_requests: int):
+    def __init__(self, backend: Backend, body: SamplingBody, http: Request):
         self.backend = backend
         self.body = body
-        self._num_requests = num_requests
         self.num_prompt = 0
         self._num_new = 0
         self._http = http
-        self._mailbox = backend.mailbox  # made here, in the event loop's thread
-        self._arrived_s = time.monotonic()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._rows: list[Row] = []
-        self._num_open = 0
         # nothing else reads from the connection while the engine works
         self._gone = asyncio.create_task(self._until_disconnected())
-        self._gone.add_done_callback(self._end)
+        self._gone.add_done_callback(self._cancel_rows)
 
     @abstractmethod
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -182,91 +114,87 @@ class Exchange(ABC):
         """Whole answers; made in a thread."""
 
     @abstractmethod
-    def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Choices of the chunks in which a piece of an answer is told."""
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """The choice of the chunk in which a piece of an answer is told."""
 
     async def respond(self) -> Response:
-        body = self.body
+        """Answer, or begin to; not for longer than requests take, or the client waits."""
+        answer = asyncio.create_task(self._answer())
+        limit_s, goes_on = self.backend.engine.limits.max_request_s, False
         try:
-            await self._ask()
-            prefix, whole, chunk = self.kind
-            frame = {
-                "id": f"{prefix}-{secrets.token_hex(12)}",
-                "object": chunk if body.stream else whole,
-                "created": int(time.time()),
-                "model": body.model,
-            }
-            if body.stream:
-                events, headers = as_events(self._chunks(frame)), {"Cache-Control": "no-cache"}
-                return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-            answers = {index: piece async for index, piece in self._pieces()}
-            in_order = [answers[index] for index in sorted(answers)]
-            choices = await run_in_threadpool(self.choices, in_order)
-            return JSONResponse({**frame, "choices": choices, "usage": self._usage()})
+            done, _ = await asyncio.wait(
+                {answer, self._gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if answer in done:
+                response = answer.result()
+                goes_on = self.body.stream
+                return response
+            if self._gone in done:
+                raise RequestError("the client has gone", "client_gone")
+            raise RequestError(f"a request must end in {limit_s:g} seconds", "timeout")
         finally:
-            if not body.stream or not self._num_open:
-                self._end()
+            answer.cancel()
+            if not goes_on:
+                self._gone.cancel()
+
+    async def _answer(self) -> Response:
+        await self._ask()
+        prefix, whole, chunk = self.kind
+        frame = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": chunk if self.body.stream else whole,
+            "created": int(time.time()),
+            "model": self.body.model,
+        }
+        if self.body.stream:
+            events, headers = as_events(self._chunks(frame)), {"Cache-Control": "no-cache"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        answers = [Piece() for _ in self._rows]
+        async for index, piece in self._pieces():
+            answers[index].add(piece)
+        choices = await run_in_threadpool(self.choices, answers)
+        return JSONResponse({**frame, "choices": choices, "usage": self._usage()})
 
     async def _ask(self) -> None:
         """Hand the engine what a model is asked for."""
-        engine, adapters, state = self.backend.engine, self.backend.adapters, self._http.state
-        state.model, most = self.body.model, engine.limits.max_waiting
-        if self._num_requests > most:  # it could be told to come back for ever
-            raise RequestError(
-                f"a request must ask for at most {most} completions, prompts to be scored "
-                f"included, got {self._num_requests}; send several"
-            )
+        engine, adapters = self.backend.engine, self.backend.adapters
         tenant = self._http.scope.get(TENANT, "")
-        with engine.accepting():
-            served, adapter = await self.backend.acquire(self.body.model, self._gone)
-            num_uses, release = 1, partial(self._mailbox.call, adapters.release, served)
-            try:
-                requests = await run_in_threadpool(self.requests, adapter, served.name)
-                state.num_prompt, num_uses = self.num_prompt, len(requests)
-                served.num_users += num_uses - 1  # each lets it go once
-                for index, request in enumerate(requests):
-                    request = replace(request, tenant=tenant, arrived_s=self._arrived_s)
-                    whole = None if self.body.stream else Piece("", 0)
-                    sink = partial(self._tell, index, whole)
-                    self._rows.append(engine.submit(request, sink, release, is_accepted=True))
-            except BaseException:
-                for _ in range(num_uses - len(self._rows)):
-                    release()
-                raise
-            if self._gone.done():  # before there were rows that it could end
-                raise _client_gone()
-            self._num_open = len(requests)
+        served, adapter = await self.backend.acquire(self.body.model)
+        release = partial(self.backend.call, adapters.release, served)
+        try:
+            requests = await run_in_threadpool(self.requests, adapter, served.name)
+            for index, request in enumerate(requests):
+                request = replace(request, tenant=tenant)
+                self._rows.append(engine.submit(request, partial(self._tell, index), release))
+                served.num_users += 1  # each row lets it go once
+        finally:
+            adapters.release(served)
+        if self._gone.done():  # before there were rows that it could end
+            self._cancel_rows(None)
 
-    def _tell(self, index: int, whole: Piece | None, event: Event) -> None:
-        """Take an event in the engine's thread; an answer that is not streamed, when it ended."""
-        if whole is not None and isinstance(event, Piece):
-            whole.add(event)
-            if event.finish_reason is None:
-                return
-            event = whole
-        self._mailbox.call(self._queue.put_nowait, (index, event))
+    def _tell(self, index: int, event: Event) -> None:  # in the engine's thread
+        self.backend.call(self._queue.put_nowait, (index, event))
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        while self._num_open:
+        num_open = len(self._rows)
+        while num_open:
             index, event = await self._queue.get()
-            if isinstance(event, Failure):
-                raise event.error
-            self._num_open -= event.finish_reason is not None
+            if isinstance(event, Exception):
+                raise event
+            num_open -= event.finish_reason is not None
             self._num_new += event.num_tokens
-            self._http.state.num_new = self._num_new
             yield index, event
 
     async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        has_usage = (self.body.stream_options or {}).get("include_usage")
+        frame |= {"usage": None} if has_usage else {}
         try:
-            if self.body.includes_usage:
-                frame["usage"] = None
             async for index, piece in self._pieces():
-                for choice in self.chunk(index, piece):
-                    yield {**frame, "choices": [choice]}
-            if self.body.includes_usage:
+                yield {**frame, "choices": [self.chunk(index, piece)]}
+            if has_usage:
                 yield {**frame, "choices": [], "usage": self._usage()}
         finally:
-            self._end()
+            self._gone.cancel()
 
     def _usage(self) -> dict[str, int]:
         return {
@@ -279,12 +207,11 @@ class Exchange(ABC):
         while (await self._http.receive())["type"] != "http.disconnect":
             pass
 
-    def _end(self, *_: object) -> None:
-        """End all that have not ended: the client has gone, or wants no more."""
-        self._gone.cancel()
+    def _cancel_rows(self, _: object) -> None:
+        """End all that have not ended: the client has gone, or nobody listens any more."""
         for row in self._rows:
             row.is_cancelled = True
-        self._queue.put_nowait((0, Failure(_client_gone())))
+        self._queue.put_nowait((0, RequestError("the client has gone", "client_gone")))
 
 
 async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:

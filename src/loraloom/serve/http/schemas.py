@@ -10,7 +10,6 @@ from openai.types import chat, shared_params
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from loraloom.config.fields import StrictModel
-from loraloom.errors import shown
 
 Tool = chat.ChatCompletionFunctionToolParam
 _Text = Annotated[str, StringConstraints(min_length=1)]
@@ -44,37 +43,16 @@ class SamplingBody(StrictModel):
     """End tokens end nothing."""
     routing: bool = False
     """Tell which experts read each token of the answer; for models with routers."""
+    # taken, and not read
     user: str | None = None
-    """Not read."""
     metadata: dict[str, str] | None = None
-    """Not read."""
     store: bool | None = None
-    """Not read: nothing is stored."""
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_null(cls, body: Any) -> Any:
-        # clients send null for what isn't set; that of max_tokens alone has a meaning: all the room
-        if not isinstance(body, dict):
-            return body
-        known = cls.model_fields.keys() - {"max_tokens"}
-        return {
-            name: value for name, value in body.items() if value is not None or name not in known
-        }
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def includes_usage(self) -> bool:
-        return bool((self.stream_options or {}).get("include_usage"))
-
-    @model_validator(mode="after")
-    def _check_stream_options(self):
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        return self
+    def _leave_out_null(cls, body: Any) -> Any:  # which clients send for what isn't set
+        is_object = isinstance(body, dict)
+        return {k: v for k, v in body.items() if v is not None} if is_object else body
 
 
 class ChatMessage(BaseModel):
@@ -119,36 +97,30 @@ class ChatBody(SamplingBody):
     tool_choice: (
         Literal["none", "auto", "required"] | chat.ChatCompletionNamedToolChoiceParam | None
     ) = None
-    """`none` leaves the tools out; `required` makes the answer a call of one of them, and a named
-    function is called, both with arguments of the function's schema."""
-    parallel_tool_calls: bool | None = None
-    """Not read."""
+    """`none` leaves the tools out; `required` makes the answer a call of one of them, a function's
+    name a call of it, with arguments of its schema."""
+    parallel_tool_calls: bool | None = None  # not read
 
     @model_validator(mode="after")
     def _check_options(self):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if None not in (self.max_tokens, self.max_completion_tokens):
-            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
-        if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice needs tools")
-        names = [tool["function"]["name"] for tool in self.tools or ()]
-        if self.named_tool not in (None, *names):
-            raise ValueError(
-                f"tool_choice must name one of the tools {names}, got {shown(self.named_tool)}"
-            )
-        if self.schema_of_answer is not None and (
-            self.named_tool or self.tool_choice == "required"
-        ):
-            raise ValueError(
-                "response_format and a tool_choice that must be called exclude each other"
-            )
+        if self.tool_choice not in (None, "none") and not self.callable_tools:
+            raise ValueError("tool_choice needs tools, the one that it names among them")
         return self
 
     @property
-    def named_tool(self) -> str | None:
-        choice = self.tool_choice
-        return choice["function"]["name"] if isinstance(choice, dict) else None
+    def callable_tools(self) -> list[Tool]:
+        """The tools whose calls are looked for in the answer."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        if not isinstance(self.tool_choice, dict):
+            return tools
+        name = self.tool_choice["function"]["name"]
+        return [tool for tool in tools if tool["function"]["name"] == name]
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, dict)
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
@@ -159,21 +131,14 @@ class ChatBody(SamplingBody):
                 return {"type": "object"}
         return None
 
-    @property
-    def callable_names(self) -> list[str]:
-        """Names of the tools whose calls are looked for in the answer."""
-        if self.tool_choice == "none" or self.named_tool:
-            return []
-        return [tool["function"]["name"] for tool in self.tools or ()]
-
 
 class CompletionBody(SamplingBody):
     """Texts to continue."""
 
-    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]]
+    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]] = Field(min_length=1)
     """Texts, or token ids."""
-    max_tokens: int | None = Field(16, ge=0)
-    """Most tokens of each completion; 0 only together with echo."""
+    max_tokens: int = Field(16, ge=1)
+    """Most tokens of each completion."""
     logprobs: _NumTop | None = None
     """Log-probabilities of tokens, and of this many of the most likely ones."""
     echo: bool = False
@@ -181,27 +146,14 @@ class CompletionBody(SamplingBody):
 
     @model_validator(mode="after")
     def _check_options(self):
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1 without echo, got 0")
-        if self.max_tokens == 0 and self.routing:
-            raise ValueError("routing needs max_tokens of at least 1, got 0")
         if self.echo and self.stream:
             raise ValueError("echo and stream exclude each other")
-        if not self.prompt or any(prompt in ("", []) for prompt in self.prompts):
-            raise ValueError("prompt must not be empty")
         return self
 
     @property
-    def is_scored(self) -> bool:
-        return self.echo and self.logprobs is not None
-
-    @property
     def prompts(self) -> list[str] | list[list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # pyright: ignore[reportReturnType]
-        return self.prompt  # pyright: ignore[reportReturnType]
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else self.prompt  # pyright: ignore[reportReturnType]
 
 
 class LoadBody(StrictModel):
@@ -217,5 +169,4 @@ class UnloadBody(StrictModel):
     """An adapter to let go."""
 
     lora_name: _Name
-    lora_int_id: int | None = None
-    """Not read."""
+    lora_int_id: int | None = None  # not read

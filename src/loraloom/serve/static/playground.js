@@ -4,7 +4,6 @@
 
 const COLORS = 8; // classes x0 to x7
 const byId = (id) => document.getElementById(id);
-const withRouters = new Map(); // model -> whether it has routers, once that is known
 let running = null; // what ends the answers that are being made
 
 // ---- the API
@@ -47,7 +46,7 @@ async function* serverEvents(response) {
   }
 }
 
-function requestOf(model, routing) {
+function requestOf(model) {
   const isChat = byId("mode").value === "chat";
   const prompt = byId("prompt").value;
   const seed = byId("seed").value;
@@ -61,23 +60,14 @@ function requestOf(model, routing) {
       ...(seed !== "" && { seed: Number(seed) }),
       stream: true,
       stream_options: { include_usage: true },
-      ...(routing && { routing }),
+      routing: true,
     },
   };
 }
 
-async function ask(model, signal) {
-  const send = ({ path, body }) =>
-    fetchOk(path, { method: "POST", body: JSON.stringify(body), signal });
-  try {
-    const response = await send(requestOf(model, withRouters.get(model) ?? true));
-    if (!withRouters.has(model)) withRouters.set(model, true);
-    return response;
-  } catch (error) {
-    if (error.code !== "no_routers") throw error;
-    withRouters.set(model, false);
-    return send(requestOf(model, false));
-  }
+function ask(model, signal) {
+  const { path, body } = requestOf(model);
+  return fetchOk(path, { method: "POST", body: JSON.stringify(body), signal });
 }
 
 // ---- models
@@ -98,7 +88,6 @@ function showModels(models, chosen) {
   // the server's order changes with use
   models.sort((a, b) => (a.parent !== null) - (b.parent !== null) || a.id.localeCompare(b.id));
   const base = models.find((model) => model.parent === null);
-  if (base) withRouters.set(base.id, false);
   byId("base").textContent = base ? `on ${base.id}` : "";
   byId("models").replaceChildren(
     ...models.map((model, place) => {
