@@ -75,8 +75,9 @@ class Backend:
                 f"the adapter {shown(name)} can't be loaded; the server's log says why",
                 "broken_adapter",
             ) from None
-        is_scaled = colon and adapter.host_name is not None
-        return adapter, (adapter.host_name, scale) if is_scaled else adapter.host_name
+        if not colon or adapter.host_name is None:
+            return adapter, adapter.host_name
+        return adapter, (adapter.host_name, scale)
 
 
 def _scale(text: str) -> float:
