@@ -12,7 +12,7 @@ from tests.generation.conftest import SIZES
 from tests.serve.http.in_process import serving
 from tests.tiny import METHODS, tiny_host, tiny_ids
 
-STEPS = 12
+STEPS = 6
 
 
 def train(host, tokenizer):
