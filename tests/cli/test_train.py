@@ -73,9 +73,8 @@ def test_the_command_evaluates_what_was_trained():
     command = evaluation_command(RunConfig.model_validate(run), [done, Mock(JobResult, error="x")])
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["loraloom", "eval"]
-    assert json.loads(words[words.index("--quantization") + 1])["quant_method"].endswith("4bit")
-    asked = "--adapter a=out/a --task arc_easy --scoring text --data 'a b'"
-    assert words[6:] == shlex.split(asked)
+    asked = "--quantization nf4 --adapter a=out/a --task arc_easy --scoring text --data 'a b'"
+    assert words[4:] == shlex.split(asked)
     assert evaluation_command(RunConfig.model_validate(run), [Mock(JobResult, error="x")]) == ""
 
 

@@ -178,8 +178,6 @@ def test_the_users_home_is_filled_in(tmp_path):
 @pytest.mark.parametrize(
     "override",
     [
-        "quantization={load_in_4bit: true, bnb_4bit_quant_type: fp4}",
-        "quantization={load_in_8bit: true}",
         "quantization=nf4",
     ],
 )

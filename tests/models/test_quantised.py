@@ -288,8 +288,8 @@ def test_a_format_that_nobody_knows_is_read_by_what_the_layer_computes():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ("nf5", ConfigError, "quantization must be nf4, .*got 'nf5'; did you mean 'nf4'?"),
-        ("torchao-int4", ModelError, "int4_weight_only needs a CUDA device .*got cpu"),
+        ("nf5", ConfigError, "quantization must be one of nf4, .*got 'nf5'; did you mean 'nf4'?"),
+        ("torchao-int4", ModelError, "torchao-int4 needs a CUDA device .*got cpu"),
     ],
 )
 def test_what_cant_be_had_is_an_error_before_anything_is_loaded(

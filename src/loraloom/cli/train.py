@@ -125,7 +125,7 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str:
         good.sort(key=lambda one: sign * one.metrics.get(metric, sign * math.inf))
     options = [("--base-model", run.base_model)]
     if run.quantization is not None:
-        options.append(("--quantization", run.quantization.model_dump_json(exclude_none=True)))
+        options.append(("--quantization", run.quantization))
     options += [("--adapter", f"{one.job}={one.directory}") for one in good[:MAX_ADAPTERS]]
     tasks = [one for job in run.all_jobs for one in (*job.eval, *job.data.sources) if one.task]
     if tasks:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from cyclopts import Parameter, Token
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from typing_extensions import override
 
-from loraloom.config.fields import StrictModel, checked, did_you_mean
-from loraloom.config.text import parse_yaml
-from loraloom.errors import ConfigError, shown
+from loraloom.config.fields import StrictModel
+from loraloom.errors import ConfigError
 
 # Number format of the base model's weights and of the low-rank products.
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -39,109 +37,17 @@ def check_device(device: str) -> str:
 Device = Annotated[str, AfterValidator(check_device)]
 
 
-class BitsAndBytes4bit(StrictModel):
-    """bitsandbytes in 4 bits, as in QLoRA.
-
-    Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
-    """
-
-    quant_method: Literal["bitsandbytes_4bit"] = "bitsandbytes_4bit"
-    """bitsandbytes in 4 bits."""
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 numbers that a weight may be: quantiles of a normal distribution, or floats."""
-    bnb_4bit_use_double_quant: bool = True
-    """Whether the scales of 64 weights each are quantised too, to 8 bits."""
-    bnb_4bit_compute_dtype: Dtype | None = None
-    """Number format of the products; null for the base model's dtype."""
-    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
-    """Type of the tensors that hold the bits: what shards a model may want its dtype."""
+# How the base model's weights are kept in fewer bits: by bitsandbytes (QLoRA's NF4 or FP4, with
+# scales in 8 bits, or LLM.int8), or by torchao, weights only.
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 
 
-class BitsAndBytes8bit(StrictModel):
-    """bitsandbytes' LLM.int8: products of 8-bit integers, large inputs apart in float16.
-
-    Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.
-    """
-
-    quant_method: Literal["bitsandbytes_8bit"] = "bitsandbytes_8bit"
-    """bitsandbytes in 8 bits."""
-    llm_int8_threshold: float = Field(default=6.0, ge=0)
-    """Input columns with a larger number are multiplied in float16; 0: none are."""
-
-
-class TorchAo(StrictModel):
-    """torchao, weights only: they become floating-point numbers in front of each product."""
-
-    quant_method: Literal["torchao"] = "torchao"
-    """torchao."""
-    quant_type: Literal["int8_weight_only", "int4_weight_only"] = "int8_weight_only"
-    """Bits of a weight. Four need a CUDA device of capability 8.0, and dtype bfloat16."""
-    group_size: Literal[32, 64, 128, 256] | None = None
-    """Weights of a row that share a scale; null for whole rows in 8 bits, 128 in 4 bits."""
-
-
-AnyQuantization = BitsAndBytes4bit | BitsAndBytes8bit | TorchAo
-
-# What usual settings go by.
-_NAMED: dict[str, AnyQuantization] = {
-    "nf4": BitsAndBytes4bit(),
-    "int8": BitsAndBytes8bit(),
-    "torchao-int8": TorchAo(),
-    "torchao-int4": TorchAo(quant_type="int4_weight_only"),
-}
-
-
-def _spelled_out(value: Any) -> Any:
-    # on the command line, a mapping is a text
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = parse_yaml(value, "quantization")
-    if isinstance(value, str):
-        if value not in _NAMED:
-            raise ValueError(
-                f"quantization must be {', '.join(_NAMED)} or a mapping, got {shown(value)}"
-                f"{did_you_mean(value, _NAMED)}"
-            )
-        return _NAMED[value]
-    # transformers' own flags stand for the method, whose name it spells without the bits
-    if isinstance(value, dict) and value.get("quant_method") in (None, "bitsandbytes"):
-        for bits in ("4bit", "8bit"):
-            if value.get(f"load_in_{bits}") is True:
-                rest = {name: one for name, one in value.items() if name != f"load_in_{bits}"}
-                return {**rest, "quant_method": f"bitsandbytes_{bits}"}
-    return value
-
-
-def _read_quantization(_: object, tokens: tuple[Token, ...]) -> str:
-    return tokens[0].value
-
-
-# A name, or a library's settings.
-QuantizationConfig = Annotated[
-    Annotated[AnyQuantization, Field(discriminator="quant_method")],
-    BeforeValidator(
-        _spelled_out,
-        json_schema_input_type=Literal["nf4", "int8", "torchao-int8", "torchao-int4"]
-        | dict[str, Any],
-    ),
-]
-
-
-class _Section(StrictModel):
-    quantization: QuantizationConfig | None = None
-
-
-def parse_quantization(value: Any) -> AnyQuantization | None:
-    """Check how a base model is to be quantised."""
-    return checked(_Section, {"quantization": value}).quantization
-
-
-def check_fits_dtype(quantization: AnyQuantization | None, dtype: str | None) -> None:
-    """Hold a quantisation against the base model's dtype."""
-    in_4_bits = isinstance(quantization, TorchAo) and quantization.quant_type == "int4_weight_only"
-    if in_4_bits and dtype not in ("auto", "bfloat16", None):
+def check_fits_dtype(quantization: str | None, dtype: str | None) -> None:
+    """Hold a quantization against the base model's dtype."""
+    if quantization == "torchao-int4" and dtype not in ("auto", "bfloat16", None):
         raise ConfigError(
-            "quantization torchao int4_weight_only computes in bfloat16 only, got dtype "
-            f"{dtype}; set dtype: bfloat16, or take nf4"
+            f"quantization torchao-int4 computes in bfloat16 only, got dtype {dtype}; set dtype: "
+            "bfloat16, or take nf4"
         )
 
 
@@ -153,12 +59,8 @@ class BaseModelConfig(StrictModel):
     dtype: BaseDtype = "auto"
     """Number format of the base model; auto: its checkpoint's, but float32 on a CPU that multiplies
     16 bits slowly. Adapters are kept in float32."""
-    quantization: Annotated[
-        QuantizationConfig | None,
-        Parameter(converter=_read_quantization, accepts_keys=False, n_tokens=1),
-    ] = None
-    """nf4, int8, torchao-int8, torchao-int4, or a library's settings, {load_in_4bit: true, ...} for
-    example; null: none."""
+    quantization: Quantization | None = None
+    """Keep the base model's weights in 4 or 8 bits; null: as they are."""
     device: Device = "auto"
     """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
     attn_implementation: AttnImplementation | None = None

@@ -39,7 +39,6 @@ from loraloom.config.model import (
     BaseDtype,
     check_device,
     check_fits_dtype,
-    parse_quantization,
 )
 from loraloom.config.text import local_path
 from loraloom.durable import cache_directory, write_directory
@@ -159,7 +158,7 @@ def load_base_model(
     dtype: str = "auto",
     device: str = "cpu",
     attn_implementation: str | None = None,
-    quantization: Any = None,
+    quantization: str | None = None,
     *,
     sharded: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -173,8 +172,8 @@ def load_base_model(
             in none.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
-        quantization: nf4, int8, torchao-int8, torchao-int4, or a mapping of a library's settings,
-            as in a run file; None for none, or what a quantised checkpoint has.
+        quantization: nf4, fp4, int8, torchao-int8 or torchao-int4; None for none, or what a
+            quantised checkpoint has.
         sharded: Read this rank's part of the weights alone; all ranks of torch.distributed's
             default group call this.
 
@@ -184,13 +183,13 @@ def load_base_model(
         ConfigError: If a choice is unknown, or the quantisation's library is not installed.
     """
     source = find_source(name)
-    place, quantised = find_device(device), parse_quantization(quantization)
-    check_quantization(quantised, dtype, place)
+    place = find_device(device)
+    check_quantization(quantization, dtype, place)
     if source.kind == "hub":
         source = _ask_hub(source)
     checkpoint = _read_config(source)
-    check_checkpoint(name, checkpoint, quantised)
-    if sharded and (quantised is not None or checkpoint.get("quantization_config") is not None):
+    check_checkpoint(name, checkpoint, quantization)
+    if sharded and (quantization is not None or checkpoint.get("quantization_config") is not None):
         raise ModelError(
             f"parallel.base: fsdp needs weights in floating point, those of {name} are quantised; "
             "take base: replicated"
@@ -206,9 +205,9 @@ def load_base_model(
                 f"{shown(attn_implementation)}"
             )
         options["attn_implementation"] = attn_implementation
-    if quantised is not None:
-        check_fits_dtype(quantised, str(chosen).removeprefix("torch."))
-        options["quantization_config"] = transformers_config(quantised, chosen)
+    if quantization is not None:
+        check_fits_dtype(quantization, str(chosen).removeprefix("torch."))
+        options["quantization_config"] = transformers_config(quantization, chosen)
     with quiet():
         tokenizer = _load_tokenizer(name, source)
         with _raised_as_model_error(name, source):

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,37 +26,32 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraloom.adapters.base import QuantisedWeight
-from loraloom.config.model import (
-    AnyQuantization,
-    BitsAndBytes4bit,
-    BitsAndBytes8bit,
-    TorchAo,
-    check_fits_dtype,
-)
-from loraloom.errors import ConfigError, ModelError
+from loraloom.config.fields import did_you_mean
+from loraloom.config.model import Quantization, check_fits_dtype
+from loraloom.errors import ConfigError, ModelError, shown
 
 
-def check_quantization(
-    quantization: AnyQuantization | None, dtype: str, device: torch.device
-) -> None:
+def check_quantization(quantization: str | None, dtype: str, device: torch.device) -> None:
     """Find out whether a model can be quantised so here, before anything is loaded."""
     if quantization is None:
         return
-    import_library(quantization.quant_method.partition("_")[0], "this quantization")
+    if quantization not in (names := get_args(Quantization)):
+        raise ConfigError(
+            f"quantization must be one of {', '.join(names)}, got {shown(quantization)}"
+            f"{did_you_mean(str(quantization), names)}"
+        )
+    library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
+    import_library(library, "this quantization")
     check_fits_dtype(quantization, dtype)
-    if isinstance(quantization, TorchAo):
-        on_cuda = device.type == "cuda"
-        has_int4 = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-        if quantization.quant_type != "int8_weight_only" and not has_int4:
-            raise ModelError(
-                "quantization torchao int4_weight_only needs a CUDA device of capability 8.0 or "
-                f"higher, got {device}; take torchao-int8, or nf4"
-            )
+    on_cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if quantization == "torchao-int4" and not on_cuda:
+        raise ModelError(
+            "quantization torchao-int4 needs a CUDA device of capability 8.0 or higher, got "
+            f"{device}; take torchao-int8, or nf4"
+        )
 
 
-def check_checkpoint(
-    name: str, checkpoint: Mapping[str, Any], quantization: AnyQuantization | None
-) -> None:
+def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str | None) -> None:
     """Hold a checkpoint that may be quantised already against what is asked for."""
     own = checkpoint.get("quantization_config")
     if not isinstance(own, dict):
@@ -71,27 +66,25 @@ def check_checkpoint(
         import_library(method, f"the quantised checkpoint {name}")
 
 
-def transformers_config(
-    quantization: AnyQuantization, dtype: torch.dtype
-) -> QuantizationConfigMixin:
-    settings = quantization.model_dump(exclude={"quant_method"})
+def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationConfigMixin:
     match quantization:
-        case BitsAndBytes4bit(bnb_4bit_compute_dtype=compute_dtype):
-            settings["bnb_4bit_compute_dtype"] = compute_dtype or dtype
-            return BitsAndBytesConfig(load_in_4bit=True, **settings)
-        case BitsAndBytes8bit():
-            return BitsAndBytesConfig(load_in_8bit=True, **settings)
-        case TorchAo(quant_type=kind, group_size=size):
-            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-            from torchao.quantization.granularity import PerGroup, PerRow
+        case "nf4" | "fp4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        case "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
-            # torchao would change settings of torch.compile for the whole process.
-            options: dict[str, Any] = {"set_inductor_config": False}
-            if kind == "int8_weight_only":
-                granularity = PerRow() if size is None else PerGroup(size)
-                return TorchAoConfig(Int8WeightOnlyConfig(granularity=granularity, **options))
-            options |= {"group_size": size or 128, "int4_packing_format": "tile_packed_to_4d"}
-            return TorchAoConfig(Int4WeightOnlyConfig(**options))
+    # torchao would change settings of torch.compile for the whole process.
+    options: dict[str, Any] = {"set_inductor_config": False}
+    if quantization == "torchao-int8":
+        return TorchAoConfig(Int8WeightOnlyConfig(**options))
+    options |= {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}
+    return TorchAoConfig(Int4WeightOnlyConfig(**options))
 
 
 def import_library(name: str, purpose: str) -> ModuleType:

@@ -370,12 +370,6 @@ class RunConfig(BaseModelConfig):
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        computes_in_float16 = getattr(self.quantization, "bnb_4bit_compute_dtype", 0) == "float16"
-        if computes_in_float16 and self.dtype != "float16":
-            yield (
-                "quantization.bnb_4bit_compute_dtype must be float32 or bfloat16 in training, got "
-                "float16: small gradients become zero; or set dtype: float16, which scales the loss"
-            )
         names = [job.name.casefold() for job in self.all_jobs]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"jobs and those of a sweep must have names that differ, got {name!r} again"
