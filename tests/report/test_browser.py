@@ -44,8 +44,7 @@ def path(tmp_path_factory):
     return page
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 375, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (1280, "dark")])
 def test_the_page_fits_with_everything_unfolded(browser, path, width, scheme):
     with browsers.opened(browser, path, width, scheme) as page:
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")

@@ -40,7 +40,7 @@ def test_what_is_no_run_is_one_clear_error(tmp_path, name):
         read_run(tmp_path / name)
 
 
-@pytest.mark.parametrize("line", ["{]", "[1]", '{"step": 1, "loss": NaN}'])
+@pytest.mark.parametrize("line", ["{]", '{"step": 1, "loss": NaN}'])
 def test_a_broken_line_is_named(tmp_path, line):
     run = write_run(tmp_path / "run", ["mix"])
     file = run / "mix/metrics.jsonl"
@@ -55,48 +55,24 @@ def test_an_evaluation_is_read_and_what_is_new_in_it_is_kept(tmp_path):
     assert list(read.results) == ["base", "mix", "lora"]
     assert read.routing["mix"]["num_experts"] == 8
     assert read.to_json()["a later field"] == 1
-    with pytest.raises(ConfigError, match="--eval must be a file of"):
+    with pytest.raises(DataError, match=r"nowhere\.json can't be read"):
         read_evaluation(tmp_path / "nowhere.json")
+
+
+WHOLE = json.dumps(evaluation())
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ('{"schema_version": 2, "results": {}}', "schema_version: Input should be 1"),
-        ("[]", "Input should be a valid dictionary"),
         ("", "JSON: .* line 1"),
+        ("[]", "what `loraloom eval --output` wrote"),
+        (WHOLE.replace('"schema_version": 1', '"schema_version": 2'), "schema_version must be 1"),
+        (WHOLE.replace('"p_value"', '"p"'), "p_value"),
+        (WHOLE.replace('"difference": 0.2', '"difference": NaN'), "JSON"),
     ],
 )
-def test_another_file_is_no_evaluation(tmp_path, text, fault):
+def test_another_file_is_an_error_that_names_it(tmp_path, text, fault):
     (tmp_path / "result.json").write_text(text)
-    with pytest.raises(DataError, match=rf"result\.json must be .*{fault}"):
-        read_evaluation(tmp_path / "result.json")
-
-
-def changed(change):
-    content = evaluation()
-    change(content)
-    return content
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (lambda c: c["comparisons"][0].pop("p_value"), "comparisons.0.p_value: Field required"),
-        (lambda c: c["results"].update(mix=3), "results.mix: Input should be a valid dictionary"),
-    ],
-)
-def test_a_table_that_is_not_whole_is_an_error_that_names_it(tmp_path, change, fault):
-    path = write_evaluation(tmp_path / "result.json", changed(change))
-    with pytest.raises(DataError) as caught:
-        read_evaluation(path)
-    assert str(path) in str(caught.value)
-    assert fault in str(caught.value)
-
-
-@pytest.mark.parametrize("number", ["NaN", "1e999"])
-def test_numbers_that_are_not_finite_are_errors(tmp_path, number):
-    text = json.dumps(evaluation()).replace('"difference": 0.2', f'"difference": {number}')
-    (tmp_path / "result.json").write_text(text)
-    with pytest.raises(DataError, match=r"result\.json"):
+    with pytest.raises(DataError, match=rf"result\.json must be (?s:.*){fault}"):
         read_evaluation(tmp_path / "result.json")

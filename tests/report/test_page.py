@@ -221,7 +221,7 @@ def test_the_verb_writes_one_file(run, tmp_path, capsys):
     ("words", "message"),
     [
         (["{tmp}"], "RUN_DIR must be a directory that `loraloom train` wrote"),
-        (["{run}", "--eval", "nowhere.json"], "--eval must be a file of `loraloom eval --output`"),
+        (["{run}", "--eval", "nowhere.json"], "nowhere.json can't be read: No such file"),
         (["{run}", "--output", "{tmp}/page.json"], "--output must end in .html"),
     ],
 )

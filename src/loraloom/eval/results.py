@@ -15,9 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
+from loraloom.config.fields import checked
 from loraloom.config.text import read_json
 from loraloom.durable import write_output
 from loraloom.errors import ConfigError, DataError
@@ -149,7 +150,13 @@ class Evaluation(BaseModel):
             case ".csv":
                 text = self.frame().to_csv(index=False, lineterminator="\n")
             case ".md":
-                text = _markdown_page(self)
+                versions = ", ".join(f"{name} {of}" for name, of in self.versions.items())
+                how = (
+                    f"Base model {self.base_model} ({self.base_fingerprint}) in {self.dtype}, "
+                    f"attention {self.attention}, on {self.device}; {versions}; {self.date}.\n\n"
+                    f"```sh\n{self.command}\n```\n"
+                )
+                text = "\n".join([*map(markdown, self.tables()), how])
             case _:
                 text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
                 text += "\n"
@@ -163,15 +170,8 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    if not path.is_file():
-        raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
-    try:
-        return Evaluation.model_validate(read_json(path, DataError))
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        reason = ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))
-        expected = "must be what `loraloom eval --output` wrote, got another file"
-        raise DataError(f"{path} {expected}: {reason}") from None
+    expected = f"{path} must be what `loraloom eval --output` wrote, got another file: "
+    return checked(Evaluation, read_json(path, DataError), DataError, expected)
 
 
 def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:
@@ -280,23 +280,6 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
         )  # fmt: skip
         table.caption = "* p (Holm), adjusted for all comparisons, is below 0.05"
     return table
-
-
-def _markdown_page(found: Evaluation) -> str:
-    """Write an evaluation's tables in Markdown, and below them how they were got."""
-    asked = "; ".join(
-        f"{task} by {one['scoring']} ({one['num_questions']} questions)"
-        if "scoring" in one
-        else f"{task} as {one['format']} ({one['num_examples']} rows, {one['num_tokens']} tokens)"
-        for task, one in found.tasks.items()
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    below = (
-        f"Base model {found.base_model} ({found.base_fingerprint}) in {found.dtype}, attention "
-        f"{found.attention}, on {found.device}; {asked}; {versions}; {found.date}.\n\n"
-        f"```sh\n{found.command}\n```\n"
-    )
-    return "\n".join([*map(markdown, found.tables()), below])
 
 
 def markdown(table: Table) -> str:

@@ -61,7 +61,7 @@ def _is_job(path: Path) -> bool:
 
 def _read_job(directory: Path, run: str) -> Job:
     file, name = directory / RESULT_FILE, directory.resolve().name
-    result = _object(read_json(file, DataError), str(file)) if file.is_file() else None
+    result = read_json(file, DataError) if file.is_file() else None
     return Job(name, run, _read_metrics(directory / METRICS_FILE), result, name)
 
 
@@ -70,14 +70,7 @@ def _read_metrics(file: Path) -> list[Fields]:
     *lines, last = read_text(file, DataError).split("\n") if file.is_file() else [""]
     metrics = []
     for number, line in enumerate(lines, start=1):
-        values = parse_json(line or "{}", f"{file}, line {number}", DataError)
-        metrics.append(_object(values, f"{file}, line {number}"))
+        metrics.append(parse_json(line or "{}", f"{file}, line {number}", DataError))
     with suppress(DataError):
-        metrics.append(_object(parse_json(last, str(file), DataError), str(file)))
-    return [line for line in metrics if isinstance(line.get("step"), int)]
-
-
-def _object(values: object, origin: str) -> Fields:
-    if not isinstance(values, dict):
-        raise DataError(f"{origin} must be an object, as `loraloom train` wrote it")
-    return values
+        metrics.append(parse_json(last, str(file), DataError))
+    return [line for line in metrics if isinstance(line, dict) and "step" in line]
