@@ -113,7 +113,7 @@ def evaluate(args: argparse.Namespace, seeds: list[str], output: Path, *more: st
         for method in args.methods
         for seed in seeds
     ]
-    outputs = [f"--output={output}{suffix}" for suffix in (".json", ".md", ".csv")]
+    outputs = [f"--output={output}{suffix}" for suffix in (".json", ".csv")]
     others = [method for method in args.methods if method != "mixlora"]
     pairs = [f"--compare=mixlora:{method}" for method in others]
     pairs += [f"--compare={method}:base" for method in args.methods]

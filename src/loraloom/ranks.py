@@ -89,10 +89,6 @@ class Ranks(ABC):
         """Whether it is so on any rank."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
-    def first(self, flag: bool) -> bool:
-        """Whether it is so on the first rank."""
-        return self.any(flag and self.is_first)
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Let what fails on one rank fail on all, so that all go on in the same way."""

@@ -86,9 +86,7 @@ def test_split_limit_and_base_can_be_chosen(run, saved, tmp_path):
         ("--task arc_easy --adapter a=nowhere", "there is no nowhere"),
         ("--task arc_easy --adapter nowhere", "--adapter must be name=path"),
         ("--task arc_easy --base-model ./nowhere", "./nowhere"),
-        ("--task arc_easy --output .", "--output must end in .json, .csv, .md, got ."),
-        ("--task arc_easy --output a.json --output b/../a.json", "must name each file once"),
-        ("--task arc_easy --output a.json --per-question a.json", "must name each file once"),
+        ("--task arc_easy --output .", "--output must end in .json, .csv, got ."),
         ("--task arc_easy --num-fewshot 0", "--num-fewshot has an effect with --harness only"),
         (
             "--task arc_easy,piqa",

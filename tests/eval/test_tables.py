@@ -5,7 +5,7 @@ import csv
 from rich.table import Table
 
 from loraloom.eval.evaluation import summarise
-from loraloom.eval.results import Comparison, Evaluation, markdown
+from loraloom.eval.results import Comparison, Evaluation
 from loraloom.terminal import make_console, print_tables
 from tests.eval.scoring import toy_scores
 
@@ -73,13 +73,6 @@ def test_eight_adapters_with_long_names_fit_80_columns():
     for line in printed(*evaluation.tables()).splitlines():
         assert len(line.rstrip()) <= 80, line
         assert "…" not in line
-
-
-def test_markdown_keeps_cells_and_sides():
-    table = Table("a|b")
-    table.add_column("n", justify="right")
-    table.add_row("x", "1")
-    assert markdown(table) == "| a\\|b | n |\n| --- | ---: |\n| x | 1 |\n"
 
 
 def test_the_frame_has_a_row_for_each_group():

@@ -90,7 +90,7 @@ class EvalRun(HostOptions):
     no_cache: bool = False
     """Keep no scores, and use none that are kept."""
     output: list[Path] = Field(default_factory=list)
-    """Write the results to FILE.json, FILE.csv or FILE.md. May be repeated."""
+    """Write the results to FILE.json or FILE.csv. May be repeated."""
     per_question: Path | None = None
     """Write a line for each question to FILE.jsonl."""
 
@@ -122,7 +122,7 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
 
     Scores of --task and --dataset are kept: after Ctrl-C the same command goes on where it was.
     """
-    check_outputs(run.output, run.per_question)
+    check_outputs(run.output)
     for path in [*run.output, run.per_question]:
         prepare_output(path, "--output")
     choose_pairs(run.names, run.compare)

@@ -27,7 +27,7 @@ from loraloom.terminal import make_table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SUFFIXES = (".json", ".csv", ".md")
+SUFFIXES = (".json", ".csv")
 
 # What tables call the answer that is the same to every question, the most frequent right one.
 CONSTANT = "constant answer"
@@ -139,27 +139,17 @@ class Evaluation(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
     def write(self, path: str | Path) -> None:
-        """Write a .json, .csv or .md file.
+        """Write a .json or .csv file.
 
         Raises:
             ConfigError: If the suffix is another one, or the file can't be written.
         """
         path = Path(path)
         check_outputs([path])
-        match path.suffix.lower():
-            case ".csv":
-                text = self.frame().to_csv(index=False, lineterminator="\n")
-            case ".md":
-                versions = ", ".join(f"{name} {of}" for name, of in self.versions.items())
-                how = (
-                    f"Base model {self.base_model} ({self.base_fingerprint}) in {self.dtype}, "
-                    f"attention {self.attention}, on {self.device}; {versions}; {self.date}.\n\n"
-                    f"```sh\n{self.command}\n```\n"
-                )
-                text = "\n".join([*map(markdown, self.tables()), how])
-            case _:
-                text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-                text += "\n"
+        if path.suffix.lower() == ".csv":
+            text = self.frame().to_csv(index=False, lineterminator="\n")
+        else:
+            text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_output(path, text)
 
 
@@ -174,15 +164,11 @@ def read_evaluation(path: Path) -> Evaluation:
     return checked(Evaluation, read_json(path, DataError), DataError, expected)
 
 
-def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:
-    """Raise a ConfigError if a file's suffix says nothing, or two files are one."""
+def check_outputs(paths: Sequence[Path]) -> None:
+    """Raise a ConfigError if a file's suffix says nothing."""
     for path in paths:
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"--output must end in {', '.join(SUFFIXES)}, got {path}")
-    files = [*paths, *([] if per_question is None else [per_question])]
-    if len({path.resolve() for path in files}) < len(files):
-        names = ", ".join(map(str, files))
-        raise ConfigError(f"--output and --per-question must name each file once, got {names}")
 
 
 def _with_groups(by_task: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Fields]:
@@ -280,17 +266,3 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
         )  # fmt: skip
         table.caption = "* p (Holm), adjusted for all comparisons, is below 0.05"
     return table
-
-
-def markdown(table: Table) -> str:
-    """Write a table in Markdown, with its title above and its caption below."""
-    columns = [
-        [str(cell).replace("|", "\\|") for cell in (column.header, *column.cells)]
-        for column in table.columns
-    ]
-    header, *rows = map(list, zip(*columns, strict=True))
-    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
-    above = "" if table.title is None else f"{table.title}:\n\n"
-    below = "" if table.caption is None else f"\n{table.caption}\n"
-    lines = [f"| {' | '.join(row)} |\n" for row in (header, rules, *rows)]
-    return above + "".join(lines) + below

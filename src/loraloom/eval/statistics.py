@@ -27,6 +27,8 @@ from loraloom.eval.results import BASE, PairedComparison
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
+# Of a resample, as right and wrong answers have: their counts are drawn, not the items.
+_FEW_VALUES = 32
 
 # Contestants, besides the base model, of whom all pairs are compared without being asked for.
 MAX_FOR_ALL_PAIRS = 4
@@ -91,45 +93,35 @@ def compare_paired(
             "a paired comparison needs the same questions of both, at least one, got "
             f"{len(first)} and {len(second)}"
         )
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    count = len(differences)
-    # differences take few values, so a resample is a multinomial draw of how often each occurs
-    values, counts = np.unique(differences, return_counts=True)
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(count, counts / count, size=NUM_RESAMPLES)
-    return _compared(
-        differences,
-        float(differences.mean()),
-        float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else None,
-        _percentiles(draws @ values / count),
-    )
+    return _compare(first, second, np.ones(len(first)), 1, seed)
 
 
 def compare_losses(
     first: Sequence[int | float], second: Sequence[int | float], num_tokens: Sequence[int]
 ) -> PairedComparison:
     """Compare the losses a token of two adapters on the same rows; they are ratios of sums."""
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    lengths = np.asarray(num_tokens, dtype=np.float64)
-    (interval,) = ratio_intervals(differences[:, None], lengths)
-    stderr = ratio_stderr(differences, lengths)
-    return _compared(-differences, float(differences.sum() / lengths.sum()), stderr, interval)
+    return _compare(first, second, np.asarray(num_tokens, dtype=np.float64), -1)
 
 
-def _compared(
-    gains: np.ndarray, difference: float, stderr: float | None, interval: tuple[float, float]
+def _compare(
+    first: Sequence[int | float],
+    second: Sequence[int | float],
+    lengths: np.ndarray,
+    better: int,
+    seed: int = 0,
 ) -> PairedComparison:
-    num_first, num_second = int((gains > 0).sum()), int((gains < 0).sum())
-    p_value = mcnemar_p_value(num_first, num_second)
+    """Compare ratios of sums; the sign `better` says which differences speak for the first."""
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    num_first, num_second = (int((sign * differences > 0).sum()) for sign in (better, -better))
     return PairedComparison(
-        difference, stderr, interval, p_value, num_first, num_second, len(gains)
+        difference=float(differences.sum() / lengths.sum()),
+        stderr=ratio_stderr(differences, lengths),
+        interval=ratio_intervals(differences[:, None], lengths, seed)[0],
+        p_value=mcnemar_p_value(num_first, num_second),
+        num_first_better=num_first,
+        num_second_better=num_second,
+        num_examples=len(differences),
     )
-
-
-def _percentiles(draws: np.ndarray) -> tuple[float, float]:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, (tail, 1 - tail))
-    return float(low), float(high)
 
 
 def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
@@ -145,15 +137,21 @@ def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
     return float(math.sqrt(count / (count - 1) * np.square(deviations).sum()) / total)
 
 
-def ratio_intervals(sums: np.ndarray, lengths: np.ndarray) -> list[tuple[float, float]]:
+def ratio_intervals(
+    sums: np.ndarray, lengths: np.ndarray, seed: int = 0
+) -> list[tuple[float, float]]:
     """Compute percentile bootstrap intervals of Σ sums / Σ lengths, all from the same resamples."""
     count, totals = len(lengths), np.column_stack([sums, lengths])
-    generator = np.random.default_rng(0)
-    means = np.empty((NUM_RESAMPLES, totals.shape[1]))
-    for resample in means:
-        times = np.bincount(generator.integers(count, size=count), minlength=count)
-        resample[:] = times @ totals
-    return [*map(_percentiles, (means[:, :-1] / means[:, -1:]).T)]
+    generator = np.random.default_rng(seed)
+    values, counts = np.unique(totals, axis=0, return_counts=True)
+    if len(values) < _FEW_VALUES:  # a resample is a multinomial draw of how often each occurs
+        means = generator.multinomial(count, counts / count, size=NUM_RESAMPLES) @ values
+    else:
+        draws = (generator.integers(count, size=count) for _ in range(NUM_RESAMPLES))
+        means = np.stack([np.bincount(draw, minlength=count) @ totals for draw in draws])
+    tail = (1 - CONFIDENCE) / 2
+    ends = np.quantile(means[:, :-1] / means[:, -1:], (tail, 1 - tail), axis=0)
+    return [(float(low), float(high)) for low, high in ends.T]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -290,7 +290,8 @@ class Engine:
     def save_if_due(self, *, may_wait: bool) -> None:
         """Write a checkpoint if one is due. If that fails, the next try comes a minute later."""
         is_too_early = may_wait and time.monotonic() < self._no_checkpoint_before
-        if not self.host.ranks.first(self._is_checkpoint_due and not is_too_early):
+        is_due = self.host.ranks.is_first and self._is_checkpoint_due and not is_too_early
+        if not self.host.ranks.any(is_due):
             return
         try:
             self.save_state()

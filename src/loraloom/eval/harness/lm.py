@@ -183,20 +183,15 @@ class HostLM(_HFLM):
         pairs = [TokenPair(text or [self.prefix_token_id], rest) for _, text, rest in requests]
         asked = [tuple(map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
         scores = self.answers.of(self.adapter, asked, "loglikelihood", disable_tqdm)
-        for (texts, _, _), score in zip(requests, scores, strict=True):
+        for score in scores:
             if not math.isfinite(score.log_likelihood):
                 raise not_finite("log-likelihoods", score.log_likelihood, [self.adapter])
-            if texts is not None:  # a window of a text has none
-                self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
         return [tuple(score) for score in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         pairs: list[Any] = [request.args for request in requests]
         asked = [self._completion(text, how, n) for n, (text, how) in enumerate(pairs)]
-        texts = self.answers.of(self.adapter, asked, "generate_until", disable_tqdm)
-        for pair, text in zip(pairs, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", pair, text)
-        return texts
+        return self.answers.of(self.adapter, asked, "generate_until", disable_tqdm)
 
     def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> Completion:
         sampling = parse_generation(settings, self.max_gen_toks)

@@ -27,8 +27,7 @@ def as_evaluation(found: Results, **details: Any) -> Evaluation:
     """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`.
 
     `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one that `accuracy` is.
-    `subtasks` are what a group consists of. lm-eval's own results, without the samples, are
-    `lm_eval`.
+    lm-eval's own results, without the samples, are `lm_eval`.
     """
     plain = {n or BASE: {k: v for k, v in of.items() if k != "samples"} for n, of in found.items()}
     text = json.dumps(plain, default=handle_non_serializable)
@@ -62,8 +61,6 @@ def _result(found: Mapping[str, Any], task: str) -> Fields:
             result["interval"] = list(wilson_interval(value, result["num_examples"]))
     if split := config.get("test_split") or config.get("validation_split"):
         result["split"] = split
-    if subtasks := found.get("group_subtasks", {}).get(task):
-        result["subtasks"] = list(subtasks)
     return result
 
 
