@@ -9,7 +9,7 @@ import yaml
 
 import loraloom.training.inbox as inbox_module
 from loraloom.errors import ConfigError
-from loraloom.training.inbox import WatchOptions, sole_trainer
+from loraloom.training.inbox import WatchOptions, lock_watched
 from loraloom.training.run import train
 from loraloom.training.store import CheckpointStore
 from tests.training.running import Spoken, assert_same_files
@@ -181,9 +181,7 @@ def test_a_watch_that_was_interrupted_goes_on_to_the_same_weights(tmp_path, inbo
         path.unlink()
     with pytest.raises(SystemExit, match="143"):
         watch(tmp_path, inbox, after_step=killing(2, signal.SIGTERM))
-    state = state_of(paths[0])
-    assert (state["state"], state["step"]) == ("queued", 2)
-    assert "--resume" in state["reason"]
+    assert state_of(paths[0])["state"] == "running"
     assert watch(tmp_path, inbox, resume=True)[0] == {"a": DONE, "c": DONE}
     before = [state_of(path) for path in paths]
     assert [state["state"] for state in before] == ["done", "done"]
@@ -203,7 +201,7 @@ def test_a_file_deleted_while_nothing_ran_stops_its_job(tmp_path, inbox):
 
 @pytest.mark.parametrize(
     "text",
-    ['{"state": "running", "job": "a"}', "[1]", '{"job": [], "state": "queued"}'],
+    ['{"state": "running", "job": "a"}', "[1]", '{"job": [], "state": "running"}'],
     ids=["lost", "list", "types"],
 )
 def test_what_a_run_that_died_or_somebody_else_left_counts_for_nothing(tmp_path, inbox, text):
@@ -262,11 +260,11 @@ def test_jobs_are_waited_for_until_the_run_is_interrupted(tmp_path, inbox, monke
 
 def test_a_directory_of_job_files_has_one_trainer(inbox):
     with (
-        sole_trainer(inbox),
+        lock_watched(inbox),
         pytest.raises(ConfigError, match=r"no other run watches, got .*not be acquired"),
-        sole_trainer(inbox),
+        lock_watched(inbox),
     ):
         pass
     (inbox / "file").write_text("")
-    with pytest.raises(ConfigError, match="--watch must name a dir"), sole_trainer(inbox / "file"):
+    with pytest.raises(ConfigError, match="--watch must name a dir"), lock_watched(inbox / "file"):
         pass

@@ -116,7 +116,7 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(sweep_run(inputs, tmp_path), between_steps=interrupt)
     train(sweep_run(inputs, tmp_path), resume=True)
-    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
+    assert read_csv(tmp_path) == read_csv(halved)
     for trial in sweep_run(inputs, tmp_path).trials:
         directory, unbroken = tmp_path / trial.name, halved / trial.name
         assert without_seconds(metrics_of(directory)) == without_seconds(metrics_of(unbroken))
@@ -128,7 +128,7 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
 def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):
     directory = shutil.copytree(halved, tmp_path / "copy")
     changed = sweep_run(inputs, directory, parameters={"train.learning_rate": RATES[:-1]})
-    with pytest.raises(ConfigError, match=r"these differ: .*sweep\.parameters"):
+    with pytest.raises(ConfigError, match=r"that the run began with: sweep\.parameters"):
         train(changed, resume=True)
 
 
@@ -184,7 +184,7 @@ def test_a_killed_tpe_sweep_goes_on_to_the_jobs_of_an_unbroken_one(
     with (tmp_path / "sweep.journal").open("a") as journal:
         journal.write('{"op_code": 5, "torn')
     train(run, resume=True)
-    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(learned))
+    assert read_csv(tmp_path) == read_csv(learned)
     for row in read_csv(learned):
         directory, unbroken = tmp_path / row["name"], learned / row["name"]
         assert without_seconds(metrics_of(directory)) == without_seconds(metrics_of(unbroken))

@@ -10,7 +10,6 @@ from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.sweep_settings import (
     SweepConfig,
     SweepStoppingConfig,
-    format_values,
     parameter_value,
 )
 
@@ -57,8 +56,6 @@ def test_a_grid_has_every_combination_and_the_last_parameter_changes_fastest():
         (3e-4, "mixlora"),
     ]
     assert all(job.adapter.rank == 8 for job in trials)
-    combination = run(parameters=parameters).sweep.combinations()[3]
-    assert format_values(combination) == "train.learning_rate=0.0003 adapter.method=mixlora"
 
 
 def test_a_parameter_may_be_a_whole_section_or_a_place_in_a_list():

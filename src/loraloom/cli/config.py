@@ -11,7 +11,6 @@ from ruamel.yaml import YAML
 from loraloom.cli.options import Sets
 from loraloom.training.settings import load_run_config
 from loraloom.training.settings import schema as run_file_schema
-from loraloom.training.sweep_settings import format_values
 
 
 def schema() -> None:
@@ -34,7 +33,7 @@ def show(run_file: Path, /, *, overrides: Sets = ()) -> None:
     yaml.dump(settings, sys.stdout)
     if run.sweep is not None:
         print(f"# The sweep's {run.sweep.num_jobs} jobs:")
-        for job, drawn in zip(run.trials, run.sweep.combinations(), strict=True):
-            print(f"# {job.name} {format_values(drawn)}")
+        for job in run.trials:
+            print(f"# {job.name}")
         if len(run.trials) < run.sweep.num_jobs:
             print("# and those that tpe chooses in the course of the run")

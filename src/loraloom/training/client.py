@@ -148,7 +148,7 @@ class TrainingClient:
         It returns a scalar loss that depends on these, and metrics.
         """
         key, objective = self._next_sample_key(), requests.custom_objective(data, loss_fn)
-        request = requests.Request(self.adapter, data, objective, key, loss_scale=self._loss_factor)
+        request = requests.Request(self.adapter, data, objective, key, loss_scale=self._loss_scale)
         return requests.run_requests(self.host, [request], self.pad_id)[0]
 
     def request(
@@ -171,7 +171,7 @@ class TrainingClient:
             self.references[reference.adapter_name] = reference
         terms, keys = objectives.build_objective(config), self._next_sample_key()
         return requests.Request(
-            self.adapter, data, terms, keys, reference, micro_batch_size, self._loss_factor
+            self.adapter, data, terms, keys, reference, micro_batch_size, self._loss_scale
         )
 
     def optim_step(
@@ -278,9 +278,6 @@ class TrainingClient:
         for reference in self.references.values():
             objectives.drop_reference(self.host, reference, others)
         self.references.clear()
-
-    def _loss_factor(self) -> float:
-        return 1.0 if self._loss_scale is None else self._loss_scale.scale
 
     def _next_sample_key(self) -> Callable[[int], int]:
         self._forwards += 1  # so that each call has other masks

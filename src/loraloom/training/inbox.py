@@ -1,7 +1,7 @@
 """A directory of job files: what is dropped into it is trained, and each file is told how it went.
 
     DIR/math.yaml          one job, as in `jobs:` of a run file
-    DIR/math.state.json    written beside it: queued, running, done, failed or stopped, and why
+    DIR/math.state.json    written beside it: running, done, failed or stopped, and why
 
 A file is read once it has not changed between two looks. One that was dealt with is read again when
 it is edited; edits have no effect on a job that trains. Deleting the file of a job that trains
@@ -11,12 +11,12 @@ stops the job.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from loraloom.config.text import read_json
 from loraloom.durable import write_json
@@ -86,19 +86,10 @@ class Inbox:
                 self._read[path] = version
                 self._submit(path)
 
-    def close(self) -> None:
-        """Say of jobs that were interrupted that they wait."""
-        for path, name in self._jobs.items():
-            if name in self._engine.jobs:
-                self._write(path, "queued", name, "interrupted; it goes on with --resume", None)
-
     def _is_over(self) -> bool:
         """Whether every file is dealt with, and nobody waits for more."""
-        return (
-            self._options.exit_when_idle
-            and self._is_settled
-            and self._files.items() <= self._read.items()
-        )
+        is_read = self._files.items() <= self._read.items()
+        return self._options.exit_when_idle and self._is_settled and is_read
 
     def _list_files(self) -> dict[Path, _Version]:
         paths = sorted(self._options.path.iterdir())  # glob is silent about what it can't read
@@ -159,19 +150,16 @@ class Inbox:
             self._say(f"warning: {path} has a state file that can't be written: {error}")
 
 
-@contextmanager
-def sole_trainer(path: Path) -> Iterator[None]:
-    """Make a directory to watch if it isn't there, and keep other trainers away until the end."""
+def lock_watched(path: Path) -> AbstractContextManager[BaseFileLock]:
+    """Make a directory to watch if it isn't there, and keep other trainers away."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".loraloom.lock", timeout=0).acquire()
+        return FileLock(path / ".loraloom.lock", timeout=0).acquire()
     except OSError as error:  # a lock that another run has is one as well
         raise ConfigError(
             "--watch must name a directory that can be written to and that no other run watches, "
             f"got {path}: {error}"
         ) from None
-    with lock:
-        yield
 
 
 def _state_file(path: Path) -> Path:

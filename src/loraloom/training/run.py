@@ -12,7 +12,7 @@ from loraloom.models.host import Host
 from loraloom.ranks import Ranks
 from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
-from loraloom.training.inbox import Inbox, WatchOptions, sole_trainer
+from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
 from loraloom.training.parallel import joined_ranks, rank_device, read_launch
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
@@ -100,7 +100,7 @@ def train(
     with ExitStack() as stack:
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
-            stack.enter_context(sole_trainer(watch.path))
+            stack.enter_context(lock_watched(watch.path))
         host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
         stack.enter_context(_borrowed(host, ranks))
         if resume and directory.has_checkpoints():
@@ -125,7 +125,6 @@ def train(
             callbacks.append(sweep.between_steps)
         if watch is not None:
             inbox = Inbox(watch, setup.engine, progress.message)
-            stack.callback(inbox.close)
             callbacks.append(inbox.between_steps)
         results = setup.engine.run(*callbacks)
         if sweep is not None:

@@ -52,9 +52,6 @@ OptimizerName = Literal[
     "rmsprop", "rprop", "sgd", "adamw_8bit", "ademamix_8bit", "lion_8bit", "paged_adamw_8bit",
     "paged_adamw_32bit", "paged_ademamix_8bit", "paged_lion_8bit",
 ]
-# fmt: on
-
-# fmt: off
 # The schedulers of transformers (SchedulerType).
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
@@ -304,10 +301,9 @@ class JobConfig(StrictModel):
 
     @property
     def selection_metric(self) -> str | None:
-        """The metric that chooses the best weights; None: nothing is held out, the last are kept.
+        """The metric that chooses the best weights: early stopping's, else the first possible one.
 
-        It is early stopping's metric, else the loss on held-out rows, else the first evaluation
-        that is not on a test split.
+        None: nothing is held out, the last weights are kept.
         """
         if self.train.early_stopping is not None:
             return self.train.early_stopping.metric

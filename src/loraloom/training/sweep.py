@@ -39,10 +39,7 @@ _STATUS = {
 
 
 def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | None) -> optuna.Study:
-    """Begin a run's study, or go on with the one that is there, cut back to so many bytes.
-
-    Where several processes share it, None leaves it whole.
-    """
+    """Begin a run's study, or go on with the one there; None leaves it whole, as others use it."""
     assert run.sweep is not None
     journal = directory.sweep_journal
     if journal_bytes is not None:
@@ -60,8 +57,8 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
     now = run.sweep.model_dump(mode="json", include={"metric", "parameters"})
     if changes := describe_changes(study.user_attrs.get("sweep", now), now, "sweep"):
         raise ConfigError(
-            f"--resume needs the sweep that the run began with, these differ: "
-            f"{'; '.join(changes)}; set them back, or give --overwrite to begin again"
+            f"--resume needs the sweep that the run began with: {'; '.join(changes)}; set it back, "
+            "or give --overwrite to begin again"
         )
     study.set_user_attr("sweep", now)
     for combination in run.sweep.combinations()[len(study.get_trials(deepcopy=False)) :]:
@@ -78,7 +75,7 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
             continue
-        steps, seconds = trial.last_step or 0, trial.duration
+        steps = trial.last_step or 0
         value = trial.intermediate_values.get(steps) if trial.value is None else trial.value
         rows.append(
             {
@@ -86,7 +83,6 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
                 **{"status": _STATUS[trial.state], "steps": steps},
                 **{path: format_drawn(drawn) for path, drawn in trial.params.items()},
                 sweep.metric: value,
-                "seconds": None if seconds is None else round(seconds.total_seconds(), 1),
             }
         )
     sign = 1 if metric_mode(sweep.metric) == "min" else -1
@@ -101,22 +97,18 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
 
 def show_ranking(sweep: SweepConfig, study: optuna.Study, progress: Progress) -> None:
     """Print how the jobs stand, the best first."""
-    table = DataFrame(rank_jobs(sweep, study)).drop(columns="seconds", errors="ignore")
+    table = DataFrame(rank_jobs(sweep, study))
     progress.message(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
 
 
 class Sweep:
-    """A sweep whose jobs an engine trains: all of them, or those that one of several workers takes.
-
-    `place` is the number of the worker, and how many there are; see `open_study` for the rest.
-    """
+    """A sweep whose jobs an engine trains: all, or its share as one of `place[1]` workers."""
 
     def __init__(self, setup: Setup, journal_bytes: int | None, place: tuple[int, int] = (0, 1)):
         assert setup.run.sweep is not None
         self._setup = setup
         self._engine = setup.engine
         self._sweep = setup.run.sweep
-        self._metric = setup.run.sweep.metric
         self._study = open_study(setup.run, setup.directory, journal_bytes)
         self._place = place
         self._longest = 1
@@ -176,13 +168,13 @@ class Sweep:
             step, metrics = job.position.evaluated_step, job.position.metrics
         else:
             return
-        if self._metric in metrics and step not in trial.intermediate_values:
-            self._handle(trial).report(metrics[self._metric], step)
+        if self._sweep.metric in metrics and step not in trial.intermediate_values:
+            self._handle(trial).report(metrics[self._sweep.metric], step)
         if result is not None:
             self._tell(trial, result)
 
     def _tell(self, trial: FrozenTrial, result: JobResult) -> None:
-        value = result.metrics.get(self._metric)
+        value = result.metrics.get(self._sweep.metric)
         if result.status == "stopped":
             self._study.tell(trial.number, state=TrialState.PRUNED)
         elif result.status == "failed" or value is None:
@@ -195,12 +187,10 @@ class Sweep:
         job, step = self._engine.jobs.get(name), trial.last_step
         if job is None or step is None or (job.position.step, job.at_boundary) != (step, True):
             return
-        is_lost = trial.state == TrialState.PRUNED  # after the job's snapshot, so it came again
-        if is_lost or (trial.state == TrialState.RUNNING and self._handle(trial).should_prune()):
-            value = f"{self._metric} {trial.intermediate_values[step]:.4f}"
+        if trial.state == TrialState.RUNNING and self._handle(trial).should_prune():
+            value = f"{self._sweep.metric} {trial.intermediate_values[step]:.4f}"
             result = self._engine.stop(name, f"{value} is not among the best after step {step}")
-            if not is_lost:
-                self._tell(trial, result)
+            self._tell(trial, result)
 
     def _fill(self) -> None:
         """Let jobs join until as many train as may: first those that have begun already."""

@@ -63,11 +63,9 @@ def _check_values(values: Any) -> Any:
     return values
 
 
-RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
 # Values to try, or a range to draw from.
 Parameter = Annotated[
-    tuple[Any, ...] | dict[RangeKind, tuple[int | float, int | float]],
-    BeforeValidator(_check_values),
+    tuple[Any, ...] | dict[str, tuple[int | float, int | float]], BeforeValidator(_check_values)
 ]
 
 
@@ -233,11 +231,6 @@ def format_drawn(drawn: str | int | float) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def format_values(combination: Mapping[str, Any]) -> str:
-    """A combination as `train.learning_rate=0.0001 adapter.rank=8`."""
-    return " ".join(f"{path}={format_drawn(drawn)}" for path, drawn in combination.items())
 
 
 def parameter_value(drawn: str | int | float) -> Any:

@@ -60,10 +60,7 @@ def train_share(
     command: str,
     queue: Any,
 ) -> list[JobResult]:
-    """Train some jobs of a run in a process of Ray's, from their newest snapshots if there are any.
-
-    Of a sweep's jobs it takes one after the other, as one of `place[1]` workers.
-    """
+    """Train some jobs in a process of Ray's, from their snapshots if there are any."""
     os.chdir(directory)
     if not run.output_dir.exists():  # the driver has made it
         raise ConfigError(
@@ -141,11 +138,11 @@ def _train_shares(
                 except ray.exceptions.RayError as error:
                     if is_ending:
                         continue
-                    lost = TrainingError(
-                        f"a worker was lost {RESTARTS + 1} times: {_first_line(error)}; when the "
-                        "others are done, give --resume to go on with its jobs"
+                    fault = getattr(error, "cause", None) or TrainingError(
+                        f"a worker was lost {RESTARTS + 1} times: {error}; when the others are "
+                        "done, give --resume to go on with its jobs"
                     )
-                    faults.append(getattr(error, "cause", None) or lost)
+                    faults.append(fault)
                     progress.message(f"error: {faults[-1]}")
             with suppress(ray.exceptions.RayError):
                 for text in queue.get_nowait_batch(queue.qsize()):
@@ -175,10 +172,7 @@ def choose_resources(
 
 @contextmanager
 def connected(address: str) -> Iterator[ModuleType]:
-    """Connect to a cluster, and give Ray's module.
-
-    A connection that this process has is used, and left as it is.
-    """
+    """Connect to a cluster, unless this process is connected, and give Ray's module."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -205,7 +199,11 @@ def _connect(ray: Any, address: str) -> None:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or _find_cluster(ray)
+        address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        # One that runs here and that others may join: that of another run listens to itself alone.
+        with suppress(OSError):
+            address = _reached(ray._private.services.canonicalize_bootstrap_address("auto"))
     if address == "local":
         # Without this, Ray takes the machine's address on the network in place of the loopback, and
         # its servers listen to everybody.
@@ -217,15 +215,8 @@ def _connect(ray: Any, address: str) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f"--ray must be auto or HOST:PORT of a cluster that can be reached, got "
-            f"{shown(address)}: {_first_line(error)}; start one with `ray start --head`"
+            f"{shown(address)}: {error}; start one with `ray start --head`"
         ) from None
-
-
-def _find_cluster(ray: Any) -> str:
-    """Find one that runs here and that others may join: that of another run listens to itself."""
-    with suppress(OSError):
-        return _reached(ray._private.services.canonicalize_bootstrap_address("auto"))
-    return "local"
 
 
 def _reached(address: str) -> str:
@@ -233,7 +224,3 @@ def _reached(address: str) -> str:
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
     return address
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

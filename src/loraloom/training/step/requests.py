@@ -20,6 +20,7 @@ from loraloom.models.host import Host
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
 from loraloom.training.step.objectives import Objective, ObjectiveTerms, Reference, ScoredSamples
+from loraloom.training.step.optimizers import LossScale
 from loraloom.training.step.window import StepTotals, Window
 
 # From data, and log p of the labels of each row, to a scalar loss and metrics.
@@ -48,7 +49,7 @@ class Request:
     sample_key: Callable[[int], int]  # from a row's place to the key of its dropout
     reference: Reference | None = None
     micro_batch_size: int | None = None  # examples in a forward; None for all
-    loss_scale: Callable[[], float] = lambda: 1.0  # factor of gradients, when they are computed
+    loss_scale: LossScale | None = None  # of gradients in float16, as it is when they are computed
 
 
 def custom_objective(data: Sequence[TrainingExample], loss_fn: LossFunction) -> Objective:
@@ -137,7 +138,7 @@ def _micro_batches(request: Request, log_probs: list[Tensor]) -> list[MicroBatch
         )
     window = Window(0, tuple(request.data), size)
     rows = iter(number_rows(request.data))
-    scale = request.loss_scale()
+    scale = 1.0 if request.loss_scale is None else request.loss_scale.scale
     micro_batches = []
     for index in range(window.num_micro_batches):
         examples = [next(rows) for _ in window.micro_batch(index)]
