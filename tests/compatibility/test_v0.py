@@ -104,7 +104,9 @@ def assert_holds(after: Any, before: Any) -> None:
     if isinstance(before, dict):
         for key, value in before.items():
             assert_holds(after[key], value)
-    elif isinstance(before, list) and before and isinstance(before[0], dict):
+    elif isinstance(before, float):
+        assert after == pytest.approx(before, rel=1e-12)
+    elif isinstance(before, list):
         for one, former in zip(after, before, strict=True):
             assert_holds(one, former)
     else:

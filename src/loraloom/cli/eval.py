@@ -164,7 +164,8 @@ def _held_out(run: EvalRun) -> list[SourceConfig]:
     settings = {"format", "template", "chat_template", "split", "on_empty"}
     given = run.model_dump(include=settings, exclude_none=True)
     if run.field:
-        given["fields"] = dict(text.partition("=")[::2] for text in run.field)
+        pairs = [text.partition("=") for text in run.field]
+        given["fields"] = {role: column for role, _, column in pairs}
     forms = [read_stored(find_adapter(path)).prompt for path in run.adapters.values()]
     form = forms[0] if forms and all(one == forms[0] for one in forms) else None
     if run.format is None and form is not None and form.format in ("instruction", "chat", "text"):

@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.config.fields import checked
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
 from loraloom.generation.generate import complete
