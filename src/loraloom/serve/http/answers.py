@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -23,13 +22,7 @@ from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
 from loraloom.serve.http.schemas import ChatBody, CompletionBody, SamplingBody
-from loraloom.serve.http.tools import (
-    CallStream,
-    call_grammar,
-    compile_grammar,
-    parse_calls,
-    schema_grammar,
-)
+from loraloom.serve.http.tools import CallStream, compile_grammar, json_grammar
 
 
 def _several(
@@ -74,20 +67,15 @@ class ChatExchange(Exchange):
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
         super().__init__(backend, body, http)
         self._opened: set[int] = set()
-        self._names = [tool["function"]["name"] for tool in body.callable_tools]
-        self._streams = [CallStream(self._names) for _ in range(body.n)] if self._names else []
+        names = [tool["function"]["name"] for tool in body.callable_tools]
+        self._streams = [CallStream(names) for _ in range(body.n)] if names else []
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        write_grammar, schema = None, body.schema_of_answer
-        if body.must_call:
-            write_grammar = partial(call_grammar, body.callable_tools)
-        elif schema is not None:
-            write_grammar = partial(schema_grammar, schema)
-        make = None
-        if write_grammar is not None:  # compiled once for all answers
-            make = compile_grammar(backend.grammar_tokenizer, write_grammar).copy
+        grammar, make = json_grammar(body), None
+        if grammar is not None:  # compiled once for all answers
+            make = compile_grammar(backend.grammar_tokenizer, grammar).copy
         form = form_for(backend.engine.host, adapter)
         ids, continues = encode_chat(backend.tokenizer, body, form)
         self.num_prompt = len(ids)
@@ -100,23 +88,15 @@ class ChatExchange(Exchange):
 
     @override
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        choices = []
-        for index, answer in enumerate(answers):
-            content, calls = answer.text, []
-            if self._streams:
-                content, calls = parse_calls(answer.text, self._names)
-            message: dict[str, Any] = {"role": "assistant", "content": content}
-            if calls:
-                message |= {"content": content or None, "tool_calls": _called(calls)}
-            choices.append(self._choice(index, {"message": message}, answer, calls))
-        return choices
+        told = [self.chunk(index, answer) for index, answer in enumerate(answers)]
+        return [{"message": {"content": None, **one.pop("delta")}, **one} for one in told]
 
     @override
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        text, calls = piece.text, []
+        text, calls, reason = piece.text, [], piece.finish_reason
         if self._streams:
             text = self._streams[index].push(text)
-            if piece.finish_reason is not None:
+            if reason is not None:
                 rest, calls = self._streams[index].finish()
                 text += rest
         delta: dict[str, Any] = {} if index in self._opened else {"role": "assistant"}
@@ -125,15 +105,8 @@ class ChatExchange(Exchange):
             delta["content"] = text
         if calls:
             delta["tool_calls"] = _called(calls)
-        return self._choice(index, {"delta": delta}, piece, calls)
-
-    def _choice(
-        self, index: int, said: dict[str, Any], piece: Piece, calls: list[Function]
-    ) -> dict[str, Any]:
-        """An answer or a part of it, with what is told of the tokens of a piece."""
-        is_called = calls and piece.finish_reason == "stop"
-        reason = "tool_calls" if is_called else piece.finish_reason
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": reason}
+            reason = "tool_calls" if reason == "stop" else reason
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         if self.body.logprobs:
             entries = [
                 self._entry(token, log_prob) | {"top_logprobs": [self._entry(*one) for one in top]}

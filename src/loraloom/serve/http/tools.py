@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ from openai.types.chat.chat_completion_message_function_tool_call import Functio
 from torch import Tensor
 
 from loraloom.errors import ConfigError
-from loraloom.serve.http.schemas import Tool
+from loraloom.serve.http.schemas import ChatBody
 
 _OPENING = "<tool_call>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 # Where a call may begin: at the start of an answer, and anywhere in it.
-_START = re.compile(r"\s*(?:[\[{]|<\||\Z)")
+_START = re.compile(r"\s*(?:[\[{<]|\Z)")
 _BEGINNING = re.compile(r"<tool_call>|<\w*\Z")
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
 # Python's own way of writing JSON; where any space is allowed, small models never end.
@@ -85,26 +85,32 @@ class CallStream:
         return parse_calls(self._held, self._names)
 
 
-def call_grammar(tools: Sequence[Tool]) -> str:
-    """A call of one of the tools, in llguidance's notation; `$ref`s stay within a schema."""
-    calls = []
-    for tool in tools:
-        function = tool["function"]
-        start = f'{{"name": {json.dumps(function["name"])}, "arguments": '
-        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": _SPACING}
-        calls.append(f'{json.dumps(start)} %json {json.dumps(schema)} "}}"')
-    return llguidance.LLMatcher.grammar_from_lark(f"start: {' | '.join(calls)}")
+def json_grammar(body: ChatBody) -> str | None:
+    """The calls of tools, or the values of a schema, that an answer must be, for llguidance.
+
+    Each schema is written for itself, so that its `$ref`s lead to its own parts.
+    """
+    choices = []
+    if body.must_call:
+        for function in (tool["function"] for tool in body.callable_tools):
+            start = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+            schema = {"type": "object", **(function.get("parameters") or {})}
+            choices.append(f'{json.dumps(start)} {_json(schema)} "}}"')
+    elif body.schema_of_answer is not None:
+        choices.append(_json(body.schema_of_answer))
+    return f"start: {' | '.join(choices)}" if choices else None
 
 
-def schema_grammar(schema: dict[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACING)
-
-
-def compile_grammar(tokenizer: Any, write: Callable[[], str]) -> JsonConstraint:
+def _json(schema: dict[str, Any]) -> str:
     try:
-        matcher = llguidance.LLMatcher(tokenizer, write(), log_level=0)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the JSON schema can't be used: {error}") from None
+        return f"%json {json.dumps({**schema, 'x-guidance': _SPACING})}"
+    except RecursionError:
+        raise ConfigError("the JSON schema can't be used: it is nested too deeply") from None
+
+
+def compile_grammar(tokenizer: Any, grammar: str) -> JsonConstraint:
+    written = llguidance.LLMatcher.grammar_from_lark(grammar)
+    matcher = llguidance.LLMatcher(tokenizer, written, log_level=0)
     if matcher.is_error():
         raise ConfigError(f"the JSON schema can't be used: {matcher.get_error()}")
     return JsonConstraint(matcher)
