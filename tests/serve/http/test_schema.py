@@ -13,7 +13,7 @@ from loraloom.serve.http.app import ApiOptions
 from tests.serve.http.in_process import serving
 
 few = settings(
-    max_examples=5,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     database=None,
