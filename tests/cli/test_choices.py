@@ -90,9 +90,6 @@ def test_an_evaluation_goes_on_after_ctrl_c(run, forwards, tmp_path, capsys):
     unbroken = run("--no-cache")
     num_batches, forwards.count, forwards.stop_at = forwards.count, 0, 3
     run(code=130)
-    kept = tmp_path / "cache" / "loraloom" / "eval"
-    message = f"stopped; the same command resumes from scores in {kept}\n"
-    assert capsys.readouterr().err == message
     forwards.count, forwards.stop_at = 0, None
     resumed = run()
     assert forwards.count == num_batches - 2

@@ -67,7 +67,7 @@ def test_a_row_may_scale_its_adapter(run, saved, tmp_path):
     adapter = ["--adapter", f"a={saved / 'lora'}"]
     assert run("--input", path, "--output", str(output), *adapter) == 0
     nothing, base, whole = read_rows(output)
-    assert [row["adapter"] for row in (nothing, base, whole)] == [["a", 0.0], "base", "a"]
+    assert [row["adapter"] for row in (nothing, base, whole)] == [["a", 0.0], "base", ["a", 1]]
     assert nothing["completion"] == base["completion"] != whole["completion"]
 
 
@@ -82,9 +82,9 @@ def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
     [
         ({"text": "x"}, "line 1: a row must have either 'prompt' or 'messages'"),
         ({"prompt": 3}, "line 1: field 'prompt' must be a string"),
-        ({"prompt": "x", "adapter": "c"}, "field 'adapter' must be one of base, a, b, got 'c'"),
-        ({"prompt": "x", "adapter": ["a"]}, "field 'adapter' must be a name or [name, scale], got"),
-        ({"prompt": "x", "adapter": ["a", "b"]}, "must be a name or [name, scale], got ['a', 'b']"),
+        ({"prompt": "x", "adapter": "c"}, "must be one of base, a, b, or [name, scale], got 'c'"),
+        ({"prompt": "x", "adapter": ["a"]}, "field 'adapter' must be one of base, a, b, or [name"),
+        ({"prompt": "x", "adapter": ["a", "b"]}, "or [name, scale], got ['a', 'b']"),
         ({"messages": [{"role": "user"}]}, "no field 'content'"),
     ],
 )

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -62,35 +61,21 @@ def test_a_repeated_evaluation_computes_nothing(run, capsys):
     assert "10 scores are those of an earlier evaluation" in capsys.readouterr().err
 
 
-def test_columns_may_have_other_names(run, tmp_path):
-    rows = [{"q": row["instruction"], "a": row["output"]} for row in ROWS]
-    other = ["--dataset", write(tmp_path / "other.jsonl", rows), "--template", "plain"]
-    renamed = ["--field", "instruction=q", "--field", "output=a"]
-    run(*other, *renamed, code=2)  # the first file has not these columns
-    (tmp_path / "held_out.jsonl").write_text(Path(tmp_path / "other.jsonl").read_text())
-    results = run(*other, *renamed)["results"]["a"]
-    assert results["held_out"]["loss"] == results["other"]["loss"]
-
-
-def test_conversations_are_written_out_by_the_template_that_is_given(run, tmp_path, capsys):
+def test_settings_of_data_may_be_given_as_in_a_run_file(run, tmp_path, capsys):
     turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
-    write(tmp_path / "held_out.jsonl", [{"messages": turns}] * 3)
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    run("--format", "chat", code=2)
+    path = write(tmp_path / "chats.jsonl", [{"said": turns}] * 3)
+    source = {"dataset": path, "format": "chat", "fields": {"messages": "said"}}
+    run("--dataset", json.dumps(source), code=2)
     assert "the tokenizer must have a chat template for messages" in capsys.readouterr().err
-    given = run("--format", "chat", "--chat-template", template)
-    longer = run("--format", "chat", "--chat-template", template.replace("}}", "}}, yes"))
-    tokens = [written["tasks"]["held_out"]["num_tokens"] for written in (given, longer)]
-    assert 0 < tokens[0] < tokens[1]
+    source["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert run("--dataset", json.dumps(source))["tasks"]["chats"]["num_examples"] == 3
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--beta 0.2", "--beta has an effect with --format preference only"),
         ("--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("--chat-template trl", "chat_template has no effect on format instruction"),
-        ("--field answer=a", "fields.answer.[key] must be 'instruction', 'input', "),
+        ("--dataset {datset:a.jsonl}", "unknown key"),
         ("--compare a:b", "--compare must be FIRST:SECOND, two of base, a, got 'a:b'"),
         ("--num-fewshot 1", "--num-fewshot has an effect with --harness only"),
         ("--harness arc_easy", "--dataset has no effect with --harness"),
@@ -113,11 +98,14 @@ def test_preference_pairs_are_evaluated(saved, tmp_path, capsys):
     given += ["--adapter", f"a={saved / 'lora'}", "--output", str(tmp_path / "r.json")]
     assert cli.main(given) == 2
     assert "line 3: field 'chosen' is empty" in capsys.readouterr().err
-    assert cli.main([*given, "--on-empty", "skip", "--beta", "0.2", "--no-base"]) == 0
+    source = {"dataset": str(tmp_path / "pairs.jsonl"), "on_empty": "skip"}
+    source["format"] = "preference"
+    given[given.index("--dataset") + 1] = json.dumps(source)
+    assert cli.main([*given, "--no-base"]) == 0
     shown = capsys.readouterr()
     assert "reward margin" in shown.out
     assert "pairs: 2 pairs" in shown.err
     assert "1 skipped, their answer is empty" in shown.err
     written = json.loads((tmp_path / "r.json").read_text())
     assert list(written["results"]) == ["a"]
-    assert written["tasks"]["pairs"]["beta"] == 0.2
+    assert written["tasks"]["pairs"]["beta"] == 0.1

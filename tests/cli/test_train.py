@@ -78,28 +78,6 @@ def test_the_command_evaluates_what_was_trained():
     assert evaluation_command(RunConfig.model_validate(run), [Mock(JobResult, error="x")]) == ""
 
 
-def test_of_a_sweep_the_best_come_first():
-    job = {"adapter": {"method": "lora"}, "train": {"max_steps": 4}}
-    job["data"] = {"dataset": "a.jsonl", "format": "text", "validation_fraction": 0.1}
-    sweep = {"job": job, "parameters": {"train.learning_rate": [1e-4, 1e-3]}}
-    run = RunConfig.model_validate({"base_model": "m", "output_dir": "out", "sweep": sweep})
-    done = [
-        Mock(
-            JobResult,
-            job=name,
-            directory=name,
-            error=None,
-            status="finished",
-            metrics={"eval/loss": loss},
-        )
-        for name, loss in zip("abc", (3.0, 1.0, 2.0), strict=True)
-    ]
-    done[2].status = "stopped"
-    command = evaluation_command(run, done)
-    assert [word[0] for word in command.split() if "=" in word] == ["b", "a"]
-    assert "--dataset HELD_OUT.jsonl" in command
-
-
 def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
     words = ["--set", "jobs.0.train.max_steps=1", "--set", "jobs.1.train.max_steps=2"]
     assert cli.main(["train", run_file, *words, "--set", "dtype=bfloat16"]) == 0

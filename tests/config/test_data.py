@@ -24,7 +24,6 @@ def test_a_task_may_be_a_file_whose_scoring_is_its_own():
 
 def test_a_task_is_scored_by_label_by_default():
     assert SourceConfig(task="arc_easy").scoring == "label"
-    assert SourceConfig(task="arc_easy", scoring=None).scoring == "label"
     assert SourceConfig(dataset="a.jsonl", format="text").scoring is None
 
 
@@ -54,12 +53,12 @@ CONTRADICTIONS = [
     ({**CHAT, "scoring": "text"}, "scoring has no effect on a dataset"),
     (
         {**CHAT, "template": "alpaca"},
-        "template has no effect on format chat, only on instruction",
+        "template has no effect on format chat",
     ),
     ({"task": "piqa", "chat_template": "trl"}, "chat_template has no effect on a task, only on a"),
     (
         {"dataset": "a.jsonl", "format": "text", "chat_template": "trl"},
-        "chat_template has no effect on format text, only on chat and preference",
+        "chat_template has no effect on format text",
     ),
     (
         {"dataset": "a.jsonl", "format": "preference", "template": "alpaca"},

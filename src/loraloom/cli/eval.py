@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from typing_extensions import override
 
-from loraloom.cli.options import HostOptions, Text
+from loraloom.cli.options import HostOptions
 from loraloom.config.data import DataFormat, Scoring, SourceConfig
+from loraloom.config.text import parse_yaml
 from loraloom.data.sources import find_location, read_rows
-from loraloom.data.tasks import QuestionSet
 from loraloom.durable import cache_directory, prepare_output
-from loraloom.errors import ConfigError
 from loraloom.eval import evaluation, held_out
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
@@ -31,10 +31,14 @@ from loraloom.terminal import make_console, print_tables
 # Options that only some kinds of evaluation read.
 _ONLY = {
     ("harness",): "harness_include num_fewshot apply_chat_template",
-    ("dataset",): "format template chat_template field on_empty beta max_length",
+    ("dataset",): "format max_length",
     ("task",): "scoring data",
     ("task", "dataset"): "split compare no_cache",
 }
+
+
+# A place, or a mapping, whose JSON cyclopts reads by itself.
+DataSet = Annotated[str, BeforeValidator(lambda x: x if isinstance(x, str) else json.dumps(x))]
 
 
 class EvalRun(HostOptions):
@@ -42,8 +46,9 @@ class EvalRun(HostOptions):
 
     task: tuple[str, ...] = ()
     """Choice tasks to score: names with commas, or YAML files of your own. May be repeated."""
-    dataset: tuple[str, ...] = ()
-    """A held-out file, directory or hub id, whose loss is computed in place of --task. May be
+    dataset: tuple[DataSet, ...] = ()
+    """A held-out file, directory or hub id, whose loss is computed in place of --task; or settings
+    as under `data` of a run file, {dataset: rows.jsonl, fields: {output: reply}}. May be
     repeated."""
     harness: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness to score in place of --task, names with commas. May be
@@ -58,17 +63,6 @@ class EvalRun(HostOptions):
     chat template."""
     format: DataFormat | None = None
     """What the rows of --dataset are; by default what the adapters were trained on."""
-    template: Text | None = None
-    """Prompt template of --dataset with --format instruction; by default alpaca."""
-    chat_template: Text | None = None
-    """Chat template of --dataset: a file, a Jinja text, or trl for its training one."""
-    field: tuple[str, ...] = ()
-    """Column of a part of a row of --dataset, ROLE=COLUMN, as in `fields` of a run file. May be
-    repeated."""
-    on_empty: Literal["error", "skip"] | None = None
-    """skip: leave out rows of --dataset with an empty answer."""
-    beta: float | None = Field(default=None, ge=1e-6)
-    """DPO's beta for --format preference; by default 0.1."""
     max_length: int | None = Field(default=None, ge=2)
     """Cut rows of --dataset to N tokens; by default 512, as in training."""
     data: Path | None = None
@@ -131,12 +125,12 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     if run.harness:
         found, lines = _evaluate_harness(run)
     else:
-        asked = _held_out(run) if run.dataset else _questions(run)
-        found = _score(asked, run)
+        found = _score(run)
         lines = found.lines()
-    for name, details in found.tasks.items():
-        if run.dataset:
-            messages.print(held_out.describe_rows(name, details))
+    for name, details in found.tasks.items() if run.dataset else ():
+        messages.print(held_out.describe_rows(name, details))
+    if found.num_cached_scores:
+        messages.print(f"{found.num_cached_scores} scores are those of an earlier evaluation")
     for name, routing in found.routing.items():
         for warning in routing.get("warnings", ()):
             messages.print(f"warning: adapter {name}: {warning}")
@@ -153,65 +147,44 @@ def _names(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _questions(run: EvalRun) -> list[QuestionSet]:
-    return evaluation.load_question_sets(
-        _names(run.task), run.scoring, run.split, run.data, run.limit
-    )
-
-
 def _held_out(run: EvalRun) -> list[SourceConfig]:
+    given = run.model_dump(include={"format", "split"}, exclude_none=True)
     # without --format, rows are written as those that all adapters were trained on
-    settings = {"format", "template", "chat_template", "split", "on_empty"}
-    given = run.model_dump(include=settings, exclude_none=True)
-    if run.field:
-        pairs = [text.partition("=") for text in run.field]
-        given["fields"] = {role: column for role, _, column in pairs}
     forms = [read_stored(find_adapter(path)).prompt for path in run.adapters.values()]
     form = forms[0] if forms and all(one == forms[0] for one in forms) else None
     if run.format is None and form is not None and form.format in ("instruction", "chat", "text"):
-        known = {"format", "template", "chat_template"}
-        given = form.model_dump(include=known, exclude_none=True) | given
-    if run.beta is not None and run.format != "preference":
-        raise ConfigError("--beta has an effect with --format preference only; leave it out")
-    sources = [
-        held_out.parse_source({"dataset": one, **given}) for one in dict.fromkeys(run.dataset)
-    ]
-    for source in sources:  # what is broken is an error before the model is loaded
+        given = form.model_dump(exclude={"system"}, exclude_none=True) | given
+    sources = []
+    for text in dict.fromkeys(run.dataset):
+        is_mapping = text.startswith("{")
+        source = held_out.parse_source(
+            parse_yaml(text, "--dataset") if is_mapping else {"dataset": text, **given}
+        )
         split = source.split or "validation"
-        read_rows(find_location(str(source.dataset), split, source.config), split)
-    names = [held_out.data_set_name(str(source.dataset)) for source in sources]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--dataset must give different names, got {', '.join(names)}")
+        if source.dataset is not None:  # what is broken is an error before the model is loaded
+            read_rows(find_location(source.dataset, split, source.config), split)
+        sources.append(source)
     return sources
 
 
-def _score(asked: Sequence[Any], run: EvalRun) -> Evaluation:
-    """Load the model and score all adapters, with scores that are kept."""
-    messages = make_console(stderr=True, soft_wrap=True)
+def _score(run: EvalRun) -> Evaluation:
+    """Score all adapters on tasks or held-out rows, with scores that are kept."""
+    tasks, data = _names(run.task), _held_out(run) if run.dataset else []
+    asked = evaluation.load_question_sets(tasks, run.scoring, run.split, run.data, run.limit)
     host, tokenizer = load_host(run, run.adapters)
     cache = None if run.no_cache else ScoreCache(cache_directory() / "eval", host, run.names)
     options: dict[str, Any] = {
         "pairs": choose_pairs(run.names, run.compare),
         "cache": cache,
         "max_tokens_per_batch": run.batch_tokens,
-        "console": messages,
+        "console": make_console(stderr=True, soft_wrap=True),
         "sources": run.adapters,
         "command": _command(),
     }
-    try:
-        if run.dataset:
-            sizes = run.max_length, run.limit, run.beta or held_out.BETA
-            sets = [held_out.load_held_out(host, tokenizer, one, *sizes) for one in asked]
-            found = evaluation.evaluate_loss(host, tokenizer, sets, run.names, **options)
-        else:
-            found = evaluation.evaluate(host, tokenizer, asked, run.names, **options)
-    except KeyboardInterrupt:
-        if cache is not None:
-            messages.print(f"stopped; the same command resumes from scores in {cache.directory}")
-        raise
-    if cache is not None and cache.num_found:
-        messages.print(f"{cache.num_found} scores are those of an earlier evaluation")
-    return found
+    if asked:
+        return evaluation.evaluate(host, tokenizer, asked, run.names, **options)
+    sets = [held_out.load_held_out(host, tokenizer, x, run.max_length, run.limit) for x in data]
+    return evaluation.evaluate_loss(host, tokenizer, sets, run.names, **options)
 
 
 def _command() -> str:

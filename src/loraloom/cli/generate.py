@@ -140,18 +140,13 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
     match row["adapter"]:
         case None | "base":
             return None
-        case str(name):
-            scale = 1.0
-        case [str(name), int(scale) | float(scale)] if math.isfinite(scale):
-            pass
-        case other:
-            row.reject(f"field 'adapter' must be a name or [name, scale], got {shown(other)}")
-    if name not in adapters:
-        known = ", ".join([BASE, *adapters])
-        row.reject(
-            f"field 'adapter' must be one of {known}, got {shown(name)}; give --adapter for it"
-        )
-    return name if scale == 1 else (name, scale)
+        case str(name) if name in adapters:
+            return name
+        case [str(name), int(scale) | float(scale)] if name in adapters and math.isfinite(scale):
+            return name, float(scale)
+    known = ", ".join([BASE, *adapters])
+    got = shown(row["adapter"])
+    row.reject(f"field 'adapter' must be one of {known}, or [name, scale], got {got}")
 
 
 def _count_done(options: GenerateOptions, rows: Rows) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from operator import sub
 from pathlib import Path
-from shlex import quote
 from statistics import fmean, stdev
 from typing import Any
 
@@ -31,17 +30,7 @@ from loraloom.training.tracking import read_curve
 SEEDS = (0, 1, 2)
 BASE_STEPS = 4000
 TASK = "skills@8"
-NEXT = """
-Adapters and metrics are in {adapters}/, pictures in {output}/: loss.png, experts.png
-
-Try next:
-  loraloom inspect {mixture}
-  loraloom generate {model} --raw --prompt "Bus 959 in Gripel goes to the" --max-new-tokens 4
-  loraloom eval {model} --task skills@8 --scoring text --output {result}
-and on a language model: examples in README.md"""
-
-
-_CAUTION = """\
+CAUTION = """\
 A difference that isn't well beyond both says nothing. And this is one task on a tiny model:
 docs/when_a_mixture.md has where a mixture pays, and how to find out on yours."""
 
@@ -99,16 +88,7 @@ def quickstart(
     sizes = {result.job.partition("@")[0]: result.num_parameters for result in results}
     console.print(_findings(found, seeds, sizes))
     _draw(output_dir, run.output_dir, seeds, found.routing[names[-1]])
-    adapter = run.output_dir / names[-1]
-    console.print(
-        NEXT.format(
-            adapters=run.output_dir,
-            output=output_dir,
-            mixture=quote(str(adapter)),
-            model=f"--base-model {quote(str(base))} --adapter {quote(f'mix={adapter}')}",
-            result=quote(f"{output_dir}/eval.json"),
-        )
-    )
+    console.print(f"\nAdapters and metrics are in {run.output_dir}, pictures in {output_dir}")
 
 
 def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
@@ -149,7 +129,7 @@ def _findings(
             f"{one.first} minus {one.second}: {100 * one.difference:+.1f} points, "
             f"± {over_seeds:.1f} over seeds, ± {100 * (one.stderr or 0):.1f} over questions"
         )
-    return "\n".join([*lines, _CAUTION])
+    return "\n".join([*lines, CAUTION])
 
 
 def _stderr(values: Sequence[float]) -> float:

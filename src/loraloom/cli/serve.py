@@ -61,12 +61,8 @@ class ServeOptions(HostOptions):
     cache_tokens: int | None = Field(default=None, ge=32)
     """Tokens of the key-value cache. By default all rows at full length, as far as a quarter of the
     free memory goes."""
-    prefill_tokens: int = Field(default=256, ge=1)
-    """Most prompt tokens read in a step."""
     max_waiting: int = Field(default=256, ge=1)
     """Most completions that wait."""
-    max_request_seconds: float = Field(default=600.0, ge=1)
-    """Longest time of a request."""
     chat_template: Text | None = None
     """In place of the tokenizer's: a file, a Jinja text, or trl for its training one."""
     engine: Literal["embedded", "vllm"] = "embedded"
@@ -139,9 +135,7 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     limits = EngineLimits(
         options.max_rows,
         options.cache_tokens or loading.default_cache_tokens(model, options.max_rows),
-        options.prefill_tokens,
-        options.max_waiting,
-        options.max_request_seconds,
+        max_waiting=options.max_waiting,
     )
     engine = Engine(model, tokenizer, limits)
     adapters = ServedAdapters(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig, load_run_config
 
-# Adapters in a command; of a sweep the best ones.
+# Adapters in a command.
 MAX_ADAPTERS = 8
 
 
@@ -118,11 +117,6 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str:
     good = [result for result in results if result.error is None and result.status != "stopped"]
     if not good:
         return ""
-    if run.sweep is not None:
-        metric = run.sweep.metric
-        # a job that was never measured goes last, whichever way is better
-        sign = 1 if metric.endswith("loss") else -1
-        good.sort(key=lambda one: sign * one.metrics.get(metric, sign * math.inf))
     options = [("--base-model", run.base_model)]
     if run.quantization is not None:
         options.append(("--quantization", run.quantization))

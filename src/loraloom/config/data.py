@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
+from pydantic import AfterValidator, Field, WithJsonSchema
 from typing_extensions import override
 
-from loraloom.config.fields import CheckInfo, StrictModel, did_you_mean
+from loraloom.config.fields import StrictModel, did_you_mean
 from loraloom.errors import ConfigError, shown
 
 TaskName = Literal[
@@ -186,11 +186,6 @@ class PromptForm(StrictModel):
             return template
         return _BEGINNING.replace("SYSTEM", json.dumps(self.system)) + template
 
-    def describe(self) -> list[str]:
-        """The settings that are given, a line each."""
-        given = self.model_dump(exclude_none=True)
-        return [f"{name.replace('_', ' ')}: {value}" for name, value in given.items()]
-
 
 class _SourceFields(StrictModel):
     """One source's settings. What is for tasks is an error with a data set, and the reverse."""
@@ -207,7 +202,9 @@ class _SourceFields(StrictModel):
     A relative path starts where the command runs."""
     split: str | None = Field(default=None, min_length=1)
     """Split to read; train by default, validation for validation data."""
-    scoring: Scoring | None = Field(default=None, validate_default=True)
+    scoring: Scoring | None = Field(
+        default_factory=lambda fields: default_scoring(fields.get("task"))
+    )
     """Task: whether the answer is the choice's label or its own text.
 
     label by default; a task file has a default of its own."""
@@ -226,37 +223,24 @@ class _SourceFields(StrictModel):
     on_empty: Literal["error", "skip"] | None = None
     """Data set: whether rows with an empty answer are an error (the default) or left out."""
 
-    # filled in here, as results name the scoring and old ones are compared with new ones
-    @field_validator("scoring")
-    @classmethod
-    def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
-        return scoring or default_scoring(info.data.get("task"))
-
     @override
     def contradictions(self) -> Iterator[str]:
         if self.task is not None and self.dataset is not None:
-            yield (
-                f"dataset and task exclude each other, got {self.dataset!r} and {self.task!r}; "
-                "put two sources into a mix"
-            )
+            yield "dataset and task exclude each other; put two sources into a mix"
             return
-        for settings, what in self._without_effect():
-            for name in settings:
+        kind = self.format
+        rules: list[tuple[bool, Sequence[str], str]] = [
+            (self.task is not None, _OF_DATASETS, "a task, only on a dataset"),
+            (self.dataset is not None, ["path", "scoring"], "a dataset, only on a task"),
+            (kind not in ("instruction", None), ["template"], f"format {kind}"),
+            (kind in ("instruction", "text"), ["chat_template"], f"format {kind}"),
+        ]
+        for applies, names, what in rules:
+            for name in names if applies else ():
                 if getattr(self, name) is not None:
                     yield f"{name} has no effect on {what}; remove it"
-        if self.dataset is not None and self.format is None:
+        if self.dataset is not None and kind is None:
             yield f"format must be given with a dataset: {', '.join(FIELD_ROLES)}"
-
-    def _without_effect(self) -> Iterator[tuple[Sequence[str], str]]:
-        """Settings that would change nothing, and what they would not change."""
-        if self.task is not None:
-            yield _OF_DATASETS, "a task, only on a dataset"
-        if self.dataset is not None:
-            yield ("path", "scoring"), "a dataset, only on a task"
-        if self.format not in ("instruction", None):
-            yield ("template",), f"format {self.format}, only on instruction"
-        if self.format in ("instruction", "text"):
-            yield ("chat_template",), f"format {self.format}, only on chat and preference"
 
 
 class SourceConfig(_SourceFields):
@@ -284,18 +268,14 @@ class DataConfig(_SourceFields):
     """Several sources in place of one."""
     streaming: bool = False
     """Read data sets on and on while training, in place of all at once before it."""
-    shuffle_buffer: int | None = Field(default=None, ge=1, le=10_000_000, validate_default=True)
+    shuffle_buffer: int | None = Field(
+        default_factory=lambda fields: SHUFFLE_BUFFER if fields.get("streaming") else None, ge=1
+    )
     """Streaming: rows that are read, shuffled and learnt at a time, 1000 by default."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows that is held out to measure `eval/loss`."""
     validation: SourceConfig | None = None
     """A source to measure `eval/loss` on, in place of a share of the training rows."""
-
-    # None where all rows are shuffled, as snapshots of earlier versions have it
-    @field_validator("shuffle_buffer")
-    @classmethod
-    def _fill_in_buffer(cls, buffer: int | None, info: CheckInfo) -> int | None:
-        return buffer or (SHUFFLE_BUFFER if info.data.get("streaming") else None)
 
     @override
     def contradictions(self) -> Iterator[str]:
@@ -307,15 +287,9 @@ class DataConfig(_SourceFields):
             yield "a task, a dataset or a mix must be given, got none of them"
         tasks = [task for task in (self.task, *(one.task for one in self.mix or ())) if task]
         if self.streaming and tasks:
-            yield (
-                f"streaming must be false for tasks, which are read whole, got {tasks[0]}; stream "
-                "datasets alone"
-            )
+            yield f"streaming must be false for tasks, got {tasks[0]}; stream datasets alone"
         if self.streaming and self.validation_fraction > 0:
-            yield (
-                "validation_fraction is a share of all rows, which streaming never has; give "
-                "validation data of their own"
-            )
+            yield "validation_fraction must be 0 with streaming; give validation data"
         if self.validation is not None and self.validation_fraction > 0:
             yield "validation and validation_fraction exclude each other; give one"
 

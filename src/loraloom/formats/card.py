@@ -93,8 +93,8 @@ def _method(config: AdapterConfig) -> str:
 def _prompts(prompt: PromptForm) -> str:
     """The form that training data had; templates of several lines are indented as code."""
     lines = []
-    for line in prompt.describe():
-        name, _, value = line.partition(": ")
+    for name, value in prompt.model_dump(exclude_none=True).items():
+        name = name.replace("_", " ")
         block = value.replace("\n", "\n      ")
-        lines.append(f"- {name}:\n\n      {block}" if "\n" in value else f"- {line}")
+        lines.append(f"- {name}:\n\n      {block}" if "\n" in value else f"- {name}: {value}")
     return "\n".join(lines)
