@@ -38,7 +38,6 @@ from loraloom.adapters.method import Adapter
 from loraloom.models.host import Host
 from loraloom.routing import losses
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import RouterStatistics, measure_load, read_statistics
 
 VOCAB_SIZE = 97
 LAYERS = 2
@@ -233,11 +232,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Compute ‖actual - expected‖ / ‖expected‖."""
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-300))
-
-
-def load_statistics(routing: list[LayerRouting]) -> RouterStatistics:
-    """Compute the statistics of one forward's record."""
-    return read_statistics(routing, measure_load(routing).tolist())
 
 
 def router_loss(routing: list[LayerRouting], config: MixLoraConfig) -> Tensor:

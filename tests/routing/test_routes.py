@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 
 from loraloom.routing.routes import (
     Dense,
@@ -16,6 +17,8 @@ from loraloom.routing.routes import (
     TopK,
     TopP,
     beyond_capacity,
+    router_logits,
+    top_k_routing,
     tsallis_entropy,
 )
 
@@ -89,7 +92,7 @@ def test_experts_come_best_first_and_weights_have_the_rules_gradient(case):
         selected, weights = route(logits)
         return (scale.gather(1, selected) * weights).sum()
 
-    assert torch.autograd.gradcheck(total, LOGITS[:4].clone().requires_grad_())
+    assert gradcheck(total, LOGITS[:4].clone().requires_grad_())
 
 
 def test_equal_settings_are_one_route():
@@ -130,3 +133,30 @@ def test_an_expert_takes_the_first_tokens_of_each_sample():
     expected = [False, False, False, True, False, False, False, False]
     assert beyond_capacity(selected, samples, 2).tolist() == expected
     assert beyond_capacity(selected, samples, 1).sum() == 3
+
+
+def test_extreme_logits_do_not_overflow():
+    _, weights = top_k_routing(torch.tensor([[1e30, -1e30, 0.0], [300.0, 299.0, -300.0]]), 2)
+    assert weights.isfinite().all()
+    assert weights.sum(-1).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("with_jitter", [False, True])
+def test_router_logits_are_a_product(with_jitter):
+    torch.manual_seed(0)
+    x, router = torch.randn(4, 3).double().requires_grad_(), torch.randn(5, 3).double()
+    jitter = torch.rand(4, 3).double() + 0.5 if with_jitter else None
+    expected = (x if jitter is None else x * jitter) @ router.T
+    torch.testing.assert_close(router_logits(x, router, jitter), expected)
+    assert gradcheck(lambda *leaves: router_logits(*leaves, jitter), (x, router.requires_grad_()))
+
+
+def test_a_router_computes_in_float32_on_bfloat16_states():
+    torch.manual_seed(0)
+    x, router = torch.randn(6, 64).bfloat16().requires_grad_(), torch.randn(5, 64)
+    logits = router_logits(x, router.requires_grad_(), None)
+    exact = x.double() @ router.double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    logits.sum().backward()
+    assert (x.grad.dtype, router.grad.dtype) == (torch.bfloat16, torch.float32)

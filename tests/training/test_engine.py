@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
-from loraloom.routing import collapse as routing_collapse
+from loraloom.routing import tally
 from loraloom.training import builder
 from loraloom.training import job as job_module
 from loraloom.training.settings import JobConfig
@@ -273,7 +273,7 @@ def test_metrics_have_their_names(tmp_path):
 
 def test_a_collapsed_router_is_told_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(job_module, "WINDOW_STEPS", 2)
-    monkeypatch.setattr(routing_collapse, "MIN_CHOICES_PER_EXPERT", 1)
+    monkeypatch.setattr(tally, "MIN_CHOICES_PER_EXPERT", 1)
     adapter = ADAPTERS["mixlora"].model_copy(update={"num_experts": 8, "router_jitter": 0.0})
     engine = toy_engine(tmp_path / "run", [toy_config("a", adapter, max_steps=8)])
     with torch.no_grad():  # all tokens to two experts

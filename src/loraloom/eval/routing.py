@@ -23,7 +23,6 @@ from loraloom.eval.results import Fields
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing import tally
-from loraloom.routing.collapse import COLLAPSE_ADVICE, find_collapse
 from loraloom.routing.record import LayerRouting, RouterName
 
 MAX_EXAMPLE_TOKENS = 160
@@ -76,7 +75,7 @@ class _AdapterTally:
     def add(self, task: str, topics: Sequence[str], routed: RoutedRows) -> None:
         """Take in a forward; its tokens' topics are by a question's place, or the task."""
         routing, rows = routed.routing, routed.rows
-        totals = tally.routing_totals(routing)
+        totals = tally.RoutingTotals.of(routing)
         self.covered[task].update(routed.places)
         self.totals[task] = self.totals[task] + totals if task in self.totals else totals
         token_ids = torch.tensor([token for row in rows for token in row.input_ids])  # (T,)
@@ -130,7 +129,7 @@ class _AdapterTally:
         if totals is not None:
             summary["load"] = _rounded(totals.load)
             summary["effective_experts"] = _rounded(totals.effective_experts)
-            summary["mean_probabilities"] = _rounded(tally.load_shares(totals.probabilities))
+            summary["mean_probabilities"] = _rounded(totals.mean_probabilities)
             summary["mean_entropy_bits"] = _rounded(totals.mean_entropy_bits)
             summary["token_entropy_bits"] = _rounded(totals.token_entropy_bits)
         if task in self.examples:
@@ -155,11 +154,8 @@ class _AdapterTally:
         """Judge the load over all tasks."""
         if self.config.experts_per_token is None:
             return []
-        rows = totals.tokens_per_expert.long().tolist()
-        routers = zip(totals.routers, totals.num_experts, rows, strict=True)
-        counts = {router: row[:size] for router, size, row in routers}
-        found = find_collapse(counts, self.config.experts_per_token)
-        return [f"{text}; train again: {COLLAPSE_ADVICE}" for text in found.values()]
+        found = tally.find_collapse(totals.choices, self.config.experts_per_token)
+        return [f"{text}; train again: {tally.COLLAPSE_ADVICE}" for text in found.values()]
 
 
 def _label(router: RouterName) -> int | str:

@@ -1,8 +1,8 @@
 """Where tokens went: the one count of it, for training, evaluation and serving.
 
-`measure_load` sums up a training step; `RoutingTotals` add up over many forwards, in memory that
-does not grow with the tokens; loads by class tell how much the choice of an expert says about the
-class of a token: the task or skill that it belongs to, or whether it begins a word.
+`measure_routing` sums up a forward, and `RoutingTotals` reads such sums of one or many, in memory
+that does not grow with the tokens. Loads by class tell how much the choice of an expert says about
+the class of a token: the task or skill that it belongs to, or whether it begins a word.
 
 Axes: C classes, N routers, T tokens, K top_k, E experts (the most that a router has; zeros follow
 where it has fewer).
@@ -11,114 +11,53 @@ where it has fewer).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loraloom.routing.record import LayerRouting, RouterName
+from loraloom.routing.record import LayerRouting, RouterName, describe_router
+
+# An expert below this part of its fair share, 1 / E, is unused: at 8 experts 1 choice in 800.
+UNUSED_SHARE = 0.01
+
+# Part of all layers' experts that must be unused for a warning. Single ones are common where the
+# balance loss pools layers: 3 of 240 after 50 steps of a healthy run.
+UNUSED_PART = 0.05
+
+# A layer is collapsed if its effective number of experts is at most this part of the way from
+# top_k, where all tokens choose the same experts, to E, where the load is balanced.
+COLLAPSED_PART = 0.1
+
+# With fewer choices a layer is not judged: an unused expert has five of them at most.
+MIN_CHOICES_PER_EXPERT = 500
+
+_MAX_NAMED = 4
+
+# What to change where routers have collapsed.
+COLLAPSE_ADVICE = (
+    "raise router_aux_loss_coef, set router_loss_scope: per_layer, or lower learning_rate"
+)
+
+# How often each router chose each of its experts.
+Choices = Mapping[RouterName, Sequence[int]]
 
 
-@dataclass(frozen=True)
-class RouterStatistics:
-    """Load and certainty of an adapter's routers over some tokens.
-
-    Args:
-        tokens_per_expert: How often each router chose each of its experts; see `expert_loads`.
-        entropy: Mean over routers and tokens of the entropy of the router's probabilities, divided
-            by ln E: 1 is uniform, 0 is certain.
-        load_cv: Standard deviation of the load over experts divided by its mean, averaged over
-            routers: 0 is balanced, sqrt(E - 1) is one expert for all.
-    """
-
-    tokens_per_expert: dict[RouterName, list[int]]
-    entropy: float
-    load_cv: float
-
-
-def measure_load(routing: Sequence[LayerRouting]) -> Tensor:
-    """Compute what `read_statistics` reads, on the routers' device, [2 + N·E] float64.
-
-    What several parts of a batch give can be added up.
-    """
-    entropies = [_entropies(record.router_logits.detach()).double().sum() for record in routing]
-    num_tokens = sum(len(record.router_logits) for record in routing)
-    sums = torch.stack(entropies).sum()
-    return torch.cat(
-        [torch.stack([sums, sums.new_full((), num_tokens)]), expert_loads(routing).flatten()]
-    )
-
-
-def read_statistics(routing: Sequence[LayerRouting], measured: Sequence[float]) -> RouterStatistics:
-    """Make statistics of the numbers that `measure_load` computed for a record."""
-    entropy, num_tokens, *counts = measured
-    widest = len(counts) // len(routing)
-    loads = [
-        counts[start : start + record.num_experts]
-        for record, start in zip(routing, range(0, len(counts), widest), strict=True)
-    ]
-    return RouterStatistics(
-        {
-            record.router: [round(count) if math.isfinite(count) else 0 for count in load]
-            for record, load in zip(routing, loads, strict=True)
-        },
-        entropy / num_tokens if num_tokens else 1.0,
-        fmean(map(_spread, loads)),
-    )
-
-
-def expert_loads(routing: Sequence[LayerRouting]) -> Tensor:
-    """Add up each expert's load at each router, [N, E] float64: how often it was chosen.
-
-    Where tokens take all experts, it is the sum of their weights. E is the most experts that any
-    router has; where one has fewer, zeros follow.
-    """
-    num_experts = max(record.num_experts for record in routing)
-    chosen = [
-        record.selected_experts.flatten() + index * num_experts
-        for index, record in enumerate(routing)
-    ]
-    places = torch.cat(chosen)
-    shares = torch.cat([record.shares.flatten().double() for record in routing])
-    loads = shares.new_zeros(len(routing) * num_experts)  # bincount reads the largest first
-    loads.scatter_add_(0, places, shares)
-    return loads.view(len(routing), num_experts)
-
-
-def loads_by_class(
-    routing: Sequence[LayerRouting], classes: Int[Tensor, " T"], num_classes: int
-) -> Float[Tensor, "C N E"]:
-    """Add up each expert's load at each router over the tokens of each class, on the CPU."""
-    num_experts = max(record.num_experts for record in routing)
-    loads = torch.zeros(len(routing), num_classes * num_experts, dtype=torch.float64)
-    for load, record in zip(loads, routing, strict=True):
-        places = classes.unsqueeze(1) * num_experts + record.selected_experts.cpu()  # (T, K)
-        load.scatter_add_(0, places.flatten(), record.shares.flatten().double().cpu())
-    return loads.view(len(routing), num_classes, num_experts).transpose(0, 1)
-
-
-def load_shares(counts: Tensor) -> Tensor:
-    """Divide counts [..., E] by their sum; a row of zeros stays zero."""
-    total = counts.sum(-1, keepdim=True)
-    return counts.double() / total.where(total > 0, 1)
-
-
-def _spread(load: Sequence[float]) -> float:
-    """Divide the standard deviation of a load over experts by its mean; 0 without any load."""
-    mean = fmean(load)
-    return math.sqrt(fmean((count - mean) ** 2 for count in load)) / mean if mean else 0.0
-
-
-def _entropies(router_logits: Tensor) -> Tensor:
-    """Compute the entropy of each token's probabilities, divided by ln E, [T]."""
-    num_tokens, num_experts = router_logits.shape
-    if num_experts == 1:
-        return router_logits.new_ones(num_tokens)
-    log_probabilities = router_logits.log_softmax(-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(-1) / math.log(num_experts)
+def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
+    """Compute the sums that `RoutingTotals` has, on the routers' device."""
+    loads = expert_loads(routing)
+    sums = torch.cat([loads.new_zeros(len(loads), 2), loads, torch.zeros_like(loads)], dim=1)
+    for row, record in zip(sums, routing, strict=True):
+        log_probabilities = record.router_logits.detach().log_softmax(-1)  # (T, E)
+        probabilities = log_probabilities.exp()
+        row[0] = len(log_probabilities)
+        row[1] = -(probabilities * log_probabilities).sum(-1).double().sum() / math.log(2)
+        start = 2 + loads.shape[1]
+        row[start : start + record.num_experts] = probabilities.sum(0)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -128,28 +67,47 @@ class RoutingTotals:
     Args:
         routers: Each router's layer and projection.
         num_experts: Of each router.
-        num_tokens: T; each chooses its experts in every layer.
-        tokens_per_expert: How often each expert was chosen, [N, E] float64; see `expert_loads`.
-        probabilities: The router's probabilities, summed over tokens, [N, E] float64.
-        token_entropies_bits: The entropy of each token's probabilities, summed, [N] float64.
+        sums: By router: the tokens, the sum of the entropies of their probabilities in bits, how
+            often each expert was chosen (see `expert_loads`), and its probabilities' sum,
+            [N, 2 + 2·E] float64 on the CPU.
     """
 
     routers: tuple[RouterName, ...]
     num_experts: tuple[int, ...]
-    num_tokens: int
-    tokens_per_expert: Tensor
-    probabilities: Tensor
-    token_entropies_bits: Tensor
+    sums: Tensor
+
+    @staticmethod
+    def of(
+        routing: Sequence[LayerRouting], sums: Tensor | Sequence[float] | None = None
+    ) -> RoutingTotals:
+        """Sum up one forward's record; `sums` are those of such records where they are known."""
+        if sums is None:
+            sums = measure_routing(routing).cpu()
+        routers, num_experts = zip(*((one.router, one.num_experts) for one in routing), strict=True)
+        sums = torch.as_tensor(sums, dtype=torch.float64).view(len(routing), -1)
+        return RoutingTotals(routers, num_experts, sums)
 
     def __add__(self, other: RoutingTotals) -> RoutingTotals:
-        return RoutingTotals(
-            self.routers,
-            self.num_experts,
-            self.num_tokens + other.num_tokens,
-            self.tokens_per_expert + other.tokens_per_expert,
-            self.probabilities + other.probabilities,
-            self.token_entropies_bits + other.token_entropies_bits,
-        )
+        return replace(self, sums=self.sums + other.sums)
+
+    @property
+    def num_tokens(self) -> int:
+        """T; each chooses its experts in every layer."""
+        return int(self.sums[0, 0])
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """How often each expert was chosen, [N, E]."""
+        return self.sums[:, 2:].chunk(2, dim=1)[0]
+
+    @property
+    def choices(self) -> dict[RouterName, list[int]]:
+        """How often each router chose each of its experts."""
+        rows = zip(self.routers, self.num_experts, self.tokens_per_expert.tolist(), strict=True)
+        return {
+            router: [round(count) if math.isfinite(count) else 0 for count in row[:size]]
+            for router, size, row in rows
+        }
 
     @property
     def load(self) -> Tensor:
@@ -157,39 +115,79 @@ class RoutingTotals:
         return load_shares(self.tokens_per_expert)
 
     @property
+    def load_cv(self) -> float:
+        """Deviation of the load over experts divided by its mean, averaged over routers.
+
+        0 is balanced, sqrt(E - 1) is one expert for all.
+        """
+        rows = zip(self.num_experts, self.tokens_per_expert.tolist(), strict=True)
+        return fmean(_spread(row[:size]) for size, row in rows)
+
+    @property
     def effective_experts(self) -> Tensor:
         """The number of experts that the load is spread over, [N]; see `effective_number`."""
         return effective_number(self.load)
 
     @property
+    def mean_probabilities(self) -> Tensor:
+        """The router's probabilities, averaged over tokens, [N, E]."""
+        return load_shares(self.sums[:, 2:].chunk(2, dim=1)[1])
+
+    @property
     def mean_entropy_bits(self) -> Tensor:
         """Entropy of the router's probabilities, averaged over tokens before: is a layer mixed?"""
-        return entropy_bits(load_shares(self.probabilities))
+        return entropy_bits(self.mean_probabilities)
 
     @property
     def token_entropy_bits(self) -> Tensor:
         """Entropy of each token's probabilities, averaged after: are tokens undecided?"""
-        return self.token_entropies_bits / max(1, self.num_tokens)
+        return self.sums[:, 1] / self.sums[:, 0].clamp_min(1)
+
+    @property
+    def entropy(self) -> float:
+        """The same in parts of ln E, averaged over routers: 1 is uniform, 0 is certain."""
+        bits = zip(self.token_entropy_bits.tolist(), self.num_experts, strict=True)
+        parts = [value / math.log2(size) if size > 1 else 1.0 for value, size in bits]
+        return fmean(parts) if self.num_tokens else 1.0
 
 
-def routing_totals(routing: Sequence[LayerRouting]) -> RoutingTotals:
-    """Sum up one forward's record, on the CPU."""
-    loads = expert_loads(routing).cpu()
-    sums = torch.zeros_like(loads)
-    entropies = sums.new_zeros(len(routing))
-    for index, record in enumerate(routing):
-        log_probabilities = record.router_logits.detach().log_softmax(-1)  # (T, E)
-        probabilities = log_probabilities.exp()
-        sums[index, : record.num_experts] = probabilities.sum(0)
-        entropies[index] = -(probabilities * log_probabilities).sum() / math.log(2)
-    return RoutingTotals(
-        routers=tuple(record.router for record in routing),
-        num_experts=tuple(record.num_experts for record in routing),
-        num_tokens=len(routing[0].router_logits),
-        tokens_per_expert=loads,
-        probabilities=sums,
-        token_entropies_bits=entropies,
-    )
+def expert_loads(routing: Sequence[LayerRouting]) -> Float[Tensor, "N E"]:
+    """Add up each expert's load at each router in float64: how often it was chosen.
+
+    Where tokens take all experts, it is the sum of their weights.
+    """
+    return _loads(routing, 0, 1)[0]
+
+
+def loads_by_class(
+    routing: Sequence[LayerRouting], classes: Int[Tensor, " T"], num_classes: int
+) -> Float[Tensor, "C N E"]:
+    """Add up each expert's load at each router over the tokens of each class, on the CPU."""
+    classes = classes.to(routing[0].router_logits.device)
+    return _loads(routing, classes.unsqueeze(1), num_classes).cpu()
+
+
+def _loads(routing: Sequence[LayerRouting], classes: Tensor | int, num_classes: int) -> Tensor:
+    size = max(record.num_experts for record in routing)
+    places = [
+        ((classes * len(routing) + index) * size + record.selected_experts).flatten()
+        for index, record in enumerate(routing)
+    ]
+    shares = torch.cat([record.shares.flatten().double() for record in routing])
+    loads = shares.new_zeros(num_classes * len(routing) * size)
+    loads.scatter_add_(0, torch.cat(places), shares)  # bincount reads the largest first
+    return loads.view(num_classes, len(routing), size)
+
+
+def load_shares(counts: Tensor) -> Tensor:
+    """Divide counts [..., E] by their sum; a row of zeros stays zero."""
+    total = counts.sum(-1, keepdim=True)
+    return counts.double() / total.where(total > 0, 1)
+
+
+def _spread(load: Sequence[float]) -> float:
+    mean = fmean(load)
+    return math.sqrt(fmean((count - mean) ** 2 for count in load)) / mean if mean else 0.0
 
 
 def entropy_bits(shares: Tensor) -> Tensor:
@@ -200,8 +198,7 @@ def entropy_bits(shares: Tensor) -> Tensor:
 def effective_number(shares: Tensor) -> Tensor:
     """Compute `exp(-Σ_e p_e ln p_e)`: E when all have the same share, 1 when one has all.
 
-    Source:
-        Hill 1973, Diversity and evenness, Ecology 54 (the number of order 1).
+    Source: Hill 1973, Diversity and evenness, Ecology 54 (the number of order 1).
     """
     return torch.exp2(entropy_bits(shares))
 
@@ -223,3 +220,43 @@ def mutual_information_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, " N"
     or of the experts, the smaller of the two.
     """
     return (load_shares(loads.sum(-1).T).T * specialisation_bits(loads)).sum(0)
+
+
+def has_enough_choices(choices: Choices) -> bool:
+    """Whether every router has choices enough to be judged."""
+    return all(sum(counts) >= MIN_CHOICES_PER_EXPERT * len(counts) for counts in choices.values())
+
+
+def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
+    """Describe how a mixture is none any more, by kind: `unused experts`, `collapsed layers`."""
+    choices = {router: counts for router, counts in choices.items() if len(counts) > top_k}
+    if not choices or not has_enough_choices(choices):
+        return {}
+    unused, collapsed, num_unused = [], [], 0
+    for router, counts in choices.items():
+        load, name = load_shares(torch.tensor(counts)), describe_router(router)
+        experts = torch.nonzero(load < UNUSED_SHARE / len(load)).flatten().tolist()
+        if experts:
+            num_unused += len(experts)
+            names = ", ".join(map(str, experts))
+            unused.append(f"{name} (expert{'s' * (len(experts) > 1)} {names})")
+        number = float(effective_number(load))
+        if number <= top_k + COLLAPSED_PART * (len(counts) - top_k):
+            collapsed.append(f"{name} ({number:.1f} of {len(counts)})")
+    found, num_experts = {}, sum(map(len, choices.values()))
+    if num_unused >= UNUSED_PART * num_experts:
+        found["unused experts"] = (
+            f"{num_unused} of {num_experts} experts are hardly used "
+            f"(below {100 * UNUSED_SHARE:g} % of an even share): {_shortened(unused)}"
+        )
+    if collapsed:
+        found["collapsed layers"] = (
+            f"layers that send nearly all tokens to the same experts (by their effective number, "
+            f"top_k is {top_k}): {_shortened(collapsed)}"
+        )
+    return found
+
+
+def _shortened(names: Sequence[str]) -> str:
+    rest = len(names) - _MAX_NAMED
+    return ", ".join([*names[:_MAX_NAMED], *([f"{rest} more layers"] if rest > 0 else [])])

@@ -14,8 +14,8 @@ from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.data.training_set import StreamedSet, TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
-from loraloom.routing.collapse import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
 from loraloom.routing.record import RouterName
+from loraloom.routing.tally import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, JobConfig
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
 from loraloom.training.step.objectives import Reference, build_objective

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from loraloom.routing.tally import measure_load
+from loraloom.routing.tally import measure_routing
 from loraloom.training.step import fused as step
 from tests.tiny import relative_error
 from tests.training.running import matrix, trained_weights
@@ -32,10 +32,10 @@ def margins() -> Iterator[list[float]]:
             logits = layer.router_logits.detach().sort(-1, descending=True).values
             top_k = layer.selected_experts.shape[1]
             found.append(float((logits[:, top_k - 1] - logits[:, top_k]).min()))
-        return measure_load(routing)
+        return measure_routing(routing)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "measure_load", spy)
+        patch.setattr(step, "measure_routing", spy)
         yield found
 
 

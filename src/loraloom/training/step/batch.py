@@ -18,8 +18,8 @@ from torch import Tensor
 
 from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import Example, count_labels, first_fit
-from loraloom.routing.collapse import Choices
 from loraloom.routing.record import RouterName
+from loraloom.routing.tally import Choices
 from loraloom.training.step.objectives import Objective, Reference
 from loraloom.training.step.window import Window
 

@@ -26,7 +26,7 @@ from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import measure_load, read_statistics
+from loraloom.routing.tally import RoutingTotals, measure_routing
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out
 from loraloom.training.step.objectives import ScoredSamples, ask_references
 
@@ -133,22 +133,22 @@ def _fetch(
 ) -> list[MicroBatchLoss]:
     """Add all numbers of a round up over the ranks, and read them from the device at once."""
     scalars = torch.stack([value.detach() for share in shares for value in share.scalars()])
-    loads = [torch.empty(0) if s.routing is None else measure_load(s.routing) for s in shares]
-    summands = torch.cat([values.to(scalars.device).double() for values in (scalars, *loads)])
+    sums = [torch.empty(0) if s.routing is None else measure_routing(s.routing) for s in shares]
+    summands = torch.cat([part.to(scalars.device).double().flatten() for part in (scalars, *sums)])
     numbers = iter(ranks.sum(summands).tolist())
     heads = [list(islice(numbers, len(share.scalars()))) for share in shares]
     reports = []
-    for batch, share, head, load in zip(micro_batches, shares, heads, loads, strict=True):
+    for batch, share, head, measured in zip(micro_batches, shares, heads, sums, strict=True):
         loss, aux_loss, tokens, *values = head
         metrics = dict(zip(share.metrics, values, strict=True))
         report = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=round(tokens))
         if share.routing is not None:
-            routers = read_statistics(share.routing, list(islice(numbers, len(load))))
+            routers = RoutingTotals.of(share.routing, list(islice(numbers, measured.numel())))
             report = replace(
                 report,
                 router_entropy=routers.entropy * batch.token_share,
                 router_load_cv=routers.load_cv * batch.token_share,
-                tokens_per_expert=routers.tokens_per_expert,
+                tokens_per_expert=routers.choices,
             )
         reports.append(report)
     return reports
