@@ -18,7 +18,6 @@ from unittest.mock import patch
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
-from torch.nn.functional import silu
 from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
 from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
@@ -99,7 +98,7 @@ def run_block(num_experts: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
     hidden, down_rank = fused_hidden(
         leaf(TOKENS, FFN_SIZE), leaf(TOKENS, FFN_SIZE), leaf(TOKENS, 2 * size), weights, experts,
-        routing_weights, silu, FfnDropout.none(2),
+        routing_weights, FfnDropout.none(2),
     )  # fmt: skip
     (hidden.sum() + down_rank.sum()).backward()
 

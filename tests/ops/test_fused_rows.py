@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import SiLUActivation
 
 from loraloom.ops.fused.expert_ffn import (
     SWITCH,
@@ -33,10 +34,11 @@ def test_half_precision_on_an_accelerator_is_fused_where_kernels_are_on(monkeypa
 
 @pytest.mark.parametrize("options", [{"decomposed": True}, {"rounds_rows": True}])
 def test_blocks_whose_slots_stay_apart_are_left_to_pytorch(options):
-    act = torch.nn.SiLU()
-    assert has_kernels(compute_form(make_case("gated")), act)
-    assert not has_kernels(compute_form(make_case("gated", **options)), act)
-    assert not has_kernels(compute_form(make_case("gated")), torch.tanh)
+    plain, apart = compute_form(make_case("gated")), compute_form(make_case("gated", **options))
+    for act in (torch.nn.SiLU(), torch.nn.functional.silu, SiLUActivation()):
+        assert has_kernels(plain, act)
+        assert not has_kernels(apart, act)
+    assert not has_kernels(plain, torch.tanh)
 
 
 def test_slots_have_the_columns_of_their_expert_and_add_up():

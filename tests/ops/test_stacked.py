@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from loraloom.ops.stacked import StackedFfn, stack_expert_ffn, stack_low_rank_ffn
+from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 from loraloom.routing.routes import TopK
 from tests.ops.ffn_case import SHAPES, FfnCase, bend, compute_form, dense_loop, make_case
 from tests.ops.test_expert_ffn import PARTS
@@ -27,9 +27,9 @@ def cases_of_two_adapters(shape: str, **options) -> list[FfnCase]:
 def stack(cases: list[FfnCase], *, routed: bool) -> StackedFfn:
     parts = [compute_form(case) for case in cases]
     if not routed:
-        return stack_low_rank_ffn(parts)
+        return stack_ffn_weights(parts)
     routers = [_router(case).T for case in cases]
-    return stack_expert_ffn(parts, routers, TopK(cases[0].selected.shape[1]))
+    return stack_ffn_weights(parts, routers, TopK(cases[0].selected.shape[1]))
 
 
 @dataclass

@@ -67,14 +67,6 @@ def test_no_chunk_is_larger_than_asked(weight, monkeypatch):
     assert rows == [3, 3, 2]
 
 
-def test_no_tokens_have_no_losses_and_a_graph(weight):
-    states = torch.randn(0, D, dtype=torch.float64, requires_grad=True)
-    losses = token_losses(states, torch.zeros(0, dtype=torch.long), heads(weight)["linear"], V)
-    losses.sum().backward()
-    assert losses.shape == (0,)
-    assert states.grad is not None
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_losses_are_float32_and_gradients_in_the_dtype_of_the_states(dtype, weight):
     states = torch.randn(4, D, dtype=dtype, requires_grad=True)

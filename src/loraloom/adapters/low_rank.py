@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection
-from loraloom.ops.expert_ffn import Activation, FfnWeights
+from loraloom.ops.expert_ffn import Activation, FfnWeights, low_rank_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
-from loraloom.ops.low_rank_ffn import low_rank_ffn
-from loraloom.ops.stacked import StackedLowRankFfn, stack_low_rank_ffn
+from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 
 
 class LowRankConfig(AdapterConfig):
@@ -117,8 +116,8 @@ class LowRankAdapter(Adapter):
     @classmethod
     def stack_ffn(
         cls, adapters: Sequence[LowRankAdapter], layer: int, weights: Sequence[FfnWeights]
-    ) -> StackedLowRankFfn:
-        return stack_low_rank_ffn(weights)
+    ) -> StackedFfn:
+        return stack_ffn_weights(weights)
 
 
 def projection_blocks(config: AdapterConfig, layer: BaseLayer, build: Build) -> nn.ModuleDict:

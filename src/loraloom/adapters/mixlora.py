@@ -39,7 +39,7 @@ from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
-from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
+from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 from loraloom.routing.routes import router_logits
 
 
@@ -211,11 +211,11 @@ class MixLoraAdapter(Adapter):
     @classmethod
     def stack_ffn(
         cls, adapters: Sequence[MixLoraAdapter], layer: int, weights: Sequence[FfnWeights]
-    ) -> StackedExpertFfn:
+    ) -> StackedFfn:
         first = adapters[0]
         routers = [adapter.router(layer).detach() for adapter in adapters]
         bias = first._unweighted_bias(layer, weights[0])
-        return stack_expert_ffn(weights, routers, first._routed, bias)
+        return stack_ffn_weights(weights, routers, first._routed, bias)
 
     def as_moe(self, layer: int) -> MoeFfn:
         if not self._routed.sums_to_one:

@@ -127,7 +127,9 @@ class FfnBlock:
             ]
         sizes = [len(part.hidden) for part in parts]
         hidden = parts[0].hidden if len(parts) == 1 else torch.cat([p.hidden for p in parts])
-        outputs = self.output(hidden).split(sizes)
+        output = self.output(hidden)
+        # A view of rows can't be added to in place where there are several.
+        outputs = [output] if len(parts) == 1 else output.split(sizes)
         with outside_autocast(gate):
             rows = [part.finish(output) for part, output in zip(parts, outputs, strict=True)]
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))

@@ -65,13 +65,9 @@ class SampleSpan:
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """Draws the random numbers of one segment at one layer.
+    """Draws the random numbers of one segment, with T tokens, at one decoder layer.
 
-    Args:
-        spans: The segment's samples. Tokens in none of them (padding) are kept and not jittered.
-        num_tokens: T, tokens of the segment.
-        layer: Index of the decoder layer.
-        device: Where the numbers are made.
+    Tokens in none of its samples' spans (padding) are kept and not jittered.
     """
 
     spans: Sequence[SampleSpan]

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.low_rank import UpProjection, decompose, slot_masks
+from loraloom.ops.low_rank import (
+    UpProjection,
+    apply_update,
+    decompose,
+    down_project,
+    slot_masks,
+)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -148,67 +154,50 @@ def expert_ffn(
     if weights.input_A is not None:
         dropped = apply_keep_mask(hidden_states, dropout.keep_input)
         low_rank = dropped @ weights.input_A.T * dropout.scale
+    by_slot = list(zip(masks, routing.selected_experts.T, strict=True))
     slots = []
-    for slot, mask in enumerate(masks):
-        experts = routing.selected_experts[:, slot]
+    for mask, experts in by_slot:
         hidden = act(_adapted(gate, low_rank, weights.gate, mask, experts))
         if up is not None:
             hidden = hidden * _adapted(up, low_rank, weights.up, mask, experts)
         slots.append(hidden)
-    updates = [torch.zeros_like(hidden_states)] * len(slots)
-    down, down_A = weights.down, weights.down_A
-    if down is not None and down_A is not None:
-        low_ranks = [
-            apply_keep_mask(hidden, keep) @ down_A.T * dropout.scale * mask
-            for hidden, keep, mask in zip(slots, dropout.keep_slots, masks, strict=True)
+    down_ranks = [None] * len(slots)
+    if weights.down_A is not None:
+        down_ranks = [
+            apply_keep_mask(hidden, keep) @ weights.down_A.T * dropout.scale
+            for hidden, keep in zip(slots, dropout.keep_slots, strict=True)
         ]
-        updates = [low_rank @ down.B for low_rank in low_ranks]
-    if not weights.apart:
-        update = combine_slots(updates, slot_weights)
-        return combine_slots(slots, slot_weights), lambda output: output + update
 
     def finish(output: Tensor) -> Tensor:
-        outputs = [
-            _finished(rows, update, weights, routing.selected_experts[:, slot])
-            for slot, (rows, update) in enumerate(
-                zip(output.chunk(len(slots)), updates, strict=True)
-            )
+        if weights.apart:
+            outputs = output.chunk(len(slots))
+        else:  # the update is linear too, and has the output added once
+            outputs = [torch.zeros_like(output)] * len(slots)
+        rows = [
+            _adapted(rows, down_rank, weights.down, *slot)
+            for rows, down_rank, slot in zip(outputs, down_ranks, by_slot, strict=True)
         ]
-        return combine_slots(outputs, slot_weights)
+        combined = combine_slots(rows, slot_weights)
+        return combined if weights.apart else output + combined
 
-    return torch.cat(slots), finish
-
-
-def _finished(output: Tensor, update: Tensor, weights: FfnWeights, experts: Tensor) -> Tensor:
-    """Adapt the base's output for one slot's rows."""
-    if weights.down is None or weights.down.row_scale is None:
-        return output + update
-    return _decomposed(output, update, weights.down.row_scale, weights.down.bias, experts)
+    return torch.cat(slots) if weights.apart else combine_slots(slots, slot_weights), finish
 
 
 def _adapted(
     output: Tensor,
     low_rank: Tensor | None,
-    projection: UpProjection | None,
+    side: UpProjection | None,
     mask: Tensor,
     experts: Tensor,
 ) -> Tensor:
-    if projection is None or low_rank is None:
+    """Add a slot's update; expert -1 leaves the base's output."""
+    if side is None or low_rank is None:
         return output
-    masked = low_rank[:, projection.columns] * mask
-    if projection.row_scale is None:
-        return torch.addmm(output, masked, projection.B)
-    update = masked @ projection.B
-    return _decomposed(output, update, projection.row_scale, projection.bias, experts)
-
-
-def _decomposed(
-    output: Tensor, update: Tensor, row_scale: Tensor, bias: Tensor | None, experts: Tensor
-) -> Tensor:
-    """Apply each token's expert's row scale; expert -1 leaves the base's output."""
-    routed = (experts >= 0).unsqueeze(-1)
-    scaled = decompose(output, update, row_scale[experts.clamp_min(0)], bias)
-    return torch.where(routed, scaled, output)
+    update = (low_rank[:, side.columns] * mask) @ side.B
+    if side.row_scale is None:
+        return output + update
+    scaled = decompose(output, update, side.row_scale[experts.clamp_min(0)], side.bias)
+    return torch.where((experts >= 0).unsqueeze(-1), scaled, output)
 
 
 def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor | Sequence[Tensor]) -> Tensor:
@@ -217,3 +206,41 @@ def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor | Sequence[Tenso
     for values, weight in zip(slots[1:], slot_weights[1:], strict=True):
         total = torch.addcmul(total, values, weight)
     return total
+
+
+def low_rank_ffn(
+    hidden_states: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    weights: FfnWeights,
+    act: Activation,
+    dropout: FfnDropout,
+    tokens: Any,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Compute a block of one expert whose updates are `between(A drop(x)) B`; see `expert_ffn`.
+
+    Plain autograd: h is kept for the backward pass, since a router of the output projection reads
+    it. Where nothing lies between A and B, `lean_expert_ffn` needs less memory. `tokens` are handed
+    on to `between`.
+    """
+    low_rank = None
+    if weights.input_A is not None:
+        keep = dropout.keep_input
+        low_rank = down_project(hidden_states, weights.input_A, keep, dropout.probability)
+
+    def rank_input(side: UpProjection | None) -> Tensor | None:
+        if side is None or low_rank is None:
+            return None
+        return side.rank_input(low_rank, hidden_states, tokens)
+
+    gate_rank = rank_input(weights.gate)
+    hidden = act(apply_update(gate, gate_rank, weights.gate))
+    if up is not None:
+        up_rank = gate_rank if are_halves(weights.gate, weights.up) else rank_input(weights.up)
+        hidden = hidden * apply_update(up, up_rank, weights.up)
+    down = weights.down
+    if down is None or weights.down_A is None:
+        return hidden, lambda output: output
+    down_rank = down_project(hidden, weights.down_A, dropout.keep_slots[0], dropout.probability)
+    down_rank = down.rank_input(down_rank, hidden, tokens)
+    return hidden, lambda output: apply_update(output, down_rank, down)

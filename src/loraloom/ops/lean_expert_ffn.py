@@ -1,7 +1,7 @@
 """The FFN block of one adapter's tokens in the memory of a plain LoRA.
 
 Axes: T tokens, D hidden, F feed-forward, K top_k, E experts, R rank, S = E·R, P columns of the
-input product.
+input product, t rows of a piece.
 
 The same numbers as `expert_ffn.py`, whose `expert_ffn` is this file's semantics. Kept for the
 backward pass: the block's input, the base's gate and up, the rank-space activations and the
@@ -15,7 +15,7 @@ float32 inside); gradients of weights are summed over pieces in float32 or bette
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,22 +23,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
+from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing
 from loraloom.ops.fused.expert_ffn import fused_hidden, has_kernels, is_fused
 from loraloom.ops.grouped_products import (
-    grouped_combine,
-    grouped_down,
-    grouped_up,
+    CombineSlots,
+    GroupedDown,
+    GroupedUp,
+    RankGradients,
+    add_product_,
+    excess_rows,
     zeros_for_gradient,
 )
-from loraloom.ops.low_rank import (
-    UpProjection,
-    decompose,
-    decompose_rows_,
-    down_project,
-    excess_of,
-    rows_of_experts,
-)
+from loraloom.ops.low_rank import UpProjection, add_low_rank_, decompose_rows_, down_project
 from loraloom.ops.slot_pieces import Piece, Slots
 
 
@@ -51,92 +47,61 @@ def lean_expert_ffn(
     act: Activation,
     dropout: FfnDropout,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Compute what `expert_ffn` computes; see there.
+    """Compute what `expert_ffn` computes, of the same arguments.
 
-    Args:
-        hidden_states: The block's input, [T, D].
-        gate: Base output of the gate (or only) input projection, [T, F].
-        up: Base output of up, [T, F], or None.
-        weights: The adapter's weights.
-        routing: Slots of each token; None for a plain LoRA (one expert with weight 1).
-        act: The base's activation.
-        dropout: Masks.
-
-    Returns:
-        Hidden rows ([T, F], or [K·T, F] where slots stay apart) and a function from the base's
-        output for them, row by row, to the block's output, [T, D].
+    Without routing it is that of a plain LoRA, one expert with weight 1. The function that is
+    returned may write to the base's output.
     """
     slots = Slots.of(weights, routing, gate)
-    low_rank = None
+    low_rank: Any = None
     if weights.input_A is not None:
-        keep, probability = dropout.keep_input, dropout.probability
+        arguments = (hidden_states, weights.input_A, dropout.keep_input, dropout.probability)
         if slots.group is None:
-            low_rank = down_project(hidden_states, weights.input_A, keep, probability)
+            low_rank = down_project(*arguments)
         else:
-            low_rank = grouped_down(hidden_states, weights.input_A, keep, probability, slots)
-    slot_weights = None
-    if routing is not None and not slots.apart:
-        slot_weights = routing.routing_weights
+            low_rank = GroupedDown.apply(*arguments, slots)
+    slot_weights = None if routing is None else routing.routing_weights
     if is_fused(gate) and has_kernels(weights, act):
         experts = slots.experts if slots.routed else None
         hidden, down_rank = fused_hidden(
-            gate, up, low_rank, weights, experts, slot_weights, act, dropout
+            gate, up, low_rank, weights, experts, slot_weights, dropout
         )
-        return hidden, _finish(weights, routing, slots, down_rank)
-    gate_side, up_side = (_Side.of(side, weights, slots) for side in (weights.gate, weights.up))
-    block = _Block(slots, gate_side, up_side, act, dropout)
-    hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        block,
-        gate,
-        up,
-        low_rank,
-        *_tensors(weights.gate),
-        *_tensors(weights.up),
-        weights.down_A,
-        None if slot_weights is None else slot_weights.to(gate.dtype),
-    )
-    return hidden, _finish(weights, routing, slots, down_rank)
-
-
-def _tensors(side: UpProjection | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return what of a projection has gradients: B, and DoRA's row scale."""
-    return (None, None) if side is None else (side.B, side.row_scale)
+    else:
+        if slot_weights is not None:
+            slot_weights = slot_weights.to(gate.dtype)
+        sides = (weights.gate, weights.up)
+        hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
+            _Block(slots, act, dropout.scale, *(_Side.of(side, slots) for side in sides)),
+            gate,
+            up,
+            low_rank,
+            *(weight for side in sides for weight in (side and side.B, side and side.row_scale)),
+            weights.down_A,
+            None if slots.apart else slot_weights,
+            *dropout.keep_slots,
+        )
+    return hidden, partial(_finish, down_rank, weights.down, slot_weights, slots)
 
 
 def _finish(
-    weights: FfnWeights, routing: Routing | None, slots: Slots, down_rank: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Return what is to be done with the base's down-projection of the hidden rows."""
-    down, num_slots = weights.down, len(slots.experts)
-    if not slots.apart:
-        if down is None:
-            return lambda output: output
-        if slots.group is None:
-            return lambda output: torch.addmm(output, down_rank, down.B)
-        return lambda output: grouped_up(output, down_rank, down.B, slots)
-
-    def finish(output: Tensor) -> Tensor:
-        slot_weights = None if routing is None else routing.routing_weights.to(output.dtype)
-        if slots.group is not None and slot_weights is not None:
-            return grouped_combine(output, down_rank, down, slot_weights, slots)
-        outputs = output.chunk(num_slots)
-        if down is not None:
-            masks = slots.masks(down_rank.dtype)
-            by_slot = [down_rank] if masks is None else [down_rank * mask for mask in masks]
-            updates = [rows @ down.B for rows in by_slot]
-            if down.row_scale is None:
-                outputs = [rows + update for rows, update in zip(outputs, updates, strict=True)]
-            else:
-                scales = rows_of_experts(_with_unit_row(down.row_scale), slots.experts)
-                outputs = [
-                    decompose(*rows_of_slot, down.bias)
-                    for rows_of_slot in zip(outputs, updates, scales, strict=True)
-                ]
-        if slot_weights is None:
-            return outputs[0]
-        return combine_slots(outputs, slot_weights.T.unsqueeze(-1))
-
-    return finish
+    down_rank: Tensor,
+    down: UpProjection | None,
+    slot_weights: Tensor | None,
+    slots: Slots,
+    output: Tensor,
+) -> Any:
+    """Adapt the base's down-projection of the hidden rows."""
+    parts = (None, None, None) if down is None else (down.B, down.row_scale, down.bias)
+    if slots.apart and (slots.routed or parts[1] is not None):
+        weights = None if slot_weights is None else slot_weights.to(output.dtype)
+        return CombineSlots.apply(output, down_rank, *parts, weights, slots)
+    if down is None:
+        return output
+    # Autograd lets nobody write to one of several views, as the rows of a segment are.
+    rows = output if output._base is None else output.clone()
+    if slots.group is not None:
+        return GroupedUp.apply(rows, down_rank, down.B, slots)
+    return add_low_rank_(rows, [slice(None)], [down_rank], [down.B])
 
 
 @dataclass(frozen=True)
@@ -147,68 +112,72 @@ class _Side:
     bias: Tensor | None
 
     @staticmethod
-    def of(projection: UpProjection | None, weights: FfnWeights, slots: Slots) -> _Side:
+    def of(projection: UpProjection | None, slots: Slots) -> _Side | None:
         if projection is None:
-            return _Side(slice(0, 0), None)
-        place = projection.columns.start // (weights.num_experts * weights.rank)
-        return _Side(slice(place * slots.columns, (place + 1) * slots.columns), projection.bias)
+            return None
+        place = projection.columns.start // (slots.num_experts * slots.rank)
+        columns = slice(place * slots.columns, (place + 1) * slots.columns)
+        return _Side(columns, projection.bias)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """What the function needs besides tensors that have gradients."""
+    """What the function needs besides tensors that autograd is to save."""
 
     slots: Slots
-    gate: _Side
-    up: _Side
     act: Activation
-    dropout: FfnDropout
+    dropout_scale: float
+    gate: _Side | None
+    up: _Side | None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Choices and masks, which autograd is to save: checkpointing drops only what it sees."""
-        return self.slots.experts, *self.dropout.keep_slots
-
-    def without_tensors(self) -> _Block:
-        dropout = replace(self.dropout, keep_input=None, keep_slots=())
-        return replace(self, slots=self.slots.without_experts(), dropout=dropout)
-
-    def with_tensors(self, experts: Tensor, *keep_slots: Tensor | None) -> _Block:
-        dropout = replace(self.dropout, keep_slots=keep_slots)
-        return replace(self, slots=self.slots.with_experts(experts), dropout=dropout)
+    def projections(self, gate, up, low_rank, gate_B, gate_c, up_B, up_c) -> list[_Projection]:
+        """The gate (or only) input projection, and up if there is one."""
+        first = _Projection(gate, low_rank, gate_B, gate_c, self.gate)
+        return [first] if up is None else [first, _Projection(up, low_rank, up_B, up_c, self.up)]
 
 
 @dataclass(frozen=True)
-class _Projected:
+class _Rows:
     """An adapted input projection of a piece.
 
     Args:
         value: With the update, [t, F].
         unscaled: Before DoRA's row scale, without the bias.
-        excess: DoRA's factors less 1; None where there are none.
         rank_input: What B multiplied; None where nothing is adapted.
+        excess: DoRA's factors less 1; None where there are none.
     """
 
     value: Tensor
     unscaled: Tensor
-    excess: Tensor | None
-    rank_input: Tensor | None
+    rank_input: Tensor | None = None
+    excess: Tensor | None = None
+
+    def times(self, factor: Tensor) -> Tensor:
+        """Multiply the value for the last time, in place unless it is the base's own output."""
+        return self.value * factor if self.rank_input is None else self.value.mul_(factor)
 
 
-@dataclass(frozen=True)
-class _PieceStates:
-    """A piece's way through the block.
+class _Projection:
+    """An input projection: the base's output, [T, F], and what adapts it."""
 
-    Args:
-        inner: The adapted gate (or only input projection); its value is a leaf of a small graph.
-        activated: Its activation, on that graph.
-        outer: The adapted up.
-        hidden: `activated ∘ outer`.
-    """
+    def __init__(self, output: Tensor, low_rank: Any, lora_B: Any, row_scale: Any, side: Any):
+        self.output, self.lora_B, self.row_scale, self.side = output, lora_B, row_scale, side
+        self.low_rank = None if side is None or low_rank is None else low_rank[:, side.columns]
+        self.excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
 
-    inner: _Projected
-    activated: Tensor
-    outer: _Projected | None
-    hidden: Tensor
+    def rows(self, piece: Piece) -> _Rows:
+        output = piece.take(self.output)
+        if self.low_rank is None or piece.columns is None:
+            return _Rows(output, output)
+        rank_input, own_B = piece.take_rank(self.low_rank), piece.of_experts(self.lora_B)
+        if self.excess is None:
+            # A piece's own copy is added to; rows of the base's output are needed again.
+            add = output.addmm_ if piece.copies else partial(torch.addmm, output)
+            value = add(rank_input, own_B)
+            return _Rows(value, value, rank_input)
+        excess, rows = piece.of_rows(self.excess), output if piece.copies else output.clone()
+        value = decompose_rows_(rows, rank_input, own_B, excess, self.side.bias)
+        return _Rows(value, rows, rank_input, excess)
 
 
 class _LeanFfn(torch.autograd.Function):
@@ -226,14 +195,16 @@ class _LeanFfn(torch.autograd.Function):
 
     h, u and v are K·T·F wide, so they are computed again, piece by piece; what is kept is T·F (the
     base's gate and up, which PEFT's layer keeps as well) or of rank-space width. Only act' needs
-    autograd, whatever activation the family has: a graph over one piece and one function.
+    autograd, whatever activation the family has: a graph over one piece and one function. Where
+    slots stay apart (DoRA on the output projection, or a base that rounds rows) each has rows of
+    its own in y, and g is applied behind the base's layer.
     """
 
     @staticmethod
-    def forward(ctx, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights):
-        ctx.block = block.without_tensors()
-        forward = _PieceForward(block, gate, up, low_rank, gate_B, gate_c, up_B, up_c)
-        slots, dropout = block.slots, block.dropout
+    def forward(ctx, block, *tensors):
+        *inputs, down_A, slot_weights = tensors[:9]
+        gate, keep_slots, slots = inputs[0], tensors[9:], block.slots
+        projections = block.projections(*inputs)
         if slots.apart:
             hidden = gate.new_empty(slots.experts.numel(), gate.shape[1])
         else:
@@ -243,205 +214,125 @@ class _LeanFfn(torch.autograd.Function):
         if down_A is not None and slot_weights is not None:
             weighted = torch.zeros_like(unweighted)
         for piece in slots.pieces(gate):
-            states = forward.states(piece).hidden
+            inner, *outer = (projection.rows(piece) for projection in projections)
+            states = block.act(inner.value)
+            for rows in outer:
+                states = rows.times(states)
             weight = None if slot_weights is None else piece.slot_weights(slot_weights)
             if slots.apart:
-                piece.put_slots(hidden, states)
+                piece.take_slots(hidden).copy_(states)
             else:
                 piece.add(hidden, states, weight)
-            if down_A is None or not piece.adapted:
+            if down_A is None or piece.columns is None:
                 continue
-            dropped = piece.drop(states, dropout.keep_slots)
-            down = piece.keep_rank(dropped @ piece.of_experts(down_A).T)
-            down = down * dropout.scale if dropout.probability else down
+            down = piece.drop(states, keep_slots) @ piece.of_experts(down_A).T
+            down = piece.keep_rank(down)
+            down = down if block.dropout_scale == 1 else down * block.dropout_scale
             piece.add_rank(unweighted, down)
             if weight is not None:
                 piece.add_rank(weighted, down * weight)
-        ctx.save_for_backward(
-            gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights, unweighted,
-            *block.tensors(),
-        )  # fmt: skip
+        ctx.block = block
+        ctx.save_for_backward(*tensors, unweighted)
         return hidden, gate.new_empty(0) if weighted is None else weighted
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
-        saved = ctx.saved_tensors
-        tensors, (down_A, slot_weights, unweighted) = saved[:7], saved[7:10]
-        block = ctx.block.with_tensors(*saved[10:])
-        backward = _Backward(block, tensors, down_A, slot_weights, unweighted)
-        for piece in block.slots.pieces(tensors[0]):
+        backward = _Backward(ctx.block, *ctx.saved_tensors)
+        for piece in ctx.block.slots.pieces(grad_hidden):
             backward.accumulate(piece, grad_hidden, grad_down)
         return None, *backward.gradients()
-
-
-class _PieceForward:
-    """The forward pass of one piece; with a graph over the activation alone."""
-
-    def __init__(
-        self, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, *, with_graph: bool = False
-    ):
-        self.block = block
-        self.with_graph = with_graph
-        self.gate, self.up, self.low_rank = gate, up, low_rank
-        self.gate_B, self.up_B = gate_B, up_B
-        self.gate_excess = _excess_rows(gate_c, gate.dtype)
-        self.up_excess = _excess_rows(up_c, gate.dtype)
-
-    def states(self, piece: Piece) -> _PieceStates:
-        block = self.block
-        inner = self._project(piece, self.gate, block.gate, self.gate_B, self.gate_excess)
-        with torch.set_grad_enabled(self.with_graph):
-            leaf = inner.value.detach().requires_grad_(self.with_graph)
-            activated = block.act(leaf)
-        inner = replace(inner, value=leaf)
-        if self.up is None:
-            return _PieceStates(inner, activated, None, activated.detach())
-        outer = self._project(piece, self.up, block.up, self.up_B, self.up_excess)
-        return _PieceStates(inner, activated, outer, activated.detach() * outer.value)
-
-    def _project(
-        self, piece: Piece, output: Tensor, side: _Side, lora_B: Any, excess: Any
-    ) -> _Projected:
-        """Adapt a piece of the base's output; a missing B stands for nothing adapted."""
-        output = piece.take(output)
-        if lora_B is None or self.low_rank is None or not piece.adapted:
-            return _Projected(output, output, None, None)
-        rank_input = piece.take_rank(self.low_rank[:, side.columns])
-        own_B = piece.of_experts(lora_B)
-        if excess is None:
-            # A piece's own copy is added to; rows of the base's output are needed again.
-            add = output.addmm_ if piece.copies else partial(torch.addmm, output)
-            value = add(rank_input, own_B)
-            return _Projected(value, value, None, rank_input)
-        excess = piece.of_rows(excess)
-        rows = output if piece.copies else output.clone()
-        value = decompose_rows_(rows, rank_input, own_B, excess, side.bias)
-        return _Projected(value, rows, excess, rank_input)
 
 
 class _Backward:
     """Gradients of the function's tensors, summed up over pieces."""
 
-    def __init__(
-        self, block: _Block, tensors: Any, down_A: Any, slot_weights: Any, unweighted: Any
-    ):
-        gate, up, low_rank, gate_B, gate_c, up_B, up_c = tensors
-        self.block = block
-        self.forward = _PieceForward(block, *tensors, with_graph=True)
-        self.down_A, self.slot_weights, self.unweighted = down_A, slot_weights, unweighted
-        self.grad_gate = block.slots.new_total(gate)
-        self.grad_up: Any = None if up is None else block.slots.new_total(up)
-        self.grad_low_rank: Any = None if low_rank is None else torch.zeros_like(low_rank)
-        self.grad_gate_B, self.grad_gate_c = _zeros(gate_B), _zeros(gate_c)
-        self.grad_up_B, self.grad_up_c = _zeros(up_B), _zeros(up_c)
-        self.grad_down_A: Any = _zeros(down_A)
-        self.grad_weights: Any = None if slot_weights is None else torch.empty_like(slot_weights)
+    def __init__(self, block: _Block, *saved: Any):
+        *inputs, self.down_A, self.slot_weights = saved[:9]
+        self.block, self.keep_slots, self.unweighted = block, saved[9:-1], saved[-1]
+        self.projections = block.projections(*inputs)
+        self.grad_low_rank = None if inputs[2] is None else torch.zeros_like(inputs[2])
+        self.grads = [_Gradients(p, self.grad_low_rank, block.slots) for p in self.projections]
+        self.grad_down_A: Any = _zeros(self.down_A)
+        weights = self.slot_weights
+        self.grad_weights: Any = None if weights is None else torch.empty_like(weights)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return them in the order of the function's tensors."""
+        gate, up = self.grads[0], self.grads[1] if len(self.grads) > 1 else None
         return (
-            self.grad_gate, self.grad_up, self.grad_low_rank, self.grad_gate_B, self.grad_gate_c,
-            self.grad_up_B, self.grad_up_c, self.grad_down_A, self.grad_weights,
+            gate.output, up and up.output, self.grad_low_rank, gate.lora_B, gate.row_scale,
+            up and up.lora_B, up and up.row_scale, self.grad_down_A, self.grad_weights,
+            *(None for _ in self.keep_slots),
         )  # fmt: skip
 
     def accumulate(self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor) -> None:
-        states = self.forward.states(piece)
-        inner, outer = states.inner, states.outer
-        grad_states = self._grad_states(piece, grad_hidden, grad_down, states.hidden)
-        grad_activated = grad_states if outer is None else grad_states * outer.value
-        grad_inner = torch.autograd.grad(states.activated, inner.value, grad_activated)[0]
-        grad_inner = _unscale(piece, grad_inner, inner, self.grad_gate_c)
-        piece.add(self.grad_gate, grad_inner)
-        self._backproject(
-            piece, grad_inner, inner, self.block.gate, self.forward.gate_B, self.grad_gate_B
-        )
-        if outer is None:
-            return
-        grad_outer = grad_states * states.activated.detach()
-        grad_outer = _unscale(piece, grad_outer, outer, self.grad_up_c)
-        piece.add(self.grad_up, grad_outer)
-        self._backproject(
-            piece, grad_outer, outer, self.block.up, self.forward.up_B, self.grad_up_B
-        )
+        inner, *outer = (projection.rows(piece) for projection in self.projections)
+        with torch.enable_grad():
+            leaf = inner.value.detach().requires_grad_()
+            activated = self.block.act(leaf)
+        states = activated.detach()
+        for rows in outer:
+            states = states * rows.value
+        grad_states = self._grad_states(piece, grad_hidden, grad_down, states)
+        grad_activated = grad_states
+        for grads, rows in zip(self.grads[1:], outer, strict=True):
+            grad_activated = rows.times(grad_states)
+            grads.add(piece, rows, grad_states * activated.detach())
+        grad_inner = torch.autograd.grad(activated, leaf, grad_activated)[0]
+        self.grads[0].add(piece, inner, grad_inner)
 
     def _grad_states(
         self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor, states: Tensor
     ) -> Tensor:
         """Gradient of the hidden states; adds to those of the routing weights and down's A."""
-        # Where slots stay apart (DoRA on the output projection, or a base that rounds rows) each
-        # slot has rows of its own in `hidden`, and its weight is applied behind the base's layer.
-        if self.block.slots.apart:
-            upstream = piece.take_slots(grad_hidden)
-        else:
-            upstream = piece.take(grad_hidden)
-        if self.slot_weights is None:
-            return self._through_down(piece, upstream, grad_down, states, None)
-        weight = piece.slot_weights(self.slot_weights)
-        grad_weight = (upstream * states).sum(-1)
-        if self.down_A is not None and piece.adapted:
-            grad_rank = piece.take_rank(grad_down)
-            grad_weight += (grad_rank * piece.take_rank(self.unweighted)).sum(-1)
-        piece.put_slot_weights(self.grad_weights, grad_weight)
-        return self._through_down(piece, upstream * weight, grad_down, states, weight)
-
-    def _through_down(
-        self,
-        piece: Piece,
-        grad_states: Tensor,
-        grad_down: Tensor,
-        states: Tensor,
-        weight: Tensor | None,
-    ) -> Tensor:
-        """Add what comes through the low-rank update of the output projection."""
-        if self.down_A is None or not piece.adapted:
-            return grad_states
-        dropout, down_A = self.block.dropout, piece.of_experts(self.down_A)
-        grad_rank = piece.take_rank(grad_down)
-        grad_rank = grad_rank if weight is None else grad_rank * weight
-        if dropout.probability:
-            grad_rank = grad_rank * dropout.scale
-        dropped = piece.drop(states, dropout.keep_slots)
-        grad_A = piece.of_experts(self.grad_down_A)
-        grad_A += grad_rank.T @ dropped
+        take = piece.take_slots if self.block.slots.apart else piece.take
+        upstream = take(grad_hidden)
+        is_adapted = self.down_A is not None and piece.columns is not None
+        grad_rank: Any = piece.take_rank(grad_down) if is_adapted else None
+        add: Any = partial(torch.addmm, upstream)
+        if self.slot_weights is not None:
+            weight = piece.slot_weights(self.slot_weights)
+            grad_weight = (upstream * states).sum(-1)
+            if is_adapted:
+                grad_weight += (grad_rank * piece.take_rank(self.unweighted)).sum(-1)
+                grad_rank = grad_rank * weight
+            piece.put_slot_weights(self.grad_weights, grad_weight)
+            upstream = upstream * weight
+            add = upstream.addmm_
+        if not is_adapted:
+            return upstream
+        if self.block.dropout_scale != 1:
+            grad_rank = grad_rank * self.block.dropout_scale
+        dropped, own_A = piece.drop(states, self.keep_slots), piece.of_experts(self.down_A)
+        add_product_(piece.of_experts(self.grad_down_A), grad_rank.T, dropped)
         if dropped is states:
-            return torch.addmm(grad_states, grad_rank, down_A)
-        return grad_states + piece.drop(grad_rank @ down_A, dropout.keep_slots)
-
-    def _backproject(
-        self,
-        piece: Piece,
-        grad: Tensor,
-        projected: _Projected,
-        side: _Side,
-        lora_B: Any,
-        grad_B: Any,
-    ) -> None:
-        """Add a piece's part to the gradients of B and of the rank-space input."""
-        if projected.rank_input is None:
-            return
-        own = piece.of_experts(grad_B)
-        own += projected.rank_input.T @ grad
-        grad_rank = piece.keep_rank(grad @ piece.of_experts(lora_B).T)
-        piece.add_rank(self.grad_low_rank[:, side.columns], grad_rank)
+            return add(grad_rank, own_A)
+        return upstream + piece.drop(grad_rank @ own_A, self.keep_slots)
 
 
-def _unscale(piece: Piece, grad: Tensor, projected: _Projected, grad_c: Tensor | None) -> Tensor:
-    """Go back through DoRA's row scale, adding to its gradient."""
-    if projected.excess is None or grad_c is None:
-        return grad
-    piece.add_row_scale(grad_c, grad * projected.unscaled)
-    return torch.addcmul(grad, projected.excess, grad)
+class _Gradients:
+    """Gradients of a projection's tensors."""
 
+    def __init__(self, projection: _Projection, grad_low_rank: Any, slots: Slots):
+        self.output = slots.new_total(projection.output)
+        self.row_scale: Any = _zeros(projection.row_scale)
+        self.rank: Any = None
+        if projection.low_rank is not None:
+            grad_rank = grad_low_rank[:, projection.side.columns]
+            self.rank = RankGradients(projection.lora_B, grad_rank)
 
-def _with_unit_row(row_scale: Tensor) -> Tensor:
-    """Append a row of ones, which expert -1 (padding) indexes."""
-    return torch.cat([row_scale, torch.ones_like(row_scale[:1])])
+    @property
+    def lora_B(self) -> Tensor | None:
+        return self.rank and self.rank.lora_B
 
-
-def _excess_rows(row_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """DoRA's factors less 1, with a row for padding."""
-    return None if row_scale is None else excess_of(_with_unit_row(row_scale), dtype)
+    def add(self, piece: Piece, rows: _Rows, grad: Tensor) -> None:
+        if rows.excess is not None:
+            piece.add_row_scale(self.row_scale, grad * rows.unscaled)
+            grad = torch.addcmul(grad, rows.excess, grad)
+        piece.add(self.output, grad)
+        if rows.rank_input is not None:
+            self.rank.add(piece, rows.rank_input, grad)
 
 
 def _zeros(tensor: Tensor | None) -> Tensor | None:

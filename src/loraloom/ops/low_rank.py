@@ -82,7 +82,8 @@ class _DownProject(torch.autograd.Function):
     def forward(ctx, hidden_states, lora_A, keep, dropout):
         ctx.save_for_backward(hidden_states, lora_A, keep)
         ctx.dropout = dropout
-        return _down_project(hidden_states, lora_A, keep, dropout)
+        low_rank = apply_keep_mask(hidden_states, keep) @ lora_A.T
+        return low_rank if keep is None else low_rank * (1 / (1 - dropout))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,16 +104,7 @@ def down_project(
     dropout: float = 0.0,
 ) -> Float[Tensor, "T S"]:
     """Compute `(hidden_states * keep / (1 - dropout)) @ lora_A.T`."""
-    if not torch.is_grad_enabled():
-        return _down_project(hidden_states, lora_A, keep, dropout)
     return _DownProject.apply(hidden_states, lora_A, keep, dropout)  # pyright: ignore
-
-
-def _down_project(
-    hidden_states: Tensor, lora_A: Tensor, keep: Tensor | None, dropout: float
-) -> Tensor:
-    low_rank = apply_keep_mask(hidden_states, keep) @ lora_A.T
-    return low_rank if keep is None else low_rank * (1 / (1 - dropout))
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -146,17 +138,8 @@ def add_low_rank_(
 ) -> Float[Tensor, "*batch O"]:
     """Add `low_rank[i] @ lora_B[i]` to the rows `spans[i]` of `output`, in place.
 
-    Args:
-        output: A projection's output; its leading axes are flattened to token rows.
-        spans: Disjoint ranges of token rows.
-        low_rank: Rank-space activations of each span, [T_i, S_i].
-        lora_B: Scaled up-projections, [S_i, O].
+    Leading axes of the output are flattened to token rows; spans don't overlap.
     """
-    if not torch.is_grad_enabled():
-        rows = output.view(-1, output.shape[-1])
-        for span, activations, up_projection in zip(spans, low_rank, lora_B, strict=True):
-            rows[span].addmm_(activations, up_projection)
-        return output
     pairs = [tensor for pair in zip(low_rank, lora_B, strict=True) for tensor in pair]
     return _AddLowRank.apply(output, spans, *pairs)  # pyright: ignore[reportReturnType]
 
@@ -199,10 +182,7 @@ def decompose(
 def apply_update(output: Tensor, rank_input: Tensor | None, side: UpProjection | None) -> Tensor:
     """Compute `output + rank_input @ B`, or DoRA's `c ∘ (Wx + Δ) + b`, of one expert.
 
-    Args:
-        output: Base output, bias included, [T, O].
-        rank_input: What B multiplies, [T, S].
-        side: Of the projection; None leaves the output as it is.
+    The output is the base's, bias included; without a B side it stays as it is.
     """
     if side is None or rank_input is None:
         return output
@@ -253,10 +233,7 @@ def scale_update(
     Without a row scale that is λB. With one, the adapter adds (c - 1) ∘ Wx + c ∘ Δ; λ times that
     is what the row scale c' = 1 + λ(c - 1) and the update Δ' = (λc / c') ∘ Δ add.
 
-    Args:
-        lora_B: Up-projections times scaling, transposed.
-        row_scale: DoRA's c; None without.
-        scale: λ; 0 leaves the base's output, 1 what the adapter computes.
+    λ = 0 leaves the base's output, 1 what the adapter computes.
     """
     if row_scale is None:
         return lora_B * scale, None
@@ -294,7 +271,7 @@ def dora_norms(
         products: W Aᵀ of all experts' A side by side, W being the frozen base weight.
         squared_norms: ‖W‖² by row, constant.
         lora_A: Down-projections, float32 or better.
-        lora_B: Unscaled up-projections.
+        lora_B: Up-projections without s.
         scaling: s.
     """
     num_experts, rank, _ = lora_A.shape

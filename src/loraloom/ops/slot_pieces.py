@@ -13,9 +13,10 @@ A piece is small enough that its hidden states stay in the processor's cache.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,197 +40,171 @@ MIN_SORTED_SLOTS = 512
 
 
 @dataclass(frozen=True)
-class BlockOfSlot:
-    """A block of tokens in one slot.
+class Piece(ABC):
+    """Rows that go through an FFN block at once.
 
     Args:
-        slot: j.
-        rows: Which tokens.
-        num_tokens: T.
-        experts: Expert of each row, [t]; -1 for the base's own output.
-        mask: 1 at the columns of a row's expert, [t, S]; None when there is but one expert.
+        rows: Their tokens, a slice or [t].
+        slots: Their slot, or that of each, [t].
+        place: Where they lie among the rows of all slots, [K·T, ...].
+        experts: Expert of each, [t]; -1 for the base's own output.
+        columns: Columns of their experts among all, S; None if they get the base's own output.
         rank: R.
     """
 
-    slot: int
-    rows: slice
-    num_tokens: int
+    rows: Any
+    slots: Any
+    place: slice
     experts: Tensor
-    mask: Tensor | None
+    columns: slice | None
     rank: int
-    adapted = True
-    copies = False
 
+    copies: ClassVar[bool]
+    """Whether `take` returns a copy."""
+
+    @property
+    @abstractmethod
+    def is_masked(self) -> bool:
+        """Whether its rows have different experts."""
+
+    @abstractmethod
+    def mask(self, dtype: torch.dtype) -> Any:
+        """1 at the columns of a row's expert among the piece's, [t, W], where it is masked."""
+
+    @abstractmethod
     def take(self, values: Tensor) -> Tensor:
         """Rows of [T, ...]."""
-        return values[self.rows]
+
+    @abstractmethod
+    def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add to rows of [T, ...], which `Slots.new_total` made, times a weight, [t, 1]."""
+
+    @abstractmethod
+    def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
+        """Zero what each slot's dropout drops."""
+
+    @abstractmethod
+    def take_rank(self, values: Tensor) -> Tensor:
+        """Rank-space rows, with zeros outside of their expert's columns."""
+
+    @abstractmethod
+    def add_rank(self, total: Tensor, values: Tensor) -> None:
+        """Add rank-space rows that `keep_rank` kept."""
+
+    def keep_rank(self, values: Tensor) -> Tensor:
+        """Zero what is outside of a row's expert's columns, in each of [t, C·W]."""
+        if not self.is_masked:
+            return values
+        mask = self.mask(values.dtype)
+        if values.shape[1] == mask.shape[1]:
+            return values * mask
+        return (values.unflatten(1, (-1, mask.shape[1])) * mask.unsqueeze(1)).flatten(1)
 
     def take_slots(self, values: Tensor) -> Tensor:
-        """Rows of [K·T, ...], slot after slot."""
-        return values[self._slot_rows()]
-
-    def put_slots(self, total: Tensor, values: Tensor) -> None:
-        """Write rows of [K·T, ...]."""
-        total[self._slot_rows()] = values
-
-    def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
-        """Add to rows of [T, ...] times a weight, [t, 1]; the first slot writes."""
-        if self.slot > 0:
-            rows = total[self.rows]
-            rows.add_(values) if weight is None else rows.addcmul_(values, weight)
-        elif weight is None:
-            total[self.rows] = values
-        else:
-            torch.mul(values, weight, out=total[self.rows])
+        """See rows of [K·T, ...]."""
+        return values[self.place]
 
     def slot_weights(self, weights: Tensor) -> Tensor:
         """Each row's weight from [T, K], [t, 1]."""
-        return weights[self.rows, self.slot, None]
+        return weights[self.rows, self.slots, None]
 
     def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
         """Write each row's value, [t], into [T, K]."""
-        total[self.rows, self.slot] = values
+        total[self.rows, self.slots] = values
 
     def of_experts(self, weights: Tensor) -> Tensor:
-        """Rows of [..., S, N] that belong to the piece's experts."""
-        return weights
-
-    def take_rank(self, values: Tensor) -> Tensor:
-        """Rank-space rows of [T, S], with zeros outside of their expert's columns."""
-        rows = values[self.rows]
-        return rows if self.mask is None else rows * self.mask
-
-    def add_rank(self, total: Tensor, values: Tensor) -> None:
-        """Add rank-space rows, kept by `keep_rank`, to [T, S]: slots have different columns."""
-        total[self.rows] += values
-
-    def keep_rank(self, values: Tensor) -> Tensor:
-        """Zero what is outside of a row's expert's columns."""
-        return values if self.mask is None else values * self.mask
+        """See the rows of [..., S, N] that belong to the piece's experts."""
+        return weights[..., self.columns, :]
 
     def of_rows(self, table: Tensor) -> Tensor:
         """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
-        return table[:1] if self.mask is None else rows_of_experts(table, self.experts)
+        return rows_of_experts(table, self.experts) if self.is_masked else table[self._places]
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
-        if self.mask is None:
-            total += values.sum(0, keepdim=True)
+        own = total[self._places]
+        if self.is_masked:
+            own += self.mask(values.dtype)[:, :: self.rank].T @ values
         else:
-            total += self.mask[:, :: self.rank].T @ values
+            own += values.sum(0, keepdim=True)
 
-    def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
-        """Zero what a slot's dropout drops."""
-        keep = keep_slots[self.slot]
-        return values if keep is None else apply_keep_mask(values, keep[self.rows])
-
-    def _slot_rows(self) -> slice:
-        first = self.slot * self.num_tokens
-        return slice(first + self.rows.start, first + self.rows.stop)
+    @property
+    def _places(self) -> slice:
+        """The piece's experts among all."""
+        columns: slice = self.columns  # pyright: ignore[reportAssignmentType]
+        return slice(columns.start // self.rank, columns.stop // self.rank)
 
 
 @dataclass(frozen=True)
-class RowsOfGroup:
-    """Rows of a group of experts, in the order of their slots.
+class BlockOfSlot(Piece):
+    """A block of tokens in one slot; rows of rank space are [T, S], all slots' in one."""
 
-    Args:
-        group: Columns of the group's experts; None for rows that get the base's own output.
-        rows: Token of each row, [t].
-        slot_rows: Their places among slot after slot, [t].
-        place: Of the piece among the sorted slots, which is where its rows of [K·T, ...] lie.
-        experts: Expert of each row, [t].
-        num_tokens: T.
-        rank: R.
-    """
+    slot_mask: Tensor | None = None
+    copies = False
 
-    group: slice | None
-    rows: Tensor
-    slot_rows: Tensor
-    place: slice
-    experts: Tensor
-    num_tokens: int
-    rank: int
+    @property
+    def is_masked(self) -> bool:
+        return self.slot_mask is not None
+
+    def mask(self, dtype: torch.dtype) -> Any:
+        return self.slot_mask
+
+    def take(self, values: Tensor) -> Tensor:
+        return values[self.rows]
+
+    def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
+        rows = total[self.rows]
+        if self.slots > 0:
+            rows.add_(values) if weight is None else rows.addcmul_(values, weight)
+        elif weight is None:
+            rows.copy_(values)
+        else:
+            torch.mul(values, weight, out=rows)
+
+    def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
+        keep = keep_slots[self.slots]
+        return values if keep is None else apply_keep_mask(values, keep[self.rows])
+
+    def take_rank(self, values: Tensor) -> Tensor:
+        return self.keep_rank(values[self.rows])
+
+    def add_rank(self, total: Tensor, values: Tensor) -> None:
+        total[self.rows] += values
+
+
+@dataclass(frozen=True)
+class RowsOfGroup(Piece):
+    """Rows of a group of experts, in the order of their slots; rows of rank space are [K·T, W]."""
+
     copies = True
 
     @property
-    def adapted(self) -> bool:
-        """Whether the piece has experts."""
-        return self.group is not None
+    def is_masked(self) -> bool:
+        return self._places.stop - self._places.start > 1
+
+    def mask(self, dtype: torch.dtype) -> Any:
+        first, num_experts = self._places.start, self._places.stop - self._places.start
+        return slot_masks((self.experts - first)[:, None], num_experts, self.rank, dtype)[0]
 
     def take(self, values: Tensor) -> Tensor:
         return values.index_select(0, self.rows)
 
-    def take_slots(self, values: Tensor) -> Tensor:
-        """Rows of [K·T, ...], which lie side by side: nothing is gathered."""
-        return values[self.place]
-
-    def put_slots(self, total: Tensor, values: Tensor) -> None:
-        total[self.place] = values
-
     def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
-        """Add to rows of [T, ...] times a weight, [t, 1]."""
         total.index_add_(0, self.rows, values if weight is None else values * weight)
 
-    def slot_weights(self, weights: Tensor) -> Tensor:
-        return weights.T.flatten().index_select(0, self.slot_rows).unsqueeze(1)
-
-    def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
-        slots = self.slot_rows.div(self.num_tokens, rounding_mode="floor")
-        total[self.rows, slots] = values
-
-    def of_experts(self, weights: Tensor) -> Tensor:
-        """Rows of [..., S, N] that belong to the group."""
-        return weights[..., self.group, :]
-
-    def take_rank(self, values: Tensor) -> Tensor:
-        """Rank-space rows of [K·T, W], with zeros outside of their expert's columns."""
-        return values[self.place]
-
-    def add_rank(self, total: Tensor, values: Tensor) -> None:
-        """Add rank-space rows, kept by `keep_rank`, to [K·T, W]."""
-        total[self.place] += values
-
-    def keep_rank(self, values: Tensor) -> Tensor:
-        return values if self._has_one_expert else values * self._mask(self.rank, values.dtype)
-
-    def of_rows(self, table: Tensor) -> Tensor:
-        return table[self._places] if self._has_one_expert else rows_of_experts(table, self.experts)
-
-    def add_row_scale(self, total: Tensor, values: Tensor) -> None:
-        own = total[self._places]
-        if self._has_one_expert:
-            own += values.sum(0, keepdim=True)
-        else:
-            own += self._mask(1, values.dtype).T @ values
-
-    @property
-    def _places(self) -> slice:
-        """The group's experts among all."""
-        group: slice = self.group  # pyright: ignore[reportAssignmentType]
-        return slice(group.start // self.rank, group.stop // self.rank)
-
-    @property
-    def _has_one_expert(self) -> bool:
-        return self._places.stop - self._places.start == 1
-
-    def _mask(self, rank: int, dtype: torch.dtype) -> Tensor:
-        """1 at the columns of a row's expert within the group, each expert's `rank` wide."""
-        places = self._places
-        own = (self.experts - places.start).unsqueeze(1)
-        return slot_masks(own, places.stop - places.start, rank, dtype)[0]
-
     def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
-        """Zero what each slot's dropout drops."""
         if keep_slots[0] is None:
             return values
-        slots = self.slot_rows.div(self.num_tokens, rounding_mode="floor")
-        sizes = torch.bincount(slots, minlength=len(keep_slots)).tolist()
+        sizes = torch.bincount(self.slots, minlength=len(keep_slots)).tolist()
         parts = zip(keep_slots, self.rows.split(sizes), strict=True)
         keep = [mask.index_select(0, rows) for mask, rows in parts if mask is not None]
         return apply_keep_mask(values, torch.cat(keep))
 
+    def take_rank(self, values: Tensor) -> Tensor:
+        return values[self.place]
 
-Piece = BlockOfSlot | RowsOfGroup
+    def add_rank(self, total: Tensor, values: Tensor) -> None:
+        total[self.place] += values
 
 
 def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype) -> int | None:
@@ -238,12 +213,6 @@ def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype)
     In 16 bits, groups are as wide as multiplies for the price of one column, and pay where all
     experts are much wider. In 32 and more every column costs, and groups are as narrow as their
     rows allow.
-
-    Args:
-        experts: Of each slot, [K, T].
-        num_experts: E.
-        rank: R.
-        dtype: Of the products.
     """
     columns, num_slots = num_experts * rank, experts.numel()
     is_narrow = dtype.itemsize <= 2
@@ -261,14 +230,9 @@ def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype)
 def sorted_pieces(
     experts: Tensor, num_experts: int, size: int, rank: int, gate: Tensor
 ) -> Iterator[RowsOfGroup]:
-    """Cut slots into the rows of each group of experts; expert -1 comes first.
+    """Cut slots, [K, T], into the rows of each group of `size` experts; expert -1 comes first.
 
-    Args:
-        experts: Of each slot, [K, T].
-        num_experts: E.
-        size: Experts of a group, a divisor of E.
-        rank: R.
-        gate: [T, F], as large as a slot's hidden states.
+    A piece has no more rows than fit if they are as wide as the gate's.
     """
     num_tokens = experts.shape[1]
     flat = experts.flatten()
@@ -277,11 +241,30 @@ def sorted_pieces(
     counts = torch.bincount(groups, minlength=num_groups + 1).tolist()
     order = groups.argsort(stable=True)
     longest, start = _piece_rows(gate), 0
-    for group, slot_rows in zip(range(-1, num_groups), order.split(counts), strict=True):
+    for group, of_group in zip(range(-1, num_groups), order.split(counts), strict=True):
         columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
-        for part in slot_rows.split(longest) if len(slot_rows) else ():
+        for part in of_group.split(longest) if len(of_group) else ():
             place = slice(start, start := start + len(part))
-            yield RowsOfGroup(columns, part % num_tokens, part, place, flat[part], num_tokens, rank)
+            slots = part.div(num_tokens, rounding_mode="floor")
+            yield RowsOfGroup(part % num_tokens, slots, place, flat[part], columns, rank)
+
+
+def masked_pieces(
+    experts: Tensor, masks: Tensor | None, num_columns: int, rank: int, gate: Tensor
+) -> Iterator[BlockOfSlot]:
+    """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another.
+
+    Masks are those of `slot_masks`. On an accelerator one block has all rows of a slot.
+    """
+    num_slots, num_tokens = experts.shape
+    step = _piece_rows(gate) if experts.device.type == "cpu" else max(1, num_tokens)
+    for start in range(0, num_tokens, step):
+        stop = min(start + step, num_tokens)
+        rows = slice(start, stop)
+        for slot in range(num_slots):
+            place = slice(slot * num_tokens + start, slot * num_tokens + stop)
+            mask, columns = None if masks is None else masks[slot, rows], slice(0, num_columns)
+            yield BlockOfSlot(rows, slot, place, experts[slot, rows], columns, rank, mask)
 
 
 def _piece_rows(gate: Tensor) -> int:
@@ -290,34 +273,12 @@ def _piece_rows(gate: Tensor) -> int:
     return max(64, most_bytes // (gate.shape[1] * gate.element_size()) // 32 * 32)
 
 
-def masked_pieces(
-    experts: Tensor, masks: Tensor | None, rank: int, gate: Tensor
-) -> Iterator[BlockOfSlot]:
-    """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another.
-
-    Args:
-        experts: Of each slot, [K, T].
-        masks: See `slot_masks`, [K, T, S]; None when nothing is routed.
-        rank: R.
-        gate: [T, F], as large as a slot's hidden states; on an accelerator one block holds all.
-    """
-    num_slots, num_tokens = experts.shape
-    step = num_tokens
-    if experts.device.type == "cpu":
-        step = _piece_rows(gate)
-    for start in range(0, num_tokens, max(step, 1)):
-        rows = slice(start, min(start + step, num_tokens))
-        for slot in range(num_slots):
-            mask = None if masks is None else masks[slot, rows]
-            yield BlockOfSlot(slot, rows, num_tokens, experts[slot, rows], mask, rank)
-
-
 @dataclass(frozen=True)
 class Slots:
     """Which expert each slot of a token uses.
 
     Args:
-        experts: Of each slot, [K, T]; -1 for the base's own output; None between the passes.
+        experts: Of each slot, [K, T]; -1 for the base's own output.
         num_experts: E.
         rank: R.
         routed: Whether there is a router; without, there is one expert for all.
@@ -326,59 +287,35 @@ class Slots:
         by_group: The sorted pieces, cut once for both passes.
     """
 
-    experts: Any
+    experts: Tensor
     num_experts: int
     rank: int
     routed: bool
     apart: bool
-    group: int | None
+    group: int | None = None
     by_group: Sequence[RowsOfGroup] = ()
 
     @staticmethod
     def of(weights: FfnWeights, routing: Routing | None, gate: Tensor) -> Slots:
-        """Decide how the slots of a block are cut.
-
-        Args:
-            weights: The adapter's.
-            routing: Slots of each token; None for a plain LoRA.
-            gate: Base output of the gate, [T, F].
-        """
-        size, by_group = None, ()
-        if routing is None:
+        """Decide how the slots of a block are cut; without routing there is one of one expert."""
+        num_experts, rank, is_routed = weights.num_experts, weights.rank, routing is not None
+        if not is_routed:
             experts = torch.zeros(1, len(gate), dtype=torch.long, device=gate.device)
-        else:
-            experts = routing.selected_experts.T.contiguous()
-            size = group_size(experts, weights.num_experts, weights.rank, gate.dtype)
+            return Slots(experts, num_experts, rank, is_routed, weights.apart)
+        experts = routing.selected_experts.T.contiguous()
+        size, by_group = group_size(experts, num_experts, rank, gate.dtype), ()
         if size is not None:
-            cut = sorted_pieces(experts, weights.num_experts, size, weights.rank, gate)
-            by_group = tuple(cut)
-        return Slots(
-            experts,
-            weights.num_experts,
-            weights.rank,
-            routed=routing is not None,
-            apart=weights.apart,
-            group=size,
-            by_group=by_group,
-        )
-
-    def without_experts(self) -> Slots:
-        """Return these slots without their tensor, which autograd is to save."""
-        return replace(self, experts=None)
-
-    def with_experts(self, experts: Tensor) -> Slots:
-        return replace(self, experts=experts)
-
-    def masks(self, dtype: torch.dtype) -> Tensor | None:
-        """1 at the columns of each slot's expert, [K, T, S]; None when nothing is routed."""
-        if not self.routed:
-            return None
-        return slot_masks(self.experts.T, self.num_experts, self.rank, dtype)
+            by_group = tuple(sorted_pieces(experts, num_experts, size, rank, gate))
+        return Slots(experts, num_experts, rank, is_routed, weights.apart, size, by_group)
 
     def pieces(self, gate: Tensor) -> Iterable[Piece]:
+        """Cut the slots, if they aren't sorted into blocks of rows as wide as the gate's."""
         if self.group is not None:
             return self.by_group
-        return masked_pieces(self.experts, self.masks(gate.dtype), self.rank, gate)
+        masks = None
+        if self.routed:
+            masks = slot_masks(self.experts.T, self.num_experts, self.rank, gate.dtype)
+        return masked_pieces(self.experts, masks, self.columns, self.rank, gate)
 
     @property
     def columns(self) -> int:
@@ -391,5 +328,6 @@ class Slots:
         return gate.new_zeros(rows, self.columns)
 
     def new_total(self, like: Tensor) -> Tensor:
-        """Room for a sum over slots; masked pieces write their first slot."""
-        return torch.empty_like(like) if self.group is None else torch.zeros_like(like)
+        """Room for a sum over slots, [T, N], of [..., N]; masked pieces write their first slot."""
+        room = like.new_empty if self.group is None else like.new_zeros
+        return room(self.experts.shape[1], like.shape[1])

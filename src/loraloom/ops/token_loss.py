@@ -122,12 +122,6 @@ def trained_token_losses(
 
     It is a sum over tokens whose weights are known in the backward pass alone, so that logits are
     made there again, a chunk at a time.
-
-    Args:
-        hidden_states: States that predict the labels, after the final norm.
-        labels: Token ids.
-        head: The trained output layer, with its scaling and soft-capping.
-        vocab_size: V, from which the chunk is chosen, as in `token_losses`.
     """
     chunk_tokens = _chunk_tokens(vocab_size)
     chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
@@ -152,12 +146,7 @@ def token_scores(
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N K"], Int[Tensor, "N K"]]:
     """Compute log p of each label and of the most likely tokens in its place, in chunks.
 
-    Args:
-        hidden_states: States that predict the labels, after the final norm.
-        labels: Token ids.
-        head: The frozen output layer, with its scaling and soft-capping.
-        vocab_size: V, from which the chunk is chosen, as in `token_losses`.
-        num_top: K, from 0 to V.
+    Arguments are those of `token_losses`; num_top is K, from 0 to V.
 
     Returns:
         Log-probabilities in float32 (float64 for float64 states); whether argmax gives the label,
@@ -165,23 +154,15 @@ def token_scores(
         highest first, to the bit those of labels that are among them; and their ids.
     """
     columns = []
-    for rows, wide in _wide_logits(hidden_states, head, vocab_size):
-        targets, total = labels[rows, None], wide.logsumexp(-1, keepdim=True)
-        tops = wide.topk(num_top) if num_top else (wide[:, :0], targets[:, :0])
-        log_probs = (wide.gather(1, targets) - total).squeeze(1)
-        columns.append((log_probs, wide.argmax(-1) == labels[rows], tops[0] - total, tops[1]))
-    log_probs, is_top, top_log_probs, top_ids = map(torch.cat, zip(*columns, strict=True))
-    return log_probs, is_top, top_log_probs, top_ids
-
-
-def _wide_logits(
-    hidden_states: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Give blocks of rows, and their logits in float32 or wider."""
-    start = 0
-    for states in hidden_states.split(_chunk_tokens(vocab_size)):
+    chunk_tokens = _chunk_tokens(vocab_size)
+    chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    for states, chunk_labels in chunks:
         logits = head(states)
         for rows in _blocks(logits):
-            wide = logits[rows].to(_wide_dtype(logits))
-            yield slice(start + rows.start, start + rows.start + len(wide)), wide
-        start += len(states)
+            wide, targets = logits[rows].to(_wide_dtype(logits)), chunk_labels[rows, None]
+            total = wide.logsumexp(-1, keepdim=True)
+            tops = wide.topk(num_top) if num_top else (wide[:, :0], targets[:, :0])
+            log_probs, is_top = wide.gather(1, targets) - total, wide.argmax(-1, True) == targets
+            columns.append((log_probs[:, 0], is_top[:, 0], tops[0] - total, tops[1]))
+    log_probs, is_top, top_log_probs, top_ids = map(torch.cat, zip(*columns, strict=True))
+    return log_probs, is_top, top_log_probs, top_ids

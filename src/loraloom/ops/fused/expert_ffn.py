@@ -10,7 +10,6 @@ one after another in [K·T, F]. Products that sum over columns or tokens are PyT
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -22,15 +21,8 @@ from torch.autograd.function import once_differentiable
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
 from loraloom.ops.fused.operators import expert_hidden, expert_hidden_backward
 
-# Kernels' names of activations by those of torch's and transformers' classes and functions.
-ACTIVATIONS: Mapping[str, str] = {
-    "SiLU": "silu",
-    "silu": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-}
+# SiLU's names in torch and transformers, of functions and classes.
+_ACTIVATIONS = ("silu", "SiLU", "SiLUActivation")
 
 # Environment variable; `on` lets kernels compute, anything else leaves all to PyTorch.
 SWITCH = "LORALOOM_KERNELS"
@@ -54,14 +46,10 @@ def _has_triton() -> bool:
 
 
 def has_kernels(weights: FfnWeights, act: Activation) -> bool:
-    """Whether kernels know a block's formula: without DoRA, its slots added up in front of down."""
+    """Whether kernels know a block: with SiLU, without DoRA, slots added up in front of down."""
+    name = getattr(act, "__name__", type(act).__name__)
     is_decomposed = any(side.row_scale is not None for side in weights.sides)
-    return activation_name(act) is not None and not is_decomposed and not weights.apart
-
-
-def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
-    """Return what kernels call an activation; None if they don't know it."""
-    return ACTIVATIONS.get(type(act).__name__) or ACTIVATIONS.get(getattr(act, "__name__", ""))
+    return name in _ACTIVATIONS and not is_decomposed and not weights.apart
 
 
 def fused_hidden(
@@ -71,7 +59,6 @@ def fused_hidden(
     weights: FfnWeights,
     experts: Int[Tensor, "K T"] | None,
     routing_weights: Float[Tensor, "T K"] | None,
-    act: Activation,
     dropout: FfnDropout,
 ) -> tuple[Float[Tensor, "T F"], Tensor]:
     """Compute the hidden states of all slots, and what the output projection's B multiplies.
@@ -83,7 +70,6 @@ def fused_hidden(
         weights: The adapter's, which `has_kernels`.
         experts: Expert of each slot; None for a plain LoRA.
         routing_weights: g in float32; None for a plain LoRA.
-        act: The base's activation.
         dropout: Masks.
 
     Returns:
@@ -94,7 +80,7 @@ def fused_hidden(
     starts = [side.columns.start if side else 0 for side in sides]
     num_columns = weights.num_experts * weights.rank
     return _FusedHidden.apply(  # pyright: ignore[reportReturnType]
-        (starts, weights.rank, num_columns, activation_name(act), dropout.scale),
+        (starts, weights.rank, num_columns, dropout.scale),
         _with_rows(gate),
         None if up is None else _with_rows(up),
         low_rank,
@@ -142,46 +128,22 @@ class _FusedHidden(torch.autograd.Function):
         grad_A = None
         if grad_rank is not None:
             grad_A = by_slot(grad_rank, weighed, rank).T @ slots
-        own = None if experts is None else own_experts(experts, num_columns // rank)
-        sides = zip(starts, (gate_B, up_B), (slot_gate, slot_up), strict=True)
-        through_B = [None] * 3
+        grad_low_rank, grads_B = None, [None, None]
         if low_rank is not None:
-            through_B = _through_B(low_rank, own, rank, num_columns, list(sides))
-        grad_low_rank, grad_gate_B, grad_up_B = through_B
+            own = None if experts is None else own_experts(experts, num_columns // rank)
+            rank_input = by_slot(low_rank, own, rank)
+            grad_rank = torch.zeros_like(rank_input)
+            for index, (lora_B, grad) in enumerate(((gate_B, slot_gate), (up_B, slot_up))):
+                if lora_B is not None:  # gate and up share the columns of a fused projection
+                    columns = slice(starts[index], starts[index] + num_columns)
+                    grads_B[index] = rank_input[:, columns].T @ grad
+                    grad_rank[:, columns].addmm_(grad, lora_B.T)
+            grad_low_rank = over_slots(grad_rank, own, rank)
         grad_weights = weight_sums.sum(0).T if weight_sums.numel() else None
         return (
             None, grad_gate, None if up is None else grad_up, grad_low_rank, None, grad_weights,
-            grad_gate_B, grad_up_B, None, grad_A,
+            *grads_B, None, grad_A,
         )  # fmt: skip
-
-
-def _through_B(
-    low_rank: Tensor,
-    own: Tensor | None,
-    rank: int,
-    num_columns: int,
-    sides: Sequence[tuple[int, Tensor | None, Tensor]],
-) -> list[Tensor | None]:
-    """Return the gradients of what the input projections' B multiplied, [T, P], and of each B.
-
-    `sides` has the first column, B and the slots' gradients, [K·T, F], of each projection.
-    """
-    rank_input = by_slot(low_rank, own, rank)
-    grad_rank = torch.empty_like(rank_input)
-    grads: list[Tensor | None] = []
-    written = set()
-    for start, lora_B, slot_grad in sides:
-        if lora_B is None:
-            grads.append(None)
-            continue
-        columns = slice(start, start + num_columns)
-        grads.append(rank_input[:, columns].T @ slot_grad)
-        if start in written:  # gate and up share the columns of a fused projection
-            grad_rank[:, columns].addmm_(slot_grad, lora_B.T)
-        else:
-            torch.mm(slot_grad, lora_B.T, out=grad_rank[:, columns])
-            written.add(start)
-    return [over_slots(grad_rank, own, rank), *grads]
 
 
 def _with_rows(values: Tensor) -> Tensor:

@@ -13,19 +13,10 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
-def _activation(x, ACT: tl.constexpr):
-    """Return act(x) and its slope."""
-    if ACT == "silu":
-        share = 1 / (1 + tl.exp(-x))
-        slope = share * (1 + x * (1 - share))
-    elif ACT == "gelu":
-        share = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    else:  # gelu_tanh: (1 + tanh(y)) / 2 is sigmoid(2y)
-        share = 1 / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-        inner_slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
-        slope = share + x * share * (1 - share) * inner_slope
-    return x * share, slope
+def _silu(x):
+    """Return SiLU(x) and its slope."""
+    share = 1 / (1 + tl.exp(-x))
+    return x * share, share * (1 + x * (1 - share))
 
 
 @triton.jit
@@ -93,8 +84,7 @@ def hidden_kernel(
     experts, experts_slot, experts_row, weights, weights_row, weights_slot,
     keep, keep_scale, hidden, slots,
     num_tokens, num_slots, num_cols, rank, num_columns,
-    ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute Σ_j g_j h_j, and drop(h_j) of each slot if `slots` is given."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -111,7 +101,7 @@ def hidden_kernel(
             expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
             BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
         )  # fmt: skip
-        states, _ = _activation(inner, ACT)
+        states, _ = _silu(inner)
         if up is not None:
             outer = _project(
                 up, up_row, low_rank, low_rank_row, up_start, up_B, up_B_row, up_B_col,
@@ -139,8 +129,7 @@ def hidden_backward_kernel(
     experts, experts_slot, experts_row, weights, weights_row, weights_slot,
     keep, keep_scale, grad_gate, grad_up, slot_gate, slot_up, slots, weight_sums,
     num_tokens, num_slots, num_cols, rank, num_columns,
-    ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go back through `hidden_kernel`; see `loraloom.ops.lean_expert_ffn._LeanFfn` for formulas.
 
@@ -163,7 +152,7 @@ def hidden_backward_kernel(
             expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
             BLOCK_T, BLOCK_F, BLOCK_S, PRECISION,
         )  # fmt: skip
-        activated, slope = _activation(inner, ACT)
+        activated, slope = _silu(inner)
         states = activated
         if up is not None:
             outer = _project(

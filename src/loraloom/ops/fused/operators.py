@@ -32,25 +32,23 @@ def expert_hidden(
     starts: list[int],
     rank: int,
     num_columns: int,
-    act: str,
     keep_scale: float,
     with_slots: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the hidden states of an FFN block's slots, h_j = act(gate + Δ) ∘ (up + Δ).
+    """Compute the hidden states of an FFN block's slots, h_j = silu(gate + Δ) ∘ (up + Δ).
 
     Args:
-        gate: Base output of the gate (or only) input projection, [T, F].
-        up: Base output of up, [T, F].
+        gate: Base output of the gate (or only) input projection, [T, F], as that of up.
+        up: See gate.
         low_rank: The product with all A of the block's input, [T, P].
         experts: Expert of each slot, [K, T], -1 for none; None where all tokens have expert 0.
         routing_weights: g, [T, K]; None for 1.
-        gate_B: Scaled up-projections, [S, F].
-        up_B: As of gate.
+        gate_B: Scaled up-projections, [S, F], as those of up.
+        up_B: See gate_B.
         keep: 1 at what each slot's dropout keeps, [K·T, F].
         starts: First columns of gate and up in `low_rank`.
         rank: R.
         num_columns: S.
-        act: Name of the activation.
         keep_scale: What makes up for dropped numbers.
         with_slots: Give drop(h_j) too.
 
@@ -64,7 +62,6 @@ def expert_hidden(
         num_columns,
         _block(gate, up, low_rank, experts, routing_weights, gate_B, up_B, starts, rank),
         {"keep": keep, "keep_scale": keep_scale, "hidden": hidden, "slots": _or_none(slots)},
-        {"ACT": act},
     )
     return hidden, slots
 
@@ -85,7 +82,6 @@ def expert_hidden_backward(
     starts: list[int],
     rank: int,
     num_columns: int,
-    act: str,
     keep_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Go back through `expert_hidden`, computing its hidden states again.
@@ -106,7 +102,7 @@ def expert_hidden_backward(
         num_columns,
         _block(gate, up, low_rank, experts, routing_weights, gate_B, up_B, starts, rank),
         _rows("grad_rank", grad_rank) | _weight("down_A", down_A),
-        {"keep": keep, "keep_scale": keep_scale, "grad_hidden": grad_hidden, "ACT": act},
+        {"keep": keep, "keep_scale": keep_scale, "grad_hidden": grad_hidden},
         dict(zip(names, map(_or_none, results), strict=True)),
     )
     return results
