@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.low_rank import decompose_rows_, excess_of
+from loraloom.ops.low_rank import decompose_rows, excess_of
 from loraloom.ops.slot_pieces import Piece, Slots
 
 
@@ -97,15 +97,17 @@ class CombineSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
         excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
-        total, unscaled = slots.new_total(output), output.clone()
+        total, unscaled = slots.new_total(output), torch.empty_like(output)
         for piece in slots.pieces(output):
-            value = rows = piece.take_slots(unscaled)
-            if piece.columns is not None and lora_B is not None:
-                rank_input, own_B = piece.take_rank(low_rank), piece.of_experts(lora_B)
+            rows, out = piece.take_slots(output), piece.take_slots(unscaled)
+            if piece.columns is None or lora_B is None:
+                value = out.copy_(rows)
+            else:
+                factors = piece.take_rank(low_rank), piece.of_experts(lora_B)
                 if excess is None:
-                    rows.addmm_(rank_input, own_B)
+                    value = torch.addmm(rows, *factors, out=out)
                 else:
-                    value = decompose_rows_(rows, rank_input, own_B, piece.of_rows(excess), bias)
+                    value, _ = decompose_rows(rows, *factors, piece.of_rows(excess), bias, out)
             weight = None if slot_weights is None else piece.slot_weights(slot_weights)
             piece.add(total, value, weight)
         ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights)

@@ -34,7 +34,7 @@ from loraloom.ops.grouped_products import (
     excess_rows,
     zeros_for_gradient,
 )
-from loraloom.ops.low_rank import UpProjection, add_low_rank_, decompose_rows_, down_project
+from loraloom.ops.low_rank import UpProjection, add_low_rank_, decompose_rows, down_project
 from loraloom.ops.slot_pieces import Piece, Slots
 
 
@@ -175,8 +175,8 @@ class _Projection:
             add = output.addmm_ if piece.copies else partial(torch.addmm, output)
             value = add(rank_input, own_B)
             return _Rows(value, value, rank_input)
-        excess, rows = piece.of_rows(self.excess), output if piece.copies else output.clone()
-        value = decompose_rows_(rows, rank_input, own_B, excess, self.side.bias)
+        excess, out = piece.of_rows(self.excess), output if piece.copies else None
+        value, rows = decompose_rows(output, rank_input, own_B, excess, self.side.bias, out)
         return _Rows(value, rows, rank_input, excess)
 
 
@@ -248,12 +248,13 @@ class _Backward:
     """Gradients of the function's tensors, summed up over pieces."""
 
     def __init__(self, block: _Block, *saved: Any):
-        *inputs, self.down_A, self.slot_weights = saved[:9]
+        inputs, self.down_A, self.slot_weights = saved[:7], saved[7], saved[8]
         self.block, self.keep_slots, self.unweighted = block, saved[9:-1], saved[-1]
         self.projections = block.projections(*inputs)
         self.grad_low_rank = None if inputs[2] is None else torch.zeros_like(inputs[2])
         self.grads = [_Gradients(p, self.grad_low_rank, block.slots) for p in self.projections]
         self.grad_down_A: Any = _zeros(self.down_A)
+        self.adapts_down = self.down_A is not None
         weights = self.slot_weights
         self.grad_weights: Any = None if weights is None else torch.empty_like(weights)
 
@@ -287,8 +288,7 @@ class _Backward:
     ) -> Tensor:
         """Gradient of the hidden states; adds to those of the routing weights and down's A."""
         take = piece.take_slots if self.block.slots.apart else piece.take
-        upstream = take(grad_hidden)
-        is_adapted = self.down_A is not None and piece.columns is not None
+        upstream, is_adapted = take(grad_hidden), self.adapts_down and piece.columns is not None
         grad_rank: Any = piece.take_rank(grad_down) if is_adapted else None
         add: Any = partial(torch.addmm, upstream)
         if self.slot_weights is not None:

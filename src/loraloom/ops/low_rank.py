@@ -126,7 +126,12 @@ class _AddLowRank(torch.autograd.Function):
         grads = []
         pairs = ctx.saved_tensors
         for span, low_rank, lora_B in zip(ctx.spans, pairs[::2], pairs[1::2], strict=True):
-            grads += [rows[span] @ lora_B.T, low_rank.T @ rows[span]]
+            # Laid out as B is, so that autograd need not copy it.
+            if lora_B.stride(0) == 1:
+                grad_B = (rows[span].T @ low_rank).T
+            else:
+                grad_B = low_rank.T @ rows[span]
+            grads += [rows[span] @ lora_B.T, grad_B]
         return grad, None, *grads
 
 
@@ -210,19 +215,26 @@ def scale_rows(
     return torch.addcmul(update, excess, rows).add_(output), rows
 
 
-def decompose_rows_(
-    output: Tensor, rank_input: Tensor, lora_B: Tensor, excess: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Turn the base's `Wx + b` into `Wx + Δ`, in place; return `c ∘ (Wx + Δ) + b`."""
+def decompose_rows(
+    output: Tensor,
+    rank_input: Tensor,
+    lora_B: Tensor,
+    excess: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `c ∘ (Wx + Δ) + b` from the base's `Wx + b`, and `Wx + Δ`, which `out` has room for.
+
+    Where that is the output itself, it may be written to.
+    """
     if output.dtype.itemsize <= 2:  # what is rounded so far can't be scaled by factors near 1
         value, rows = scale_rows(output, rank_input @ lora_B, excess, bias)
-        output.copy_(rows)
-        return value
-    output.addmm_(rank_input, lora_B)
+        return value, rows if out is None or out is output else out.copy_(rows)
+    rows = torch.addmm(output, rank_input, lora_B, out=out)
     if bias is None:
-        return torch.addcmul(output, excess, output)
-    output -= bias
-    return torch.addcmul(output, excess, output).add_(bias)
+        return torch.addcmul(rows, excess, rows), rows
+    rows -= bias
+    return torch.addcmul(rows, excess, rows).add_(bias), rows
 
 
 def scale_update(

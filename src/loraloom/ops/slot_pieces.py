@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -228,7 +228,7 @@ def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype)
 
 
 def sorted_pieces(
-    experts: Tensor, num_experts: int, size: int, rank: int, gate: Tensor
+    experts: Tensor, num_experts: int, rank: int, size: int, gate: Tensor
 ) -> Iterator[RowsOfGroup]:
     """Cut slots, [K, T], into the rows of each group of `size` experts; expert -1 comes first.
 
@@ -298,15 +298,18 @@ class Slots:
     @staticmethod
     def of(weights: FfnWeights, routing: Routing | None, gate: Tensor) -> Slots:
         """Decide how the slots of a block are cut; without routing there is one of one expert."""
-        num_experts, rank, is_routed = weights.num_experts, weights.rank, routing is not None
-        if not is_routed:
+        sizes = weights.num_experts, weights.rank
+        if routing is None:
             experts = torch.zeros(1, len(gate), dtype=torch.long, device=gate.device)
-            return Slots(experts, num_experts, rank, is_routed, weights.apart)
+            return Slots(experts, *sizes, routed=False, apart=weights.apart)
         experts = routing.selected_experts.T.contiguous()
-        size, by_group = group_size(experts, num_experts, rank, gate.dtype), ()
-        if size is not None:
-            by_group = tuple(sorted_pieces(experts, num_experts, size, rank, gate))
-        return Slots(experts, num_experts, rank, is_routed, weights.apart, size, by_group)
+        slots = Slots(experts, *sizes, routed=True, apart=weights.apart)
+        size = group_size(experts, *sizes, gate.dtype)
+        if size is None:
+            return slots
+        return replace(
+            slots, group=size, by_group=tuple(sorted_pieces(experts, *sizes, size, gate))
+        )
 
     def pieces(self, gate: Tensor) -> Iterable[Piece]:
         """Cut the slots, if they aren't sorted into blocks of rows as wide as the gate's."""
@@ -329,5 +332,6 @@ class Slots:
 
     def new_total(self, like: Tensor) -> Tensor:
         """Room for a sum over slots, [T, N], of [..., N]; masked pieces write their first slot."""
-        room = like.new_empty if self.group is None else like.new_zeros
-        return room(self.experts.shape[1], like.shape[1])
+        room = torch.empty if self.group is None else torch.zeros
+        shape = self.experts.shape[1], like.shape[1]
+        return room(shape, dtype=like.dtype, device=like.device)

@@ -3,13 +3,7 @@
 Axes: T tokens, D hidden, E experts, K slots of a token.
 
 A route gives K experts for each token, best first, and their weights. Where a token uses fewer,
-the rest weigh 0. `p` is the softmax of the logits.
-
-    TopK     the top_k largest p, renormalised to sum to 1
-    TopP     the largest p until they exceed top_p, as they are
-    Switch   the largest p, as it is
-    Dense    all p
-    Hybrid   all p where their entropy is high, else the largest p within top_p, as they are
+the rest weigh 0.
 """
 
 from __future__ import annotations
