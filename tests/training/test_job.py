@@ -92,6 +92,6 @@ def test_a_collapse_is_told_once_after_a_window():
     unused, collapsed = take(watch, COLLAPSED, 1, WINDOW_STEPS)
     assert unused.startswith(f"steps 1 to {WINDOW_STEPS}: 2 of 8 experts are hardly used")
     assert "layer 3 (experts 2, 3)" in unused
-    assert "layer 3 (1.0)" in collapsed
+    assert "layer 3 (1.0 of 4)" in collapsed
     assert take(watch, COLLAPSED, 4 * WINDOW_STEPS, WINDOW_STEPS + 1) == []
     assert list(watch.warnings.values()) == [unused, collapsed]
