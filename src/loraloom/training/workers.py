@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,14 +110,15 @@ def _train_shares(
     command: str,
 ) -> list[JobResult]:
     """Train all jobs to their end; those of a worker that is lost for good are left."""
-    jobs, study = list(run.all_jobs), None
+    jobs, show = list(run.all_jobs), None
     size, resources = choose_resources(ray.nodes(), run.device, num_workers)
     if run.sweep is not None:
         from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
         study = open_study(run, directory, None)  # before workers look for combinations in it
+        show = partial(show_ranking, run.sweep, study, progress)
         jobs = [job for job in jobs if not run.sweep.owns(job.name)]
-    size = min(size, len(jobs)) if study is None else size
+    size = min(size, len(jobs)) if show is None else size
     progress.message(f"starting {size} workers")
     queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
     task = ray.remote(train_share).options(
@@ -149,8 +151,8 @@ def _train_shares(
                     progress.message(text)
         if is_ending:
             interruption.end()
-    if run.sweep is not None and study is not None:
-        show_ranking(run.sweep, study, progress)
+    if show is not None:
+        show()
     if faults:
         raise faults[0]
     return results
