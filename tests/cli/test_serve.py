@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
         )
         thread.start()
         while "loraloom_requests_running 1.0" not in read(address, "/metrics") and not answers:
-            pass
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         thread.join()
         assert process.wait(timeout=60) == 0

@@ -25,7 +25,7 @@ from tests.tiny import METHODS, tiny_host
 def requests_of_all(tokenizer, **settings):
     return [
         request(tokenizer, text, name, place, **settings)
-        for place, (text, name) in enumerate(zip([*TEXTS, *TEXTS], NAMES, strict=False))
+        for place, (text, name) in enumerate(zip(TEXTS * 3, NAMES, strict=False))
     ]
 
 
@@ -48,7 +48,7 @@ def test_text_is_that_of_generate_alone_whatever_shares_the_batch(
 
 def test_rows_that_do_not_fit_wait_and_are_computed_again(make_engine, tiny_tokenizer):
     engine = make_engine(cache_tokens=60)
-    asked = [request(tiny_tokenizer, "one", name, max_new_tokens=30) for name in NAMES[:5]]
+    asked = [request(tiny_tokenizer, "one", name, max_new_tokens=20) for name in NAMES[:5]]
     expected = alone(engine, tiny_tokenizer, asked)
     under_way = submit(engine, *asked)
     while engine.step():
@@ -173,7 +173,7 @@ def test_an_adapter_that_diverged_fails_alone(tiny_tokenizer):
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 def test_an_adapter_that_raises_fails_alone(make_engine, host, tiny_tokenizer, monkeypatch, where):
     engine = make_engine()
-    asked = [request(tiny_tokenizer, text, name) for text in TEXTS[:2] for name in NAMES]
+    asked = requests_of_all(tiny_tokenizer)
     expected = alone(engine, tiny_tokenizer, asked)
     real = getattr(host, where)
 

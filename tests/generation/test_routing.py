@@ -55,7 +55,7 @@ def test_a_row_that_waited_again_misses_no_token(make_engine, host, tiny_tokeniz
     asked = submit(
         engine,
         *(
-            request(tiny_tokenizer, "one", adapter, tells_routing=True, max_new_tokens=30)
+            request(tiny_tokenizer, "one", adapter, tells_routing=True, max_new_tokens=20)
             for adapter in ROUTED[:5]
         ),
     )
