@@ -58,9 +58,10 @@ def page_of(run, tmp_path):
     return lambda content=None: make_page([run], [write_evaluation(tmp_path / "r.json", content)])
 
 
-@pytest.fixture
-def page(page_of):
-    return page_of()
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("page")
+    return make_page([write_run(directory / "run")], [write_evaluation(directory / "r.json")])
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page):
