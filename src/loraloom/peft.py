@@ -7,8 +7,7 @@ save, load, delete) is done with the host's adapters. Files are those of `Host.s
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +17,11 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType, register_peft_method
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from loraloom.adapters import CONFIGS, parse_adapter_config, when_registered
-from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.method import Adapter, AdapterConfig, check_config
+from loraloom.durable import write_json
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.disk import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterFiles
 from loraloom.formats.files import fit_to_base, parse_files, read_stored
@@ -56,7 +55,8 @@ class LoraloomConfig(PeftConfig):
             self.file_fields = fields
             fields = {name: fields[name] for name in _FIELDS if name in fields}
         else:
-            self.adapter = _checked(adapter)
+            is_given = isinstance(adapter, Mapping)
+            self.adapter = parse_adapter_config(adapter) if is_given else check_config(adapter)
         self.seed = seed
         defaults: dict[str, Any] = {"task_type": _TASK}
         super().__init__(**defaults | fields)
@@ -98,21 +98,7 @@ class LoraloomConfig(PeftConfig):
         path = Path(save_directory, CONFIG_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = self.file_fields | {"base_model_name_or_path": self.base_model_name_or_path}
-        text = json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-
-
-def _checked(adapter: Any) -> AdapterConfig:
-    if isinstance(adapter, tuple(CONFIGS)):
-        return adapter
-    try:
-        return parse_adapter_config(adapter)
-    except (TypeError, ValueError) as error:
-        faults = error.errors() if isinstance(error, ValidationError) else []
-        raise ConfigError(
-            "adapter must be the configuration of one of loraloom's methods, or its settings, got "
-            + ": ".join([type(adapter).__name__, *(str(fault["msg"]) for fault in faults)])
-        ) from error
+        write_json(path, fields)
 
 
 def _files(fields: dict[str, Any], tensors: dict[str, Tensor], source: str) -> AdapterFiles:

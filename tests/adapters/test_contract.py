@@ -160,9 +160,9 @@ def test_a_saved_adapter_is_described_without_a_base_model(tmp_path, method):
     host.save("a", tmp_path)
     description = describe(tmp_path)
     parameters = host.adapters["a"].parameters()
-    assert (description.method, description.settings["rank"]) == (config.title, config.rank)
-    assert description.num_parameters == sum(parameter.numel() for parameter in parameters)
-    assert len(description.target_modules) == len(host.base.shapes)
+    assert (description["method"], description["settings"]["rank"]) == (config.title, config.rank)
+    assert description["num_parameters"] == sum(parameter.numel() for parameter in parameters)
+    assert len(description["target_modules"]) == len(host.base.shapes)
 
 
 @each_side

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from typing import Literal
 
 import pytest
 import torch
 
-import loraloom
+import loraloom.adapters
 from loraloom.adapters.lora import LoraProjection
-from loraloom.adapters.low_rank import LowRankAdapter, LowRankConfig
+from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.errors import ConfigError
 from loraloom.training.settings import RunConfig
 from tests.tiny import randomise, tiny_host, tiny_ids
@@ -25,10 +24,8 @@ class HalfConfig(LowRankConfig):
     formula = "y = Wx + s·BAx"
     method: Literal["half"] = "half"
 
-    def build(self, name, base_layers, dtype, seed):
-        return LowRankAdapter.of(
-            name, self, base_layers, lambda base, _: LoraProjection(base, self, None, dtype, seed)
-        )
+    def projection(self, base, layer, dtype, seed):
+        return LoraProjection(base, self, None, dtype, seed)
 
 
 @pytest.fixture
@@ -66,7 +63,7 @@ def test_names_that_are_taken_are_refused(registered):
         loraloom.register_method(twin)
 
 
-def test_a_package_makes_its_method_known_to_every_process(tmp_path):
+def test_a_package_makes_its_method_known_to_every_process(tmp_path, monkeypatch):
     (tmp_path / "halves.py").write_text(
         "from typing import Literal\n"
         "from loraloom.adapters.low_rank import LowRankConfig\n\n\n"
@@ -79,9 +76,7 @@ def test_a_package_makes_its_method_known_to_every_process(tmp_path):
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text("[loraloom.methods]\nhalves = halves:Halves\n")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import loraloom.adapters as adapters;"
-        "print(adapters.parse_adapter_config({'method': 'halves', 'rank': 2}).title)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.stdout.strip() == "Halves", ran.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    # As the package is executed in a new process.
+    fresh = runpy.run_path(loraloom.adapters.__file__)
+    assert fresh["parse_adapter_config"]({"method": "halves", "rank": 2}).title == "Halves"

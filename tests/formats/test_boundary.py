@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -12,27 +11,16 @@ from safetensors.torch import load_file, save_file
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter, write_adapter
-from tests.formats.tiny import make_tensors
+from tests.formats.tiny import edit_config, make_tensors
 
 LORA = LoraConfig(rank=2)
 MIXTURE = MixLoraConfig(rank=2, num_experts=2)
-
-
-@pytest.fixture(params=[LORA, MIXTURE], ids=["lora", "mixlora"])
-def saved(request, base, tmp_path):
-    write_adapter(tmp_path / "a", request.param, make_tensors(request.param, base), base)
-    return tmp_path / "a"
 
 
 @pytest.fixture
 def mixture(base, tmp_path):
     write_adapter(tmp_path / "a", MIXTURE, make_tensors(MIXTURE, base), base)
     return tmp_path / "a"
-
-
-def edit_config(directory, **changes):
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def fault_of(directory, base) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -50,3 +53,9 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0)
+
+
+def edit_config(directory: Path, **changes) -> None:
+    """Change fields of an adapter's configuration on disk."""
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

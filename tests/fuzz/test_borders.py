@@ -217,7 +217,6 @@ def test_paths_of_adapters(path, monkeypatch):
         raise OSError("no hub here")
 
     monkeypatch.setattr("loraloom.formats.hub.snapshot_download", no_hub)
-    monkeypatch.setattr("loraloom.formats.hub._listed", lambda hub_id: [])
     monkeypatch.setenv("HOME", tempfile.gettempdir())
     assert survives(lambda: read_adapter(path, BASE)) is not None
 

@@ -82,15 +82,15 @@ def test_the_reference_gets_a_pickle_and_the_fields_that_it_reads(case, tmp_path
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (METHODS["dora"], "no place for the magnitudes of a DoRA"),
-        (METHODS["mixdora"], "no place for the magnitudes of a MixDoRA"),
-        (LoraConfig(rank=4, alpha=2.5), "takes a whole alpha, got 2.5"),
-        (MixLoraConfig(num_experts=2, routing="top_p", temperature=2), "divides probabilities"),
-        (ALL_METHODS["mola"], "one number of experts for all layers"),
-        (MolaConfig(num_experts=3, routing="dense"), "top-k routing alone, got dense"),
+        (METHODS["dora"], "no DoRA with weight_decomposition: True"),
+        (METHODS["mixdora"], "no MixDoRA with weight_decomposition: True"),
+        (LoraConfig(rank=4, alpha=2.5), r"no LoRA with alpha: 2.5"),
+        (MixLoraConfig(num_experts=2, routing="top_p", temperature=2), "temperature: 2.0"),
+        (ALL_METHODS["mola"], r"num_experts: \(3, 4\)"),
+        (MolaConfig(num_experts=3, routing="dense"), "no MoLA with routing: 'dense'"),
         (DynMoleConfig(num_experts=3), "MoE-PEFT has no DynMoLE"),
-        (MixLoraConfig(num_experts=2, shared_expert={}), "no shared_expert"),
-        (ALL_METHODS["vera"], "give the base model: --base-model"),
+        (MixLoraConfig(num_experts=2, shared_expert={}), "no MixLoRA with shared_expert"),
+        (ALL_METHODS["vera"], "give it: --base-model"),
     ],
 )
 def test_the_reference_is_not_given_what_it_lacks(config, message, tmp_path):

@@ -81,10 +81,10 @@ def test_peft_adapts_what_the_adapter_does_and_nothing_else(family, config, tmp_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (METHODS["mixlora"], "MixLoRA needs an FFN block of linear layers, .* experts themselves"),
-        (ALL_METHODS["loramoe"], "LoRAMoE needs an FFN block of linear layers"),
-        (LoraConfig(target_modules="ffn"), "got ffn where its FFN blocks are mixtures of experts"),
-        (LoraConfig(target_modules=("gate_proj",)), r"\(k_proj, o_proj, q_proj, v_proj\)"),
+        (METHODS["mixlora"], "MixLoRA needs experts: .* this base model has none"),
+        (ALL_METHODS["loramoe"], "LoRAMoE needs experts"),
+        (LoraConfig(target_modules="ffn"), "target_modules must name projections .* got ffn"),
+        (LoraConfig(target_modules=("gate_proj",)), r"\(q_proj, k_proj, v_proj, o_proj\)"),
     ],
 )
 def test_the_experts_of_a_base_model_are_left_alone(config, message):

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
@@ -98,6 +98,11 @@ class BaseProjection:
         return None if bias is None else bias.to(dtype)
 
     @property
+    def name(self) -> str:
+        """The projection's name in its block."""
+        return self.key.rpartition(".")[2]
+
+    @property
     def device(self) -> torch.device:
         return next(chain(self.linear.parameters(), self.linear.buffers())).device
 
@@ -146,8 +151,6 @@ class BaseLayer:
     ffn: Mapping[str, BaseProjection]
     ffn_shape: FfnShape
     hidden_size: int
-    absent: frozenset[str] = frozenset()
-    """Names of projections that other layers have, and this one hasn't."""
 
     @property
     def blocks(self) -> dict[str, Mapping[str, BaseProjection]]:
@@ -201,33 +204,28 @@ class BaseInfo:
         """Describe the projections on the meta device, where an adapter's shapes are read off."""
         # One module for all layers: thousands of projections would take seconds even on meta.
         linears = {
-            path: nn.Linear(size[1], size[0], bias=False, device="meta")
-            for path, size in self.shapes.items()
+            path: nn.Linear(width, height, bias=False, device="meta")
+            for path, (height, width) in self.shapes.items()
         }
 
-        def block(layer: int, block: str) -> dict[str, BaseProjection]:
+        def block(index: int, name: str) -> dict[str, BaseProjection]:
             return {
-                path.partition(".")[2]: BaseProjection(linear, f"layers.{layer}.{path}", *size)
-                for path, linear in linears.items()
-                if path.startswith(f"{block}.") and self.has(layer, path)
-                for size in [(linear.in_features, linear.out_features)]
+                path.partition(".")[2]: BaseProjection(
+                    linears[path], f"layers.{index}.{path}", width, height
+                )
+                for path, (height, width) in self.shapes.items()
+                if path.startswith(f"{name}.")
             }
 
         *inputs, output = self.ffn_projections or ("",)
+        shape, attended = FfnShape(tuple(inputs), output), self.attention_layers
         layers = []
         for index in range(self.num_layers):
-            attention = block(index, self.attention)
-            absent = frozenset() if attention else frozenset(self.attention_projections)
-            ffn, shape = block(index, self.ffn), FfnShape(tuple(inputs), output)
-            blocks = (self.attention, attention, self.ffn, ffn)
-            layers.append(BaseLayer(index, *blocks, shape, self.hidden_size, absent))
+            attends = attended is None or index in attended
+            attention = block(index, self.attention) if attends else {}
+            blocks = (self.attention, attention, self.ffn, block(index, self.ffn))
+            layers.append(BaseLayer(index, *blocks, shape, self.hidden_size))
         return layers
-
-    def has(self, layer: int, path: str) -> bool:
-        """Whether a decoder layer has the projection `block.projection`."""
-        if self.attention_layers is None or not path.startswith(f"{self.attention}."):
-            return True
-        return layer in self.attention_layers
 
 
 @dataclass(frozen=True)
@@ -250,18 +248,14 @@ class SegmentTokens:
 
     def record_routing(
         self,
-        router_logits: Tensor,
-        selected_experts: Tensor,
-        routing_weights: Tensor,
+        router_logits: Float[Tensor, "T E"],
+        selected_experts: Int[Tensor, "T K"],
+        routing_weights: Float[Tensor, "T K"],
         projection: str | None = None,
     ) -> None:
         """Record what a router did with the real tokens among these.
 
-        Args:
-            router_logits: [T, E].
-            selected_experts: [T, K].
-            routing_weights: [T, K].
-            projection: Whose router it is, as `self_attn.q_proj`; None for an FFN block's.
+        It is that of a projection, as `self_attn.q_proj`; None for an FFN block's.
         """
         if self.record is None:
             return
@@ -272,13 +266,10 @@ class SegmentTokens:
         logits, selected, weights = values
         self.record(LayerRouting(self.layer, logits, selected, weights, projection))
 
-    def beyond_capacity(self, selected_experts: Tensor, capacity: int | None) -> Tensor | None:
-        """Tell which tokens their only expert, [T, 1], doesn't take in training; None: all taken.
-
-        Args:
-            selected_experts: [T, 1].
-            capacity: Tokens of a sample that an expert takes.
-        """
+    def beyond_capacity(
+        self, selected_experts: Int[Tensor, "T K"], capacity: int | None
+    ) -> Tensor | None:
+        """Tell which tokens an expert that takes so many of a sample leaves out; None: none."""
         if capacity is None or self.noise is None:
             return None
         samples = [span.tokens for span in self.noise.spans]

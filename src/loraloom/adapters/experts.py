@@ -37,15 +37,11 @@ def check_at_most(limit: str, value: int, info: CheckInfo) -> int:
 def check_has_experts(config: AdapterConfig, layer: BaseLayer) -> None:
     """Raise an AdapterError if experts that are on FFN projections would be on none."""
     targets = config.targets_in(layer)
-    if not layer.ffn:
+    if not targets & layer.ffn.keys():
+        known = ", ".join(layer.ffn) or "of which this base model has none"
         raise AdapterError(
-            f"{config.title} needs an FFN block of linear layers, this base model's are mixtures "
-            "of experts themselves; take a plain adapter, on attention"
-        )
-    if not targets & frozenset(layer.ffn):
-        raise AdapterError(
-            f"{config.title} needs experts: target_modules must have at least one of "
-            f"{', '.join(layer.ffn)}, got {', '.join(sorted(targets))}"
+            f"{config.title} needs experts: target_modules must have a linear layer of the FFN "
+            f"({known}), got {', '.join(sorted(targets))}; take a plain adapter for attention"
         )
 
 
@@ -133,16 +129,7 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
 
 
 class Router(Weights):
-    """A gate's weight, [E, I].
-
-    Args:
-        key: Its name in files.
-        shape: [E, I].
-        seed: Of the job.
-        dtype: At least float32.
-        device: Where the base's projection computes.
-        std: Deviation of the initial values; None: Kaiming uniform, as linear layers begin.
-    """
+    """A gate's weight, [E, I]: normal with `std`, or Kaiming uniform as linear layers begin."""
 
     def __init__(
         self,
@@ -167,16 +154,9 @@ class Router(Weights):
 
 
 class RoutedProjection(LoraProjection):
-    """The LoRA experts of a projection, and the router that chooses among them.
+    """The LoRA experts of a projection, and the router whose `route` chooses among them.
 
-    Args:
-        base: The projection that is adapted.
-        config: Rank, scaling, initialisation.
-        num_experts: E.
-        route: What the router does with its logits.
-        dtype: Of the trained weights, at least float32.
-        seed: Of the job.
-        capacity: Tokens of a sample that an expert takes in training; None for any number.
+    In training an expert takes no more than `capacity` tokens of a sample; None for any number.
     """
 
     maps_rank_space = True

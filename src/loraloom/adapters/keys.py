@@ -20,8 +20,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseInfo
-
 # A part is never `weight` or `bias`: those are parameters of a module that is trained whole.
 _PATTERN = re.compile(
     r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
@@ -78,17 +76,3 @@ class TensorKey:
 def is_meant(target: str, key: str) -> bool:
     """Whether a target names a projection, by the end of `layers.{L}.{block}.{projection}`."""
     return f".{key}".endswith(f".{target}")
-
-
-def target_projections(targets: str | tuple[str, ...], base: BaseInfo) -> list[str]:
-    """Name the projections that `target_modules` means, as `block.projection`, attention first."""
-    groups = {
-        "attention": [f"{base.attention}.{name}" for name in base.attention_projections],
-        "ffn": [f"{base.ffn}.{name}" for name in base.ffn_projections],
-    }
-    groups["all-linear"] = groups["attention"] + groups["ffn"]
-    if isinstance(targets, str):
-        return groups[targets]
-    return [
-        path for path in groups["all-linear"] if any(is_meant(target, path) for target in targets)
-    ]

@@ -15,16 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.keys import TensorKey, is_meant
+from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.low_rank import LowRankConfig, initial_A
-from loraloom.adapters.method import (
-    MAX_NUMBER,
-    MAX_RANK,
-    Adapter,
-    AdapterConfig,
-    Free,
-    Projection,
-)
+from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, AdapterConfig, Free, Projection
 from loraloom.errors import AdapterError, shown
 from loraloom.ops.low_rank import dora_norms
 
@@ -57,6 +50,7 @@ class LoraConfig(DecomposedConfig):
 
     peft_type = "LORA"
     layout = "peft"
+    targets_places = True
     formula = "y = Wx + b + s·B(Ax)"
     aliases: ClassVar = {
         "dora": "method: lora with weight_decomposition: true",
@@ -78,20 +72,12 @@ class LoraConfig(DecomposedConfig):
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _check_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
-        odd = [pattern for pattern in patterns if not is_pattern(pattern)]
-        if odd:
-            raise ValueError(f"patterns must be regular expressions, got {shown(odd[0])}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from None
         return patterns
-
-    @property
-    def in_every_layer(self) -> bool:
-        return self.layers is None and not self.names_layers
-
-    @property
-    def names_layers(self) -> bool:
-        """Whether target_modules names projections of single layers."""
-        targets = self.target_modules
-        return not isinstance(targets, str) and any("." in target for target in targets)
 
     def at(self, key: str) -> LoraConfig:
         """Return the settings of one projection, `layers.{layer}.{block}.{projection}`."""
@@ -115,34 +101,25 @@ class LoraConfig(DecomposedConfig):
         return super(LoraConfig, self.model_copy(update={"alpha_pattern": {}})).combined()
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
-        if self.layers is not None and layer.index not in self.layers:
-            return frozenset()
-        if isinstance(self.target_modules, str):
-            return super().targets_in(layer)
-        return frozenset(
-            base.key.rpartition(".")[2]
-            for base in layer.projections
-            if any(is_meant(target, base.key) for target in self.target_modules)
-        )
+        is_left_out = self.layers is not None and layer.index not in self.layers
+        return frozenset() if is_left_out else super().targets_in(layer)
 
-    def build(
-        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
-    ) -> Adapter:
-        _check_selection(self, base_layers)
-        return super().build(name, base_layers, dtype, seed)
+    def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
+        if beyond := [layer for layer in self.layers or () if layer >= len(base_layers)]:
+            raise AdapterError(f"layers must be in [0, {len(base_layers)}), got {beyond[0]}")
+        super().check_fits(base_layers)
+        places = [base.key for base in self.adapted(base_layers)]
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(matches(pattern, place) for place in places):
+                raise AdapterError(
+                    "rank_pattern and alpha_pattern must match adapted projections, such as "
+                    f"{places[0]}, got {pattern}"
+                )
 
     def projection(
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
     ) -> Projection:
         return LoraProjection(base, self.at(base.key), None, dtype, seed)
-
-
-def is_pattern(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -156,41 +133,6 @@ def matches(pattern: str, name: str) -> bool:
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
     """Return the value of the first pattern that matches a module's name."""
     return next((value for key, value in patterns.items() if matches(key, name)), default)
-
-
-def _check_selection(config: LoraConfig, base_layers: Sequence[BaseLayer]) -> None:
-    """Raise an AdapterError if a target, a layer or a pattern has no effect on a base model."""
-    keys = [base.key for layer in base_layers for base in layer.projections]
-    if not isinstance(config.target_modules, str):
-        _refuse(
-            "target_modules must name projections of the base model "
-            f"({', '.join(sorted({key.rpartition('.')[2] for key in keys}))}) or be all-linear, "
-            "attention or ffn",
-            [t for t in config.target_modules if not any(is_meant(t, key) for key in keys)],
-        )
-    _refuse(
-        f"layers must be in [0, {len(base_layers)})",
-        [str(layer) for layer in config.layers or () if layer >= len(base_layers)],
-    )
-    adapted = [
-        base.key
-        for layer in base_layers
-        for base in layer.projections
-        if base.key.rpartition(".")[2] in config.targets_in(layer)
-    ]
-    if not adapted:
-        raise AdapterError("layers must have some of target_modules, got layers that have none")
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, name)
-        _refuse(
-            f"{name} must match adapted projections, such as {adapted[0]}",
-            [key for key in patterns if not any(matches(key, place) for place in adapted)],
-        )
-
-
-def _refuse(rule: str, odd: Sequence[str]) -> None:
-    if odd:
-        raise AdapterError(f"{rule}; got {', '.join(sorted(odd))}")
 
 
 class _ScaledTranspose(torch.autograd.Function):

@@ -21,7 +21,7 @@ from loraloom.adapters.experts import (
     check_has_experts,
 )
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
-from loraloom.adapters.method import MAX_NUMBER, Adapter, Free, Projection
+from loraloom.adapters.method import MAX_NUMBER, Free, Projection
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.routes import Dense
 
@@ -52,11 +52,9 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
     """How far the two groups of experts are to differ; samples have theirs from `expert_group` of
     their data, and the second half of the experts is group 1."""
 
-    def build(
-        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
-    ) -> Adapter:
+    def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
+        super().check_fits(base_layers)
         check_has_experts(self, base_layers[0])
-        return super().build(name, base_layers, dtype, seed)
 
     def projection(
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int

@@ -43,7 +43,7 @@ class LowRankConfig(AdapterConfig):
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
-        return LowRankAdapter.of(
+        return LowRankAdapter(
             name, self, base_layers, lambda base, layer: self.projection(base, layer, dtype, seed)
         )
 
@@ -62,33 +62,22 @@ Build = Callable[[BaseProjection, BaseLayer], Projection]
 
 
 class LowRankAdapter(Adapter):
-    """An adapter whose method works on each projection by itself."""
+    """An adapter whose method works on each projection by itself.
 
-    @classmethod
-    def of(
-        cls,
+    `build` makes the weights on a projection; `shared` is what all of them use, and it owns.
+    """
+
+    def __init__(
+        self,
         name: str,
         config: AdapterConfig,
         base_layers: Sequence[BaseLayer],
         build: Build,
         shared: Weights | None = None,
-    ) -> LowRankAdapter:
-        """Make an adapter of each projection's weights, which `build` makes.
-
-        Args:
-            name: Unique on its host.
-            config: The method's.
-            base_layers: The base model's projections.
-            build: From a projection and its layer to the weights on it.
-            shared: What all of them use, and the adapter owns.
-
-        Raises:
-            AdapterError: If `target_modules` names projections that the base model lacks.
-        """
+    ):
         layers = [projection_blocks(config, layer, build) for layer in base_layers]
-        adapter = cls(name, config, base_layers, layers)
-        adapter.add_module("shared", shared)
-        return adapter
+        super().__init__(name, config, base_layers, layers)
+        self.add_module("shared", shared)
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         return ffn_weights(self.ffn_block(layer), self.base_layers[layer], dtype)
@@ -156,11 +145,7 @@ def ffn_weights(
 ) -> FfnWeights:
     """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart.
 
-    Args:
-        block: The projections' weights, at least one.
-        layer: The base's side.
-        dtype: Of the products.
-        num_experts: Experts whose A lie behind one another in each projection's.
+    In each projection's A those of `num_experts` experts lie behind one another.
     """
     shape = layer.ffn_shape
     (input_A, sides), (down_A, (down,)) = (
@@ -216,13 +201,7 @@ def initial_A(
 
 
 def kaiming_uniform(shape: tuple[int, int], seed: int, name: str) -> Tensor:
-    """Draw a matrix, Kaiming uniform with a = sqrt(5), on the CPU in float32.
-
-    Args:
-        shape: [out, in].
-        seed: Of the job.
-        name: The tensor's full name: what is drawn depends on it and the seed alone.
-    """
+    """Draw a matrix, [out, in], Kaiming uniform with a = sqrt(5), by a seed and a tensor's name."""
     # On the CPU in float32 whatever trains, so that a job starts alike on every device.
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator_for(seed, name))

@@ -34,7 +34,7 @@ from loraloom.adapters.base import (
     Samples,
     SegmentTokens,
 )
-from loraloom.adapters.keys import Shape, TensorKey, Weights
+from loraloom.adapters.keys import Shape, TensorKey, Weights, is_meant
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
@@ -70,6 +70,8 @@ class AdapterConfig(StrictModel, ABC):
     """How tensors are named on disk; see formats/."""
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Names that people give as `method` for settings of this one, and what to write instead."""
+    targets_places: ClassVar[bool] = False
+    """Whether a target may be the end of `layers.{L}.{block}.{projection}`, and files hold that."""
     adds_up_over_ranks: ClassVar[bool] = True
     """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
 
@@ -87,28 +89,16 @@ class AdapterConfig(StrictModel, ABC):
     """Tokens whose embeddings the adapter trains, as rows of its own; where the base model ties its
     head to the embeddings, the head has them too. By the name of the embedding or the head:
     `{embed_tokens: [7], lm_head: [7, 8]}`."""
-    ensure_weight_tying: Free[bool] = False
-    """Train one copy for embedding and head in modules_to_save, where the base model has one."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
     def _check_target_modules(cls, targets: Any) -> Any:
-        groups = get_args(TargetGroup)
-        is_list = isinstance(targets, list | tuple)
-        if targets in groups or (is_list and targets and all(_is_module_name(t) for t in targets)):
+        groups = ", ".join(get_args(TargetGroup))
+        if isinstance(targets, list | tuple) or targets in groups.split(", "):
             return targets
         raise ValueError(
-            f"target_modules must be {', '.join(groups)} or a list of module names, got "
-            f"{shown(targets)}"
+            f"target_modules must be {groups} or a list of module names, got {shown(targets)}"
         )
-
-    @field_validator("trainable_token_indices")
-    @classmethod
-    def _check_tokens_differ(cls, given: Any) -> Any:
-        for tokens in given.values() if isinstance(given, dict) else [given]:
-            if len(set(tokens)) < len(tokens):
-                raise ValueError(f"trainable_token_indices must differ, got {shown(list(tokens))}")
-        return given
 
     @abstractmethod
     def build(
@@ -121,9 +111,6 @@ class AdapterConfig(StrictModel, ABC):
             base_layers: The base model's projections.
             dtype: Of the trained weights, at least float32.
             seed: Of the initial weights, together with each tensor's name.
-
-        Raises:
-            AdapterError: If `target_modules` names projections that the base model lacks.
         """
 
     def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
@@ -135,38 +122,46 @@ class AdapterConfig(StrictModel, ABC):
             AdapterError: If the settings don't fit the base model.
         """
         with torch.device("meta"):
-            adapter = self.build("shapes", base.layers_without_weights(), torch.float32, seed=0)
+            layers = base.layers_without_weights()
+            self.check_fits(layers)
+            adapter = self.build("shapes", layers, torch.float32, seed=0)
         return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
-        """Name the projections that an adapter has in a layer, which may lack some of its targets.
+        """Name the projections that an adapter has in a layer, some of its targets or all."""
+        targets, both = self.target_modules, {**layer.attention, **layer.ffn}
+        if isinstance(targets, str):
+            return frozenset({"attention": layer.attention, "ffn": layer.ffn}.get(targets, both))
+        return frozenset(
+            name for name, base in both.items() if any(is_meant(t, base.key) for t in targets)
+        )
+
+    def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
+        """Check that every setting means something on a base model.
 
         Raises:
             AdapterError: If `target_modules` names projections that the base model lacks.
         """
-        groups = {"attention": frozenset(layer.attention), "ffn": frozenset(layer.ffn)}
-        groups["all-linear"] = groups["attention"] | groups["ffn"]
-        known, targets = groups["all-linear"] | layer.absent, self.target_modules
-        if targets == "ffn" and not layer.ffn:
+        keys, odd = [base.key for layer in base_layers for base in layer.projections], []
+        if not isinstance(self.target_modules, str):
+            names = {key.rpartition(".")[2] for key in keys}
+            known = {t for t in self.target_modules if any(is_meant(t, key) for key in keys)}
+            odd = sorted({*self.target_modules} - (known if self.targets_places else names))
+        if odd or not self.adapted(base_layers):
             raise AdapterError(
-                "target_modules must have projections on the base model, got ffn where its FFN "
-                "blocks are mixtures of experts themselves; take attention"
+                "target_modules must name projections of the base model's layers that are adapted "
+                f"({', '.join(dict.fromkeys(key.rpartition('.')[2] for key in keys))}) or be "
+                f"all-linear, attention or ffn; got {', '.join(odd) or self.target_modules}"
             )
-        if isinstance(targets, str):
-            return groups[targets]
-        unknown = sorted(set(targets) - known)
-        if unknown or not targets:
-            raise AdapterError(
-                f"target_modules must name projections of the base model "
-                f"({', '.join(sorted(known))}) or be all-linear, attention or ffn; "
-                f"got {', '.join(unknown) or 'an empty list'}"
-            )
-        return frozenset(targets)
 
-    @property
-    def in_every_layer(self) -> bool:
-        """Whether every decoder layer has all target modules."""
-        return True
+    def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
+        """List the projections that an adapter has."""
+        return [
+            base
+            for layer in base_layers
+            for base in layer.projections
+            if base.name in self.targets_in(layer)
+        ]
 
     @property
     def experts_per_token(self) -> int | None:
@@ -216,19 +211,14 @@ class AdapterConfig(StrictModel, ABC):
         return {name: getattr(self, name) for name, one in fields if _FREE not in one.metadata}
 
 
-def _is_module_name(name: Any) -> bool:
-    return isinstance(name, str) and name != "" and name not in get_args(TargetGroup)
-
-
 def check_config(config: object) -> AdapterConfig:
     """Return a configuration as it came; a ConfigError if it is of another library, or none."""
     if isinstance(config, AdapterConfig):
         return config
     kind = type(config)
     raise ConfigError(
-        f"an adapter's configuration must be one of loraloom's, got {kind.__module__}."
-        f"{kind.__qualname__}; write loraloom.LoraConfig(rank=8, alpha=16), or load an adapter "
-        "that PEFT has saved with host.load"
+        "an adapter's configuration must be one of loraloom's, as LoraConfig(rank=8, alpha=16), "
+        f"got {kind.__module__}.{kind.__qualname__}"
     )
 
 
@@ -241,17 +231,8 @@ class Projection(Weights):
     def __init__(self, base: BaseProjection):
         super().__init__()
         self.base = base
-        self.key = base.key
-
-    @property
-    def name(self) -> str:
-        """The projection's name in its block."""
-        return self.key.rpartition(".")[2]
-
-    @property
-    def path(self) -> str:
-        """The projection's name in its layer, `self_attn.q_proj` for instance."""
-        return self.key.split(".", 2)[2]
+        self.key, self.name = base.key, base.name
+        self.path = self.key.split(".", 2)[2]  # in its layer: `self_attn.q_proj`, for instance
 
     @property
     @abstractmethod
@@ -426,23 +407,16 @@ class Adapter(nn.Module, ABC):
             AdapterError: If other names or shapes differ from this adapter's.
         """
         own = self.tensors()
-        missing = sorted(
-            name for name in own.keys() - tensors.keys() if not name.endswith(".magnitude")
-        )
-        unexpected = sorted(tensors.keys() - own.keys())
-        if missing or unexpected:
-            raise AdapterError(
-                f"tensors don't match adapter {self.name!r}: "
-                f"missing {missing[:3]} ({len(missing)}), unexpected {unexpected[:3]} "
-                f"({len(unexpected)}); check that config and weights belong together"
-            )
         # All is checked before the first value is copied.
-        for name, tensor in tensors.items():
-            if own[name].shape != tensor.shape:
-                raise AdapterError(
-                    f"{name} must have shape {list(own[name].shape)} on this base model, "
-                    f"got {list(tensor.shape)}"
-                )
+        names = {name for name in own if not name.endswith(".magnitude")} | tensors.keys()
+        odd = names - (own.keys() & tensors.keys())
+        odd |= {name for name in names - odd if own[name].shape != tensors[name].shape}
+        if odd:
+            raise AdapterError(
+                f"tensors don't match adapter {self.name!r}: {', '.join(sorted(odd)[:3])} (of "
+                f"{len(odd)}) are missing, unexpected or of another shape; check that config and "
+                "weights belong together"
+            )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)

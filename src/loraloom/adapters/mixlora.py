@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from loraloom.adapters.base import (
@@ -25,15 +25,7 @@ from loraloom.adapters.experts import ExpertCount, Router, RoutingConfig, check_
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_blocks
-from loraloom.adapters.method import (
-    MAX_NUMBER,
-    MAX_RANK,
-    Adapter,
-    AdapterConfig,
-    Free,
-    Projection,
-    Targets,
-)
+from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Free, Projection
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
@@ -95,16 +87,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     router_jitter: Free[float] = Field(default=0.0, ge=0, lt=1)
     """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
 
-    @field_validator("target_modules")
-    @classmethod
-    def _check_ffn_is_targeted(cls, targets: Targets) -> Targets:
-        if targets == "attention":
-            raise ValueError(
-                "target_modules must take in the FFN, where a mixture has its experts, got "
-                "'attention'; take all-linear or ffn, or method: lora"
-            )
-        return targets
-
     @model_validator(mode="after")
     def _check_shared_expert(self) -> MixLoraConfig:
         if self.shared_expert is not None and self.expert_config.weight_decomposition:
@@ -153,6 +135,10 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         unscaled = experts.model_copy(update={"alpha": float(experts.rank)})
         return super().combined().model_copy(update={"experts": unscaled})
 
+    def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
+        super().check_fits(base_layers)
+        check_has_experts(self, base_layers[0])
+
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"experts": self.expert_config.summary()}
 
@@ -170,7 +156,6 @@ class MixLoraAdapter(Adapter):
         dtype: torch.dtype,
         seed: int,
     ):
-        check_has_experts(config, base_layers[0])
         layers = [_build_layer(config, layer, dtype, seed) for layer in base_layers]
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout

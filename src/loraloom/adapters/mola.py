@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
-from loraloom.adapters.method import Adapter, Free, Projection
+from loraloom.adapters.method import Free, Projection
 from loraloom.errors import AdapterError
 
 
@@ -43,16 +43,13 @@ class MolaConfig(RoutingConfig):
             )
         return self
 
-    def build(
-        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
-    ) -> Adapter:
-        counts = self.num_experts
-        if not isinstance(counts, int) and len(counts) != len(base_layers):
+    def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
+        super().check_fits(base_layers)
+        if not isinstance(self.num_experts, int) and len(self.num_experts) != len(base_layers):
             raise AdapterError(
                 f"num_experts must have a number for each of the base model's {len(base_layers)} "
-                f"layers, got {len(counts)}"
+                f"layers, got {len(self.num_experts)}"
             )
-        return super().build(name, base_layers, dtype, seed)
 
     def projection(
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int

@@ -24,17 +24,14 @@ from loraloom.errors import AdapterError
 # What the names of such tensors begin with.
 MODULES, TOKENS = "modules.", "tokens."
 # The settings, which are called so in all files.
-OWN_FIELDS = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+OWN_FIELDS = ("modules_to_save", "trainable_token_indices")
 
 
 @dataclass(frozen=True)
 class OwnParts:
     """What an adapter has as its own, by the modules' paths in the base model.
 
-    Args:
-        modules: Trained whole.
-        tokens: Of an embedding or head, the tokens whose rows are trained.
-        tied: From a head to the embedding whose weights are its own too.
+    Modules are trained whole, or rows of some tokens; a head may be tied to an embedding's rows.
     """
 
     modules: tuple[str, ...] = ()
@@ -42,13 +39,16 @@ class OwnParts:
     tied: Mapping[str, str] = field(default_factory=dict)
 
 
+def has_own_parts(config: AdapterConfig) -> bool:
+    """Whether an adapter has modules, or tokens' rows, of its own."""
+    return bool(config.modules_to_save or config.trainable_token_indices)
+
+
 def refuse_own_parts(config: AdapterConfig, adapter: str, purpose: str) -> None:
     """Raise an AdapterError if an adapter has modules, or tokens' rows, of its own."""
-    own = [name for name in OWN_FIELDS[:2] if getattr(config, name)]
-    if own:
+    if has_own_parts(config):
         raise AdapterError(
-            f"{adapter} must be without {' and '.join(OWN_FIELDS[:2])} to {purpose}, got "
-            f"{', '.join(own)}"
+            f"{adapter} must be without modules_to_save and trainable_token_indices to {purpose}"
         )
 
 
@@ -64,27 +64,18 @@ def tensor_shapes(config: AdapterConfig, base: BaseInfo) -> dict[str, Shape]:
 
 def own_parts(config: AdapterConfig, base: BaseInfo) -> OwnParts:
     """Find what a configuration means in a base model."""
-    if not (config.modules_to_save or config.trainable_token_indices):
+    if not has_own_parts(config):
         return OwnParts()
     modules, tokens = _modules(config, base), _tokens(config, base)
     tied: dict[str, str] = {}
-    pair = (base.embedding, base.head)
-    if base.ties_head and config.ensure_weight_tying and set(pair) & set(modules):
-        modules = list(dict.fromkeys([*modules, *pair]))
-        tied[base.head] = base.embedding
     if base.ties_head and base.embedding in tokens:
         # As in the base, the head has the embedding's rows, unless it has tokens of its own.
         of_head = tokens.get(base.head, tokens[base.embedding])
         if of_head == tokens[base.embedding]:
             tokens.pop(base.head, None)
             tied[base.head] = base.embedding
-        elif config.ensure_weight_tying:
-            raise AdapterError(
-                "trainable_token_indices must be the same for embedding and head with "
-                "ensure_weight_tying, got others"
-            )
     # A head that has the embedding's rows by being tied counts as trained for some tokens.
-    both = sorted({*modules} & {*tokens, *(tied if tokens else ())})
+    both = sorted({*modules} & {*tokens, *tied})
     if both:
         raise AdapterError(
             f"a module must be trained whole or for some tokens, got {', '.join(both)} in "

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Free, Projection
-from loraloom.errors import shown
 
 
 class VeraConfig(AdapterConfig):
@@ -45,21 +44,11 @@ class VeraConfig(AdapterConfig):
     save_projection: Free[bool] = True
     """Save A and B too, so that the files don't depend on the random generator."""
 
-    @field_validator("trainable_token_indices")
-    @classmethod
-    def _check_no_tokens(cls, tokens: Any) -> Any:
-        if tokens:
-            raise ValueError(
-                "trainable_token_indices must be unset, as PEFT's files of a VeRA have no place "
-                f"for them, got {shown(tokens)}; train embed_tokens by modules_to_save"
-            )
-        return tokens
-
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         shared = SharedProjections(self, base_layers, dtype)
-        return LowRankAdapter.of(
+        return LowRankAdapter(
             name,
             self,
             base_layers,
@@ -76,12 +65,7 @@ class SharedProjections(Weights):
 
     def __init__(self, config: VeraConfig, base_layers: Sequence[BaseLayer], dtype: torch.dtype):
         super().__init__()
-        adapted = [
-            projection
-            for layer in base_layers
-            for projection in layer.projections
-            if projection.key.rpartition(".")[2] in config.targets_in(layer)
-        ]
+        adapted = config.adapted(base_layers)
         # A before B from one generator, and these bounds: PEFT draws the same numbers.
         generator = torch.Generator().manual_seed(config.projection_seed)
         options = {"dtype": dtype, "device": adapted[0].device}

@@ -25,7 +25,7 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
         path: Directory of an adapter, or its id on the Hub.
         as_json: Print JSON instead of tables.
     """
-    description = describe(path).to_json()
+    description = describe(path)
     if as_json:
         print(json.dumps(description, indent=2, allow_nan=False))
         return
@@ -34,7 +34,7 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
         norms.add_row(name, *map(_text, norm.values()))
     settings = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in description.items():
-        if value not in (None, ()):
+        if value not in (None, []):
             settings.add_row(name.replace("_", " "), _text(value))
     print_tables(make_console(), [settings, norms])
 

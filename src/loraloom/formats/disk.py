@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,12 +36,6 @@ _STALE_FILES = (PICKLE_FILE, SIDECAR_WEIGHTS)
 SAVED_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
 # Age at which files that lie aside are no longer being written by anybody.
 _ABANDONED_S = 3600.0
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
-# What trainers keep beside an adapter: states, and whole models under transformers' names.
-_NO_PART = re.compile(
-    r"(optimizer|scheduler|sampler|scaler|training_args|rng_state|random_states|dl_state_dict)\w*\.\w+"
-    r"|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"
-)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -69,18 +61,12 @@ class AdapterFiles:
     sidecar: Sidecar | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method that the user gives: what files lack, or in place of theirs."""
-    program: str | None = None
-    """Which program wrote them, where they have been brought into another layout."""
 
     def error(self, message: str) -> FormatError:
         return FormatError(f"{self.source}: {message}")
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        olds = {new: old for old, new in names.items()}
-        for old, new in names.items():
-            if olds[new] != old:
-                raise self.error(f"tensors must differ, two are {new}: {old}, {olds[new]}")
-        return {new: self.tensors[old] for old, new in names.items()}
+        return {names[old]: tensor for old, tensor in self.tensors.items()}
 
     def section(self, name: str) -> dict[str, Any]:
         """Take a field that holds fields, {} where it is missing."""
@@ -105,8 +91,6 @@ def names_in(names: Sequence[str], limit: int = 3) -> str:
 
 def read_files(directory: Path) -> AdapterFiles:
     """Read adapter_config.json and the weights, from safetensors or else from a pickle."""
-    if not directory.is_dir():
-        raise FormatError(f"an adapter must be a directory, got the file {directory}")
     path = directory / CONFIG_FILE
     if not path.is_file():
         is_model = (directory / "config.json").is_file()
@@ -117,7 +101,6 @@ def read_files(directory: Path) -> AdapterFiles:
         raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
     # PEFT writes null for what is unset.
     config = {name: value for name, value in config.items() if value is not None}
-    check_all_read(str(directory), (path.name for path in directory.iterdir() if path.is_file()))
     weights, pickled, metadata = directory / WEIGHTS_FILE, directory / PICKLE_FILE, {}
     if weights.is_file():
         tensors, metadata = _read_safetensors(weights)
@@ -126,21 +109,6 @@ def read_files(directory: Path) -> AdapterFiles:
     else:
         raise FormatError(f"{directory} must have {WEIGHTS_FILE} or {PICKLE_FILE}, it has neither")
     return AdapterFiles(config, tensors, metadata, str(directory), _read_sidecar(directory))
-
-
-def check_all_read(source: str, names: Iterable[str]) -> None:
-    """Raise a FormatError for files beside an adapter's that look like weights and aren't read."""
-    unread = [
-        name
-        for name in sorted(names)
-        if Path(name).suffix in _WEIGHT_SUFFIXES and name not in {WEIGHTS_FILE, *_STALE_FILES}
-        if not _NO_PART.fullmatch(name)
-    ]
-    if unread:
-        raise FormatError(
-            f"{source} has weights that loraloom doesn't read ({names_in(unread)}), without which "
-            "the adapter may be another one; move them elsewhere if they aren't a part of it"
-        )
 
 
 def _read_sidecar(directory: Path) -> Sidecar | None:
@@ -184,11 +152,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _plain_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as they came; a FormatError if some are no numbers in memory.
-
-    A pickle may hold a sparse tensor, one without data, and one whose numbers are all the same
-    place in memory, which becomes as large as it says only when it is copied.
-    """
+    """Return tensors as they came; a FormatError if some are no numbers in memory."""
+    # A pickle may hold a tensor whose numbers are all one place in memory: copied, it fills it.
     odd = [
         name
         for name, tensor in tensors.items()
@@ -207,8 +172,6 @@ def _plain_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def refuse_to_overwrite(directory: Path) -> None:
     """Raise an AdapterError if a directory has an adapter's files already."""
-    if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"an adapter is saved to a directory, {directory} is a file")
     present = [name for name in SAVED_FILES if (directory / name).exists()]
     if present:
         raise AdapterError(
@@ -223,7 +186,6 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
     process dies, the directory holds the old adapter, the new one, or no adapter_config.json
     (never the new weights under another old configuration).
     """
-    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(directory, older_than_s=_ABANDONED_S)
@@ -234,10 +196,6 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
             _publish(aside, directory)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
-    finally:
-        if is_new:
-            with suppress(OSError):  # it isn't empty, or isn't there
-                directory.rmdir()
 
 
 def write_new(directory: Path, files: AdapterFiles, card: str, *, pickled: bool = False) -> None:

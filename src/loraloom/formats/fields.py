@@ -23,11 +23,10 @@ from loraloom.adapters import (
     VeraConfig,
 )
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.keys import target_projections
-from loraloom.adapters.lora import is_pattern, matches, pattern_value
+from loraloom.adapters.lora import matches, pattern_value
 from loraloom.adapters.method import AdapterConfig, Targets
 from loraloom.adapters.own import OWN_FIELDS
-from loraloom.errors import shown
+from loraloom.errors import AdapterError, shown
 from loraloom.formats.disk import CONFIG_FILE, AdapterFiles
 
 Settings = dict[str, Any]
@@ -44,16 +43,9 @@ LORA_FIELDS = {
 
 @dataclass(frozen=True)
 class _Table:
-    """A method's fields.
+    """A method's fields: their names by ours, and those that say the same in all files.
 
-    Args:
-        names: Theirs by ours; a method's files may lack them.
-        constants: Further fields, which say the same in all files.
-        read: From files to settings whose fields have another form.
-        write: From a configuration to these fields.
-        written: Names of these settings.
-        moe_peft_fault: Says what of a configuration MoE-PEFT's program can't hold; None if it lacks
-            the method.
+    Settings whose fields have another form are read and written by functions; `written` names them.
     """
 
     names: Mapping[str, str]
@@ -61,7 +53,8 @@ class _Table:
     read: Callable[[AdapterFiles], Settings] = lambda files: {}
     write: Callable[[Any, BaseInfo], Settings] = lambda config, base: {}
     written: Callable[[Any], set[str]] = lambda config: set()
-    moe_peft_fault: Callable[[Any], str | None] | None = None
+    moe_peft: Mapping[str, Any] | None = None
+    """Settings of which MoE-PEFT's program has this value alone; None: it lacks the method."""
 
 
 # Those of a table's fields that files must have.
@@ -125,12 +118,13 @@ def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
     targets = config.target_modules
     if not isinstance(targets, str) and any("." in target for target in targets):
         return targets
-    return tuple(path.rpartition(".")[2] for path in target_projections(targets, base))
+    return tuple(dict.fromkeys(one.name for one in config.adapted(base.layers_without_weights())))
 
 
-def _target_pattern(targets: Targets, base: BaseInfo) -> str:
-    """Name what `target_modules` means by a pattern that matches nothing else in the base model."""
-    paths = "|".join(map(re.escape, target_projections(targets, base)))
+def _target_pattern(config: AdapterConfig, base: BaseInfo) -> str:
+    """Name what is adapted by a pattern that matches nothing else in the base model."""
+    keys = [one.key for one in config.adapted(base.layers_without_weights())]
+    paths = "|".join(dict.fromkeys(re.escape(key.split(".", 2)[2]) for key in keys))
     return rf"{re.escape(base.layers_path)}\.\d+\.({paths})"
 
 
@@ -148,7 +142,7 @@ _READ = {
 }
 # Fields that don't change what the saved tensors compute, or are looked at elsewhere.
 _NO_EFFECT = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
+    "auto_mapping base_model_name_or_path corda_config eva_config "
     "exclude_modules inference_mode init_lora_weights loftq_config lora_ga_config megatron_core "
     "modules_to_save peft_type peft_version qalora_group_size revision task_type "
     "trainable_token_indices".split()
@@ -183,8 +177,7 @@ def _read_lora(files: AdapterFiles) -> Settings:
     settings: dict[str, Any] = {"init": "gaussian" if start == "gaussian" else "kaiming"}
     for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         patterns = files.section(name)
-        # What is no regular expression is left for the configuration to name.
-        if modules and all(map(is_pattern, patterns)):
+        if modules:
             patterns = _carried_over(patterns, files.config[default], modules)
         settings[name] = patterns
     return settings | _selection(files, list(modules.values()))
@@ -210,13 +203,12 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
     PEFT chooses them by patterns, layers and exclusions, and saves just those.
     """
     targets, layers = files.config.get("target_modules"), files.config.get("layers_to_transform")
-    names_places = isinstance(targets, str) or any("." in str(name) for name in targets or ())
-    chooses_layers = layers is not None and layers != []
-    if not (names_places or chooses_layers or files.config.get("exclude_modules")):
+    chosen = [layers] if isinstance(layers, int) else layers or []
+    has_names = not isinstance(targets, str) and not any("." in str(n) for n in targets or ())
+    if has_names and not chosen and not files.config.get("exclude_modules"):
         return {}
     if not keys:
-        chosen = layers if isinstance(layers, list) else [layers]
-        return {"layers": chosen} if chooses_layers else {}
+        return {"layers": chosen} if chosen else {}
     places = [(int(layer), path) for _, layer, path in (key.split(".", 2) for key in keys)]
     numbers, paths = {layer for layer, _ in places}, {path for _, path in places}
     if len(places) < len(numbers) * len(paths):
@@ -226,14 +218,13 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
 
 
 def _write_lora(config: Any, base: BaseInfo) -> Settings:
-    keys = [key for key in config.tensor_shapes(base) if key.endswith(".lora_A")]
+    keys = [one.key for one in config.adapted(base.layers_without_weights())]
     names = {key: key.replace("layers", base.layers_path, 1) for key in keys}
-    names = {key.removesuffix(".lora_A"): n.removesuffix(".lora_A") for key, n in names.items()}
-    targets: list[str] | str = list(known_targets(config, base))
+    targets: Any = list(known_targets(config, base))
     if not base.has_own_names:  # names alone would mean other modules too
-        targets = _target_pattern(config.target_modules, base)
-        if config.layers is not None or config.names_layers:
-            targets = "|".join(map(re.escape, names.values()))
+        places = config.layers is not None or any("." in target for target in targets)
+        every = "|".join(map(re.escape, names.values()))
+        targets = every if places else _target_pattern(config, base)
     by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
     alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
@@ -245,29 +236,8 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     }
 
 
-# VeRA.
-
-
-def _read_vera(files: AdapterFiles) -> Settings:
-    if layers := files.config.get("layers_to_transform"):
-        raise files.error(f"`layers_to_transform` must be unset, got {shown(layers)}")
-    return {"save_projection": "base_model.vera_A" in files.tensors}
-
-
-def _write_vera(config: Any, base: BaseInfo) -> Settings:
-    pattern = _target_pattern(config.target_modules, base)
-    return {} if base.has_own_names else {"target_modules": pattern}
-
-
 # MixLoRA. MoE-PEFT refuses a dropout of 0, which loraloom writes as it is.
 
-# Fields that MoE-PEFT reads but doesn't save; files have them if people write them.
-_TRAINING_FIELDS = {
-    "router_init_range": "router_init_std",
-    "jitter_noise": "router_jitter",
-    "router_aux_loss_coef": "router_aux_loss_coef",
-    "router_z_loss_coef": "router_z_loss_coef",
-}
 # Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files.
 _ROUTINGS = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
 # What stands for any number of tokens in the reference's files.
@@ -275,26 +245,13 @@ _NO_CAPACITY = 2**20
 
 
 def _read_mixlora(files: AdapterFiles) -> Settings:
-    """Read routing, experts and what concerns training, which MoE-PEFT's files lack.
-
-    It is loraloom's defaults then, not MoE-PEFT's: a load-balance coefficient of 0.01 where its
-    code has 0.001, for instance. They change nothing until the adapter is trained on.
-    """
+    """Read routing and experts; what concerns training alone is not in MoE-PEFT's files."""
     fields, expert = files.config, files.section("expert_lora")
     strategy = fields.get("routing_strategy", "mixlora")
     if strategy not in _ROUTINGS:
         raise files.error(
             f"`routing_strategy` must be one of {', '.join(_ROUTINGS)}, got {shown(strategy)}"
         )
-    settings: Settings = {
-        ours: fields[theirs]
-        for theirs, ours in _TRAINING_FIELDS.items()
-        if fields.get(theirs) is not None
-    }
-    if fields.get("router_loss") is False:
-        settings["router_aux_loss_coef"] = 0.0
-    if "lora_init" in fields:
-        settings["init"] = {"original": "kaiming"}.get(fields["lora_init"], fields["lora_init"])
     own = {ours: expert[theirs] for ours, theirs in LORA_FIELDS.items() if theirs in expert}
     routing = {
         "top_k": {"top_k": fields.get("top_k", 2)},
@@ -305,7 +262,7 @@ def _read_mixlora(files: AdapterFiles) -> Settings:
         "switch": {"expert_capacity": fields.get("expert_capacity", 32)},
     }
     name = _ROUTINGS[strategy]
-    return {**settings, "routing": name, **routing[name], "experts": own or None}
+    return {"routing": name, **routing[name], "experts": own or None}
 
 
 def _write_mixlora(config: Any, base: BaseInfo) -> Settings:
@@ -339,45 +296,7 @@ def _read_dynmole(files: AdapterFiles) -> Settings:
     kind = files.config.get("entropy_type", "tsallis")
     if kind != "tsallis":
         raise files.error(f"`entropy_type` must be tsallis, got {shown(kind)}")
-    if files.config.get("use_dora"):
-        raise files.error("`use_dora` must be unset: experts of a DynMoLE aren't decomposed")
     return {}
-
-
-# What MoE-PEFT's own program can hold.
-
-
-def _lora_fault(config: Any) -> str | None:
-    chosen = {
-        "layers": config.layers,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "places in target_modules": config.names_layers,
-    }
-    names = ", ".join(name for name, value in chosen.items() if value)
-    return f"MoE-PEFT has no {names}" if names else None
-
-
-def _mixlora_fault(config: Any) -> str | None:
-    if config.expert_config.weight_decomposition:
-        return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
-    if config.shared_expert is not None:
-        return "MoE-PEFT has no shared_expert"
-    if config.routing == "top_p" and config.temperature != 1:
-        return "MoE-PEFT's temperature divides probabilities, not logits"
-    return _alpha_fault(config.expert_config.alpha)
-
-
-def _mola_fault(config: Any) -> str | None:
-    if not isinstance(config.num_experts, int):
-        return "MoE-PEFT has one number of experts for all layers"
-    if config.routing != "top_k":
-        return f"MoE-PEFT's MoLA has top-k routing alone, got {config.routing}"
-    return None
-
-
-def _alpha_fault(alpha: float) -> str | None:
-    return None if alpha.is_integer() else f"MoE-PEFT takes a whole alpha, got {alpha:g}"
 
 
 def _same(names: str) -> dict[str, str]:
@@ -394,30 +313,32 @@ TABLES: dict[str, _Table] = {
         | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
         read=_read_lora,
         write=_write_lora,
-        moe_peft_fault=_lora_fault,
+        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}},
     ),
     VeraConfig.peft_type: _Table(
         {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}
         | _same("d_initial save_projection"),
-        read=_read_vera,
-        write=_write_vera,
+        read=lambda files: {"save_projection": "base_model.vera_A" in files.tensors},
+        write=lambda config, base: (
+            {} if base.has_own_names else {"target_modules": _target_pattern(config, base)}
+        ),
     ),
     MixLoraConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"),
         read=_read_mixlora,
         write=_write_mixlora,
         written=_written_by_mixlora,
-        moe_peft_fault=_mixlora_fault,
+        moe_peft={"temperature": 1.0, "shared_expert": None},
     ),
     MolaConfig.peft_type: _Table(
         _UNDECOMPOSED | _same("num_experts top_k"),
         {"routing_strategy": "mola"},
-        moe_peft_fault=_mola_fault,
+        moe_peft={"routing": "top_k"},
     ),
     LoraMoeConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"),
         {"routing_strategy": "loramoe"},
-        moe_peft_fault=lambda config: None,
+        moe_peft={},
     ),
     DynMoleConfig.peft_type: _Table(
         _UNDECOMPOSED
@@ -427,26 +348,22 @@ TABLES: dict[str, _Table] = {
     ),
 }
 
-# Projections on which MoE-PEFT's mixtures have experts.
-FFN_NAMES = frozenset(
-    "gate_proj up_proj down_proj fc1 fc2 gate_up_proj dense_h_to_4h dense_4h_to_h".split()
-)
-_KNOWN_NAMES = FFN_NAMES | set("q_proj k_proj v_proj o_proj dense qkv_proj".split())
 
-
-def reference_fault(config: AdapterConfig, base: BaseInfo) -> str | None:
-    """Say what of an adapter MoE-PEFT's files can't hold; None if they hold it all."""
-    table = TABLES.get(config.peft_type)
-    if table is None or table.moe_peft_fault is None:
-        return f"MoE-PEFT has no {config.title}"
-    if fault := table.moe_peft_fault(config):
-        return fault
-    names = [path.rpartition(".")[2] for path in target_projections(config.target_modules, base)]
-    unknown = [name for name in names if name not in _KNOWN_NAMES]
-    if unknown:
-        return f"MoE-PEFT has no model with {', '.join(unknown)}"
-    if base.layers_path != "model.layers" or not base.has_own_names:
-        return f"MoE-PEFT has no {base.model_type or 'such base model'}"
-    if getattr(config, "weight_decomposition", False):
-        return "MoE-PEFT's files have no place for the magnitudes of a DoRA"
-    return _alpha_fault(getattr(config, "alpha", 1.0))
+def check_reference_holds(config: AdapterConfig) -> None:
+    """Raise an AdapterError if MoE-PEFT 2.0.2 has no such adapter."""
+    table, settings = TABLES.get(config.peft_type), config.model_dump()
+    if table is None or table.moe_peft is None:
+        raise AdapterError(f"MoE-PEFT has no {config.title}")
+    faults = {n: settings[n] for n, value in table.moe_peft.items() if settings[n] != value}
+    for own in (settings, settings.get("experts") or {}):
+        if not float(own.get("alpha") or 1).is_integer():
+            faults["alpha"] = own["alpha"]
+        if own.get("weight_decomposition"):  # its files have no place for magnitudes
+            faults["weight_decomposition"] = True
+    if not isinstance(settings.get("num_experts", 0), int):
+        faults["num_experts"] = settings["num_experts"]
+    if any("." in target for target in config.target_modules):
+        faults["target_modules"] = config.target_modules
+    if faults:
+        found = ", ".join(f"{name}: {shown(value)}" for name, value in faults.items())
+        raise AdapterError(f"MoE-PEFT 2.0.2 has no {config.title} with {found}")

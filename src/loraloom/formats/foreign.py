@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.adapters.own import OWN_FIELDS
 from loraloom.errors import shown
 from loraloom.formats.disk import SIDECAR_SETTINGS, SIDECAR_WEIGHTS, AdapterFiles, Sidecar
-from loraloom.formats.fields import FFN_NAMES, LORA_FIELDS
+from loraloom.formats.fields import LORA_FIELDS
 from loraloom.formats.layouts import StoredAdapter, build_config, parse
 
 _STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
@@ -62,12 +61,8 @@ _TRAINING_FIELDS = {
 }
 
 
-def adopted(files: AdapterFiles) -> AdapterFiles:
-    """Bring files of these programs into today's layouts; others stay as they are."""
-    return _without_experts(_up_to_date(files))
-
-
-def _up_to_date(files: AdapterFiles) -> AdapterFiles:
+def up_to_date(files: AdapterFiles) -> AdapterFiles:
+    """Bring files of MoE-PEFT's forerunners into its layout of today; others stay as they are."""
     config, strategy = dict(files.config), files.config.get("routing_strategy")
     if strategy in _STRATEGIES:
         config["routing_strategy"] = _STRATEGIES[strategy]
@@ -87,48 +82,9 @@ def _up_to_date(files: AdapterFiles) -> AdapterFiles:
     return replace(files, config=config, tensors=files.renamed(names))
 
 
-def _without_experts(files: AdapterFiles) -> AdapterFiles:
-    """See a mixture that targets attention alone as the LoRA that it is.
-
-    Its routers weigh the base model's own FFN block by numbers that sum to 1.
-    """
-    kind, strategy = files.config.get("peft_type"), files.config.get("routing_strategy")
-    prefix = f"{str(kind).lower()}.layers."
-    is_mixture = kind == "LORAMOE" or (kind == "MIXLORA" and strategy in (None, "mixlora"))
-    is_whole = files.tensors and all(name.startswith(prefix) for name in files.tensors)
-    has_experts = any(".experts." in name for name in files.tensors)
-    if not (is_mixture and is_whole) or has_experts or FFN_NAMES & {*files.targets()}:
-        return files
-    kept = (*LORA_FIELDS.values(), "bias", "target_modules", "base_model_name_or_path", "task_type")
-    return replace(
-        files,
-        config={name: files.config[name] for name in kept if name in files.config}
-        | {"peft_type": "LORA"},
-        tensors={
-            f"{_LAYER}{name.removeprefix(prefix)}": tensor
-            for name, tensor in files.tensors.items()
-            if not name.endswith(".moe_gate.weight")
-        },
-        program="moe-peft",
-    )
-
-
 def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
     """Understand a mixture of axolotl's: PEFT's files of a LoRA, and what lies beside them."""
-    if files.config.get("peft_type") != LoraConfig.peft_type:
-        raise files.error(
-            f"{SIDECAR_WEIGHTS} doesn't go with `peft_type` "
-            f"{shown(files.config.get('peft_type'))}; move it elsewhere if it isn't a part of the "
-            "adapter"
-        )
     attention = parse(replace(files, given={}), LoraConfig)
-    lora: Any = attention.config
-    chosen = [n for n in ("rank_pattern", "alpha_pattern", "layers") if getattr(lora, n)]
-    if chosen:
-        raise files.error(
-            "the LoRA beside a mixture must have one rank and alpha and be in every layer, got "
-            f"{', '.join(chosen)}"
-        )
     experts = {}
     for name, tensor in sidecar.tensors.items():
         if match := _ROUTER.fullmatch(name):
@@ -145,12 +101,6 @@ def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
         raise files.error(f"{SIDECAR_WEIGHTS} must hold routers and experts of axolotl's")
     # The directory may hold the settings of another run, of a LoRA for instance.
     run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
-    told = run.get("mixlora_num_experts", len(router))
-    if told != len(router):
-        raise files.error(
-            f"`mixlora_num_experts` in {SIDECAR_SETTINGS[0]} must be the number of experts in "
-            f"{SIDECAR_WEIGHTS}, {len(router)}, got {shown(told)}; it is another run's"
-        )
     alpha = run.get("mixlora_expert_lora_alpha") or run.get("lora_alpha")
     lacks_alpha = alpha is None and "alpha" not in (files.given.get("experts") or {})
     if lacks_alpha or (not run and "top_k" not in files.given):
@@ -162,8 +112,8 @@ def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
         )
     own = {"rank": len(lora_A), "alpha": alpha, "dropout": run.get("mixlora_expert_lora_dropout")}
     settings = {
-        **lora.model_dump(include={*LORA_FIELDS, *OWN_FIELDS}),
-        "target_modules": (*lora.target_modules, *_FFN),
+        **attention.config.model_dump(include={*LORA_FIELDS, *OWN_FIELDS}),
+        "target_modules": (*attention.config.target_modules, *_FFN),
         "num_experts": len(router),
         "top_k": run.get("mixlora_top_k", 2),
         "experts": own | {"weight_decomposition": False, "rank_stabilized": False},

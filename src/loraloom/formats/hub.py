@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from loraloom.config.text import local_path
 from loraloom.errors import FormatError
-from loraloom.formats.disk import ADAPTER_FILES, CARD_FILE, check_all_read
+from loraloom.formats.disk import ADAPTER_FILES, CARD_FILE
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 # The first is that of the HTTP client, which huggingface_hub has changed: no connection, say.
@@ -24,7 +24,6 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
         return path
     if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(path_or_hub_id):
         raise FormatError(f"an adapter must be a directory or a Hub id, there is no {path}")
-    check_all_read(path_or_hub_id, _listed(path_or_hub_id))
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
     except _ERRORS as error:
@@ -33,14 +32,6 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
             f"Hub ({_reason(error)}); check the name, the network and, for a private or gated "
             "repository, `hf auth login`"
         ) from error
-
-
-def _listed(hub_id: str) -> list[str]:
-    """List the files at the top of a repository; what the cache holds was listed when it came."""
-    try:
-        return [name for name in HfApi().list_repo_files(hub_id) if "/" not in name]
-    except _ERRORS:
-        return []
 
 
 def _reason(error: Exception) -> str:

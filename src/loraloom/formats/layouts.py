@@ -126,7 +126,7 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
     record, activation = _record(files, method), files.config.get("act_fn")
     name = str(files.config.get("base_model_name_or_path") or "")
     return StoredAdapter(
-        files.program or LABELS[method.layout],
+        LABELS[method.layout],
         build_config(files, method, settings),
         tensors,
         record.base.model_copy(update={"name_or_path": plain(name) or None}),
@@ -248,24 +248,17 @@ def _record(files: AdapterFiles, method: type[AdapterConfig]) -> AdapterRecord:
     return record
 
 
-def _with_given(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Put given settings in place of those in files, sections key by key."""
-    merged = dict(settings)
-    for name, value in given.items():
-        own = merged.get(name)
-        if isinstance(value, Mapping) and isinstance(own, dict):
-            value = _with_given(own, value)
-        merged[name] = value
-    return merged
-
-
 def build_config(
     files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
 ) -> AdapterConfig:
     """Make a method's configuration of settings in files, and of those that the user gives."""
     origin = f"{CONFIG_FILE} with the given settings" if files.given else CONFIG_FILE
     origin = f"{files.source}: {origin} can't be used: "
-    return checked(method, _with_given(settings, files.given), FormatError, origin)
+    merged = {**settings, **files.given}
+    for name in settings.keys() & files.given.keys():  # sections are merged key by key
+        if isinstance(settings[name], dict) and isinstance(files.given[name], Mapping):
+            merged[name] = {**settings[name], **files.given[name]}
+    return checked(method, merged, FormatError, origin)
 
 
 def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -276,9 +269,9 @@ def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[st
     names = files.config.get("modules_to_save") or []
     whole = [key.removeprefix(MODULES) for key in tensors if key.startswith(MODULES)]
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in whole))
-    named = all(any(is_meant(name, path) for path in paths) for name in names)
-    if paths and not (named and all(any(is_meant(n, path) for n in names) for path in paths)):
-        names = paths
+    unnamed = [path for path in paths if not any(is_meant(name, path) for name in names)]
+    if unnamed:
+        names = [*paths, *(n for n in names if not any(is_meant(n, path) for path in paths))]
     settings = {name: files.config.get(name) for name in OWN_FIELDS} | {"modules_to_save": names}
     return {name: value for name, value in settings.items() if value}
 
@@ -289,8 +282,7 @@ def _own_fields(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
     for path in parts.modules:
         last = path.rpartition(".")[2]
         is_alone = sum(other.endswith(last) for other in base.modules) == 1
-        if path not in parts.tied:
-            names.append(last if path in (base.embedding, base.head) and is_alone else path)
+        names.append(last if path in (base.embedding, base.head) and is_alone else path)
     fields = config.model_dump(mode="json", include={*OWN_FIELDS}) | {"modules_to_save": names}
     return {name: value for name, value in fields.items() if value}
 
@@ -310,13 +302,8 @@ def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:
         # A table that is tied to another one has no rows of its own.
         found = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
         rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(found), None))
-        shape = (len(tokens), *table.shape[1:])
-        are_rows = all(0 <= token < len(table) for token in tokens)
-        if rows is None or rows.shape != shape or not are_rows:
-            raise files.error(
-                f"`trainable_token_indices` must name a row of {path}{_TABLE} for each row of "
-                f"{path}{_TOKENS}, got {len(tokens)} tokens"
-            )
+        if rows is None:
+            raise files.error(f"tensors must include {path}{_TOKENS}, it is missing")
         tensors[f"{path}.weight"] = table.index_copy(0, torch.tensor(tokens), rows.to(table.dtype))
     config = {k: v for k, v in files.config.items() if k != "trainable_token_indices"}
     return replace(files, config=config, tensors=tensors)

@@ -17,7 +17,7 @@ from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.card import model_card
 from loraloom.formats.disk import AdapterFiles, write_new
-from loraloom.formats.fields import reference_fault
+from loraloom.formats.fields import check_reference_holds
 from loraloom.formats.files import fit_to_base, read_stored, seen_base
 from loraloom.formats.hub import find_adapter
 from loraloom.formats.layouts import render
@@ -97,8 +97,7 @@ def _read(
 def _for_reference(
     config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo, prompt: PromptForm | None
 ) -> AdapterFiles:
-    if (fault := reference_fault(config, base)) is not None:
-        raise AdapterError(f"the adapter must be one that MoE-PEFT 2.0.2 reads: {fault}")
+    check_reference_holds(config)
     files = render(config, tensors, base, prompt)
     fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
     expert = fields.get("expert_lora")

@@ -124,8 +124,6 @@ def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> 
             own[path] = OwnTokens(path, tokens, rows, **kinds)
         else:
             copies = {n: nn.Parameter(w.to(dtype, copy=True)) for n, w in weights.items()}
-            if path in parts.tied:
-                copies["weight"] = own[table].get_parameter("weight")
             own[path] = WholeModule(path, copies, is_linear=is_linear(module))
     return list(own.values())
 

@@ -125,9 +125,8 @@ def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
         names = family.attention_projections
         attention = _projections(layer, index, family.attention, names if attends else ())
         ffn = _projections(layer, index, family.ffn, family.ffn_shape.names)
-        absent = frozenset(() if attends else names)
         blocks = (family.attention, attention, family.ffn, ffn)
-        layers.append(BaseLayer(index, *blocks, family.ffn_shape, hidden_size, absent))
+        layers.append(BaseLayer(index, *blocks, family.ffn_shape, hidden_size))
     shapes = _shapes(layers)
     for layer in layers:
         for path, size in _shapes([layer]).items():

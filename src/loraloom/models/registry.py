@@ -54,6 +54,7 @@ class AdapterRegistry:
             raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
         dtype = torch.promote_types(torch.float32, self.model.dtype)
         parts = own_parts(check_config(config), self.base)
+        config.check_fits(self._layers)
         # Tensors of inference mode could neither be trained nor decode.
         with torch.inference_mode(False):
             adapter = config.build(name, self._layers, dtype, seed)
