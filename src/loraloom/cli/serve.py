@@ -103,10 +103,14 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
 def _serve_embedded(
     options: ServeOptions, is_local: bool, keys: list[str], admin_keys: list[str]
 ) -> None:
-    # packages of the extra `serve`, which vLLM does without
-    from loraloom.serve.http.app import ApiOptions, create_app
-    from loraloom.serve.http.server import Server, listen
-
+    try:  # packages of the extra `serve`, which vLLM does without
+        from loraloom.serve.http.app import ApiOptions, create_app
+        from loraloom.serve.http.server import Server, listen
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"serving needs the package {error.name}, which is not installed; run: pip install "
+            '"loraloom[serve]"'
+        ) from None
     bound_memory()
     loading.check_sources(options, options.adapters)
     # the socket comes first, so that a port in use is an error before minutes of loading

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,49 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import PromptForm
-from loraloom.config.fields import checked
 from loraloom.errors import DataError
 from loraloom.generation.prompts import Prompt, encode_prompt, form_for
-from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.sequence import Constraint, GenerationRequest, Piece
+from loraloom.generation.sequence import GenerationRequest, Piece
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
-from loraloom.serve.http.schemas import ChatBody, CompletionBody, SamplingBody
+from loraloom.serve.http.schemas import ChatBody, CompletionBody
 from loraloom.serve.http.tools import CallStream, compile_grammar, json_grammar
-
-
-def _several(
-    backend: Backend,
-    body: SamplingBody,
-    prompt: GenerationRequest,
-    max_new_tokens: int | None,
-    make_constraint: Callable[[], Constraint] | None = None,
-) -> list[GenerationRequest]:
-    """Ask for the `n` completions of a prompt."""
-    room = max(1, backend.engine.max_length - len(prompt.prompt_ids))
-    sampling = {
-        "max_new_tokens": max_new_tokens or room,
-        "temperature": body.temperature,
-        "repetition_penalty": body.repetition_penalty,
-        "seed": secrets.randbits(63) if body.seed is None else body.seed % 2**63,
-        "stop": (body.stop,) if isinstance(body.stop, str) else body.stop or (),
-    }
-    if body.temperature > 0:  # else the most likely token is among those to draw from
-        sampling |= {"top_k": body.top_k, "top_p": body.top_p}
-    request = replace(
-        prompt,
-        sampling=checked(SamplingConfig, sampling),
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=body.logit_bias or {},
-        ignore_end=body.ignore_eos,
-        tells_routing=body.routing,
-    )
-    return [
-        replace(request, place=place, constraint=make_constraint and make_constraint())
-        for place in range(body.n)
-    ]
 
 
 class ChatExchange(Exchange):
@@ -73,9 +37,8 @@ class ChatExchange(Exchange):
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        grammar, make = json_grammar(body), None
-        if grammar is not None:  # compiled once for all answers
-            make = compile_grammar(backend.grammar_tokenizer, grammar).copy
+        grammar = json_grammar(body)
+        constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
         form = form_for(backend.engine.host, adapter)
         ids, continues = encode_chat(backend.tokenizer, body, form)
         self.num_prompt = len(ids)
@@ -84,7 +47,7 @@ class ChatExchange(Exchange):
             ids, adapter, owner, num_logprobs=num_logprobs, continues=continues
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return _several(backend, body, prompt, max_tokens, make)
+        return self.several(prompt, max_tokens, constraint or None)
 
     @override
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
@@ -145,7 +108,7 @@ class TextExchange(Exchange):
                 continues=True,
                 scores_prompt=body.echo and body.logprobs is not None,
             )
-            requests += _several(self.backend, body, request, body.max_tokens)
+            requests += self.several(request, body.max_tokens)
         self.num_prompt = sum(map(len, self._prompts))
         return requests
 

@@ -19,10 +19,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.config.fields import checked
 from loraloom.data.tokens import text_of_token
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
-from loraloom.generation.sampling import end_tokens
+from loraloom.generation.sampling import SamplingConfig, end_tokens
 from loraloom.generation.sequence import (
     Event,
     GenerationRequest,
@@ -35,6 +36,7 @@ from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters
 from loraloom.serve.http.guards import TENANT, answer_to
 from loraloom.serve.http.schemas import SamplingBody
+from loraloom.serve.http.tools import JsonConstraint
 
 
 @dataclass
@@ -117,6 +119,38 @@ class Exchange(ABC):
     @abstractmethod
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The choice of the chunk in which a piece of an answer is told."""
+
+    def several(
+        self,
+        prompt: GenerationRequest,
+        max_new_tokens: int | None,
+        constraint: JsonConstraint | None = None,
+    ) -> list[GenerationRequest]:
+        """Ask for the `n` completions of a prompt."""
+        body = self.body
+        room = max(1, self.backend.engine.max_length - len(prompt.prompt_ids))
+        sampling = {
+            "max_new_tokens": max_new_tokens or room,
+            "temperature": body.temperature,
+            "repetition_penalty": body.repetition_penalty,
+            "seed": secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+            "stop": (body.stop,) if isinstance(body.stop, str) else body.stop or (),
+        }
+        if body.temperature > 0:  # else the most likely token is among those to draw from
+            sampling |= {"top_k": body.top_k, "top_p": body.top_p}
+        request = replace(
+            prompt,
+            sampling=checked(SamplingConfig, sampling),
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=body.logit_bias or {},
+            ignore_end=body.ignore_eos,
+            tells_routing=body.routing,
+        )
+        return [
+            replace(request, place=place, constraint=constraint and constraint.copy())
+            for place in range(body.n)
+        ]
 
     async def respond(self) -> Response:
         """Answer, or begin to; not for longer than requests take, or the client waits."""
