@@ -61,7 +61,7 @@ def test_other_figures_have_rows_of_their_own():
 def test_seeds_and_comparisons_have_a_table_where_there_are_some():
     tables = tables_of(toy_scores(), seeds=SEEDS, comparisons=[compared(), compared(1e-9)])
     _, seeds, comparisons = map(printed, tables)
-    assert "0.6250 ± 0.0310" in seeds
+    assert "62.5 ± 3.1" in seeds
     for cell in ("mix - base", "-1.2", "-2.0 to -0.5", "3 : 13", "0.031", "0.062", "< 0.001 *"):
         assert cell in comparisons
 

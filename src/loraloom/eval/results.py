@@ -32,6 +32,7 @@ SUFFIXES = (".json", ".csv")
 # What tables call the answer that is the same to every question, the most frequent right one.
 CONSTANT = "constant answer"
 MARK = "†"
+ACCURACY, LOSS = "accuracy %", "loss, nats a token"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
 
 # Of the data frame, those that there are.
@@ -114,7 +115,7 @@ class Evaluation(BaseModel):
 
     def tables(self) -> list[Table]:
         """Make every table that there is something for, in the order to show them."""
-        seeds = [_seeds_table(self.seeds)] if self.seeds else []
+        seeds = [_seeds_table(self)] if self.seeds else []
         comparisons = [_comparison_table(self.comparisons)] if self.comparisons else []
         return [_results_table(self.results), *seeds, *comparisons]
 
@@ -194,7 +195,7 @@ def _results_table(results: Results) -> Table:
         split = f" ({some['split']})" if some["split"] and not group else ""
         cells = [_cells(one) for one in of_adapters]
         for figure in dict.fromkeys(figure for one in cells for figure in one):
-            constant = _percent(some.get("majority")) if figure == "accuracy %" else ""
+            constant = _percent(some.get("majority")) if figure == ACCURACY else ""
             row = [str(some.get("num_examples", "")), *(one.get(figure, "–") for one in cells)]
             table.add_row(f"{label}{split}", figure, *row, *([constant] if has_constant else []))
     if any(MARK in str(cell) for column in table.columns for cell in column.cells):
@@ -213,13 +214,13 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
     if result.get("accuracy") is not None:
         mark = MARK if result.get("beats_majority") is False else ""
         text = _percent(result["accuracy"], result.get("accuracy_interval", interval))
-        cells["accuracy %"] = f"{text}{mark}"
+        cells[ACCURACY] = f"{text}{mark}"
     if "reward_margin" in result:
         margin = _decimals(result["reward_margin"], result["reward_margin_interval"])
         cells["reward accuracy %"] = _percent(result["reward_accuracy"])
         cells["reward margin"] = margin
     if "loss" in result:
-        cells["loss, nats a token"] = _decimals(result["loss"], interval)
+        cells[LOSS] = _decimals(result["loss"], interval)
     if result.get("perplexity") is not None:
         ends = "–".join(f"{math.exp(min(end, 700)):.4g}" for end in interval)
         cells["perplexity"] = f"{result['perplexity']:.4g} ({ends})"
@@ -236,13 +237,15 @@ def _decimals(value: float, interval: Sequence[float] = ()) -> str:
     return f"{text} ({'–'.join(map(_decimals, interval))})" if interval else text
 
 
-def _seeds_table(seeds: Mapping[str, Mapping[str, Any]]) -> Table:
+def _seeds_table(found: Evaluation) -> Table:
     values = ["seeds", "mean ± standard deviation"]
-    table = make_table("adapters", "task", values=values, title="Means of seeds")
-    for stem, group in seeds.items():
+    table = make_table("adapters", "task", "figure", values=values, title="Means of seeds")
+    for stem, group in found.seeds.items():
         for task, one in group["tasks"].items():
-            spread = " ± ".join("–" if one[n] is None else f"{one[n]:.4f}" for n in ("mean", "sd"))
-            table.add_row(stem, task, str(len(group["adapters"])), spread)
+            is_loss = "loss" in found.results.get(group["adapters"][0], {}).get(task, {})
+            figure, write = (LOSS, _decimals) if is_loss else (ACCURACY, _percent)
+            spread = f"{write(one['mean'])} ± {write(one['sd'])}"
+            table.add_row(stem, task, figure, str(len(group["adapters"])), spread)
     return table
 
 
