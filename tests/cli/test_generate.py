@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
@@ -213,16 +212,3 @@ def test_base_and_adapters_answer_a_prompt_alike(run, saved, capsys):
     ]
     assert run("--prompt", "the sky", "--adapter", f"a={saved / 'lora'}", "--no-base") == 0
     assert "[" not in capsys.readouterr().out.replace("[/INST]", "")[:4]
-
-
-def test_adapters_that_record_no_form_are_named_once(run, saved, tmp_path, capsys):
-    template = tmp_path / "mine.jinja"
-    template.write_text("{{ instruction }}!")
-    base = shutil.copytree(saved / "base", tmp_path / "base")
-    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    adapter = ["--base-model", str(base), "--adapter", f"a={saved / 'lora'}", "--prompt", "the sky"]
-    assert run(*adapter) == 0
-    assert capsys.readouterr().err.count("note: a: the adapter's files don't record") == 1
-    for given in (["--raw"], ["--template", str(template)]):
-        assert run(*adapter, *given) == 0
-        assert "note:" not in capsys.readouterr().err

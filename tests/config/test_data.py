@@ -64,7 +64,10 @@ CONTRADICTIONS = [
         {"dataset": "a.jsonl", "format": "preference", "template": "alpaca"},
         "template has no effect on format preference",
     ),
-    ({**CHAT, "fields": {"turns": "t"}}, "fields.turns"),
+    (
+        {**CHAT, "fields": {"turns": "t"}},
+        "fields must map messages, tools, system to col",
+    ),
     ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix must stand without task"),
     ({"mix": []}, "at least 1 item"),
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),

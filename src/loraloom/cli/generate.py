@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from pydantic import Field
 from typing_extensions import override
 
-from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
+from loraloom.cli.options import BASE, HostOptions, Text
 from loraloom.config.text import parse_json
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
@@ -86,8 +86,6 @@ def generate(
         return
     host, tokenizer = load_host(options, options.adapters)
     form = given_form(tokenizer, options.template, options.chat_template)
-    if form is None and not options.raw:
-        tell_unknown_prompts(host, tokenizer)
     requests = make_requests(host, tokenizer, prompts, sampling, raw=options.raw, prompt_form=form)
     size = options.batch_size
     messages = make_console(stderr=True, soft_wrap=True, quiet=options.output is None)
@@ -123,8 +121,6 @@ def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]
     for row in read_rows(options.input):
         if ("prompt" in row) == ("messages" in row):
             row.reject("a row must have either 'prompt' or 'messages'")
-        if "messages" in row and options.raw:
-            row.reject("--raw has no effect on 'messages', they need a template; give 'prompt'")
         if "prompt" in row:
             content, tools = row.text("prompt"), None
         else:

@@ -86,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    origin = "" if rank is None or size == "1" else f" on rank {plain(rank)}"
-    print(f"error{origin}: {plain(message)}", file=sys.stderr)
+    print(f"error: {plain(message)}", file=sys.stderr)
     return code
 
 

@@ -1,4 +1,4 @@
-"""`loraloom quickstart`: two LoRAs and a mixture, three seeds of each, from nothing to pictures."""
+"""`loraloom quickstart`: two LoRAs and a mixture, three seeds of each, from nothing to a page."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from loraloom.cli.train import raise_failures
 from loraloom.config.text import parse_yaml
 from loraloom.data import tiny_base
 from loraloom.data.tasks import load_question_set
+from loraloom.durable import write_output
 from loraloom.eval.evaluation import evaluate
-from loraloom.eval.plots import plot_experts, plot_loss_curves
 from loraloom.eval.results import Evaluation
 from loraloom.models.host import attach
 from loraloom.models.loading import find_device, load_base_model
+from loraloom.report.page import make_page
 from loraloom.terminal import make_console, show_progress
 from loraloom.training.progress import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory
-from loraloom.training.tracking import read_curve
 
 SEEDS = (0, 1, 2)
 BASE_STEPS = 4000
@@ -50,7 +50,7 @@ def quickstart(
     two slow processor cores.
 
     Args:
-        output_dir: Write adapters, metrics and pictures to this directory.
+        output_dir: Write adapters, metrics and a page of results to this directory.
         overwrite: Replace an earlier quickstart's results.
         resume: Go on where an interrupted quickstart was, if there is one.
         max_steps: Train for N steps.
@@ -87,8 +87,10 @@ def quickstart(
     found = evaluate(host, tokenizer, [questions], [None, *names], pairs=pairs)
     sizes = {result.job.partition("@")[0]: result.num_parameters for result in results}
     console.print(_findings(found, seeds, sizes))
-    _draw(output_dir, run.output_dir, seeds, found.routing[names[-1]])
-    console.print(f"\nAdapters and metrics are in {run.output_dir}, pictures in {output_dir}")
+    found.write(output_dir / "eval.json")
+    page = make_page([run.output_dir], [output_dir / "eval.json"])
+    write_output(output_dir / "report.html", page)
+    console.print(f"\nAdapters are in {run.output_dir}, a page in {output_dir}/report.html")
 
 
 def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
@@ -134,26 +136,3 @@ def _findings(
 
 def _stderr(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values))
-
-
-def _draw(
-    output: Path, adapters: Path, seeds: Mapping[str, Sequence[str]], routing: Mapping[str, Any]
-) -> None:
-    """Draw each method's training loss, the mean of its seeds, and what a mixture's experts do."""
-    curves = {}
-    for method, members in seeds.items():
-        by_seed = [read_curve(adapters / name / "metrics.jsonl", "loss") for name in members]
-        points = zip(*by_seed, strict=True)
-        curves[method] = [(at[0][0], fmean(loss for _, loss in at)) for at in points]
-    plot_loss_curves(curves, output / "loss.png")
-    told = routing["specialisation"]
-    plot_experts(
-        routing["tasks"][TASK]["load"],
-        {topic.rpartition("/")[2]: bits for topic, bits in told["topics"]["of"].items()},
-        {
-            "about the skill": told["topics"]["bits"],
-            "about the kind of token": told["token_classes"]["bits"],
-        },
-        output / "experts.png",
-        f"What the mixture's experts do (top-{routing['top_k']} of {routing['num_experts']})",
-    )

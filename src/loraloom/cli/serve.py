@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from pydantic import DirectoryPath, Field
 from typing_extensions import override
 
-from loraloom.cli.options import HostOptions, Text, tell_unknown_prompts
+from loraloom.cli.options import HostOptions, Text
 from loraloom.data.templates import load_chat_template
 from loraloom.errors import ConfigError
 from loraloom.generation import loading
@@ -158,7 +158,6 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     rows = f"{limits.max_rows} rows of {engine.max_length:,} tokens"
     print(f"cache: {limits.cache_tokens:,} tokens; at most {rows}")
     print(f"listening on http://{address}:{port}/v1", flush=True)
-    tell_unknown_prompts(model, tokenizer)
     return engine, adapters, tokenizer
 
 

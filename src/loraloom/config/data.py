@@ -39,13 +39,8 @@ DataFormat = Literal["instruction", "chat", "text", "preference"]
 MAX_LENGTH = 512
 BETA = 0.1
 
-Role = Literal[
-    *("instruction", "input", "output", "messages", "tools", "system", "text"),
-    *("prompt", "chosen", "rejected"),
-]
-
 # What a row of each format is made of: the keys that `fields` may map to columns.
-FIELD_ROLES: dict[DataFormat, tuple[Role, ...]] = {
+FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
     "chat": ("messages", "tools", "system"),
     "text": ("text",),
@@ -218,7 +213,7 @@ class _SourceFields(StrictModel):
     """Conversations: a Jinja text or file in place of the tokenizer's chat template.
 
     trl takes the template that the trl package has for training with the tokenizer's."""
-    fields: dict[Role, str] | None = None
+    fields: dict[str, str] | None = None
     """Data set: column of each role, where they differ from the format's own names."""
     on_empty: Literal["error", "skip"] | None = None
     """Data set: whether rows with an empty answer are an error (the default) or left out."""
@@ -241,6 +236,9 @@ class _SourceFields(StrictModel):
                     yield f"{name} has no effect on {what}; remove it"
         if self.dataset is not None and kind is None:
             yield f"format must be given with a dataset: {', '.join(FIELD_ROLES)}"
+        elif kind and (unknown := {*(self.fields or ())} - {*FIELD_ROLES[kind]}):
+            roles = ", ".join(FIELD_ROLES[kind])
+            yield f"fields must map {roles} to columns, got {', '.join(sorted(unknown))}"
 
 
 class SourceConfig(_SourceFields):

@@ -22,20 +22,12 @@ _Model = TypeVar("_Model", bound=BaseModel)
 # Names of peft and transformers that difflib would not find ours by.
 _RENAMED = {
     "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
     "use_dora": "weight_decomposition",
     "use_rslora": "rank_stabilized",
     "lr": "learning_rate",
-    "lr_scheduler_type": "lr_scheduler",
-    "lr_scheduler_kwargs": "lr_scheduler_args",
-    "optim": "optimizer",
-    "epochs": "num_epochs",
-    "num_train_epochs": "num_epochs",
     "per_device_train_batch_size": "micro_batch_size",
     "max_seq_length": "max_length",
     "model_name_or_path": "base_model",
-    "torch_dtype": "dtype",
 }
 
 # In place of pydantic's messages.
@@ -75,7 +67,7 @@ class StrictModel(BaseModel):
 
 def _instead(key: str, known: Iterable[str]) -> str:
     ours = _RENAMED.get(key)
-    if ours in known:
+    if ours and ours in known:
         return f"; did you mean {ours!r}?"
     return did_you_mean(key, known) or f"; known keys are {', '.join(sorted(known))}"
 

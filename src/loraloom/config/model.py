@@ -23,9 +23,6 @@ BaseDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
 
 
-_WIDE = ("float32", "float64")
-
-
 def check_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
         raise ConfigError(
@@ -70,8 +67,3 @@ class BaseModelConfig(StrictModel):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         check_fits_dtype(self.quantization, self.dtype)
-        if self.attn_implementation == "flash_attention_2" and self.dtype in _WIDE:
-            yield (
-                "attn_implementation flash_attention_2 computes in 16 bits only; "
-                "set dtype: bfloat16 or take sdpa"
-            )

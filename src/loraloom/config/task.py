@@ -47,15 +47,10 @@ class TaskDataConfig(StrictModel):
             yield "hub or files must be given, one of them"
 
 
-class AskedConfig(StrictModel):
-    """What differs in a scoring: settings as the task has them."""
-
-    choices: Texts | None = None
-    labels: Texts | None = None
-    answer: Text | None = None
-    answer_is: AnswerKind | None = None
-    continuation: Text | None = None
-    normalization: Normalization | None = None
+# What differs in a scoring: settings as the task has them.
+Differing = dict[
+    Literal["choices", "labels", "answer", "answer_is", "continuation", "normalization"], Any
+]
 
 
 class TaskConfig(StrictModel):
@@ -90,15 +85,15 @@ class TaskConfig(StrictModel):
     """Scoring text: compare log-likelihoods per character (lm-eval's acc_norm), or sums (acc)."""
     group: Text | None = None
     """A field by which results are also given apart, a topic say."""
-    label: AskedConfig = AskedConfig()
+    label: Differing = Field(default_factory=dict)
     """What differs where labels are scored."""
-    text: AskedConfig = AskedConfig()
+    text: Differing = Field(default_factory=dict)
     """What differs where texts are scored."""
 
     def asked_by(self, scoring: Scoring) -> TaskConfig:
         """The task with what differs in a scoring."""
         differing = self.label if scoring == "label" else self.text
-        return self.model_copy(update=differing.model_dump(exclude_none=True))
+        return checked(TaskConfig, self.model_dump() | differing)
 
     @field_validator("template", mode="before")
     @classmethod

@@ -15,8 +15,10 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from loraloom.eval.plots import Curve, smoothed
 from loraloom.report.jobs import Job
+
+# Steps and what was measured there.
+Curve = Sequence[tuple[int | float, int | float]]
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
 # When colors are used up, lengths of lines and gaps.
@@ -139,3 +141,13 @@ def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
         return line_chart(name, curves, job_styles(jobs))
     means = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
     return line_chart(f"{name}, running mean", means, job_styles(jobs))
+
+
+def smoothed(curve: Curve, past: float) -> Curve:
+    """Take a running mean without the pull of its start over finite values."""
+    total, weight, means = 0.0, 0.0, []
+    for step, value in curve:
+        if math.isfinite(value):
+            total, weight = past * total + (1 - past) * value, past * weight + (1 - past)
+            means.append((step, total / weight))
+    return means

@@ -115,10 +115,3 @@ def open_tracker(
         case _:
             return MetricsFile(directory / METRICS_FILE)
     return Tracker(name, tracker)
-
-
-def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
-    """Read one figure's course, (step, value), from the whole lines of a job's metrics.jsonl."""
-    text = metrics_file.read_text(encoding="utf-8")
-    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    return [(line["step"], line[name]) for line in lines if name in line]
