@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from loraloom.config.data import SourceConfig
+from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
@@ -16,7 +18,6 @@ from loraloom.eval.held_out import (
     data_set_name,
     describe_rows,
     load_held_out,
-    parse_source,
     row_scores,
 )
 from tests.eval.scoring import scoring_host
@@ -82,7 +83,9 @@ def test_the_loss_is_that_of_a_plain_forward(
 ):
     data = data_of(rows, data_format)
     evaluation = evaluate_loss(host, tiny_tokenizer, data, max_length=max_length)
-    encoded = SourceEncoder(parse_source(data), tiny_tokenizer, max_length).load("validation")
+    encoded = SourceEncoder(checked(SourceConfig, data), tiny_tokenizer, max_length).load(
+        "validation"
+    )
     assert any(len(row.pieces) > 1 for row in encoded) == (rows is TEXTS)
     assert list(evaluation.results) == ["base", *METHODS]
     for name in (None, "lora", "mixdora"):
@@ -135,7 +138,7 @@ def test_rows_have_their_places_and_those_that_do_not_fit_are_told(host, tiny_to
 def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, data_of, tmp_path, names):
     data = data_of(PAIRS, "preference", "pairs.jsonl")
     evaluation = evaluate_loss(host, tiny_tokenizer, data, names, beta=0.3)
-    encoded = SourceEncoder(parse_source(data), tiny_tokenizer, 256).load("validation")
+    encoded = SourceEncoder(checked(SourceConfig, data), tiny_tokenizer, 256).load("validation")
 
     def margins(adapter):
         answers = [EncodedRow((piece,)) for row in encoded for piece in row.pieces]

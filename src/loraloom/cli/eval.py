@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from loraloom.cli.options import HostOptions
 from loraloom.config.data import DataFormat, Scoring, SourceConfig
+from loraloom.config.fields import checked
 from loraloom.config.text import parse_yaml
 from loraloom.data.sources import find_location, read_rows
 from loraloom.durable import cache_directory, prepare_output
@@ -157,8 +158,9 @@ def _held_out(run: EvalRun) -> list[SourceConfig]:
     sources = []
     for text in dict.fromkeys(run.dataset):
         is_mapping = text.startswith("{")
-        source = held_out.parse_source(
-            parse_yaml(text, "--dataset") if is_mapping else {"dataset": text, **given}
+        source = checked(
+            SourceConfig,
+            parse_yaml(text, "--dataset") if is_mapping else {"dataset": text, **given},
         )
         split = source.split or "validation"
         if source.dataset is not None:  # what is broken is an error before the model is loaded

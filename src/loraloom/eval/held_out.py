@@ -85,7 +85,7 @@ def load_held_out(
     beta: float = BETA,
 ) -> HeldOutSet:
     """Read and encode a data set as training would; arguments and errors as in `evaluate_loss`."""
-    source = parse_source(data)
+    source = checked(SourceConfig, data)
     positions = host.config.max_position_embeddings
     longest = min(MAX_LENGTH, positions) if max_length is None else max_length
     if longest > positions:
@@ -116,10 +116,6 @@ def load_held_out(
         places = [place for place in places for _ in range(2)]
         details["beta"] = beta
     return HeldOutSet(data_set_name(source.dataset or encoder.name), kept, places, details)
-
-
-def parse_source(settings: SourceConfig | Mapping[str, Any]) -> SourceConfig:
-    return checked(SourceConfig, settings)
 
 
 def data_set_name(dataset: str) -> str:

@@ -49,10 +49,7 @@ class TaskAnswers:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Compute Wilson's score interval of a share; it stays in [0, 1], also at 0 and 1.
-
-    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
-    """
+    """Compute Wilson's score interval of a share (Wilson 1927); it stays in [0, 1]."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     scale = 1 + z**2 / count
     centre = (share + z**2 / (2 * count)) / scale
@@ -61,11 +58,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def mcnemar_p_value(num_first: int, num_second: int) -> float:
-    """Compute the two-sided p-value of McNemar's exact test, min(1, 2 P[X ≤ min(b, c)]).
-
-    Source: McNemar 1947, Note on the sampling error of the difference between correlated
-    proportions.
-    """
+    """Compute the two-sided p-value of McNemar's exact test (1947), min(1, 2 P[X ≤ min(b, c)])."""
     # X is binomial with b + c trials of 1/2; integers keep it exact for any number of questions
     trials = num_first + num_second
     term = tail = 1
@@ -125,14 +118,11 @@ def _compare(
 
 
 def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
-    """Compute the standard error of R = Σ sums / Σ lengths over rows; None for a single row.
-
-    Source: Cochran 1977, Sampling Techniques, section 6.3.
-    """
+    """Compute the standard error of R = Σ sums / Σ lengths over rows; None for a single row."""
     count, total = len(sums), lengths.sum()
     if count == 1:
         return None
-    # of the ratio's linear part: sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i
+    # of the ratio's linear part: sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i (Cochran 1977, 6.3)
     deviations = sums - sums.sum() / total * lengths
     return float(math.sqrt(count / (count - 1) * np.square(deviations).sum()) / total)
 
@@ -155,10 +145,7 @@ def ratio_intervals(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of several tests, so that one of them below 5 % is news of all.
-
-    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
-    """
+    """Adjust the p-values of several tests (Holm 1979), so that one below 5 % is news of all."""
     given = np.asarray(p_values, dtype=np.float64)
     order, places = given.argsort(kind="stable"), np.arange(len(given))
     adjusted = np.empty_like(given)
