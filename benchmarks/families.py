@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from loraloom import ModelError, attach
-from loraloom.models.families import FAMILIES
+from loraloom.models.structure import FAMILIES
 
 SMALL = {
     "vocab_size": 97,

@@ -33,7 +33,7 @@ from benchmarks.cases import (
     print_figures,
 )
 from loraloom.adapters.base import BaseLayer, BaseProjection, FfnShape
-from loraloom.models.forward import ForwardContext, running, segment_adapters
+from loraloom.models.forward import ForwardContext, running
 from loraloom.models.layout import make_layout
 from loraloom.models.wrappers import FfnBlock
 
@@ -150,9 +150,9 @@ def _forward_of(
     block = FfnBlock(owner, 0, mlp, _SHAPE, mlp.act_fn)
 
     def forward(hidden_states: Tensor) -> Tensor:
-        names, device = list(adapters), hidden_states.device
-        layout = make_layout(names, hidden_states.shape[1], None, None, device)
-        context = ForwardContext(owner, layout, segment_adapters(layout, adapters), record={})
+        rows = [(adapter, 1.0) for adapter in adapters.values()]
+        layout = make_layout(rows, hidden_states.shape[1], None, None, hidden_states.device)
+        context = ForwardContext(owner, layout, record={})
         with running(context):
             return block(hidden_states)
 

@@ -35,7 +35,7 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "ernie4_5")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2", "ernie4_5")
 MIXTURE = MixLoraConfig(rank=4, alpha=8, num_experts=4, top_k=2)
 SMOLLM2 = "smollm2-135m"
 

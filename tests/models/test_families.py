@@ -14,7 +14,7 @@ from transformers import (
 
 import loraloom
 from loraloom.errors import ModelError
-from loraloom.models.families import FAMILIES
+from loraloom.models.structure import FAMILIES
 from tests.tiny import (
     ALL_FAMILIES,
     METHODS,

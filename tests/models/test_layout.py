@@ -8,13 +8,15 @@ import torch
 from loraloom.errors import ModelError
 from loraloom.models.layout import Layout, make_layout
 from loraloom.ops.dropout import mix64
-from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids
+from tests.tiny import ALL_FAMILIES, METHODS, relative_error, tiny_host, tiny_ids
 
 CPU = torch.device("cpu")
+ADAPTERS = tiny_host(configs=dict.fromkeys("abc", METHODS["lora"])).adapters
 
 
 def layout(names, length: int = 3, mask=None, keys=None) -> Layout:
-    return make_layout(names, length, mask, keys, CPU)
+    rows = [None if name is None else (ADAPTERS[name], 1.0) for name in names]
+    return make_layout(rows, length, mask, keys, CPU)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,9 @@ def test_join_undoes_split(names):
     parts = made.split(values)
     assert torch.equal(made.join(parts, values.shape), values)
     for segment, part in zip(made.segments, parts, strict=True):
-        rows = [row for row, name in enumerate(names) if name == segment.adapter_name]
+        rows = [
+            row for row, name in enumerate(names) if name == (segment.row and segment.row[0].name)
+        ]
         assert torch.equal(part, values[rows].flatten(0, 1))
 
 

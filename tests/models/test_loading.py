@@ -110,15 +110,12 @@ def test_dtype_auto_is_the_checkpoints(directory, saved, loaded, monkeypatch):
     assert model.dtype == loaded
 
 
-def test_a_cpu_without_products_in_16_bits_gets_float32(directory, monkeypatch):
+def test_a_cpu_without_products_in_16_bits_gets_float32(monkeypatch):
     monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: False)
     cpu = torch.device("cpu")
     for saved in ("bfloat16", "float16", "float32"):
         assert loading._find_dtype("auto", {"dtype": saved}, cpu) == torch.float32
     assert loading._find_dtype("auto", {}, cpu) == torch.float32  # a GGUF file
-    for asked in ("bfloat16", "float16"):
-        with pytest.warns(UserWarning, match=f"16 bits: {asked} takes 2 to 20 times"):
-            assert load_base_model(str(directory), asked)[0].dtype == DTYPES[asked]
 
 
 def test_tokenizer_without_eos_is_an_error(directory):
@@ -310,8 +307,8 @@ def in_tmp_path(tmp_path, monkeypatch):
         ("./nowhere", "got './nowhere', which does not exist"),
         ("/nowhere/model", "got '/nowhere/model', which does not exist"),
         ("models/llama/7b", "got 'models/llama/7b', which does not exist here"),
-        ("nowhere.gguf", "must be a file that exists, got nowhere.gguf"),
-        ("owner/model/m.gguf", "download the file first if it is on the hub"),
+        ("nowhere.gguf", "got 'nowhere.gguf', which does not exist; correct"),
+        ("owner/model/m.gguf", "or download the file first"),
     ],
 )
 def test_what_does_not_exist_is_an_error(in_tmp_path, name, message):

@@ -38,10 +38,10 @@ def assert_same_bits(actual, expected) -> None:
 def test_base_rows_are_the_merged_adapters(family, method):
     host = tiny_host(family, {"law": MERGEABLE[method]})
     expected, before = host(IDS, adapters=["law"] * 2).logits, weights(host)
-    error = host.merge("law")
+    lost = host.merge("law")
     assert host.merged == "law"
     assert relative_error(host(IDS).logits, expected) < 1e-9
-    assert error.of_update < 1e-12
+    assert lost < 1e-12
     host.unmerge("law")
     assert host.merged is None
     assert_same_bits(weights(host), before)
@@ -55,13 +55,11 @@ def test_the_cost_of_rounding_is_measured_and_undone(dtype):
     before = weights(host)
     adapter = host.adapters["law"]
     exact, base = adapter.ffn_block(0)["up_proj"].merged(torch.float64), host.base
-    error = host.merge("law")
+    lost = host.merge("law")
     merged = host.model.get_parameter(f"{base.layers_path}.0.mlp.up_proj.weight").double()
     start = before[f"{base.layers_path}.0.mlp.up_proj.weight"].double()
     of_one = float((merged - exact).norm() / (exact - start).norm())
-    assert error.of_update == pytest.approx(of_one, rel=0.5)
-    assert error.of_weights <= error.of_update
-    assert error.of_weights < torch.finfo(dtype).eps
+    assert lost == pytest.approx(of_one, rel=0.5)
     host.unmerge("law")
     assert_same_bits(weights(host), before)
 
@@ -77,9 +75,11 @@ def test_what_a_merged_adapter_forbids_is_said():
         host(IDS, adapters=["dora", None], training=True)
     with pytest.raises(AdapterError, match="without a merged adapter to start an adapter"):
         host.add("new", METHODS["lora"])
-    with pytest.raises(AdapterError, match="no adapter may be merged yet, 'lora' is"):
+    with pytest.raises(
+        AdapterError, match="without a merged adapter to merge another, it has 'lora'"
+    ):
         host.merge("dora")
-    with pytest.raises(AdapterError, match="must not be merged to be removed"):
+    with pytest.raises(AdapterError, match="without a merged adapter to remove it"):
         host.remove("lora")
     with pytest.raises(AdapterError, match="the adapter to unmerge must be lora, got 'dora'"):
         host.unmerge("dora")

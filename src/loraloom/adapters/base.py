@@ -7,7 +7,7 @@ K slots of a token, S columns of an A product, n rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -34,10 +34,6 @@ class QuantisedWeight(ABC):
     @abstractmethod
     def dequantised(self) -> Tensor:
         """Return W in floating point, [O, I]."""
-
-    @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield everything that is kept, by name."""
 
 
 class BaseProjection:

@@ -1,21 +1,15 @@
 """Adapters put into the base model's weights, and several adapters' weights as one adapter's.
 
-Updates are combined by PEFT's merge functions pair by pair of A and B, as
-`LoraModel.add_weighted_adapter` does it; a mixture's expert i with the others' expert i. What is no
-update (routers, DoRA's magnitudes) is averaged by the weights' shares.
-
 Axes: I in_features, O out_features, R rank.
 
-Source: peft 0.21.2, `peft/utils/merge_utils.py`, `peft/tuners/lora/model.py`; Yadav et al. 2023,
-TIES, arXiv:2306.01708; Yu et al. 2023, DARE, arXiv:2311.03099.
+Source: peft 0.21.2, `peft/tuners/lora/model.py` (`add_weighted_adapter`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,18 +22,11 @@ from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError, ConfigError
 
 
-@dataclass(frozen=True)
-class MergeError:
-    """What rounding to the base model's dtype changed, over all merged weights."""
-
-    of_weights: float
-    """‖rounded - exact‖ / ‖exact‖."""
-    of_update: float
-    """‖rounded - exact‖ / ‖exact - base‖: the share of the update that is lost."""
-
-
 class Merged:
-    """An adapter that is in the base model's weights."""
+    """An adapter that is in the base model's weights.
+
+    `lost` is the share of its update that rounding costs, ‖rounded - exact‖ / ‖exact - base‖.
+    """
 
     def __init__(self, adapter: Adapter):
         refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be merged into a base model")
@@ -50,7 +37,7 @@ class Merged:
             projection.base.check_can_be_changed()
         self._originals: list[tuple[BaseProjection, Tensor]] = []
         try:
-            self.error = self._merge(projections)
+            self.lost = self._merge(projections)
         except BaseException:
             self.undo()
             raise
@@ -60,18 +47,17 @@ class Merged:
             base.set_weight(original)
         self._originals.clear()
 
-    def _merge(self, projections: list[Projection]) -> MergeError:
-        lost = exact = changed = 0.0
+    def _merge(self, projections: list[Projection]) -> float:
+        lost = changed = 0.0
         for projection in projections:
             base = projection.base
             wide = torch.float32 if base.device.type == "mps" else torch.float64
             merged, original = projection.merged(wide), base.weight.detach()
             self._originals.append((base, original.to("cpu", copy=True)))
             lost += float((merged.to(original.dtype).to(wide) - merged).square().sum())
-            exact += float(merged.square().sum())
             changed += float((merged - original.to(wide)).square().sum())
             base.set_weight(merged)
-        return MergeError((lost / exact) ** 0.5, (lost / changed) ** 0.5 if changed else 0.0)
+        return (lost / changed) ** 0.5 if changed else 0.0
 
 
 def check_merges(adapter: Adapter) -> None:
@@ -84,65 +70,59 @@ def check_merges(adapter: Adapter) -> None:
         )
 
 
-Combination = Literal["linear", "ties", "dare_ties", "svd"]
+Combination = Literal["linear", "svd"]
 # Settings in which adapters that are combined may differ: what only scales updates, and where they
 # began. Ranks and projections are compared as shapes.
 _FREE = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
 
 
+@torch.no_grad()
 def combine(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    combination: Combination,
-    density: float | None,
-    seed: int,
+    adapters: Sequence[Adapter], weights: Sequence[float], combination: Combination
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    _check(adapters, weights, combination, density)
+    """Combine updates pair by pair of A and B, and average what is none by the weights' shares."""
+    _check(adapters, weights, combination)
     config = adapters[0].config.combined()
-    pair = _pair_function(combination, density)
     sources = [adapter.tensors() for adapter in adapters]
     tensors: dict[str, Tensor] = {}
-    device = next(adapters[0].parameters()).device
-    kind = "cuda" if device.type == "cpu" else device.type
-    # PEFT's functions draw from torch's own generators.
-    devices = [] if device.type == "cpu" else [device]
-    with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
-        torch.manual_seed(seed)
-        for name in sources[0]:
-            key, values = TensorKey.parse(name), [source[name] for source in sources]
-            part = None if key is None else key.part
-            if key is not None and part == "lora_A":
-                place, other = replace(key, part=""), str(replace(key, part="lora_B"))
-                scalings = [adapter.config.scaling_of(place) for adapter in adapters]
-                strengths = [w * s for w, s in zip(weights, scalings, strict=True)]
-                lora_B = [source[other] for source in sources]
-                tensors[name], tensors[other] = pair(values, lora_B, strengths)
-            elif part in ("router", "magnitude"):
-                tensors[name] = _average(values, weights)
-            elif part != "lora_B":
-                raise AdapterError(
-                    f"adapters that are combined must have updates of the form BA, "
-                    f"{adapters[0].config.title} has {name}; give their rows scales instead"
+    for name in sources[0]:
+        key, values = TensorKey.parse(name), [source[name] for source in sources]
+        part = None if key is None else key.part
+        if key is not None and part == "lora_A":
+            place, other = replace(key, part=""), str(replace(key, part="lora_B"))
+            scalings = [adapter.config.scaling_of(place) for adapter in adapters]
+            strengths = [w * s for w, s in zip(weights, scalings, strict=True)]
+            pair = (values, [source[other] for source in sources], strengths)
+            by = _by_svd if combination == "svd" else _by_matrix
+            tensors[name], tensors[other] = by(*pair)
+        elif part in ("router", "magnitude"):
+            if (total := sum(weights)) <= 0:
+                raise ConfigError(
+                    "weights must have a positive sum where routers or magnitudes are averaged, "
+                    f"got {list(weights)}"
                 )
+            tensors[name] = _sum(values, [weight / total for weight in weights])
+        elif part != "lora_B":
+            raise AdapterError(
+                f"adapters that are combined must have updates of the form BA, "
+                f"{adapters[0].config.title} has {name}; give their rows scales instead"
+            )
     return config, tensors
 
 
-def _check(
-    adapters: Sequence[Adapter], weights: Sequence[float], combination: str, density: float | None
-) -> None:
+def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: str) -> None:
     if combination not in get_args(Combination):
         known = ", ".join(get_args(Combination))
-        raise ConfigError(f"a combination must be one of {known}, got {combination!r}")
+        raise ConfigError(
+            f"a combination must be one of {known}, got {combination!r}; PEFT's "
+            "add_weighted_adapter has others for LoRA"
+        )
     if not adapters or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ConfigError(
             f"weights must be a finite number for each of the adapters, at least one, "
             f"got {list(weights)} for {len(adapters)}"
         )
-    if density is not None and combination not in ("ties", "dare_ties"):
-        raise ConfigError(f"density is a setting of ties and dare_ties, {combination} has none")
-    if density is not None and not 0 < density < 1:
-        raise ConfigError(f"density must be in (0, 1), got {density}")
-    first, *others = ((one.name, one.config.title, _fixed(one), _shapes(one)) for one in adapters)
+    first, *others = ((one.name, one.config.title, _decisive(one)) for one in adapters)
     for other in others:
         if other[1:] != first[1:]:
             raise AdapterError(
@@ -153,64 +133,29 @@ def _check(
             )
 
 
-def _fixed(adapter: Adapter) -> dict[str, Any]:
-    return {name: value for name, value in adapter.config.summary().items() if name not in _FREE}
+def _decisive(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Size]]:
+    settings = {name: one for name, one in adapter.config.summary().items() if name not in _FREE}
+    return settings, {name: tensor.shape for name, tensor in adapter.tensors().items()}
 
 
-def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
-
-
-def _average(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    if (total := sum(weights)) <= 0:
-        raise ConfigError(
-            "weights must have a positive sum where routers or magnitudes are averaged, "
-            f"got {list(weights)}"
-        )
-    return torch.stack([v * (w / total) for v, w in zip(values, weights, strict=True)]).sum(0)
-
-
-def _pair_function(
-    combination: Combination, density: float | None
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return what combines A [R, I] and B [O, R] of several adapters by weight times scaling."""
-    try:
-        from peft.utils import merge_utils
-    except ImportError as error:
-        raise ConfigError(
-            "combine needs PEFT, which is not installed; run: pip install 'loraloom[peft]'"
-        ) from error
-    if combination == "svd":
-        return partial(_by_svd, merge_utils.task_arithmetic)
-    if combination == "linear":
-        return partial(_by_matrix, merge_utils.task_arithmetic)
-    kept = 0.5 if density is None else density
-    return partial(_by_matrix, partial(getattr(merge_utils, combination), density=kept))
+def _sum(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    return torch.stack([t * factor for t, factor in zip(tensors, factors, strict=True)]).sum(0)
 
 
 def _by_matrix(
-    merge: Callable[[list[Tensor], Tensor], Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    strengths: Sequence[float],
+    lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Combine all A and all B, each by the root of the strength; its sign goes to A."""
-    # Roots in float64, as PEFT takes them, and rounded once.
-    factors = torch.tensor(strengths, dtype=torch.float64)
-    roots = factors.abs().sqrt()
-    signed = roots * factors.sign()
-    return merge(lora_A, signed.to(lora_A[0])), merge(lora_B, roots.to(lora_B[0]))
+    """Add up all A and all B, each by the root of the strength; its sign goes to A."""
+    roots = [abs(strength) ** 0.5 for strength in strengths]
+    signed = [math.copysign(root, sign) for root, sign in zip(roots, strengths, strict=True)]
+    return _sum(lora_A, signed), _sum(lora_B, roots)
 
 
 def _by_svd(
-    task_arithmetic: Callable[[list[Tensor], Tensor], Tensor],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    strengths: Sequence[float],
+    lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Compute the best approximation of Σ s_i B_i A_i of their rank."""
     rank = len(lora_A[0])
-    updates = [b @ a for a, b in zip(lora_A, lora_B, strict=True)]
-    total = task_arithmetic(updates, updates[0].new_tensor(strengths))
+    total = _sum([b @ a for a, b in zip(lora_A, lora_B, strict=True)], strengths)
     left, values, right = torch.linalg.svd(total, full_matrices=False)
     return right[:rank], left[:, :rank] * values[:rank]

@@ -137,13 +137,10 @@ class Decoding:
     """Rows that are being continued; made by `Host.prefill`. Weights must not change meanwhile."""
 
     adapters: list[RowAdapter]
-    attention_mask: Tensor
-    """1 at real tokens, [B, L]; on the CPU."""
-    cache: Any
-    """Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer."""
+    attention_mask: Tensor  # 1 at real tokens, [B, L]; on the CPU
+    cache: Any  # of make_cache: keys and values, [B, heads, L, head_dim], in attention layers
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
-    logits: Tensor = field(init=False)
-    """Of the token after each row's last one, [B, V]."""
+    logits: Tensor = field(init=False)  # of the token after each row's last one, [B, V]
 
     @classmethod
     def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:

@@ -159,17 +159,12 @@ class _ExportedModel(ABC):
         base = host.base
         has_own = any(adapter.own_at(path) is not None for path in (base.embedding, base.head))
         self.unties_head = base.ties_head and has_own and not own_parts(adapter.config, base).tied
-        self.config: Any = self.make_config()
+        with torch.device("meta"):
+            self.built = self.build()
+        self.config, self.architecture = self.built.config, type(self.built).__name__
+        self.config.architectures = [self.architecture]
         if self.unties_head:
             self.config.tie_word_embeddings = False
-        with torch.device("meta"):
-            self.built: Any = self.build()
-        self.architecture = type(self.built).__name__
-        self.config.architectures = [self.architecture]
-
-    @abstractmethod
-    def make_config(self) -> Any:
-        """Make the model's configuration, in transformers' class."""
 
     @abstractmethod
     def build(self) -> Any:
@@ -191,8 +186,9 @@ class _ExportedModel(ABC):
         tokenizer.save_pretrained(directory)
         num_bytes, files = 0, {}
         for number, shard in enumerate(self.shards(), start=1):
+            own = {name: self._own(name, tensor) for name, tensor in shard.items()}
             # Checkpoints have other names than models, and experts apart.
-            stored = revert_weight_conversion(self.built, shard)
+            stored = revert_weight_conversion(self.built, own)
             stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
             file = f"model-{number:05}-of-{host.base.num_layers + 1:05}.safetensors"
             save_file(stored, directory / file, metadata={"format": "pt"})
@@ -229,19 +225,16 @@ class _ExportedModel(ABC):
         model, path = self.host.model, self.host.base.layers_path
         tied = {} if self.unties_head else model.all_tied_weights_keys
         outside = _tensors_of(model, f"{path}.")
-        yield self._with_own({name: t for name, t in outside.items() if name not in tied})
+        yield {name: tensor for name, tensor in outside.items() if name not in tied}
         for index, layer in enumerate(model.get_submodule(path).children()):
             tensors = self.layer_tensors(index, layer)
-            yield self._with_own({f"{path}.{index}.{name}": t for name, t in tensors.items()})
+            yield {f"{path}.{index}.{name}": tensor for name, tensor in tensors.items()}
 
-    def _with_own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put the adapter's own modules in place of the base model's."""
-        stored = {}
-        for name, tensor in tensors.items():
-            path, _, kind = name.rpartition(".")
-            own = self.adapter.own_at(path)
-            stored[name] = tensor if own is None else own.stored(kind, tensor)
-        return stored
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """Put the adapter's own module in place of the base model's."""
+        path, _, kind = name.rpartition(".")
+        own = self.adapter.own_at(path)
+        return tensor if own is None else own.stored(kind, tensor)
 
     def merged(
         self, layer: nn.Module, projections: Mapping[str, Projection], leave_out: str = " "
@@ -268,16 +261,13 @@ def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
 class _MergedModel(_ExportedModel):
     """The base model with an adapter's updates in its weights."""
 
-    def make_config(self) -> Any:
+    def build(self) -> Any:
         check_merges(self.adapter)
         config = copy.deepcopy(self.host.model.config)
         for name in ("quantization_config", "auto_map"):
             if hasattr(config, name):
                 delattr(config, name)
-        return config
-
-    def build(self) -> Any:
-        return type(self.host.model)(self.config)
+        return type(self.host.model)(config)
 
     def layer_tensors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
         adapter = self.adapter
@@ -294,17 +284,12 @@ class Twin:
     """
 
     model_type: str
-    fields: tuple[str, str]
-    """Its configuration's fields for the number of experts and for top_k."""
+    fields: tuple[str, str]  # its configuration's for the number of experts and for top_k
     settings: Mapping[str, Any] = field(default_factory=dict)
-    size_field: str | None = None
-    """The field of the experts' width; None where it is the dense family's."""
+    size_field: str | None = None  # of the experts' width; None where it is the dense family's
     block: str = "mlp"
     router: str = "gate.weight"
-    splits_qkv: bool = False
-    """The dense family's q, k and v are one projection, the class's three."""
-    keeps_layer_types: bool = False
-    """Layers may differ in their attention, as the dense family's do."""
+    keeps_layer_types: bool = False  # layers may differ in their attention
 
 
 _PER_TOKEN = "num_experts_per_tok"
@@ -323,7 +308,6 @@ _EVERY_LAYER = {"moe_layer_start_index": 0, "moe_layer_end_index": -1, "moe_laye
 TWINS: dict[str, Twin] = {
     "llama": _MIXTRAL,
     "mistral": _MIXTRAL,
-    "phi3": replace(_MIXTRAL, splits_qkv=True),
     "qwen2": replace(
         _QWEN3,
         model_type="qwen2_moe",
@@ -384,19 +368,15 @@ class _MoeModel(_ExportedModel):
             )
         return TWINS[model_type]
 
-    def make_config(self) -> Any:
+    def build(self) -> Any:
         twin, ffn, config = self.twin, self.adapter.as_moe(0), self.host.config.to_dict()
         for name in ("architectures", "auto_map", "model_type", "quantization_config"):
             config.pop(name, None)
         fields = dict(zip(twin.fields, (ffn.num_experts, ffn.top_k), strict=True))
         if twin.size_field is not None:
             fields[twin.size_field] = config["intermediate_size"]
-        if twin.splits_qkv and not config.get("head_dim"):  # a long rope asks for it
-            fields["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-        return AutoConfig.for_model(twin.model_type, **{**config, **twin.settings, **fields})
-
-    def build(self) -> Any:
-        return AutoModelForCausalLM.from_config(self.config)
+        config = AutoConfig.for_model(twin.model_type, **{**config, **twin.settings, **fields})
+        return AutoModelForCausalLM.from_config(config)
 
     def layer_tensors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
         ffn, shape = self.adapter.as_moe(index), self.adapter.base_layers[index].ffn_shape
@@ -412,12 +392,5 @@ class _MoeModel(_ExportedModel):
         return self._outside_ffn(index, layer) | named
 
     def _outside_ffn(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
-        config, attention = self.config, self.adapter.attention_block(index)
-        tensors = self.merged(layer, attention, f"{self.host.base.ffn}.")
-        for name in [name for name in tensors if self.twin.splits_qkv and "qkv_proj" in name]:
-            heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
-            parts = tensors.pop(name).split([config.head_dim * count for count in heads])
-            tensors |= {
-                name.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)
-            }
-        return tensors
+        attention = self.adapter.attention_block(index)
+        return self.merged(layer, attention, f"{self.host.base.ffn}.")

@@ -1,19 +1,15 @@
-"""Where attention and FFN projections sit in each architecture. Adding a family is adding a row.
-
-What is in no row is looked for by structure.py.
-"""
+"""What an architecture is made of: where adapters attach, and what its files say of it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as _CACHES
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -23,33 +19,21 @@ from loraloom.models.quantization import is_linear, num_parameters, quantised_we
 
 # The FFN block is no dense one, but a mixture of experts.
 EXPERTS = FfnShape((), "")
-_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture's layout.
+    """One architecture's layout; layers whose attention has other projections have none."""
 
-    Args:
-        attention_inputs: Attention projections, grouped by the tensor they read. Layers whose
-            attention has others have none.
-        layers: Path of the decoder layers, whose `attention` and `ffn` are modules.
-        activation: Name of the FFN module's activation, or where it has none, transformers' name.
-        logit_divisor: Config field that divides the head's logits; `logit_factor` multiplies them.
-        logit_softcap: Config field of the logits' soft cap.
-        in_table: It has a row here.
-    """
-
-    attention_inputs: tuple[tuple[str, ...], ...] = (_QKV, ("o_proj",))
-    ffn_shape: FfnShape = FfnShape(("gate_proj", "up_proj"), "down_proj")  # noqa: RUF009
-    layers: str = "model.layers"
-    attention: str = "self_attn"
-    ffn: str = "mlp"
-    activation: str = "act_fn"
-    logit_divisor: str | None = None
-    logit_factor: str | None = None
-    logit_softcap: str | None = None
-    in_table: bool = True
+    attention_inputs: tuple[tuple[str, ...], ...]  # projections, by the tensor they read
+    ffn_shape: FfnShape
+    layers: str  # path of the decoder layers
+    attention: str  # a layer's modules
+    ffn: str
+    activation: str  # the FFN module's name of it, or where it has none, transformers'
+    logit_divisor: float | None = None
+    logit_factor: float | None = None
+    logit_softcap: float | None = None
 
     @property
     def attention_projections(self) -> tuple[str, ...]:
@@ -59,49 +43,6 @@ class Family:
         names = [f"{self.attention}.{name}" for name in self.attention_projections]
         linears = {name for name, module in layer.named_modules() if is_linear(module)}
         return linears.issuperset(names)
-
-
-_LLAMA = Family()
-_SOFTCAPPED = Family(logit_softcap="final_logit_softcapping")
-_FUSED = Family(ffn_shape=FfnShape(("gate_up_proj",), "down_proj"), activation="activation_fn")
-_UNGATED = Family(ffn_shape=FfnShape(("up_proj",), "down_proj"))
-_FC = Family(ffn_shape=FfnShape(("fc1",), "fc2"), activation="activation_fn")
-
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _SOFTCAPPED),
-    "phi": replace(_FC, attention_inputs=(_QKV, ("dense",))),
-    "phi3": replace(_FUSED, attention_inputs=(("qkv_proj",), ("o_proj",))),
-    "olmo2": _LLAMA,
-    "granite": Family(logit_divisor="logits_scaling"),
-    "stablelm": _LLAMA,
-    "gpt_neox": Family(
-        attention_inputs=(("query_key_value",), ("dense",)),
-        ffn_shape=FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
-        activation="act",
-        layers="gpt_neox.layers",
-        attention="attention",
-    ),
-    **dict.fromkeys(("smollm3", "olmo", "olmo3", "ministral", "ministral3", "ernie4_5"), _LLAMA),
-    **dict.fromkeys(("exaone4", "hunyuan_v1_dense", "seed_oss", "helium"), _LLAMA),
-    "hyperclovax": Family(logit_factor="logits_scaling"),
-    **dict.fromkeys(("glm", "glm4"), _FUSED),
-    "starcoder2": Family(ffn_shape=FfnShape(("c_fc",), "c_proj"), activation="act"),
-    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), _UNGATED),
-    **dict.fromkeys(("cohere", "cohere2"), Family(logit_factor="logit_scale")),
-    "nanochat": replace(_FC, logit_softcap="final_logit_softcapping"),
-    "lfm2": Family(
-        attention_inputs=(_QKV, ("out_proj",)),
-        ffn_shape=FfnShape(("w1", "w3"), "w2"),
-        ffn="feed_forward",
-        activation="silu",
-    ),
-    "qwen3_5_text": _LLAMA,
-    **dict.fromkeys(
-        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), Family(ffn_shape=EXPERTS)
-    ),
-    **dict.fromkeys(("gemma3", "mistral3"), Family(layers="model.language_model.layers")),
-}
 
 
 def text_config(model: nn.Module) -> Any:
@@ -159,17 +100,10 @@ def _shapes(layers: Sequence[BaseLayer]) -> dict[str, tuple[int, int]]:
     }
 
 
-def activation_of(ffn: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
-    own: Callable[[Tensor], Tensor] | None = getattr(ffn, family.activation, None)
-    return ACT2FN[family.activation] if own is None else own
-
-
 def head_of(model: nn.Module, family: Family) -> Callable[..., Tensor]:
     """Return the function from final hidden states, maybe by another linear layer, to logits."""
-    config = text_config(model)
     linear = model.get_output_embeddings()  # pyright: ignore
-    fields = (family.logit_divisor, family.logit_factor, family.logit_softcap)
-    divisor, factor, softcap = (getattr(config, name) if name else None for name in fields)
+    divisor, factor, softcap = family.logit_divisor, family.logit_factor, family.logit_softcap
 
     def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = linear) -> Tensor:
         logits = linear(hidden_states)

@@ -7,7 +7,7 @@ layer takes its context along: the backward pass may recompute it in another thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraloom.adapters.base import SegmentTokens
 from loraloom.adapters.method import Adapter
-from loraloom.models.layout import Layout
+from loraloom.models.layout import Layout, Segment
 from loraloom.models.stacks import (
     AttentionPlace,
     ComputeForms,
@@ -26,7 +26,8 @@ from loraloom.models.stacks import (
     StackedForward,
     forms_of,
 )
-from loraloom.ops.low_rank import InputGroup, UpProjection
+from loraloom.ops.dropout import SampleNoise
+from loraloom.ops.low_rank import UpProjection
 from loraloom.routing.record import LayerRouting
 
 # What routers did, by adapter.
@@ -39,7 +40,7 @@ Updates = Sequence[tuple[Tensor | None, UpProjection | None]]
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One forward of a batch through the base model and its adapters, each segment's or None.
+    """One forward of a batch through the base model and its adapters.
 
     `owner` is the wiring of the base model. `record` collects what routers do. Without `prepared`,
     compute forms are made from the parameters as they are; `stacked` computes small steps of like
@@ -48,7 +49,6 @@ class ForwardContext:
 
     owner: object
     layout: Layout
-    adapters: tuple[Adapter | None, ...]
     training: bool = False
     checkpointing: bool = False
     record: Record | None = None
@@ -58,15 +58,15 @@ class ForwardContext:
     """The last A product of attention, for the projections that read the same input."""
 
     @property
-    def has_adapters(self) -> bool:
-        return any(adapter is not None for adapter in self.adapters)
+    def adapters(self) -> Iterator[Adapter]:
+        return (segment.row[0] for segment in self.layout.segments if segment.row is not None)
 
     def adapts_ffn(self, layer: int) -> bool:
-        return any(adapter is not None and adapter.adapts_ffn(layer) for adapter in self.adapters)
+        return any(adapter.adapts_ffn(layer) for adapter in self.adapters)
 
     def has_own(self, path: str) -> bool:
         """Whether some adapter has a module of its own in place of one of the base model."""
-        return any(a is not None and a.own_at(path) is not None for a in self.adapters)
+        return any(adapter.own_at(path) is not None for adapter in self.adapters)
 
     @property
     def forms(self) -> ComputeForms:
@@ -78,10 +78,12 @@ class ForwardContext:
             return None
         return self.record.setdefault(adapter.name, []).append
 
-    def tokens(
-        self, adapter: Adapter, index: int, layer: int, device: torch.device
-    ) -> SegmentTokens:
-        return self.layout.segments[index].at_layer(layer, device, self.recorder(adapter))
+    def tokens(self, segment: Segment, layer: int, device: torch.device) -> SegmentTokens:
+        noise = None
+        if segment.spans is not None:
+            noise = SampleNoise(segment.spans, segment.num_tokens, layer, device)
+        record = None if segment.row is None else self.recorder(segment.row[0])
+        return SegmentTokens(layer, segment.real, segment.real_index, noise, record)
 
     def attention_updates(
         self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype
@@ -93,32 +95,27 @@ class ForwardContext:
         key = (place.layer, place.site, dtype)
         known = self._shared.get("attention")
         if known is None or known[0] is not hidden_states or known[1] != key:
-            split = self.layout.split(hidden_states)
-            parts = [self._attention_part(place, *rows, dtype) for rows in enumerate(split)]
+            segments = zip(self.layout.segments, self.layout.split(hidden_states), strict=True)
+            parts = [self._attention_part(place, *segment, dtype) for segment in segments]
             known = self._shared["attention"] = (hidden_states, key, parts)
         updates = []
-        for part in known[2]:
-            side = None if part is None else part[0].projections.get(place.name)
-            if part is None or side is None:
-                updates.append((None, None))
-            else:
-                _, low_rank, rows, tokens = part
-                updates.append((side.rank_input(low_rank, rows, tokens), side))
+        for group, *inputs in known[2]:
+            side = None if group is None else group.projections.get(place.name)
+            updates.append((None, None) if side is None else (side.rank_input(*inputs), side))
         return updates
 
     def _attention_part(
-        self, place: AttentionPlace, index: int, rows: Tensor, dtype: torch.dtype
-    ) -> tuple[InputGroup, Tensor, Tensor, SegmentTokens] | None:
+        self, place: AttentionPlace, segment: Segment, rows: Tensor, dtype: torch.dtype
+    ) -> tuple[Any, ...]:
         """Return a segment's weights, its product with A, its input and its tokens."""
-        adapter = self.adapters[index]
-        if adapter is None:
-            return None
-        row = (adapter, self.layout.segments[index].scale)
-        group = self.forms.attention(row, place.layer, place.group, dtype)
+        if segment.row is None:
+            return (None,)
+        group = self.forms.attention(segment.row, place.layer, place.group, dtype)
         if group is None:
-            return None
-        tokens = self.tokens(adapter, index, place.layer, rows.device)
-        return group, adapter.attention_low_rank(group, rows, place.site, tokens), rows, tokens
+            return (None,)
+        tokens = self.tokens(segment, place.layer, rows.device)
+        low_rank = segment.row[0].attention_low_rank(group, rows, place.site, tokens)
+        return group, low_rank, rows, tokens
 
     def recomputing(self) -> ForwardContext:
         """Return the context in which a layer is recomputed: its routing is recorded already."""
@@ -158,15 +155,3 @@ class Recomputation(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> None:
         self._entered.pop().__exit__(*error)
-
-
-def query_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """Return the part of a padding mask that belongs to this forward's tokens, [B, L]."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -length:]
-
-
-def segment_adapters(layout: Layout, adapters: Mapping[str, Adapter]) -> tuple[Adapter | None, ...]:
-    names = [segment.adapter_name for segment in layout.segments]
-    return tuple(None if name is None else adapters[name] for name in names)

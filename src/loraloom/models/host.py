@@ -24,16 +24,14 @@ from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
 from loraloom.formats.hub import find_adapter
-from loraloom.models.combine import Combination, Merged, MergeError, combine
+from loraloom.models.combine import Combination, Merged, combine
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
 from loraloom.models.forward import (
     ForwardContext,
     Record,
     current_forward,
-    query_mask,
     running,
-    segment_adapters,
 )
 from loraloom.models.layout import (
     RowAdapters,
@@ -45,7 +43,7 @@ from loraloom.models.layout import (
 from loraloom.models.registry import AdapterRegistry, Head, Heads
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacks import PreparedWeights, StackedForward, compute_dtype
-from loraloom.models.structure import try_adapters
+from loraloom.models.structure import FAMILIES, try_adapters
 from loraloom.models.view import AdapterModel, OuterForward, Rows, Visit
 from loraloom.ops.dropout import sample_key
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
@@ -92,8 +90,8 @@ class HiddenOutput:
     """Hidden states after the final norm, [B, L, D], and the rest as in HostOutput."""
 
     last_hidden_state: Tensor
-    routing: dict[str, list[LayerRouting]]
     past_key_values: Any = None
+    routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
     samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
 
 
@@ -131,7 +129,7 @@ class Host:
         self.training = False
         self.gradient_checkpointing = False
         self._forwards = 0
-        if not self._registry.family.in_table:
+        if self.base.model_type not in FAMILIES:
             try:
                 try_adapters(self)
             except BaseException:  # leaves a model as it was that adapters can't be added to
@@ -217,10 +215,8 @@ class Host:
         combination: Combination = "linear",
         *,
         name: str,
-        density: float | None = None,
-        seed: int = 0,
     ) -> Adapter:
-        """Make a new adapter of several of one method, by PEFT's merge functions.
+        """Make a new adapter of several of one method, rank and set of projections.
 
         Updates are combined as PEFT's `add_weighted_adapter` does it, experts with the experts of
         their number. Routers and DoRA's magnitudes are averaged by the weights' shares.
@@ -228,14 +224,11 @@ class Host:
         Args:
             adapters: Names of those that are combined; they stay.
             weights: A factor for each one's update, perhaps negative.
-            combination: `linear` adds A and B up, `svd` the updates BA; `ties` keeps the largest
-                values of A and B and the majority's sign, `dare_ties` random ones.
+            combination: `linear` adds A and B up, `svd` the updates BA.
             name: The new adapter's.
-            density: Share of the values that ties and dare_ties keep, 0.5 by default.
-            seed: Of dare_ties' draws.
         """
         sources = [self.adapter(source) for source in adapters]
-        config, tensors = combine(sources, weights, combination, density, seed)
+        config, tensors = combine(sources, weights, combination)
         adapter = self._registry.build(name, config)
         adapter.load_tensors(tensors)
         prompts = [source.prompt for source in sources]
@@ -247,25 +240,22 @@ class Host:
         """The adapter that is in the base model's weights; None for none."""
         return self._registry.merged and self._registry.merged.name
 
-    def merge(self, name: str) -> MergeError:
-        """Put an adapter's updates into the base model's weights; return what rounding cost.
+    def merge(self, name: str) -> float:
+        """Put an adapter's updates into the base model's weights; return the share that is lost.
 
-        Rows without an adapter are its own then, at the base model's speed. Other adapters add to
-        the merged weights. The original weights are kept, on the CPU. Nothing trains, and decoding
-        sessions that have begun must not go on.
+        Rounding to the base model's dtype loses it. Rows without an adapter are its own then, at
+        the base model's speed. Other adapters add to the merged weights. The original weights are
+        kept, on the CPU. Nothing trains, and decoding sessions that have begun must not go on.
 
         Raises:
             AdapterError: If it has routers, one is merged already, or the base's weights are
                 quantised; the base model is as it was then.
         """
         adapter = self.adapter(name)
-        if self.merged is not None:
-            raise AdapterError(
-                f"no adapter may be merged yet, {self.merged!r} is; unmerge it first"
-            )
+        self._registry.check_unmerged("merge another")
         with self._inside:
             merged = self._registry.merged = Merged(adapter)
-        return merged.error
+        return merged.lost
 
     def unmerge(self, name: str) -> None:
         """Put the base model's weights back as they were, bit by bit."""
@@ -325,8 +315,7 @@ class Host:
         mask = self._fit(forward, attention_mask, model_inputs)
         with self._run(forward):
             out = self.model(input_ids=input_ids, attention_mask=mask, **model_inputs)
-        routing, samples = _routing_of(forward)
-        return HostOutput(out.logits, _cache_of(out), out.get("loss"), routing, samples)
+        return HostOutput(out.logits, _cache_of(out), out.get("loss"), *_routing_of(forward))
 
     def hidden(
         self,
@@ -360,8 +349,7 @@ class Host:
         mask = self._fit(forward, attention_mask, model_inputs)
         with self._run(forward):
             out = self._decoder(input_ids=input_ids, attention_mask=mask, **model_inputs)
-        routing, samples = _routing_of(forward)
-        return HiddenOutput(out.last_hidden_state, routing, _cache_of(out), samples)
+        return HiddenOutput(out.last_hidden_state, _cache_of(out), *_routing_of(forward))
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
         """Add up what the adapters of a forward with `training=True` add to the objective.
@@ -454,7 +442,8 @@ class Host:
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
-        names, cache = self._registry.rows(adapters, len(input_ids)), make_cache(self.config)
+        names = [None] * len(input_ids) if adapters is None else list(adapters)
+        cache = make_cache(self.config)
         session = Decoding(names, mask[:, :0], cache, prepared or PreparedWeights())
         self._advance(session, input_ids, mask, record)
         return session
@@ -502,7 +491,8 @@ class Host:
         Prompts, [B, L], are padded on the left; beams and returned sequences take their row's
         adapter.
         """
-        rows = Rows(self._registry.rows(adapters, len(input_ids)))
+        self._registry.rows(adapters, len(input_ids))
+        rows = Rows([None] if adapters is None else adapters)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.prepared(), self.outer_forward.of_rows(rows):
             return self.model.generate(**inputs, **generate_kwargs)
@@ -524,7 +514,7 @@ class Host:
         prepared: PreparedWeights | None = None,
     ) -> ForwardContext:
         batch_size, length = input_ids.shape
-        names = self._registry.rows(adapters, batch_size)
+        rows = self._registry.rows(adapters, batch_size)
         training = self.training if training is None else training
         keys = None
         if training:
@@ -539,12 +529,10 @@ class Host:
                 raise AdapterError(
                     f"sample_keys must have one key for each of the {count} {what}, got {len(keys)}"
                 )
-        mask = query_mask(attention_mask, length)
-        layout = make_layout(names, length, mask, keys, self.device, sample_lengths)
+        layout = make_layout(rows, length, attention_mask, keys, self.device, sample_lengths)
         forward = ForwardContext(
             self._registry.wiring,
             layout,
-            segment_adapters(layout, self.adapters),
             training=training,
             checkpointing=training and self.gradient_checkpointing,
             record=record,
@@ -552,9 +540,8 @@ class Host:
         )
         if forward.prepared is None or training or torch.is_grad_enabled():
             return forward
-        if layout.has_padding or not forward.has_adapters:
+        if layout.has_padding or not any(rows):
             return forward
-        rows = tuple(self._registry.scaled(row) for row in names)
         dtype = compute_dtype(self.dtype, self.device)
         plan = forward.prepared.plan(rows, length, dtype, self.device)
         if plan is None:

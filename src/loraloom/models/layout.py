@@ -13,19 +13,19 @@ left at a row's end is padding, a sample of its own to the attention, so that no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraloom.adapters.base import SampleTokens, SegmentTokens
+from loraloom.adapters.base import SampleTokens
 from loraloom.errors import ModelError
 from loraloom.models.families import keeps_running_states
-from loraloom.ops.dropout import SampleNoise, SampleSpan
-from loraloom.routing.record import LayerRouting
+from loraloom.models.stacks import ScaledAdapter
+from loraloom.ops.dropout import SampleSpan
 
 # Tokens of the samples in each row, from its left.
 SampleLengths = Sequence[Sequence[int]]
@@ -68,31 +68,15 @@ def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
 class Segment:
     """The rows of one adapter, or of the base model, and scale."""
 
-    adapter_name: str | None
-    scale: float
-    tokens: slice
-    """Its range in the token rows grouped by segment."""
-    real: Tensor | None
-    """True at real tokens, [T]; None when all are."""
-    real_index: Tensor | None
-    """Their positions."""
-    spans: tuple[SampleSpan, ...] | None
-    """Samples for random numbers, in training."""
+    row: ScaledAdapter | None
+    tokens: slice  # in the token rows grouped by segment
+    real: Tensor | None  # True at real tokens, [T]; None when all are
+    real_index: Tensor | None  # their positions
+    spans: tuple[SampleSpan, ...] | None  # samples for random numbers, in training
 
     @property
     def num_tokens(self) -> int:
         return self.tokens.stop - self.tokens.start
-
-    def at_layer(
-        self,
-        layer: int,
-        device: torch.device,
-        record: Callable[[LayerRouting], None] | None = None,
-    ) -> SegmentTokens:
-        noise = None
-        if self.spans is not None:
-            noise = SampleNoise(self.spans, self.num_tokens, layer, device)
-        return SegmentTokens(layer, self.real, self.real_index, noise, record)
 
 
 def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
@@ -118,8 +102,7 @@ class Layout:
     """All segments of a batch, in the order of their first rows."""
 
     segments: tuple[Segment, ...]
-    row_order: Tensor | None
-    """Rows grouped by segment; None when they come so."""
+    row_order: Tensor | None  # rows grouped by segment; None when they come so
     row_inverse: Tensor | None
 
     @property
@@ -128,57 +111,56 @@ class Layout:
 
     def sample_tokens(self, adapter_name: str) -> list[SampleTokens] | None:
         """Return an adapter's samples in the order of their tokens; None outside training."""
-        own = [s for s in self.segments if s.adapter_name == adapter_name and s.spans is not None]
+        own = [s for s in self.segments if s.row is not None and s.row[0].name == adapter_name]
+        own = [segment for segment in own if segment.spans is not None]
         spans = [span for segment in own for span in segment.spans or ()]
         return [SampleTokens(span.num_tokens) for span in spans] if own else None
 
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, L, N] into each segment's tokens, [T, N]."""
-        if self.row_order is not None:
-            values = values.index_select(0, self.row_order)
+        values = self._grouped(values)
         rows = values.reshape(-1, values.shape[-1])
         if len(self.segments) == 1:
             return [rows]
         return rows.split([segment.num_tokens for segment in self.segments])
 
-    def join(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        return self._in_order(rows.view(shape))
-
     def split_rows(self, values: Tensor) -> Sequence[Tensor]:
-        if self.row_order is not None:
-            values = values.index_select(0, self.row_order)
+        """Cut [B, ...] into each segment's rows."""
+        values = self._grouped(values)
         length = self.segments[-1].tokens.stop // len(values)
         return values.split([segment.num_tokens // length for segment in self.segments])
 
-    def join_rows(self, parts: Sequence[Tensor]) -> Tensor:
-        return self._in_order(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
-
-    def _in_order(self, values: Tensor) -> Tensor:
+    def join(self, parts: Sequence[Tensor], shape: torch.Size | None = None) -> Tensor:
+        values = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        values = values if shape is None else values.view(shape)
         return values if self.row_inverse is None else values.index_select(0, self.row_inverse)
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        return values if self.row_order is None else values.index_select(0, self.row_order)
 
 
 def make_layout(
-    adapters: Sequence[RowAdapter],
+    adapters: Sequence[ScaledAdapter | None],
     length: int,
     mask: Tensor | None,
     sample_keys: Sequence[int] | None,
     device: torch.device,
     sample_lengths: SampleLengths | None = None,
 ) -> Layout:
-    mask = None if mask is None else mask.cpu().bool()
+    """Lay rows out; of a padding mask, [B, …], the last columns are this forward's tokens."""
+    is_padding = isinstance(mask, Tensor) and mask.dim() == 2
+    mask = mask[:, -length:].cpu().bool() if is_padding else None
     mask = None if mask is None or bool(mask.all()) else mask
     order = _grouped(adapters)
-    keys = None if sample_keys is None else iter(sample_keys)
     samples = None
-    if keys is not None:
+    if sample_keys is not None:
+        keys = iter(sample_keys)
         counts = [1] * len(adapters) if sample_lengths is None else map(len, sample_lengths)
-        samples = [[next(keys) for _ in range(count)] for count in counts]
+        samples = [list(islice(keys, count)) for count in counts]
     segments, start = [], 0
-    while start < len(order):
-        adapter = adapters[order[start]]
-        rows = [row for row in order[start:] if adapters[row] == adapter]
-        tokens = slice(start * length, (start + len(rows)) * length)
+    for adapter, group in groupby(order, adapters.__getitem__):
+        rows = list(group)
+        tokens = slice(start, start + len(rows) * length)
         real = None if mask is None else mask[rows]
         spans = None
         if samples is not None:
@@ -187,8 +169,8 @@ def make_layout(
         real = None if real is None or bool(real.all()) else real.flatten()
         index = None if real is None else real.nonzero().squeeze(1).to(device)
         real = None if real is None else real.to(device)
-        segments.append(Segment(*name_and_scale(adapter), tokens, real, index, spans))
-        start += len(rows)
+        segments.append(Segment(adapter, tokens, real, index, spans))
+        start = tokens.stop
     if order == list(range(len(order))):
         return Layout(tuple(segments), None, None)
     row_order = torch.tensor(order, device=device)

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import platform
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
@@ -17,19 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from filelock import FileLock
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache, utils
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 from transformers.utils import logging
@@ -64,15 +51,13 @@ _ADVICE = {
     "cache ($XDG_CACHE_HOME) has room for its copy",
     "hub": "check the name on huggingface.co, the network, and `hf auth login` if it is gated",
 }
-
-
 # Why the hub doesn't give a model, by its client's errors.
 _REFUSALS = {
-    EntryNotFoundError: "its repository on the hub has no config.json; name the model that an "
-    "adapter was trained on, or download a .gguf file and name that",
-    GatedRepoError: "it is gated; accept its terms on its page of the hub and run `hf auth login`",
-    RepositoryNotFoundError: "it does not exist here, and the hub has no public one of that name; "
-    "check the name, or run `hf auth login` if it is private",
+    errors.EntryNotFoundError: "its repository on the hub has no config.json; name the model that "
+    "an adapter was trained on, or download a .gguf file and name that",
+    errors.GatedRepoError: "it is gated; accept its terms on the hub and run `hf auth login`",
+    errors.RepositoryNotFoundError: "it does not exist here, and the hub has no public one of that "
+    "name; check the name, or run `hf auth login` if it is private",
 }
 
 
@@ -83,8 +68,7 @@ class ModelSource:
     kind: Literal["directory", "gguf", "hub"]
     location: str
     gguf_file: str | None = None
-    cached: bool = False
-    """Only what the hub's cache has is to be read."""
+    cached: bool = False  # only what the hub's cache has is to be read
 
 
 def find_source(name: str) -> ModelSource:
@@ -100,36 +84,28 @@ def find_source(name: str) -> ModelSource:
         name = str(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
     path = local_path(name, "base model", ModelError)
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(
-                f"base model must be a file that exists, got {path}; correct the path, or download "
-                "the file first if it is on the hub"
-            )
-        return ModelSource("gguf", str(path.parent), path.name)
-    if path.is_dir():
+        if path.is_file():
+            return ModelSource("gguf", str(path.parent), path.name)
+        fault = "which does not exist; correct the path, or download the file first"
+    elif path.is_dir():
+        files = sorted(path.glob("*.gguf"))
         if (path / "adapter_config.json").exists():
-            raise ModelError(
-                f"base model must be a whole model, got the adapter in {path}; name the model that "
-                "it was trained on, and load it as an adapter"
-            )
-        if not (path / "config.json").exists():
-            files = sorted(path.glob("*.gguf"))
-            raise ModelError(
-                "base model's directory must hold config.json, weights and tokenizer, as "
-                f"save_pretrained writes them, got {path} without config.json; "
-                + (f"name its file {files[0]}" if files else "correct the path")
-            )
-        return ModelSource("directory", str(path))
-    if path.exists():
-        raise ModelError(f"base model must be {_KINDS}, got the file {name}")
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ModelError(
-            f"base model must be {_KINDS}, got {shown(name)}, which does not exist here and is no "
-            "possible hub name (owner/model)"
-        ) from error
-    return ModelSource("hub", name)
+            fault = "an adapter; name the model that it was trained on, and load it as an adapter"
+        elif (path / "config.json").exists():
+            return ModelSource("directory", str(path))
+        elif files:
+            fault = f"a directory without config.json; name its file {files[0]}"
+        else:
+            fault = "a directory without config.json, weights and tokenizer of save_pretrained"
+    elif path.exists():
+        fault = "another file"
+    else:
+        try:
+            utils.validate_repo_id(name)
+            return ModelSource("hub", name)
+        except errors.HFValidationError:
+            fault = "which does not exist here and is no possible hub name (owner/model)"
+    raise ModelError(f"base model must be {_KINDS}, got {shown(name)}, {fault}")
 
 
 def _ask_hub(source: ModelSource) -> ModelSource:
@@ -264,13 +240,6 @@ def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) 
         return torch.float32 if device.type == "cpu" else torch.float16
     if name not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
-    is_slow = device.type == "cpu" and not _multiplies_in_bfloat16(device)
-    if is_slow and DTYPES[name].itemsize == 2:
-        warnings.warn(
-            f"this CPU has no instructions for products in 16 bits: {name} takes 2 to 20 times as "
-            "long as float32, for half of the memory; take dtype auto or float32",
-            stacklevel=3,
-        )
     return DTYPES[name]
 
 
@@ -383,14 +352,14 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 def quiet() -> Iterator[None]:
     """Hold back warnings and bars of transformers and accelerate, but not bars of a download."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    shows_downloads = not are_progress_bars_disabled()
+    shows_downloads = not utils.are_progress_bars_disabled()
     accelerate = getLogger("accelerate.big_modeling")
     accelerate_level = accelerate.level
     accelerate.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # which are the hub's too
     if shows_downloads:
-        enable_progress_bars()
+        utils.enable_progress_bars()
     try:
         yield
     finally:
@@ -399,7 +368,7 @@ def quiet() -> Iterator[None]:
         if bars:
             logging.enable_progress_bar()
         if not shows_downloads:
-            disable_progress_bars()
+            utils.disable_progress_bars()
 
 
 @contextmanager

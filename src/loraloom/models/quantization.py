@@ -15,7 +15,6 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
 from types import ModuleType
 from typing import Any, get_args
 
@@ -110,24 +109,10 @@ class _Bits4(QuantisedWeight):
         super().__init__(linear, f"bitsandbytes {linear.weight.quant_type}")
 
     def dequantised(self) -> Tensor:
-        functional = sys.modules["bitsandbytes"].functional
-        return functional.dequantize_4bit(self._packed().view(torch.uint8), self._state)
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        state = self._state
-        yield "packed", self._packed()
-        yield "absmax", state.absmax
-        if state.nested:
-            yield "nested_absmax", state.state2.absmax
-
-    def _packed(self) -> Tensor:
-        return self.linear.weight.data.as_subclass(Tensor)
-
-    @property
-    def _state(self) -> Any:
-        """It is lost to the weight, not to the layer, where FSDP replaces parameters."""
-        state = getattr(self.linear.weight, "quant_state", None)
-        return self.linear.quant_state if state is None else state
+        packed = self.linear.weight.data.as_subclass(Tensor).view(torch.uint8)
+        # Where FSDP replaces parameters, it is lost to the weight, not to the layer.
+        state = getattr(self.linear.weight, "quant_state", None) or self.linear.quant_state
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
 
 
 class _Bits8(QuantisedWeight):
@@ -137,18 +122,11 @@ class _Bits8(QuantisedWeight):
         super().__init__(linear, "bitsandbytes int8", is_linear_over_rows=False)
 
     def dequantised(self) -> Tensor:
-        functional = sys.modules["bitsandbytes"].functional
         numbers = self.linear.weight.data.as_subclass(Tensor)
-        return functional.int8_vectorwise_dequant(numbers, self._scales())
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield "int8", self.linear.weight.data.as_subclass(Tensor)
-        yield "scales", self._scales()
-
-    def _scales(self) -> Tensor:
-        """They move from the weight to the layer's state in the first forward."""
+        # They move from the weight to the layer's state in the first forward.
         scales = self.linear.weight.SCB
-        return self.linear.state.SCB if scales is None else scales
+        scales = self.linear.state.SCB if scales is None else scales
+        return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(numbers, scales)
 
 
 class _TorchAo(QuantisedWeight):
@@ -163,11 +141,6 @@ class _TorchAo(QuantisedWeight):
     def dequantised(self) -> Tensor:
         return self.linear.weight.detach().dequantize()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        weight = self.linear.weight
-        for name in weight.__tensor_flatten__()[0]:
-            yield name, getattr(weight, name)
-
 
 class _Probed(QuantisedWeight):
     """A format of which nothing is known: W is what the layer makes of unit vectors."""
@@ -177,16 +150,13 @@ class _Probed(QuantisedWeight):
 
     @torch.no_grad()
     def dequantised(self) -> Tensor:
-        numbers = [tensor for _, tensor in self.tensors() if _is_computed_with(tensor)]
-        device = next(tensor.device for _, tensor in self.tensors())
-        dtype = numbers[0].dtype if numbers else torch.bfloat16
-        units = torch.eye(self.linear.in_features, dtype=dtype, device=device)
+        kept = [*self.linear.parameters(), *self.linear.buffers()]
+        dtypes = [tensor.dtype for tensor in kept if _is_computed_with(tensor)]
+        dtype = dtypes[0] if dtypes else torch.bfloat16
+        units = torch.eye(self.linear.in_features, dtype=dtype, device=kept[0].device)
         products = type(self.linear).forward(self.linear, units)  # (I, O)
         bias = self.linear.bias
         return (products if bias is None else products - bias.to(dtype)).T
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from chain(self.linear.named_parameters(), self.linear.named_buffers())
 
 
 def quantised_weight(linear: nn.Module) -> QuantisedWeight | None:
@@ -224,14 +194,17 @@ def num_parameters(model: nn.Module) -> int:
 
 def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights by name as they lie in memory, quantised ones in their parts."""
-    linears = quantised_linears(model).values()
-    quantised = {id(getattr(weight.linear, "weight", None)): weight for weight in linears}
+    linears = quantised_linears(model)
     for name, parameter in model.named_parameters():
-        if id(parameter) in quantised:
-            parts = quantised[id(parameter)].tensors()
-            yield from ((f"{name}.{part}", tensor) for part, tensor in parts)
-        else:
+        if name.rpartition(".")[0] not in linears or name.endswith(".bias"):
             yield name, parameter
+    for path, weight in linears.items():
+        for name, tensor in weight.linear.state_dict(prefix=f"{path}.").items():
+            # torchao's tensors have their numbers and scales inside.
+            inside = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()[0]
+            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in inside)
+            if not inside and name != f"{path}.bias":
+                yield name, tensor.as_subclass(Tensor)
 
 
 class QuantisedLinear:

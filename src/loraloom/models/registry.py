@@ -70,7 +70,7 @@ class AdapterRegistry:
     def remove(self, name: str) -> None:
         self.get(name)
         if self.merged is not None and name == self.merged.name:
-            raise AdapterError(f"adapter {name!r} must not be merged to be removed; unmerge it")
+            self.check_unmerged("remove it")
         del self.adapters[name]
 
     def unmerge(self) -> None:
@@ -91,22 +91,22 @@ class AdapterRegistry:
                 f"{self.merged.name!r} in its weights; unmerge it first"
             )
 
-    def rows(self, adapters: RowAdapters, batch_size: int) -> list[RowAdapter]:
-        """Check the adapters of a batch's rows; one with the scale 1 is its name."""
+    def rows(self, adapters: RowAdapters, batch_size: int) -> list[ScaledAdapter | None]:
+        """Find the adapters of a batch's rows."""
         names = [None] * batch_size if adapters is None else list(adapters)
         if len(names) != batch_size:
             raise AdapterError(
                 f"adapters must have one name or None for each of the {batch_size} rows, "
                 f"got {len(names)}"
             )
-        return [self._checked(adapter) for adapter in names]
+        return [self._row(adapter) for adapter in names]
 
-    def _checked(self, adapter: RowAdapter) -> RowAdapter:
-        match adapter if isinstance(adapter, tuple) else (adapter, 1.0):
+    def _row(self, adapter: RowAdapter) -> ScaledAdapter | None:
+        match name_and_scale(adapter):
             case (None, _):
                 return None
             case (str(name), float() | int() as scale) if math.isfinite(scale):
-                self.get(name)
+                found = self.get(name)
             case _:
                 raise AdapterError(
                     "a row's adapter must be a name, (name, scale) with a finite scale, or None, "
@@ -117,11 +117,7 @@ class AdapterRegistry:
                 f"adapter {name!r} is merged into the base model: give None for its rows, or "
                 "unmerge it"
             )
-        return name if scale == 1 else (name, float(scale))
-
-    def scaled(self, row: RowAdapter) -> ScaledAdapter | None:
-        name, scale = name_and_scale(row)
-        return None if name is None else (self.adapters[name], scale)
+        return found, float(scale)
 
 
 # From states after the final norm to logits, [N, V], scaled and soft-capped.
@@ -156,7 +152,7 @@ class Heads:
         hosted = tuple(self._registry.adapters.values())
         if adapters is not None and any(adapter.own_at(path) is not None for adapter in hosted):
             rows = self._registry.rows(adapters, len(tensors[0]))
-        for place, row in enumerate(map(self._registry.scaled, rows)):
+        for place, row in enumerate(rows):
             has_own = row is not None and row[0].own_at(path) is not None
             groups.setdefault(row if has_own else None, []).append(place)
         if not groups.keys() - {None}:

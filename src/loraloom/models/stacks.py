@@ -246,20 +246,15 @@ def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
 class Cohort:
     """Like adapters of a batch, views of their weights, and where their rows are.
 
-    Args:
-        stack: Whose `entries` are N adapters.
-        counts: Token rows of each; the first and the last have some.
-        take: Token row of each place of [N, n]; None when the cohort has all rows in order.
-        put: Place of each token row, any at rows that are not the cohort's; None as above.
-        others: True at rows that are not the cohort's, [T, 1]; None where there are none.
+    `take` and `put` are None where the cohort has all rows in order.
     """
 
     stack: _Stack
-    entries: slice
-    counts: tuple[int, ...]
-    take: Tensor | None = None
-    put: Tensor | None = None
-    others: Tensor | None = None
+    entries: slice  # of the stack's adapters
+    counts: tuple[int, ...]  # token rows of each; the first and the last have some
+    take: Tensor | None = None  # token row of each place of [N, n]
+    put: Tensor | None = None  # place of each token row, any at rows that are not the cohort's
+    others: Tensor | None = None  # True at rows that are not the cohort's, [T, 1]
     _views: dict[tuple[int, _Names], Any] = field(default_factory=dict)
 
     @property
@@ -292,18 +287,14 @@ class Cohort:
 class StackedPlan:
     """The cohorts of a batch, and how their FFN rows lie behind one another.
 
-    Args:
-        cohorts: Of attention; the `num_in_ffn` that adapt FFN blocks too come first.
-        ffn_take: Token row of each place of all cohorts' rows, behind one another, and behind them
-            the rows that no cohort's FFN has; None when there is one cohort with all rows in order.
-        ffn_put: Place of each token row among these; None as above.
+    Behind them are rows that no cohort's FFN has. Both orders are None for one cohort of all rows.
     """
 
-    cohorts: tuple[Cohort, ...]
+    cohorts: tuple[Cohort, ...]  # those that adapt FFN blocks too come first
     num_in_ffn: int
     device: torch.device
-    ffn_take: Tensor | None = None
-    ffn_put: Tensor | None = None
+    ffn_take: Tensor | None = None  # token row of each place
+    ffn_put: Tensor | None = None  # place of each token row
 
 
 def make_plan(

@@ -1,17 +1,19 @@
-"""Which family a model is of: its row in the table, or what its decoder layers look like.
+"""What a model's decoder layers look like, and whether adapters compute right on it.
 
 A layer is known by the names that its linear modules usually have. Names only suggest what a model
-computes, so a host tries one that has no row on a few tokens before it takes it: a LoRA on
-attention, and one on the FFN blocks, must give the logits that PEFT's would, those of the base
-model with `s·B(Ax)` added to each linear layer's output; a mixture whose experts do nothing must
-leave the logits as they are; hidden states through the head must give the logits, and so must a
-forward in two steps with a cache.
+computes, so a host tries one whose type is not in `FAMILIES` on a few tokens before it takes it: a
+LoRA on attention, and one on the FFN blocks, must give the logits that PEFT's would, those of the
+base model with `s·B(Ax)` added to each linear layer's output; a mixture whose experts do nothing
+must leave the logits as they are; hidden states through the head must give the logits, and so must
+a forward in two steps with a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,33 +24,48 @@ from loraloom.adapters import TRIALS
 from loraloom.adapters.base import FfnShape
 from loraloom.adapters.method import Adapter
 from loraloom.errors import LoraloomError, ModelError, shown
-from loraloom.models.families import EXPERTS, FAMILIES, Family, text_config
+from loraloom.models.families import EXPERTS, Family, text_config
 from loraloom.models.quantization import is_linear
 
-_ROWS_OF_TABLE = tuple(FAMILIES.values())
+# Types of models that tests compare with PEFT's layers and with their own blocks.
+FAMILIES = tuple(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 granite stablelm gpt_neox "
+    "smollm3 olmo olmo3 ministral ministral3 ernie4_5 exaone4 hunyuan_v1_dense seed_oss helium "
+    "hyperclovax glm glm4 starcoder2 nemotron arcee apertus jais2 cohere cohere2 nanochat lfm2 "
+    "qwen3_5_text mixtral qwen2_moe qwen3_moe olmoe gpt_oss gemma3 mistral3".split()
+)
 _ATTENTION_INPUTS = (
-    *dict.fromkeys(family.attention_inputs[0] for family in _ROWS_OF_TABLE),
+    *(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",)),
     *(("query", "key", "value"), ("wq", "wk", "wv"), ("Wqkv",)),
 )
-_ATTENTION_OUTPUTS = (
-    *dict.fromkeys(family.attention_inputs[1][0] for family in _ROWS_OF_TABLE),
-    *("wo", "Wo", "c_proj"),
-)
+_ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 _FFNS = (
-    *dict.fromkeys(f.ffn_shape for f in _ROWS_OF_TABLE if f.ffn_shape != EXPERTS),
+    FfnShape(("gate_proj", "up_proj"), "down_proj"),
+    FfnShape(("fc1",), "fc2"),
+    FfnShape(("gate_up_proj",), "down_proj"),
+    FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
+    FfnShape(("c_fc",), "c_proj"),
+    FfnShape(("up_proj",), "down_proj"),
+    FfnShape(("w1", "w3"), "w2"),
     FfnShape(("fc_in",), "fc_out"),
 )
-_ACTIVATIONS = (*dict.fromkeys(family.activation for family in _ROWS_OF_TABLE), "activation")
+_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 # Fields of a configuration that usually say what becomes of the head's logits.
 _LOGIT_FIELDS = {
     "logit_divisor": "logits_scaling",
     "logit_factor": "logit_scale",
     "logit_softcap": "final_logit_softcapping",
 }
+# What else they mean in some types; gemma3 ignores its own. What structure can't tell of others.
+_EXCEPTIONS = {
+    "hyperclovax": {"logit_divisor": "", "logit_factor": "logits_scaling"},
+    "gemma3": {"logit_softcap": ""},
+}
+_ACTIVATION_FUNCTIONS = {"lfm2": "silu"}
 
 
 def family_of(model: nn.Module) -> Family:
-    """Look a model's family up, or tell it by the model's structure."""
+    """Tell a model's family by its structure."""
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     if is_compiled or hasattr(model, "_orig_mod"):
         raise ModelError(
@@ -58,28 +75,6 @@ def family_of(model: nn.Module) -> Family:
     find_head = getattr(model, "get_output_embeddings", None)
     if find_head is None or find_head() is None:  # a classifier has other heads
         raise unsupported(model, "it has no head that gives logits of tokens")
-    family = FAMILIES.get(_model_type(model))
-    if family is None:
-        return _family_by_structure(model)
-    if family.layers not in (path for path, _ in model.named_modules()):
-        raise unsupported(model, f"it has no {family.layers}")
-    return family
-
-
-def unsupported(model: nn.Module, reason: str) -> ModelError:
-    linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
-    return ModelError(
-        f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "
-        f"like them (as a causal LM), got {shown(_model_type(model))} ({type(model).__name__}): "
-        f"{reason}; its linear modules are {', '.join(linears) or 'none'}"
-    )
-
-
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-
-
-def _family_by_structure(model: nn.Module) -> Family:
     config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise unsupported(model, "it has an encoder")
@@ -107,6 +102,7 @@ def _family_by_structure(model: nn.Module) -> Family:
     # Linear attention, which may have such projections too, comes last.
     block, inputs, output = min(attention, key=lambda one: "linear" in one[0])
     ffn, shape = _ffn(model, layers, described)
+    fields = _LOGIT_FIELDS | _EXCEPTIONS.get(_model_type(model), {})
     return Family(
         attention_inputs=(inputs, (output,)),
         ffn_shape=shape,
@@ -114,9 +110,21 @@ def _family_by_structure(model: nn.Module) -> Family:
         attention=block,
         ffn=ffn,
         activation=_activation(model, layers[0].get_submodule(ffn), shape),
-        in_table=False,
-        **{name: field for name, field in _LOGIT_FIELDS.items() if getattr(config, field, None)},
+        **{name: getattr(config, field, None) or None for name, field in fields.items()},
     )
+
+
+def unsupported(model: nn.Module, reason: str) -> ModelError:
+    linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
+    return ModelError(
+        f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "
+        f"like them (as a causal LM), got {shown(_model_type(model))} ({type(model).__name__}): "
+        f"{reason}; its linear modules are {', '.join(linears) or 'none'}"
+    )
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
 
 def _ffn(
@@ -136,8 +144,8 @@ def _ffn(
 
 
 def _activation(model: nn.Module, ffn: nn.Module, shape: FfnShape) -> str:
-    if shape == EXPERTS:
-        return ""
+    if shape == EXPERTS or _model_type(model) in _ACTIVATION_FUNCTIONS:
+        return _ACTIVATION_FUNCTIONS.get(_model_type(model), "")
     others = [name for name, _ in ffn.named_children() if name not in shape.names]
     named = [name for name in _ACTIVATIONS if callable(getattr(ffn, name, None))]
     if not named and len(others) != 1:
@@ -211,15 +219,25 @@ class _Trial:
     def _expected(self, adapter: Adapter) -> Tensor:
         """Draw an adapter's B, and compute the logits that PEFT's LoRA layers would give."""
         generator = torch.Generator().manual_seed(1)
-        tensors = adapter.tensors()
+        tensors, num_calls = adapter.tensors(), Counter[str]()
         for name, tensor in tensors.items():
             if name.endswith("lora_B"):
                 tensor.copy_(torch.empty(tensor.shape).normal_(std=_STD, generator=generator))
-        with _plain_updates(adapter, tensors) as num_calls:
+
+        def add_update(key: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            num_calls[key] += 1
+            A, B = (tensors[f"{key}.lora_{part}"] for part in "AB")
+            update = adapter.config.scaling * (args[0].to(A.dtype) @ A.T @ B.T)
+            return output + update.to(output.dtype)
+
+        with ExitStack() as hooks:
+            for projection in adapter.projections():
+                hook = partial(add_update, projection.key)
+                hooks.callback(projection.base.linear.register_forward_hook(hook).remove)
             expected = self.host.model(input_ids=self.ids).logits
-        for key, calls in num_calls.items():
-            if calls != 1:
-                reason = f"{key} computes {calls} times in a forward, not 1"
+        for key in (projection.key for projection in adapter.projections()):
+            if num_calls[key] != 1:
+                reason = f"{key} computes {num_calls[key]} times in a forward, not 1"
                 raise unsupported(self.host.model, reason)
         return expected
 
@@ -232,32 +250,3 @@ class _Trial:
                 f"{what} must be what the model itself computes within {self.most:g}, it is off by "
                 f"{error:.2g}",
             )
-
-
-@contextmanager
-def _plain_updates(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
-    """Add an adapter's updates to the outputs of linear layers; counts each one's calls."""
-    scaling = adapter.config.scaling
-    num_calls: dict[str, int] = {}
-
-    def hook_of(key: str) -> Any:
-        A, B = tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"]
-
-        def add_update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            num_calls[key] += 1
-            return output + (scaling * (args[0].to(A.dtype) @ A.T @ B.T)).to(output.dtype)
-
-        return add_update
-
-    handles = []
-    for layer in adapter.base_layers:
-        for projection in (*layer.attention.values(), *layer.ffn.values()):
-            if f"{projection.key}.lora_A" in tensors:
-                num_calls[projection.key] = 0
-                hook = hook_of(projection.key)
-                handles.append(projection.linear.register_forward_hook(hook))
-    try:
-        yield num_calls
-    finally:
-        for handle in handles:
-            handle.remove()

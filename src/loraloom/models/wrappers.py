@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
 
 from loraloom.adapters.base import FfnRows, FfnShape
 from loraloom.errors import ModelError
 from loraloom.models.extra_modules import own_outputs
-from loraloom.models.families import EXPERTS, Family, activation_of
+from loraloom.models.families import EXPERTS, Family
 from loraloom.models.forward import ForwardContext, Recomputation, current_forward
+from loraloom.models.layout import Segment
 from loraloom.models.quantization import (
     QuantisedLinear,
     check_computes,
@@ -67,7 +69,7 @@ class AttentionProjection:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         forward = current_forward(self.owner)
-        if forward is None or not forward.has_adapters:
+        if forward is None or not any(forward.adapters):
             return output
         with outside_autocast(output):
             if forward.stacked is not None:
@@ -118,13 +120,11 @@ class FfnBlock:
             )
         gate, up = self._base_inputs(hidden_states)
         layout = forward.layout
-        gates = layout.split(gate)
-        ups = [None] * len(gates) if up is None else layout.split(up)
+        inputs = [layout.split(values) for values in (hidden_states, gate)]
+        inputs.append([None] * len(layout.segments) if up is None else layout.split(up))
         with outside_autocast(gate):
-            parts = [
-                self._segment(forward, index, tokens, gates[index], ups[index])
-                for index, tokens in enumerate(layout.split(hidden_states))
-            ]
+            segments = zip(layout.segments, *inputs, strict=True)
+            parts = [self._segment(forward, *segment) for segment in segments]
         sizes = [len(part.hidden) for part in parts]
         hidden = parts[0].hidden if len(parts) == 1 else torch.cat([p.hidden for p in parts])
         output = self.output(hidden)
@@ -135,24 +135,19 @@ class FfnBlock:
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
 
     def _base_inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        first, *second = [linear(hidden_states) for linear in self.inputs]
         if self.shape.fused:
-            gate, up = self.inputs[0](hidden_states).chunk(2, dim=-1)
-            return gate, up
-        if len(self.inputs) == 1:
-            return self.inputs[0](hidden_states), None
-        return self.inputs[0](hidden_states), self.inputs[1](hidden_states)
+            first, *second = first.chunk(2, dim=-1)
+        return first, second[0] if second else None
 
-    def _segment(
-        self, forward: ForwardContext, index: int, hidden_states: Tensor, gate: Tensor, up: Any
-    ) -> FfnRows:
-        adapter = forward.adapters[index]
-        if adapter is None or not adapter.adapts_ffn(self.layer):
+    def _segment(self, forward: ForwardContext, segment: Segment, *inputs: Any) -> FfnRows:
+        hidden_states, gate, up = inputs
+        if segment.row is None or not segment.row[0].adapts_ffn(self.layer):
             hidden = self.act(gate)
             return FfnRows(hidden if up is None else hidden * up, lambda output: output)
-        tokens = forward.tokens(adapter, index, self.layer, gate.device)
-        row = (adapter, forward.layout.segments[index].scale)
-        weights = forward.forms.ffn(row, self.layer, gate.dtype)
-        return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)
+        tokens = forward.tokens(segment, self.layer, gate.device)
+        weights = forward.forms.ffn(segment.row, self.layer, gate.dtype)
+        return segment.row[0].ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)
 
 
 class OwnedModule:
@@ -168,21 +163,17 @@ class OwnedModule:
         forward = current_forward(self.owner)
         if forward is None or not forward.has_own(self.path):
             return self.base_forward(inputs)
-        parts = [
-            self._segment(forward, index, rows)
-            for index, rows in enumerate(forward.layout.split_rows(inputs))
-        ]
-        return forward.layout.join_rows(parts)
-
-    def _segment(self, forward: ForwardContext, index: int, inputs: Tensor) -> Tensor:
-        adapter = forward.adapters[index]
-        own = None if adapter is None else adapter.own_at(self.path)
-        if own is None:
-            return self.base_forward(inputs)
+        layout, parts = forward.layout, []
         dtype = next(self.module.parameters(recurse=False)).dtype
-        weights = forward.forms.own(own, dtype)
-        scale = forward.layout.segments[index].scale
-        return own_outputs(own, weights, self.module, inputs, scale)
+        for segment, rows in zip(layout.segments, layout.split_rows(inputs), strict=True):
+            adapter, scale = segment.row or (None, 1.0)
+            own = None if adapter is None else adapter.own_at(self.path)
+            if own is None:
+                parts.append(self.base_forward(rows))
+            else:
+                weights = forward.forms.own(own, dtype)
+                parts.append(own_outputs(own, weights, self.module, rows, scale))
+        return layout.join(parts)
 
 
 class Wiring:
@@ -201,13 +192,14 @@ class Wiring:
         for name, weight in quantised.items():
             check_computes(name, weight)
         self._model = model
-        self._undo: list[Callable[[], object]] = []
         modes = [(module, module.training) for module in model.modules()]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.eval()
         model.requires_grad_(False)
-        self.on_undo(lambda: [setattr(module, "training", mode) for module, mode in modes])
-        self.on_undo(lambda: [parameter.requires_grad_(True) for parameter in trainable])
+        self._undo: list[Callable[[], object]] = [
+            lambda: [setattr(module, "training", mode) for module, mode in modes],
+            lambda: [parameter.requires_grad_(True) for parameter in trainable],
+        ]
         for weight in quantised.values():
             self.on_undo(keep_layout(weight.linear))
             self._replace_forward(weight.linear, QuantisedLinear(weight))
@@ -222,7 +214,7 @@ class Wiring:
                         self.on_undo(handle.remove)
             if family.ffn_shape != EXPERTS:
                 ffn = layer.get_submodule(family.ffn)
-                act = activation_of(ffn, family)
+                act = getattr(ffn, family.activation, None) or ACT2FN[family.activation]
                 self._replace_forward(ffn, FfnBlock(self, index, ffn, family.ffn_shape, act))
             self._replace_forward(layer, DecoderLayer(self, layer))
         head = model.get_output_embeddings()
