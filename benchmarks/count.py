@@ -218,7 +218,7 @@ def _make_step(
     def step() -> None:
         out = host.hidden(tokens, adapters=["counted"] * len(tokens), training=True)
         loss = out.last_hidden_state.sum()
-        added = host.adapters["counted"].auxiliary_loss(out.routing.get("counted", []))
+        added = host.adapters["counted"].config.auxiliary_loss(out.routing.get("counted", []))
         (loss if added is None else loss + added).backward()
 
     return step

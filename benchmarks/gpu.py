@@ -148,7 +148,7 @@ def host_step(
         states = out.last_hidden_state[:, :-1].flatten(0, 1)
         loss = host.token_losses(states, tokens[:, 1:].flatten()).mean() * len(configs)
         for name in configs:
-            added = host.adapters[name].auxiliary_loss(out.routing.get(name, []))
+            added = host.adapters[name].config.auxiliary_loss(out.routing.get(name, []))
             loss = loss if added is None else loss + added
         loss.backward()
         for optimizer in optimizers:

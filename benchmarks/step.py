@@ -162,7 +162,7 @@ class JobSteps:
         losses = self._host.token_losses(states, rows[:, 1:].flatten())
         loss = losses.view(len(names), -1).mean(dim=1).sum()
         for name in names:
-            added = self._host.adapters[name].auxiliary_loss(out.routing.get(name, []))
+            added = self._host.adapters[name].config.auxiliary_loss(out.routing.get(name, []))
             loss = loss if added is None else loss + added
         loss.backward()
         for name in names:
