@@ -219,18 +219,19 @@ class _LeanFfn(torch.autograd.Function):
             for rows in outer:
                 states = rows.times(states)
             weight = None if slot_weights is None else piece.slot_weights(slot_weights)
+            if down_A is not None and piece.columns is not None:
+                down = piece.drop(states, keep_slots) @ piece.of_experts(down_A).T
+                down = piece.keep_rank(down)
+                down = down if block.dropout_scale == 1 else down * block.dropout_scale
+                piece.add_rank(unweighted, down)
+                if weight is not None:
+                    piece.add_rank(weighted, down * weight)
             if slots.apart:
                 piece.take_slots(hidden).copy_(states)
+            elif weight is not None and piece.copies:
+                piece.add(hidden, states.mul_(weight))
             else:
                 piece.add(hidden, states, weight)
-            if down_A is None or piece.columns is None:
-                continue
-            down = piece.drop(states, keep_slots) @ piece.of_experts(down_A).T
-            down = piece.keep_rank(down)
-            down = down if block.dropout_scale == 1 else down * block.dropout_scale
-            piece.add_rank(unweighted, down)
-            if weight is not None:
-                piece.add_rank(weighted, down * weight)
         ctx.block = block
         ctx.save_for_backward(*tensors, unweighted)
         return hidden, gate.new_empty(0) if weighted is None else weighted
@@ -298,7 +299,8 @@ class _Backward:
                 grad_weight += (grad_rank * piece.take_rank(self.unweighted)).sum(-1)
                 grad_rank = grad_rank * weight
             piece.put_slot_weights(self.grad_weights, grad_weight)
-            upstream = upstream * weight
+            # Slots don't stay apart where they are weighted here, so a piece's copy is its own.
+            upstream = upstream.mul_(weight) if piece.copies else upstream * weight
             add = upstream.addmm_
         if not is_adapted:
             return upstream
