@@ -11,12 +11,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from loraloom.adapters import MixLoraConfig
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.routes import top_k_routing
+from loraloom.routing.routes import TopK
 from tests.tiny import changed, router_loss
 
 
 def layer(logits: Tensor, top_k: int = 2, index: int = 0) -> LayerRouting:
-    return LayerRouting(index, logits, *top_k_routing(logits, top_k))
+    return LayerRouting(index, logits, *TopK(top_k)(logits))
 
 
 def by_hand(logits: Tensor, top_k: int) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.routes import top_k_routing
+from loraloom.routing.routes import TopK
 from loraloom.routing.tally import (
     RoutingTotals,
     effective_number,
@@ -25,7 +25,7 @@ from loraloom.routing.tally import (
 
 def layer(logits, top_k: int = 1, index: int = 0) -> LayerRouting:
     logits = torch.as_tensor(logits, dtype=torch.float32)
-    return LayerRouting(index, logits, *top_k_routing(logits, top_k))
+    return LayerRouting(index, logits, *TopK(top_k)(logits))
 
 
 def drawn(num_tokens: int, *sizes: int, top_k: int = 2) -> list[LayerRouting]:

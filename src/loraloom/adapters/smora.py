@@ -17,7 +17,7 @@ from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.adapters.method import AdapterConfig, Projection
 from loraloom.config.fields import CheckInfo
-from loraloom.routing.routes import router_logits, top_k_routing
+from loraloom.routing.routes import TopK, router_logits
 
 
 class SmoraConfig(RouterLossConfig, LowRankConfig):
@@ -76,6 +76,6 @@ class SmoraProjection(LoraProjection):
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh the token's ranks, and zero all others."""
         logits = router_logits(hidden_states, self.router.weight)  # (T, R)
-        selected, chosen = top_k_routing(logits, self.top_k)  # (T, K)
+        selected, chosen = TopK(self.top_k)(logits)  # (T, K)
         tokens.record_routing(logits, selected, chosen, self.path)
         return low_rank * torch.zeros_like(logits).scatter(1, selected, chosen).to(low_rank.dtype)

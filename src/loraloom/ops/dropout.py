@@ -88,6 +88,7 @@ class SampleNoise:
 
         def draw(part: Tensor, generator: torch.Generator) -> Tensor:
             words = torch.empty(-(-part.numel() // 4), dtype=torch.int64, device=self.device)
+            # All of int64's range, so that each of its four parts has all of int16's.
             words.random_(-(2**63), None, generator=generator)
             bits = words.view(torch.int16)[: part.numel()].view(part.shape)
             return torch.ge(bits, threshold, out=part)

@@ -127,6 +127,7 @@ class CombineSlots(torch.autograd.Function):
             weight = 1 if slot_weights is None else piece.slot_weights(slot_weights)
             grad_rows, of_bias, is_adapted = upstream, 0, piece.columns is not None
             if grad_scale is not None and is_adapted:
+                # The bias is in what g multiplies, and not in what c does.
                 grad_rows = torch.addcmul(upstream, piece.of_rows(excess), upstream)
                 of_bias = 0 if bias is None else upstream @ bias
                 piece.add_row_scale(grad_scale, upstream * rows * weight)

@@ -209,6 +209,7 @@ class _LeanFfn(torch.autograd.Function):
             hidden = gate.new_empty(slots.experts.numel(), gate.shape[1])
         else:
             hidden = slots.new_total(gate)
+        # Both are kept, as they are narrow: a weight, which may be 0, can't be divided out again.
         unweighted: Any = None if down_A is None else slots.new_rank_space(gate)
         weighted = unweighted
         if down_A is not None and slot_weights is not None:
@@ -270,6 +271,7 @@ class _Backward:
 
     def accumulate(self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor) -> None:
         inner, *outer = (projection.rows(piece) for projection in self.projections)
+        # A leaf of its own, so that the graph is as long as the activation.
         with torch.enable_grad():
             leaf = inner.value.detach().requires_grad_()
             activated = self.block.act(leaf)

@@ -290,6 +290,7 @@ def dora_norms(
     cross = products.to(lora_A.dtype).unflatten(1, (num_experts, rank)).transpose(0, 1)  # (E, O, R)
     gram = lora_A @ lora_A.transpose(1, 2)  # (E, R, R)
     squared = squared_norms + (lora_B * (2 * scaling * cross + scaling**2 * lora_B @ gram)).sum(-1)
+    # Where an update cancels a row of W, rounding may leave less than nothing of it.
     return squared.clamp_min(0).sqrt()
 
 

@@ -239,6 +239,7 @@ def sorted_pieces(
     groups = flat.div(size, rounding_mode="floor") + 1
     num_groups = num_experts // size
     counts = torch.bincount(groups, minlength=num_groups + 1).tolist()
+    # Stable, so that a group's rows come slot after slot, by which `drop` splits them.
     order = groups.argsort(stable=True)
     longest, start = _piece_rows(gate), 0
     for group, of_group in zip(range(-1, num_groups), order.split(counts), strict=True):

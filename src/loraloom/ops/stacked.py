@@ -216,6 +216,7 @@ class _Step:
             output = output + excess * weights.unweighted_bias
         if down is not None and self.down_rank is not None:
             if down.row_scale is None:
+                # In place: whoever gets the same tensor back need not join the cohorts' rows.
                 rows = output.view(len(down.B), -1, output.shape[-1])
                 rows.baddbmm_(self.down_rank.flatten(1, -2), down.B)
             else:
@@ -261,6 +262,7 @@ class _Step:
             return output
         update = _product(rank_input, side.B)
         if side.row_scale is None:
+            # Added to the update, which is the step's own: slots share the base's rows.
             return update.add_(output)
         factors = self._factors(side.row_scale)
         return decompose(output.expand_as(update), update, factors, side.bias)

@@ -33,13 +33,18 @@ class Route(ABC):
 
 @dataclass(frozen=True)
 class TopK(Route):
-    """See `top_k_routing`."""
+    """The top_k most probable experts, with their probabilities renormalised to sum to 1.
+
+    Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2.
+    """
 
     top_k: int
     sums_to_one = True
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        return top_k_routing(logits, self.top_k)
+        # Softmax keeps the order of the logits; its renormalised part is the softmax of that part.
+        chosen, selected = logits.topk(self.top_k, dim=-1)
+        return selected, chosen.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -187,17 +192,3 @@ def router_logits(
 ) -> Float[Tensor, "T E"]:
     """Compute `(hidden_states * jitter) @ router.T` in float32 (float64 for a float64 router)."""
     return _RouterLogits.apply(hidden_states, router, jitter)  # pyright: ignore
-
-
-def top_k_routing(
-    logits: Float[Tensor, "T E"], top_k: int
-) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """Choose each token's k most probable experts and renormalise their probabilities to sum 1.
-
-    Softmax keeps the order of the logits, and its renormalised part is the softmax of that part.
-
-    Source:
-        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2.
-    """
-    chosen, selected = logits.topk(top_k, dim=-1)
-    return selected, chosen.softmax(-1)

@@ -54,6 +54,7 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
         log_probabilities = record.router_logits.detach().log_softmax(-1)  # (T, E)
         probabilities = log_probabilities.exp()
         row[0] = len(log_probabilities)
+        # Widened once experts are summed up: over many tokens float32 would lose digits.
         row[1] = -(probabilities * log_probabilities).sum(-1).double().sum() / math.log(2)
         start = 2 + loads.shape[1]
         row[start : start + record.num_experts] = probabilities.sum(0)

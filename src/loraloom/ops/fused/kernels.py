@@ -145,6 +145,7 @@ def hidden_backward_kernel(
     total_up = tl.full((BLOCK_T, BLOCK_F), 0.0, tl.float32)
     for slot in range(0, num_slots):
         expert = _expert(experts, experts_slot, experts_row, slot, rows, rows_exist)
+        # All slots' numbers are more than 32 bits count.
         wide_slot = tl.cast(slot, tl.int64)
         in_slot = here + wide_slot * num_tokens * num_cols
         inner = _project(
