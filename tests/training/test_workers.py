@@ -33,7 +33,7 @@ def run_file(inputs, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_is_killed_and_the_weights_are_those_of_one_process(inputs):
-    assert cluster.compare_jobs(inputs, workers=2, steps=60)
+    assert cluster.compare_jobs(inputs, workers=2, steps=24)
 
 
 @pytest.mark.slow
