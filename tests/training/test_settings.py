@@ -179,7 +179,6 @@ def test_a_faulty_job_is_refused(settings, message):
     ("settings", "message"),
     [
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
-        ({"attn_implementation": "flash_attention_2", "dtype": "float32"}, "computes in 16 bits"),
         ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
         ({"jobs": [job(), job(name="A")]}, "must have names that differ, got 'a' again"),
     ],
