@@ -84,7 +84,7 @@ def test_split_limit_and_base_can_be_chosen(run, saved, tmp_path):
         ("--task arc_easy --split train", "no split 'train' there"),
         ("--task arc_easy --data nowhere", "nowhere"),
         ("--task arc_easy --adapter a=nowhere", "there is no nowhere"),
-        ("--task arc_easy --adapter nowhere", "--adapter must be name=path"),
+        ("--task arc_easy --adapter nowhere", "--adapter must be NAME=PATH"),
         ("--task arc_easy --base-model ./nowhere", "./nowhere"),
         ("--task arc_easy --output .", "--output must end in .json, .csv, got ."),
         ("--task arc_easy --num-fewshot 0", "--num-fewshot has an effect with --harness only"),

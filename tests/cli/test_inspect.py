@@ -20,7 +20,7 @@ def test_inspect_shows_method_sizes_and_norms(tmp_path, capsys, monkeypatch):
     save(tmp_path, MixLoraConfig(rank=4, alpha=8, num_experts=4, top_k=2))
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for text in ("MixLoRA", "num_experts: 4", "percent of base", "mlp.router", "mlp experts"):
+    for text in ("MixLoRA", '"num_experts": 4', "percent of base", "mlp.router", "mlp experts"):
         assert text in printed
 
 

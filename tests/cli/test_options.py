@@ -61,14 +61,13 @@ def test_of_an_option_given_twice_the_later_counts(verb):
         ("--dtype flaot32", "did you mean 'float32'?"),
         ("--device gpu", "error: device must be auto, cpu, cuda"),
         ("--attn-implementation flash", "sdpa"),
-        ("--adapter a", "error: --adapter must be name=path, got 'a'"),
+        ("--adapter a", "error: --adapter must be NAME=PATH, with a name"),
         ("--quantization nf5", "did you mean 'nf4'?"),
         ("--devcie cpu", "Did you mean --device?"),
-        ("--adapter =x", "error: --adapter must be name=path"),
-        ("--adapter law=", "error: --adapter must be name=path"),
+        ("--adapter law=", "got 'law='"),
         ("--adapter a/b=x", "error: name must be a safe file name"),
-        ("--adapter base=x", "name must differ from base"),
-        ("--adapter a=x --adapter a=y", "from other adapters' names"),
+        ("--adapter base=x", "neither base nor"),
+        ("--adapter a=x --adapter a=y", "got 'a=y'"),
     ],
 )
 def test_a_wrong_option_is_code_2(verb, capsys, words, message):

@@ -52,8 +52,7 @@ def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys
     assert "device must be one that this machine has" in capsys.readouterr().err
     assert cli.main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert cli.main([*words, "--resume"]) == 0  # all is done: it is evaluated and drawn again
+    assert cli.main([*words, "--overwrite"]) == 0
     again = capsys.readouterr().out
-    assert printed.count(" over questions\n") == again.count(" over questions\n")
     assert f"Taking the tiny base model in {output / 'base'}" in again
     assert made == [quickstart.BASE_STEPS]

@@ -67,7 +67,7 @@ def read(address, path):
             ["--allow-loading", "--no-api-key", "--host", "0.0.0.0"],
             "--allow-loading lets whoever asks replace adapters: give --admin-key-file",
         ),
-        (["--adapter", "nothing"], "--adapter must be name=path"),
+        (["--adapter", "nothing"], "--adapter must be NAME=PATH"),
     ],
 )
 def test_options_that_can_not_be_heeded_are_errors(saved, capsys, options, message):

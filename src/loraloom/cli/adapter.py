@@ -12,7 +12,6 @@ from rich.table import Table
 from loraloom.cli.options import Sets
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import apply_override
-from loraloom.errors import shown
 from loraloom.formats.description import describe
 from loraloom.models import converting
 from loraloom.terminal import make_console, make_table, print_tables
@@ -40,14 +39,9 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        given = ((name, one) for name, one in value.items() if one is not None)
-        return "\n".join(f"{n}: {shown(v) if isinstance(v, str) else _text(v)}" for n, v in given)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def convert(

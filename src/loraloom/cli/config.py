@@ -35,5 +35,3 @@ def show(run_file: Path, /, *, overrides: Sets = ()) -> None:
         print(f"# The sweep's {run.sweep.num_jobs} jobs:")
         for job in run.trials:
             print(f"# {job.name}")
-        if len(run.trials) < run.sweep.num_jobs:
-            print("# and those that tpe chooses in the course of the run")

@@ -8,18 +8,15 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.cli.options import Sets
-from loraloom.config.data import SourceConfig
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow, text_of_token
-from loraloom.errors import ConfigError, DataError, plain
+from loraloom.errors import DataError, plain
 from loraloom.models.loading import load_tokenizer
 from loraloom.terminal import make_console, make_table, print_tables
-from loraloom.training.settings import JobConfig, load_run_config
+from loraloom.training.settings import load_run_config
 
 WIDTH = 80
 COUNTS = ["rows", "empty", "cut", "dropped", "duplicates", "faulty"]
@@ -30,7 +27,6 @@ def show(
     /,
     *,
     overrides: Sets = (),
-    job: str | None = None,
     rows: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 2,
 ) -> None:
     """Check all rows of jobs, count them, and print the first as tokens, ^ under those learnt.
@@ -40,51 +36,36 @@ def show(
 
     Args:
         run_file: A base model and its jobs.
-        job: Check and show one job only.
         rows: Print N rows of each source, from its beginning.
     """
     run = load_run_config(run_file, overrides)
-    jobs = {one.name: one for one in run.all_jobs if job in (None, one.name)}
-    if not jobs:
-        names = ", ".join(one.name for one in run.all_jobs)
-        raise ConfigError(f"--job must be one of {names}, got {job!r}")
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")
     table = make_table("source", values=COUNTS)
     faults: list[str] = []
-    for one in jobs.values():
-        splits = [(source, "train") for source in one.data.sources]
-        splits += [(one.data.validation, "validation")] if one.data.validation else []
+    for job in run.all_jobs:
+        splits = [(source, "train") for source in job.data.sources]
+        splits += [(job.data.validation, "validation")] if job.data.validation else []
         for source, split in splits:
+            train, streaming = job.train, job.data.streaming and split == "train"
+            encoder = SourceEncoder(source, tokenizer, train.max_length, train.learns_from_pairs)
             try:
-                _check_source(one, source, split, tokenizer, rows, console, table)
+                limit = rows if streaming else None
+                found, encoded = encoder.read(split, limit, streaming=streaming)
+                for number, row in enumerate(encoded[:rows], start=1):
+                    name = f"{job.name}: {encoder.name}, row {number}"
+                    for line in _show_row(name, row, tokenizer):
+                        console.print(line, style="" if line.strip(" ^") else "bold green")
+                name = f"{job.name}: {Path(encoder.name).name}"
+                table.add_row(name, *map(str, _count(encoded)))
+                encoder.check(found, encoded)
             except DataError as error:
                 faults.append(str(error))
     console.print()
     print_tables(make_console(), [table])
     if faults:
         raise DataError("\n".join(dict.fromkeys(faults)))
-
-
-def _check_source(
-    job: JobConfig,
-    config: SourceConfig,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    num_shown: int,
-    console: Console,
-    table: Table,
-) -> None:
-    """Print a source's first rows and add its counts to the table."""
-    train, streaming = job.train, job.data.streaming and split == "train"
-    encoder = SourceEncoder(config, tokenizer, train.max_length, train.learns_from_pairs)
-    rows, encoded = encoder.read(split, num_shown if streaming else None, streaming=streaming)
-    for number, row in enumerate(encoded[:num_shown], start=1):
-        for line in _show_row(f"{job.name}: {encoder.name}, row {number}", row, tokenizer):
-            console.print(line, style="bold green" if line.lstrip(" ^") == "" else None)
-    table.add_row(f"{job.name}: {Path(encoder.name).name}", *map(str, _count(encoded)))
-    encoder.check(rows, encoded)
 
 
 def _count(rows: Sequence[EncodedRow]) -> tuple[int, ...]:

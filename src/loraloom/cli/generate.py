@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +13,11 @@ from pydantic import Field
 from typing_extensions import override
 
 from loraloom.cli.options import BASE, HostOptions, Text
-from loraloom.config.text import parse_json
+from loraloom.config.text import parse_json, read_text
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
-from loraloom.durable import append_text, prepare_output
+from loraloom.durable import append_text, cut_torn_line, prepare_output
 from loraloom.errors import ConfigError, shown
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
@@ -81,9 +79,6 @@ def generate(
     rows = [{**row, "adapter": prompt.adapter or BASE} for row, prompt in asked]
     check_sources(options, options.adapters)
     num_done = _count_done(options, rows)
-    if num_done == len(rows):
-        print(f"all {num_done} rows are in {options.output} already", file=sys.stderr)
-        return
     host, tokenizer = load_host(options, options.adapters)
     form = given_form(tokenizer, options.template, options.chat_template)
     requests = make_requests(host, tokenizer, prompts, sampling, raw=options.raw, prompt_form=form)
@@ -146,20 +141,15 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
 
 
 def _count_done(options: GenerateOptions, rows: Rows) -> int:
-    """Count the rows that an output has, and cut off what does not fill a batch."""
     path = options.output
     prepare_output(path, "--output")
     if path is None or not path.exists():
         return 0
     if not options.resume:
         raise ConfigError(f"--output {path} exists; pass --resume to continue it, or delete it")
-    lines = path.read_bytes().split(b"\n")[:-1]  # without a line that was torn
-    if len(lines) < len(rows):
-        # a batch is computed as a whole: rounding depends on its shape
-        del lines[len(lines) // options.batch_size * options.batch_size :]
-    done = [parse_json(line.decode(errors="replace"), str(path)) for line in lines]
+    cut_torn_line(path)
+    done = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
     texts = [row.get("completion") if isinstance(row, dict) else None for row in done]
     if [{**row, "completion": text} for row, text in zip(rows, texts, strict=False)] != done:
         raise ConfigError(f"--output {path} must begin with the rows of --input, got others")
-    os.truncate(path, sum(map(len, lines)) + len(lines))
-    return len(lines)
+    return len(done)

@@ -40,12 +40,10 @@ class HostOptions(BaseModelConfig):
         adapters: dict[str, str] = {}
         for text in self.adapter:
             name, _, path = text.partition("=")
-            if not name or not path:
-                raise ConfigError(f"--adapter must be name=path, got {text!r}")
-            if name == BASE or name in adapters:
+            if not (name and path) or name in (BASE, *adapters):
                 raise ConfigError(
-                    f"--adapter {text}: name must differ from base, which is the base model, and "
-                    "from other adapters' names"
+                    f"--adapter must be NAME=PATH, with a name that is neither {BASE} nor that of "
+                    f"another one, got {text!r}"
                 )
             adapters[check_name(name)] = path
         return adapters

@@ -8,7 +8,6 @@ from importlib.resources import files
 from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
@@ -39,7 +38,6 @@ def quickstart(
     *,
     output_dir: Path = Path("quickstart"),
     overwrite: bool = False,
-    resume: bool = False,
     max_steps: int = 800,
     device: str = "auto",
 ) -> None:
@@ -52,15 +50,13 @@ def quickstart(
     Args:
         output_dir: Write adapters, metrics and a page of results to this directory.
         overwrite: Replace an earlier quickstart's results.
-        resume: Go on where an interrupted quickstart was, if there is one.
         max_steps: Train for N steps.
         device: auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps.
     """
     console = make_console(soft_wrap=True)
-    again: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
     run = _run_config(output_dir, max_steps, device)
     find_device(device)  # one that isn't there is an error now, not minutes later
-    RunDirectory(run.output_dir).check(**again)
+    RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
     base = Path(run.base_model)
     if base.is_dir():
         console.print(f"Taking the tiny base model in {base}")
@@ -72,8 +68,9 @@ def quickstart(
     host = attach(model)
     names = [job.name for job in run.jobs]
     console.print(f"Training {len(names)} adapters on it, all in the same steps")
-    more: dict[str, Any] = {"base": (host, tokenizer), "command": "loraloom quickstart"}
-    results = train(run, progress=Progress(make_console()), **again, **more)
+    results = train(
+        run, overwrite=overwrite, progress=Progress(make_console()), base=(host, tokenizer)
+    )
     raise_failures(results)
     for name in names:
         host.load(name, run.output_dir / name)

@@ -126,7 +126,11 @@ def _serve_embedded(
         )
         app = create_app(engine, tokenizer, adapters, allowed)
         server = Server(app, engine)
-        _write_log("loraloom", "uvicorn.access")
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for name in ("loraloom", "uvicorn.access"):
+            logging.getLogger(name).addHandler(handler)
+            logging.getLogger(name).setLevel(logging.INFO)
         server.run([sock])
 
 
@@ -159,11 +163,3 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     print(f"cache: {limits.cache_tokens:,} tokens; at most {rows}")
     print(f"listening on http://{address}:{port}/v1", flush=True)
     return engine, adapters, tokenizer
-
-
-def _write_log(*names: str) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in names:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)

@@ -10,13 +10,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
-from rich.table import Table
 from typing_extensions import override
 
 from loraloom.cli.options import Sets
 from loraloom.config.fields import StrictModel
 from loraloom.errors import TrainingError
-from loraloom.terminal import make_console, make_table, print_tables
+from loraloom.terminal import make_console
 from loraloom.training import run as training
 from loraloom.training.inbox import WatchOptions
 from loraloom.training.parallel import read_launch
@@ -84,25 +83,17 @@ def train(
         ray_workers=options.ray_workers,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
-    if others:
-        print_tables(console, [_results_table(others)])
+    for one in results:
+        if run.sweep is None or not run.sweep.owns(one.job):
+            measured = "".join(f", {name} {value:.4f}" for name, value in one.metrics.items())
+            console.print(
+                f"{one.job} ({one.method}): {one.status}, step {one.steps}; its {one.weights} "
+                f"weights are in {one.directory}{measured}",
+                soft_wrap=True,
+            )
     if command := evaluation_command(run, results):
         console.print(f"\nEvaluate with:\n  {command}", soft_wrap=True)
     raise_failures(results)
-
-
-def _results_table(results: Sequence[JobResult]) -> Table:
-    metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
-    titles = ["method", "steps", "status", "weights", *metrics]
-    table = make_table("job", values=titles)
-    for result in results:
-        measured = (result.metrics.get(name) for name in metrics)
-        table.add_row(
-            *(result.job, result.method, str(result.steps), result.status, result.weights),
-            *("-" if value is None else f"{value:.4f}" for value in measured),
-        )
-    return table
 
 
 def raise_failures(results: Sequence[JobResult]) -> None:

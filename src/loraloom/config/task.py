@@ -19,8 +19,6 @@ from loraloom.config.data import Scoring
 from loraloom.config.fields import CheckInfo, StrictModel, checked
 from loraloom.config.text import read_settings
 
-AnswerKind = Literal["label", "index", "text"]
-Normalization = Literal["characters", "none"]
 Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 
 
@@ -74,14 +72,14 @@ class TaskConfig(StrictModel):
     """The choices' labels: the field that lists them, or a list; null for A, B, C, ..."""
     answer: Text
     """The right choice: a field, or a template."""
-    answer_is: AnswerKind = "label"
+    answer_is: Literal["label", "index", "text"] = "label"
     """Whether the answer is the choice's label, its index from 0, or its text."""
     continuation: Text | None = None
     """Template of what is scored in place of the choice. The prompt is then made for each choice,
     which its template sees as `choice`."""
     delimiter: str = " "
     """What stands between prompt and answer."""
-    normalization: Normalization = "characters"
+    normalization: Literal["characters", "none"] = "characters"
     """Scoring text: compare log-likelihoods per character (lm-eval's acc_norm), or sums (acc)."""
     group: Text | None = None
     """A field by which results are also given apart, a topic say."""
