@@ -9,7 +9,8 @@ compute form a constant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,18 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import first_fit
 from loraloom.models.host import Host
 from loraloom.models.quantization import stored_weights
+from loraloom.ops.token_loss import loss_workspace_bytes
+from loraloom.ranks import own_part
 from loraloom.training.job import Job
-from loraloom.training.rounds import (
-    _bytes_of,
-    _in_gb,
-    _loss_bytes,
-    _storages,
-    adapter_bytes,
-    base_bytes,
-)
 
 _TOKENS = 32
 _CPU_ALLOCATOR_SHARE, _ALLOCATOR_SHARE = 0.15, 0.05
@@ -230,3 +226,47 @@ def _learning_copies(job: Job, *, at_once: bool) -> float:
     earlier_gradients = int(train.micro_batch_size < train.batch_size)
     states = float(_OPTIMIZER_STATES.get(train.optimizer.removeprefix("paged_"), 2))
     return states + earlier_gradients + int(at_once) + 1
+
+
+def base_bytes(host: Host) -> int:
+    """Return the bytes of a base model's weights and buffers on this rank."""
+    return _bytes_of([*(w for _, w in stored_weights(host.model)), *host.model.buffers()])
+
+
+def adapter_bytes(host: Host) -> int:
+    """Return the bytes of the weights of all adapters on a host."""
+    return _bytes_of(w for adapter in host.adapters.values() for w in adapter.parameters())
+
+
+def _loss_bytes(host: Host, num_tokens: int, adapters: Sequence[Adapter]) -> int:
+    """Logits, or gradients of a layer: three of the FFN's width, eight of the model's."""
+    vocabulary = (host.config.hidden_size, host.config.vocab_size)
+    logits = loss_workspace_bytes(num_tokens, *vocabulary, host.dtype)
+    shapes = host.base.shapes.values()
+    elements = num_tokens * (3 * max(rows for rows, _ in shapes) + 8 * host.base.hidden_size)
+    if host.base.quantization is not None:  # its widest weight, dequantized
+        elements += max(map(math.prod, shapes))
+    heads = [adapter.own_at(host.base.head) for adapter in adapters]
+    sizes = [sum(map(Tensor.numel, head.parameters())) for head in heads if head is not None]
+    # A trained head in the base's dtype, its gradient in that, and in the weights'.
+    logits += max(sizes, default=0) * (2 * host.dtype.itemsize + torch.float32.itemsize)
+    return max(logits, elements * host.dtype.itemsize)
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(_storages(tensors).values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of this rank's storages by their identity."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        part = own_part(tensor)
+        storage = part.untyped_storage()
+        # A part of a file that is mapped into memory is a view of all of it.
+        sizes[storage._cdata] = storage.nbytes() if part is tensor else part.nbytes
+    return sizes
+
+
+def _in_gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

@@ -20,8 +20,7 @@ from loraloom import load_base_model
 from loraloom.config.data import DataConfig
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.training.settings import TrainConfig
-from loraloom.training.step.batch import MicroBatch, lay_out, padding_share
-from loraloom.training.step.window import StepOrder
+from loraloom.training.step.batch import MicroBatch, StepOrder, lay_out, padding_share
 
 CASES: dict[str, dict[str, bool]] = {
     "plain": {},

@@ -132,12 +132,6 @@ class Ranks(ABC):
         for parameter in () if self.is_first else parameters:
             parameter.grad = None
 
-    def check_alike(self, facts: dict[str, str]) -> list[str]:
-        """Name the facts that are not the same on all ranks."""
-        sent = self.gather(facts)
-        names = dict.fromkeys(name for one in sent for name in one)
-        return [name for name in names if len({one.get(name) for one in sent}) > 1]
-
 
 @final
 class Alone(Ranks):

@@ -14,10 +14,9 @@ from loraloom.models.host import Host
 from loraloom.ops.fused.expert_ffn import SWITCH
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.training.settings import SftConfig
-from loraloom.training.step.batch import MicroBatch
+from loraloom.training.step.batch import MicroBatch, Window
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.objectives import build_objective
-from loraloom.training.step.window import Window
 from tests import tiny
 from tests.ops.ffn_case import SHAPES, FfnCase, make_case, run
 from tests.training.toy import PAD_ID, toy_examples

@@ -104,5 +104,5 @@ def resumed(
     assert faults == []
     configs = [config for config in configs if config.name not in snapshot.done]
     engine = toy_engine(directory, configs, sets, **options)
-    engine.load_state(snapshot)
+    engine.begin(snapshot)
     return engine

@@ -98,7 +98,7 @@ def test_a_step_is_that_of_a_job(objective):
     report = job.accept(part, loss)
     step = client.optim_step(max_grad_norm=0.5)
     assert step.step == 1
-    assert step.grad_norm == pytest.approx(report.grad_norm)
+    assert step.grad_norm == pytest.approx(report["grad_norm"])
     assert_same(weights_of(client), weights_of(job))
 
 

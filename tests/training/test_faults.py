@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-import loraloom.training.engine as engine_module
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.training import rounds, store
 from loraloom.training.engine import Engine
 from loraloom.training.store import CheckpointStore
 from tests.tiny import relative_error
-from tests.training.running import Spoken, resumed
+from tests.training.running import resumed
 from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
 
 NO_SPACE = OSError(28, "No space left on device")
@@ -24,26 +24,23 @@ def measured(name: str, method: str = "lora", **settings):
 
 
 @pytest.fixture
-def spoken() -> Spoken:
-    return Spoken()
-
-
-@pytest.fixture
-def engine(tmp_path, spoken) -> Engine:
+def engine(tmp_path) -> Engine:
     """Two jobs, of which the first will be hit."""
-    return pair(tmp_path / "run", spoken)
+    return pair(tmp_path / "run")
 
 
-def pair(directory, spoken) -> Engine:
-    configs = [measured("hit", "mixlora"), measured("well", "dora", seed=1)]
-    sets = {name: toy_set(seed=seed, num_validation=3) for seed, name in enumerate(("hit", "well"))}
-    return toy_engine(directory, configs, sets, dtype=torch.float32, progress=spoken)
+CONFIGS = [measured("hit", "mixlora"), measured("well", "dora", seed=1)]
+SETS = {name: toy_set(seed=seed, num_validation=3) for seed, name in enumerate(("hit", "well"))}
+
+
+def pair(directory) -> Engine:
+    return toy_engine(directory, CONFIGS, SETS, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def unhurt(tmp_path_factory):
     """Weights of the second job where nothing happens to the first."""
-    engine = pair(tmp_path_factory.mktemp("unhurt"), Spoken())
+    engine = pair(tmp_path_factory.mktemp("unhurt"))
     well = engine.jobs["well"]
     engine.run()
     return weights_of(well)
@@ -114,42 +111,23 @@ def test_a_fault_that_the_base_model_has_too_ends_the_run(engine, tmp_path, monk
     assert {record.result for record in snapshot.jobs.values()} == {None}
 
 
-def test_a_job_whose_files_can_not_be_written_has_failed_and_can_be_resumed(
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
     engine, unhurt, tmp_path, monkeypatch
 ):
-    pair(tmp_path / "expected", Spoken()).run()
+    full = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", failing(torch.save, lambda *_: engine.round == 4, full))
+        with pytest.raises(TrainingError, match=r"can't be written to .*--resume goes on from"):
+            engine.run()
+    again = resumed(tmp_path / "run", CONFIGS, SETS, dtype=torch.float32)
+    assert again.round == 2
     is_hit = lambda directory, *_: directory.name == "hit"  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, NO_SPACE))
-        run_and_check_neighbour(engine, unhurt, "job hit: its files can't be written: OSError")
-    assert read_result(tmp_path / "run/hit").status == "failed"
-    snapshot, _ = CheckpointStore(tmp_path / "run/.checkpoints").newest()
-    assert snapshot.jobs["hit"].result is None
-    configs = [measured("hit", "mixlora"), measured("well", "dora", seed=1)]
-    again = resumed(tmp_path / "run", configs, {"hit": toy_set(num_validation=3)})
-    results = {result.job: result.status for result in again.run()}
-    assert again.round == 6
-    assert results == {"hit": "finished", "well": "finished"}
-
-
-def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_stays(
-    engine, unhurt, tmp_path, monkeypatch, spoken
-):
-    monkeypatch.setattr(engine_module, "CHECKPOINT_RETRY_S", 0.0)
-    store = tmp_path / "run/.checkpoints"
-    well, seen = engine.jobs["well"], []
-
-    def look(engine):
-        snapshot, _ = CheckpointStore(store).newest()
-        seen.append((engine.round, None if snapshot is None else snapshot.round))
-
-    full = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-    save = failing(torch.save, lambda *_: engine.round in (4, 5), full)
-    monkeypatch.setattr(torch, "save", save)
-    results = engine.run(look)
-    assert [result.status for result in results] == ["finished", "finished"]
-    assert dict(seen)[5] == dict(seen)[4] == 2
-    assert CheckpointStore(store).newest()[0].round == 6
-    assert sum("can't be written" in text for text in spoken.messages) == 2
+        with pytest.raises(ConfigError, match=r"output_dir must be where files .*No space left"):
+            again.run()
+    again = resumed(tmp_path / "run", CONFIGS, SETS, dtype=torch.float32)
+    well = again.jobs["well"]
+    assert [result.status for result in again.run()] == ["finished", "finished"]
     for name, weight in weights_of(well).items():
         assert torch.equal(weight, unhurt[name])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.training import setup as run_setup
+from loraloom.training import builder
 from tests.training.saved import run_settings, save_inputs
 
 
@@ -53,7 +53,7 @@ def test_a_base_model_goes_with_its_run(inputs, tmp_path, monkeypatch):
         loaded.extend([weakref.ref(host), weakref.ref(model)])
         return host
 
-    monkeypatch.setattr(run_setup, "attach", attach)
+    monkeypatch.setattr(builder, "attach", attach)
     loraloom.train(settings(inputs, tmp_path / "out"))
     gc.collect()
     assert [reference() for reference in loaded] == [None, None]

@@ -60,7 +60,6 @@ def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
     progress.stop()
     (line,) = printed(screen).splitlines()
     assert line.startswith("math: step 3/3, loss 2.0000, ")
-    assert "padding 20.0 %" in line
 
     screen, math = console(), job("math", 3)
     often = Progress(screen, interval_s=0.0)

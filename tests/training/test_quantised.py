@@ -10,7 +10,6 @@ import torch
 import yaml
 
 from loraloom.cli import main as cli
-from loraloom.training.step.optimizers import BITSANDBYTES
 from tests.tiny import METHODS
 from tests.training.saved import save_inputs
 from tests.training.toy import ADAPTERS, toy_config, toy_engine
@@ -65,7 +64,7 @@ def test_every_method_trains_is_evaluated_and_decodes(inputs, tmp_path, capsys, 
         assert json.loads((out / name / "result.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize("name", [name for name in BITSANDBYTES if "paged" not in name])
+@pytest.mark.parametrize("name", ["adamw_8bit", "ademamix_8bit", "lion_8bit"])
 def test_optimizers_of_8_bits_step_and_go_on_after_a_save(tmp_path, name):
     sizes = {"rank": 128}  # bitsandbytes keeps small tensors' states in 32 bits
     config = toy_config("a", ADAPTERS["lora"].model_copy(update=sizes), optimizer=name, max_steps=3)
@@ -75,7 +74,7 @@ def test_optimizers_of_8_bits_step_and_go_on_after_a_save(tmp_path, name):
     states = list(engine.jobs["a"].optimizer.state.values())
     assert any(state["state1"].dtype == torch.uint8 for state in states)
     again = toy_engine(tmp_path, [config], dtype=torch.float32)
-    again.load_state(again._directory.checkpoints.newest()[0])
+    again.begin(again._directory.checkpoints.newest()[0])
     for one in (engine, again):
         one.step()
     weights = [one.jobs["a"].adapter.tensors().values() for one in (engine, again)]

@@ -7,12 +7,12 @@ import torch
 
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.training import rounds
-from loraloom.training.rounds import RoundRunner, adapter_bytes, base_bytes
+from loraloom.training.rounds import RoundRunner
 from loraloom.training.run import train
 from loraloom.training.step.batch import MicroBatchLoss, lay_out
 from loraloom.training.step.fused import forward_backward
 from tests.tiny import relative_error
-from tests.training.running import assert_same_files, interrupted, matrix, resumed, trained_weights
+from tests.training.running import assert_same_files, interrupted, matrix, resumed
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.step.test_fused import OBJECTIVES, assert_same, without_router_loss
 from tests.training.toy import (
@@ -131,10 +131,9 @@ def small_machine(monkeypatch):
 
     monkeypatch.setattr(rounds, "forward_backward", limited)
     for name, fake in {
-        "_RESERVE_BYTES": 0,
-        "_bytes_of": lambda _: 0,
-        "_loss_bytes": lambda _, tokens, adapters: tokens,
-        "available_bytes": lambda _: 6100 - used[0],
+        "num_bytes": lambda _: 0,
+        "loss_workspace_bytes": lambda tokens, *_: tokens,
+        "free_bytes": lambda limit: 6100 - used[0],
     }.items():
         monkeypatch.setattr(rounds, name, fake)
     return killed
@@ -203,47 +202,11 @@ def test_shares_of_computed_tokens_follow_priorities(tmp_path, steps):
     assert min(levels) > 5 * 48
 
 
-def test_a_job_that_fits_no_step_is_refused_with_the_number_that_it_needs(tmp_path):
-    sets = {"big": toy_set(longest=9)}
-    longest = max(len(example.input_ids) for example in sets["big"].examples)
-    with pytest.raises(
-        ConfigError, match=rf"job big: max_tokens_per_step must hold .* {4 * longest} tokens"
-    ):
-        toy_engine(tmp_path, [toy_config("big")], sets, max_tokens_per_step=4 * longest - 1)
-    toy_engine(tmp_path, [toy_config("big")], sets, max_tokens_per_step=4 * longest)
-
-
-def test_jobs_that_the_checkpoint_does_not_know_do_not_get_ahead(tmp_path):
-    engine = toy_engine(tmp_path, [toy_config("a")], max_tokens_per_step=1000)
-    engine.step()
-    engine.save_state()
-    again = resumed(tmp_path, [toy_config("a"), toy_config("b")], max_tokens_per_step=1000)
-    a, b = (again.jobs[name].scheduler_pass for name in "ab")
-    assert a == b == engine.jobs["a"].scheduler_pass > 0
-
-
 def test_a_limit_without_room_for_what_is_loaded_is_refused_before_anything_is_written(tmp_path):
     settings = run_settings(save_inputs(tmp_path), tmp_path / "out")
     path = write_run_file(tmp_path / "run.yaml", {**settings, "memory_limit": "10kB"})
     with pytest.raises(
-        ConfigError, match=r"must fit into 0.00 GB \(memory_limit\), base model, adapters and"
+        ConfigError, match=r"memory_limit must hold what is loaded .*, got 0.00 GB; raise it"
     ):
         train(path)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_job_that_joins_must_fit_as_well(tmp_path):
-    alone = toy_engine(tmp_path / "alone", [toy_config("a")])
-    limit = base_bytes(alone.host) + 6 * adapter_bytes(alone.host)
-    engine = toy_engine(tmp_path / "out", [toy_config("a")], memory_limit=limit)
-    engine.step()
-    with pytest.raises(ConfigError, match=r"a step must fit into .* \(memory_limit\)"):
-        engine.add(add_job(engine.host, toy_config("b")))
-    assert list(engine.host.adapters) == ["a"]
-    assert not (tmp_path / "out/b").exists()
-    alone.step()
-    expected = trained_weights(alone)["a"]
-    assert all(
-        torch.equal(weights, expected[name])
-        for name, weights in trained_weights(engine)["a"].items()
-    )

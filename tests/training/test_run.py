@@ -197,7 +197,7 @@ def test_two_runs_do_not_write_to_one_directory(inputs, tmp_path, monkeypatch, o
     run = settings(inputs, tmp_path / "out")
     if options:
         killed(run, monkeypatch, 3)
-    with RunDirectory(run.output_dir).lock():
+    with RunDirectory(run.output_dir).opened(resume=bool(options), overwrite=False):
         before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")}
         with pytest.raises(ConfigError, match="no other run writes to"):
             train(run, **options)
@@ -340,14 +340,3 @@ def test_a_run_that_ends_with_an_error_leaves_a_given_host_as_it_was(inputs, tmp
     killed(run, monkeypatch, 2, base=(host, tokenizer))
     assert host.adapters == {}
     assert train(run, base=(host, tokenizer), resume=True)[0].steps == 4
-
-
-def test_a_snapshot_with_another_jobs_state_is_an_error(inputs, tmp_path, monkeypatch):
-    run = settings(inputs, tmp_path / "out", save_steps=1)
-    killed(run, monkeypatch, 3)
-    store = RunDirectory(run.output_dir).checkpoints
-    snapshot, _ = store.newest()
-    states = {name: {"weights": {}} for name in snapshot.jobs}
-    store.write(snapshot, states)
-    with pytest.raises(ConfigError, match="can't be used, the state of job plain is of something"):
-        train(run, resume=True)

@@ -12,35 +12,14 @@ import pytest
 from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
-from loraloom.training.step.batch import MicroBatchLoss, StepReport
+from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory
 from loraloom.training.tracking import (
     MetricsFile,
     open_tracker,
-    step_metrics,
 )
 from tests.training.running import Spoken
 from tests.training.toy import add_job, toy_config, toy_host, toy_set, toy_tokenizer
-
-
-def test_a_step_of_a_mixture_has_router_metrics_beside_those_of_all():
-    report = StepReport(3, 0.123456, MicroBatchLoss(1.5), 1e-3, 0.7, 420, 500)
-    assert step_metrics(report, 2.00049) == {
-        "step": 3,
-        "epoch": 0.1235,
-        "loss": 1.5,
-        "aux_loss": 0.0,
-        "learning_rate": 1e-3,
-        "grad_norm": 0.7,
-        "tokens": 420,
-        "computed_tokens": 500,
-        "seconds": 2.0,
-    }
-    loss = MicroBatchLoss(1.5, 0.02, 0.9, 0.1)
-    report = StepReport(1, 1.0, loss, 1e-3, 0.7, 42, 50, ("collapsed",))
-    metrics = step_metrics(report, 1.0)
-    assert (metrics["router/entropy"], metrics["router/load_cv"]) == (0.9, 0.1)
-    assert metrics["warnings"] == ["collapsed"]
 
 
 def test_tensorboard_drops_what_a_resumed_job_logs_again(tmp_path):
@@ -133,7 +112,8 @@ def tracked_engine(directory, tracker, progress=None, **train) -> Engine:
     job = add_job(host, toy_config("a", data=data, **train), toy_set(num_validation=2))
     builder, progress = JobBuilder(host, toy_tokenizer()), progress or Progress()
     directory = RunDirectory(directory)
-    return Engine(host, [job], builder, directory, progress, trackers=(tracker,))
+    run = RunConfig(base_model="tiny", output_dir=directory.path, trackers=(tracker,))
+    return Engine(host, [job], builder, directory, progress, run)
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(fakes, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from loraloom.training.engine import Engine
 from loraloom.training.job import Job
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
-from loraloom.training.settings import JobConfig
+from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
 from loraloom.training.store import RunDirectory
@@ -197,7 +197,8 @@ def toy_engine(
     jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
     tokenizer = toy_tokenizer()
     builder = JobBuilder(host, tokenizer)
-    return Engine(host, jobs, builder, RunDirectory(directory), progress or Progress(), **options)
+    run = RunConfig(base_model="tiny", output_dir=directory, **options)
+    return Engine(host, jobs, builder, RunDirectory(directory), progress or Progress(), run)
 
 
 def weights_of(job: Job) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts
+from loraloom.config.model import BaseModelConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.tasks import ChoiceQuestion, load_question_set, questions_digest
 from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_set
@@ -18,15 +18,30 @@ from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import read_adapter
 from loraloom.generation.scoring import label_log_probs
-from loraloom.models.host import Host
+from loraloom.models.host import Host, attach
 from loraloom.models.layout import check_takes_packed_rows
+from loraloom.models.loading import load_base_model
 from loraloom.training.job import Job
 from loraloom.training.settings import EvaluationConfig, JobConfig
-from loraloom.training.step.objectives import ScoredSamples, ask_references, load_reference
+from loraloom.training.step.objectives import (
+    ScoredSamples,
+    ask_references,
+    count_totals,
+    load_reference,
+)
 from loraloom.training.step.optimizers import make_loss_scale
-from loraloom.training.step.window import count_totals
 
 KEPT_TRAINING_SETS = 8
+
+
+Base = tuple[Host, PreTrainedTokenizerBase]
+
+
+def load_base(run: BaseModelConfig, device: str, *, is_sharded: bool = False) -> Base:
+    """Load a run's base model and attach a host to it."""
+    how = (run.dtype, device, run.attn_implementation, run.quantization)
+    model, tokenizer = load_base_model(run.base_model, *how, sharded=is_sharded)
+    return attach(model), tokenizer
 
 
 class JobBuilder:
@@ -40,7 +55,7 @@ class JobBuilder:
         self.questions: dict[EvaluationConfig, list[ChoiceQuestion]] = {}
         self._host = host
         self._tokenizer = tokenizer
-        self._sets: list[tuple[tuple[Any, ...], TrainingSet | StreamedSet]] = []
+        self._sets: dict[str, TrainingSet | StreamedSet] = {}
 
     def build(self, config: JobConfig) -> Job:
         """Put a job's adapter on the host, and read its data and what it is measured on."""
@@ -71,16 +86,17 @@ class JobBuilder:
     def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
         data, length = config.data, config.train.max_length
         as_pairs = config.train.learns_from_pairs
-        key = (data, length, config.seed, as_pairs)
-        for known, training_set in self._sets:
-            if known == key:
-                return training_set
+        key = repr((data, length, config.seed, as_pairs))
+        if key in self._sets:
+            return self._sets[key]
         common = (data, self._tokenizer, length, config.seed)
         if data.streaming:
             read = StreamedSet(*common, as_pairs=as_pairs)
         else:
             read = load_training_set(*common, as_pairs=as_pairs)
-        self._sets = [*self._sets[1 - KEPT_TRAINING_SETS :], (key, read)]
+        self._sets[key] = read
+        if len(self._sets) > KEPT_TRAINING_SETS:
+            del self._sets[next(iter(self._sets))]
         return read
 
     def input_digests(self, job: Job) -> dict[str, str]:

@@ -100,13 +100,17 @@ class TrainingClient:
         if any(client.host is host and client.name == name for client in _OPEN):
             raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
         self._optimizer_config = optimizer or OptimizerConfig()
-        optimizers.rehearse(self._optimizer_config, name)
         self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
         if prompt_form is not None:
             self.adapter.prompt = prompt_form
         self.parameters = dict(self.adapter.named_parameters())
-        self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
+        try:
+            self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
+        except BaseException:
+            if self._added:
+                host.remove(name)
+            raise
         self._loss_scale = optimizers.make_loss_scale(host)
         _OPEN.add(self)
 

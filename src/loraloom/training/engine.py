@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +18,8 @@ from loraloom.training.builder import JobBuilder
 from loraloom.training.job import Job
 from loraloom.training.progress import NOTICE, Interruption, Progress, Reporter
 from loraloom.training.results import JobResult, Status
-from loraloom.training.rounds import RoundRunner, Turn, check_fits, check_limit, choose_turns
+from loraloom.training.rounds import RoundRunner, Turn, choose_turns
+from loraloom.training.settings import RunConfig
 from loraloom.training.step.batch import padding_share
 from loraloom.training.step.fused import sum_gradients
 from loraloom.training.step.objectives import drop_reference, load_reference
@@ -29,8 +29,6 @@ from loraloom.training.store import (
     RunDirectory,
     describe_base,
 )
-
-CHECKPOINT_RETRY_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -53,32 +51,27 @@ class Engine:
         builder: JobBuilder,
         directory: RunDirectory,
         progress: Progress,
-        *,
-        trackers: tuple[str, ...] = ("jsonl",),
+        run: RunConfig,
         environment: Mapping[str, Any] | None = None,
-        max_tokens_per_step: int | None = None,
-        memory_limit: int | None = None,
-        keep_snapshots: int = 2,
     ):
         self.host = host
         self.jobs: dict[str, Job] = {}  # those that train, by name
         self.round = 0  # rounds done
         self._records: dict[str, JobRecord] = {}  # of every job of the run, in their order
-        self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs that couldn't be written
         self.builder = builder
         self._directory = directory
         self._environment = dict(environment or {})
-        self._max_tokens = max_tokens_per_step
-        self._memory_limit = memory_limit
-        self._keep = keep_snapshots
+        self._run = run
         self._is_checkpoint_due = False
-        self._no_checkpoint_before = 0.0
+        # Where several ranks train, the first one has files and speaks.
+        self._is_first = host.ranks.is_first
+        trackers = ["jsonl", *run.trackers] if self._is_first else []
         self._reporter = Reporter(directory, progress, trackers)
         self.interruption = Interruption(partial(self._reporter.message, NOTICE))
-        self._runner = RoundRunner(host, builder.pad_id, memory_limit, self._reporter.message)
+        say = self._reporter.message
+        self._runner = RoundRunner(host, builder.pad_id, run.memory_limit, say)
         self._started_at = time.monotonic()
         for job in jobs:
-            check_fits(job, max_tokens_per_step)
             self._enter(job)
 
     @property
@@ -97,28 +90,22 @@ class Engine:
 
     def run(self, *between_steps: Callable[[Engine], None]) -> list[JobResult]:
         with self._reporter.showing(self.jobs.values()), self.interruption:
-            is_ending = self._must_end()
-            while not is_ending:
+            while not self._must_end():
                 self._evaluate_due()
                 for job in [job for job in self.jobs.values() if job.is_complete]:
-                    if self._has_sound_weights(job) and self.close(job).error is None:
-                        directory = self._directory.job(job.name)
-                        self._reporter.message(f"{job.name}: done, {directory}")
+                    if self._has_sound_weights(job):
+                        self.close(job)
+                        self._reporter.message(f"{job.name}: done, {self._directory.job(job.name)}")
                 for callback in between_steps:
                     callback(self)
-                self.save_if_due(may_wait=bool(self.jobs))
-                is_ending = self._must_end()
-                if is_ending or not self.jobs:
+                self.save_if_due()
+                if not self.jobs or self._must_end():
                     break
                 self._evaluate_due()  # of jobs that have just joined
                 self.step()
-                is_ending = self._must_end()
-            if is_ending:
-                try:
-                    self.save_state()
-                    self._reporter.message("saved; --resume goes on from here")
-                except TrainingError as error:
-                    self._reporter.message(f"error: {error}; --resume goes on from the one before")
+            if self._must_end():
+                self.save_state()
+                self._reporter.message("saved; --resume goes on from here")
                 self.interruption.end()
         return list(self.results.values())
 
@@ -132,43 +119,33 @@ class Engine:
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
         """Let a job join, from its own newest checkpoint where jobs have such."""
-        ranks, checkpoint = self.host.ranks, self._own_checkpoint(job.name)
+        checkpoint = self._own_checkpoint(job.name)
         try:
             # What fails on one rank, the first one's files for example, fails on all.
-            with ranks.together():
+            with self.host.ranks.together():
                 if job.name.casefold() in map(str.casefold, self._records):
                     raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
-                check_fits(job, self._max_tokens)
-                check_limit(self.host, self._memory_limit)
                 # Another job that was held at it may have gone with it since this one was built.
                 load_reference(self.host, job.config.train.objective)
-                if checkpoint is None:
-                    self._directory.check_sources([job.config])
-                    self._directory.prepare_job(job.name, overwrite=overwrite)
-                else:
+                if checkpoint is not None:
                     self._check_inputs(checkpoint, [job])
                     self._go_on(job, checkpoint)
+                elif self._is_first:
+                    self._directory.check_sources([job.config])
+                    self._directory.prepare_job(job.name, overwrite=overwrite)
         except Exception:
             self.discard(job)
             raise
         self._enter(job, joined_later=True)
         self._is_checkpoint_due = True
-        try:
-            with ranks.together():
-                self._reporter.add(job)
-        except Exception as error:
-            self._fail(job, error)
+        self._reporter.add(job)
 
     def stop(self, name: str, reason: str) -> JobResult:
         """End a job now. Its files are written as at its end, with the reason in result.json."""
-        if name not in self.jobs:
-            running = ", ".join(self.jobs) or "none"
-            raise ConfigError(f"job must be one of those that train ({running}), got {name!r}")
         job = self.jobs[name]
         if self._has_sound_weights(job):
-            result = self.close(job, stop_reason=reason)
-            if result.error is None:
-                self._reporter.message(f"{name}: stopped after step {result.steps}: {reason}")
+            self.close(job, stop_reason=reason)
+            self._reporter.message(f"{name}: stopped after step {job.position.step}: {reason}")
         return self.results[name]
 
     def discard(self, job: Job) -> None:
@@ -186,7 +163,7 @@ class Engine:
                 self._fail(job, error)
         if not turns:
             return
-        turns = choose_turns(turns, self._max_tokens)
+        turns = choose_turns(turns, self._run.max_tokens_per_step)
         # A matter of the whole forward; gradients are the same.
         self.host.enable_gradient_checkpointing(
             any(job.config.train.gradient_checkpointing for job, _ in turns)
@@ -196,14 +173,14 @@ class Engine:
         for (job, micro_batch), outcome in zip(turns, outcomes, strict=True):
             try:
                 with self.host.ranks.together():
-                    report = job.accept(micro_batch, outcome)
+                    metrics = job.accept(micro_batch, outcome)
             except Exception as error:
                 self._fail(job, error)
                 continue
-            if report is not None:
-                self._reporter.step(job, report, self.seconds)
+            if metrics is not None:
+                self._reporter.step(job, metrics, self.seconds)
                 save_steps = job.config.train.save_steps
-                if save_steps is not None and report.step % save_steps == 0:
+                if save_steps is not None and job.position.step % save_steps == 0:
                     self._is_checkpoint_due = True
 
     def evaluate(self, jobs: Sequence[Job]) -> None:
@@ -218,14 +195,8 @@ class Engine:
                 with self.host.ranks.together():
                     if isinstance(outcome, Exception):
                         raise outcome
-                    if job.take_evaluation(outcome):
-                        try:
-                            self._directory.write_best(self.host, job)
-                        except (LoraloomError, OSError) as error:
-                            self._reporter.message(
-                                f"warning: job {job.name}: {error}; its best weights are kept, "
-                                "they are written at its end"
-                            )
+                    if job.take_evaluation(outcome) and self._is_first:
+                        self._directory.write_best(self.host, job)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -235,22 +206,11 @@ class Engine:
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
     ) -> JobResult:
-        """Write a job's files and take its adapter off the host.
-
-        A job whose files can't be written has failed; checkpoints still have a complete one.
-        """
+        """Write a job's files and take its adapter off the host."""
         name, result = job.name, self._result(job, error, stop_reason)
-        try:
-            self._directory.write_job(self.host, job, result)
-        except Exception as fault:
-            reason = f"its files can't be written: {_describe(fault)}"
-            result = self._result(job, f"{error or f'job {name}'}: {reason}", stop_reason)
-            self._reporter.message(f"error: {result.error}")
-            if not self._directory.is_read_only:
-                with suppress(OSError):
-                    result.write(self._directory.job(name))
-            if error is None and stop_reason is None:
-                self._unwritten[name] = job.state_dict()
+        with self.host.ranks.together():
+            if self._is_first:
+                self._directory.write_job(self.host, job, result)
         job.release()
         del self.jobs[name]
         self._records[name] = replace(self._records[name], result=result)
@@ -268,57 +228,45 @@ class Engine:
                 self.host.ranks.keep_at_first(job.adapter.parameters())
         # Before a job has begun, the seed says it all.
         states = {name: job.state_dict() for name, job in self.jobs.items() if job.has_begun}
-        states |= self._unwritten
-        journal, records = self._directory.sweep_journal, {}
-        try:
-            for name, record in self._records.items():
-                records[name] = replace(
-                    record,
-                    metrics_bytes=self._reporter.metrics_bytes(name),
-                    sha256=None,
-                    scheduler_pass=self.jobs[name].scheduler_pass if name in self.jobs else 0.0,
-                    result=None if name in self._unwritten else record.result,
-                )
-            journal_bytes = journal.stat().st_size if journal.exists() else 0
-        except OSError as error:
-            raise TrainingError(f"a checkpoint can't be written: {error}") from error
-        base = describe_base(self.host)
-        checkpoint = Checkpoint(self.round, self.seconds, base, records, journal_bytes)
-        self._directory.write_checkpoint(checkpoint, states, keep=self._keep if states else 1)
+        with self.host.ranks.together():
+            if self._is_first:
+                self._write_checkpoint(states)
         self._is_checkpoint_due = False
 
-    def save_if_due(self, *, may_wait: bool) -> None:
-        """Write a checkpoint if one is due. If that fails, the next try comes a minute later."""
-        is_too_early = may_wait and time.monotonic() < self._no_checkpoint_before
-        is_due = self.host.ranks.is_first and self._is_checkpoint_due and not is_too_early
-        if not self.host.ranks.any(is_due):
-            return
-        try:
+    def _write_checkpoint(self, states: Mapping[str, dict[str, Any]]) -> None:
+        sizes, journal = self._reporter.metrics_bytes, self._directory.sweep_journal
+        records = {
+            name: replace(record, metrics_bytes=sizes(name), sha256=None)
+            for name, record in self._records.items()
+        }
+        journal_bytes = journal.stat().st_size if journal.exists() else 0
+        base = describe_base(self.host)
+        checkpoint = Checkpoint(self.round, self.seconds, base, records, journal_bytes)
+        keep = self._run.keep_snapshots if states else 1
+        self._directory.write_checkpoint(checkpoint, states, keep=keep)
+
+    def save_if_due(self) -> None:
+        if self._is_checkpoint_due:
             self.save_state()
-        except TrainingError as error:
-            self._no_checkpoint_before = time.monotonic() + CHECKPOINT_RETRY_S
-            self._reporter.message(
-                f"warning: {error}; the one before is kept, the next try is in "
-                f"{CHECKPOINT_RETRY_S:.0f} s"
-            )
 
-    def load_state(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, also with the files; jobs that it doesn't know begin.
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from a checkpoint, also with the files, or write the first one.
 
-        Jobs that it calls done must not be on the host.
+        Jobs that it doesn't know begin. Those that it calls done must not be on the host.
         """
+        if checkpoint is None:
+            return self.save_state()
+        self._reporter.message(f"going on after {checkpoint.round} fused steps")
         saved = checkpoint.jobs
         self._check_inputs(checkpoint, list(self.jobs.values()))
         self.round = checkpoint.round
         self._started_at = time.monotonic() - checkpoint.seconds
-        passes = {name: r.scheduler_pass for name, r in saved.items() if r.result is None}
         for name, job in self.jobs.items():
-            job.scheduler_pass = passes.get(name, min(passes.values(), default=0.0))
             if name in saved:
                 self._go_on(job, checkpoint)
                 joined_later = saved[name].joined_later
                 self._records[name] = replace(self._records[name], joined_later=joined_later)
-            else:
+            elif self._is_first:
                 self._directory.prepare_job(name)
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
@@ -348,15 +296,10 @@ class Engine:
             if state is not None:
                 job.load_state_dict(state)
                 self.host.ranks.keep_at_first(job.parameters.values())
-            self._directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
+            if self._is_first:
+                self._directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
         except LoraloomError as error:
             raise ConfigError(f"job {job.name}: {error}") from error
-        except Exception as error:
-            # Whatever comes of a state of something else.
-            raise ConfigError(
-                f"checkpoint {checkpoint.directory} can't be used, the state of job {job.name} is "
-                f"of something else: {_describe(error)}; delete it to go on from the one before"
-            ) from error
 
     def _must_end(self) -> bool:
         # Signals come to the ranks one after the other.
@@ -419,9 +362,6 @@ class Engine:
         )
 
     def _enter(self, job: Job, *, joined_later: bool = False) -> None:
-        # Level with the one that is furthest behind.
-        passes = [other.scheduler_pass for other in self.jobs.values()]
-        job.scheduler_pass = min(passes, default=0.0)
         self.jobs[job.name] = job
         inputs = self.builder.input_digests(job)
         settings = job.config.model_dump(mode="json")

@@ -60,7 +60,7 @@ class Inbox:
         if time.monotonic() >= self._next_look:
             self.look()
         while not (engine.jobs or engine.interruption.requested or self._is_over()):
-            engine.save_if_due(may_wait=True)
+            engine.save_if_due()
             time.sleep(LOOK_S)
             self.look()
 

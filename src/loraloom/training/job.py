@@ -17,7 +17,14 @@ from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import RouterName
 from loraloom.routing.tally import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, JobConfig
-from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
+from loraloom.training.step.batch import (
+    MicroBatch,
+    MicroBatchLoss,
+    StepOrder,
+    StreamOrder,
+    Window,
+    add_counts,
+)
 from loraloom.training.step.objectives import Reference, build_objective
 from loraloom.training.step.optimizers import (
     LossScale,
@@ -28,7 +35,6 @@ from loraloom.training.step.optimizers import (
     learning_state,
     load_learning_state,
 )
-from loraloom.training.step.window import StepOrder, StreamOrder, Window
 
 
 @dataclass
@@ -53,7 +59,6 @@ class Job:
     Attributes:
         milestones: Steps after which it is evaluated, in addition to every eval_steps and its end.
         best: The weights of the best evaluation so far, on the CPU; None before there is one.
-        scheduler_pass: Its place in the queue for steps; see `choose_turns`.
     """
 
     def __init__(
@@ -88,7 +93,6 @@ class Job:
         self.best: dict[str, Tensor] | None = None
         self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
-        self.scheduler_pass = 0.0
         self._window: tuple[int, Window] | None = None
         self._proven: list[Tensor] | None = None
 
@@ -149,8 +153,11 @@ class Job:
 
     def accept(
         self, micro_batch: MicroBatch, loss: MicroBatchLoss | TrainingError
-    ) -> StepReport | None:
-        """Count a micro-batch whose gradient is there; after the last one of a step, make it."""
+    ) -> dict[str, Any] | None:
+        """Count a micro-batch whose gradient is there; after the last one of a step, make it.
+
+        Returns what a step did, as metrics.jsonl has it.
+        """
         if isinstance(loss, TrainingError):
             raise loss
         self._check_finite("loss", loss.loss + loss.aux_loss, self.position.step + 1)
@@ -165,7 +172,7 @@ class Job:
             return None
         return self._make_step(position.loss)
 
-    def _make_step(self, loss: MicroBatchLoss) -> StepReport:
+    def _make_step(self, loss: MicroBatchLoss) -> dict[str, Any]:
         learning_rate, position, scale = self.learning_rate, self.position, self.loss_scale
         if scale is not None:
             scale.unscale(self.parameters.values())
@@ -194,18 +201,27 @@ class Job:
         position.micro_step = 0
         position.loss = MicroBatchLoss(0.0)
         position.last_loss = loss.loss
-        return StepReport(
-            position.step,
-            self.order.epochs_after(position.step),
-            loss,
-            learning_rate,
-            grad_norm,
-            position.tokens,
-            position.computed_tokens,
-            self.collapse.take(position.step, loss.tokens_per_expert, self.config.adapter),
-            None if scale is None else scale.scale,
-            0 if scale is None else scale.skipped_steps,
-        )
+        metrics: dict[str, Any] = {
+            "step": position.step,
+            "epoch": round(self.order.epochs_after(position.step), 4),
+            "loss": loss.loss,
+            "aux_loss": loss.aux_loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens": position.tokens,
+            "computed_tokens": position.computed_tokens,
+        }
+        if scale is not None:
+            metrics |= {"loss_scale": scale.scale, "skipped_steps": scale.skipped_steps}
+            if not math.isfinite(grad_norm):
+                del metrics["grad_norm"]
+        if loss.router_entropy is not None:
+            metrics["router/entropy"] = loss.router_entropy
+            metrics["router/load_cv"] = loss.router_load_cv
+        chosen = loss.tokens_per_expert
+        if warnings := self.collapse.take(position.step, chosen, self.config.adapter):
+            metrics["warnings"] = list(warnings)
+        return metrics | loss.metrics
 
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
         """Take an evaluation after the last step; keep the weights if it is the best so far."""

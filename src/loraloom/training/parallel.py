@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from loraloom.errors import ConfigError, TrainingError
-from loraloom.models.loading import find_device
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
-from loraloom.training.settings import JobConfig
+from loraloom.training.settings import RunConfig
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
@@ -33,23 +32,39 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         rank, size = dist.get_rank(), dist.get_world_size()
         local = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
         return Launch(rank, size, *map(int, local))
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return Launch()
-    try:
-        rank, size, local_rank = (int(environment[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return Launch(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", size)))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            "RANK, WORLD_SIZE, LOCAL_RANK must be whole numbers where a launcher starts several "
-            f"processes: {type(error).__name__}: {error}; start with `torchrun --nproc-per-node N "
-            "-m loraloom train RUN.yaml`, or unset them to train in one process"
-        ) from error
+    rank, size, local_rank = (
+        int(environment.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    return Launch(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", size)))
 
 
-def rank_device(name: str, launch: Launch) -> str:
+def choose_device(
+    run: RunConfig, launch: Launch, *, is_loaded: bool = False, is_watching: bool = False
+) -> str:
+    """Choose a rank's device, and check that ranks can share a run."""
+    name = run.device
     if launch.size == 1:
         return name
-    kind = find_device(name).type
+    if run.sweep is not None or is_watching:
+        raise ConfigError(
+            f"{'--watch' if is_watching else 'sweep'} needs one process, got {launch.size} ranks; "
+            "start it without torchrun, or spread a sweep's jobs over devices with --ray"
+        )
+    if run.parallel.base == "fsdp" and (is_loaded or run.quantization):
+        raise ConfigError(
+            "parallel.base: fsdp takes a base model apart as it is loaded, in floating point, got "
+            f"{'one that is loaded: `base`' if is_loaded else 'quantization'}; leave that out, or "
+            "take base: replicated"
+        )
+    for job in run.all_jobs:
+        if not job.adapter.adds_up_over_ranks:
+            raise ConfigError(
+                f"job {job.name}: method {job.adapter.method} needs a single process, as its "
+                f"router loss joins all tokens, got {launch.size} ranks; start it without torchrun"
+            )
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    kind = found.type if name == "auto" else torch.device(name).type
     if kind not in _BACKENDS or (kind != "cpu" and name not in ("auto", kind)):
         raise ConfigError(
             f"device must be auto or one of {', '.join(_BACKENDS)} where several ranks train, as "
@@ -80,16 +95,7 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     # A process group that is there is used, and left as it is.
     is_ours = not dist.is_initialized()
     if is_ours:
-        try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            # torch's own errors of the network are the former.
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"rank {launch.rank} of {launch.size} can't join the others: {reason}; check that "
-                "MASTER_ADDR and MASTER_PORT name the first one, and that the network lets it "
-                "through"
-            ) from error
+        dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield ProcessRanks(backend, launch.local_size, in_lockstep=in_lockstep)
     except RankLost as lost:
@@ -97,12 +103,3 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     finally:
         if is_ours:
             dist.destroy_process_group()
-
-
-def check_adds_up(job: JobConfig, num_ranks: int) -> None:
-    """Check that a job can share its rows among so many ranks."""
-    if num_ranks > 1 and not job.adapter.adds_up_over_ranks:
-        raise ConfigError(
-            f"job {job.name}: method {job.adapter.method} needs a single process, as its "
-            f"router loss joins all tokens, got {num_ranks} ranks; start it without torchrun"
-        )

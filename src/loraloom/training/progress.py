@@ -6,7 +6,7 @@ import io
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -14,26 +14,23 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from loraloom.durable import sync
 from loraloom.errors import plain
 from loraloom.terminal import make_console
 from loraloom.training.job import Job, Position
-from loraloom.training.step.batch import StepReport, padding_share
 from loraloom.training.store import RunDirectory
-from loraloom.training.tracking import MetricsFile, Tracker, open_tracker, step_metrics
+from loraloom.training.tracking import MetricsFile, Tracker, open_tracker
 
 PLAIN_INTERVAL_S = 60.0
 NOTICE = "saving everything after this step; Ctrl-C again stops at once"
-_MAX_JOBS_OF_A_LINE = 12
-_FIELDS = ("loss", "tokens/s", "padding", "ETA")
 _HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
 
 
 class Progress:
-    """Shows a run to its user, live on a terminal, else a line a minute."""
+    """Shows a run to its user: bars on a terminal, else a line of each job a minute."""
 
     def __init__(self, console: Console | None = None, interval_s: float = PLAIN_INTERVAL_S):
         self._console = console or make_console(quiet=True)
@@ -43,70 +40,41 @@ class Progress:
             self._console.file.reconfigure(errors="backslashreplace")
         self._is_live = console is not None and console.is_terminal
         self._interval_s = interval_s
-        columns = [f"{name} {{task.fields[{name}]}}" for name in _FIELDS]
         self._bars = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            "{task.completed:.0f}/{task.total:.0f}",
-            *columns,
+            MofNCompleteColumn(),
+            "loss {task.fields[loss]} {task.fields[rate]} tokens/s ETA",
+            TimeRemainingColumn(),
             console=self._console,
             disable=not self._is_live,
             speed_estimate_period=120.0,
         )
         self._tasks: dict[str, Task] = {}
-        self._news: dict[str, str] = {}  # since the last plain line
-        self._shown_at = time.monotonic()
 
     def start(self) -> None:
         self._bars.start()
 
     def add(self, name: str, total_steps: int, position: Position) -> None:
-        fields: dict[str, Any] = dict.fromkeys(_FIELDS, "-")
-        fields["begun"] = position.step, position.tokens
+        now = time.monotonic()
+        fields = {"loss": "-", "rate": "-", "begun": (now, position.tokens), "told_at": now}
         self._bars.add_task(name, total=total_steps, completed=position.step, **fields)
         self._tasks[name] = self._bars.tasks[-1]
-        self._describe(name, position)
 
     def update(self, name: str, total_steps: int, position: Position) -> None:
-        self._bars.update(self._tasks[name].id, completed=position.step)
-        self._describe(name, position)
-        if self._is_live:
+        now, task = time.monotonic(), self._tasks[name]
+        began_at, tokens = task.fields["begun"]
+        rate = (position.tokens - tokens) / max(now - began_at, 1e-3)
+        fields: Any = {"loss": f"{position.last_loss:.4f}", "rate": f"{rate:.0f}"}
+        self._bars.update(task.id, completed=position.step, **fields)
+        if self._is_live or not (task.finished or now - task.fields["told_at"] >= self._interval_s):
             return
-        loss = self._tasks[name].fields["loss"]
-        self._news[name] = f"{name}: step {position.step}/{total_steps}, loss {loss}"
-        now = time.monotonic()
-        is_end = all(task.finished for task in self._bars.tasks)
-        if self._news and (is_end or now - self._shown_at >= self._interval_s):
-            self._shown_at = now
-            self.message(self._plain_line())
-            self._news.clear()
-
-    def _plain_line(self) -> str:
-        """Say how jobs get on: one in detail, or the steps and losses of several."""
-        fields = [self._tasks[name].fields for name in self._news]
-        longest = max((one["ETA"] for one in fields), key=lambda eta: (len(eta), eta))
-        rates = [float(one["tokens/s"]) for one in fields if one["tokens/s"] != "-"]
-        rate = f"{sum(rates):.0f}" if rates else "-"
-        lines = list(self._news.values())[:_MAX_JOBS_OF_A_LINE]
-        if len(fields) > len(lines):
-            lines.append(f"and {len(fields) - len(lines)} more jobs")
-        padding = f", padding {fields[0]['padding']}" if len(fields) == 1 else ""
-        return f"{'; '.join(lines)}, {rate} tokens/s{padding}, ETA {longest}"
-
-    def _describe(self, name: str, position: Position) -> None:
-        task = self._tasks[name]
-        first_step, first_tokens = task.fields["begun"]
-        rate, speed, remaining = "-", task.speed, task.time_remaining
-        if speed is not None and position.step > first_step:
-            tokens_per_step = (position.tokens - first_tokens) / (position.step - first_step)
-            rate = f"{speed * tokens_per_step:.0f}"
-        padding = padding_share(position.tokens, position.computed_tokens)
-        task.fields |= {
-            "loss": "-" if position.last_loss is None else f"{position.last_loss:.4f}",
-            "tokens/s": rate,
-            "padding": f"{100 * padding:.1f} %",
-            "ETA": "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))),
-        }
+        task.fields["told_at"] = now
+        remaining = timedelta(seconds=round(task.time_remaining or 0.0))
+        self.message(
+            f"{name}: step {position.step}/{total_steps}, loss {fields['loss']}, "
+            f"{fields['rate']} tokens/s, ETA {remaining}"
+        )
 
     def message(self, text: str) -> None:
         """Print a line, above the live ones."""
@@ -128,32 +96,29 @@ class Reporter:
     for each job.
     """
 
-    def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
+    def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: Sequence[str]):
         self.message = progress.message
         self._directory = directory
         self._progress = progress
-        self._tracker_names = [] if directory.is_read_only else ["jsonl", *tracker_names]
+        self._tracker_names = tracker_names
         self._trackers: dict[str, list[MetricsFile | Tracker]] = {}
         self._failing: set[tuple[str, str]] = set()
-        self._is_started = False
 
     @contextmanager
     def showing(self, jobs: Iterable[Job]) -> Iterator[None]:
         """Show jobs and log their metrics, within this context."""
-        self._is_started = True
         self._progress.start()
         try:
             for job in jobs:
                 self.add(job)
             yield
         finally:
-            self._is_started = False
             self._progress.stop()
             for name in list(self._trackers):
                 self.end(name)
 
     def add(self, job: Job) -> None:
-        if not self._is_started:
+        if job.name in self._trackers:  # it joined before the run began
             return
         directory, config = self._directory.job(job.name), job.config.model_dump(mode="json")
         trackers = self._trackers[job.name] = []
@@ -162,11 +127,11 @@ class Reporter:
                 trackers.append(open_tracker(name, directory, job.position.step + 1, config))
         self._progress.add(job.name, job.total_steps, job.position)
 
-    def step(self, job: Job, report: StepReport, seconds: float) -> None:
-        self._log(job.name, step_metrics(report, seconds))
-        if self._is_started:
+    def step(self, job: Job, metrics: Mapping[str, Any], seconds: float) -> None:
+        self._log(job.name, {**metrics, "seconds": round(seconds, 3)})
+        if job.name in self._trackers:
             self._progress.update(job.name, job.total_steps, job.position)
-        for warning in report.warnings:
+        for warning in metrics.get("warnings", ()):
             self.message(f"warning: job {job.name}, {warning}")
 
     def evaluation(self, job: Job, metrics: Mapping[str, float], seconds: float) -> None:

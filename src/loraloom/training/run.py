@@ -9,15 +9,14 @@ from typing import Any
 
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
-from loraloom.ranks import Ranks
-from loraloom.training.builder import JobBuilder
+from loraloom.training.builder import Base, JobBuilder, load_base
 from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
-from loraloom.training.parallel import joined_ranks, rank_device, read_launch
+from loraloom.training.parallel import choose_device, joined_ranks, read_launch
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig, load_run_config
-from loraloom.training.setup import Base, Setup, check_run, load_base, set_up
+from loraloom.training.setup import set_up
 from loraloom.training.store import RunDirectory
 
 # Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
@@ -74,46 +73,35 @@ def train(
     launch = read_launch()
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     options = {"resume": resume, "overwrite": overwrite}
-    is_sharded = run.parallel.base == "fsdp" and launch.size > 1
     if ray is not None:
         given = {"--watch": watch, "base": base, "between_steps": between_steps}
         given["torchrun"] = launch if launch.size > 1 else None
         if others := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"--ray does not go with {', '.join(others)}; leave one of them out")
-        from loraloom.training.workers import train_with_ray  # it needs Ray
-
-        return train_with_ray(run, ray, ray_workers, progress=progress, command=command, **options)
-    if is_sharded and (base or run.quantization):
-        raise ConfigError(
-            "parallel.base: fsdp takes a base model apart as it is loaded, in floating point, got "
-            f"{'quantization' if base is None else 'one that is loaded: `base`'}; leave that out, "
-            "or take base: replicated"
-        )
-    if launch.size > 1 and (run.sweep is not None or watch is not None):
-        raise ConfigError(
-            f"{'sweep' if watch is None else '--watch'} needs one process, got {launch.size} "
-            "ranks; start it without torchrun, or spread a sweep's jobs over devices with --ray"
-        )
-    device = rank_device(run.device, launch)
-    directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
-    check_run(run, directory, launch.size, **options)
+    device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
+    directory = RunDirectory(run.output_dir, by_job=ray is not None)
+    directory.check_sources(run.all_jobs)
     with ExitStack() as stack:
+        if launch.rank == 0:
+            stack.enter_context(directory.opened(**options))
+        if ray is not None:
+            from loraloom.training.workers import train_with_ray  # it needs Ray
+
+            how = {"resume": resume, "progress": progress, "command": command}
+            return train_with_ray(run, directory, ray, ray_workers, **how)
+        is_sharded = launch.size > 1 and run.parallel.base == "fsdp"
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
+        if base is not None:
+            stack.enter_context(_borrowed(base[0]))
         host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
-        stack.enter_context(_borrowed(host, ranks))
-        if resume and directory.has_checkpoints():
-            stack.enter_context(directory.lock())
+        host.ranks = ranks
         parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)
-        setup = set_up(*parts, resume=resume)
-        _check_alike(ranks, run, setup)
-        if setup.checkpoint is None:
-            stack.enter_context(directory.lock())
-            # Another run may have ended since.
-            directory.check(**options)
+        engine, checkpoint = set_up(*parts, resume=resume)
+        if checkpoint is None and ranks.is_first:
             directory.prepare([job.name for job in run.all_jobs])
-        setup.begin()
+        engine.begin(checkpoint)
         callbacks = list[Callable[[Engine], None]]()
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, engine.builder))
@@ -121,21 +109,22 @@ def train(
         if run.sweep is not None:
             from loraloom.training.sweep import Sweep  # it needs Optuna
 
-            sweep = Sweep(setup, 0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
+            begun = 0 if checkpoint is None else checkpoint.sweep_bytes
+            sweep = Sweep(run, engine, directory, progress, begun)
             callbacks.append(sweep.between_steps)
         if watch is not None:
-            inbox = Inbox(watch, setup.engine, progress.message)
+            inbox = Inbox(watch, engine, progress.message)
             callbacks.append(inbox.between_steps)
-        results = setup.engine.run(*callbacks)
+        results = engine.run(*callbacks)
         if sweep is not None:
             sweep.conclude()
         return results
 
 
 @contextmanager
-def _borrowed(host: Host, ranks: Ranks) -> Iterator[None]:
-    """Let ranks share a host's rows; an error or a signal leaves the host as it was."""
-    names, before, host.ranks = set(host.adapters), host.ranks, ranks
+def _borrowed(host: Host) -> Iterator[None]:
+    """Give a host back with its ranks; after an error or a signal, without the run's adapters."""
+    names, before = set(host.adapters), host.ranks
     try:
         yield
     except BaseException:
@@ -144,16 +133,3 @@ def _borrowed(host: Host, ranks: Ranks) -> Iterator[None]:
         raise
     finally:
         host.ranks = before
-
-
-def _check_alike(ranks: Ranks, run: RunConfig, setup: Setup) -> None:
-    """Check that all ranks are about to do the same."""
-    jobs, checkpoint = setup.engine.jobs.values(), setup.checkpoint
-    facts = {f"the data of job {job.name}": job.training_set.digest for job in jobs}
-    facts["the run file"] = run.model_dump_json(exclude={"output_dir"})
-    facts["the newest checkpoint"] = "" if checkpoint is None else checkpoint.directory.name
-    if different := ranks.check_alike(facts):
-        raise ConfigError(
-            f"all {ranks.size} ranks must have the same run, these differ: {', '.join(different)}; "
-            "let all machines see the same files, output_dir among them"
-        )

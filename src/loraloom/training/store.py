@@ -21,19 +21,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraloom.config.fields import check_name
-from loraloom.config.text import local_path, read_json
+from loraloom.config.text import read_json
 from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.card import model_card
@@ -51,7 +50,8 @@ _JOB_ENTRIES = (
     *SAVED_FILES,
     *(METRICS_FILE, RESULT_FILE, "checkpoints", TENSORBOARD_DIRECTORY, WANDB_DIRECTORY),
 )
-_CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
+# Older versions noted more of a job.
+_CHECKED = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,6 @@ class JobRecord:
     sha256: str | None = None  # of its file; None before the first step and after the end
     joined_later: bool = False  # it is none of the run file's
     inputs: dict[str, str] = field(default_factory=dict)  # see `Evaluation.input_digests`
-    scheduler_pass: float = 0.0  # its place in the queue for steps; see `choose_turns`
-    micro_batches: int = 0  # of older versions
     result: JobResult | None = None  # None while it trains
 
     __pydantic_config__ = _CHECKED
@@ -104,7 +102,6 @@ class CheckpointStore:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._damaged: set[Path] = set()
 
     def write(
         self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int = 2
@@ -126,35 +123,25 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:
             # On a full disk, torch.save raises a RuntimeError.
             raise TrainingError(
-                f"a checkpoint can't be written to {self.directory}: {error}"
+                f"a checkpoint can't be written to {self.directory}: {error}; make room, "
+                "--resume goes on from the one before"
             ) from error
-        with suppress(OSError):
-            whole = [path for path in self._newest_first() if path not in self._damaged]
-            for old in (*whole[keep:], *self._damaged):
-                remove(old)
-            self._damaged.clear()
+        for old in self.newest_first()[keep:]:
+            remove(old)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """Find the newest checkpoint that is whole, and what is wrong with newer ones."""
         faults: list[str] = []
-        for directory in self._newest_first():
+        for directory in self.newest_first():
             try:
                 return _read(directory), faults
             except (OSError, ValueError) as error:
                 reason = plain(str(error).partition("\n")[0])
-                self._damaged.add(directory)
                 faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
         return None, faults
 
-    def exists(self) -> bool:
-        """Whether there is any checkpoint, whole or not."""
-        return bool(self._numbered())
-
-    def clear(self) -> None:
-        for directory in self._newest_first():
-            remove(directory)
-
-    def _newest_first(self) -> list[Path]:
+    def newest_first(self) -> list[Path]:
+        """Checkpoints, whole or not."""
         return [path for _, path in sorted(self._numbered().items(), reverse=True)]
 
     def _numbered(self) -> dict[int, Path]:
@@ -194,6 +181,34 @@ def describe_base(host: Host) -> dict[str, Any]:
     }
 
 
+def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict[str, Any]) -> None:
+    """Check that a run goes on with the settings that it began with."""
+    changed = [f"base {name}" for name, value in base.items() if checkpoint.base.get(name) != value]
+    for job in jobs:
+        if job.name in checkpoint.jobs:
+            saved = as_of_now(checkpoint.jobs[job.name].settings)
+            # It changes no job's result.
+            now = job.model_dump(mode="json") | {"priority": saved.get("priority")}
+            changed += [f"job {job.name}: {change}" for change in describe_changes(saved, now)]
+    if changed:
+        raise ConfigError(
+            "--resume needs the settings that the run began with, these differ: "
+            f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
+        )
+
+
+def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what this version makes of a job's settings that an older one saved.
+
+    New settings have their defaults; those of `init: eva`, which is gone, had no effect otherwise.
+    """
+    adapter = {name: value for name, value in settings["adapter"].items() if name != "eva"}
+    try:
+        return JobConfig.model_validate({**settings, "adapter": adapter}).model_dump(mode="json")
+    except ValidationError:
+        return settings
+
+
 def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:
     """Say where settings differ, as `train.seed was 0 and is 1`."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -205,27 +220,17 @@ def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:
     ]
 
 
-def _by_its_owner(method: Callable[..., None]) -> Callable[..., None]:
-    """Leave a method to the process whose directory it is: the first rank."""
-
-    @wraps(method)
-    def owned(directory: RunDirectory, *args: Any, **options: Any) -> None:
-        if not directory.is_read_only:
-            method(directory, *args, **options)
-
-    return owned
-
-
 class RunDirectory:
     """Where a run's results go; with `by_job`, each job has checkpoints of its own."""
 
-    def __init__(self, path: Path, *, is_read_only: bool = False, by_job: bool = False):
+    def __init__(self, path: Path, *, by_job: bool = False):
         self.path = path
-        self.is_read_only = is_read_only
         self.by_job = by_job
         self.checkpoints = CheckpointStore(path / ".checkpoints")
         self.sweep_table = path / "sweep.csv"
         self.sweep_journal = path / "sweep.journal"
+        self._by_job = self.checkpoints.directory / "jobs"
+        self._lock_file = self.checkpoints.directory / ".lock"
         self._done: set[str] = set()  # with `by_job`, those whose last checkpoint is written
 
     def job(self, name: str) -> Path:
@@ -238,13 +243,11 @@ class RunDirectory:
         return self.path / name / METRICS_FILE
 
     def job_checkpoints(self, name: str) -> CheckpointStore:
-        return CheckpointStore(self.checkpoints.directory / "jobs" / name)
+        return CheckpointStore(self._by_job / name)
 
-    def has_checkpoints(self, *, by_job: bool | None = None) -> bool:
-        """Whether there are any, whole or not; by default, of the kind that the run makes."""
-        if self.by_job if by_job is None else by_job:
-            return any((self.checkpoints.directory / "jobs").glob("*/"))
-        return self.checkpoints.exists()
+    def has_checkpoints(self, *, by_job: bool) -> bool:
+        """Whether there are any of a kind, whole or not."""
+        return any(self._by_job.glob("*/")) if by_job else bool(self.checkpoints.newest_first())
 
     def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
         """Read what jobs go on from, and what is wrong with newer checkpoints.
@@ -263,7 +266,6 @@ class RunDirectory:
         files = {name: checkpoint.directory / f"{name}.pt" for name, checkpoint in found.items()}
         return replace(latest, jobs=records, files=files), faults
 
-    @_by_its_owner
     def write_checkpoint(
         self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int
     ) -> None:
@@ -277,19 +279,15 @@ class RunDirectory:
             self.job_checkpoints(name).write(alone, own, keep=1 if alone.done else keep)
             self._done |= alone.done
 
-    @_by_its_owner
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Check that the run may write here. Nothing is written."""
+        """Check that earlier results are not in a run's way."""
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other; give one")
         with self._writing():
-            existing = nearest_existing(self.path)
-            if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-                raise NotADirectoryError(f"{existing} is no directory that can be written to")
             entries = sorted(os.listdir(self.path)) if self.path.exists() else []
+        has = [self.has_checkpoints(by_job=by_job) for by_job in (False, True)]
         # A lock, or a checkpoint on its way when its writer was killed, is no result.
-        has_any = any(self.has_checkpoints(by_job=by_job) for by_job in (False, True))
-        if overwrite or not (has_any or {*entries} - {".checkpoints"}):
+        if overwrite or not (any(has) or {*entries} - {".checkpoints"}):
             return
         if not resume:
             raise ConfigError(
@@ -297,7 +295,7 @@ class RunDirectory:
                 f"{', '.join(entries[:3])}; name another, or give --resume to go on from its "
                 "checkpoints or --overwrite to replace the jobs' results"
             )
-        if not self.has_checkpoints():
+        if not has[self.by_job]:
             raise ConfigError(
                 f"--resume needs checkpoints of a run {'with' if self.by_job else 'without'} "
                 f"--ray, {self.path} has none; give --ray as that run did, name another "
@@ -313,7 +311,7 @@ class RunDirectory:
             if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
                 sources["train.objective.reference"] = objective.reference
             for setting, source in sources.items():
-                path = local_path(source, f"job {job.name}: {setting}").resolve()
+                path = Path(source).expanduser().resolve()
                 for replaced in (path, *path.parents):
                     if replaced in jobs_by_path:
                         raise ConfigError(
@@ -323,14 +321,15 @@ class RunDirectory:
                         )
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other runs out of the directory, until the end or the process's death."""
-        if self.is_read_only:
-            yield
-            return
-        lock = FileLock(self.checkpoints.directory / ".lock", timeout=0)
+    def opened(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Keep other runs out until the end or the process's death; see `check`.
+
+        Of a run that ends before it has written anything, no directory is left.
+        """
+        aside, lock = self.checkpoints.directory, FileLock(self._lock_file, timeout=0)
+        is_new = not self.path.exists()
         with self._writing():
-            self.checkpoints.directory.mkdir(parents=True, exist_ok=True)
+            aside.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire()
             except Timeout as error:
@@ -338,26 +337,28 @@ class RunDirectory:
                     f"output_dir must be one that no other run writes to, {self.path} is in use by "
                     "another; wait for its end, stop it, or name another directory"
                 ) from error
-            for directory in (self.path, self.checkpoints.directory):
-                remove_leftovers(directory)
         try:
+            self.check(resume=resume, overwrite=overwrite)
+            for directory in (self.path, aside):
+                remove_leftovers(directory)
             yield
         finally:
             lock.release()
+            if [*aside.iterdir()] == [self._lock_file]:
+                remove(aside)
+                if is_new:
+                    with suppress(OSError):  # it has something else
+                        self.path.rmdir()
 
-    @_by_its_owner
     def prepare(self, jobs: Sequence[str]) -> None:
         """Delete earlier results of these jobs, and all checkpoints of the run."""
+        for job in jobs:
+            self.prepare_job(job, overwrite=True)
+        sweep = (self.sweep_table, self.sweep_journal)
         with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.clear()
-            remove(self.checkpoints.directory / "jobs")
-            for file in (self.sweep_table, self.sweep_journal):
-                file.unlink(missing_ok=True)
-        for name in jobs:
-            self.prepare_job(name, overwrite=True)
+            for entry in (*self.checkpoints.newest_first(), self._by_job, *sweep):
+                remove(entry)
 
-    @_by_its_owner
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
         for file in () if overwrite else (RESULT_FILE, *SAVED_FILES):
@@ -371,7 +372,6 @@ class RunDirectory:
                 remove(self.job(name) / entry)
             remove_leftovers(self.job(name))
 
-    @_by_its_owner
     def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
         """Bring the files of a job back to where its checkpoint is."""
         # A killed run may have got further: with better weights, or to the job's end.
@@ -388,22 +388,21 @@ class RunDirectory:
             job.best = read_adapter(self.best(name), host.base)[1]
         self.write_best(host, job)
 
-    @_by_its_owner
     def write_best(self, host: Host, job: Job) -> None:
         assert job.best is not None, "an evaluation has chosen some"
         _write_adapter(self.best(job.name), host, job, job.best)
 
-    @_by_its_owner
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
         """Write a job's last weights, the adapter's files (the best, if any) and result.json."""
-        if job.best is not None:
-            # Again: what is there may be half of it.
-            self.write_best(host, job)
         last, best = job.adapter.tensors(), job.best
-        _write_adapter(self.best(job.name).with_name("last"), host, job, last)
-        card = _model_card(result, host, job)
-        _write_adapter(self.job(job.name), host, job, last if best is None else best, card)
-        result.write(self.job(job.name))
+        with self._writing():
+            if best is not None:
+                # Again: what is there may be half of it.
+                self.write_best(host, job)
+            _write_adapter(self.best(job.name).with_name("last"), host, job, last)
+            card = _model_card(result, host, job)
+            _write_adapter(self.job(job.name), host, job, last if best is None else best, card)
+            result.write(self.job(job.name))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -436,8 +435,3 @@ def _model_card(result: JobResult, host: Host, job: Job) -> str:
     config, prompt = job.adapter.config, job.adapter.prompt
     results = "\n".join(lines)
     return model_card(config, host.base, name=result.job, data=data, results=results, prompt=prompt)
-
-
-def nearest_existing(path: Path) -> Path:
-    """Return a path, or the directory above it that is nearest to it among those that exist."""
-    return next(one for one in (path, *path.absolute().parents) if one.exists())

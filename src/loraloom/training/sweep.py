@@ -26,7 +26,6 @@ from loraloom.training.job import Job, metric_mode
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
-from loraloom.training.setup import Setup
 from loraloom.training.store import RunDirectory, describe_changes
 from loraloom.training.sweep_settings import SweepConfig, SweepStoppingConfig, format_drawn
 
@@ -104,16 +103,26 @@ def show_ranking(sweep: SweepConfig, study: optuna.Study, progress: Progress) ->
 class Sweep:
     """A sweep whose jobs an engine trains: all, or its share as one of `place[1]` workers."""
 
-    def __init__(self, setup: Setup, journal_bytes: int | None, place: tuple[int, int] = (0, 1)):
-        assert setup.run.sweep is not None
-        self._setup = setup
-        self._engine = setup.engine
-        self._sweep = setup.run.sweep
-        self._study = open_study(setup.run, setup.directory, journal_bytes)
+    def __init__(
+        self,
+        run: RunConfig,
+        engine: Engine,
+        directory: RunDirectory,
+        progress: Progress,
+        journal_bytes: int | None,
+        place: tuple[int, int] = (0, 1),
+    ):
+        assert run.sweep is not None
+        self._run = run
+        self._engine = engine
+        self._directory = directory
+        self._progress = progress
+        self._sweep = run.sweep
+        self._study = open_study(run, directory, journal_bytes)
         self._place = place
         self._longest = 1
         self._written = list[dict[str, Any]]()
-        for job in setup.engine.jobs.values():
+        for job in engine.jobs.values():
             if self._sweep.owns(job.name):
                 self._prepare(job)
 
@@ -132,10 +141,10 @@ class Sweep:
         rows = rank_jobs(self._sweep, self._study)
         if rows != self._written:
             self._written = rows
-            write_output(self._setup.directory.sweep_table, DataFrame(rows).to_csv(index=False))
+            write_output(self._directory.sweep_table, DataFrame(rows).to_csv(index=False))
 
     def conclude(self) -> None:
-        show_ranking(self._sweep, self._study, self._setup.progress)
+        show_ranking(self._sweep, self._study, self._progress)
 
     def _own(self) -> list[tuple[FrozenTrial, str]]:
         """Return the trials that this worker has begun, with the names of their jobs."""
@@ -219,12 +228,12 @@ class Sweep:
         if name in self._engine.results or self._engine.recall(name):
             return self._report(trial, name)
         try:
-            job = self._engine.builder.build(self._setup.run.trial(trial.number, trial.params))
+            job = self._engine.builder.build(self._run.trial(trial.number, trial.params))
             self._prepare(job)
             self._engine.add(job, overwrite=True)
         except Exception as error:  # of memory, or of a library that makes initial weights
             self._study.tell(trial.number, state=TrialState.FAIL)
-            self._setup.progress.message(f"error: sweep: {name} can't train: {error}")
+            self._progress.message(f"error: sweep: {name} can't train: {error}")
 
 
 def _pruner(stopping: SweepStoppingConfig, longest: int) -> optuna.pruners.BasePruner:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextvars
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,42 +17,10 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from loraloom.durable import append_line, sync
-from loraloom.training.step.batch import StepReport
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_DIRECTORY = "wandb"
-
-Metrics = dict[str, float | int | list[str] | None]
-
-
-def step_metrics(report: StepReport, seconds: float) -> Metrics:
-    """Name what a step did, as metrics.jsonl has it.
-
-    Tokens, computed tokens (with padding) and seconds are totals; `loss` is the objective's over
-    the whole step, `aux_loss` the router losses with their coefficients.
-    """
-    loss = report.loss
-    metrics: Metrics = {
-        "step": report.step,
-        "epoch": round(report.epoch, 4),
-        "loss": loss.loss,
-        "aux_loss": loss.aux_loss,
-        "learning_rate": report.learning_rate,
-        "grad_norm": report.grad_norm,
-        "tokens": report.tokens,
-        "computed_tokens": report.computed_tokens,
-        "seconds": round(seconds, 3),
-    }
-    if report.loss_scale is not None:
-        metrics |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
-        if not math.isfinite(report.grad_norm):
-            del metrics["grad_norm"]
-    if loss.router_entropy is not None:
-        metrics |= {"router/entropy": loss.router_entropy, "router/load_cv": loss.router_load_cv}
-    if report.warnings:
-        metrics["warnings"] = list(report.warnings)
-    return metrics | loss.metrics
 
 
 class MetricsFile:

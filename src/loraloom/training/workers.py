@@ -20,10 +20,11 @@ from typing import Any
 from typing_extensions import override
 
 from loraloom.errors import ConfigError, TrainingError, shown
+from loraloom.training.builder import load_base
 from loraloom.training.progress import NOTICE, Interruption, Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig, RunConfig
-from loraloom.training.setup import check_run, load_base, set_up
+from loraloom.training.setup import set_up
 from loraloom.training.store import RunDirectory
 
 # How often Ray itself starts a lost worker again.
@@ -69,32 +70,30 @@ def train_share(
             f"{socket.gethostname()}; name a directory on a shared file system"
         )
     base, where = load_base(run, run.device), RunDirectory(run.output_dir, by_job=True)
-    setup = set_up(run, jobs, base, where, _Messages(queue), command, resume=True)
-    setup.begin()
+    progress = _Messages(queue)
+    engine, checkpoint = set_up(run, jobs, base, where, progress, command, resume=True)
+    engine.begin(checkpoint)
     if run.sweep is None:
-        return setup.engine.run()
+        return engine.run()
     from loraloom.training.sweep import Sweep  # it needs Optuna
 
-    return setup.engine.run(Sweep(setup, None, place).between_steps)
+    return engine.run(Sweep(run, engine, where, progress, None, place).between_steps)
 
 
 def train_with_ray(
     run: RunConfig,
+    directory: RunDirectory,
     address: str,
     num_workers: int | None,
     *,
     resume: bool,
-    overwrite: bool,
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
     """Train a run's jobs on the workers of a Ray cluster; see `train`."""
-    directory = RunDirectory(run.output_dir, by_job=True)
-    check_run(run, directory, resume=resume, overwrite=overwrite)
     progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
-    with connected(address) as ray, directory.lock():
-        if not (resume and directory.has_checkpoints()):
-            directory.check(resume=resume, overwrite=overwrite)  # another run may have ended since
+    with connected(address) as ray:
+        if not (resume and directory.has_checkpoints(by_job=True)):
             directory.prepare([job.name for job in run.all_jobs])
         results = _train_shares(ray, run, num_workers, directory, progress, command)
     places = {job.name: place for place, job in enumerate(run.all_jobs)}

@@ -13,10 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 from loraloom.data.tokens import Example, PreferencePair
 from loraloom.models.host import Host
 from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
-from loraloom.training.step.batch import MicroBatch
+from loraloom.training.step.batch import MicroBatch, Window
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.objectives import Reference, build_objective
-from loraloom.training.step.window import Window
 from tests.tiny import ALL_METHODS, changed, padded_mask
 
 PAD_ID = 0

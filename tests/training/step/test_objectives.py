@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
-from loraloom.training.step.objectives import ScoredSamples, build_objective
-from loraloom.training.step.window import StepTotals
+from loraloom.training.step.objectives import ScoredSamples, StepTotals, build_objective
 
 LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25, -4.0], dtype=torch.float64)
 NUM_LABELS = (2, 1, 1, 3)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.training.settings import TrainConfig
-from loraloom.training.step.window import StepOrder
+from loraloom.training.step.batch import StepOrder
 from tests.training.toy import toy_set
 
 

@@ -1,4 +1,4 @@
-"""A job's share of a fused step, what comes of it, and how the shares of all jobs lie in rows.
+"""A job's steps in windows of examples, its share of a fused step, and how shares lie in rows.
 
 Rows of all jobs have one length in a forward. A row is one sample, or several packed side by side:
 jobs that pack agree on the shortest of several lengths with which little is padded, as attention
@@ -9,25 +9,153 @@ Axes: N labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter
-from loraloom.data.tokens import Example, count_labels, first_fit
+from loraloom.data.tokens import (
+    Example,
+    TrainingExample,
+    count_labels,
+    first_fit,
+    group_by_length,
+)
+from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet
+from loraloom.errors import ConfigError
 from loraloom.routing.record import RouterName
 from loraloom.routing.tally import Choices
-from loraloom.training.step.objectives import Objective, Reference
-from loraloom.training.step.window import Window
+from loraloom.training.settings import TrainConfig
+from loraloom.training.step.objectives import Objective, Reference, StepTotals, count_totals
 
 _LENGTHS = 16
 _LITTLE_PADDING = 0.015
 
 # A job's rows; a row has the places of its samples among the micro-batch's examples.
 Rows = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The examples of one step.
+
+    The longest examples come first, so that a micro-batch has examples of similar lengths and
+    little padding. The epoch of streams is always 0, as their sample ids go on from pass to pass.
+    """
+
+    epoch: int
+    examples: tuple[TrainingExample, ...]
+    micro_batch_size: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        return math.ceil(len(self.examples) / self.micro_batch_size)
+
+    @cached_property
+    def totals(self) -> StepTotals:
+        return count_totals(self.examples)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Real tokens, over all micro-batches."""
+        return sum(len(row.input_ids) for example in self.examples for row in example.rows)
+
+    def micro_batch(self, index: int) -> tuple[Example, ...]:
+        """Return the rows of one forward; the two of a pair are next to each other."""
+        start = index * self.micro_batch_size
+        examples = self.examples[start : start + self.micro_batch_size]
+        return tuple(row for example in examples for row in example.rows)
+
+
+def longest_row(example: TrainingExample) -> int:
+    return max(len(row.input_ids) for row in example.rows)
+
+
+class StepOrder:
+    """Windows that are a function of the step alone, so that a job can begin anywhere."""
+
+    def __init__(self, training_set: TrainingSet, config: TrainConfig):
+        self.training_set = training_set
+        self.config = config
+        self.steps_per_epoch = math.ceil(training_set.epoch_length / config.batch_size)
+        self.total_steps = config.max_steps or (config.num_epochs or 1) * self.steps_per_epoch
+        self._order = lru_cache(maxsize=1)(self._make_order)
+
+    def window(self, step: int) -> Window:
+        """Return the examples of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.config.batch_size
+        indices = self._order(epoch)[start : start + self.config.batch_size]
+        return _make_window(epoch, [self.training_set.examples[i] for i in indices], self.config)
+
+    def epochs_after(self, step: int) -> float:
+        """Return the passes over the data, as a fraction, after so many steps."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        length = self.training_set.epoch_length
+        return epoch + min(place * self.config.batch_size, length) / length
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
+        """Do nothing: the step says it all."""
+
+    def _make_order(self, epoch: int) -> list[int]:
+        order = self.training_set.epoch_order(epoch)
+        if not self.config.group_by_length:
+            return order
+        lengths = [longest_row(self.training_set.examples[index]) for index in order]
+        return group_by_length(order, lengths, self.config.batch_size)
+
+
+class StreamOrder:
+    """Windows of streams, one after the other; each has batch_size examples."""
+
+    def __init__(self, training_set: StreamedSet, config: TrainConfig):
+        assert config.max_steps is not None, "streams need it"
+        self.training_set = training_set
+        self.config = config
+        self.total_steps = config.max_steps
+        # Of the step that was asked for last, and of the one after it.
+        self._positions: dict[int, StreamPosition] = {0: training_set.start}
+
+    def window(self, step: int) -> Window:
+        """Return the examples of a step: the last one that was asked for, or the one after it."""
+        position = self._positions[step]
+        examples, after = self.training_set.take(position, self.config.batch_size)
+        self._positions = {step: position, step + 1: after}
+        return _make_window(0, examples, self.config)
+
+    def epochs_after(self, step: int) -> float:
+        """Return how often the data was read to its end; parts of a pass can't be known."""
+        return float(self._positions[step].passes)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        position = self._positions[step]
+        return {"position": asdict(position), "block": self._begun_block(position)}
+
+    def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
+        position = StreamPosition.of(state["position"])
+        if state["block"] is not None and state["block"] != self._begun_block(position):
+            raise ConfigError(
+                "--resume needs the data that the run began with, the stream has changed since "
+                "where it was read last; put it back, or give --overwrite to begin again"
+            )
+        self._positions = {step: position}
+
+    def _begun_block(self, position: StreamPosition) -> str | None:
+        # At the beginning of a block, it may not have been read yet.
+        return self.training_set.block_digest(position) if position.taken else None
+
+
+def _make_window(epoch: int, examples: list[TrainingExample], config: TrainConfig) -> Window:
+    examples.sort(key=lambda example: -longest_row(example))
+    return Window(epoch, tuple(examples), config.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -126,26 +254,6 @@ def add_counts(first: Choices, second: Choices) -> dict[RouterName, list[int]]:
 
 def _add(left: float | None, right: float | None) -> float | None:
     return right if left is None else left if right is None else left + right
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a step of a job did.
-
-    `warnings` are new with it. A job without a `loss_scale` skips no steps; `grad_norm` is not
-    finite where it did.
-    """
-
-    step: int
-    epoch: float
-    loss: MicroBatchLoss
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    computed_tokens: int
-    warnings: tuple[str, ...] = ()
-    loss_scale: float | None = None
-    skipped_steps: int = 0
 
 
 def padding_share(tokens: int, computed_tokens: int) -> float:

@@ -72,7 +72,7 @@ def forward_backward(
     with ranks.together(), recovering(host.model):
         # One that is not finite makes no gradient of use, and would spoil those of others.
         finite = [
-            _scaled(share.loss + share.aux_loss, micro_batch.loss_scale)
+            (share.loss + share.aux_loss) * micro_batch.loss_scale
             for share, report, micro_batch in zip(shares, reports, micro_batches, strict=True)
             if math.isfinite(report.loss + report.aux_loss)
         ]
@@ -152,10 +152,6 @@ def _fetch(
             )
         reports.append(report)
     return reports
-
-
-def _scaled(loss: Tensor, scale: float) -> Tensor:
-    return loss if scale == 1 else loss * scale
 
 
 def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:

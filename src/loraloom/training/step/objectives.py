@@ -21,11 +21,30 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from loraloom.data.tokens import Example, TrainingExample
+from loraloom.data.tokens import Example, TrainingExample, count_labels
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig
-from loraloom.training.step.window import StepTotals
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What a step has in all its micro-batches; losses are divided by it.
+
+    Chosen labels are those of the first row of each example: a pair's chosen answer.
+    """
+
+    num_examples: int
+    num_labels: int
+    num_chosen_labels: int
+
+
+def count_totals(examples: Sequence[TrainingExample]) -> StepTotals:
+    return StepTotals(
+        num_examples=len(examples),
+        num_labels=sum(count_labels(row) for example in examples for row in example.rows),
+        num_chosen_labels=sum(count_labels(example.rows[0]) for example in examples),
+    )
 
 
 @dataclass(frozen=True)

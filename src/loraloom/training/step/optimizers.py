@@ -27,24 +27,6 @@ from loraloom.training.settings import (
     TrainConfig,
 )
 
-# Those of torch by their names in a run file.
-OPTIMIZERS: Mapping[str, type[Optimizer]] = {
-    name.lower(): getattr(torch.optim, name)
-    for name in "Adadelta Adafactor Adagrad Adam Adamax AdamW ASGD NAdam RAdam RMSprop Rprop "
-    "SGD".split()
-}
-
-# bitsandbytes' classes by their names in a run file, which are transformers'.
-BITSANDBYTES: Mapping[str, str] = {
-    "adamw_8bit": "AdamW8bit",
-    "ademamix_8bit": "AdEMAMix8bit",
-    "lion_8bit": "Lion8bit",
-    "paged_adamw_8bit": "PagedAdamW8bit",
-    "paged_adamw_32bit": "PagedAdamW32bit",
-    "paged_ademamix_8bit": "PagedAdEMAMix8bit",
-    "paged_lion_8bit": "PagedLion8bit",
-}
-
 Scheduler = LRScheduler | GreedyLR
 
 
@@ -56,28 +38,17 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
             f"memory it pages, got {device}; take "
             f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
         )
-    return _make_optimizer(config, parameter_groups(config, adapter), adapter.name)
-
-
-def rehearse(config: OptimizerConfig, name: str) -> None:
-    """Try a job's optimizer and schedule on a single weight, before anything is loaded."""
-    groups = [{"params": [Parameter(torch.ones(1))]}]
-    optimizer = _make_optimizer(config, groups, name)
-    if isinstance(config, TrainConfig):
-        build_scheduler(config, optimizer, config.max_steps or 1, "min", name)
-
-
-def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], name: str) -> Optimizer:
-    kind = OPTIMIZERS.get(config.optimizer)
-    if kind is None:
-        library = import_library("bitsandbytes", f"optimizer {config.optimizer}")
-        kind = getattr(library.optim, BITSANDBYTES[config.optimizer])
+    home = torch.optim
+    if config.optimizer.endswith("bit"):
+        home = import_library("bitsandbytes", f"optimizer {config.optimizer}").optim
+    classes = {name.lower(): value for name, value in vars(home).items() if isinstance(value, type)}
     arguments = {"lr": config.learning_rate, **config.optimizer_args}
     if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
         # An adapter has hundreds of small tensors.
         arguments.setdefault("fused", True)
-    with _raised_as_config_error(config, "optimizer", name):
-        return kind(groups, **arguments)
+    with _raised_as_config_error(config, "optimizer", adapter.name):
+        kind = classes[config.optimizer.replace("_", "")]
+        return kind(parameter_groups(config, adapter), **arguments)
 
 
 @contextmanager

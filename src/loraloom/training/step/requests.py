@@ -17,11 +17,16 @@ from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import Example, TrainingExample
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host
-from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
-from loraloom.training.step.objectives import Objective, ObjectiveTerms, Reference, ScoredSamples
+from loraloom.training.step.objectives import (
+    Objective,
+    ObjectiveTerms,
+    Reference,
+    ScoredSamples,
+    StepTotals,
+)
 from loraloom.training.step.optimizers import LossScale
-from loraloom.training.step.window import StepTotals, Window
 
 # From data, and log p of the labels of each row, to a scalar loss and metrics.
 LossFunction = Callable[
