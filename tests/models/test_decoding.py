@@ -154,19 +154,3 @@ def test_beams_and_returned_sequences_take_their_rows_adapter(returned):
         start = 7 - LENGTHS[row]
         rows = together[row * returned : (row + 1) * returned, start:]
         assert torch.equal(rows, alone(host, row, **kwargs))
-
-
-def test_rows_that_end_early_do_not_shift_the_others():
-    host, (ids, mask) = tiny_host(), prompts()
-    greedy = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY)
-    ending = int(greedy[2, 8])  # the second token that row 2 generates
-    out = host.generate(
-        ids,
-        attention_mask=mask,
-        adapters=NAMES,
-        **GREEDY | {"eos_token_id": ending, "pad_token_id": 0},
-    )
-    for row in range(6):
-        tokens = out[row, 7:].tolist()
-        length = tokens.index(ending) + 1 if ending in tokens else len(tokens)
-        assert tokens[:length] == greedy[row, 7 : 7 + length].tolist()

@@ -285,21 +285,12 @@ def test_a_format_that_nobody_knows_is_read_by_what_the_layer_computes():
         assert relative_error(one, other) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ("nf5", ConfigError, "quantization must be one of nf4, .*got 'nf5'; did you mean 'nf4'?"),
-        ("torchao-int4", ModelError, "torchao-int4 needs a CUDA device .*got cpu"),
-    ],
-)
-def test_what_cant_be_had_is_an_error_before_anything_is_loaded(
-    saved, monkeypatch, settings, error, message
-):
+def test_what_cant_be_had_is_an_error_before_anything_is_loaded(saved, monkeypatch):
     monkeypatch.setattr(
         loraloom.models.loading, "_read_model", lambda *_: pytest.fail("must not load")
     )
-    with pytest.raises(error, match=message):
-        loraloom.load_base_model(str(saved / "base"), quantization=settings)
+    with pytest.raises(ConfigError, match="got 'nf5'; did you mean 'nf4'"):
+        loraloom.load_base_model(str(saved / "base"), quantization="nf5")
 
 
 @pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])

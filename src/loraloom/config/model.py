@@ -36,16 +36,7 @@ Device = Annotated[str, AfterValidator(check_device)]
 
 # How the base model's weights are kept in fewer bits: by bitsandbytes (QLoRA's NF4 or FP4, with
 # scales in 8 bits, or LLM.int8), or by torchao, weights only.
-Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
-
-
-def check_fits_dtype(quantization: str | None, dtype: str | None) -> None:
-    """Hold a quantization against the base model's dtype."""
-    if quantization == "torchao-int4" and dtype not in ("auto", "bfloat16", None):
-        raise ConfigError(
-            f"quantization torchao-int4 computes in bfloat16 only, got dtype {dtype}; set dtype: "
-            "bfloat16, or take nf4"
-        )
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8"]
 
 
 class BaseModelConfig(StrictModel):
@@ -66,4 +57,3 @@ class BaseModelConfig(StrictModel):
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        check_fits_dtype(self.quantization, self.dtype)

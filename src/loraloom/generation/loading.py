@@ -20,7 +20,8 @@ from loraloom.models.quantization import check_quantization
 def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> None:
     """Find what can be found wrong before the base model is loaded; adapters' files by name."""
     find_source(model.base_model)
-    check_quantization(model.quantization, model.dtype, find_device(model.device))
+    find_device(model.device)
+    check_quantization(model.quantization)
     for path in adapters.values():
         read_stored(find_adapter(path))
 

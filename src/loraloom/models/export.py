@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,16 +93,17 @@ def export(
     check_target(path, form)
     if dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if form == "gguf":
         refuse_own_parts(adapter.config, f"adapter {name!r}", "be a GGUF adapter")
         architecture = architecture_of(host.base)
         described = (adapter, host.base, host.config, dtype)
-        _write(write_file, path, lambda aside: write_gguf_adapter(aside, *described))
+        write_file(path, lambda aside: write_gguf_adapter(aside, *described))
         return Export(path, form, architecture, path.stat().st_size, None)
     model = (_MoeModel if form == "moe" else _MergedModel)(host, adapter)
     options = (_with_prompts_of(adapter, tokenizer), DTYPES[dtype])
     measured: list[Any] = []
-    _write(write_directory, path, lambda aside: measured.extend(model.write(aside, *options)))
+    write_directory(path, lambda aside: measured.extend(model.write(aside, *options)))
     return Export(path, form, model.architecture, *measured)
 
 
@@ -114,14 +115,6 @@ def check_target(path: Path, form: ExportForm | None) -> None:
     is_empty_directory = path.is_dir() and not any(path.iterdir())
     if path.exists() and not is_empty_directory:
         raise ConfigError(f"the output must not be there yet, got {path}; choose another place")
-
-
-def _write(write: Callable[[Path, Callable], None], path: Path, fill: Callable) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, fill)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error}") from error
 
 
 def _with_prompts_of(

@@ -34,6 +34,7 @@ from loraloom.models.forward import (
     running,
 )
 from loraloom.models.layout import (
+    RowAdapter,
     RowAdapters,
     SampleLengths,
     check_takes_packed_rows,
@@ -442,7 +443,8 @@ class Host:
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
-        names = [None] * len(input_ids) if adapters is None else list(adapters)
+        names: list[RowAdapter] = [None] * len(input_ids)
+        names = names if adapters is None else list(adapters)
         cache = make_cache(self.config)
         session = Decoding(names, mask[:, :0], cache, prepared or PreparedWeights())
         self._advance(session, input_ids, mask, record)

@@ -148,9 +148,11 @@ def make_layout(
     sample_lengths: SampleLengths | None = None,
 ) -> Layout:
     """Lay rows out; of a padding mask, [B, …], the last columns are this forward's tokens."""
-    is_padding = isinstance(mask, Tensor) and mask.dim() == 2
-    mask = mask[:, -length:].cpu().bool() if is_padding else None
-    mask = None if mask is None or bool(mask.all()) else mask
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, -length:].cpu().bool()
+        mask = None if bool(mask.all()) else mask
+    else:
+        mask = None
     order = _grouped(adapters)
     samples = None
     if sample_keys is not None:

@@ -25,7 +25,6 @@ from loraloom.config.model import (
     AttnImplementation,
     BaseDtype,
     check_device,
-    check_fits_dtype,
 )
 from loraloom.config.text import local_path
 from loraloom.durable import cache_directory, write_directory
@@ -148,7 +147,7 @@ def load_base_model(
             in none.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
-        quantization: nf4, fp4, int8, torchao-int8 or torchao-int4; None for none, or what a
+        quantization: nf4, fp4, int8 or torchao-int8; None for none, or what a
             quantised checkpoint has.
         sharded: Read this rank's part of the weights alone; all ranks of torch.distributed's
             default group call this.
@@ -160,7 +159,7 @@ def load_base_model(
     """
     source = find_source(name)
     place = find_device(device)
-    check_quantization(quantization, dtype, place)
+    check_quantization(quantization)
     if source.kind == "hub":
         source = _ask_hub(source)
     checkpoint = _read_config(source)
@@ -182,7 +181,6 @@ def load_base_model(
             )
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
-        check_fits_dtype(quantization, str(chosen).removeprefix("torch."))
         options["quantization_config"] = transformers_config(quantization, chosen)
     with quiet():
         tokenizer = _load_tokenizer(name, source)

@@ -26,12 +26,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraloom.adapters.base import QuantisedWeight
 from loraloom.config.fields import did_you_mean
-from loraloom.config.model import Quantization, check_fits_dtype
+from loraloom.config.model import Quantization
 from loraloom.errors import ConfigError, ModelError, shown
 
 
-def check_quantization(quantization: str | None, dtype: str, device: torch.device) -> None:
-    """Find out whether a model can be quantised so here, before anything is loaded."""
+def check_quantization(quantization: str | None) -> None:
+    """Find out whether a model can be quantised so, before anything is loaded."""
     if quantization is None:
         return
     if quantization not in (names := get_args(Quantization)):
@@ -41,13 +41,6 @@ def check_quantization(quantization: str | None, dtype: str, device: torch.devic
         )
     library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
     import_library(library, "this quantization")
-    check_fits_dtype(quantization, dtype)
-    on_cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if quantization == "torchao-int4" and not on_cuda:
-        raise ModelError(
-            "quantization torchao-int4 needs a CUDA device of capability 8.0 or higher, got "
-            f"{device}; take torchao-int8, or nf4"
-        )
 
 
 def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str | None) -> None:
@@ -76,14 +69,10 @@ def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationCo
             )
         case "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig
 
     # torchao would change settings of torch.compile for the whole process.
-    options: dict[str, Any] = {"set_inductor_config": False}
-    if quantization == "torchao-int8":
-        return TorchAoConfig(Int8WeightOnlyConfig(**options))
-    options |= {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}
-    return TorchAoConfig(Int4WeightOnlyConfig(**options))
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
 
 
 def import_library(name: str, purpose: str) -> ModuleType:

@@ -121,9 +121,9 @@ class FfnBlock:
         gate, up = self._base_inputs(hidden_states)
         layout = forward.layout
         inputs = [layout.split(values) for values in (hidden_states, gate)]
-        inputs.append([None] * len(layout.segments) if up is None else layout.split(up))
+        ups = [None] * len(layout.segments) if up is None else layout.split(up)
         with outside_autocast(gate):
-            segments = zip(layout.segments, *inputs, strict=True)
+            segments = zip(layout.segments, *inputs, ups, strict=True)
             parts = [self._segment(forward, *segment) for segment in segments]
         sizes = [len(part.hidden) for part in parts]
         hidden = parts[0].hidden if len(parts) == 1 else torch.cat([p.hidden for p in parts])
