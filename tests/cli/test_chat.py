@@ -64,9 +64,8 @@ def test_the_same_seed_gives_the_same_answers(saved, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/adapter nobody", "error: name some of base, lora, mixlora, got 'nobody'"),
-        ("/adapter", "error: name some of base, lora, mixlora, got ''"),
-        ("/compare lora lora", "error: name some of base, lora, mixlora, got 'lora lora'"),
+        ("/adapter nobody", "error: name some of base, lora, mixlora, got ['nobody']"),
+        ("/adapter", "error: name some of base, lora, mixlora, got []"),
         ("/nothing", "/reset             forget what was said"),
         ("a " * 300, "error: the prompt and max_tokens must have at most"),
     ],

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -116,10 +115,3 @@ def test_wrong_usage_is_code_2(argv):
 def test_the_nearest_verb_is_offered(capsys):
     assert cli.main(["inspec"]) == 2
     assert "inspect" in capsys.readouterr().err
-
-
-def test_every_verb_is_where_the_table_says():
-    for place, summary in cli.VERBS.values():
-        module, _, name = str(place).partition(":")
-        assert hasattr(import_module(f"loraloom.cli.{module}"), name)
-        assert summary.endswith(".")

@@ -27,20 +27,6 @@ def verb(monkeypatch):
     return lambda *argv: cli.main(["load", *argv])
 
 
-def test_options_have_defaults(verb):
-    assert verb("--base-model", "smollm2-135m") == 0
-    assert SEEN == {
-        "base_model": "smollm2-135m",
-        "adapter": (),
-        "adapters": {},
-        "dtype": "auto",
-        "device": "auto",
-        "attn_implementation": None,
-        "quantization": None,
-        "paths": None,
-    }
-
-
 def test_options_are_read(verb):
     words = "a b --base-model m --adapter a=x --adapter b=y/z=1 --dtype bfloat16 --device cuda:0"
     assert verb(*words.split(), "--attn-implementation", "eager") == 0

@@ -17,11 +17,6 @@ def test_a_mix_is_its_sources():
     assert [source.dataset for source in data.sources] == [None, "alpaca.jsonl"]
 
 
-def test_a_task_may_be_a_file_whose_scoring_is_its_own():
-    assert SourceConfig(task="tasks/quiz.yaml").scoring is None
-    assert SourceConfig(task="quiz.yml", scoring="text", path="data").scoring == "text"
-
-
 def test_a_task_is_scored_by_label_by_default():
     assert SourceConfig(task="arc_easy").scoring == "label"
     assert SourceConfig(dataset="a.jsonl", format="text").scoring is None
@@ -45,24 +40,15 @@ CONTRADICTIONS = [
         "dataset and task exclude each other",
     ),
     ({"task": "piqa", "format": "chat"}, "format has no effect on a task"),
-    ({"task": "piqa", "template": "alpaca"}, "template has no effect on a task"),
-    ({"task": "piqa", "fields": {"text": "t"}}, "fields has no effect on a task"),
-    ({"task": "piqa", "config": "main"}, "config has no effect on a task"),
     ({"dataset": "a.jsonl"}, "format must be given with a dataset"),
     ({**CHAT, "path": "data"}, "path has no effect on a dataset"),
-    ({**CHAT, "scoring": "text"}, "scoring has no effect on a dataset"),
     (
         {**CHAT, "template": "alpaca"},
         "template has no effect on format chat",
     ),
-    ({"task": "piqa", "chat_template": "trl"}, "chat_template has no effect on a task, only on a"),
     (
         {"dataset": "a.jsonl", "format": "text", "chat_template": "trl"},
         "chat_template has no effect on format text",
-    ),
-    (
-        {"dataset": "a.jsonl", "format": "preference", "template": "alpaca"},
-        "template has no effect on format preference",
     ),
     (
         {**CHAT, "fields": {"turns": "t"}},

@@ -74,7 +74,9 @@ def chat(
         command, *words = str(line).split() or [""]
         try:
             if command in ("/adapter", "/compare"):
-                models = _choose(words, known)
+                if not words or not {*words} <= {*known}:
+                    raise ConfigError(f"name some of {', '.join(known)}, got {shown(words)}")
+                models = list(dict.fromkeys(words))
             elif command == "/reset":
                 conversation.turns.clear()
             elif command.startswith("/"):
@@ -94,12 +96,6 @@ def _read_line(prompt: str) -> str | None:
     except (EOFError, KeyboardInterrupt):
         print()
         return None
-
-
-def _choose(names: list[str], known: Sequence[str]) -> list[str]:
-    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
-        raise ConfigError(f"name some of {', '.join(known)}, got {shown(' '.join(names))}")
-    return names
 
 
 def _answer(

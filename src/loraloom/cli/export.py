@@ -11,8 +11,6 @@ from loraloom.config.model import BaseModelConfig, Dtype
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.models import export as exporting
 
-_NAME = "adapter"
-
 
 class ExportOptions(BaseModelConfig):
     """An adapter on its base model, and the form to write."""
@@ -32,12 +30,12 @@ class ExportOptions(BaseModelConfig):
 def export(*, options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
     """Write an adapter for other engines: transformers, vLLM, llama.cpp."""
     exporting.check_target(options.output, options.to)
-    adapters = {_NAME: options.adapter}
+    adapters = {"adapter": options.adapter}
     model = options.model_copy(update={"dtype": "float32"})
     check_sources(model, adapters)
     host, tokenizer = load_host(model, adapters)
     written = exporting.export(
-        host, tokenizer, _NAME, options.output, options.to, dtype=options.dtype
+        host, tokenizer, "adapter", options.output, options.to, dtype=options.dtype
     )
     size = f"{written.num_bytes / 1e6:,.1f} MB in {options.dtype}"
     print(f"wrote {written.path}: {written.architecture}, {size}")

@@ -11,8 +11,6 @@ from loraloom.durable import prepare_output, write_output
 from loraloom.errors import ConfigError
 from loraloom.report.page import make_page
 
-DEFAULT_NAME = "report.html"
-
 
 def report(
     run_dirs: Annotated[list[Path], Parameter(name="RUN_DIR")],
@@ -33,7 +31,7 @@ def report(
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, got {output}")
     page = make_page(run_dirs, evaluations or ())
-    path = output or run_dirs[0] / DEFAULT_NAME
+    path = output or run_dirs[0] / "report.html"
     prepare_output(path, "--output")
     write_output(path, page)
     print(f"wrote {path}")

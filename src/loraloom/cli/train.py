@@ -86,11 +86,7 @@ def train(
     for one in results:
         if run.sweep is None or not run.sweep.owns(one.job):
             measured = "".join(f", {name} {value:.4f}" for name, value in one.metrics.items())
-            console.print(
-                f"{one.job} ({one.method}): {one.status}, step {one.steps}; its {one.weights} "
-                f"weights are in {one.directory}{measured}",
-                soft_wrap=True,
-            )
+            console.print(f"{one.job}: {one.method}, {one.status}, step {one.steps}{measured}")
     if command := evaluation_command(run, results):
         console.print(f"\nEvaluate with:\n  {command}", soft_wrap=True)
     raise_failures(results)
