@@ -23,7 +23,6 @@ from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig, load_run_config
 
-# Adapters in a command.
 MAX_ADAPTERS = 8
 
 
