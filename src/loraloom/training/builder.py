@@ -38,17 +38,13 @@ Base = tuple[Host, PreTrainedTokenizerBase]
 
 
 def load_base(run: BaseModelConfig, device: str, *, is_sharded: bool = False) -> Base:
-    """Load a run's base model and attach a host to it."""
     how = (run.dtype, device, run.attn_implementation, run.quantization)
     model, tokenizer = load_base_model(run.base_model, *how, sharded=is_sharded)
     return attach(model), tokenizer
 
 
 class JobBuilder:
-    """Builds jobs on one host, and measures them.
-
-    Jobs with the same data and seed share what was read. Questions of a run stay as they were read.
-    """
+    """Builds jobs on one host and measures them; those with the same data and seed share it."""
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase):
         self.pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
@@ -58,7 +54,6 @@ class JobBuilder:
         self._sets: dict[str, TrainingSet | StreamedSet] = {}
 
     def build(self, config: JobConfig) -> Job:
-        """Put a job's adapter on the host, and read its data and what it is measured on."""
         host, before = self._host, set(self._host.adapters)
         try:
             if config.train.packing:
@@ -100,7 +95,6 @@ class JobBuilder:
         return read
 
     def input_digests(self, job: Job) -> dict[str, str]:
-        """Hash a job's encoded examples, its questions and its reference's weights."""
         digests = {"examples": job.training_set.digest}
         if job.config.eval:
             sets = (self.questions.get(config, []) for config in job.config.eval)
@@ -110,11 +104,7 @@ class JobBuilder:
         return digests
 
     def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-        """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each task.
-
-        The loss is a job's objective on its held-out examples, as one step of it would compute it;
-        an objective's own metrics come as `eval/<name>` too.
-        """
+        """Measure jobs: `eval/loss` as a step would compute it, and `eval/<task>/accuracy`."""
         metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
         held_out = [job for job in jobs if job.training_set.validation]
         rows = {

@@ -1,8 +1,7 @@
 """The verbs of a training loop of one's own: forward_backward, optim_step, sample, save_state.
 
-The verbs are those of the Tinker API (tinker-docs.thinkingmachines.ai). Here they run in this
-process and are done when they return. Steps, objectives and optimizers are those of
-`loraloom train`; when to do what is left to the caller.
+They are those of the Tinker API (tinker-docs.thinkingmachines.ai), but run in this process and are
+done when they return. Steps, objectives and optimizers are those of `loraloom train`.
 """
 
 from __future__ import annotations

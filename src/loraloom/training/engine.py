@@ -23,25 +23,16 @@ from loraloom.training.settings import RunConfig
 from loraloom.training.step.batch import padding_share
 from loraloom.training.step.fused import sum_gradients
 from loraloom.training.step.objectives import drop_reference, load_reference
-from loraloom.training.store import (
-    Checkpoint,
-    JobRecord,
-    RunDirectory,
-    describe_base,
-)
+from loraloom.training.store import Checkpoint, JobRecord, RunDirectory, describe_base
 
 _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Jobs that share one base model and its forwards.
+    """Jobs that share one base model; they may join (`add`) and be ended (`stop`) between rounds.
 
-    Call `run`; or `step`, `evaluate`, `close` and `save_state` from your own loop. Jobs may join
-    (`add`) and be ended (`stop`) before a run and between two of its rounds. A fault of one job
-    ends that job with its reason and its last good weights; the others go on.
-
-    Where the host has several ranks, each has an engine with the same jobs, and calls of one are
-    made on all. The directory is the first one's to write.
+    A fault of one job ends that job, with its last good weights. Each rank has an engine with the
+    same jobs, and calls of one are made on all; the directory is the first one's to write.
     """
 
     def __init__(
@@ -76,7 +67,6 @@ class Engine:
 
     @property
     def results(self) -> dict[str, JobResult]:
-        """What became of the jobs that are done, by name."""
         return {name: r.result for name, r in self._records.items() if r.result is not None}
 
     @property
@@ -154,7 +144,6 @@ class Engine:
         drop_reference(self.host, job.reference, [other.reference for other in self.jobs.values()])
 
     def step(self) -> None:
-        """Do a round: jobs take their next micro-batch, and their step after the last one."""
         turns: list[Turn] = []
         for job in list(self.jobs.values()):
             try:
@@ -184,7 +173,6 @@ class Engine:
                     self._is_checkpoint_due = True
 
     def evaluate(self, jobs: Sequence[Job]) -> None:
-        """Measure jobs between two of their steps, and keep their weights if they are the best."""
         sound = [job for job in jobs if self._has_sound_weights(job)]
         outcomes = self.builder.measure_apart(sound)
         faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -250,10 +238,7 @@ class Engine:
             self.save_state()
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint, also with the files, or write the first one.
-
-        Jobs that it doesn't know begin. Those that it calls done must not be on the host.
-        """
+        """Go on from a checkpoint, whose done jobs are not on the host, or write the first one."""
         if checkpoint is None:
             return self.save_state()
         self._reporter.message(f"going on after {checkpoint.round} fused steps")
@@ -290,7 +275,6 @@ class Engine:
             )
 
     def _go_on(self, job: Job, checkpoint: Checkpoint) -> None:
-        """Bring a job and its files to where a checkpoint has them."""
         try:
             state = checkpoint.load_state(job.name)
             if state is not None:
@@ -311,7 +295,6 @@ class Engine:
             self.evaluate(due)
 
     def _has_sound_weights(self, job: Job) -> bool:
-        """Check a job's weights; end it if they are not finite."""
         try:
             job.check_weights()
         except TrainingError as error:
@@ -369,12 +352,10 @@ class Engine:
 
 
 def _describe(error: Exception) -> str:
-    """Say what an exception says, with its kind unless it is one of ours."""
     return str(error) if isinstance(error, LoraloomError) else f"{type(error).__name__}: {error}"
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Return the high-water marks of this process's resident memory and of the accelerator's."""
     peak = {}
     if sys.platform != "win32":
         import resource

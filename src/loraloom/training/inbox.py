@@ -56,7 +56,6 @@ class Inbox:
             self._take_up(state_file, files)
 
     def between_steps(self, engine: Engine) -> None:
-        """Look for files if it is time, and wait for some when no job trains."""
         if time.monotonic() >= self._next_look:
             self.look()
         while not (engine.jobs or engine.interruption.requested or self._is_over()):
@@ -65,7 +64,6 @@ class Inbox:
             self.look()
 
     def look(self) -> None:
-        """Take in new, edited and deleted files, and write what became of jobs."""
         self._next_look = time.monotonic() + LOOK_S
         try:
             files = self._list_files()
@@ -87,7 +85,6 @@ class Inbox:
                 self._submit(path)
 
     def _is_over(self) -> bool:
-        """Whether every file is dealt with, and nobody waits for more."""
         is_read = self._files.items() <= self._read.items()
         return self._options.exit_when_idle and self._is_settled and is_read
 
@@ -112,7 +109,6 @@ class Inbox:
             pass
 
     def _submit(self, path: Path) -> None:
-        """Let a file's job join; whatever is wrong with it is told in its state."""
         try:
             config = load_job_config(path)
             if config.name in self._engine.jobs:
@@ -129,7 +125,6 @@ class Inbox:
             self._write(path, "running", config.name, None, None)
 
     def _end(self, path: Path, name: str) -> None:
-        """Say what became of a job. What was edited while it trained has no effect."""
         del self._jobs[path]
         result = self._engine.results[name]
         state = "done" if result.status in ("finished", "stopped early") else result.status
@@ -151,7 +146,6 @@ class Inbox:
 
 
 def lock_watched(path: Path) -> AbstractContextManager[BaseFileLock]:
-    """Make a directory to watch if it isn't there, and keep other trainers away."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         return FileLock(path / ".loraloom.lock", timeout=0).acquire()

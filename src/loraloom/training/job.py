@@ -54,12 +54,7 @@ class Position:
 
 
 class Job:
-    """An adapter that learns.
-
-    Attributes:
-        milestones: Steps after which it is evaluated, in addition to every eval_steps and its end.
-        best: The weights of the best evaluation so far, on the CPU; None before there is one.
-    """
+    """An adapter that learns."""
 
     def __init__(
         self,
@@ -98,12 +93,10 @@ class Job:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether no step is half done."""
         return self.position.micro_step == 0
 
     @property
     def window(self) -> Window:
-        """The examples of the step that comes next or is half done."""
         step = self.position.step
         if self._window is None or self._window[0] != step:
             self._window = (step, self.order.window(step))
@@ -111,7 +104,6 @@ class Job:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has learnt something, or was measured."""
         return self.position.tokens > 0 or self.position.evaluated_step >= 0
 
     @property
@@ -120,7 +112,6 @@ class Job:
 
     @property
     def is_evaluation_due(self) -> bool:
-        """Whether to measure the job before its next step."""
         position, eval_steps = self.position, self.config.train.eval_steps
         is_measured = bool(self.training_set.validation or self.config.eval)
         if not is_measured or not self.at_boundary or position.evaluated_step == position.step:
@@ -136,7 +127,6 @@ class Job:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def micro_batch(self) -> MicroBatch:
-        """Return what the job puts into the next forward."""
         window, train, seed = self.window, self.config.train, self.config.seed
         examples = window.micro_batch(self.position.micro_step)
         return MicroBatch(
@@ -154,10 +144,7 @@ class Job:
     def accept(
         self, micro_batch: MicroBatch, loss: MicroBatchLoss | TrainingError
     ) -> dict[str, Any] | None:
-        """Count a micro-batch whose gradient is there; after the last one of a step, make it.
-
-        Returns what a step did, as metrics.jsonl has it.
-        """
+        """Count a micro-batch; after a step's last one, make the step and return its metrics."""
         if isinstance(loss, TrainingError):
             raise loss
         self._check_finite("loss", loss.loss + loss.aux_loss, self.position.step + 1)
@@ -246,7 +233,6 @@ class Job:
             raise self._error("weights must be finite, got inf or nan", self.position.step)
 
     def restore_proven_weights(self) -> None:
-        """Go back to the last weights that gave a finite loss."""
         # They are the present ones, unless no micro-batch went through them since the last step.
         if self._proven is not None:
             copy_all(self.parameters.values(), self._proven)
@@ -260,7 +246,6 @@ class Job:
         self._proven = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a later process needs to go on, in tensors and plain values."""
         return {
             **learning_state(self.parameters, self.optimizer),
             "proven": self._proven,
@@ -308,10 +293,7 @@ def metric_mode(metric: str | None) -> str:
 
 @dataclass
 class Selection:
-    """The best evaluation of a job so far, and how many came after it.
-
-    Without a metric nothing is held out, and the last weights count.
-    """
+    """The best evaluation of a job so far; without a metric the last weights count."""
 
     metric: str | None
     value: float | None = None
@@ -320,7 +302,6 @@ class Selection:
     evaluations_since: int = 0
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Take an evaluation in, and say whether it is the best."""
         if self.metric is None:
             return False
         value, sign = metrics[self.metric], 1 if metric_mode(self.metric) == "min" else -1
@@ -338,17 +319,14 @@ WINDOW_STEPS = 25
 
 @dataclass
 class CollapseWatch:
-    """Adds up how often routers choose each expert, and judges it window by window.
-
-    Each kind of warning comes once.
-    """
+    """Adds up how often routers choose each expert, and judges it window by window."""
 
     num_steps: int = 0
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
 
     def take(self, step: int, chosen: Choices, config: AdapterConfig) -> tuple[str, ...]:
-        """Take a step's choices in; give new warnings."""
+        """Take a step's choices in; give new warnings, each kind once."""
         if config.experts_per_token is None or not chosen:
             return ()
         self.num_steps += 1

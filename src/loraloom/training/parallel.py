@@ -42,7 +42,6 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 def choose_device(
     run: RunConfig, launch: Launch, *, is_loaded: bool = False, is_watching: bool = False
 ) -> str:
-    """Choose a rank's device, and check that ranks can share a run."""
     name = run.device
     if launch.size == 1:
         return name
@@ -84,7 +83,6 @@ def choose_device(
 
 @contextmanager
 def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> Iterator[Ranks]:
-    """Be one of the ranks for a while; a process that was started alone is alone."""
     if launch.size == 1:
         yield Alone()
         return

@@ -77,7 +77,6 @@ class Progress:
         )
 
     def message(self, text: str) -> None:
-        """Print a line, above the live ones."""
         wrap = not self._is_live
         with suppress(OSError, ValueError):  # a full disk; a file that was closed
             self._console.print(
@@ -85,16 +84,11 @@ class Progress:
             )
 
     def stop(self) -> None:
-        """Show nothing more; live lines stay as they are."""
         self._bars.stop()
 
 
 class Reporter:
-    """Logs to trackers and shows the user how jobs get on.
-
-    A tracker that fails (on a full disk, for example) ends no training; the user reads of it once
-    for each job.
-    """
+    """Logs to trackers and shows how jobs get on; a tracker that fails ends no training."""
 
     def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: Sequence[str]):
         self.message = progress.message
@@ -106,7 +100,6 @@ class Reporter:
 
     @contextmanager
     def showing(self, jobs: Iterable[Job]) -> Iterator[None]:
-        """Show jobs and log their metrics, within this context."""
         self._progress.start()
         try:
             for job in jobs:

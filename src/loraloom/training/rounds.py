@@ -21,11 +21,7 @@ from loraloom.models.host import Host
 from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
-from loraloom.training.step.fused import (
-    forward_backward,
-    gradients_set_aside,
-    sum_gradients,
-)
+from loraloom.training.step.fused import forward_backward, gradients_set_aside, sum_gradients
 
 # Left to others, and to what else is in the process.
 _RESERVE_BYTES = 100_000_000
@@ -183,11 +179,7 @@ def _training_error(micro_batch: MicroBatch, error: Exception | None) -> Trainin
 
 
 def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
-    """Choose the micro-batches that go into the next round.
-
-    The job for which the fewest tokens were computed, by its priority, goes first, and others fill
-    what is left of the round, so that over time each has a share in proportion to its priority.
-    """
+    """Choose a round's jobs, so that their computed tokens go by their priorities over time."""
     if max_tokens is None:
         return list(turns)
     chosen: list[Turn] = []
@@ -202,7 +194,6 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
 
 
 def check_limit(host: Host, limit: int | None) -> None:
-    """Check that a limit has room for what is loaded and what adapters learn with."""
     if limit is None:
         return
     used = _LEARNING_COPIES * num_bytes(host.adapters.values())
@@ -221,7 +212,6 @@ def check_limit(host: Host, limit: int | None) -> None:
 
 
 def free_bytes(limit: int | None) -> int:
-    """Return what this process may still take of the machine's memory, and of a limit."""
     free = psutil.virtual_memory().available - _RESERVE_BYTES
     return free if limit is None else min(free, limit - psutil.Process().memory_info().rss)
 

@@ -12,13 +12,7 @@ from functools import cached_property, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ByteSize,
-    Field,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator
 from typing_extensions import override
 
 from loraloom.adapters import CONFIGS, AnyAdapterConfig, any_method, when_registered
@@ -34,12 +28,7 @@ from loraloom.config.data import (
 )
 from loraloom.config.fields import StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.text import (
-    apply_override,
-    local_path,
-    read_settings,
-    set_setting,
-)
+from loraloom.config.text import apply_override, local_path, read_settings, set_setting
 from loraloom.errors import ConfigError, shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
@@ -207,7 +196,6 @@ class TrainConfig(OptimizerConfig):
 
     @property
     def learns_from_pairs(self) -> bool:
-        """Whether an example is a chosen and a rejected answer."""
         return not isinstance(self.objective, SftConfig)
 
     def warmup_steps_of(self, num_training_steps: int) -> int:
@@ -235,7 +223,6 @@ class EvaluationConfig(StrictModel):
 
     @property
     def metric(self) -> str:
-        """Name of the result in metrics.jsonl."""
         return f"eval/{task_name(self.task)}/accuracy"
 
 
@@ -301,10 +288,7 @@ class JobConfig(StrictModel):
 
     @property
     def selection_metric(self) -> str | None:
-        """The metric that chooses the best weights: early stopping's, else the first possible one.
-
-        None: nothing is held out, the last weights are kept.
-        """
+        """Early stopping's metric, else the first possible one; None: the last weights are kept."""
         if self.train.early_stopping is not None:
             return self.train.early_stopping.metric
         return next(iter(self.selecting_metrics), None)
@@ -400,7 +384,7 @@ class RunConfig(BaseModelConfig):
 
     @property
     def all_jobs(self) -> tuple[JobConfig, ...]:
-        """The jobs that train: those of the sweep after the others, without its template."""
+        """Those that train: the sweep's, without its template, come last."""
         template = None if self.sweep is None else self.sweep.job
         others = [job for job in self.jobs if job.name != template]
         return (*others, *self.trials)
@@ -424,7 +408,6 @@ def _take_further_methods() -> None:
 def load_run_config(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """What a run file says, checked."""
     is_file = not isinstance(source, Mapping)
     settings = read_settings(source, "a run file") if is_file else dict(source)
     settings = reduce(apply_override, overrides, settings)
@@ -433,13 +416,11 @@ def load_run_config(
 
 
 def load_job_config(path: str | Path) -> JobConfig:
-    """What a job file says, checked: the settings of one job, as in `jobs:` of a run file."""
     settings = {"name": Path(path).stem} | read_settings(path, "a job file")
     return checked(JobConfig, settings, origin=f"{path}:\n  ", other_names=_other_names())
 
 
 def _other_names() -> dict[str, str]:
-    """What to write in place of methods that are a setting of another one."""
     return {name: ours for config in CONFIGS for name, ours in config.aliases.items()}
 
 

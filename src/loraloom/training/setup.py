@@ -33,10 +33,7 @@ def set_up(
     *,
     resume: bool,
 ) -> tuple[Engine, Checkpoint | None]:
-    """Build jobs of a run, those that had joined it among them, and check that they fit.
-
-    Returns an engine, and the checkpoint that it is to begin from.
-    """
+    """Build a run's jobs, those that had joined it too, and give the checkpoint to begin from."""
     host, tokenizer = base
     builder, checkpoint, lines = JobBuilder(host, tokenizer), None, list[str]()
     if resume:

@@ -6,13 +6,11 @@
     <output_dir>/.checkpoints/jobs/<job>/   the same where several workers train, for each job apart
     <output_dir>/sweep.csv, .journal        the jobs of a sweep, compared; Optuna's record of them
 
-A checkpoint is a directory, which appears at once, by a rename:
-
     snapshot-000007/manifest.json    settings, metrics and result of each job; the files' checksums
     snapshot-000007/<job>.pt         tensors and plain values: weights, optimizer, half-done step
 
-The newest ones are kept; a damaged one is passed over. Randomness needs no record: it is a function
-of seed, epoch and sample. No job can be called .checkpoints: names begin with a letter or digit.
+A checkpoint appears at once, by a rename; a damaged one is passed over. Randomness needs no record:
+it is a function of seed, epoch and sample. No job can be called .checkpoints: see `check_name`.
 """
 
 from __future__ import annotations
@@ -84,7 +82,6 @@ class Checkpoint:
 
     @property
     def done(self) -> set[str]:
-        """Names of the jobs that no longer train."""
         return {name for name, record in self.jobs.items() if record.result is not None}
 
     def load_state(self, job: str) -> dict[str, Any] | None:
@@ -106,8 +103,6 @@ class CheckpointStore:
     def write(
         self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int = 2
     ) -> None:
-        """Write a checkpoint, then delete old ones."""
-
         def fill(aside: Path) -> None:
             body = asdict(checkpoint)
             del body["directory"], body["files"]
@@ -141,7 +136,6 @@ class CheckpointStore:
         return None, faults
 
     def newest_first(self) -> list[Path]:
-        """Checkpoints, whole or not."""
         return [path for _, path in sorted(self._numbered().items(), reverse=True)]
 
     def _numbered(self) -> dict[int, Path]:
@@ -172,7 +166,6 @@ def _json_hash(value: Any) -> str:
 
 
 def describe_base(host: Host) -> dict[str, Any]:
-    """Say which base model it is and how it computes."""
     return {
         "name": host.base.name_or_path,
         "fingerprint": host.base.fingerprint,
@@ -182,7 +175,6 @@ def describe_base(host: Host) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict[str, Any]) -> None:
-    """Check that a run goes on with the settings that it began with."""
     changed = [f"base {name}" for name, value in base.items() if checkpoint.base.get(name) != value]
     for job in jobs:
         if job.name in checkpoint.jobs:
@@ -198,10 +190,7 @@ def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict
 
 
 def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what this version makes of a job's settings that an older one saved.
-
-    New settings have their defaults; those of `init: eva`, which is gone, had no effect otherwise.
-    """
+    """What is now made of settings that an older version saved; `init: eva` had no effect."""
     adapter = {name: value for name, value in settings["adapter"].items() if name != "eva"}
     try:
         return JobConfig.model_validate({**settings, "adapter": adapter}).model_dump(mode="json")
@@ -246,14 +235,10 @@ class RunDirectory:
         return CheckpointStore(self._by_job / name)
 
     def has_checkpoints(self, *, by_job: bool) -> bool:
-        """Whether there are any of a kind, whole or not."""
         return any(self._by_job.glob("*/")) if by_job else bool(self.checkpoints.newest_first())
 
     def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
-        """Read what jobs go on from, and what is wrong with newer checkpoints.
-
-        Checkpoints that jobs have of their own are joined.
-        """
+        """Read what jobs go on from, and what is wrong with newer checkpoints."""
         if not self.by_job:
             return self.checkpoints.newest()
         read = {name: self.job_checkpoints(name).newest() for name in jobs}
@@ -280,7 +265,6 @@ class RunDirectory:
             self._done |= alone.done
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Check that earlier results are not in a run's way."""
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other; give one")
         with self._writing():
@@ -322,10 +306,7 @@ class RunDirectory:
 
     @contextmanager
     def opened(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
-        """Keep other runs out until the end or the process's death; see `check`.
-
-        Of a run that ends before it has written anything, no directory is left.
-        """
+        """Keep other runs out; of a run that ends before it writes, no directory is left."""
         aside, lock = self.checkpoints.directory, FileLock(self._lock_file, timeout=0)
         is_new = not self.path.exists()
         with self._writing():
@@ -351,7 +332,6 @@ class RunDirectory:
                         self.path.rmdir()
 
     def prepare(self, jobs: Sequence[str]) -> None:
-        """Delete earlier results of these jobs, and all checkpoints of the run."""
         for job in jobs:
             self.prepare_job(job, overwrite=True)
         sweep = (self.sweep_table, self.sweep_journal)
@@ -373,7 +353,6 @@ class RunDirectory:
             remove_leftovers(self.job(name))
 
     def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
-        """Bring the files of a job back to where its checkpoint is."""
         # A killed run may have got further: with better weights, or to the job's end.
         name = job.name
         with self._writing():
@@ -393,7 +372,6 @@ class RunDirectory:
         _write_adapter(self.best(job.name), host, job, job.best)
 
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
-        """Write a job's last weights, the adapter's files (the best, if any) and result.json."""
         last, best = job.adapter.tensors(), job.best
         with self._writing():
             if best is not None:

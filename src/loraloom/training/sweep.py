@@ -1,9 +1,7 @@
 """A sweep while it trains: Optuna chooses its jobs and says which of them to stop.
 
-The study is Optuna's, in a journal file beside the jobs, and it is the record of what was decided.
-Every combination that is known beforehand waits in it from the start; whoever trains takes the next
-one, so several workers may share a study. A single process that goes on from a snapshot cuts the
-journal back to it, and decides again what came after.
+Its study, a journal beside the jobs, is the record of that, and several workers may share it. A
+single process that goes on from a snapshot cuts it back, and decides again what came after.
 """
 
 from __future__ import annotations
@@ -66,10 +64,7 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
 
 
 def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
-    """Tell how the jobs stand that have begun, the best first, as sweep.csv has it.
-
-    Those at their end are ahead, then those that got further; by the metric among them.
-    """
+    """Rank the jobs that have begun: those at their end first, then those that got further."""
     rows = list[dict[str, Any]]()
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
@@ -95,7 +90,6 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
 
 
 def show_ranking(sweep: SweepConfig, study: optuna.Study, progress: Progress) -> None:
-    """Print how the jobs stand, the best first."""
     table = DataFrame(rank_jobs(sweep, study))
     progress.message(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
 
@@ -127,7 +121,6 @@ class Sweep:
                 self._prepare(job)
 
     def between_steps(self, engine: Engine) -> None:
-        """Report what was measured, stop the jobs that lost, and let others join."""
         for trial, name in self._own():
             if trial.state == TrialState.RUNNING:
                 self._report(trial, name)
@@ -147,7 +140,7 @@ class Sweep:
         show_ranking(self._sweep, self._study, self._progress)
 
     def _own(self) -> list[tuple[FrozenTrial, str]]:
-        """Return the trials that this worker has begun, with the names of their jobs."""
+        """Give the trials that this worker has begun, with the names of their jobs."""
         number, size = self._place
         own = list[tuple[FrozenTrial, str]]()
         for trial in self._study.get_trials(deepcopy=False):
@@ -169,7 +162,6 @@ class Sweep:
             self._study.pruner = _pruner(stopping, self._longest)
 
     def _report(self, trial: FrozenTrial, name: str) -> None:
-        """Report the last evaluation of a job that has begun, or tell what became of it."""
         job, result = self._engine.jobs.get(name), self._engine.results.get(name)
         if result is not None:
             step, metrics = result.steps, result.last_metrics
@@ -222,7 +214,6 @@ class Sweep:
             self._start(trial, self._sweep.job_name(trial.number, trial.params))
 
     def _start(self, trial: FrozenTrial, name: str) -> None:
-        """Let a job join that does not train yet, unless it can't."""
         if name in self._engine.jobs:
             return
         if name in self._engine.results or self._engine.recall(name):

@@ -184,14 +184,12 @@ class SweepConfig(StrictModel):
 
     @property
     def num_jobs(self) -> int:
-        """How many combinations are tried."""
         if self.search == "grid":
             return math.prod(map(len, self.parameters.values()))
         return self.search.random or self.search.tpe or 0
 
     @property
     def num_concurrent(self) -> int:
-        """How many jobs train at once."""
         is_tpe = self.search != "grid" and self.search.tpe is not None
         default = TPE_CONCURRENT_JOBS if is_tpe else self.num_jobs
         return min(self.num_jobs, self.max_concurrent or default)
@@ -201,10 +199,7 @@ class SweepConfig(StrictModel):
         return {path: distribution_of(values) for path, values in self.parameters.items()}
 
     def combinations(self) -> list[dict[str, Any]]:
-        """The combinations that are known beforehand, as Optuna has them: all but TPE's later ones.
-
-        In a grid the last parameter changes fastest.
-        """
+        """Those known beforehand, which TPE's later ones are not; a grid's last changes fastest."""
         if self.search == "grid":
             labels = [map(json.dumps, values) for values in self.parameters.values()]
             return [dict(zip(self.parameters, one, strict=True)) for one in product(*labels)]

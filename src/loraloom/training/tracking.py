@@ -32,7 +32,6 @@ class MetricsFile:
         self._path = path
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append the metrics of a step or of an evaluation."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         append_line(self._path, json.dumps(metrics, allow_nan=False))
 

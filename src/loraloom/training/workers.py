@@ -1,8 +1,7 @@
 """Many jobs on many devices: each worker of a Ray cluster trains a share of a run's jobs.
 
-A share is a task of Ray's: an engine on a base model of its own. Each job has its own snapshots, so
-when a worker is lost, Ray starts its task again, and the jobs go on from theirs. A sweep's study is
-a file that all workers share: each takes the next combination when it has room.
+Each job has its own snapshots: when a worker is lost, Ray starts its task again, and the jobs go on
+from theirs. A sweep's study is a file that all workers share: each takes the next combination.
 """
 
 from __future__ import annotations
@@ -90,7 +89,6 @@ def train_with_ray(
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
-    """Train a run's jobs on the workers of a Ray cluster; see `train`."""
     progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
     with connected(address) as ray:
         if not (resume and directory.has_checkpoints(by_job=True)):
@@ -108,7 +106,6 @@ def _train_shares(
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
-    """Train all jobs to their end; those of a worker that is lost for good are left."""
     jobs, show = list(run.all_jobs), None
     size, resources = choose_resources(ray.nodes(), run.device, num_workers)
     if run.sweep is not None:
@@ -195,7 +192,6 @@ def connected(address: str) -> Iterator[ModuleType]:
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Connect this process to a cluster, or start one for itself."""
     from ray._private import ray_constants
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -1,10 +1,7 @@
 """A job's steps in windows of examples, its share of a fused step, and how shares lie in rows.
 
-Rows of all jobs have one length in a forward. A row is one sample, or several packed side by side:
-jobs that pack agree on the shortest of several lengths with which little is padded, as attention
-takes the square of a row's length.
-
-Axes: N labels.
+Rows of all jobs have one length in a forward: jobs that pack several samples into a row agree on
+the shortest of several lengths with little padding, as attention takes the square of the length.
 """
 
 from __future__ import annotations
@@ -19,13 +16,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter
-from loraloom.data.tokens import (
-    Example,
-    TrainingExample,
-    count_labels,
-    first_fit,
-    group_by_length,
-)
+from loraloom.data.tokens import Example, TrainingExample, count_labels, first_fit, group_by_length
 from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet
 from loraloom.errors import ConfigError
 from loraloom.routing.record import RouterName
@@ -42,11 +33,7 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Window:
-    """The examples of one step.
-
-    The longest examples come first, so that a micro-batch has examples of similar lengths and
-    little padding. The epoch of streams is always 0, as their sample ids go on from pass to pass.
-    """
+    """The examples of one step, the longest first, so that a micro-batch has little padding."""
 
     epoch: int
     examples: tuple[TrainingExample, ...]
@@ -62,11 +49,9 @@ class Window:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Real tokens, over all micro-batches."""
         return sum(len(row.input_ids) for example in self.examples for row in example.rows)
 
     def micro_batch(self, index: int) -> tuple[Example, ...]:
-        """Return the rows of one forward; the two of a pair are next to each other."""
         start = index * self.micro_batch_size
         examples = self.examples[start : start + self.micro_batch_size]
         return tuple(row for example in examples for row in example.rows)
@@ -87,14 +72,12 @@ class StepOrder:
         self._order = lru_cache(maxsize=1)(self._make_order)
 
     def window(self, step: int) -> Window:
-        """Return the examples of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.config.batch_size
         indices = self._order(epoch)[start : start + self.config.batch_size]
         return _make_window(epoch, [self.training_set.examples[i] for i in indices], self.config)
 
     def epochs_after(self, step: int) -> float:
-        """Return the passes over the data, as a fraction, after so many steps."""
         epoch, place = divmod(step, self.steps_per_epoch)
         length = self.training_set.epoch_length
         return epoch + min(place * self.config.batch_size, length) / length
@@ -175,12 +158,10 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens."""
         return sum(len(example.input_ids) for example in self.examples)
 
     @property
     def token_share(self) -> float:
-        """Its part of the step's real tokens."""
         return self.num_tokens / self.window.num_tokens
 
     def halves(self) -> list[MicroBatch]:
@@ -205,7 +186,6 @@ class MicroBatch:
 
     @property
     def _starts(self) -> range:
-        """Where each example's rows begin."""
         return range(0, len(self.examples), len(self.window.examples[0].rows))
 
     def _subset(self, starts: Sequence[int]) -> MicroBatch:
@@ -217,10 +197,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MicroBatchLoss:
-    """A micro-batch's share of its step: shares add up to the step's figures.
-
-    What routers give is weighed by its share of the step's real tokens; None without a router.
-    """
+    """A micro-batch's share of its step: shares add up; routers' weigh by tokens, or are None."""
 
     loss: float
     aux_loss: float = 0.0  # router losses, with coefficients
@@ -257,7 +234,6 @@ def _add(left: float | None, right: float | None) -> float | None:
 
 
 def padding_share(tokens: int, computed_tokens: int) -> float:
-    """Return the share of computed tokens that are no real ones; 0 before the first."""
     return 1 - tokens / computed_tokens if computed_tokens else 0.0
 
 
@@ -295,7 +271,6 @@ class RowLayout:
 
 
 def lay_out(micro_batches: Sequence[MicroBatch]) -> RowLayout:
-    """Put micro-batches into rows, packing those that allow it."""
     least = max(len(sample.input_ids) for batch in micro_batches for sample in batch.examples)
     most = max([least, *(batch.max_row_length or 0 for batch in micro_batches)])
     step = (most - least) / (_LENGTHS - 1)

@@ -1,10 +1,7 @@
 """The fused step: micro-batches of many jobs in one forward and one backward.
 
-Axes: B rows of all jobs, L sequence, N labelled tokens, D hidden.
-
-Rows are collated by job (`batch.py`). Logits exist at labels only. The sum of the jobs' losses is
-differentiated at once; as no adapter's weights touch another's rows, each gets the gradient of its
-own loss.
+The sum of the jobs' losses is differentiated at once: as no adapter's weights touch another's rows,
+each gets the gradient of its own. Axes: B rows of all jobs, L sequence, N labels, D hidden.
 """
 
 from __future__ import annotations
@@ -34,13 +31,10 @@ from loraloom.training.step.objectives import ScoredSamples, ask_references
 def forward_backward(
     host: Host, micro_batches: Sequence[MicroBatch], pad_id: int
 ) -> list[MicroBatchLoss]:
-    """Add each micro-batch's gradient to its adapter's.
+    """Add each micro-batch's gradient, times its loss's scale, to its adapter's.
 
-    A loss is the micro-batch's share of its objective over the whole step, so that the gradient
-    does not depend on how the step is cut. Gradients are those of losses times their scale.
-
-    Where the host has several ranks, each computes its share of the rows and gets its summand of
-    the gradient, for `sum_gradients`. Losses are those of all.
+    A loss is a share of the objective over the whole step: the cut changes no gradient. Each rank
+    computes its share of the rows and a summand, for `sum_gradients`; losses are those of all.
     """
     ranks = host.ranks
     ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])

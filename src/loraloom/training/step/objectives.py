@@ -1,12 +1,8 @@
 """What a job minimises, as a function of the log-probabilities of its labels.
 
-Axes: N labels, S samples, P pairs, S = 2P.
-
-A sample is a row of the forward. Where examples are pairs of answers, samples alternate: a chosen
-one, its rejected one, and so on.
-
-A new objective is a function here, a section in `config/objective.py` and a case of
-`build_objective`.
+Axes: N labels, S samples, P pairs, S = 2P. A sample is a row of the forward; of pairs of answers, a
+chosen one and its rejected one alternate. A new objective is a function here, a section in
+`training/settings.py` and a case of `build_objective`.
 """
 
 from __future__ import annotations
@@ -29,10 +25,7 @@ from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, Sft
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What a step has in all its micro-batches; losses are divided by it.
-
-    Chosen labels are those of the first row of each example: a pair's chosen answer.
-    """
+    """What a step has in all its micro-batches; losses are divided by it."""
 
     num_examples: int
     num_labels: int
@@ -49,10 +42,7 @@ def count_totals(examples: Sequence[TrainingExample]) -> StepTotals:
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """The log-probabilities that samples have, differentiable in training.
-
-    References are log p under the reference policy; None where the job has no reference.
-    """
+    """Log p of samples, and under the reference policy if the job has one."""
 
     log_probs: Float[Tensor, " N"]
     num_labels: Sequence[int]
@@ -64,12 +54,10 @@ class ScoredSamples:
 
     @cached_property
     def sums(self) -> Tensor:
-        """Each sample's log p, summed over its labels, [S]."""
         return torch.stack([log_probs.sum() for log_probs in self.by_sample])
 
     @property
     def lengths(self) -> Tensor:
-        """Labels of each sample, at least 1, [S], in the dtype of log-probabilities."""
         return self.log_probs.new_tensor([max(count, 1) for count in self.num_labels])
 
 
@@ -86,20 +74,15 @@ Objective = Callable[[ScoredSamples, StepTotals], ObjectiveTerms]
 
 
 def sft(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-    """Supervised fine-tuning: the mean of -log p over a step's labels."""
     return ObjectiveTerms(-scored.log_probs.sum() / max(totals.num_labels, 1))
 
 
 def dpo(config: DpoConfig, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-    """Direct preference optimisation against a reference policy.
+    """The mean over pairs of a loss of Δ = log(π/π_ref)(chosen) - log(π/π_ref)(rejected).
 
-    The mean over pairs of a loss of Δ = log(π/π_ref)(chosen) - log(π/π_ref)(rejected).
-
-    sigmoid: `-log σ(βΔ)`, smoothed. ipo: `(Δ' - 1/(2β))²`, Δ' of log-ratios per label.
-
-    Source:
-        Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Azar et al. 2023, arXiv:2310.12036, eq. 17,
-        with lengths divided out as trl 1.16 `DPOTrainer` does on the authors' word.
+    sigmoid: `-log σ(βΔ)`, smoothed (Rafailov et al. 2023, arXiv:2305.18290, eq. 7). ipo:
+    `(Δ' - 1/(2β))²` (Azar et al. 2023, arXiv:2310.12036, eq. 17), Δ' of log-ratios per label, as in
+    trl 1.16 `DPOTrainer` on the authors' word.
     """
     assert scored.references is not None, "a DPO job has a reference"
     log_ratios = scored.sums - scored.references  # (S,)
@@ -114,15 +97,10 @@ def dpo(config: DpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
 
 
 def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-    """Contrastive preference optimisation: a margin without a reference, and a likelihood term.
+    """The mean over pairs of a loss of β(log π(chosen) - log π(rejected)), and α × NLL.
 
-    The mean over pairs of a loss of β(log π(chosen) - log π(rejected)), and α × NLL.
-
-    sigmoid: `-log σ(margin)`, smoothed; hinge: `max(0, 1 - margin)`. NLL is the mean of -log p over
-    all labels of the step's chosen answers.
-
-    Source:
-        Xu et al. 2024, arXiv:2401.08417, eq. 5; hinge as in m-LoRA 0.2 and trl 1.16 `CPOTrainer`.
+    sigmoid: `-log σ(margin)`, smoothed; hinge: `max(0, 1 - margin)`, as in trl 1.16 `CPOTrainer`.
+    NLL is of all the step's chosen labels. Source: Xu et al. 2024, arXiv:2401.08417, eq. 5.
     """
     chosen, rejected = _split_pairs(scored.sums)
     margins = config.beta * (chosen - rejected)  # (P,)
@@ -152,7 +130,6 @@ def _split_pairs(values: Float[Tensor, " S"]) -> tuple[Tensor, Tensor]:
 
 
 def _sigmoid_losses(margins: Float[Tensor, " P"], label_smoothing: float) -> Float[Tensor, " P"]:
-    """Compute `-(1 - ε) log σ(margin) - ε log σ(-margin)`."""
     return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
 
 

@@ -21,11 +21,7 @@ from loraloom.adapters.method import Adapter
 from loraloom.errors import ConfigError, shown
 from loraloom.models.host import Host
 from loraloom.models.quantization import import_library
-from loraloom.training.settings import (
-    SCHEDULERS_ON_METRIC,
-    OptimizerConfig,
-    TrainConfig,
-)
+from loraloom.training.settings import SCHEDULERS_ON_METRIC, OptimizerConfig, TrainConfig
 
 Scheduler = LRScheduler | GreedyLR
 
@@ -65,12 +61,9 @@ def _raised_as_config_error(config: OptimizerConfig, setting: str, name: str) ->
 
 
 def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str, Any]]:
-    """Group an adapter's weights by learning rate and weight decay; frozen ones are in no group.
+    """Group weights that learn by rate and decay: lora_B and routers have rates of their own.
 
-    lora_B learns at `loraplus_lr_ratio` times the learning rate, routers at `router_lr_ratio`.
-
-    Source:
-        Hayou et al. 2024, LoRA+, arXiv:2402.12354.
+    Source: Hayou et al. 2024, LoRA+, arXiv:2402.12354.
     """
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in adapter.named_parameters():
@@ -93,19 +86,16 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Change the learning rate of an adapter's optimizer; ratios stay."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_ratio"]
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:
-    """Scale gradients down to a norm; None leaves them."""
     bound = math.inf if max_grad_norm is None else max_grad_norm
     return float(clip_grad_norm_(list(parameters), bound))
 
 
 def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Any]:
-    """Return weights, gradients and the optimizer's state, in tensors and plain values."""
     return {
         "weights": {name: p.detach() for name, p in parameters.items()},
         "gradients": {name: p.grad for name, p in parameters.items() if p.grad is not None},
@@ -151,14 +141,10 @@ GROWTH_INTERVAL = 2000
 
 @dataclass
 class LossScale:
-    """The scale of a job's losses on a base model in float16.
+    """The scale of a job's losses in float16, where small gradients would become zero.
 
-    Without it, small gradients would become zero and large ones infinite. The loss is multiplied by
-    it before the backward pass, and the gradients, which are in float32, are divided by it before
-    they are clipped. A job whose gradients overflow skips a step; the others know nothing of it.
-
-    Source:
-        PyTorch's `torch.amp.GradScaler`: the same rule with the same constants.
+    Gradients, in float32, are divided by it before they are clipped. A job whose gradients overflow
+    skips a step. Source: `torch.amp.GradScaler`, the same rule with the same constants.
     """
 
     # A power of two, so that it changes no digit.
