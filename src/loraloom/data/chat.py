@@ -3,11 +3,8 @@
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
 
-What the assistant says is learnt as it would be generated. A model is asked for an answer with all
-turns before it, and the template's beginning of one; each answer is learnt after just that text. A
-template may write an answer differently once more turns follow (reasoning is left out, say): such a
-conversation is learnt in several texts, each with the answers that would be generated as they are
-written there.
+An answer is learnt after just the text that asks for it. Where a template writes it differently
+once more turns follow (without its reasoning, say), a conversation is learnt in several texts.
 """
 
 from __future__ import annotations
@@ -176,8 +173,7 @@ def learn_answers(
 ) -> list[Example]:
     """A conversation in full length: loss on the assistant's turns from message `first` on.
 
-    Where the template marks these tokens with `{% generation %}`, its marks are taken. Else they
-    are what would be generated after the turns before, the end-of-turn token included.
+    These are what the template marks with `{% generation %}`, else what would be generated.
     """
     roles = [message["role"] for message in conversation.messages]
     places = [place for place, role in enumerate(roles) if role == "assistant" and place >= first]

@@ -1,8 +1,7 @@
 """Sources of training data: their rows, encoded as their format says, and how prompts are written.
 
-Token ids of sources with many rows are kept in datasets' cache, so that they are encoded once. An
-entry is named by a hash of all that decides what is in it: the rows, how they are written out, the
-tokenizer, the code. Processes that want the same one wait for the first.
+Token ids of sources with many rows are kept in datasets' cache, named by a hash of all that decides
+what they are: rows, template, tokenizer, code. Processes that want the same wait for the first.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ class SourceEncoder:
         return f"{found.name} ({self.config.scoring or found.config.scoring})"
 
     def load(self, split: str, limit: int | None = None) -> list[EncodedRow]:
-        """Read and encode a source whose rows can be used."""
         rows, encoded = self.read(split, limit)
         self.check(rows, encoded)
         if not any(row.pieces for row in encoded):
@@ -228,7 +226,6 @@ def _encode_once(
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Any],
 ) -> list[EncodedRow]:
-    """Encode rows, or read what came of them when they were encoded before."""
     # a slow tokenizer can't be written as text, which would name an entry
     if len(items) < MIN_ROWS or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return encode(items)

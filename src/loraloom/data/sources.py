@@ -4,8 +4,7 @@ DIR/train.jsonl          one data set
 DIR/validation.jsonl.gz
 DIR/<name>/train.jsonl   a directory of data sets
 
-Files are JSON, JSON lines, CSV, plain text or Parquet, plain or gzipped. Their readers are ours, as
-datasets would change values: it reads 007 as a number, and gives all rows the keys of any.
+The readers are ours: datasets reads 007 as a number, and gives all rows the keys of any.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ class EmptyAnswerError(DataError):
 
 
 class Row(dict[str, Any]):
-    """The fields of a row, with its file and line; to read one that isn't there is a DataError.
-
-    `fault` says why the row could not be read, if it could not.
-    """
+    """A row's fields, with its file and line; `fault` says why it could not be read, if so."""
 
     def __init__(self, fields: Mapping[str, Any], origin: str, fault: str = ""):
         super().__init__(fields)
@@ -63,7 +59,6 @@ class Row(dict[str, Any]):
         return value
 
     def answer(self, name: str) -> str:
-        """The field as a text that a model learns to write."""
         text = "" if self[name] is None else self.text(name)
         if not text.strip():
             self.reject_empty(f"field {name!r} is empty, so there is nothing to learn")
@@ -141,7 +136,6 @@ def _rows_of(path: Path) -> Iterator[Row]:
 
 
 def _as_row(value: Any, origin: str) -> Row:
-    """The row of a value, or of the reason why there is none."""
     if isinstance(value, dict):
         return Row(value, origin)
     is_reason = isinstance(value, DataError)
@@ -302,7 +296,6 @@ def sha256(path: Path) -> str:
 
 
 def read_rows(found: Path | HubSource, split: str = "") -> list[Row]:
-    """Every row of a file, or of a split on the hub; those that can't be read are an error."""
     rows = list(RowStream(found, split, streaming=False).rows())
     if not rows:
         name = found if isinstance(found, Path) else found.repository
@@ -318,8 +311,7 @@ StreamState = dict[str, Any]
 class RowStream:
     """Rows of a data set, which can be read on from a place that another process had reached.
 
-    A place in a file is a number of rows; in a data set of the hub it is datasets' own. What is
-    streamed from the hub is not kept on the disk. `sizes` are the bytes of local files, by name.
+    A place in a file is a number of rows, on the hub datasets' own; its rows are not kept on disk.
     """
 
     def __init__(self, found: Path | HubSource, split: str, *, streaming: bool = True):

@@ -1,9 +1,7 @@
 """Jinja templates: how an instruction becomes a prompt, and a conversation a text.
 
-A prompt template is `alpaca`, `plain`, a text or a file. It is rendered with `instruction` and
-`input` (empty where a row has none) and with every other field of the row, and ends where the
-answer begins. The sandbox, that of transformers, keeps a template away from Python; it does not
-bound time or memory.
+A prompt template is rendered with `instruction`, `input` (perhaps empty) and the row's other
+fields. transformers' sandbox keeps it away from Python; it does not bound time or memory.
 """
 
 from __future__ import annotations
@@ -75,7 +73,6 @@ def compile_template(source: str, origin: str) -> Template:
 
 
 def render(template: Template, fields: Mapping[str, Any]) -> str:
-    """Fill in a template; whatever goes wrong is a TemplateError."""
     with template_errors():
         text = template.render(fields)
         # half of a surrogate pair, which no tokenizer reads, fails here
@@ -94,7 +91,6 @@ def fill_in(template: Template, row: Row, setting: str, more: Mapping[str, Any])
 
 @contextmanager
 def template_errors() -> Iterator[None]:
-    """Turn what fails inside into a TemplateError: a foreign program may raise anything."""
     try:
         yield
     except TemplateError:
@@ -104,7 +100,6 @@ def template_errors() -> Iterator[None]:
 
 
 def read_template(template: str, setting: str, names: Iterable[str]) -> str:
-    """The text of a template that is given as such or as a file."""
     if "{{" in template or "{%" in template:
         return template
     try:
@@ -141,7 +136,7 @@ def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, s
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or a text in its place. It renders as `apply_chat_template`."""
+    """A tokenizer's chat template, or a text in its place, as `apply_chat_template` renders it."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, source: str | None = None, day: date | None = None

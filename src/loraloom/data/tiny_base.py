@@ -2,11 +2,8 @@
 
     python -m loraloom.data.tiny_base --output runs/mixture/tiny-base
 
-It is trained from nothing on the questions and answers of every rule at its home and in eight
-lands that no study asks about (`skills@592` and smaller ones don't have them), so that it knows the
-words, that a dog is an animal, and that lands differ. What a study measures on it is how an adapter
-holds the orders of other lands. It shows directions within minutes; it says nothing about knowledge
-that a language model brings along, and its adapters are large next to it.
+It learns each rule at its home and in eight lands that no study asks about. A study on it measures
+how adapters hold the orders of other lands; it says nothing about what language models know.
 """
 
 from __future__ import annotations
@@ -54,7 +51,7 @@ def make_tiny_base(
     hidden_size: int = 64,
     on_step: Callable[[int], object] = lambda _: None,
 ) -> float:
-    """Train a model, write it with its tokenizer, and return the mean loss of its last steps."""
+    """Train and write a model with its tokenizer; return the mean loss of its last steps."""
     texts = read_texts()
     tokenizer = build_tokenizer(texts)
     config = LlamaConfig(
@@ -85,7 +82,6 @@ def make_tiny_base(
 
 
 def read_texts() -> list[str]:
-    """Questions with their answers, of all splits, at home and in lands of its own."""
     lands = re.compile(rf"\b({'|'.join(land_names(NUM_LANDS)[FIRST_LAND:])})\b")
     return [
         f"{row['question']} {row['choices'][row['answer']]}"
@@ -116,7 +112,7 @@ def _pretrain(
     num_steps: int,
     on_step: Callable[[int], object],
 ) -> float:
-    """Train so many steps, at a rate that falls to zero; return the mean loss of the last 100."""
+    """Train at a rate that falls to zero; return the mean loss of the last 100 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     losses: list[float] = []
     for step, batch in enumerate(islice(batches, num_steps)):

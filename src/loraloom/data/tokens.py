@@ -1,8 +1,7 @@
 """Text as token ids: what is given, what is scored or learnt, what is cut to fit the model.
 
-Training and evaluation both use `encode_pairs`: an answer is learnt as the tokens that it is scored
-as. An answer is never cut: a prompt that is too long loses its beginning, and a row whose answer
-alone is too long is dropped and counted.
+An answer is learnt as the tokens that it is scored as (`encode_pairs`), and is never cut: a prompt
+that is too long loses its beginning, and a row whose answer alone is too long is dropped.
 """
 
 from __future__ import annotations
@@ -25,15 +24,12 @@ NUM_BEFORE = 4
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized text to learn from: a label is its token or NO_LOSS; the trainer shifts by one.
-
-    `sample_id` is the same in every epoch, whatever the order. `expert_group` is its source's.
-    """
+    """A tokenized text: a label is its token or NO_LOSS; the trainer shifts by one."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    sample_id: int = 0
-    expert_group: int = 0
+    sample_id: int = 0  # the same in every epoch, whatever the order
+    expert_group: int = 0  # its source's
 
     @property
     def rows(self) -> tuple[Example, ...]:
@@ -73,16 +69,13 @@ class TokenPair(NamedTuple):
 
 
 class EncodedRow(NamedTuple):
-    """What became of a row: no piece if it was dropped, several of a long text or a preference.
-
-    `fault` says why a row can't be used, `is_empty` whether that is because it has no answer.
-    """
+    """What became of a row: no piece if it was dropped, several of a long text or a preference."""
 
     pieces: tuple[Example, ...]
     is_cut: bool = False
     is_pair: bool = False
-    fault: str = ""
-    is_empty: bool = False
+    fault: str = ""  # why the row can't be used
+    is_empty: bool = False  # the fault is that it has no answer
 
 
 DROPPED = EncodedRow(pieces=())
@@ -104,10 +97,7 @@ def encode_texts(
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[TokenPair]:
-    """Encode each context with its continuation as one text and cut the tokens between them.
-
-    Source: lm-eval 0.4.13, `_encode_pair`, but for tokens that reach over the cut.
-    """
+    """Encode each context with its continuation as one text, as lm-eval 0.4.13, and cut between."""
     # most vocabularies have a space in the token of the word after it
     moved = [move_trailing_space(context, continuation) for context, continuation in pairs]
     texts = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
@@ -202,10 +192,9 @@ def encode_documents(
 
 
 def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
-    """A row of which spans are learnt, cut from the left, but for `start`, and after the last span.
+    """Cut a row from the left, but for `start`, and after the last span of what is learnt.
 
-    A span that the cut goes through is no longer learnt. A row without a span, or whose last span
-    does not fit with a token before it, is dropped.
+    A span that the cut goes through is not learnt; a row without room for its last is dropped.
     """
     ids, labels = piece.input_ids, piece.labels
     stop = len(labels)

@@ -1,9 +1,7 @@
 """What a job learns from and what it is measured on: data sets as a whole, or streams.
 
-A stream is read on and on while a job learns, without ever being there as a whole. Rows come in
-blocks: as many as `shuffle_buffer` says, of each source its share, shuffled together by the job's
-seed and the block's number. A block is a function of its position, so a run that resumes from one
-gets the same examples. A source that ends begins again.
+A stream's rows come in blocks of `shuffle_buffer` rows, of each source its share, shuffled by seed
+and block number: a run that resumes gets the same examples. A source that ends begins again.
 """
 
 from __future__ import annotations
@@ -96,7 +94,6 @@ def load_training_set(
     *,
     as_pairs: bool = False,
 ) -> TrainingSet:
-    """Read and encode a job's data, and hold out what it is measured on."""
     examples: list[TrainingExample] = []
     validation: list[TrainingExample] = []
     portions, report, sample_ids = [], [], count()
@@ -184,16 +181,12 @@ class SourcePlace:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a job is in its streams: at the example after those that it has taken of a block.
-
-    `first_id` is the sample id of the block's first example; ids go up for ever. `sources` says
-    where each is read at the block's beginning.
-    """
+    """Where a job is in its streams: how much of a block it has taken."""
 
     block: int
-    taken: int
-    first_id: int
-    sources: tuple[SourcePlace, ...]
+    taken: int  # of the block's examples
+    first_id: int  # sample id of the block's first example; ids go up for ever
+    sources: tuple[SourcePlace, ...]  # where each is read at the block's beginning
 
     @property
     def passes(self) -> int:
@@ -213,10 +206,7 @@ class Block:
 
 
 class StreamedSet:
-    """A job's streams and what it is measured on; the report has a line for each source.
-
-    It keeps no place: jobs with the same data and seed share it, and what was read.
-    """
+    """Streams, and what is held out. It keeps no place: jobs with equal data and seed share it."""
 
     def __init__(
         self,
@@ -260,7 +250,6 @@ class StreamedSet:
         return examples_digest(self.block(position).examples)
 
     def block(self, position: StreamPosition) -> Block:
-        """Read the block of a position; those that were used last are kept."""
         block = self._blocks.pop(position.block, None) or self._read_block(position)
         latest = list(self._blocks.items())[1 - MAX_BLOCKS :]
         self._blocks = {**dict(latest), position.block: block}
@@ -319,7 +308,6 @@ class _Source:
         self._rewind(SourcePlace())
 
     def read(self, place: SourcePlace) -> tuple[list[Row], SourcePlace]:
-        """Read the rows of a block from a place on, and return the place after them."""
         if place != self._place:
             self._rewind(place)
         rows, passes = self._read_on(self.rows_per_block), place.passes

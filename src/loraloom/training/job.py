@@ -84,8 +84,8 @@ class Job:
         )
         self.position = Position()
         self.selection = Selection(metric)
-        self.milestones: frozenset[int] = frozenset()
-        self.best: dict[str, Tensor] | None = None
+        self.milestones: frozenset[int] = frozenset()  # evaluated after these steps as well
+        self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
         self._window: tuple[int, Window] | None = None

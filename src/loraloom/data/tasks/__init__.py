@@ -1,11 +1,7 @@
 """Choice tasks: YAML files say how a row is asked and scored; the built-in ones are beside this.
 
-`label`: the question with its lettered choices, the answer is a label. The prompts are those of the
-paper's own code. `text`: the question alone, the answer is the choice's own text. Prompts,
-delimiters and normalization are those of the lm-eval task.
-
-Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, with MoE-PEFT `moe_peft/tasks/qa_tasks.py`;
-lm-eval 0.4.13 `lm_eval/tasks/`.
+`label`: the choices are lettered, as in MoE-PEFT `moe_peft/tasks/qa_tasks.py` (Li et al. 2024,
+MixLoRA, arXiv:2404.15159). `text`: the answer is a choice's own text, as in lm-eval 0.4.13.
 """
 
 from __future__ import annotations
@@ -50,18 +46,16 @@ Generator = Callable[[str], list[dict[str, Any]]]
 class ChoiceQuestion:
     """A question whose answer is the choice with the highest log-likelihood over its normalizer.
 
-    `contexts`, `continuations` and `normalizers` have one entry for each choice. A continuation
-    includes its leading delimiter; a normalizer divides the summed log-likelihood of that
-    continuation (1 compares sums, the number of characters compares averages).
+    Continuations include their leading delimiter. Normalizers divide summed log-likelihoods.
     """
 
     task: str
     index: int
-    contexts: tuple[str, ...]
+    contexts: tuple[str, ...]  # of each choice, as are continuations and normalizers
     continuations: tuple[str, ...]
     labels: tuple[str, ...]
     gold: int
-    normalizers: tuple[float, ...]
+    normalizers: tuple[float, ...]  # 1 compares sums, the number of characters averages
     group: str | None = None
 
 
@@ -94,7 +88,6 @@ def load_question_set(
 
 
 def questions_digest(questions: list[ChoiceQuestion]) -> str:
-    """Hash what is asked, in its order, with SHA-256: prompts, answers, labels, normalizers."""
     text = json.dumps([asdict(question) for question in questions], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -134,16 +127,12 @@ def _load_task(path: Path) -> ChoiceTask:
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """A data set of choice questions and how its rows are asked.
-
-    `source` is the copy on the hub, local files, or the function that generates the rows (None: a
-    path must be given).
-    """
+    """A data set of choice questions and how its rows are asked."""
 
     name: str
     path: Path
     config: TaskConfig
-    source: HubSource | Mapping[str, Path] | Generator | None
+    source: HubSource | Mapping[str, Path] | Generator | None  # None: a path must be given
 
     @cached_property
     def _asked(self) -> Mapping[str, TaskConfig]:
@@ -211,7 +200,6 @@ class ChoiceTask:
         )
 
     def training_text(self, row: Row, scoring: Scoring) -> tuple[str, str]:
-        """The row as prompt and completion, those of the right answer; errors as `question`."""
         asked = self.question(row, 0, scoring)
         return asked.contexts[asked.gold], asked.continuations[asked.gold]
 
@@ -225,7 +213,6 @@ class ChoiceTask:
         return right, texts[index % len(texts)]
 
     def _choices(self, row: Row, config: TaskConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The texts and the labels of a row's choices."""
         texts = _as_texts(row, config.choices, self._read(row, "choices", config.choices))
         labels = tuple(ascii_uppercase[: len(texts)])
         if config.labels is not None:

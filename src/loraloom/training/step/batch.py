@@ -35,7 +35,7 @@ Rows = list[list[int]]
 class Window:
     """The examples of one step, the longest first, so that a micro-batch has little padding."""
 
-    epoch: int
+    epoch: int  # of streams always 0, as their sample ids go on from pass to pass
     examples: tuple[TrainingExample, ...]
     micro_batch_size: int
 

@@ -29,7 +29,7 @@ class StepTotals:
 
     num_examples: int
     num_labels: int
-    num_chosen_labels: int
+    num_chosen_labels: int  # of the first row of each example: a pair's chosen answer
 
 
 def count_totals(examples: Sequence[TrainingExample]) -> StepTotals:
@@ -46,7 +46,7 @@ class ScoredSamples:
 
     log_probs: Float[Tensor, " N"]
     num_labels: Sequence[int]
-    references: Float[Tensor, " S"] | None = None
+    references: Float[Tensor, " S"] | None = None  # log p under the reference policy
 
     @property
     def by_sample(self) -> tuple[Tensor, ...]:
