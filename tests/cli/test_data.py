@@ -85,17 +85,16 @@ def test_a_row_that_is_dropped_is_shown_as_such(show):
     assert "chats: chat.jsonl, row 2: dropped, its answer does not fit max_length" in show()
 
 
-def test_all_rows_are_checked_and_counted(directory, tmp_path, capsys):
+def test_all_rows_of_a_run_file_of_data_alone_are_checked_and_counted(directory, tmp_path, capsys):
     rows = [{"instruction": f"Say {n}", "output": "" if n in (5, 7) else "blue"} for n in range(9)]
     rows += [{"instruction": "Say 1", "output": "blue"}, {"instruction": 1, "output": "blue"}]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     data = {"dataset": str(tmp_path / "rows.jsonl"), "format": "instruction"}
-    job = {"name": "a", "adapter": {"method": "lora"}, "data": data, "train": {"max_steps": 1}}
-    run = {"base_model": str(directory / "base"), "output_dir": "out", "jobs": [job]}
+    run = {"base_model": str(directory / "base"), "jobs": [{"data": data}]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--rows", "1"]) == 2
     shown = capsys.readouterr()
-    assert re.search(r"a: rows.jsonl +11 +2 +0 +0 +1 +1 *\n", shown.out)
+    assert re.search(r"job1: rows.jsonl +11 +2 +0 +0 +1 +0 +1 *\n", shown.out)
     assert "3 of 11 rows can't be used:\n  lines 6, 8: field 'output' is empty" in shown.err
     assert "\n  line 11: field 'instruction' must be a string, got 1" in shown.err
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--set", "jobs.0.data.on_empty=skip"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from loraloom.cli import main as cli
-from loraloom.cli.train import evaluation_command
+from loraloom.cli.train import next_commands
 from loraloom.formats import describe
 from loraloom.training.engine import Engine
 from loraloom.training.results import JobResult
@@ -65,17 +65,27 @@ def test_adapters_remember_how_their_prompts_were_written(inputs, run_file, tmp_
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "Say one\n"
 
 
-def test_the_command_evaluates_what_was_trained():
+def test_the_next_commands_evaluate_and_ask_what_was_trained():
     job = {"name": "a", "adapter": {"method": "lora"}, "train": {"max_steps": 4}}
     job["data"] = {"task": "arc_easy", "path": "a b", "scoring": "text"}
     run = {"base_model": "m", "output_dir": "out", "quantization": "nf4", "jobs": [job]}
     done = Mock(JobResult, job="a", directory="out/a", error=None, status="finished")
-    command = evaluation_command(RunConfig.model_validate(run), [done, Mock(JobResult, error="x")])
-    words = shlex.split(command.replace("\\\n", " "))
-    assert words[:2] == ["loraloom", "eval"]
-    asked = "--quantization nf4 --adapter a=out/a --task arc_easy --scoring text --data 'a b'"
-    assert words[4:] == shlex.split(asked)
-    assert evaluation_command(RunConfig.model_validate(run), [Mock(JobResult, error="x")]) == ""
+    model = "--base-model m --quantization nf4 --adapter a=out/a"
+    asked = f"loraloom eval {model} --task arc_easy --scoring text --data 'a b'"
+    assert next_words(run, [done, Mock(JobResult, error="x")]) == {
+        "Evaluate": shlex.split(asked),
+        "Generate": shlex.split(f"loraloom generate {model} --prompt Hello!"),
+    }
+    assert next_words(run, [Mock(JobResult, error="x")]) == {}
+    job["data"] = {"dataset": "pairs.jsonl", "format": "preference"}
+    job["train"] |= {"objective": {"name": "dpo"}}
+    asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference"
+    assert next_words(run, [done])["Evaluate"] == shlex.split(asked)
+
+
+def next_words(run, results):
+    commands = next_commands(RunConfig.model_validate(run), results).items()
+    return {purpose: shlex.split(one.replace("\\\n", " ")) for purpose, one in commands}
 
 
 def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):

@@ -59,6 +59,7 @@ CONTRADICTIONS = [
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),
     ({"mix": [{"task": "piqa", "weight": 0}]}, "greater than 0"),
     ({"task": "piqa", "weight": 2}, "unknown key 'weight'"),
+    ({"dataset": "a.csv", "format": "text", "split": "x"}, "split has no effect on a file"),
     ({"task": "piqa", "validation_fraction": 1}, "less than 1"),
     (
         {"task": "piqa", "validation_fraction": 0.1, "validation": {"task": "boolq"}},

@@ -43,6 +43,11 @@ def faults(tmp_path, *overrides, text=RUN):
     return [line.strip() for line in str(error.value).splitlines()[1:]]
 
 
+def test_a_key_of_another_section_is_named_with_it(tmp_path):
+    (fault,) = faults(tmp_path, "jobs.0.data.lr=1")
+    assert fault == "jobs.0.data: unknown key 'lr'; it belongs to 'train'"
+
+
 def test_a_run_file_is_read(tmp_path):
     config = load(tmp_path, RUN)
     assert config.jobs[0].adapter == MixLoraConfig(rank=16, alpha=32, dropout=0.05)

@@ -12,7 +12,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from pydantic import Field
 
-from loraloom.cli.options import BASE, HostOptions, Text
+from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation
@@ -62,6 +62,8 @@ def chat(
     has_turns = tokenizer.chat_template or any(form and not form.is_text for form in forms)
     if options.system and (options.raw or not has_turns):
         raise ConfigError("--system needs a chat template, and none is used; leave it out")
+    if not options.raw:
+        tell_unknown_prompts(host, tokenizer)
     known = [BASE, *host.adapters]
     limits = EngineLimits(
         len(known), default_cache_tokens(host, len(known)), max_request_s=math.inf

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters import CONFIGS
 from loraloom.cli.options import Sets
+from loraloom.config.text import read_settings
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import DataError, plain
@@ -19,7 +21,7 @@ from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training.settings import load_run_config
 
 WIDTH = 80
-COUNTS = ["rows", "empty", "cut", "dropped", "duplicates", "faulty"]
+COUNTS = ["rows", "empty", "cut", "dropped", "duplicates", "with tools", "faulty"]
 
 
 def show(
@@ -31,14 +33,14 @@ def show(
 ) -> None:
     """Check all rows of jobs, count them, and print the first as tokens, ^ under those learnt.
 
-    Rows that can't be used are listed together at the end. Of streams, the first --rows rows are
-    checked.
+    The run file needs a base_model, for its tokenizer, and the jobs' data. Rows that can't be used
+    are listed together at the end. Of streams, the first --rows rows are checked.
 
     Args:
         run_file: A base model and its jobs.
         rows: Print N rows of each source, from its beginning.
     """
-    run = load_run_config(run_file, overrides)
+    run = load_run_config(_filled_in(read_settings(run_file, "a run file")), overrides)
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")
@@ -58,7 +60,9 @@ def show(
                     for line in _show_row(name, row, tokenizer):
                         console.print(line, style="" if line.strip(" ^") else "bold green")
                 name = f"{job.name}: {Path(encoder.name).name}"
-                table.add_row(name, *map(str, _count(encoded)))
+                column = (source.fields or {}).get("tools", "tools")
+                counts = _count(encoded, sum(bool(row.get(column)) for row in found))
+                table.add_row(name, *map(str, counts))
                 encoder.check(found, encoded)
             except DataError as error:
                 faults.append(str(error))
@@ -68,13 +72,26 @@ def show(
         raise DataError("\n".join(dict.fromkeys(faults)))
 
 
-def _count(rows: Sequence[EncodedRow]) -> tuple[int, ...]:
+def _filled_in(settings: dict[str, Any]) -> dict[str, Any]:
+    # what data does not depend on: a run file may be checked before it has methods and rates
+    jobs: Any = settings.get("jobs")
+    for place, job in enumerate(jobs if isinstance(jobs, list) else ()):
+        if isinstance(job, dict):
+            has_pairs = "preference" in str(job.get("data"))
+            train = {"max_steps": 1, **({"objective": {"name": "dpo"}} if has_pairs else {})}
+            adapter = {"method": CONFIGS[0].model_fields["method"].default}
+            jobs[place] = {"name": f"job{place + 1}", "adapter": adapter, "train": train, **job}
+    return {"output_dir": "out", **settings}
+
+
+def _count(rows: Sequence[EncodedRow], num_with_tools: int) -> tuple[int, ...]:
     # in the order of COUNTS; rows with the same tokens count as duplicates, whatever they say
     learnt = [tuple(piece.input_ids for piece in row.pieces) for row in rows if row.pieces]
     empty = sum(row.is_empty for row in rows)
     faulty = sum(bool(row.fault) for row in rows) - empty
     cut, dropped = sum(row.is_cut for row in rows), len(rows) - len(learnt) - empty - faulty
-    return len(rows), empty, cut, dropped, len(learnt) - len(set(learnt)), faulty
+    repeats = len(learnt) - len(set(learnt))
+    return len(rows), empty, cut, dropped, repeats, num_with_tools, faulty
 
 
 def _show_row(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from pydantic import Field
 from typing_extensions import override
 
-from loraloom.cli.options import BASE, HostOptions, Text
+from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
 from loraloom.config.text import parse_json, read_text
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
@@ -81,6 +81,8 @@ def generate(
     num_done = _count_done(options, rows)
     host, tokenizer = load_host(options, options.adapters)
     form = given_form(tokenizer, options.template, options.chat_template)
+    if form is None and not options.raw:
+        tell_unknown_prompts(host, tokenizer)
     requests = make_requests(host, tokenizer, prompts, sampling, raw=options.raw, prompt_form=form)
     size = options.batch_size
     messages = make_console(stderr=True, soft_wrap=True, quiet=options.output is None)

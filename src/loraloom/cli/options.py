@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.models.host import Host
 
 # What files and options call the base model.
 BASE = "base"
@@ -47,3 +53,14 @@ class HostOptions(BaseModelConfig):
                 )
             adapters[check_name(name)] = path
         return adapters
+
+
+def tell_unknown_prompts(host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say which adapters don't record the form of their prompts, if that makes a difference."""
+    names = [name for name, adapter in host.adapters.items() if adapter.prompt is None]
+    if names and tokenizer.chat_template:
+        print(
+            f"note: {', '.join(names)}: the adapter's files don't record how its training data "
+            "wrote prompts; the base model's chat template is used",
+            file=sys.stderr,
+        )

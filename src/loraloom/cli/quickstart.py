@@ -38,6 +38,7 @@ def quickstart(
     *,
     output_dir: Path = Path("quickstart"),
     overwrite: bool = False,
+    resume: bool = False,
     max_steps: int = 800,
     device: str = "auto",
 ) -> None:
@@ -50,13 +51,14 @@ def quickstart(
     Args:
         output_dir: Write adapters, metrics and a page of results to this directory.
         overwrite: Replace an earlier quickstart's results.
+        resume: Go on where an interrupted quickstart was.
         max_steps: Train for N steps.
         device: auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps.
     """
     console = make_console(soft_wrap=True)
     run = _run_config(output_dir, max_steps, device)
     find_device(device)  # one that isn't there is an error now, not minutes later
-    RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
+    RunDirectory(run.output_dir).check(resume=resume, overwrite=overwrite)
     base = Path(run.base_model)
     if base.is_dir():
         console.print(f"Taking the tiny base model in {base}")
@@ -68,9 +70,8 @@ def quickstart(
     host = attach(model)
     names = [job.name for job in run.jobs]
     console.print(f"Training {len(names)} adapters on it, all in the same steps")
-    results = train(
-        run, overwrite=overwrite, progress=Progress(make_console()), base=(host, tokenizer)
-    )
+    progress, base_model = Progress(make_console()), (host, tokenizer)
+    results = train(run, resume=resume, overwrite=overwrite, progress=progress, base=base_model)
     raise_failures(results)
     for name in names:
         host.load(name, run.output_dir / name)

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from pydantic import DirectoryPath, Field
 from typing_extensions import override
 
-from loraloom.cli.options import HostOptions, Text
+from loraloom.cli.options import HostOptions, Text, tell_unknown_prompts
 from loraloom.data.templates import load_chat_template
 from loraloom.errors import ConfigError
 from loraloom.generation import loading
@@ -61,6 +61,8 @@ class ServeOptions(HostOptions):
     cache_tokens: int | None = Field(default=None, ge=32)
     """Tokens of the key-value cache. By default all rows at full length, as far as a quarter of the
     free memory goes."""
+    shared_prompt_cache: bool = False
+    """Let API keys use one another's prompts, which the time of an answer then tells."""
     max_waiting: int = Field(default=256, ge=1)
     """Most completions that wait."""
     chat_template: Text | None = None
@@ -144,6 +146,7 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
         options.max_rows,
         options.cache_tokens or loading.default_cache_tokens(model, options.max_rows),
         max_waiting=options.max_waiting,
+        shares_prompts=options.shared_prompt_cache,
     )
     engine = Engine(model, tokenizer, limits)
     adapters = ServedAdapters(
@@ -162,4 +165,5 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     rows = f"{limits.max_rows} rows of {engine.max_length:,} tokens"
     print(f"cache: {limits.cache_tokens:,} tokens; at most {rows}")
     print(f"listening on http://{address}:{port}/v1", flush=True)
+    tell_unknown_prompts(model, tokenizer)
     return engine, adapters, tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,12 +11,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
+from rich.table import Table
 from typing_extensions import override
 
 from loraloom.cli.options import Sets
 from loraloom.config.fields import StrictModel
 from loraloom.errors import TrainingError
-from loraloom.terminal import make_console
+from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training import run as training
 from loraloom.training.inbox import WatchOptions
 from loraloom.training.parallel import read_launch
@@ -82,13 +84,22 @@ def train(
         ray_workers=options.ray_workers,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    for one in results:
-        if run.sweep is None or not run.sweep.owns(one.job):
-            measured = "".join(f", {name} {value:.4f}" for name, value in one.metrics.items())
-            console.print(f"{one.job}: {one.method}, {one.status}, step {one.steps}{measured}")
-    if command := evaluation_command(run, results):
-        console.print(f"\nEvaluate with:\n  {command}", soft_wrap=True)
+    others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
+    if others:
+        print_tables(console, [_results_table(others)])
+    for purpose, command in next_commands(run, results).items():
+        console.print(f"\n{purpose} with:\n  {command}", soft_wrap=True)
     raise_failures(results)
+
+
+def _results_table(results: Sequence[JobResult]) -> Table:
+    metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
+    table = make_table("job", values=["method", "steps", "status", "weights", *metrics])
+    for one in results:
+        measured = (one.metrics.get(name) for name in metrics)
+        texts = ("-" if value is None else f"{value:.4f}" for value in measured)
+        table.add_row(one.job, one.method, str(one.steps), one.status, one.weights, *texts)
+    return table
 
 
 def raise_failures(results: Sequence[JobResult]) -> None:
@@ -98,19 +109,36 @@ def raise_failures(results: Sequence[JobResult]) -> None:
         raise TrainingError("\n".join(failures))
 
 
-def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str:
-    """Write a command that evaluates what was trained; empty where nothing was."""
+def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str]:
+    """Write commands that evaluate and ask what was trained; none where nothing was."""
     good = [result for result in results if result.error is None and result.status != "stopped"]
     if not good:
-        return ""
+        return {}
+    if run.sweep is not None:
+        metric = run.sweep.metric
+        # the best first; a job that was never measured goes last, whichever way is better
+        sign = 1 if metric.endswith("loss") else -1
+        good.sort(key=lambda one: sign * one.metrics.get(metric, sign * math.inf))
     options = [("--base-model", run.base_model)]
     if run.quantization is not None:
         options.append(("--quantization", run.quantization))
     options += [("--adapter", f"{one.job}={one.directory}") for one in good[:MAX_ADAPTERS]]
-    tasks = [one for job in run.all_jobs for one in (*job.eval, *job.data.sources) if one.task]
-    if tasks:
-        asked = {"--task": tasks[0].task, "--scoring": tasks[0].scoring, "--data": tasks[0].path}
-        options += [(option, value) for option, value in asked.items() if value]
+    sources = [one for job in run.all_jobs for one in (*job.eval, *job.data.sources)]
+    if tasks := [one for one in sources if one.task]:
+        first = tasks[0]
+        asked = {"--task": first.task, "--scoring": first.scoring, "--data": first.path}
     else:
-        options.append(("--dataset", "HELD_OUT.jsonl"))
-    return " \\\n    ".join(["loraloom eval", *map(shlex.join, options)])
+        form = sources[0].format if sources else None
+        held_out = [job.data.validation.dataset for job in run.all_jobs if job.data.validation]
+        asked = {"--dataset": next(filter(None, held_out), "HELD_OUT.jsonl")}
+        # which adapters don't tell: theirs is that of the prompts
+        asked |= {"--format": form} if form == "preference" else {}
+    questions = [(option, value) for option, value in asked.items() if value]
+    return {
+        "Evaluate": _command("eval", [*options, *questions]),
+        "Generate": _command("generate", [*options, ("--prompt", "Hello!")]),
+    }
+
+
+def _command(verb: str, options: Sequence[tuple[str, str]]) -> str:
+    return " \\\n    ".join([f"loraloom {verb}", *map(shlex.join, options)])

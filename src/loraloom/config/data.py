@@ -105,8 +105,11 @@ def is_skills(task: str) -> bool:
 
 def is_file_of_test(dataset: str | None) -> bool:
     """Whether a data set is a single file that is called `test`, as in a directory of splits."""
-    is_file = dataset is not None and _DATA_FILE.fullmatch(dataset) is not None
-    return is_file and PurePath(str(dataset)).name.split(".")[0] == "test"
+    return _is_file(dataset) and PurePath(str(dataset)).name.split(".")[0] == "test"
+
+
+def _is_file(dataset: str | None) -> bool:
+    return dataset is not None and _DATA_FILE.fullmatch(dataset) is not None
 
 
 def num_lands(task: str) -> int | None:
@@ -227,6 +230,7 @@ class _SourceFields(StrictModel):
         rules: list[tuple[bool, Sequence[str], str]] = [
             (self.task is not None, _OF_DATASETS, "a task, only on a dataset"),
             (self.dataset is not None, ["path", "scoring"], "a dataset, only on a task"),
+            (_is_file(self.dataset), ["split", "config"], f"a file ({self.dataset})"),
             (kind not in ("instruction", None), ["template"], f"format {kind}"),
             (kind in ("instruction", "text"), ["chat_template"], f"format {kind}"),
         ]

@@ -30,6 +30,9 @@ _RENAMED = {
     "model_name_or_path": "base_model",
 }
 
+# The section of a job that knows a key; filled in where the sections are defined.
+HOMES: dict[str, str] = {}
+
 # In place of pydantic's messages.
 _MESSAGES = {
     "missing": "must be given, it is missing",
@@ -69,6 +72,9 @@ def _instead(key: str, known: Iterable[str]) -> str:
     ours = _RENAMED.get(key)
     if ours and ours in known:
         return f"; did you mean {ours!r}?"
+    home = HOMES.get(ours or key)
+    if home is not None and home not in map(HOMES.get, known):  # else it is another method's
+        return f"; it belongs to {home!r}"
     return did_you_mean(key, known) or f"; known keys are {', '.join(sorted(known))}"
 
 

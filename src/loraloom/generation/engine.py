@@ -67,7 +67,7 @@ class Engine:
         self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens)
         self._arrivals = count(1)
         self._served: list[Row] = []  # in the order in which they were admitted
-        self._runner = Runner(host, keeps_prompts=limits.keeps_prompts)
+        self._runner = Runner(host, limits)
         self._gone: list[Adapter] = []
         self._is_stopping = False
 

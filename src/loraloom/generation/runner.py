@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Row, log_failure
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import keeps_running_states
@@ -90,13 +91,14 @@ def _keys(salt: Hashable, tokens: Sequence[int]) -> Iterator[tuple[bytes, int]]:
 class Runner:
     """The rows that are decoded together, and what is kept of prompts and weights."""
 
-    def __init__(self, host: Host, *, keeps_prompts: bool):
+    def __init__(self, host: Host, limits: EngineLimits):
         self.rows: list[Row] = []  # in the order of the session
         self.session: Decoding | None = None
         self.prefixes = PrefixCache()
         self._host = host
         # no token has a part of a running state
-        self._keeps_prompts = keeps_prompts and not keeps_running_states(host.config)
+        self._keeps_prompts = limits.keeps_prompts and not keeps_running_states(host.config)
+        self._shares_prompts = limits.shares_prompts
         self.prepared = PreparedWeights()
         self._prepared_for: set[RowAdapter] = set()
         # of each adapter a number, another one when its weights have changed, and their version
@@ -187,7 +189,7 @@ class Runner:
 
     def _salt_of(self, row: Row) -> Hashable:
         """What tells those apart who may not use one another's prompts: customers, weights."""
-        tenant = row.share.tenant
+        tenant = "" if self._shares_prompts else row.share.tenant
         name, scale = name_and_scale(row.request.adapter)
         if name is None:
             return tenant, None

@@ -26,7 +26,7 @@ from loraloom.config.data import (
     is_file_of_test,
     task_name,
 )
-from loraloom.config.fields import StrictModel, check_name, checked
+from loraloom.config.fields import HOMES, StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import apply_override, local_path, read_settings, set_setting
 from loraloom.errors import ConfigError, shown
@@ -224,6 +224,10 @@ class EvaluationConfig(StrictModel):
     @property
     def metric(self) -> str:
         return f"eval/{task_name(self.task)}/accuracy"
+
+
+for _section, _models in (("adapter", CONFIGS), ("data", [DataConfig]), ("train", [TrainConfig])):
+    HOMES |= dict.fromkeys((key for model in _models for key in model.model_fields), _section)
 
 
 class JobConfig(StrictModel):

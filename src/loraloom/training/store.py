@@ -190,8 +190,10 @@ def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict
 
 
 def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is now made of settings that an older version saved; `init: eva` had no effect."""
-    adapter = {name: value for name, value in settings["adapter"].items() if name != "eva"}
+    """What is now made of settings that an older version saved; some that are gone did nothing."""
+    gone = {"eva": None, "compat": None, "router_bias": False, "ensure_weight_tying": False}
+    old = settings["adapter"].items()
+    adapter = {k: v for k, v in old if k not in gone or (k != "eva" and v != gone[k])}
     try:
         return JobConfig.model_validate({**settings, "adapter": adapter}).model_dump(mode="json")
     except ValidationError:

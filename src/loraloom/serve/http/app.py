@@ -51,6 +51,7 @@ _LABELS = {
     "preemptions": [],
     "closed_connections": ["reason"],
     "requests": ["model", "outcome"],
+    "http_responses": ["path", "status"],
 }
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -76,7 +77,7 @@ def create_app(
     metrics = Metrics(engine)
     app = FastAPI(title="loraloom", version=loraloom.__version__, lifespan=lifespan)
     # what comes last stands outermost
-    app.add_middleware(AccessGuard, options=options)
+    app.add_middleware(AccessGuard, options=options, counts=engine.counts)
     if options.cors_origins:
         # preflight requests have no keys; OpenAI's client sends some headers of its own
         origins, methods = list(options.cors_origins), ["GET", "POST"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,8 +108,8 @@ class AccessGuard:
     so that the time says nothing about them.
     """
 
-    def __init__(self, app: ASGIApp, options: ApiOptions):
-        self._app = app
+    def __init__(self, app: ASGIApp, options: ApiOptions, counts: Counter[tuple[str, ...]]):
+        self._app, self._counts = app, counts
         self._is_open = not options.api_keys
         self._admins = [_digest(key.encode()) for key in options.admin_keys]
         self._users = [*self._admins, *(_digest(key.encode()) for key in options.api_keys)]
@@ -117,9 +118,16 @@ class AccessGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "other")
+                self._counts["http_responses", path, str(message["status"])] += 1
+            await send(message)
+
         refusal = self._refusal(scope, dict(scope["headers"]))
         if refusal is not None:
-            await refusal(scope, receive, send)
+            await refusal(scope, receive, answer)
             return
         num_bytes = 0
 
@@ -132,7 +140,7 @@ class AccessGuard:
                 raise HTTPException(413, text)
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, counted, answer)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
