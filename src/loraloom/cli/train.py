@@ -128,7 +128,7 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         first = tasks[0]
         asked = {"--task": first.task, "--scoring": first.scoring, "--data": first.path}
     else:
-        form = sources[0].format if sources else None
+        form = next((one.format for job in run.all_jobs for one in job.data.sources), None)
         held_out = [job.data.validation.dataset for job in run.all_jobs if job.data.validation]
         asked = {"--dataset": next(filter(None, held_out), "HELD_OUT.jsonl")}
         # which adapters don't tell: theirs is that of the prompts
