@@ -25,7 +25,6 @@ from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_KEYS = ("role", "content", "name")
 # Roles, and what a message of each may have.
@@ -34,7 +33,6 @@ _KEYS = {
     "assistant": (*_TEXT_KEYS, "tool_calls", *_REASONING),
     "tool": (*_TEXT_KEYS, "tool_call_id"),
 }
-
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "function_call"), "assistant"),
@@ -58,7 +56,6 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
 
 
 def read_messages(row: Row, field: str) -> list[Message]:
-    """The turns of a conversation, each an object with `role` and `content`, or ShareGPT's."""
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         got = type(turns).__name__
@@ -144,7 +141,6 @@ def _read_calls(message: Row) -> list[dict[str, Any]]:
 
 
 def _tool_name(tool: Any) -> str | None:
-    """The name of a tool or of a call, which may stand inside `function`."""
     function = (tool.get("function") or tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else None

@@ -30,7 +30,6 @@ from loraloom.errors import DataError
 
 # Rows from which on reading tokens is worth a file.
 MIN_ROWS = 5000
-
 # Rows that are encoded, and read, at once.
 _BLOCK = 1000
 
@@ -79,7 +78,6 @@ class SourceEncoder:
     def read(
         self, split: str, limit: int | None = None, *, streaming: bool = False
     ) -> tuple[list[Row], list[EncodedRow]]:
-        """Read a source's rows, in the split that is set or else the given one, and encode them."""
         config = self.config
         if config.task is not None:
             rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
@@ -175,7 +173,8 @@ class SourceEncoder:
     def _encode_task(self, rows: list[Row]) -> list[EncodedRow]:
         task = find_task(self.config.task or "")
         scoring = self.config.scoring or task.config.scoring
-        encode: Any = tokens.encode_completion_pairs if self.as_pairs else tokens.encode_completions
+        kind: Any = tokens.encode_completion_pairs if self.as_pairs else tokens.encode_completions
+        encode = partial(kind, self.tokenizer, max_length=self.max_length)
         places = count()
 
         def read(row: Row) -> Any:
@@ -183,12 +182,9 @@ class SourceEncoder:
                 return task.preference_texts(row, next(places), scoring)
             return task.training_text(row, scoring)
 
-        def encode_some(texts: Sequence[Any]) -> list[EncodedRow]:
-            return encode(self.tokenizer, texts, self.max_length)
-
         settings = [self.as_pairs, self.max_length]
         return _encode_each(
-            rows, read, lambda texts: _encode_once(texts, encode_some, self.tokenizer, settings)
+            rows, read, lambda texts: _encode_once(texts, encode, self.tokenizer, settings)
         )
 
 
@@ -293,7 +289,6 @@ def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Seq
 def given_form(
     tokenizer: PreTrainedTokenizerBase, template: str | None, chat_template: str | None
 ) -> PromptForm | None:
-    """The form that a prompt template or a chat template asks for; None without either."""
     if template is not None:
         return PromptForm(format="instruction", template=templates.template_source(template))
     if chat_template is None:

@@ -18,7 +18,6 @@ from loraloom.errors import DataError
 
 _WORDS: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
 MONTHS, NAMES = _WORDS["months"].split(), _WORDS["names"].split()
-
 FIRST_SYLLABLES = (
     "Bal Cor Dun Fen Gar Hol Jur Kel Lim Mor Nal Pol Qua Ros Sel Tar Ul Vor Wen Yar Zel Bri Cal "
     "Dro Fal Gri Hes Is Jan Kru Lor Mib"
@@ -29,16 +28,12 @@ LAST_SYLLABLES = (
 
 # The part of each group's facts, in shuffled order, that a split gets.
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
-
 # Most questions of a skill at its home in a split.
 QUESTIONS_PER_SKILL = {"train": 480, "validation": 72, "test": 72}
-
 # Most questions of a skill in each of many lands.
 QUESTIONS_IN_A_LAND = {"train": 48, "validation": 8, "test": 8}
-
 # A question, its right answer, and the wrong ones.
 Asked = tuple[str, str, tuple[str, ...]]
-
 # Puts a rule's answers in the order in which a land gives them out.
 Arrange = Callable[[Sequence[Any]], tuple[Any, ...]]
 
@@ -53,7 +48,6 @@ class Skill(NamedTuple):
 
 
 def land_names(num_lands: int) -> list[str]:
-    """The names of the first so many lands; they share their syllables."""
     names = [first + last for first, last in product(FIRST_SYLLABLES, LAST_SYLLABLES)]
     random.Random("names of lands").shuffle(names)
     return names[:num_lands]

@@ -282,7 +282,6 @@ def find_named(path: Path, name: str, split: str) -> Path:
 
 
 def describe(found: object) -> dict[str, Any]:
-    """Where rows came from, for results: the file with its SHA-256, or the copy on the hub."""
     if isinstance(found, Path):
         return {"file": str(found), "sha256": sha256(found)}
     if isinstance(found, HubSource):

@@ -27,16 +27,12 @@ from loraloom.errors import DataError, shown
 # Today, for templates in training, as in Llama 3.2's by default: the same rows are the same tokens
 # tomorrow, and the same ones are held out.
 TRAINING_DAY = date(2024, 7, 26)
-
 # In place of a template: the one that trl has for training with the tokenizer's.
 TRL = "trl"
-
 # A text, and where in it the answers begin and end, in characters.
 Marked = tuple[str, list[tuple[int, int]]]
-
 # `role` and `content`; `tool_calls` and `reasoning_content` where an assistant's turn has them.
 Message = dict[str, Any]
-
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
 
@@ -162,7 +158,6 @@ class ChatTemplate:
         return self.render_with_marks(conversation, for_answer=for_answer)[0]
 
     def render_with_marks(self, conversation: Conversation, *, for_answer: bool = False) -> Marked:
-        """The text of a conversation, and where the template marks the assistant's parts in it."""
         template = self._compile(conversation.tools)
         blocks: list[str] = []
         marks: list[tuple[int, int]] = []
@@ -212,9 +207,8 @@ def load_chat_template(
 
 
 def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
-    """The text of a template that is given as such, as a file, or as `trl`."""
     if given != TRL:
-        return template_text(given)
+        return read_template(given, "chat_template", (TRL,))
     own = ChatTemplate(tokenizer).source()
     try:
         from trl.chat_template_utils import get_training_chat_template
@@ -226,7 +220,3 @@ def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
         raise DataError(
             "trl has no training template for this tokenizer; give chat_template another one"
         ) from error
-
-
-def template_text(given: str) -> str:
-    return given if given == TRL else read_template(given, "chat_template", (TRL,))

@@ -17,7 +17,6 @@ from loraloom.errors import DataError
 
 # Label of a token that is read but not learnt.
 NO_LOSS = -100
-
 # Tokens of a prompt that decide how the text of its completion begins.
 NUM_BEFORE = 4
 
@@ -104,8 +103,9 @@ def encode_pairs(
     contexts = encode_texts(tokenizer, [context for context, _ in moved])
     # a token that reaches over the cut belongs to the continuation
     cuts = [count_shared(*both) for both in zip(texts, contexts, strict=True)]
+    bos = tokenizer.bos_token_id
     return [
-        TokenPair(ids[:cut] or [start_of_text(tokenizer)], ids[cut:])
+        TokenPair(ids[:cut] or [bos if isinstance(bos, int) else eos_token(tokenizer)], ids[cut:])
         for ids, cut in zip(texts, cuts, strict=True)
     ]
 
@@ -116,7 +116,6 @@ def move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
 
 
 def count_shared(first: Sequence[object], second: Sequence[object]) -> int:
-    """Count the equal entries that two sequences begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
@@ -134,12 +133,6 @@ def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(end, int):
         raise DataError("the tokenizer must have an EOS token to end a text; set its eos_token")
     return end
-
-
-def start_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that begins a text: BOS, or EOS where there is none."""
-    bos = tokenizer.bos_token_id
-    return bos if isinstance(bos, int) else eos_token(tokenizer)
 
 
 def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

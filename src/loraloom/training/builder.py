@@ -23,17 +23,9 @@ from loraloom.models.layout import check_takes_packed_rows
 from loraloom.models.loading import load_base_model
 from loraloom.training.job import Job
 from loraloom.training.settings import EvaluationConfig, JobConfig
-from loraloom.training.step.objectives import (
-    ScoredSamples,
-    ask_references,
-    count_totals,
-    load_reference,
-)
-from loraloom.training.step.optimizers import make_loss_scale
+from loraloom.training.step import objectives, optimizers
 
 KEPT_TRAINING_SETS = 8
-
-
 Base = tuple[Host, PreTrainedTokenizerBase]
 
 
@@ -61,7 +53,7 @@ class JobBuilder:
             adapter = host.add(config.name, config.adapter, config.seed)
             if config.start_from is not None:
                 load_start(host, adapter, config.start_from)
-            reference = load_reference(host, config.train.objective)
+            reference = objectives.load_reference(host, config.train.objective)
             training_set = self._training_set(config)
             _check_lengths(config, training_set, host.config.max_position_embeddings)
             adapter.prompt = prompt_form(config.data, self._tokenizer)
@@ -70,7 +62,7 @@ class JobBuilder:
                     self.questions[one] = load_question_set(
                         one.task, one.scoring, one.split, one.path, one.limit
                     ).questions
-            return Job(config, adapter, training_set, reference, make_loss_scale(host))
+            return Job(config, adapter, training_set, reference, optimizers.make_loss_scale(host))
         except BaseException as error:
             for name in host.adapters.keys() - before:
                 host.remove(name)
@@ -110,15 +102,17 @@ class JobBuilder:
         rows = {
             job.name: [r for e in job.training_set.validation for r in e.rows] for job in held_out
         }
-        ask_references(self._host, [(job.reference, rows[job.name]) for job in held_out])
+        objectives.ask_references(self._host, [(job.reference, rows[job.name]) for job in held_out])
         scores = iter(label_log_probs(self._host, [(name, r) for name in rows for r in rows[name]]))
         for job in held_out:
             log_probs = [next(scores) for _ in rows[job.name]]
             references = None
             if job.reference is not None:
                 references = torch.tensor(job.reference.of(rows[job.name]), dtype=torch.float64)
-            scored = ScoredSamples(torch.cat(log_probs), list(map(len, log_probs)), references)
-            terms = job.objective(scored, count_totals(job.training_set.validation))
+            scored = objectives.ScoredSamples(
+                torch.cat(log_probs), list(map(len, log_probs)), references
+            )
+            terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
             values = {"loss": terms.loss, **terms.metrics}
             metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values.items()}
         for config in dict.fromkeys(config for job in jobs for config in job.config.eval):
@@ -161,7 +155,6 @@ def _check_lengths(
 
 
 def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
-    """Give a new adapter the weights of another one of the same kind and size."""
     config, tensors = read_adapter(path_or_hub_id, host.base)
     # What decides how weights are used, and most of what decides their shapes.
     wanted, stored = (

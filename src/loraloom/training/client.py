@@ -19,13 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import AdapterConfig
 from loraloom.config.data import PromptForm
-from loraloom.data.tokens import (
-    NO_LOSS,
-    Example,
-    PreferencePair,
-    TrainingExample,
-    learn_completions,
-)
+from loraloom.data import tokens
+from loraloom.data.tokens import Example, PreferencePair, TrainingExample
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.generation.generate import Completion, complete, make_requests
 from loraloom.generation.prompts import Prompt
@@ -115,7 +110,7 @@ class TrainingClient:
 
     def example(self, prompt: str, completion: str) -> Example:
         """Encode a prompt and a completion with its leading space, which is learnt with EOS."""
-        (example,) = learn_completions(self.tokenizer, [(prompt, completion)])
+        (example,) = tokens.learn_completions(self.tokenizer, [(prompt, completion)])
         return example
 
     def pair(self, prompt: str, chosen: str, rejected: str) -> PreferencePair:
@@ -186,7 +181,8 @@ class TrainingClient:
         `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
         """
         if learning_rate is not None:
-            optimizers.set_learning_rate(self._optimizer, learning_rate)
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate * group["lr_ratio"]
         weights, scale = self.parameters.values(), self._loss_scale
         if all(weight.grad is None for weight in weights):
             raise TrainingError(
@@ -296,7 +292,9 @@ class TrainingClient:
 
 def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:
     """Make data of tokens, and of whether each is learnt."""
-    labels = (token if learnt else NO_LOSS for token, learnt in zip(ids, is_learnt, strict=True))
+    labels = (
+        token if learnt else tokens.NO_LOSS for token, learnt in zip(ids, is_learnt, strict=True)
+    )
     return Example(tuple(ids), tuple(labels), sample_id=0)
 
 

@@ -75,8 +75,7 @@ class Engine:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the training, earlier parts of a resumed one included."""
-        return time.monotonic() - self._started_at
+        return time.monotonic() - self._started_at  # earlier parts of a resumed run included
 
     def run(self, *between_steps: Callable[[Engine], None]) -> list[JobResult]:
         with self._reporter.showing(self.jobs.values()), self.interruption:
@@ -194,7 +193,6 @@ class Engine:
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
     ) -> JobResult:
-        """Write a job's files and take its adapter off the host."""
         name, result = job.name, self._result(job, error, stop_reason)
         with self.host.ranks.together():
             if self._is_first:
@@ -215,7 +213,11 @@ class Engine:
                 sum_gradients(self.host.ranks, [job.adapter])
                 self.host.ranks.keep_at_first(job.adapter.parameters())
         # Before a job has begun, the seed says it all.
-        states = {name: job.state_dict() for name, job in self.jobs.items() if job.has_begun}
+        states = {
+            name: job.state_dict()
+            for name, job in self.jobs.items()
+            if job.position.tokens > 0 or job.position.evaluated_step >= 0
+        }
         with self.host.ranks.together():
             if self._is_first:
                 self._write_checkpoint(states)
@@ -303,10 +305,10 @@ class Engine:
         return True
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End a job for a fault of its own, with its last good weights."""
         reason = str(error)
         if not isinstance(error, TrainingError):
-            reason = f"job {job.name}, after step {job.position.step}: {_describe(error)}"
+            kind = "" if isinstance(error, LoraloomError) else f"{type(error).__name__}: "
+            reason = f"job {job.name}, after step {job.position.step}: {kind}{error}"
         if not isinstance(error, LoraloomError | OSError):
             _log.error("job %s failed", job.name, exc_info=error)
         self._reporter.message(f"error: {reason}")
@@ -349,10 +351,6 @@ class Engine:
         inputs = self.builder.input_digests(job)
         settings = job.config.model_dump(mode="json")
         self._records[job.name] = JobRecord(settings, joined_later=joined_later, inputs=inputs)
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, LoraloomError) else f"{type(error).__name__}: {error}"
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -140,7 +140,7 @@ class Inbox:
         values = {"state": state, "job": job, "reason": reason, "step": step}
         values["result"] = None if end is None else end.directory
         try:
-            write_json(_state_file(path), values)
+            write_json(path.with_name(f"{path.stem}.state.json"), values)
         except OSError as error:
             self._say(f"warning: {path} has a state file that can't be written: {error}")
 
@@ -154,7 +154,3 @@ def lock_watched(path: Path) -> AbstractContextManager[BaseFileLock]:
             "--watch must name a directory that can be written to and that no other run watches, "
             f"got {path}: {error}"
         ) from None
-
-
-def _state_file(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.state.json")

@@ -17,24 +17,9 @@ from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import RouterName
 from loraloom.routing.tally import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, JobConfig
-from loraloom.training.step.batch import (
-    MicroBatch,
-    MicroBatchLoss,
-    StepOrder,
-    StreamOrder,
-    Window,
-    add_counts,
-)
+from loraloom.training.step import batch, optimizers
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Reference, build_objective
-from loraloom.training.step.optimizers import (
-    LossScale,
-    build_optimizer,
-    build_scheduler,
-    clip_gradients,
-    copy_all,
-    learning_state,
-    load_learning_state,
-)
 
 
 @dataclass
@@ -62,7 +47,7 @@ class Job:
         adapter: Adapter,
         training_set: TrainingSet | StreamedSet,
         reference: Reference | None = None,
-        loss_scale: LossScale | None = None,
+        loss_scale: optimizers.LossScale | None = None,
     ):
         train, metric = config.train, config.selection_metric
         self.config = config
@@ -72,14 +57,14 @@ class Job:
         self.objective = build_objective(train.objective)
         self.reference = reference
         self.loss_scale = loss_scale
-        self.order: StepOrder | StreamOrder = (
-            StreamOrder(training_set, train)
+        self.order: batch.StepOrder | batch.StreamOrder = (
+            batch.StreamOrder(training_set, train)
             if isinstance(training_set, StreamedSet)
-            else StepOrder(training_set, train)
+            else batch.StepOrder(training_set, train)
         )
         self.total_steps = self.order.total_steps
-        self.optimizer = build_optimizer(train, adapter)
-        self.scheduler = build_scheduler(
+        self.optimizer = optimizers.build_optimizer(train, adapter)
+        self.scheduler = optimizers.build_scheduler(
             train, self.optimizer, self.total_steps, metric_mode(metric), config.name
         )
         self.position = Position()
@@ -88,7 +73,7 @@ class Job:
         self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
-        self._window: tuple[int, Window] | None = None
+        self._window: tuple[int, batch.Window] | None = None
         self._proven: list[Tensor] | None = None
 
     @property
@@ -96,15 +81,11 @@ class Job:
         return self.position.micro_step == 0
 
     @property
-    def window(self) -> Window:
+    def window(self) -> batch.Window:
         step = self.position.step
         if self._window is None or self._window[0] != step:
             self._window = (step, self.order.window(step))
         return self._window[1]
-
-    @property
-    def has_begun(self) -> bool:
-        return self.position.tokens > 0 or self.position.evaluated_step >= 0
 
     @property
     def is_complete(self) -> bool:
@@ -120,11 +101,6 @@ class Job:
             return self.config.train.eval_on_start
         is_milestone = self.is_complete or position.step in self.milestones
         return is_milestone or (eval_steps is not None and position.step % eval_steps == 0)
-
-    @property
-    def learning_rate(self) -> float:
-        """The job's own, without LoRA+'s ratio."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def micro_batch(self) -> MicroBatch:
         window, train, seed = self.window, self.config.train, self.config.seed
@@ -160,10 +136,13 @@ class Job:
         return self._make_step(position.loss)
 
     def _make_step(self, loss: MicroBatchLoss) -> dict[str, Any]:
-        learning_rate, position, scale = self.learning_rate, self.position, self.loss_scale
+        # The job's own, without LoRA+'s ratio.
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        position, scale = self.position, self.loss_scale
         if scale is not None:
             scale.unscale(self.parameters.values())
-        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
+        weights, bound = self.parameters.values(), self.config.train.max_grad_norm
+        grad_norm = optimizers.clip_gradients(weights, bound)
         if scale is None or scale.takes(grad_norm):
             self._check_finite("gradient norm", grad_norm, position.step + 1)
             # Until a finite loss proves the new weights, the old ones take the place of the
@@ -211,7 +190,6 @@ class Job:
         return metrics | loss.metrics
 
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Take an evaluation after the last step; keep the weights if it is the best so far."""
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
         position, train = self.position, self.config.train
@@ -235,7 +213,7 @@ class Job:
     def restore_proven_weights(self) -> None:
         # They are the present ones, unless no micro-batch went through them since the last step.
         if self._proven is not None:
-            copy_all(self.parameters.values(), self._proven)
+            optimizers.copy_all(self.parameters.values(), self._proven)
             # What was measured is of the weights that are gone.
             self.position.evaluated_step = -1
         self.release()
@@ -247,7 +225,7 @@ class Job:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **learning_state(self.parameters, self.optimizer),
+            **optimizers.learning_state(self.parameters, self.optimizer),
             "proven": self._proven,
             "best": self.best,
             "scheduler": self.scheduler.state_dict(),
@@ -260,7 +238,7 @@ class Job:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_learning_state(self.parameters, self.optimizer, state)
+        optimizers.load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
         self.best = state.get("best")  # older ones have none
         self.scheduler.load_state_dict(state["scheduler"])
@@ -271,7 +249,7 @@ class Job:
         if self.reference is not None:
             self.reference.log_probs = state["reference"]
         if self.loss_scale is not None:
-            self.loss_scale = LossScale(**state["loss_scale"])
+            self.loss_scale = optimizers.LossScale(**state["loss_scale"])
         self.order.load_state_dict(self.position.step, state.get("order", {}))
         self._window = None
 
@@ -287,7 +265,6 @@ class Job:
 
 
 def metric_mode(metric: str | None) -> str:
-    """Return which way a metric gets better: `min` for a loss, `max` for every other."""
     return "min" if metric is None or metric.endswith("loss") else "max"
 
 
@@ -330,7 +307,7 @@ class CollapseWatch:
         if config.experts_per_token is None or not chosen:
             return ()
         self.num_steps += 1
-        self.tokens_per_expert = add_counts(self.tokens_per_expert, chosen)
+        self.tokens_per_expert = batch.add_counts(self.tokens_per_expert, chosen)
         # It takes longer where there are too few tokens to be judged.
         if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
             return ()

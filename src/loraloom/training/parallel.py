@@ -27,7 +27,6 @@ class Launch(NamedTuple):
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Read what a launcher, or a process group that is there, says of this process."""
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         local = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import ConfigDict
-
-from loraloom.durable import write_json
 
 RESULT_FILE = "result.json"
 Status = Literal["finished", "stopped early", "stopped", "failed"]
@@ -40,8 +37,4 @@ class JobResult:
     directory: str = ""
     stop_reason: str | None = None
     warnings: tuple[str, ...] = ()  # routers that collapsed
-
     __pydantic_config__ = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    def write(self, directory: Path) -> None:
-        write_json(directory / RESULT_FILE, asdict(self))

@@ -54,7 +54,6 @@ class RoundRunner:
         self._pad_id = pad_id
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss | TrainingError]:
-        """Add each micro-batch's gradient to its adapter's, in one forward or in several."""
         faults: list[Exception] = []
         losses = [MicroBatchLoss(0.0)] * len(micro_batches)
         errors: dict[int, TrainingError] = {}

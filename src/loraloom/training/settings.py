@@ -199,9 +199,8 @@ class TrainConfig(OptimizerConfig):
         return not isinstance(self.objective, SftConfig)
 
     def warmup_steps_of(self, num_training_steps: int) -> int:
-        """Warm-up in steps, of a job of so many; a share is rounded up, as transformers does."""
         if self.warmup_ratio is not None:
-            return math.ceil(num_training_steps * self.warmup_ratio)
+            return math.ceil(num_training_steps * self.warmup_ratio)  # as transformers does
         return self.warmup_steps or 0
 
 
@@ -373,7 +372,6 @@ class RunConfig(BaseModelConfig):
         return tuple(self.trial(number, one) for number, one in enumerate(combinations))
 
     def trial(self, number: int, combination: Mapping[str, Any]) -> JobConfig:
-        """A job of the sweep; a ConfigError if its values don't go together."""
         assert self.sweep is not None
         settings: Any = self.sweep.job
         if isinstance(settings, str):
@@ -429,6 +427,5 @@ def _other_names() -> dict[str, str]:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a run file, for editors."""
     dialect = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": dialect, **RunConfig.model_json_schema()}

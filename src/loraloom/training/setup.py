@@ -10,36 +10,30 @@ from importlib.metadata import version
 import torch
 
 from loraloom.errors import ConfigError
+from loraloom.training import store
 from loraloom.training.builder import Base, JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
 from loraloom.training.settings import JobConfig, RunConfig
-from loraloom.training.store import (
-    Checkpoint,
-    RunDirectory,
-    as_of_now,
-    check_same_run,
-    describe_base,
-)
 
 
 def set_up(
     run: RunConfig,
     configs: Sequence[JobConfig],
     base: Base,
-    directory: RunDirectory,
+    directory: store.RunDirectory,
     progress: Progress,
     command: str,
     *,
     resume: bool,
-) -> tuple[Engine, Checkpoint | None]:
+) -> tuple[Engine, store.Checkpoint | None]:
     """Build a run's jobs, those that had joined it too, and give the checkpoint to begin from."""
     host, tokenizer = base
     builder, checkpoint, lines = JobBuilder(host, tokenizer), None, list[str]()
     if resume:
         checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
         if checkpoint is not None:
-            check_same_run(checkpoint, run.all_jobs, describe_base(host))
+            store.check_same_run(checkpoint, run.all_jobs, store.describe_base(host))
         elif lines:
             raise ConfigError("\n".join([*lines, "--resume needs a whole one, there is none"]))
     done = set() if checkpoint is None else checkpoint.done
@@ -56,7 +50,9 @@ def set_up(
                 continue
             kept[name] = record
             if name not in first and record.result is None:
-                jobs.append(builder.build(JobConfig.model_validate(as_of_now(record.settings))))
+                jobs.append(
+                    builder.build(JobConfig.model_validate(store.as_of_now(record.settings)))
+                )
         checkpoint = replace(checkpoint, jobs=kept)
     packages = ("loraloom", "torch", "transformers", "safetensors")
     environment = {

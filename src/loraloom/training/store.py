@@ -31,7 +31,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraloom.config.fields import check_name
 from loraloom.config.text import read_json
-from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory
+from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.card import model_card
 from loraloom.formats.disk import SAVED_FILES
@@ -62,7 +62,6 @@ class JobRecord:
     joined_later: bool = False  # it is none of the run file's
     inputs: dict[str, str] = field(default_factory=dict)  # see `Evaluation.input_digests`
     result: JobResult | None = None  # None while it trains
-
     __pydantic_config__ = _CHECKED
 
 
@@ -77,7 +76,6 @@ class Checkpoint:
     sweep_bytes: int = 0  # length of a sweep's journal
     directory: Path = Path()
     files: dict[str, Path] = field(default_factory=dict)
-
     __pydantic_config__ = _CHECKED
 
     @property
@@ -240,7 +238,6 @@ class RunDirectory:
         return any(self._by_job.glob("*/")) if by_job else bool(self.checkpoints.newest_first())
 
     def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
-        """Read what jobs go on from, and what is wrong with newer checkpoints."""
         if not self.by_job:
             return self.checkpoints.newest()
         read = {name: self.job_checkpoints(name).newest() for name in jobs}
@@ -382,7 +379,7 @@ class RunDirectory:
             _write_adapter(self.best(job.name).with_name("last"), host, job, last)
             card = _model_card(result, host, job)
             _write_adapter(self.job(job.name), host, job, last if best is None else best, card)
-            result.write(self.job(job.name))
+            write_json(self.job(job.name) / RESULT_FILE, asdict(result))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

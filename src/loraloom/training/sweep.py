@@ -140,7 +140,6 @@ class Sweep:
         show_ranking(self._sweep, self._study, self._progress)
 
     def _own(self) -> list[tuple[FrozenTrial, str]]:
-        """Give the trials that this worker has begun, with the names of their jobs."""
         number, size = self._place
         own = list[tuple[FrozenTrial, str]]()
         for trial in self._study.get_trials(deepcopy=False):
@@ -184,7 +183,6 @@ class Sweep:
             self._study.tell(trial.number, value)
 
     def _judge(self, trial: FrozenTrial, name: str) -> None:
-        """Stop a job that lost, at the step where that was decided."""
         job, step = self._engine.jobs.get(name), trial.last_step
         if job is None or step is None or (job.position.step, job.at_boundary) != (step, True):
             return

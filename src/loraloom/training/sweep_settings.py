@@ -210,7 +210,6 @@ class SweepConfig(StrictModel):
 
 
 def load_optuna() -> ModuleType:
-    """Import Optuna, which then says nothing but warnings."""
     try:
         import optuna
     except ImportError as error:

@@ -110,7 +110,7 @@ def learning_rates(**train) -> list[float]:
     job = add_job(toy_host(), toy_config("a", **train))
     rates = []
     for _ in range(job.total_steps):
-        rates.append(job.learning_rate)
+        rates.append(job.optimizer.param_groups[0]["lr"])
         job.optimizer.step()
         if train["lr_scheduler"] not in SCHEDULERS_ON_METRIC:
             job.scheduler.step()

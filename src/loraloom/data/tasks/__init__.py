@@ -37,7 +37,6 @@ from loraloom.data.templates import compile_template, fill_in
 from loraloom.errors import ConfigError, DataError, shown
 
 TASK_NAMES = get_args(TaskName)
-
 # Makes the rows of a split.
 Generator = Callable[[str], list[dict[str, Any]]]
 
@@ -242,7 +241,6 @@ class ChoiceTask:
         return options.index(answer)
 
     def _read(self, row: Row, setting: str, value: str | Sequence[str]) -> Any:
-        """A setting's value in a row: of a field, of a template, or of a list of templates."""
         if not isinstance(value, str):
             return [self._fill_in(row, setting, source) for source in value]
         is_template = "{{" in value or "{%" in value

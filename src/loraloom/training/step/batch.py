@@ -220,7 +220,6 @@ class MicroBatchLoss:
 
 
 def add_counts(first: Choices, second: Choices) -> dict[RouterName, list[int]]:
-    """Add how often each router chose each expert; none at all counts as zeros."""
     if not first or not second:
         return {router: list(counts) for router, counts in (first or second).items()}
     return {
@@ -255,7 +254,6 @@ class RowLayout:
 
     @property
     def computed_tokens(self) -> list[int]:
-        """Tokens of each micro-batch's rows, padding included."""
         length = max(sum(len(sample.input_ids) for sample in row) for row in self.samples)
         return [len(rows) * length for rows in self.rows]
 

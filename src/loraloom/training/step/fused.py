@@ -60,8 +60,13 @@ def forward_backward(
             _share(batch, own, batch_rows, output.routing.get(batch.adapter.name), tokens)
             for batch, own, batch_rows, tokens in zip(*parts, layout.computed_tokens, strict=True)
         ]
-    for share, micro_batch in zip(shares, micro_batches, strict=True):
-        share.add_auxiliary_loss(micro_batch, ranks)
+    for share, batch in zip(shares, micro_batches, strict=True):
+        if share.routing is None:
+            continue
+        # It takes all ranks' counts of tokens.
+        added = batch.adapter.config.auxiliary_loss(share.routing, share.samples, ranks.sum)
+        if added is not None:
+            share.aux_loss = (added * batch.token_share).to(share.loss.dtype)
     reports = _fetch(micro_batches, shares, ranks)
     with ranks.together(), recovering(host.model):
         # One that is not finite makes no gradient of use, and would spoil those of others.
@@ -84,15 +89,7 @@ class _Share:
     routing: list[LayerRouting] | None
     samples: Sequence[SampleTokens]
     computed_tokens: Tensor
-    aux_loss: Tensor  # once `add_auxiliary_loss` has computed it
-
-    def add_auxiliary_loss(self, micro_batch: MicroBatch, ranks: Ranks) -> None:
-        """Compute the summand of the router losses, which takes all ranks' counts of tokens."""
-        if self.routing is None:
-            return
-        added = micro_batch.adapter.config.auxiliary_loss(self.routing, self.samples, ranks.sum)
-        if added is not None:
-            self.aux_loss = (added * micro_batch.token_share).to(self.loss.dtype)
+    aux_loss: Tensor  # zero until all ranks' routers are known
 
     def scalars(self) -> list[Tensor]:
         return [self.loss, self.aux_loss, self.computed_tokens, *self.metrics.values()]

@@ -85,11 +85,6 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
     ]
 
 
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_ratio"]
-
-
 def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:
     bound = math.inf if max_grad_norm is None else max_grad_norm
     return float(clip_grad_norm_(list(parameters), bound))
@@ -159,7 +154,6 @@ class LossScale:
             torch._foreach_mul_(gradients, 1 / self.scale)  # pyright: ignore
 
     def takes(self, grad_norm: float) -> bool:
-        """Say whether to make a step, by the norm of its gradient, and adapt the scale."""
         if not math.isfinite(grad_norm):
             self.scale /= 2
             self.sound_steps = 0

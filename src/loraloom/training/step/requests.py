@@ -17,15 +17,9 @@ from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import Example, TrainingExample
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host
+from loraloom.training.step import objectives
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
-from loraloom.training.step.objectives import (
-    Objective,
-    ObjectiveTerms,
-    Reference,
-    ScoredSamples,
-    StepTotals,
-)
 from loraloom.training.step.optimizers import LossScale
 
 # From data, and log p of the labels of each row, to a scalar loss and metrics.
@@ -50,17 +44,21 @@ class Request:
 
     adapter: Adapter
     data: Sequence[TrainingExample]
-    objective: Objective  # its means are over all of the data
+    objective: objectives.Objective  # its means are over all of the data
     sample_key: Callable[[int], int]  # from a row's place to the key of its dropout
-    reference: Reference | None = None
+    reference: objectives.Reference | None = None
     micro_batch_size: int | None = None  # examples in a forward; None for all
     loss_scale: LossScale | None = None  # of gradients in float16, as it is when they are computed
 
 
-def custom_objective(data: Sequence[TrainingExample], loss_fn: LossFunction) -> Objective:
+def custom_objective(
+    data: Sequence[TrainingExample], loss_fn: LossFunction
+) -> objectives.Objective:
     """Make an objective of a caller's own loss, of all data at once."""
 
-    def terms(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+    def terms(
+        scored: objectives.ScoredSamples, totals: objectives.StepTotals
+    ) -> objectives.ObjectiveTerms:
         loss, metrics = loss_fn(data, scored.by_sample)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise TrainingError(
@@ -68,7 +66,7 @@ def custom_objective(data: Sequence[TrainingExample], loss_fn: LossFunction) -> 
                 f"metrics; got {loss!r}"
             )
         values = {name: torch.as_tensor(value).to(loss) for name, value in metrics.items()}
-        return ObjectiveTerms(loss.reshape(()), values)
+        return objectives.ObjectiveTerms(loss.reshape(()), values)
 
     return terms
 
@@ -128,9 +126,9 @@ def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
 
 
 def _micro_batches(request: Request, log_probs: list[Tensor]) -> list[MicroBatch]:
-    """Cut a request's data; what its labels have is kept in `log_probs`."""
-
-    def recorded(scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+    def recorded(
+        scored: objectives.ScoredSamples, totals: objectives.StepTotals
+    ) -> objectives.ObjectiveTerms:
         log_probs.extend(values.detach().cpu() for values in scored.by_sample)
         return request.objective(scored, totals)
 
