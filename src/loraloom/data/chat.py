@@ -167,10 +167,7 @@ def _without_nulls(value: Any) -> Any:
 def learn_answers(
     template: ChatTemplate, row: Row, conversation: Conversation, first: int = 0
 ) -> list[Example]:
-    """A conversation in full length: loss on the assistant's turns from message `first` on.
-
-    These are what the template marks with `{% generation %}`, else what would be generated.
-    """
+    """A conversation in full length: loss on the assistant's turns from message `first` on."""
     roles = [message["role"] for message in conversation.messages]
     places = [place for place, role in enumerate(roles) if role == "assistant" and place >= first]
     if not places:

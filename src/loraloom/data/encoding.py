@@ -32,7 +32,6 @@ from loraloom.errors import DataError
 MIN_ROWS = 5000
 # Rows that are encoded, and read, at once.
 _BLOCK = 1000
-
 Item = TypeVar("Item")
 
 

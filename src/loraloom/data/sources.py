@@ -303,15 +303,12 @@ def read_rows(found: Path | HubSource, split: str = "") -> list[Row]:
     return rows
 
 
-# A place in a stream, in plain values.
+# A place in a stream, in plain values: of a file a number of rows, of the hub datasets' own.
 StreamState = dict[str, Any]
 
 
 class RowStream:
-    """Rows of a data set, which can be read on from a place that another process had reached.
-
-    A place in a file is a number of rows, on the hub datasets' own; its rows are not kept on disk.
-    """
+    """Rows of a data set, which can be read on from a place that another process had reached."""
 
     def __init__(self, found: Path | HubSource, split: str, *, streaming: bool = True):
         self._found, self._split, self._num_rows = found, split, 0

@@ -35,7 +35,6 @@ Marked = tuple[str, list[tuple[int, int]]]
 Message = dict[str, Any]
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
-
 # Alpaca's and Dolly's names for the parts of an instruction row.
 _INSTRUCTION_COLUMNS = (
     {"instruction": "instruction", "input": "input", "output": "output"},

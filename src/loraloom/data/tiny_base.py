@@ -112,7 +112,6 @@ def _pretrain(
     num_steps: int,
     on_step: Callable[[int], object],
 ) -> float:
-    """Train at a rate that falls to zero; return the mean loss of the last 100 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     losses: list[float] = []
     for step, batch in enumerate(islice(batches, num_steps)):

@@ -252,10 +252,7 @@ def join_samples(samples: Sequence[Example]) -> Example:
 
 
 def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
-    """Sort a shuffled order by length within mega-batches of 50 batches, the longest first.
-
-    Source: transformers 5.24, `trainer_pt_utils.get_length_grouped_indices`.
-    """
+    """Sort within mega-batches, as transformers 5.24, `trainer_pt_utils` (the longest first)."""
     size = max(min(len(order) // (batch_size * 4), 50), 1) * batch_size
     places = [
         sorted(range(start, min(start + size, len(order))), key=lambda place: -lengths[place])

@@ -34,7 +34,6 @@ from loraloom.training.step import objectives, optimizers, requests
 
 # An objective with its settings, or its name for the defaults.
 ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
-
 _DEFAULTS = {"sft": SftConfig(), "dpo": DpoConfig(), "cpo": CpoConfig()}
 _STATE = "client"
 # Clients that are not closed: those of one host may share references.

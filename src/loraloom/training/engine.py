@@ -20,9 +20,7 @@ from loraloom.training.progress import NOTICE, Interruption, Progress, Reporter
 from loraloom.training.results import JobResult, Status
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.settings import RunConfig
-from loraloom.training.step.batch import padding_share
-from loraloom.training.step.fused import sum_gradients
-from loraloom.training.step.objectives import drop_reference, load_reference
+from loraloom.training.step import batch, fused, objectives
 from loraloom.training.store import Checkpoint, JobRecord, RunDirectory, describe_base
 
 _log = logging.getLogger(__name__)
@@ -115,7 +113,7 @@ class Engine:
                 if job.name.casefold() in map(str.casefold, self._records):
                     raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
                 # Another job that was held at it may have gone with it since this one was built.
-                load_reference(self.host, job.config.train.objective)
+                objectives.load_reference(self.host, job.config.train.objective)
                 if checkpoint is not None:
                     self._check_inputs(checkpoint, [job])
                     self._go_on(job, checkpoint)
@@ -140,7 +138,9 @@ class Engine:
     def discard(self, job: Job) -> None:
         """Free the adapter of a job that doesn't train, and its reference's if nobody needs it."""
         self.host.remove(job.name)
-        drop_reference(self.host, job.reference, [other.reference for other in self.jobs.values()])
+        objectives.drop_reference(
+            self.host, job.reference, [other.reference for other in self.jobs.values()]
+        )
 
     def step(self) -> None:
         turns: list[Turn] = []
@@ -206,11 +206,10 @@ class Engine:
         return result
 
     def save_state(self) -> None:
-        """Write a checkpoint of all jobs; a TrainingError says that it can't be written."""
         for job in self.jobs.values():
             if not job.at_boundary:
                 # Each rank has its own summand of a half-done step; the first one saves the sum.
-                sum_gradients(self.host.ranks, [job.adapter])
+                fused.sum_gradients(self.host.ranks, [job.adapter])
                 self.host.ranks.keep_at_first(job.adapter.parameters())
         # Before a job has begun, the seed says it all.
         states = {
@@ -333,7 +332,7 @@ class Engine:
             epochs=round(job.order.epochs_after(position.step), 4),
             tokens=position.tokens,
             computed_tokens=position.computed_tokens,
-            padding_share=round(padding_share(position.tokens, position.computed_tokens), 4),
+            padding_share=round(batch.padding_share(position.tokens, position.computed_tokens), 4),
             weights="best" if has_best else "last",
             metrics=best.metrics if has_best else last_metrics,
             best={k: getattr(best, k) for k in ("metric", "value", "step")} if has_best else None,

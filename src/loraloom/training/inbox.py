@@ -26,7 +26,6 @@ from loraloom.training.results import JobResult
 from loraloom.training.settings import load_job_config
 
 LOOK_S = 1.0
-
 # When a file was changed, and its size.
 _Version = tuple[int, int]
 

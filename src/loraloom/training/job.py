@@ -162,7 +162,8 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         if self.reference is not None and isinstance(self.training_set, StreamedSet):
             # They never come again.
-            self.reference.forget(self.window.examples)
+            for row in (row for example in self.window.examples for row in example.rows):
+                self.reference.log_probs.pop(row.sample_id, None)
         position.step += 1
         position.micro_step = 0
         position.loss = MicroBatchLoss(0.0)

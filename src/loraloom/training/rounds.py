@@ -27,9 +27,7 @@ from loraloom.training.step.fused import forward_backward, gradients_set_aside, 
 _RESERVE_BYTES = 100_000_000
 # Copies of weights to come: gradients, two optimizer states, the last sound ones, the best ones.
 _LEARNING_COPIES = 5
-
 _log = logging.getLogger(__name__)
-
 # A job, and what it puts into the next round.
 Turn = tuple[Job, MicroBatch]
 # Micro-batches of one forward, with their places in the round.

@@ -54,7 +54,6 @@ SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
 # The reference that is the base model itself.
 BASE_REFERENCE = "base"
-
 _GIVE = "give data.validation_fraction, data.validation or eval"
 
 

@@ -123,7 +123,6 @@ class CheckpointStore:
             remove(old)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Find the newest checkpoint that is whole, and what is wrong with newer ones."""
         faults: list[str] = []
         for directory in self.newest_first():
             try:

@@ -38,7 +38,6 @@ TPE_CONCURRENT_JOBS = 4
 
 
 def distribution_of(values: Any) -> BaseDistribution:
-    """What Optuna draws a parameter's values from; an error if they can't be drawn."""
     kinds = load_optuna().distributions
     try:
         match values:

@@ -61,7 +61,6 @@ def train_share(
     command: str,
     queue: Any,
 ) -> list[JobResult]:
-    """Train some jobs in a process of Ray's, from their snapshots if there are any."""
     os.chdir(directory)
     if not run.output_dir.exists():  # the driver has made it
         raise ConfigError(

@@ -43,15 +43,12 @@ Generator = Callable[[str], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A question whose answer is the choice with the highest log-likelihood over its normalizer.
-
-    Continuations include their leading delimiter. Normalizers divide summed log-likelihoods.
-    """
+    """A question whose answer is the choice with the highest log-likelihood over its normalizer."""
 
     task: str
     index: int
     contexts: tuple[str, ...]  # of each choice, as are continuations and normalizers
-    continuations: tuple[str, ...]
+    continuations: tuple[str, ...]  # with their leading delimiters
     labels: tuple[str, ...]
     gold: int
     normalizers: tuple[float, ...]  # 1 compares sums, the number of characters averages

@@ -26,7 +26,6 @@ from loraloom.training.step.objectives import Objective, Reference, StepTotals, 
 
 _LENGTHS = 16
 _LITTLE_PADDING = 0.015
-
 # A job's rows; a row has the places of its samples among the micro-batch's examples.
 Rows = list[list[int]]
 

@@ -162,11 +162,6 @@ class Reference:
     def of(self, examples: Sequence[Example]) -> list[float]:
         return [self.log_probs[example.sample_id] for example in examples]
 
-    def forget(self, examples: Iterable[TrainingExample]) -> None:
-        for example in examples:
-            for row in example.rows:
-                self.log_probs.pop(row.sample_id, None)
-
 
 def load_reference(host: Host, config: SftConfig | DpoConfig | CpoConfig) -> Reference | None:
     """Make the reference of an objective; an adapter is loaded once, however many jobs name it."""

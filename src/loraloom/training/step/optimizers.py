@@ -61,17 +61,13 @@ def _raised_as_config_error(config: OptimizerConfig, setting: str, name: str) ->
 
 
 def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str, Any]]:
-    """Group weights that learn by rate and decay: lora_B and routers have rates of their own.
-
-    Source: Hayou et al. 2024, LoRA+, arXiv:2402.12354.
-    """
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in adapter.named_parameters():
         if not parameter.requires_grad:
             continue
         ratio = 1.0
         if name.endswith("lora_B"):
-            ratio = config.loraplus_lr_ratio or 1.0
+            ratio = config.loraplus_lr_ratio or 1.0  # Hayou et al. 2024, LoRA+, arXiv:2402.12354
         elif name.endswith(("router", "router.weight")):
             ratio = config.router_lr_ratio or 1.0
         # Magnitudes start at the norms of the base's rows: a decay would shrink the base model.
@@ -136,11 +132,7 @@ GROWTH_INTERVAL = 2000
 
 @dataclass
 class LossScale:
-    """The scale of a job's losses in float16, where small gradients would become zero.
-
-    Gradients, in float32, are divided by it before they are clipped. A job whose gradients overflow
-    skips a step. Source: `torch.amp.GradScaler`, the same rule with the same constants.
-    """
+    """The scale of a job's losses in float16, by the rule and constants of torch.amp.GradScaler."""
 
     # A power of two, so that it changes no digit.
     scale: float = 2.0**16

@@ -54,8 +54,6 @@ class Request:
 def custom_objective(
     data: Sequence[TrainingExample], loss_fn: LossFunction
 ) -> objectives.Objective:
-    """Make an objective of a caller's own loss, of all data at once."""
-
     def terms(
         scored: objectives.ScoredSamples, totals: objectives.StepTotals
     ) -> objectives.ObjectiveTerms:
@@ -120,7 +118,6 @@ def run_requests(
 
 
 def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
-    """Return the rows of data, each with its place as sample id."""
     rows = [row for example in data for row in example.rows]
     return [replace(row, sample_id=place) for place, row in enumerate(rows)]
 
