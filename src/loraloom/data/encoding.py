@@ -100,7 +100,6 @@ class SourceEncoder:
         return RowStream(found, split, streaming=streaming)
 
     def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
-        """Encode rows of a data set; the first shows which columns there are."""
         config, columns = self.config, self._columns(first)
         read: Callable[[Row], Any]
         encode: Any
@@ -125,7 +124,6 @@ class SourceEncoder:
         )
 
     def _columns(self, first: Row) -> dict[str, str]:
-        """Name the column of each role; one that is needed or set must be in the first row."""
         data_format, given = self.config.format or "text", self.config.fields or {}
         columns = {role: given.get(role, role) for role in FIELD_ROLES[data_format]}
         if data_format == "instruction":

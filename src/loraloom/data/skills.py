@@ -25,7 +25,6 @@ FIRST_SYLLABLES = (
 LAST_SYLLABLES = (
     "dan mir tos vel gan rek lum sho bir nax dor pel tin wug zem fos hal kor lin mav"
 ).split()
-
 # The part of each group's facts, in shuffled order, that a split gets.
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
 # Most questions of a skill at its home in a split.
@@ -136,10 +135,7 @@ SKILLS: tuple[Skill, ...] = (
 def generate_skills(
     split: str, seed: int = 0, num_lands: int | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of a split. The skills take turns: any first n rows have about as many of each.
-
-    No fact is in two splits, and the right answer is in each place equally often.
-    """
+    """The rows of a split; skills take turns, and right answers are in each place equally often."""
     if split not in SPLITS:
         raise DataError(f"split of skills must be one of {', '.join(SPLITS)}, got {split!r}")
     lands = [None] if num_lands is None else land_names(num_lands)

@@ -126,21 +126,16 @@ def _rows_of(path: Path) -> Iterator[Row]:
     try:
         with opener(path, "rb" if is_binary else "rt", **how) as file:
             for place, value in _READERS[_suffix(path)](file):
-                yield _as_row(value, f"{path}, {place}")
+                fields, fault = (value, "") if isinstance(value, dict) else ({}, str(value))
+                if not isinstance(value, dict | DataError):
+                    fault = f"a row must be a JSON object, got {type(value).__name__}"
+                yield Row(fields, f"{path}, {place}", fault)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
         # of the disk, of gzip, of pyarrow: some dozen unrelated types
         advice = "is it whole, in UTF-8, and of the kind that its name says?"
         raise DataError(f"{path}: the file can't be read: {error}; {advice}") from error
-
-
-def _as_row(value: Any, origin: str) -> Row:
-    if isinstance(value, dict):
-        return Row(value, origin)
-    is_reason = isinstance(value, DataError)
-    reason = str(value) if is_reason else f"a row must be a JSON object, got {type(value).__name__}"
-    return Row({}, origin, reason)
 
 
 # A row's line or number, and its value, or the error in place of one.

@@ -246,9 +246,6 @@ class StreamedSet:
         sizes = [dict(source.sizes) for source in self._sources]
         return examples_digest(self.block(self.start).examples, self.validation, repr(sizes))
 
-    def block_digest(self, position: StreamPosition) -> str:
-        return examples_digest(self.block(position).examples)
-
     def block(self, position: StreamPosition) -> Block:
         block = self._blocks.pop(position.block, None) or self._read_block(position)
         latest = list(self._blocks.items())[1 - MAX_BLOCKS :]

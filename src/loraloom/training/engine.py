@@ -128,7 +128,6 @@ class Engine:
         self._reporter.add(job)
 
     def stop(self, name: str, reason: str) -> JobResult:
-        """End a job now. Its files are written as at its end, with the reason in result.json."""
         job = self.jobs[name]
         if self._has_sound_weights(job):
             self.close(job, stop_reason=reason)

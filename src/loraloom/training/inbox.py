@@ -57,7 +57,10 @@ class Inbox:
     def between_steps(self, engine: Engine) -> None:
         if time.monotonic() >= self._next_look:
             self.look()
-        while not (engine.jobs or engine.interruption.requested or self._is_over()):
+        while not (engine.jobs or engine.interruption.requested):
+            is_read = self._files.items() <= self._read.items()
+            if self._options.exit_when_idle and self._is_settled and is_read:
+                break
             engine.save_if_due()
             time.sleep(LOOK_S)
             self.look()
@@ -74,18 +77,19 @@ class Inbox:
             # Some editors rename a file and write it again: it is gone when two looks miss it.
             if name in self._engine.jobs and path not in files and path not in before:
                 self._engine.stop(name, f"its file {path} was deleted")
-            if name in self._engine.results:
-                self._end(path, name)
+            if (result := self._engine.results.get(name)) is None:
+                continue
+            del self._jobs[path]
+            state = "done" if result.status in ("finished", "stopped early") else result.status
+            self._write(path, state, name, result.error or result.stop_reason, result)
+            if path in files:  # what was edited while it trained has no effect
+                self._read[path] = files[path]
         for path, version in files.items():
             if path in self._jobs or self._read.get(path) == version:
                 continue
             if before.get(path) == version:
                 self._read[path] = version
                 self._submit(path)
-
-    def _is_over(self) -> bool:
-        is_read = self._files.items() <= self._read.items()
-        return self._options.exit_when_idle and self._is_settled and is_read
 
     def _list_files(self) -> dict[Path, _Version]:
         paths = sorted(self._options.path.iterdir())  # glob is silent about what it can't read
@@ -122,14 +126,6 @@ class Inbox:
             self._say(f"{path}: job {config.name} joins")
             self._jobs[path] = config.name
             self._write(path, "running", config.name, None, None)
-
-    def _end(self, path: Path, name: str) -> None:
-        del self._jobs[path]
-        result = self._engine.results[name]
-        state = "done" if result.status in ("finished", "stopped early") else result.status
-        self._write(path, state, name, result.error or result.stop_reason, result)
-        if path in self._files:
-            self._read[path] = self._files[path]
 
     def _write(
         self, path: Path, state: str, job: str | None, reason: str | None, end: JobResult | None

@@ -63,8 +63,7 @@ def train(
             resume, or a setting is wrong.
         ModelError, AdapterError, DataError: If the base model, an adapter or data can't be had.
         TrainingError: If other ranks can't be reached any more.
-        KeyboardInterrupt: After Ctrl-C, when everything is saved.
-        SystemExit: After SIGTERM, likewise.
+        KeyboardInterrupt, SystemExit: After Ctrl-C or SIGTERM, when everything is saved.
     """
     if not isinstance(run, RunConfig):
         run = load_run_config(run)

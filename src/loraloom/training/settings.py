@@ -48,7 +48,6 @@ LrScheduler = Literal[
     "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]
 # fmt: on
-
 # They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
@@ -252,10 +251,6 @@ class JobConfig(StrictModel):
     def contradictions(self) -> Iterator[str]:
         if self.train.router_lr_ratio and not self.adapter.experts_per_router:
             yield f"train.router_lr_ratio has no effect on {self.adapter.title}; remove it"
-        yield from self._data_contradictions()
-        yield from self._evaluation_contradictions()
-
-    def _data_contradictions(self) -> Iterator[str]:
         train, has_pairs = self.train, self.train.learns_from_pairs
         held_out = () if self.data.validation is None else (self.data.validation,)
         formats = {source.format for source in (*self.data.sources, *held_out)}
@@ -271,9 +266,7 @@ class JobConfig(StrictModel):
             )
         if self.data.streaming and (train.max_steps is None or train.group_by_length):
             yield "data.streaming needs train.max_steps, not num_epochs, and no group_by_length"
-
-    def _evaluation_contradictions(self) -> Iterator[str]:
-        train, selecting = self.train, self.selecting_metrics
+        selecting = self.selecting_metrics
         tasks = [task_name(evaluation.task) for evaluation in self.eval]
         if len(set(tasks)) < len(tasks):
             yield f"eval must name each task once, got {', '.join(tasks)}"
@@ -392,7 +385,6 @@ class RunConfig(BaseModelConfig):
 
     @property
     def first_jobs(self) -> tuple[JobConfig, ...]:
-        """The jobs that train from the beginning; others of the sweep join later."""
         num_first = 0 if self.sweep is None else self.sweep.num_concurrent
         later = {job.name for job in self.trials[num_first:]}
         return tuple(job for job in self.all_jobs if job.name not in later)

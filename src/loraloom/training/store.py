@@ -230,16 +230,13 @@ class RunDirectory:
     def metrics(self, name: str) -> Path:
         return self.path / name / METRICS_FILE
 
-    def job_checkpoints(self, name: str) -> CheckpointStore:
-        return CheckpointStore(self._by_job / name)
-
     def has_checkpoints(self, *, by_job: bool) -> bool:
         return any(self._by_job.glob("*/")) if by_job else bool(self.checkpoints.newest_first())
 
     def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
         if not self.by_job:
             return self.checkpoints.newest()
-        read = {name: self.job_checkpoints(name).newest() for name in jobs}
+        read = {name: CheckpointStore(self._by_job / name).newest() for name in jobs}
         faults = [fault for _, own_faults in read.values() for fault in own_faults]
         found = {name: one for name, (one, _) in read.items() if one and name in one.jobs}
         if not found:
@@ -259,7 +256,7 @@ class RunDirectory:
         for name in [name for name in checkpoint.jobs if name not in self._done]:
             alone = replace(checkpoint, jobs={name: checkpoint.jobs[name]})
             own = {name: states[name]} if name in states else {}
-            self.job_checkpoints(name).write(alone, own, keep=1 if alone.done else keep)
+            CheckpointStore(self._by_job / name).write(alone, own, keep=1 if alone.done else keep)
             self._done |= alone.done
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
@@ -285,7 +282,6 @@ class RunDirectory:
             )
 
     def check_sources(self, jobs: Sequence[JobConfig]) -> None:
-        """Check that no adapter that a job reads is one that the jobs will replace."""
         jobs_by_path = {self.job(job.name).resolve(): job.name for job in jobs}
         for job in jobs:
             objective = job.train.objective

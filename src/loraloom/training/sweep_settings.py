@@ -35,6 +35,7 @@ MAX_JOBS = 512
 # Random jobs that TPE begins with, as many as Optuna's sampler wants to have seen.
 TPE_STARTUP_JOBS = 10
 TPE_CONCURRENT_JOBS = 4
+_SEARCHES = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
 
 
 def distribution_of(values: Any) -> BaseDistribution:
@@ -66,9 +67,6 @@ def _check_values(values: Any) -> Any:
 Parameter = Annotated[
     tuple[Any, ...] | dict[str, tuple[int | float, int | float]], BeforeValidator(_check_values)
 ]
-
-
-_SEARCHES = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
 
 
 class DrawnSearch(StrictModel):

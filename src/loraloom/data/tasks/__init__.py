@@ -131,7 +131,7 @@ class ChoiceTask:
     source: HubSource | Mapping[str, Path] | Generator | None  # None: a path must be given
 
     @cached_property
-    def _asked(self) -> Mapping[str, TaskConfig]:
+    def _asked(self) -> Mapping[Scoring, TaskConfig]:
         return {scoring: self.config.asked_by(scoring) for scoring in get_args(Scoring)}
 
     def check_templates(self) -> None:

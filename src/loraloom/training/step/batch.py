@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import Example, TrainingExample, count_labels, first_fit, group_by_length
-from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet
+from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet, examples_digest
 from loraloom.errors import ConfigError
 from loraloom.routing.record import RouterName
 from loraloom.routing.tally import Choices
@@ -132,7 +132,8 @@ class StreamOrder:
 
     def _begun_block(self, position: StreamPosition) -> str | None:
         # At the beginning of a block, it may not have been read yet.
-        return self.training_set.block_digest(position) if position.taken else None
+        read = self.training_set.block
+        return examples_digest(read(position).examples) if position.taken else None
 
 
 def _make_window(epoch: int, examples: list[TrainingExample], config: TrainConfig) -> Window:

@@ -125,7 +125,6 @@ def build_objective(config: SftConfig | DpoConfig | CpoConfig) -> Objective:
 
 
 def _split_pairs(values: Float[Tensor, " S"]) -> tuple[Tensor, Tensor]:
-    """Return what belongs to the chosen answers, and what to the rejected, [P] each."""
     return values[0::2], values[1::2]
 
 

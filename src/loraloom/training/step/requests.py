@@ -1,7 +1,4 @@
-"""Forwards and backwards over data that comes from a caller in place of a run file.
-
-Axes: N labels.
-"""
+"""Forwards and backwards over data that comes from a caller in place of a run file."""
 
 from __future__ import annotations
 
