@@ -1,10 +1,7 @@
-"""Dropout and jitter whose random numbers belong to a sample, not to a batch.
-
-Axes: T tokens, N features.
+"""Dropout and jitter whose random numbers belong to a sample, not a batch (T tokens, N features).
 
 A mask is a function of (sample key, layer, site) and of the place among the sample's real tokens,
-so padding, micro-batches, neighbours and recomputation don't change it. Each draw reseeds a
-generator with a hash of that key and fills the sample's tokens in order.
+so padding, micro-batches, neighbours and recomputation don't change it.
 """
 
 from __future__ import annotations
@@ -31,10 +28,7 @@ class Site(IntEnum):
 
 
 def mix64(*words: int) -> int:
-    """Hash integers to 64 well-mixed bits.
-
-    Source: the finaliser of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195), chained.
-    """
+    """Chain SplitMix64's finaliser (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
     state = 0
     for word in words:
         state = (state ^ (word & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
@@ -45,7 +39,6 @@ def mix64(*words: int) -> int:
 
 
 def sample_key(seed: int, epoch: int, sample_id: int) -> int:
-    """Hash a job's seed, the epoch and a sample's id to the key of the sample's random numbers."""
     return mix64(seed, epoch, sample_id)
 
 
@@ -65,10 +58,7 @@ class SampleSpan:
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """Draws the random numbers of one segment, with T tokens, at one decoder layer.
-
-    Tokens in none of its samples' spans (padding) are kept and not jittered.
-    """
+    """Random numbers of one segment at one layer; padding is kept and not jittered."""
 
     spans: Sequence[SampleSpan]
     num_tokens: int
@@ -78,12 +68,10 @@ class SampleNoise:
     def keep_mask(
         self, site: int, num_features: int, dropout: float, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "T N"]:
-        """Return 1 where a feature is kept, with probability 1 - dropout, and 0 elsewhere.
-
-        Four features share a 64-bit draw, so probabilities are multiples of 2^-16. That is three
-        times as fast as a Bernoulli draw each, and a mask in the dtype of what it multiplies
-        eight times as fast to apply as a boolean one (two CPU cores, bfloat16).
-        """
+        """1 where a feature is kept, with probability 1 - dropout, and 0 elsewhere."""
+        # Four features share a 64-bit draw, so probabilities are multiples of 2^-16. That is three
+        # times as fast as a Bernoulli draw each, and a mask in the dtype of what it multiplies
+        # eight times as fast to apply as a boolean one (two CPU cores, bfloat16).
         threshold = min(round(dropout * 65536), 65535) - 32768
 
         def draw(part: Tensor, generator: torch.Generator) -> Tensor:
@@ -120,8 +108,5 @@ class SampleNoise:
 def apply_keep_mask(
     values: Float[Tensor, "T N"], keep: Float[Tensor, "T N"] | None
 ) -> Float[Tensor, "T N"]:
-    """Compute `values * keep`; the values themselves without a mask.
-
-    The factor 1 / (1 - dropout) is left to the narrow side of the product that follows.
-    """
+    """`values * keep`; 1 / (1 - dropout) is left to the narrow side of the next product."""
     return values if keep is None else values * keep

@@ -5,9 +5,8 @@ input projection that has its own A.
 
 `h_j = act(gate + Δgate_e(j)) ∘ (up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`. The
 down-projection of the frozen base is linear, so `Σ_j g_j W_d h_j = W_d Σ_j g_j h_j`: the base sees
-T rows whatever K is, unless a DoRA on it scales its rows for each expert or it rounds rows. This
-file is the specification; `lean_expert_ffn.py` (training, long prompts) and `stacked.py` (decoding
-steps) compute the same.
+T rows whatever K is, unless a DoRA on it scales its rows for each expert or it rounds rows.
+`lean_expert_ffn.py` (training, long prompts) and `stacked.py` (decoding) compute the same.
 
 Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
 """
@@ -40,27 +39,17 @@ def are_halves(gate: Any, up: Any) -> bool:
 
 @dataclass(frozen=True)
 class FfnWeights:
-    """An adapter's weights in one FFN block, in compute form; None where nothing is adapted.
+    """An adapter's weights in one FFN block, in compute form; None where nothing is adapted."""
 
-    Args:
-        input_A: The A of gate and up stacked, [P, D]; a fused gate_up has one A for both.
-        gate: B side of the gate (of the only input projection in an ungated FFN).
-        up: B side of up; None in an ungated FFN.
-        down_A: The A of the output projection, [S, F].
-        down: Its B side.
-        num_experts: E.
-        rank: R.
-        base_combines: Whether the base's output projection is linear over rows, so that slots may
-            be added up in front of it. LLM.int8's is not: it rounds each row by its largest value.
-    """
-
-    input_A: Tensor | None
-    gate: UpProjection | None
+    input_A: Tensor | None  # of gate and up stacked, [P, D]; a fused gate_up has one for both
+    gate: UpProjection | None  # of the only input projection in an ungated FFN
     up: UpProjection | None
-    down_A: Tensor | None
+    down_A: Tensor | None  # [S, F]
     down: UpProjection | None
     num_experts: int
     rank: int
+    # Whether the base's output projection is linear over rows, so that slots may be added up in
+    # front of it. LLM.int8's is not: it rounds each row by its largest value.
     base_combines: bool = True
 
     @property
@@ -89,20 +78,14 @@ class FfnWeights:
 
 @dataclass(frozen=True)
 class Routing:
-    """Who computes each token.
+    """Who computes each token."""
 
-    Args:
-        selected_experts: Expert of each slot, [T, K]; -1 gives the base's own output (padding).
-        routing_weights: g, [T, K]. Where they don't sum to one over K, it is the caller who counts
-            the bias of the output projection that often.
-    """
-
-    selected_experts: Tensor
+    selected_experts: Tensor  # [T, K]; -1 gives the base's own output (padding)
+    # g, [T, K]; if they don't sum to one, the caller counts the output projection's bias so often.
     routing_weights: Tensor
 
     @property
     def top_k(self) -> int:
-        """Slots of a token."""
         return self.selected_experts.shape[1]
 
 
@@ -116,7 +99,6 @@ class FfnDropout:
 
     @property
     def scale(self) -> float:
-        """What makes up for the dropped features: 1 / (1 - probability)."""
         return 1 / (1 - self.probability)
 
     @staticmethod
@@ -135,18 +117,8 @@ def expert_ffn(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Compute the rows that the base's down-projection has to see, and what to do with its output.
 
-    Args:
-        hidden_states: The block's input, [T, D].
-        gate: Base output of the gate (or only) input projection, bias included, [T, F].
-        up: Base output of up, [T, F]; None in an ungated FFN.
-        weights: The adapter's weights.
-        routing: Slots of each token; a plain LoRA has one slot of one expert with weight 1.
-        act: The base's activation.
-        dropout: Masks.
-
-    Returns:
-        Hidden rows ([T, F], or [K·T, F] where slots stay apart) and a function from the base's
-        output for these rows (bias included) to the block's output [T, D].
+    Gate and up are the base's, bias included, [T, F]. The rows are [T, F], or [K·T, F] where slots
+    stay apart; the function makes of the base's output for them the block's, [T, D].
     """
     masks = slot_masks(routing.selected_experts, weights.num_experts, weights.rank, gate.dtype)
     slot_weights = routing.routing_weights.to(gate.dtype).T.unsqueeze(-1)  # (K, T, 1)
@@ -217,12 +189,9 @@ def low_rank_ffn(
     dropout: FfnDropout,
     tokens: Any,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Compute a block of one expert whose updates are `between(A drop(x)) B`; see `expert_ffn`.
-
-    Plain autograd: h is kept for the backward pass, since a router of the output projection reads
-    it. Where nothing lies between A and B, `lean_expert_ffn` needs less memory. `tokens` are handed
-    on to `between`.
-    """
+    """Compute a block of one expert whose updates are `between(A drop(x)) B`; see `expert_ffn`."""
+    # Plain autograd: h is kept for the backward pass, since a router of the output projection reads
+    # it. Where nothing lies between A and B, `lean_expert_ffn` needs less memory.
     low_rank = None
     if weights.input_A is not None:
         keep = dropout.keep_input

@@ -1,10 +1,7 @@
-"""Products of slots with their experts' weights, piece by piece.
-
-Axes: T tokens, K top_k, D hidden, E experts, R rank, S = E·R, W columns of a group, C projections
-that share an input.
+"""Products of slots with their experts' weights, piece by piece; axes are `slot_pieces.py`'s.
 
 A dense product with all experts' A costs T·D·S; by groups it is K·T·D·W, whatever E is. What is K·T
-rows long lies in the order of the groups, so that a group's rows are a view. See `slot_pieces.py`.
+rows long lies in the order of the groups, so that a group's rows are a view.
 """
 
 from __future__ import annotations
@@ -19,10 +16,9 @@ from loraloom.ops.slot_pieces import Piece, Slots
 
 
 class GroupedDown(torch.autograd.Function):
-    """Each slot's `(x * keep / (1 - dropout)) @ A_eᵀ`, [K·T, C·W], for its expert e, by groups.
+    """Each slot's `(x * keep / (1 - dropout)) @ A_eᵀ`, [K·T, C·W], for its expert e, by groups."""
 
-    x is [T, D], `lora_A` [C·S, D] has one projection after another, `keep` is None for all.
-    """
+    # `lora_A`, [C·S, D], has one after another the C projections that share an input.
 
     @staticmethod
     def forward(ctx, hidden_states, lora_A, keep, dropout, slots):
@@ -61,10 +57,7 @@ class GroupedDown(torch.autograd.Function):
 
 
 class GroupedUp(torch.autograd.Function):
-    """`output + Σ_j low_rank_j @ B_e` over each token's slots j and experts e, in place, by groups.
-
-    Rows of rank space are [K·T, W], zero outside of their expert's columns.
-    """
+    """`output + Σ_j low_rank_j @ B_e`, in place; rows are zero outside their expert's columns."""
 
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, slots):
@@ -88,11 +81,7 @@ class GroupedUp(torch.autograd.Function):
 
 
 class CombineSlots(torch.autograd.Function):
-    """Σ_j g_j (c_e ∘ (Wh_j + Δ_j) + b) over each token's slots j, keeping each Wh_j + Δ_j.
-
-    The output is the base's `Wh_j + b`, [K·T, D]. Without a row scale c is 1, without a B nothing
-    is added, and without slot weights, [T, K], g is 1.
-    """
+    """Σ_j g_j (c_e ∘ (Wh_j + Δ_j) + b) of the base's `Wh_j + b`, keeping each Wh_j + Δ_j."""
 
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):

@@ -1,12 +1,7 @@
-"""The FFN block of one adapter's tokens in the memory of a plain LoRA.
+"""`expert_ffn.py`'s FFN block of one adapter's tokens in the memory of a plain LoRA.
 
-Axes: T tokens, D hidden, F feed-forward, K top_k, E experts, R rank, S = E·R, P columns of the
-input product, t rows of a piece.
-
-The same numbers as `expert_ffn.py`, whose `expert_ffn` is this file's semantics. Kept for the
-backward pass: the block's input, the base's gate and up, the rank-space activations and the
-routing. The hidden states of the slots, K·T·F wide, are computed again. Slots go through in pieces
-small enough that a piece's hidden states stay in the processor's cache; see `slot_pieces.py`.
+Kept for the backward pass: the block's input, the base's gate and up, the rank-space activations
+and the routing. The hidden states of the slots, K·T·F wide, are computed again, in pieces.
 
 Numerics: products and sums over slots run in the dtype of `gate` (matrix products accumulate in
 float32 inside); gradients of weights are summed over pieces in float32 or better.
@@ -47,11 +42,7 @@ def lean_expert_ffn(
     act: Activation,
     dropout: FfnDropout,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Compute what `expert_ffn` computes, of the same arguments.
-
-    Without routing it is that of a plain LoRA, one expert with weight 1. The function that is
-    returned may write to the base's output.
-    """
+    """Compute what `expert_ffn` computes; the function returned may write to the base's output."""
     slots = Slots.of(weights, routing, gate)
     low_rank: Any = None
     if weights.input_A is not None:
@@ -138,19 +129,12 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Rows:
-    """An adapted input projection of a piece.
+    """An adapted input projection of a piece."""
 
-    Args:
-        value: With the update, [t, F].
-        unscaled: Before DoRA's row scale, without the bias.
-        rank_input: What B multiplied; None where nothing is adapted.
-        excess: DoRA's factors less 1; None where there are none.
-    """
-
-    value: Tensor
-    unscaled: Tensor
-    rank_input: Tensor | None = None
-    excess: Tensor | None = None
+    value: Tensor  # with the update, [t, F]
+    unscaled: Tensor  # before DoRA's row scale, without the bias
+    rank_input: Tensor | None = None  # what B multiplied
+    excess: Tensor | None = None  # DoRA's factors less 1
 
     def times(self, factor: Tensor) -> Tensor:
         """Multiply the value for the last time, in place unless it is the base's own output."""
@@ -193,11 +177,8 @@ class _LeanFfn(torch.autograd.Function):
         ∂gate += ∂u,  ∂B_g += z_gᵀ ∂u,  ∂z_g += ∂u B_gᵀ;   the same for up with ∂v
         ∂A_d += (g_j ∂z_d)ᵀ drop(h_j)
 
-    h, u and v are K·T·F wide, so they are computed again, piece by piece; what is kept is T·F (the
-    base's gate and up, which PEFT's layer keeps as well) or of rank-space width. Only act' needs
-    autograd, whatever activation the family has: a graph over one piece and one function. Where
-    slots stay apart (DoRA on the output projection, or a base that rounds rows) each has rows of
-    its own in y, and g is applied behind the base's layer.
+    Only act' needs autograd, whatever activation the family has: a graph over one piece and one
+    function. Where slots stay apart each has its own rows in y, and g is applied behind the base.
     """
 
     @staticmethod

@@ -1,11 +1,8 @@
 """Low-rank updates of a linear layer, for one adapter's tokens.
 
-Axes: T tokens, I in_features, O out_features, E experts, R rank, S = E·R (experts concatenated
-along the rank).
-
-The compute form of E experts is one LoRA of rank E·R: `A` stacks the experts' down-projections,
-`B` their scaled up-projections, and a mask between the two keeps a token's own expert. A plain
-LoRA is the case E = 1 without a mask. Products run in the dtype of their inputs.
+Axes: T tokens, I in_features, O out_features, E experts, R rank, S = E·R. The compute form of E
+experts is one LoRA of rank S: `A` stacks their down-projections, `B` their scaled up-projections,
+and a mask between the two keeps a token's own expert. A plain LoRA is E = 1 without a mask.
 """
 
 from __future__ import annotations
@@ -28,20 +25,12 @@ Between = Callable[[Tensor, Tensor, Any], Tensor]
 
 @dataclass(frozen=True)
 class UpProjection:
-    """The B side of a projection, in compute form and dtype.
+    """The B side of a projection, in compute form and dtype."""
 
-    Args:
-        columns: The projection's columns of the A product, which those with one input share.
-        B: Up-projections times scaling, transposed, [S, O].
-        row_scale: DoRA's factor c, [E, O] float32; None without DoRA.
-        bias: The base's bias, which DoRA leaves unscaled.
-        between: What happens between A and B; None for nothing.
-    """
-
-    columns: slice
-    B: Tensor
-    row_scale: Tensor | None = None
-    bias: Tensor | None = None
+    columns: slice  # of the A product, which projections with one input share
+    B: Tensor  # up-projections times scaling, transposed, [S, O]
+    row_scale: Tensor | None = None  # DoRA's factor c, [E, O] float32
+    bias: Tensor | None = None  # the base's, which DoRA leaves unscaled
     between: Between | None = None
 
     def rank_input(self, low_rank: Tensor, hidden_states: Tensor, tokens: Any) -> Tensor:
@@ -141,10 +130,7 @@ def add_low_rank_(
     low_rank: list[Tensor],
     lora_B: list[Tensor],
 ) -> Float[Tensor, "*batch O"]:
-    """Add `low_rank[i] @ lora_B[i]` to the rows `spans[i]` of `output`, in place.
-
-    Leading axes of the output are flattened to token rows; spans don't overlap.
-    """
+    """Add `low_rank[i] @ lora_B[i]` to the token rows `spans[i]` of `output`, in place."""
     pairs = [tensor for pair in zip(low_rank, lora_B, strict=True) for tensor in pair]
     return _AddLowRank.apply(output, spans, *pairs)  # pyright: ignore[reportReturnType]
 
@@ -175,20 +161,14 @@ def decompose(
     row_scale: Float[Tensor, "*scales O"],
     bias: Float[Tensor, " O"] | None,
 ) -> Float[Tensor, "*rows O"]:
-    """Compute DoRA's `c ∘ (Wx + Δ) + b` from the base's output `Wx + b` and the update Δ.
-
-    Source: Liu et al. 2024, DoRA, arXiv:2402.09353, eq. 5; the bias stays unscaled.
-    """
+    """`c ∘ (Wx + Δ) + b` of `Wx + b` and Δ (Liu et al. 2024, DoRA, arXiv:2402.09353, eq. 5)."""
     if torch.is_grad_enabled():
         return _Decompose.apply(output, update, row_scale, bias)  # pyright: ignore
     return scale_rows(output, update, excess_of(row_scale, output.dtype), bias)[0]
 
 
 def apply_update(output: Tensor, rank_input: Tensor | None, side: UpProjection | None) -> Tensor:
-    """Compute `output + rank_input @ B`, or DoRA's `c ∘ (Wx + Δ) + b`, of one expert.
-
-    The output is the base's, bias included; without a B side it stays as it is.
-    """
+    """Compute `output + rank_input @ B`, or DoRA's `c ∘ (Wx + Δ) + b`, of one expert."""
     if side is None or rank_input is None:
         return output
     if side.row_scale is None:
@@ -204,11 +184,9 @@ def excess_of(row_scale: Tensor, dtype: torch.dtype) -> Tensor:
 def scale_rows(
     output: Tensor, update: Tensor, excess: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `c ∘ (Wx + Δ) + b` as `(Wx + b) + (Δ + (c - 1) ∘ (Wx + Δ))`, and `Wx + Δ`.
-
-    What changes the base's output is summed up first and rounded with it once. A factor near 1 is
-    lost if it multiplies numbers that are rounded already: they round to themselves.
-    """
+    """Compute `c ∘ (Wx + Δ) + b` as `(Wx + b) + (Δ + (c - 1) ∘ (Wx + Δ))`, and `Wx + Δ`."""
+    # What changes the base's output is summed up first and rounded with it once. A factor near 1 is
+    # lost if it multiplies numbers that are rounded already: they round to themselves.
     rows = output + update
     if bias is not None:
         rows -= bias
@@ -223,10 +201,7 @@ def decompose_rows(
     bias: Tensor | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `c ∘ (Wx + Δ) + b` from the base's `Wx + b`, and `Wx + Δ`, which `out` has room for.
-
-    Where that is the output itself, it may be written to.
-    """
+    """`c ∘ (Wx + Δ) + b` and `Wx + Δ`, for which `out` has room; that may be the output itself."""
     if output.dtype.itemsize <= 2:  # what is rounded so far can't be scaled by factors near 1
         value, rows = scale_rows(output, rank_input @ lora_B, excess, bias)
         return value, rows if out is None or out is output else out.copy_(rows)
@@ -240,13 +215,9 @@ def decompose_rows(
 def scale_update(
     lora_B: Float[Tensor, "S O"], row_scale: Float[Tensor, "E O"] | None, scale: float
 ) -> tuple[Float[Tensor, "S O"], Float[Tensor, "E O"] | None]:
-    """Fold a factor λ of what an adapter adds to a projection into its B and its row scale.
-
-    Without a row scale that is λB. With one, the adapter adds (c - 1) ∘ Wx + c ∘ Δ; λ times that
-    is what the row scale c' = 1 + λ(c - 1) and the update Δ' = (λc / c') ∘ Δ add.
-
-    λ = 0 leaves the base's output, 1 what the adapter computes.
-    """
+    """Fold a factor λ of what an adapter adds into B, which becomes λB, or B and row scale."""
+    # With one, the adapter adds (c - 1) ∘ Wx + c ∘ Δ; λ times that is what the row scale
+    # c' = 1 + λ(c - 1) and the update Δ' = (λc / c') ∘ Δ add.
     if row_scale is None:
         return lora_B * scale, None
     factors = 1 + scale * (row_scale - 1)
@@ -261,10 +232,7 @@ def scale_update(
 def rows_of_experts(
     rows: Float[Tensor, "N O"], experts: Int[Tensor, "*slots"]
 ) -> Float[Tensor, "*slots O"]:
-    """Look up each slot's row of a table; -1 takes the last row.
-
-    `rows[experts]` is the same, and much slower on a CPU, forward and backward.
-    """
+    """`rows[experts]`, which is much slower on a CPU both ways; -1 takes the last row."""
     return embedding(experts.remainder(len(rows)), rows)
 
 
@@ -277,14 +245,8 @@ def dora_norms(
 ) -> Float[Tensor, "E O"]:
     """Compute the row norms of `W + s B_e A_e` for every expert without the dense product.
 
-    ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(AAᵀ))∘B), in lora_A's dtype.
-
-    Args:
-        products: W Aᵀ of all experts' A side by side, W being the frozen base weight.
-        squared_norms: ‖W‖² by row, constant.
-        lora_A: Down-projections, float32 or better.
-        lora_B: Up-projections without s.
-        scaling: s.
+    ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(AAᵀ))∘B), from
+    `products`, W Aᵀ of all experts' A side by side, and `squared_norms`, the frozen ‖W‖² by row.
     """
     num_experts, rank, _ = lora_A.shape
     cross = products.to(lora_A.dtype).unflatten(1, (num_experts, rank)).transpose(0, 1)  # (E, O, R)

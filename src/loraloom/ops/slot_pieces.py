@@ -1,14 +1,12 @@
 """How the slots of a mixture's tokens are cut into pieces that go through an FFN block at once.
 
-Axes: T tokens, K top_k, E experts, R rank, S = E·R, G experts of a group, W = G·R, F feed-forward,
-t rows of a piece.
+Axes: T tokens, K top_k, D hidden, F feed-forward, E experts, R rank, S = E·R, G experts of a group,
+W = G·R, t rows of a piece, few enough that their hidden states stay in the processor's cache.
 
-`BlockOfSlot` is a block of tokens in one slot. All experts' weights are used, and a mask between A
-and B keeps each token's own: nothing is gathered, nothing waits for the host, and work grows with
-E·R. `RowsOfGroup` are the rows of a group of experts, whatever their slots: rows are gathered and
-added back, masks keep a row's own expert within the group, and work grows with K, not with E.
-
-A piece is small enough that its hidden states stay in the processor's cache.
+`BlockOfSlot` is a block of tokens in one slot. A mask between all experts' A and B keeps each
+token's own: nothing is gathered, nothing waits for the host, and work grows with E·R. `RowsOfGroup`
+are the rows of a group of experts, whatever their slots, gathered and added back: masks keep a
+row's own expert within the group, and work grows with K, not with E.
 """
 
 from __future__ import annotations
@@ -41,22 +39,13 @@ MIN_SORTED_SLOTS = 512
 
 @dataclass(frozen=True)
 class Piece(ABC):
-    """Rows that go through an FFN block at once.
+    """Rows that go through an FFN block at once."""
 
-    Args:
-        rows: Their tokens, a slice or [t].
-        slots: Their slot, or that of each, [t].
-        place: Where they lie among the rows of all slots, [K·T, ...].
-        experts: Expert of each, [t]; -1 for the base's own output.
-        columns: Columns of their experts among all, S; None if they get the base's own output.
-        rank: R.
-    """
-
-    rows: Any
-    slots: Any
-    place: slice
-    experts: Tensor
-    columns: slice | None
+    rows: Any  # their tokens, a slice or [t]
+    slots: Any  # theirs, one or [t]
+    place: slice  # among the rows of all slots, [K·T, ...]
+    experts: Tensor  # of each, [t]; -1 for the base's own output
+    columns: slice | None  # of their experts among all, S
     rank: int
 
     copies: ClassVar[bool]
@@ -130,7 +119,6 @@ class Piece(ABC):
 
     @property
     def _places(self) -> slice:
-        """The piece's experts among all."""
         columns: slice = self.columns  # pyright: ignore[reportAssignmentType]
         return slice(columns.start // self.rank, columns.stop // self.rank)
 
@@ -208,12 +196,9 @@ class RowsOfGroup(Piece):
 
 
 def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype) -> int | None:
-    """Return how many experts a group has; None where masks over all experts do as well.
-
-    In 16 bits, groups are as wide as multiplies for the price of one column, and pay where all
-    experts are much wider. In 32 and more every column costs, and groups are as narrow as their
-    rows allow.
-    """
+    """How many experts a group has; None where masks over all experts do as well."""
+    # In 16 bits, groups are as wide as multiplies for the price of one column, and pay where all
+    # experts are much wider. In 32 every column costs: groups are as narrow as their rows allow.
     columns, num_slots = num_experts * rank, experts.numel()
     is_narrow = dtype.itemsize <= 2
     if experts.device.type != "cpu" or num_slots < MIN_SORTED_SLOTS:
@@ -230,10 +215,7 @@ def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype)
 def sorted_pieces(
     experts: Tensor, num_experts: int, rank: int, size: int, gate: Tensor
 ) -> Iterator[RowsOfGroup]:
-    """Cut slots, [K, T], into the rows of each group of `size` experts; expert -1 comes first.
-
-    A piece has no more rows than fit if they are as wide as the gate's.
-    """
+    """Cut slots, [K, T], into the rows of each group of `size` experts; expert -1 comes first."""
     num_tokens = experts.shape[1]
     flat = experts.flatten()
     groups = flat.div(size, rounding_mode="floor") + 1
@@ -253,10 +235,7 @@ def sorted_pieces(
 def masked_pieces(
     experts: Tensor, masks: Tensor | None, num_columns: int, rank: int, gate: Tensor
 ) -> Iterator[BlockOfSlot]:
-    """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another.
-
-    Masks are those of `slot_masks`. On an accelerator one block has all rows of a slot.
-    """
+    """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another."""
     num_slots, num_tokens = experts.shape
     step = _piece_rows(gate) if experts.device.type == "cpu" else max(1, num_tokens)
     for start in range(0, num_tokens, step):
@@ -276,25 +255,15 @@ def _piece_rows(gate: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Slots:
-    """Which expert each slot of a token uses.
+    """Which expert each slot of a token uses."""
 
-    Args:
-        experts: Of each slot, [K, T]; -1 for the base's own output.
-        num_experts: E.
-        rank: R.
-        routed: Whether there is a router; without, there is one expert for all.
-        apart: Slots are not added up in front of the base's output projection.
-        group: Experts of a group that slots are sorted by; None where they are not.
-        by_group: The sorted pieces, cut once for both passes.
-    """
-
-    experts: Tensor
+    experts: Tensor  # of each, [K, T]; -1 for the base's own output
     num_experts: int
     rank: int
-    routed: bool
-    apart: bool
-    group: int | None = None
-    by_group: Sequence[RowsOfGroup] = ()
+    routed: bool  # without a router there is one expert for all
+    apart: bool  # not added up in front of the base's output projection
+    group: int | None = None  # experts of a group that slots are sorted by
+    by_group: Sequence[RowsOfGroup] = ()  # cut once for both passes
 
     @staticmethod
     def of(weights: FfnWeights, routing: Routing | None, gate: Tensor) -> Slots:

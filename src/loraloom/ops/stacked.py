@@ -4,9 +4,8 @@ Axes: N adapters, n token rows of each (padded to the longest), T token rows of 
 I in_features, D hidden, F feed-forward, O out_features, E experts, S = E·R, P columns of a product.
 
 The same numbers as `expert_ffn.py`. A decoding step is bound by the count of operations, so the
-weights of like adapters are stacked and every product is one batched product: no sort, no loop over
-experts, and over adapters only where a method does something of its own between A and B. A batch
-entry holds the rows and weights of one adapter alone.
+weights of like adapters are stacked and every product is one batched product. A batch entry holds
+the rows and weights of one adapter alone.
 """
 
 from __future__ import annotations
@@ -67,32 +66,18 @@ def _taken(values: Any, entries: slice | Sequence[int]) -> Any:
 
 @dataclass(frozen=True)
 class StackedInput(Entries):
-    """Projections with one input.
+    """Projections with one input."""
 
-    Args:
-        A: Down-projections side by side, [N, I, P].
-        B: Scaled up-projections, block-diagonal over the projections, [N, P, O].
-        columns: Each projection's columns of the update, by name.
-        row_scales: DoRA's factors c by name, [N, 1, o] float32; empty without DoRA.
-        sources: The adapters' own weights, where something lies between A and B. That runs entry by
-            entry.
-    """
-
-    A: Tensor
-    B: Tensor
-    columns: Mapping[str, slice]
-    row_scales: Mapping[str, Tensor]
-    sources: Sequence[InputGroup] = ()
+    A: Tensor  # down-projections side by side, [N, I, P]
+    B: Tensor  # scaled, block-diagonal over the projections, [N, P, O]
+    columns: Mapping[str, slice]  # of the update, by projection
+    row_scales: Mapping[str, Tensor]  # DoRA's c by projection, [N, 1, o] float32
+    sources: Sequence[InputGroup] = ()  # their own, where something lies between A and B
 
     by_entry = ("A", "B", "row_scales", "sources")
 
     def update(self, hidden_states: Tensor, tokens: TokensOf) -> Tensor:
-        """Compute every projection's update side by side, [N, n, ΣO].
-
-        Args:
-            hidden_states: [N, n, I], in the dtype of A.
-            tokens: Describes an entry's rows.
-        """
+        """Compute every projection's update side by side, [N, n, ΣO]."""
         low_rank = torch.bmm(hidden_states, self.A)
         if self.sources:
             entries = enumerate(zip(self.sources, low_rank, hidden_states, strict=True))
@@ -104,20 +89,12 @@ class StackedInput(Entries):
 
 @dataclass(frozen=True)
 class StackedSide(Entries):
-    """The B side of a projection of an FFN block.
+    """The B side of a projection of an FFN block."""
 
-    Args:
-        columns: Its columns of the input product.
-        B: Scaled up-projections, [N, S, F].
-        row_scale: DoRA's factors, [N, E, F] float32; None without DoRA.
-        bias: The base's bias, which DoRA leaves unscaled.
-        between: What each adapter does between A and B; empty where none does anything.
-    """
-
-    columns: slice
-    B: Tensor
-    row_scale: Tensor | None
-    bias: Tensor | None
+    columns: slice  # of the input product
+    B: Tensor  # scaled, [N, S, F]
+    row_scale: Tensor | None  # DoRA's, [N, E, F] float32
+    bias: Tensor | None  # the base's, which DoRA leaves unscaled
     between: Sequence[Between] = ()
 
     by_entry = ("B", "row_scale", "between")
@@ -130,32 +107,18 @@ Finish = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StackedFfn(Entries):
-    """An FFN block's weights of like adapters; those of mixtures have a router.
+    """An FFN block's weights of like adapters; those of mixtures have a router."""
 
-    Args:
-        input_A: Down-projections of the block's input, [N, D, P].
-        gate: B side of the gate (or only) input projection.
-        up: B side of up.
-        down_A: Down-projections of the hidden states, [N, F, P].
-        down: B side of the output projection.
-        router: [N, D, E] float32; None for adapters that work on each projection by itself.
-        expert_columns: 1 at the columns of each expert, [E, S].
-        route: What routers do with their logits.
-        apart: Slots are not added up in front of the base's output projection.
-        unweighted_bias: The output projection's bias, [O], which its output has once instead of
-            times the sum of a token's weights; None where that is the same.
-    """
-
-    input_A: Tensor | None
-    gate: StackedSide | None
+    input_A: Tensor | None  # [N, D, P]
+    gate: StackedSide | None  # of the only input projection, if there is no up
     up: StackedSide | None
-    down_A: Tensor | None
+    down_A: Tensor | None  # [N, F, P]
     down: StackedSide | None
-    router: Tensor | None = None
-    expert_columns: Any = None
+    router: Tensor | None = None  # [N, D, E] float32; None where each projection works by itself
+    expert_columns: Any = None  # 1 at the columns of each expert, [E, S]
     route: Any = None
-    apart: bool = False
-    unweighted_bias: Tensor | None = None
+    apart: bool = False  # slots are not added up in front of the base's output projection
+    unweighted_bias: Tensor | None = None  # [O], to count once whatever weights sum to
 
     by_entry = ("input_A", "gate", "up", "down_A", "down", "router")
 
@@ -167,18 +130,9 @@ class StackedFfn(Entries):
         act: Activation,
         tokens: TokensOf,
     ) -> tuple[Tensor, Finish]:
-        """Begin a pass.
+        """Return rows for the base's output projection and what is to be done with its output.
 
-        Args:
-            hidden_states: The block's input, [N, n, D].
-            gate: Base output of the gate, or of the only input projection, [N, n, F].
-            up: Base output of up, [N, n, F], or None.
-            act: The base's activation.
-            tokens: Describes an adapter's rows, and takes the record of its routers.
-
-        Returns:
-            Rows for the base's output projection, [N·n, F], or [N·n·K, F] where slots stay apart;
-            and what is to be done with its output.
+        All inputs are [N, n, ...]; rows are [N·n, F], or [N·n·K, F] where slots stay apart.
         """
         step = _Step(self, hidden_states, gate, up, act, tokens)
         return step.hidden, step.finish
@@ -324,14 +278,7 @@ def stack_ffn_weights(
     route: Route | None = None,
     unweighted_bias: Tensor | None = None,
 ) -> StackedFfn:
-    """Put the FFN weights of like adapters side by side.
-
-    Args:
-        parts: Each adapter's weights.
-        routers: Each mixture's router, [E, D]; none of adapters with E = 1.
-        route: What all of them do with their logits.
-        unweighted_bias: See StackedFfn.
-    """
+    """Put the FFN weights of like adapters side by side; routers are [E, D], none with E = 1."""
     first = parts[0]
     some = first.sides[0].B  # for its dtype and device
     experts = torch.eye(first.num_experts, dtype=some.dtype, device=some.device)

@@ -19,11 +19,10 @@ _BLOCK_BYTES = 1 << 21
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Losses of tokens, with their gradient to the hidden states made on the way.
+    """Losses of tokens, with their gradient to the hidden states made on the way."""
 
-    A token's loss depends on its own hidden state alone, so its gradient for an upstream gradient
-    of one can be kept, [N, D], and scaled later: each chunk of logits lives once.
-    """
+    # A token's loss depends on its own hidden state alone, so its gradient for an upstream gradient
+    # of one can be kept, [N, D], and scaled later: each chunk of logits lives once.
 
     @staticmethod
     def forward(ctx, hidden_states, labels, head, chunk_tokens):
@@ -98,17 +97,8 @@ def token_losses(
     head: Callable[[Tensor], Tensor],
     vocab_size: int,
 ) -> Float[Tensor, " N"]:
-    """Compute `cross_entropy(head(hidden_states), labels, reduction="none")` in chunks.
-
-    Args:
-        hidden_states: States that predict the labels, after the final norm.
-        labels: Token ids; -log p of each is returned.
-        head: The frozen output layer, with its scaling and soft-capping; weights get no gradient.
-        vocab_size: V, from which the chunk is chosen (60 MiB of float32 logits).
-
-    Returns:
-        Losses in float32 (float64 for float64 states).
-    """
+    """`cross_entropy(head(hidden_states), labels, reduction="none")` in chunks, in float32+."""
+    # The head is the frozen output layer, scaling and soft-capping included: no gradient for it.
     size = _chunk_tokens(vocab_size)
     return _TokenLosses.apply(hidden_states, labels, head, size)  # pyright: ignore
 
@@ -119,11 +109,9 @@ def trained_token_losses(
     head: Callable[[Tensor], Tensor],
     vocab_size: int,
 ) -> Float[Tensor, " N"]:
-    """Compute what `token_losses` does, where the head's weights get a gradient too.
-
-    It is a sum over tokens whose weights are known in the backward pass alone, so that logits are
-    made there again, a chunk at a time.
-    """
+    """Compute what `token_losses` does, where the head's weights get a gradient too."""
+    # It is a sum over tokens whose weights are known in the backward pass alone, so that logits are
+    # made there again, a chunk at a time.
     chunk_tokens = _chunk_tokens(vocab_size)
     chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
     losses = [
@@ -145,14 +133,10 @@ def token_scores(
     vocab_size: int,
     num_top: int = 0,
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N K"], Int[Tensor, "N K"]]:
-    """Compute log p of each label and of the most likely tokens in its place, in chunks.
+    """Compute log p of each label and of the K most likely tokens, the highest first, in chunks.
 
-    Arguments are those of `token_losses`; num_top is K, from 0 to V.
-
-    Returns:
-        Log-probabilities in float32 (float64 for float64 states); whether argmax gives the label,
-        of equally likely tokens the first; log-probabilities of the K most likely tokens, the
-        highest first, to the bit those of labels that are among them; and their ids.
+    Between them, whether argmax gives the label, of equally likely tokens the first; last, the ids
+    of the most likely. Their log p are, to the bit, those of labels that are among them.
     """
     columns = []
     chunk_tokens = _chunk_tokens(vocab_size)

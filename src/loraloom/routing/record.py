@@ -23,21 +23,13 @@ def describe_router(router: RouterName) -> str:
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The routing of one adapter's real tokens by one router; padding is left out.
-
-    Args:
-        layer: Index of the decoder layer.
-        router_logits: Raw router outputs, [T, E] float32, with gradient in training.
-        selected_experts: Chosen experts, best first, [T, K].
-        routing_weights: Their weights, [T, K] float32.
-        projection: Whose router it is, as `self_attn.q_proj`; None for an FFN block's.
-    """
+    """The routing of one adapter's real tokens by one router; padding is left out."""
 
     layer: int
-    router_logits: Tensor
-    selected_experts: Tensor
-    routing_weights: Tensor
-    projection: str | None = None
+    router_logits: Tensor  # raw, [T, E] float32, with gradient in training
+    selected_experts: Tensor  # best first, [T, K]
+    routing_weights: Tensor  # [T, K] float32
+    projection: str | None = None  # as `self_attn.q_proj`; None for an FFN block's router
 
     @property
     def num_experts(self) -> int:
@@ -46,10 +38,8 @@ class LayerRouting:
 
     @property
     def shares(self) -> Tensor:
-        """What each choice counts for in its expert's load, [T, K]: 1 where a token chooses a few.
-
-        Where each token takes all experts they are its weights, as choices would all be alike.
-        """
+        """What each choice counts for in its expert's load: 1 where a token chooses a few."""
+        # Where each token takes all experts they are its weights, as choices would all be alike.
         if self.selected_experts.shape[1] < self.num_experts:
             return torch.ones_like(self.routing_weights)
         return self.routing_weights.detach()
@@ -67,18 +57,11 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class RouterChoice:
-    """What a router did with one token.
-
-    Args:
-        router: Which one.
-        num_experts: E.
-        experts: Those it chose, best first.
-        weights: Theirs.
-    """
+    """What a router did with one token."""
 
     router: RouterName
     num_experts: int
-    experts: list[int]
+    experts: list[int]  # best first
     weights: list[float]
 
 

@@ -1,9 +1,6 @@
-"""Routers' logits, and routes: from a token's logits to its experts and their weights.
+"""Routers' logits, and routes: from a token's logits to its experts, best first, and their weights.
 
-Axes: T tokens, D hidden, E experts, K slots of a token.
-
-A route gives K experts for each token, best first, and their weights. Where a token uses fewer,
-the rest weigh 0.
+Axes: T tokens, D hidden, E experts, K slots of a token, which weigh 0 where it uses fewer.
 """
 
 from __future__ import annotations
@@ -33,10 +30,7 @@ class Route(ABC):
 
 @dataclass(frozen=True)
 class TopK(Route):
-    """The top_k most probable experts, with their probabilities renormalised to sum to 1.
-
-    Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2.
-    """
+    """The top_k most probable, renormalised to sum to 1 (MixLoRA, arXiv:2404.15159, eq. 5-6)."""
 
     top_k: int
     sums_to_one = True
@@ -51,17 +45,12 @@ class TopK(Route):
 class TopP(Route):
     """The fewest experts whose probabilities sum to more than top_p, with these as weights.
 
-    Args:
-        top_p: In (0, 1]; 1 keeps all.
-        temperature: The logits are divided by it.
-
-    Source:
-        MoE-PEFT 2.0.2, `mixlora-dynamic`; Huang et al. 2024, Harder Tasks Need More Experts,
-        arXiv:2403.07652.
+    Source: MoE-PEFT 2.0.2, `mixlora-dynamic`; Huang et al. 2024, Harder Tasks Need More Experts,
+    arXiv:2403.07652.
     """
 
-    top_p: float
-    temperature: float = 1.0
+    top_p: float  # 1 keeps all
+    temperature: float = 1.0  # divides the logits
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
         probabilities = (logits / self.temperature).softmax(-1)
@@ -73,10 +62,7 @@ class TopP(Route):
 
 @dataclass(frozen=True)
 class Switch(Route):
-    """The most probable expert, weighted by its probability.
-
-    Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 1-2.
-    """
+    """The most probable, weighted by its probability (Fedus et al., arXiv:2101.03961, eq. 1-2)."""
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
         weights, selected = logits.softmax(-1).max(-1, keepdim=True)
@@ -98,22 +84,14 @@ class Dense(Route):
 class Hybrid(Route):
     """All experts where a token's router is undecided, else the most probable within top_p.
 
-    Args:
-        top_p: The most probable experts are kept while they sum to at most this.
-        keep_top_k: This many are kept whatever they sum to.
-        entropy_index: q of the Tsallis entropy.
-        entropy_threshold: Entropy, as a share of its maximum, above which all are kept; 1: never.
-        entropy_eps: What is added to each probability in the entropy.
-
-    Source:
-        Li et al. 2025, DynMoLE, arXiv:2504.00661, and its code, github.com/mikecovlee/DynMoLE.
+    Source: Li et al. 2025, DynMoLE, arXiv:2504.00661, and its code, github.com/mikecovlee/DynMoLE.
     """
 
-    top_p: float
-    keep_top_k: int
-    entropy_index: float
-    entropy_threshold: float
-    entropy_eps: float = 0.0
+    top_p: float  # the most probable are kept while they sum to at most this
+    keep_top_k: int  # kept whatever they sum to
+    entropy_index: float  # Tsallis' q
+    entropy_threshold: float  # of its maximum, above which all are kept; 1: never
+    entropy_eps: float = 0.0  # added to each probability in the entropy
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
         probabilities = logits.softmax(-1)
@@ -132,9 +110,7 @@ def tsallis_entropy(
     """Compute `(1 - Σ p^q) / (q - 1)` of each token, divided by its value for uniform p.
 
     At q = 1 it is Shannon's entropy divided by ln E; with one expert it is 1. `eps` is added to
-    each p first, as DynMoLE's authors do.
-
-    Source: Tsallis 1988, doi:10.1007/BF01016429; DynMoLE, arXiv:2504.00661.
+    each p first, as in DynMoLE (arXiv:2504.00661). Source: Tsallis 1988, doi:10.1007/BF01016429.
     """
     num_experts = probabilities.shape[-1]
     if num_experts == 1:
@@ -150,10 +126,8 @@ def tsallis_entropy(
 def beyond_capacity(
     selected: Int[Tensor, " T"], samples: list[slice | Tensor], capacity: int
 ) -> Tensor:
-    """Tell which tokens come after the first `capacity` of their sample that chose their expert.
-
-    Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, section 2.2, by sample.
-    """
+    """Which tokens come after the first `capacity` of their sample that chose their expert."""
+    # Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, section 2.2, by sample.
     beyond = torch.zeros_like(selected, dtype=torch.bool)
     for tokens in samples:
         own = selected[tokens]

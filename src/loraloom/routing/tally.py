@@ -1,11 +1,7 @@
 """Where tokens went: the one count of it, for training, evaluation and serving.
 
-`measure_routing` sums up a forward, and `RoutingTotals` reads such sums of one or many, in memory
-that does not grow with the tokens. Loads by class tell how much the choice of an expert says about
-the class of a token: the task or skill that it belongs to, or whether it begins a word.
-
-Axes: C classes, N routers, T tokens, K top_k, E experts (the most that a router has; zeros follow
-where it has fewer).
+Axes: C classes of tokens (a task or skill, say), N routers, T tokens, K top_k, E experts (the most
+that a router has; zeros follow where it has fewer). Memory does not grow with the tokens.
 """
 
 from __future__ import annotations
@@ -63,18 +59,13 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
 
 @dataclass(frozen=True)
 class RoutingTotals:
-    """Sums over the real tokens of one adapter; totals of the same routers can be added.
+    """Sums over the real tokens of one adapter; totals of the same routers can be added."""
 
-    Args:
-        routers: Each router's layer and projection.
-        num_experts: Of each router.
-        sums: By router: the tokens, the sum of the entropies of their probabilities in bits, how
-            often each expert was chosen (see `expert_loads`), and its probabilities' sum,
-            [N, 2 + 2·E] float64 on the CPU.
-    """
+    # `sums` has by router the tokens, the sum of the entropies of their probabilities in bits,
+    # `expert_loads`, and the probabilities' sum, [N, 2 + 2·E] float64 on the CPU.
 
     routers: tuple[RouterName, ...]
-    num_experts: tuple[int, ...]
+    num_experts: tuple[int, ...]  # of each router
     sums: Tensor
 
     @staticmethod
@@ -117,10 +108,7 @@ class RoutingTotals:
 
     @property
     def load_cv(self) -> float:
-        """Deviation of the load over experts divided by its mean, averaged over routers.
-
-        0 is balanced, sqrt(E - 1) is one expert for all.
-        """
+        """Deviation of the load over its mean: 0 if balanced, at most sqrt(E - 1)."""
         rows = zip(self.num_experts, self.tokens_per_expert.tolist(), strict=True)
         return fmean(_spread(row[:size]) for size, row in rows)
 
@@ -153,10 +141,7 @@ class RoutingTotals:
 
 
 def expert_loads(routing: Sequence[LayerRouting]) -> Float[Tensor, "N E"]:
-    """Add up each expert's load at each router in float64: how often it was chosen.
-
-    Where tokens take all experts, it is the sum of their weights.
-    """
+    """How often each expert was chosen, float64; its weights' sum where tokens take all."""
     return _loads(routing, 0, 1)[0]
 
 
@@ -197,29 +182,19 @@ def entropy_bits(shares: Tensor) -> Tensor:
 
 
 def effective_number(shares: Tensor) -> Tensor:
-    """Compute `exp(-Σ_e p_e ln p_e)`: E when all have the same share, 1 when one has all.
-
-    Source: Hill 1973, Diversity and evenness, Ecology 54 (the number of order 1).
-    """
+    """`exp(-Σ_e p_e ln p_e)`, from 1 to E (Hill 1973, Diversity and evenness, Ecology 54)."""
     return torch.exp2(entropy_bits(shares))
 
 
 def specialisation_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, "C N"]:
-    """Compute KL(p(e | c) ‖ p(e)) in bits: how far a class's load is from that of all tokens.
-
-    It is 0 for a class whose tokens go where all tokens go, and at most log2(1 / p(c)).
-    """
+    """KL(p(e | c) ‖ p(e)) in bits, from 0 for a class that goes where all go to log2(1 / p(c))."""
     of_class, of_all = load_shares(loads), load_shares(loads.sum(0))
     logs = torch.special.xlogy(of_class, of_class) - torch.special.xlogy(of_class, of_all)
     return (logs.sum(-1) / math.log(2)).clamp_min(0)
 
 
 def mutual_information_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, " N"]:
-    """Compute I(expert; class) = Σ_c p(c) KL(p(e | c) ‖ p(e)) in bits, at each router.
-
-    It is 0 where experts take tokens of all classes alike, and at most the entropy of the classes
-    or of the experts, the smaller of the two.
-    """
+    """I(expert; class) = Σ_c p(c) KL(p(e | c) ‖ p(e)) in bits; 0 where classes go alike."""
     return (load_shares(loads.sum(-1).T).T * specialisation_bits(loads)).sum(0)
 
 

@@ -1,10 +1,7 @@
 """The hidden states of one adapter's FFN block on an accelerator, in one kernel each way.
 
-Axes: T tokens, F feed-forward, K top_k, E experts, R rank, S = E·R, P columns of the input product,
-C projections side by side.
-
-Formulas, and what is kept for the backward pass, are those of `lean_expert_ffn._LeanFfn`; slots lie
-one after another in [K·T, F]. Products that sum over columns or tokens are PyTorch's.
+Axes are `expert_ffn`'s, formulas those of `lean_expert_ffn._LeanFfn`; slots lie one after another
+in [K·T, F]. Products that sum over columns or tokens are PyTorch's.
 """
 
 from __future__ import annotations
@@ -32,10 +29,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 def is_fused(rows: Tensor) -> bool:
-    """Whether kernels compute on these rows: on an accelerator with Triton.
-
-    The meta device stands for one.
-    """
+    """Whether rows are on an accelerator with Triton; the meta device stands for one."""
     on_accelerator = rows.is_meta or (rows.is_cuda and _has_triton())
     return on_accelerator and rows.dtype in _DTYPES and os.environ.get(SWITCH) == "on"
 
@@ -61,20 +55,8 @@ def fused_hidden(
     routing_weights: Float[Tensor, "T K"] | None,
     dropout: FfnDropout,
 ) -> tuple[Float[Tensor, "T F"], Tensor]:
-    """Compute the hidden states of all slots, and what the output projection's B multiplies.
-
-    Args:
-        gate: Base output of the gate (or only) input projection.
-        up: Base output of up.
-        low_rank: The product with all A of the block's input.
-        weights: The adapter's, which `has_kernels`.
-        experts: Expert of each slot; None for a plain LoRA.
-        routing_weights: g in float32; None for a plain LoRA.
-        dropout: Masks.
-
-    Returns:
-        Σ_j g_j h_j, and Σ_j g_j drop(h_j) A_dᵀ, [T, S], empty without an A_d.
-    """
+    """Compute Σ_j g_j h_j, and Σ_j g_j drop(h_j) A_dᵀ, [T, S], empty without an A_d."""
+    # `low_rank` is the product with all A of the input; a plain LoRA has no experts and no g.
     masks = [mask for mask in dropout.keep_slots if mask is not None]
     sides = (weights.gate, weights.up)
     starts = [side.columns.start if side else 0 for side in sides]
@@ -159,10 +141,7 @@ def own_experts(experts: Int[Tensor, "K T"], num_experts: int) -> Shaped[Tensor,
 def by_slot(
     rows: Float[Tensor, "T P"], own: Shaped[Tensor, "K T E"] | None, rank: int
 ) -> Float[Tensor, "N P"]:
-    """Spread rank-space rows over slots, [K·T, C·S], times what each slot has of an expert.
-
-    That is `own_experts`, or its product with routing weights; None without routing.
-    """
+    """Spread rank-space rows over slots, [K·T, C·S], times what each slot has of an expert."""
     if own is None:
         return rows
     experts = rows.view(len(rows), -1, own.shape[-1], rank)

@@ -1,11 +1,8 @@
-"""Triton kernels of an FFN block's hidden states; `operators.py` starts them.
-
-Axes: T tokens, K slots of a token, F columns, E experts, R rank, S = E·R.
+"""Triton kernels of an FFN block's hidden states; `operators.py` starts them and names the axes.
 
 A program computes a tile of rows and columns, slot after slot, in float32. What B or A multiply in
 rank space is read masked to the expert of each row, so that nothing is gathered or sorted. Sums
-over columns, the gradients of routing weights, are written for each tile and added up later: the
-same sum in every run.
+over columns are written for each tile and added up later: the same sum in every run.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -25,10 +22,7 @@ def _product(
     expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rank-space rows, [T, S] from column `start` on, with a weight, [S, F].
-
-    Columns of other experts than a row's count as zero; expert -1 has none.
-    """
+    """Multiply rank-space rows with a weight; columns of other experts than a row's are zero."""
     total = tl.full((BLOCK_T, BLOCK_F), 0.0, tl.float32)
     for first in range(0, num_columns, BLOCK_S):
         columns = first + tl.arange(0, BLOCK_S)
@@ -131,11 +125,7 @@ def hidden_backward_kernel(
     num_tokens, num_slots, num_cols, rank, num_columns,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Go back through `hidden_kernel`; see `loraloom.ops.lean_expert_ffn._LeanFfn` for formulas.
-
-    Writes the gradients of gate and up, those of each slot's gate and up where they are asked for,
-    drop(h_j), and parts of the sums that are the gradients of routing weights.
-    """
+    """Go back through `hidden_kernel`; see `loraloom.ops.lean_expert_ffn._LeanFfn` for formulas."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     rows_exist, cols_exist = rows < num_tokens, cols < num_cols

@@ -1,10 +1,7 @@
 """The kernels as operators of PyTorch: tracing, counting and the meta device see each as one.
 
 Axes: T tokens, K slots of a token, F columns, E experts, R rank, S = E·R, P columns of a product,
-n parts of a sum.
-
-Each has an implementation without data, which allocates what it returns, and one that fills it. A
-result that is not asked for is empty.
+n parts of a sum. A result that is not asked for is empty.
 """
 
 from __future__ import annotations
@@ -35,26 +32,9 @@ def expert_hidden(
     keep_scale: float,
     with_slots: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the hidden states of an FFN block's slots, h_j = silu(gate + Δ) ∘ (up + Δ).
-
-    Args:
-        gate: Base output of the gate (or only) input projection, [T, F], as that of up.
-        up: See gate.
-        low_rank: The product with all A of the block's input, [T, P].
-        experts: Expert of each slot, [K, T], -1 for none; None where all tokens have expert 0.
-        routing_weights: g, [T, K]; None for 1.
-        gate_B: Scaled up-projections, [S, F], as those of up.
-        up_B: See gate_B.
-        keep: 1 at what each slot's dropout keeps, [K·T, F].
-        starts: First columns of gate and up in `low_rank`.
-        rank: R.
-        num_columns: S.
-        keep_scale: What makes up for dropped numbers.
-        with_slots: Give drop(h_j) too.
-
-    Returns:
-        Σ_j g_j h_j, [T, F]; and drop(h_j), [K·T, F].
-    """
+    """Compute Σ_j g_j h_j, [T, F], h_j = silu(gate + Δ) ∘ (up + Δ), and drop(h_j), [K·T, F]."""
+    # `low_rank`, [T, P], is the product with all A of the input; `starts` are gate's and up's first
+    # columns of it. Experts are [K, T], -1 for none; without, all tokens have expert 0.
     hidden, slots = _hidden_results(gate, experts, with_slots)
     _launch(
         "hidden_kernel",
@@ -85,9 +65,6 @@ def expert_hidden_backward(
     keep_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Go back through `expert_hidden`, computing its hidden states again.
-
-    `grad_hidden` is that of the hidden states, [T, F], and `grad_rank` that of
-    Σ_j g_j drop(h_j) A_dᵀ, [T, S], where `down_A`, [S, F], is A_d.
 
     Returns:
         Gradients of gate and up, [T, F]; those of each slot's, [K·T, F], where there are several
