@@ -1,8 +1,7 @@
 """Writing files so that a crash leaves the old or the new, and never a half.
 
-What is written goes aside first, under a name that nobody can guess or plant a link at, is synced
-and renamed. Whatever ends the writing, Ctrl-C too, takes what is aside away; what a killed process
-leaves there is hidden and ends with `.writing`.
+What is written goes aside first, under a hidden name that nobody can guess or plant a link at, is
+synced and renamed. Only a killed process leaves it there, ending with `.writing`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The processes that share a run's rows, and what they send each other.
 
-Every rank holds all adapters whole and does the same rounds. Of each micro-batch it computes its
-own rows; gradients, losses and counts are added up over all ranks. So all of them go on with the
-same numbers, bit by bit, and whatever is decided by these is decided alike everywhere.
+Every rank holds all adapters whole and computes its own rows of each micro-batch. Sums are over all
+ranks, so that all go on with the same numbers, bit by bit, and decide alike.
 """
 
 from __future__ import annotations
@@ -53,11 +52,7 @@ def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 class Ranks(ABC):
-    """What a rank knows of the others.
-
-    `local_size` of them are on this machine. In lockstep, a forward needs all ranks, as each holds
-    a part of the base model.
-    """
+    """Of the ranks, `local_size` are here; in lockstep each holds a part of the base model."""
 
     rank: int = 0
     size: int = 1

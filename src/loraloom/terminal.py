@@ -41,11 +41,7 @@ def make_table(*keys: str, values: Sequence[str | Text] = (), title: str | None 
 def show_progress(
     console: Console | None, name: str, sizes: Sequence[int]
 ) -> Iterator[Callable[[Sequence[int]], None]]:
-    """Show the share of items that is done, weighed by their sizes, and the time left.
-
-    On a terminal it is shown often, elsewhere now and then. What is given takes the places of
-    items that are done.
-    """
+    """Show the share of items done, by the sizes that are given when done, and the time left."""
     interval_s = 0.1 if console is not None and console.is_terminal else PLAIN_INTERVAL_S
     bar: Any = tqdm(
         total=sum(sizes),
@@ -72,11 +68,8 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
 
 
 def fitted(table: Table, width: int) -> Iterator[Table]:
-    """Divide a table's columns so that each part fits; one that fits stays whole.
-
-    The keys, the columns on the left up to the first of numbers, are in every part, and are folded
-    where nothing else helps.
-    """
+    """Divide a table's columns so that each part fits; one that fits stays whole."""
+    # The keys, on the left up to the first column of numbers, are in every part.
     is_number = [column.justify == "right" for column in table.columns]
     num_keys = max(is_number.index(True), 1) if any(is_number) else len(is_number)
     keys, values = table.columns[:num_keys], table.columns[num_keys:]

@@ -1,8 +1,7 @@
 """Scores that are kept, so that an evaluation goes on where it was interrupted, and how it was got.
 
-One SQLite file holds the scores of all base models and adapters, by a hash of all that a score
-depends on (`computation_key`, the adapter, the question's tokens). Every batch is a transaction of
-its own: several processes can share the file, and a crash leaves what was kept before.
+One SQLite file has the scores of all base models and adapters. Every batch is a transaction of its
+own: several processes can share the file, and a crash leaves what was kept before.
 """
 
 from __future__ import annotations
@@ -48,10 +47,7 @@ Tokens = Sequence[TokenPair]
 
 
 class ScoreCache:
-    """The scores of several adapters on one base model; None is the base model itself.
-
-    `num_found` scores were known, `num_added` are new. Weights must not change while it is used.
-    """
+    """Scores of adapters on one base model (None); weights must not change while it is used."""
 
     def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):
         self.directory = directory
@@ -137,10 +133,7 @@ def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
 
 
 def computation_key(host: Host) -> dict[str, Any]:
-    """Name everything but the adapter and the tokens that a log-likelihood depends on.
-
-    How rows are batched is left out: it moves sums by rounding alone.
-    """
+    """Name all that a log-likelihood depends on but adapter, tokens and (rounding) batches."""
     # neither where the base was loaded from nor what saved it
     left_out = ("_name_or_path", "transformers_version")
     config = {k: value for k, value in host.config.to_dict().items() if k not in left_out}

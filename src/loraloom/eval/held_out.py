@@ -1,11 +1,8 @@
 """Held-out rows of a data set, encoded as training would encode them, and their losses.
 
-A row's loss is the sum over the tokens that training would learn from, in nats; an adapter's is the
-sum over all rows by the number of those tokens, as `eval/loss` in metrics.jsonl.
-
-A pair's margin is log p(chosen) - log p(rejected), each summed over its tokens. A reward margin is
-β × the adapter's margin less the base model's, as in DPO, and the loss is DPO's, the mean of
--log σ(reward margin).
+An adapter's loss is the sum over the tokens that training would learn from, in nats, by their
+number. A pair's margin is log p(chosen) - log p(rejected), each summed over its tokens. A reward
+margin is β × the adapter's margin less the base model's, and the loss DPO's, -log σ of that.
 """
 
 from __future__ import annotations
@@ -42,11 +39,7 @@ MAX_EXPONENT = 89
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Rows of a data set with their places in it, and what is noted of them.
-
-    A row has several examples where a text is long. A pair is two rows, the chosen and the rejected
-    answer in turn.
-    """
+    """Rows with their places; long texts are several, pairs a chosen and a rejected in turn."""
 
     name: str
     rows: list[list[Example]]
@@ -161,10 +154,7 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
 def pair_scores(
     data: HeldOutSet, losses: Mapping[str, Sequence[float]], reference: Sequence[float]
 ) -> Scores:
-    """Sum up how often adapters rank chosen answers above rejected ones.
-
-    Rows are the two in turn; `reference` are the base model's losses.
-    """
+    """How often adapters rank chosen answers above rejected ones, which are rows in turn."""
     margins = {name: _margins(of) for name, of in losses.items()}
     rewards = {n: data.details["beta"] * (of - _margins(reference)) for n, of in margins.items()}
     values = {name: (of > 0).tolist() for name, of in margins.items()}

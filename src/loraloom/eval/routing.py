@@ -1,10 +1,8 @@
 """Where mixtures send the tokens of an evaluation: by layer and expert, task, and kind of token.
 
-Axes: C classes, N routers, T tokens, K top_k, E experts, V vocabulary.
-
-Everything is summed up batch by batch, so memory does not grow with the tokens. The tokens are
-those that the model reads to score a question: contexts once, and every choice's continuation
-without its last token. Scores that were kept from before cost no forward and are not covered.
+Axes: C classes, N routers, T tokens, K top_k, E experts, V vocabulary. The tokens are those that
+are read to score a question: contexts once, and every choice without its last token. Scores that
+were kept from before cost no forward and are not covered.
 """
 
 from __future__ import annotations

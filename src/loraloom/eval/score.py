@@ -112,10 +112,7 @@ def score_questions(
     questions: Sequence[ChoiceQuestion],
     **observers: Any,
 ) -> dict[str | None, list[QuestionScore]]:
-    """Score every choice of every question with each adapter; see `Scorer.score`.
-
-    A choice's context and whole continuation are split into tokens as in training.
-    """
+    """Score every choice with each adapter; see `Scorer.score`. Texts are split as in training."""
     choices = [
         pair for one in questions for pair in zip(one.contexts, one.continuations, strict=True)
     ]
@@ -171,17 +168,13 @@ def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """What adapters make of a data set, by adapter (`base` is the base model).
-
-    `values` are what is compared of each item: whether it is right, or its loss over `num_tokens`.
-    `lines` are what `--per-question` writes.
-    """
+    """What adapters make of a data set, by adapter (`base` is the base model)."""
 
     name: str
     details: Mapping[str, Any]
     results: Mapping[str, Fields]
-    values: Mapping[str, Sequence[int | float]]
-    lines: Sequence[dict[str, Any]]
+    values: Mapping[str, Sequence[int | float]]  # what is compared of each item
+    lines: Sequence[dict[str, Any]]  # what `--per-question` writes
     num_tokens: Sequence[int] = ()
 
     @property

@@ -38,10 +38,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """Whether each question of a task was answered right, by adapter; `base` is the base model.
-
-    `questions` are their places in the split.
-    """
+    """Whether each question (its place in the split) was answered right, by adapter or `base`."""
 
     task: str
     questions: tuple[int, ...]

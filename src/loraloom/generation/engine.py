@@ -1,9 +1,7 @@
-"""The engine: rows of the base model and of many adapters, continued together step by step.
-
-Axes: B rows, L tokens, V vocabulary.
+"""Rows of the base model and of many adapters, continued together (B rows, L tokens, V vocabulary).
 
 A step schedules rows (some are sent back, others admitted), decodes those that are under way and
-reads pieces of the prompts of others, and then chooses a token for every row that is read.
+reads pieces of others' prompts, and then chooses a token for every row that is read.
 """
 
 from __future__ import annotations
@@ -50,10 +48,7 @@ Failed = tuple[Row, Exception]
 
 
 class Engine:
-    """Continues rows of many adapters together.
-
-    Any thread may `submit` rows, and set their `is_cancelled`; one thread calls `step`.
-    """
+    """Continues rows; any thread may `submit` and set `is_cancelled`, one thread calls `step`."""
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits):
         self.host = host
@@ -294,11 +289,9 @@ class Engine:
         self._runner.leave(rows)
 
     def _recover(self, error: Exception) -> list[Failed]:
-        """After rows failed together, read them again, adapter by adapter.
-
-        Rows of one adapter that failed without others have failed for good. Where memory ran out,
-        half as many are read.
-        """
+        """After rows failed together, read them again, adapter by adapter."""
+        # Rows of one adapter that failed without others have failed for good. Where memory ran out,
+        # half as many are read.
         rows = self._runner.take_apart(self._served)
         if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
             free_memory()

@@ -138,10 +138,7 @@ def complete(
 
 @dataclass
 class Conversation:
-    """Turns of a user and of models, one of which is the base model.
-
-    A model that joins later reads the answers of those that were asked before.
-    """
+    """Turns of a user and of models (or the base); who joins later reads the answers before."""
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
@@ -154,11 +151,9 @@ class Conversation:
     def ask(
         self, text: str, models: Sequence[str], sampling: SamplingConfig
     ) -> Iterator[tuple[str, str]]:
-        """Say something to models, and give their answers in pieces, one model after the other.
-
-        They answer together; the pieces of the later ones are kept until it is their turn. An
-        answer whose reader stops early is remembered as far as it was read.
-        """
+        """Say something to models, and give their answers in pieces, one model after the other."""
+        # They answer together; the pieces of the later ones are kept until it is their turn. An
+        # answer whose reader stops early is remembered as far as it was read.
         requests = {model: self._request(model, text, sampling) for model in models}
         events: dict[str, deque[Event]] = {model: deque() for model in models}
         rows, answers = [], dict[str, str]()

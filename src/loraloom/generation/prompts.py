@@ -59,12 +59,9 @@ def encode_prompt(
     *,
     raw: bool = False,
 ) -> tuple[list[int], bool]:
-    """Token ids of a prompt, and whether its completion continues the same text.
-
-    It is written as an adapter's training data was. Without a form, a text is the user's turn in
-    the tokenizer's chat template where there is one, and else is read as it stands. `raw` reads it
-    as it stands in any case.
-    """
+    """Token ids of a prompt, and whether its completion continues the same text."""
+    # It is written as an adapter's training data was. Without a form, a text is the user's turn in
+    # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     content = prompt.content
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
     is_given = any(message["role"] == "system" for message in messages)
@@ -110,11 +107,8 @@ def _render_instructions(
     prompt: Prompt,
     form: PromptForm,
 ) -> str:
-    """Each user's turn in the prompt template; turns are joined as training examples are, by EOS.
-
-    A system message stands in front of the first instruction. Spaces at the end are left out, as
-    training reads them with the answer.
-    """
+    """Each user's turn in the prompt template; EOS joins turns, as it does training examples."""
+    # Spaces at the end are left out, as training reads them with the answer.
     if prompt.tools or any(message["role"] == "tool" for message in messages):
         raise DataError(
             f"{prompt.origin}: the adapter's prompt template (format: instruction) has no place "

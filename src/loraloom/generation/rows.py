@@ -2,18 +2,16 @@
 
 Axes: B rows, L tokens, N scored tokens, D hidden.
 
-A question's choices share what they have in common. Their row holds the context once, and after it
-each choice's continuation without its last token, which is only predicted. A continuation's
-positions count from the end of the context, and it sees the context and itself alone, so that it
-gets the log-likelihood that it has by itself:
+A question's choices share a row: the context once, and after it each choice's continuation without
+its last token, which is only predicted. A continuation's positions count from the end of the
+context, and it sees the context and itself alone, so that it gets its own log-likelihood:
 
     input_ids       Q  :  a  blue  the  red      of  Q: a blue sky  and  Q: the red sea
     position_ids    0  1  2    3    2    3
     branches        0  0  1    1    2    2
 
-Tokens that all continuations begin with stand there once, as part of the context. Continuations of
-one token, as labels mostly are, add nothing to it. An example of training data is a row without
-branches, whose labels are scored.
+Tokens that all continuations begin with are part of the context; an example of training data has
+no branches.
 """
 
 from __future__ import annotations
@@ -34,11 +32,10 @@ _PADDING = -1  # branch of the padding
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Tokens that are read together, and those that are scored.
+    """Tokens that are read together, and those that are scored."""
 
-    `branches` is 0 in the context and counts continuations from 1. Then an entry for each scored
-    token: the place in the row whose state predicts it, its id, and the choice that it belongs to.
-    """
+    # `branches` is 0 in the context and counts continuations from 1. Then an entry for each scored
+    # token: the place in the row whose state predicts it, its id, and its choice.
 
     input_ids: list[int]
     position_ids: list[int]
@@ -50,12 +47,10 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows padded on the right, as the model takes them.
+    """Rows padded on the right; masks stay on the CPU, where the host reads them."""
 
-    `attention_mask` is [B, L] where no row branches, else the mask to add to attention scores,
-    [B, 1, L, L]. `token_mask` is 1 at tokens, 0 at padding. `predictors` counts in the flattened
-    batch. The masks stay on the CPU, where the host reads them.
-    """
+    # `attention_mask` is [B, L] where no row branches, else what is added to scores, [B, 1, L, L].
+    # `token_mask` is 1 at tokens, 0 at padding. `predictors` counts in the flattened batch.
 
     input_ids: Tensor  # (B, L)
     position_ids: Tensor  # (B, L)
@@ -73,13 +68,8 @@ def owners(rows: Sequence[TokenRow], adapters: Sequence[RowAdapter]) -> list[Row
 
 
 def fit_pair(pair: TokenPair, max_length: int, name: str = "a continuation") -> TokenPair:
-    """Cut a context from the left so that the model reads at most `max_length` tokens.
-
-    The last token of a continuation is predicted, not read.
-
-    Source:
-        lm-eval 0.4.13 `lm_eval/models/huggingface.py`, `_loglikelihood_tokens`: the same cut.
-    """
+    """Cut a context from the left so that the model reads at most `max_length` tokens."""
+    # The last token is predicted, not read, as in lm-eval 0.4.13, `_loglikelihood_tokens`.
     num_tokens = len(pair.continuation)
     if not 1 <= num_tokens <= max_length:
         raise DataError(f"{name} must have 1 to {max_length} tokens, got {num_tokens}")

@@ -1,9 +1,5 @@
-"""Forward passes: prompts are read, each alone, and rows are decoded together.
-
-A prompt is read alone, so what a row says does not depend on the rows beside it. Keys and values of
-prompts are kept in blocks, for those that begin alike.
-
-Axes: L tokens.
+"""Forward passes over L tokens: prompts are read alone, so that what a row says does not depend on
+the rows beside it, and rows are decoded together.
 """
 
 from __future__ import annotations
@@ -35,12 +31,10 @@ BLOCK_TOKENS = 16
 
 
 class PrefixCache:
-    """Blocks of states, the least recently used of which go first.
+    """Blocks of states, the least recently used of which go first."""
 
-    A block is found by its tokens, by all tokens before them and by a salt that says whose weights
-    computed the states, so that no adapter meets another's. It is used later than all that go on
-    from it, so that a block is never held without those before it.
-    """
+    # A block is found by its tokens, by all tokens before them and by a salt that says whose
+    # weights computed the states, so that no adapter meets another's.
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -50,10 +44,7 @@ class PrefixCache:
         return len(self._blocks) * BLOCK_TOKENS
 
     def find(self, salt: Hashable, tokens: Sequence[int]) -> Tensor | None:
-        """Return the states of as many first tokens as are known, [layers, 2, heads, L, head_dim].
-
-        The last token is left out in any case: reading it gives the next one's logits.
-        """
+        """Return the known first tokens' states but the last's, [layers, 2, heads, L, head_dim]."""
         keys = [key for key, _ in _keys(salt, tokens[:-1])]
         found = list(takewhile(self._blocks.__contains__, keys))
         self._use(found)

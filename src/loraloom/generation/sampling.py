@@ -87,12 +87,8 @@ class TokenChooser:
         return bool(self._processors)
 
     def choose(self, input_ids: Sequence[int], logits: Tensor) -> int:
-        """Choose the token after `input_ids` by its logits, [V].
-
-        Source:
-            The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from
-            softmax(logits).
-        """
+        """Choose the token after `input_ids` by its logits, [V]."""
+        # The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from softmax(logits).
         before = torch.tensor([input_ids], dtype=torch.long, device=logits.device)
         scores = self._processors(before, logits.float().unsqueeze(0))  # pyright: ignore[reportArgumentType]
         if self._generator is not None:
@@ -108,10 +104,7 @@ def end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class TextStream:
-    """The text of one completion, up to a stop text; it goes on behind the tokens `before`.
-
-    What `push` returns is settled: no later token changes it, and no stop text begins in it.
-    """
+    """A completion's text up to a stop text; no later token changes what `push` returns."""
 
     def __init__(
         self,

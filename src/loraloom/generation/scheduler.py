@@ -1,9 +1,8 @@
 """What an engine may use, who is served next, and who waits again when there is no room for all.
 
-Customers (their API keys) share the computed tokens evenly, and so do the adapters of a customer.
-Within an adapter, requests are served in the order in which they came. Rows that run give way to
-those of whoever was served less. The cache is a rectangle, as many rows as are served times the
-longest of them.
+Customers (API keys) share the computed tokens evenly, and so do a customer's adapters, within which
+requests are served as they came. Rows give way to those of whoever was served less. The cache is a
+rectangle, as many rows as are served times the longest of them.
 """
 
 from __future__ import annotations
@@ -40,12 +39,7 @@ class EngineLimits:
 
 
 class Scheduler:
-    """The requests that wait.
-
-    Source:
-        Sheng et al. 2024, Fairness in Serving Large Language Models, arXiv:2401.00588: the virtual
-        token counter.
-    """
+    """Waiting requests, by virtual token counters (Sheng et al. 2024, arXiv:2401.00588)."""
 
     def __init__(self, max_rows: int, max_tokens: int):
         self.max_rows = max_rows
@@ -89,10 +83,7 @@ class Scheduler:
             del self._waiting[row.share]
 
     def admit(self, served: Sequence[Row]) -> Row | None:
-        """Take the next request out of the queue; None if there is none that fits.
-
-        Nobody overtakes: a request that doesn't fit now is the next one when others have ended.
-        """
+        """Take the next request out of the queue; nobody overtakes one that doesn't fit now."""
         row = self._next()
         if row is None or len(served) >= self.max_rows:
             return None
@@ -107,11 +98,9 @@ class Scheduler:
         return row
 
     def victim(self, served: Sequence[Row], movable: Sequence[Row]) -> Row | None:
-        """Choose the row that makes room for the next request; None if nobody has to.
-
-        Rows move from who has more of them to who has fewer, and where the numbers differ by one
-        they take turns, so that two who have as many each never drive one another out.
-        """
+        """Choose the row that makes room for the next request; None if nobody has to."""
+        # Rows move from who has more of them to who has fewer, and where the numbers differ by one
+        # they take turns, so that two who have as many each never drive one another out.
         row = self._next()
         if row is None:
             return None

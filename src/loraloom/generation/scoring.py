@@ -1,10 +1,7 @@
 """Log probabilities of given tokens, by several adapters in one forward.
 
-Axes: B rows, L tokens, N scored tokens, D hidden.
-
-Choices, held-out loss, references and lm-eval's requests are all scored here: a request is an
-adapter and a row of tokens, some of which are scored. Requests are sorted by length, batched by
-tokens, and done in halves where memory runs out.
+Axes: B rows, L tokens, N scored tokens, D hidden. A request is an adapter and a row; they are
+sorted by length, batched by tokens, and done in halves where memory runs out.
 """
 
 from __future__ import annotations
@@ -189,11 +186,9 @@ def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) 
 
 
 def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[TokenRow]]:
-    """Make each group's rows; continuations share one where attention takes a mask of our own.
-
-    transformers leaves such a mask as it is: FlashAttention takes none, a sliding window would be
-    missing from it, and running states and ALiBi take no notice of it.
-    """
+    """Make each group's rows; continuations share one where attention takes a mask of our own."""
+    # FlashAttention takes none, a sliding window would be missing from it, and running states and
+    # ALiBi take no notice of it.
     rows = [make_rows(pairs, shared=True) for pairs in groups]
     longest = max((len(row.input_ids) for group in rows for row in group), default=0)
     window = host.config.to_dict().get("sliding_window")

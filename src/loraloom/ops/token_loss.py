@@ -97,8 +97,9 @@ def token_losses(
     head: Callable[[Tensor], Tensor],
     vocab_size: int,
 ) -> Float[Tensor, " N"]:
-    """`cross_entropy(head(hidden_states), labels, reduction="none")` in chunks, in float32+."""
-    # The head is the frozen output layer, scaling and soft-capping included: no gradient for it.
+    """`cross_entropy(head(hidden_states), labels, reduction="none")` in chunks."""
+    # Losses are float32 or, of float64 states, float64. The head is the frozen output layer with
+    # its scaling and soft-capping; its weights get no gradient.
     size = _chunk_tokens(vocab_size)
     return _TokenLosses.apply(hidden_states, labels, head, size)  # pyright: ignore
 

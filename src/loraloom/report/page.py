@@ -151,10 +151,7 @@ def _coverage(tasks: Sequence[Fields]) -> str:
 
 
 def _layer_rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
-    """By layer, over all tasks by their tokens: the load, and figures that stand behind it.
-
-    These are effective experts, entropy of the mean probabilities, mean entropy of tokens, in bits.
-    """
+    """By layer, over all tasks by their tokens: the load, and figures behind it, in bits."""
     weights = [task["num_tokens"] for task in tasks]
 
     def mean(key: str) -> np.ndarray:
@@ -178,10 +175,7 @@ def entropy_bits(shares: np.ndarray) -> np.ndarray:
 
 
 def _specialisation(found: Mapping[str, Any], kind: str, layers: Sequence[Any]) -> dict[str, Any]:
-    """By layer the mutual information, and how far each class's load is from that of all.
-
-    `mean` is that distance in the mean, at least a millibit, to compare others with.
-    """
+    """By layer the mutual information, each class's load's distance from all's, and its mean."""
     by_layer = list(zip(*found["of"].values(), strict=True))
     return {
         "what": _CLASSES[kind],

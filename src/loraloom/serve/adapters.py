@@ -1,11 +1,8 @@
 """The adapters that requests may name, and which of them are on the host.
 
-An adapter follows its files: once they have changed, the next request loads them again, and once
-they have gone, it does not exist. Rows that use an old one end with it, and it goes with the last.
-
-Requests for adapters that are not loaded wait in the order in which they came, and loads are done
-one at a time. If all places are in use, an adapter takes no more requests for the first that waits,
-so that nobody waits for longer than requests take. Downloads hold up nobody else.
+An adapter follows its files. Rows that use an old one end with it, and it goes with the last. Loads
+are done one at a time, as requests came. If all places are in use, an adapter takes no more for the
+first that waits, so that nobody waits for longer than requests take.
 """
 
 from __future__ import annotations

@@ -48,13 +48,10 @@ def bound_memory() -> None:
 
 
 def run_apart(work: Callable[[], _Value]) -> _Value:
-    """Do something that computes in a thread that ends with it, and return its result.
-
-    On CPUs, GNU's OpenMP gives every thread that computes helpers, which live as long as it does.
-    Once there are more of all threads' helpers than cores, they sleep after each operation in
-    place of waiting for the next one, and a decoding step takes a third longer. So nobody may have
-    helpers but the engine.
-    """
+    """Do something that computes in a thread that ends with it, and return its result."""
+    # On CPUs, GNU's OpenMP gives every thread that computes helpers, which live as long as it does.
+    # With more of them than cores, they sleep after each operation in place of waiting for the
+    # next, and a decoding step takes a third longer. So nobody may have helpers but the engine.
     future: Future[_Value] = Future()
 
     def run() -> None:

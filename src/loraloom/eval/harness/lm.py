@@ -1,7 +1,6 @@
-"""Adapters on a host as lm-evaluation-harness asks models, computed for all in the same batches.
+"""Adapters on a host as lm-evaluation-harness asks models, one at a time.
 
-lm-eval evaluates one model at a time. So what one adapter is asked is computed for all adapters at
-once, and kept until each of the others is asked the same.
+What one adapter is asked is computed for all at once, and kept until the others are asked it.
 """
 
 from __future__ import annotations

@@ -24,11 +24,8 @@ _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
 def as_evaluation(found: Results, **details: Any) -> Evaluation:
-    """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`.
-
-    `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one that `accuracy` is.
-    lm-eval's own results, without the samples, are `lm_eval`.
-    """
+    """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`."""
+    # `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one `accuracy` is.
     plain = {n or BASE: {k: v for k, v in of.items() if k != "samples"} for n, of in found.items()}
     text = json.dumps(plain, default=handle_non_serializable)
     details["lm_eval"] = json.loads(text, parse_constant=lambda _: None)

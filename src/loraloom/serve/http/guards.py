@@ -102,11 +102,9 @@ def handle_errors(app: FastAPI) -> None:
 
 
 class AccessGuard:
-    """Lets requests with one of the keys through, and bodies of at most `max_bytes`.
+    """Lets requests with one of the keys through (an admin's, to load), of at most `max_bytes`."""
 
-    Requests that load adapters need an admin's key. All keys are compared, each in constant time,
-    so that the time says nothing about them.
-    """
+    # All keys are compared, each in constant time, so that the time says nothing about them.
 
     def __init__(self, app: ASGIApp, options: ApiOptions, counts: Counter[tuple[str, ...]]):
         self._app, self._counts = app, counts

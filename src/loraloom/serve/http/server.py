@@ -1,7 +1,5 @@
-"""The process that listens: what clients may hold of it, and how it ends.
-
-uvicorn bounds neither connections nor the time that a client takes to send a request. Here both
-are bounded, so that clients that send nothing leave room for the others.
+"""The process that listens. uvicorn bounds neither connections nor the time that a client takes to
+send a request; here both are, so that clients that send nothing leave room for the others.
 """
 
 from __future__ import annotations
@@ -28,10 +26,7 @@ _BACKLOG = 128
 
 
 class _Connection(H11Protocol):
-    """A connection that knows what is awaited of its client, and since when.
-
-    The one whose client has been silent for longest goes when there are too many.
-    """
+    """Knows what its client owes, and since when; of too many, the one silent longest goes."""
 
     def __init__(self, max_connections: int, counts: Counter[tuple[str, ...]], **settings: Any):
         super().__init__(**settings)
@@ -75,10 +70,7 @@ class _Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that ends well when the requests that it has accepted have ended.
-
-    A second signal ends it at once.
-    """
+    """Ends when the requests that it has accepted have ended; a second signal ends it at once."""
 
     def __init__(self, app: FastAPI, engine: Engine):
         connection = partial(_Connection, max_connections(), engine.counts)

@@ -86,10 +86,7 @@ class CallStream:
 
 
 def json_grammar(body: ChatBody) -> str | None:
-    """The calls of tools, or the values of a schema, that an answer must be, for llguidance.
-
-    Each schema is written for itself, so that its `$ref`s lead to its own parts.
-    """
+    """Calls of tools or values of a schema, for llguidance; `$ref`s stay in their own schema."""
     choices = []
     if body.must_call:
         for function in (tool["function"] for tool in body.callable_tools):

@@ -94,12 +94,10 @@ def _fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
 
 
 def router_pair(moe: MoeFfn, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Write a router down as A and B of a LoRA.
-
-    A, [3E, D], has each expert's row in three pieces, so that float32 is kept where LoRAs are in 16
-    bits: x Aᵀ, added up by three, are the logits. B, [2, S], has in its first row each column's
-    expert, counted from 1 (0 is no expert's), and in its second row E and top_k.
-    """
+    """Write a router down as A and B of a LoRA."""
+    # A, [3E, D], has each expert's row in three pieces, so that float32 is kept where LoRAs are in
+    # 16 bits: x Aᵀ, added up by three, are the logits. B, [2, S], has first each column's
+    # expert, counted from 1 (0 is no expert's), and in its second row E and top_k.
     lora_A = split_in_pieces(moe.router.float()).flatten(0, 1)
     lora_B = torch.zeros(2, max(num_columns, 2))
     rank = num_columns // moe.num_experts

@@ -1,9 +1,8 @@
 """vLLM's FFN blocks with routers, for tokens of different adapters without a loop over these.
 
-Two custom operations stand around the base's output projection: torch.compile and CUDA graphs see
-them from outside, and between them is vLLM's own linear layer. Each token meets the weights of its
-own adapter alone; plain LoRAs are mixtures of one expert. What an adapter is lies in tensors that
-the tokens look up, so that nothing waits for the device, and captured graphs serve all adapters.
+Two custom operations stand around the base's output projection, so that torch.compile and CUDA
+graphs see vLLM's own linear layer. What an adapter is lies in tensors that the tokens look up:
+nothing waits for the device, and captured graphs serve all. Plain LoRAs are mixtures of one expert.
 
 Axes: T tokens, K slots of a token, C experts that there is room for, S rank that there is room for,
 F feed-forward, L adapters.
@@ -46,10 +45,7 @@ def choose(
 
 
 class MixtureFfn(nn.Module):
-    """The forward of an FFN block whose tokens may have experts; mixed into vLLM's own class.
-
-    It has what these have (`gate_up_proj`, `down_proj`, `act_fn`), and what is named below.
-    """
+    """The forward of an FFN block whose tokens may have experts; mixed into vLLM's own class."""
 
     gate_up_proj: Any
     down_proj: Any

@@ -1,8 +1,5 @@
-"""Where the plug-in takes hold of vLLM.
-
-Two methods of the class that keeps a worker's LoRAs are wrapped: the one that puts LoRA layers
-around a loaded model, which gets routers first, and the one that reads an adapter. All else is
-vLLM's: slots, batches, loading and unloading, the least recently used one that goes.
+"""Where the plug-in takes hold of vLLM: it wraps the method that puts LoRA layers around a model,
+which gets routers first, and the one that reads an adapter.
 """
 
 from __future__ import annotations
@@ -43,10 +40,7 @@ def install() -> None:
 
 
 def add_routers(model: nn.Module, vllm_config: Any) -> None:
-    """Give each FFN block of a model a router, of which each adapter may have its own.
-
-    Where that can't be, the model stays as it is, and loading a mixture says why.
-    """
+    """Give each FFN block a router if that can be; loading a mixture says why it can't."""
     blocks = {name: module for name, module in model.named_modules() if type(module) in _BLOCKS}
     model.loraloom_refusal = _refusal(model, blocks, vllm_config)  # pyright: ignore
     if model.loraloom_refusal is not None:
