@@ -96,7 +96,6 @@ class ScoreCache:
 
 
 def describe_evaluation(host: Host, adapters: Mapping[str, str], command: str) -> dict[str, Any]:
-    """Describe the base model, adapters, software and machine of an evaluation."""
     is_cuda = host.device.type == "cuda"
     packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
     return {

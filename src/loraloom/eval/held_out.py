@@ -53,7 +53,6 @@ class HeldOutSet:
 
     @property
     def num_tokens(self) -> list[int]:
-        """Tokens of each row that have a loss."""
         return [sum(map(count_labels, examples)) for examples in self.rows]
 
 
@@ -195,6 +194,5 @@ def pair_scores(
 
 
 def _margins(losses: Sequence[float]) -> np.ndarray:
-    """Subtract log p(rejected) from log p(chosen) of each pair."""
     log_probs = -np.asarray(losses, dtype=np.float64)
     return log_probs[0::2] - log_probs[1::2]

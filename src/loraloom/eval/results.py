@@ -204,7 +204,6 @@ def _results_table(results: Results) -> Table:
 
 
 def _cells(result: Mapping[str, Any]) -> dict[str, str]:
-    """Write out the figures of a result, those that it has."""
     interval, cells = result.get("interval", ()), {}
     if "metrics" in result:  # lm-eval's, of which the accuracy is one
         for name, metric in result["metrics"].items():

@@ -104,7 +104,6 @@ class _AdapterTally:
             loads[name] = loads[name] + load if name in loads else load
 
     def summarise(self) -> Fields:
-        """Give the routing as it stands in the JSON file."""
         totals = reduce(operator.add, self.totals.values()) if self.totals else None
         layers = [_label(router) for router in totals.routers] if totals else []
         return {
@@ -149,7 +148,6 @@ class _AdapterTally:
         return found
 
     def _warnings(self, totals: tally.RoutingTotals) -> list[str]:
-        """Judge the load over all tasks."""
         if self.config.experts_per_token is None:
             return []
         found = tally.find_collapse(totals.choices, self.config.experts_per_token)
@@ -163,7 +161,6 @@ def _label(router: RouterName) -> int | str:
 
 
 def _rounded(values: Tensor) -> Any:
-    """Values as lists with six decimals."""
     return values.double().round(decimals=6).tolist()
 
 
@@ -187,7 +184,6 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor
 
 
 def class_of(name: str, text: str) -> str:
-    """Give the class of a token."""
     if not text.strip() and not name.strip(_BLANKS):
         return "space"
     text = text.strip().removeprefix("##")

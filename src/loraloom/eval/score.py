@@ -137,7 +137,6 @@ def score_accuracy(
     questions: Sequence[ChoiceQuestion],
     adapters: Sequence[str | None],
 ) -> dict[str | None, float]:
-    """Compute the share of questions that each adapter answers right."""
     scores = score_questions(Scorer(host, adapters), tokenizer, questions)
     return {name: sum(one.correct for one in of) / len(of) for name, of in scores.items()}
 

@@ -152,7 +152,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
-    """Adapters NAME@SEED by NAME."""
     stems: dict[str, list[str]] = {}
     for name in names:
         stem, at, _ = name.rpartition("@")

@@ -148,7 +148,6 @@ class Runner:
             self.session.keep(places)
 
     def remember(self, row: Row) -> None:
-        """Keep what was read of a row, for those that begin alike."""
         session = row.session or self.session
         if not self._keeps_prompts or self._salt_of(row) != row.salt:  # weights have changed
             return

@@ -21,13 +21,7 @@ import torch
 from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.low_rank import (
-    UpProjection,
-    apply_update,
-    decompose,
-    down_project,
-    slot_masks,
-)
+from loraloom.ops.low_rank import UpProjection, apply_update, decompose, down_project, slot_masks
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -160,5 +160,4 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _parts(lora_A: Tensor, slots: Slots) -> Tensor:
-    """View the projections apart, [C, S, D]."""
     return lora_A.unflatten(0, (-1, slots.num_experts * slots.rank))

@@ -81,7 +81,6 @@ def _finish(
     slots: Slots,
     output: Tensor,
 ) -> Any:
-    """Adapt the base's down-projection of the hidden rows."""
     parts = (None, None, None) if down is None else (down.B, down.row_scale, down.bias)
     if slots.apart and (slots.routed or parts[1] is not None):
         weights = None if slot_weights is None else slot_weights.to(output.dtype)
@@ -122,15 +121,12 @@ class _Block:
     up: _Side | None
 
     def projections(self, gate, up, low_rank, gate_B, gate_c, up_B, up_c) -> list[_Projection]:
-        """The gate (or only) input projection, and up if there is one."""
         first = _Projection(gate, low_rank, gate_B, gate_c, self.gate)
         return [first] if up is None else [first, _Projection(up, low_rank, up_B, up_c, self.up)]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """An adapted input projection of a piece."""
-
     value: Tensor  # with the update, [t, F]
     unscaled: Tensor  # before DoRA's row scale, without the bias
     rank_input: Tensor | None = None  # what B multiplied
@@ -242,7 +238,6 @@ class _Backward:
         self.grad_weights: Any = None if weights is None else torch.empty_like(weights)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Return them in the order of the function's tensors."""
         gate, up = self.grads[0], self.grads[1] if len(self.grads) > 1 else None
         return (
             gate.output, up and up.output, self.grad_low_rank, gate.lora_B, gate.row_scale,
@@ -297,8 +292,6 @@ class _Backward:
 
 
 class _Gradients:
-    """Gradients of a projection's tensors."""
-
     def __init__(self, projection: _Projection, grad_low_rank: Any, slots: Slots):
         self.output = slots.new_total(projection.output)
         self.row_scale: Any = _zeros(projection.row_scale)

@@ -39,7 +39,6 @@ class UpProjection:
         return own if self.between is None else self.between(own, hidden_states, tokens)
 
     def scaled(self, scale: float) -> UpProjection:
-        """Return the B side of an update times a scale; see `scale_update`."""
         lora_B, row_scale = scale_update(self.B, self.row_scale, scale)
         return replace(self, B=lora_B, row_scale=row_scale)
 
@@ -57,7 +56,6 @@ class InputGroup:
         return torch.cat([side.rank_input(low_rank, hidden_states, tokens) for side in sides], 1)
 
     def scaled(self, scale: float) -> InputGroup:
-        """Return the weights of updates times a scale; see `scale_update`."""
         if scale == 1:
             return self
         sides = {name: side.scaled(scale) for name, side in self.projections.items()}
@@ -136,8 +134,6 @@ def add_low_rank_(
 
 
 class _Decompose(torch.autograd.Function):
-    """`decompose`, keeping the unscaled rows alone."""
-
     @staticmethod
     def forward(ctx, output, update, row_scale, bias):
         excess = excess_of(row_scale, output.dtype)
@@ -257,10 +253,7 @@ def dora_norms(
 
 
 def slot_masks(
-    selected_experts: Int[Tensor, "T K"],
-    num_experts: int,
-    rank: int,
-    dtype: torch.dtype,
+    selected_experts: Int[Tensor, "T K"], num_experts: int, rank: int, dtype: torch.dtype
 ) -> Float[Tensor, "K T S"]:
     """Return for each slot 1 at the columns of its expert and 0 elsewhere; expert -1 has none."""
     experts = torch.arange(num_experts, device=selected_experts.device)

@@ -90,11 +90,9 @@ class Piece(ABC):
         return (values.unflatten(1, (-1, mask.shape[1])) * mask.unsqueeze(1)).flatten(1)
 
     def take_slots(self, values: Tensor) -> Tensor:
-        """See rows of [K·T, ...]."""
         return values[self.place]
 
     def slot_weights(self, weights: Tensor) -> Tensor:
-        """Each row's weight from [T, K], [t, 1]."""
         return weights[self.rows, self.slots, None]
 
     def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
@@ -248,7 +246,6 @@ def masked_pieces(
 
 
 def _piece_rows(gate: Tensor) -> int:
-    """Most rows of a piece."""
     most_bytes = PIECE_BYTES if gate.element_size() <= 2 else 4 * PIECE_BYTES
     return max(64, most_bytes // (gate.shape[1] * gate.element_size()) // 32 * 32)
 

@@ -40,7 +40,6 @@ class Entries(ABC):
         return _by_entry(lambda values: _taken(values, entries), self)
 
     def followed_by(self, other: Any) -> Any:
-        """Return the stack of these adapters and of other ones that are like them."""
         return _by_entry(_behind, self, other)
 
 
@@ -195,7 +194,6 @@ class _Step:
     def _rank_input(
         self, side: StackedSide | None, low_rank: Tensor | None, hidden_states: Tensor
     ) -> Tensor | None:
-        """Return what an input projection's B multiplies; None where it is not adapted."""
         if side is None or low_rank is None:
             return None
         rank_input = self._between(side, low_rank, hidden_states)
@@ -222,7 +220,6 @@ class _Step:
         return decompose(output.expand_as(update), update, factors, side.bias)
 
     def _factors(self, row_scale: Tensor) -> Tensor:
-        """DoRA's factors of every row's adapter and expert."""
         if self.masks is None or row_scale.shape[:2].numel() == 1:
             return row_scale
         return embedding(self._factors_of, row_scale.flatten(0, 1))
@@ -255,7 +252,6 @@ def _product(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def stack_inputs(groups: Sequence[InputGroup]) -> StackedInput:
-    """Put like adapters' projections of one input side by side."""
     first = groups[0]
     sizes = [side.B.shape for side in first.projections.values()]
     B = first.A.new_zeros(len(groups), *map(sum, zip(*sizes, strict=True)))

@@ -33,7 +33,6 @@ class LayerRouting:
 
     @property
     def num_experts(self) -> int:
-        """E."""
         return self.router_logits.shape[-1]
 
     @property

@@ -94,7 +94,6 @@ class RoutingTotals:
 
     @property
     def choices(self) -> dict[RouterName, list[int]]:
-        """How often each router chose each of its experts."""
         rows = zip(self.routers, self.num_experts, self.tokens_per_expert.tolist(), strict=True)
         return {
             router: [round(count) if math.isfinite(count) else 0 for count in row[:size]]
@@ -199,7 +198,6 @@ def mutual_information_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, " N"
 
 
 def has_enough_choices(choices: Choices) -> bool:
-    """Whether every router has choices enough to be judged."""
     return all(sum(counts) >= MIN_CHOICES_PER_EXPERT * len(counts) for counts in choices.values())
 
 

@@ -206,7 +206,6 @@ class HostLM(_HFLM):
 
 
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
-    """Read a task's `generation_kwargs`."""
     normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
     stop = tuple(dict.fromkeys(filter(None, normal.pop("until"))))
     length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")

@@ -11,7 +11,6 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 @triton.jit
 def _silu(x):
-    """Return SiLU(x) and its slope."""
     share = 1 / (1 + tl.exp(-x))
     return x * share, share * (1 + x * (1 - share))
 
@@ -47,7 +46,6 @@ def _project(
     expert, rows, rows_exist, cols, cols_exist, rank, num_columns,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return `Wx + Δ` in float32."""
     exist = rows_exist[:, None] & cols_exist[None, :]
     value = tl.load(output + rows[:, None] * output_row + cols[None, :], mask=exist, other=0.0)
     value = value.to(tl.float32)

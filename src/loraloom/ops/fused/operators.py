@@ -151,7 +151,6 @@ def _weight(name: str, weight: Any) -> dict[str, Any]:
 
 
 def _launch(name: str, rows: Tensor, num_columns: int, *arguments: dict[str, Any]) -> None:
-    """Start a kernel over tiles of [T, F]."""
     if not rows.numel():
         return
     from loraloom.ops.fused import kernels  # Triton is there where it runs
