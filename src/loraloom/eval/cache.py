@@ -132,7 +132,7 @@ def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
 
 
 def computation_key(host: Host) -> dict[str, Any]:
-    """Name all that a log-likelihood depends on but adapter, tokens and (rounding) batches."""
+    """Name all that a score depends on but adapter and tokens; batching only moves rounding."""
     # neither where the base was loaded from nor what saved it
     left_out = ("_name_or_path", "transformers_version")
     config = {k: value for k, value in host.config.to_dict().items() if k not in left_out}

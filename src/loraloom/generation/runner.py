@@ -34,7 +34,8 @@ class PrefixCache:
     """Blocks of states, the least recently used of which go first."""
 
     # A block is found by its tokens, by all tokens before them and by a salt that says whose
-    # weights computed the states, so that no adapter meets another's.
+    # weights computed the states, so that no adapter meets another's. It is used later than all
+    # that go on from it, so that a block is never held without those before it.
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -45,6 +46,7 @@ class PrefixCache:
 
     def find(self, salt: Hashable, tokens: Sequence[int]) -> Tensor | None:
         """Return the known first tokens' states but the last's, [layers, 2, heads, L, head_dim]."""
+        # The last is left out in any case: reading it gives the next one's logits.
         keys = [key for key, _ in _keys(salt, tokens[:-1])]
         found = list(takewhile(self._blocks.__contains__, keys))
         self._use(found)

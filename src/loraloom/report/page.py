@@ -181,6 +181,7 @@ def _specialisation(found: Mapping[str, Any], kind: str, layers: Sequence[Any]) 
         "what": _CLASSES[kind],
         "classes": list(found["of"]),
         "rows": list(zip(layers, found["bits"], by_layer, strict=True)),
+        # At least a millibit, to compare others with.
         "mean": max(0.001, fmean(value for values in by_layer for value in values)),
     }
 

@@ -51,7 +51,7 @@ def router_loss(
         balance = torch.stack([_balance(r.router_logits, own) for r, own in pairs]).mean()
     loss = aux_loss_coef * balance
     if z_loss_coef > 0:
-        squares = torch.stack([_squares(record.router_logits) for record in routing])
+        squares = torch.stack([one.router_logits.logsumexp(-1).square().sum() for one in routing])
         loss = loss + z_loss_coef * (squares / counts[:, -1].clamp_min(1)).mean()
     return loss
 
@@ -71,7 +71,3 @@ def _balance(router_logits: Tensor, counts: Tensor) -> Tensor:
     num_tokens = counts[-1].clamp_min(1)  # no tokens cost nothing
     probability = router_logits.softmax(-1).sum(0)
     return num_experts * (counts[:num_experts] * probability).sum() / num_tokens**2
-
-
-def _squares(router_logits: Tensor) -> Tensor:
-    return router_logits.logsumexp(-1).square().sum()
