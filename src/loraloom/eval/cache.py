@@ -59,7 +59,6 @@ class ScoreCache:
             pass
 
     def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[float, ...] | None]:
-        """Give the log-likelihoods of adapters and questions, of those that are known."""
         select = "SELECT log_likelihoods FROM kept WHERE id = ?"
         with self._open() as file:
             rows = [file.execute(select, (self._id(*one),)).fetchone() for one in wanted]
@@ -169,6 +168,5 @@ def _weights_digest(host: Host) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """Hash a value that JSON holds, such as a question's tokens."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -122,7 +122,6 @@ class _Pass:
         return pair_scores(data, asked, losses[None]) if data.has_pairs else row_scores(data, asked)
 
     def evaluation(self, scores: Sequence[Scores]) -> Evaluation:
-        """Note how the scores of all data sets were got."""
         cache = self._scorer.cache
         return summarise(
             scores,

@@ -155,7 +155,6 @@ class Evaluation(BaseModel):
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write lines of JSON, such as those of `Evaluation.lines`."""
     texts = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in lines)
     write_output(path, "".join(f"{text}\n" for text in texts))
 

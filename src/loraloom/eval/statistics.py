@@ -172,7 +172,6 @@ def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def members_of(name: str, names: Sequence[str]) -> list[str]:
-    """The adapters that a contestant stands for: itself, or its seeds."""
     known = {**{one: [one] for one in names}, **_seeds_by_stem(names)}
     if name not in known:
         raise ConfigError(f"what is compared must be one of {', '.join(known)}, got {name!r}")

@@ -107,7 +107,6 @@ def complete(
     *,
     batch_size: int = 16,
 ) -> list[Completion]:
-    """Complete prompts that fit the model, at most `batch_size` at once."""
     limits = EngineLimits(
         max_rows=batch_size,
         cache_tokens=batch_size * host.config.max_position_embeddings,

@@ -55,7 +55,6 @@ class Scheduler:
             yield from queue
 
     def add(self, row: Row, served: Sequence[Row]) -> None:
-        """Let a request wait; `served` are the rows under way."""
         shares = {*self._waiting, *(other.share for other in served)}
         tenants = {share.tenant for share in shares}
         mates = {share for share in shares if share.tenant == row.share.tenant}

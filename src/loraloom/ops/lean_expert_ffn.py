@@ -96,8 +96,6 @@ def _finish(
 
 @dataclass(frozen=True)
 class _Side:
-    """An input projection: its columns of the input product and its bias."""
-
     columns: slice
     bias: Tensor | None
 
@@ -138,8 +136,6 @@ class _Rows:
 
 
 class _Projection:
-    """An input projection: the base's output, [T, F], and what adapts it."""
-
     def __init__(self, output: Tensor, low_rank: Any, lora_B: Any, row_scale: Any, side: Any):
         self.output, self.lora_B, self.row_scale, self.side = output, lora_B, row_scale, side
         self.low_rank = None if side is None or low_rank is None else low_rank[:, side.columns]

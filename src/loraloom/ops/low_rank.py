@@ -51,7 +51,6 @@ class InputGroup:
     projections: dict[str, UpProjection]
 
     def rank_inputs(self, low_rank: Tensor, hidden_states: Tensor, tokens: Any) -> Tensor:
-        """Return what all B multiply, side by side, from the product with all A."""
         sides = self.projections.values()
         return torch.cat([side.rank_input(low_rank, hidden_states, tokens) for side in sides], 1)
 

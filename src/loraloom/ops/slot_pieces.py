@@ -96,7 +96,6 @@ class Piece(ABC):
         return weights[self.rows, self.slots, None]
 
     def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
-        """Write each row's value, [t], into [T, K]."""
         total[self.rows, self.slots] = values
 
     def of_experts(self, weights: Tensor) -> Tensor:
@@ -108,7 +107,6 @@ class Piece(ABC):
         return rows_of_experts(table, self.experts) if self.is_masked else table[self._places]
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
-        """Add the factors' gradients, [t, F], to [E, F]."""
         own = total[self._places]
         if self.is_masked:
             own += self.mask(values.dtype)[:, :: self.rank].T @ values

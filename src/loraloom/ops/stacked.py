@@ -209,7 +209,6 @@ class _Step:
     def _adapted(
         self, output: Tensor, rank_input: Tensor | None, side: StackedSide | None
     ) -> Tensor:
-        """Adapt a projection's output, of which slots may share a row."""
         if rank_input is None or side is None:
             return output
         update = _product(rank_input, side.B)
@@ -240,7 +239,6 @@ class _Step:
         return down_rank if self.weights.apart else self._combined(down_rank)
 
     def _combined(self, slots: Tensor) -> Tensor:
-        """Add up the slots by their weights, [N, n, ...]."""
         return combine_slots(slots.unbind(2), self.slot_weights)
 
 

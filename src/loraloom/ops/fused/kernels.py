@@ -60,7 +60,6 @@ def _project(
 
 @triton.jit
 def _expert(experts, experts_slot, experts_row, slot, rows, rows_exist):
-    """Return the expert of each row in a slot; without routing there is one for all."""
     if experts is None:
         expert = tl.where(rows_exist, 0, -1)
     else:
