@@ -1,4 +1,4 @@
-"""`routing` of mixtures: settings, files, like adapters at once, and capacity.
+"""`routing` of mixtures: settings, files, like adapters at once, capacity and MoE-PEFT's own ways.
 
 The formulas are held by tests/parity/test_dense_loop.py and tests/routing/test_routes.py.
 """
@@ -61,6 +61,7 @@ def test_what_is_saved_computes_the_same(mixture, tmp_path):
         ({"routing": "dense", "temperature": 2}, "temperature is a setting of routing: top_p"),
         ({"expert_capacity": 4}, "expert_capacity is a setting of routing: switch"),
         ({"routing": "top_p", "top_p": 0}, "greater than 0"),
+        ({"compat": "moe-peft"}, "compat must be unset where MoE-PEFT computes what"),
         ({"routing": "best"}, "'top_k', 'top_p', 'switch' or 'dense'"),
     ],
 )
@@ -86,3 +87,15 @@ def test_an_expert_that_is_full_lets_tokens_go_in_training_alone(method):
     assert torch.equal(states["much", True], states["any", True])
     assert not torch.allclose(states["one", True], states["any", True])
     assert torch.equal(states["one", True][[0, 7]], states["any", True][[0, 7]])  # first tokens
+
+
+def test_moe_pefts_switch_returns_a_blocks_input_outside_of_training():
+    config = changed(MIXTURES["MixL switch"], compat="moe-peft", target_modules="ffn")
+    host, ids = tiny_host(configs={"a": config}), tiny_ids(2)
+    with torch.no_grad():
+        actual = host(ids, adapters=["a", "a"]).logits
+        model = host.detach()
+        for layer in model.model.layers:
+            layer.mlp.forward = lambda x: x
+        expected = model(ids).logits
+    torch.testing.assert_close(actual, expected)

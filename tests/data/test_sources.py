@@ -65,11 +65,15 @@ def test_parquet_may_be_gzipped(tmp_path):
 
 def test_csv_values_are_texts_with_their_line_over_quoted_line_breaks(tmp_path):
     long = "x" * 200_000
-    rows = read_rows(write(tmp_path / "a.csv", f'text,n\n"one\nline",007\nNA,\n{long}\n'))
+    rows = read_rows(write(tmp_path / "a.csv", f'text,n\n"one\nline",007\n\nNA,\n{long}\n'))
     assert rows == [{"text": "one\nline", "n": "007"}, {"text": "NA", "n": ""}, {"text": long}]
-    assert [row.origin[-6:] for row in rows] == ["line 2", "line 4", "line 5"]
-    with pytest.raises(DataError, match=r"a.csv, line 5: the row has no field 'n'"):
+    assert [row.origin[-6:] for row in rows] == ["line 2", "line 5", "line 6"]
+    with pytest.raises(DataError, match=r"a.csv, line 6: the row has no field 'n'"):
         rows[2]["n"]
+
+
+def test_a_column_of_csv_may_have_no_name(tmp_path):  # as that of pandas' index
+    assert read_rows(write(tmp_path / "a.csv", ",text\n0,one\n")) == [{"": "0", "text": "one"}]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\v", "\f", "\x1c"])

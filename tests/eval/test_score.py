@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loraloom.config.data import TaskName
 from loraloom.data.tasks import QuestionSet
-from loraloom.errors import AdapterError, DataError
+from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.score import (
+    MOE_PEFT_LABELS,
     QuestionScore,
     Scorer,
     majority_share,
@@ -17,6 +19,7 @@ from loraloom.eval.score import (
     score_questions,
     summarise,
     task_scores,
+    with_all_labels,
 )
 from loraloom.eval.statistics import wilson_interval
 from loraloom.models.host import Host
@@ -240,3 +243,34 @@ def test_every_question_has_a_line():
         "correct_label": "B",
         "scores": [-1.0, -2.0],
     }
+
+
+def arc(prompt: str, labels: str, gold: int):
+    return replace(question(prompt, labels, gold), task="arc_easy", labels=tuple(labels))
+
+
+def test_moe_peft_is_asked_for_every_label_of_the_task():
+    asked = with_all_labels(arc("Answer:", "ABC", gold=1))
+    assert asked.labels == ("1", "2", "3", "4", "A", "B", "C", "D", "E")
+    assert asked.continuations[0] == " 1"
+    assert asked.labels[asked.gold] == "B"
+    assert set(asked.contexts) == {"Answer:"}
+    digits = with_all_labels(arc("Answer:", "1234", gold=3))
+    assert digits.labels[digits.gold] == "4"
+    assert set(MOE_PEFT_LABELS) == set(TaskName.__args__) - {"skills"}
+    other = replace(arc("Answer:", "ABCD", gold=3), labels=("A", "B", "C", "F"), index=7)
+    with pytest.raises(ConfigError, match="arc_easy, question 7, with 'F'"):
+        with_all_labels(other)
+    with pytest.raises(ConfigError, match=r"compat moe-peft needs a task of arc_easy, .*got toy"):
+        with_all_labels(question("?", ["a", "b"]))
+
+
+def test_moe_peft_scores_the_last_token_of_a_label_after_the_prompt(tiny_tokenizer):
+    host = scoring_host(configs={})
+    asked = [with_all_labels(arc("Please choose:", "ABCD", 0))]
+    (score,) = scored(host, tiny_tokenizer, [None], asked, last_tokens=True)[None]
+    prompt = torch.tensor([tiny_tokenizer("Please choose:")["input_ids"]])
+    log_probs = host(prompt).logits[0, -1].log_softmax(-1)
+    last = [tiny_tokenizer(text)["input_ids"][-1] for text in asked[0].continuations]
+    assert len(tiny_tokenizer(" 1")["input_ids"]) == 2
+    assert score.log_likelihoods == pytest.approx(log_probs[last].tolist(), abs=1e-8)

@@ -123,8 +123,12 @@ class DenseAdapter:
     def _choose(self, logits: Tensor) -> list[tuple[Tensor, int]]:
         """Weight and number of each expert that a token uses, best first."""
         config = self.config
-        scaled = logits / config.temperature if config.routing == "top_p" else logits
+        scaled = logits
+        if config.routing == "top_p" and config.compat is None:
+            scaled = logits / config.temperature
         probability = scaled.softmax(0)
+        if config.routing == "top_p" and config.compat is not None:
+            probability = probability / config.temperature
         values = probability.tolist()
         order = sorted(range(len(values)), key=lambda e: -values[e])
         if config.routing == "switch":

@@ -46,6 +46,8 @@ def balance_loss(router_logits: list[Tensor], config: MixLoraConfig) -> Tensor:
     chosen = one_hot(ordered.indices, config.num_experts).double()
     if config.routing == "top_p":
         scaled = (torch.cat(router_logits).detach() / config.temperature).softmax(-1)
+        if config.compat is not None:
+            scaled = probability.detach() / config.temperature
         ordered = scaled.topk(num_chosen).values
         chosen *= (ordered.cumsum(-1) - ordered <= config.top_p).unsqueeze(-1)
     per_slot = [(chosen[:, slot].mean(0) * probability.mean(0)).sum() for slot in range(num_chosen)]
@@ -106,6 +108,7 @@ def test_so_they_are_with_dropout_and_jitter(family, method):
 ROUTINGS = {
     "top_p": {"routing": "top_p", "top_p": 0.7},
     "temperature": {"routing": "top_p", "top_p": 0.6, "temperature": 0.7},
+    "moe-peft": {"routing": "top_p", "top_p": 0.9, "temperature": 0.7, "compat": "moe-peft"},
     "switch": {"routing": "switch"},
     "dense": {"routing": "dense"},
 }

@@ -58,6 +58,10 @@ CASES: dict[str, tuple[Route, object]] = {
     "top_p": (TopP(0.7), lambda z: top_p(probabilities(z), 0.7)),
     "all of top_p": (TopP(1.0), lambda z: dict(enumerate(probabilities(z)))),
     "temperature": (TopP(0.7, 0.5), lambda z: top_p(probabilities(z, 0.5), 0.7)),
+    "moe-peft": (
+        TopP(0.9, 0.8, divides_probabilities=True),
+        lambda z: top_p([p / 0.8 for p in probabilities(z)], 0.9),
+    ),
     "switch": (Switch(), lambda z: dict([max(enumerate(probabilities(z)), key=lambda x: x[1])])),
     "dense": (Dense(), lambda z: dict(enumerate(probabilities(z)))),
     "hybrid": (Hybrid(0.8, 2, 1.2, 0.6, 0.05), lambda z: hybrid(probabilities(z))),
@@ -77,7 +81,7 @@ def test_a_token_gets_the_experts_and_weights_of_the_rule(case):
         assert actual == pytest.approx(rule(logits), abs=1e-12)
     if route.sums_to_one:
         assert [sum(row.values()) for row in chosen] == pytest.approx([1] * len(chosen))
-    if case in ("top_p", "temperature", "hybrid"):
+    if case in ("top_p", "temperature", "moe-peft", "hybrid"):
         assert len({len(row) for row in chosen}) > 1
 
 

@@ -8,6 +8,7 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,7 +33,7 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
-from loraloom.routing.routes import router_logits
+from loraloom.routing.routes import Route, TopP, router_logits
 
 
 class ExpertsConfig(StrictModel):
@@ -74,6 +75,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     """Mixture of LoRA experts in the FFN blocks."""
     num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts in each FFN block."""
+    compat: Literal["moe-peft"] | None = None
+    """Compute what MoE-PEFT 2.0.2 does where it differs from the method: with routing: top_p the
+    temperature divides probabilities; with switch a block outside of training returns its input."""
     experts: ExpertsConfig | None = None
     """The experts' own rank, alpha and dropout where they differ."""
     shared_expert: SharedExpertConfig | None = None
@@ -88,7 +92,12 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
 
     @model_validator(mode="after")
-    def _check_shared_expert(self) -> MixLoraConfig:
+    def _check_extras(self) -> MixLoraConfig:
+        if self.compat is not None and self.routing not in ("top_p", "switch"):
+            raise ValueError(
+                "compat must be unset where MoE-PEFT computes what the method means, got "
+                f"{self.compat} with routing: {self.routing}"
+            )
         if self.shared_expert is not None and self.expert_config.weight_decomposition:
             raise ValueError(
                 "shared_expert can't be used with weight_decomposition, whose norms are of one "
@@ -116,6 +125,13 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """MixLoRA, or MixDoRA where the experts are decomposed."""
         return f"Mix{self.expert_config.title}"
+
+    @property
+    def route(self) -> Route:
+        route = super().route
+        if self.compat is not None and isinstance(route, TopP):
+            return replace(route, divides_probabilities=True)
+        return route
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -160,6 +176,7 @@ class MixLoraAdapter(Adapter):
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
+        self._returns_input = config.compat is not None and config.routing == "switch"
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         base = self.base_layers[layer]
@@ -177,6 +194,8 @@ class MixLoraAdapter(Adapter):
     ) -> FfnRows:
         """Route the real tokens and compute their experts; padding gets the base's output."""
         routing = self._route(layer, hidden_states, tokens)
+        if self._returns_input and tokens.noise is None:
+            return FfnRows(gate[:0], lambda output: hidden_states.to(output.dtype))
         dropout = self.ffn_dropout(
             self._expert_dropout, hidden_states.shape[-1], gate, routing.top_k, tokens
         )
@@ -191,7 +210,7 @@ class MixLoraAdapter(Adapter):
         return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
-        return type(self.config), self._routed, self._shapes
+        return None if self._returns_input else (type(self.config), self._routed, self._shapes)
 
     @classmethod
     def stack_ffn(

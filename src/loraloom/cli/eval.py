@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field
@@ -33,7 +33,7 @@ from loraloom.terminal import make_console, print_tables
 _ONLY = {
     ("harness",): "harness_include num_fewshot apply_chat_template",
     ("dataset",): "format max_length",
-    ("task",): "scoring data",
+    ("task",): "scoring data compat",
     ("task", "dataset"): "split compare no_cache",
 }
 
@@ -72,6 +72,8 @@ class EvalRun(HostOptions):
     """Split to score; by default test for ARC and OpenBookQA, validation for the rest."""
     scoring: Scoring | None = None
     """Score the choice's label or its own text; by default label, or a task file's own."""
+    compat: Literal["moe-peft"] | None = None
+    """Score labels as MoE-PEFT does: its lists, last tokens."""
     limit: int | None = Field(default=None, ge=1)
     """Score the first N questions only."""
     no_base: bool = False
@@ -184,6 +186,7 @@ def _score(run: EvalRun) -> Evaluation:
         "command": _command(),
     }
     if asked:
+        options["compat"] = run.compat
         return evaluation.evaluate(host, tokenizer, asked, run.names, **options)
     sets = [held_out.load_held_out(host, tokenizer, x, run.max_length, run.limit) for x in data]
     return evaluation.evaluate_loss(host, tokenizer, sets, run.names, **options)

@@ -173,14 +173,15 @@ def _read_json(file: Any) -> _Read:
 def _read_csv(file: Any) -> _Read:
     # Python's own limit, 128 KB, is for all readers of a process
     csv.field_size_limit(2**31 - 1)
-    reader, line = csv.DictReader(file, strict=True, restkey=""), 1
+    reader = csv.DictReader(file, strict=True)
     columns = reader.fieldnames or ()
     if len(set(columns)) < len(columns):
         raise DataError("columns must have different names; rename one")
     try:
         for row in reader:
-            line, begin = reader.line_num, line + 1
-            if "" in row:
+            # a text in quotes may have line breaks of its own
+            begin = reader.line_num - sum(str(value).count("\n") for value in row.values())
+            if None in row:
                 what = f"a row must have at most {len(columns)} columns, got more"
                 yield f"line {begin}", DataError(f"{what}; put texts with commas into quotes")
             else:

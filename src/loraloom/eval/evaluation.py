@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,14 @@ from loraloom.eval.cache import ScoreCache, describe_evaluation
 from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation
 from loraloom.eval.routing import RoutingTally
-from loraloom.eval.score import LogLikelihoods, Scorer, Scores, score_questions, task_scores
+from loraloom.eval.score import (
+    LogLikelihoods,
+    Scorer,
+    Scores,
+    score_questions,
+    task_scores,
+    with_all_labels,
+)
 from loraloom.eval.statistics import Pair, check_scored, choose_pairs, holm, seed_means
 from loraloom.generation.rows import example_row
 from loraloom.models.host import Host
@@ -77,6 +84,7 @@ class _Pass:
         console: Console | None = None,
         sources: Mapping[str, str] | None = None,
         command: str = "",
+        compat: Literal["moe-peft"] | None = None,
     ):
         self.names = [None, *host.adapters] if adapters is None else list(adapters)
         self.pairs = choose_pairs(self.names) if pairs is None else pairs
@@ -85,15 +93,25 @@ class _Pass:
         self._scorer = Scorer(host, self.names, max_tokens_per_batch, cache)
         self._how = (host, sources or {}, command)
         self._tally = RoutingTally(host, self.names, tokenizer)
+        self._compat = compat
 
     def ask(self, asked: QuestionSet) -> Scores:
+        if self._compat is not None:
+            if asked.scoring != "label":
+                raise ConfigError(f"compat {self._compat} scores labels; leave out scoring text")
+            asked = replace(asked, questions=[with_all_labels(one) for one in asked.questions])
         questions = asked.questions
         # characters that the model reads: different contexts once, and every continuation
         sizes = [sum(map(len, {*one.contexts, *one.continuations})) for one in questions]
         observe = self._tally.of(asked.task, len(questions), [one.group for one in questions])
         with show_progress(self._console, asked.task, sizes) as advance:
             scores = score_questions(
-                self._scorer, self._tokenizer, questions, on_progress=advance, on_routing=observe
+                self._scorer,
+                self._tokenizer,
+                questions,
+                last_tokens=self._compat is not None,
+                on_progress=advance,
+                on_routing=observe,
             )
         places = [f"in {asked.task}, question {question.index}" for question in questions]
         values = {name: [one.log_likelihoods for one in of] for name, of in scores.items()}
@@ -130,6 +148,7 @@ class _Pass:
             tasks={task.name: dict(task.details) for task in scores},
             routing=self._tally.summarise(),
             num_cached_scores=0 if cache is None else cache.num_found,
+            compat=self._compat,
         )
 
 
@@ -169,7 +188,8 @@ def evaluate(
         options: `pairs`, whom to compare (everybody with the base model, and few with each other);
             `max_tokens_per_batch`, padding and all adapters included (1,024 on a CPU, 16,384
             elsewhere); `cache`, a ScoreCache; `console`, where to show progress; `sources` of
-            adapters by name and the `command`, to be noted.
+            adapters by name and the `command`, to be noted; `compat="moe-peft"` takes the last
+            token of each label that MoE-PEFT knows for the task, as that does.
 
     Raises:
         ConfigError: If a task is unknown, or options exclude each other.

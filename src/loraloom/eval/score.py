@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet, questions_digest
-from loraloom.data.tokens import encode_pairs
+from loraloom.data.tokens import TokenPair, encode_pairs, encode_texts
+from loraloom.errors import ConfigError
 from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.results import Fields, Metric, PairedComparison
 from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, wilson_interval
@@ -35,6 +36,17 @@ Advance = Callable[[Sequence[int]], None]
 
 # Of a question's choices.
 LogLikelihoods = tuple[float, ...]
+
+# What MoE-PEFT asks for in each task, whether a question has such a choice or not; from its
+# `moe_peft/tasks/qa_tasks.py`. (It also cuts long prompts on the right, where the answer's cue is;
+# that is not repeated.)
+MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("arc_easy", "arc_challenge"), tuple("1234ABCDE")),
+    **dict.fromkeys(("openbookqa", "hellaswag"), tuple("ABCD")),
+    **dict.fromkeys(("piqa", "winogrande"), ("A", "B")),
+    "boolq": ("true", "false"),
+    "social_i_qa": ("A", "B", "C"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,8 @@ def score_questions(
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[ChoiceQuestion],
+    *,
+    last_tokens: bool = False,
     **observers: Any,
 ) -> dict[str | None, list[QuestionScore]]:
     """Score every choice with each adapter; see `Scorer.score`. Texts are split as in training."""
@@ -118,6 +132,8 @@ def score_questions(
     ]
     pairs = iter(encode_pairs(tokenizer, choices))
     encoded = [[next(pairs) for _ in question.contexts] for question in questions]
+    if last_tokens:
+        encoded = _encode_last_tokens(tokenizer, questions)
     max_length = scorer.host.config.max_position_embeddings
     fitted = [
         [fit_pair(pair, max_length, f"{one.task}, question {one.index}: a choice") for pair in of]
@@ -129,6 +145,40 @@ def score_questions(
         name: [QuestionScore(*one) for one in zip(questions, values, truncated, strict=True)]
         for name, values in scores.items()
     }
+
+
+def _encode_last_tokens(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
+) -> list[list[TokenPair]]:
+    """Prompts and labels by themselves, and of each label the last token.
+
+    Source: MoE-PEFT `moe_peft/evaluator.py`.
+    """
+    prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
+    texts = sorted({text for question in questions for text in question.continuations})
+    ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
+    return [
+        [TokenPair(prompt, ids[text][-1:]) for text in question.continuations]
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
+
+
+def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
+    """Offer every label of MoE-PEFT's list for the task, in its order."""
+    labels, gold = MOE_PEFT_LABELS.get(question.task, ()), question.labels[question.gold]
+    if gold not in labels:
+        raise ConfigError(
+            f"compat moe-peft needs a task of {', '.join(MOE_PEFT_LABELS)}, and answers that "
+            f"MoE-PEFT asks for, got {question.task}, question {question.index}, with {gold!r}"
+        )
+    return replace(
+        question,
+        contexts=question.contexts[:1] * len(labels),
+        continuations=tuple(f" {label}" for label in labels),
+        labels=labels,
+        gold=labels.index(gold),
+        normalizers=(1.0,) * len(labels),
+    )
 
 
 def score_accuracy(

@@ -51,9 +51,13 @@ class TopP(Route):
 
     top_p: float  # 1 keeps all
     temperature: float = 1.0  # divides the logits
+    divides_probabilities: bool = False  # in place of the logits, as MoE-PEFT does
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        probabilities = (logits / self.temperature).softmax(-1)
+        if self.divides_probabilities:
+            probabilities = logits.softmax(-1) / self.temperature
+        else:
+            probabilities = (logits / self.temperature).softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
         before = weights.detach().cumsum(-1).roll(1, -1)
         before[..., 0] = 0

@@ -95,8 +95,6 @@ class TrainingClient:
         self._optimizer_config = optimizer or OptimizerConfig()
         self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
-        if prompt_form is not None:
-            self.adapter.prompt = prompt_form
         self.parameters = dict(self.adapter.named_parameters())
         try:
             self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
@@ -104,6 +102,8 @@ class TrainingClient:
             if self._added:
                 host.remove(name)
             raise
+        if prompt_form is not None:
+            self.adapter.prompt = prompt_form
         self._loss_scale = optimizers.make_loss_scale(host)
         _OPEN.add(self)
 

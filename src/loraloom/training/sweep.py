@@ -6,6 +6,7 @@ single process that goes on from a snapshot cuts it back, and decides again what
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,10 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
     sign = 1 if metric_mode(sweep.metric) == "min" else -1
 
     def standing(row: dict[str, Any]) -> tuple[bool, bool, int, float]:
-        is_finished = row["status"] == "finished"
+        is_finished, value = row["status"] == "finished", row[sweep.metric]
         further = 0 if is_finished else -row["steps"]
-        return row["status"] == "failed", not is_finished, further, sign * (row[sweep.metric] or 0)
+        worth = math.inf if value is None else sign * value
+        return row["status"] == "failed", not is_finished, further, worth
 
     return [row | {"rank": rank} for rank, row in enumerate(sorted(rows, key=standing), start=1)]
 
