@@ -149,6 +149,15 @@ def test_overwriting_takes_this_runs_files_and_leaves_others(tmp_path):
     assert len(list((tmp_path / "other").iterdir())) == 5
 
 
+def test_a_run_killed_while_it_overwrites_leaves_no_checkpoint_to_resume(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    write(directory.checkpoints, 1)
+    monkeypatch.setattr(directory, "prepare_job", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        directory.prepare(["a"])
+    assert directory.checkpoints.newest() == (None, [])
+
+
 @pytest.mark.parametrize("file", ["result.json", "adapter_config.json", "adapter_model.bin"])
 def test_a_job_that_joins_replaces_no_adapter_unasked(tmp_path, file):
     directory = RunDirectory(tmp_path)

@@ -326,12 +326,13 @@ class RunDirectory:
                         self.path.rmdir()
 
     def prepare(self, jobs: Sequence[str]) -> None:
-        for job in jobs:
-            self.prepare_job(job, overwrite=True)
+        # Checkpoints first: --resume must not go on from some whose results are gone.
         sweep = (self.sweep_table, self.sweep_journal)
         with self._writing():
             for entry in (*self.checkpoints.newest_first(), self._by_job, *sweep):
                 remove(entry)
+        for job in jobs:
+            self.prepare_job(job, overwrite=True)
 
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
