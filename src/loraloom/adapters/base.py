@@ -249,10 +249,8 @@ class SegmentTokens:
         routing_weights: Float[Tensor, "T K"],
         projection: str | None = None,
     ) -> None:
-        """Record what a router did with the real tokens among these.
-
-        It is that of a projection, as `self_attn.q_proj`; None for an FFN block's.
-        """
+        """Record what a router did with the real tokens among these."""
+        # It is that of a projection, as `self_attn.q_proj`; None for an FFN block's.
         if self.record is None:
             return
         # Padding is left out here, so that no loss or count has to know of it.

@@ -154,10 +154,9 @@ class Router(Weights):
 
 
 class RoutedProjection(LoraProjection):
-    """The LoRA experts of a projection, and the router whose `route` chooses among them.
+    """The LoRA experts of a projection, and the router whose `route` chooses among them."""
 
-    In training an expert takes no more than `capacity` tokens of a sample; None for any number.
-    """
+    # In training an expert takes no more than `capacity` tokens of a sample; None for any number.
 
     maps_rank_space = True
 

@@ -136,10 +136,9 @@ def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) ->
 
 
 class _ScaledTranspose(torch.autograd.Function):
-    """B [E, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights.
+    """B [E, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights."""
 
-    A plain LoRA's B is small enough for the four calls that this replaces to be faster.
-    """
+    # A plain LoRA's B is small enough for the four calls that this replaces to be faster.
 
     @staticmethod
     def forward(ctx, lora_B, scaling, dtype):

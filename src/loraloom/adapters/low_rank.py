@@ -62,10 +62,9 @@ Build = Callable[[BaseProjection, BaseLayer], Projection]
 
 
 class LowRankAdapter(Adapter):
-    """An adapter whose method works on each projection by itself.
+    """An adapter whose method works on each projection by itself."""
 
-    `build` makes the weights on a projection; `shared` is what all of them use, and it owns.
-    """
+    # `build` makes the weights on a projection; `shared` is what all of them use, and it owns.
 
     def __init__(
         self,
@@ -143,10 +142,8 @@ def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup
 def ffn_weights(
     block: Mapping[str, Projection], layer: BaseLayer, dtype: torch.dtype, num_experts: int = 1
 ) -> FfnWeights:
-    """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart.
-
-    In each projection's A those of `num_experts` experts lie behind one another.
-    """
+    """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart."""
+    # In each projection's A those of `num_experts` experts lie behind one another.
     shape = layer.ffn_shape
     (input_A, sides), (down_A, (down,)) = (
         _sides(block, names, dtype) for names in (shape.inputs, (shape.output,))

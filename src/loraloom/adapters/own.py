@@ -29,10 +29,9 @@ OWN_FIELDS = ("modules_to_save", "trainable_token_indices")
 
 @dataclass(frozen=True)
 class OwnParts:
-    """What an adapter has as its own, by the modules' paths in the base model.
+    """What an adapter has as its own, by the modules' paths in the base model."""
 
-    Modules are trained whole, or rows of some tokens; a head may be tied to an embedding's rows.
-    """
+    # Modules are trained whole, or rows of some tokens; a head may be tied to an embedding's rows.
 
     modules: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -185,10 +185,8 @@ def encode_documents(
 
 
 def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
-    """Cut a row from the left, but for `start`, and after the last span of what is learnt.
-
-    A span that the cut goes through is not learnt; a row without room for its last is dropped.
-    """
+    """Cut a row from the left, but for `start`, and after the last span of what is learnt."""
+    # A span that the cut goes through is not learnt; a row without room for its last is dropped.
     ids, labels = piece.input_ids, piece.labels
     stop = len(labels)
     while stop > 0 and labels[stop - 1] == NO_LOSS:

@@ -186,10 +186,8 @@ def _read_lora(files: AdapterFiles) -> Settings:
 def _carried_over(
     patterns: Mapping[str, Any], default: Any, names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Make patterns that say of modules under new names what others say under the old ones.
-
-    They are the same ones if these will do, without those that match nothing; else names.
-    """
+    """Make patterns that say of modules under new names what others say under the old ones."""
+    # They are the same ones if these will do, without those that match nothing; else names.
     used = {key: value for key, value in patterns.items() if any(matches(key, n) for n in names)}
     meant = {new: pattern_value(used, old, default) for old, new in names.items()}
     if all(pattern_value(used, new, default) == value for new, value in meant.items()):
@@ -198,10 +196,8 @@ def _carried_over(
 
 
 def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
-    """Tell by the tensors which projections are adapted, where files leave some out.
-
-    PEFT chooses them by patterns, layers and exclusions, and saves just those.
-    """
+    """Tell by the tensors which projections are adapted, where files leave some out."""
+    # PEFT chooses them by patterns, layers and exclusions, and saves just those.
     targets, layers = files.config.get("target_modules"), files.config.get("layers_to_transform")
     chosen = [layers] if isinstance(layers, int) else layers or []
     has_names = not isinstance(targets, str) and not any("." in str(n) for n in targets or ())

@@ -81,10 +81,8 @@ def write_adapter(
     prompt: PromptForm | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save an adapter: adapter_config.json, adapter_model.safetensors and README.md.
-
-    Other files in the directory stay. The three are written aside and renamed (disk.py).
-    """
+    """Save an adapter: adapter_config.json, adapter_model.safetensors and README.md."""
+    # Other files in the directory stay. The three are written aside and renamed (disk.py).
     directory = Path(directory)
     if not overwrite:
         refuse_to_overwrite(directory)

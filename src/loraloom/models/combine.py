@@ -23,10 +23,9 @@ from loraloom.errors import AdapterError, ConfigError
 
 
 class Merged:
-    """An adapter that is in the base model's weights.
+    """An adapter that is in the base model's weights."""
 
-    `lost` is the share of its update that rounding costs, ‖rounded - exact‖ / ‖exact - base‖.
-    """
+    # `lost` is the share of its update that rounding costs, ‖rounded - exact‖ / ‖exact - base‖.
 
     def __init__(self, adapter: Adapter):
         refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be merged into a base model")

@@ -116,10 +116,8 @@ class _RoomyLayer(DynamicLayer):
 
 
 def make_cache(config: Any) -> DynamicCache:
-    """Make a cache that keeps all tokens of every attention layer; masks see to windows.
-
-    Layers that keep running states in place of tokens are transformers' own.
-    """
+    """Make a cache that keeps all tokens of every attention layer; masks see to windows."""
+    # Layers that keep running states in place of tokens are transformers' own.
     cache = DynamicCache()
     cache.layer_class_to_replicate = _RoomyLayer
     if keeps_running_states(config):

@@ -88,10 +88,8 @@ class ForwardContext:
     def attention_updates(
         self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype
     ) -> Updates:
-        """Return each segment's update of a projection.
-
-        The product with all A of its group is computed once, and used again for the same input.
-        """
+        """Return each segment's update of a projection."""
+        # The product with all A of its group is computed once, and used again for the same input.
         key = (place.layer, place.site, dtype)
         known = self._shared.get("attention")
         if known is None or known[0] is not hidden_states or known[1] != key:

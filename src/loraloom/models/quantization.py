@@ -197,10 +197,9 @@ def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class QuantisedLinear:
-    """A quantised layer's forward; for the backward pass it keeps nothing but the layer.
+    """A quantised layer's forward; for the backward pass it keeps nothing but the layer."""
 
-    As they come, LLM.int8 keeps its inputs, and torchao a dequantised copy of every weight.
-    """
+    # As they come, LLM.int8 keeps its inputs, and torchao a dequantised copy of every weight.
 
     def __init__(self, weight: QuantisedWeight):
         self.weight = weight

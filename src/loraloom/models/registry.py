@@ -143,10 +143,8 @@ class Heads:
         adapters: RowAdapters,
         prepared: PreparedWeights | None,
     ) -> Sequence[Tensor]:
-        """Call a function of a head and tensors, [N, …] each, with the heads of their adapters.
-
-        Without adapters it is the base model's. Results are [N, …] each.
-        """
+        """Call a function of a head and tensors, [N, …] each, with the heads of their adapters."""
+        # Without adapters it is the base model's. Results are [N, …] each.
         path, groups, rows = self._registry.base.head, {}, []
         # A copy, as other threads may load and remove some.
         hosted = tuple(self._registry.adapters.values())

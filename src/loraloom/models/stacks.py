@@ -160,10 +160,9 @@ _Part = tuple[_Stack, slice]
 
 
 class PreparedWeights:
-    """Compute forms of adapters' weights, kept for as long as nobody changes the weights.
+    """Compute forms of adapters' weights, kept for as long as nobody changes the weights."""
 
-    One thread at a time uses it: that of a decoding session, or of a `with host.prepared():`.
-    """
+    # One thread at a time uses it: that of a decoding session, or of a `with host.prepared():`.
 
     def __init__(self) -> None:
         self.forms = ComputeForms(keeps_new=True)
@@ -244,10 +243,9 @@ def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Like adapters of a batch, views of their weights, and where their rows are.
+    """Like adapters of a batch, views of their weights, and where their rows are."""
 
-    `take` and `put` are None where the cohort has all rows in order.
-    """
+    # `take` and `put` are None where the cohort has all rows in order.
 
     stack: _Stack
     entries: slice  # of the stack's adapters

@@ -30,10 +30,9 @@ _BASE = "base"
 
 @dataclass(frozen=True)
 class Rows:
-    """The adapters of the rows that were given, or one of all; beams take their row's.
+    """The adapters of the rows that were given, or one of all; beams take their row's."""
 
-    In training, dropout and jitter are on, and the loss gets the adapters' auxiliary losses.
-    """
+    # In training, dropout and jitter are on, and the loss gets the adapters' auxiliary losses.
 
     adapters: Sequence[RowAdapter]
     training: bool = False
@@ -147,10 +146,8 @@ def _share(kwargs: dict[str, Any]) -> Tensor | float:
 
 
 def with_auxiliary_loss(config: Any) -> Any:
-    """Show a model's configuration with the fields by which trl finds that there is an aux_loss.
-
-    It is the same configuration: what is changed in one is changed in the other.
-    """
+    """Show a model's configuration with the fields by which trl finds that there is an aux_loss."""
+    # It is the same configuration: what is changed in one is changed in the other.
 
     def constant(value: object) -> property:
         return property(lambda self: value, lambda self, other: None)

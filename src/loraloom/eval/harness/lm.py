@@ -227,10 +227,8 @@ def evaluate_adapters(
     batch_size: int = 16,
     **options: Any,
 ) -> dict[str | None, dict[str, Any]]:
-    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches.
-
-    Other options are `lm_eval.simple_evaluate`'s.
-    """
+    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
+    # Other options are `lm_eval.simple_evaluate`'s.
     answers = Answers(host, tokenizer, adapters, max_tokens_per_batch, batch_size)
     models = {name: HostLM(host, tokenizer, name, answers=answers) for name in answers.adapters}
     # the tasks are there, so none is looked up
