@@ -64,11 +64,9 @@ _REQUIRED = ("r", "lora_alpha", "num_experts")
 def read_settings(
     files: AdapterFiles, method: type[AdapterConfig], projections: Sequence[str]
 ) -> Settings:
-    """Read a method's settings; the targets are those listed, and the projections with tensors.
-
-    A name in `target_modules` that matches nothing has no effect in PEFT and MoE-PEFT; it is kept
-    here and dropped when the adapter meets a base model without such a module.
-    """
+    """Read a method's settings; the targets are those listed, and the projections with tensors."""
+    # A name in `target_modules` that matches nothing has no effect in PEFT and MoE-PEFT; it is kept
+    # here and dropped when the adapter meets a base model without such a module.
     listed = [name.rpartition(".")[2] for name in files.targets()]
     targets = tuple(dict.fromkeys([*listed, *projections]))
     table = TABLES.get(method.peft_type)

@@ -111,11 +111,9 @@ class Hybrid(Route):
 def tsallis_entropy(
     probabilities: Float[Tensor, "T E"], index: float, eps: float = 0.0
 ) -> Float[Tensor, " T"]:
-    """Compute `(1 - Σ p^q) / (q - 1)` of each token, divided by its value for uniform p.
-
-    At q = 1 it is Shannon's entropy divided by ln E; with one expert it is 1. `eps` is added to
-    each p first, as in DynMoLE (arXiv:2504.00661). Source: Tsallis 1988, doi:10.1007/BF01016429.
-    """
+    """Compute `(1 - Σ p^q) / (q - 1)` of each token, divided by its value for uniform p."""
+    # At q = 1 it is Shannon's entropy divided by ln E; with one expert it is 1. `eps` is added to
+    # each p first, as in DynMoLE (arXiv:2504.00661). Source: Tsallis 1988, doi:10.1007/BF01016429.
     num_experts = probabilities.shape[-1]
     if num_experts == 1:
         return torch.ones_like(probabilities[:, 0])

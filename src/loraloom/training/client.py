@@ -139,11 +139,9 @@ class TrainingClient:
     def forward_backward_custom(
         self, data: Sequence[TrainingExample], loss_fn: requests.LossFunction
     ) -> requests.ForwardBackwardOutput:
-        """Add the gradient of a loss of one's own, in one forward.
-
-        `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
-        It returns a scalar loss that depends on these, and metrics.
-        """
+        """Add the gradient of a loss of one's own, in one forward."""
+        # `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
+        # It returns a scalar loss that depends on these, and metrics.
         key, objective = self._next_sample_key(), requests.custom_objective(data, loss_fn)
         request = requests.Request(self.adapter, data, objective, key, loss_scale=self._loss_scale)
         return requests.run_requests(self.host, [request], self.pad_id)[0]
@@ -174,11 +172,9 @@ class TrainingClient:
     def optim_step(
         self, learning_rate: float | None = None, max_grad_norm: float | None = None
     ) -> OptimStepOutput:
-        """Let the optimizer make a step, and reset gradients.
-
-        A learning rate holds from now on. The norm of the adapter's whole gradient is clipped to
-        `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
-        """
+        """Let the optimizer make a step, and reset gradients."""
+        # A learning rate holds from now on. The norm of the adapter's whole gradient is clipped to
+        # `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
         if learning_rate is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_ratio"]
@@ -215,11 +211,9 @@ class TrainingClient:
         num_samples: int = 1,
         raw: bool = False,
     ) -> list[list[Completion]]:
-        """Complete each prompt `num_samples` times, greedily by default.
-
-        A prompt is the user's turn of the chat template where there is one; with `raw` it is read
-        as it stands. At a temperature above 0 every call draws others.
-        """
+        """Complete each prompt `num_samples` times, greedily by default."""
+        # A prompt is the user's turn of the chat template where there is one; with `raw` it is read
+        # as it stands. At a temperature above 0 every call draws others.
         sampling = sampling or SamplingConfig()
         # Another seed in each call: equal calls would draw the same completions.
         self._draws += 1

@@ -31,11 +31,9 @@ from loraloom.training.step.objectives import ScoredSamples, ask_references
 def forward_backward(
     host: Host, micro_batches: Sequence[MicroBatch], pad_id: int
 ) -> list[MicroBatchLoss]:
-    """Add each micro-batch's gradient, times its loss's scale, to its adapter's.
-
-    A loss is a share of the objective over the whole step: the cut changes no gradient. Each rank
-    computes its share of the rows and a summand, for `sum_gradients`; losses are those of all.
-    """
+    """Add each micro-batch's gradient, times its loss's scale, to its adapter's."""
+    # A loss is a share of the objective over the whole step: the cut changes no gradient. Each rank
+    # computes its share of the rows and a summand, for `sum_gradients`; losses are those of all.
     ranks = host.ranks
     ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
     layout = lay_out([batch.share(ranks.rank, ranks.size) for batch in micro_batches])

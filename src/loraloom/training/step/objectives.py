@@ -97,11 +97,9 @@ def dpo(config: DpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
 
 
 def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-    """The mean over pairs of a loss of β(log π(chosen) - log π(rejected)), and α × NLL.
-
-    sigmoid: `-log σ(margin)`, smoothed; hinge: `max(0, 1 - margin)`, as in trl 1.16 `CPOTrainer`.
-    NLL is of all the step's chosen labels. Source: Xu et al. 2024, arXiv:2401.08417, eq. 5.
-    """
+    """The mean over pairs of a loss of β(log π(chosen) - log π(rejected)), and α × NLL."""
+    # sigmoid: `-log σ(margin)`, smoothed; hinge: `max(0, 1 - margin)`, as in trl 1.16 `CPOTrainer`.
+    # NLL is of all the step's chosen labels. Source: Xu et al. 2024, arXiv:2401.08417, eq. 5.
     chosen, rejected = _split_pairs(scored.sums)
     margins = config.beta * (chosen - rejected)  # (P,)
     if config.loss_type == "hinge":
