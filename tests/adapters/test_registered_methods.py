@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -43,6 +46,22 @@ def test_run_files_take_a_registered_method(registered):
     assert isinstance(RunConfig.model_validate(run_settings("half")).jobs[0].adapter, registered)
     with pytest.raises(ValueError, match="half"):
         RunConfig.model_validate(run_settings("other"))
+
+
+def test_a_method_may_be_registered_before_anything_else_is_imported():
+    source = Path(__file__).read_text()
+    method = source[source.index("class HalfConfig") : source.index("@pytest.fixture")]
+    script = f"""
+from typing import Literal
+import loraloom
+from loraloom.adapters.lora import LoraProjection
+from loraloom.adapters.low_rank import LowRankConfig
+{method}
+loraloom.register_method(HalfConfig)
+print(loraloom.RunConfig.model_validate({run_settings("half")!r}).jobs[0].adapter.method)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stdout == "half\n", ran.stderr
 
 
 def test_files_of_a_registered_method_are_read_back(registered, tmp_path):

@@ -43,14 +43,13 @@ def test_workers_share_a_sweep(inputs):
 
 @pytest.mark.slow
 def test_nothing_of_rays_is_printed(run_file, tmp_path):
-    """In a process of its own, as people start it; once more to go on."""
-    words = ["train", str(run_file), "--ray", "auto", "--ray-workers", "2"]
-    for more in ([], ["--resume"]):
-        command = [sys.executable, "-m", "loraloom", *words, *more]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        assert "starting Ray\nstarting 2 workers\n" in ran.stdout
-        assert "raylet" not in ran.stdout + ran.stderr
+    """In a process of its own, as people start it."""
+    words = ["train", str(run_file), "--ray", "auto", "--ray-workers", "1"]
+    command = [sys.executable, "-m", "loraloom", *words]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "starting Ray\nstarting 1 workers\n" in ran.stdout
+    assert "raylet" not in ran.stdout + ran.stderr
 
 
 def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:

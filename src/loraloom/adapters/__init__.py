@@ -1,5 +1,6 @@
 """Methods: a file for each, and the list of them."""
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
@@ -94,7 +95,17 @@ def when_registered(listener: Callable[[], object]) -> None:
 
 
 for _entry in entry_points(group="loraloom.methods"):
-    register_method(_entry.load())
+    # A package that is imported first, and imports loraloom, registers its method by itself.
+    if getattr(getattr(sys.modules.get(_entry.module), "__spec__", None), "_initializing", False):
+        continue
+    try:
+        register_method(_entry.load())
+    except Exception as error:
+        where = _entry.dist and _entry.dist.name
+        raise ImportError(
+            f"the method {_entry.value} of the package {where} can't be loaded: {error}; mend or "
+            "uninstall it"
+        ) from error
 
 if TYPE_CHECKING:
     AnyAdapterConfig = AdapterConfig

@@ -391,11 +391,14 @@ class RunConfig(BaseModelConfig):
 
 
 # The union of all methods is part of both models, so they are built again.
-@when_registered
 def _take_further_methods() -> None:
     JobConfig.model_fields["adapter"].annotation = any_method()
     JobConfig.model_rebuild(force=True)
     RunConfig.model_rebuild(force=True)
+
+
+_take_further_methods()  # those that were registered before this was imported
+when_registered(_take_further_methods)
 
 
 def load_run_config(
