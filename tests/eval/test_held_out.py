@@ -204,3 +204,9 @@ def test_a_perplexity_that_is_no_number_is_left_out(host, tiny_tokenizer, instru
     data = load_held_out(host, tiny_tokenizer, instructions)
     losses = {"a": [1e4 * n for n in data.num_tokens]}
     assert row_scores(data, losses).results["a"]["perplexity"] is None
+
+
+def test_data_sets_of_one_name_are_refused(host, tiny_tokenizer, data_of):
+    one = load_held_out(host, tiny_tokenizer, data_of(PAIRS, "preference", "pairs.jsonl"))
+    with pytest.raises(ConfigError, match="data sets must have different names, got pairs, pairs"):
+        evaluate_loss(host, tiny_tokenizer, [one, one])

@@ -120,8 +120,9 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     Scores of --task and --dataset are kept: after Ctrl-C the same command goes on where it was.
     """
     check_outputs(run.output)
-    for path in [*run.output, run.per_question]:
+    for path in run.output:
         prepare_output(path, "--output")
+    prepare_output(run.per_question, "--per-question")
     choose_pairs(run.names, run.compare)
     check_sources(run, run.adapters)
     messages = make_console(stderr=True, soft_wrap=True)

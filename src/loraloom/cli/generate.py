@@ -76,7 +76,7 @@ def generate(
     """
     asked = list(_read(options))
     prompts = [prompt for _, prompt in asked]
-    rows = [{**row, "adapter": prompt.adapter or BASE} for row, prompt in asked]
+    rows = [{**row, "adapter": _as_json(prompt.adapter)} for row, prompt in asked]
     check_sources(options, options.adapters)
     num_done = _count_done(options, rows)
     host, tokenizer = load_host(options, options.adapters)
@@ -126,6 +126,10 @@ def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]
         fields = {name: value for name, value in row.items() if name != "prompt"}
         for adapter in wanted:
             yield dict(row), Prompt(content, adapter, row.origin, tools, fields)
+
+
+def _as_json(adapter: RowAdapter) -> str | list[str | float]:
+    return list(adapter) if isinstance(adapter, tuple) else adapter or BASE
 
 
 def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:

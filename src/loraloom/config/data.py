@@ -182,7 +182,7 @@ class PromptForm(StrictModel):
         template = (self.format == "chat" and self.chat_template) or own
         if template is None or self.system is None:
             return template
-        return _BEGINNING.replace("SYSTEM", json.dumps(self.system)) + template
+        return _BEGINNING.replace("SYSTEM", json.dumps(self.system, ensure_ascii=False)) + template
 
 
 class _SourceFields(StrictModel):

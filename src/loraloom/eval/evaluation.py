@@ -240,6 +240,9 @@ def evaluate_loss(
         data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
     if not data:
         raise ConfigError("data must have a data set at least, got none")
+    names = [one.name for one in data]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data sets must have different names, got {', '.join(names)}")
     return scored.evaluation([scored.measure(one) for one in data])
 
 

@@ -89,8 +89,12 @@ def line_chart(
 
 def interval_chart(task: str, results: Mapping[str, Mapping[str, Any]]) -> Chart | None:
     """Draw each adapter's accuracy with its interval, in percent; None if none has both."""
-    found = {n: one for n, one in results.items() if one.get("accuracy") and one.get("interval")}
-    ends = [(one["accuracy"], *one["interval"]) for one in found.values()]
+    # Of preference pairs, `interval` is the loss's.
+    intervals = {n: one.get("accuracy_interval", one.get("interval")) for n, one in results.items()}
+    found = {
+        n: one for n, one in results.items() if intervals[n] and one.get("accuracy") is not None
+    }
+    ends = [(one["accuracy"], *intervals[n]) for n, one in found.items()]
     words = [f"{n}: {100 * one['accuracy']:.1f} %" for n, one in found.items()]
     half = MAX_NAME // 2
     names = [n if len(n) <= MAX_NAME else f"{n[: half - 1]}…{n[-half:]}" for n in found]

@@ -145,7 +145,8 @@ class Engine:
         turns: list[Turn] = []
         for job in list(self.jobs.values()):
             try:
-                turns.append((job, job.micro_batch()))
+                with self.host.ranks.together():  # what one rank can't read fails on all
+                    turns.append((job, job.micro_batch()))
             except Exception as error:
                 self._fail(job, error)
         if not turns:

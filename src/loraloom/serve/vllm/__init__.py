@@ -94,8 +94,8 @@ def vllm_command(
         words += ["--lora-modules", *(f"{name}={path}" for name, path in modules.items())]
     if options.api_keys:
         words += ["--api-key", *options.api_keys]
-    if options.cors_origins:
-        words += ["--allowed-origins", json.dumps(list(options.cors_origins))]
+    # vLLM's own default is everybody
+    words += ["--allowed-origins", json.dumps(list(options.cors_origins))]
     settings = {MAX_TOP_K: str(top_k)}
     if options.allow_loading:
         settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
