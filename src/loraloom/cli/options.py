@@ -1,4 +1,4 @@
-"""What several verbs' options are: a base model with adapters on it, `--set`, and a cluster."""
+"""What several verbs' options are: a base model with adapters on it, and `--set`."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict
 
 def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
     """What is now made of settings that an older version saved; some that are gone did nothing."""
-    gone = {"eva": None, "compat": None, "router_bias": False, "ensure_weight_tying": False}
+    gone = {"eva": None, "router_bias": False, "ensure_weight_tying": False}
     old = settings["adapter"].items()
     adapter = {k: v for k, v in old if k not in gone or (k != "eva" and v != gone[k])}
     try:
