@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from typing import Any
 import httpx2
 import psutil
 
-from benchmarks.cases import fill_B
+from benchmarks.cases import alternate, fill_B
 from loraloom import MixLoraConfig, attach, load_base_model
 
 BASE = "smollm2-135m"
@@ -47,7 +48,7 @@ SOAK_OPTIONS = ["--allow-loading", "--cache-tokens", "8192", "--max-waiting", "2
 TOPICS = "rivers, bread, chess, the moon, tea, maps, bridges, rain, wool, clocks".split(", ")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("way", choices=["throughput", "arrivals", "soak"])
     parser.add_argument("--base-model", default=BASE)
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.7, help="share of the server's capacity")
     parser.add_argument("--minutes", type=float, default=15, help="of the soak")
     parser.add_argument("--clients", type=int, default=32, help="of the soak")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         ways = {"throughput": throughput, "arrivals": arrivals, "soak": soak}
         print(json.dumps({"way": args.way, **ways[args.way](args, Path(directory))}))
@@ -85,27 +86,12 @@ def throughput(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
             "base": lambda: asyncio.run(server.burst(prompts, [args.base_model] * args.chats)),
             "mixed": lambda: asyncio.run(server.burst(prompts, mixed)),
         }
-        rates = take_turns(cases, args.rounds, args.chats * args.tokens)
+        times = alternate(cases, args.rounds, warmup=1)
+    rates = {name: round(args.chats * args.tokens / time, 1) for name, time in times.items()}
     return {
         "tokens_per_s": rates,
         "base / static": round(rates["base"] / rates["static"], 3),
         "mixed / base": round(rates["mixed"] / rates["base"], 3),
-    }
-
-
-def take_turns(cases: dict[str, Any], rounds: int, num_tokens: int) -> dict[str, float]:
-    """Time cases by turns, after a round that isn't timed; median tokens a second."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for turn in range(rounds + 1):
-        for name, case in cases.items():
-            start = time.perf_counter()
-            case()
-            elapsed = time.perf_counter() - start
-            tell(f"{name}: {num_tokens / elapsed:.1f} tokens/s{'' if turn else ' (warm-up)'}")
-            if turn:
-                seconds[name].append(elapsed)
-    return {
-        name: round(num_tokens / statistics.median(elapsed), 1) for name, elapsed in seconds.items()
     }
 
 

@@ -3,14 +3,14 @@
     git worktree add ../before REVISION
     .venv/bin/python -m benchmarks.versions ../before . -- step --cases lora,mixlora --rounds 7
 
-What follows `--` is a module of benchmarks/ (step, layer, decode) with its options. Both versions
-run in this Python's environment, each in a process of its own, and take turns within every timed
-round, so that a machine whose speed moves within minutes hits them alike; which of them is first
-changes from round to round. All of it is done twice, with processes started in the other order, as
-the one that is started later is often slower by a tenth. The table has the medians of both, the
-median over rounds of the second one's time ÷ the first one's (of both orders, their geometric
-mean), and the least and the largest of those ratios; below it, the same of each case ÷ the first
-case.
+What follows `--` is a module of benchmarks/ (step, layer, decode, serve) with its options. Both
+versions run in this Python's environment, each in a process of its own, and take turns within every
+timed round, so that a machine whose speed moves within minutes hits them alike; which of them is
+first changes from round to round. All of it is done twice, with processes started in the other
+order, as the one that is started later is often slower by a tenth. The table has the medians of
+both, the median over rounds of the second one's time ÷ the first one's (of both orders, their
+geometric mean), and the least and the largest of those ratios; below it, the same of each case ÷
+the first case.
 """
 
 from __future__ import annotations
