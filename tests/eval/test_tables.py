@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 from rich.table import Table
 
@@ -64,6 +65,15 @@ def test_seeds_and_comparisons_have_a_table_where_there_are_some():
     assert "62.5 ± 3.1" in seeds
     for cell in ("mix - base", "-1.2", "-2.0 to -0.5", "3 : 13", "0.031", "0.062", "< 0.001 *"):
         assert cell in comparisons
+
+
+def test_differences_of_accuracies_and_of_losses_each_have_their_unit():
+    loss = replace(compared(), metric="loss")
+    for both in ([compared(), loss], [loss, compared()]):
+        *_, table = tables_of(toy_scores(), comparisons=both)
+        text = printed(table, width=120)
+        for cell in ("-1.2 points", "-0.0125 nats a token", "-2.0 to -0.5", "-0.0200 to -0.0050"):
+            assert cell in text
 
 
 def test_eight_adapters_with_long_names_fit_80_columns():

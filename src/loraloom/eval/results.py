@@ -248,22 +248,29 @@ def _seeds_table(found: Evaluation) -> Table:
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    # accuracies differ by points, losses by nats
-    unit, scale, digits = ("points", 100, 1)
-    if comparisons[0].metric == "loss":
-        unit, scale, digits = ("nats a token", 1, 4)
-    titles = (unit, "95 % interval", "won : lost", "p", "p (Holm)")
+    units = {"accuracy": "points", "loss": "nats a token"}
+    found = {units[one.metric] for one in comparisons}
+    titles = (
+        " or ".join(sorted(found, reverse=True)),
+        "95 % interval",
+        "won : lost",
+        "p",
+        "p (Holm)",
+    )
     table = make_table("difference", "task", values=titles, title="Differences on the same rows")
     for one in comparisons:
+        # accuracies differ by points, losses by nats; a table of both says which in each row
+        scale, digits = (1, 4) if one.metric == "loss" else (100, 1)
         ends = (one.difference, *one.interval)
         difference, low, high = (f"{scale * end:+.{digits}f}" for end in ends)
+        unit = f" {units[one.metric]}" if len(found) > 1 else ""
         p_values = (one.p_value, one.adjusted_p_value)
         texts = ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values]
         star = " *" if one.adjusted_p_value < 0.05 else ""
         won = f"{one.num_first_better} : {one.num_second_better}"
         table.add_row(
-            f"{one.first} - {one.second}", one.task, difference, f"{low} to {high}", won,
+            f"{one.first} - {one.second}", one.task, f"{difference}{unit}", f"{low} to {high}", won,
             texts[0], f"{texts[1]}{star}",
         )  # fmt: skip
-        table.caption = "* p (Holm), adjusted for all comparisons, is below 0.05"
+    table.caption = "* p (Holm), adjusted for all comparisons, is below 0.05"
     return table
