@@ -322,7 +322,7 @@ TABLES: dict[str, _Table] = {
         read=_read_mixlora,
         write=_write_mixlora,
         written=_written_by_mixlora,
-        moe_peft={"temperature": 1.0, "shared_expert": None},
+        moe_peft={"shared_expert": None},
     ),
     MolaConfig.peft_type: _Table(
         _UNDECOMPOSED | _same("num_experts top_k"),
@@ -349,6 +349,12 @@ def check_reference_holds(config: AdapterConfig) -> None:
     if table is None or table.moe_peft is None:
         raise AdapterError(f"MoE-PEFT has no {config.title}")
     faults = {n: settings[n] for n, value in table.moe_peft.items() if settings[n] != value}
+    hint = ""
+    if isinstance(config, MixLoraConfig) and config.compat is None:
+        differs = {"temperature": config.temperature != 1, "routing": config.routing == "switch"}
+        if any(differs.values()):
+            faults |= {name: settings[name] for name in filter(differs.get, differs)}
+            hint = "; --set compat=moe-peft makes it the adapter that MoE-PEFT computes"
     for own in (settings, settings.get("experts") or {}):
         if not float(own.get("alpha") or 1).is_integer():
             faults["alpha"] = own["alpha"]
@@ -360,4 +366,4 @@ def check_reference_holds(config: AdapterConfig) -> None:
         faults["target_modules"] = config.target_modules
     if faults:
         found = ", ".join(f"{name}: {shown(value)}" for name, value in faults.items())
-        raise AdapterError(f"MoE-PEFT 2.0.2 has no {config.title} with {found}")
+        raise AdapterError(f"MoE-PEFT 2.0.2 has no {config.title} with {found}{hint}")
