@@ -5,9 +5,9 @@ from pydantic import ValidationError
 
 from loraloom import LoraConfig, MixLoraConfig
 from loraloom.config.data import DataConfig
-from loraloom.config.fields import check_name
+from loraloom.config.fields import check_name, checked
 from loraloom.errors import ConfigError, shown
-from loraloom.training.settings import TrainConfig
+from loraloom.training.settings import JobConfig, TrainConfig
 
 PEFT_NAMES = {
     "r": "rank",
@@ -29,6 +29,19 @@ def test_every_unknown_key_is_told():
     with pytest.raises(ValidationError, match="did you mean 'num_experts'") as caught:
         MixLoraConfig(num_expert=4, rnk=2)
     assert "unknown key 'rnk'; did you mean 'rank'?" in str(caught.value)
+
+
+def test_other_faults_are_told_beside_an_unknown_key():
+    adapter = {"method": "lora", "rnk": 2, "alpha": -1, "extra": 1, "dropout": "much"}
+    job = {"nam": "a", "adapter": adapter, "data": {"task": "boolq"}, "train": {"max_steps": 0}}
+    with pytest.raises(ConfigError) as caught:
+        checked(JobConfig, job)
+    name, *adapter_faults, steps = str(caught.value).splitlines()
+    assert name == "unknown key 'nam'; did you mean 'name'?"  # and no word of a missing one
+    expected = ("unknown key 'rnk'; did", "unknown key 'extra'", "dropout must", "alpha must be gr")
+    for line, text in zip(adapter_faults, expected, strict=True):
+        assert text in line
+    assert steps.startswith("  train.max_steps must be greater than")
 
 
 def test_a_key_like_no_other_gets_the_known_ones():

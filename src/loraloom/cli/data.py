@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import CONFIGS
 from loraloom.cli.options import Sets
-from loraloom.config.text import read_settings
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import DataError, plain
@@ -40,7 +39,7 @@ def show(
         run_file: A base model and its jobs.
         rows: Print N rows of each source, from its beginning.
     """
-    run = load_run_config(_filled_in(read_settings(run_file, "a run file")), overrides)
+    run = load_run_config(run_file, overrides, _filled_in)
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")

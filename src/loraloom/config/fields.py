@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from loraloom.errors import ConfigError, LoraloomError, shown
 
@@ -48,15 +48,25 @@ class StrictModel(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _name_the_nearest_key(cls, settings: Any) -> Any:
+    def _check_keys(cls, settings: Any, check: Callable[[Any], Any]) -> Any:
         known = cls.model_fields
-        unknown = (
-            [key for key in settings if key not in known] if isinstance(settings, dict) else ()
-        )
-        raise_faults(f"unknown key {shown(key)}{_instead(str(key), known)}" for key in unknown)
-        return settings
+        if not isinstance(settings, dict) or settings.keys() <= known.keys():
+            return check(settings)
+        unknown = [key for key in settings if key not in known]
+        reasons = [f"unknown key {shown(key)}{_instead(str(key), known)}" for key in unknown]
+        others: list[ErrorDetails] = []
+        try:
+            check({key: settings[key] for key in settings if key in known})
+        except ValidationError as error:
+            hints = "".join(reasons)  # a name that is only misspelt is not missing as well
+            others = [
+                fault
+                for fault in error.errors()
+                if fault["type"] != "missing" or f"mean {fault['loc'][-1]!r}" not in hints
+            ]
+        raise _error_of(reasons, others)
 
     @model_validator(mode="after")
     def _check_together(self) -> StrictModel:
@@ -80,12 +90,20 @@ def _instead(key: str, known: Iterable[str]) -> str:
 
 def raise_faults(reasons: Iterable[str]) -> None:
     """Raise faults, if there are any, in a way that gives each a line."""
+    if found := [*reasons]:
+        raise _error_of(found)
+
+
+def _error_of(reasons: Sequence[str], others: Sequence[ErrorDetails] = ()) -> ValidationError:
     faults: list[InitErrorDetails] = [
         {"type": PydanticCustomError("fault", "{text}", {"text": reason}), "input": None}
         for reason in reasons
     ]
-    if faults:
-        raise ValidationError.from_exception_data("", faults)
+    for other in others:
+        message: Any = other["msg"]  # as it stands: nothing is filled in any more
+        kind = PydanticCustomError(other["type"], message, other.get("ctx"))  # pyright: ignore
+        faults.append({"type": kind, "loc": other["loc"], "input": other["input"]})
+    return ValidationError.from_exception_data("", faults)
 
 
 def checked(

@@ -7,7 +7,7 @@ step is an optimizer step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -402,11 +402,13 @@ when_registered(_take_further_methods)
 
 
 def load_run_config(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RunConfig:
     is_file = not isinstance(source, Mapping)
     settings = read_settings(source, "a run file") if is_file else dict(source)
-    settings = reduce(apply_override, overrides, settings)
+    settings = reduce(apply_override, overrides, fill_in(settings))
     origin = f"{source}:\n  " if is_file else "the run: "
     return checked(RunConfig, settings, origin=origin, other_names=_other_names())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -48,11 +49,12 @@ class SamplingBody(StrictModel):
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _leave_out_null(cls, body: Any) -> Any:  # which clients send for what isn't set
-        is_object = isinstance(body, dict)
-        return {k: v for k, v in body.items() if v is not None} if is_object else body
+    def _leave_out_null(cls, body: Any, check: Callable[[Any], Any]) -> Any:
+        if isinstance(body, dict):  # clients send it for what isn't set, whatever its name
+            body = {name: value for name, value in body.items() if value is not None}
+        return check(body)
 
 
 class ChatMessage(BaseModel):
