@@ -10,6 +10,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
+import loraloom.generation.engine as engine_module
 from loraloom.errors import DataError
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import check_token_ids
@@ -214,6 +215,27 @@ def test_a_row_that_can_not_join_fails_alone_and_lets_its_adapter_go(
     assert str(other.error) == "no memory"
     assert gone == [1]
     assert (one.error, one.text) == (None, expected[0])
+
+
+@pytest.mark.parametrize("steps", [4, 10_000])
+def test_rows_grow_back_after_memory_ran_out_once(
+    make_engine, host, tiny_tokenizer, monkeypatch, steps
+):
+    monkeypatch.setattr(engine_module, "GROWTH_STEPS", steps)
+    engine, sizes, real = make_engine(max_rows=4), [], host.decode
+
+    def full_once(session, *rest):
+        sizes.append(len(session.adapters))
+        if 4 in sizes and len(sizes) == sizes.index(4) + 1:
+            raise torch.OutOfMemoryError
+        return real(session, *rest)
+
+    monkeypatch.setattr(host, "decode", full_once)
+    asked = [request(tiny_tokenizer, "one", max_new_tokens=24, ignore_end=True)] * 8
+    answers(engine, asked)
+    assert max(sizes[sizes.index(4) + 1 :]) == (4 if steps == 4 else 2)
+    answers(engine, asked[:4])  # an engine that was idle begins as at first
+    assert sizes[-1] == 4
 
 
 def test_requests_that_take_too_long_end_and_let_their_adapters_go(make_engine, tiny_tokenizer):

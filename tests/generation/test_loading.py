@@ -29,6 +29,19 @@ def test_a_host_has_its_adapters_by_name(saved):
     assert not logits[1].allclose(logits[2])
 
 
+def test_a_containers_limit_bounds_the_memory(tmp_path, monkeypatch):
+    group = tmp_path / "pods" / "one"
+    group.mkdir(parents=True)
+    for directory, limit in ((group, "max"), (group.parent, "5000")):
+        for name, text in (("max", limit), ("current", "3000"), ("stat", "x 1\ninactive_file 700")):
+            (directory / f"memory.{name}").write_text(f"{text}\n")
+    (tmp_path / "own").write_text("4:memory:/elsewhere\n0::/pods/one\n")
+    unbound = loading.available_memory()
+    monkeypatch.setattr(loading, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(loading, "_OWN_GROUP", tmp_path / "own")
+    assert loading.available_memory() == 2700 < unbound
+
+
 def test_sources_are_checked_without_loading_the_base_model(saved, monkeypatch):
     read = []
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("must not load"))

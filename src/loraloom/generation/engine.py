@@ -43,6 +43,8 @@ from loraloom.routing.record import choices_by_token, join_routing
 MIN_TURN = 16
 # Tokens that are read in about the time in which one is generated.
 READ_PER_TOKEN = 8
+# Steps with as many rows as memory had room for, after which one more is tried.
+GROWTH_STEPS = 256
 
 Failed = tuple[Row, Exception]
 
@@ -64,6 +66,7 @@ class Engine:
         self._served: list[Row] = []  # in the order in which they were admitted
         self._runner = Runner(host, limits)
         self._gone: list[Adapter] = []
+        self._num_full_steps = 0
         self._is_stopping = False
 
     @property
@@ -90,7 +93,7 @@ class Engine:
         with self._wake:
             if len(self._scheduler) >= self.limits.max_waiting:
                 raise RequestError(
-                    f"at most {self.limits.max_waiting} completions may wait, and so many do; "
+                    f"at most {self.limits.max_waiting} completions may wait, and as many do; "
                     "try again later, or ask for fewer at once",
                     "queue_full",
                 )
@@ -131,7 +134,17 @@ class Engine:
         reading = self._schedule()
         failures = [*self._decode(), *self._read(reading)]
         self._postprocess(failures)
+        self._regrow()
         return not self.is_idle
+
+    def _regrow(self) -> None:
+        """After memory ran out, allow a row more when all went well for a while, or all if idle."""
+        scheduler = self._scheduler
+        if self.is_idle:
+            scheduler.max_rows = self.limits.max_rows
+        elif self._num_full_steps >= GROWTH_STEPS:
+            scheduler.max_rows = min(scheduler.max_rows + 1, self.limits.max_rows)
+            self._num_full_steps = 0
 
     def _check(self, request: GenerationRequest) -> None:
         if request.adapter_name is not None:
@@ -201,6 +214,7 @@ class Engine:
         for row in rows:
             row.is_suspect = False  # they went well together
             self._scheduler.charge(row.share, 1)
+        self._num_full_steps += len(self._served) >= self._scheduler.max_rows
         if record:
             _tell_routing(rows, record)
         return []
@@ -295,7 +309,7 @@ class Engine:
         rows = self._runner.take_apart(self._served)
         if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
             free_memory()
-            self._scheduler.max_rows = len(rows) // 2
+            self._scheduler.max_rows, self._num_full_steps = len(rows) // 2, 0
         elif len({row.request.adapter_name for row in rows}) == 1:
             return [(row, error) for row in rows]
         for row in rows:
@@ -308,7 +322,7 @@ class Engine:
         is_memory = isinstance(error, torch.OutOfMemoryError)
         if is_memory and self._runner.rows:
             free_memory()
-            self._scheduler.max_rows = len(self._runner.rows)
+            self._scheduler.max_rows, self._num_full_steps = len(self._runner.rows), 0
             self._put_back([row])
             return
         if is_memory:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +17,9 @@ from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.models.host import Host, attach
 from loraloom.models.loading import find_device, find_source, load_base_model
 from loraloom.models.quantization import check_quantization
+
+CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_NUMBERS = ("max", "current")
 
 
 def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> None:
@@ -38,12 +43,26 @@ def load_host(
     return host, tokenizer
 
 
+def available_memory() -> int:
+    """Count the bytes that the system has left, or the control group of a container (version 2)."""
+    available = psutil.virtual_memory().available
+    with suppress(OSError):
+        group = CONTROL_GROUPS / _OWN_GROUP.read_text().rpartition("0::/")[2].strip()
+        for directory in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such file, or no limit, which is "max"
+                limit, used = (int((directory / f"memory.{name}").read_text()) for name in _NUMBERS)
+                words = (directory / "memory.stat").read_text().split()
+                cached = int(words[words.index("inactive_file") + 1])  # goes when it is needed
+                available = min(available, max(0, limit - used + cached))
+    return available
+
+
 def default_cache_tokens(host: Host, max_rows: int) -> int:
     """Choose the size of the cache: rows of full length, as far as a quarter of the memory goes."""
     if host.device.type in ("cuda", "xpu"):
         free = torch.get_device_module(host.device).mem_get_info(host.device)[0]
     else:
-        free = psutil.virtual_memory().available
+        free = available_memory()
     session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))
     affordable = int(free * 0.25 / (1 + SPARE_ROWS)) // session.states(0, 0, 1).nbytes
     affordable -= max_rows * SPARE_TOKENS
