@@ -67,6 +67,13 @@ def read(address, path):
             ["--allow-loading", "--no-api-key", "--host", "0.0.0.0"],
             "--allow-loading lets whoever asks replace adapters: give --admin-key-file",
         ),
+        (
+            ["--allow-loading", "--no-api-key", "--host", "0.0.0.0", "--engine", "vllm"],
+            "--allow-loading lets whoever asks replace adapters: give --api-key-file",
+        ),
+        (["--admin-key-file", "k"], "--admin-key-file has no effect without --allow-loading"),
+        (["--adapter-root", "."], "--adapter-root has no effect without --allow-loading"),
+        (["--api-key-file", "k", "--no-api-key"], "--api-key-file has no effect with --no-api-key"),
         (["--adapter", "nothing"], "--adapter must be NAME=PATH"),
     ],
 )

@@ -176,7 +176,7 @@ def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, data_of, 
 def test_a_wrong_data_set_is_an_error(host, tiny_tokenizer, instructions, change, options, message):
     with pytest.raises(LoraloomError, match=message):
         evaluate_loss(host, tiny_tokenizer, instructions | change, **options)
-    with pytest.raises(ConfigError, match="must have a data set at least"):
+    with pytest.raises(ConfigError, match="must have at least one data set"):
         evaluate_loss(host, tiny_tokenizer, [])
 
 

@@ -122,6 +122,16 @@ async def test_a_hub_out_of_reach_delays_nobody(host, saved, monkeypatch):
         assert name in host.adapters
     assert not loading.done()
     loading.cancel()
+    monkeypatch.setattr("loraloom.serve.adapters.DOWNLOAD_S", 0.05)
+    # more than the event loop has threads
+    far = [adapters.load(f"a{place}", "far/away") for place in range(40)]
+    late = asyncio.gather(*far, return_exceptions=True)
+    async with using(adapters, "dora") as name:
+        assert name in host.adapters
+    for error in await late:
+        assert isinstance(error, RequestError)
+        assert "'far/away' must come from the Hub in 0.05 seconds; try again" in str(error)
+        assert error.code == "timeout"
     released.set()
 
 

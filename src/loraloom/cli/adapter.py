@@ -21,7 +21,7 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
     """Show an adapter's method, sizes, parameters in % of the base model, and norms.
 
     Args:
-        path: Directory of an adapter, or its id on the Hub.
+        path: The adapter's directory or hub id.
         as_json: Print JSON instead of tables.
     """
     description = describe(path)

@@ -51,7 +51,7 @@ def quickstart(
     Args:
         output_dir: Write adapters, metrics and a page of results to this directory.
         overwrite: Replace an earlier quickstart's results.
-        resume: Go on where an interrupted quickstart was.
+        resume: Resume an interrupted quickstart.
         max_steps: Train for N steps.
         device: auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps.
     """

@@ -21,7 +21,7 @@ from loraloom.generation import loading
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.adapters import ServedAdapters
-from loraloom.serve.process import bound_memory, is_loopback, read_keys, run_apart
+from loraloom.serve.process import bound_memory, is_loopback, read_keys, start_apart
 
 # Options that vLLM heeds too.
 _OF_BOTH = {
@@ -34,48 +34,54 @@ class ServeOptions(HostOptions):
     """What is served to whom, and what that may take."""
 
     adapter_dir: DirectoryPath | None = None
-    """A directory of adapters; each is loaded when it is first asked for."""
+    """Serve the adapters in this directory; each is loaded when it is first asked for."""
     max_adapters: int = Field(default=8, ge=1)
-    """Most adapters of --adapter-dir at once."""
+    """Keep at most N adapters of --adapter-dir loaded."""
     max_adapter_bytes: int | None = Field(default=None, ge=1)
-    """Most memory of adapters."""
+    """Keep at most N bytes of adapters loaded; by default any number."""
     host: str = "127.0.0.1"
-    """Address; other machines' needs a key."""
+    """Address to listen on; if other machines reach it, requests need an API key."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """0 takes any free one."""
+    """Port to listen on; 0 for any free one."""
     api_key_file: Path | None = None
-    """API keys, one a line."""
+    """A file of API keys, one a line."""
     no_api_key: bool = False
-    """Let anybody ask."""
+    """Let anybody ask, without an API key."""
     allow_loading: bool = False
-    """Let clients load and unload adapters by path; where there are API keys, with one of
+    """Let clients load and unload adapters by path or hub id; where there are API keys, with one of
     --admin-key-file."""
     admin_key_file: Path | None = None
-    """Keys that may load adapters, one a line."""
+    """A file of API keys that may load adapters, one a line."""
     adapter_root: DirectoryPath | None = None
-    """Let clients load adapters below DIR alone, and none of the Hub."""
+    """Let clients load adapters from below this directory only, and none from the hub."""
     cors_origin: tuple[str, ...] = ()
-    """A web page's origin that may ask. May be repeated."""
+    """Let web pages of this origin ask. May be repeated."""
     max_rows: int = Field(default=32, ge=1)
-    """Most completions that are made at once."""
+    """Compute at most N completions at once."""
     cache_tokens: int | None = Field(default=None, ge=32)
     """Tokens of the key-value cache. By default all rows at full length, as far as a quarter of the
     free memory goes."""
     shared_prompt_cache: bool = False
-    """Let API keys use one another's prompts, which the time of an answer then tells."""
+    """Share cached prompts between API keys; times of answers then reveal what others sent."""
     max_waiting: int = Field(default=256, ge=1)
-    """Most completions that wait."""
+    """Let at most N completions wait."""
     chat_template: Text | None = None
-    """In place of the tokenizer's: a file, a Jinja text, or trl for its training one."""
+    """Write prompts in this chat template: a file, a Jinja text, or trl for its training one."""
     engine: Literal["embedded", "vllm"] = "embedded"
-    """loraloom's own, or vLLM with loraloom's plug-in."""
+    """Serve with loraloom's own engine, or with vLLM and loraloom's plug-in."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        unused: dict[str, str] = {}
+        if not self.allow_loading:
+            unused |= dict.fromkeys(("admin_key_file", "adapter_root"), "without --allow-loading")
+        if self.no_api_key:
+            unused["api_key_file"] = "with --no-api-key"
         if self.engine == "vllm":
-            for name in sorted(self.model_fields_set - _OF_BOTH):
-                yield f"--{name.replace('_', '-')} has no effect with --engine vllm; leave it out"
+            unused |= dict.fromkeys(type(self).model_fields.keys() - _OF_BOTH, "with --engine vllm")
+        for name in sorted(self.model_fields_set & unused.keys()):
+            yield f"--{name.replace('_', '-')} has no effect {unused[name]}; leave it out"
 
 
 def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
@@ -87,18 +93,19 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
             "--no-api-key if anybody may ask"
         )
     keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
-    if options.engine == "vllm":
+    admin_keys = [] if options.admin_key_file is None else read_keys(options.admin_key_file)
+    is_vllm = options.engine == "vllm"  # which has one kind of key
+    if options.allow_loading and not (keys if is_vllm else admin_keys) and (keys or not is_local):
+        raise ConfigError(
+            "--allow-loading lets whoever asks replace adapters: give "
+            f"--{'api' if is_vllm else 'admin'}-key-file, with keys that may load them"
+        )
+    if is_vllm:
         from loraloom.serve.vllm import serve_with_vllm
 
         found = {"adapters": options.adapters, "api_keys": keys}
         serve_with_vllm(SimpleNamespace(**dict(options), **found, cors_origins=options.cors_origin))
         return
-    admin_keys = [] if options.admin_key_file is None else read_keys(options.admin_key_file)
-    if options.allow_loading and not admin_keys and (keys or not is_local):
-        raise ConfigError(
-            "--allow-loading lets whoever asks replace adapters: give --admin-key-file, with keys "
-            "that may load them"
-        )
     _serve_embedded(options, is_local, keys, admin_keys)
 
 
@@ -117,7 +124,7 @@ def _serve_embedded(
     loading.check_sources(options, options.adapters)
     # the socket comes first, so that a port in use is an error before minutes of loading
     with listen(options.host, options.port) as sock:
-        engine, adapters, tokenizer = run_apart(lambda: _prepare(options, sock))
+        engine, adapters, tokenizer = start_apart(lambda: _prepare(options, sock)).result()
         allowed = ApiOptions(
             keys,
             admin_keys,
@@ -130,9 +137,8 @@ def _serve_embedded(
         server = Server(app, engine)
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        for name in ("loraloom", "uvicorn.access"):
-            logging.getLogger(name).addHandler(handler)
-            logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger("loraloom").addHandler(handler)
+        logging.getLogger("loraloom").setLevel(logging.INFO)
         server.run([sock])
 
 

@@ -239,7 +239,7 @@ def evaluate_loss(
     if isinstance(data, SourceConfig | Mapping):
         data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
     if not data:
-        raise ConfigError("data must have a data set at least, got none")
+        raise ConfigError("data must have at least one data set, got none")
     names = [one.name for one in data]
     if len(set(names)) < len(names):
         raise ConfigError(f"data sets must have different names, got {', '.join(names)}")

@@ -18,18 +18,18 @@ _ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidatio
 
 
 def find_adapter(path_or_hub_id: str | Path) -> Path:
-    """Give the directory of an adapter, downloaded first if it is a Hub id (`owner/name`)."""
+    """Give the directory of an adapter, downloaded first if it is a hub id (`owner/name`)."""
     path = local_path(path_or_hub_id, "an adapter", FormatError)
     if path.exists():
         return path
     if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(path_or_hub_id):
-        raise FormatError(f"an adapter must be a directory or a Hub id, there is no {path}")
+        raise FormatError(f"an adapter must be a directory or a hub id, there is no {path}")
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
     except _ERRORS as error:
         raise FormatError(
-            f"`{path_or_hub_id}` is no directory here, and it can't be got from the Hugging Face "
-            f"Hub ({_reason(error)}); check the name, the network and, for a private or gated "
+            f"`{path_or_hub_id}` is no directory here, and it can't be downloaded from the Hugging "
+            f"Face Hub ({_reason(error)}); check the name, the network and, for a private or gated "
             "repository, `hf auth login`"
         ) from error
 

@@ -36,7 +36,7 @@ class SamplingConfig(StrictModel):
     """How tokens are chosen, and when to stop."""
 
     max_new_tokens: int = Field(default=128, ge=1)
-    """Most tokens to generate for a prompt."""
+    """Generate at most N tokens for a prompt."""
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the most likely token; else tokens are drawn from softmax(logits / it)."""
     top_k: int = Field(default=0, ge=0)

@@ -23,7 +23,10 @@ from loraloom.formats.disk import CONFIG_FILE
 from loraloom.formats.hub import find_adapter
 from loraloom.generation.sequence import RequestError
 from loraloom.models.host import Host
-from loraloom.serve.process import run_apart
+from loraloom.serve.process import start_apart
+
+# Seconds in which an adapter must have come from the Hub.
+DOWNLOAD_S = 300.0
 
 # What a directory's files are like: names, sizes, times and inodes.
 Files = frozenset[tuple[str, int, int, int]]
@@ -120,7 +123,16 @@ class ServedAdapters:
             raise ConfigError(
                 f"the name {shown(name)} is taken; unload it first, or choose another"
             )
-        directory = await asyncio.to_thread(find_adapter, source)
+        # apart from loads, whose threads slow downloads would take up
+        finding = asyncio.wrap_future(start_apart(partial(find_adapter, source)))
+        try:
+            directory = await asyncio.wait_for(finding, DOWNLOAD_S)
+        except TimeoutError:
+            raise RequestError(
+                f"the adapter {shown(source)} must come from the Hub in {DOWNLOAD_S:g} seconds; "
+                "try again, which continues the download",
+                "timeout",
+            ) from None
         await self._load(name, source, directory, is_lazy=False)
         if _files_of(source):
             self._sources[name] = source
@@ -150,9 +162,7 @@ class ServedAdapters:
             files, host_name = _files_of(source), name
             while host_name in self._host.adapters:
                 host_name = f"{name[:90]}.{next(self._versions)}"
-            # not in the pool's own thread, which would keep OpenMP's helpers
-            load = partial(self._host.load, host_name, directory)
-            await asyncio.to_thread(run_apart, load)
+            await asyncio.wrap_future(start_apart(partial(self._host.load, host_name, directory)))
             adapter = ServedAdapter(name, host_name, source, files, is_lazy)
             self._make_room_for(adapter)
             former = self._served.pop(name, None)

@@ -47,12 +47,13 @@ def bound_memory() -> None:
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
 
 
-def run_apart(work: Callable[[], _Value]) -> _Value:
-    """Do something that computes in a thread that ends with it, and return its result."""
+def start_apart(work: Callable[[], _Value]) -> Future[_Value]:
+    """Do something that computes, or may take long, in a thread that ends with it."""
     # On CPUs, GNU's OpenMP gives every thread that computes helpers, which live as long as it does.
     # With more of them than cores, they sleep after each operation in place of waiting for the
     # next, and a decoding step takes a third longer. So nobody may have helpers but the engine.
     future: Future[_Value] = Future()
+    future.set_running_or_notify_cancel()  # nobody cancels what is under way
 
     def run() -> None:
         try:
@@ -60,7 +61,5 @@ def run_apart(work: Callable[[], _Value]) -> _Value:
         except BaseException as error:
             future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # which ends with Ctrl-C
-    thread.start()
-    thread.join()
-    return future.result()
+    threading.Thread(target=run, daemon=True).start()  # which ends with Ctrl-C
+    return future

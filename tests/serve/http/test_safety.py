@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import socket
 import threading
@@ -148,6 +149,20 @@ def test_keys_are_asked_for(host, tokenizer):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="no", max_retries=0)
         with client, pytest.raises(openai.AuthenticationError):
             client.models.list()
+
+
+def test_the_log_says_who_asked_and_for_how_much(host, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    headers = {"Authorization": "Bearer secret-1"}
+    with serving(host, tokenizer, options=ApiOptions(api_keys=("secret-1",))) as (url, _):
+        for stream in (False, True):
+            body = CHAT | {"stream": stream, "ignore_eos": True}
+            assert httpx2.post(f"{url}/v1/chat/completions", json=body, headers=headers).text
+        httpx2.get(f"{url}/health")
+    asked = r'127\.0\.0\.1:\d+ "POST /v1/chat/completions" 200, \d+\.\d\d s'
+    assert len(re.findall(rf"{asked}, key f7e7c36e, [1-9]\d* tokens in, 4 out", caplog.text)) == 2
+    assert re.search(r'"GET /health" 200, \d+\.\d\d s\n', caplog.text)
+    assert "secret-1" not in caplog.text
 
 
 def load(url, key, path, name="new"):

@@ -34,7 +34,7 @@ from loraloom.generation.sequence import (
 )
 from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters
-from loraloom.serve.http.guards import TENANT, answer_to
+from loraloom.serve.http.guards import TENANT, USAGE, answer_to
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.http.tools import JsonConstraint
 
@@ -102,6 +102,7 @@ class Exchange(ABC):
         self.num_prompt = 0
         self._num_new = 0
         self._http = http
+        http.scope[USAGE] = self.usage
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._rows: list[Row] = []
         # nothing else reads from the connection while the engine works
@@ -188,7 +189,7 @@ class Exchange(ABC):
         async for index, piece in self._pieces():
             answers[index].add(piece)
         choices = await run_in_threadpool(self.choices, answers)
-        return JSONResponse({**frame, "choices": choices, "usage": self._usage()})
+        return JSONResponse({**frame, "choices": choices, "usage": self.usage()})
 
     async def _ask(self) -> None:
         """Hand the engine what a model is asked for."""
@@ -227,11 +228,11 @@ class Exchange(ABC):
             async for index, piece in self._pieces():
                 yield {**frame, "choices": [self.chunk(index, piece)]}
             if has_usage:
-                yield {**frame, "choices": [], "usage": self._usage()}
+                yield {**frame, "choices": [], "usage": self.usage()}
         finally:
             self._gone.cancel()
 
-    def _usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, int]:
         return {
             "prompt_tokens": self.num_prompt,
             "completion_tokens": self._num_new,

@@ -33,6 +33,8 @@ LOADING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 MAX_BODY_BYTES = 2 << 20
 # Where a request's scope says with which key it came, as a hash.
 TENANT = "loraloom.tenant"
+# And what gives its tokens, if it asks for completions.
+USAGE = "loraloom.usage"
 # Code of an error -> status; 400 for others.
 _STATUS = {
     "model_not_found": 404,

@@ -4,7 +4,9 @@ send a request; here both are, so that clients that send nothing leave room for 
 
 from __future__ import annotations
 
+import logging
 import socket
+import time
 from collections import Counter
 from functools import partial
 from types import FrameType
@@ -12,11 +14,15 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
 from loraloom.errors import ConfigError
 from loraloom.generation.engine import Engine
+from loraloom.serve.http.guards import TENANT, USAGE
 
+_log = logging.getLogger(__name__)
 # Seconds in which headers, and then a body, must have come, and some of an answer be read.
 SECONDS = {"header": 10.0, "body": 60.0, "read": 60.0}
 # Seconds without a request after which a connection is closed.
@@ -37,6 +43,7 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.watch()  # it is the latest, however many come between two ticks
         connections: set[Any] = self.connections
         if len(connections) > self._max_connections:
             silent = [one for one in connections if one.watch()]
@@ -69,6 +76,35 @@ class _Connection(H11Protocol):
         self.transport.abort()
 
 
+class _AccessLog:
+    """Logs a line for each request when its answer has ended: who asked, and for how much."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun_s, status = time.monotonic(), "unanswered"
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            if scope["type"] == "http":
+                path = get_path_with_query_string(scope)  # pyright: ignore
+                client = get_client_addr(scope)  # pyright: ignore
+                details = [f"{time.monotonic() - begun_s:.2f} s"]
+                details += [f"key {scope[TENANT][:8]}"] if TENANT in scope else []
+                if USAGE in scope:
+                    text = "{prompt_tokens} tokens in, {completion_tokens} out"
+                    details.append(text.format(**scope[USAGE]()))
+                what = f"{scope['method']} {path}"
+                _log.info('%s "%s" %s, %s', client, what, status, ", ".join(details))
+
+
 class Server(uvicorn.Server):
     """Ends when the requests that it has accepted have ended; a second signal ends it at once."""
 
@@ -76,8 +112,9 @@ class Server(uvicorn.Server):
         connection = partial(_Connection, max_connections(), engine.counts)
         super().__init__(
             uvicorn.Config(
-                app,
+                _AccessLog(app),
                 log_config=None,
+                access_log=False,
                 log_level="error",
                 ws="none",
                 lifespan="on",
