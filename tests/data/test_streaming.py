@@ -102,6 +102,9 @@ def test_a_bad_row_is_an_error_of_every_job_that_reads_it(tiny_tokenizer, file, 
     for _ in range(2):
         with pytest.raises(DataError, match=rf"rows.jsonl, {message}"):
             made.take(position, 8)
+    file.write_text(f'{{"text": "one"}}\n{line}\n{{"text": ""}}\n')  # fewer than a block has
+    with pytest.raises(DataError, match=r"2 of 3 rows can't be used:\n  line 2: .*\n  line 3: "):
+        stream(tiny_tokenizer, dataset=file)
 
 
 def test_an_empty_stream_is_an_error(tiny_tokenizer, file):

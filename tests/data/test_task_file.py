@@ -130,7 +130,7 @@ def test_a_row_that_can_not_be_used_is_named(write, change, message):
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("options", "the row has no field 'options'; the fields there are question, "),
+        ("options", "the row has no field 'options'; the fields there are 'question', "),
         ("question", "template can't be filled in: 'question' is undefined; the row's fields"),
     ],
 )

@@ -214,7 +214,7 @@ def test_all_faulty_rows_are_in_one_message(tiny_tokenizer, tmp_path):
     [
         (
             {"format": "instruction"},
-            "no field 'output', the output of format instruction; .* {ou",
+            "no field 'output', the output of format instruction; .* {ou.* 'instruction', 'reply ",
         ),
         ({"format": "text"}, "no field 'text', the text of format text; .* {text: COLUMN}"),
         (
@@ -226,7 +226,7 @@ def test_all_faulty_rows_are_in_one_message(tiny_tokenizer, tmp_path):
 def test_a_column_that_is_needed_or_set_is_named_with_its_setting(
     tiny_tokenizer, tmp_path, settings, message
 ):
-    row = {"instruction": "Say", "reply": "a", "messages": [TURN, GOOD], "functions": None}
+    row = {"instruction": "Say", "reply ": "a", "messages": [TURN, GOOD], "functions": None}
     path = write_rows(tmp_path / "a.jsonl", [row] * 3)
     with pytest.raises(DataError, match=message):
         load(tiny_tokenizer, dataset=path, **settings)

@@ -22,6 +22,10 @@ def test_what_can_not_be_written_is_an_error(tiny_tokenizer):
         encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3"))
     with pytest.raises(DataError, match="--prompt: the prompt must not be empty"):
         encode_prompt(tiny_tokenizer, Prompt("", origin="--prompt"))
+    tiny_tokenizer.chat_template = TEMPLATE
+    tools = [{"type": "function", "function": {"name": "paint"}}]
+    with pytest.raises(DataError, match="line 3: the chat template leaves tools out"):
+        encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3", tools=tools))
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])

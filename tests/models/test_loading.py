@@ -111,8 +111,12 @@ def test_dtype_auto_is_the_checkpoints(directory, saved, loaded, monkeypatch):
 
 
 def test_a_cpu_without_products_in_16_bits_gets_float32(monkeypatch):
-    monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: False)
-    cpu = torch.device("cpu")
+    cpu, has = torch.device("cpu"), {"bf16": True, "amx": False}
+    monkeypatch.setattr(loading.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has["bf16"])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has["amx"])
+    assert loading._find_dtype("auto", {"dtype": "bfloat16"}, cpu) == torch.bfloat16
+    has["bf16"] = False  # AVX-512 alone, where oneDNN would say that it multiplies
     for saved in ("bfloat16", "float16", "float32"):
         assert loading._find_dtype("auto", {"dtype": saved}, cpu) == torch.float32
     assert loading._find_dtype("auto", {}, cpu) == torch.float32  # a GGUF file

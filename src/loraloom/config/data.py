@@ -242,7 +242,7 @@ class _SourceFields(StrictModel):
             yield f"format must be given with a dataset: {', '.join(FIELD_ROLES)}"
         elif kind and (unknown := {*(self.fields or ())} - {*FIELD_ROLES[kind]}):
             roles = ", ".join(FIELD_ROLES[kind])
-            yield f"fields must map {roles} to columns, got {', '.join(sorted(unknown))}"
+            yield f"fields must map {roles} to columns, got {', '.join(map(repr, sorted(unknown)))}"
 
 
 class SourceConfig(_SourceFields):

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loraloom.config.data import FIELD_ROLES, PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
-from loraloom.data import templates, tokens
+from loraloom.data import sources, templates, tokens
 from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
-from loraloom.data.sources import EmptyAnswerError, Row, RowStream, check_faults, find_location
+from loraloom.data.sources import EmptyAnswerError, Row, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import ChatTemplate, Conversation
 from loraloom.data.tokens import NO_LOSS, EncodedRow, Example
@@ -67,12 +67,13 @@ class SourceEncoder:
         return encoded
 
     def check(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
-        faults = [
-            (row.origin, one.fault)
+        # a stream that is shorter than a block has rows in it several times
+        faults = {
+            row.origin: one.fault
             for row, one in zip(rows, encoded, strict=True)
             if one.fault and not (one.is_empty and self.config.on_empty == "skip")
-        ]
-        check_faults(faults, len(rows))
+        }
+        sources.check_faults(list(faults.items()), len({row.origin for row in rows}))
 
     def read(
         self, split: str, limit: int | None = None, *, streaming: bool = False
@@ -96,7 +97,7 @@ class SourceEncoder:
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
         split = self.config.split or split
-        found = find_location(self.config.dataset or "", split, self.config.config)
+        found = sources.find_location(self.config.dataset or "", split, self.config.config)
         return RowStream(found, split, streaming=streaming)
 
     def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
@@ -133,7 +134,8 @@ class SourceEncoder:
             if role in needed and column not in first and not first.fault:
                 first.reject(
                     f"the row has no field {column!r}, the {role} of format {data_format}; name "
-                    f"its column with fields: {{{role}: COLUMN}}, the row's are {', '.join(first)}"
+                    f"its column with fields: {{{role}: COLUMN}}, the row's are "
+                    f"{sources.fields_of(first)}"
                 )
         return columns
 

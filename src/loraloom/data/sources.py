@@ -42,8 +42,8 @@ class Row(dict[str, Any]):
         self.origin, self.fault = origin, fault
 
     def __missing__(self, name: str) -> NoReturn:
-        fields = _listed(list(map(shown, self))) or "none"
-        self.reject(self.fault or f"the row has no field {name!r}; its fields are {fields}")
+        reason = f"the row has no field {name!r}; its fields are {fields_of(self)}"
+        self.reject(self.fault or reason)
 
     def reject(self, reason: str) -> NoReturn:
         raise DataError(f"{self.origin}: {reason}")
@@ -89,6 +89,11 @@ def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
     if len(places) > _MAX_NAMES:
         lines.append(f"  and {len(places) - _MAX_NAMES} other faults")
     raise DataError("\n".join(lines))
+
+
+def fields_of(row: Mapping[str, Any]) -> str:
+    """Name a row's fields in quotes, which show a space at the end of one."""
+    return _listed(list(map(shown, row))) or "none"
 
 
 def _listed(names: Sequence[str]) -> str:

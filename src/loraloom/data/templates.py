@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 from loraloom.config.data import PROMPT_TEMPLATES
 from loraloom.config.fields import suggestion
 from loraloom.config.text import local_path, read_text
-from loraloom.data.sources import Row
+from loraloom.data.sources import Row, fields_of
 from loraloom.errors import DataError, shown
 
 # Today, for templates in training, as in Llama 3.2's by default: the same rows are the same tokens
@@ -80,8 +80,8 @@ def fill_in(template: Template, row: Row, setting: str, more: Mapping[str, Any])
     try:
         return render(template, {**row, **more})
     except TemplateError as error:
-        fields = ", ".join(row) or "none"
-        row.reject(f"{setting} can't be filled in: {error}; the row's fields are {fields}")
+        reason = f"{setting} can't be filled in: {error}; the row's fields are {fields_of(row)}"
+        row.reject(reason)
 
 
 @contextmanager

@@ -89,6 +89,11 @@ def encode_prompt(
         try:
             template = ChatTemplate(tokenizer, source) if source else load_chat_template(tokenizer)
             chat = template.render(Conversation(messages, prompt.tools), for_answer=True)
+            if prompt.tools and chat == template.render(Conversation(messages), for_answer=True):
+                raise DataError(
+                    "the chat template leaves tools out, so the model would never read them; give "
+                    "a --chat-template that writes them, or leave tools out"
+                )
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None
         except TemplateError as error:

@@ -32,7 +32,7 @@ from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
 from loraloom.data import sources
 from loraloom.data.skills import generate_skills
-from loraloom.data.sources import HubSource, Row
+from loraloom.data.sources import HubSource, Row, fields_of
 from loraloom.data.templates import compile_template, fill_in
 from loraloom.errors import ConfigError, DataError, shown
 
@@ -259,8 +259,8 @@ def _find(row: Row, path: str) -> Any:
         if isinstance(value, list):
             return [step(entry, part) for entry in value]
         if not isinstance(value, Mapping) or part not in value:
-            fields = ", ".join(value) if isinstance(value, Mapping) else ""
-            row.reject(f"the row has no field {path!r}; the fields there are {fields or 'none'}")
+            fields = fields_of(value if isinstance(value, Mapping) else {})
+            row.reject(f"the row has no field {path!r}; the fields there are {fields}")
         return value[part]
 
     return reduce(step, path.split("."), row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import Request
@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import PromptForm
-from loraloom.errors import DataError
 from loraloom.generation.prompts import Prompt, encode_prompt, form_for
 from loraloom.generation.sequence import GenerationRequest, Piece
 from loraloom.models.layout import RowAdapter
@@ -150,17 +149,8 @@ def encode_chat(
     tokenizer: PreTrainedTokenizerBase, body: ChatBody, form: PromptForm | None = None
 ) -> tuple[list[int], bool]:
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
-    plain = Prompt(messages, origin="messages")
-    if not body.tools or body.tool_choice == "none":
-        return encode_prompt(tokenizer, plain, form)
-    tools: list[Any] = list(body.tools)
-    encoded = encode_prompt(tokenizer, replace(plain, tools=tools), form)
-    if encoded == encode_prompt(tokenizer, plain, form):
-        raise DataError(
-            "tools: the chat template leaves tools out, so the model would never read them; start "
-            "the server with a --chat-template that writes them, or leave tools out"
-        )
-    return encoded
+    tools: Any = None if body.tool_choice == "none" else body.tools
+    return encode_prompt(tokenizer, Prompt(messages, origin="messages", tools=tools), form)
 
 
 def _called(calls: list[Function]) -> list[dict[str, Any]]:
