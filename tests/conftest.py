@@ -58,6 +58,14 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _quick_disk() -> Iterator[None]:
+    """Never wait for the disk, which others write to as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory) -> Iterator[Path]:
     """Keep away from the user's cache; a GGUF file is dequantised once in a session."""
     home = tmp_path_factory.mktemp("session-cache")
@@ -86,6 +94,12 @@ def browser():
             yield browser
     except browsers.NoChromium as missing:
         pytest.skip(str(missing))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of slow tests: at the end, no process waits long for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:

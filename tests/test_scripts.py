@@ -71,5 +71,17 @@ def test_arguments_of_test_go_to_pytest_behind_its_own(checkout):
     said = run(checkout / "scripts/test", "-n", "0", "-k", "a or b", OMP_NUM_THREADS="")
     assert said.stdout.splitlines() == [
         "threads 1",
-        *("-m", "pytest", "-n", "2", "--dist", "loadscope", "-n", "0", "-k", "a or b"),
+        *(
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "--dist",
+            "loadscope",
+            "--no-loadscope-reorder",
+            "-n",
+            "0",
+            "-k",
+            "a or b",
+        ),
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loraloom
+from loraloom.models.host import Host
 from tests.conftest import build_tokenizer
 from tests.pairwise.cases import Case, pairs_of, pairwise
 from tests.tiny import randomise, tiny_model
@@ -141,14 +143,30 @@ def _alone(directory: Path, number: int) -> None:
         "micro_batch_size": 4,
         "packing": False,
         "gradient_checkpointing": False,
+        "save_steps": None,
     }
-    loraloom.train(run)
+    _train_on(directory, CASES[number], run)
 
 
-def _train(directory: Path, run: tuple[str, str, str], rank: int = 0) -> None:
+@cache
+def _loaded(directory: Path, base: str, dtype: str) -> tuple[Host, Any]:
+    family, _, quantization = base.partition("-")
+    model, tokenizer = loraloom.load_base_model(
+        str(directory / family), dtype, quantization=quantization or None
+    )
+    return loraloom.attach(model), tokenizer
+
+
+def _train_on(directory: Path, case: Case, settings: dict[str, Any], **options: Any) -> None:
+    """Train a run on the base model of a case, which is loaded once."""
+    loraloom.train(settings, base=_loaded(directory, case["base"], case["dtype"]), **options)
+
+
+def _train(directory: Path, run: tuple[str, str, str]) -> None:
     """Train the cases of a run together."""
     numbers = [number for number, case in enumerate(CASES) if _run_of(case) == run]
-    settings = _settings(directory, "-".join(run), CASES[numbers[0]], numbers)
+    case = CASES[numbers[0]]
+    settings = _settings(directory, "-".join(run), case, numbers)
 
     def break_off(engine: Any, _: Any) -> None:
         if engine.round == 3:
@@ -156,14 +174,14 @@ def _train(directory: Path, run: tuple[str, str, str], rank: int = 0) -> None:
 
     if run[2] == "broken":
         with pytest.raises(KeyboardInterrupt):
-            loraloom.train(settings, between_steps=break_off)
-    loraloom.train(settings, resume=run[2] == "broken")
+            _train_on(directory, case, settings, between_steps=break_off)
+    _train_on(directory, case, settings, resume=run[2] == "broken")
 
 
 def _be_rank(rank: int, directory: Path) -> None:
     for run in RUNS:
         if run[2] == "two ranks":
-            _train(directory, run, rank)
+            _train(directory, run)
 
 
 pytestmark = [
@@ -234,11 +252,7 @@ def _norm(tensors: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("base", FACTORS["base"])
 def test_texts_of_one_batch_are_those_of_a_loop_without_cache(directory, base):
-    family, _, quantization = base.partition("-")
-    model, tokenizer = loraloom.load_base_model(
-        str(directory / family), "float32", quantization=quantization or None
-    )
-    host = loraloom.attach(model)
+    host, tokenizer = _loaded(directory, base, "float32")
     names = []
     for run in RUNS:
         if run[:2] == (base, "float32"):

@@ -7,18 +7,20 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import loraloom
-from benchmarks import cluster
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.training import workers
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import read_result
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +33,29 @@ def run_file(inputs, tmp_path):
     return write_run_file(tmp_path / "run.yaml", run_settings(inputs, tmp_path / "out"))
 
 
-@pytest.mark.slow
-def test_a_worker_is_killed_and_the_weights_are_those_of_one_process(inputs):
-    assert cluster.compare_jobs(inputs, workers=2, steps=24)
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """What is printed by a sweep, and then by jobs, on a cluster that people start."""
+    command = [sys.executable, "-m", "benchmarks.cluster", "--workers", "2", "--steps", "18"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, cwd=ROOT, **options).stdout
 
 
 @pytest.mark.slow
-def test_workers_share_a_sweep(inputs):
-    assert cluster.check_sweep(inputs, workers=2)
+def test_workers_share_a_sweep(printed):
+    assert "sweep of 12: as it must be\n" in printed, printed
 
 
 @pytest.mark.slow
-def test_nothing_of_rays_is_printed(run_file, tmp_path):
-    """In a process of its own, as people start it."""
-    words = ["train", str(run_file), "--ray", "auto", "--ray-workers", "1"]
-    command = [sys.executable, "-m", "loraloom", *words]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "starting Ray\nstarting 1 workers\n" in ran.stdout
-    assert "raylet" not in ran.stdout + ran.stderr
+def test_a_worker_is_killed_and_the_weights_are_those_of_one_process(printed):
+    assert "six jobs: as in one process\n" in printed, printed
+
+
+@pytest.mark.slow
+def test_nothing_of_rays_is_printed_as_long_as_no_worker_is_lost(printed):
+    before, _, _ = printed.partition("sweep of 12")
+    assert "starting Ray\nstarting 2 workers\n" in before
+    assert "raylet" not in before
 
 
 def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:
