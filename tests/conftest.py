@@ -110,10 +110,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def methods_as_before():
-    """Forget the methods that a test registers."""
-    known = list(adapters.CONFIGS)
+    """Forget the methods and objectives that a test registers."""
+    from loraloom.training.settings import OBJECTIVES
+
+    lists = (adapters.CONFIGS, OBJECTIVES)
+    known = [list(one) for one in lists]
     yield
-    if known != adapters.CONFIGS:
-        adapters.CONFIGS[:] = known
+    if known != list(lists):
+        adapters.CONFIGS[:], OBJECTIVES[:] = known
         for listener in adapters._LISTENERS:
             listener()

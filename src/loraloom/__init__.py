@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from loraloom.training.settings import OptimizerConfig as OptimizerConfig
     from loraloom.training.settings import RunConfig as RunConfig
     from loraloom.training.settings import SftConfig as SftConfig
+    from loraloom.training.settings import register_objective as register_objective
     from loraloom.training.step.requests import run_requests as run_requests
 
 __version__ = "0.1.0"
@@ -71,7 +72,8 @@ _HOMES = {
     "training.client": "TrainingClient example_of example_of_completion",
     "training.results": "JobResult",
     "training.run": "train",
-    "training.settings": "CpoConfig DpoConfig JobConfig OptimizerConfig RunConfig SftConfig",
+    "training.settings": "CpoConfig DpoConfig JobConfig OptimizerConfig RunConfig SftConfig "
+    "register_objective",
     "training.step.requests": "run_requests",
 }
 

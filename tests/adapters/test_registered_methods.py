@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import loraloom.adapters
+from loraloom.adapters.experts import MixtureConfig, RouterLossConfig
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
-from loraloom.errors import ConfigError
+from loraloom.errors import AdapterError, ConfigError, FormatError
 from loraloom.training.settings import RunConfig
 from tests.tiny import randomise, tiny_host, tiny_ids
 
@@ -75,6 +76,77 @@ def test_files_of_a_registered_method_are_read_back(registered, tmp_path):
     assert not torch.equal(logits[0], logits[2])
 
 
+def test_files_of_an_unknown_method_say_what_has_it(registered, tmp_path):
+    host = tiny_host(configs={})
+    host.add("a", registered(rank=2))
+    host.save("a", tmp_path)
+    loraloom.adapters.CONFIGS.remove(registered)
+    with pytest.raises(
+        FormatError, match=r"one of LORA, .*, got 'HALF' of the package 'tests'; install a package"
+    ):
+        host.load("b", tmp_path)
+
+
+class OddProjection(LoraProjection):
+    """Yields its tensors under a name that is given, or fewer of them."""
+
+    part: str | None
+
+    def tensors(self):
+        for name, tensor in super().tensors():
+            if not name.endswith("lora_B"):
+                yield name, tensor
+            elif self.part:
+                yield f"{self.key}.{self.part}", tensor
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("weight", r"PART is one word, neither weight nor bias, got layers.0.self_attn.q_proj.wei"),
+        ("up.weight", r"must be called shared.PART, .* got layers.0.self_attn.q_proj.up.weight;"),
+        (None, r"Odd must yield views of all trained .* none or a part of layers.0.*q_proj.lora_B"),
+    ],
+)
+def test_what_files_would_not_hold_is_refused(part, message):
+    class OddConfig(HalfConfig):
+        """A LoRA that files can't hold."""
+
+        title = "Odd"
+
+        def projection(self, base, layer, dtype, seed):
+            projection = OddProjection(base, self, None, dtype, seed)
+            projection.part = part
+            return projection
+
+    with pytest.raises(AdapterError, match=message):
+        tiny_host(configs={}).add("a", OddConfig(rank=2))
+
+
+@pytest.mark.parametrize(
+    "bases", [(MixtureConfig, RouterLossConfig), (RouterLossConfig, MixtureConfig)]
+)
+def test_router_losses_are_inherited_in_any_order(bases):
+    kind = type("Both", bases, {"__doc__": "A mixture with losses."})
+    assert kind.auxiliary_loss is RouterLossConfig.auxiliary_loss
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"title": None}, "must have a title, which is a text, got "),
+        ({"formula": " "}, "must have a formula, which is a text"),
+        ({"layout": "peft"}, 'must have layout = "native"'),
+        ({"method": "half", "__annotations__": {"method": str}}, "must have method: Literal"),
+    ],
+)
+def test_a_configuration_that_lacks_something_is_refused(changes, message, methods_as_before):
+    fields = {"__doc__": "A faulty one.", "__module__": __name__, "peft_type": "FAULTY", **changes}
+    faulty = type("Faulty", (HalfConfig,), fields)
+    with pytest.raises(ConfigError, match=message):
+        loraloom.register_method(faulty)
+
+
 def test_names_that_are_taken_are_refused(registered):
     assert loraloom.register_method(registered) is registered
     twin = type("Twin", (HalfConfig,), {"__doc__": "A twin."})
@@ -98,4 +170,5 @@ def test_a_package_makes_its_method_known_to_every_process(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     # As the package is executed in a new process.
     fresh = runpy.run_path(loraloom.adapters.__file__)
-    assert fresh["parse_adapter_config"]({"method": "halves", "rank": 2}).title == "Halves"
+    config = fresh["parse_adapter_config"]({"method": "halves", "rank": 2})
+    assert (config.title, config.package) == ("Halves", "halves")

@@ -1,9 +1,7 @@
 """Methods: a file for each, and the list of them."""
 
-import sys
-from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -19,7 +17,8 @@ from loraloom.adapters.mola import MolaConfig
 from loraloom.adapters.moslora import MosLoraConfig
 from loraloom.adapters.smora import SmoraConfig
 from loraloom.adapters.vera import VeraConfig
-from loraloom.errors import ConfigError
+from loraloom.config.packages import take_entries
+from loraloom.errors import ConfigError, shown
 
 # The methods. To add one, import its configuration above and name it here; see also
 # `register_method`.
@@ -72,8 +71,10 @@ def register_method(config: _METHOD) -> _METHOD:
         The same, so that it can decorate the class.
 
     Raises:
-        ConfigError: If its `method` or `peft_type` is taken.
+        ConfigError: If it lacks something, or its `method` or `peft_type` is taken.
     """
+    if lacking := ", ".join(_lacking(config)):
+        raise ConfigError(f"a method's configuration must have {lacking}, got {shown(config)}")
     name = config.model_fields["method"].default
     for known in CONFIGS:
         names = {known.model_fields["method"].default, *known.aliases}
@@ -83,10 +84,29 @@ def register_method(config: _METHOD) -> _METHOD:
                 f"{known.__name__} has one of them; rename it"
             )
     if config not in CONFIGS:
+        config.package = config.__module__.partition(".")[0].replace("__main__", "")
         CONFIGS.append(config)
         for listener in _LISTENERS:
             listener()
     return config
+
+
+def _lacking(config: Any) -> Iterator[str]:
+    if not isinstance(config, type) or not issubclass(config, AdapterConfig):
+        yield "the base class AdapterConfig"
+        return
+    attributes = {n: v for base in reversed(config.__mro__) for n, v in vars(base).items()}
+    for name in ("peft_type", "title", "formula"):
+        value = attributes.get(name)
+        if not isinstance(value, property) and not (isinstance(value, str) and value.strip()):
+            yield f"a {name}, which is a text"
+    method = config.model_fields["method"]
+    if get_args(method.annotation) != (method.default,):
+        yield 'method: Literal["name"] = "name"'
+    if config.__abstractmethods__:
+        yield f"the functions {', '.join(sorted(config.__abstractmethods__))}"
+    if config.layout != "native":
+        yield 'layout = "native", as others are those of methods that formats/ knows'
 
 
 def when_registered(listener: Callable[[], object]) -> None:
@@ -94,18 +114,11 @@ def when_registered(listener: Callable[[], object]) -> None:
     _LISTENERS.append(listener)
 
 
-for _entry in entry_points(group="loraloom.methods"):
-    # A package that is imported first, and imports loraloom, registers its method by itself.
-    if getattr(getattr(sys.modules.get(_entry.module), "__spec__", None), "_initializing", False):
-        continue
-    try:
-        register_method(_entry.load())
-    except Exception as error:
-        where = _entry.dist and _entry.dist.name
-        raise ImportError(
-            f"the method {_entry.value} of the package {where} can't be loaded: {error}; mend or "
-            "uninstall it"
-        ) from error
+def _take(config: Any, package: str) -> None:
+    register_method(config).package = package
+
+
+take_entries("loraloom.methods", _take)
 
 if TYPE_CHECKING:
     AnyAdapterConfig = AdapterConfig

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import SampleNoise
 from loraloom.ranks import own_part, whole
-from loraloom.routing.record import LayerRouting
+from loraloom.routing.record import LayerRouting, with_tensors
 from loraloom.routing.routes import beyond_capacity
 
 
@@ -234,6 +235,7 @@ class SegmentTokens:
         real_index: Their positions.
         noise: Random numbers for dropout and jitter; None outside training.
         record: Takes what a router did; None where nobody asks.
+        row_length: Tokens of a row of the batch.
     """
 
     layer: int
@@ -241,6 +243,14 @@ class SegmentTokens:
     real_index: Tensor | None = None
     noise: SampleNoise | None = None
     record: Callable[[LayerRouting], None] | None = None
+    row_length: int = 1
+
+    def samples(self, hidden_states: Float[Tensor, "T I"]) -> Int[Tensor, " T"]:
+        """Number the samples that tokens are of, as rows and packed rows hold them; padding: -1."""
+        numbers = torch.arange(len(hidden_states), device=hidden_states.device) // self.row_length
+        for number, span in enumerate(() if self.noise is None else self.noise.spans):
+            numbers[span.tokens] = number
+        return numbers if self.real is None else numbers.where(self.real, -1)
 
     def record_routing(
         self,
@@ -248,17 +258,18 @@ class SegmentTokens:
         selected_experts: Int[Tensor, "T K"],
         routing_weights: Float[Tensor, "T K"],
         projection: str | None = None,
+        extra: Mapping[str, Float[Tensor, "T ..."]] = MappingProxyType({}),
     ) -> None:
         """Record what a router did with the real tokens among these."""
         # It is that of a projection, as `self_attn.q_proj`; None for an FFN block's.
         if self.record is None:
             return
-        # Padding is left out here, so that no loss or count has to know of it.
         values = (router_logits, selected_experts, routing_weights)
-        if self.real_index is not None:
-            values = [value.index_select(0, self.real_index) for value in values]
-        logits, selected, weights = values
-        self.record(LayerRouting(self.layer, logits, selected, weights, projection))
+        routing, real_index = LayerRouting(self.layer, *values, projection, extra), self.real_index
+        # Padding is left out here, so that no loss or count has to know of it.
+        if real_index is not None:
+            routing = with_tensors([routing], lambda parts: parts[0].index_select(0, real_index))
+        self.record(routing)
 
     def beyond_capacity(
         self, selected_experts: Int[Tensor, "T K"], capacity: int | None

@@ -5,7 +5,7 @@ Axes: T tokens, I in_features, E experts, K slots of a token, R rank, S = E·R.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,12 +17,14 @@ from loraloom.adapters.keys import Weights
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, kaiming_uniform
 from loraloom.adapters.method import MAX_NUMBER, AdapterConfig, Free
-from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.fields import CheckInfo
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import AddUp, router_loss, whole
 from loraloom.routing.routes import Dense, Route, Switch, TopK, TopP, router_logits
 
 ExpertCount = Annotated[int, Field(ge=1, le=2**10)]
+# A token's experts, best first, their weights, [T, K] both, and what else to record, [T, …] each.
+Choice = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
 
 def check_at_most(limit: str, value: int, info: CheckInfo) -> int:
@@ -55,7 +57,7 @@ class MixtureConfig(LowRankConfig):
         return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
 
 
-class RouterLossConfig(StrictModel):
+class RouterLossConfig(AdapterConfig):
     """Losses on routers that choose a few experts for each token."""
 
     router_aux_loss_coef: Free[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
@@ -176,11 +178,15 @@ class RoutedProjection(LoraProjection):
         shape = (num_experts, base.in_features)
         self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
 
+    def choose(self, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Choice:
+        """Choose experts by the logits, [T, E]; a method of yours may look at x, [T, I], too."""
+        return *self.route(logits), {}
+
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh the columns of the token's experts, and zero all others."""
         logits = router_logits(hidden_states, self.router.weight)
-        selected, chosen = self.route(logits)  # (T, K)
-        tokens.record_routing(logits, selected, chosen, self.path)
+        selected, chosen, extra = self.choose(logits, hidden_states, tokens)
+        tokens.record_routing(logits, selected, chosen, self.path, extra)
         # The record is of what the router wanted; an expert that is full adds nothing.
         beyond = tokens.beyond_capacity(selected, self.capacity)
         if beyond is not None:

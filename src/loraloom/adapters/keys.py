@@ -2,11 +2,12 @@
 
     layers.{L}.{block}.{projection}.{part}                   one for all
     layers.{L}.{block}.{projection}.experts.{e}.{part}       one for each expert
-    layers.{L}.{block}.router                                a router of a whole block
+    layers.{L}.{block}.{part}                                of a whole block, as its router
     shared.{part}                                            one for all layers
 
 A part is `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,), `router` (E, I), or what else a method
-has. Modules of the base model that an adapter has as its own are in own.py.
+has: one word, and never `weight` or `bias`, which are parameters of a module that is trained whole.
+Modules of the base model that an adapter has as its own are in own.py.
 
 Axes: E experts, I in_features, O out_features, R rank.
 """
@@ -20,13 +21,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-# A part is never `weight` or `bias`: those are parameters of a module that is trained whole.
+_PART = r"(?P<part>(?!weight$|bias$)\w+)"
 _PATTERN = re.compile(
     r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
-    r"(?:(?P<router>router)"
-    r"|(?P<projection>\w+)\.(?:experts\.(?P<expert>\d{1,5})\.)?(?P<part>(?!weight$|bias$)\w+))",
+    rf"(?:(?P<projection>\w+)\.(?:experts\.(?P<expert>\d{{1,5}})\.)?)?{_PART}",
     re.ASCII,
 )
+_SHARED = re.compile(rf"shared\.{_PART}", re.ASCII)
 
 Shape = tuple[int, ...]
 
@@ -49,7 +50,7 @@ class TensorKey:
     part: str
     """`lora_A`, `lora_B`, `magnitude`, `router` …"""
     projection: str | None = None
-    """None for the router of a block."""
+    """None for what is a whole block's."""
     expert: int | None = None
 
     @classmethod
@@ -59,18 +60,23 @@ class TensorKey:
         if match is None:
             return None
         expert = None if match["expert"] is None else int(match["expert"])
-        part = match["router"] or match["part"]
-        return cls(int(match["layer"]), match["block"], part, match["projection"], expert)
+        names = (match["block"], match["part"], match["projection"])
+        return cls(int(match["layer"]), *names, expert)
 
     @property
     def path(self) -> str:
-        """The projection in its block, or the block's router: `mlp.up_proj`, `mlp.router`."""
+        """The projection in its block, or what the block has: `mlp.up_proj`, `mlp.router`."""
         return f"{self.block}.{self.projection or self.part}"
 
     def __str__(self) -> str:
         expert = None if self.expert is None else f"experts.{self.expert}"
         names = (f"layers.{self.layer}", self.block, self.projection, expert, self.part)
         return ".".join(name for name in names if name is not None)
+
+
+def can_be_saved(name: str) -> bool:
+    """Whether files can hold a method's tensor under this name, and it is read back from them."""
+    return bool(TensorKey.parse(name) or _SHARED.fullmatch(name))
 
 
 def is_meant(target: str, key: str) -> bool:

@@ -15,6 +15,7 @@ the A product, S rows of B.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -34,7 +35,7 @@ from loraloom.adapters.base import (
     Samples,
     SegmentTokens,
 )
-from loraloom.adapters.keys import Shape, TensorKey, Weights, is_meant
+from loraloom.adapters.keys import Shape, TensorKey, Weights, can_be_saved, is_meant
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
@@ -66,6 +67,8 @@ class AdapterConfig(StrictModel, ABC):
     """The method as papers spell it; a property where a setting makes a variant of it."""
     formula: ClassVar[str]
     """What an adapted projection computes, in a line."""
+    package: ClassVar[str] = ""
+    """Who has registered it, for those who lack it; empty: it is loraloom's."""
     layout: ClassVar[Literal["peft", "reference", "native"]] = "native"
     """How tensors are named on disk; see formats/."""
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -399,6 +402,25 @@ class Adapter(nn.Module, ABC):
         """Return every tensor under its file-neutral name (keys.py), as views of the parameters."""
         holders = (module for module in self.modules() if isinstance(module, Weights))
         return {name: tensor for holder in holders for name, tensor in holder.tensors()}
+
+    def check_can_be_saved(self) -> None:
+        """Raise an AdapterError if the method's tensors would not all come back from files."""
+        held, tensors = defaultdict[int, int](int), self.tensors()
+        if odd := [name for name in tensors if not can_be_saved(name)]:
+            raise AdapterError(
+                f"tensors of {self.config.title} must be called shared.PART, layers.L.BLOCK.PART, "
+                "layers.L.BLOCK.PROJECTION.PART or …PROJECTION.experts.E.PART, where PART is one "
+                f"word, neither weight nor bias, got {odd[0]}; rename it in tensors()"
+            )
+        for tensor in tensors.values():
+            held[tensor.untyped_storage().data_ptr()] += tensor.numel()
+        for name, weight in self.named_parameters():
+            if weight.requires_grad and held[weight.untyped_storage().data_ptr()] < weight.numel():
+                raise AdapterError(
+                    f"tensors() of {self.config.title} must yield views of all trained parameters, "
+                    f"as others are not saved, got none or a part of {name}; yield it, or freeze "
+                    "it by requires_grad_(False)"
+                )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names of `tensors()`; magnitudes that are missing stay.

@@ -22,7 +22,7 @@ from loraloom.adapters.base import (
     MoeFfn,
     SegmentTokens,
 )
-from loraloom.adapters.experts import ExpertCount, Router, RoutingConfig, check_has_experts
+from loraloom.adapters.experts import Choice, ExpertCount, Router, RoutingConfig, check_has_experts
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_blocks
@@ -177,6 +177,8 @@ class MixLoraAdapter(Adapter):
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
         self._returns_input = config.compat is not None and config.routing == "switch"
+        self._chooses_by_route = type(self).choose is MixLoraAdapter.choose
+        self._sums_to_one = self._chooses_by_route and self._routed.sums_to_one
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         base = self.base_layers[layer]
@@ -210,7 +212,9 @@ class MixLoraAdapter(Adapter):
         return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
-        return None if self._returns_input else (type(self.config), self._routed, self._shapes)
+        if self._returns_input or not self._chooses_by_route:
+            return None
+        return type(self.config), self._routed, self._shapes
 
     @classmethod
     def stack_ffn(
@@ -222,7 +226,7 @@ class MixLoraAdapter(Adapter):
         return stack_ffn_weights(weights, routers, first._routed, bias)
 
     def as_moe(self, layer: int) -> MoeFfn:
-        if not self._routed.sums_to_one:
+        if not self._sums_to_one:
             raise self._no_moe(f"routing: {self.config.routing}")
         block, base = self.ffn_block(layer), self.base_layers[layer].ffn
 
@@ -238,6 +242,12 @@ class MixLoraAdapter(Adapter):
         """The router's weight in a layer, [E, D]."""
         return self.layers[layer]["router"].weight  # pyright: ignore
 
+    def choose(
+        self, layer: int, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens
+    ) -> Choice:
+        """Choose each token's experts; see `RoutedProjection.choose`."""
+        return *self._routed(logits), {}
+
     def _route(self, layer: int, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
         jitter = None
         if tokens.noise is not None and self.config.router_jitter > 0:
@@ -245,10 +255,10 @@ class MixLoraAdapter(Adapter):
                 Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
             )
         logits = router_logits(hidden_states, self.router(layer), jitter)
-        selected, weights = self._routed(logits)
-        tokens.record_routing(logits, selected, weights)
+        selected, weights, extra = self.choose(layer, logits, hidden_states, tokens)
+        tokens.record_routing(logits, selected, weights, extra=extra)
         # Slots that no token uses are left out, where the device need not be waited for.
-        if not self._routed.sums_to_one and weights.device.type == "cpu" and len(weights):
+        if not self._sums_to_one and weights.device.type == "cpu" and len(weights):
             used = int((weights.detach() != 0).sum(1).max())  # NaN counts
             selected, weights = selected[:, :used], weights[:, :used]
         beyond = tokens.beyond_capacity(selected, self.config.expert_capacity)
@@ -264,7 +274,7 @@ class MixLoraAdapter(Adapter):
 
     def _unweighted_bias(self, layer: int, weights: FfnWeights) -> Tensor | None:
         """The bias of the output, where it is added once and slots' weights don't sum to 1."""
-        if self._routed.sums_to_one or weights.apart:
+        if self._sums_to_one or weights.apart:
             return None
         base = self.base_layers[layer]
         return base.ffn[base.ffn_shape.output].compute_bias(weights.sides[0].B.dtype)

@@ -66,8 +66,12 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
             return parse(files, methods[peft_type])
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, re.error) as error:
         raise files.error(f"{CONFIG_FILE} can't be used: {error}") from error
+    package = files.section("loraloom").get("package")
+    writer = f" of the package {shown(package)}" if package else ""
     raise files.error(
         f"`peft_type` in {CONFIG_FILE} must be one of {', '.join(methods)}, got {shown(peft_type)}"
+        f"{writer}; install a package that has it as an entry point of loraloom.methods, or call "
+        "loraloom.register_method first"
     )
 
 

@@ -90,6 +90,8 @@ class AdapterRecord(_Record):
     """Settings of the method that the layout has no field for."""
     prompt: PromptForm | None = None
     """How its training data wrote prompts; None where nobody knows."""
+    package: Text | None = None
+    """What has its method, where loraloom lacks it."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ def render(
     prompt: PromptForm | None = None,
 ) -> AdapterFiles:
     known = {name: getattr(base, name) or None for name in BaseRecord.model_fields}
-    record = AdapterRecord(base=BaseRecord(**known), prompt=prompt).model_dump(
+    record = AdapterRecord(
+        base=BaseRecord(**known), prompt=prompt, package=config.package or None
+    ).model_dump(
         mode="json", exclude_none=True, exclude={"adapter": True, "base": {"name_or_path"}}
     )
     fields: dict[str, Any] = {

@@ -83,7 +83,8 @@ class ForwardContext:
         if segment.spans is not None:
             noise = SampleNoise(segment.spans, segment.num_tokens, layer, device)
         record = None if segment.row is None else self.recorder(segment.row[0])
-        return SegmentTokens(layer, segment.real, segment.real_index, noise, record)
+        real = (segment.real, segment.real_index)
+        return SegmentTokens(layer, *real, noise, record, segment.row_length)
 
     def attention_updates(
         self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype

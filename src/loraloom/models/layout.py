@@ -73,6 +73,7 @@ class Segment:
     real: Tensor | None  # True at real tokens, [T]; None when all are
     real_index: Tensor | None  # their positions
     spans: tuple[SampleSpan, ...] | None  # samples for random numbers, in training
+    row_length: int
 
     @property
     def num_tokens(self) -> int:
@@ -171,7 +172,7 @@ def make_layout(
         real = None if real is None or bool(real.all()) else real.flatten()
         index = None if real is None else real.nonzero().squeeze(1).to(device)
         real = None if real is None else real.to(device)
-        segments.append(Segment(adapter, tokens, real, index, spans))
+        segments.append(Segment(adapter, tokens, real, index, spans, length))
         start = tokens.stop
     if order == list(range(len(order))):
         return Layout(tuple(segments), None, None)

@@ -58,6 +58,7 @@ class AdapterRegistry:
         # Tensors of inference mode could neither be trained nor decode.
         with torch.inference_mode(False):
             adapter = config.build(name, self._layers, dtype, seed)
+            adapter.check_can_be_saved()
             adapter.own_modules.extend(build_own_modules(parts, self.model, dtype))
         return adapter
 

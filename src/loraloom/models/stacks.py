@@ -291,6 +291,7 @@ class StackedPlan:
     cohorts: tuple[Cohort, ...]  # those that adapt FFN blocks too come first
     num_in_ffn: int
     device: torch.device
+    row_length: int
     ffn_take: Tensor | None = None  # token row of each place
     ffn_put: Tensor | None = None  # place of each token row
 
@@ -330,10 +331,11 @@ def make_plan(
         others = None if bool(is_own.all()) else ~is_own[:, None].to(device)
         cohorts.append(Cohort(stack, entries, counts, take.to(device), put.to(device), others))
     if orders and cohorts[0].put is None:
-        return StackedPlan(tuple(cohorts), 1, device)
+        return StackedPlan(tuple(cohorts), 1, device, length)
     ffn_put[is_left] = torch.arange(int(is_left.sum())) + sum(map(len, orders))
     ffn_take = torch.cat([*orders, is_left.nonzero().flatten()])
-    return StackedPlan(tuple(cohorts), len(orders), device, ffn_take.to(device), ffn_put.to(device))
+    places = (ffn_take.to(device), ffn_put.to(device))
+    return StackedPlan(tuple(cohorts), len(orders), device, length, *places)
 
 
 class StackedForward:
@@ -414,10 +416,10 @@ class StackedForward:
         count = cohort.counts[index]
         adapter, _ = cohort.stack.adapters[cohort.entries][index]
         record = self._recorder(adapter) if count else None
-        if count == cohort.width or record is None:
-            return SegmentTokens(layer, record=record)
-        real_index = torch.arange(count, device=self._plan.device)
-        return SegmentTokens(layer, None, real_index, None, record)
+        real_index = None
+        if count < cohort.width and record is not None:
+            real_index = torch.arange(count, device=self._plan.device)
+        return SegmentTokens(layer, None, real_index, None, record, self._plan.row_length)
 
     def _updates(
         self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype

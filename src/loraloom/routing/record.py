@@ -5,8 +5,8 @@ Axes: T real tokens, E experts, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class LayerRouting:
     selected_experts: Tensor  # best first, [T, K]
     routing_weights: Tensor  # [T, K] float32
     projection: str | None = None  # as `self_attn.q_proj`; None for an FFN block's router
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # what else a method says, [T, …]
 
     @property
     def num_experts(self) -> int:
@@ -45,9 +46,7 @@ class LayerRouting:
 
     def emptied(self) -> LayerRouting:
         """Leave all tokens out; logits stay in their graph."""
-        parts = (self.router_logits, self.selected_experts, self.routing_weights)
-        logits, selected, weights = (part[:0] for part in parts)
-        return LayerRouting(self.layer, logits, selected, weights, self.projection)
+        return with_tensors([self], lambda parts: parts[0][:0])
 
     @property
     def router(self) -> RouterName:
@@ -83,13 +82,20 @@ def join_routing(entries: Iterable[LayerRouting]) -> list[LayerRouting]:
     by_router: dict[RouterName, list[LayerRouting]] = {}
     for entry in entries:
         by_router.setdefault(entry.router, []).append(entry)
-    return [parts[0] if len(parts) == 1 else _joined(parts) for parts in by_router.values()]
+    return [
+        parts[0] if len(parts) == 1 else with_tensors(parts, torch.cat)
+        for parts in by_router.values()
+    ]
 
 
-def _joined(parts: Sequence[LayerRouting]) -> LayerRouting:
+def with_tensors(
+    parts: Sequence[LayerRouting], change: Callable[[list[Tensor]], Tensor]
+) -> LayerRouting:
+    """Make one record of a router's, by a function of what they have in each place."""
     return replace(
         parts[0],
-        router_logits=torch.cat([part.router_logits for part in parts]),
-        selected_experts=torch.cat([part.selected_experts for part in parts]),
-        routing_weights=torch.cat([part.routing_weights for part in parts]),
+        router_logits=change([part.router_logits for part in parts]),
+        selected_experts=change([part.selected_experts for part in parts]),
+        routing_weights=change([part.routing_weights for part in parts]),
+        extra={name: change([part.extra[name] for part in parts]) for name in parts[0].extra},
     )

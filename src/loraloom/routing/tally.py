@@ -57,6 +57,16 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
     return sums
 
 
+def sum_extra(routing: Sequence[LayerRouting]) -> dict[str, Float[Tensor, ""]]:
+    """Add up over tokens what methods record of their own, by name; means over routers."""
+    sums: dict[str, list[Tensor]] = {}
+    for record in routing:
+        for name, values in record.extra.items():
+            total = values.detach().double().sum() / values.shape[1:].numel()
+            sums.setdefault(name, []).append(total)
+    return {name: torch.stack(totals).mean() for name, totals in sums.items()}
+
+
 @dataclass(frozen=True)
 class RoutingTotals:
     """Sums over the real tokens of one adapter; totals of the same routers can be added."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import Tensor
@@ -29,12 +29,11 @@ from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 from loraloom.training import store
-from loraloom.training.settings import CpoConfig, DpoConfig, OptimizerConfig, SftConfig
+from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerConfig
 from loraloom.training.step import objectives, optimizers, requests
 
 # An objective with its settings, or its name for the defaults.
-ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
-_DEFAULTS = {"sft": SftConfig(), "dpo": DpoConfig(), "cpo": CpoConfig()}
+ObjectiveChoice = str | ObjectiveConfig
 _STATE = "client"
 # Clients that are not closed: those of one host may share references.
 _OPEN: WeakSet[TrainingClient] = WeakSet()
@@ -154,10 +153,11 @@ class TrainingClient:
         micro_batch_size: int | None = None,
     ) -> requests.Request:
         """Make a `forward_backward` that `run_requests` does, for several clients at once."""
-        config = _DEFAULTS.get(objective) if isinstance(objective, str) else objective
-        if config is None:
-            raise ConfigError(f"objective must be {' or '.join(_DEFAULTS)}, got {objective!r}")
-        wanted = (Example if isinstance(config, SftConfig) else PreferencePair).__name__
+        known = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
+        if isinstance(objective, str) and objective not in known:
+            raise ConfigError(f"objective must be {' or '.join(known)}, got {objective!r}")
+        config = known[objective]() if isinstance(objective, str) else objective
+        wanted = (PreferencePair if config.learns_from_pairs else Example).__name__
         given = ", ".join(sorted({type(example).__name__ for example in data} - {wanted}))
         if given:
             raise ConfigError(f"data for {config.name} must be of {wanted}, got {given}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator
 from typing_extensions import override
@@ -28,6 +29,7 @@ from loraloom.config.data import (
 )
 from loraloom.config.fields import HOMES, StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
+from loraloom.config.packages import take_entries
 from loraloom.config.text import apply_override, local_path, read_settings, set_setting
 from loraloom.errors import ConfigError, shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
@@ -48,6 +50,12 @@ LrScheduler = Literal[
     "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]
 # fmt: on
+TRACKERS = "loraloom.trackers"  # the group of entry points
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    _further = (entry.name for entry in entry_points(group=TRACKERS))
+    TrackerName = Literal[("jsonl", "tensorboard", "trackio", "wandb", *_further)]
 # They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
@@ -56,20 +64,34 @@ BASE_REFERENCE = "base"
 _GIVE = "give data.validation_fraction, data.validation or eval"
 
 
-class SftConfig(StrictModel):
+class ObjectiveConfig(StrictModel):
+    """What a job minimises; `terms` computes it where step/objectives.py has no function."""
+
+    learns_from_pairs: ClassVar[bool] = False
+    """Whether its data are pairs of answers."""
+
+    name: Any = None
+
+    def terms(self, scored: Any, totals: Any) -> tuple[Any, Mapping[str, Any]]:
+        """Compute a micro-batch's share of the step's loss, a scalar, and of metrics by name."""
+        raise NotImplementedError
+
+
+class SftConfig(ObjectiveConfig):
     """Supervised fine-tuning: the mean of -log p over labels."""
 
     name: Literal["sft"] = "sft"
     """Supervised fine-tuning on the answers in the data."""
 
 
-class DpoConfig(StrictModel):
+class DpoConfig(ObjectiveConfig):
     """Direct preference optimisation against a reference policy.
 
     Source: Rafailov et al. 2023, DPO, arXiv:2305.18290; Azar et al. 2023, IPO, arXiv:2310.12036;
     label smoothing: Mitchell 2023, A note on DPO with noisy preferences (cDPO).
     """
 
+    learns_from_pairs = True
     name: Literal["dpo"] = "dpo"
     """Direct preference optimisation."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -82,13 +104,14 @@ class DpoConfig(StrictModel):
     """Policy to stay near: base for the base model, or an adapter's directory or hub id."""
 
 
-class CpoConfig(StrictModel):
+class CpoConfig(ObjectiveConfig):
     """Contrastive preference optimisation: no reference, and a likelihood term on chosen answers.
 
     Source: Xu et al. 2024, CPO, arXiv:2401.08417; hinge: Zhao et al. 2023, SLiC-HF,
     arXiv:2305.10425.
     """
 
+    learns_from_pairs = True
     name: Literal["cpo"] = "cpo"
     """Contrastive preference optimisation."""
     loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
@@ -194,7 +217,7 @@ class TrainConfig(OptimizerConfig):
 
     @property
     def learns_from_pairs(self) -> bool:
-        return not isinstance(self.objective, SftConfig)
+        return self.objective.learns_from_pairs
 
     def warmup_steps_of(self, num_training_steps: int) -> int:
         if self.warmup_ratio is not None:
@@ -256,8 +279,9 @@ class JobConfig(StrictModel):
         formats = {source.format for source in (*self.data.sources, *held_out)}
         if not has_pairs and "preference" in formats:
             yield (
-                "train.objective must be dpo or cpo for data of format preference, got sft; for "
-                "the chosen answers alone: format instruction, fields {output: chosen, ...}"
+                "train.objective must be dpo or cpo for data of format preference, got "
+                f"{train.objective.name}; for the chosen answers alone: format instruction, fields "
+                "{output: chosen, ...}"
             )
         if has_pairs and (others := sorted(map(str, formats - {"preference", None}))):
             yield (
@@ -325,8 +349,9 @@ class RunConfig(BaseModelConfig):
     """How many snapshots --resume may choose from; the newest whole one is taken."""
     memory_limit: ByteSize | None = None
     """Most memory of a training step, base model included: bytes or "20GB"; null: what is there."""
-    trackers: tuple[Literal["jsonl", "tensorboard", "trackio", "wandb"], ...] = ("jsonl",)
-    """Where metrics go. metrics.jsonl is always written."""
+    trackers: tuple[TrackerName, ...] = ("jsonl",)
+    """Where metrics go, `jsonl`, `tensorboard`, `trackio` and `wandb` or those of other packages.
+    metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = ()
     """Adapters to train, all in the same steps."""
     sweep: SweepConfig | None = None
@@ -390,15 +415,45 @@ class RunConfig(BaseModelConfig):
         return tuple(job for job in self.all_jobs if job.name not in later)
 
 
-# The union of all methods is part of both models, so they are built again.
-def _take_further_methods() -> None:
+# The unions of all methods and objectives are part of the models, so they are built again.
+def _build_again() -> None:
+    any_objective: Any = Union[tuple(OBJECTIVES)]  # noqa: UP007
+    TrainConfig.model_fields["objective"].annotation = any_objective
     JobConfig.model_fields["adapter"].annotation = any_method()
-    JobConfig.model_rebuild(force=True)
-    RunConfig.model_rebuild(force=True)
+    for model in (TrainConfig, JobConfig, RunConfig):
+        model.model_rebuild(force=True)
 
 
-_take_further_methods()  # those that were registered before this was imported
-when_registered(_take_further_methods)
+OBJECTIVES: list[type[ObjectiveConfig]] = [SftConfig, DpoConfig, CpoConfig]
+_OBJECTIVE = TypeVar("_OBJECTIVE", bound=type[ObjectiveConfig])
+
+
+def register_objective(config: _OBJECTIVE) -> _OBJECTIVE:
+    """Make an objective of your own known to run files and clients of this process.
+
+    A package makes it known to every process by an entry point of `loraloom.objectives`.
+
+    Raises:
+        ConfigError: If it has no name, or one that is taken, or no `terms`.
+    """
+    names = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
+    name = config.model_fields["name"]
+    is_new = names.get(name.default, config) is config
+    is_whole = get_args(name.annotation) == (name.default,)
+    if not is_new or not is_whole or config.terms is ObjectiveConfig.terms:
+        raise ConfigError(
+            'an objective must have terms() and name: Literal["x"] = "x", not one of '
+            f"{', '.join(names)}, got {shown(config)} with {shown(name.default)}"
+        )
+    if config not in OBJECTIVES:
+        OBJECTIVES.append(config)
+        _build_again()
+    return config
+
+
+_build_again()  # with methods that were registered before this was imported
+when_registered(_build_again)
+take_entries("loraloom.objectives", lambda config, package: register_objective(config))
 
 
 def load_run_config(

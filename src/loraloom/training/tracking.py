@@ -10,13 +10,15 @@ import contextvars
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 from loraloom.durable import append_line, sync
+from loraloom.training.settings import TRACKERS
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -41,9 +43,9 @@ class MetricsFile:
 
 
 class Tracker:
-    """One of accelerate's trackers, which is started here, with the run of a job."""
+    """A tracker of accelerate's form, which is started here, with the run of a job."""
 
-    def __init__(self, name: str, tracker: GeneralTracker):
+    def __init__(self, name: str, tracker: Any):
         self.name = name
         self._tracker = tracker
         PartialState()  # without it accelerate's logger raises
@@ -78,6 +80,9 @@ def open_tracker(
             run |= {"dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
             run |= {"reinit": "create_new", "settings": {"console": "off", "quiet": True}}
             tracker = WandBTracker(project, **run)
-        case _:
+        case "jsonl":
             return MetricsFile(directory / METRICS_FILE)
+        case _:
+            (entry,) = entry_points(group=TRACKERS, name=name)
+            tracker = entry.load()(directory, first_step, run["config"])
     return Tracker(name, tracker)

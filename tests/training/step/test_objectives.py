@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 import torch
 
-from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
+import loraloom
+from loraloom.errors import ConfigError
+from loraloom.training.settings import (
+    CpoConfig,
+    DpoConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SftConfig,
+)
 from loraloom.training.step.objectives import ScoredSamples, StepTotals, build_objective
 
 LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25, -4.0], dtype=torch.float64)
@@ -43,3 +53,43 @@ def test_an_answer_without_labels_has_log_probability_zero():
     empty = ScoredSamples(torch.zeros(0), (0, 0))
     assert empty.sums.tolist() == [0.0, 0.0]
     assert empty.lengths.tolist() == [1.0, 1.0]
+
+
+class FocalConfig(ObjectiveConfig):
+    """An objective of another package."""
+
+    name: Literal["focal"] = "focal"
+    gamma: float = 2.0
+
+    def terms(self, scored, totals):
+        weights = (1 - scored.log_probs.exp()) ** self.gamma
+        loss = -(weights * scored.log_probs).sum() / totals.num_labels
+        return loss, {"weight": weights.detach().sum() / totals.num_labels}
+
+
+def run_settings(objective: str) -> dict[str, Any]:
+    train = {"objective": {"name": objective}, "max_steps": 1}
+    job = {"name": "a", "adapter": {"method": "lora"}, "data": {"task": "skills"}, "train": train}
+    return {"base_model": "base", "output_dir": "out", "jobs": [job]}
+
+
+def test_a_registered_objective_is_one_of_run_files(methods_as_before):
+    with pytest.raises(ValueError, match="'sft', 'dpo', 'cpo'"):
+        RunConfig.model_validate(run_settings("focal"))
+    assert loraloom.register_objective(FocalConfig) is FocalConfig
+    run = RunConfig.model_validate(run_settings("focal"))
+    assert RunConfig.model_validate(run.model_dump()) == run
+    train = run.jobs[0].train
+    assert isinstance(train.objective, FocalConfig)
+    assert not train.learns_from_pairs
+    terms = build_objective(train.objective)(scored(), WHOLE)
+    expected = -((1 - LOG_PROBS.exp()) ** 2 * LOG_PROBS).sum() / 7
+    torch.testing.assert_close(terms.loss, expected)
+    assert terms.metrics.keys() == {"weight"}
+
+
+def test_an_objective_without_terms_or_with_a_taken_name_is_refused():
+    fields = {"__doc__": "A twin.", "terms": FocalConfig.terms}
+    for faulty in (ObjectiveConfig, type("Twin", (SftConfig,), fields)):
+        with pytest.raises(ConfigError, match=r"must have terms\(\) and name: .* sft, dpo, cpo"):
+            loraloom.register_objective(faulty)

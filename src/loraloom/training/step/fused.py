@@ -23,7 +23,7 @@ from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import RoutingTotals, measure_routing
+from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out
 from loraloom.training.step.objectives import ScoredSamples, ask_references
 
@@ -114,6 +114,8 @@ def _share(
         routing = None if routing is None else [record.emptied() for record in routing]
         samples, computed_tokens = [], 0
     tokens = loss.new_full((), computed_tokens)
+    for name, total in sum_extra(routing or ()).items():
+        metrics = {**metrics, f"router/{name}": (total / batch.window.num_tokens).to(loss)}
     return _Share(loss, metrics, routing, samples, tokens, torch.zeros_like(loss))
 
 

@@ -1,8 +1,7 @@
 """What a job minimises, as a function of the log-probabilities of its labels.
 
 Axes: N labels, S samples, P pairs, S = 2P. A sample is a row of the forward; of pairs of answers, a
-chosen one and its rejected one alternate. A new objective is a function here, a section in
-`training/settings.py` and a case of `build_objective`.
+chosen one and its rejected one alternate. docs/objectives.md says how to add one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from loraloom.data.tokens import Example, TrainingExample, count_labels
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
-from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig
+from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,15 @@ def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
     return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
 
 
-def build_objective(config: SftConfig | DpoConfig | CpoConfig) -> Objective:
+def build_objective(config: ObjectiveConfig) -> Objective:
+    if type(config).terms is not ObjectiveConfig.terms:
+        return lambda scored, totals: ObjectiveTerms(*config.terms(scored, totals))
     match config:
         case DpoConfig():
             return partial(dpo, config)
         case CpoConfig():
             return partial(cpo, config)
-        case SftConfig():
+        case _:
             return sft
 
 
@@ -160,7 +161,7 @@ class Reference:
         return [self.log_probs[example.sample_id] for example in examples]
 
 
-def load_reference(host: Host, config: SftConfig | DpoConfig | CpoConfig) -> Reference | None:
+def load_reference(host: Host, config: ObjectiveConfig) -> Reference | None:
     """Make the reference of an objective; an adapter is loaded once, however many jobs name it."""
     if not isinstance(config, DpoConfig):
         return None
