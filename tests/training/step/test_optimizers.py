@@ -58,6 +58,15 @@ def test_everything_decays_but_magnitudes():
     assert {decay for _, decay in rates.values()} == {0.1, 0.0}
 
 
+def test_norms_that_are_trained_whole_do_not_decay_as_in_transformers():
+    config = ADAPTERS["lora"].model_copy(update={"modules_to_save": ("norm", "lm_head")})
+    adapter = tiny_host(configs={"a": config}).adapter("a")
+    groups = parameter_groups(OptimizerConfig(weight_decay=0.1), adapter)
+    decays = {id(one): group["weight_decay"] for group in groups for one in group["params"]}
+    own = {name: decays[id(one)] for name, one in adapter.own_modules.named_parameters()}
+    assert sorted(own.values()) == [0.0, 0.1], own
+
+
 def test_a_parameter_whose_name_ends_in_router_learns_at_the_routers_rate():
     adapter = tiny_host(configs={"a": ADAPTERS["lora"]}).adapter("a")
     own = adapter.own_modules.append(torch.nn.Module())[0]

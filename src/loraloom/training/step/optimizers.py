@@ -70,8 +70,10 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
             ratio = config.loraplus_lr_ratio or 1.0  # Hayou et al. 2024, LoRA+, arXiv:2402.12354
         elif name.endswith(("router", "router.weight")):
             ratio = config.router_lr_ratio or 1.0
-        # Magnitudes start at the norms of the base's rows: a decay would shrink the base model.
-        is_undecayed = name.endswith(("lora_magnitude_vector", "bias"))
+        # Magnitudes start at the norms of the base's rows: a decay would shrink the base model. Of
+        # its modules that are trained whole, norms don't decay, as in transformers' Trainer.
+        is_norm = name.startswith("own_modules.") and parameter.ndim == 1
+        is_undecayed = is_norm or name.endswith(("lora_magnitude_vector", "bias"))
         decay = 0.0 if is_undecayed else config.weight_decay
         groups.setdefault((ratio, decay), []).append(parameter)
     rate = config.learning_rate
