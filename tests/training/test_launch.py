@@ -27,6 +27,12 @@ def test_what_torchrun_says_is_read():
     assert read_launch(other) == Launch(1, 4, 1, 4)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_half_of_what_torchrun_says_is_refused(name):
+    with pytest.raises(ConfigError, match=f"must be set together, as torchrun .* got {name} alone"):
+        read_launch({name: "1", "LOCAL_RANK": "0"})
+
+
 def test_ranks_have_a_device_each():
     assert choose_device(run_on("mps"), Launch()) == "mps"  # a single process takes any
     assert choose_device(run_on("cpu"), TWO) == "cpu"

@@ -31,6 +31,12 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         rank, size = dist.get_rank(), dist.get_world_size()
         local = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
         return Launch(rank, size, *map(int, local))
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if len(given) == 1:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE must be set together, as torchrun does, got {given[0]} alone; "
+            "start the run with torchrun, or unset it"
+        )
     rank, size, local_rank = (
         int(environment.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
