@@ -184,6 +184,8 @@ def test_a_faulty_sweep_is_refused_by_one_line(tmp_path, settings, message):
 def test_names_of_jobs_must_be_free(tmp_path):
     (line,) = faults(tmp_path, [{**TEMPLATE, "name": "Sweep-001-0.0003"}])
     assert line.endswith("must have names that differ, got 'sweep-001-0.0003' again")
+    (line,) = faults(tmp_path, [{**TEMPLATE, "name": name} for name in ("sweep-001", "sweep-x")])
+    assert line.endswith("must not begin as the sweep's do, got 'sweep-001'; rename it")
 
 
 def test_a_name_is_a_safe_file_name_whatever_the_values_are():

@@ -374,6 +374,10 @@ class RunConfig(BaseModelConfig):
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"jobs and those of a sweep must have names that differ, got {name!r} again"
         if self.sweep is not None:
+            others = [job.name for job in self.jobs if job.name != self.sweep.job]
+            for name in filter(self.sweep.owns, others):
+                if names.count(name.casefold()) == 1:
+                    yield f"names of jobs must not begin as the sweep's do, got {name!r}; rename it"
             known = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
             if self.sweep.metric not in known:
                 yield (
