@@ -9,15 +9,17 @@ from safetensors.torch import load_file
 
 import loraloom
 from loraloom.errors import ConfigError, DataError
+from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training import builder
+from loraloom.training import run as run_module
 from loraloom.training.engine import Engine
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import CheckpointStore, RunDirectory
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
-from tests.training.toy import read_result
+from tests.training.toy import read_result, toy_host
 
 
 @pytest.fixture(scope="module")
@@ -333,10 +335,29 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
         assert torch.equal(final[name], tensor)
 
 
+def test_a_memory_limit_of_a_run_is_lifted_from_a_given_host(monkeypatch):
+    shares = {torch.device("cuda:0"): 0.9}
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", shares.get)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: shares.update({device: share}),
+    )
+    monkeypatch.setattr(Host, "device", torch.device("cuda:0"))
+    with run_module._borrowed(toy_host()):
+        torch.cuda.set_per_process_memory_fraction(0.5, torch.device("cuda:0"))
+    assert shares == {torch.device("cuda:0"): 0.9}
+
+
 def test_a_run_that_ends_with_an_error_leaves_a_given_host_as_it_was(inputs, tmp_path, monkeypatch):
     run = settings(inputs, tmp_path / "out")
     model, tokenizer = load_base_model(run.base_model)
     host = loraloom.attach(model)
     killed(run, monkeypatch, 2, base=(host, tokenizer))
     assert host.adapters == {}
+    for checkpointing in (True, False):
+        host.enable_gradient_checkpointing(checkpointing)
+        other = settings(inputs, tmp_path / "other", gradient_checkpointing=not checkpointing)
+        train(other, base=(host, tokenizer), overwrite=True)
+        assert host.gradient_checkpointing is checkpointing
     assert train(run, base=(host, tokenizer), resume=True)[0].steps == 4

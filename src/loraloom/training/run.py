@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
 from loraloom.training.builder import Base, JobBuilder, load_base
@@ -122,8 +124,10 @@ def train(
 
 @contextmanager
 def _borrowed(host: Host) -> Iterator[None]:
-    """Give a host back with its ranks; after an error or a signal, without the run's adapters."""
-    names, before = set(host.adapters), host.ranks
+    """Give a host back as it was; after an error or a signal, without the run's adapters."""
+    names, before = set(host.adapters), (host.ranks, host.gradient_checkpointing)
+    is_on_cuda = host.device.type == "cuda"  # whose memory `memory_limit` bounds for the process
+    share = torch.cuda.get_per_process_memory_fraction(host.device) if is_on_cuda else 1.0
     try:
         yield
     except BaseException:
@@ -131,4 +135,6 @@ def _borrowed(host: Host) -> Iterator[None]:
             host.remove(name)
         raise
     finally:
-        host.ranks = before
+        host.ranks, host.gradient_checkpointing = before
+        if is_on_cuda:
+            torch.cuda.set_per_process_memory_fraction(share, host.device)
