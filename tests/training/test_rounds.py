@@ -109,6 +109,17 @@ def test_a_run_whose_memory_runs_out_ends_with_the_same_weights(memory, tmp_path
         assert relative_error(weights[1][name], whole) < 1e-5, name
 
 
+def test_a_resumed_run_computes_its_steps_in_the_same_parts(memory, tmp_path):
+    config = toy_config("a", ADAPTERS["dora"], batch_size=8, max_steps=6)
+    memory.max_tokens = 40
+    toy_engine(tmp_path / "unbroken", [config], dtype=torch.float32).run()
+    interrupted(toy_engine(tmp_path / "broken", [config], dtype=torch.float32), after_round=3)
+    failures, memory.max_tokens = memory.failures, 10**9  # the next machine has more
+    resumed(tmp_path / "broken", [config], dtype=torch.float32).run()
+    assert memory.failures == failures > 0
+    assert_same_files(tmp_path / "broken", tmp_path / "unbroken", ["a"])
+
+
 @pytest.fixture
 def small_machine(monkeypatch):
     """A machine of 6100 bytes of which each layer takes 2 bytes a token until a forward is over."""

@@ -223,14 +223,15 @@ class Engine:
         self._is_checkpoint_due = False
 
     def _write_checkpoint(self, states: Mapping[str, dict[str, Any]]) -> None:
-        sizes, journal = self._reporter.metrics_bytes, self._directory.sweep_journal
+        journal, metrics_bytes = self._directory.sweep_journal, self._reporter.metrics_bytes
         records = {
-            name: replace(record, metrics_bytes=sizes(name), sha256=None)
+            name: replace(record, metrics_bytes=metrics_bytes(name), sha256=None)
             for name, record in self._records.items()
         }
         journal_bytes = journal.stat().st_size if journal.exists() else 0
         base = describe_base(self.host)
-        checkpoint = Checkpoint(self.round, self.seconds, base, records, journal_bytes)
+        sizes = journal_bytes, self._runner.max_tokens
+        checkpoint = Checkpoint(self.round, self.seconds, base, records, *sizes)
         keep = self._run.keep_snapshots if states else 1
         self._directory.write_checkpoint(checkpoint, states, keep=keep)
 
@@ -245,7 +246,7 @@ class Engine:
         self._reporter.message(f"going on after {checkpoint.round} fused steps")
         saved = checkpoint.jobs
         self._check_inputs(checkpoint, list(self.jobs.values()))
-        self.round = checkpoint.round
+        self.round, self._runner.max_tokens = checkpoint.round, checkpoint.max_tokens
         self._started_at = time.monotonic() - checkpoint.seconds
         for name, job in self.jobs.items():
             if name in saved:

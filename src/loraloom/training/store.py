@@ -74,6 +74,7 @@ class Checkpoint:
     base: dict[str, Any]  # see `describe_base`
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     sweep_bytes: int = 0  # length of a sweep's journal
+    max_tokens: int | None = None  # of a forward, where memory ran out; see `RoundRunner`
     directory: Path = Path()
     files: dict[str, Path] = field(default_factory=dict)
     __pydantic_config__ = _CHECKED
