@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
+from loraloom.durable import remove
 from loraloom.errors import ConfigError
 from loraloom.training import store as store_module
 from loraloom.training.results import JobResult
@@ -180,6 +183,24 @@ def test_links_in_the_way_are_deleted_and_what_they_point_to_stays(tmp_path):
     RunDirectory(tmp_path / "out").prepare(["a"])
     assert list((tmp_path / "out/a").iterdir()) == []
     assert (mine / "a.txt").exists()
+
+
+def test_the_lock_is_held_until_what_it_is_in_is_gone(tmp_path, monkeypatch):
+    locked: list[bool] = []
+
+    def watched(path):
+        lock = FileLock(path / ".lock", timeout=0)
+        with suppress(Timeout):
+            lock.acquire()
+        locked.append(not lock.is_locked)
+        lock.release()
+        remove(path)
+
+    monkeypatch.setattr(store_module, "remove", watched)
+    with RunDirectory(tmp_path / "out").opened(resume=False, overwrite=False):
+        pass
+    assert locked == [True]
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_run_left_on_its_way_is_deleted(tmp_path):

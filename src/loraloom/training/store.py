@@ -319,12 +319,13 @@ class RunDirectory:
                 remove_leftovers(directory)
             yield
         finally:
-            lock.release()
+            # Before the release: afterwards, the lock in there may be another run's.
             if [*aside.iterdir()] == [self._lock_file]:
-                remove(aside)
-                if is_new:
-                    with suppress(OSError):  # it has something else
+                with suppress(OSError):  # it has something else
+                    remove(aside)
+                    if is_new:
                         self.path.rmdir()
+            lock.release()
 
     def prepare(self, jobs: Sequence[str]) -> None:
         # Checkpoints first: --resume must not go on from some whose results are gone.
