@@ -297,6 +297,17 @@ def test_a_loaded_state_goes_on_as_if_unbroken(tmp_path):
     assert again.step == 3
 
 
+def test_a_state_of_an_older_version_is_loaded(tmp_path, monkeypatch):
+    client = new_client()
+    settings = client._settings()
+    settings["adapter"] |= {"eva": None, "router_bias": False}
+    del settings["optimizer"]["router_lr_ratio"], settings["adapter"]["alpha_pattern"]
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "_settings", lambda: settings)
+        client.save_state(tmp_path)
+    client.load_state(tmp_path)
+
+
 def test_a_state_that_is_of_something_else_is_one_error(tmp_path):
     client = new_client()
     client.save_state(tmp_path)

@@ -249,7 +249,8 @@ class TrainingClient:
             reason = "; ".join(faults) or "there is none"
             raise ConfigError(f"{directory} must hold a client's saved state: {reason}")
         changed = store.describe_changes(snapshot.base, store.describe_base(self.host), "base")
-        changed += store.describe_changes(snapshot.jobs[_STATE].settings, self._settings())
+        saved = store.as_of_now(snapshot.jobs[_STATE].settings)
+        changed += store.describe_changes(saved, self._settings())
         if changed:
             raise ConfigError(f"settings must be those of the state: {'; '.join(changed)}")
         state: Any = snapshot.load_state(_STATE)

@@ -29,6 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from loraloom.adapters import parse_adapter_config
 from loraloom.config.fields import check_name
 from loraloom.config.text import read_json
 from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory, write_json
@@ -39,7 +40,7 @@ from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.host import Host
 from loraloom.training.job import Job
 from loraloom.training.results import RESULT_FILE, JobResult
-from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
+from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, OptimizerConfig
 from loraloom.training.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
 
 MANIFEST = "manifest.json"
@@ -188,12 +189,18 @@ def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict
 
 
 def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is now made of settings that an older version saved; some that are gone did nothing."""
+    """What is now made of a job's or client's settings that an older version saved."""
+    # They are gone, and did nothing unless they were set to something else.
     gone = {"eva": None, "router_bias": False, "ensure_weight_tying": False}
     old = settings["adapter"].items()
     adapter = {k: v for k, v in old if k not in gone or (k != "eva" and v != gone[k])}
     try:
-        return JobConfig.model_validate({**settings, "adapter": adapter}).model_dump(mode="json")
+        if "optimizer" not in settings:
+            job = JobConfig.model_validate({**settings, "adapter": adapter})
+            return job.model_dump(mode="json")
+        sections = parse_adapter_config(adapter), OptimizerConfig(**settings["optimizer"])
+        adapter, optimizer = (section.model_dump(mode="json") for section in sections)
+        return {**settings, "adapter": adapter, "optimizer": optimizer}
     except ValidationError:
         return settings
 
