@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 
 import optuna
 import pytest
@@ -17,12 +19,14 @@ from safetensors.torch import load_file
 
 from loraloom.errors import ConfigError
 from loraloom.training.engine import Engine
+from loraloom.training.progress import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
-from loraloom.training.sweep import rank_jobs, show_ranking
+from loraloom.training.store import RunDirectory
+from loraloom.training.sweep import Sweep, rank_jobs, show_ranking
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs
-from tests.training.toy import read_result
+from tests.training.toy import read_result, toy_engine
 
 RATES = [1e-5, 3e-2, 1e-3, 1e-2, 1e-4, 3e-3]
 
@@ -123,6 +127,47 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
         tensors = load_file(directory / "adapter_model.safetensors")
         expected = load_file(unbroken / "adapter_model.safetensors")
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+
+@pytest.fixture
+def sharing(inputs, tmp_path):
+    """Two workers' sweeps, which train nothing."""
+    run, directory = sweep_run(inputs, tmp_path, **TPE), RunDirectory(tmp_path, by_job=True)
+    directory.checkpoints.directory.mkdir()
+    engine = toy_engine(tmp_path, [])
+    return [Sweep(run, engine, directory, Progress(), None, (number, 2)) for number in range(2)]
+
+
+def test_a_job_whose_worker_was_killed_as_it_asked_is_taken_up(sharing):
+    study = sharing[0]._study
+    study.ask()
+    trial = sharing[1]._take()
+    assert (trial.number, trial.user_attrs["worker"]) == (0, 1)
+    assert trial.params.keys() == TPE["parameters"].keys()
+    assert sharing[0]._take().number == 1
+
+
+def test_workers_take_no_more_jobs_than_there_are(sharing, monkeypatch):
+    ask, started = optuna.Study.ask, []
+
+    def slow_ask(study, *args):
+        time.sleep(0.02)
+        return ask(study, *args)
+
+    def start(sweep, trial, name):
+        started.append(trial.number)
+        sweep._engine.jobs[name] = None
+
+    monkeypatch.setattr(optuna.Study, "ask", slow_ask)
+    monkeypatch.setattr(Sweep, "_start", start)
+    for sweep in sharing:
+        monkeypatch.setattr(type(sweep._sweep), "num_concurrent", 99)
+    threads = [threading.Thread(target=sweep._fill) for sweep in sharing]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(started) == [*range(12)]
 
 
 def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):

@@ -225,6 +225,7 @@ class RunDirectory:
         self.checkpoints = CheckpointStore(path / ".checkpoints")
         self.sweep_table = path / "sweep.csv"
         self.sweep_journal = path / "sweep.journal"
+        self.sweep_lock = self.checkpoints.directory / "sweep.lock"
         self._by_job = self.checkpoints.directory / "jobs"
         self._lock_file = self.checkpoints.directory / ".lock"
         self._done: set[str] = set()  # with `by_job`, those whose last checkpoint is written

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock
 from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -116,6 +117,7 @@ class Sweep:
         self._sweep = run.sweep
         self._study = open_study(run, directory, journal_bytes)
         self._place = place
+        self._lock = FileLock(directory.sweep_lock)
         self._longest = 1
         self._written = list[dict[str, Any]]()
         for job in engine.jobs.values():
@@ -145,10 +147,8 @@ class Sweep:
         number, size = self._place
         own = list[tuple[FrozenTrial, str]]()
         for trial in self._study.get_trials(deepcopy=False):
-            worker = trial.user_attrs.get("worker")  # none yet if another one asks at this moment
-            if trial.state == TrialState.WAITING or (worker is None and size > 1):
-                continue
-            if (worker or 0) % size == number:
+            worker = trial.user_attrs.get("worker")
+            if worker is not None and worker % size == number:
                 own.append((trial, self._sweep.job_name(trial.number, trial.params)))
         return own
 
@@ -200,18 +200,29 @@ class Sweep:
                 self._start(trial, name)
         most = -(-self._sweep.num_concurrent // self._place[1])
         while sum(name in self._engine.jobs for _, name in self._own()) < most:
-            trials = self._study.get_trials(deepcopy=False)
-            is_waiting = any(trial.state == TrialState.WAITING for trial in trials)
-            if not is_waiting and len(trials) >= self._sweep.num_jobs:
+            with self._lock:  # of the workers, one looks, asks and signs at a time
+                trial = self._take()
+            if trial is None:
                 return
-            if self._sweep.search != "grid":
-                # By number, so that a resumed run draws as an unbroken one.
-                seed = self._sweep.search.seed + len(trials)
-                self._study.sampler = optuna.samplers.TPESampler(seed=seed)
-            taken = self._study.ask(self._sweep.distributions)
-            taken.set_user_attr("worker", self._place[0])
-            trial = self._study.get_trials(deepcopy=False)[taken.number]
             self._start(trial, self._sweep.job_name(trial.number, trial.params))
+
+    def _take(self) -> FrozenTrial | None:
+        trials, drawn = self._study.get_trials(deepcopy=False), self._sweep.distributions
+        unsigned = [trial for trial in trials if "worker" not in trial.user_attrs]
+        # A worker that was killed before it signed leaves one, perhaps without all of its values.
+        lost = next((trial for trial in unsigned if trial.state == TrialState.RUNNING), None)
+        is_waiting = any(trial.state == TrialState.WAITING for trial in unsigned)
+        if not (lost or is_waiting or len(trials) < self._sweep.num_jobs):
+            return None
+        if self._sweep.search != "grid":
+            # By number, so that a resumed run draws as an unbroken one.
+            seed = self._sweep.search.seed + (lost.number if lost else len(trials))
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+        taken = self._handle(lost) if lost else self._study.ask(drawn)
+        for path, distribution in drawn.items() if lost else ():
+            taken._suggest(path, distribution)
+        taken.set_user_attr("worker", self._place[0])
+        return self._study.get_trials(deepcopy=False)[taken.number]
 
     def _start(self, trial: FrozenTrial, name: str) -> None:
         if name in self._engine.jobs:
