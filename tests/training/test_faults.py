@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.training import rounds, store
 from loraloom.training.engine import Engine
 from loraloom.training.store import CheckpointStore
 from tests.tiny import relative_error
-from tests.training.running import resumed
+from tests.training.running import Spoken, resumed
 from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
 
 NO_SPACE = OSError(28, "No space left on device")
@@ -83,6 +83,20 @@ def test_an_exception_in_an_evaluation_stops_that_job_only(engine, unhurt, tmp_p
     _, tensors = read_adapter(tmp_path / "run/hit", base)
     _, best = read_adapter(tmp_path / "run/hit/checkpoints/best", base)
     assert all(torch.equal(tensors[name], best[name]) for name in best)
+
+
+def test_a_best_adapter_that_can_not_be_written_for_a_while_fails_no_job(tmp_path, monkeypatch):
+    spoken = Spoken()
+    engine = toy_engine(tmp_path, CONFIGS, SETS, dtype=torch.float32, progress=spoken)
+    hit, full = engine.jobs["hit"], AdapterError("the adapter can't be written to hit: No space")
+    full.__cause__ = NO_SPACE
+    is_hit = lambda directory, *_: directory.parts[-3] == "hit" and not hit.is_complete  # noqa: E731
+    monkeypatch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, full))
+    results = engine.run()
+    assert [result.status for result in results] == ["finished", "finished"]
+    assert any("warning: job hit: its best weights, after" in text for text in spoken.messages)
+    _, tensors = read_adapter(tmp_path / "hit/checkpoints/best", engine.host.base)
+    assert all(torch.equal(tensors[name], best) for name, best in hit.best.items())
 
 
 def test_a_forward_that_raises_stops_the_job_whose_rows_make_it_raise(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from loraloom.errors import ConfigError, LoraloomError, TrainingError
+from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
 from loraloom.training.builder import JobBuilder
 from loraloom.training.job import Job
@@ -183,12 +183,24 @@ class Engine:
                     if isinstance(outcome, Exception):
                         raise outcome
                     if job.take_evaluation(outcome) and self._is_first:
-                        self._directory.write_best(self.host, job)
+                        self._write_best(job)
             except Exception as error:
                 self._fail(job, error)
                 continue
             self._reporter.evaluation(job, outcome, self.seconds)
         self._is_checkpoint_due = True
+
+    def _write_best(self, job: Job) -> None:
+        try:
+            self._directory.write_best(self.host, job)
+        except (AdapterError, OSError) as error:
+            if isinstance(error, AdapterError) and error.__cause__ is None:  # not of the disk
+                raise
+            # Nothing is lost: the next checkpoint has them, and the job's end writes them again.
+            self._reporter.message(
+                f"warning: job {job.name}: its best weights, after step {job.position.step}, can't "
+                f"be written yet: {error}; training goes on, make room before the job ends"
+            )
 
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
