@@ -10,6 +10,7 @@ from loraloom.errors import ConfigError, LoraloomError
 from loraloom.training.builder import JobBuilder, load_start
 from loraloom.training.settings import JobConfig
 from tests.tiny import METHODS, changed, randomise
+from tests.training.saved import save_inputs
 from tests.training.toy import toy_host, toy_tokenizer
 
 ROWS = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four")]
@@ -43,6 +44,22 @@ def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
     other = builder.build(config(rows, "c", seed=1))
     assert first.training_set is same.training_set
     assert first.training_set is not other.training_set
+
+
+def test_a_file_that_has_changed_is_read_again(builder, rows, tmp_path):
+    questions = save_inputs(tmp_path / "inputs") / "arc_easy/validation.jsonl"
+    task = {"task": "arc_easy", "path": str(tmp_path / "inputs"), "scoring": "text"}
+    first = builder.build(config(rows, eval=[task]))
+    same = builder.build(config(rows, "b", eval=[task]))
+    rows.write_text(rows.read_text() + json.dumps({"text": "five and so on"}) + "\n")
+    questions.write_text(questions.read_text().replace("What is 2", "What is 22"))
+    other = builder.build(config(rows, "c", eval=[task]))
+    assert len(other.training_set.examples) == len(first.training_set.examples) + 1
+    (asked,), (again,), (new,) = (job.questions.values() for job in (first, same, other))
+    assert asked is again
+    assert asked != new
+    measured = builder.measure([first, same, other])
+    assert measured.keys() == {"a", "b", "c"}
 
 
 def test_rows_longer_than_the_models_positions_are_refused(builder, rows):

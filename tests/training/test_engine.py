@@ -74,7 +74,7 @@ def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatc
         [config],
         dtype=torch.float32,
     )
-    engine.builder.questions[config.eval[0]] = []
+    engine.jobs["a"].questions[config.eval[0]] = []
     job, base = engine.jobs["a"], engine.host.base
     weights_after = {}
     step = engine.step
@@ -115,7 +115,7 @@ def test_early_stopping_waits_for_its_patience(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builder, "score_accuracy", score)
     engine = toy_engine(tmp_path, [config])
-    engine.builder.questions[config.eval[0]] = []
+    engine.jobs["a"].questions[config.eval[0]] = []
     (result,) = engine.run()
     assert (result.status, result.steps) == ("stopped early", 8)
     assert result.best == {"metric": "eval/skills/accuracy", "value": 0.5, "step": 4}

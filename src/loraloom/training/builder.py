@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts
+from loraloom.config.data import SourceConfig
 from loraloom.config.model import BaseModelConfig
 from loraloom.data.encoding import prompt_form
-from loraloom.data.tasks import ChoiceQuestion, load_question_set, questions_digest
+from loraloom.data.sources import find_location
+from loraloom.data.tasks import ChoiceQuestion, find_task, load_question_set, questions_digest
 from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.eval.cache import adapter_digest
@@ -20,9 +25,9 @@ from loraloom.formats.files import read_adapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host, attach
 from loraloom.models.layout import check_takes_packed_rows
-from loraloom.models.loading import load_base_model
+from loraloom.models.loading import load_base_model, load_tokenizer
 from loraloom.training.job import Job
-from loraloom.training.settings import EvaluationConfig, JobConfig
+from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
 from loraloom.training.step import objectives, optimizers
 
 KEPT_TRAINING_SETS = 8
@@ -35,62 +40,106 @@ def load_base(run: BaseModelConfig, device: str, *, is_sharded: bool = False) ->
     return attach(model), tokenizer
 
 
+class JobData:
+    """Reads the data of jobs; those with the same data and seed share it while files stay so."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._sets: dict[str, TrainingSet | StreamedSet] = {}
+        self._questions: dict[str, list[ChoiceQuestion]] = {}
+
+    def training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
+        data, length = config.data, config.train.max_length
+        as_pairs = config.train.learns_from_pairs
+        files = [state for source in data.sources for state in _file_states(source, "train")]
+        if data.validation is not None:
+            files += _file_states(data.validation, "validation")
+        key = repr((data, length, config.seed, as_pairs, files))
+        if key not in self._sets:
+            load = StreamedSet if data.streaming else load_training_set
+            read = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
+            self._sets = dict([*self._sets.items()][1 - KEPT_TRAINING_SETS :]) | {key: read}
+        return self._sets[key]
+
+    def questions(self, config: EvaluationConfig) -> list[ChoiceQuestion]:
+        key = repr((config, _file_states(config, config.split)))
+        if key not in self._questions:
+            how = (config.task, config.scoring, config.split, config.path, config.limit)
+            self._questions[key] = load_question_set(*how).questions
+        return self._questions[key]
+
+
+def _file_states(
+    source: SourceConfig | EvaluationConfig, split: str
+) -> list[tuple[Path, int, int]]:
+    """Name the files on the disk that a source is read from, with their sizes and times."""
+    split, files = source.split or split, list[object]()
+    if source.task is not None:
+        task = find_task(source.task)
+        files += [task.path, task.find_data(split, source.path)]
+    if isinstance(source, SourceConfig):
+        if source.dataset is not None:
+            files.append(find_location(source.dataset, split, source.config))
+        texts = (source.template, source.chat_template)
+        files += [Path(text).expanduser() for text in texts if text]
+    found = [(one, os.stat(one)) for one in files if isinstance(one, Path) and os.path.isfile(one)]
+    return [(file, state.st_size, state.st_mtime_ns) for file, state in found]
+
+
+def check_data(run: RunConfig) -> None:
+    """Read the data of a run's first jobs without a base model, to find faults in it."""
+    data = JobData(load_tokenizer(run.base_model))
+    for config in run.first_jobs:
+        with _naming(config):
+            data.training_set(config)
+            for one in config.eval:
+                data.questions(one)
+
+
+@contextmanager
+def _naming(config: JobConfig) -> Iterator[None]:
+    try:
+        yield
+    except LoraloomError as error:
+        raise type(error)(f"job {config.name}: {error}") from error
+
+
 class JobBuilder:
-    """Builds jobs on one host and measures them; those with the same data and seed share it."""
+    """Builds jobs on one host and measures them."""
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase):
         self.pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-        self.questions: dict[EvaluationConfig, list[ChoiceQuestion]] = {}
         self._host = host
         self._tokenizer = tokenizer
-        self._sets: dict[str, TrainingSet | StreamedSet] = {}
+        self._data = JobData(tokenizer)
 
     def build(self, config: JobConfig) -> Job:
         host, before = self._host, set(self._host.adapters)
         try:
-            if config.train.packing:
-                check_takes_packed_rows(host.config)
-            adapter = host.add(config.name, config.adapter, config.seed)
-            if config.start_from is not None:
-                load_start(host, adapter, config.start_from)
-            reference = objectives.load_reference(host, config.train.objective)
-            training_set = self._training_set(config)
-            _check_lengths(config, training_set, host.config.max_position_embeddings)
-            adapter.prompt = prompt_form(config.data, self._tokenizer)
-            for one in config.eval:
-                if one not in self.questions:
-                    self.questions[one] = load_question_set(
-                        one.task, one.scoring, one.split, one.path, one.limit
-                    ).questions
-            return Job(config, adapter, training_set, reference, optimizers.make_loss_scale(host))
-        except BaseException as error:
+            with _naming(config):
+                if config.train.packing:
+                    check_takes_packed_rows(host.config)
+                adapter = host.add(config.name, config.adapter, config.seed)
+                if config.start_from is not None:
+                    load_start(host, adapter, config.start_from)
+                reference = objectives.load_reference(host, config.train.objective)
+                training_set = self._data.training_set(config)
+                _check_lengths(config, training_set, host.config.max_position_embeddings)
+                adapter.prompt = prompt_form(config.data, self._tokenizer)
+                job = Job(
+                    config, adapter, training_set, reference, optimizers.make_loss_scale(host)
+                )
+                job.questions |= {one: self._data.questions(one) for one in config.eval}
+                return job
+        except BaseException:
             for name in host.adapters.keys() - before:
                 host.remove(name)
-            if isinstance(error, LoraloomError):
-                raise type(error)(f"job {config.name}: {error}") from error
             raise
-
-    def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
-        data, length = config.data, config.train.max_length
-        as_pairs = config.train.learns_from_pairs
-        key = repr((data, length, config.seed, as_pairs))
-        if key in self._sets:
-            return self._sets[key]
-        common = (data, self._tokenizer, length, config.seed)
-        if data.streaming:
-            read = StreamedSet(*common, as_pairs=as_pairs)
-        else:
-            read = load_training_set(*common, as_pairs=as_pairs)
-        self._sets[key] = read
-        if len(self._sets) > KEPT_TRAINING_SETS:
-            del self._sets[next(iter(self._sets))]
-        return read
 
     def input_digests(self, job: Job) -> dict[str, str]:
         digests = {"examples": job.training_set.digest}
         if job.config.eval:
-            sets = (self.questions.get(config, []) for config in job.config.eval)
-            digests["questions"] = " ".join(map(questions_digest, sets))
+            digests["questions"] = " ".join(map(questions_digest, job.questions.values()))
         if job.reference is not None and job.reference.adapter_name is not None:
             digests["reference"] = adapter_digest(self._host.adapter(job.reference.adapter_name))
         return digests
@@ -115,9 +164,12 @@ class JobBuilder:
             terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
             values = {"loss": terms.loss, **terms.metrics}
             metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values.items()}
-        for config in dict.fromkeys(config for job in jobs for config in job.config.eval):
-            names = [job.name for job in jobs if config in job.config.eval]
-            questions = self.questions[config]
+        asked: dict[tuple[EvaluationConfig, int], list[Job]] = {}
+        for job in jobs:
+            for config, questions in job.questions.items():
+                asked.setdefault((config, id(questions)), []).append(job)
+        for (config, _), group in asked.items():
+            names, questions = [job.name for job in group], group[0].questions[config]
             accuracies = score_accuracy(self._host, self._tokenizer, questions, names)
             for name in names:
                 metrics[name][config.metric] = accuracies[name]

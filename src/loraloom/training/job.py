@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.data.tasks import ChoiceQuestion
 from loraloom.data.training_set import StreamedSet, TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import RouterName
 from loraloom.routing.tally import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
-from loraloom.training.settings import SCHEDULERS_ON_METRIC, JobConfig
+from loraloom.training.settings import SCHEDULERS_ON_METRIC, EvaluationConfig, JobConfig
 from loraloom.training.step import batch, optimizers
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Reference, build_objective
@@ -73,6 +74,7 @@ class Job:
         self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
+        self.questions: dict[EvaluationConfig, list[ChoiceQuestion]] = {}
         self._window: tuple[int, batch.Window] | None = None
         self._proven: list[Tensor] | None = None
 
