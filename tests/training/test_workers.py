@@ -14,7 +14,7 @@ import pytest
 
 import loraloom
 from loraloom.cli import main as cli
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.training import workers
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
@@ -115,6 +115,39 @@ def test_jobs_of_a_worker_that_is_lost_for_good_are_left_and_the_others_are_trai
     assert read_result(tmp_path / "out/mixture").status == "finished"
     assert not (tmp_path / "out/plain/result.json").exists()
     assert any("mixture: done" in text for text in spoken.messages)
+
+
+def test_bad_data_leaves_the_results_that_were_to_be_replaced(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "connected", lambda _: nullcontext(PlayedRay("")))
+    run = run_settings(inputs, tmp_path / "out")
+    loraloom.train(run, ray="auto", ray_workers=2)
+    run["jobs"][0]["data"]["dataset"] = "gone.jsonl"
+    with pytest.raises(DataError, match=r"job plain: .*gone\.jsonl"):
+        loraloom.train(run, ray="auto", overwrite=True)
+    assert read_result(tmp_path / "out/plain").status == "finished"
+    run["jobs"][0]["data"]["dataset"] = str(inputs / "rows.jsonl")
+    assert len(loraloom.train(run, ray="auto", overwrite=True)) == 2
+
+
+class BusyRay(PlayedRay):
+    """A cluster whose cores are busy for some minutes; `minutes` is the clock."""
+
+    minutes = 0.0
+
+    def wait(self, calls, timeout):
+        self.minutes += 0.5
+        return super().wait(calls, timeout) if self.minutes > 2 else ([], calls)
+
+
+def test_workers_that_have_not_begun_are_named_each_minute(inputs, tmp_path, monkeypatch):
+    ray, spoken = BusyRay(""), Spoken()
+    monkeypatch.setattr(workers, "connected", lambda _: nullcontext(ray))
+    clock = SimpleNamespace(monotonic=lambda: 60 * ray.minutes)
+    monkeypatch.setattr(workers, "time", clock)
+    loraloom.train(run_settings(inputs, tmp_path), ray="auto", ray_workers=2, progress=spoken)
+    told = [text for text in spoken.messages if text.startswith("waiting for worker")]
+    assert told[:2] == [f"waiting for worker 1, 2 of 2 ({s} s)" for s in (60, 120)]
+    assert all("worker 2 of 2" in text for text in told[2:])
 
 
 @pytest.mark.parametrize(

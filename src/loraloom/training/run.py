@@ -88,8 +88,8 @@ def train(
         if ray is not None:
             from loraloom.training.workers import train_with_ray  # it needs Ray
 
-            how = {"resume": resume, "progress": progress, "command": command}
-            return train_with_ray(run, directory, ray, ray_workers, **how)
+            how = {"progress": progress, "command": command}
+            return train_with_ray(run, directory, ray, ray_workers, **options, **how)
         is_sharded = launch.size > 1 and run.parallel.base == "fsdp"
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:

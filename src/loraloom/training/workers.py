@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 from typing_extensions import override
 
 from loraloom.errors import ConfigError, TrainingError, shown
-from loraloom.training.builder import load_base
+from loraloom.training.builder import check_data, load_base
 from loraloom.training.progress import NOTICE, Interruption, Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig, RunConfig
@@ -29,6 +30,7 @@ from loraloom.training.store import RunDirectory
 # How often Ray itself starts a lost worker again.
 RESTARTS = 2
 NEWS_S = 1.0
+WAITING_S = 60
 # What Ray reads when it is imported.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
@@ -61,6 +63,8 @@ def train_share(
     command: str,
     queue: Any,
 ) -> list[JobResult]:
+    with suppress(Exception):  # of a queue that was lost with its machine
+        queue.put(place[0])
     os.chdir(directory)
     if not run.output_dir.exists():  # the driver has made it
         raise ConfigError(
@@ -85,9 +89,14 @@ def train_with_ray(
     num_workers: int | None,
     *,
     resume: bool,
+    overwrite: bool,
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
+    if overwrite:
+        # Before earlier results go; workers read it again.
+        progress.message("reading the data")
+        check_data(run)
     progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
     with connected(address) as ray:
         if not (resume and directory.has_checkpoints(by_job=True)):
@@ -120,7 +129,9 @@ def _train_shares(
         max_retries=RESTARTS, scheduling_strategy="SPREAD", **resources
     )
     shares = [(jobs[number::size], (number, size)) for number in range(size)]
-    calls = [task.remote(run, *share, Path.cwd(), command, queue) for share in shares]
+    rest = Path.cwd(), command, queue
+    calls = {task.remote(run, *share, *rest): place for place, share in enumerate(shares)}
+    waiting, begun_at, told_s = set(calls.values()), time.monotonic(), 0
     results, faults, is_ending = list[JobResult](), list[Exception](), False
     with Interruption(lambda: progress.message(NOTICE)) as interruption:
         while calls:
@@ -128,8 +139,8 @@ def _train_shares(
                 is_ending = True
                 for call in calls:  # as by Ctrl-C, so that everything is saved
                     ray.cancel(call)
-            done, calls = ray.wait(calls, timeout=NEWS_S)
-            for call in done:
+            for call in ray.wait([*calls], timeout=NEWS_S)[0]:
+                waiting.discard(calls.pop(call))
                 try:
                     results += ray.get(call)
                 except ray.exceptions.RayError as error:
@@ -142,8 +153,15 @@ def _train_shares(
                     faults.append(fault)
                     progress.message(f"error: {faults[-1]}")
             with suppress(ray.exceptions.RayError):
-                for text in queue.get_nowait_batch(queue.qsize()):
-                    progress.message(text)
+                for news in queue.get_nowait_batch(queue.qsize()):
+                    waiting.discard(news)
+                    if isinstance(news, str):
+                        progress.message(news)
+            waited_s = int(time.monotonic() - begun_at) // WAITING_S * WAITING_S
+            if waiting and waited_s > told_s:
+                numbers = ", ".join(str(number + 1) for number in sorted(waiting))
+                progress.message(f"waiting for worker {numbers} of {size} ({waited_s} s)")
+            told_s = waited_s
         if is_ending:
             interruption.end()
     if show is not None:
