@@ -57,6 +57,8 @@ def write_output(path: Path, text: str) -> None:
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a directory aside, sync it and put it in its place. Several processes may do so."""
+    # An old one with files is renamed before, so a kill in between leaves none: what can't be made
+    # again, as checkpoints, goes to a new name.
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging(path.parent) as aside:
         fill(aside)
