@@ -14,9 +14,10 @@ import torch
 
 from loraloom.adapters.experts import RoutedProjection
 from loraloom.adapters.mixlora import MixLoraAdapter
+from loraloom.training.step.fused import forward_backward
 from tests.tiny import ALL_METHODS, padded_mask, randomise, tiny_host, tiny_ids
 from tests.training.step.test_fused import assert_same, run_window
-from tests.training.toy import add_job, gradients_of, toy_config, toy_host
+from tests.training.toy import PAD_ID, add_job, gradients_of, toy_config, toy_host
 
 DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
 LENGTHS = [7, 3, 5]
@@ -73,6 +74,19 @@ def test_a_recorded_value_is_a_metric_however_a_step_is_cut(config):
     for loss, its_gradients in others[1:]:  # the balance of one row is another one
         assert loss.aux_loss == pytest.approx(whole.aux_loss, rel=1e-6)
         assert_same(its_gradients, gradients, 1e-6)
+
+
+def test_ranks_add_up_to_the_metric_of_all(config):
+    host = toy_host()
+    job = add_job(host, toy_config("a", config, batch_size=3), random=True)
+    batch = job.micro_batch()
+    whole, *parts = (
+        forward_backward(host, [batch], PAD_ID),
+        *(forward_backward(host, [batch.share(rank, 4)], PAD_ID) for rank in range(4)),
+    )
+    metrics = [part.metrics["router/threshold"] for (part,) in parts]
+    assert metrics[3] == 0  # no row is left for it
+    assert sum(metrics) == pytest.approx(whole[0].metrics["router/threshold"], rel=1e-9)
 
 
 def test_it_is_saved_and_decodes_as_it_was_trained(config, tmp_path):
