@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.adapters import LoraConfig
+from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.models.host import Host
 from tests.parity.peft_models import PARTS, wrapped_by_peft
@@ -84,6 +84,27 @@ def test_experts_are_combined_one_by_one_and_routers_averaged(method):
     assert host.adapters["c"].config.top_k == config.top_k
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("experts", [None, ExpertsConfig(rank=3, alpha=5, rank_stabilized=True)])
+def test_a_mixture_combined_by_itself_is_the_same_also_from_files(experts, tmp_path):
+    config = MixLoraConfig(rank=4, alpha=8, num_experts=3, rank_stabilized=True, experts=experts)
+    host = tiny_host(configs={"a": config})
+    host.combine(["a"], [1.0], name="b")
+    host.save("b", tmp_path)
+    host.load("c", tmp_path)
+    a, b, c = (host(IDS, adapters=[name] * 2).logits for name in "abc")
+    assert relative_error(b, a) < 1e-12
+    assert relative_error(c, a) < 1e-6  # files are in float32
+
+
+@torch.no_grad()
+def test_a_rank_above_the_projections_size_is_combined():
+    host = tiny_host(configs={"a": LoraConfig(rank=40, target_modules=["k_proj"])})
+    host.combine(["a"], [1.0], "svd", name="b")
+    a, b = (host(IDS, adapters=[name] * 2).logits for name in "ab")
+    assert relative_error(b, a) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("names", "options", "error", "message"),
     [
@@ -92,6 +113,7 @@ def test_experts_are_combined_one_by_one_and_routers_averaged(method):
         (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["smora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
+        (["hydralora"], {"weights": [1.0]}, AdapterError, "updates of the form BA, HydraLoRA"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (
             ["mixlora"] * 2,

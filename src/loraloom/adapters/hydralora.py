@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
 from loraloom.adapters.low_rank import initial_A
-from loraloom.adapters.method import Projection
+from loraloom.adapters.method import AdapterConfig, Projection
 from loraloom.routing.routes import router_logits
 
 
@@ -32,6 +32,9 @@ class HydraLoraConfig(MixtureConfig):
     """A shared A and a mixture of B on each linear layer."""
     num_experts: ExpertCount = 3  # pyright: ignore[reportIncompatibleVariableOverride]
     """Matrices B of each projection."""
+
+    def combined(self) -> AdapterConfig:
+        return AdapterConfig.combined(self)  # its A has several B
 
     def projection(
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int

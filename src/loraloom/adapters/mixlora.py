@@ -147,9 +147,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
                 "mixtures that are combined must have no shared_expert; give their rows scales "
                 "instead"
             )
-        experts = self.expert_config
-        unscaled = experts.model_copy(update={"alpha": float(experts.rank)})
-        return super().combined().model_copy(update={"experts": unscaled})
+        unscaled = {"alpha": float(self.expert_config.rank), "rank_stabilized": False}
+        experts = (self.experts or ExpertsConfig()).model_copy(update=unscaled)
+        return super().combined().model_copy(update={"experts": experts})
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         super().check_fits(base_layers)

@@ -157,4 +157,6 @@ def _by_svd(
     rank = len(lora_A[0])
     total = _sum([b @ a for a, b in zip(lora_A, lora_B, strict=True)], strengths)
     left, values, right = torch.linalg.svd(total, full_matrices=False)
-    return right[:rank], left[:, :rank] * values[:rank]
+    beyond = max(rank - len(values), 0)  # of its size, a matrix has no more rows to give
+    A, B = right[:rank], left[:, :rank] * values[:rank]
+    return torch.nn.functional.pad(A, (0, 0, 0, beyond)), torch.nn.functional.pad(B, (0, beyond))
