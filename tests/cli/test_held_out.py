@@ -93,7 +93,7 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
 
 def test_preference_pairs_are_evaluated(saved, tmp_path, capsys):
     pairs = [{"prompt": "Say ", "chosen": word, "rejected": "no"} for word in ("blue", "yes", "")]
-    given = ["eval", "--base-model", str(saved / "base"), "--device", "cpu", "--no-cache"]
+    given = ["eval", "--base-model", str(saved / "base"), "--device", "cpu"]
     given += ["--dataset", write(tmp_path / "pairs.jsonl", pairs), "--format", "preference"]
     given += ["--adapter", f"a={saved / 'lora'}", "--output", str(tmp_path / "r.json")]
     assert cli.main(given) == 2

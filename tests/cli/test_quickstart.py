@@ -28,6 +28,16 @@ def made(monkeypatch, tmp_path):
     return steps
 
 
+@pytest.mark.parametrize(
+    ("words", "message"), [("--max-steps 0", "Must be >= 1"), ("--device gpu", "device must be")]
+)
+def test_bad_options_are_an_error_of_one_line(capsys, words, message):
+    assert cli.main(["quickstart", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "SEEDS", (0, 1))

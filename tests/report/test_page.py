@@ -218,6 +218,15 @@ def test_the_verb_writes_one_file(run, tmp_path, capsys):
     assert [path.name for path in other.parent.iterdir()] == ["page.html"]
 
 
+def test_evaluations_whose_files_have_one_name_are_all_shown(run, tmp_path):
+    paths = [tmp_path / name / "eval.json" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        write_evaluation(path)
+    checked = Checked(make_page([run], paths))
+    assert all(str(path) in checked.text for path in paths)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -8,9 +8,13 @@ from importlib.resources import files
 from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Annotated
+
+from cyclopts import Parameter, validators
 
 from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
+from loraloom.config.fields import checked
 from loraloom.config.text import parse_yaml
 from loraloom.data import tiny_base
 from loraloom.data.tasks import load_question_set
@@ -39,7 +43,7 @@ def quickstart(
     output_dir: Path = Path("quickstart"),
     overwrite: bool = False,
     resume: bool = False,
-    max_steps: int = 800,
+    max_steps: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 800,
     device: str = "auto",
 ) -> None:
     """Train two LoRAs and a mixture together, three seeds of each, and see which learns more.
@@ -56,8 +60,8 @@ def quickstart(
         device: auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps.
     """
     console = make_console(soft_wrap=True)
-    run = _run_config(output_dir, max_steps, device)
     find_device(device)  # one that isn't there is an error now, not minutes later
+    run = _run_config(output_dir, max_steps, device)
     RunDirectory(run.output_dir).check(resume=resume, overwrite=overwrite)
     base = Path(run.base_model)
     if base.is_dir():
@@ -102,7 +106,7 @@ def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
         for job in run["jobs"]
         for seed in SEEDS
     ]
-    return RunConfig.model_validate(run)
+    return checked(RunConfig, run)
 
 
 def _findings(

@@ -53,7 +53,9 @@ class ScoreCache:
         self.directory = directory
         self.num_found = self.num_added = 0
         key = computation_key(host)
-        digests = {name: name and adapter_digest(host.adapter(name)) for name in adapters}
+        # pairs are scored by the base model too, whether or not it is evaluated
+        names = (None, *adapters)
+        digests = {name: name and adapter_digest(host.adapter(name)) for name in names}
         self._ids = {n: json_digest({**key, "adapter": digest}) for n, digest in digests.items()}
         with self._open():
             pass

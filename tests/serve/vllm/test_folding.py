@@ -10,9 +10,9 @@ from torch.nn.functional import silu
 
 from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConfig
 from loraloom.errors import AdapterError
-from loraloom.serve.vllm.folding import Folder, split_in_pieces
+from loraloom.serve.vllm.folding import Folder, needs_folding, split_in_pieces
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
-from tests.tiny import METHODS, tiny_host
+from tests.tiny import METHODS, changed, tiny_host
 
 SERVED = {
     "small": MixLoraConfig(rank=2, alpha=4, num_experts=4, top_k=2),
@@ -209,6 +209,22 @@ def test_diverged_adapters_spoil_no_others_tokens(operations, served, mixture_ff
 def test_what_no_lora_can_do_is_refused(served, name, message):
     with pytest.raises(AdapterError, match=message):
         served.folder.fold(served.directory / name)
+
+
+@torch.no_grad()
+def test_other_scalings_of_some_modules_are_folded_as_vllm_knows_one(tmp_path):
+    lora = LoraConfig(rank=2, target_modules=["q_proj"])
+    config = changed(
+        lora, rank_pattern={"layers.1.self_attn.q_proj": 4}, alpha_pattern={"q_proj": 3}
+    )
+    host = tiny_host(configs={"a": config}, dtype=torch.float32)
+    host.save("a", tmp_path)
+    folded = Folder(host.config).fold(tmp_path).tensors
+    for layer, scaling in enumerate((3 / 2, 3 / 4)):
+        place = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        lora_B = host.adapters["a"].tensors()[f"layers.{layer}.self_attn.q_proj.lora_B"]
+        torch.testing.assert_close(folded[f"{place}.lora_B.weight"], scaling * lora_B)
+    assert [*map(needs_folding, (config, SERVED["small"], lora))] == [True, True, False]
 
 
 def test_float32_is_three_bfloat16():

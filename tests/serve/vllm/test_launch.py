@@ -54,6 +54,12 @@ def test_options_are_said_in_vllms_words():
     assert settings == {"LORALOOM_MAX_TOP_K": "3", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
+def test_a_key_that_begins_with_a_dash_is_no_option_of_vllms():
+    assert "--api-key=-one" in vllm_command(options(api_keys=["-one"]), [], {})[0]
+    with pytest.raises(ConfigError, match="several keys for --engine vllm must not begin with '-'"):
+        vllm_command(options(api_keys=["one", "-two"]), [], {})
+
+
 @pytest.mark.parametrize("found", [None, "0.31.0"])
 def test_a_version_that_is_not_known_is_refused(monkeypatch, found):
     monkeypatch.setattr("loraloom.serve.vllm.vllm_version", lambda: found)

@@ -93,7 +93,13 @@ def vllm_command(
     if modules := {**found, **options.adapters}:
         words += ["--lora-modules", *(f"{name}={path}" for name, path in modules.items())]
     if options.api_keys:
-        words += ["--api-key", *options.api_keys]
+        one, *more = options.api_keys
+        if more and any(key.startswith("-") for key in options.api_keys):
+            raise ConfigError(
+                "several keys for --engine vllm must not begin with '-', which vLLM takes for "
+                "options; replace those in the --api-key-file"
+            )
+        words += ["--api-key", one, *more] if more else [f"--api-key={one}"]
     # vLLM's own default is everybody
     words += ["--allowed-origins", json.dumps(list(options.cors_origins))]
     settings = {MAX_TOP_K: str(top_k)}

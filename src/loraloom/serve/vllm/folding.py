@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
 from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.method import Adapter, Projection
+from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.files import fit_to_base, read_stored
@@ -91,6 +92,12 @@ def _fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
             tensors[f"{place}.{name}.lora_A.weight"] = lora_A
             tensors[f"{place}.{name}.lora_B.weight"] = lora_B
     return FoldedAdapter(tensors, rank, top_k)
+
+
+def needs_folding(config: AdapterConfig) -> bool:
+    """Whether vLLM would load it wrongly: it knows no router, and one scaling of all modules."""
+    patterns = isinstance(config, LoraConfig) and (config.rank_pattern or config.alpha_pattern)
+    return config.experts_per_router > 0 or bool(patterns)
 
 
 def router_pair(moe: MoeFfn, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from vllm.model_executor.models import gemma2, llama, mistral, qwen2  # pyright:
 from loraloom.errors import FormatError, LoraloomError
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
-from loraloom.serve.vllm.folding import PIECES, Folder, fitting_rank, max_top_k
+from loraloom.serve.vllm.folding import PIECES, Folder, fitting_rank, max_top_k, needs_folding
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 
 _log = logging.getLogger(__name__)
@@ -99,10 +99,10 @@ def _with_folding(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_adapter(self: Any, request: Any) -> Any:
         try:
-            routes = read_stored(find_adapter(request.lora_path)).config.experts_per_router > 0
+            config = read_stored(find_adapter(request.lora_path)).config
         except FormatError:  # nothing of ours
             return load(self, request)
-        if routes:
+        if needs_folding(config):
             return _load_folded(self, request)
         try:
             return load(self, request)
