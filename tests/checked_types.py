@@ -1,8 +1,8 @@
 """Types of loraloom's functions are checked while tests run: with their axes where they have some.
 
-Functions with axes are checked by jaxtyping, all others by beartype alone, in a tenth of the time:
-jaxtyping remembers every call's shapes and checks its arguments twice. Functions inside of others
-would have to be prepared at each call, and are left alone.
+All are checked by beartype, and those with axes in a context of jaxtyping's: its own decorator,
+whose messages are better, checks arguments twice. Functions inside of others would have to be
+prepared at each call, and are left alone.
 
 jaxtyping's own import hook has all modules compiled anew that loraloom's modules import, as long as
 they load. Here compiled files of other names are for loraloom's modules alone.
@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
-from functools import partial
+from functools import partial, wraps
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -46,13 +46,23 @@ def checked(function: Any) -> Any:
         if is_dataclass(function) and "__init__" in vars(function):
             function.__init__ = checked(function.__init__)
         return function
-    if any(_WITH_AXES.search(str(hint)) for hint in function.__annotations__.values()):
-        return jaxtyped(function, typechecker=_beartype)
     written = function.__annotations__
     function.__annotations__ = _resolved(written, function.__globals__)
     result = _beartype(function)
     function.__annotations__ = result.__annotations__ = written
-    return result
+    has_axes = any(_WITH_AXES.search(str(hint)) for hint in written.values())
+    return _remembering_axes(result) if has_axes else result
+
+
+def _remembering_axes(function: Any) -> Any:
+    """A function in each of whose calls an axis of one name has one size."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jaxtyped("context"):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _resolved(annotations: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:

@@ -59,12 +59,20 @@ ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 def test_blocks_run(document, world, monkeypatch):
     if document.parts[0] in ("benchmarks", "recipes"):
         monkeypatch.setattr("tests.docs.test_blocks.RUN", set())
+    monkeypatch.setattr("lm_eval.evaluator.TaskManager", without_defaults)
     with served_copy(ROOT / document, world) as copy:
         for block in SYBIL.parse(copy).examples():
             try:
                 block.evaluate()
             except Exception as error:
                 raise AssertionError(f"{document}:{block.line}: {error}") from error
+
+
+def without_defaults(**options: Any) -> Any:
+    """lm-eval without its own tasks, which are thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(**options, include_defaults=False)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Spoken(Progress):
         self.messages.append(text)
 
 
-def matrix(max_steps: int = 20, **settings: Any) -> tuple[list[JobConfig], dict[str, TrainingSet]]:
+def matrix(max_steps: int = 12, **settings: Any) -> tuple[list[JobConfig], dict[str, TrainingSet]]:
     """Jobs of all methods, with other ranks, batches, lengths and ends."""
     sizes = {"lora": (4, 2, 0), "dora": (6, 6, 4), "mixlora": (4, 4, 0), "mixdora": (3, 1, 7)}
     configs = [

@@ -1,7 +1,7 @@
 """Jobs of all methods that train together end with the weights that each ends with alone.
 
 LoRA, DoRA, MixLoRA and MixDoRA, of different ranks, batches, lengths, learning rates and ends, with
-dropout and router jitter, for 20 steps.
+dropout and router jitter, for 12 steps.
 """
 
 from __future__ import annotations
