@@ -41,6 +41,7 @@ def test_bad_options_are_an_error_of_one_line(capsys, words, message):
 @pytest.mark.slow
 def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "SEEDS", (0, 1))
+    monkeypatch.setattr(quickstart, "TASK", "skills@2")
     for split in skills.QUESTIONS_PER_SKILL:
         monkeypatch.setitem(skills.QUESTIONS_PER_SKILL, split, 1 if split == "test" else 2)
     output = tmp_path / "out"
