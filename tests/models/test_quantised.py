@@ -236,6 +236,10 @@ def test_an_export_computes_what_the_adapter_does(saved, host, method, kind, tmp
         with pytest.raises(AdapterError, match="bias"):
             loraloom.export(host, tokenizer, method, tmp_path / "out")
         return
+    full = torch.full((32, 32), 127, dtype=torch.int8)
+    sums = torch.ops.bitsandbytes.int8_linear_matmul(full, full)
+    if kind == "int8" and sums[0, 0] != 32 * 127**2:  # torch asks the CPU alone, and not oneDNN
+        pytest.skip("ONEDNN_MAX_CPU_ISA leaves out VNNI: oneDNN's sums of products saturate")
     done = loraloom.export(host, tokenizer, method, tmp_path / "out")
     assert done.logit_error is not None
     assert done.logit_error < (0.1 if kind == "int8" else 1e-5)
