@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,13 @@ def test_commands_import_only_what_they_need(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "Usage: loraloom" in result.stdout
+
+
+def test_help_shows_defaults_that_say_something(capsys):
+    assert cli.main(["chat", "--help"]) == cli.main(["convert", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert set(re.findall(r"\[default: (.*?)\]", text)) == {"auto", "512", "0.7", "0", "1.0"}
+    assert "give one that its files lack, PATH=VALUE: top_k=2" in text
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["config", "--help"], ["inspect", "--help"]])

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
-from loraloom.cli.options import Sets
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import apply_override
 from loraloom.formats.description import describe
@@ -50,7 +49,7 @@ def convert(
     /,
     *,
     to: converting.Program,
-    overrides: Sets = (),
+    overrides: Annotated[tuple[str, ...], Parameter(name="--set", allow_leading_hyphen=True)] = (),
     base_model: str | None = None,
 ) -> None:
     """Write an adapter for another program: PEFT, MoE-PEFT, loraloom itself.
@@ -60,8 +59,8 @@ def convert(
         destination: A new directory to write.
         to: native: as loraloom saves it; peft: for PEFT (LoRA, DoRA, VeRA); reference: for MoE-PEFT
             2.0.2.
-        overrides: A setting of the adapter that its files lack, or another one, PATH=VALUE:
-            top_k=2, experts.alpha=32. May be repeated.
+        overrides: Change a setting of the adapter, or give one that its files lack, PATH=VALUE:
+            top_k=2 or experts.alpha=32. May be repeated.
         base_model: The base model, to check that the adapter fits. Needed for a DoRA whose files
             have no magnitudes, and for VeRA.
     """

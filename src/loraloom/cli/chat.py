@@ -42,7 +42,9 @@ class ChatSampling(SamplingConfig):
     """Generate at most N tokens for an answer."""
     temperature: float = Field(default=0.7, ge=0)
     """0 takes the most likely token; from 0.001, tokens are drawn."""
-    seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=0)
+    seed: Annotated[int, Parameter(show_default=False)] = Field(
+        default_factory=lambda: secrets.randbits(63), ge=0
+    )
     """Seed of the random draws; by default another one each time."""
 
 

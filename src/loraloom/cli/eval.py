@@ -117,7 +117,7 @@ class EvalRun(HostOptions):
 def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     """Score choice questions, or held-out rows, with the base model and adapters, all in one pass.
 
-    Scores of --task and --dataset are kept: after Ctrl-C the same command goes on where it was.
+    Scores of --task and --dataset are kept: after Ctrl-C, repeat the command to resume.
     """
     check_outputs(run.output)
     for path in run.output:

@@ -90,10 +90,18 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
+def _shown_default(value: object) -> str | None:
+    return None if value is False or value in (None, (), []) else str(value)
+
+
 def _app(words: Sequence[str]) -> App:
     """Declare the verbs; the help of the one that is used is its docstring."""
     # A flag has no --no-flag; of an option given twice the later counts.
-    options: Any = {"default_parameter": Parameter(negative="", allow_repeating=True)}
+    options: Any = {
+        "default_parameter": Parameter(
+            negative="", allow_repeating=True, show_default=_shown_default
+        )
+    }
     version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
     app = App("loraloom", help=_HELP, **version, **options)
     groups = {

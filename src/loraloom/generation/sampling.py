@@ -38,13 +38,13 @@ class SamplingConfig(StrictModel):
     max_new_tokens: int = Field(default=128, ge=1)
     """Generate at most N tokens for a prompt."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 takes the most likely token; else tokens are drawn from softmax(logits / it)."""
+    """0 takes the most likely token; else tokens are drawn from softmax(logits / temperature)."""
     top_k: int = Field(default=0, ge=0)
     """Draw from this many of the most likely tokens; 0 for all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the most likely tokens whose probabilities sum to this."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
-    """Divide the logit of a token that was there before, in the prompt too (multiply, if < 0)."""
+    """Divide logits of tokens that occurred before, in the prompt too; multiply negative ones."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the random draws."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
