@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-import time
+from contextlib import suppress
 
 import optuna
 import pytest
@@ -132,7 +132,9 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
 @pytest.fixture
 def sharing(inputs, tmp_path):
     """Two workers' sweeps, which train nothing."""
-    run, directory = sweep_run(inputs, tmp_path, **TPE), RunDirectory(tmp_path, by_job=True)
+    search = {"tpe": 11, "seed": 1}
+    run = sweep_run(inputs, tmp_path, **{**TPE, "search": search})
+    directory = RunDirectory(tmp_path, by_job=True)
     directory.checkpoints.directory.mkdir()
     engine = toy_engine(tmp_path, [])
     return [Sweep(run, engine, directory, Progress(), None, (number, 2)) for number in range(2)]
@@ -148,17 +150,18 @@ def test_a_job_whose_worker_was_killed_as_it_asked_is_taken_up(sharing):
 
 
 def test_workers_take_no_more_jobs_than_there_are(sharing, monkeypatch):
-    ask, started = optuna.Study.ask, []
+    ask, started, both = optuna.Study.ask, [], threading.Barrier(2)
 
-    def slow_ask(study, *args):
-        time.sleep(0.02)
+    def ask_together(study, *args):
+        with suppress(threading.BrokenBarrierError):  # one alone has asked
+            both.wait(timeout=0.1)
         return ask(study, *args)
 
     def start(sweep, trial, name):
         started.append(trial.number)
         sweep._engine.jobs[name] = None
 
-    monkeypatch.setattr(optuna.Study, "ask", slow_ask)
+    monkeypatch.setattr(optuna.Study, "ask", ask_together)
     monkeypatch.setattr(Sweep, "_start", start)
     for sweep in sharing:
         monkeypatch.setattr(type(sweep._sweep), "num_concurrent", 99)
@@ -167,7 +170,7 @@ def test_workers_take_no_more_jobs_than_there_are(sharing, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(started) == [*range(12)]
+    assert sorted(started) == [*range(11)]
 
 
 def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):
