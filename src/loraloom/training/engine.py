@@ -197,10 +197,8 @@ class Engine:
             if isinstance(error, AdapterError) and error.__cause__ is None:  # not of the disk
                 raise
             # Nothing is lost: the next checkpoint has them, and the job's end writes them again.
-            self._reporter.message(
-                f"warning: job {job.name}: its best weights, after step {job.position.step}, can't "
-                f"be written yet: {error}; training goes on, make room before the job ends"
-            )
+            what = f"job {job.name}: its best weights can't be written yet: {error}"
+            self._reporter.message(f"warning: {what}; training goes on, make room before it ends")
 
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
