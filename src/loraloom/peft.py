@@ -233,8 +233,8 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     def merge_adapter(self, *_: Any, **__: Any) -> Any:
         raise AdapterError(
-            "adapters of loraloom.peft are not merged: a router chooses experts for each token, "
-            "which no single matrix does; unload() gives the base model back"
+            "adapters of loraloom.peft can't be merged here; save them, and `loraloom export` "
+            "merges those without routers; unload() gives the base model back"
         )
 
     merge_and_unload = merge_adapter

@@ -86,6 +86,14 @@ def test_faults_of_a_run_file_come_with_its_name(show, tmp_path):
     assert error.startswith(f"error: {tmp_path / 'run.yaml'}:\n  jobs.0.data: unknown key 'formt'")
 
 
+def test_a_path_that_says_preference_makes_no_pairs(directory, tmp_path, capsys):
+    (tmp_path / "preferences.jsonl").write_text('{"text": "the sky"}\n')
+    data = {"dataset": str(tmp_path / "preferences.jsonl"), "format": "text"}
+    run = {"base_model": str(directory / "base"), "jobs": [{"data": data}]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    assert main(["data", "show", str(tmp_path / "run.yaml")]) == 0
+
+
 def test_a_row_that_is_dropped_is_shown_as_such(show):
     assert "chats: chat.jsonl, row 2: dropped, its answer does not fit max_length" in show()
 

@@ -109,6 +109,7 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ),
         ("--prompt x --output .", "--output must be a file"),
         ("--prompt x --raw --chat-template trl", "--chat-template exclude each other"),
+        ("--prompt x --resume", "--resume has no effect without --output"),
         ("--prompt x --no-base", "--no-base has an effect on --prompt with --adapter only"),
     ],
 )

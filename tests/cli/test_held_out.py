@@ -71,6 +71,15 @@ def test_settings_of_data_may_be_given_as_in_a_run_file(run, tmp_path, capsys):
     assert run("--dataset", json.dumps(source))["tasks"]["chats"]["num_examples"] == 3
 
 
+def test_options_of_rows_are_those_of_settings_without_them(run, tmp_path):
+    rows = [{"instruction": "Say", "reply": "blue"}] * 2 + [{"instruction": 1}]
+    (tmp_path / "own.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{\n")
+    source = {"dataset": str(tmp_path / "own.jsonl"), "fields": {"output": "reply"}}
+    written = run("--dataset", json.dumps(source), "--limit", "2")
+    assert written["tasks"]["own"]["num_examples"] == 2
+    assert written["tasks"]["own"]["format"] == "instruction"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -78,6 +78,14 @@ def test_an_error_is_one_message_and_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: job a, step 3: the loss must be finite, got nan\n"
 
 
+def test_a_librarys_exit_with_a_text_is_a_fault(monkeypatch, capsys):
+    def leave() -> None:
+        raise SystemExit("no such kernel")
+
+    assert run_with(monkeypatch, leave) == 1
+    assert capsys.readouterr().err == "error: no such kernel\n"
+
+
 def test_an_interrupt_is_code_130(monkeypatch):
     def interrupt() -> None:
         raise KeyboardInterrupt

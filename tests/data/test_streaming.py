@@ -41,6 +41,11 @@ def test_rows_are_shuffled_within_the_buffer_by_the_seed(tiny_tokenizer, file):
     assert set(first) == set(other) == {row["text"] for row in ROWS[:8]}
 
 
+def test_no_buffer_is_the_default_one(tiny_tokenizer, file):
+    made = stream(tiny_tokenizer, dataset=file, shuffle_buffer=None)
+    assert "read 1000 rows at a time" in made.report[0]
+
+
 def test_a_pass_has_every_row_once_and_the_next_one_another_order(tiny_tokenizer, file):
     made = stream(tiny_tokenizer, dataset=file, shuffle_buffer=30)
     first, position = made.take(made.start, 30)

@@ -80,6 +80,18 @@ def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
         evaluate(host, tiny_tokenizer, [TOY])
 
 
+def test_question_sets_of_one_name_are_an_error(host, tiny_tokenizer):
+    with pytest.raises(ConfigError, match="tasks must have different names, got toy, toy"):
+        evaluate(host, tiny_tokenizer, [TOY, TOY])
+
+
+def test_generated_tasks_read_no_data_beside_others(tmp_path):
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy" / "test.jsonl").write_text(f"{json.dumps(ROW)}\n")
+    sets = load_question_sets(["skills", "arc_easy"], "text", data=tmp_path, limit=1)
+    assert [len(one.questions) for one in sets] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [

@@ -78,6 +78,14 @@ CONTRADICTIONS = [
     ({"optimizer_args": {"lr": 1}}, "must not hold lr: learning_rate and weight_decay of the job"),
     ({"batch_size": 4, "micro_batch_size": 8}, "micro_batch_size must divide batch_size=4, got 8"),
     ({"early_stopping": {}}, "early_stopping has no effect without eval_steps"),
+    (
+        {"objective": {"name": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}},
+        "label_smoothing has no effect with loss_type ipo",
+    ),
+    (
+        {"objective": {"name": "cpo", "loss_type": "hinge", "label_smoothing": 0.1}},
+        "label_smoothing has no effect with loss_type hinge",
+    ),
 ]
 
 
@@ -165,6 +173,10 @@ JOB_FAULTS = [
         "data.streaming needs train.max_steps, not num_epochs",
     ),
     ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA; remove it"),
+    (
+        {"train": {"num_epochs": 1, "loraplus_lr_ratio": 2}, "adapter": {"method": "vera"}},
+        "train.loraplus_lr_ratio has no effect on VeRA",
+    ),
 ]
 
 

@@ -108,6 +108,9 @@ def _tokens(config: AdapterConfig, base: BaseInfo) -> dict[str, tuple[int, ...]]
             )
         if path is None or not tokens:
             continue
+        if len(set(tokens)) < len(tokens):
+            named = ", ".join(map(str, tokens))
+            raise AdapterError(f"trainable_token_indices must name each token once, got {named}")
         num_rows = base.modules[path]["weight"][0]
         if max(tokens) >= num_rows:
             raise AdapterError(

@@ -76,7 +76,7 @@ def _filled_in(settings: dict[str, Any]) -> dict[str, Any]:
     jobs: Any = settings.get("jobs")
     for place, job in enumerate(jobs if isinstance(jobs, list) else ()):
         if isinstance(job, dict):
-            has_pairs = "preference" in str(job.get("data"))
+            has_pairs = "'format': 'preference'" in str(job.get("data"))  # a mix's source too
             train = {"max_steps": 1, **({"objective": {"name": "dpo"}} if has_pairs else {})}
             adapter = {"method": CONFIGS[0].model_fields["method"].default}
             jobs[place] = {"name": f"job{place + 1}", "adapter": adapter, "train": train, **job}

@@ -152,7 +152,7 @@ def _names(values: Sequence[str]) -> list[str]:
 
 
 def _held_out(run: EvalRun) -> list[SourceConfig]:
-    given = run.model_dump(include={"format", "split"}, exclude_none=True)
+    given = asked = run.model_dump(include={"format", "split"}, exclude_none=True)
     # without --format, rows are written as those that all adapters were trained on
     forms = [read_stored(find_adapter(path)).prompt for path in run.adapters.values()]
     form = forms[0] if forms and all(one == forms[0] for one in forms) else None
@@ -160,14 +160,12 @@ def _held_out(run: EvalRun) -> list[SourceConfig]:
         given = form.model_dump(exclude={"system"}, exclude_none=True) | given
     sources = []
     for text in dict.fromkeys(run.dataset):
-        is_mapping = text.startswith("{")
-        source = checked(
-            SourceConfig,
-            parse_yaml(text, "--dataset") if is_mapping else {"dataset": text, **given},
-        )
+        own = parse_yaml(text, "--dataset") if text.startswith("{") else {"dataset": text}
+        defaults = asked if {"format", "task"} & own.keys() else given
+        source = checked(SourceConfig, {**defaults, **own})
         split = source.split or "validation"
         if source.dataset is not None:  # what is broken is an error before the model is loaded
-            read_rows(find_location(source.dataset, split, source.config), split)
+            read_rows(find_location(source.dataset, split, source.config), split, run.limit)
         sources.append(source)
     return sources
 

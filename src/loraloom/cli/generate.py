@@ -62,6 +62,8 @@ class GenerateOptions(HostOptions):
             yield "generate needs either --prompt or --input; give one of them"
         elif self.no_base and (self.input is not None or not self.adapter):
             yield "--no-base has an effect on --prompt with --adapter only; leave it out"
+        if self.resume and self.output is None:
+            yield "--resume has no effect without --output; give it"
 
 
 def generate(

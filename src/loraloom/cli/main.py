@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_models = isinstance(cause, pydantic.ValidationError)
         return _fail("\n".join(describe_faults(cause)) if is_models else str(error))
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
+        return _fail(end.code, 1) if isinstance(end.code, str) else end.code or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

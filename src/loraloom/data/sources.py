@@ -295,8 +295,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_rows(found: Path | HubSource, split: str = "") -> list[Row]:
-    rows = list(RowStream(found, split, streaming=False).rows())
+def read_rows(found: Path | HubSource, split: str = "", limit: int | None = None) -> list[Row]:
+    rows = list(islice(RowStream(found, split, streaming=False).rows(), limit))
     if not rows:
         name = found if isinstance(found, Path) else found.repository
         raise DataError(f"{name}: there are no rows; add some, or name another file")

@@ -178,7 +178,8 @@ def encode_documents(
     for ids in encode_texts(tokenizer, texts):
         # a piece begins with the last token of the one before, so that each is predicted once
         starts = range(0, max(len(ids), 1), max_length - 1)
-        parts = [(*ids, end)[start : start + max_length] for start in starts]
+        ended = (*ids, end)
+        parts = [ended[start : start + max_length] for start in starts]
         pieces = tuple(Example(part, part) for part in parts)
         encoded.append(EncodedRow(pieces, is_cut=len(pieces) > 1))
     return encoded

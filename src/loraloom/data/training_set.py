@@ -18,7 +18,7 @@ from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import DataConfig
+from loraloom.config.data import SHUFFLE_BUFFER, DataConfig
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row, StreamState
 from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
@@ -226,11 +226,11 @@ class StreamedSet:
             self.validation += [one for row in held_out for one in number_row(row, sample_ids)]
         self.warnings: tuple[str, ...] = ()
         self._max_length, self._rows_per_example = max_length, 1 + as_pairs
-        assert config.shuffle_buffer is not None, "a stream has one"
+        rows_of_block = config.shuffle_buffer or SHUFFLE_BUFFER  # null may be written too
         total = sum(source.weight for source in config.sources)
         self._sources = []
         for source in config.sources:
-            num_rows = max(round(config.shuffle_buffer * source.weight / total), 1)
+            num_rows = max(round(rows_of_block * source.weight / total), 1)
             self._sources.append(_Source(SourceEncoder(source, tokenizer, max_length), num_rows))
         self.report = tuple(
             f"{source.name}: a stream, read {source.rows_per_block} rows at a time"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import Scoring, SourceConfig
+from loraloom.config.data import Scoring, SourceConfig, is_skills
 from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, TokenPair
@@ -200,6 +200,7 @@ def evaluate(
     named = [tasks] if isinstance(tasks, str) else [task for task in tasks if isinstance(task, str)]
     asked = [task for task in tasks if isinstance(task, QuestionSet)]
     asked += load_question_sets(named, scoring, split, data, limit)
+    _check_differ("tasks", [one.task for one in asked])
     if not asked:
         raise ConfigError("tasks must name at least one, got none")
     return scored.evaluation([scored.ask(task) for task in asked])
@@ -240,9 +241,7 @@ def evaluate_loss(
         data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
     if not data:
         raise ConfigError("data must have at least one data set, got none")
-    names = [one.name for one in data]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"data sets must have different names, got {', '.join(names)}")
+    _check_differ("data sets", [one.name for one in data])
     return scored.evaluation([scored.measure(one) for one in data])
 
 
@@ -253,12 +252,21 @@ def load_question_sets(
     data: str | Path | None = None,
     limit: int | None = None,
 ) -> list[QuestionSet]:
-    names = [find_task(task).name for task in tasks]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"tasks must have different names, got {', '.join(names)}")
-    if data is not None and len(tasks) > 1:  # which must not all read the data of one
-        places = {name: local_path(data, "data") / name for name in names}
+    _check_differ("tasks", [find_task(task).name for task in tasks])
+    reading = [find_task(task).name for task in tasks if not is_skills(task)]  # no generated ones
+    if data is not None and len(reading) > 1:  # which must not all read the data of one
+        places = {name: local_path(data, "data") / name for name in reading}
         if absent := [name for name, place in places.items() if not place.is_dir()]:
             needed = f"data must be a directory with one for each of several tasks, got {data}"
             raise ConfigError(f"{needed} without {', '.join(absent)}")
-    return [load_question_set(task, scoring, split, data, limit) for task in tasks]
+    return [
+        load_question_set(
+            task, scoring, split, None if reading and is_skills(task) else data, limit
+        )
+        for task in tasks
+    ]
+
+
+def _check_differ(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{what} must have different names, got {', '.join(names)}")

@@ -84,42 +84,48 @@ class SftConfig(ObjectiveConfig):
     """Supervised fine-tuning on the answers in the data."""
 
 
-class DpoConfig(ObjectiveConfig):
+class _PairsConfig(ObjectiveConfig):
+    learns_from_pairs = True
+    loss_type: Any = "sigmoid"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """sigmoid: the share of pairs that are taken to be the wrong way round."""
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            yield f"label_smoothing has no effect with loss_type {self.loss_type}; remove it"
+
+
+class DpoConfig(_PairsConfig):
     """Direct preference optimisation against a reference policy.
 
     Source: Rafailov et al. 2023, DPO, arXiv:2305.18290; Azar et al. 2023, IPO, arXiv:2310.12036;
     label smoothing: Mitchell 2023, A note on DPO with noisy preferences (cDPO).
     """
 
-    learns_from_pairs = True
     name: Literal["dpo"] = "dpo"
     """Direct preference optimisation."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     """The loss of DPO's paper, or of IPO's on log-probabilities per token."""
     beta: float = Field(default=BETA, gt=0)
     """How strongly the policy is held at the reference; the τ of IPO's paper."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """sigmoid: the share of pairs that are taken to be the wrong way round."""
     reference: str = Field(default=BASE_REFERENCE, min_length=1)
     """Policy to stay near: base for the base model, or an adapter's directory or hub id."""
 
 
-class CpoConfig(ObjectiveConfig):
+class CpoConfig(_PairsConfig):
     """Contrastive preference optimisation: no reference, and a likelihood term on chosen answers.
 
     Source: Xu et al. 2024, CPO, arXiv:2401.08417; hinge: Zhao et al. 2023, SLiC-HF,
     arXiv:2305.10425.
     """
 
-    learns_from_pairs = True
     name: Literal["cpo"] = "cpo"
     """Contrastive preference optimisation."""
     loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
     """Loss of the margin between chosen and rejected."""
     beta: float = Field(default=0.1, gt=0)
     """Factor of the margin."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """sigmoid: the share of pairs that are taken to be the wrong way round."""
     cpo_alpha: float = Field(default=1.0, ge=0)
     """Weight of the chosen answers' mean -log p per token."""
 
@@ -274,6 +280,8 @@ class JobConfig(StrictModel):
     def contradictions(self) -> Iterator[str]:
         if self.train.router_lr_ratio and not self.adapter.experts_per_router:
             yield f"train.router_lr_ratio has no effect on {self.adapter.title}; remove it"
+        if self.train.loraplus_lr_ratio and self.adapter.method == "vera":
+            yield "train.loraplus_lr_ratio has no effect on VeRA, which has no lora_B; remove it"
         train, has_pairs = self.train, self.train.learns_from_pairs
         held_out = () if self.data.validation is None else (self.data.validation,)
         formats = {source.format for source in (*self.data.sources, *held_out)}
