@@ -202,7 +202,9 @@ class LoraProjection(Projection):
     def compute_B(self, dtype: torch.dtype) -> Tensor:
         """B of all experts times scaling, [S, O]."""
         if not self.is_mixture:
-            return (self._all_B() * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
+            scaled = (self._all_B() * self.config.scaling).transpose(1, 2).flatten(0, 1)
+            # products with rows that lie apart take a CPU up to twice as long
+            return scaled.to(dtype).contiguous()
         return _ScaledTranspose.apply(self._all_B(), self.config.scaling, dtype)  # pyright: ignore
 
     def row_scale(self) -> Tensor | None:

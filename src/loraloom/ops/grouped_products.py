@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.low_rank import decompose_rows, excess_of
-from loraloom.ops.slot_pieces import Piece, Slots
+from loraloom.ops.slot_pieces import Piece, Slots, Total
 
 
 class GroupedDown(torch.autograd.Function):
@@ -86,7 +86,7 @@ class CombineSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
         excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
-        total, unscaled = slots.new_total(output), torch.empty_like(output)
+        total, unscaled = Total(slots, output), torch.empty_like(output)
         for piece in slots.pieces(output):
             rows, out = piece.take_slots(output), piece.take_slots(unscaled)
             if piece.columns is None or lora_B is None:
@@ -98,10 +98,10 @@ class CombineSlots(torch.autograd.Function):
                 else:
                     value, _ = decompose_rows(rows, *factors, piece.of_rows(excess), bias, out)
             weight = None if slot_weights is None else piece.slot_weights(slot_weights)
-            piece.add(total, value, weight)
+            total.add(piece, value, weight)
         ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights)
         ctx.slots = slots
-        return total
+        return total.value
 
     @staticmethod
     @once_differentiable

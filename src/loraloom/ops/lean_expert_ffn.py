@@ -30,7 +30,7 @@ from loraloom.ops.grouped_products import (
     zeros_for_gradient,
 )
 from loraloom.ops.low_rank import UpProjection, add_low_rank_, decompose_rows, down_project
-from loraloom.ops.slot_pieces import Piece, Slots
+from loraloom.ops.slot_pieces import Piece, Slots, Total
 
 
 def lean_expert_ffn(
@@ -42,7 +42,10 @@ def lean_expert_ffn(
     act: Activation,
     dropout: FfnDropout,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Compute what `expert_ffn` computes; the function returned may write to the base's output."""
+    """Compute what `expert_ffn` computes; it and the function returned write to the base's outputs.
+
+    Gate and up are written to where one expert has all tokens.
+    """
     slots = Slots.of(weights, routing, gate)
     low_rank: Any = None
     if weights.input_A is not None:
@@ -119,8 +122,11 @@ class _Block:
     up: _Side | None
 
     def projections(self, gate, up, low_rank, gate_B, gate_c, up_B, up_c) -> list[_Projection]:
-        first = _Projection(gate, low_rank, gate_B, gate_c, self.gate)
-        return [first] if up is None else [first, _Projection(up, low_rank, up_B, up_c, self.up)]
+        def make(output, lora_B, row_scale, side):
+            return _Projection(output, low_rank, lora_B, row_scale, side, self.slots.routed)
+
+        first = make(gate, gate_B, gate_c, self.gate)
+        return [first] if up is None else [first, make(up, up_B, up_c, self.up)]
 
 
 @dataclass(frozen=True)
@@ -129,31 +135,41 @@ class _Rows:
     unscaled: Tensor  # before DoRA's row scale, without the bias
     rank_input: Tensor | None = None  # what B multiplied
     excess: Tensor | None = None  # DoRA's factors less 1
+    is_kept: bool = True  # what autograd saves, or the base's own output
 
-    def times(self, factor: Tensor) -> Tensor:
-        """Multiply the value for the last time, in place unless it is the base's own output."""
-        return self.value * factor if self.rank_input is None else self.value.mul_(factor)
+    def times(self, factor: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply the value for the last time, in place if nobody needs it."""
+        if out is None and not self.is_kept:
+            return self.value.mul_(factor)
+        return torch.mul(self.value, factor, out=out)
 
 
 class _Projection:
-    def __init__(self, output: Tensor, low_rank: Any, lora_B: Any, row_scale: Any, side: Any):
+    def __init__(
+        self, output: Tensor, low_rank: Any, lora_B: Any, row_scale: Any, side: Any, is_routed: bool
+    ):
         self.output, self.lora_B, self.row_scale, self.side = output, lora_B, row_scale, side
+        self.is_routed = is_routed
         self.low_rank = None if side is None or low_rank is None else low_rank[:, side.columns]
         self.excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
 
-    def rows(self, piece: Piece) -> _Rows:
+    def rows(self, piece: Piece, *, is_forward: bool = False) -> _Rows:
         output = piece.take(self.output)
         if self.low_rank is None or piece.columns is None:
             return _Rows(output, output)
         rank_input, own_B = piece.take_rank(self.low_rank), piece.of_experts(self.lora_B)
         if self.excess is None:
-            # A piece's own copy is added to; rows of the base's output are needed again.
+            # One expert's update stays in the base's output, which is all that has to be kept. Of
+            # several, each has a copy of its own to add to, or makes one.
+            if not self.is_routed:
+                value = output.addmm_(rank_input, own_B) if is_forward else output
+                return _Rows(value, value, rank_input)
             add = output.addmm_ if piece.copies else partial(torch.addmm, output)
             value = add(rank_input, own_B)
-            return _Rows(value, value, rank_input)
+            return _Rows(value, value, rank_input, is_kept=False)
         excess, out = piece.of_rows(self.excess), output if piece.copies else None
         value, rows = decompose_rows(output, rank_input, own_B, excess, self.side.bias, out)
-        return _Rows(value, rows, rank_input, excess)
+        return _Rows(value, rows, rank_input, excess, is_kept=False)
 
 
 class _LeanFfn(torch.autograd.Function):
@@ -174,21 +190,24 @@ class _LeanFfn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block, *tensors):
+    def forward(ctx, block, gate, up, *others):
+        # Segments are views of one tensor: with its version counter, each one's update would
+        # invalidate what the others have saved.
+        tensors = (gate.data, up if up is None else up.data, *others)
         *inputs, down_A, slot_weights = tensors[:9]
-        gate, keep_slots, slots = inputs[0], tensors[9:], block.slots
+        keep_slots, slots = tensors[9:], block.slots
         projections = block.projections(*inputs)
+        apart = None
         if slots.apart:
-            hidden = gate.new_empty(slots.experts.numel(), gate.shape[1])
-        else:
-            hidden = slots.new_total(gate)
+            apart = gate.new_empty(slots.experts.numel(), gate.shape[1])
+        total = Total(slots, gate)
         # Both are kept, as they are narrow: a weight, which may be 0, can't be divided out again.
         unweighted: Any = None if down_A is None else slots.new_rank_space(gate)
         weighted = unweighted
         if down_A is not None and slot_weights is not None:
             weighted = torch.zeros_like(unweighted)
         for piece in slots.pieces(gate):
-            inner, *outer = (projection.rows(piece) for projection in projections)
+            inner, *outer = (projection.rows(piece, is_forward=True) for projection in projections)
             states = block.act(inner.value)
             for rows in outer:
                 states = rows.times(states)
@@ -200,14 +219,15 @@ class _LeanFfn(torch.autograd.Function):
                 piece.add_rank(unweighted, down)
                 if weight is not None:
                     piece.add_rank(weighted, down * weight)
-            if slots.apart:
-                piece.take_slots(hidden).copy_(states)
+            if apart is not None:
+                piece.take_slots(apart).copy_(states)
             elif weight is not None and piece.copies:
-                piece.add(hidden, states.mul_(weight))
+                total.add(piece, states.mul_(weight))
             else:
-                piece.add(hidden, states, weight)
+                total.add(piece, states, weight)
         ctx.block = block
         ctx.save_for_backward(*tensors, unweighted)
+        hidden = total.value if apart is None else apart
         return hidden, gate.new_empty(0) if weighted is None else weighted
 
     @staticmethod
@@ -253,8 +273,10 @@ class _Backward:
         grad_states = self._grad_states(piece, grad_hidden, grad_down, states)
         grad_activated = grad_states
         for grads, rows in zip(self.grads[1:], outer, strict=True):
-            grad_activated = rows.times(grad_states)
-            grads.add(piece, rows, grad_states * activated.detach())
+            # The states' room is free; the gradient's is, where it is no view of the upstream's.
+            grad_activated = rows.times(grad_states, out=states)
+            out = None if grad_states._is_view() else grad_states
+            grads.add(piece, rows, torch.mul(grad_states, activated.detach(), out=out))
         grad_inner = torch.autograd.grad(activated, leaf, grad_activated)[0]
         self.grads[0].add(piece, inner, grad_inner)
 
@@ -289,12 +311,16 @@ class _Backward:
 
 class _Gradients:
     def __init__(self, projection: _Projection, grad_low_rank: Any, slots: Slots):
-        self.output = slots.new_total(projection.output)
+        self._output = Total(slots, projection.output)
         self.row_scale: Any = _zeros(projection.row_scale)
         self.rank: Any = None
         if projection.low_rank is not None:
             grad_rank = grad_low_rank[:, projection.side.columns]
             self.rank = RankGradients(projection.lora_B, grad_rank)
+
+    @property
+    def output(self) -> Tensor:
+        return self._output.value
 
     @property
     def lora_B(self) -> Tensor | None:
@@ -304,7 +330,7 @@ class _Gradients:
         if rows.excess is not None:
             piece.add_row_scale(self.row_scale, grad * rows.unscaled)
             grad = torch.addcmul(grad, rows.excess, grad)
-        piece.add(self.output, grad)
+        self._output.add(piece, grad)
         if rows.rank_input is not None:
             self.rank.add(piece, rows.rank_input, grad)
 

@@ -112,12 +112,7 @@ class _AddLowRank(torch.autograd.Function):
         grads = []
         pairs = ctx.saved_tensors
         for span, low_rank, lora_B in zip(ctx.spans, pairs[::2], pairs[1::2], strict=True):
-            # Laid out as B is, so that autograd need not copy it.
-            if lora_B.stride(0) == 1:
-                grad_B = (rows[span].T @ low_rank).T
-            else:
-                grad_B = low_rank.T @ rows[span]
-            grads += [rows[span] @ lora_B.T, grad_B]
+            grads += [rows[span] @ lora_B.T, low_rank.T @ rows[span]]
         return grad, None, *grads
 
 

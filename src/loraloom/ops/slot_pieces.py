@@ -66,7 +66,7 @@ class Piece(ABC):
 
     @abstractmethod
     def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
-        """Add to rows of [T, ...], which `Slots.new_total` made, times a weight, [t, 1]."""
+        """Add to rows of [T, ...], which `Total` made, times a weight, [t, 1]."""
 
     @abstractmethod
     def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
@@ -124,6 +124,7 @@ class BlockOfSlot(Piece):
     """A block of tokens in one slot; rows of rank space are [T, S], all slots' in one."""
 
     slot_mask: Tensor | None = None
+    is_whole: bool = False  # all tokens, in their only slot
     copies = False
 
     @property
@@ -240,7 +241,9 @@ def masked_pieces(
         for slot in range(num_slots):
             place = slice(slot * num_tokens + start, slot * num_tokens + stop)
             mask, columns = None if masks is None else masks[slot, rows], slice(0, num_columns)
-            yield BlockOfSlot(rows, slot, place, experts[slot, rows], columns, rank, mask)
+            is_whole = (num_slots, stop - start) == (1, num_tokens)
+            own = experts[slot, rows]
+            yield BlockOfSlot(rows, slot, place, own, columns, rank, mask, is_whole)
 
 
 def _piece_rows(gate: Tensor) -> int:
@@ -295,8 +298,26 @@ class Slots:
         rows = len(gate) if self.group is None else self.experts.numel()
         return gate.new_zeros(rows, self.columns)
 
-    def new_total(self, like: Tensor) -> Tensor:
-        """Room for a sum over slots, [T, N], of [..., N]; masked pieces write their first slot."""
-        room = torch.empty if self.group is None else torch.zeros
-        shape = self.experts.shape[1], like.shape[1]
-        return room(shape, dtype=like.dtype, device=like.device)
+
+class Total:
+    """A sum over slots, [T, N], of [..., N]; what is not a sum at all isn't copied."""
+
+    def __init__(self, slots: Slots, like: Tensor):
+        self._slots, self._like = slots, like
+        self._value: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        if self._value is None:
+            shape, like = (self._slots.experts.shape[1], self._like.shape[1]), self._like
+            # masked pieces write their first slot
+            room = torch.empty if self._slots.group is None else torch.zeros
+            self._value = room(shape, dtype=like.dtype, device=like.device)
+        return self._value
+
+    def add(self, piece: Piece, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add a piece's rows, which nobody may write to afterwards, times a weight, [t, 1]."""
+        if isinstance(piece, BlockOfSlot) and piece.is_whole and weight is None:
+            self._value = values
+        else:
+            piece.add(self.value, values, weight)
