@@ -178,3 +178,5 @@ async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
         assert set(host.adapters) == {"own", "lora", "more"}
     await adapters.load("late", str(saved / "lora"))  # in place of the one that nobody uses now
     assert set(host.adapters) == {"own", "more", "late"}
+    await adapters.load("late", str(saved / "lora"), replace=True)  # not counted beside itself
+    assert set(host.adapters) == {"own", "more", "late.2"}

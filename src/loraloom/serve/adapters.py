@@ -172,9 +172,12 @@ class ServedAdapters:
 
     def _make_room_for(self, new: ServedAdapter) -> None:
         """Let unused adapters of the directory go until all fit the memory, or else the new one."""
-        while sum(map(_bytes_of, self._host.adapters.values())) > self._max_bytes:
-            served = self._served.values()
-            unused = [one for one in served if one.is_lazy and not one.num_users]
+        former = self._served.get(new.name)  # goes at once if nobody uses it
+        goes = {former.host_name} if former is not None and not former.num_users else ()
+        held = self._host.adapters
+        while sum(_bytes_of(held[name]) for name in held if name not in goes) > self._max_bytes:
+            others = [one for one in self._served.values() if one is not former]
+            unused = [one for one in others if one.is_lazy and not one.num_users]
             if not unused:
                 self._remove(new)
                 raise RequestError(

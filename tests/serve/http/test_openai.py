@@ -245,6 +245,13 @@ def test_metrics_count_by_model(client, served):
         ),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"tool_choice": "auto"}, "tool_choice needs tools"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream: true"),
+        ({"max_tokens": 5, "max_completion_tokens": 9}, "are one; leave either out"),
+        (
+            {"tools": [TOOL], "tool_choice": "required"}
+            | {"response_format": FORMAT | {"json_schema": NO_SCHEMA}},
+            "response_format must be text where tool_choice wants a call",
+        ),
         ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"logit_bias": {"5000": 1}}, "logit_bias: the text must have tokens of the model"),
         ({"n": 0}, "n"),

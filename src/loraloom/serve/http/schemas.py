@@ -56,6 +56,12 @@ class SamplingBody(StrictModel):
             body = {name: value for name, value in body.items() if value is not None}
         return check(body)
 
+    @model_validator(mode="after")
+    def _check_stream(self):
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
 
 class ChatMessage(BaseModel):
     """A turn of a conversation; what clients add to answers is ignored."""
@@ -109,6 +115,10 @@ class ChatBody(SamplingBody):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.tool_choice not in (None, "none") and not self.callable_tools:
             raise ValueError("tool_choice needs tools, the one that it names among them")
+        if self.must_call and self.schema_of_answer is not None:
+            raise ValueError("response_format must be text where tool_choice wants a call")
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise ValueError("max_tokens and max_completion_tokens are one; leave either out")
         return self
 
     @property
