@@ -29,7 +29,12 @@ def made(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("--max-steps 0", "Must be >= 1"), ("--device gpu", "device must be")]
+    ("words", "message"),
+    [
+        ("--max-steps 0", "Must be >= 1"),
+        ("--device gpu", "device must be"),
+        ("--output-dir s3://bucket", "output_dir must be a directory, got the URL"),
+    ],
 )
 def test_bad_options_are_an_error_of_one_line(capsys, words, message):
     assert cli.main(["quickstart", *words.split()]) == 2

@@ -254,17 +254,13 @@ def load_question_sets(
 ) -> list[QuestionSet]:
     _check_differ("tasks", [find_task(task).name for task in tasks])
     reading = [find_task(task).name for task in tasks if not is_skills(task)]  # no generated ones
-    if data is not None and len(reading) > 1:  # which must not all read the data of one
-        places = {name: local_path(data, "data") / name for name in reading}
-        if absent := [name for name, place in places.items() if not place.is_dir()]:
-            needed = f"data must be a directory with one for each of several tasks, got {data}"
-            raise ConfigError(f"{needed} without {', '.join(absent)}")
-    return [
-        load_question_set(
-            task, scoring, split, None if reading and is_skills(task) else data, limit
-        )
-        for task in tasks
-    ]
+    # several must not all read the data of one
+    several = reading if data is not None and len(reading) > 1 else ()
+    if absent := [name for name in several if not (local_path(data or "", "data") / name).is_dir()]:
+        needed = f"data must be a directory with one for each of several tasks, got {data}"
+        raise ConfigError(f"{needed} without {', '.join(absent)}")
+    places = {task: None if reading and is_skills(task) else data for task in tasks}
+    return [load_question_set(task, scoring, split, places[task], limit) for task in tasks]
 
 
 def _check_differ(what: str, names: Sequence[str]) -> None:

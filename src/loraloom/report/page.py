@@ -31,11 +31,8 @@ def make_page(
     runs: Sequence[Path], evaluations: Sequence[Path] = (), now: datetime | None = None
 ) -> str:
     jobs = read_runs(runs)
-    names = [path.name for path in evaluations]
-    read = {
-        name if names.count(name) == 1 else str(path): read_evaluation(path)
-        for name, path in zip(names, evaluations, strict=True)
-    }
+    differ = len({path.name for path in evaluations}) == len(evaluations)
+    read = {path.name if differ else str(path): read_evaluation(path) for path in evaluations}
     try:
         return _render(jobs, read, now or datetime.now(UTC))
     except _BAD as error:

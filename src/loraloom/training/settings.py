@@ -7,6 +7,7 @@ step is an optimizer step.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from importlib.metadata import entry_points
@@ -370,7 +371,7 @@ class RunConfig(BaseModelConfig):
     def _check_output_dir(cls, output_dir: Any) -> Any:
         if not isinstance(output_dir, str | Path):
             return output_dir
-        if "://" in str(output_dir):
+        if re.match(r"\w\w+:/", str(output_dir)):  # a Path has one / only
             url = shown(output_dir)
             raise ValueError(f"output_dir must be a directory, got the URL {url}; mount it (NFS)")
         return local_path(output_dir, "output_dir")
