@@ -155,7 +155,11 @@ def test_overwriting_takes_this_runs_files_and_leaves_others(tmp_path):
 def test_a_run_killed_while_it_overwrites_leaves_no_checkpoint_to_resume(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     write(directory.checkpoints, 1)
-    monkeypatch.setattr(directory, "prepare_job", lambda *_, **__: 1 / 0)
+
+    def dies(path):
+        1 / 0 if path.parent.name == "a" else remove(path)
+
+    monkeypatch.setattr(store_module, "remove", dies)
     with pytest.raises(ZeroDivisionError):
         directory.prepare(["a"])
     assert directory.checkpoints.newest() == (None, [])

@@ -91,12 +91,12 @@ class PlayedRay:
 
     def remote(self, function):
         task = SimpleNamespace(remote=lambda *args: partial(self.do, function, *args))
-        return SimpleNamespace(options=lambda **_: task)
+        return SimpleNamespace(options=lambda **_: task, remote=task.remote)
 
-    def do(self, function, run, jobs, *args):
-        if self.lost in {job.name for job in jobs}:
+    def do(self, function, *args):
+        if function is workers.train_share and self.lost in {job.name for job in args[1]}:
             raise self.exceptions.RayError("killed")
-        return function(run, jobs, *args)
+        return function(*args)
 
     def wait(self, calls, timeout):
         return calls[:1], calls[1:]

@@ -191,6 +191,7 @@ class Wiring:
         quantised = quantised_linears(model)
         for name, weight in quantised.items():
             check_computes(name, weight)
+        forwards = {weight.linear: QuantisedLinear(weight) for weight in quantised.values()}
         self._model = model
         modes = [(module, module.training) for module in model.modules()]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -200,9 +201,9 @@ class Wiring:
             lambda: [setattr(module, "training", mode) for module, mode in modes],
             lambda: [parameter.requires_grad_(True) for parameter in trainable],
         ]
-        for weight in quantised.values():
-            self.on_undo(keep_layout(weight.linear))
-            self._replace_forward(weight.linear, QuantisedLinear(weight))
+        for linear, forward in forwards.items():
+            self.on_undo(keep_layout(linear))
+            self._replace_forward(linear, forward)
         sites = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
         for index, layer in enumerate(model.get_submodule(family.layers).children()):
             if family.has_attention(layer):

@@ -338,11 +338,8 @@ class RunDirectory:
     def prepare(self, jobs: Sequence[str]) -> None:
         # Checkpoints first: --resume must not go on from some whose results are gone.
         sweep = (self.sweep_table, self.sweep_journal)
-        with self._writing():
-            for entry in (*self.checkpoints.newest_first(), self._by_job, *sweep):
-                remove(entry)
-        for job in jobs:
-            self.prepare_job(job, overwrite=True)
+        entries = [*self.checkpoints.newest_first(), self._by_job, *sweep]
+        self._clear([*map(self.job, jobs)], entries)
 
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
@@ -352,10 +349,14 @@ class RunDirectory:
                     f"job {name} must be new in {self.path}, but there is "
                     f"{self.job(name) / file}; take another name, or move its directory away"
                 )
+        self._clear([self.job(name)])
+
+    def _clear(self, jobs: Sequence[Path], others: Sequence[Path] = ()) -> None:
         with self._writing():
-            for entry in _JOB_ENTRIES:
-                remove(self.job(name) / entry)
-            remove_leftovers(self.job(name))
+            for entry in (*others, *(job / entry for job in jobs for entry in _JOB_ENTRIES)):
+                remove(entry)
+            for job in jobs:
+                remove_leftovers(job)
 
     def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
         # A killed run may have got further: with better weights, or to the job's end.

@@ -159,8 +159,8 @@ class Sweep:
         """Let a job be measured at its rungs, and brackets go up to the longest of the jobs."""
         self._longest = max(self._longest, job.total_steps)
         if (stopping := self._sweep.early_stopping) is not None:
-            job.milestones = frozenset(stopping.rungs(job.total_steps))
             self._study.pruner = _pruner(stopping, self._longest)
+            job.milestones = frozenset(stopping.rungs(job.total_steps))
 
     def _report(self, trial: FrozenTrial, name: str) -> None:
         job, result = self._engine.jobs.get(name), self._engine.results.get(name)

@@ -82,6 +82,12 @@ def train_share(
     return engine.run(Sweep(run, engine, where, progress, None, place).between_steps)
 
 
+def check_share(run: RunConfig, directory: Path) -> None:
+    """Read the data where workers will read it, before earlier results go."""
+    os.chdir(directory)
+    check_data(run)
+
+
 def train_with_ray(
     run: RunConfig,
     directory: RunDirectory,
@@ -93,12 +99,14 @@ def train_with_ray(
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
-    if overwrite:
-        # Before earlier results go; workers read it again.
-        progress.message("reading the data")
-        check_data(run)
     progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
     with connected(address) as ray:
+        if overwrite:
+            progress.message("reading the data")
+            try:
+                ray.get(ray.remote(check_share).remote(run, Path.cwd()))
+            except ray.exceptions.RayError as error:
+                raise getattr(error, "cause", None) or error from None
         if not (resume and directory.has_checkpoints(by_job=True)):
             directory.prepare([job.name for job in run.all_jobs])
         results = _train_shares(ray, run, num_workers, directory, progress, command)
