@@ -19,7 +19,7 @@ from loraloom.models import export as exporting
 from loraloom.models.export import TWINS
 from loraloom.models.host import Host
 from tests.conftest import build_tokenizer
-from tests.tiny import ALL_METHODS, METHODS, relative_error, tiny_host, tiny_ids
+from tests.tiny import ALL_METHODS, METHODS, changed, relative_error, tiny_host, tiny_ids
 
 IDS = tiny_ids(2, 12)
 EXPORTED = {
@@ -149,6 +149,11 @@ def test_files_that_compute_something_else_are_an_error_and_go(tmp_path, monkeyp
     with pytest.raises(AdapterError, match=r"logits must be the adapter's within 0\.0001"):
         exported(host, "mixlora", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_that_trains_is_exported_without_its_dropout(tmp_path):
+    host = host_of("llama", {"a": changed(METHODS["lora"], dropout=0.5)}).train()
+    assert exported(host, "a", tmp_path / "out").logit_error < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def packed_and_alone(family: str, **changes):
     names, keys, length = ["mixlora", "dora"], [11, 12, 13, 14, 15], 9
     host.train()
     ids = tiny_ids(2, length)
-    packed = host.hidden(ids, adapters=names, sample_keys=keys, sample_lengths=LENGTHS)
+    mask = torch.ones_like(ids)  # has no effect
+    packed = host.hidden(ids, mask, names, keys, sample_lengths=LENGTHS)
     alone, places = [], []
     rest = iter(keys)
     for row, lengths in enumerate(LENGTHS):

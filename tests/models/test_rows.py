@@ -88,6 +88,25 @@ def test_micro_batches_add_up():
     assert_same(total, whole)
 
 
+def test_hooks_on_the_ffn_have_the_bases_outputs_to_themselves():
+    host, ids = tiny_host(configs={"a": METHODS["lora"]}), tiny_ids(2)
+    block, seen, results = host.model.model.layers[0].mlp, [], []
+    block.up_proj.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    for copies in (False, True):  # autograd keeps what tanh returns
+        handle = block.gate_proj.register_forward_hook(
+            lambda _, args, output, copies=copies: (
+                output.tanh().clone() if copies else output.tanh()
+            )
+        )
+        host.adapters["a"].zero_grad()
+        host(ids, adapters=["a", "a"]).logits.square().sum().backward()
+        results.append(parameter_grads(host.adapters["a"]))
+        handle.remove()
+    states, output = seen[0]
+    assert torch.equal(output, torch.nn.functional.linear(states, block.up_proj.weight))
+    assert all(torch.equal(grad, results[1][name]) for name, grad in results[0].items())
+
+
 def test_padding_rows_get_the_base_ffn():
     """A mixture never routes padding: its FFN there is the base's own."""
     host, ids = tiny_host(configs={"a": METHODS["mixlora"]}), tiny_ids(2)

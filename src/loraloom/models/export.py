@@ -206,7 +206,8 @@ class _ExportedModel(ABC):
         host = self.host
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(host.config.vocab_size, (1, _PROBE_LENGTH), generator=generator)
-        expected = host(ids.to(host.device), adapters=[self.adapter.name]).logits.float().cpu()
+        rows = {"adapters": [self.adapter.name], "training": False}
+        expected = host(ids.to(host.device), **rows).logits.float().cpu()
         with quiet(), TemporaryDirectory(dir=directory) as scratch:
             places = _on_disk(self.built, host.base.layers_path)
             options = {"dtype": torch.float32, "device_map": places, "offload_folder": scratch}

@@ -342,7 +342,8 @@ class Host:
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
             positions, real = packed_rows(sample_lengths, input_ids.shape[1])
-            model_inputs["position_ids"] = positions.to(self.device)
+            # With a mask transformers would let samples see each other.
+            attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
         forward = self._forward(
             input_ids, real, adapters, sample_keys, sample_lengths, training=training, record={}
         )

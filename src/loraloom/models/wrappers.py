@@ -135,7 +135,9 @@ class FfnBlock:
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
 
     def _base_inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        first, *second = [linear(hidden_states) for linear in self.inputs]
+        outputs = [(linear, linear(hidden_states)) for linear in self.inputs]
+        # Adapters write to them; somebody's hook, or its graph, may need them as they are.
+        first, *second = [x.clone() if one._forward_hooks else x for one, x in outputs]
         if self.shape.fused:
             first, *second = first.chunk(2, dim=-1)
         return first, second[0] if second else None
