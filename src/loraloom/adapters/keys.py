@@ -18,8 +18,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import AfterValidator
 from torch import Tensor, nn
+
+from loraloom.errors import shown
 
 _PART = r"(?P<part>(?!weight$|bias$)\w+)"
 _PATTERN = re.compile(
@@ -82,3 +86,22 @@ def can_be_saved(name: str) -> bool:
 def is_meant(target: str, key: str) -> bool:
     """Whether a target names a projection, by the end of `layers.{L}.{block}.{projection}`."""
     return f".{key}".endswith(f".{target}")
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches the end of a module's name, at a dot or as a whole.
+
+    Source: peft 0.21.2, `peft/utils/other.py` (`get_pattern_key`).
+    """
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None

@@ -5,20 +5,19 @@ Axes: I in_features, O out_features, E experts (1 for a plain LoRA), R rank, S =
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.keys import Pattern, TensorKey, matches
 from loraloom.adapters.low_rank import LowRankConfig, initial_A
 from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, AdapterConfig, Free, Projection
-from loraloom.errors import AdapterError, shown
+from loraloom.errors import AdapterError
 from loraloom.ops.low_rank import dora_norms
 
 _Index = Annotated[int, Field(ge=0)]
@@ -63,21 +62,11 @@ class LoraConfig(DecomposedConfig):
     """Low-rank adaptation of linear layers."""
     layers: Free[tuple[_Index, ...] | None] = Field(default=None, min_length=1)
     """Decoder layers to adapt, counted from 0; None: all."""
-    rank_pattern: dict[str, _Rank] = Field(default_factory=dict)
+    rank_pattern: dict[Pattern, _Rank] = Field(default_factory=dict)
     """Other ranks, by regular expressions of which the first counts that matches the end of
     `layers.{layer}.{block}.{projection}`, as in PEFT."""
-    alpha_pattern: dict[str, _Alpha] = Field(default_factory=dict)
+    alpha_pattern: dict[Pattern, _Alpha] = Field(default_factory=dict)
     """Other alphas, by the same kind of expressions."""
-
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _check_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from None
-        return patterns
 
     def at(self, key: str) -> LoraConfig:
         """Return the settings of one projection, `layers.{layer}.{block}.{projection}`."""
@@ -120,14 +109,6 @@ class LoraConfig(DecomposedConfig):
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
     ) -> Projection:
         return LoraProjection(base, self.at(base.key), None, dtype, seed)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches the end of a module's name, at a dot or as a whole.
-
-    Source: peft 0.21.2, `peft/utils/other.py` (`get_pattern_key`).
-    """
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:

@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from loraloom.adapters.base import BaseProjection
+from loraloom.adapters.base import BaseInfo, BaseProjection
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
+from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, ConfigError
 
 
@@ -107,6 +108,39 @@ def combine(
                 f"{adapters[0].config.title} has {name}; give their rows scales instead"
             )
     return config, tensors
+
+
+@torch.no_grad()
+def prune(
+    adapter: Adapter, experts: Sequence[int], base: BaseInfo
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Take the tensors of some experts, and their part of what has an axis of experts."""
+    config, size = adapter.config, getattr(adapter.config, "num_experts", None)
+    if not isinstance(size, int):
+        raise AdapterError(
+            f"adapter {adapter.name!r} must be a mixture with as many experts in all layers to be "
+            f"pruned, got {config.title}"
+        )
+    if not experts or {*experts} - {*range(size)} or len({*experts}) < len(experts):
+        raise ConfigError(
+            f"experts must be different ones of 0 to {size - 1}, at least one, got {list(experts)}"
+        )
+    # Axes of experts are those that one more would make longer.
+    longer = config.model_copy(update={"num_experts": size + 1}).tensor_shapes(base)
+    tensors: dict[str, Tensor] = {}
+    for name, value in adapter.tensors().items():
+        key = TensorKey.parse(name)
+        if key is not None and key.expert is not None:
+            if key.expert not in experts:
+                continue
+            name = str(replace(key, expert=experts.index(key.expert)))
+        shape = longer.get(name, value.shape)  # a module of its own is none of the method's
+        for axis in range(value.ndim):
+            if shape[axis] != value.shape[axis]:
+                value = value.index_select(axis, torch.tensor(experts, device=value.device))
+        tensors[name] = value
+    settings = config.model_dump(exclude_unset=True) | {"num_experts": len(experts)}
+    return checked(type(config), settings), tensors
 
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: str) -> None:

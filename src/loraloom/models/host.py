@@ -24,7 +24,7 @@ from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
 from loraloom.formats.hub import find_adapter
-from loraloom.models.combine import Combination, Merged, combine
+from loraloom.models.combine import Combination, Merged, combine, prune
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
 from loraloom.models.forward import (
@@ -235,6 +235,25 @@ class Host:
         prompts = [source.prompt for source in sources]
         adapter.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
         return self._registry.register(adapter)
+
+    def prune(self, adapter: str, experts: Sequence[int], *, name: str) -> Adapter:
+        """Make a new adapter of some experts of a mixture, which stays.
+
+        Args:
+            adapter: The mixture's name.
+            experts: Numbers of those that are kept, in the order that they get.
+            name: The new adapter's.
+
+        Raises:
+            ConfigError: If there are no such experts, or fewer than its router chooses.
+            AdapterError: If its layers have different numbers of experts, or none.
+        """
+        source = self.adapter(adapter)
+        config, tensors = prune(source, experts, self.base)
+        pruned = self._registry.build(name, config)
+        pruned.load_tensors(tensors)
+        pruned.prompt = source.prompt
+        return self._registry.register(pruned)
 
     @property
     def merged(self) -> str | None:

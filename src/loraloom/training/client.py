@@ -194,7 +194,8 @@ class TrainingClient:
                 f"adapter {self.name}: gradient norm must be finite, got {grad_norm}; it is dropped"
             )
         if not is_skipped:
-            self._optimizer.step()
+            with optimizers.rates_of_their_own(self._optimizer_config, self.adapter):
+                self._optimizer.step()
             self.step += 1
         self.zero_grad()
         return OptimStepOutput(self.step, grad_norm, is_skipped)

@@ -150,7 +150,8 @@ class Job:
             # Until a finite loss proves the new weights, the old ones take the place of the
             # gradients in memory.
             self._proven = [parameter.detach().clone() for parameter in self.parameters.values()]
-            self.optimizer.step()
+            with optimizers.rates_of_their_own(self.config.train, self.adapter):
+                self.optimizer.step()
             if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
                 self.scheduler.step()  # pyright: ignore[reportCallIssue]
         elif scale.scale < 1:

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_val
 from typing_extensions import override
 
 from loraloom.adapters import CONFIGS, AnyAdapterConfig, any_method, when_registered
+from loraloom.adapters.keys import Pattern
 from loraloom.config.data import (
     BETA,
     MAX_LENGTH,
@@ -146,6 +147,9 @@ class OptimizerConfig(StrictModel):
     """LoRA+: lora_B learns at this multiple of learning_rate (Hayou et al., arXiv:2402.12354)."""
     router_lr_ratio: float | None = Field(default=None, gt=0)
     """Routers learn at this multiple of learning_rate."""
+    lr_ratios: dict[Pattern, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Further multiples, by regular expressions of which the first counts that matches the end of a
+    tensor's name, `layers.0.mlp.up_proj.experts.3.lora_A` say; 0 freezes."""
 
     @override
     def contradictions(self) -> Iterator[str]:

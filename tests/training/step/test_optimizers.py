@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from loraloom.errors import ConfigError
 from loraloom.training.settings import (
@@ -13,7 +15,7 @@ from loraloom.training.settings import (
     OptimizerConfig,
     OptimizerName,
 )
-from loraloom.training.step.optimizers import parameter_groups
+from loraloom.training.step.optimizers import build_optimizer, parameter_groups, rates_of_their_own
 from tests.tiny import tiny_host
 from tests.training.toy import ADAPTERS, add_job, toy_config, toy_engine, toy_host
 
@@ -164,3 +166,33 @@ def test_every_schedule_can_be_built(name):
     for max_steps in (1, 7):
         settings = {"lr_scheduler_args": arguments, "max_steps": max_steps, **needs}
         add_job(toy_host(), toy_config("a", lr_scheduler=name, **settings))
+
+
+def test_experts_learn_at_rates_of_their_own_and_not_at_all_at_zero():
+    ratios = {r"experts\.1\.\w+": 0.0, r"experts\.2\.lora_A": 0.25, "router": 2.0}
+
+    def after_a_step(**settings):
+        adapter = tiny_host(configs={"a": ADAPTERS["mixdora"]}).adapter("a")
+        config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, **settings)
+        optimizer = build_optimizer(config, adapter)
+        before = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
+        for parameter in adapter.parameters():
+            generator = torch.Generator().manual_seed(parameter.numel())
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        with rates_of_their_own(config, adapter):
+            optimizer.step()
+        return {name: tensor - before[name] for name, tensor in adapter.tensors().items()}
+
+    plain, own = after_a_step(), after_a_step(lr_ratios=ratios)
+    for name, change in own.items():
+        ratio = next((ratios[p] for p in ratios if re.search(rf"\.{p}$", name)), 1.0)
+        torch.testing.assert_close(change, ratio * plain[name], rtol=1e-5, atol=1e-9)
+        assert ratio > 0 or not change.any(), name
+
+
+def test_a_pattern_that_no_tensor_has_is_refused():
+    adapter = tiny_host(configs={"a": ADAPTERS["lora"]}).adapter("a")
+    with pytest.raises(ConfigError, match=r"lr_ratios must match .*such as layers\..*got 'gate'"):
+        build_optimizer(OptimizerConfig(lr_ratios={"gate": 0.5}), adapter)
+    with pytest.raises(ValidationError, match="is no regular expression"):
+        OptimizerConfig(lr_ratios={"(": 0.5})

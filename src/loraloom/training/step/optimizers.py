@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import GreedyLR
 
+from loraloom.adapters.keys import matches
+from loraloom.adapters.lora import pattern_value
 from loraloom.adapters.method import Adapter
 from loraloom.errors import ConfigError, shown
 from loraloom.models.host import Host
@@ -28,6 +30,12 @@ Scheduler = LRScheduler | GreedyLR
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     device = next(adapter.parameters()).device
+    for pattern in config.lr_ratios:
+        if not any(matches(pattern, name) for name in adapter.tensors()):
+            raise ConfigError(
+                f"job {adapter.name}: lr_ratios must match names of the adapter's tensors, such as "
+                f"{[*adapter.tensors()][-1]}, got {shown(pattern)}"
+            )
     if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
         raise ConfigError(
             f"job {adapter.name}: optimizer {config.optimizer} needs a CUDA or XPU device, whose "
@@ -81,6 +89,22 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
         {"params": parameters, "lr": rate * ratio, "lr_ratio": ratio, "weight_decay": decay}
         for (ratio, decay), parameters in groups.items()
     ]
+
+
+@contextmanager
+def rates_of_their_own(config: OptimizerConfig, adapter: Adapter) -> Iterator[None]:
+    """Let an optimizer's step be as long as `lr_ratios` say: a step is a multiple of its rate."""
+    # Experts are slices of parameters, of which an optimizer knows one rate.
+    tensors = adapter.tensors() if config.lr_ratios else {}
+    ratios = {name: pattern_value(config.lr_ratios, name, 1.0) for name in tensors}
+    own = [
+        (tensors[name], ratio, tensors[name].clone())
+        for name, ratio in ratios.items()
+        if ratio != 1
+    ]
+    yield
+    for tensor, ratio, before in own:
+        tensor.copy_(torch.lerp(before, tensor, ratio))
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:
