@@ -39,6 +39,7 @@ def test_a_prompt_is_completed_on_the_terminal(run, capsys):
 
 def test_a_file_is_completed_row_by_row(run, saved, tmp_path):
     rows = [{"prompt": "the sky", "id": 7}, {"prompt": "one"}, {"prompt": "one", "adapter": "base"}]
+    rows[1]["messages"] = None  # as a table has it
     path = write_rows(tmp_path / "in.jsonl", *rows)
     output = tmp_path / "out" / "completions.jsonl"
     adapter = ["--adapter", f"a={saved / 'lora'}"]

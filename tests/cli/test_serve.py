@@ -72,6 +72,7 @@ def read(address, path):
             "--allow-loading lets whoever asks replace adapters: give --api-key-file",
         ),
         (["--admin-key-file", "k"], "--admin-key-file has no effect without --allow-loading"),
+        (["--max-adapters", "2"], "--max-adapters has no effect without --adapter-dir"),
         (["--adapter-root", "."], "--adapter-root has no effect without --allow-loading"),
         (["--api-key-file", "k", "--no-api-key"], "--api-key-file has no effect with --no-api-key"),
         (["--adapter", "nothing"], "--adapter must be NAME=PATH"),

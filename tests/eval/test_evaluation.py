@@ -98,6 +98,7 @@ def test_generated_tasks_read_no_data_beside_others(tmp_path):
         (["arc_easy", "arc_easy"], {}, "tasks must have different names, got arc_easy, arc_easy"),
         (["arc_easy", "piqa"], {"data": "nowhere"}, "without arc_easy, piqa"),
         (["arc_esay"], {}, "did you mean 'arc_easy'"),
+        (["skills"], {"limit": -1}, "limit must be at least 1, or None for all, got -1"),
     ],
 )
 def test_tasks_that_cannot_be_loaded_are_an_error(tasks, options, message):

@@ -169,7 +169,9 @@ def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, data_of, 
     ("change", "options", "message"),
     [
         ({"format": "chatt"}, {}, "format"),
-        ({}, {"max_length": 10**6}, "max_length must be at most the model's 256, got 1000000"),
+        ({}, {"max_length": 10**6}, "max_length must be from 2 to the model's 256, got 1000000"),
+        ({"format": "text", "fields": {"text": "output"}}, {"max_length": 1}, "2 to the model's"),
+        ({}, {"limit": 0}, "limit must be at least 1, or None for all, got 0"),
         ({}, {"adapters": []}, "at least"),
     ],
 )

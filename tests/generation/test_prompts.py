@@ -26,6 +26,9 @@ def test_what_can_not_be_written_is_an_error(tiny_tokenizer):
     tools = [{"type": "function", "function": {"name": "paint"}}]
     with pytest.raises(DataError, match="line 3: the chat template leaves tools out"):
         encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3", tools=tools))
+    for prompt in (Prompt(TURNS), Prompt("one", tools=tools)):
+        with pytest.raises(DataError, match="messages and tools need a template; leave raw out"):
+            encode_prompt(tiny_tokenizer, prompt, raw=True)
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
@@ -57,6 +60,8 @@ def test_a_prompt_is_written_as_the_adapters_training_data_was(tiny_tokenizer):
     assert decoded(tiny_tokenizer, "one", PLAIN) == "one\n"
     chat = PromptForm(format="chat", chat_template="{{ messages[0].content }}!", system="two")
     assert decoded(tiny_tokenizer, "one", chat) == "two!"
+    developer = ({"role": "developer", "content": "yes"}, {"role": "user", "content": "one"})
+    assert decoded(tiny_tokenizer, developer, chat) == "yes!"
     for is_text in ("text", "task", "preference"):
         assert decoded(tiny_tokenizer, "one", PromptForm(format=is_text)) == "one"
     assert decoded(tiny_tokenizer, "one", PLAIN, raw=True) == "one"
@@ -66,6 +71,10 @@ def test_turns_of_instructions_are_joined_as_examples_are(tiny_tokenizer):
     end = tiny_tokenizer.eos_token
     turns = ({"role": "system", "content": "two"}, *TURNS, {"role": "user", "content": "one"})
     assert decoded(tiny_tokenizer, turns, PLAIN) == f"two\n\nyes?\nno{end}one\n"
+    silent = ({"role": "assistant", "content": None}, {"role": "user", "content": "one"})
+    assert decoded(tiny_tokenizer, silent, PLAIN) == f"{end}one\n"
+    with pytest.raises(DataError, match="a user's turn must follow a system message"):
+        decoded(tiny_tokenizer, (*TURNS, turns[0]), PLAIN)
 
 
 def test_a_text_has_no_turns_and_leaves_a_conversation_to_the_chat_template(tiny_tokenizer):
@@ -77,6 +86,10 @@ def test_a_text_has_no_turns_and_leaves_a_conversation_to_the_chat_template(tiny
 
 def test_a_prompt_template_reads_further_fields_of_a_row(tiny_tokenizer):
     form = PromptForm(format="instruction", template="[{{ topic }}] {{ instruction }}: ")
+    assert (
+        decoded(tiny_tokenizer, "one", form.model_copy(update={"template": "{{ input }}no"}))
+        == "no"
+    )
     prompt = Prompt("one", fields={"topic": "two"})
     assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt, form)[0]) == "[two] one:"
     with pytest.raises(DataError, match="can't be filled in: 'topic' is undefined; give a row"):

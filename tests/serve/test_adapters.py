@@ -159,6 +159,10 @@ def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
 @in_loop
 async def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
     adapters = ServedAdapters(host, "base")
+    loads = [adapters.load("new", str(saved / name)) for name in ("lora", "dora")]
+    loaded, refused = await asyncio.gather(*loads, return_exceptions=True)
+    assert loaded is None
+    assert "the name 'new' is taken" in str(refused)
     for name in ("own", "base"):
         with pytest.raises(ConfigError, match=f"the name '{name}' is taken"):
             await adapters.load(name, str(saved / "lora"))

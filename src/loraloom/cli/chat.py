@@ -43,7 +43,7 @@ class ChatSampling(SamplingConfig):
     temperature: float = Field(default=0.7, ge=0)
     """0 takes the most likely token; from 0.001, tokens are drawn."""
     seed: Annotated[int, Parameter(show_default=False)] = Field(
-        default_factory=lambda: secrets.randbits(63), ge=0
+        default_factory=lambda: secrets.randbits(63), ge=0, lt=2**63
     )
     """Seed of the random draws; by default another one each time."""
 

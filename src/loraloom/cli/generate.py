@@ -118,9 +118,10 @@ def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]
         return
     adapters = options.adapters
     for row in read_rows(options.input):
-        if ("prompt" in row) == ("messages" in row):
+        # tables put a null where a row lacks a field of others
+        if (row.get("prompt") is None) == (row.get("messages") is None):
             row.reject("a row must have either 'prompt' or 'messages'")
-        if "prompt" in row:
+        if row.get("prompt") is not None:
             content, tools = row.text("prompt"), None
         else:
             content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")

@@ -76,6 +76,8 @@ class ServeOptions(HostOptions):
         unused: dict[str, str] = {}
         if not self.allow_loading:
             unused |= dict.fromkeys(("admin_key_file", "adapter_root"), "without --allow-loading")
+        if self.adapter_dir is None:
+            unused["max_adapters"] = "without --adapter-dir"
         if self.no_api_key:
             unused["api_key_file"] = "with --no-api-key"
         if self.engine == "vllm":

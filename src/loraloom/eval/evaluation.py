@@ -31,6 +31,7 @@ from loraloom.eval.score import (
     LogLikelihoods,
     Scorer,
     Scores,
+    check_limit,
     score_questions,
     task_scores,
     with_all_labels,
@@ -252,6 +253,7 @@ def load_question_sets(
     data: str | Path | None = None,
     limit: int | None = None,
 ) -> list[QuestionSet]:
+    check_limit(limit)
     _check_differ("tasks", [find_task(task).name for task in tasks])
     reading = [find_task(task).name for task in tasks if not is_skills(task)]  # no generated ones
     # several must not all read the data of one

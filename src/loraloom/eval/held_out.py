@@ -27,7 +27,7 @@ from loraloom.data.sources import find_location, is_data_file, sha256
 from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import Fields
-from loraloom.eval.score import Scores
+from loraloom.eval.score import Scores, check_limit
 from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
 from loraloom.models.host import Host
 
@@ -80,8 +80,9 @@ def load_held_out(
     source = checked(SourceConfig, data)
     positions = host.config.max_position_embeddings
     longest = min(MAX_LENGTH, positions) if max_length is None else max_length
-    if longest > positions:
-        raise ConfigError(f"max_length must be at most the model's {positions}, got {longest}")
+    if not 2 <= longest <= positions:
+        raise ConfigError(f"max_length must be from 2 to the model's {positions}, got {longest}")
+    check_limit(limit)
     split = source.split or "validation"
     encoder = SourceEncoder(source, tokenizer, longest)
     encoded = encoder.load(split, limit)

@@ -32,7 +32,7 @@ SUFFIXES = (".json", ".csv")
 # What tables call the answer that is the same to every question, the most frequent right one.
 CONSTANT = "constant answer"
 MARK = "†"
-ACCURACY, LOSS = "accuracy %", "loss, nats a token"
+ACCURACY, LOSS, PAIR_LOSS = "accuracy %", "loss, nats a token", "loss, nats a pair"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
 
 # Of the data frame, those that there are.
@@ -218,11 +218,15 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         cells["reward accuracy %"] = _percent(result["reward_accuracy"])
         cells["reward margin"] = margin
     if "loss" in result:
-        cells[LOSS] = _decimals(result["loss"], interval)
+        cells[_loss_of(result)] = _decimals(result["loss"], interval)
     if result.get("perplexity") is not None:
         ends = "–".join(f"{math.exp(min(end, 700)):.4g}" for end in interval)
         cells["perplexity"] = f"{result['perplexity']:.4g} ({ends})"
     return cells
+
+
+def _loss_of(result: Mapping[str, Any]) -> str:
+    return PAIR_LOSS if "reward_margin" in result else LOSS
 
 
 def _percent(share: Any, interval: Sequence[float] = ()) -> str:
@@ -240,8 +244,9 @@ def _seeds_table(found: Evaluation) -> Table:
     table = make_table("adapters", "task", "figure", values=values, title="Means of seeds")
     for stem, group in found.seeds.items():
         for task, one in group["tasks"].items():
-            is_loss = "loss" in found.results.get(group["adapters"][0], {}).get(task, {})
-            figure, write = (LOSS, _decimals) if is_loss else (ACCURACY, _percent)
+            first = found.results.get(group["adapters"][0], {}).get(task, {})
+            is_loss = "loss" in first
+            figure, write = (_loss_of(first), _decimals) if is_loss else (ACCURACY, _percent)
             spread = f"{write(one['mean'])} ± {write(one['sd'])}"
             table.add_row(stem, task, figure, str(len(group["adapters"])), spread)
     return table

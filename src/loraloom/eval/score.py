@@ -147,6 +147,11 @@ def score_questions(
     }
 
 
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, or None for all, got {limit}")
+
+
 def _encode_last_tokens(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
 ) -> list[list[TokenPair]]:

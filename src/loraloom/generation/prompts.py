@@ -63,8 +63,9 @@ def encode_prompt(
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     content = prompt.content
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
-    is_given = any(message["role"] == "system" for message in messages)
+    turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    messages = [{**turn, "content": turn.get("content") or ""} for turn in turns]
+    is_given = any(message["role"] in ("system", "developer") for message in messages)
     if form is not None and form.system is not None and not is_given:
         messages.insert(0, {"role": "system", "content": form.system})
     for message in messages:
@@ -76,7 +77,9 @@ def encode_prompt(
                 f"in {shown(message['content'])}; write it in UTF-8"
             ) from None
     text = None  # of a prompt that needs no chat template
-    if raw or (form is None and not tokenizer.chat_template):
+    if raw and (prompt.tools or not isinstance(content, str)):
+        raise DataError(f"{prompt.origin}: messages and tools need a template; leave raw out")
+    if raw or not (form or tokenizer.chat_template or prompt.tools):
         text = content if isinstance(content, str) else None
     elif form is not None and form.format == "instruction":
         text = _render_instructions(tokenizer, messages, prompt, form)
@@ -120,12 +123,13 @@ def _render_instructions(
             "for tools; leave tools out"
         )
     template = _compiled(form.prompt_template, "the adapter's prompt template")
-    written, system = "", ""
+    written, system, given = "", "", prompt.fields.get("input")  # null is none, as in training
+    fields = {**prompt.fields, "input": "" if given is None else given}
     for message in messages:
         if message["role"] == "assistant":
             written += f"{message['content']}{tokenizer.eos_token or ''}"
         elif message["role"] == "user":
-            fields = {"input": "", **prompt.fields, "instruction": system + message["content"]}
+            fields["instruction"] = system + message["content"]
             try:
                 written, system = written + render(template, fields), ""
             except TemplateError as error:
@@ -135,6 +139,8 @@ def _render_instructions(
                 ) from error
         else:
             system += f"{message['content']}\n\n"
+    if system:
+        raise DataError(f"{prompt.origin}: a user's turn must follow a system message; move that")
     return written.rstrip(" ")
 
 

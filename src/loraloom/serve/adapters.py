@@ -118,11 +118,7 @@ class ServedAdapters:
         self._released.set()
 
     async def load(self, name: str, source: str, *, replace: bool = False) -> None:
-        check_name(name)
-        if name == self.base_name or (name in self._served and not replace):
-            raise ConfigError(
-                f"the name {shown(name)} is taken; unload it first, or choose another"
-            )
+        self._check_free(name, replace=replace)
         # apart from loads, whose threads slow downloads would take up
         finding = asyncio.wrap_future(start_apart(partial(find_adapter, source)))
         try:
@@ -133,9 +129,16 @@ class ServedAdapters:
                 "try again, which continues the download",
                 "timeout",
             ) from None
-        await self._load(name, source, directory, is_lazy=False)
+        await self._load(name, source, directory, is_lazy=False, replace=replace)
         if _files_of(source):
             self._sources[name] = source
+
+    def _check_free(self, name: str, *, replace: bool) -> None:
+        check_name(name)
+        if name == self.base_name or (name in self._served and not replace):
+            raise ConfigError(
+                f"the name {shown(name)} is taken; unload it first, or choose another"
+            )
 
     def unload(self, name: str) -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
@@ -157,8 +160,11 @@ class ServedAdapters:
             self._let_go(self._served.pop((idle or lazy)[0].name))
         return bool(idle)
 
-    async def _load(self, name: str, source: str, directory: Path, *, is_lazy: bool) -> None:
+    async def _load(
+        self, name: str, source: str, directory: Path, *, is_lazy: bool, replace: bool = True
+    ) -> None:
         async with self._turn:
+            self._check_free(name, replace=replace)  # others may have taken it meanwhile
             files, host_name = _files_of(source), name
             while host_name in self._host.adapters:
                 host_name = f"{name[:90]}.{next(self._versions)}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -65,6 +66,13 @@ def test_results_are_in_our_form(results):
     assert plain["mixlora"]["results"] == results["mixlora"]["results"]
     assert plain["mixlora"]["config"]["adapter"] == "mixlora"
     assert "samples" not in plain["base"]
+
+
+def test_numbers_that_json_has_none_for_are_null():
+    sample = {"doc_id": 0, "doc_hash": "0", "filter": "none", "target": "a", "metrics": ["m"]}
+    sample |= {"m": math.nan, "filtered_resps": [-math.inf]}
+    (line,) = question_lines({None: {"samples": {"toy": [sample]}}})
+    assert (line["metrics"], line["responses"]) == ({"m": None}, [None])
 
 
 def test_there_is_a_line_for_each_question(results):

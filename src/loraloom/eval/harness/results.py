@@ -85,4 +85,5 @@ def question_lines(found: Results) -> Iterator[dict[str, Any]]:
                     "metrics": metrics,
                     "responses": sample["filtered_resps"],
                 }
-                yield json.loads(json.dumps(line, default=handle_non_serializable))
+                text = json.dumps(line, default=handle_non_serializable)
+                yield json.loads(text, parse_constant=lambda _: None)  # infinity and NaN
