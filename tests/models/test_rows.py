@@ -88,22 +88,30 @@ def test_micro_batches_add_up():
     assert_same(total, whole)
 
 
-def test_hooks_on_the_ffn_have_the_bases_outputs_to_themselves():
-    host, ids = tiny_host(configs={"a": METHODS["lora"]}), tiny_ids(2)
-    block, seen, results = host.model.model.layers[0].mlp, [], []
-    block.up_proj.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    for copies in (False, True):  # autograd keeps what tanh returns
-        handle = block.gate_proj.register_forward_hook(
-            lambda _, args, output, copies=copies: (
-                output.tanh().clone() if copies else output.tanh()
-            )
-        )
-        host.adapters["a"].zero_grad()
-        host(ids, adapters=["a", "a"]).logits.square().sum().backward()
-        results.append(parameter_grads(host.adapters["a"]))
-        handle.remove()
-    states, output = seen[0]
-    assert torch.equal(output, torch.nn.functional.linear(states, block.up_proj.weight))
+@pytest.mark.parametrize("hooked", ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"])
+def test_hooks_have_the_bases_outputs_to_themselves(hooked):
+    seen, results, ids, names = [], [], tiny_ids(2), ["a", "a"]
+
+    def look(module, args, output):
+        seen.append((args[0] @ module.weight.T, output))
+
+    def tanh(module, args, output):
+        return output.tanh()  # which autograd keeps
+
+    def copied_tanh(module, args, output):
+        return output.tanh().clone()
+
+    for function in (tanh, copied_tanh, look):
+        model = tiny_model()
+        model.model.layers[0].get_submodule(hooked).register_forward_hook(function)
+        host = loraloom.attach(model)
+        adapter = randomise(host.add("a", METHODS["lora"]))
+        host(ids, adapters=names).logits.square().sum().backward()
+        with torch.no_grad(), host.prepared():
+            host(ids, adapters=names)
+        results.append(parameter_grads(adapter))
+    for expected, output in seen:
+        torch.testing.assert_close(output, expected)
     assert all(torch.equal(grad, results[1][name]) for name, grad in results[0].items())
 
 

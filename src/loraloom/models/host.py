@@ -609,7 +609,9 @@ class Host:
                 )
             # Who saves and restores the state of torch's generator goes on with these numbers.
             keys, record = torch.randint(2**62, (len(tokens),)).tolist(), {}
-        names = rows.expanded(len(tokens))
+        names = rows.adapters
+        if len(names) == 1 or self._prepared_here() is not None:  # within `generate`, beams
+            names = rows.expanded(len(tokens))
         forward = self._forward(tokens, mask, names, keys, training=rows.training, record=record)
         # As transformers does it.
         if forward.checkpointing:

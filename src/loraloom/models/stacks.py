@@ -372,7 +372,7 @@ class StackedForward:
         hidden_states: Tensor,
         base_inputs: Callable[[Tensor], tuple[Tensor, Tensor | None]],
         act: Activation,
-        down: nn.Module,
+        down: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Compute an FFN block; see FfnBlock.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class AttentionProjection:
         forward = current_forward(self.owner)
         if forward is None or not any(forward.adapters):
             return output
+        if len(module._forward_hooks) > 1:  # others' hooks may need it as it is
+            output = output.clone()
         with outside_autocast(output):
             if forward.stacked is not None:
                 return forward.stacked.project(self.place, args[0], output, module)
@@ -115,9 +118,8 @@ class FfnBlock:
         if forward is None or not forward.adapts_ffn(self.layer):
             return self.base_forward(hidden_states)
         if forward.stacked is not None:
-            return forward.stacked.ffn(
-                self.layer, hidden_states, self._base_inputs, self.act, self.output
-            )
+            down = partial(_outputs, self.output)
+            return forward.stacked.ffn(self.layer, hidden_states, self._base_inputs, self.act, down)
         gate, up = self._base_inputs(hidden_states)
         layout = forward.layout
         inputs = [layout.split(values) for values in (hidden_states, gate)]
@@ -127,7 +129,7 @@ class FfnBlock:
             parts = [self._segment(forward, *segment) for segment in segments]
         sizes = [len(part.hidden) for part in parts]
         hidden = parts[0].hidden if len(parts) == 1 else torch.cat([p.hidden for p in parts])
-        output = self.output(hidden)
+        output = _outputs(self.output, hidden)
         # A view of rows can't be added to in place where there are several.
         outputs = [output] if len(parts) == 1 else output.split(sizes)
         with outside_autocast(gate):
@@ -135,9 +137,7 @@ class FfnBlock:
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
 
     def _base_inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        outputs = [(linear, linear(hidden_states)) for linear in self.inputs]
-        # Adapters write to them; somebody's hook, or its graph, may need them as they are.
-        first, *second = [x.clone() if one._forward_hooks else x for one, x in outputs]
+        first, *second = [_outputs(linear, hidden_states) for linear in self.inputs]
         if self.shape.fused:
             first, *second = first.chunk(2, dim=-1)
         return first, second[0] if second else None
@@ -150,6 +150,12 @@ class FfnBlock:
         tokens = forward.tokens(segment, self.layer, gate.device)
         weights = forward.forms.ffn(segment.row, self.layer, gate.dtype)
         return segment.row[0].ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)
+
+
+def _outputs(linear: nn.Module, inputs: Tensor) -> Tensor:
+    """Compute a base linear's outputs, to write to: hooks, or their graphs, may need theirs."""
+    outputs = linear(inputs)
+    return outputs.clone() if linear._forward_hooks else outputs
 
 
 class OwnedModule:
