@@ -14,6 +14,7 @@ from loraloom.durable import (
     staging,
     write_directory,
     write_file,
+    write_json,
     write_output,
     write_text,
 )
@@ -32,6 +33,8 @@ def test_what_is_written_replaces_what_was_there(tmp_path):
     write_output(path, "old")
     write_output(path, "neu, größer\n")
     assert path.read_text(encoding="utf-8") == "neu, größer\n"
+    write_json(path, "caf\udce9")  # a name that is not UTF-8, as Python has it
+    assert path.read_text(encoding="utf-8") == '"caf?"\n'
     assert sorted(os.listdir(tmp_path)) == ["a", "a.txt"]
 
 

@@ -35,7 +35,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON; see `write_text`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    # A file's name that is no UTF-8 comes as half surrogate pairs: it must not cost the results.
+    write_text(path, f"{text.encode(errors='replace').decode()}\n")
 
 
 def write_file(path: Path, fill: Callable[[Path], object]) -> None:

@@ -66,6 +66,8 @@ CONTRADICTIONS = [
         {"task": "piqa", "validation_fraction": 0.1, "validation": {"task": "boolq"}},
         "validation and validation_fraction exclude each other",
     ),
+    ({**CHAT, "shuffle_buffer": 9}, "shuffle_buffer has no effect without streaming"),
+    ({**CHAT, "validation": {**CHAT, "weight": 2}}, "no effect on validation data"),
 ]
 
 

@@ -199,6 +199,15 @@ def test_an_empty_answer_is_an_error_unless_it_is_skipped(tiny_tokenizer, tmp_pa
     assert loaded.report[0].endswith("; 1 skipped, their answer is empty")
 
 
+def test_pairs_of_texts_may_begin_with_an_empty_one_and_count_once(tiny_tokenizer, tmp_path):
+    rows = [{"prompt": "sky?", "chosen": chosen, "rejected": "no"} for chosen in (None, "a")]
+    pairs = {"dataset": write_rows(tmp_path / "a.jsonl", rows), "format": "preference"}
+    pairs |= {"on_empty": "skip"}
+    loaded = load(tiny_tokenizer, **pairs, validation=pairs, as_pairs=True)
+    assert loaded.report[0].endswith("; 1 skipped, their answer is empty")
+    assert "1 of 1 held-out examples" in loaded.warnings[0]
+
+
 def test_all_faulty_rows_are_in_one_message(tiny_tokenizer, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("instruction,output\nSay 1,\nSay 2,b\nSay 3\nSay 4,\nSay 5,e,f\n")

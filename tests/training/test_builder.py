@@ -13,12 +13,14 @@ from tests.tiny import METHODS, changed, randomise
 from tests.training.saved import save_inputs
 from tests.training.toy import toy_host, toy_tokenizer
 
+ROLES = ("instruction", "output")
 ROWS = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four")]
 
 
 @pytest.fixture
 def builder():
     host, tokenizer = toy_host(), toy_tokenizer()
+    tokenizer.pad_token = None  # EOS takes its place
     return JobBuilder(host, tokenizer)
 
 
@@ -40,7 +42,9 @@ def config(rows, name: str = "a", **sections) -> JobConfig:
 
 
 def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
+    data = {"dataset": str(rows), "format": "instruction", "fields": dict.fromkeys(ROLES, "text")}
     first, same = builder.build(config(rows)), builder.build(config(rows, "b"))
+    builder.build(config(rows, "d", data=data | {"template": "~ {{ instruction }}"}))  # no path
     other = builder.build(config(rows, "c", seed=1))
     assert first.training_set is same.training_set
     assert first.training_set is not other.training_set

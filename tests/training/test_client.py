@@ -263,6 +263,8 @@ def test_samples_are_drawn_anew_and_are_data():
     assert [len(one) for one in first] == [3, 3]
     assert len({tuple(one.ids) for one in first[0] + second[0]}) > 3
     assert twin.sample(["ab", "c"], drawn, num_samples=3) == first
+    with pytest.raises(ConfigError, match="num_samples must be 1 or more, got 0"):
+        twin.sample(["ab"], num_samples=0)
     completion = first[0][0]
     assert completion.prompt_ids == client.tokenizer("ab").input_ids
     example = example_of_completion(completion)
@@ -328,6 +330,8 @@ def test_saved_files_are_an_adapter_and_a_closed_client_leaves_the_host(tmp_path
     client.close()
     assert host.adapters == {}
     host.load("a", tmp_path / "adapter")
+    client.close()
+    assert list(host.adapters) == ["a"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,6 +178,15 @@ def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
     train(settings(inputs, tmp_path / "unbroken"), between_steps=join)
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3, between_steps=join)
+    snapshots = tmp_path / "out/.checkpoints"
+    shutil.copytree(snapshots, tmp_path / "other/.checkpoints")
+    store = CheckpointStore(tmp_path / "other/.checkpoints")
+    checkpoint = store.newest()[0]
+    checkpoint.jobs["joined"].settings["adapter"]["method"] = "of_a_package_that_is_gone"
+    jobs = {name: replace(record, sha256=None) for name, record in checkpoint.jobs.items()}
+    store.write(replace(checkpoint, jobs=jobs), {})
+    with pytest.raises(ConfigError, match="--resume: job joined: adapter must have a 'method' of"):
+        train(settings(inputs, tmp_path / "other"), resume=True)
     results = train(run, resume=True)
     assert {result.job: result.steps for result in results} == {
         "plain": 4,
@@ -190,7 +200,7 @@ def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
 
 def test_resume_of_a_finished_run_trains_nothing(inputs, tmp_path):
     run = settings(inputs, tmp_path / "out")
-    results = train(run)
+    results = train(run, command="loraloom train caf\udce9.yaml")  # a name that is not UTF-8
     assert train(run, resume=True) == results
 
 
@@ -248,6 +258,9 @@ def test_an_adapter_that_the_run_would_replace_can_not_be_read_by_it(inputs, tmp
     run = preference_settings(inputs, tmp_path / "out", reference=reference)
     run = run.model_dump(mode="json")
     if setting == "start_from":
+        run["jobs"][0]["start_from"] = "~nobody-of-this-name/adapter"
+        with pytest.raises(ConfigError, match="start_from must be a path"):
+            train(RunConfig.model_validate(run), overwrite=True)
         run["jobs"][0]["start_from"] = f"{own}/checkpoints/last"
     with pytest.raises(ConfigError, match=rf"{setting} must not be in what the run writes"):
         train(RunConfig.model_validate(run), overwrite=True)

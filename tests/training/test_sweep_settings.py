@@ -165,6 +165,10 @@ SWEEP_FAULTS = [
         {"parameters": {"seed": {"int_uniform": [1, 2]}}},
         "search grid needs lists, got a range for seed; take search: {random: how many}",
     ),
+    (
+        {"parameters": {"seed": {"int_uniform": [1, 2], "uniform": [1, 2]}}},
+        "or a range with low <= high",
+    ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     (
         {"early_stopping": {"asha": {}}},

@@ -292,8 +292,12 @@ class DataConfig(_SourceFields):
             yield f"streaming must be false for tasks, got {tasks[0]}; stream datasets alone"
         if self.streaming and self.validation_fraction > 0:
             yield "validation_fraction must be 0 with streaming; give validation data"
+        if self.shuffle_buffer is not None and not self.streaming:
+            yield "shuffle_buffer has no effect without streaming, where all rows are shuffled"
         if self.validation is not None and self.validation_fraction > 0:
             yield "validation and validation_fraction exclude each other; give one"
+        if (held_out := self.validation) and (held_out.weight != 1 or held_out.expert_group):
+            yield "weight and expert_group have no effect on validation data; remove them"
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

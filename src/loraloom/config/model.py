@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
-from typing_extensions import override
 
 from loraloom.config.fields import StrictModel
 from loraloom.errors import ConfigError
@@ -53,7 +51,3 @@ class BaseModelConfig(StrictModel):
     """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
     attn_implementation: AttnImplementation | None = None
     """How transformers computes attention; null for its own choice."""
-
-    @override
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()

@@ -111,7 +111,9 @@ class SourceEncoder:
                 template = templates.load_template(config.template)
                 read = partial(templates.read_instruction, columns=columns, template=template)
                 encode = tokens.encode_completions
-            case "preference" if isinstance(first[columns["chosen"]], str):
+            case "preference" if not any(
+                isinstance(row.get(columns["chosen"]), list) for row in (first, *rows)
+            ):
                 read, encode = partial(_read_texts, columns), tokens.encode_completion_pairs
             case _:
                 template = templates.load_chat_template(

@@ -135,6 +135,12 @@ def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with, which nothing reads: EOS where the tokenizer has none for it."""
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) else eos_token(tokenizer)
+
+
 def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The text of a token alone, with the space that SentencePiece's decoders leave out."""
     text, name = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))

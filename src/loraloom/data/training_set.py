@@ -114,7 +114,7 @@ def load_training_set(
         report.append(_describe(source, rows, [], validation))
     # what is learnt too measures memory, as where the validation file was trained on
     learnt = {row.input_ids for example in examples for row in example.rows}
-    repeats = [row.input_ids in learnt for example in validation for row in example.rows]
+    repeats = [any(row.input_ids in learnt for row in example.rows) for example in validation]
     what = f"{sum(repeats)} of {len(repeats)} held-out examples are learnt too"
     warning = f"warning: {what}; eval/loss shows how well they are remembered"
     warnings = (warning,) if any(repeats) else ()

@@ -17,6 +17,7 @@ from loraloom.config.model import BaseModelConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import find_location
 from loraloom.data.tasks import ChoiceQuestion, find_task, load_question_set, questions_digest
+from loraloom.data.tokens import pad_token
 from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.eval.cache import adapter_digest
@@ -81,7 +82,7 @@ def _file_states(
         if source.dataset is not None:
             files.append(find_location(source.dataset, split, source.config))
         texts = (source.template, source.chat_template)
-        files += [Path(text).expanduser() for text in texts if text]
+        files += [Path(os.path.expanduser(text)) for text in texts if text]
     found = [(one, os.stat(one)) for one in files if isinstance(one, Path) and os.path.isfile(one)]
     return [(file, state.st_size, state.st_mtime_ns) for file, state in found]
 
@@ -108,7 +109,7 @@ class JobBuilder:
     """Builds jobs on one host and measures them."""
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase):
-        self.pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        self.pad_id = pad_token(tokenizer)
         self._host = host
         self._tokenizer = tokenizer
         self._data = JobData(tokenizer)

@@ -52,7 +52,7 @@ class TrainingClient:
 
     Args:
         host: The base model.
-        tokenizer: The base model's, with a padding token.
+        tokenizer: The base model's.
         name: Name of the adapter. With `adapter`, a safe file name that is not taken.
         adapter: Settings of a new adapter; None to train the one that the host has under this name,
             which `close` leaves there.
@@ -83,7 +83,7 @@ class TrainingClient:
     ):
         self.host = host
         self.tokenizer = tokenizer
-        self.pad_id = int(tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+        self.pad_id = tokens.pad_token(tokenizer)
         self.name = name
         self.seed = seed
         self.step = 0
@@ -213,6 +213,8 @@ class TrainingClient:
         raw: bool = False,
     ) -> list[list[Completion]]:
         """Complete each prompt `num_samples` times, greedily by default."""
+        if num_samples < 1:
+            raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
         # A prompt is the user's turn of the chat template where there is one; with `raw` it is read
         # as it stands. At a temperature above 0 every call draws others.
         sampling = sampling or SamplingConfig()
@@ -264,7 +266,7 @@ class TrainingClient:
         """Free what only training needs: optimizer, references, and an adapter that was added."""
         self.zero_grad()
         self._optimizer.state.clear()
-        if self._added:
+        if self._added and self.host.adapters.get(self.name) is self.adapter:
             self.host.remove(self.name)
         _OPEN.discard(self)
         clients = [client for client in _OPEN if client.host is self.host]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError
+from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
 from loraloom.models.host import Host
 from loraloom.training.builder import JobBuilder
 from loraloom.training.job import Job
@@ -334,8 +334,8 @@ class Engine:
         return JobResult(
             job=job.name,
             status=status if error is None else "failed",
-            error=error,
-            stop_reason=stop_reason,
+            error=error and plain(error),
+            stop_reason=stop_reason and plain(stop_reason),
             method=job.config.adapter.title,
             base_model=self.host.base.name_or_path,
             num_parameters=sum(parameter.numel() for parameter in job.parameters.values()),

@@ -9,7 +9,8 @@ from importlib.metadata import version
 
 import torch
 
-from loraloom.errors import ConfigError
+from loraloom.config.fields import checked
+from loraloom.errors import ConfigError, plain
 from loraloom.training import store
 from loraloom.training.builder import Base, JobBuilder
 from loraloom.training.engine import Engine
@@ -50,9 +51,9 @@ def set_up(
                 continue
             kept[name] = record
             if name not in first and record.result is None:
-                jobs.append(
-                    builder.build(JobConfig.model_validate(store.as_of_now(record.settings)))
-                )
+                settings = store.as_of_now(record.settings)
+                config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
+                jobs.append(builder.build(config))
         checkpoint = replace(checkpoint, jobs=kept)
     packages = ("loraloom", "torch", "transformers", "safetensors")
     environment = {
@@ -62,7 +63,7 @@ def set_up(
         "dtype": str(host.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ranks": host.ranks.size,
-        "command": command,
+        "command": plain(command),  # manifests with half a surrogate pair can't be read
     }
     engine = Engine(host, jobs, builder, directory, progress, run, environment)
     for job in jobs:

@@ -42,6 +42,8 @@ def distribution_of(values: Any) -> BaseDistribution:
     kinds = load_optuna().distributions
     try:
         match values:
+            case dict() if len(values) > 1:  # none of two ranges is ignored
+                pass
             case {"uniform": (low, high)}:
                 return kinds.FloatDistribution(low, high)
             case {"log_uniform": (low, high)}:
