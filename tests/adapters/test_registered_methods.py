@@ -16,6 +16,7 @@ from loraloom.adapters.experts import MixtureConfig, RouterLossConfig
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.errors import AdapterError, ConfigError, FormatError
+from loraloom.formats.card import model_card
 from loraloom.training.settings import RunConfig
 from tests.tiny import randomise, tiny_host, tiny_ids
 
@@ -172,3 +173,4 @@ def test_a_package_makes_its_method_known_to_every_process(tmp_path, monkeypatch
     fresh = runpy.run_path(loraloom.adapters.__file__)
     config = fresh["parse_adapter_config"]({"method": "halves", "rank": 2})
     assert (config.title, config.package) == ("Halves", "halves")
+    assert "the package halves's, which must be installed" in model_card(config, tiny_host().base)

@@ -115,6 +115,17 @@ def test_jitter_is_uniform_around_one_and_leaves_padding_alone():
     assert abs(real.mean() - 1) < 2e-3
 
 
+def test_normal_draws_belong_to_a_sample_and_to_a_site_by_name():
+    spans = [SampleSpan(KEY, slice(1, 2001))]
+    draws = noise(spans, 2002).normal("up_proj.noise", N)
+    assert (draws[[0, 2001]] == 0).all()
+    assert abs(draws[1:2001].mean()) < 0.02
+    assert abs(draws[1:2001].std() - 1) < 0.02
+    alone = noise([SampleSpan(KEY, slice(0, 2000))], 2000)
+    assert torch.equal(alone.normal("up_proj.noise", N), draws[1:2001])
+    assert not torch.equal(alone.normal("gate_proj.noise", N), draws[1:2001])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_mask_is_ones_and_zeros_and_the_same_in_every_dtype(dtype):
     source = noise([SampleSpan(KEY, slice(0, 5))], 5)

@@ -52,7 +52,9 @@ def model_card(
         "Prompts": prompt and _as_yaml(prompt.model_dump(exclude_none=True)),
         "Data": data,
         "Results": results,
-        "Use": _USE.format(name=base_name or "base-model") + _USE_BY_PEFT * is_peft,
+        "Use": _needed(config)
+        + _USE.format(name=base_name or "base-model")
+        + _USE_BY_PEFT * is_peft,
     }
     about = f"`{base_name}`" if base_name else "a base model without a name"
     parts = [
@@ -62,6 +64,11 @@ def model_card(
         *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _needed(config: AdapterConfig) -> str:
+    has = f"The method is the package {config.package}'s, which must be installed.\n\n"
+    return has if config.package else ""
 
 
 def _as_yaml(settings: dict[str, Any]) -> str:

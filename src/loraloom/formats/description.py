@@ -17,7 +17,6 @@ from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 
-# What parts are counted as, where they aren't a LoRA's or an expert's.
 _KINDS = {"router": "router", "magnitude": "magnitudes"}
 
 
@@ -33,8 +32,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     norms: dict[str, list[float]] = defaultdict(list)
     for name, tensor in tensors.items():
         if key := keys.get(name):
-            own = f"{key.block} {'LoRA' if key.expert is None else 'experts'}"
-            parameters[_KINDS.get(key.part, own)] += tensor.numel()
+            parameters[_kind(key)] += tensor.numel()
             kind = str(replace(key, layer=0, expert=None)).removeprefix("layers.0.")
             norms[kind].append(torch.linalg.vector_norm(tensor, dtype=torch.float64).item())
         elif name.startswith((MODULES, TOKENS)):
@@ -67,3 +65,9 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
         "num_non_finite": sum(not tensor.isfinite().all() for tensor in tensors.values()),
         "file_bytes": {path.name: path.stat().st_size for path in files if path.exists()},
     }
+
+
+def _kind(key: TensorKey) -> str:
+    """What a tensor is counted as: a router's, a LoRA's or an expert's, or by its own name."""
+    own = "experts" if key.expert is not None else key.part
+    return _KINDS.get(key.part, f"{key.block} {'LoRA' if own in ('lora_A', 'lora_B') else own}")

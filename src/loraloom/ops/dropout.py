@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from zlib import crc32
 
 import torch
 from jaxtyping import Float
@@ -58,7 +59,11 @@ class SampleSpan:
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """Random numbers of one segment at one layer; padding is kept and not jittered."""
+    """Random numbers of one segment at one layer; padding is kept and not jittered.
+
+    A site is a place in the layer: one of `Site`, or a name that a method gives, as
+    `mlp.up_proj.noise`. Of one site, the draws of a step are always the same.
+    """
 
     spans: Sequence[SampleSpan]
     num_tokens: int
@@ -66,7 +71,7 @@ class SampleNoise:
     device: torch.device
 
     def keep_mask(
-        self, site: int, num_features: int, dropout: float, dtype: torch.dtype = torch.float32
+        self, site: int | str, num_features: int, dropout: float, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "T N"]:
         """1 where a feature is kept, with probability 1 - dropout, and 0 elsewhere."""
         # Four features share a 64-bit draw, so probabilities are multiples of 2^-16. That is three
@@ -84,17 +89,24 @@ class SampleNoise:
         mask = torch.ones(self.num_tokens, num_features, dtype=dtype, device=self.device)
         return self._fill(mask, site, draw)
 
-    def jitter(self, site: int, num_features: int, amount: float) -> Float[Tensor, "T N"]:
+    def jitter(self, site: int | str, num_features: int, amount: float) -> Float[Tensor, "T N"]:
         """Return float32 factors, uniform in [1 - amount, 1 + amount]."""
         factors = torch.ones(self.num_tokens, num_features, device=self.device)
         return self._fill(
             factors, site, lambda part, rng: part.uniform_(1 - amount, 1 + amount, generator=rng)
         )
 
+    def normal(self, site: int | str, num_features: int) -> Float[Tensor, "T N"]:
+        """Return float32 draws of the standard normal distribution."""
+        zeros = torch.zeros(self.num_tokens, num_features, device=self.device)
+        return self._fill(zeros, site, lambda part, rng: part.normal_(generator=rng))
+
     def _fill(
-        self, values: Tensor, site: int, draw: Callable[[Tensor, torch.Generator], Tensor]
+        self, values: Tensor, site: int | str, draw: Callable[[Tensor, torch.Generator], Tensor]
     ) -> Tensor:
         generator = torch.Generator(device=self.device)
+        if isinstance(site, str):
+            site = 1 << 32 | crc32(site.encode())
         for span in self.spans:
             generator.manual_seed(mix64(span.key, self.layer, site) >> 1)
             if isinstance(span.tokens, slice):
