@@ -27,7 +27,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a file aside, sync it and put it in its place; of a link, its target stays."""
 
     def create(aside: Path) -> None:
-        with aside.open("x", encoding="utf-8") as file:  # a link that is there is an error
+        # A link that is there is an error. A file's name that is no UTF-8 comes as half surrogate
+        # pairs: it must not cost the results.
+        with aside.open("x", encoding="utf-8", errors="replace") as file:
             file.write(text)
 
     write_file(path, create)
@@ -35,9 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON; see `write_text`."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    # A file's name that is no UTF-8 comes as half surrogate pairs: it must not cost the results.
-    write_text(path, f"{text.encode(errors='replace').decode()}\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_file(path: Path, fill: Callable[[Path], object]) -> None:

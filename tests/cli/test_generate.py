@@ -84,6 +84,7 @@ def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
         ({"prompt": 3}, "line 1: field 'prompt' must be a string"),
         ({"prompt": "x", "adapter": "c"}, "must be one of base, a, b, or [name, scale], got 'c'"),
         ({"prompt": "x", "adapter": ["a"]}, "field 'adapter' must be one of base, a, b, or [name"),
+        ({"prompt": "x", "adapter": ["a", 10**400]}, "or [name, scale], got ['a', 1"),
         ({"prompt": "x", "adapter": ["a", "b"]}, "or [name, scale], got ['a', 'b']"),
         ({"messages": [{"role": "user"}]}, "no field 'content'"),
     ],
@@ -187,7 +188,7 @@ def test_other_rows_are_not_continued(job, tmp_path, capsys, rows):
     before = output.read_text()
     write_rows(tmp_path / "in.jsonl", *rows)
     assert generate("--resume") == 2
-    assert "must begin with the rows of --input, got others" in capsys.readouterr().err
+    assert "must begin with the rows of this command, got others" in capsys.readouterr().err
     assert output.read_text() == before
 
 

@@ -62,7 +62,8 @@ def test_what_results_could_not_tell_is_found_before_anything_is_scored(
 
 
 def test_what_is_written_is_read_by_the_same_type(host, tiny_tokenizer, tmp_path):
-    evaluation = evaluate(host, tiny_tokenizer, [TOY], ["lora", "dora"], pairs=[("lora", "dora")])
+    options = {"pairs": [("lora", "dora")], "command": "loraloom eval \udcff"}  # a name in Latin-1
+    evaluation = evaluate(host, tiny_tokenizer, [TOY], ["lora", "dora"], **options)
     evaluation.write(tmp_path / "result.json")
     read = read_evaluation(tmp_path / "result.json")
     assert read.to_json() == evaluation.to_json()

@@ -42,6 +42,12 @@ def test_models_read_their_own_answers_or_those_of_who_was_asked(
         assert [answer] == generate(host, tiny_tokenizer, asked, GREEDY)
 
 
+def test_a_model_that_said_nothing_reads_no_answer_of_others(conversation, tiny_tokenizer):
+    conversation.turns.append(("one", {"lora": "", "mixlora": "two"}))
+    request = conversation._request("lora", "yes", GREEDY)
+    assert "two" not in tiny_tokenizer.decode(request.prompt_ids)
+
+
 def test_a_conversation_that_has_no_room_is_an_error(conversation):
     with pytest.raises(RequestError, match="must have at most 128 tokens together"):
         said(conversation, "one " * 200, ["lora"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.config.data import PromptForm
-from loraloom.errors import DataError
+from loraloom.errors import ConfigError, DataError
 from loraloom.generation.generate import generate, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
@@ -34,6 +34,11 @@ def test_completions_are_in_the_order_of_the_prompts(host, tiny_tokenizer):
     for prompt, completion in zip(prompts(), together, strict=True):
         assert completed(host, tiny_tokenizer, [prompt]) == [completion]
     assert len(set(together)) == len(together)
+
+
+def test_batches_have_a_row_at_least(host, tiny_tokenizer):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
+        completed(host, tiny_tokenizer, batch_size=0)
 
 
 def test_greedy_takes_the_most_likely_token(host, tiny_tokenizer):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.config.model import BaseModelConfig
-from loraloom.errors import FormatError, ModelError
+from loraloom.errors import ConfigError, FormatError, ModelError
 from loraloom.generation import loading
 from loraloom.generation.loading import check_sources, load_host
 from tests.generation.saved import save_tiny
@@ -40,6 +40,14 @@ def test_a_containers_limit_bounds_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(loading, "_OWN_GROUP", tmp_path / "own")
     assert loading.available_memory() == 2700 < unbound
+
+
+def test_a_cache_without_room_for_its_rows_is_an_error(saved, monkeypatch):
+    host, _ = load_host(model(saved / "base"), {})
+    assert loading.default_cache_tokens(host, 2) == 2 * host.config.max_position_embeddings
+    monkeypatch.setattr(loading, "available_memory", lambda: 10**6)
+    with pytest.raises(ConfigError, match="must hold the cache of 64 rows"):
+        loading.default_cache_tokens(host, 64)
 
 
 def test_sources_are_checked_without_loading_the_base_model(saved, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,8 @@ from loraloom.models.layout import RowAdapter
 from loraloom.terminal import make_console, show_progress
 
 Rows = Sequence[dict[str, Any]]
+# Of what an adapter adds; far beyond it, float32 is at its end.
+MAX_SCALE = 1e6
 
 
 class GenerateOptions(HostOptions):
@@ -142,7 +143,7 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
             return None
         case str(name) if name in adapters:
             return name
-        case [str(name), int(scale) | float(scale)] if name in adapters and math.isfinite(scale):
+        case [str(name), int(scale) | float(scale)] if name in adapters and abs(scale) < MAX_SCALE:
             return name, float(scale)
     known = ", ".join([BASE, *adapters])
     got = shown(row["adapter"])
@@ -160,5 +161,5 @@ def _count_done(options: GenerateOptions, rows: Rows) -> int:
     done = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
     texts = [row.get("completion") if isinstance(row, dict) else None for row in done]
     if [{**row, "completion": text} for row, text in zip(rows, texts, strict=False)] != done:
-        raise ConfigError(f"--output {path} must begin with the rows of --input, got others")
+        raise ConfigError(f"--output {path} must begin with the rows of this command, got others")
     return len(done)

@@ -23,7 +23,7 @@ import torch
 from loraloom.adapters.method import Adapter
 from loraloom.data.sources import sha256
 from loraloom.data.tokens import TokenPair
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, plain
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.hub import find_adapter
 from loraloom.models.host import Host
@@ -100,7 +100,7 @@ def describe_evaluation(host: Host, adapters: Mapping[str, str], command: str) -
     is_cuda = host.device.type == "cuda"
     packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
     return {
-        "base_model": host.base.name_or_path,
+        "base_model": plain(host.base.name_or_path),  # names of files may be no UTF-8
         "quantization": host.base.quantization,
         **_how_computed(host),
         "adapters": describe_adapters(adapters),
@@ -108,7 +108,7 @@ def describe_evaluation(host: Host, adapters: Mapping[str, str], command: str) -
         "device": f"{host.device}"
         + (f" ({torch.cuda.get_device_name(host.device)})" if is_cuda else ""),
         "platform": platform.platform(),
-        "command": command,
+        "command": plain(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
-from loraloom.errors import DataError
+from loraloom.errors import ConfigError, DataError
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import Prompt, check_token_ids, encode_prompt, form_for
 from loraloom.generation.sampling import SamplingConfig
@@ -107,6 +107,8 @@ def complete(
     *,
     batch_size: int = 16,
 ) -> list[Completion]:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     limits = EngineLimits(
         max_rows=batch_size,
         cache_tokens=batch_size * host.config.max_position_embeddings,
@@ -189,7 +191,7 @@ class Conversation:
                 messages.append({"role": "system", "content": self.system})
             for said, answers in self.turns:
                 # of the model that was asked, where this one was not
-                answer = answers.get(model) or next(iter(answers.values()), "")
+                answer = answers.get(model, next(iter(answers.values()), ""))
                 messages.append({"role": "user", "content": said})
                 messages.append({"role": "assistant", "content": answer})
             content = (*messages, {"role": "user", "content": text})

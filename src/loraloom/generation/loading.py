@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.model import BaseModelConfig
+from loraloom.errors import ConfigError
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
@@ -66,4 +67,9 @@ def default_cache_tokens(host: Host, max_rows: int) -> int:
     session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))
     affordable = int(free * 0.25 / (1 + SPARE_ROWS)) // session.states(0, 0, 1).nbytes
     affordable -= max_rows * SPARE_TOKENS
-    return max(1, min(max_rows * host.config.max_position_embeddings, affordable))
+    if affordable < max_rows:
+        raise ConfigError(
+            f"a quarter of the free memory must hold the cache of {max_rows} rows, it doesn't; "
+            "free memory, or start the server with fewer --max-rows"
+        )
+    return min(max_rows * host.config.max_position_embeddings, affordable)

@@ -122,7 +122,7 @@ def _render_instructions(
             f"{prompt.origin}: the adapter's prompt template (format: instruction) has no place "
             "for tools; leave tools out"
         )
-    template = _compiled(form.prompt_template, "the adapter's prompt template")
+    template = _compiled(form.prompt_template, "the prompt template")
     written, system, given = "", "", prompt.fields.get("input")  # null is none, as in training
     fields = {**prompt.fields, "input": "" if given is None else given}
     for message in messages:
@@ -134,7 +134,7 @@ def _render_instructions(
                 written, system = written + render(template, fields), ""
             except TemplateError as error:
                 raise DataError(
-                    f"{prompt.origin}: the adapter's prompt template can't be filled in: {error}; "
+                    f"{prompt.origin}: the prompt template can't be filled in: {error}; "
                     "give a row with this field (--input), or read the prompt as it stands (--raw)"
                 ) from error
         else:

@@ -244,7 +244,7 @@ def test_metrics_count_by_model(client, served):
             "must have at most 256 tokens together",
         ),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
-        ({"tool_choice": "auto"}, "tool_choice needs tools"),
+        ({"tool_choice": "auto"}, "the body: tool_choice needs tools"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream: true"),
         ({"max_tokens": 5, "max_completion_tokens": 9}, "are one; leave either out"),
         (

@@ -95,7 +95,8 @@ def handle_errors(app: FastAPI) -> None:
         param = ".".join(str(step) for step in first["loc"][1:])
         if first["type"] == "json_invalid":
             return error_response(400, f"the body must be JSON: {first['ctx']['error']}")
-        return error_response(400, f"{param or 'the body'}: {first['msg']}", param=param)
+        message = first["msg"].removeprefix("Value error, ")
+        return error_response(400, f"{param or 'the body'}: {message}", param=param or None)
 
     for kind in (LoraloomError, Exception):
         app.add_exception_handler(kind, lambda request, error: answer_to(error))

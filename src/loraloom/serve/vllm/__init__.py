@@ -123,7 +123,8 @@ def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
         ) from None
     folder, found = Folder(config), {}
     folded = [folder.fold(path) for path in options.adapters.values()]
-    for path in sorted((options.adapter_dir or Path("none")).glob(f"*/{CONFIG_FILE}")):
+    directory: Path | None = options.adapter_dir
+    for path in sorted(directory.glob(f"*/{CONFIG_FILE}")) if directory else ():
         with suppress(LoraloomError):  # told to who asks for it
             folded.append(folder.fold(path.parent))
             found[check_name(path.parent.name)] = str(path.parent)
