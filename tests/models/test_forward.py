@@ -136,9 +136,16 @@ def test_training_is_said_for_one_forward():
     assert torch.equal(host(ids, adapters=names, training=False).logits, plain)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")  # of the tests' own checks of types
 def test_a_compiled_model_is_refused_with_the_reason():
     with pytest.raises(ModelError, match="must not be compiled"):
         loraloom.attach(torch.compile(tiny_model(), backend="eager"))
+    host, ids = tiny_host(configs={"a": METHODS["lora"]}), tiny_ids(2)
+    view = torch.compile(host.as_model("a"), backend="eager")
+    host.model.compile(backend="eager")
+    for forward in (view, lambda ids: host(ids, adapters=["a", "a"])):
+        with pytest.raises(ModelError, match="forwards with gradients must not be compiled"):
+            forward(ids)
 
 
 ROWS = [*METHODS, None]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig
@@ -538,6 +539,12 @@ class Host:
         batch_size, length = input_ids.shape
         rows = self._registry.rows(adapters, batch_size)
         training = self.training if training is None else training
+        is_compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+        if torch.is_grad_enabled() and (is_compiled or self.model._compiled_call_impl is not None):
+            raise ModelError(
+                "forwards with gradients must not be compiled, as torch.compile doesn't see that "
+                "updates are written to the base's outputs; leave it (torch_compile of Trainer) out"
+            )
         keys = None
         if training:
             self._registry.check_unmerged("train")
