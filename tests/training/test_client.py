@@ -96,6 +96,9 @@ def test_a_step_is_that_of_a_job(objective):
     assert output.aux_loss == pytest.approx(loss.aux_loss)
     assert output.metrics == pytest.approx(loss.metrics)
     report = job.accept(part, loss)
+    for wrong in ({"learning_rate": math.nan}, {"max_grad_norm": 0.0}):
+        with pytest.raises(ConfigError, match="max_grad_norm above 0"):
+            client.optim_step(**wrong)
     step = client.optim_step(max_grad_norm=0.5)
     assert step.step == 1
     assert step.grad_norm == pytest.approx(report["grad_norm"])
@@ -214,7 +217,8 @@ def test_what_a_call_can_not_use_is_one_error():
         (lambda: client.forward_backward(data, micro_batch_size=0), "micro_batch_size must be 1"),
         (lambda: client.forward_backward(pairs), "sft must be of Example, got PreferencePair"),
         (lambda: client.forward_backward(data, "cpo"), "cpo must be of PreferencePair, got Exam"),
-        (lambda: client.forward_backward([]), "adapter a: data must have an example, got none"),
+        (lambda: client.forward_backward([]), "adapter a: data must have examples, got none"),
+        (lambda: client.forward_backward([example_of([], [])]), "examples, got one without tokens"),
         (lambda: client.forward_backward_custom(data, lambda _, log_p: (log_p[0], {})), lossless),
         (lambda: client.forward_backward_custom(data, lambda _, __: (1.0, {})), lossless),
         (lambda: run_requests(client.host, [request] * 2, PAD_ID), "requests must each be of anot"),

@@ -88,10 +88,10 @@ class TaskConfig(StrictModel):
     text: Differing = Field(default_factory=dict)
     """What differs where texts are scored."""
 
-    def asked_by(self, scoring: Scoring) -> TaskConfig:
+    def asked_by(self, scoring: Scoring, origin: str = "") -> TaskConfig:
         """The task with what differs in a scoring."""
         differing = self.label if scoring == "label" else self.text
-        return checked(TaskConfig, self.model_dump() | differing)
+        return checked(TaskConfig, self.model_dump() | differing, origin=origin)
 
     @field_validator("template", mode="before")
     @classmethod

@@ -175,6 +175,13 @@ class TrainingClient:
         """Let the optimizer make a step, and reset gradients."""
         # A learning rate holds from now on. The norm of the adapter's whole gradient is clipped to
         # `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
+        if not (
+            0 <= (learning_rate or 0) < math.inf and (max_grad_norm is None or max_grad_norm > 0)
+        ):
+            raise ConfigError(
+                "learning_rate must be finite and 0 or more, max_grad_norm above 0 (None for no "
+                f"clipping), got {learning_rate} and {max_grad_norm}"
+            )
         if learning_rate is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_ratio"]

@@ -132,7 +132,8 @@ class ChoiceTask:
 
     @cached_property
     def _asked(self) -> Mapping[Scoring, TaskConfig]:
-        return {scoring: self.config.asked_by(scoring) for scoring in get_args(Scoring)}
+        scorings: tuple[Scoring, ...] = get_args(Scoring)
+        return {one: self.config.asked_by(one, f"{self.path}: {one}: ") for one in scorings}
 
     def check_templates(self) -> None:
         for scoring, config in self._asked.items():

@@ -126,8 +126,9 @@ def _micro_batches(request: Request, log_probs: list[Tensor]) -> list[MicroBatch
         log_probs.extend(values.detach().cpu() for values in scored.by_sample)
         return request.objective(scored, totals)
 
-    if not request.data:
-        raise ConfigError(f"adapter {request.adapter.name}: data must have an example, got none")
+    if not request.data or not all(row.input_ids for one in request.data for row in one.rows):
+        which = "one without tokens" if request.data else "none"
+        raise ConfigError(f"adapter {request.adapter.name}: data must have examples, got {which}")
     size = len(request.data) if request.micro_batch_size is None else request.micro_batch_size
     if size < 1:
         raise ConfigError(
