@@ -64,7 +64,7 @@ class FocalConfig(ObjectiveConfig):
     def terms(self, scored, totals):
         weights = (1 - scored.log_probs.exp()) ** self.gamma
         loss = -(weights * scored.log_probs).sum() / totals.num_labels
-        return loss, {"weight": weights.detach().sum() / totals.num_labels}
+        return loss, {"weight": weights.sum().item() / totals.num_labels}
 
 
 def run_settings(objective: str) -> dict[str, Any]:

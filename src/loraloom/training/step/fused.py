@@ -107,7 +107,8 @@ def _share(
         references = token_losses.new_tensor(batch.reference.of(batch.examples))
     scored = ScoredSamples(-token_losses, list(map(count_labels, batch.examples)), references)
     terms = batch.objective(scored, batch.window.totals)
-    loss, metrics = terms.loss, terms.metrics
+    loss = terms.loss  # metrics of others' objectives may be plain numbers
+    metrics = {name: torch.as_tensor(value).to(loss) for name, value in terms.metrics.items()}
     if not batch.counts:
         # The graph stays, as a sharded base needs the same backward pass on all ranks.
         loss, metrics = loss * 0, {name: value * 0 for name, value in metrics.items()}

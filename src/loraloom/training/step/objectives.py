@@ -65,7 +65,7 @@ class ObjectiveTerms:
     """A micro-batch's share of its step's loss and of metrics, by their names in metrics.jsonl."""
 
     loss: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 # A loss whose shares add up: it does not depend on how a step is cut into micro-batches.

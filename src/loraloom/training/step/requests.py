@@ -60,8 +60,7 @@ def custom_objective(
                 "loss_fn must return a scalar tensor that depends on the log-probabilities, and "
                 f"metrics; got {loss!r}"
             )
-        values = {name: torch.as_tensor(value).to(loss) for name, value in metrics.items()}
-        return objectives.ObjectiveTerms(loss.reshape(()), values)
+        return objectives.ObjectiveTerms(loss.reshape(()), metrics)
 
     return terms
 
