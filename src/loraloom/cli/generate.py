@@ -26,8 +26,6 @@ from loraloom.models.layout import RowAdapter
 from loraloom.terminal import make_console, show_progress
 
 Rows = Sequence[dict[str, Any]]
-# Of what an adapter adds; far beyond it, float32 is at its end.
-MAX_SCALE = 1e6
 
 
 class GenerateOptions(HostOptions):
@@ -143,7 +141,7 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
             return None
         case str(name) if name in adapters:
             return name
-        case [str(name), int(scale) | float(scale)] if name in adapters and abs(scale) < MAX_SCALE:
+        case [str(name), int(scale) | float(scale)] if name in adapters and abs(scale) < 1e6:
             return name, float(scale)
     known = ", ".join([BASE, *adapters])
     got = shown(row["adapter"])

@@ -255,13 +255,8 @@ def _seeds_table(found: Evaluation) -> Table:
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     units = {"accuracy": "points", "loss": "nats a token"}
     found = {units[one.metric] for one in comparisons}
-    titles = (
-        " or ".join(sorted(found, reverse=True)),
-        "95 % interval",
-        "won : lost",
-        "p",
-        "p (Holm)",
-    )
+    of_both = " or ".join(sorted(found, reverse=True))
+    titles = (of_both, "95 % interval", "won : lost", "p", "p (Holm)")
     table = make_table("difference", "task", values=titles, title="Differences on the same rows")
     for one in comparisons:
         # accuracies differ by points, losses by nats; a table of both says which in each row

@@ -186,9 +186,8 @@ class Conversation:
         has_turns = self.tokenizer.chat_template if form is None else not form.is_text
         content: str | tuple[Message, ...] = text
         if has_turns and not self.raw:
-            messages: list[Message] = []
-            if self.system is not None:
-                messages.append({"role": "system", "content": self.system})
+            system = {"role": "system", "content": self.system}
+            messages: list[Message] = [] if self.system is None else [system]
             for said, answers in self.turns:
                 # of the model that was asked, where this one was not
                 answer = answers.get(model, next(iter(answers.values()), ""))

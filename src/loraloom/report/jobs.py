@@ -68,9 +68,8 @@ def _read_job(directory: Path, run: str) -> Job:
 def _read_metrics(file: Path) -> list[Fields]:
     """Read metrics.jsonl; a last line that is being written is passed over."""
     *lines, last = read_text(file, DataError).split("\n") if file.is_file() else [""]
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        metrics.append(parse_json(line or "{}", f"{file}, line {number}", DataError))
+    numbered = enumerate(lines, start=1)
+    metrics = [parse_json(line or "{}", f"{file}, line {n}", DataError) for n, line in numbered]
     with suppress(DataError):
         metrics.append(parse_json(last, str(file), DataError))
     return [line for line in metrics if isinstance(line, dict) and "step" in line]

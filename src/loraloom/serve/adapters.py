@@ -118,7 +118,7 @@ class ServedAdapters:
         self._released.set()
 
     async def load(self, name: str, source: str, *, replace: bool = False) -> None:
-        self._check_free(name, replace=replace)
+        check_name(name)
         # apart from loads, whose threads slow downloads would take up
         finding = asyncio.wrap_future(start_apart(partial(find_adapter, source)))
         try:
@@ -132,13 +132,6 @@ class ServedAdapters:
         await self._load(name, source, directory, is_lazy=False, replace=replace)
         if _files_of(source):
             self._sources[name] = source
-
-    def _check_free(self, name: str, *, replace: bool) -> None:
-        check_name(name)
-        if name == self.base_name or (name in self._served and not replace):
-            raise ConfigError(
-                f"the name {shown(name)} is taken; unload it first, or choose another"
-            )
 
     def unload(self, name: str) -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
@@ -164,7 +157,10 @@ class ServedAdapters:
         self, name: str, source: str, directory: Path, *, is_lazy: bool, replace: bool = True
     ) -> None:
         async with self._turn:
-            self._check_free(name, replace=replace)  # others may have taken it meanwhile
+            if name == self.base_name or (name in self._served and not replace):
+                raise ConfigError(
+                    f"the name {shown(name)} is taken; unload it first, or choose another"
+                )
             files, host_name = _files_of(source), name
             while host_name in self._host.adapters:
                 host_name = f"{name[:90]}.{next(self._versions)}"

@@ -166,15 +166,8 @@ def _called(calls: list[Function]) -> list[dict[str, Any]]:
 
 
 def _routing(piece: Piece) -> list[dict[str, Any]]:
-    return [
-        {
-            "text": text,
-            "routers": [
-                {**asdict(choice), "router": describe_router(choice.router)} for choice in choices
-            ],
-        }
-        for text, choices in piece.routing
-    ]
+    told = lambda one: {**asdict(one), "router": describe_router(one.router)}  # noqa: E731
+    return [{"text": text, "routers": [*map(told, choices)]} for text, choices in piece.routing]
 
 
 def _finite(log_prob: float) -> float:

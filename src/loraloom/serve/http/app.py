@@ -207,8 +207,7 @@ class Metrics(Collector):
             yield GaugeMetricFamily(f"loraloom_{name}", name, value)
         families: dict[str, CounterMetricFamily] = {}
         for (name, *labels), number in self._engine.counts.copy().items():
-            if name not in families:
-                names = _LABELS.get(name, ["model"])
-                families[name] = CounterMetricFamily(f"loraloom_{name}", name, labels=names)
-            families[name].add_metric(labels, number)
+            names = _LABELS.get(name, ["model"])
+            family = CounterMetricFamily(f"loraloom_{name}", name, labels=names)
+            families.setdefault(name, family).add_metric(labels, number)
         yield from families.values()
