@@ -238,6 +238,25 @@ def test_rows_grow_back_after_memory_ran_out_once(
     assert sizes[-1] == 4
 
 
+def test_a_row_that_memory_has_no_room_for_beside_others_waits(
+    make_engine, tiny_tokenizer, monkeypatch
+):
+    asked = [request(tiny_tokenizer, text, max_new_tokens=6) for text in ("one", "two", "three")]
+    expected = answers(make_engine(max_rows=4), asked)
+    engine = make_engine(max_rows=4)
+    join, most = engine._runner.join, []
+
+    def limited(row):
+        most.append(len(engine._runner.rows))
+        if len(engine._runner.rows) == 2:
+            raise torch.OutOfMemoryError
+        join(row)
+
+    monkeypatch.setattr(engine._runner, "join", limited)
+    assert answers(engine, asked) == expected
+    assert max(most) == 2
+
+
 def test_requests_that_take_too_long_end_and_let_their_adapters_go(make_engine, tiny_tokenizer):
     events, gone = [], []
     engine = make_engine(max_request_s=0.0)

@@ -242,7 +242,11 @@ class Engine:
                 row.settled_length = row.length + turn
                 error = _attempt("a row could not join the others", partial(self._runner.join, row))
                 if error is not None:  # sessions may be joined in some layers alone
-                    self._put_back(self._runner.take_apart(self._served))
+                    others = self._runner.take_apart(self._served)
+                    self._put_back(others)
+                    if isinstance(error, torch.OutOfMemoryError) and others:
+                        self._wait_for_memory(row, len(others))
+                        error = None
             if error is not None:
                 failures.append((row, error))
         return failures
@@ -321,14 +325,17 @@ class Engine:
         """Let a row wait until others have ended if it needs their memory."""
         is_memory = isinstance(error, torch.OutOfMemoryError)
         if is_memory and self._runner.rows:
-            free_memory()
-            self._scheduler.max_rows, self._num_full_steps = len(self._runner.rows), 0
-            self._put_back([row])
+            self._wait_for_memory(row, len(self._runner.rows))
             return
         if is_memory:
             error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
         self._leave([row])
         self._fail(row, error)
+
+    def _wait_for_memory(self, row: Row, num_others: int) -> None:
+        free_memory()
+        self._scheduler.max_rows, self._num_full_steps = num_others, 0
+        self._put_back([row])
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._end(row, "error")

@@ -242,8 +242,8 @@ class _Trial:
         return expected
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
-        wanted = expected.double()
-        error = float((actual.double() - wanted).norm() / wanted.norm())
+        wanted = expected.cpu().double()
+        error = float((actual.cpu().double() - wanted).norm() / wanted.norm())
         if not error <= self.most:
             raise unsupported(
                 self.host.model,

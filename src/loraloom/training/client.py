@@ -193,6 +193,7 @@ class TrainingClient:
         if scale is not None:
             # Before clipping, whose bound is on the gradient that the optimizer sees.
             scale.unscale(weights)
+        optimizers.drop_frozen_gradients(self._optimizer_config, self.adapter)
         grad_norm = optimizers.clip_gradients(weights, max_grad_norm)
         is_skipped = scale is not None and not scale.takes(grad_norm)
         if not (is_skipped or math.isfinite(grad_norm)):

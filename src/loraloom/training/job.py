@@ -143,6 +143,7 @@ class Job:
         position, scale = self.position, self.loss_scale
         if scale is not None:
             scale.unscale(self.parameters.values())
+        optimizers.drop_frozen_gradients(self.config.train, self.adapter)
         weights, bound = self.parameters.values(), self.config.train.max_grad_norm
         grad_norm = optimizers.clip_gradients(weights, bound)
         if scale is None or scale.takes(grad_norm):

@@ -15,7 +15,12 @@ from loraloom.training.settings import (
     OptimizerConfig,
     OptimizerName,
 )
-from loraloom.training.step.optimizers import build_optimizer, parameter_groups, rates_of_their_own
+from loraloom.training.step.optimizers import (
+    build_optimizer,
+    drop_frozen_gradients,
+    parameter_groups,
+    rates_of_their_own,
+)
 from tests.tiny import tiny_host
 from tests.training.toy import ADAPTERS, add_job, toy_config, toy_engine, toy_host
 
@@ -179,6 +184,10 @@ def test_experts_learn_at_rates_of_their_own_and_not_at_all_at_zero():
         for parameter in adapter.parameters():
             generator = torch.Generator().manual_seed(parameter.numel())
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        drop_frozen_gradients(config, adapter)
+        ffn = [p.grad for n, p in adapter.named_parameters() if "mlp" in n and "router" not in n]
+        assert settings == {} or not any(grad[1].any() for grad in ffn)
+        assert all(grad[[0, 2]].any() for grad in ffn)
         with rates_of_their_own(config, adapter):
             optimizer.step()
         return {name: tensor - before[name] for name, tensor in adapter.tensors().items()}

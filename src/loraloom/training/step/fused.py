@@ -23,7 +23,7 @@ from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra
+from loraloom.routing.tally import RoutingTotals, doubled, measure_routing, sum_extra
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out
 from loraloom.training.step.objectives import ScoredSamples, ask_references
 
@@ -124,9 +124,10 @@ def _fetch(
     micro_batches: Sequence[MicroBatch], shares: Sequence[_Share], ranks: Ranks
 ) -> list[MicroBatchLoss]:
     """Add all numbers of a round up over the ranks, and read them from the device at once."""
-    scalars = torch.stack([value.detach() for share in shares for value in share.scalars()])
+    scalars = [value.detach() for share in shares for value in share.scalars()]
     sums = [torch.empty(0) if s.routing is None else measure_routing(s.routing) for s in shares]
-    summands = torch.cat([part.to(scalars.device).double().flatten() for part in (scalars, *sums)])
+    summands = doubled(torch.stack(scalars))
+    summands = torch.cat([summands, *(part.to(summands).flatten() for part in sums)])
     numbers = iter(ranks.sum(summands).tolist())
     heads = [list(islice(numbers, len(share.scalars()))) for share in shares]
     reports = []

@@ -95,16 +95,27 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
 def rates_of_their_own(config: OptimizerConfig, adapter: Adapter) -> Iterator[None]:
     """Let an optimizer's step be as long as `lr_ratios` say: a step is a multiple of its rate."""
     # Experts are slices of parameters, of which an optimizer knows one rate.
-    tensors = adapter.tensors() if config.lr_ratios else {}
-    ratios = {name: pattern_value(config.lr_ratios, name, 1.0) for name in tensors}
-    own = [
-        (tensors[name], ratio, tensors[name].clone())
-        for name, ratio in ratios.items()
-        if ratio != 1
-    ]
+    own = [(tensor, ratio, tensor.clone()) for tensor, ratio in _own_rates(config, adapter)]
     yield
     for tensor, ratio, before in own:
         tensor.copy_(torch.lerp(before, tensor, ratio))
+
+
+def drop_frozen_gradients(config: OptimizerConfig, adapter: Adapter) -> None:
+    """Set gradients to zero that would count in the norm and move nothing."""
+    parameters = {one.untyped_storage().data_ptr(): one for one in adapter.parameters()}
+    for tensor, ratio in _own_rates(config, adapter):
+        parameter = parameters[tensor.untyped_storage().data_ptr()]
+        if ratio == 0 and parameter.grad is not None:
+            frozen = torch.zeros_like(parameter, dtype=torch.bool)
+            frozen.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+            parameter.grad.masked_fill_(frozen, 0)
+
+
+def _own_rates(config: OptimizerConfig, adapter: Adapter) -> list[tuple[Tensor, float]]:
+    tensors = adapter.tensors() if config.lr_ratios else {}
+    rates = [(one, pattern_value(config.lr_ratios, name, 1.0)) for name, one in tensors.items()]
+    return [(tensor, ratio) for tensor, ratio in rates if ratio != 1]
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:
