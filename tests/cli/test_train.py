@@ -81,6 +81,8 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
     job["train"] |= {"objective": {"name": "dpo"}}
     asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference"
     assert next_words(run, [done])["Evaluate"] == shlex.split(asked)
+    done.job = "base"  # a name that --adapter has for the base model
+    assert "base-adapter=out/a" in next_words(run, [done])["Generate"]
 
 
 def next_words(run, results):

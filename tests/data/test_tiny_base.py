@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import loraloom
 from loraloom.data import tiny_base
 from loraloom.data.skills import generate_skills
@@ -13,6 +15,8 @@ def test_the_tiny_base_model_has_a_token_for_each_syllable_of_a_land(tmp_path, m
     monkeypatch.setattr(tiny_base, "read_texts", lambda: texts)
     sizes = ["--layers=1", "--hidden-size=16"]
     tiny_base.main([f"--output={tmp_path}", "--steps=2", *sizes])
+    with pytest.raises(SystemExit):  # what is there is not deleted
+        tiny_base.main([f"--output={tmp_path}", "--steps=2", *sizes])
     model, tokenizer = loraloom.load_base_model(str(tmp_path))
     assert (model.config.num_hidden_layers, model.config.intermediate_size) == (1, 48)
     assert tokenizer.tokenize("Baldan: 42") == ["Bal", "##dan", ":", "4", "##2"]

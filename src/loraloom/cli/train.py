@@ -14,7 +14,7 @@ from pydantic import Field
 from rich.table import Table
 from typing_extensions import override
 
-from loraloom.cli.options import Sets
+from loraloom.cli.options import BASE, Sets
 from loraloom.config.fields import StrictModel
 from loraloom.errors import TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
@@ -122,7 +122,9 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
     options = [("--base-model", run.base_model)]
     if run.quantization is not None:
         options.append(("--quantization", run.quantization))
-    options += [("--adapter", f"{one.job}={one.directory}") for one in good[:MAX_ADAPTERS]]
+    for one in good[:MAX_ADAPTERS]:
+        name = one.job if one.job != BASE else f"{BASE}-adapter"
+        options.append(("--adapter", f"{name}={one.directory}"))
     sources = [one for job in run.all_jobs for one in (*job.eval, *job.data.sources)]
     if tasks := [one for one in sources if one.task]:
         first = tasks[0]

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden-size", type=int, default=64, help="a multiple of 8")
     parser.add_argument("--steps", type=int, default=4000, help="of 64 texts each")
     args = parser.parse_args(arguments)
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        parser.error(f"--output must be new or an empty directory, got {args.output}")
     with tqdm(total=args.steps, desc="tiny base model", unit=" steps", disable=None) as bar:
         loss = make_tiny_base(
             args.output, args.steps, args.layers, args.hidden_size, lambda _: bar.update()

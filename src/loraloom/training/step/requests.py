@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-import torch
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter
