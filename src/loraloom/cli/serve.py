@@ -108,12 +108,10 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
         found = {"adapters": options.adapters, "api_keys": keys}
         serve_with_vllm(SimpleNamespace(**dict(options), **found, cors_origins=options.cors_origin))
         return
-    _serve_embedded(options, is_local, keys, admin_keys)
+    _serve_embedded(options, keys, admin_keys)
 
 
-def _serve_embedded(
-    options: ServeOptions, is_local: bool, keys: list[str], admin_keys: list[str]
-) -> None:
+def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str]) -> None:
     try:  # packages of the extra `serve`, which vLLM does without
         from loraloom.serve.http.app import ApiOptions, create_app
         from loraloom.serve.http.server import Server, listen
@@ -133,7 +131,7 @@ def _serve_embedded(
             options.allow_loading,
             options.adapter_root,
             options.cors_origin,
-            is_local=is_local,
+            options.host,
         )
         app = create_app(engine, tokenizer, adapters, allowed)
         server = Server(app, engine)

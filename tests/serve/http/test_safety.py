@@ -115,6 +115,12 @@ def test_a_local_server_answers_to_its_own_names_alone(http):
         assert http.get("/v1/models", headers={"Host": name}).status_code == 400
 
 
+def test_a_local_server_answers_to_the_address_that_it_listens_on(host, tokenizer):
+    with serving(host, tokenizer, options=ApiOptions(host="127.0.0.2")) as (url, _):
+        headers = {"Host": "127.0.0.2:8000"}
+        assert httpx2.get(f"{url}/v1/models", headers=headers, timeout=30).status_code == 200
+
+
 def test_deep_json_is_refused_and_other_paths_are_errors_with_an_object(http):
     deep: Any = {}
     for _ in range(400):

@@ -34,6 +34,7 @@ from loraloom.serve.http.answers import ChatExchange, TextExchange
 from loraloom.serve.http.bridge import Backend
 from loraloom.serve.http.guards import LOADING, PAGES, AccessGuard, ApiOptions, handle_errors
 from loraloom.serve.http.schemas import ChatBody, CompletionBody, LoadBody, UnloadBody
+from loraloom.serve.process import is_loopback
 
 _STATIC = Path(__file__).parent.parent / "static"
 _PAGE_HEADERS = {
@@ -84,9 +85,9 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"]
         )
-    if options.is_local:
+    if is_loopback(options.host):
         # a web page may have its own name lead to this machine, which would be asked for by it
-        names = ["localhost", "127.0.0.1", "[::1]"]
+        names = ["localhost", "127.0.0.1", "[::1]", options.host]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     handle_errors(app)
     for path, name in PAGES.items():

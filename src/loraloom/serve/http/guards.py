@@ -55,7 +55,7 @@ class ApiOptions:
     allow_loading: bool = False
     adapter_root: Path | None = None  # load from below this directory alone, not from the Hub
     cors_origins: Sequence[str] = ()
-    is_local: bool = True  # only this machine reaches the server
+    host: str = "127.0.0.1"  # listened on; perhaps an address that only this machine reaches
 
 
 def error_response(
