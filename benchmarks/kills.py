@@ -139,7 +139,7 @@ def _kill_often(
     rounds: list[int | None] = []
     while len(rounds) < kills:
         process = _start(directory / "killed.yaml")
-        process.join(moments.uniform(0.0, 1.5 * unbroken_s / kills))
+        process.join(moments.uniform(0.0, unbroken_s / kills))
         if process.exitcode is not None:
             _join(process)
             print(f"the run ended after {len(rounds)} kills; give more --steps", flush=True)

@@ -173,10 +173,6 @@ JOB_FAULTS = [
         "data.streaming needs train.max_steps, not num_epochs",
     ),
     ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA; remove it"),
-    (
-        {"train": {"num_epochs": 1, "loraplus_lr_ratio": 2}, "adapter": {"method": "vera"}},
-        "train.loraplus_lr_ratio has no effect on VeRA",
-    ),
 ]
 
 

@@ -285,8 +285,6 @@ class JobConfig(StrictModel):
     def contradictions(self) -> Iterator[str]:
         if self.train.router_lr_ratio and not self.adapter.experts_per_router:
             yield f"train.router_lr_ratio has no effect on {self.adapter.title}; remove it"
-        if self.train.loraplus_lr_ratio and self.adapter.method == "vera":
-            yield "train.loraplus_lr_ratio has no effect on VeRA, which has no lora_B; remove it"
         train, has_pairs = self.train, self.train.learns_from_pairs
         held_out = () if self.data.validation is None else (self.data.validation,)
         formats = {source.format for source in (*self.data.sources, *held_out)}

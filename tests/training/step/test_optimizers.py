@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from loraloom.adapters import VeraConfig
 from loraloom.errors import ConfigError
 from loraloom.training.settings import (
     SCHEDULERS_ON_METRIC,
@@ -203,5 +204,10 @@ def test_a_pattern_that_no_tensor_has_is_refused():
     adapter = tiny_host(configs={"a": ADAPTERS["lora"]}).adapter("a")
     with pytest.raises(ConfigError, match=r"lr_ratios must match .*such as layers\..*got 'gate'"):
         build_optimizer(OptimizerConfig(lr_ratios={"gate": 0.5}), adapter)
+    vera = tiny_host(configs={"a": VeraConfig(rank=2)}).adapter("a")
+    with pytest.raises(
+        ConfigError, match="loraplus_lr_ratio has no effect on VeRA, which trains no"
+    ):
+        build_optimizer(OptimizerConfig(loraplus_lr_ratio=16), vera)
     with pytest.raises(ValidationError, match="is no regular expression"):
         OptimizerConfig(lr_ratios={"(": 0.5})

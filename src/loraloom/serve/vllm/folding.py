@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
 from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
@@ -96,8 +95,8 @@ def _fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
 
 def needs_folding(config: AdapterConfig) -> bool:
     """Whether vLLM would load it wrongly: it knows no router, and one scaling of all modules."""
-    patterns = isinstance(config, LoraConfig) and (config.rank_pattern or config.alpha_pattern)
-    return config.experts_per_router > 0 or bool(patterns)
+    patterns = config.model_dump(include={"rank_pattern", "alpha_pattern"})
+    return config.experts_per_router > 0 or any(patterns.values())
 
 
 def router_pair(moe: MoeFfn, num_columns: int) -> tuple[Tensor, Tensor]:

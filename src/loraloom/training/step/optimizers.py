@@ -30,6 +30,12 @@ Scheduler = LRScheduler | GreedyLR
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     device = next(adapter.parameters()).device
+    names, title = [name for name, _ in adapter.named_parameters()], adapter.config.title
+    if config.loraplus_lr_ratio and not any(name.endswith("lora_B") for name in names):
+        raise ConfigError(
+            f"job {adapter.name}: loraplus_lr_ratio has no effect on {title}, which trains no "
+            "lora_B; remove it"
+        )
     for pattern in config.lr_ratios:
         if not any(matches(pattern, name) for name in adapter.tensors()):
             raise ConfigError(
