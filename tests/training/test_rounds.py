@@ -169,6 +169,15 @@ def test_a_step_is_parted_before_the_system_kills_the_process(small_machine, che
     assert losses[0].loss == pytest.approx(alone[0][0].loss)
 
 
+def test_the_forward_that_learns_is_watched_after_that_of_a_reference(monkeypatch):
+    host, learns = toy_host(), []
+    job = add_job(host, toy_config("a", objective={"name": "dpo"}))
+    free = lambda _: learns.append(torch.is_grad_enabled()) or 10**9  # noqa: E731
+    monkeypatch.setattr(rounds, "free_bytes", free)
+    RoundRunner(host, PAD_ID).run([job.micro_batch()])
+    assert learns == [True] * len(host.model.model.layers)
+
+
 LIMIT = 80
 
 

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from contextlib import suppress
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -60,12 +62,18 @@ def test_a_snapshot_comes_back_as_it_was(tmp_path):
     assert snapshot.jobs["b"].result == RESULT
 
 
-def test_the_newest_two_are_kept(tmp_path):
+def test_the_newest_two_are_kept(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     for round_number in (1, 5, 5, 9):
         write(store, round_number)
     assert len(list(tmp_path.iterdir())) == 2
     assert store.newest()[0].round == 9
+    with monkeypatch.context() as patch:  # an old one can't be deleted, on NFS for example
+        patch.setattr(store_module, "remove", Mock(side_effect=OSError("busy")))
+        write(store, 10)
+    assert len(list(tmp_path.iterdir())) == 3
+    write(store, 11)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["torn", "edited", "gone", "manifest", "no manifest"])
@@ -204,6 +212,8 @@ def test_the_lock_is_held_until_what_it_is_in_is_gone(tmp_path, monkeypatch):
     with RunDirectory(tmp_path / "out").opened(resume=False, overwrite=False):
         pass
     assert locked == [True]
+    with RunDirectory(tmp_path / "gone").opened(resume=False, overwrite=False):
+        shutil.rmtree(tmp_path / "gone")
     assert not (tmp_path / "out").exists()
 
 

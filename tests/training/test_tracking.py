@@ -7,9 +7,11 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from loraloom.training import progress
 from loraloom.training import settings as training_settings
 from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
@@ -185,3 +187,9 @@ def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeyp
     assert len(snapshots) >= 3
     for place, before in zip(snapshots, [0, *snapshots], strict=False):
         assert "metrics.jsonl" in names[before:place]
+
+
+def test_metrics_that_can_not_be_flushed_end_no_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "sync", Mock(side_effect=OSError("quota")))
+    (result,) = tracked_engine(tmp_path, "jsonl", max_steps=3, save_steps=1).run()
+    assert result.status == "finished"

@@ -22,7 +22,7 @@ from loraloom.errors import plain
 from loraloom.terminal import make_console
 from loraloom.training.job import Job, Position
 from loraloom.training.store import RunDirectory
-from loraloom.training.tracking import MetricsFile, Tracker, open_tracker
+from loraloom.training.tracking import METRICS_FILE, MetricsFile, Tracker, open_tracker
 
 PLAIN_INTERVAL_S = 60.0
 NOTICE = "saving everything after this step; Ctrl-C again stops at once"
@@ -145,7 +145,8 @@ class Reporter:
         if not metrics.exists():
             return 0
         if job_name in self._trackers:
-            sync(metrics)
+            with self._noting_faults(METRICS_FILE, job_name):
+                sync(metrics)
         return metrics.stat().st_size
 
     @contextmanager

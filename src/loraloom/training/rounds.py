@@ -118,7 +118,8 @@ class RoundRunner:
         seen: list[int] = []
 
         def look(index: int, *_: Any) -> None:
-            if index < len(seen):  # a checkpointed layer is computed again
+            # A checkpointed layer is computed again, and references are asked before.
+            if index < len(seen) or not torch.is_grad_enabled():
                 return
             seen.append(free_bytes(self._limit))
             taken = max(0, seen[0] - seen[-1]) // max(1, index)

@@ -122,7 +122,8 @@ class CheckpointStore:
                 "--resume goes on from the one before"
             ) from error
         for old in self.newest_first()[keep:]:
-            remove(old)
+            with suppress(OSError):  # it is tried again after the next one
+                remove(old)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         faults: list[str] = []
@@ -328,8 +329,8 @@ class RunDirectory:
             yield
         finally:
             # Before the release: afterwards, the lock in there may be another run's.
-            if [*aside.iterdir()] == [self._lock_file]:
-                with suppress(OSError):  # it has something else
+            with suppress(OSError):  # it has something else, or was deleted
+                if [*aside.iterdir()] == [self._lock_file]:
                     remove(aside)
                     if is_new:
                         self.path.rmdir()
