@@ -214,6 +214,10 @@ def test_losses_are_those_of_each_rows_head_with_its_gradient(choice):
         ({"modules_to_save": ("q_proj",)}, "which target_modules adapts"),
         ({"trainable_token_indices": (97,)}, r"must be in \[0, 97\).*resize_token_embeddings"),
         ({"trainable_token_indices": (7, 3, 7)}, "must name each token once, got 7, 3, 7"),
+        (
+            {"trainable_token_indices": {"embed_tokens": (7,), "model.embed_tokens": (8,)}},
+            "must name model.embed_tokens once, got it as model.embed_tokens as well",
+        ),
         ({"trainable_token_indices": {"norm": (1,)}}, r"embedding or head \(.*\), got norm"),
         (
             {"modules_to_save": ("embed_tokens",), "trainable_token_indices": (1,)},

@@ -108,6 +108,10 @@ def _tokens(config: AdapterConfig, base: BaseInfo) -> dict[str, tuple[int, ...]]
             )
         if path is None or not tokens:
             continue
+        if path in rows:
+            raise AdapterError(
+                f"trainable_token_indices must name {path} once, got it as {name} as well"
+            )
         if len(set(tokens)) < len(tokens):
             named = ", ".join(map(str, tokens))
             raise AdapterError(f"trainable_token_indices must name each token once, got {named}")
