@@ -70,6 +70,8 @@ def test_adapters_are_one_a_row(names):
     host = tiny_host()
     with pytest.raises(AdapterError, match=f"each of the 2 rows, got {len(names)}"):
         host(tiny_ids(2), adapters=names)
+    with pytest.raises(AdapterError, match="each of the 2 rows, got 'ab'"):
+        host.generate(tiny_ids(2), adapters="ab")
 
 
 def test_sample_keys_decide_the_dropout():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.errors import ModelError
+from loraloom.errors import DataError, ModelError
 from loraloom.models.layout import Layout, make_layout
 from loraloom.ops.dropout import mix64
 from tests.tiny import ALL_FAMILIES, METHODS, relative_error, tiny_host, tiny_ids
@@ -99,6 +99,12 @@ def test_windows_are_kept_in_packed_rows(family):
         assert relative_error(packed, alone) < 1e-5
     whole = packed_and_alone(family)[1][0]
     assert relative_error(packed_and_alone(family, **WINDOWED[family])[1][0], whole) > 1e-3
+
+
+@pytest.mark.parametrize("lengths", [[[3, 9]], [[3], [4]]])
+def test_samples_that_are_not_in_the_rows_are_refused(lengths):
+    with pytest.raises(DataError, match="sample_lengths must be of 1 rows with up to 7 tokens"):
+        tiny_host().hidden(tiny_ids(1), sample_lengths=lengths)
 
 
 def test_attention_without_masks_is_refused():

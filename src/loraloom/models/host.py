@@ -361,7 +361,7 @@ class Host:
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
-            positions, real = packed_rows(sample_lengths, input_ids.shape[1])
+            positions, real = packed_rows(sample_lengths, *input_ids.shape)
             # With a mask transformers would let samples see each other.
             attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
         forward = self._forward(

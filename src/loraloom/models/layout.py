@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.base import SampleTokens
-from loraloom.errors import ModelError
+from loraloom.errors import DataError, ModelError
 from loraloom.models.families import keeps_running_states
 from loraloom.models.stacks import ScaledAdapter
 from loraloom.ops.dropout import SampleSpan
@@ -49,8 +49,13 @@ def check_takes_packed_rows(config: Any) -> None:
         )
 
 
-def packed_rows(sample_lengths: SampleLengths, length: int) -> tuple[Tensor, Tensor]:
+def packed_rows(sample_lengths: SampleLengths, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
     """Return tokens' places in samples or padding, and 1 at tokens of samples, [B, L] each."""
+    if len(sample_lengths) != num_rows or any(sum(one) > length for one in sample_lengths):
+        raise DataError(
+            f"sample_lengths must be of {num_rows} rows with up to {length} tokens each, got "
+            f"{[sum(one) for one in sample_lengths]} tokens"
+        )
     positions = [
         torch.cat([torch.arange(one) for one in (*lengths, length - sum(lengths))])
         for lengths in sample_lengths

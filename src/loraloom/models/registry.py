@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraloom.adapters.method import Adapter, AdapterConfig, check_config
 from loraloom.adapters.own import own_parts
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, shown
 from loraloom.models.combine import Merged
 from loraloom.models.extra_modules import build_own_modules, own_outputs
 from loraloom.models.families import base_info, base_layers, head_of
@@ -95,10 +95,11 @@ class AdapterRegistry:
     def rows(self, adapters: RowAdapters, batch_size: int) -> list[ScaledAdapter | None]:
         """Find the adapters of a batch's rows."""
         names = [None] * batch_size if adapters is None else list(adapters)
-        if len(names) != batch_size:
+        if isinstance(adapters, str) or len(names) != batch_size:
+            found = shown(adapters) if isinstance(adapters, str) else len(names)
             raise AdapterError(
                 f"adapters must have one name or None for each of the {batch_size} rows, "
-                f"got {len(names)}"
+                f"got {found}"
             )
         return [self._row(adapter) for adapter in names]
 
