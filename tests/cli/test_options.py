@@ -67,3 +67,12 @@ def test_a_wrong_option_is_code_2(verb, capsys, words, message):
 def test_a_path_that_can_not_exist_is_code_2(argv, capsys):
     assert cli.main([*argv, 300 * "x"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "words", ["report ~/runs --output=x.html", "eval --base-model b --task skills --output=~/runs"]
+)
+def test_a_path_may_begin_with_the_home_directory(monkeypatch, tmp_path, capsys, words):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(words.split()) == 2
+    assert f"got {tmp_path / 'runs'}" in capsys.readouterr().err

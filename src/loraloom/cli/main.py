@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pydantic
-from cyclopts import App, CycloptsError, Parameter, ValidationError
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, ValidationError
 
 import loraloom
 from loraloom.config.fields import describe_faults
@@ -94,6 +94,15 @@ def _shown_default(value: object) -> str | None:
     return None if value is False or value in (None, (), []) else str(value)
 
 
+def _fill_in_home(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill in `~` in paths, which shells do only where a word begins with it."""
+    for argument in arguments:
+        if "Path" in str(argument.hint):
+            argument.tokens[:] = [
+                token.evolve(value=os.path.expanduser(token.value)) for token in argument.tokens
+            ]
+
+
 def _app(words: Sequence[str]) -> App:
     """Declare the verbs; the help of the one that is used is its docstring."""
     # A flag has no --no-flag; of an option given twice the later counts.
@@ -103,7 +112,7 @@ def _app(words: Sequence[str]) -> App:
         )
     }
     version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
-    app = App("loraloom", help=_HELP, **version, **options)
+    app = App("loraloom", help=_HELP, config=_fill_in_home, **version, **options)
     groups = {
         name: App(name, help=text, version_flags=[], **options) for name, text in GROUPS.items()
     }
