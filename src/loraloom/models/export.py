@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -178,15 +179,11 @@ class _ExportedModel(ABC):
         host.model.generation_config.to_json_file(directory / "generation_config.json")
         tokenizer.save_pretrained(directory)
         num_bytes, files = 0, {}
-        for number, shard in enumerate(self.shards(), start=1):
-            own = {name: self._own(name, tensor) for name, tensor in shard.items()}
-            # Checkpoints have other names than models, and experts apart.
-            stored = revert_weight_conversion(self.built, own)
-            stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
+        for number, make in enumerate(self.shards(), start=1):
             file = f"model-{number:05}-of-{host.base.num_layers + 1:05}.safetensors"
-            save_file(stored, directory / file, metadata={"format": "pt"})
-            num_bytes += sum(tensor.nbytes for tensor in stored.values())
-            files |= dict.fromkeys(stored, file)
+            sizes = self._write_shard(make, directory / file, dtype)
+            num_bytes += sum(sizes.values())
+            files |= dict.fromkeys(sizes, file)
         index = {"metadata": {"total_size": num_bytes}, "weight_map": files}
         text = json.dumps(index, indent=2) + "\n"
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -202,6 +199,18 @@ class _ExportedModel(ABC):
             )
         return num_bytes, error
 
+    def _write_shard(
+        self, make: Callable[[], dict[str, Tensor]], file: Path, dtype: torch.dtype
+    ) -> dict[str, int]:
+        """Write a shard, and return its tensors' bytes; nothing is left of it in memory."""
+        # Checkpoints have other names than models, and experts apart.
+        stored = revert_weight_conversion(
+            self.built, {name: self._own(name, tensor) for name, tensor in make().items()}
+        )
+        stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
+        save_file(stored, file, metadata={"format": "pt"})
+        return {name: tensor.nbytes for name, tensor in stored.items()}
+
     def _logit_error(self, directory: Path) -> float:
         host = self.host
         generator = torch.Generator().manual_seed(0)
@@ -214,15 +223,22 @@ class _ExportedModel(ABC):
             actual = self.built.from_pretrained(directory, **options).eval()(ids).logits
         return float((actual - expected).norm() / expected.norm())
 
-    def shards(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the tensors outside of the decoder layers by name, then those of each layer."""
+    def shards(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Yield what makes the tensors outside of the decoder layers, then those of each layer."""
         model, path = self.host.model, self.host.base.layers_path
         tied = {} if self.unties_head else model.all_tied_weights_keys
-        outside = _tensors_of(model, f"{path}.")
-        yield {name: tensor for name, tensor in outside.items() if name not in tied}
-        for index, layer in enumerate(model.get_submodule(path).children()):
+
+        def outside() -> dict[str, Tensor]:
+            tensors = _tensors_of(model, f"{path}.")
+            return {name: tensor for name, tensor in tensors.items() if name not in tied}
+
+        def inside(index: int, layer: nn.Module) -> dict[str, Tensor]:
             tensors = self.layer_tensors(index, layer)
-            yield {f"{path}.{index}.{name}": tensor for name, tensor in tensors.items()}
+            return {f"{path}.{index}.{name}": tensor for name, tensor in tensors.items()}
+
+        yield outside
+        for index, layer in enumerate(model.get_submodule(path).children()):
+            yield partial(inside, index, layer)
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
         """Put the adapter's own module in place of the base model's."""
