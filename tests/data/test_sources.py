@@ -86,6 +86,12 @@ def test_only_line_breaks_end_a_row(tmp_path, separator):
     assert read_rows(write(tmp_path / "a.jsonl", line)) == [{"text": "a\u2028b"}]
 
 
+def test_keys_that_other_rows_have_are_not_read_as_nulls_of_a_table(tmp_path):
+    rows = [{"call": {"city": "Orlen"}, "note": None}, {"call": {"a": 1}, "note": "x"}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet") == rows
+
+
 def test_what_json_has_no_form_for_becomes_text_when_parquet_is_read(tmp_path):
     moment = datetime.datetime(2026, 1, 2, 3, 4)
     values = [moment.date(), moment, Decimal("1.50"), b"\xff", math.nan, [{"at": moment.time()}]]
@@ -213,11 +219,12 @@ def test_a_hub_data_set_is_read_at_its_revision_or_a_data_error(monkeypatch):
 
     def load_dataset(repository, config, *, revision, split, streaming):
         asked.append((repository, config, revision, split, streaming))
-        return [{"text": "from the hub"}]
+        return [{"text": "from the hub", "call": {"a": None}}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = read_rows(HubSource("owner/quiz", "easy", "abc"), "train")
     assert texts(rows) == ["from the hub"]
+    assert rows[0]["call"] == {}
     assert rows[0].origin == "owner/quiz, train, row 1"
     assert find_location("owner/quiz", "test", "easy") == HubSource("owner/quiz", "easy")
     assert asked == [("owner/quiz", "easy", "abc", "train", False)]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.fields import did_you_mean
 from loraloom.config.text import parse_json
-from loraloom.data.sources import Row
+from loraloom.data.sources import Row, without_nulls
 from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
@@ -70,7 +70,7 @@ def read_tools(row: Row, field: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(map(_tool_name, tools)):
         row.reject(f"field {field!r} must be a list of functions with a name each")
-    return _without_nulls(tools)
+    return without_nulls(tools)
 
 
 def _read_message(row: Row, number: int, turn: Any) -> Message:
@@ -156,12 +156,6 @@ def _check_keys(message: Row, known: tuple[str, ...], what: str) -> None:
 def _parse(row: Row, what: str, value: Any) -> Any:
     is_text = isinstance(value, str) and value.strip()
     return parse_json(value, f"{row.origin}, {what}", DataError) if is_text else value
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def learn_answers(

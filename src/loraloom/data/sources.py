@@ -208,7 +208,15 @@ def _read_parquet(file: Any) -> _Read:
     for number, record in enumerate(records, start=1):
         # what JSON has no form for, dates and decimals, as texts; NaN is pandas' nothing
         text = json.dumps(record, default=str)
-        yield f"row {number}", json.loads(text, parse_constant=lambda _: None)
+        fields = json.loads(text, parse_constant=lambda _: None)
+        yield f"row {number}", {name: without_nulls(value) for name, value in fields.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table, which has null where an object lacks a key that others have."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[Any], _Read]] = {
@@ -343,7 +351,8 @@ class RowStream:
             self._table.load_state_dict(state and state["dataset"])
         with _reading_hub(source, self._split):
             for number, record in enumerate(self._table, start=self._num_rows + 1):
-                yield Row(record, f"{source.repository}, {self._split}, row {number}")
+                fields = {name: without_nulls(value) for name, value in record.items()}
+                yield Row(fields, f"{source.repository}, {self._split}, row {number}")
 
 
 @contextmanager
