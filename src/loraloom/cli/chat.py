@@ -67,10 +67,8 @@ def chat(
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
     known = [BASE, *host.adapters]
-    limits = EngineLimits(
-        len(known), default_cache_tokens(host, len(known)), max_request_s=math.inf
-    )
-    engine = Engine(host, tokenizer, limits)
+    room = default_cache_tokens(host, len(known))
+    engine = Engine(host, tokenizer, EngineLimits(len(known), room, max_request_s=math.inf))
     conversation = Conversation(engine, tokenizer, BASE, options.system, raw=options.raw)
     models = known[-1:]
     print(f"models: {', '.join(known)}; /help for commands")

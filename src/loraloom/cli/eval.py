@@ -206,15 +206,8 @@ def _evaluate_harness(run: EvalRun) -> tuple[Evaluation, Iterable[Mapping[str, A
     loaded = load_tasks(_names(run.harness), run.harness_include)
     check_asks_text(loaded)
     host, tokenizer = load_host(run, run.adapters)
-    results = evaluate_adapters(
-        host,
-        tokenizer,
-        loaded,
-        run.names,
-        max_tokens_per_batch=run.batch_tokens,
-        limit=run.limit,
-        num_fewshot=run.num_fewshot,
-        apply_chat_template=run.apply_chat_template,
-    )
+    options = run.model_dump(include={"limit", "num_fewshot", "apply_chat_template"})
+    options["max_tokens_per_batch"] = run.batch_tokens
+    results = evaluate_adapters(host, tokenizer, loaded, run.names, **options)
     found = as_evaluation(results, **describe_evaluation(host, run.adapters, _command()))
     return found, question_lines(results)

@@ -98,9 +98,8 @@ def _fill_in_home(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     """Fill in `~` in paths, which shells do only where a word begins with it."""
     for argument in arguments:
         if "Path" in str(argument.hint):
-            argument.tokens[:] = [
-                token.evolve(value=os.path.expanduser(token.value)) for token in argument.tokens
-            ]
+            fill_in = os.path.expanduser
+            argument.tokens[:] = [one.evolve(value=fill_in(one.value)) for one in argument.tokens]
 
 
 def _app(words: Sequence[str]) -> App:

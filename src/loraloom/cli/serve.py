@@ -66,7 +66,8 @@ class ServeOptions(HostOptions):
     max_waiting: int = Field(default=256, ge=1)
     """Let at most N completions wait."""
     chat_template: Text | None = None
-    """Write prompts in this chat template: a file, a Jinja text, or trl for its training one."""
+    """Write prompts in this chat template where an adapter has no other: a file, a Jinja text, or
+    trl for its training one."""
     engine: Literal["embedded", "vllm"] = "embedded"
     """Serve with loraloom's own engine, or with vLLM and loraloom's plug-in."""
 
@@ -125,14 +126,8 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
     # the socket comes first, so that a port in use is an error before minutes of loading
     with listen(options.host, options.port) as sock:
         engine, adapters, tokenizer = start_apart(lambda: _prepare(options, sock)).result()
-        allowed = ApiOptions(
-            keys,
-            admin_keys,
-            options.allow_loading,
-            options.adapter_root,
-            options.cors_origin,
-            options.host,
-        )
+        loads = (options.allow_loading, options.adapter_root)
+        allowed = ApiOptions(keys, admin_keys, *loads, options.cors_origin, options.host)
         app = create_app(engine, tokenizer, adapters, allowed)
         server = Server(app, engine)
         handler = logging.StreamHandler()
@@ -155,14 +150,8 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
         shares_prompts=options.shared_prompt_cache,
     )
     engine = Engine(model, tokenizer, limits)
-    adapters = ServedAdapters(
-        model,
-        options.base_model,
-        options.adapter_dir,
-        options.max_adapters,
-        engine.forget,
-        max_bytes=options.max_adapter_bytes,
-    )
+    found = (options.base_model, options.adapter_dir, options.max_adapters)
+    adapters = ServedAdapters(model, *found, engine.forget, options.max_adapter_bytes)
     for name, path in options.adapters.items():
         asyncio.run(adapters.load(name, path))
     address, port = sock.getsockname()[:2]
