@@ -115,5 +115,8 @@ def test_a_form_as_a_chat_template_writes_the_same_text(tiny_tokenizer, template
 def test_a_system_message_becomes_a_part_of_the_chat_template(tiny_tokenizer):
     form = PromptForm(format="chat", system='two "{{ }}"')
     tiny_tokenizer.chat_template = form.as_chat_template(TEMPLATE, adds_bos=False)
+    developer = [{"role": "developer", "content": "one"}, TURNS[0]]
+    written = tiny_tokenizer.apply_chat_template(developer, tokenize=False)
+    assert written == "(developer) one\n(user) yes?\n"
     written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
     assert written == '(system) two "{{ }}"\n(user) yes?\n'

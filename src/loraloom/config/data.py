@@ -79,7 +79,7 @@ _CONVERSATION_OF_INSTRUCTIONS = (
     "{% endif %}{% endfor %}"
 )
 _BEGINNING = (
-    "{% if messages[0]['role'] != 'system' %}"
+    "{% if messages[0]['role'] not in ('system', 'developer') %}"
     "{% set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{% endif %}"
 )
 
