@@ -142,7 +142,8 @@ def describe_faults(
             lines.append(f"{'.'.join(path)}: {message}".removeprefix(": "))
         elif kind != "default_factory_not_called":  # which follows from another one
             given = str(context.get("tag", fault["input"]))
-            message = message.replace("Input should", "must").replace("tuple", "list")
+            message = re.sub(r"^\w+ should", "must", message).replace("tuple", "list")
+            message = re.sub("valid dictionary.*", "mapping", message)
             message += f", got {shown(fault['input'])}"
             message = _MESSAGES.get(kind, "{}").format(message, **context)
             if other := (other_names or {}).get(given.lower()):
