@@ -178,9 +178,7 @@ def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
     train(settings(inputs, tmp_path / "unbroken"), between_steps=join)
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3, between_steps=join)
-    snapshots = tmp_path / "out/.checkpoints"
-    shutil.copytree(snapshots, tmp_path / "other/.checkpoints")
-    store = CheckpointStore(tmp_path / "other/.checkpoints")
+    store = CheckpointStore(shutil.copytree(tmp_path / "out", tmp_path / "other") / ".checkpoints")
     checkpoint = store.newest()[0]
     checkpoint.jobs["joined"].settings["adapter"]["method"] = "of_a_package_that_is_gone"
     jobs = {name: replace(record, sha256=None) for name, record in checkpoint.jobs.items()}

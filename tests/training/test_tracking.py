@@ -187,9 +187,6 @@ def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeyp
     assert len(snapshots) >= 3
     for place, before in zip(snapshots, [0, *snapshots], strict=False):
         assert "metrics.jsonl" in names[before:place]
-
-
-def test_metrics_that_can_not_be_flushed_end_no_training(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "sync", Mock(side_effect=OSError("quota")))
-    (result,) = tracked_engine(tmp_path, "jsonl", max_steps=3, save_steps=1).run()
+    (result,) = tracked_engine(tmp_path / "full", "jsonl", max_steps=3, save_steps=1).run()
     assert result.status == "finished"

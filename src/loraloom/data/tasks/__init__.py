@@ -132,8 +132,8 @@ class ChoiceTask:
 
     @cached_property
     def _asked(self) -> Mapping[Scoring, TaskConfig]:
-        scorings: tuple[Scoring, ...] = get_args(Scoring)
-        return {one: self.config.asked_by(one, f"{self.path}: {one}: ") for one in scorings}
+        names = get_args(Scoring)
+        return {name: self.config.asked_by(name, f"{self.path}: {name}: ") for name in names}
 
     def check_templates(self) -> None:
         for scoring, config in self._asked.items():
