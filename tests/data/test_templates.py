@@ -126,6 +126,7 @@ MESSAGES = {"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:
         ({"format": "text"}, [], {}),
         ({"format": "chat"}, [{"messages": SYSTEM + CHAT}] * 2, {"system": "Be kind."}),
         ({"format": "chat"}, [{"messages": CHAT}, {"messages": SYSTEM + CHAT}], {}),
+        ({"format": "chat"}, [{"messages": SYSTEM + CHAT}] * 101 + [{"messages": CHAT}], {}),
         ({"format": "chat", "chat_template": "{{ messages }}"}, [{"messages": CHAT}], {}),
         ({"format": "preference"}, [TEXTS], {}),
         ({"format": "preference"}, [MESSAGES], {"format": "chat", "system": "Be kind."}),

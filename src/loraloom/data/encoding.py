@@ -30,6 +30,8 @@ from loraloom.errors import DataError
 
 # Rows from which on reading tokens is worth a file.
 MIN_ROWS = 5000
+# Rows of a stream that show how prompts are written.
+STREAM_ROWS = 100
 # Rows that are encoded, and read, at once.
 _BLOCK = 1000
 Item = TypeVar("Item")
@@ -299,7 +301,7 @@ def given_form(
 
 
 def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
-    """How a job's data writes prompts; of a mix, its first source, as its first rows show."""
+    """How a job's data writes prompts; of a mix, its first source, as all rows show."""
     source = data.sources[0]
     match source.format:
         case None:
@@ -312,16 +314,19 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
             return PromptForm(format="instruction", template=template)
     columns, systems = source.fields or {}, set()
     stream = SourceEncoder(source, tokenizer, 0).open("train", streaming=data.streaming)
-    for row in islice(stream.rows(), 100):
+    # of a stream only the beginning is known
+    for row in islice(stream.rows(), STREAM_ROWS if data.streaming else None):
         names = [columns.get(role, role) for role in ("prompt", "chosen")]
         name = next((name for name in names if isinstance(row.get(name), list)), None)
-        if source.format == "preference" and name is None:  # between texts
+        if source.format == "preference" and name is None and not systems:  # between texts
             return PromptForm(format="preference")
         # the row is skipped, or encoding will report it
         with suppress(DataError):
             is_chat = source.format == "chat"
             found = read_conversation(row, columns)[0] if is_chat else read_messages(row, str(name))
             systems.add(found[0]["content"] if found[0]["role"] == "system" else None)
+        if len(systems) > 1 or None in systems:
+            break
     template = source.chat_template and templates.given_source(tokenizer, source.chat_template)
     system = systems.pop() if len(systems) == 1 else None
     return PromptForm(format="chat", chat_template=template, system=system)

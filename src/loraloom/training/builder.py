@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts
-from loraloom.config.data import SourceConfig
+from loraloom.config.data import DataConfig, PromptForm, SourceConfig
 from loraloom.config.model import BaseModelConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import find_location
@@ -48,6 +48,7 @@ class JobData:
         self._tokenizer = tokenizer
         self._sets: dict[str, TrainingSet | StreamedSet] = {}
         self._questions: dict[str, list[ChoiceQuestion]] = {}
+        self._forms: dict[str, PromptForm] = {}
 
     def training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
         data, length = config.data, config.train.max_length
@@ -61,6 +62,12 @@ class JobData:
             read = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
             self._sets = dict([*self._sets.items()][1 - KEPT_TRAINING_SETS :]) | {key: read}
         return self._sets[key]
+
+    def prompt_form(self, data: DataConfig) -> PromptForm:
+        key = repr((data, _file_states(data.sources[0], "train")))
+        if key not in self._forms:
+            self._forms[key] = prompt_form(data, self._tokenizer)
+        return self._forms[key]
 
     def questions(self, config: EvaluationConfig) -> list[ChoiceQuestion]:
         key = repr((config, _file_states(config, config.split)))
@@ -126,7 +133,7 @@ class JobBuilder:
                 reference = objectives.load_reference(host, config.train.objective)
                 training_set = self._data.training_set(config)
                 _check_lengths(config, training_set, host.config.max_position_embeddings)
-                adapter.prompt = prompt_form(config.data, self._tokenizer)
+                adapter.prompt = self._data.prompt_form(config.data)
                 job = Job(
                     config, adapter, training_set, reference, optimizers.make_loss_scale(host)
                 )
