@@ -18,11 +18,7 @@ NAMES = [None, *ALL_METHODS]
 @pytest.fixture(scope="module")
 def host():
     """Every method on one base model, in the precision that is served."""
-    return tiny_host(
-        configs=ALL_METHODS,
-        dtype=torch.float32,
-        **SIZES,
-    )
+    return tiny_host(configs=ALL_METHODS, dtype=torch.float32, **SIZES)
 
 
 @pytest.fixture

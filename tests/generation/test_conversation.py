@@ -7,9 +7,7 @@ from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.sequence import RequestError
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 GREEDY = SamplingConfig(max_new_tokens=6)
 
 
@@ -43,9 +41,10 @@ def test_models_read_their_own_answers_or_those_of_who_was_asked(
 
 
 def test_a_model_that_said_nothing_reads_no_answer_of_others(conversation, tiny_tokenizer):
-    conversation.turns.append(("one", {"lora": "", "mixlora": "two"}))
+    conversation.turns += [("no", {}), ("one", {"lora": "", "mixlora": "two"})]
     request = conversation._request("lora", "yes", GREEDY)
-    assert "two" not in tiny_tokenizer.decode(request.prompt_ids)
+    expected = "user: one\nassistant: \nuser: yes\n"  # nor a question that was not answered
+    assert tiny_tokenizer.decode(request.prompt_ids) == expected
 
 
 def test_a_conversation_that_has_no_room_is_an_error(conversation):

@@ -170,7 +170,8 @@ class Conversation:
                     event = events[model].popleft()
                     if isinstance(event, Exception):
                         raise event
-                    answers[model] = answers.get(model, "") + event.text
+                    if event.text or event.finish_reason:  # else it may yet fail
+                        answers[model] = answers.get(model, "") + event.text
                     yield model, event.text
                     reason = event.finish_reason
         finally:
@@ -189,10 +190,11 @@ class Conversation:
             system = {"role": "system", "content": self.system}
             messages: list[Message] = [] if self.system is None else [system]
             for said, answers in self.turns:
-                # of the model that was asked, where this one was not
-                answer = answers.get(model, next(iter(answers.values()), ""))
-                messages.append({"role": "user", "content": said})
-                messages.append({"role": "assistant", "content": answer})
+                if answers:  # else all failed
+                    # of the model that was asked, where this one was not
+                    answer = answers.get(model, next(iter(answers.values())))
+                    messages.append({"role": "user", "content": said})
+                    messages.append({"role": "assistant", "content": answer})
             content = (*messages, {"role": "user", "content": text})
         ids, continues = encode_prompt(self.tokenizer, Prompt(content), form, raw=self.raw)
         room = max(1, self.engine.max_length - len(ids))
