@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from loraloom.config.data import PromptForm
+from loraloom.data.templates import load_template, render
+from loraloom.data.tokens import learn_completions
 from loraloom.errors import DataError
 from loraloom.generation.prompts import Prompt, encode_prompt
 
@@ -86,30 +88,28 @@ def test_a_text_has_no_turns_and_leaves_a_conversation_to_the_chat_template(tiny
 
 def test_a_prompt_template_reads_further_fields_of_a_row(tiny_tokenizer):
     form = PromptForm(format="instruction", template="[{{ topic }}] {{ instruction }}: ")
-    assert (
-        decoded(tiny_tokenizer, "one", form.model_copy(update={"template": "{{ input }}no"}))
-        == "no"
-    )
+    other = form.model_copy(update={"template": "{{ input }}no"})
+    assert decoded(tiny_tokenizer, "one", other) == "no"
     prompt = Prompt("one", fields={"topic": "two"})
     assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt, form)[0]) == "[two] one:"
     with pytest.raises(DataError, match="can't be filled in: 'topic' is undefined; give a row"):
         encode_prompt(tiny_tokenizer, Prompt("one"), form)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "alpaca",
-        "plain",
-        "{% if input %}\n{{ input }}\n{% endif %}\n{{ instruction }}\n  {# no #}\n",
-    ],
-)
-def test_a_form_as_a_chat_template_writes_the_same_text(tiny_tokenizer, template):
+WITH_INPUT = "{% if input %}\n{{ input }}\n{% endif %}\n{{ instruction }}\n  {# no #}\n"
+
+
+@pytest.mark.parametrize("space", ["", " "])  # as a person writes an answer, and as a model does
+@pytest.mark.parametrize("template", ["alpaca", "plain", WITH_INPUT, "one: {{ instruction }} "])
+def test_turns_are_written_as_training_encodes_them(tiny_tokenizer, template, space):
     form = PromptForm(format="instruction", template=template)
-    expected = decoded(tiny_tokenizer, TURNS[:1], form)
+    prompt = render(load_template(template), {"instruction": "yes?", "input": ""})
+    expected = list(learn_completions(tiny_tokenizer, [(prompt, "no")])[0].input_ids) * 2
+    before = space if prompt.endswith(" ") else ""
+    turns = [TURNS[0], {"role": "assistant", "content": f"{before}no"}] * 2
+    assert encode_prompt(tiny_tokenizer, Prompt(tuple(turns)), form)[0] == expected
     tiny_tokenizer.chat_template = form.as_chat_template(None, adds_bos=False)
-    written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
-    assert written == expected
+    assert tiny_tokenizer.apply_chat_template(turns, return_dict=False) == expected
 
 
 def test_a_system_message_becomes_a_part_of_the_chat_template(tiny_tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.models import export as exporting
 from loraloom.models.export import TWINS
@@ -108,6 +110,15 @@ def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path):
     assert config["architectures"] == ["MixtralForCausalLM"]
     assert config["dtype"] == "bfloat16"
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 2)
+
+
+def test_of_several_chat_templates_the_default_becomes_the_adapters():
+    adapter, tokenizer = host_of("llama").adapter("lora"), build_tokenizer()
+    adapter.prompt = PromptForm(format="chat", system="Be kind.")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "rag": "no"}
+    writer: Any = exporting._with_prompts_of(adapter, tokenizer)
+    text = writer.apply_chat_template([{"role": "user", "content": "one"}], tokenize=False)
+    assert (text, writer.chat_template["rag"]) == ("Be kind.", "no")
 
 
 @torch.no_grad()

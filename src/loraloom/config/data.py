@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal, get_args
 
@@ -70,11 +70,14 @@ _PLAIN = """\
 PROMPT_TEMPLATES = {"alpaca": _ALPACA, "plain": _PLAIN}
 
 _CONVERSATION_OF_INSTRUCTIONS = (
-    "{% set ns = namespace(system='') %}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
+    "{% set ns = namespace(system='', space='') %}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{% set ns.answer = message['content'] or '' %}"
+    "{% if ns.answer[:1].strip() %}{{ ns.space }}{% endif %}{{ ns.answer }}{{ eos_token }}"
+    "{% set ns.space = '' %}"
     "{% elif message['role'] == 'user' %}{% set instruction = ns.system + message['content'] %}"
     "{% set input = '' %}{% set ns.system = '' %}"
     "{% set prompt +%}TEMPLATE{%+ endset %}{{ prompt.rstrip(' ') }}"
+    "{% set ns.space = prompt[prompt.rstrip(' ')|length:] %}"
     "{% else %}{% set ns.system = ns.system + message['content'] + '\n\n' %}"
     "{% endif %}{% endfor %}"
 )
@@ -166,11 +169,13 @@ class PromptForm(StrictModel):
         """The prompt template's text; no file is read for it."""
         return PROMPT_TEMPLATES.get(self.template or "alpaca", self.template or "")
 
-    def as_chat_template(self, own: str | None, *, adds_bos: bool) -> str | None:
+    def as_chat_template(
+        self, own: str | Mapping[str, str] | None, *, adds_bos: bool
+    ) -> str | None:
         """A chat template that writes prompts so, for engines that know nothing else.
 
         Args:
-            own: The tokenizer's chat template.
+            own: The tokenizer's chat template; of several, by their names, `default` counts.
             adds_bos: The tokenizer begins texts with BOS, which chat templates write themselves.
         """
         if self.format == "instruction":
@@ -179,7 +184,8 @@ class PromptForm(StrictModel):
             kept = re.sub(r"(?<![-+])([%#]\})", r"+\1", kept)
             bos = "{{ bos_token }}" if adds_bos else ""
             return bos + _CONVERSATION_OF_INSTRUCTIONS.replace("TEMPLATE", kept)
-        template = (self.format == "chat" and self.chat_template) or own
+        default = own.get("default") if isinstance(own, Mapping) else own
+        template = (self.format == "chat" and self.chat_template) or default
         if template is None or self.system is None:
             return template
         return _BEGINNING.replace("SYSTEM", json.dumps(self.system, ensure_ascii=False)) + template

@@ -116,32 +116,37 @@ def _render_instructions(
     form: PromptForm,
 ) -> str:
     """Each user's turn in the prompt template; EOS joins turns, as it does training examples."""
-    # Spaces at the end are left out, as training reads them with the answer.
+    # Training reads spaces at a prompt's end with the answer, so a model's own begins with them.
     if prompt.tools or any(message["role"] == "tool" for message in messages):
         raise DataError(
             f"{prompt.origin}: the adapter's prompt template (format: instruction) has no place "
             "for tools; leave tools out"
         )
     template = _compiled(form.prompt_template, "the prompt template")
-    written, system, given = "", "", prompt.fields.get("input")  # null is none, as in training
+    written, system, space = "", "", ""
+    given = prompt.fields.get("input")  # null is none, as in training
     fields = {**prompt.fields, "input": "" if given is None else given}
     for message in messages:
         if message["role"] == "assistant":
-            written += f"{message['content']}{tokenizer.eos_token or ''}"
+            before = space if message["content"][:1].strip() else ""
+            written += f"{before}{message['content']}{tokenizer.eos_token or ''}"
+            space = ""
         elif message["role"] == "user":
             fields["instruction"] = system + message["content"]
             try:
-                written, system = written + render(template, fields), ""
+                asked, system = render(template, fields), ""
             except TemplateError as error:
                 raise DataError(
                     f"{prompt.origin}: the prompt template can't be filled in: {error}; "
                     "give a row with this field (--input), or read the prompt as it stands (--raw)"
                 ) from error
+            written += asked.rstrip(" ")
+            space = asked[len(asked.rstrip(" ")) :]
         else:
             system += f"{message['content']}\n\n"
     if system:
         raise DataError(f"{prompt.origin}: a user's turn must follow a system message; move that")
-    return written.rstrip(" ")
+    return written
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:

@@ -123,11 +123,13 @@ def _with_prompts_of(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, whose chat template writes prompts as the adapter's training data did."""
     own = tokenizer.chat_template
-    if adapter.prompt is None or not (own is None or isinstance(own, str)):
+    if adapter.prompt is None:
         return tokenizer
     adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     writer = copy.deepcopy(tokenizer)
-    writer.chat_template = adapter.prompt.as_chat_template(own, adds_bos=adds_bos)
+    written = adapter.prompt.as_chat_template(own, adds_bos=adds_bos)
+    if written is not None:
+        writer.chat_template = {**own, "default": written} if isinstance(own, dict) else written
     return writer
 
 

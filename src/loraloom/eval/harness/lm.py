@@ -166,7 +166,7 @@ class HostLM(_HFLM):
         """Turn a conversation into a prompt, as the adapter's training data wrote prompts."""
         form = None if self.adapter is None else self.host.adapter(self.adapter).prompt
         template = self.tokenizer.chat_template
-        if form is not None and (template is None or isinstance(template, str)):
+        if form is not None:
             template = form.as_chat_template(template, adds_bos=False)
             self.chat_template_args["chat_template"] = template
         if not template:
