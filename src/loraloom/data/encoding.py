@@ -113,8 +113,10 @@ class SourceEncoder:
                 template = templates.load_template(config.template)
                 read = partial(templates.read_instruction, columns=columns, template=template)
                 encode = tokens.encode_completions
-            case "preference" if not any(
-                isinstance(row.get(columns["chosen"]), list) for row in (first, *rows)
+            case "preference" if not isinstance(
+                # of the first row that has an answer
+                next(filter(None, (row.get(columns["chosen"]) for row in (first, *rows))), None),
+                list,
             ):
                 read, encode = partial(_read_texts, columns), tokens.encode_completion_pairs
             case _:
@@ -318,7 +320,8 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
     for row in islice(stream.rows(), STREAM_ROWS if data.streaming else None):
         names = [columns.get(role, role) for role in ("prompt", "chosen")]
         name = next((name for name in names if isinstance(row.get(name), list)), None)
-        if source.format == "preference" and name is None and not systems:  # between texts
+        is_text = name is None and not systems and row.get(names[1])
+        if source.format == "preference" and is_text:  # the first answer that there is
             return PromptForm(format="preference")
         # the row is skipped, or encoding will report it
         with suppress(DataError):
