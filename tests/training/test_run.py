@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import loraloom
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError, DataError, FormatError
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training import builder
@@ -257,7 +257,7 @@ def test_an_adapter_that_the_run_would_replace_can_not_be_read_by_it(inputs, tmp
     run = run.model_dump(mode="json")
     if setting == "start_from":
         run["jobs"][0]["start_from"] = "~nobody-of-this-name/adapter"
-        with pytest.raises(ConfigError, match="start_from must be a path"):
+        with pytest.raises(FormatError, match="job plain: an adapter must be a path, got '~nobody"):
             train(RunConfig.model_validate(run), overwrite=True)
         run["jobs"][0]["start_from"] = f"{own}/checkpoints/last"
     with pytest.raises(ConfigError, match=rf"{setting} must not be in what the run writes"):

@@ -31,7 +31,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraloom.adapters import parse_adapter_config
 from loraloom.config.fields import check_name
-from loraloom.config.text import local_path, read_json
+from loraloom.config.text import read_json
 from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.card import model_card
@@ -299,7 +299,7 @@ class RunDirectory:
             if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
                 sources["train.objective.reference"] = objective.reference
             for setting, source in sources.items():
-                path = local_path(source, setting).resolve()
+                path = Path(os.path.expanduser(source)).resolve()
                 for replaced in (path, *path.parents):
                     if replaced in jobs_by_path:
                         raise ConfigError(
