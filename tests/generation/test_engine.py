@@ -238,23 +238,24 @@ def test_rows_grow_back_after_memory_ran_out_once(
     assert sizes[-1] == 4
 
 
+@pytest.mark.parametrize("what", ["read", "join", "decode"])
 def test_a_row_that_memory_has_no_room_for_beside_others_waits(
-    make_engine, tiny_tokenizer, monkeypatch
+    make_engine, tiny_tokenizer, monkeypatch, what
 ):
-    asked = [request(tiny_tokenizer, text, max_new_tokens=6) for text in ("one", "two", "three")]
+    asked = [request(tiny_tokenizer, "one " * n, max_new_tokens=6) for n in (1, 8, 9)]
     expected = answers(make_engine(max_rows=4), asked)
-    engine = make_engine(max_rows=4)
-    join, most = engine._runner.join, []
+    engine = make_engine(max_rows=4, prefill_tokens=8)
+    real, most = getattr(engine._runner, what), []
 
-    def limited(row):
-        most.append(len(engine._runner.rows))
-        if len(engine._runner.rows) == 2:
+    def limited(*args):
+        most.append(len(engine._served))
+        if len(engine._served) > 1:
             raise torch.OutOfMemoryError
-        join(row)
+        return real(*args)
 
-    monkeypatch.setattr(engine._runner, "join", limited)
+    monkeypatch.setattr(engine._runner, what, limited)
     assert answers(engine, asked) == expected
-    assert max(most) == 2
+    assert max(most) > 1
 
 
 def test_requests_that_take_too_long_end_and_let_their_adapters_go(make_engine, tiny_tokenizer):

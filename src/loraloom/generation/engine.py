@@ -226,6 +226,7 @@ class Engine:
         while reading and budget > 0:
             row = min(reading, key=lambda row: self._scheduler.used(row.share))
             before, row.settled_length = row.num_read, row.length + 1  # until it has joined
+            num_others = len(self._runner.rows) or len(self._served) - 1
             error = _attempt("a prompt could not be read", partial(self._read_piece, row, budget))
             num_tokens = row.num_read - (before or row.num_known)
             budget -= num_tokens
@@ -242,12 +243,10 @@ class Engine:
                 row.settled_length = row.length + turn
                 error = _attempt("a row could not join the others", partial(self._runner.join, row))
                 if error is not None:  # sessions may be joined in some layers alone
-                    others = self._runner.take_apart(self._served)
-                    self._put_back(others)
-                    if isinstance(error, torch.OutOfMemoryError) and others:
-                        self._wait_for_memory(row, len(others))
-                        error = None
-            if error is not None:
+                    self._put_back(self._runner.take_apart(self._served))
+            if isinstance(error, torch.OutOfMemoryError) and num_others:
+                self._wait_for_memory(row, num_others)
+            elif error is not None:
                 failures.append((row, error))
         return failures
 
@@ -262,7 +261,10 @@ class Engine:
 
     def _postprocess(self, failures: Sequence[Failed]) -> None:
         for row, error in failures:
-            self._retry_or_fail(row, error)
+            if isinstance(error, torch.OutOfMemoryError):
+                error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
+            self._leave([row])
+            self._fail(row, error)
         if self._runner.session is not None:
             logits = self._runner.session.logits  # (B, V)
             # read from the device once for all rows, not once for each
@@ -311,9 +313,9 @@ class Engine:
         # Rows of one adapter that failed without others have failed for good. Where memory ran out,
         # half as many are read.
         rows = self._runner.take_apart(self._served)
-        if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
+        if isinstance(error, torch.OutOfMemoryError) and len(self._served) > 1:
             free_memory()
-            self._scheduler.max_rows, self._num_full_steps = len(rows) // 2, 0
+            self._scheduler.max_rows, self._num_full_steps = max(len(rows) // 2, 1), 0
         elif len({row.request.adapter_name for row in rows}) == 1:
             return [(row, error) for row in rows]
         for row in rows:
@@ -321,20 +323,11 @@ class Engine:
         self._put_back(rows)
         return []
 
-    def _retry_or_fail(self, row: Row, error: Exception) -> None:
-        """Let a row wait until others have ended if it needs their memory."""
-        is_memory = isinstance(error, torch.OutOfMemoryError)
-        if is_memory and self._runner.rows:
-            self._wait_for_memory(row, len(self._runner.rows))
-            return
-        if is_memory:
-            error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
-        self._leave([row])
-        self._fail(row, error)
-
     def _wait_for_memory(self, row: Row, num_others: int) -> None:
+        """Let a row wait until others, whose memory it needs, have ended."""
         free_memory()
-        self._scheduler.max_rows, self._num_full_steps = num_others, 0
+        self._num_full_steps = 0
+        self._scheduler.max_rows = min(num_others, self._scheduler.max_rows)
         self._put_back([row])
 
     def _fail(self, row: Row, error: Exception) -> None:
