@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from unittest.mock import patch
 
 import pytest
 
+from loraloom.config.data import PromptForm
 from loraloom.eval.harness import evaluate_adapters, load_tasks
+from loraloom.eval.harness.lm import Answers
 from loraloom.eval.harness.results import as_evaluation, question_lines
 from tests.conftest import build_tokenizer
 from tests.eval.harness.toy import ROWS, TASKS
@@ -26,20 +29,24 @@ def results(tasks):
     return evaluate_adapters(scoring_host(), build_tokenizer(), tasks, EVERYBODY, **OPTIONS)
 
 
-def test_examples_are_the_same_for_every_adapter(tiny_tokenizer, toy_tasks):
+def test_examples_are_the_same_for_every_adapter(tiny_tokenizer, toy_tasks, monkeypatch):
     tiny_tokenizer.chat_template = (
         "<bos>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tasks = load_tasks(["toy_choice"], toy_tasks)
-    host = scoring_host(configs={"lora": METHODS["lora"]})
+    host = scoring_host(configs={"own": METHODS["lora"], "lora": METHODS["lora"]})
+    monkeypatch.setattr(host.adapters["own"], "prompt", PromptForm(format="instruction"))
     options = {"num_fewshot": 2, "apply_chat_template": True, **OPTIONS}
-    results = evaluate_adapters(host, tiny_tokenizer, tasks, [None, "lora"], **options)
+    with patch.object(Answers, "_compute", autospec=True, side_effect=Answers._compute) as compute:
+        results = evaluate_adapters(host, tiny_tokenizer, tasks, [None, "own", "lora"], **options)
+    asked = [call.args[0].adapters for call in compute.call_args_list]
+    assert asked == [[None, "lora"], ["own"], [None, "lora"]]
     prompts = [
         [sample["arguments"][0][0] for sample in of_adapter["samples"]["toy_choice"]]
         for of_adapter in results.values()
     ]
-    assert prompts[0] == prompts[1]
+    assert prompts[0] == prompts[2] != prompts[1]
     assert prompts[0][0].startswith("<bos>[user] Question:")
     assert prompts[0][0].endswith("[assistant]")
     assert prompts[0][0].count("Answer:") == 3

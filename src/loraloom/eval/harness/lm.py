@@ -164,10 +164,8 @@ class HostLM(_HFLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Turn a conversation into a prompt, as the adapter's training data wrote prompts."""
-        form = None if self.adapter is None else self.host.adapter(self.adapter).prompt
-        template = self.tokenizer.chat_template
-        if form is not None:
-            template = form.as_chat_template(template, adds_bos=False)
+        template = _chat_template(self.host, self.tokenizer, self.adapter)
+        if template != self.tokenizer.chat_template:
             self.chat_template_args["chat_template"] = template
         if not template:
             raise ConfigError("apply_chat_template needs a tokenizer with a chat template")
@@ -205,6 +203,12 @@ class HostLM(_HFLM):
         return Completion(tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0)
 
 
+def _chat_template(host: Host, tokenizer: PreTrainedTokenizerBase, adapter: str | None) -> Any:
+    form = None if adapter is None else host.adapter(adapter).prompt
+    template: Any = tokenizer.chat_template
+    return template if form is None else form.as_chat_template(template, adds_bos=False)
+
+
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
     normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
     stop = tuple(dict.fromkeys(filter(None, normal.pop("until"))))
@@ -229,11 +233,19 @@ def evaluate_adapters(
 ) -> dict[str | None, dict[str, Any]]:
     """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
     # Other options are `lm_eval.simple_evaluate`'s.
-    answers = Answers(host, tokenizer, adapters, max_tokens_per_batch, batch_size)
-    models = {name: HostLM(host, tokenizer, name, answers=answers) for name in answers.adapters}
+    # Adapters whose prompts differ have no requests in common.
+    groups: dict[str, list[str | None]] = {}
+    for name in adapters:
+        is_chat = bool(options.get("apply_chat_template"))
+        template = str(_chat_template(host, tokenizer, name)) if is_chat else ""
+        groups.setdefault(template, []).append(name)
+    models: dict[str | None, Any] = {}
+    for names in [*groups.values()] or [[]]:  # an error
+        answers = Answers(host, tokenizer, names, max_tokens_per_batch, batch_size)
+        models |= {name: HostLM(host, tokenizer, name, answers=answers) for name in names}
     # the tasks are there, so none is looked up
     options |= {"tasks": list(tasks), "task_manager": TaskManager(include_defaults=False)}
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
     # lm-eval's own lets git complain on stderr where the working directory is no repository
     with patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
-        return {name: evaluate(model=model, **options) for name, model in models.items()}
+        return {name: evaluate(model=models[name], **options) for name in dict.fromkeys(adapters)}
