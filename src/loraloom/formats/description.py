@@ -22,7 +22,7 @@ _KINDS = {"router": "router", "magnitude": "magnitudes"}
 
 def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     """Give an adapter's method, settings, sizes and norms, as `inspect --json` prints them."""
-    # Parameters are trained ones, by kind; what all layers share is frozen. Norms are those of each
+    # Parameters are the adapter's, by kind, without what all layers share. Norms are those of each
     # kind of tensor over all layers and experts, without tensors that have infinite values or NaN.
     directory = find_adapter(path_or_hub_id)
     stored = read_stored(directory)

@@ -21,6 +21,7 @@ from loraloom.training.results import JobResult, Status
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.settings import RunConfig
 from loraloom.training.step import batch, fused, objectives
+from loraloom.training.step.optimizers import frozen_tensors
 from loraloom.training.store import Checkpoint, JobRecord, RunDirectory, describe_base
 
 _log = logging.getLogger(__name__)
@@ -331,6 +332,8 @@ class Engine:
         status = "stopped" if stop_reason is not None else status
         last_metrics = position.metrics if position.evaluated_step == position.step else {}
         has_best = best.step is not None
+        num_frozen = sum(one.numel() for one in frozen_tensors(job.config.train, job.adapter))
+        num_parameters = sum(parameter.numel() for parameter in job.parameters.values())
         return JobResult(
             job=job.name,
             status=status if error is None else "failed",
@@ -338,7 +341,7 @@ class Engine:
             stop_reason=stop_reason and plain(stop_reason),
             method=job.config.adapter.title,
             base_model=self.host.base.name_or_path,
-            num_parameters=sum(parameter.numel() for parameter in job.parameters.values()),
+            num_parameters=num_parameters - num_frozen,
             steps=position.step,
             epochs=round(job.order.epochs_after(position.step), 4),
             tokens=position.tokens,

@@ -110,12 +110,16 @@ def rates_of_their_own(config: OptimizerConfig, adapter: Adapter) -> Iterator[No
 def drop_frozen_gradients(config: OptimizerConfig, adapter: Adapter) -> None:
     """Set gradients to zero that would count in the norm and move nothing."""
     parameters = {one.untyped_storage().data_ptr(): one for one in adapter.parameters()}
-    for tensor, ratio in _own_rates(config, adapter):
+    for tensor in frozen_tensors(config, adapter):
         parameter = parameters[tensor.untyped_storage().data_ptr()]
-        if ratio == 0 and parameter.grad is not None:
+        if parameter.grad is not None:
             frozen = torch.zeros_like(parameter, dtype=torch.bool)
             frozen.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
             parameter.grad.masked_fill_(frozen, 0)
+
+
+def frozen_tensors(config: OptimizerConfig, adapter: Adapter) -> list[Tensor]:
+    return [tensor for tensor, ratio in _own_rates(config, adapter) if ratio == 0]
 
 
 def _own_rates(config: OptimizerConfig, adapter: Adapter) -> list[tuple[Tensor, float]]:
