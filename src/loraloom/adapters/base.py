@@ -246,7 +246,7 @@ class SegmentTokens:
     row_length: int = 1
 
     def samples(self, hidden_states: Float[Tensor, "T I"]) -> Int[Tensor, " T"]:
-        """Number the samples that tokens are of, as rows and packed rows hold them; padding: -1."""
+        """Number the samples that tokens are of, or their rows outside training; padding: -1."""
         numbers = torch.arange(len(hidden_states), device=hidden_states.device) // self.row_length
         for number, span in enumerate(() if self.noise is None else self.noise.spans):
             numbers[span.tokens] = number
