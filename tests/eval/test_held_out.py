@@ -14,12 +14,7 @@ from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval import statistics
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate_loss
-from loraloom.eval.held_out import (
-    data_set_name,
-    describe_rows,
-    load_held_out,
-    row_scores,
-)
+from loraloom.eval.held_out import data_set_name, describe_rows, load_held_out, row_scores
 from tests.eval.scoring import scoring_host
 from tests.tiny import METHODS
 

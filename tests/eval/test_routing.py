@@ -7,11 +7,7 @@ import torch
 
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation
-from loraloom.eval.routing import (
-    TOKEN_CLASSES,
-    RoutingTally,
-    class_of,
-)
+from loraloom.eval.routing import TOKEN_CLASSES, RoutingTally, class_of
 from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise

@@ -51,10 +51,7 @@ def test_a_prefix_stands_for_an_empty_or_blank_context(options, prefix):
             {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5},
             {"max_new_tokens": 50, "temperature": 0.7, "top_p": 0.9, "top_k": 5},
         ),
-        (
-            {"repetition_penalty": 1.2},
-            {"max_new_tokens": 50, "repetition_penalty": 1.2},
-        ),
+        ({"repetition_penalty": 1.2}, {"max_new_tokens": 50, "repetition_penalty": 1.2}),
     ],
 )
 def test_generation_settings_are_read(settings, expected):

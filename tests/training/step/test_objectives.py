@@ -7,13 +7,7 @@ import torch
 
 import loraloom
 from loraloom.errors import ConfigError
-from loraloom.training.settings import (
-    CpoConfig,
-    DpoConfig,
-    ObjectiveConfig,
-    RunConfig,
-    SftConfig,
-)
+from loraloom.training.settings import CpoConfig, DpoConfig, ObjectiveConfig, RunConfig, SftConfig
 from loraloom.training.step.objectives import ScoredSamples, StepTotals, build_objective
 
 LOG_PROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25, -4.0], dtype=torch.float64)

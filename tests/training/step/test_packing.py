@@ -4,14 +4,7 @@ import pytest
 
 from loraloom.training.step.batch import lay_out
 from tests.training.step.test_fused import OBJECTIVES, assert_same, run_window
-from tests.training.toy import (
-    ADAPTERS,
-    add_job,
-    gradients_of,
-    toy_config,
-    toy_host,
-    toy_set,
-)
+from tests.training.toy import ADAPTERS, add_job, gradients_of, toy_config, toy_host, toy_set
 
 
 def first_step(configs, sets=None):
