@@ -114,6 +114,7 @@ class HostedAdapters(nn.Module, BaseTunerLayer):
     def __init__(self):
         super().__init__()
         self.adapters = nn.ModuleDict()
+        self.frozen: dict[str, set[str]] = {}  # parameters that methods don't train
 
     def forward(self, name: str) -> dict[str, Tensor]:
         adapter: Any = self.adapters[name]
@@ -160,7 +161,9 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         """Put an adapter on the host; it is trained where it is the active one."""
         seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
         adapter = self.host.add(name, config.adapter, seed)
-        adapter.requires_grad_(name in self.active_adapters and not config.inference_mode)
+        parameters = adapter.named_parameters()
+        self.loraloom.frozen[name] = {own for own, one in parameters if not one.requires_grad}
+        self.set_requires_grad(name, name in self.active_adapters and not config.inference_mode)
         self.loraloom.adapters[name] = adapter
         if not config.is_from_file:
             files = render(adapter.config, adapter.tensors(), self.host.base)
@@ -213,7 +216,8 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.host.adapter(name).requires_grad_(requires_grad)
+            for own, parameter in self.host.adapter(name).named_parameters():
+                parameter.requires_grad_(requires_grad and own not in self.loraloom.frozen[name])
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.loraloom._disable_adapters = not enabled

@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 
 import loraloom
 from loraloom import AdapterError, ConfigError, MixLoraConfig
+from loraloom.adapters.lora import LoraProjection
 from loraloom.peft import LoraloomConfig
 from tests.tiny import (
     ALL_METHODS,
@@ -124,6 +125,22 @@ def test_adapters_of_several_methods_take_turns_or_share_a_batch():
         assert relative_error(mixed[row], expected[row]) < 1e-5
     trained = {name for name, weight in wrapped.named_parameters() if weight.requires_grad}
     assert all(".second." in name for name in trained)
+
+
+def test_what_a_method_freezes_stays_frozen(monkeypatch):
+    build = LoraProjection.__init__
+
+    def frozen(self, *arguments):
+        build(self, *arguments)
+        self.lora_A.requires_grad_(False)
+
+    monkeypatch.setattr(LoraProjection, "__init__", frozen)
+    wrapped = peft_model(ALL_METHODS["lora"])
+    for _ in range(2):
+        trained = {name for name, weight in wrapped.named_parameters() if weight.requires_grad}
+        assert trained
+        assert not any("lora_A" in name for name in trained)
+        wrapped.set_adapter("default")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

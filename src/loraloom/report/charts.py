@@ -135,11 +135,12 @@ def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
         job.label: [line for line in job.metrics if isinstance(line.get(name), int | float)]
         for job in jobs
     }
-    # the loss of routers is always 0 where there are none
+    # always 0 where there are no routers, or nothing overflows
+    may_vanish = name in ("aux_loss", "skipped_steps")
     curves: dict[str, Curve] = {
         label: [(line["step"], line[name]) for line in lines]
         for label, lines in numbers.items()
-        if any(line[name] for line in lines)
+        if (any(line[name] for line in lines) if may_vanish else lines)
     }
     if name not in _SMOOTHED:
         return line_chart(name, curves, job_styles(jobs))

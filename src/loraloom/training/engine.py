@@ -333,7 +333,7 @@ class Engine:
         last_metrics = position.metrics if position.evaluated_step == position.step else {}
         has_best = best.step is not None
         num_frozen = sum(one.numel() for one in frozen_tensors(job.config.train, job.adapter))
-        num_parameters = sum(parameter.numel() for parameter in job.parameters.values())
+        num_parameters = sum(p.numel() for p in job.parameters.values() if p.requires_grad)
         return JobResult(
             job=job.name,
             status=status if error is None else "failed",

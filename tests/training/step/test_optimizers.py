@@ -205,6 +205,13 @@ def test_a_pattern_that_no_tensor_has_is_refused():
     with pytest.raises(ConfigError, match=r"lr_ratios must match .*such as layers\..*got 'gate'"):
         build_optimizer(OptimizerConfig(lr_ratios={"gate": 0.5}), adapter)
     vera = tiny_host(configs={"a": VeraConfig(rank=2)}).adapter("a")
+    with pytest.raises(ConfigError, match=r"lr_ratios must match .*, such as layers\..*'vera_A'"):
+        build_optimizer(OptimizerConfig(lr_ratios={"vera_A": 0}), vera)  # which isn't trained
+    config = OptimizerConfig(lr_ratios={".*": 0})
+    optimizer = build_optimizer(config, vera)
+    drop_frozen_gradients(config, vera)
+    with rates_of_their_own(config, vera):
+        optimizer.step()
     with pytest.raises(
         ConfigError, match="loraplus_lr_ratio has no effect on VeRA, which trains no"
     ):

@@ -115,7 +115,7 @@ def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
     from loraloom.serve.vllm.folding import Folder
 
     try:
-        config = AutoConfig.from_pretrained(options.base_model)
+        config = AutoConfig.from_pretrained(options.base_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"--engine vllm needs a base model as a directory or hub id that transformers reads, "

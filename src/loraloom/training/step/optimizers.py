@@ -37,10 +37,11 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
             "lora_B; remove it"
         )
     for pattern in config.lr_ratios:
-        if not any(matches(pattern, name) for name in adapter.tensors()):
+        trained = _trained_tensors(adapter)
+        if not any(matches(pattern, name) for name in trained):
             raise ConfigError(
-                f"job {adapter.name}: lr_ratios must match names of the adapter's tensors, such as "
-                f"{[*adapter.tensors()][-1]}, got {shown(pattern)}"
+                f"job {adapter.name}: lr_ratios must match names of the adapter's trained tensors, "
+                f"such as {[*trained][-1]}, got {shown(pattern)}"
             )
     if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
         raise ConfigError(
@@ -122,8 +123,15 @@ def frozen_tensors(config: OptimizerConfig, adapter: Adapter) -> list[Tensor]:
     return [tensor for tensor, ratio in _own_rates(config, adapter) if ratio == 0]
 
 
+def _trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Those of its tensors that are parameters' parts; others are saved, as VeRA's A and B."""
+    own = {p.untyped_storage().data_ptr() for p in adapter.parameters() if p.requires_grad}
+    tensors = adapter.tensors().items()
+    return {name: one for name, one in tensors if one.untyped_storage().data_ptr() in own}
+
+
 def _own_rates(config: OptimizerConfig, adapter: Adapter) -> list[tuple[Tensor, float]]:
-    tensors = adapter.tensors() if config.lr_ratios else {}
+    tensors = _trained_tensors(adapter) if config.lr_ratios else {}
     rates = [(one, pattern_value(config.lr_ratios, name, 1.0)) for name, one in tensors.items()]
     return [(tensor, ratio) for tensor, ratio in rates if ratio != 1]
 
