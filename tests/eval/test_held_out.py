@@ -152,6 +152,9 @@ def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, data_of, 
         loss = -torch.nn.functional.logsigmoid(rewards).mean()
         assert result["loss"] == pytest.approx(float(loss), abs=1e-5)
         assert result["num_examples"] == len(PAIRS)
+    for routing in evaluation.routing.values():
+        task = routing["tasks"]["pairs"]
+        assert task["num_questions"] == task["num_questions_covered"] == len(PAIRS)
     assert {one.metric for one in evaluation.comparisons} <= {"accuracy"}
     lines = [line for line in evaluation.lines() if line["adapter"] == "lora"]
     assert [line["index"] for line in lines] == list(range(len(PAIRS)))

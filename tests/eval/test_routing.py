@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation
-from loraloom.eval.routing import TOKEN_CLASSES, RoutingTally, class_of
+from loraloom.eval.routing import TOKEN_CLASSES, RoutingTally, class_of, token_classes
 from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
@@ -154,7 +157,15 @@ def test_tasks_and_groups_of_questions_are_topics(tiny_tokenizer):
     ],
 )
 def test_tokens_have_classes_by_what_they_are_in_a_text(name, text, expected):
-    assert class_of(name, text) == expected
+    assert class_of(name, text, marks_rests=False) == expected
+
+
+@pytest.mark.parametrize(("sign", "start"), [("##", "start"), ("Ġa", "rest")])
+def test_words_of_wordpiece_start_without_a_mark(sign, start):
+    model = WordPiece({"[UNK]": 0, "walk": 1, "##ing": 2, sign: 3}, unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    kinds = [TOKEN_CLASSES[place] for place in token_classes(tokenizer, 4)]
+    assert kinds[1:3] == [f"{start} of a word", "rest of a word"]
 
 
 def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):

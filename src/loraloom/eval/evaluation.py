@@ -123,6 +123,8 @@ class _Pass:
         scorer = self._scorer
         if data.has_pairs and None not in self.names:  # rewards are relative to the base model
             scorer = replace(scorer, adapters=[None, *self.names])
+        size = 2 if data.has_pairs else 1
+        observe = self._tally.of(data.name, len(data.rows) // size, rows_per_question=size)
         with show_progress(self._console, data.name, data.num_tokens) as advance:
             scores = scorer.score(
                 [[example_row(one) for one in examples] for examples in data.rows],
@@ -132,7 +134,7 @@ class _Pass:
                     for y in data.rows
                 ],
                 advance,
-                self._tally.of(data.name, len(data.rows)),
+                observe,
             )
         places = [f"in row {place + 1} of {data.name}" for place in data.places]
         _check_finite("losses", scores, places)

@@ -44,7 +44,11 @@ class RoutingTally:
         self.adapters = {n: _AdapterTally(c, classes, tokenizer) for n, c in configs.items()}
 
     def of(
-        self, task: str, num_questions: int, groups: Sequence[str | None] = ()
+        self,
+        task: str,
+        num_questions: int,
+        groups: Sequence[str | None] = (),
+        rows_per_question: int = 1,
     ) -> OnRouting | None:
         """Give what takes in a task's batches; None if there is no mixture."""
         topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
@@ -52,7 +56,9 @@ class RoutingTally:
             adapter.num_questions[task], adapter.covered[task] = num_questions, set()
         if not self.adapters:
             return None
-        return lambda routed: self.adapters[routed.adapter].add(task, topics, routed)
+        return lambda routed: self.adapters[routed.adapter].add(
+            task, topics, routed, rows_per_question
+        )
 
     def summarise(self) -> dict[str, Fields]:
         """Give the routing by adapter, as it stands in the JSON file under `routing`."""
@@ -70,11 +76,11 @@ class _AdapterTally:
         self.examples: dict[str, dict[str, Any]] = {}
         self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
 
-    def add(self, task: str, topics: Sequence[str], routed: RoutedRows) -> None:
+    def add(self, task: str, topics: Sequence[str], routed: RoutedRows, size: int) -> None:
         """Take in a forward; its tokens' topics are by a question's place, or the task."""
         routing, rows = routed.routing, routed.rows
         totals = tally.RoutingTotals.of(routing)
-        self.covered[task].update(routed.places)
+        self.covered[task].update(place // size for place in routed.places)
         self.totals[task] = self.totals[task] + totals if task in self.totals else totals
         token_ids = torch.tensor([token for row in rows for token in row.input_ids])  # (T,)
         self._add_loads("token_classes", TOKEN_CLASSES, self.classes[token_ids], routing)
@@ -175,15 +181,20 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
 def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     """Give the class of each token of a vocabulary, as a place in TOKEN_CLASSES, [V]."""
     ids = list(range(min(vocab_size, len(tokenizer))))
-    names = map(str, tokenizer.convert_ids_to_tokens(ids))
+    names = [*map(str, tokenizer.convert_ids_to_tokens(ids))]
     texts = tokenizer.batch_decode([[token_id] for token_id in ids])
-    found = [TOKEN_CLASSES.index(class_of(*pair)) for pair in zip(names, texts, strict=True)]
+    # WordPiece marks the rest of a word, others its start; these may have a few ## as text.
+    num_rests = sum(name.startswith("##") and name[2:].isalpha() for name in names)
+    num_starts = sum(name[:1] in _SPACES and name[1:].isalpha() for name in names)
+    marks_rests = num_rests > num_starts
+    kinds = [class_of(*pair, marks_rests=marks_rests) for pair in zip(names, texts, strict=True)]
+    found = [TOKEN_CLASSES.index(kind) for kind in kinds]
     classes = torch.full((vocab_size,), TOKEN_CLASSES.index("sign"))
     classes[: len(ids)] = torch.tensor(found)
     return classes
 
 
-def class_of(name: str, text: str) -> str:
+def class_of(name: str, text: str, *, marks_rests: bool) -> str:
     if not text.strip() and not name.strip(_BLANKS):
         return "space"
     text = text.strip().removeprefix("##")
@@ -191,4 +202,5 @@ def class_of(name: str, text: str) -> str:
         return "number"
     if not text.isalpha():
         return "sign"
-    return "start of a word" if name[0] in _SPACES else "rest of a word"
+    starts = not name.startswith("##") if marks_rests else name[0] in _SPACES
+    return "start of a word" if starts else "rest of a word"
