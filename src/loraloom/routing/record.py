@@ -38,8 +38,8 @@ class LayerRouting:
 
     @property
     def shares(self) -> Tensor:
-        """What each choice counts for in its expert's load: 1 where a token chooses a few."""
-        # Where each token takes all experts they are its weights, as choices would all be alike.
+        """What each choice counts for in its expert's load: 1 where tokens choose a fixed few."""
+        # Where a token may take all experts they are its weights, as choices would all be alike.
         if self.selected_experts.shape[1] < self.num_experts:
             return torch.ones_like(self.routing_weights)
         return self.routing_weights.detach()
