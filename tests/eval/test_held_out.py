@@ -78,9 +78,8 @@ def test_the_loss_is_that_of_a_plain_forward(
 ):
     data = data_of(rows, data_format)
     evaluation = evaluate_loss(host, tiny_tokenizer, data, max_length=max_length)
-    encoded = SourceEncoder(checked(SourceConfig, data), tiny_tokenizer, max_length).load(
-        "validation"
-    )
+    encoder = SourceEncoder(checked(SourceConfig, data), tiny_tokenizer, max_length)
+    encoded = encoder.load("validation")
     assert any(len(row.pieces) > 1 for row in encoded) == (rows is TEXTS)
     assert list(evaluation.results) == ["base", *METHODS]
     for name in (None, "lora", "mixdora"):
@@ -108,12 +107,9 @@ def test_seeds_are_one_contestant_on_the_same_rows(tiny_tokenizer, instructions)
 
 
 def test_kept_losses_are_not_computed_again(host, tiny_tokenizer, instructions, tmp_path):
-    first, again = (
-        evaluate_loss(
-            host, tiny_tokenizer, instructions, ["lora"], cache=ScoreCache(tmp_path, host, ["lora"])
-        )
-        for _ in range(2)
-    )
+    names = ["lora"]
+    args = host, tiny_tokenizer, instructions, names
+    first, again = (evaluate_loss(*args, cache=ScoreCache(tmp_path, host, names)) for _ in range(2))
     assert again.results == first.results
     assert again.num_cached_scores == len(INSTRUCTIONS)
 
@@ -152,8 +148,7 @@ def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, data_of, 
         loss = -torch.nn.functional.logsigmoid(rewards).mean()
         assert result["loss"] == pytest.approx(float(loss), abs=1e-5)
         assert result["num_examples"] == len(PAIRS)
-    for routing in evaluation.routing.values():
-        task = routing["tasks"]["pairs"]
+    for task in (routing["tasks"]["pairs"] for routing in evaluation.routing.values()):
         assert task["num_questions"] == task["num_questions_covered"] == len(PAIRS)
     assert {one.metric for one in evaluation.comparisons} <= {"accuracy"}
     lines = [line for line in evaluation.lines() if line["adapter"] == "lora"]
