@@ -23,10 +23,11 @@ def drop_tensors(directory, part):
     save_file({k: v for k, v in load_file(path).items() if part not in k}, path)
 
 
-def test_an_adapter_is_not_overwritten_unasked(saved, base):
+def test_an_adapter_is_not_overwritten_unasked(saved, base, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved))
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(AdapterError, match=r"already has adapter_config.json"):
-        write_adapter(saved, LORA, make_tensors(LORA, base, seed=1), base)
+        write_adapter("~", LORA, make_tensors(LORA, base, seed=1), base)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 

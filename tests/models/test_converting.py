@@ -37,10 +37,11 @@ def saved(tmp_path, config, family: str = "llama"):
 
 
 @pytest.mark.parametrize("method", sorted(ALL_METHODS.keys() - {"vera"}))
-def test_the_native_form_is_what_is_saved(method, tmp_path):
+def test_the_native_form_is_what_is_saved(method, tmp_path, monkeypatch):
     """The files show what of the base model they are about, whatever the method."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     host, source = saved(tmp_path, ALL_METHODS[method])
-    config = convert(source, tmp_path / "native", "native")
+    config = convert(source, "~/native", "native")
     loaded = host.load("b", tmp_path / "native").config
     assert loaded == changed(config, target_modules=loaded.target_modules)
     assert torch.equal(logits(host, "b"), logits(host, "a"))

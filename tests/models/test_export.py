@@ -162,9 +162,12 @@ def test_files_that_compute_something_else_are_an_error_and_go(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_host_that_trains_is_exported_without_its_dropout(tmp_path):
+def test_a_host_that_trains_is_exported_without_its_dropout(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     host = host_of("llama", {"a": changed(METHODS["lora"], dropout=0.5)}).train()
-    assert exported(host, "a", tmp_path / "out").logit_error < 1e-5
+    result = exported(host, "a", Path("~/out"))
+    assert result.logit_error < 1e-5
+    assert result.path == tmp_path / "out"
 
 
 @pytest.mark.parametrize(

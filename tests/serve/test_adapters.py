@@ -92,10 +92,11 @@ async def test_requests_that_are_abandoned_take_no_place(host, saved):
 
 
 @in_loop
-async def test_adapters_follow_their_files(host, saved, tmp_path):
+async def test_adapters_follow_their_files(host, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(saved, directory := tmp_path / "mine")
     adapters = ServedAdapters(host, "base", directory)
-    await adapters.load("named", str(directory / "lora"))
+    await adapters.load("named", "~/mine/lora")
     for name in ("lora", "named"):
         async with using(adapters, name) as old:
             before = host.adapters[old]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.data import tasks
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.training.builder import JobBuilder, load_start
 from loraloom.training.settings import JobConfig
@@ -50,9 +52,11 @@ def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
     assert first.training_set is not other.training_set
 
 
-def test_a_file_that_has_changed_is_read_again(builder, rows, tmp_path):
+def test_a_file_that_has_changed_is_read_again(builder, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(f"{tasks.__path__[0]}/arc_easy.yaml", quiz := tmp_path / "arc_easy.yaml")
     questions = save_inputs(tmp_path / "inputs") / "arc_easy/validation.jsonl"
-    task = {"task": "arc_easy", "path": str(tmp_path / "inputs"), "scoring": "text"}
+    task = {"task": "~/arc_easy.yaml", "path": str(tmp_path / "inputs"), "scoring": "text"}
     first = builder.build(config(rows, eval=[task]))
     same = builder.build(config(rows, "b", eval=[task]))
     rows.write_text(rows.read_text() + json.dumps({"text": "five and so on"}) + "\n")
@@ -62,6 +66,8 @@ def test_a_file_that_has_changed_is_read_again(builder, rows, tmp_path):
     (asked,), (again,), (new,) = (job.questions.values() for job in (first, same, other))
     assert asked is again
     assert asked != new
+    quiz.write_text(quiz.read_text().replace("Question:", "Q:"))
+    assert [new] != list(builder.build(config(rows, "d", eval=[task])).questions.values())
     measured = builder.measure([first, same, other])
     assert measured.keys() == {"a", "b", "c"}
 

@@ -285,17 +285,18 @@ def learn(client: TrainingClient, steps: int) -> list[float]:
     return losses
 
 
-def test_a_loaded_state_goes_on_as_if_unbroken(tmp_path):
+def test_a_loaded_state_goes_on_as_if_unbroken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     client = new_client(method="mixlora")
     learn(client, 3)
     client.forward_backward(toy_examples(3))
-    client.save_state(tmp_path / "state")
+    client.save_state("~/state")
     drawn = SamplingConfig(max_new_tokens=4, temperature=1.0)
     expected = client.optim_step(), learn(client, 2), client.sample(["a"], drawn)
     weights = weights_of(client)
 
     again = new_client(method="mixlora")
-    again.load_state(tmp_path / "state")
+    again.load_state("~/state")
     assert again.step == 3
     assert (again.optim_step(), learn(again, 2), again.sample(["a"], drawn)) == expected
     assert all(torch.equal(weights_of(again)[name], weight) for name, weight in weights.items())

@@ -9,6 +9,7 @@ Axes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def write_adapter(
 ) -> None:
     """Save an adapter: adapter_config.json, adapter_model.safetensors and README.md."""
     # Other files in the directory stay. The three are written aside and renamed (disk.py).
-    directory = Path(directory)
+    directory = Path(os.path.expanduser(directory))
     if not overwrite:
         refuse_to_overwrite(directory)
     card = model_card(config, base, prompt=prompt) if card is None else card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -58,7 +59,8 @@ def convert(
             f"an adapter is converted to one of {', '.join(get_args(Program))}, got {shown(to)}"
         )
     config, tensors, base, prompt = _read(source, settings, host)
-    path, card = Path(destination), model_card(config, base, prompt=prompt)
+    path = Path(os.path.expanduser(destination))
+    card = model_card(config, base, prompt=prompt)
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
         write_new(path, _for_reference(config, tensors, base, prompt), card, pickled=True)

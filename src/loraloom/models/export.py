@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,7 @@ def export(
     Raises:
         AdapterError: If the adapter has no such form; nothing is written then.
     """
-    path, adapter = Path(path), host.adapter(name)
+    path, adapter = Path(os.path.expanduser(path)), host.adapter(name)
     if host.merged is not None:
         raise AdapterError(
             f"no adapter may be merged to export one, {host.merged!r} is; unmerge it"

@@ -129,6 +129,7 @@ class ServedAdapters:
                 "try again, which continues the download",
                 "timeout",
             ) from None
+        source = os.path.expanduser(source)  # as find_adapter does
         await self._load(name, source, directory, is_lazy=False, replace=replace)
         if _files_of(source):
             self._sources[name] = source

@@ -90,7 +90,7 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 
 def find_task(name: str) -> ChoiceTask:
     if is_task_file(check_task(name)):
-        return _load_task(Path(name))
+        return _load_task(local_path(name, "a task's file"))
     if is_skills(name):
         generate = partial(generate_skills, num_lands=num_lands(name))
         return replace(_built_in("skills"), name=name, source=generate)
