@@ -173,10 +173,7 @@ def test_clients_on_one_host_share_forwards_and_learn_as_alone(monkeypatch):
     examples, pairs = toy_examples(6), toy_pairs(4)
     host = toy_host()
     clients = [new_client(host, "a", "mixlora"), new_client(host, "b", "dora", seed=3)]
-    requests = [
-        clients[0].request(examples, micro_batch_size=2),
-        clients[1].request(pairs, "dpo"),
-    ]
+    requests = [clients[0].request(examples, micro_batch_size=2), clients[1].request(pairs, "dpo")]
     forwards = []
     hidden = host.hidden
     monkeypatch.setattr(host, "hidden", lambda *a, **k: forwards.append(1) or hidden(*a, **k))

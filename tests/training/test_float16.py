@@ -11,10 +11,7 @@ from loraloom.training.engine import Engine
 from loraloom.training.step import optimizers
 from loraloom.training.step.optimizers import LossScale
 from tests.training.running import interrupted, read_metrics, resumed, trained_weights
-from tests.training.toy import (
-    ADAPTERS,
-    toy_config,
-)
+from tests.training.toy import ADAPTERS, toy_config
 from tests.training.toy import toy_engine as engine_of
 
 TOO_MUCH = 2.0**40

@@ -7,12 +7,7 @@ from loraloom.training.parallel import Launch, choose_device, read_launch
 from loraloom.training.settings import RunConfig
 from tests.training.toy import toy_config
 
-TORCHRUN = {
-    "RANK": "1",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TWO = Launch(1, 2, 1, 2)
 
 

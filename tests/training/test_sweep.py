@@ -182,10 +182,7 @@ def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):
 
 TPE = {
     "max_steps": 4,
-    "parameters": {
-        "train.learning_rate": {"log_uniform": [1e-5, 1e-1]},
-        "adapter.rank": [2, 4],
-    },
+    "parameters": {"train.learning_rate": {"log_uniform": [1e-5, 1e-1]}, "adapter.rank": [2, 4]},
     "search": {"tpe": 12, "seed": 1},
     "max_concurrent": 3,
     "early_stopping": {"asha": {"min_steps": 2}},

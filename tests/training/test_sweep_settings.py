@@ -7,11 +7,7 @@ import yaml
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError
 from loraloom.training.settings import RunConfig, load_run_config
-from loraloom.training.sweep_settings import (
-    SweepConfig,
-    SweepStoppingConfig,
-    parameter_value,
-)
+from loraloom.training.sweep_settings import SweepConfig, SweepStoppingConfig, parameter_value
 
 RATES = [1e-4, 3e-4]
 TEMPLATE = {
@@ -170,10 +166,7 @@ SWEEP_FAULTS = [
         "or a range with low <= high",
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
-    (
-        {"early_stopping": {"asha": {}}},
-        "early_stopping.asha.min_steps must be given, it is mis",
-    ),
+    ({"early_stopping": {"asha": {}}}, "early_stopping.asha.min_steps must be given, it is mis"),
     ({"early_stopping": {}}, "early_stopping must be one of asha, hyperband and median"),
 ]
 

@@ -18,10 +18,7 @@ from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory
-from loraloom.training.tracking import (
-    MetricsFile,
-    open_tracker,
-)
+from loraloom.training.tracking import MetricsFile, open_tracker
 from tests.training.running import Spoken
 from tests.training.toy import add_job, toy_config, toy_host, toy_set, toy_tokenizer
 
