@@ -59,14 +59,8 @@ def test_a_file_cut_short_is_named(name, message, keep, saved, base):
         read_adapter(saved, base)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no pickle",
-        b"\x80\x02M\x01",  # a number cut short: struct.error
-    ],
-)
+# the last is a number cut short: struct.error
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02M\x01"])
 def test_a_broken_pickle_is_named(content, saved, base):
     (saved / "adapter_model.safetensors").unlink()
     (saved / "adapter_model.bin").write_bytes(content)
@@ -94,10 +88,9 @@ def test_a_base_model_is_not_an_adapter(tmp_path, base):
 
 
 def test_a_path_that_is_not_there_is_an_error(tmp_path, base):
-    with pytest.raises(FormatError, match="there is no"):
-        read_adapter(tmp_path / "nowhere", base)
-    with pytest.raises(FormatError, match="there is no"):
-        read_adapter("../owner/nowhere", base)
+    for path in (tmp_path / "nowhere", "../owner/nowhere"):
+        with pytest.raises(FormatError, match="there is no"):
+            read_adapter(path, base)
 
 
 def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
