@@ -1,7 +1,7 @@
 """The adapters that requests may name, and which of them are on the host.
 
 An adapter follows its files. Rows that use an old one end with it, and it goes with the last. Loads
-are done one at a time, as requests came. If all places are in use, an adapter takes no more for the
+are done one at a time, once files are found. If all places are in use, one takes no more for the
 first that waits, so that nobody waits for longer than requests take.
 """
 
