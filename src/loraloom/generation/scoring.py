@@ -22,7 +22,7 @@ from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import doubled
+from loraloom.routing.tally import widened
 
 # A row's adapter, and what it is to score.
 Request = tuple[RowAdapter, TokenRow]
@@ -165,7 +165,7 @@ def _forward(
     heads = owners(rows, adapters)
     log_probs, is_top, *tops = host.token_scores(states, batch.targets, heads, num_top)
     columns = (log_probs[:, None], is_top[:, None], *tops)
-    read = torch.cat([*map(doubled, columns)], dim=1).cpu()  # (N, 2 + 2K), at once
+    read = torch.cat([*map(widened, columns)], dim=1).cpu()  # (N, 2 + 2K), at once
     scores = [_scores_of(part, num_top) for part in read.split([len(row.targets) for row in rows])]
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():

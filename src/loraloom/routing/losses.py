@@ -34,11 +34,11 @@ def router_loss(
     """Add up an adapter's router losses with their coefficients.
 
     The load-balance loss is `E · Σ_j Σ_n f[j, n] · P[n]`: f[j, n] is the share of tokens whose slot
-    j went to expert n (no gradient), P[n] the mean probability of n, of
-    the raw logits: the temperature of a route is not in it. The loss is at least K and reaches it
-    when balanced; K is the mean number of experts that a token uses, where it differs. The z-loss
-    is the mean of `logsumexp(logits)²`. Where several have a part of the micro-batch each, shares
-    and numbers of tokens are everybody's, probabilities one's own.
+    j went to expert n (no gradient), P[n] the mean probability of n by the raw logits, without a
+    route's temperature. The loss is at least K and reaches it when balanced; K is the mean number
+    of experts that a token uses, where it differs. The z-loss is the mean of `logsumexp(logits)²`.
+    Where several have a part of the micro-batch each, shares and numbers of tokens are everybody's,
+    probabilities one's own.
 
     Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4-6, summed over slots as
     in MoE-PEFT 2.0.2 (`MixtralRouterLoss`); Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.

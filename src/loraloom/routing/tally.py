@@ -43,7 +43,7 @@ Choices = Mapping[RouterName, Sequence[int]]
 
 
 def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
-    """Compute the sums that `RoutingTotals` has, where `doubled` is."""
+    """Compute the sums that `RoutingTotals` has, where `widened` is."""
     loads = expert_loads(routing)
     sums = torch.cat([loads.new_zeros(len(loads), 2), loads, torch.zeros_like(loads)], dim=1)
     for row, record in zip(sums, routing, strict=True):
@@ -51,13 +51,13 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
         probabilities = log_probabilities.exp()
         row[0] = len(log_probabilities)
         # Widened once experts are summed up: over many tokens float32 would lose digits.
-        row[1] = -doubled((probabilities * log_probabilities).sum(-1)).sum() / math.log(2)
+        row[1] = -widened((probabilities * log_probabilities).sum(-1)).sum() / math.log(2)
         start = 2 + loads.shape[1]
         row[start : start + record.num_experts] = probabilities.sum(0)
     return sums
 
 
-def doubled(values: Tensor) -> Tensor:
+def widened(values: Tensor) -> Tensor:
     """Values in float64, on the CPU where their device has none."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
@@ -67,7 +67,7 @@ def sum_extra(routing: Sequence[LayerRouting]) -> dict[str, Float[Tensor, ""]]:
     sums: dict[str, list[Tensor]] = {}
     for record in routing:
         for name, values in record.extra.items():
-            total = doubled(values.detach()).sum() / values.shape[1:].numel()
+            total = widened(values.detach()).sum() / values.shape[1:].numel()
             sums.setdefault(name, []).append(total)
     return {name: torch.stack(totals).mean() for name, totals in sums.items()}
 
@@ -173,11 +173,10 @@ def _loads(routing: Sequence[LayerRouting], classes: Tensor | int, num_classes: 
         ((classes * len(routing) + index) * size + record.selected_experts).flatten()
         for index, record in enumerate(routing)
     ]
-    shares = doubled(torch.cat([record.shares.flatten() for record in routing]))
+    shares = widened(torch.cat([record.shares.flatten() for record in routing]))
     loads = shares.new_zeros(num_classes * len(routing) * size)
-    loads.scatter_add_(
-        0, torch.cat(places).to(shares.device), shares
-    )  # bincount reads the largest first
+    # bincount would read the largest first
+    loads.scatter_add_(0, torch.cat(places).to(shares.device), shares)
     return loads.view(num_classes, len(routing), size)
 
 

@@ -23,7 +23,7 @@ from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.tally import RoutingTotals, doubled, measure_routing, sum_extra
+from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra, widened
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out
 from loraloom.training.step.objectives import ScoredSamples, ask_references
 
@@ -126,7 +126,7 @@ def _fetch(
     """Add all numbers of a round up over the ranks, and read them from the device at once."""
     scalars = [value.detach() for share in shares for value in share.scalars()]
     sums = [torch.empty(0) if s.routing is None else measure_routing(s.routing) for s in shares]
-    summands = doubled(torch.stack(scalars))
+    summands = widened(torch.stack(scalars))
     summands = torch.cat([summands, *(part.to(summands).flatten() for part in sums)])
     numbers = iter(ranks.sum(summands).tolist())
     heads = [list(islice(numbers, len(share.scalars()))) for share in shares]
