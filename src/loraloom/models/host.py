@@ -368,7 +368,8 @@ class Host:
             input_ids, real, adapters, sample_keys, sample_lengths, training=training, record={}
         )
         model_inputs.setdefault("use_cache", False)
-        mask = self._fit(forward, attention_mask, model_inputs)
+        is_packed = sample_lengths is not None
+        mask = self._fit(forward, attention_mask, model_inputs, is_packed=is_packed)
         with self._run(forward):
             out = self._decoder(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HiddenOutput(out.last_hidden_state, _cache_of(out), *_routing_of(forward))
@@ -578,16 +579,23 @@ class Host:
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
 
     def _fit(
-        self, forward: ForwardContext, mask: Tensor | None, inputs: dict[str, Any]
+        self,
+        forward: ForwardContext,
+        mask: Tensor | None,
+        inputs: dict[str, Any],
+        *,
+        is_packed: bool = False,
     ) -> Tensor | None:
         """Move a mask to the device; keep layers that are recomputed from filling a cache twice."""
-        if forward.checkpointing:
+        # With a cache, transformers would let the samples of a packed row see each other.
+        if forward.checkpointing or is_packed:
             inputs.setdefault("use_cache", False)
             caches = (inputs.get(name) for name in ("cache", "past_key_values"))
             if inputs["use_cache"] or any(cache is not None for cache in caches):
                 raise ModelError(
-                    f"a forward with gradient checkpointing fills no cache: leave use_cache and "
-                    f"{self._cache_argument} out, or call enable_gradient_checkpointing(False)"
+                    "a forward of packed rows, or with gradient checkpointing, fills no cache: "
+                    f"leave use_cache and {self._cache_argument} out, or call "
+                    "enable_gradient_checkpointing(False)"
                 )
         return None if mask is None else mask.to(self.device)
 
