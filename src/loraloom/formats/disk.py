@@ -210,8 +210,8 @@ def write_new(directory: Path, files: AdapterFiles, card: str, *, pickled: bool 
 
 def _fill(aside: Path, files: AdapterFiles, card: str, pickled: bool = False) -> None:
     config = json.dumps(files.config, indent=2, ensure_ascii=False, allow_nan=False)
-    (aside / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    (aside / CARD_FILE).write_text(card, encoding="utf-8")
+    (aside / CONFIG_FILE).write_text(config + "\n", "utf-8", "replace")
+    (aside / CARD_FILE).write_text(card, "utf-8", "replace")
     if pickled:
         torch.save(_copies(files.tensors), aside / PICKLE_FILE)
     else:

@@ -72,7 +72,8 @@ def read_settings(
     table = TABLES.get(method.peft_type)
     if table is None:
         known = {name: files.config[name] for name in method.model_fields if name in files.config}
-        return known | ({"target_modules": targets} if targets else {})
+        nulls = files.section("loraloom").get("adapter", {})
+        return known | nulls | ({"target_modules": targets} if targets else {})
     theirs = set(table.names.values())
     missing = [name for name in _REQUIRED if name in theirs and name not in files.config]
     if missing:
@@ -93,7 +94,10 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
     settings = config.model_dump(mode="json")
     table = TABLES.get(config.peft_type)
     if table is None:
-        return settings
+        # In files, null is as good as no field, which would mean the default.
+        known = type(config).model_fields
+        nulls = {n: v for n, v in settings.items() if v is None and known[n].default is not None}
+        return settings | ({"loraloom": {"adapter": nulls}} if nulls else {})
     fields: Settings = {theirs: settings[ours] for ours, theirs in table.names.items()}
     fields |= {"bias": "none", **table.constants}
     fields |= {"target_modules": list(known_targets(config, base)), **table.write(config, base)}

@@ -196,7 +196,7 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         activation=stored.activation or "",
         num_layers=num_layers,
         hidden_size=next((keys[key].shape[-1] for key in routed), 0),
-        shapes={path: (outputs[path], inputs[path]) for path in used},
+        shapes={path: (outputs[path], inputs[path]) for path in outputs},
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
         quantization=stored.base.quantization,

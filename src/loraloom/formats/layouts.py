@@ -115,7 +115,7 @@ class StoredAdapter:
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
     if files.config.get("task_type") not in (None, "CAUSAL_LM", "QUESTION_ANS"):
         raise files.error(f"`task_type` must be CAUSAL_LM, got {shown(files.config['task_type'])}")
-    if files.config.get("bias", "none") != "none":
+    if method.layout != "native" and files.config.get("bias", "none") != "none":
         raise files.error(
             f"`bias` must be none, got {shown(files.config['bias'])}; train with bias='none', or "
             "merge the biases into the base model"
