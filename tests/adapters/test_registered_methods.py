@@ -18,6 +18,7 @@ from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.errors import AdapterError, ConfigError, FormatError
 from loraloom.formats.card import model_card
 from loraloom.training.settings import RunConfig
+from tests.conftest import build_tokenizer
 from tests.tiny import randomise, tiny_host, tiny_ids
 
 
@@ -28,6 +29,8 @@ class HalfConfig(LowRankConfig):
     title = "Half"
     formula = "y = Wx + s·BAx"
     method: Literal["half"] = "half"
+    share: float | None = 0.5
+    bias: bool = False
 
     def projection(self, base, layer, dtype, seed):
         return LoraProjection(base, self, None, dtype, seed)
@@ -66,15 +69,20 @@ print(loraloom.RunConfig.model_validate({run_settings("half")!r}).jobs[0].adapte
     assert ran.stdout == "half\n", ran.stderr
 
 
-def test_files_of_a_registered_method_are_read_back(registered, tmp_path):
+def test_files_of_a_registered_method_are_read_back(registered, tmp_path, monkeypatch):
     host = tiny_host(configs={})
-    randomise(host.add("a", registered(rank=2, target_modules=("q_proj", "up_proj"))))
+    randomise(host.add("a", registered(rank=2, target_modules=("q_proj", "up_proj"), share=None)))
     host.save("a", tmp_path)
     assert host.load("b", tmp_path).config == host.adapter("a").config
     with torch.no_grad():
         logits = [host(tiny_ids(1), adapters=[name]).logits for name in ("a", "b", None)]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+    monkeypatch.setattr(LoraProjection, "maps_rank_space", True)  # no weights stand for that
+    with pytest.raises(AdapterError, match="must be without routers to be merged"):
+        host.merge("a")
+    with pytest.raises(AdapterError, match="to be a GGUF adapter"):
+        loraloom.export(host, build_tokenizer(), "a", tmp_path / "a.gguf", "gguf")
 
 
 def test_files_of_an_unknown_method_say_what_has_it(registered, tmp_path):
@@ -82,9 +90,8 @@ def test_files_of_an_unknown_method_say_what_has_it(registered, tmp_path):
     host.add("a", registered(rank=2))
     host.save("a", tmp_path)
     loraloom.adapters.CONFIGS.remove(registered)
-    with pytest.raises(
-        FormatError, match=r"one of LORA, .*, got 'HALF' of the package 'tests'; install a package"
-    ):
+    message = r"one of LORA, .*, got 'HALF' of the package 'tests'; install a package"
+    with pytest.raises(FormatError, match=message):
         host.load("b", tmp_path)
 
 
@@ -124,12 +131,10 @@ def test_what_files_would_not_hold_is_refused(part, message):
         tiny_host(configs={}).add("a", OddConfig(rank=2))
 
 
-@pytest.mark.parametrize(
-    "bases", [(MixtureConfig, RouterLossConfig), (RouterLossConfig, MixtureConfig)]
-)
-def test_router_losses_are_inherited_in_any_order(bases):
-    kind = type("Both", bases, {"__doc__": "A mixture with losses."})
-    assert kind.auxiliary_loss is RouterLossConfig.auxiliary_loss
+def test_router_losses_are_inherited_in_any_order():
+    for bases in ((MixtureConfig, RouterLossConfig), (RouterLossConfig, MixtureConfig)):
+        kind = type("Both", bases, {"__doc__": "A mixture with losses."})
+        assert kind.auxiliary_loss is RouterLossConfig.auxiliary_loss
 
 
 @pytest.mark.parametrize(

@@ -449,6 +449,12 @@ class Adapter(nn.Module, ABC):
             for block in blocks.values():
                 yield from block.values()
 
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether a weight for each projection computes the same, the same for all tokens."""
+        maps = any(one.maps_rank_space for one in self.projections())
+        return not maps and not self.config.experts_per_router
+
     def attention_block(self, layer: int) -> Mapping[str, Projection]:
         """Return the weights of a layer's attention, by projection."""
         return self._blocks[layer][self.base_layers[layer].attention_block]

@@ -58,7 +58,7 @@ def write_gguf_adapter(
 ) -> None:
     """Write an adapter as a GGUF file; `config` is the base model's."""
     projections = list(adapter.projections())
-    found = adapter.config.title if adapter.config.experts_per_router else None
+    found = None if adapter.is_mergeable else adapter.config.title
     if any(projection.row_scale() is not None for projection in projections):
         found = found or "weight_decomposition; export it merged into its base model instead"
     if found is not None:

@@ -61,8 +61,8 @@ class Merged:
 
 
 def check_merges(adapter: Adapter) -> None:
-    """Raise an AdapterError if no weights stand for an adapter, as its routers choose by token."""
-    if adapter.config.experts_per_router:
+    """Raise an AdapterError if no weights stand for an adapter, as its updates aren't linear."""
+    if not adapter.is_mergeable:
         raise AdapterError(
             f"adapter {adapter.name!r} must be without routers to be merged into the base model, "
             f"got {adapter.config.title}, whose update depends on the token; `loraloom export` "

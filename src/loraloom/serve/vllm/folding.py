@@ -81,7 +81,7 @@ def _fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
         ):
             for name, projection in projections.items():
                 pairs[f"{block}.{name}"] = _pair_of(projection, source)
-        if adapter.config.experts_per_router:
+        if not adapter.is_mergeable:
             moe = adapter.as_moe(layer.index)
             columns = max(p.num_columns for p in adapter.ffn_block(layer.index).values())
             pairs[f"{layer.ffn_block}.router"] = router_pair(moe, columns)
