@@ -92,6 +92,7 @@ def test_a_merged_mixture_of_experts_has_its_checkpoints_names(tmp_path, family)
     index = json.loads((done.path / "model.safetensors.index.json").read_text())
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert index["weight_map"].keys() == theirs.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in theirs.values())
     logits = host(IDS, adapters=["a", "a"]).logits
     assert relative_error(load(done.path)(IDS).logits, logits) < 1e-4
 
@@ -100,6 +101,7 @@ def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path):
     host = host_of("llama", tie_word_embeddings=True)
     done = exported(host, "mixlora", tmp_path / "out", dtype="bfloat16")
     names = {path.name for path in done.path.iterdir()}
+    assert len({path.stat().st_mode for path in done.path.iterdir()}) == 1  # all may read them
     assert {"config.json", "generation_config.json", "tokenizer.json"} < names
     index = json.loads((done.path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {n for n in names if n.endswith(".safetensors")}
@@ -174,13 +176,16 @@ def test_a_host_that_trains_is_exported_without_its_dropout(tmp_path, monkeypatc
     ("path", "to", "message"),
     [
         ("there", None, "must not be there yet"),
+        ("here", None, "other than the current one"),
         ("file", None, "must not be there yet"),
         ("adapter.gguf", None, "a directory"),
         ("adapter", "gguf", "a file"),
     ],
 )
-def test_an_output_that_cannot_be_used_is_refused(tmp_path, path, to, message):
+def test_an_output_that_cannot_be_used_is_refused(tmp_path, monkeypatch, path, to, message):
     (tmp_path / "there" / "kept").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=message):
         exported(host_of("llama"), "lora", tmp_path / path, to=to)
@@ -204,9 +209,8 @@ def test_a_gguf_adapter_has_llama_cpps_names_and_alpha(tmp_path, stabilized):
     host = host_of("qwen2", {"a": config})
     reader = gguf_of(host, "a", tmp_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert fields["general.architecture"] == "qwen2"
-    assert fields["general.type"] == "adapter"
-    assert fields["adapter.type"] == "lora"
+    names = ("general.architecture", "general.type", "adapter.type")
+    assert [fields[name] for name in names] == ["qwen2", "adapter", "lora"]
     assert fields["adapter.lora.alpha"] == (12 if stabilized else 6)  # llama.cpp divides by rank
     ours = host.adapters["a"].tensors()
     pairs = {"attn_q": "self_attn.q_proj", "attn_output": "self_attn.o_proj"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -114,9 +115,12 @@ def check_target(path: Path, form: ExportForm | None) -> None:
     if (form == "gguf") != (path.suffix.lower() == ".gguf"):
         wanted = "a file ….gguf" if form == "gguf" else "a directory (for a .gguf file, to: gguf)"
         raise ConfigError(f"the output must be {wanted}, got {path}")
-    is_empty_directory = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not is_empty_directory:
-        raise ConfigError(f"the output must not be there yet, got {path}; choose another place")
+    is_fixed = path.is_dir() and (path.is_mount() or path.samefile("."))  # can't be replaced
+    if path.exists() and (is_fixed or not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            "the output must not be there yet, or be an empty directory other than the current "
+            f"one and mounted ones, got {path}; choose another place"
+        )
 
 
 def _with_prompts_of(
@@ -212,6 +216,7 @@ class _ExportedModel(ABC):
         )
         stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
         save_file(stored, file, metadata={"format": "pt"})
+        shutil.copymode(file.with_name("config.json"), file)  # safetensors makes files 0600
         return {name: tensor.nbytes for name, tensor in stored.items()}
 
     def _logit_error(self, directory: Path) -> float:
@@ -267,7 +272,8 @@ def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in module.state_dict().items()
-        if not name.startswith((leave_out, *weights)) or name.endswith(".bias")
+        if not name.startswith(leave_out)
+        and (name.endswith(".bias") or not name.startswith(tuple(weights)))
     } | {f"{path}weight": weight.dequantised() for path, weight in weights.items()}
 
 
