@@ -53,7 +53,7 @@ class LoraloomConfig(PeftConfig):
         if adapter is None:
             self.adapter = parse_files(_files(fields, {}, CONFIG_FILE)).config
             self.file_fields = fields
-            fields = {name: fields[name] for name in _FIELDS if name in fields}
+            fields = _shared_fields(fields)
         else:
             is_given = isinstance(adapter, Mapping)
             self.adapter = parse_adapter_config(adapter) if is_given else check_config(adapter)
@@ -75,8 +75,8 @@ class LoraloomConfig(PeftConfig):
             name = str(pretrained_model_name_or_path)
             return super().from_pretrained(name, subfolder, **kwargs)  # pyright: ignore
         fields = cls.from_json_file(str(directory / CONFIG_FILE))
-        shared = {name: fields[name] for name in _FIELDS if name in fields}
-        config = cls(read_stored(directory).config, kwargs.get("seed"), **shared)
+        stored = read_stored(directory)
+        config = cls(stored.config, kwargs.get("seed"), **_shared_fields(fields))
         config.file_fields, config.is_from_file = fields, True
         return config
 
@@ -99,6 +99,13 @@ class LoraloomConfig(PeftConfig):
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = self.file_fields | {"base_model_name_or_path": self.base_model_name_or_path}
         write_json(path, fields)
+
+
+def _shared_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take PEFT's own fields of a file; MoE-PEFT has another word for choice tasks."""
+    shared = {name: fields[name] for name in _FIELDS if name in fields}
+    is_choice = shared.get("task_type") == "QUESTION_ANS"
+    return shared | ({"task_type": _TASK} if is_choice else {})
 
 
 def _files(fields: dict[str, Any], tensors: dict[str, Tensor], source: str) -> AdapterFiles:
@@ -152,6 +159,8 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         try:
             self._put(adapter_name, self.peft_config[adapter_name])
         except Exception:
+            if adapter_name not in self.loraloom.adapters:
+                self.host.adapters.pop(adapter_name, None)  # PyTorch refuses names with a dot
             if not self.host.adapters:
                 self.host.detach()
             raise
