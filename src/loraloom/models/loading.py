@@ -380,6 +380,8 @@ def _raised_as_model_error(what: str, source: ModelSource) -> Iterator[None]:
         advice = _ADVICE[source.kind]
         if isinstance(error, ImportError):
             advice = "install what it names"
+        if "to allocate" in text:  # of PyTorch, on a CPU or an accelerator
+            advice = "take quantization, a dtype of fewer bits or a device with more memory"
         if "trust_remote_code" in text:
             text = "it needs code of its own"
             advice = "loraloom runs none from a model's repository; take a model of transformers"

@@ -61,6 +61,11 @@ def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str
 def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationConfigMixin:
     match quantization:
         case "nf4" | "fp4":
+            if dtype == torch.float64:
+                raise ModelError(
+                    f"{quantization} computes in at most float32, got dtype: float64; take another "
+                    "dtype, or torchao-int8"
+                )
             return BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=quantization,
