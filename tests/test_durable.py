@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -39,14 +41,15 @@ def test_what_is_written_replaces_what_was_there(tmp_path):
 
 
 def test_a_file_that_cannot_be_replaced_stays_and_nothing_is_left_over(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    write_output(path, "old")
+    path, number = tmp_path / "a.txt", errno.EINVAL
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(number, "disk full")
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(ConfigError, match=r"a\.txt can't be written: disk full"):
+    monkeypatch.setattr(os, "fsync", fail)  # as some network file systems do
+    write_output(path, "old")
+    number = errno.ENOSPC
+    with pytest.raises(ConfigError, match=r"a\.txt can't be written: .*disk full"):
         write_output(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -144,15 +147,14 @@ def test_removing_a_link_leaves_its_target_and_a_staging_directory_is_gone_after
     assert os.listdir(tmp_path) == []
 
 
-def test_the_directory_of_an_output_is_made(tmp_path):
+def test_the_directory_of_an_output_is_made_and_what_can_be_no_file_is_an_error(tmp_path):
     prepare_output(tmp_path / "a" / "b" / "c.json", "--output")
     assert (tmp_path / "a" / "b").is_dir()
     prepare_output(None, "--output")
-
-
-def test_an_output_that_is_a_directory_or_below_a_file_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="--output must be a file, got the directory"):
         prepare_output(tmp_path, "--output")
+    with pytest.raises(ConfigError, match="--output must be a file, got the device or pipe"):
+        prepare_output(Path(os.devnull), "--output")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--output can't be written to"):
         prepare_output(tmp_path / "file" / "x.json", "--output")

@@ -147,6 +147,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems sync no directories
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -155,8 +158,9 @@ def prepare_output(path: Path | None, option: str) -> None:
     """Make the directory of a file that will be written, before the work that fills it."""
     if path is None:
         return
-    if path.is_dir():
-        raise ConfigError(f"{option} must be a file, got the directory {path}")
+    if path.exists() and not path.is_file():  # root could replace /dev/null
+        kind = "directory" if path.is_dir() else "device or pipe"
+        raise ConfigError(f"{option} must be a file, got the {kind} {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
@@ -167,4 +171,4 @@ def prepare_output(path: Path | None, option: str) -> None:
 
 def cache_directory() -> Path:
     """Name `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loraloom"
