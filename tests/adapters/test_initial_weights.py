@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraloom.adapters import LoraConfig
-from tests.tiny import METHODS, tiny_host
+from tests.tiny import ALL_METHODS, METHODS, tiny_host
 
 
 def fresh(config: LoraConfig, seed: int = 0, before: tuple = (), family: str = "llama", **changes):
@@ -22,17 +22,19 @@ def assert_equal(actual: dict, expected: dict) -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_global_generator_neither_matters_nor_moves(method):
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_the_global_generator_dtype_and_device_do_not_matter_and_stay(method, request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    request.addfinalizer(lambda: torch.set_default_device(None))
     torch.manual_seed(1)
-    first = fresh(METHODS[method])
+    first = fresh(ALL_METHODS[method])
     host = tiny_host(configs={})
     torch.manual_seed(2)
-    expected = torch.rand(1)
-    torch.manual_seed(2)
-    adapter = host.add("a", METHODS[method])
-    assert torch.equal(torch.rand(1), expected)
-    assert_equal(adapter.tensors(), first)
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    assert_equal(host.add("a", ALL_METHODS[method]).tensors(), first)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_two_tensors_start_alike():

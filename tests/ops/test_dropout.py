@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
@@ -42,11 +44,7 @@ def test_padding_does_not_change_a_mask(side, padding):
     span = slice(start, start + 5)
     mask = noise([SampleSpan(KEY, span)], 5 + padding).keep_mask(Site.FFN_INPUT, N, 0.5)
     assert torch.equal(mask[span], alone())
-
-
-def test_padding_is_kept():
-    mask = noise([SampleSpan(KEY, slice(2, 4))], 6).keep_mask(Site.FFN_INPUT, N, 0.9)
-    assert mask[[0, 1, 4, 5]].all()
+    assert mask.sum() - mask[span].sum() == padding * N  # padding is kept
 
 
 def test_neighbours_and_their_order_do_not_change_a_mask():
@@ -68,11 +66,9 @@ def test_tokens_need_not_lie_side_by_side(positions):
 
 
 def test_drawing_leaves_the_global_generator_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
+    before = torch.get_rng_state()
     alone()
-    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_layer_site_slot_sample_epoch_and_seed_each_change_a_mask():
@@ -86,14 +82,9 @@ def test_layer_site_slot_sample_epoch_and_seed_each_change_a_mask():
         alone(key=sample_key(0, 1, 7)),
         alone(key=sample_key(1, 0, 7)),
     ]
-    for index, mask in enumerate(masks):
-        for other in masks[:index]:
-            agreement = (mask == other).double().mean()
-            assert 0.35 < agreement < 0.65
-
-
-def test_slots_come_after_all_other_sites():
-    assert max(Site) == Site.FFN_SLOT
+    for mask, other in combinations(masks, 2):
+        assert 0.35 < (mask == other).double().mean() < 0.65
+    assert max(Site) == Site.FFN_SLOT  # slots come after all other sites
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.3, 0.9])
@@ -105,7 +96,9 @@ def test_a_share_of_one_minus_dropout_is_kept(dropout):
     assert mask.double().mean(0).std() < 3 * (dropout * (1 - dropout) / 800) ** 0.5
 
 
-def test_jitter_is_uniform_around_one_and_leaves_padding_alone():
+def test_jitter_is_uniform_around_one_and_leaves_padding_alone(request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float16)
     spans = [SampleSpan(KEY, slice(1, 200))]
     factors = noise(spans, 201).jitter(Site.ROUTER_JITTER, N, 0.1)
     real = factors[1:200]

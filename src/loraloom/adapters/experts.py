@@ -148,7 +148,8 @@ class Router(Weights):
         if std is None:
             initial = kaiming_uniform(shape, seed, key)
         else:
-            initial = torch.empty(shape).normal_(std=std, generator=generator_for(seed, key))
+            initial = torch.empty(shape, dtype=torch.float32)
+            initial.normal_(std=std, generator=generator_for(seed, key))
         self.weight = nn.Parameter(initial.to(dtype=dtype, device=device))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

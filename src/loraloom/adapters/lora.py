@@ -159,7 +159,7 @@ class LoraProjection(Projection):
             names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
         shape = (config.rank, base.in_features)
         # Filled one by one: on the meta device torch.stack would import sympy.
-        initial = torch.empty(len(names), *shape)
+        initial = torch.empty(len(names), *shape, dtype=torch.float32)
         for expert, name in enumerate(names):
             initial[expert] = initial_A(shape, config.init, seed, name)
         options = {"dtype": dtype, "device": base.device}

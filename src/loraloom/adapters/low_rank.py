@@ -193,7 +193,8 @@ def initial_A(
 ) -> Tensor:
     """Draw an A, [R, I], by a configuration's `init`; see `kaiming_uniform`."""
     if init == "gaussian":
-        return torch.empty(shape).normal_(std=1 / shape[0], generator=generator_for(seed, name))
+        initial = torch.empty(shape, dtype=torch.float32)
+        return initial.normal_(std=1 / shape[0], generator=generator_for(seed, name))
     return kaiming_uniform(shape, seed, name)
 
 
@@ -201,7 +202,8 @@ def kaiming_uniform(shape: tuple[int, int], seed: int, name: str) -> Tensor:
     """Draw a matrix, [out, in], Kaiming uniform with a = sqrt(5), by a seed and a tensor's name."""
     # On the CPU in float32 whatever trains, so that a job starts alike on every device.
     bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator_for(seed, name))
+    initial = torch.empty(shape, dtype=torch.float32)
+    return initial.uniform_(-bound, bound, generator=generator_for(seed, name))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

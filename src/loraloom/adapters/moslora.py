@@ -49,7 +49,7 @@ class MosLoraProjection(Projection):
         mixer = kaiming_uniform((rank, rank), seed, f"{self.key}.mixer")
         if config.mixer_init == "orthogonal":
             generator = generator_for(seed, f"{self.key}.mixer")
-            mixer = nn.init.orthogonal_(torch.empty(rank, rank), generator=generator)
+            nn.init.orthogonal_(mixer, generator=generator)
         self.lora_A = nn.Parameter(lora_A.to(**options))
         self.mixer = nn.Parameter(mixer.to(**options))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))

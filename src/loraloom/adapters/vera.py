@@ -76,7 +76,8 @@ class SharedProjections(Weights):
             ("vera_B", (out_features, config.rank)),
         ):
             bound = math.sqrt(6 / shape[1])
-            matrix = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            matrix = torch.empty(shape, dtype=torch.float32)
+            matrix.uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, matrix.to(**options))
         self._saved = config.save_projection
 

@@ -55,8 +55,8 @@ class AdapterRegistry:
         dtype = torch.promote_types(torch.float32, self.model.dtype)
         parts = own_parts(check_config(config), self.base)
         config.check_fits(self._layers)
-        # Tensors of inference mode could neither be trained nor decode.
-        with torch.inference_mode(False):
+        # Tensors of inference mode could neither be trained nor decode; draws are the CPU's.
+        with torch.inference_mode(False), torch.device("cpu"):
             adapter = config.build(name, self._layers, dtype, seed)
             adapter.check_can_be_saved()
             adapter.own_modules.extend(build_own_modules(parts, self.model, dtype))

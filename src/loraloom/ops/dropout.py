@@ -91,14 +91,16 @@ class SampleNoise:
 
     def jitter(self, site: int | str, num_features: int, amount: float) -> Float[Tensor, "T N"]:
         """Return float32 factors, uniform in [1 - amount, 1 + amount]."""
-        factors = torch.ones(self.num_tokens, num_features, device=self.device)
+        shape = (self.num_tokens, num_features)
+        factors = torch.ones(shape, dtype=torch.float32, device=self.device)
         return self._fill(
             factors, site, lambda part, rng: part.uniform_(1 - amount, 1 + amount, generator=rng)
         )
 
     def normal(self, site: int | str, num_features: int) -> Float[Tensor, "T N"]:
         """Return float32 draws of the standard normal distribution."""
-        zeros = torch.zeros(self.num_tokens, num_features, device=self.device)
+        shape = (self.num_tokens, num_features)
+        zeros = torch.zeros(shape, dtype=torch.float32, device=self.device)
         return self._fill(zeros, site, lambda part, rng: part.normal_(generator=rng))
 
     def _fill(
