@@ -58,6 +58,7 @@ def test_routers_may_have_different_numbers_of_experts():
     [
         (torch.eye(4) * 1e-6, 1, 0),  # balanced and uniform
         ([[99.0, 0, 0, 0]] * 6, 0, math.sqrt(3)),  # collapsed
+        ([[99.0, 0, 0, -math.inf]] * 6, 0, math.sqrt(3)),  # by a method that leaves experts out
         ([[50.0, 50.0, 0, 0]], 0.5, math.sqrt(3)),
         (torch.zeros(0, 3), 1, 0),  # no tokens
         ([[1.0], [2.0]], 1, 0),  # a single expert
@@ -181,7 +182,7 @@ def test_unused_experts_are_named_with_their_layers():
     assert text.startswith("1 of 16 experts are hardly used")
     assert text.endswith(": layer 11 (expert 7)")
     assert "below 1 % of an even share" in text
-    assert found(*[UNUSED] * 9)["unused experts"].endswith("layer 13 (expert 7), 5 more layers")
+    assert found(*[UNUSED] * 9)["unused experts"].endswith("layer 13 (expert 7), 5 more")
     assert found(UNUSED, EVEN, EVEN) == {}  # a few are common
 
 

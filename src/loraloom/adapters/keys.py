@@ -91,6 +91,7 @@ def is_meant(target: str, key: str) -> bool:
 def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
+        matches(pattern, "")  # it stands in the midst of another one there, without flags
     except re.error as error:
         raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from None
     return pattern

@@ -47,11 +47,10 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
     loads = expert_loads(routing)
     sums = torch.cat([loads.new_zeros(len(loads), 2), loads, torch.zeros_like(loads)], dim=1)
     for row, record in zip(sums, routing, strict=True):
-        log_probabilities = record.router_logits.detach().log_softmax(-1)  # (T, E)
-        probabilities = log_probabilities.exp()
-        row[0] = len(log_probabilities)
+        probabilities = record.router_logits.detach().softmax(-1)  # (T, E)
+        row[0] = len(probabilities)
         # Widened once experts are summed up: over many tokens float32 would lose digits.
-        row[1] = -widened((probabilities * log_probabilities).sum(-1)).sum() / math.log(2)
+        row[1] = widened(torch.special.entr(probabilities).sum(-1)).sum() / math.log(2)
         start = 2 + loads.shape[1]
         row[start : start + record.num_experts] = probabilities.sum(0)
     return sums
@@ -249,4 +248,4 @@ def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
 
 def _shortened(names: Sequence[str]) -> str:
     rest = len(names) - _MAX_NAMED
-    return ", ".join([*names[:_MAX_NAMED], *([f"{rest} more layers"] if rest > 0 else [])])
+    return ", ".join([*names[:_MAX_NAMED], *([f"{rest} more"] if rest > 0 else [])])
