@@ -14,6 +14,7 @@ import torch
 
 from loraloom.adapters.experts import RoutedProjection
 from loraloom.adapters.mixlora import MixLoraAdapter
+from loraloom.errors import AdapterError
 from loraloom.training.step.fused import forward_backward
 from tests.tiny import ALL_METHODS, padded_mask, randomise, tiny_host, tiny_ids
 from tests.training.step.test_fused import assert_same, run_window
@@ -130,11 +131,13 @@ def test_a_choice_may_know_the_sample_of_each_token(monkeypatch):
 
 
 class ChoosingAdapter(MixLoraAdapter):
-    """Chooses as MixLoRA does, and records how sure it is."""
+    """Chooses as MixLoRA does, weighs by a share, and records how sure it is."""
+
+    share = 1.0
 
     def choose(self, layer, logits, hidden_states, tokens):
         selected, weights, _ = super().choose(layer, logits, hidden_states, tokens)
-        return selected, weights, {"first": weights[:, 0]}
+        return selected, self.share * weights, {"first": weights[:, 0]}
 
 
 def test_a_mixture_of_whole_blocks_may_choose_in_its_own_way():
@@ -157,3 +160,22 @@ def test_a_mixture_of_whole_blocks_may_choose_in_its_own_way():
     torch.testing.assert_close(decoded, alike[:, :1])
     for record in out.routing["b"]:
         assert torch.equal(record.extra["first"], record.routing_weights[:, 0])
+    with pytest.raises(AdapterError, match=r"whole FFN experts for each token .*, got MixLoRA"):
+        host.adapters["b"].as_moe(0)
+    host.adapters["b"].share = 0.0  # no token uses an expert
+    with torch.no_grad():
+        assert host(ids, padded_mask([3, 7]), ["b", "b"]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_an_ffn_block_of_its_own_decodes_as_in_full_forwards(method):
+    host, ids = tiny_host(configs={"a": ALL_METHODS[method]}), tiny_ids(1)
+
+    class OwnAdapter(type(host.adapters["a"])):
+        def ffn(self, layer, weights, hidden_states, *others):
+            return super().ffn(layer, weights, 2 * hidden_states, *others)
+
+    host.adapters["a"].__class__ = OwnAdapter
+    with torch.no_grad(), host.prepared():
+        decoded = host(ids, adapters=["a"]).logits
+    torch.testing.assert_close(decoded, host(ids, adapters=["a"]).logits)

@@ -69,7 +69,9 @@ print(loraloom.RunConfig.model_validate({run_settings("half")!r}).jobs[0].adapte
     assert ran.stdout == "half\n", ran.stderr
 
 
-def test_files_of_a_registered_method_are_read_back(registered, tmp_path, monkeypatch):
+def test_files_of_a_registered_method_are_read_back_where_it_is_known(
+    registered, tmp_path, monkeypatch
+):
     host = tiny_host(configs={})
     randomise(host.add("a", registered(rank=2, target_modules=("q_proj", "up_proj"), share=None)))
     host.save("a", tmp_path)
@@ -78,21 +80,17 @@ def test_files_of_a_registered_method_are_read_back(registered, tmp_path, monkey
         logits = [host(tiny_ids(1), adapters=[name]).logits for name in ("a", "b", None)]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+    loraloom.adapters.CONFIGS.remove(registered)
+    message = r"one of LORA, .*, got 'HALF' of the package 'tests'; install a package"
+    with pytest.raises(FormatError, match=message):
+        host.load("c", tmp_path)
     monkeypatch.setattr(LoraProjection, "maps_rank_space", True)  # no weights stand for that
     with pytest.raises(AdapterError, match="must be without routers to be merged"):
         host.merge("a")
     with pytest.raises(AdapterError, match="to be a GGUF adapter"):
         loraloom.export(host, build_tokenizer(), "a", tmp_path / "a.gguf", "gguf")
-
-
-def test_files_of_an_unknown_method_say_what_has_it(registered, tmp_path):
-    host = tiny_host(configs={})
-    host.add("a", registered(rank=2))
-    host.save("a", tmp_path)
-    loraloom.adapters.CONFIGS.remove(registered)
-    message = r"one of LORA, .*, got 'HALF' of the package 'tests'; install a package"
-    with pytest.raises(FormatError, match=message):
-        host.load("b", tmp_path)
+    with pytest.raises(AdapterError, match="must have updates of the form BA, Half hasn't"):
+        host.combine(["a", "b"], [0.5, 0.5], name="both")
 
 
 class OddProjection(LoraProjection):
@@ -155,7 +153,11 @@ def test_a_configuration_that_lacks_something_is_refused(changes, message, metho
 
 def test_names_that_are_taken_are_refused(registered):
     assert loraloom.register_method(registered) is registered
-    twin = type("Twin", (HalfConfig,), {"__doc__": "A twin."})
+    names = {"__doc__": "A twin.", "__module__": __name__}
+    again = type("HalfConfig", (HalfConfig,), names)  # its definition is executed once more
+    assert loraloom.register_method(again) in loraloom.adapters.CONFIGS
+    assert registered not in loraloom.adapters.CONFIGS
+    twin = type("Twin", (HalfConfig,), names)
     with pytest.raises(ConfigError, match=r"method 'half' .* HalfConfig has one of them"):
         loraloom.register_method(twin)
 

@@ -76,13 +76,16 @@ def register_method(config: _METHOD) -> _METHOD:
     if lacking := ", ".join(_lacking(config)):
         raise ConfigError(f"a method's configuration must have {lacking}, got {shown(config)}")
     name = config.model_fields["method"].default
-    for known in CONFIGS:
+    for known in list(CONFIGS):
         names = {known.model_fields["method"].default, *known.aliases}
-        if known is not config and (name in names or config.peft_type == known.peft_type):
+        if known is config or (name not in names and config.peft_type != known.peft_type):
+            continue
+        if (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
             raise ConfigError(
                 f"method {name!r} with peft_type {config.peft_type!r} must have names of its own, "
                 f"{known.__name__} has one of them; rename it"
             )
+        CONFIGS.remove(known)  # a notebook's cell that defines it is run again
     if config not in CONFIGS:
         config.package = config.__module__.partition(".")[0].replace("__main__", "")
         CONFIGS.append(config)

@@ -161,8 +161,6 @@ class RoutedProjection(LoraProjection):
 
     # In training an expert takes no more than `capacity` tokens of a sample; None for any number.
 
-    maps_rank_space = True
-
     def __init__(
         self,
         base: BaseProjection,

@@ -45,8 +45,6 @@ class HydraLoraConfig(MixtureConfig):
 class HydraLoraProjection(Projection):
     """A, E times B, and the router that mixes them."""
 
-    maps_rank_space = True
-
     def __init__(
         self, base: BaseProjection, config: HydraLoraConfig, dtype: torch.dtype, seed: int
     ):

@@ -99,7 +99,8 @@ class LowRankAdapter(Adapter):
         return FfnRows(*low_rank_ffn(hidden_states, gate, up, weights, act, dropout, tokens))
 
     def stack_key(self) -> Hashable:
-        return type(self.config), self._shapes
+        computes = self.is_as_in(LowRankAdapter, "ffn", "attention_low_rank")
+        return (type(self.config), self._shapes) if computes else None
 
     @classmethod
     def stack_ffn(

@@ -228,14 +228,16 @@ def check_config(config: object) -> AdapterConfig:
 class Projection(Weights):
     """The trained weights on one projection of the base model."""
 
-    maps_rank_space: ClassVar[bool] = False
-    """Whether `between` does anything; what doesn't goes through faster forms."""
-
     def __init__(self, base: BaseProjection):
         super().__init__()
         self.base = base
         self.key, self.name = base.key, base.name
         self.path = self.key.split(".", 2)[2]  # in its layer: `self_attn.q_proj`, for instance
+
+    @property
+    def maps_rank_space(self) -> bool:
+        """Whether `between` does anything; what doesn't goes through faster forms."""
+        return type(self).between is not Projection.between
 
     @property
     @abstractmethod
@@ -382,6 +384,10 @@ class Adapter(nn.Module, ABC):
             weights: What `ffn_weights` returned for each.
         """
         raise NotImplementedError(f"{cls.__name__} has no stacked form")
+
+    def is_as_in(self, kind: type[Adapter], *names: str) -> bool:
+        """Whether functions are still those of a class, which a stack computes."""
+        return all(getattr(type(self), name) is getattr(kind, name) for name in names)
 
     def as_moe(self, layer: int) -> MoeFfn:
         """See an FFN block as experts that each have whole weights.

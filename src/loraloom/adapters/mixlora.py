@@ -177,7 +177,7 @@ class MixLoraAdapter(Adapter):
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
         self._returns_input = config.compat is not None and config.routing == "switch"
-        self._chooses_by_route = type(self).choose is MixLoraAdapter.choose
+        self._chooses_by_route = self.is_as_in(MixLoraAdapter, "choose")
         self._sums_to_one = self._chooses_by_route and self._routed.sums_to_one
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
@@ -212,7 +212,8 @@ class MixLoraAdapter(Adapter):
         return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
-        if self._returns_input or not self._chooses_by_route:
+        computes = self.is_as_in(MixLoraAdapter, "ffn", "attention_low_rank")
+        if self._returns_input or not self._chooses_by_route or not computes:
             return None
         return type(self.config), self._routed, self._shapes
 
@@ -227,7 +228,9 @@ class MixLoraAdapter(Adapter):
 
     def as_moe(self, layer: int) -> MoeFfn:
         if not self._sums_to_one:
-            raise self._no_moe(f"routing: {self.config.routing}")
+            raise self._no_moe(
+                f"routing: {self.config.routing}" if self._chooses_by_route else self.config.title
+            )
         block, base = self.ffn_block(layer), self.base_layers[layer].ffn
 
         def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
@@ -259,7 +262,7 @@ class MixLoraAdapter(Adapter):
         tokens.record_routing(logits, selected, weights, extra=extra)
         # Slots that no token uses are left out, where the device need not be waited for.
         if not self._sums_to_one and weights.device.type == "cpu" and len(weights):
-            used = int((weights.detach() != 0).sum(1).max())  # NaN counts
+            used = max(1, int((weights.detach() != 0).sum(1).max()))  # NaN counts
             selected, weights = selected[:, :used], weights[:, :used]
         beyond = tokens.beyond_capacity(selected, self.config.expert_capacity)
         if beyond is not None:

@@ -65,8 +65,6 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
 class SmoraProjection(LoraProjection):
     """A LoRA, and the router that chooses among its ranks."""
 
-    maps_rank_space = True
-
     def __init__(self, base: BaseProjection, config: SmoraConfig, dtype: torch.dtype, seed: int):
         super().__init__(base, config, None, dtype, seed)
         self.top_k = config.top_k

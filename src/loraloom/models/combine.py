@@ -65,8 +65,9 @@ def check_merges(adapter: Adapter) -> None:
     if not adapter.is_mergeable:
         raise AdapterError(
             f"adapter {adapter.name!r} must be without routers to be merged into the base model, "
-            f"got {adapter.config.title}, whose update depends on the token; `loraloom export` "
-            "writes mixtures of whole FFN blocks as MoE checkpoints"
+            f"and with nothing else between A and B, got {adapter.config.title}, whose update "
+            "depends on the token; `loraloom export` writes mixtures of whole FFN blocks as MoE "
+            "checkpoints"
         )
 
 
@@ -83,6 +84,8 @@ def combine(
     """Combine updates pair by pair of A and B, and average what is none by the weights' shares."""
     _check(adapters, weights, combination)
     config = adapters[0].config.combined()
+    if not (adapters[0].is_mergeable or config.experts_per_router):
+        AdapterConfig.combined(config)  # an error: it is no BA
     sources = [adapter.tensors() for adapter in adapters]
     tensors: dict[str, Tensor] = {}
     for name in sources[0]:

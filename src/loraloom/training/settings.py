@@ -453,7 +453,8 @@ def register_objective(config: _OBJECTIVE) -> _OBJECTIVE:
     """
     names = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
     name = config.model_fields["name"]
-    is_new = names.get(name.default, config) is config
+    former = names.get(name.default, config)  # perhaps this one, defined by a cell that ran before
+    is_new = (former.__module__, former.__qualname__) == (config.__module__, config.__qualname__)
     is_whole = get_args(name.annotation) == (name.default,)
     if not is_new or not is_whole or config.terms is ObjectiveConfig.terms:
         raise ConfigError(
@@ -461,7 +462,7 @@ def register_objective(config: _OBJECTIVE) -> _OBJECTIVE:
             f"{', '.join(names)}, got {shown(config)} with {shown(name.default)}"
         )
     if config not in OBJECTIVES:
-        OBJECTIVES.append(config)
+        OBJECTIVES[:] = [*(kind for kind in OBJECTIVES if kind is not former), config]
         _build_again()
     return config
 

@@ -80,6 +80,9 @@ def test_a_registered_objective_is_one_of_run_files(methods_as_before):
     expected = -((1 - LOG_PROBS.exp()) ** 2 * LOG_PROBS).sum() / 7
     torch.testing.assert_close(terms.loss, expected)
     assert terms.metrics.keys() == {"weight"}
+    again = type("FocalConfig", (FocalConfig,), {"__doc__": "New.", "__module__": __name__})
+    loraloom.register_objective(again)  # a notebook's cell that runs once more
+    assert type(RunConfig.model_validate(run_settings("focal")).jobs[0].train.objective) is again
 
 
 def test_an_objective_without_terms_or_with_a_taken_name_is_refused():
