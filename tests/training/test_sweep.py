@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from contextlib import suppress
+from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -19,12 +20,13 @@ from safetensors.torch import load_file
 
 from loraloom.errors import ConfigError
 from loraloom.training.engine import Engine
+from loraloom.training.job import Job
 from loraloom.training.progress import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory
 from loraloom.training.sweep import Sweep, rank_jobs, show_ranking
-from tests.training.running import Spoken
+from tests.training.running import Spoken, read_metrics
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import read_result, toy_engine
 
@@ -106,10 +108,6 @@ def without_seconds(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def metrics_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
     """Interrupted after the fused step in which jobs come to a rung."""
 
@@ -123,7 +121,7 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
     assert read_csv(tmp_path) == read_csv(halved)
     for trial in sweep_run(inputs, tmp_path).trials:
         directory, unbroken = tmp_path / trial.name, halved / trial.name
-        assert without_seconds(metrics_of(directory)) == without_seconds(metrics_of(unbroken))
+        assert without_seconds(read_metrics(directory)) == without_seconds(read_metrics(unbroken))
         tensors = load_file(directory / "adapter_model.safetensors")
         expected = load_file(unbroken / "adapter_model.safetensors")
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
@@ -132,7 +130,7 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
 @pytest.fixture
 def sharing(inputs, tmp_path):
     """Two workers' sweeps, which train nothing."""
-    search = {"tpe": 11, "seed": 1}
+    search = {"tpe": 11, "seed": 2**32 - 1}
     run = sweep_run(inputs, tmp_path, **{**TPE, "search": search})
     directory = RunDirectory(tmp_path, by_job=True)
     directory.checkpoints.directory.mkdir()
@@ -147,6 +145,9 @@ def test_a_job_whose_worker_was_killed_as_it_asked_is_taken_up(sharing):
     assert (trial.number, trial.user_attrs["worker"]) == (0, 1)
     assert trial.params.keys() == TPE["parameters"].keys()
     assert sharing[0]._take().number == 1
+    for sweep, num_steps in zip(sharing, (9, 3), strict=True):
+        sweep._prepare(Mock(Job, total_steps=num_steps))
+    assert study.user_attrs["longest"] == 9  # of all jobs, those that have ended included
 
 
 def test_workers_take_no_more_jobs_than_there_are(sharing, monkeypatch):
@@ -175,9 +176,10 @@ def test_workers_take_no_more_jobs_than_there_are(sharing, monkeypatch):
 
 def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):
     directory = shutil.copytree(halved, tmp_path / "copy")
-    changed = sweep_run(inputs, directory, parameters={"train.learning_rate": RATES[:-1]})
-    with pytest.raises(ConfigError, match=r"that the run began with: sweep\.parameters"):
-        train(changed, resume=True)
+    changes = {"parameters": {"train.learning_rate": RATES[:-1]}, "search": {"random": 6}}
+    for name, value in changes.items():
+        with pytest.raises(ConfigError, match=rf"the run began with: sweep\.{name}"):
+            train(sweep_run(inputs, directory, **{name: value}), resume=True)
 
 
 TPE = {
@@ -233,7 +235,7 @@ def test_a_killed_tpe_sweep_goes_on_to_the_jobs_of_an_unbroken_one(
     assert read_csv(tmp_path) == read_csv(learned)
     for row in read_csv(learned):
         directory, unbroken = tmp_path / row["name"], learned / row["name"]
-        assert without_seconds(metrics_of(directory)) == without_seconds(metrics_of(unbroken))
+        assert without_seconds(read_metrics(directory)) == without_seconds(read_metrics(unbroken))
 
 
 def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
@@ -298,7 +300,8 @@ def test_those_at_their_end_are_ahead_then_those_that_got_further(inputs, tmp_pa
     names = [row["name"][:9] for row in rank_jobs(sweep, study)]
     assert names == [f"plain-00{number}" for number in (5, 3, 4, 1, 2, 0)]
     spoken = Spoken()
-    show_ranking(sweep, study, spoken)
+    show_ranking(sweep, study, RunDirectory(tmp_path), spoken)
+    assert [row["name"][:9] for row in read_csv(tmp_path)] == names
     header, first, *_ = spoken.messages[0].splitlines()
     assert header.split()[:4] == ["name", "rank", "status", "steps"]
     assert first.split()[1:4] == ["1", "finished", "2"]

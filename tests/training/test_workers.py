@@ -9,13 +9,16 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 import loraloom
 from loraloom.cli import main as cli
+from loraloom.config.text import apply_override
 from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.training import workers
+from loraloom.training.engine import Engine
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import read_result
@@ -129,6 +132,35 @@ def test_bad_data_leaves_the_results_that_were_to_be_replaced(inputs, tmp_path, 
     assert len(loraloom.train(run, ray="auto", overwrite=True)) == 2
 
 
+def test_a_sweep_that_is_resumed_has_all_results_and_its_own_settings(
+    inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workers, "connected", lambda _: nullcontext(PlayedRay("")))
+    run, step = run_settings(inputs, tmp_path / "out"), Engine.step
+    run["sweep"] = {"job": run.pop("jobs")[0], "parameters": {"seed": [1, 2]}, "max_concurrent": 1}
+
+    def dying(engine):
+        if engine.round == 6:
+            raise RuntimeError("killed")
+        step(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            loraloom.train(run, ray="auto")
+    changes = {"sweep.job.train.batch_size=2": r"job plain-000-1: train\.batch_size was 4 and is 2"}
+    for change, message in (changes | {"dtype=float64": r"base\.dtype was 'float32'"}).items():
+        with pytest.raises(ConfigError, match=message):
+            loraloom.train(apply_override(run, change), ray="auto", resume=True)
+    data = Path(run["sweep"]["job"]["data"]["dataset"])
+    data.write_text((rows := data.read_text()).replace("blue", "red"))
+    with pytest.raises(ConfigError, match="that the run began with, it has changed"):
+        loraloom.train(run, ray="auto", resume=True)
+    data.write_text(rows)
+    results = loraloom.train(run, ray="auto", resume=True)
+    assert [(one.job, one.steps) for one in results] == [("plain-000-1", 4), ("plain-001-2", 4)]
+
+
 class BusyRay(PlayedRay):
     """A cluster whose cores are busy for some minutes; `minutes` is the clock."""
 
@@ -171,6 +203,14 @@ def test_a_fault_is_one_message_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_auto_in_the_environment_is_the_cluster_of_this_machine_too(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    services = SimpleNamespace(canonicalize_bootstrap_address=Mock(side_effect=ConnectionError))
+    ray = SimpleNamespace(init=Mock(), _private=SimpleNamespace(services=services))
+    workers._connect(ray, "auto")
+    assert ray.init.call_args.args == ("local",)
+
+
 def test_without_ray_the_message_names_the_extra(run_file, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert cli.main(["train", str(run_file), "--ray", "auto"]) == 2
@@ -199,3 +239,5 @@ def test_each_worker_has_an_accelerator_or_a_share_of_the_cores(
     nodes, device, asked, size, resources
 ):
     assert workers.choose_resources(nodes, device, asked) == (size, resources)
+    with pytest.raises(ConfigError, match="--ray needs a cluster with cores or accelerators"):
+        workers.choose_resources([node(0)], device, asked)

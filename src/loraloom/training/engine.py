@@ -22,7 +22,13 @@ from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.settings import RunConfig
 from loraloom.training.step import batch, fused, objectives
 from loraloom.training.step.optimizers import frozen_tensors
-from loraloom.training.store import Checkpoint, JobRecord, RunDirectory, describe_base
+from loraloom.training.store import (
+    Checkpoint,
+    JobRecord,
+    RunDirectory,
+    check_same_run,
+    describe_base,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +122,7 @@ class Engine:
                 # Another job that was held at it may have gone with it since this one was built.
                 objectives.load_reference(self.host, job.config.train.objective)
                 if checkpoint is not None:
+                    check_same_run(checkpoint, [job.config], describe_base(self.host))
                     self._check_inputs(checkpoint, [job])
                     self._go_on(job, checkpoint)
                 elif self._is_first:

@@ -54,7 +54,9 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
         pruner=NopPruner(),
     )
     now = run.sweep.model_dump(mode="json", include={"metric", "parameters"})
-    if changes := describe_changes(study.user_attrs.get("sweep", now), now, "sweep"):
+    now["search"] = run.sweep.search_kind
+    # Older studies don't have all of it.
+    if changes := describe_changes(now | study.user_attrs.get("sweep", {}), now, "sweep"):
         raise ConfigError(
             f"--resume needs the sweep that the run began with: {'; '.join(changes)}; set it back, "
             "or give --overwrite to begin again"
@@ -92,8 +94,12 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
     return [row | {"rank": rank} for rank, row in enumerate(sorted(rows, key=standing), start=1)]
 
 
-def show_ranking(sweep: SweepConfig, study: optuna.Study, progress: Progress) -> None:
+def show_ranking(
+    sweep: SweepConfig, study: optuna.Study, directory: RunDirectory, progress: Progress
+) -> None:
     table = DataFrame(rank_jobs(sweep, study))
+    # Once more: of workers that wrote it at the same time, the last may have known less.
+    write_output(directory.sweep_table, table.to_csv(index=False))
     progress.message(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
 
 
@@ -118,11 +124,13 @@ class Sweep:
         self._study = open_study(run, directory, journal_bytes)
         self._place = place
         self._lock = FileLock(directory.sweep_lock)
-        self._longest = 1
         self._written = list[dict[str, Any]]()
         for job in engine.jobs.values():
             if self._sweep.owns(job.name):
                 self._prepare(job)
+        for trial, name in self._own():
+            if trial.state.is_finished() and name not in engine.results:
+                engine.recall(name)
 
     def between_steps(self, engine: Engine) -> None:
         for trial, name in self._own():
@@ -141,7 +149,7 @@ class Sweep:
             write_output(self._directory.sweep_table, DataFrame(rows).to_csv(index=False))
 
     def conclude(self) -> None:
-        show_ranking(self._sweep, self._study, self._progress)
+        show_ranking(self._sweep, self._study, self._directory, self._progress)
 
     def _own(self) -> list[tuple[FrozenTrial, str]]:
         number, size = self._place
@@ -157,9 +165,11 @@ class Sweep:
 
     def _prepare(self, job: Job) -> None:
         """Let a job be measured at its rungs, and brackets go up to the longest of the jobs."""
-        self._longest = max(self._longest, job.total_steps)
         if (stopping := self._sweep.early_stopping) is not None:
-            self._study.pruner = _pruner(stopping, self._longest)
+            # In the study, as jobs that have ended are not built again when a sweep is resumed.
+            longest = max(self._study.user_attrs.get("longest", 1), job.total_steps)
+            self._study.set_user_attr("longest", longest)
+            self._study.pruner = _pruner(stopping, longest)
             job.milestones = frozenset(stopping.rungs(job.total_steps))
 
     def _report(self, trial: FrozenTrial, name: str) -> None:
@@ -198,7 +208,7 @@ class Sweep:
         for trial, name in self._own():
             if trial.state == TrialState.RUNNING and name not in self._engine.results:
                 self._start(trial, name)
-        most = -(-self._sweep.num_concurrent // self._place[1])
+        most = self._sweep.share_of_concurrent(*self._place)
         while sum(name in self._engine.jobs for _, name in self._own()) < most:
             with self._lock:  # of the workers, one looks, asks and signs at a time
                 trial = self._take()
@@ -217,7 +227,7 @@ class Sweep:
         if self._sweep.search != "grid":
             # By number, so that a resumed run draws as an unbroken one.
             seed = self._sweep.search.seed + (lost.number if lost else len(trials))
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
         taken = self._handle(lost) if lost else self._study.ask(drawn)
         for path, distribution in drawn.items() if lost else ():
             taken._suggest(path, distribution)
@@ -234,6 +244,8 @@ class Sweep:
             self._prepare(job)
             self._engine.add(job, overwrite=True)
         except Exception as error:  # of memory, or of a library that makes initial weights
+            if self._directory.by_job and self._directory.newest_checkpoint([name])[0]:
+                raise  # what it needs to go on has changed, and may be put back
             self._study.tell(trial.number, state=TrialState.FAIL)
             self._progress.message(f"error: sweep: {name} can't train: {error}")
 

@@ -193,6 +193,18 @@ class SweepConfig(StrictModel):
         default = TPE_CONCURRENT_JOBS if is_tpe else self.num_jobs
         return min(self.num_jobs, self.max_concurrent or default)
 
+    def share_of_concurrent(self, number: int, size: int) -> int:
+        """How many jobs one of several workers trains at once; unasked, none of them is idle."""
+        most = self.num_concurrent if self.max_concurrent else max(self.num_concurrent, size)
+        return (most + size - 1 - number) // size
+
+    @property
+    def search_kind(self) -> dict[str, Any]:
+        """What decides which combinations are drawn, however many."""
+        if self.search == "grid":
+            return {"kind": "grid"}
+        return {"kind": "tpe" if self.search.tpe else "random", "seed": self.search.seed}
+
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         return {path: distribution_of(values) for path, values in self.parameters.items()}

@@ -25,7 +25,7 @@ from loraloom.training.progress import NOTICE, Interruption, Progress
 from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.setup import set_up
-from loraloom.training.store import RunDirectory
+from loraloom.training.store import RunDirectory, check_same_run
 
 # How often Ray itself starts a lost worker again.
 RESTARTS = 2
@@ -73,6 +73,10 @@ def train_share(
         )
     base, where = load_base(run, run.device), RunDirectory(run.output_dir, by_job=True)
     progress = _Messages(queue)
+    # The sweep's jobs join later, from checkpoints of whichever worker had them.
+    begun, _ = where.newest_checkpoint([job.name for job in run.trials])
+    if begun is not None:
+        check_same_run(begun, run.trials, {})
     engine, checkpoint = set_up(run, jobs, base, where, progress, command, resume=True)
     engine.begin(checkpoint)
     if run.sweep is None:
@@ -123,14 +127,17 @@ def _train_shares(
     command: str,
 ) -> list[JobResult]:
     jobs, show = list(run.all_jobs), None
-    size, resources = choose_resources(ray.nodes(), run.device, num_workers)
+    most = len(jobs)
     if run.sweep is not None:
         from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
         study = open_study(run, directory, None)  # before workers look for combinations in it
-        show = partial(show_ranking, run.sweep, study, progress)
+        show = partial(show_ranking, run.sweep, study, directory, progress)
         jobs = [job for job in jobs if not run.sweep.owns(job.name)]
-    size = min(size, len(jobs)) if show is None else size
+        most = max(len(jobs), run.sweep.max_concurrent or run.sweep.num_jobs)
+    asked = num_workers and min(num_workers, most)
+    size, resources = choose_resources(ray.nodes(), run.device, asked)
+    size = min(size, most)
     progress.message(f"starting {size} workers")
     queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
     task = ray.remote(train_share).options(
@@ -188,6 +195,11 @@ def choose_resources(
     if num_gpus:
         return num_workers or num_gpus, {"num_cpus": 0, "num_gpus": 1}
     cpus = [int(one["CPU"]) for one in alive if one.get("CPU")]
+    if not cpus:
+        raise ConfigError(
+            "--ray needs a cluster with cores or accelerators, got one without; start a node "
+            "with --num-cpus"
+        )
     size = num_workers or len(cpus)
     # Torch has as many threads as its worker has cores.
     return size, {"num_cpus": max(1, min(cpus) // -(-size // len(cpus))), "num_gpus": 0}
@@ -221,8 +233,9 @@ def _connect(ray: Any, address: str) -> None:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":  # there, too
+        address = "local"
         # One that runs here and that others may join: that of another run listens to itself alone.
         with suppress(OSError):
             address = _reached(ray._private.services.canonicalize_bootstrap_address("auto"))
