@@ -24,13 +24,8 @@ WATCHED = {"num_epochs": 1, "eval_steps": 5}
 
 
 def job(**settings):
-    defaults = {
-        "name": "a",
-        "adapter": {"method": "lora"},
-        "data": {"task": "arc_easy"},
-        "train": {"num_epochs": 1},
-    }
-    return {**defaults, **settings}
+    defaults = {"name": "a", "adapter": {"method": "lora"}, "data": {"task": "arc_easy"}}
+    return {**defaults, "train": {"num_epochs": 1}, **settings}
 
 
 def run(*jobs, **settings):
@@ -74,6 +69,8 @@ CONTRADICTIONS = [
     ({"max_steps": 5}, "max_steps or num_epochs must be given, one of them"),
     ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio and warmup_steps exclude each other"),
     ({"lr_scheduler": "constant", "warmup_steps": 5}, "use constant_with_warmup"),
+    ({"lr_scheduler": "constant", "lr_scheduler_args": {"num_cycles": 2}}, "no effect on constant"),
+    ({"optimizer": "rprop", "weight_decay": 0.1}, "weight_decay has no effect on rprop"),
     ({"optimizer": "muon"}, "'sgd'"),
     ({"optimizer_args": {"lr": 1}}, "must not hold lr: learning_rate and weight_decay of the job"),
     ({"batch_size": 4, "micro_batch_size": 8}, "micro_batch_size must divide batch_size=4, got 8"),

@@ -4,9 +4,10 @@ from datetime import date
 import pytest
 import yaml
 
+from loraloom.adapters import LoraConfig
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError
-from loraloom.training.settings import RunConfig, load_run_config
+from loraloom.training.settings import JobConfig, RunConfig, SftConfig, load_run_config
 from loraloom.training.sweep_settings import SweepConfig, SweepStoppingConfig, parameter_value
 
 RATES = [1e-4, 3e-4]
@@ -67,8 +68,9 @@ def test_a_parameter_may_be_a_whole_section_or_a_place_in_a_list():
 
 
 def test_a_named_job_is_the_template_and_does_not_train_itself():
-    jobs = [{**TEMPLATE, "name": "a"}, {**TEMPLATE, "name": "b"}]
-    config = run(jobs, job="a")
+    train = {"max_steps": 24, "objective": SftConfig()}
+    of_classes = JobConfig(**TEMPLATE | {"adapter": LoraConfig(rank=8), "train": train}, name="a")
+    config = run([of_classes, {**TEMPLATE, "name": "b"}], job="a")
     assert [job.name for job in config.all_jobs] == ["b", "a-000-0.0001", "a-001-0.0003"]
     assert config.trials[0].adapter == config.jobs[0].adapter
 
@@ -105,6 +107,9 @@ def test_tpe_begins_with_ten_random_jobs_that_are_known_beforehand():
     config = run(parameters=PARAMETERS, search={"tpe": 30})
     assert [job.seed for job in config.trials] == [values["seed"] for values in draw(10)]
     assert len(config.first_jobs) == 4
+    assert [config.sweep.share_of_concurrent(worker, 6) for worker in range(6)] == [1] * 6
+    few = config.sweep.model_copy(update={"max_concurrent": 4})
+    assert [few.share_of_concurrent(worker, 3) for worker in range(3)] == [2, 1, 1]
     assert RunConfig.model_validate(config.model_dump(mode="json")).all_jobs == config.all_jobs
     combination = config.sweep.combinations()[0] | {"seed": "2"}
     later = config.trial(29, combination)
@@ -167,6 +172,7 @@ SWEEP_FAULTS = [
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     ({"early_stopping": {"asha": {}}}, "early_stopping.asha.min_steps must be given, it is mis"),
+    ({"early_stopping": {"median": {}}}, "median has no effect without train.eval_steps; give it"),
     ({"early_stopping": {}}, "early_stopping must be one of asha, hyperband and median"),
 ]
 

@@ -61,6 +61,7 @@ else:
 # They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
+SCHEDULERS_WITHOUT_ARGS = ("constant", "constant_with_warmup")
 # The reference that is the base model itself.
 BASE_REFERENCE = "base"
 _GIVE = "give data.validation_fraction, data.validation or eval"
@@ -158,6 +159,8 @@ class OptimizerConfig(StrictModel):
                 f"optimizer_args must not hold {', '.join(sorted(taken))}: learning_rate and "
                 "weight_decay of the job are used"
             )
+        if self.weight_decay and self.optimizer == "rprop":
+            yield "weight_decay has no effect on rprop; remove it"
 
 
 class EarlyStoppingConfig(StrictModel):
@@ -217,6 +220,8 @@ class TrainConfig(OptimizerConfig):
         warms_up = self.warmup_steps or self.warmup_ratio
         if warms_up and self.lr_scheduler in SCHEDULERS_WITHOUT_WARMUP:
             yield f"warmup has no effect on {self.lr_scheduler}; use constant_with_warmup"
+        if self.lr_scheduler_args and self.lr_scheduler in SCHEDULERS_WITHOUT_ARGS:
+            yield f"lr_scheduler_args have no effect on {self.lr_scheduler}; remove them"
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             yield "warmup_ratio and warmup_steps exclude each other; give one"
         if self.batch_size % (size := self.micro_batch_size):
@@ -389,6 +394,9 @@ class RunConfig(BaseModelConfig):
             for name in filter(self.sweep.owns, others):
                 if names.count(name.casefold()) == 1:
                     yield f"names of jobs must not begin as the sweep's do, got {name!r}; rename it"
+            stopping = self.sweep.early_stopping
+            if stopping and stopping.median and any(not j.train.eval_steps for j in self.trials):
+                yield "sweep.early_stopping.median has no effect without train.eval_steps; give it"
             known = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
             if self.sweep.metric not in known:
                 yield (
@@ -410,7 +418,11 @@ class RunConfig(BaseModelConfig):
             templates = [job for job in self.jobs if job.name == settings]
             if not templates:
                 raise ConfigError(f"sweep.job must be settings or the name of a job: {settings!r}")
-            settings = templates[0].model_dump(mode="json", exclude_unset=True)
+            template = templates[0]
+            settings = template.model_dump(mode="json", exclude_unset=True)
+            # Unset where Python's classes say it.
+            settings["adapter"]["method"] = template.adapter.method
+            settings["train"].setdefault("objective", {})["name"] = template.train.objective.name
         for path, drawn in combination.items():
             settings = set_setting(settings, path, parameter_value(drawn), origin="parameters.")
         name = self.sweep.job_name(number, combination)
