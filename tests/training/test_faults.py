@@ -134,7 +134,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
     full = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing(torch.save, lambda *_: engine.round == 4, full))
-        with pytest.raises(TrainingError, match=r"can't be written to .*--resume goes on from"):
+        with pytest.raises(TrainingError, match=r"can't be written to .*the one before stays"):
             engine.run()
     again = resumed(tmp_path / "run", CONFIGS, SETS, dtype=torch.float32)
     assert again.round == 2

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -41,8 +43,10 @@ def test_a_step_is_made_after_the_last_micro_batch():
     before = weights_of(job)
     assert job.accept(job.micro_batch(), MicroBatchLoss(0.25, 0.5, 0.125, 1.0)) is None
     assert all(torch.equal(p, before[name]) for name, p in job.parameters.items())
-    report = job.accept(job.micro_batch(), MicroBatchLoss(0.5, 0.25, 0.25, 1.0))
-    assert (report["loss"], report["aux_loss"]) == (0.75, 0.75)
+    own = {"loss": 9.0, "odd": math.nan, "mine": 2.0}
+    report = job.accept(job.micro_batch(), MicroBatchLoss(0.5, 0.25, 0.25, 1.0, own))
+    assert (report["loss"], report["aux_loss"], report["mine"]) == (0.75, 0.75, 2.0)
+    assert "odd" not in report
     assert (report["router/entropy"], report["router/load_cv"]) == (0.375, 2.0)
     assert (report["step"], job.position.micro_step) == (1, 0)
     assert report["tokens"] == job.order.window(0).num_tokens

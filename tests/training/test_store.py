@@ -218,9 +218,9 @@ def test_the_lock_is_held_until_what_it_is_in_is_gone(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_on_its_way_is_deleted(tmp_path):
-    for place in ("out", "out/.checkpoints"):
-        (tmp_path / place).mkdir()
+    for place in ("out", "out/.checkpoints", "out/.checkpoints/jobs/a"):
+        (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / ".0123456789abcdef.writing").write_text("half")
     with RunDirectory(tmp_path / "out").opened(resume=False, overwrite=True):
         pass
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == []
+    assert [*(tmp_path / "out").rglob("*.writing")] == []

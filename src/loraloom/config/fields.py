@@ -137,7 +137,7 @@ def describe_faults(
         path = _path_in_file(fault["loc"], settings)
         if kind in ("fault", "value_error"):  # our own
             message = message.removeprefix("Value error, ")
-            if path and message.startswith(path[-1]):  # of a field, not of a section
+            if path and re.match(rf"{re.escape(path[-1])}\b", message):  # not of a section
                 path.pop()
             lines.append(f"{'.'.join(path)}: {message}".removeprefix(": "))
         elif kind != "default_factory_not_called":  # which follows from another one

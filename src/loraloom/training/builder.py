@@ -170,8 +170,8 @@ class JobBuilder:
                 torch.cat(log_probs), list(map(len, log_probs)), references
             )
             terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
-            values = {"loss": terms.loss, **terms.metrics}
-            metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values.items()}
+            values = [("loss", terms.loss), *terms.metrics.items(), ("loss", terms.loss)]
+            metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values}
         asked: dict[tuple[EvaluationConfig, int], list[Job]] = {}
         for job in jobs:
             for config, questions in job.questions.items():

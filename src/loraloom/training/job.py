@@ -139,7 +139,8 @@ class Job:
 
     def _make_step(self, loss: MicroBatchLoss) -> dict[str, Any]:
         # The job's own, without LoRA+'s ratio.
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        learning_rate = float(group["lr"] / group["lr_ratio"])
         position, scale = self.position, self.loss_scale
         if scale is not None:
             scale.unscale(self.parameters.values())
@@ -184,15 +185,15 @@ class Job:
         }
         if scale is not None:
             metrics |= {"loss_scale": scale.scale, "skipped_steps": scale.skipped_steps}
-            if not math.isfinite(grad_norm):
-                del metrics["grad_norm"]
         if loss.router_entropy is not None:
             metrics["router/entropy"] = loss.router_entropy
             metrics["router/load_cv"] = loss.router_load_cv
         chosen = loss.tokens_per_expert
         if warnings := self.collapse.take(position.step, chosen, self.config.adapter):
             metrics["warnings"] = list(warnings)
-        return metrics | loss.metrics
+        # An objective's metric takes no other's place. JSON has nothing for what is not finite.
+        found = (metrics | loss.metrics | metrics).items()
+        return {k: v for k, v in found if not isinstance(v, float) or math.isfinite(v)}
 
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
         for name, value in metrics.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loraloom.config.text import local_path
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
 from loraloom.training.builder import Base, JobBuilder, load_base
@@ -79,6 +80,8 @@ def train(
         given["torchrun"] = launch if launch.size > 1 else None
         if others := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"--ray does not go with {', '.join(others)}; leave one of them out")
+    if watch is not None:
+        watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
     directory = RunDirectory(run.output_dir, by_job=ray is not None)
     directory.check_sources(run.all_jobs)
@@ -94,9 +97,8 @@ def train(
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
-        if base is not None:
-            stack.enter_context(_borrowed(base[0]))
         host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
+        stack.enter_context(_borrowed(host))
         host.ranks = ranks
         parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)
         engine, checkpoint = set_up(*parts, resume=resume)

@@ -118,8 +118,8 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:
             # On a full disk, torch.save raises a RuntimeError.
             raise TrainingError(
-                f"a checkpoint can't be written to {self.directory}: {error}; make room, "
-                "--resume goes on from the one before"
+                f"a checkpoint can't be written to {self.directory}: {error}; make room; the one "
+                "before stays, from which --resume and load_state go on"
             ) from error
         for old in self.newest_first()[keep:]:
             with suppress(OSError):  # it is tried again after the next one
@@ -175,7 +175,8 @@ def describe_base(host: Host) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict[str, Any]) -> None:
-    changed = [f"base {name}" for name, value in base.items() if checkpoint.base.get(name) != value]
+    saved_base = {name: checkpoint.base.get(name) for name in base}
+    changed = describe_changes(saved_base, base, "base")
     for job in jobs:
         if job.name in checkpoint.jobs:
             saved = as_of_now(checkpoint.jobs[job.name].settings)
@@ -324,7 +325,7 @@ class RunDirectory:
                 ) from error
         try:
             self.check(resume=resume, overwrite=overwrite)
-            for directory in (self.path, aside):
+            for directory in (self.path, aside, *self._by_job.glob("*/")):
                 remove_leftovers(directory)
             yield
         finally:
