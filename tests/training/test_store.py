@@ -16,27 +16,11 @@ from loraloom.training import store as store_module
 from loraloom.training.results import JobResult
 from loraloom.training.store import Checkpoint, CheckpointStore, JobRecord, RunDirectory
 
-RESULT = JobResult(
-    job="b",
-    status="finished",
-    error=None,
-    method="LoRA",
-    base_model="tiny",
-    num_parameters=1,
-    steps=2,
-    epochs=1.0,
-    tokens=3,
-    computed_tokens=4,
-    padding_share=0.25,
-    weights="last",
-    metrics={},
-    best=None,
-    last_metrics={},
-    data=("toy: 3 rows",),
-    seconds=1.5,
-    peak_memory_bytes={},
-    environment={},
-)
+KIND = {"job": "b", "status": "finished", "error": None, "method": "LoRA", "base_model": "tiny"}
+COUNTS = {"num_parameters": 1, "steps": 2, "epochs": 1.0, "tokens": 3, "computed_tokens": 4}
+MEASURED = {"weights": "last", "metrics": {}, "best": None, "last_metrics": {}, "seconds": 1.5}
+REST = {"padding_share": 0.25, "data": ("toy: 3 rows",), "peak_memory_bytes": {}, "environment": {}}
+RESULT = JobResult(**KIND, **COUNTS, **MEASURED, **REST)
 BASE = {"name": "tiny", "dtype": "float32"}
 
 
