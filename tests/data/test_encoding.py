@@ -156,9 +156,15 @@ def test_whatever_changes_tokens_makes_another_entry(tiny_tokenizer, tmp_path, c
     assert num_entries() == 7
 
 
-def test_without_a_cache_rows_are_encoded_as_ever(tiny_tokenizer, tmp_path, cache):
+def test_without_a_whole_cache_rows_are_encoded_as_ever(tiny_tokenizer, tmp_path, cache):
+    file = write(tmp_path / "rows.jsonl", DATA["text"])
+    expected = load(tiny_tokenizer, file)
+    (entry,) = entries(cache)
+    entry.write_bytes(entry.read_bytes()[:100])
+    assert load(tiny_tokenizer, file) == expected
+    cache.parent.rename(tmp_path / "elsewhere")
     cache.parent.write_text("in the way")
-    assert len(load(tiny_tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
+    assert load(tiny_tokenizer, file) == expected
 
 
 def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, cache):

@@ -14,14 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from loraloom.data.sources import (
-    HubSource,
-    Row,
-    RowStream,
-    find_location,
-    find_named,
-    read_rows,
-)
+from loraloom.data.sources import HubSource, Row, RowStream, find_location, find_named, read_rows
 from loraloom.errors import DataError
 
 ROWS = [{"text": "one", "n": 1}, {"text": "zwei é", "n": 2}]
@@ -105,28 +98,12 @@ def test_what_json_has_no_form_for_becomes_text_when_parquet_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        (
-            "a.jsonl",
-            '{"a": 1}\n{"a": \n',
-            "a.jsonl, line 2: the row must be JSON: EOF",
-        ),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl, line 2: the row must be JSON: EOF"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
-        (
-            "a.json",
-            '[{"a": 1},\n {"a" 2}]',
-            "a.json: the list must be JSON: expected `:` at",
-        ),
+        ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json: the list must be JSON: expected `:` at"),
         ("a.json", '["{}"]', "a.json, row 1: a row must be a JSON object, got str"),
-        (
-            "a.json",
-            "[" * 100_000,
-            "a.json: the list must be JSON: recursion limit",
-        ),
-        (
-            "a.jsonl",
-            '{}\n{"text": "\\ud800"}',
-            "a.jsonl, line 2: the row must be JSON: ",
-        ),
+        ("a.json", "[" * 100_000, "a.json: the list must be JSON: recursion limit"),
+        ("a.jsonl", '{}\n{"text": "\\ud800"}', "a.jsonl, line 2: the row must be JSON: "),
         ("a.jsonl", "\n", "a.jsonl: there are no rows"),
         ("a.json", '{\n "data": [{}]\n}', "a.json: a .json file must be a list of rows, or have"),
         ("a.csv", "text,label\n", "a.csv: there are no rows"),

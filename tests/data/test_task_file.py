@@ -93,6 +93,8 @@ def test_choices_labels_and_answer_may_be_templates(write):
     assert asked.continuations == ("\none", "\nTHREE")
     assert asked.normalizers == (1.0, 1.0)
     assert (asked.labels, asked.gold, asked.group) == (("1", "2"), 1, "sums")
+    (asked,) = load_question_set(write(OF_TEMPLATES, {**ROW, "topic": ""})).questions
+    assert asked.group is None  # results call those of all questions ""
 
 
 def test_fields_may_be_inside_others_and_inside_lists(write):

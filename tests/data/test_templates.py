@@ -55,12 +55,7 @@ def test_alpacas_prompt_is_that_of_its_code():
         (ALPACA, "plain", None, "Add.\n1 2\n"),
         (DOLLY, "plain", None, "Add.\n"),
         (DOLLY, "[{{ category }}] {{ instruction }} ->", None, "[qa] Add. ->"),
-        (
-            OTHER,
-            "plain",
-            {"instruction": "task", "input": "given", "output": "result"},
-            "Add.\n",
-        ),
+        (OTHER, "plain", {"instruction": "task", "input": "given", "output": "result"}, "Add.\n"),
         (Row({"instruction": "Add.", "output": "3"}, "f"), "plain", None, "Add.\n"),
         (DOLLY, r"{{ 'a [b] c' | regex_replace('\\[.*?\\]', '-') }}", None, "a - c"),
     ],
@@ -101,6 +96,7 @@ def test_a_hostile_template_is_one_clear_error(source, message, tiny_tokenizer):
     [
         ("alpacca", r"did you mean 'alpaca'\? template must be alpaca, plain"),
         ("{{ instruction ", "is not valid Jinja"),
+        ("/dev/null", "template must be alpaca, .* /dev/null is empty"),
         ("x" * 5000, "template must be alpaca, plain, a Jinja"),
     ],
 )

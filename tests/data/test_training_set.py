@@ -178,18 +178,24 @@ def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, q
     assert warning.startswith("warning: 40 of 40 held-out examples are learnt too; eval/loss shows")
 
 
-GOOD_AND_EMPTY = {
-    "instruction": [{"instruction": "Say", "output": output} for output in ("a", " ")],
-    "text": [{"text": "a"}, {"text": None}],
-    "preference": [{"prompt": "sky?", "chosen": chosen, "rejected": "no"} for chosen in ("a", "")],
-    "chat": [{"messages": [TURN, {**BAD, "content": text}]} for text in ("green", "")],
-}
+SAID = {"from": "human", "value": "sky?"}
+GOOD_AND_EMPTY = [
+    ("instruction", [{"instruction": "Say", "output": output} for output in ("a", " ")]),
+    ("text", [{"text": "a"}, {"text": None}]),
+    ("preference", [{"prompt": "sky?", "chosen": one, "rejected": "no"} for one in ("a", "")]),
+    ("preference", [{"prompt": [TURN], "chosen": [GOOD], "rejected": one} for one in ([BAD], [])]),
+    ("chat", [{"messages": [TURN, {**BAD, "content": text}]} for text in ("green", "")]),
+    ("chat", [{"messages": [TURN, {**BAD, "content": text}]} for text in ("green", None)]),
+    ("chat", [{"messages": [SAID, {"from": "gpt", "value": text}]} for text in ("blue", None)]),
+]
 
 
-@pytest.mark.parametrize("data_format", GOOD_AND_EMPTY)
-def test_an_empty_answer_is_an_error_unless_it_is_skipped(tiny_tokenizer, tmp_path, data_format):
+@pytest.mark.parametrize(("data_format", "rows"), GOOD_AND_EMPTY)
+def test_an_empty_answer_is_an_error_unless_it_is_skipped(
+    tiny_tokenizer, tmp_path, data_format, rows
+):
     tiny_tokenizer.chat_template = TEMPLATE
-    path = write_rows(tmp_path / "a.jsonl", GOOD_AND_EMPTY[data_format])
+    path = write_rows(tmp_path / "no\u202fbreak a.jsonl", rows)
     data = {"dataset": path, "format": data_format, "as_pairs": data_format == "preference"}
     advice = "fill it in, remove the row, or set on_empty: skip"
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2.* is empty.*; {advice}"):

@@ -59,7 +59,9 @@ def read_messages(row: Row, field: str) -> list[Message]:
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         got = type(turns).__name__
-        row.reject(f"field {field!r} must be a list of messages, got {got}; set fields.messages")
+        row.reject(
+            f"field {field!r} must be a list of messages, got {got}; name its column with fields"
+        )
     return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
@@ -93,8 +95,9 @@ def _read_message(row: Row, number: int, turn: Any) -> Message:
     if reasoning := next((message.text(key) for key in _REASONING if message.get(key)), ""):
         read["reasoning_content"] = reasoning
     says_more = "tool_calls" in read or "reasoning_content" in read
-    read["content"] = "" if says_more and "content" not in message else _read_content(message)
-    if role == "assistant" and not says_more and not read["content"].strip():
+    is_answer = role == "assistant"
+    read["content"] = "" if is_answer and "content" not in message else _read_content(message)
+    if is_answer and not says_more and not read["content"].strip():
         message.reject_empty("the assistant's turn is empty")
     return read
 
@@ -104,9 +107,11 @@ def _from_sharegpt(turn: Row) -> Row:
     speaker = turn.text("from")
     if speaker not in _SHAREGPT_ROLES:
         turn.reject(f"'from' must be one of {', '.join(_SHAREGPT_ROLES)}, got {shown(speaker)}")
-    message = {"role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
+    role = _SHAREGPT_ROLES[speaker]
+    value = turn.get("value", "") if role == "assistant" else turn["value"]
+    message = {"role": role, "content": value}
     if speaker == "function_call":
-        calls = _parse(turn, "field 'value'", turn["value"])
+        calls = _parse(turn, "field 'value'", value)
         message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return Row(message, turn.origin)
 

@@ -26,7 +26,7 @@ from loraloom.data.sources import EmptyAnswerError, Row, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import ChatTemplate, Conversation
 from loraloom.data.tokens import NO_LOSS, EncodedRow, Example
-from loraloom.errors import DataError
+from loraloom.errors import DataError, plain
 
 # Rows from which on reading tokens is worth a file.
 MIN_ROWS = 5000
@@ -64,7 +64,7 @@ class SourceEncoder:
         if not any(row.pieces for row in encoded):
             raise DataError(
                 f"{self.name}: none of the {len(rows)} rows has an answer that fits "
-                f"max_length={self.max_length}; raise it"
+                f"max_length={self.max_length}; raise it, or fill in those that are empty"
             )
         return encoded
 
@@ -159,7 +159,8 @@ class SourceEncoder:
         self, template: ChatTemplate, columns: Mapping[str, str], row: Row
     ) -> EncodedRow:
         """Two answers after the prompt's messages, or after the common beginning of both."""
-        both = [read_messages(row, columns[role]) for role in ("chosen", "rejected")]
+        answers = [columns["chosen"], columns["rejected"]]
+        both = [read_messages(row, name) for name in answers if row[name] or row.answer(name)]
         first = tokens.count_shared(*both)
         if isinstance(row.get(columns["prompt"]), list):
             prompt = read_messages(row, columns["prompt"])
@@ -212,9 +213,9 @@ def _encode_each(
             if not fault:
                 items.append(read(row))
         except DataError as error:
-            if not str(error).startswith(row.origin):
+            fault = str(error).removeprefix(plain(row.origin)).lstrip(":, ")
+            if fault == str(error):
                 raise
-            fault = str(error).removeprefix(row.origin).lstrip(":, ")
             is_empty = isinstance(error, EmptyAnswerError)
         encoded.append(EncodedRow((), fault=fault, is_empty=is_empty) if fault else None)
     rest = iter(encode(items))
@@ -244,11 +245,11 @@ def _encode_once(
             fingerprint=_key(items, tokenizer, settings),
         )
         return [_from_record(text) for batch in table.iter(_BLOCK) for text in batch["row"]]
-    except (DatasetGenerationError, OSError) as error:
+    except (DatasetGenerationError, OSError, ValueError) as error:
         # of the tokenizer or a template
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
-        # the cache can't be written
+        # the cache can't be written, or an entry is torn
         return encode(items)
 
 

@@ -59,7 +59,7 @@ class Row(dict[str, Any]):
         return value
 
     def answer(self, name: str) -> str:
-        text = "" if self[name] is None else self.text(name)
+        text = "" if self[name] in (None, []) else self.text(name)
         if not text.strip():
             self.reject_empty(f"field {name!r} is empty, so there is nothing to learn")
         return text
@@ -325,7 +325,7 @@ class RowStream:
         self.sizes: Mapping[str, int] = {}
         if isinstance(found, Path):
             rows_of_file(found)  # is it there?
-            self.sizes = {found.name: found.stat().st_size}
+            self.sizes = {found.name: found.expanduser().stat().st_size}
             return
         import datasets
 

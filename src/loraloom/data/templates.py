@@ -98,7 +98,9 @@ def read_template(template: str, setting: str, names: Iterable[str]) -> str:
     if "{{" in template or "{%" in template:
         return template
     try:
-        return read_text(local_path(template, setting, DataError), DataError)
+        if (text := read_text(local_path(template, setting, DataError), DataError)).strip():
+            return text
+        raise DataError(f"{template} is empty")
     except DataError as error:
         raise DataError(
             f"{suggestion(template, names)}{setting} must be {', '.join(names)}, a Jinja template "

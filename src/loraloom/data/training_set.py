@@ -264,7 +264,7 @@ class StreamedSet:
             elif block.next.passes > last_passes + 1:
                 names = ", ".join(source.name for source in self._sources)
                 what = f"no row has an answer that fits max_length={self._max_length}"
-                raise DataError(f"{names}: {what}; raise it")
+                raise DataError(f"{names}: {what}; raise it, or fill in those that are empty")
             stop = position.taken + number - len(examples)
             examples += block.examples[position.taken : stop]
             is_left = stop < len(block.examples)

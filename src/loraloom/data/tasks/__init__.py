@@ -193,7 +193,7 @@ class ChoiceTask:
             labels=labels,
             gold=self._gold(row, config, texts, labels),
             normalizers=tuple(float(max(len(a), 1)) if per_character else 1.0 for a in answers),
-            group=None if group is None else _as_text(row, "group", group),
+            group=None if group in (None, "") else _as_text(row, "group", group),
         )
 
     def training_text(self, row: Row, scoring: Scoring) -> tuple[str, str]:
