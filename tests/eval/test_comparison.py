@@ -96,11 +96,12 @@ def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
     assert group["tasks"] == {"toy": {"mean": 0.75, "sd": pytest.approx(0.25), "num_seeds": 3}}
 
 
-def test_answers_survive_their_files_and_are_joined_by_task(tmp_path):
+def test_answers_survive_their_files_and_are_joined_by_task(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     first = [toy_scores(names=["base", "a"]), toy_scores(task="other")]
     for name, scores in (("a", first), ("b", [toy_scores(names=["base", "b"])])):
         write_lines(tmp_path / f"{name}.jsonl", [line for one in scores for line in one.lines])
-    toy, other = read_answers(tmp_path / "a.jsonl", str(tmp_path / "b.jsonl"))
+    toy, other = read_answers("~/a.jsonl", str(tmp_path / "b.jsonl"))
     assert (toy.task, toy.questions) == ("toy", (0, 1))
     assert toy.right == dict.fromkeys(["base", "a", "b"], (True, False))
     assert (other.task, list(other.right)) == ("other", ["base", "law"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def host():
 
 
 def test_everybody_is_scored_and_compared_by_default(host, tiny_tokenizer):
-    evaluation = evaluate(host, tiny_tokenizer, [TOY])
+    evaluation = evaluate(host, tiny_tokenizer, TOY)
     assert list(evaluation.results) == ["base", *host.adapters]
     expected = score_accuracy(host, tiny_tokenizer, some_questions(), [None, "lora"])
     assert evaluation.results["base"]["toy"]["accuracy"] == expected[None]
@@ -34,7 +35,7 @@ def test_everybody_is_scored_and_compared_by_default(host, tiny_tokenizer):
     assert ("lora", "base") in [(one.first, one.second) for one in evaluation.comparisons]
 
 
-@pytest.mark.parametrize("tasks", ["arc_easy", ["arc_easy"]])
+@pytest.mark.parametrize("tasks", ["arc_easy", [Path("arc_easy")]])
 def test_tasks_have_names(host, tiny_tokenizer, tmp_path, tasks):
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "test.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
@@ -61,10 +62,11 @@ def test_what_results_could_not_tell_is_found_before_anything_is_scored(
         evaluate(host, tiny_tokenizer, tasks, adapters, pairs=pairs)
 
 
-def test_what_is_written_is_read_by_the_same_type(host, tiny_tokenizer, tmp_path):
+def test_what_is_written_is_read_by_the_same_type(host, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     options = {"pairs": [("lora", "dora")], "command": "loraloom eval \udcff"}  # a name in Latin-1
     evaluation = evaluate(host, tiny_tokenizer, [TOY], ["lora", "dora"], **options)
-    evaluation.write(tmp_path / "result.json")
+    evaluation.write("~/result.json")
     read = read_evaluation(tmp_path / "result.json")
     assert read.to_json() == evaluation.to_json()
     assert read.results == evaluation.results

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation
-from loraloom.eval.routing import TOKEN_CLASSES, RoutingTally, class_of, token_classes
+from loraloom.eval.routing import TOKEN_CLASSES, RoutingTally, class_of, token_classes, token_texts
 from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
@@ -155,7 +155,10 @@ def test_tokens_have_classes_by_what_they_are_in_a_text(expected, tokens):
 
 def test_words_of_wordpiece_start_without_a_mark():
     model = models.WordPiece({"[UNK]": 0, "walk": 1, "##ing": 2}, unk_token="[UNK]")
-    classes = token_classes(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)), 3)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
+    assert token_texts([1, 2, 1], tokenizer) == ["walk", "ing", " walk"]
+    classes = token_classes(tokenizer, 3)
     assert [TOKEN_CLASSES[one] for one in classes[1:]] == ["start of a word", "rest of a word"]
 
 

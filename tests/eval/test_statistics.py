@@ -52,7 +52,7 @@ def test_the_paired_difference_is_that_of_a_t_test_and_its_interval_scipys_boots
         differences, np.mean, n_resamples=10_000, method="percentile", rng=rng
     )
     assert found.interval == pytest.approx(tuple(bootstrap.confidence_interval), abs=0.006)
-    assert compare_paired(first, second, seed=3) == compare_paired(first, second, seed=3)
+    assert compare_paired(first, second, 3) == compare_paired(np.array(first), second, seed=3)
 
 
 def test_the_p_value_is_that_of_the_discordant_questions():

@@ -168,7 +168,7 @@ def _check_finite(
 def evaluate(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: str | Sequence[str] | Sequence[QuestionSet],
+    tasks: str | Path | QuestionSet | Sequence[str | Path | QuestionSet],
     adapters: Sequence[str | None] | None = None,
     *,
     scoring: Scoring | None = None,
@@ -200,8 +200,9 @@ def evaluate(
         AdapterError: If the host lacks an adapter, or its scores are not finite.
     """
     scored = _Pass(host, tokenizer, adapters, **options)
-    named = [tasks] if isinstance(tasks, str) else [task for task in tasks if isinstance(task, str)]
-    asked = [task for task in tasks if isinstance(task, QuestionSet)]
+    given = [tasks] if isinstance(tasks, str | Path | QuestionSet) else tasks
+    asked = [task for task in given if isinstance(task, QuestionSet)]
+    named = [str(task) for task in given if not isinstance(task, QuestionSet)]
     asked += load_question_sets(named, scoring, split, data, limit)
     _check_differ("tasks", [one.task for one in asked])
     if not asked:

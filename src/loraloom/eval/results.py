@@ -145,7 +145,7 @@ class Evaluation(BaseModel):
         Raises:
             ConfigError: If the suffix is another one, or the file can't be written.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         check_outputs([path])
         if path.suffix.lower() == ".csv":
             text = self.frame().to_csv(index=False, lineterminator="\n")

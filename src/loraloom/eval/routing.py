@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -172,7 +173,10 @@ def _rounded(values: Tensor) -> Any:
 
 def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each token's text; the vocabulary's own name of it where it is no whole character."""
+    # a decoder may leave out a space in front, but not after another token
     texts = [str(tokenizer.decode([token_id])) for token_id in token_ids]
+    both = [str(tokenizer.decode([*pair])) for pair in pairwise(token_ids)]
+    texts = texts[:1] + [pair[len(text) :] for pair, text in zip(both, texts, strict=False)]
     names = map(str, tokenizer.convert_ids_to_tokens(list(token_ids)))
     pairs = zip(texts, names, strict=True)
     return [name if "\ufffd" in text or not text else text for text, name in pairs]

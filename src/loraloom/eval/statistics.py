@@ -34,6 +34,8 @@ _FEW_VALUES = 32
 MAX_FOR_ALL_PAIRS = 4
 
 Pair = tuple[str, str]
+# Of each question or row.
+Values = Sequence[int | float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,7 @@ def mcnemar_p_value(num_first: int, num_second: int) -> float:
     return min(1.0, 2 * tail / 2**trials)
 
 
-def compare_paired(
-    first: Sequence[float | int], second: Sequence[float | int], seed: int = 0
-) -> PairedComparison:
+def compare_paired(first: Values, second: Values, seed: int = 0) -> PairedComparison:
     """Compare two adapters, or two groups of seeds, on the same questions.
 
     Args:
@@ -78,7 +78,7 @@ def compare_paired(
     Raises:
         DataError: If there are no questions, or not the same number.
     """
-    if len(first) != len(second) or not first:
+    if not len(first) == len(second) > 0:
         raise DataError(
             "a paired comparison needs the same questions of both, at least one, got "
             f"{len(first)} and {len(second)}"
@@ -94,11 +94,7 @@ def compare_losses(
 
 
 def _compare(
-    first: Sequence[int | float],
-    second: Sequence[int | float],
-    lengths: np.ndarray,
-    better: int,
-    seed: int = 0,
+    first: Values, second: Values, lengths: np.ndarray, better: int, seed: int = 0
 ) -> PairedComparison:
     """Compare ratios of sums; the sign `better` says which differences speak for the first."""
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
