@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.errors import DataError
+from loraloom.errors import AdapterError, DataError
 from loraloom.models.decoding import Decoding
 from loraloom.models.host import Host
 from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids, tiny_model
@@ -18,8 +18,7 @@ LENGTHS = [7, 5, 3, 7, 6, 4]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FAMILIES = [family for family in ALL_FAMILIES if family != "gemma2"]
 """Gemma 2 gives NaN by itself where rows are padded on the left, in float64."""
-TWO_KINDS = ("lfm2", "qwen3_5_text")
-"""Convolutions, or linear attention, in some layers."""
+TWO_KINDS = ("lfm2", "qwen3_5_text")  # convolutions, or linear attention, in some layers
 
 
 def prompts():
@@ -116,6 +115,8 @@ def test_rows_that_come_are_those_of_their_own_session(family, steps):
 def test_prompts_that_are_not_padded_on_the_left_are_refused(mask):
     with pytest.raises(DataError, match=r"padded on the left.*got an attention_mask"):
         tiny_host().prefill(tiny_ids(2, 3), torch.tensor([[1, 1, 1], mask]), ["lora", None])
+    with pytest.raises(AdapterError, match="for each of the 4 rows, got 'lora'"):
+        tiny_host().prefill(tiny_ids(4), adapters="lora")
 
 
 GENERATED = ("llama", "phi", "gpt_neox", "gemma3_text")

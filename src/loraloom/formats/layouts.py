@@ -208,7 +208,8 @@ def _our_tensors(
     unknown = [name for name in files.tensors if name not in keys]
     if unknown:
         raise files.error(
-            f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} adapter's"
+            f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} "
+            "adapter's on projections of decoder layers, which alone are adapted here"
         )
     if len(paths) > 1:
         raise files.error(

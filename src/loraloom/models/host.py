@@ -465,6 +465,7 @@ class Host:
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
+        self._registry.rows(adapters, len(input_ids))  # a text is no list of names
         names: list[RowAdapter] = [None] * len(input_ids)
         names = names if adapters is None else list(adapters)
         cache = make_cache(self.config)
