@@ -98,5 +98,8 @@ def test_a_collapse_is_told_once_after_a_window():
     assert unused.startswith(f"steps 1 to {WINDOW_STEPS}: 2 of 8 experts are hardly used")
     assert "layer 3 (experts 2, 3)" in unused
     assert "layer 3 (1.0 of 4)" in collapsed
+    assert collapsed.endswith("_coef, set router_loss_scope: per_layer, or lower learning_rate")
+    by_layer = CONFIG.model_copy(update={"router_loss_scope": "per_layer"})
+    assert by_layer.collapse_advice == "raise router_aux_loss_coef or lower learning_rate"
     assert take(watch, COLLAPSED, 4 * WINDOW_STEPS, WINDOW_STEPS + 1) == []
     assert list(watch.warnings.values()) == [unused, collapsed]

@@ -67,6 +67,11 @@ class RouterLossConfig(AdapterConfig):
     router_loss_scope: Free[Literal["pooled", "per_layer"]] = "pooled"
     """Load over all routers together, as the reference has it, or the mean of each one's loss."""
 
+    @property
+    def collapse_advice(self) -> str:
+        scope = ", set router_loss_scope: per_layer," if self.router_loss_scope == "pooled" else ""
+        return f"raise router_aux_loss_coef{scope} or {super().collapse_advice}"
+
     def auxiliary_loss(
         self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:

@@ -176,6 +176,11 @@ class AdapterConfig(StrictModel, ABC):
         """The most experts that a router chooses from; 0 without routers."""
         return 0
 
+    @property
+    def collapse_advice(self) -> str:
+        """What to change where routers have collapsed."""
+        return "lower learning_rate"
+
     def auxiliary_loss(
         self, routing: Records, samples: Samples = None, add_up: AddUp = whole
     ) -> Tensor | None:

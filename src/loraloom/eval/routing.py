@@ -158,7 +158,8 @@ class _AdapterTally:
         if self.config.experts_per_token is None:
             return []
         found = tally.find_collapse(totals.choices, self.config.experts_per_token)
-        return [f"{text}; train again: {tally.COLLAPSE_ADVICE}" for text in found.values()]
+        advice = self.config.collapse_advice
+        return [f"{text}; train again: {advice}" for text in found.values()]
 
 
 def _label(router: RouterName) -> int | str:

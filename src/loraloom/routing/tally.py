@@ -33,11 +33,6 @@ MIN_CHOICES_PER_EXPERT = 500
 
 _MAX_NAMED = 4
 
-# What to change where routers have collapsed.
-COLLAPSE_ADVICE = (
-    "raise router_aux_loss_coef, set router_loss_scope: per_layer, or lower learning_rate"
-)
-
 # How often each router chose each of its experts.
 Choices = Mapping[RouterName, Sequence[int]]
 

@@ -16,7 +16,7 @@ from loraloom.data.training_set import StreamedSet, TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import RouterName
-from loraloom.routing.tally import COLLAPSE_ADVICE, Choices, find_collapse, has_enough_choices
+from loraloom.routing.tally import Choices, find_collapse, has_enough_choices
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, EvaluationConfig, JobConfig
 from loraloom.training.step import batch, optimizers
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
@@ -320,7 +320,7 @@ class CollapseWatch:
         collapses = find_collapse(self.tokens_per_expert, config.experts_per_token)
         first = step - self.num_steps + 1
         new = {
-            kind: f"steps {first} to {step}: {text}; {COLLAPSE_ADVICE}"
+            kind: f"steps {first} to {step}: {text}; {config.collapse_advice}"
             for kind, text in collapses.items()
             if kind not in self.warnings
         }
