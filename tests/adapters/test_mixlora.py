@@ -66,6 +66,8 @@ def test_a_shared_expert_is_saved_and_read_back(tmp_path):
     host.save("a", tmp_path / "a")
     again = host.load("again", tmp_path / "a")
     assert again.config.summary() == CONFIG.summary()
+    default, given = (changed(PLAIN, shared_expert=one) for one in ({}, {"rank": 3, "alpha": 3}))
+    assert default.summary() == given.summary()  # `start_from` compares them
     saved = host.adapters["a"].tensors()
     assert saved.keys() == again.tensors().keys() == CONFIG.tensor_shapes(host.base).keys()
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in saved.items())

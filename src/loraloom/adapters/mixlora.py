@@ -156,7 +156,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         check_has_experts(self, base_layers[0])
 
     def summary(self) -> dict[str, Any]:
-        return super().summary() | {"experts": self.expert_config.summary()}
+        shared = None if self.shared_config is None else self.shared_config.summary()
+        own = {"experts": self.expert_config.summary(), "shared_expert": shared}
+        return super().summary() | own
 
 
 class MixLoraAdapter(Adapter):
