@@ -73,6 +73,7 @@ def read(address, path):
         ),
         (["--admin-key-file", "k"], "--admin-key-file has no effect without --allow-loading"),
         (["--max-adapters", "2"], "--max-adapters has no effect without --adapter-dir"),
+        (["--shared-prompt-cache"], "--shared-prompt-cache has no effect without API keys"),
         (["--adapter-root", "."], "--adapter-root has no effect without --allow-loading"),
         (["--api-key-file", "k", "--no-api-key"], "--api-key-file has no effect with --no-api-key"),
         (["--adapter", "nothing"], "--adapter must be NAME=PATH"),

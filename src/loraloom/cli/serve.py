@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,8 @@ class ServeOptions(HostOptions):
             unused |= dict.fromkeys(("admin_key_file", "adapter_root"), "without --allow-loading")
         if self.adapter_dir is None:
             unused["max_adapters"] = "without --adapter-dir"
+        if self.api_key_file is None and self.admin_key_file is None:
+            unused["shared_prompt_cache"] = "without API keys"
         if self.no_api_key:
             unused["api_key_file"] = "with --no-api-key"
         if self.engine == "vllm":
@@ -106,8 +109,10 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
     if is_vllm:
         from loraloom.serve.vllm import serve_with_vllm
 
-        found = {"adapters": options.adapters, "api_keys": keys}
-        serve_with_vllm(SimpleNamespace(**dict(options), **found, cors_origins=options.cors_origin))
+        base = os.path.expanduser(options.base_model)
+        found = {"adapters": options.adapters, "api_keys": keys, "base_model": base}
+        found["cors_origins"] = options.cors_origin
+        serve_with_vllm(SimpleNamespace(**{**dict(options), **found}))
         return
     _serve_embedded(options, keys, admin_keys)
 

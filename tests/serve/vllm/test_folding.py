@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConfig
@@ -206,9 +208,15 @@ def test_diverged_adapters_spoil_no_others_tokens(operations, served, mixture_ff
         ("mola", r"routers of whole FFN blocks only, this adapter has one on self_attn"),
     ],
 )
-def test_what_no_lora_can_do_is_refused(served, name, message):
+@pytest.mark.filterwarnings("ignore:.* is a DoRA without magnitudes")
+def test_what_no_lora_can_do_is_refused(served, tmp_path, name, message):
     with pytest.raises(AdapterError, match=message):
         served.folder.fold(served.directory / name)
+    bare = shutil.copytree(served.directory / name, tmp_path / name)
+    tensors = load_file(file := bare / "adapter_model.safetensors")
+    save_file({key: tensors[key] for key in tensors if "magnitude" not in key}, file)
+    with pytest.raises(AdapterError, match=message):
+        served.folder.fold(bare)
 
 
 @torch.no_grad()

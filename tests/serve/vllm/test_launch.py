@@ -7,6 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,19 +20,9 @@ from loraloom.serve.vllm.folding import FoldedAdapter
 
 
 def options(**changes):
-    settings = {
-        "base_model": "some/base",
-        "adapters": {"mix": "runs/mix"},
-        "adapter_dir": None,
-        "max_adapters": 8,
-        "host": "127.0.0.1",
-        "port": 8000,
-        "api_keys": (),
-        "allow_loading": False,
-        "cors_origins": (),
-        "max_rows": 32,
-        "dtype": "float32",
-    }
+    settings: Any = {"base_model": "some/base", "adapters": {"mix": "runs/rank=8,16"}, "port": 8000}
+    settings |= {"adapter_dir": None, "max_adapters": 8, "host": "127.0.0.1", "dtype": "float32"}
+    settings |= {"api_keys": (), "allow_loading": False, "cors_origins": (), "max_rows": 32}
     return SimpleNamespace(**settings | changes)
 
 
@@ -43,11 +35,8 @@ def test_options_are_said_in_vllms_words():
     said = " ".join(words)
     for part in (
         "--model some/base",
-        "--max-lora-rank 64",
-        "--max-loras 2",
-        "--max-num-seqs 32",
-        "--enable-lora --lora-modules mix=runs/mix",
-        "--api-key one two",
+        "--max-num-seqs 32 --max-loras 2 --max-lora-rank 64 --enable-lora",
+        '--lora-modules {"name": "mix", "path": "runs/rank=8,16"} --api-key one two',
         '--allowed-origins ["https://a.example"]',
     ):
         assert part in said
@@ -67,10 +56,16 @@ def test_a_version_that_is_not_known_is_refused(monkeypatch, found):
         serve_with_vllm(options())
 
 
-def test_options_that_vllm_can_not_honour_are_refused(capsys):
-    given = ["serve", "--base-model", "some/base", "--engine", "vllm", "--max-waiting", "3"]
-    assert main(given) == 2
+def test_options_that_vllm_can_not_honour_are_refused(capsys, monkeypatch):
+    given = ["serve", "--base-model=~/base", "--engine", "vllm"]
+    assert main([*given, "--max-waiting", "3"]) == 2
     assert "--max-waiting has no effect with --engine vllm" in capsys.readouterr().err
+    monkeypatch.setattr(vllm, "serve_with_vllm", asked := Mock())
+    assert main(given) == 0
+    assert asked.call_args.args[0].base_model == os.path.expanduser("~/base")
+    monkeypatch.setenv("LORALOOM_MAX_TOP_K", "two")
+    with pytest.raises(ConfigError, match="LORALOOM_MAX_TOP_K must be a whole number of 1 or more"):
+        vllm_command(options(), [], {})
 
 
 def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):

@@ -91,7 +91,9 @@ def vllm_command(
     }
     words = [word for pair in arguments.items() for word in pair] + ["--enable-lora"]
     if modules := {**found, **options.adapters}:
-        words += ["--lora-modules", *(f"{name}={path}" for name, path in modules.items())]
+        # as JSON, for vLLM splits NAME=PATH at each = and takes a comma for JSON's
+        named = [{"name": name, "path": path} for name, path in modules.items()]
+        words += ["--lora-modules", *map(json.dumps, named)]
     if options.api_keys:
         one, *more = options.api_keys
         if more and any(key.startswith("-") for key in options.api_keys):

@@ -10,6 +10,7 @@ Axes: I in_features, O out_features, D hidden, E experts, R rank, S = E·R.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
-from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.hub import find_adapter
-from loraloom.formats.layouts import StoredAdapter
 from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 
@@ -59,10 +58,10 @@ class Folder:
     def fold(self, path: str | Path) -> FoldedAdapter:
         stored = read_stored(find_adapter(path))
         refuse_own_parts(stored.config, stored.source, "be served by vLLM")
-        _check_needs_no_weights(stored)
         # the base's weights aren't here to be compared with those it was trained on
         stored = replace(stored, base=stored.base.model_copy(update={"fingerprint": None}))
         config, tensors = fit_to_base(stored, self._base)
+        _check_needs_no_weights(config.tensor_shapes(self._base), stored.source)
         adapter = config.build("folded", self._layers, torch.float32, seed=0)
         adapter.load_tensors(tensors)
         with torch.no_grad():
@@ -132,11 +131,10 @@ def _pair_of(projection: Projection, source: str) -> tuple[Tensor, Tensor]:
     return projection.compute_A(torch.float32), lora_B
 
 
-def _check_needs_no_weights(stored: StoredAdapter) -> None:
-    keys = [TensorKey.parse(name) for name in stored.tensors]
-    if any(key is not None and key.part == "magnitude" for key in keys):
+def _check_needs_no_weights(names: Iterable[str], source: str) -> None:
+    if any(name.endswith(".magnitude") for name in names):
         raise AdapterError(
-            f"{stored.source}: weight decomposition scales rows of the base model's own weights, "
+            f"{source}: weight decomposition scales rows of the base model's own weights, "
             "which no LoRA can, so vLLM can't serve it; serve it with the embedded engine, or "
             "export it merged (a mixture as an MoE checkpoint)"
         )
@@ -162,7 +160,10 @@ def _weightless(layer: BaseLayer) -> BaseLayer:
 
 
 def max_top_k() -> int:
-    return int(os.environ.get(MAX_TOP_K, "2"))
+    text = os.environ.get(MAX_TOP_K, "2")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{MAX_TOP_K} must be a whole number of 1 or more, got {shown(text)}")
+    return int(text)
 
 
 def fitting_rank(rank: int) -> int:
