@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from dataclasses import replace
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -321,7 +321,7 @@ def test_log_probs_are_those_of_the_model(make_engine, host, tiny_tokenizer):
         assert entry.log_prob == pytest.approx(float(expected[place, entry.token]), abs=1e-4)
 
 
-def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows():
+def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows(monkeypatch):
     generator, cache = random.Random(0), PrefixCache()
     session = create_autospec(Decoding, instance=True)
     for _ in range(300):
@@ -335,3 +335,9 @@ def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows():
             cache.remember(session, 0, None, prompt)
             assert torch.equal(cache.find(None, [*prompt, 7]), states)
         cache.shrink(generator.randrange(3, 9) * BLOCK_TOKENS)
+    cache, session.states.side_effect = PrefixCache(), None
+    session.states.return_value = torch.zeros(1, 1, 1, 2 * BLOCK_TOKENS, 1)
+    monkeypatch.setattr(torch.Tensor, "clone", Mock(side_effect=[states, MemoryError]))
+    with pytest.raises(MemoryError):  # kept whole or not at all
+        cache.remember(session, 0, None, [0] * 2 * BLOCK_TOKENS)
+    assert cache.num_tokens == 0

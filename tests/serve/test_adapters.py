@@ -82,13 +82,22 @@ async def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved
 
 
 @in_loop
-async def test_requests_that_are_abandoned_take_no_place(host, saved):
+async def test_requests_that_are_abandoned_take_no_place(host, saved, monkeypatch):
     adapters = ServedAdapters(host, "base", saved, max_lazy=1)
     async with using(adapters, "lora"):
         gone, other = await asked(adapters, "dora"), await asked(adapters, "mixlora")
         gone.cancel()
     adapters.release(await other)
     assert set(host.adapters) == {"own", "mixlora"}
+    real, go_on = host.load, threading.Event()
+    monkeypatch.setattr(host, "load", lambda *files: go_on.wait(30) and real(*files))
+    gone = await asked(adapters, "dora")
+    await asyncio.sleep(0.05)  # until it is being loaded
+    gone.cancel()
+    other = await asked(adapters, "lora")
+    go_on.set()
+    adapters.release(await other)
+    assert set(host.adapters) == {"own", "lora"}
 
 
 @in_loop
@@ -100,6 +109,9 @@ async def test_adapters_follow_their_files(host, saved, tmp_path, monkeypatch):
     for name in ("lora", "named"):
         async with using(adapters, name) as old:
             before = host.adapters[old]
+            (directory / "lora" / "train.log").write_text(name)  # none of its files
+            async with using(adapters, name) as same:
+                assert same == old
             shutil.copytree(saved / "dora", directory / "lora", dirs_exist_ok=True)
             (directory / "lora" / "adapter_config.json").touch()
             async with using(adapters, name) as new:

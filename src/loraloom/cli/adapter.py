@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import apply_override
 from loraloom.formats.description import describe
@@ -71,7 +72,8 @@ def convert(
     if base_model is not None:
         from loraloom.generation.loading import load_host  # with transformers
 
-        model = BaseModelConfig(base_model=base_model, dtype="float32", device="cpu")
+        on = {"base_model": base_model, "dtype": "float32", "device": "cpu"}
+        model = checked(BaseModelConfig, on)
         host, _ = load_host(model, {})
     config = converting.convert(source, destination, to, settings=settings, host=host)
     print(f"wrote {destination}: {config.title}, rank {config.rank}, for {to}")

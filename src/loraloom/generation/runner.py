@@ -60,8 +60,9 @@ class PrefixCache:
         if not missing:
             return
         states = session.states(place, starts[missing[0]], starts[missing[-1]] + BLOCK_TOKENS)
-        for key, block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
-            self._blocks[key] = block.clone()
+        blocks = [block.clone() for block in states.split(BLOCK_TOKENS, dim=3)]
+        # all or none, and at once in their order: memory may run out above
+        self._blocks.update(zip(missing, blocks, strict=True))
         self._use([*starts])
 
     def shrink(self, max_tokens: int) -> None:

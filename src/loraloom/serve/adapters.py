@@ -19,7 +19,7 @@ from pathlib import Path
 from loraloom.adapters.method import Adapter
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, shown
-from loraloom.formats.disk import CONFIG_FILE
+from loraloom.formats.disk import ADAPTER_FILES, CONFIG_FILE
 from loraloom.formats.hub import find_adapter
 from loraloom.generation.sequence import RequestError
 from loraloom.models.host import Host
@@ -28,7 +28,7 @@ from loraloom.serve.process import start_apart
 # Seconds in which an adapter must have come from the Hub.
 DOWNLOAD_S = 300.0
 
-# What a directory's files are like: names, sizes, times and inodes.
+# What an adapter's files are like: names, sizes, times and inodes. Others may be written meanwhile.
 Files = frozenset[tuple[str, int, int, int]]
 
 
@@ -65,6 +65,7 @@ class ServedAdapters:
         self._max_bytes: float = math.inf if max_bytes is None else max_bytes
         self._line = asyncio.Lock()  # of requests that wait for a place
         self._turn = asyncio.Lock()  # held while files are read
+        self._loading: asyncio.Task[None] | None = None  # the last one's of that line
         self._released = asyncio.Event()
         self._versions = count(2)
         self._base = ServedAdapter(base_name, None)
@@ -100,6 +101,8 @@ class ServedAdapters:
             return adapter
         self._source_of(name)  # what does not exist waits for nothing
         async with self._line:
+            if self._loading is not None and not self._loading.done():
+                await asyncio.wait([self._loading])  # its request has gone, but it takes a place
             while (adapter := self.take(name)) is None:
                 is_lazy = name not in self._sources  # others need no place
                 while is_lazy and not self._has_place():
@@ -107,7 +110,9 @@ class ServedAdapters:
                     await self._released.wait()
                 source = self._source_of(name)
                 # a client that goes away meanwhile leaves nothing half loaded
-                await asyncio.shield(self._load(name, source, Path(source), is_lazy=is_lazy))
+                loading = self._load(name, source, Path(source), is_lazy=is_lazy)
+                self._loading = asyncio.create_task(loading)
+                await asyncio.shield(self._loading)
             return adapter
 
     def release(self, adapter: ServedAdapter) -> None:
@@ -227,9 +232,9 @@ def unknown_model(name: str) -> RequestError:
 
 
 def _files_of(source: str) -> Files:
-    """What a directory's files are like; empty on the Hub, or where it can't be read."""
+    """What an adapter's files are like; empty on the Hub, or where they can't be read."""
     try:
-        files = [file for file in os.scandir(source) if file.is_file()] if source else []
+        files = [one for one in os.scandir(source) if one.name in ADAPTER_FILES] if source else []
         stats = [(file.name, file.stat()) for file in files]
     except (OSError, ValueError):  # loading says what is wrong with it
         return frozenset()

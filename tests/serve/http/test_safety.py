@@ -16,19 +16,16 @@ import httpx2
 import openai
 import pytest
 
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError, DataError, not_finite
 from loraloom.serve.http.answers import encode_chat
 from loraloom.serve.http.app import ApiOptions
 from loraloom.serve.http.bridge import as_events
+from loraloom.serve.http.guards import answer_to
 from loraloom.serve.http.schemas import ChatBody
 from loraloom.serve.http.server import listen
 from tests.serve.http.in_process import BASE, serving
 
-CHAT: dict[str, Any] = {
-    "model": "lora",
-    "messages": [{"role": "user", "content": "one"}],
-    "max_tokens": 4,
-}
+CHAT: Any = {"model": "lora", "messages": [{"role": "user", "content": "one"}], "max_tokens": 4}
 JSON = {"Content-Type": "application/json"}
 
 
@@ -140,15 +137,11 @@ def test_keys_are_asked_for(host, tokenizer):
     options = ApiOptions(api_keys=("secret-1", "secret-2"))
     with serving(host, tokenizer, options=options) as (url, _):
         assert httpx2.get(f"{url}/health").status_code == 200
-        for headers in (
-            {},
-            {"Authorization": "Bearer secret"},
-            {"Authorization": "Basic secret-1"},
-        ):
-            response = httpx2.post(f"{url}/v1/chat/completions", json=CHAT, headers=headers)
+        for given in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "Basic secret-1"}):
+            response = httpx2.post(f"{url}/v1/chat/completions", json=CHAT, headers=given)
             assert error_of(response, 401)["code"] == "invalid_api_key"
-            assert httpx2.get(f"{url}/v1/models", headers=headers).status_code == 401
-            assert httpx2.get(f"{url}/docs", headers=headers).status_code == 401
+            for path in ("v1/models", "docs"):
+                assert httpx2.get(f"{url}/{path}", headers=given).status_code == 401
         for key in options.api_keys:
             with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client:
                 assert client.models.list().data
@@ -242,6 +235,9 @@ def test_a_full_queue_answers_when_to_come_back(host, tokenizer):
         response = httpx2.post(f"{url}/v1/chat/completions", json=CHAT)
         assert error_of(response, 429)["type"] == "rate_limit_error"
         assert response.headers["retry-after"] == "5"
+        many = {"model": "lora", "prompt": ["one"] * 5, "n": 2}
+        refused = error_of(httpx2.post(f"{url}/v1/completions", json=many), 429)
+        assert "at most 8 completions, got 10" in refused["message"]
         assert engine.is_idle
 
 
@@ -325,3 +321,4 @@ def test_what_fails_in_a_stream_is_told_and_in_the_log(caplog):
 
     assert len(asyncio.run(events())) == 3
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert answer_to(not_finite("logits", "NaN", ["a"])).status_code == 500

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from loraloom.config.data import PromptForm
 from loraloom.generation.prompts import Prompt, encode_prompt, form_for
-from loraloom.generation.sequence import GenerationRequest, Piece
+from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
@@ -94,7 +94,11 @@ class TextExchange(Exchange):
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
-        body, requests = self.body, []
+        body, requests, limits = self.body, [], self.backend.engine.limits
+        num, most = len(body.prompts) * body.n, limits.max_rows + limits.max_waiting
+        if num > most:  # before they take up memory
+            text = f"a request may ask for at most {most} completions, got {num}; ask for fewer"
+            raise RequestError(f"{text} at once", "queue_full")
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 prompt, _ = encode_prompt(self.backend.tokenizer, Prompt(prompt), raw=True)

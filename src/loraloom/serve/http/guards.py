@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraloom.errors import FormatError, LoraloomError, plain
+from loraloom.errors import AdapterError, FormatError, LoraloomError, plain
 from loraloom.generation.sequence import RequestError
 
 # Pages of the playground and health hold nothing of the server's, and need no key.
@@ -76,6 +76,8 @@ def answer_to(error: Exception) -> JSONResponse:
     match error:
         case RequestError(code=code, param=param):
             return error_response(_STATUS.get(code or "", 400), str(error), code, param)
+        case AdapterError():  # its weights have diverged
+            return error_response(500, str(error), "broken_adapter")
         case FormatError():  # no client's fault
             pass
         case LoraloomError():
