@@ -11,6 +11,7 @@ from loraloom.data import tasks
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.training.builder import JobBuilder, load_start
 from loraloom.training.settings import JobConfig
+from loraloom.training.step.objectives import ObjectiveTerms
 from tests.tiny import METHODS, changed, randomise
 from tests.training.saved import save_inputs
 from tests.training.toy import toy_host, toy_tokenizer
@@ -50,6 +51,9 @@ def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
     other = builder.build(config(rows, "c", seed=1))
     assert first.training_set is same.training_set
     assert first.training_set is not other.training_set
+    held_out = builder.build(config(rows, "e", data=data | {"validation_fraction": 0.5}))
+    held_out.objective = lambda *_: ObjectiveTerms(torch.tensor(1.5), {"loss": 9.0})
+    assert builder.measure([held_out])["e"] == {"eval/loss": 1.5}
 
 
 def test_a_file_that_has_changed_is_read_again(builder, rows, tmp_path, monkeypatch):
