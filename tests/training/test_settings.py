@@ -20,6 +20,7 @@ from loraloom.training.settings import (
 
 PAIRS = {"dataset": "pairs.jsonl", "format": "preference"}
 DPO = {"num_epochs": 1, "objective": {"name": "dpo"}}
+ON_TEST = [{"task": "arc_easy", "split": "test"}]
 WATCHED = {"num_epochs": 1, "eval_steps": 5}
 
 
@@ -64,6 +65,7 @@ def test_a_warmup_ratio_is_rounded_up_to_steps():
     assert TrainConfig(num_epochs=1).warmup_steps_of(101) == 0
 
 
+SMOOTHED = {"label_smoothing": 0.1}
 CONTRADICTIONS = [
     ({"num_epochs": None}, "max_steps or num_epochs must be given"),
     ({"max_steps": 5}, "max_steps or num_epochs must be given, one of them"),
@@ -75,14 +77,8 @@ CONTRADICTIONS = [
     ({"optimizer_args": {"lr": 1}}, "must not hold lr: learning_rate and weight_decay of the job"),
     ({"batch_size": 4, "micro_batch_size": 8}, "micro_batch_size must divide batch_size=4, got 8"),
     ({"early_stopping": {}}, "early_stopping has no effect without eval_steps"),
-    (
-        {"objective": {"name": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}},
-        "label_smoothing has no effect with loss_type ipo",
-    ),
-    (
-        {"objective": {"name": "cpo", "loss_type": "hinge", "label_smoothing": 0.1}},
-        "label_smoothing has no effect with loss_type hinge",
-    ),
+    ({"objective": {"name": "dpo", "loss_type": "ipo"} | SMOOTHED}, "no effect with loss_type ipo"),
+    ({"objective": {"name": "cpo", "loss_type": "hinge"} | SMOOTHED}, "label_smoothing has no eff"),
 ]
 
 
@@ -126,9 +122,8 @@ def test_an_objective_for_pairs_may_select_by_its_accuracy():
 
 
 def test_a_test_split_never_selects_the_weights():
-    on_test = [{"task": "arc_easy", "split": "test"}]
-    assert selection_metric(eval=on_test) is None
-    assert selection_metric(eval=[*on_test, {"task": "piqa"}]) == "eval/piqa/accuracy"
+    assert selection_metric(eval=ON_TEST) is None
+    assert selection_metric(eval=[*ON_TEST, {"task": "piqa"}]) == "eval/piqa/accuracy"
     assert selection_metric(eval=[{"task": "arc_easy", "split": "validation+test[:9]"}]) is None
     held_out = {"task": "arc_easy", "validation": {"task": "arc_easy", "split": "test"}}
     assert selection_metric(data=held_out, train=WATCHED) is None
@@ -153,22 +148,13 @@ JOB_FAULTS = [
         {"train": {**WATCHED, "early_stopping": {"metric": "loss"}}, "eval": [{"task": "piqa"}]},
         r"must be one that the job measures outside test splits \(eval/piqa/accuracy\), got 'loss'",
     ),
-    (
-        {
-            "train": {**WATCHED, "lr_scheduler": "greedy"},
-            "eval": [{"task": "piqa", "split": "test"}],
-        },
-        "train.lr_scheduler greedy needs train.eval_steps",
-    ),
+    ({"train": {**WATCHED, "lr_scheduler": "greedy"}, "eval": ON_TEST}, "greedy needs train.eval"),
     ({"data": PAIRS}, "train.objective must be dpo or cpo for data of format preference, got sft"),
     (
         {"train": DPO, "data": {"mix": [PAIRS, {"dataset": "a.jsonl", "format": "chat"}]}},
         "train.objective dpo needs pairs of answers: .* got format chat",
     ),
-    (
-        {"data": {"dataset": "a.jsonl", "format": "text", "streaming": True}},
-        "data.streaming needs train.max_steps, not num_epochs",
-    ),
+    ({"data": {"dataset": "a", "format": "text", "streaming": True}}, "streaming needs train.max_"),
     ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA; remove it"),
 ]
 
