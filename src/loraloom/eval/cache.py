@@ -52,11 +52,10 @@ class ScoreCache:
     def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):
         self.directory = directory
         self.num_found = self.num_added = 0
-        key = computation_key(host)
-        # pairs are scored by the base model too, whether or not it is evaluated
-        names = (None, *adapters)
-        digests = {name: name and adapter_digest(host.adapter(name)) for name in names}
-        self._ids = {n: json_digest({**key, "adapter": digest}) for n, digest in digests.items()}
+        self._host, self._key = host, computation_key(host)
+        self._ids: dict[str | None, str] = {}
+        for name in adapters:
+            self._id(name, ())
         with self._open():
             pass
 
@@ -78,6 +77,10 @@ class ScoreCache:
         self.num_added += len(rows)
 
     def _id(self, adapter: str | None, tokens: Tokens) -> str:
+        # pairs are scored by the base model too, whether or not it is evaluated
+        if adapter not in self._ids:
+            digest = adapter and adapter_digest(self._host.adapter(adapter))
+            self._ids[adapter] = json_digest({**self._key, "adapter": digest})
         return json_digest([self._ids[adapter], tokens])
 
     @contextmanager
