@@ -217,8 +217,7 @@ def test_where_files_are_is_not_told(host, tokenizer, saved, tmp_path, caplog):
 
 def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
     with serving(host, tokenizer) as (url, _):
-        body = {"lora_name": "x", "lora_path": "x"}
-        assert httpx2.post(f"{url}/v1/load_lora_adapter", json=body).status_code == 404
+        assert load(url, "none", "x").status_code == 404
         response = httpx2.get(f"{url}/v1/models", headers={"Origin": "http://elsewhere"})
         assert "access-control-allow-origin" not in response.headers
     options = ApiOptions(cors_origins=("http://here",), api_keys=("k",))

@@ -212,11 +212,10 @@ def test_diverged_adapters_spoil_no_others_tokens(operations, served, mixture_ff
 def test_what_no_lora_can_do_is_refused(served, tmp_path, name, message):
     with pytest.raises(AdapterError, match=message):
         served.folder.fold(served.directory / name)
-    bare = shutil.copytree(served.directory / name, tmp_path / name)
-    tensors = load_file(file := bare / "adapter_model.safetensors")
-    save_file({key: tensors[key] for key in tensors if "magnitude" not in key}, file)
+    file = shutil.copytree(served.directory / name, tmp_path / name) / "adapter_model.safetensors"
+    save_file({k: one for k, one in load_file(file).items() if "magnitude" not in k}, file)
     with pytest.raises(AdapterError, match=message):
-        served.folder.fold(bare)
+        served.folder.fold(file.parent)
 
 
 @torch.no_grad()
