@@ -43,6 +43,7 @@ CHOICES = {
     "head": (UNTIED, {"modules_to_save": ["lm_head"]}),
     "both": (UNTIED, {"modules_to_save": BOTH, "use_dora": True}),
     "norms": (UNTIED, {"modules_to_save": ["norm"]}),
+    "ends of words": (UNTIED, {"modules_to_save": ["layernorm"]}),
     "tied, embeddings": (TIED, {"modules_to_save": ["embed_tokens"]}),
     "tied, both": (TIED, {"modules_to_save": BOTH}),
     "tokens": (UNTIED, {"trainable_token_indices": TOKENS[::-1]}),

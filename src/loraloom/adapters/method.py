@@ -87,7 +87,7 @@ class AdapterConfig(StrictModel, ABC):
     """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
     modules_to_save: Free[tuple[str, ...]] = ()
     """Modules outside of the projections that the adapter trains whole, as a copy of its own:
-    `embed_tokens`, `lm_head`, norms; names or the ends of paths, as in PEFT."""
+    `embed_tokens`, `lm_head`, norms; names or the ends of paths, in whole words."""
     trainable_token_indices: Free[TokenIds | dict[str, TokenIds]] = ()
     """Tokens whose embeddings the adapter trains, as rows of its own; where the base model ties its
     head to the embeddings, the head has them too. By the name of the embedding or the head:

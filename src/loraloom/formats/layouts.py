@@ -276,7 +276,8 @@ def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[st
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in whole))
     unnamed = [path for path in paths if not any(is_meant(name, path) for name in names)]
     if unnamed:
-        names = [*paths, *(n for n in names if not any(is_meant(n, path) for path in paths))]
+        # PEFT's names may be the ends of words
+        names = [*paths, *(n for n in names if not any(path.endswith(n) for path in paths))]
     settings = {name: files.config.get(name) for name in OWN_FIELDS} | {"modules_to_save": names}
     return {name: value for name, value in settings.items() if value}
 
