@@ -31,7 +31,7 @@ def read_rows(path):
 
 
 def test_a_prompt_is_completed_on_the_terminal(run, capsys):
-    assert run("--prompt", "the sky") == 0
+    assert run("--prompt", "the sky", "--stop", "[]", "--stop={}") == 0  # no JSON
     completion = capsys.readouterr().out
     assert len(completion) > 1
     assert completion.endswith("\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from typing_extensions import override
 
 from loraloom.cli.options import HostOptions
@@ -38,16 +37,12 @@ _ONLY = {
 }
 
 
-# A place, or a mapping, whose JSON cyclopts reads by itself.
-DataSet = Annotated[str, BeforeValidator(lambda x: x if isinstance(x, str) else json.dumps(x))]
-
-
 class EvalRun(HostOptions):
     """What is evaluated on what, and where the results go."""
 
     task: tuple[str, ...] = ()
     """Choice tasks to score: names with commas, or YAML files of your own. May be repeated."""
-    dataset: tuple[DataSet, ...] = ()
+    dataset: tuple[str, ...] = ()
     """A held-out file, directory or hub id, whose loss is computed in place of --task; or settings
     as under `data` of a run file, {dataset: rows.jsonl, fields: {output: reply}}. May be
     repeated."""

@@ -94,12 +94,16 @@ def _shown_default(value: object) -> str | None:
     return None if value is False or value in (None, (), []) else str(value)
 
 
-def _fill_in_home(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill in `~` in paths, which shells do only where a word begins with it."""
+def _mend_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill in `~` in paths, as shells do where a word begins with it; keep texts as they stand."""
     for argument in arguments:
         if "Path" in str(argument.hint):
             fill_in = os.path.expanduser
             argument.tokens[:] = [one.evolve(value=fill_in(one.value)) for one in argument.tokens]
+        elif argument.keys and str(argument.hint).startswith(
+            "tuple"
+        ):  # else read as JSON, if it is
+            argument.tokens[:] = [one.evolve(implicit_value=[one.value]) for one in argument.tokens]
 
 
 def _app(words: Sequence[str]) -> App:
@@ -111,7 +115,7 @@ def _app(words: Sequence[str]) -> App:
         )
     }
     version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
-    app = App("loraloom", help=_HELP, config=_fill_in_home, **version, **options)
+    app = App("loraloom", help=_HELP, config=_mend_values, **version, **options)
     groups = {
         name: App(name, help=text, version_flags=[], **options) for name, text in GROUPS.items()
     }
