@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.low_rank import decompose_rows, excess_of
+from loraloom.ops.low_rank import decompose_rows, excess_of, product_over_tokens
 from loraloom.ops.slot_pieces import Piece, Slots, Total
 
 
@@ -50,7 +50,7 @@ class GroupedDown(torch.autograd.Function):
             if grad_hidden is not None:
                 piece.add(grad_hidden, rows @ piece.of_experts(parts).flatten(0, 1))
             own = piece.of_experts(grad_parts)
-            own += (rows.T @ piece.take(dropped)).view(own.shape)
+            own += product_over_tokens(rows, piece.take(dropped)).view(own.shape)
         if grad_hidden is not None:
             grad_hidden = apply_keep_mask(grad_hidden, keep)
         return grad_hidden, grad_A, None, None, None
@@ -138,7 +138,8 @@ class RankGradients:
     def add(self, piece: Piece, rank_input: Tensor, grad_rows: Tensor) -> None:
         kept = piece.keep_rank(grad_rows @ piece.of_experts(self._weight).T)
         piece.add_rank(self.low_rank, kept)
-        add_product_(piece.of_experts(self.lora_B), rank_input.T, grad_rows)
+        own = piece.of_experts(self.lora_B)
+        own += product_over_tokens(rank_input, grad_rows)
 
 
 def excess_rows(row_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,14 +150,6 @@ def excess_rows(row_scale: Tensor, dtype: torch.dtype) -> Tensor:
 def zeros_for_gradient(weight: Tensor) -> Tensor:
     """Room to sum a weight's gradient up in, in float32 or better."""
     return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to a weight's gradient, which may have a wider dtype."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
 
 
 def _parts(lora_A: Tensor, slots: Slots) -> Tensor:

@@ -25,11 +25,16 @@ from loraloom.ops.grouped_products import (
     GroupedDown,
     GroupedUp,
     RankGradients,
-    add_product_,
     excess_rows,
     zeros_for_gradient,
 )
-from loraloom.ops.low_rank import UpProjection, add_low_rank_, decompose_rows, down_project
+from loraloom.ops.low_rank import (
+    UpProjection,
+    add_low_rank_,
+    decompose_rows,
+    down_project,
+    product_over_tokens,
+)
 from loraloom.ops.slot_pieces import Piece, Slots, Total
 
 
@@ -303,7 +308,8 @@ class _Backward:
         if self.block.dropout_scale != 1:
             grad_rank = grad_rank * self.block.dropout_scale
         dropped, own_A = piece.drop(states, self.keep_slots), piece.of_experts(self.down_A)
-        add_product_(piece.of_experts(self.grad_down_A), grad_rank.T, dropped)
+        grad_A = piece.of_experts(self.grad_down_A)
+        grad_A += product_over_tokens(grad_rank, dropped)
         if dropped is states:
             return add(grad_rank, own_A)
         return upstream + piece.drop(grad_rank @ own_A, self.keep_slots)

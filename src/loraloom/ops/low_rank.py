@@ -19,6 +19,10 @@ from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
 
+# Parts of the tokens that a gradient's sum over them is cut into, of so many tokens and more, in
+# float32 and wider; a product with more columns is shared by threads anyway.
+NUM_PARTS, MIN_SPLIT_TOKENS, MAX_SPLIT_COLUMNS = 4, 256, 64
+
 # From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S].
 Between = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -61,6 +65,22 @@ class InputGroup:
         return InputGroup(self.A, sides)
 
 
+def product_over_tokens(
+    left: Float[Tensor, "T S"], right: Float[Tensor, "T O"]
+) -> Float[Tensor, "S O"]:
+    """Compute `left.T @ right`, the gradient of a weight."""
+    # A product of few rows is one thread's on a CPU, however long its sums are; the parts of a
+    # batched one are not. How many there are depends on no number of threads, nor do results.
+    num_tokens, num_columns = left.shape
+    is_wide = left.dtype.itemsize <= 2 or num_columns > MAX_SPLIT_COLUMNS
+    if left.device.type != "cpu" or is_wide or num_tokens < MIN_SPLIT_TOKENS:
+        return left.T @ right
+    split = num_tokens // NUM_PARTS * NUM_PARTS
+    lefts, rights = (one[:split].unflatten(0, (NUM_PARTS, -1)) for one in (left, right))
+    total = torch.bmm(lefts.transpose(1, 2), rights).sum(0)
+    return torch.addmm(total, left[split:].T, right[split:]) if split < num_tokens else total
+
+
 class _DownProject(torch.autograd.Function):
     """`dropout(x) @ A.T`, keeping x and the mask instead of the masked x."""
 
@@ -79,7 +99,7 @@ class _DownProject(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = apply_keep_mask(grad @ lora_A, keep)
         if ctx.needs_input_grad[1]:
-            grad_A = grad.T @ apply_keep_mask(hidden_states, keep)
+            grad_A = product_over_tokens(grad, apply_keep_mask(hidden_states, keep))
         return grad_hidden, grad_A, None, None
 
 
@@ -112,7 +132,7 @@ class _AddLowRank(torch.autograd.Function):
         grads = []
         pairs = ctx.saved_tensors
         for span, low_rank, lora_B in zip(ctx.spans, pairs[::2], pairs[1::2], strict=True):
-            grads += [rows[span] @ lora_B.T, low_rank.T @ rows[span]]
+            grads += [rows[span] @ lora_B.T, product_over_tokens(low_rank, rows[span])]
         return grad, None, *grads
 
 
