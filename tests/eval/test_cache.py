@@ -8,12 +8,15 @@ import sys
 import pytest
 import torch
 
+from loraloom.adapters import LoraConfig
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, computation_key, describe_adapters
 from loraloom.eval.score import Scorer, score_questions
 from loraloom.models.host import Host
+from tests.eval import scoring
 from tests.eval.scoring import question, scoring_host, some_questions
+from tests.tiny import METHODS
 
 ADAPTERS = [None, "lora", "mixlora"]
 
@@ -151,12 +154,19 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(tiny_tokenizer, tmp_
     assert len(calls) == num_batches > 3
 
 
-@pytest.mark.parametrize("change", ["adapter", "base", "dtype", "attention", "window"])
-def test_another_computation_is_not_taken_for_this_one(tiny_tokenizer, tmp_path, change):
-    score(scoring_host(), tiny_tokenizer, tmp_path, ["lora"])
+@pytest.mark.parametrize("change", ["adapter", "base", "dtype", "attention", "window", "code"])
+def test_another_computation_is_not_taken_for_it(tiny_tokenizer, tmp_path, monkeypatch, change):
+    theirs = type("Theirs", (LoraConfig,), {"__doc__": "Theirs.", "__module__": __name__})
+    configs = {"lora": theirs(rank=2) if change == "code" else METHODS["lora"]}
+    for num_found in (0, 5):
+        host = scoring_host(configs=configs)
+        _, cache = score(host, tiny_tokenizer, tmp_path, ["lora"])
+        assert cache.num_found == num_found
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}
     dtype = torch.float32 if change == "dtype" else torch.float64
-    host = scoring_host(dtype=dtype, **(rope if change == "window" else {}))
+    host = scoring_host(configs=configs, dtype=dtype, **(rope if change == "window" else {}))
+    if change == "code":
+        monkeypatch.setattr(sys.modules[__name__], "__file__", scoring.__file__)
     if change == "adapter":
         next(iter(host.adapters["lora"].parameters())).data.view(-1)[-1] += 1
     if change == "base":

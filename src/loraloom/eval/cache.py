@@ -10,11 +10,13 @@ import hashlib
 import json
 import math
 import platform
+import secrets
 import sqlite3
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,8 @@ class ScoreCache:
     def _id(self, adapter: str | None, tokens: Tokens) -> str:
         # pairs are scored by the base model too, whether or not it is evaluated
         if adapter not in self._ids:
-            digest = adapter and adapter_digest(self._host.adapter(adapter))
+            held = None if adapter is None else self._host.adapter(adapter)
+            digest = held and adapter_digest(held) + _code_digest(held)
             self._ids[adapter] = json_digest({**self._key, "adapter": digest})
         return json_digest([self._ids[adapter], tokens])
 
@@ -157,6 +160,24 @@ def adapter_digest(adapter: Adapter) -> str:
     for name, tensor in sorted(adapter.tensors().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _code_digest(adapter: Adapter) -> str:
+    """Hash the code of another package's method; empty for loraloom's, see SCORING_VERSION."""
+    package = type(adapter.config).__module__.partition(".")[0]
+    if package == "loraloom":
+        return ""
+    digest = hashlib.sha256(adapter.config.package.encode())
+    with suppress(PackageNotFoundError, ValueError):  # it may be no more than a file
+        digest.update(version(adapter.config.package).encode())
+    classes = {kind for one in (adapter.config, *adapter.modules()) for kind in type(one).__mro__}
+    for name in sorted({kind.__module__ for kind in classes}):
+        if name.partition(".")[0] == package:
+            try:
+                digest.update(Path(str(getattr(sys.modules[name], "__file__", None))).read_bytes())
+            except (KeyError, OSError):  # a notebook has none: its scores are never found again
+                digest.update(secrets.token_bytes())
     return digest.hexdigest()
 
 
