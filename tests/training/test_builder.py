@@ -52,7 +52,7 @@ def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
     assert first.training_set is same.training_set
     assert first.training_set is not other.training_set
     held_out = builder.build(config(rows, "e", data=data | {"validation_fraction": 0.5}))
-    held_out.objective = lambda *_: ObjectiveTerms(torch.tensor(1.5), {"loss": 9.0})
+    held_out.objective = lambda *_: ObjectiveTerms(torch.tensor(1.5), {"loss": 9.0, "x": torch.nan})
     assert builder.measure([held_out])["e"] == {"eval/loss": 1.5}
 
 

@@ -42,11 +42,11 @@ def test_a_step_is_made_after_the_last_micro_batch():
     job = with_gradient(new_job(batch_size=4, micro_batch_size=2, loraplus_lr_ratio=4.0), 1.0)
     job.optimizer.param_groups.reverse()  # B first, as where A is frozen
     before = weights_of(job)
-    assert job.accept(job.micro_batch(), MicroBatchLoss(0.25, 0.5, 0.125, 1.0)) is None
+    assert job.accept(job.micro_batch(), MicroBatchLoss(0.25, 0.5, 0.125, 1.0, {"m": 2.0})) is None
     assert all(torch.equal(p, before[name]) for name, p in job.parameters.items())
-    own = {"loss": 9.0, "odd": math.nan, "mine": 2.0}
+    own = {"loss": 9.0, "odd": math.nan}
     report = job.accept(job.micro_batch(), MicroBatchLoss(0.5, 0.25, 0.25, 1.0, own))
-    assert (report["loss"], report["aux_loss"], report["mine"]) == (0.75, 0.75, 2.0)
+    assert (report["loss"], report["aux_loss"], report["m"]) == (0.75, 0.75, 2.0)
     assert "odd" not in report
     assert report["learning_rate"] == pytest.approx(1e-2)
     assert (report["router/entropy"], report["router/load_cv"]) == (0.375, 2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -171,7 +172,10 @@ class JobBuilder:
             )
             terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
             values = [("loss", terms.loss), *terms.metrics.items(), ("loss", terms.loss)]
-            metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values}
+            found = {f"eval/{name}": float(value) for name, value in values}
+            # others that are not finite are left out, as in a step's line
+            needed = ("eval/loss", job.selection.metric)
+            metrics[job.name] |= {k: v for k, v in found.items() if k in needed or math.isfinite(v)}
         asked: dict[tuple[EvaluationConfig, int], list[Job]] = {}
         for job in jobs:
             for config, questions in job.questions.items():

@@ -16,6 +16,7 @@ from loraloom.training import rounds
 from loraloom.training.job import Job
 from loraloom.training.rounds import RoundRunner
 from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.objectives import ObjectiveTerms
 from tests.training.step.test_fused import assert_same
 from tests.training.toy import ADAPTERS, PAD_ID, add_job, gradients_of, toy_config, toy_host
 
@@ -92,3 +93,12 @@ def test_a_micro_batch_in_halves_is_summed_after_both(monkeypatch):
         train_round(host, [job])
         gradients.append(gradients_of(job))
     assert_same(gradients[1], gradients[0], 1e-9)
+
+
+def test_a_metric_that_one_rank_alone_has_is_summed_too():
+    host, ranks = twin_host()
+    ranks.gather = lambda value: [value, [["theirs"]]]
+    job = add_job(host, toy_config("a"), random=True)
+    job.objective = lambda scored, _: ObjectiveTerms(-scored.log_probs.sum(), {"mine": 1.5})
+    (loss,) = forward_backward(host, [job.micro_batch()], PAD_ID)
+    assert loss.metrics == {"mine": 3.0, "theirs": 0.0}

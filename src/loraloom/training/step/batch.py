@@ -208,12 +208,14 @@ class MicroBatchLoss:
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
+        names = self.metrics | other.metrics
         return MicroBatchLoss(
             self.loss + other.loss,
             self.aux_loss + other.aux_loss,
             _add(self.router_entropy, other.router_entropy),
             _add(self.router_load_cv, other.router_load_cv),
-            {name: self.metrics.get(name, 0.0) + value for name, value in other.metrics.items()},
+            # an objective may have a metric in some micro-batches only
+            {k: self.metrics.get(k, 0.0) + other.metrics.get(k, 0.0) for k in names},
             self.computed_tokens + other.computed_tokens,
             add_counts(self.tokens_per_expert, other.tokens_per_expert),
         )

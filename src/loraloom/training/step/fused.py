@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra, widened
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out
-from loraloom.training.step.objectives import ScoredSamples, ask_references
+from loraloom.training.step.objectives import ScoredSamples, ask_references, has_fixed_metrics
 
 
 def forward_backward(
@@ -124,6 +124,12 @@ def _fetch(
     micro_batches: Sequence[MicroBatch], shares: Sequence[_Share], ranks: Ranks
 ) -> list[MicroBatchLoss]:
     """Add all numbers of a round up over the ranks, and read them from the device at once."""
+    if ranks.size > 1 and not all(has_fixed_metrics(batch.objective) for batch in micro_batches):
+        # Other objectives may have a metric on some ranks only: the others add nothing to it.
+        by_rank = ranks.gather([list(share.metrics) for share in shares])
+        for share, *names in zip(shares, *by_rank, strict=True):
+            all_names, nothing = dict.fromkeys(chain(*names)), torch.zeros_like(share.aux_loss)
+            share.metrics = {name: share.metrics.get(name, nothing) for name in all_names}
     scalars = [value.detach() for share in shares for value in share.scalars()]
     sums = [torch.empty(0) if s.routing is None else measure_routing(s.routing) for s in shares]
     summands = widened(torch.stack(scalars))

@@ -123,6 +123,10 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             return sft
 
 
+def has_fixed_metrics(objective: Objective) -> bool:
+    return (objective.func if isinstance(objective, partial) else objective) in (sft, dpo, cpo)
+
+
 def _split_pairs(values: Float[Tensor, " S"]) -> tuple[Tensor, Tensor]:
     return values[0::2], values[1::2]
 
