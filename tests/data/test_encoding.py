@@ -176,3 +176,5 @@ def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, ca
         ):
             load(tiny_tokenizer, file, "preference")
     assert len(entries(cache)) == 1
+    with pytest.raises(DataError, match="line 1: chat_template has no effect on preferences bet"):
+        load(tiny_tokenizer, file, "preference", chat_template=PLAIN)

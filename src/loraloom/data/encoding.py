@@ -118,6 +118,10 @@ class SourceEncoder:
                 next(filter(None, (row.get(columns["chosen"]) for row in (first, *rows))), None),
                 list,
             ):
+                if config.chat_template is not None:
+                    first.reject(
+                        "chat_template has no effect on preferences between texts; remove it"
+                    )
                 read, encode = partial(_read_texts, columns), tokens.encode_completion_pairs
             case _:
                 template = templates.load_chat_template(
