@@ -6,6 +6,7 @@ Names, templates and texts of others may hold what rich takes for markup (`[/INS
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,12 @@ def show_progress(
     )
     with bar:
         yield lambda places: bar.update(sum(sizes[place] for place in places))
+
+
+def printed(text: str) -> str:
+    # what a model says may hold escapes that would steer the terminal; spaces and joiners stay
+    joiners = "\t\u200c\u200d"
+    return "".join(c if c in joiners or unicodedata.category(c) == "Zs" else plain(c) for c in text)
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:

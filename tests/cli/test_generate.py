@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,11 +31,15 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_prompt_is_completed_on_the_terminal(run, capsys):
+def test_a_prompt_is_completed_on_the_terminal(run, monkeypatch, capsys):
     assert run("--prompt", "the sky", "--stop", "[]", "--stop={}") == 0  # no JSON
     completion = capsys.readouterr().out
     assert len(completion) > 1
     assert completion.endswith("\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr(verb, "complete", lambda *_, **__: [SimpleNamespace(text="\x1b[2J\t\n")])
+    assert run("--prompt", "the sky") == 0
+    assert capsys.readouterr().out == "\\x1b[2J\t\n\n"
 
 
 def test_a_file_is_completed_row_by_row(run, saved, tmp_path):
@@ -55,10 +60,8 @@ def test_a_row_without_an_adapter_is_answered_by_all_of_them(run, saved, tmp_pat
     path, output = write_rows(tmp_path / "in.jsonl", {"prompt": "one"}), tmp_path / "out.jsonl"
     adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
     assert run("--input", path, "--output", str(output), *adapters) == 0
-    assert [(row["prompt"], row["adapter"]) for row in read_rows(output)] == [
-        ("one", "a"),
-        ("one", "b"),
-    ]
+    written = [(row["prompt"], row["adapter"]) for row in read_rows(output)]
+    assert written == [("one", "a"), ("one", "b")]
 
 
 def test_a_row_may_scale_its_adapter(run, saved, tmp_path):
@@ -105,10 +108,7 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--input nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("--prompt x --adapter a=nowhere", "there is no nowhere"),
         ("--prompt x --top-p 0.5", "top_p has no effect at temperature 0"),
-        (
-            "--prompt x --temperature -1 --max-new-tokens 0",
-            "max_new_tokens must be greater than",
-        ),
+        ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be greater than"),
         ("--prompt x --output .", "--output must be a file"),
         ("--prompt x --raw --chat-template trl", "--chat-template exclude each other"),
         ("--prompt x --resume", "--resume has no effect without --output"),

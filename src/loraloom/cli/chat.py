@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-import unicodedata
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -13,12 +12,13 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
-from loraloom.errors import ConfigError, LoraloomError, plain, shown
+from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation
 from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
+from loraloom.terminal import printed
 
 HELP = """\
 /adapter NAME ...  let an adapter answer, or `base`; several answer one after the other
@@ -110,15 +110,9 @@ def _answer(
             if model != answering and len(models) > 1:
                 print(f"{'' if answering is None else chr(10)}[{model}]")
             answering = model
-            print(_printed(piece), end="", flush=True)
+            print(printed(piece), end="", flush=True)
     except KeyboardInterrupt:
         pass
     finally:
         answers.close()  # pyright: ignore[reportAttributeAccessIssue]
         print()
-
-
-def _printed(text: str) -> str:
-    # what a model says may hold escapes that would steer the terminal; spaces and joiners stay
-    joiners = "\t\u200c\u200d"
-    return "".join(c if c in joiners or unicodedata.category(c) == "Zs" else plain(c) for c in text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.models.layout import RowAdapter
-from loraloom.terminal import make_console, show_progress
+from loraloom.terminal import make_console, printed, show_progress
 
 Rows = Sequence[dict[str, Any]]
 
@@ -102,12 +103,12 @@ def _write(options: GenerateOptions, rows: Rows, texts: Sequence[str]) -> None:
     lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in completed)
     if options.output is not None:
         append_text(options.output, lines)
-    elif options.input is not None:
-        print(lines, end="", flush=True)
-    else:
+        return
+    if options.input is None:
         has_names = len(options.adapter) + (not options.no_base) > 1
-        for row in completed:
-            print(f"[{row['adapter']}]\n{row['completion']}" if has_names else row["completion"])
+        names = [f"[{row['adapter']}]\n" if has_names else "" for row in completed]
+        lines = "".join(f"{name}{text}\n" for name, text in zip(names, texts, strict=True))
+    print(printed(lines) if sys.stdout.isatty() else lines, end="", flush=True)
 
 
 def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
