@@ -142,9 +142,9 @@ def load_base_model(
     Args:
         name: A hub name, a directory, a .gguf file (its weights are dequantised) or
             `smollm2-135m`; it becomes the model's `config.name_or_path`.
-        dtype: float32, bfloat16, float16, float64, or auto: the checkpoint's, or bfloat16 of a
-            .gguf file; in 16 bits what the device computes in, and float32 on a CPU that computes
-            in none.
+        dtype: float32, bfloat16, float16, float64, or auto: the checkpoint's, but float32 of
+            float64, and bfloat16 of a .gguf file; in 16 bits what the device computes in, and
+            float32 on a CPU that computes in none.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
         quantization: nf4, fp4, int8 or torchao-int8; None for none, or what a
