@@ -59,8 +59,17 @@ def adapter_config(case: str, setting: StepSetting, **settings: Any) -> AdapterC
     return parse_adapter_config(chosen | {n: size for n, size in sizes.items() if n in fields})
 
 
+_weights: dict[StepSetting, dict[str, torch.nn.Parameter]] = {}
+
+
 def load_setting(setting: StepSetting) -> Any:
+    """Load a base model; those of all cases share their weights."""
+    # Where weights lie in memory moves a step by some percent, another way in each process.
     model, _ = load_base_model(setting.base_model, setting.dtype, quantization=setting.quantization)
+    parameters = dict(model.named_parameters())
+    shared = _weights.setdefault(setting, parameters) if setting.quantization is None else {}
+    for name, weight in shared.items():
+        parameters[name].data = weight.data
     return model
 
 
