@@ -173,6 +173,9 @@ def test_a_wrong_data_set_is_an_error(host, tiny_tokenizer, instructions, change
         evaluate_loss(host, tiny_tokenizer, instructions | change, **options)
     with pytest.raises(ConfigError, match="must have at least one data set"):
         evaluate_loss(host, tiny_tokenizer, [])
+    one = load_held_out(host, tiny_tokenizer, instructions)
+    with pytest.raises(ConfigError, match="sets must have different names, got held_out, held_out"):
+        evaluate_loss(host, tiny_tokenizer, [one, one])
 
 
 def test_a_diverged_adapter_is_an_error(tiny_tokenizer, instructions):
@@ -193,6 +196,11 @@ def test_the_split_of_a_directory_that_was_read_is_noted(host, tiny_tokenizer, d
     data = {"dataset": str(tmp_path), "format": "instruction"}
     details = load_held_out(host, tiny_tokenizer, data).details
     assert (details["split"], details["source"]["file"]) == ("validation", path)
+    task = {"template": "{{ instruction }}", "choices": ["blue", "no"], "labels": ["a", "b"]}
+    task |= {"data": {"files": {"validation": path}}, "answer": "{{ 'a' }}"}
+    (tmp_path / "quiz.yaml").write_text(json.dumps(task))
+    quiz = load_held_out(host, tiny_tokenizer, {"task": str(tmp_path / "quiz.yaml")})
+    assert quiz.details["format"] == "text"  # the task's own
 
 
 def test_a_perplexity_that_is_no_number_is_left_out(host, tiny_tokenizer, instructions):
@@ -201,7 +209,8 @@ def test_a_perplexity_that_is_no_number_is_left_out(host, tiny_tokenizer, instru
     assert row_scores(data, losses).results["a"]["perplexity"] is None
 
 
-def test_data_sets_of_one_name_are_refused(host, tiny_tokenizer, data_of):
-    one = load_held_out(host, tiny_tokenizer, data_of(PAIRS, "preference", "pairs.jsonl"))
-    with pytest.raises(ConfigError, match="data sets must have different names, got pairs, pairs"):
-        evaluate_loss(host, tiny_tokenizer, [one, one])
+def test_adapters_are_noted_as_before_scoring(host, tiny_tokenizer, instructions, tmp_path):
+    (file := tmp_path / "adapter_config.json").touch()
+    sets = (file.unlink() or load_held_out(host, tiny_tokenizer, one) for one in [instructions])
+    evaluation = evaluate_loss(host, tiny_tokenizer, sets, sources={"a": str(tmp_path)})
+    assert [*evaluation.adapters["a"]["sha256"]] == [file.name]

@@ -182,7 +182,7 @@ def _score(run: EvalRun) -> Evaluation:
     if asked:
         options["compat"] = run.compat
         return evaluation.evaluate(host, tokenizer, asked, run.names, **options)
-    sets = [held_out.load_held_out(host, tokenizer, x, run.max_length, run.limit) for x in data]
+    sets = (held_out.load_held_out(host, tokenizer, x, run.max_length, run.limit) for x in data)
     return evaluation.evaluate_loss(host, tokenizer, sets, run.names, **options)
 
 
@@ -192,7 +192,7 @@ def _command() -> str:
 
 def _evaluate_harness(run: EvalRun) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
     """Score tasks of lm-eval."""
-    from loraloom.eval.cache import describe_evaluation
+    from loraloom.eval.cache import describe_adapters, describe_evaluation
     from loraloom.eval.harness import evaluate_adapters, load_tasks
     from loraloom.eval.harness.results import as_evaluation, question_lines
     from loraloom.eval.harness.tasks import check_asks_text
@@ -201,8 +201,9 @@ def _evaluate_harness(run: EvalRun) -> tuple[Evaluation, Iterable[Mapping[str, A
     loaded = load_tasks(_names(run.harness), run.harness_include)
     check_asks_text(loaded)
     host, tokenizer = load_host(run, run.adapters)
+    adapters = describe_adapters(run.adapters)
     options = run.model_dump(include={"limit", "num_fewshot", "apply_chat_template"})
     options["max_tokens_per_batch"] = run.batch_tokens
     results = evaluate_adapters(host, tokenizer, loaded, run.names, **options)
-    found = as_evaluation(results, **describe_evaluation(host, run.adapters, _command()))
+    found = as_evaluation(results, **describe_evaluation(host, adapters, _command()))
     return found, question_lines(results)

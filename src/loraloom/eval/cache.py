@@ -102,14 +102,15 @@ class ScoreCache:
             ) from error
 
 
-def describe_evaluation(host: Host, adapters: Mapping[str, str], command: str) -> dict[str, Any]:
+def describe_evaluation(host: Host, adapters: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Say how scores were computed; adapters as `describe_adapters` found them before scoring."""
     is_cuda = host.device.type == "cuda"
     packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
     return {
         "base_model": plain(host.base.name_or_path),  # names of files may be no UTF-8
         "quantization": host.base.quantization,
         **_how_computed(host),
-        "adapters": describe_adapters(adapters),
+        "adapters": adapters,
         "versions": {"python": platform.python_version(), **packages},
         "device": f"{host.device}"
         + (f" ({torch.cuda.get_device_name(host.device)})" if is_cuda else ""),

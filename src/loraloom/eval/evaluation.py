@@ -10,7 +10,7 @@ evaluation.write("result.json")
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, TokenPair
 from loraloom.errors import ConfigError, not_finite
-from loraloom.eval.cache import ScoreCache, describe_evaluation
+from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation
 from loraloom.eval.routing import RoutingTally
@@ -92,7 +92,8 @@ class _Pass:
         check_scored(self.names, self.pairs)
         self._tokenizer, self._console = tokenizer, console
         self._scorer = Scorer(host, self.names, max_tokens_per_batch, cache)
-        self._how = (host, sources or {}, command)
+        # as they are now: while a job trains, checkpoints are replaced
+        self._how = (host, describe_adapters(sources or {}), command)
         self._tally = RoutingTally(host, self.names, tokenizer)
         self._compat = compat
 
@@ -213,7 +214,7 @@ def evaluate(
 def evaluate_loss(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    data: SourceConfig | Mapping[str, Any] | Sequence[HeldOutSet],
+    data: SourceConfig | Mapping[str, Any] | Sequence[HeldOutSet] | Iterator[HeldOutSet],
     adapters: Sequence[str | None] | None = None,
     *,
     max_length: int | None = None,
@@ -243,10 +244,11 @@ def evaluate_loss(
     scored = _Pass(host, tokenizer, adapters, **options)
     if isinstance(data, SourceConfig | Mapping):
         data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
-    if not data:
+    sets = list(data)
+    if not sets:
         raise ConfigError("data must have at least one data set, got none")
-    _check_differ("data sets", [one.name for one in data])
-    return scored.evaluation([scored.measure(one) for one in data])
+    _check_differ("data sets", [one.name for one in sets])
+    return scored.evaluation([scored.measure(one) for one in sets])
 
 
 def load_question_sets(

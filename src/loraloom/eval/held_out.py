@@ -24,6 +24,7 @@ from loraloom.config.data import BETA, MAX_LENGTH, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import find_location, is_data_file, sha256
+from loraloom.data.tasks import find_task
 from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import Fields
@@ -93,7 +94,7 @@ def load_held_out(
         raise DataError(f"{encoder.name}: none of the {len(encoded)} rows has an answer that fits")
     tokens = [[[one.input_ids, one.labels] for one in examples] for examples in kept]
     details = {
-        "format": source.format or source.scoring,
+        "format": source.format or source.scoring or find_task(str(source.task)).config.scoring,
         "split": None if is_data_file(Path(source.dataset or "")) else split,
         "num_examples": len(kept),
         "num_tokens": sum(count_labels(one) for examples in kept for one in examples),
