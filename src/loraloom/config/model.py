@@ -43,8 +43,8 @@ class BaseModelConfig(StrictModel):
     base_model: str = Field(min_length=1)
     """Hub id, directory or .gguf file of a causal language model, or smollm2-135m."""
     dtype: BaseDtype = "auto"
-    """Number format of the base model; auto: its checkpoint's, but float32 of float64 and on a CPU
-    that multiplies 16 bits slowly. Adapters are kept in float32."""
+    """Number format of the base model; auto: that of its config.json, but float32 of float64 or
+    none, and on a CPU that multiplies 16 bits slowly. Adapters are kept in float32."""
     quantization: Quantization | None = None
     """Keep the base model's weights in 4 or 8 bits; null: as they are."""
     device: Device = "auto"

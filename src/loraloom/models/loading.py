@@ -142,9 +142,9 @@ def load_base_model(
     Args:
         name: A hub name, a directory, a .gguf file (its weights are dequantised) or
             `smollm2-135m`; it becomes the model's `config.name_or_path`.
-        dtype: float32, bfloat16, float16, float64, or auto: the checkpoint's, but float32 of
-            float64, and bfloat16 of a .gguf file; in 16 bits what the device computes in, and
-            float32 on a CPU that computes in none.
+        dtype: float32, bfloat16, float16, float64, or auto: the one in the checkpoint's
+            config.json, but float32 of float64 or none, and bfloat16 of a .gguf file; in 16 bits
+            what the device computes in, and float32 on a CPU that computes in none.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
         quantization: nf4, fp4, int8 or torchao-int8; None for none, or what a
@@ -228,8 +228,10 @@ def _read_config(source: ModelSource) -> dict[str, Any]:
 
 def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:
     if name == "auto":
-        named = checkpoint.get("dtype") or checkpoint.get("torch_dtype")
-        saved = str(named).removeprefix("torch.")
+        # Of models of images and text, the text part's may be the only one.
+        parts = (checkpoint, checkpoint.get("text_config") or {})
+        named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+        saved = str(next(filter(None, named), None)).removeprefix("torch.")
         # A GGUF file has no config; its weights have few bits.
         if checkpoint and saved not in ("bfloat16", "float16"):
             return torch.float32
