@@ -1,8 +1,7 @@
 import pytest
-from jinja2 import Template
 from pydantic import ValidationError
 
-from loraloom.config.data import DataConfig, PromptForm, SourceConfig
+from loraloom.config.data import DataConfig, SourceConfig
 
 
 def test_a_task_is_a_source():
@@ -75,9 +74,3 @@ CONTRADICTIONS = [
 def test_a_setting_without_effect_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         DataConfig.model_validate(settings)
-
-
-def test_a_system_message_may_have_any_character():
-    form = PromptForm(format="chat", system='Say \U0001f600 "hi"')
-    template = form.as_chat_template("{{ messages[0].content }}", adds_bos=False)
-    assert Template(template).render(messages=[{"role": "user", "content": ""}]) == form.system

@@ -5,7 +5,7 @@ import pytest
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import load_template, render
 from loraloom.data.tokens import learn_completions
-from loraloom.errors import DataError
+from loraloom.errors import ConfigError, DataError
 from loraloom.generation.prompts import Prompt, encode_prompt
 
 TEMPLATE = (
@@ -37,9 +37,7 @@ def test_what_can_not_be_written_is_an_error(tiny_tokenizer):
 @pytest.mark.parametrize("content", ["one \ud800 two", ({"role": "user", "content": "\udcff"},)])
 def test_half_a_surrogate_pair_is_an_error(tiny_tokenizer, template, content):
     tiny_tokenizer.chat_template = template or (None if isinstance(content, str) else TEMPLATE)
-    with pytest.raises(
-        DataError, match=r"a\.jsonl: the prompt must be a text of Unicode, got half"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl: the prompt must be a text of Unicode"):
         encode_prompt(tiny_tokenizer, Prompt(content, origin="a.jsonl"))
 
 
@@ -88,15 +86,21 @@ def test_a_text_has_no_turns_and_leaves_a_conversation_to_the_chat_template(tiny
 
 def test_a_prompt_template_reads_further_fields_of_a_row(tiny_tokenizer):
     form = PromptForm(format="instruction", template="[{{ topic }}] {{ instruction }}: ")
-    other = form.model_copy(update={"template": "{{ input }}no"})
+    other = form.model_copy(update={"template": "{{ input }}{{ 'a' | regex_replace('a', 'no') }}"})
     assert decoded(tiny_tokenizer, "one", other) == "no"
     prompt = Prompt("one", fields={"topic": "two"})
     assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt, form)[0]) == "[two] one:"
     with pytest.raises(DataError, match="can't be filled in: 'topic' is undefined; give a row"):
         encode_prompt(tiny_tokenizer, Prompt("one"), form)
+    for one, lacking in ((form, "topic"), (other, "regex_replace")):
+        with pytest.raises(ConfigError, match=f"prompt template needs {lacking}, and a chat"):
+            one.as_chat_template(None, adds_bos=False)
 
 
-WITH_INPUT = "{% if input %}\n{{ input }}\n{% endif %}\n{{ instruction }}\n  {# no #}\n"
+WITH_INPUT = (
+    "{% if input %}\n{{ input }}\n{% endif %}\n{{ instruction }}\n  {# no #}\n"
+    "{% raw %}\n{% one %} {{ two }}\n  {% endraw %}\n{{ '{% three %}' }}{{ topic | d('four') }}\n"
+)
 
 
 @pytest.mark.parametrize("space", ["", " "])  # as a person writes an answer, and as a model does
@@ -113,10 +117,10 @@ def test_turns_are_written_as_training_encodes_them(tiny_tokenizer, template, sp
 
 
 def test_a_system_message_becomes_a_part_of_the_chat_template(tiny_tokenizer):
-    form = PromptForm(format="chat", system='two "{{ }}"')
+    form = PromptForm(format="chat", system='two \U0001f600 "{{ }}"')
     tiny_tokenizer.chat_template = form.as_chat_template(TEMPLATE, adds_bos=False)
     developer = [{"role": "developer", "content": "one"}, TURNS[0]]
     written = tiny_tokenizer.apply_chat_template(developer, tokenize=False)
     assert written == "(developer) one\n(user) yes?\n"
     written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
-    assert written == '(system) two "{{ }}"\n(user) yes?\n'
+    assert written == '(system) two \U0001f600 "{{ }}"\n(user) yes?\n'

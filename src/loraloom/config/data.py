@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal, get_args
 
+from jinja2 import Environment, TemplateError, meta, nodes
 from pydantic import AfterValidator, Field, WithJsonSchema
 from typing_extensions import override
 
@@ -179,16 +180,41 @@ class PromptForm(StrictModel):
             adds_bos: The tokenizer begins texts with BOS, which chat templates write themselves.
         """
         if self.format == "instruction":
-            # chat templates are compiled with trim_blocks and lstrip_blocks; + keeps the whitespace
-            kept = re.sub(r"(\{[%#])(?![-+])", r"\1+", self.prompt_template)
-            kept = re.sub(r"(?<![-+])([%#]\})", r"+\1", kept)
-            bos = "{{ bos_token }}" if adds_bos else ""
-            return bos + _CONVERSATION_OF_INSTRUCTIONS.replace("TEMPLATE", kept)
+            bos, block = "{{ bos_token }}" if adds_bos else "", _as_block(self.prompt_template)
+            return bos + _CONVERSATION_OF_INSTRUCTIONS.replace("TEMPLATE", block)
         default = own.get("default") if isinstance(own, Mapping) else own
         template = (self.format == "chat" and self.chat_template) or default
         if template is None or self.system is None:
             return template
         return _BEGINNING.replace("SYSTEM", json.dumps(self.system, ensure_ascii=False)) + template
+
+
+def _as_block(template: str) -> str:
+    """Write a prompt template as a part of a chat template."""
+    jinja = Environment(keep_trailing_newline=True)
+    jinja.filters["regex_replace"] = str  # it is parsed only
+    try:
+        tree = jinja.parse(template)
+        names = meta.find_undeclared_variables(tree)
+    except TemplateError as error:
+        raise ConfigError(f"the adapter's prompt template is not valid Jinja: {error}") from error
+    used = list(tree.find_all((nodes.Filter, nodes.Test)))
+    may_lack = [one.node for one in used if one.name in ("d", "default", "defined", "undefined")]
+    names -= {"instruction", "input", *(n.name for n in may_lack if isinstance(n, nodes.Name))}
+    if lacking := sorted(names | {one.name for one in used if one.name == "regex_replace"}):
+        raise ConfigError(
+            f"the adapter's prompt template needs {', '.join(lacking)}, and a chat template has "
+            "instruction, input and Jinja's filters alone; leave out --apply-chat-template, or "
+            "export from Python after `host.adapter(name).prompt = None`"
+        )
+    return "".join(_keep_spaces(kind, tag) for _, kind, tag in jinja.lex(template))
+
+
+def _keep_spaces(kind: str, tag: str) -> str:
+    # chat templates are compiled with trim_blocks and lstrip_blocks; + keeps the whitespace
+    if kind.endswith("_begin") or kind == "raw_end":
+        tag = re.sub(r"(\{[%#])(?![-+])", r"\1+", tag)
+    return re.sub(r"(?<![-+])([%#]\})", r"+\1", tag) if kind.endswith("_end") else tag
 
 
 class _SourceFields(StrictModel):
