@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -12,6 +13,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraloom import Prompt, PromptForm, SamplingConfig, generate
+from loraloom.serve.http.bridge import Backend
 from tests.serve.http.in_process import BASE
 from tests.tiny import METHODS
 
@@ -72,6 +74,12 @@ def test_an_adapter_is_asked_as_its_training_data_asked(client, host, tokenizer,
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
 
 
+def test_a_tokenizer_is_not_changed_while_threads_share_it(tokenizer):
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    Backend.__post_init__(SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore
+    assert tokenizer.backend_tokenizer.truncation is None
+
+
 def test_a_stream_is_the_same_text_in_pieces(client, host, tokenizer):
     stream = chat(client, "mixlora", stream=True, stream_options={"include_usage": True})
     *chunks, last = list(stream)
@@ -109,13 +117,9 @@ def test_chats_tell_log_probabilities(client, host, tokenizer):
     for entry in entries:
         assert len(entry.top_logprobs) == 2
         assert entry.logprob == entry.top_logprobs[0].logprob <= 0
-    pieces = chat(client, logprobs=True, top_logprobs=2, stream=True)
-    streamed = [
-        entry
-        for chunk in pieces
-        if chunk.choices[0].logprobs is not None
-        for entry in chunk.choices[0].logprobs.content
-    ]
+    chunks = chat(client, logprobs=True, top_logprobs=2, stream=True)
+    told = [chunk.choices[0].logprobs for chunk in chunks]
+    streamed = [entry for one in told if one is not None for entry in one.content]
     assert [entry.token for entry in streamed] == [entry.token for entry in entries]
 
 
@@ -239,10 +243,7 @@ def test_metrics_count_by_model(client, served):
     [
         ({"max_tokens": 300}, "at most 256 tokens together"),
         ({"messages": []}, "messages"),
-        (
-            {"messages": [{"role": "user", "content": "a " * 600}]},
-            "must have at most 256 tokens together",
-        ),
+        ({"messages": [{"role": "user", "content": "a " * 600}]}, "at most 256 tokens together"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"tool_choice": "auto"}, "the body: tool_choice needs tools"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream: true"),

@@ -48,6 +48,11 @@ class Backend:
     tokenizer: PreTrainedTokenizerBase
     loop: asyncio.AbstractEventLoop = field(init=False)
 
+    def __post_init__(self) -> None:
+        # Truncation and padding of tokenizer.json end with the first call, which no other thread's
+        # may meet.
+        self.tokenizer("a")
+
     def call(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function in the event loop, from the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
