@@ -119,13 +119,14 @@ def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]
     adapters = options.adapters
     for row in read_rows(options.input):
         # tables put a null where a row lacks a field of others
+        is_named = row.get("adapter") is not None
         if (row.get("prompt") is None) == (row.get("messages") is None):
             row.reject("a row must have either 'prompt' or 'messages'")
         if row.get("prompt") is not None:
             content, tools = row.text("prompt"), None
         else:
             content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")
-        wanted = [_adapter_of(row, adapters)] if "adapter" in row else list(adapters) or [None]
+        wanted = [_adapter_of(row, adapters)] if is_named else list(adapters) or [None]
         fields = {name: value for name, value in row.items() if name != "prompt"}
         for adapter in wanted:
             yield dict(row), Prompt(content, adapter, row.origin, tools, fields)
@@ -138,7 +139,7 @@ def _as_json(adapter: RowAdapter) -> str | list[str | float]:
 def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
     """The adapter that a row asks for, perhaps with a scale."""
     match row["adapter"]:
-        case None | "base":
+        case "base":
             return None
         case str(name) if name in adapters:
             return name
