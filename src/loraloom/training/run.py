@@ -97,8 +97,12 @@ def train(
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
+        if base is not None:
+            stack.enter_context(_borrowed(base[0]))
         host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
-        stack.enter_context(_borrowed(host))
+        if host.device.type == "cuda":  # whose memory `memory_limit` bounds for the process
+            whole = torch.cuda.set_per_process_memory_fraction
+            stack.callback(whole, 1.0, host.device)
         host.ranks = ranks
         parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)
         engine, checkpoint = set_up(*parts, resume=resume)
@@ -128,7 +132,7 @@ def train(
 def _borrowed(host: Host) -> Iterator[None]:
     """Give a host back as it was; after an error or a signal, without the run's adapters."""
     names, before = set(host.adapters), (host.ranks, host.gradient_checkpointing)
-    is_on_cuda = host.device.type == "cuda"  # whose memory `memory_limit` bounds for the process
+    is_on_cuda = host.device.type == "cuda"
     share = torch.cuda.get_per_process_memory_fraction(host.device) if is_on_cuda else 1.0
     try:
         yield

@@ -128,14 +128,15 @@ class Sweep:
         for job in engine.jobs.values():
             if self._sweep.owns(job.name):
                 self._prepare(job)
-        for trial, name in self._own():
-            if trial.state.is_finished() and name not in engine.results:
-                engine.recall(name)
+        self._recalled = set[str]()
 
     def between_steps(self, engine: Engine) -> None:
         for trial, name in self._own():
             if trial.state == TrialState.RUNNING:
                 self._report(trial, name)
+            elif trial.state.is_finished() and name not in self._recalled | engine.results.keys():
+                self._recalled.add(name)  # looked for once
+                engine.recall(name)
         own = self._own()
         # Jobs of a fused step come to a rung together. Optuna judges each against those before it,
         # so in the order of a grid, where neighbours are alike, it would let too many go on.

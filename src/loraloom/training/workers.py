@@ -126,17 +126,18 @@ def _train_shares(
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
-    jobs, show = list(run.all_jobs), None
-    most = len(jobs)
+    jobs, show, sweep = list(run.all_jobs), None, run.sweep
+    most = len(run.jobs if sweep else jobs)
+    if sweep is not None:
+        most = max(most, sweep.max_concurrent or sweep.num_jobs)
+    asked = num_workers and min(num_workers, most)
+    size, resources = choose_resources(ray.nodes(), run.device, asked)
     if run.sweep is not None:
         from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
         study = open_study(run, directory, None)  # before workers look for combinations in it
         show = partial(show_ranking, run.sweep, study, directory, progress)
         jobs = [job for job in jobs if not run.sweep.owns(job.name)]
-        most = max(len(jobs), run.sweep.max_concurrent or run.sweep.num_jobs)
-    asked = num_workers and min(num_workers, most)
-    size, resources = choose_resources(ray.nodes(), run.device, asked)
     size = min(size, most)
     progress.message(f"starting {size} workers")
     queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
