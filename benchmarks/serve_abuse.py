@@ -225,8 +225,7 @@ async def counts(server: Server) -> Outcome:
     wrong = [
         status
         for status, number in server.statuses.items()
-        if sum(line.endswith(f'" {status}') and "/v1" in line for line in log.splitlines())
-        != number
+        if sum(f'" {status}, ' in line and "/v1" in line for line in log.splitlines()) != number
     ]
     seen = f"{sum(server.statuses.values())} answers, {dict(server.statuses)}"
     return f"{seen}; not logged {wrong}", not wrong
