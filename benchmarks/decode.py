@@ -1,7 +1,8 @@
 """Decoding: new tokens a second for rows that share one adapter, or have different ones.
 
 Cases: `base` is transformers' own generate on a model that nothing is attached to; an adapter's
-name gives every row the same one; `mixed` deals four mixtures and the base out by turns.
+name gives every row the same one; `mixed` deals four mixtures and the base out by turns; `sums`
+gives every row another weighted sum of four LoRAs.
 
     python -m benchmarks.decode --rows 1
 """
@@ -29,6 +30,7 @@ from benchmarks.cases import (
 from loraloom.models.host import Host
 
 _PROMPT_LENGTH = 32
+_SUMMED = ("lora-0", "lora-1", "lora-2", "lora-3")
 _MIXED = ("mixture-0", "mixture-1", "mixture-2", "mixture-3", None)
 
 
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fields = ("base_model", "dtype", "quantization", "rows", "rank", "num_experts", "top_k")
     add_options(parser, StepSetting(rows=16), *fields)
     parser.add_argument("--new-tokens", type=int, default=32, help="of each row")
-    add_cases(parser, ("base", *ADAPTERS, "mixed"), rounds=5)
+    add_cases(parser, ("base", *ADAPTERS, "mixed", "sums"), rounds=5)
     options = parser.parse_args(arguments)
     setting = chosen_setting(options)
     runs = {case: make_decode(case, setting, options.new_tokens) for case in options.cases}
@@ -61,11 +63,13 @@ def make_decode(case: str, setting: StepSetting, new_tokens: int) -> Callable[[]
     if case == "base":
         return lambda: model.generate(prompts, **options)
     host = Host(model)
-    names = _MIXED if case == "mixed" else (case,)
+    names = {"mixed": _MIXED, "sums": _SUMMED}.get(case, (case,))
+    of_case = {"mixed": MIXTURE, "sums": "lora"}.get(case, case)
     for seed, name in enumerate(filter(None, names)):
-        config = adapter_config(MIXTURE if case == "mixed" else case, setting)
-        fill_B(host.add(name, config, seed))
+        fill_B(host.add(name, adapter_config(of_case, setting), seed))
     rows = [names[row % len(names)] for row in range(setting.rows)]
+    if case == "sums":
+        rows = ["+".join(f"{one}:{(row + 1) / 16}" for one in _SUMMED) for row in range(len(rows))]
     return lambda: host.generate(prompts, adapters=rows, **options)
 
 

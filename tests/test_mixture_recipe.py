@@ -7,7 +7,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 
 import loraloom
 from tests.generation.saved import save_tiny
@@ -127,22 +126,3 @@ def test_ranks_on_a_map_keep_size_and_compute(words, tmp_path, capacity, num_exp
         for place, adapter in enumerate((smaller, mixture, size))
     ]
     assert counts[0] < counts[1] <= counts[2]
-
-
-def test_a_base_model_is_cut_to_its_first_layers(words, tmp_path):
-    (base,) = (word.partition("base_model=")[2] for word in words if "base_model=" in word)
-    cut = runpy.run_path(str(RECIPE / "cut_base.py"))["main"]
-    cut(["--base-model", base, "--layers=1", f"--output={tmp_path}"])
-    whole, short = (
-        loraloom.load_base_model(name, dtype="float32")[0] for name in (base, str(tmp_path))
-    )
-    token_ids = torch.tensor([[5, 7, 11]])
-    first = whole(token_ids, output_hidden_states=True).hidden_states[1]
-    kept = short(token_ids, output_hidden_states=True)
-    assert len(kept.hidden_states) == 2
-    torch.testing.assert_close(
-        short.model.norm(first),
-        kept.hidden_states[1],
-        rtol=0.02,
-        atol=0.02,  # bfloat16 on the disk
-    )

@@ -8,12 +8,7 @@ import torch
 import loraloom
 from loraloom.adapters import LoraConfig
 from loraloom.errors import AdapterError
-from tests.tiny import (
-    METHODS,
-    tiny_host,
-    tiny_ids,
-    tiny_model,
-)
+from tests.tiny import METHODS, tiny_host, tiny_ids, tiny_model
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FFN = {"gate_proj", "up_proj", "down_proj"}

@@ -92,10 +92,7 @@ def test_a_step_tells_whose_tokens_are_whose(monkeypatch):
         "auxiliary_loss",
         lambda _, routing, samples, add_up: seen.append((len(routing[0].router_logits), samples)),
     )
-    data = [
-        Example((5, 6, 7, 8), (5, 6, 7, 8), 0, expert_group=1),
-        Example((9, 10), (9, 10), 1),
-    ]
+    data = [Example((5, 6, 7, 8), (5, 6, 7, 8), 0, expert_group=1), Example((9, 10), (9, 10), 1)]
     request = Request(host.adapters["a"], data, build_objective(SftConfig()), lambda place: place)
     run_requests(host, [request], pad_id=0)
     assert seen == [(6, [SampleTokens(4, 1), SampleTokens(2, 0)])]

@@ -12,13 +12,7 @@ import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig, SharedExpertConfig
 from loraloom.errors import AdapterError
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients
-from tests.tiny import (
-    changed,
-    randomise,
-    relative_error,
-    tiny_host,
-    tiny_model,
-)
+from tests.tiny import changed, randomise, relative_error, tiny_host, tiny_model
 
 PLAIN = MixLoraConfig(rank=2, alpha=4, num_experts=4, top_k=2, experts={"rank": 3, "alpha": 3})
 CONFIG = changed(PLAIN, shared_expert={"rank": 2, "alpha": 5})

@@ -147,6 +147,11 @@ def test_everybody_is_compared_on_the_same_questions(run, tmp_path, capsys):
     assert "a - base" in capsys.readouterr().out
 
 
+def test_a_sum_is_scored_beside_its_adapters(run):
+    results = run("--adapter", "a:1", "--adapter", "a:0")["results"]
+    assert (results["a:1"], results["a:0"]) == (results["a"], results["base"])
+
+
 def test_seeds_are_reported_together(run, saved, capsys):
     seeds = [
         f"--adapter=mix@{seed}={saved / name}" for seed, name in enumerate(("lora", "mixlora"))

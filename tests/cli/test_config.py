@@ -68,11 +68,7 @@ def test_the_jobs_of_a_sweep_are_listed_and_the_rest_is_the_same_run(run_file, t
     words = [word for one in overrides for word in ("--set", one)]
     assert main(["config", "show", str(run_file), *words]) == 0
     shown = capsys.readouterr().out
-    assert shown.splitlines()[-3:] == [
-        "# The sweep's 2 jobs:",
-        "# a-000-0.0001",
-        "# a-001-0.001",
-    ]
+    assert shown.splitlines()[-3:] == ["# The sweep's 2 jobs:", "# a-000-0.0001", "# a-001-0.001"]
     again = tmp_path / "again.yaml"
     again.write_text(shown)
     assert load_run_config(again) == load_run_config(run_file, overrides)

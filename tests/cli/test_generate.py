@@ -65,13 +65,24 @@ def test_a_row_without_an_adapter_is_answered_by_all_of_them(run, saved, tmp_pat
 
 
 def test_a_row_may_scale_its_adapter(run, saved, tmp_path):
-    rows = [{"prompt": "one", "adapter": adapter} for adapter in (["a", 0.0], "base", ["a", 1])]
-    path, output = write_rows(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
-    adapter = ["--adapter", f"a={saved / 'lora'}"]
-    assert run("--input", path, "--output", str(output), *adapter) == 0
-    nothing, base, whole = read_rows(output)
-    assert [row["adapter"] for row in (nothing, base, whole)] == [["a", 0.0], "base", ["a", 1]]
-    assert nothing["completion"] == base["completion"] != whole["completion"]
+    named = [["a", 0.0], "base", "a:0.5+b:-0.5", ["a", 1], "a+b:0"]
+    path = write_rows(tmp_path / "in.jsonl", *({"prompt": "one", "adapter": a} for a in named))
+    output = tmp_path / "out.jsonl"
+    adapters = [f"--adapter={name}={saved / 'lora'}" for name in "ab"]
+    assert run("--input", path, "--output", str(output), *adapters) == 0
+    rows = read_rows(output)
+    assert [row["adapter"] for row in rows] == named
+    nothing, base, cancelled, whole, plus_none = (row["completion"] for row in rows)
+    assert nothing == base == cancelled != whole == plus_none
+
+
+def test_a_sum_answers_beside_its_adapters(run, saved, capsys):
+    adapter = ["--prompt", "one", "--no-base", f"--adapter=a={saved / 'lora'}"]
+    assert run(*adapter, "--adapter", "a:1") == 0
+    own, of_sum = capsys.readouterr().out.split("[a:1]\n")
+    assert own == f"[a]\n{of_sum}"
+    assert run(*adapter, "--adapter", "a+law") == 2
+    assert "that --adapter NAME=PATH loads, got law in a+law" in capsys.readouterr().err
 
 
 def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):

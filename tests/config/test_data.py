@@ -42,18 +42,12 @@ CONTRADICTIONS = [
     ({"task": "piqa", "format": "chat"}, "format has no effect on a task"),
     ({"dataset": "a.jsonl"}, "format must be given with a dataset"),
     ({**CHAT, "path": "data"}, "path has no effect on a dataset"),
-    (
-        {**CHAT, "template": "alpaca"},
-        "template has no effect on format chat",
-    ),
+    ({**CHAT, "template": "alpaca"}, "template has no effect on format chat"),
     (
         {"dataset": "a.jsonl", "format": "text", "chat_template": "trl"},
         "chat_template has no effect on format text",
     ),
-    (
-        {**CHAT, "fields": {"turns": "t"}},
-        "fields must map messages, tools, system to col",
-    ),
+    ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages, tools, system to col"),
     ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix must stand without task"),
     ({"mix": []}, "at least 1 item"),
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),

@@ -33,11 +33,7 @@ def test_one_template_is_for_the_default_scoring(tmp_path):
     ("line", "other", "message"),
     [
         ("choices: options", "choices: options\nnaem: quiz", "unknown key 'naem'"),
-        (
-            "choices: options",
-            "choices: options\nscoring: both",
-            "scoring must be 'label' or",
-        ),
+        ("choices: options", "choices: options\nscoring: both", "scoring must be 'label' or"),
         ("choices: options", "choices: [one]", "(?s:.*)at least 2 items"),
         ("choices: options", "", "choices must be given, it is missing"),
         ('"{{ question }}"', "{both: x}", "template.both.* must be 'label' or 'text'"),

@@ -118,10 +118,7 @@ def _train() -> None:
 def _sweep(job: dict[str, Any]) -> None:
     """Train two versions of a job."""
     data = {"dataset": "data/math.jsonl", "format": "instruction", "validation_fraction": 0.25}
-    sweep = {
-        "job": {**job, "data": data},
-        "parameters": {"train.learning_rate": [1e-4, 1e-3]},
-    }
+    sweep = {"job": {**job, "data": data}, "parameters": {"train.learning_rate": [1e-4, 1e-3]}}
     run = {"base_model": MODELS[1], "device": "cpu", "output_dir": "runs/sweep", "sweep": sweep}
     Path("small_sweep.yaml").write_text(yaml.safe_dump(run))
     assert loraloom_command(["train", "small_sweep.yaml"]) == 0

@@ -67,11 +67,7 @@ RUN = {
             "train": {"max_steps": 9, "lr_scheduler": "cosine", "objective": {"name": "sft"}},
         },
     ],
-    "sweep": {
-        "job": "a",
-        "parameters": {"adapter.rank": [4, 8]},
-        "metric": "eval/boolq/accuracy",
-    },
+    "sweep": {"job": "a", "parameters": {"adapter.rank": [4, 8]}, "metric": "eval/boolq/accuracy"},
 }
 
 

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 IDS = tiny_ids(2, 6)
 WEIGHTS = [0.7, -0.4]
 FIRST, SECOND = LoraConfig(rank=3, alpha=6), LoraConfig(rank=3, alpha=3)
+PATTERN = LoraConfig(rank=4, alpha=2, rank_pattern={"q_proj": 1}, alpha_pattern={"v_proj": 9.0})
 
 
 def in_both() -> tuple[Host, peft.PeftModel]:
@@ -51,7 +52,7 @@ def in_both() -> tuple[Host, peft.PeftModel]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("combination", ["linear", "svd"])
+@pytest.mark.parametrize("combination", ["linear", "svd", "cat"])
 def test_a_combination_of_loras_is_pefts(combination):
     host, theirs = in_both()
     theirs.add_weighted_adapter(["x", "y"], WEIGHTS, "z", combination_type=combination)
@@ -60,6 +61,32 @@ def test_a_combination_of_loras_is_pefts(combination):
     expected = theirs(input_ids=IDS).logits
     host.combine(["x", "y"], WEIGHTS, combination, name="z")
     assert relative_error(host(IDS, adapters=["z", "z"]).logits, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_sum_is_what_pefts_active_adapters_compute():
+    host, theirs = in_both()
+    theirs.base_model.set_adapter(["x", "y"])
+    weighted = tuple(zip("xy", WEIGHTS, strict=True))
+    for layer in filter(lambda module: hasattr(module, "set_scale"), theirs.modules()):
+        for name, weight in weighted:
+            layer.set_scale(name, weight)
+    expected = theirs.eval()(input_ids=IDS).logits
+    found = host(IDS, adapters=["x:0.7+y:-0.4", weighted]).logits
+    assert relative_error(found, expected) < 1e-6
+
+
+@torch.no_grad()
+def test_loras_of_several_ranks_behind_one_another_are_their_sum(tmp_path):
+    host = tiny_host(configs={"x": FIRST, "y": PATTERN})
+    host.combine(["x", "y"], WEIGHTS, "cat", name="z")
+    host.save("z", tmp_path)
+    host.load("again", tmp_path)
+    total, z, again = (
+        host(IDS, adapters=[name] * 2).logits for name in ("x:0.7+y:-0.4", "z", "again")
+    )
+    assert relative_error(z, total) < 1e-12
+    assert relative_error(again, total) < 1e-6  # files are in float32
 
 
 @torch.no_grad()
@@ -108,12 +135,14 @@ def test_a_rank_above_the_projections_size_is_combined():
 @pytest.mark.parametrize(
     ("names", "options", "error", "message"),
     [
-        (["lora", "mixlora"], {}, AdapterError, "must be of one method, .*PEFT's add_weighted"),
+        (["lora", "mixlora"], {}, AdapterError, "must be of one method, .*`cat` combines LoRAs"),
         (["lora", "dora"], {}, AdapterError, r"'lora' \(LoRA\) and 'dora' \(DoRA\) aren't"),
         (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["smora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["hydralora"], {"weights": [1.0]}, AdapterError, "updates of the form BA, HydraLoRA"),
+        (["lora", "dora"], {"combination": "cat"}, AdapterError, "must be LoRAs, got DoRA"),
+        (["lora", "attention"], {"combination": "cat"}, AdapterError, "on the same projections"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (
             ["mixlora"] * 2,
@@ -124,7 +153,8 @@ def test_a_rank_above_the_projections_size_is_combined():
     ],
 )
 def test_what_cannot_be_combined_is_refused(names, options, error, message):
-    host = tiny_host(configs=ALL_METHODS, dtype=torch.float32)
+    more = {"attention": LoraConfig(rank=3, target_modules="attention")}
+    host = tiny_host(configs=ALL_METHODS | more, dtype=torch.float32)
     weights = options.pop("weights", [1.0, 1.0])
     with pytest.raises(error, match=message):
         host.combine(names, weights, name="c", **options)

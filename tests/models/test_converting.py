@@ -9,13 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from loraloom.adapters import (
-    DynMoleConfig,
-    LoraConfig,
-    LoraMoeConfig,
-    MixLoraConfig,
-    MolaConfig,
-)
+from loraloom.adapters import DynMoleConfig, LoraConfig, LoraMoeConfig, MixLoraConfig, MolaConfig
 from loraloom.cli.main import main
 from loraloom.errors import AdapterError, FormatError
 from loraloom.models.converting import convert

@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaModel,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
 
 import loraloom
 from loraloom.errors import ModelError

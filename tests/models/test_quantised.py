@@ -15,11 +15,7 @@ import loraloom
 from loraloom.adapters.base import BaseProjection
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from loraloom.models.host import Host
-from loraloom.models.quantization import (
-    QuantisedLinear,
-    quantised_linears,
-    stored_weights,
-)
+from loraloom.models.quantization import QuantisedLinear, quantised_linears, stored_weights
 from tests.generation.saved import save_tiny
 from tests.tiny import METHODS, gradients, randomise, relative_error, tiny_ids, tiny_model
 

@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 from transformers.activations import SiLUActivation
 
-from loraloom.ops.fused.expert_ffn import (
-    SWITCH,
-    by_slot,
-    has_kernels,
-    is_fused,
-    over_slots,
-)
+from loraloom.ops.fused.expert_ffn import SWITCH, by_slot, has_kernels, is_fused, over_slots
 from tests.ops.ffn_case import compute_form, make_case
 
 

@@ -11,14 +11,7 @@ from torch import Tensor
 import loraloom
 from loraloom.adapters import LoraConfig
 from tests.parity.peft_models import their_parameter, wrapped_by_peft
-from tests.tiny import (
-    gradients,
-    padded_mask,
-    randomise,
-    relative_error,
-    tiny_ids,
-    tiny_model,
-)
+from tests.tiny import gradients, padded_mask, randomise, relative_error, tiny_ids, tiny_model
 
 # peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

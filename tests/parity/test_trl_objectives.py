@@ -127,10 +127,7 @@ def assert_equals(ours: MicroBatchLoss, job: Job, loss: Tensor, metrics: dict) -
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize(
     "objective",
-    [
-        {"name": "dpo"},
-        {"name": "dpo", "loss_type": "ipo", "beta": 0.3},
-    ],
+    [{"name": "dpo"}, {"name": "dpo", "loss_type": "ipo", "beta": 0.3}],
     ids=["sigmoid", "ipo"],
 )
 def test_dpo_is_that_of_trl(dpo_trainer, objective, method):

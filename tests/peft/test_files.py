@@ -8,10 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import loraloom
-from loraloom import (
-    AdapterError,
-    LoraConfig,
-)
+from loraloom import AdapterError, LoraConfig
 from tests.tiny import parameter_grads, randomise, relative_error, tiny_ids, tiny_model
 
 # peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated

@@ -11,10 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import loraloom
-from loraloom import (
-    AdapterError,
-    LoraConfig,
-)
+from loraloom import AdapterError, LoraConfig
 from loraloom.peft import LoraloomConfig
 from tests.conftest import build_tokenizer
 from tests.tiny import (

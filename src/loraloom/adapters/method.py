@@ -454,6 +454,11 @@ class Adapter(nn.Module, ABC):
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
 
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        """Itself, and the adapters that it is made of."""
+        return (self,)
+
     def projections(self) -> Iterator[Projection]:
         """Yield the weights on all projections, layer after layer."""
         for blocks in self._blocks:

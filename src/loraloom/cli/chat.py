@@ -11,6 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from pydantic import Field
 
+from loraloom.adapters.weighted_sum import is_sum
 from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.engine import Engine
@@ -66,7 +67,7 @@ def chat(
         raise ConfigError("--system needs a chat template, and none is used; leave it out")
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
-    known = [BASE, *host.adapters]
+    known = [BASE, *host.adapters, *options.sums]
     room = default_cache_tokens(host, len(known))
     engine = Engine(host, tokenizer, EngineLimits(len(known), room, max_request_s=math.inf))
     conversation = Conversation(engine, tokenizer, BASE, options.system, raw=options.raw)
@@ -76,7 +77,9 @@ def chat(
         command, *words = str(line).split() or [""]
         try:
             if command in ("/adapter", "/compare"):
-                if not words or not {*words} <= {*known}:
+                for word in filter(is_sum, words):
+                    host.adapter(word)
+                if not words or not {word for word in words if not is_sum(word)} <= {*known}:
                     raise ConfigError(f"name some of {', '.join(known)}, got {shown(words)}")
                 models = list(dict.fromkeys(words))
             elif command == "/reset":

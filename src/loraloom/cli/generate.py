@@ -12,13 +12,14 @@ from cyclopts import Parameter
 from pydantic import Field
 from typing_extensions import override
 
+from loraloom.adapters.weighted_sum import is_sum
 from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
 from loraloom.config.text import parse_json, read_text
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
 from loraloom.durable import append_text, cut_torn_line, prepare_output
-from loraloom.errors import ConfigError, shown
+from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
@@ -113,10 +114,10 @@ def _write(options: GenerateOptions, rows: Rows, texts: Sequence[str]) -> None:
 
 def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
     if options.input is None:
-        for name in [*([] if options.no_base else [None]), *options.adapters]:
+        for name in [*([] if options.no_base else [None]), *options.adapters, *options.sums]:
             yield {"prompt": options.prompt}, Prompt(str(options.prompt), name, origin="--prompt")
         return
-    adapters = options.adapters
+    answering = [*options.adapters, *options.sums] or [None]
     for row in read_rows(options.input):
         # tables put a null where a row lacks a field of others
         is_named = row.get("adapter") is not None
@@ -126,18 +127,19 @@ def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]
             content, tools = row.text("prompt"), None
         else:
             content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")
-        wanted = [_adapter_of(row, adapters)] if is_named else list(adapters) or [None]
+        wanted = [_adapter_of(row, options)] if is_named else answering
         fields = {name: value for name, value in row.items() if name != "prompt"}
         for adapter in wanted:
             yield dict(row), Prompt(content, adapter, row.origin, tools, fields)
 
 
-def _as_json(adapter: RowAdapter) -> str | list[str | float]:
+def _as_json(adapter: RowAdapter) -> Any:
     return list(adapter) if isinstance(adapter, tuple) else adapter or BASE
 
 
-def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
+def _adapter_of(row: Row, options: GenerateOptions) -> RowAdapter:
     """The adapter that a row asks for, perhaps with a scale."""
+    adapters = options.adapters
     match row["adapter"]:
         case "base":
             return None
@@ -145,6 +147,11 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
             return name
         case [str(name), int(scale) | float(scale)] if name in adapters and abs(scale) < 1e6:
             return name, float(scale)
+        case str(text) if is_sum(text):
+            try:
+                return options.sum_of(text)
+            except LoraloomError as error:
+                row.reject(str(error))
     known = ", ".join([BASE, *adapters])
     got = shown(row["adapter"])
     row.reject(f"field 'adapter' must be one of {known}, or [name, scale], got {got}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from loraloom.adapters.weighted_sum import is_sum, parse_sum
 from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
@@ -37,8 +38,8 @@ class HostOptions(BaseModelConfig):
     """A base model with adapters on it."""
 
     adapter: tuple[str, ...] = ()
-    """An adapter to load, NAME=PATH: from a directory or hub id, under this name. May be
-    repeated."""
+    """An adapter to load, NAME=PATH: from a directory or hub id, under this name; or a sum of such,
+    law:0.7+math:0.3. May be repeated."""
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -46,6 +47,8 @@ class HostOptions(BaseModelConfig):
         adapters: dict[str, str] = {}
         for text in self.adapter:
             name, _, path = text.partition("=")
+            if not path and is_sum(name):
+                continue
             if not (name and path) or name in (BASE, *adapters):
                 raise ConfigError(
                     f"--adapter must be NAME=PATH, with a name that is neither {BASE} nor that of "
@@ -53,6 +56,23 @@ class HostOptions(BaseModelConfig):
                 )
             adapters[check_name(name)] = path
         return adapters
+
+    @property
+    def sums(self) -> list[str]:
+        """Sums of these adapters that answer beside them."""
+        sums = [self.sum_of(text) for text in self.adapter if "=" not in text and is_sum(text)]
+        if len({*map(parse_sum, sums)}) < len(sums):
+            raise ConfigError(f"--adapter must not give a sum twice, got {', '.join(sums)}")
+        return sums
+
+    def sum_of(self, text: str) -> str:
+        """Return a sum of these adapters as it came, or raise a LoraloomError."""
+        if missing := [name for name, _ in parse_sum(text) if name not in self.adapters]:
+            raise ConfigError(
+                f"a sum must be of adapters that --adapter NAME=PATH loads, got {missing[0]} in "
+                f"{text}"
+            )
+        return text
 
 
 def tell_unknown_prompts(host: Host, tokenizer: PreTrainedTokenizerBase) -> None:

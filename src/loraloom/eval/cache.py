@@ -156,7 +156,9 @@ def computation_key(host: Host) -> dict[str, Any]:
 
 def adapter_digest(adapter: Adapter) -> str:
     """Hash an adapter's settings and weights as they are now, with SHA-256."""
-    digest = hashlib.sha256(adapter.config.model_dump_json().encode())
+    digest = hashlib.sha256()
+    for part in adapter.parts:
+        digest.update(part.config.model_dump_json().encode())
     # by name, as the order in which parameters were made is no part of what they compute
     for name, tensor in sorted(adapter.tensors().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -165,7 +167,11 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def _code_digest(adapter: Adapter) -> str:
-    """Hash the code of another package's method; empty for loraloom's, see SCORING_VERSION."""
+    """Hash the code of other packages' methods; empty for loraloom's, see SCORING_VERSION."""
+    return "".join(map(_code_of, adapter.parts))
+
+
+def _code_of(adapter: Adapter) -> str:
     package = type(adapter.config).__module__.partition(".")[0]
     if package == "loraloom":
         return ""

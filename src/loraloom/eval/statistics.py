@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from loraloom.adapters.weighted_sum import is_sum
 from loraloom.data.sources import read_rows
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.results import BASE, PairedComparison
@@ -151,7 +152,7 @@ def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
     stems: dict[str, list[str]] = {}
     for name in names:
         stem, at, _ = name.rpartition("@")
-        if at:
+        if at and not is_sum(name):
             stems.setdefault(stem, []).append(name)
     if twice := [stem for stem in stems if stem in (*names, BASE)]:
         seeds = ", ".join(stems[twice[0]])

@@ -48,8 +48,7 @@ class Prompt:
 
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
     name, _ = name_and_scale(adapter)
-    known = None if name is None else host.adapters.get(name)
-    return None if known is None else known.prompt
+    return None if name is None else host.adapter(name).prompt
 
 
 def encode_prompt(

@@ -190,7 +190,8 @@ class Runner:
         # an optimizer's step, or anything else that changes weights in place, counts them up
         version = sum(parameter._version for parameter in adapter.parameters())
         known = self._serials.get(adapter)
+        if known is not None and known[1] != version:
+            self.prepared.forget(adapter)
         if known is None or known[1] != version:
             self._serials[adapter] = known = next(self._next_serial), version
-            self.prepared.forget(adapter)
         return tenant, known[0], scale

@@ -19,6 +19,7 @@ from loraloom.adapters.base import BaseInfo, BaseProjection
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.weighted_sum import concatenate
 from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, ConfigError
 
@@ -71,7 +72,7 @@ def check_merges(adapter: Adapter) -> None:
         )
 
 
-Combination = Literal["linear", "svd"]
+Combination = Literal["linear", "svd", "cat"]
 # Settings in which adapters that are combined may differ: what only scales updates, and where they
 # began. Ranks and projections are compared as shapes.
 _FREE = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
@@ -83,6 +84,9 @@ def combine(
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Combine updates pair by pair of A and B, and average what is none by the weights' shares."""
     _check(adapters, weights, combination)
+    if combination == "cat":
+        sources = [(adapter.config, adapter.tensors()) for adapter in adapters]
+        return concatenate(sources, weights)
     config = adapters[0].config.combined()
     if not (adapters[0].is_mergeable or config.experts_per_router):
         AdapterConfig.combined(config)  # an error: it is no BA
@@ -158,14 +162,15 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: s
             f"weights must be a finite number for each of the adapters, at least one, "
             f"got {list(weights)} for {len(adapters)}"
         )
+    if combination == "cat":
+        return
     first, *others = ((one.name, one.config.title, _decisive(one)) for one in adapters)
     for other in others:
         if other[1:] != first[1:]:
             raise AdapterError(
                 "adapters must be of one method, routed alike, of one rank and on the same "
                 f"projections to be combined, {first[0]!r} ({first[1]}) and {other[0]!r} "
-                f"({other[1]}) aren't; PEFT's add_weighted_adapter(combination_type='svd') "
-                "combines LoRAs of several ranks"
+                f"({other[1]}) aren't; `cat` combines LoRAs of several ranks"
             )
 
 

@@ -198,13 +198,13 @@ class Host:
 
         An adapter that is there already is an error, or replaced with `overwrite`.
         """
-        adapter = self.adapter(name)
+        adapter = self._registry.get(name)
         described = (adapter.config, adapter.tensors(), self.base, card)
         write_adapter(directory, *described, prompt=adapter.prompt, overwrite=overwrite)
 
     def adapter(self, name: str) -> Adapter:
-        """Return an adapter; raise an AdapterError if there is none of that name."""
-        return self._registry.get(name)
+        """Return an adapter, or a sum; raise an AdapterError if there is none of that name."""
+        return self._registry.find(name)
 
     def remove(self, name: str) -> None:
         """Take an adapter off and free it."""
@@ -226,10 +226,11 @@ class Host:
         Args:
             adapters: Names of those that are combined; they stay.
             weights: A factor for each one's update, perhaps negative.
-            combination: `linear` adds A and B up, `svd` the updates BA.
+            combination: `linear` adds A and B up, `svd` the updates BA; `cat` puts LoRAs, whose
+                ranks may differ, behind one another, which is their sum exactly.
             name: The new adapter's.
         """
-        sources = [self.adapter(source) for source in adapters]
+        sources = [self._registry.get(source) for source in adapters]
         config, tensors = combine(sources, weights, combination)
         adapter = self._registry.build(name, config)
         adapter.load_tensors(tensors)
@@ -249,7 +250,7 @@ class Host:
             ConfigError: If there are no such experts, or fewer than its router chooses.
             AdapterError: If its layers have different numbers of experts, or none.
         """
-        source = self.adapter(adapter)
+        source = self._registry.get(adapter)
         config, tensors = prune(source, experts, self.base)
         pruned = self._registry.build(name, config)
         pruned.load_tensors(tensors)
@@ -272,7 +273,7 @@ class Host:
             AdapterError: If it has routers, one is merged already, or the base's weights are
                 quantised; the base model is as it was then.
         """
-        adapter = self.adapter(name)
+        adapter = self._registry.get(name)
         self._registry.check_unmerged("merge another")
         with self._inside:
             merged = self._registry.merged = Merged(adapter)
@@ -550,6 +551,11 @@ class Host:
         keys = None
         if training:
             self._registry.check_unmerged("train")
+            if odd := [row[0].name for row in rows if row is not None and len(row[0].parts) > 1]:
+                raise AdapterError(
+                    f"a sum of adapters is not trained, got {odd[0]}; train its members, or one "
+                    "that `combine` makes of them"
+                )
             self._forwards += 1
             count = batch_size if sample_lengths is None else sum(map(len, sample_lengths))
             keys = [sample_key(0, self._forwards, place) for place in range(count)]

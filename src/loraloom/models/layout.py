@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.base import SampleTokens
+from loraloom.adapters.weighted_sum import Weighted, write_sum
 from loraloom.errors import DataError, ModelError
 from loraloom.models.families import keeps_running_states
 from loraloom.models.stacks import ScaledAdapter
@@ -29,8 +30,9 @@ from loraloom.ops.dropout import SampleSpan
 
 # Tokens of the samples in each row, from its left.
 SampleLengths = Sequence[Sequence[int]]
-# A row's adapter: its name, its name and a factor of what it adds, or None, the base model.
-RowAdapter = str | tuple[str, float] | None
+# A row's adapter: its name, its name and a factor of what it adds, several of these whose updates
+# are added up, which is `law:0.7+math:0.3` as a name too, or None, the base model.
+RowAdapter = str | tuple[str, float] | Weighted | None
 # A batch's adapters; None: the base model for all rows.
 RowAdapters = Sequence[RowAdapter] | None
 
@@ -66,7 +68,11 @@ def packed_rows(sample_lengths: SampleLengths, num_rows: int, length: int) -> tu
 
 def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
     """Split a row's adapter; the base model has no name, and the scale 1."""
-    return adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+    if adapter is None or isinstance(adapter, str):
+        return adapter, 1.0
+    if adapter and isinstance(adapter[0], str):
+        return adapter  # pyright: ignore[reportReturnType]
+    return write_sum(adapter), 1.0  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)

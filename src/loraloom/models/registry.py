@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.method import Adapter, AdapterConfig, check_config
 from loraloom.adapters.own import own_parts
+from loraloom.adapters.weighted_sum import Weighted, WeightedSum, is_sum, parse_sum, write_sum
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, shown
 from loraloom.models.combine import Merged
@@ -23,6 +24,9 @@ from loraloom.models.layout import RowAdapter, RowAdapters, name_and_scale
 from loraloom.models.stacks import PreparedWeights, ScaledAdapter, forms_of
 from loraloom.models.structure import family_of
 from loraloom.models.wrappers import Wiring
+
+# Sums of adapters that are kept; they have no weights of their own.
+MAX_SUMS = 256
 
 
 class AdapterRegistry:
@@ -35,14 +39,31 @@ class AdapterRegistry:
         self.base = base_info(model, self.family, self._layers)
         self.adapters: dict[str, Adapter] = {}
         self.merged: Merged | None = None
+        self._sums: dict[Weighted, WeightedSum] = {}
         self.wiring = Wiring(model, self.family)
         self._detached = False
+
+    def find(self, name: str) -> Adapter:
+        """Return an adapter, or the sum of several that a name is of."""
+        is_one = not isinstance(name, str) or not is_sum(name)
+        return self.get(name) if is_one else self._sum(parse_sum(name))
 
     def get(self, name: str) -> Adapter:
         if name not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
         return self.adapters[name]
+
+    def _sum(self, weighted: Weighted) -> WeightedSum:
+        # one object for as long as its members are there, by which prepared weights are found
+        known = self._sums.pop(weighted, None)
+        if known is None:
+            members = [self.get(name) for name, _ in weighted]
+            known = WeightedSum(write_sum(weighted), members, [weight for _, weight in weighted])
+            if len(self._sums) >= MAX_SUMS:
+                self._sums.pop(next(iter(self._sums)), None)  # the least recently used
+        self._sums[weighted] = known
+        return known
 
     def build(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
         check_name(name)
@@ -72,7 +93,10 @@ class AdapterRegistry:
         self.get(name)
         if self.merged is not None and name == self.merged.name:
             self.check_unmerged("remove it")
-        del self.adapters[name]
+        gone = self.adapters.pop(name)
+        for weighted, one in list(self._sums.items()):
+            if gone in one.parts:
+                self._sums.pop(weighted, None)
 
     def unmerge(self) -> None:
         if self.merged is not None:
@@ -84,6 +108,7 @@ class AdapterRegistry:
         self.unmerge()
         self.wiring.undo()
         self.adapters.clear()
+        self._sums.clear()
 
     def check_unmerged(self, purpose: str) -> None:
         if self.merged is not None:
@@ -108,16 +133,16 @@ class AdapterRegistry:
             case (None, _):
                 return None
             case (str(name), float() | int() as scale) if math.isfinite(scale):
-                found = self.get(name)
+                found = self.find(name)
             case _:
                 raise AdapterError(
-                    "a row's adapter must be a name, (name, scale) with a finite scale, or None, "
-                    f"got {adapter!r}"
+                    "a row's adapter must be a name, (name, scale) with a finite scale, a sum as "
+                    f"'law:0.7+math:0.3', or None, got {adapter!r}"
                 )
-        if self.merged is not None and name == self.merged.name:
+        if self.merged is not None and self.merged.name in [part.name for part in found.parts]:
             raise AdapterError(
-                f"adapter {name!r} is merged into the base model: give None for its rows, or "
-                "unmerge it"
+                f"adapter {self.merged.name!r} is merged into the base model: give None for its "
+                "rows, or unmerge it"
             )
         return found, float(scale)
 

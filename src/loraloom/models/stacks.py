@@ -85,7 +85,7 @@ class ComputeForms:
 
     def forget(self, adapter: Adapter) -> None:
         gone = set(adapter.modules())
-        for key in [key for key in self._kept if key[0] in gone]:
+        for key in [key for key in self._kept if not gone.isdisjoint(_parts_of(key[0]))]:
             del self._kept[key]
 
     def attention(
@@ -115,6 +115,10 @@ class ComputeForms:
         if self._keeps_new:
             self._kept[key] = form
         return form
+
+
+def _parts_of(owner: Adapter | OwnModule) -> Sequence[nn.Module]:
+    return owner.parts if isinstance(owner, Adapter) else (owner,)
 
 
 class _Stack:
@@ -187,7 +191,9 @@ class PreparedWeights:
         self.forms.forget(adapter)
         self._plans.clear()
         for stack in self._stacks.values():
-            others = [place for place, one in enumerate(stack.adapters) if one[0] is not adapter]
+            others = [
+                place for place, one in enumerate(stack.adapters) if adapter not in one[0].parts
+            ]
             if len(others) < len(stack.adapters):
                 stack.keep(others)
 

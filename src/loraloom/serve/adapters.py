@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -25,6 +25,10 @@ from loraloom.generation.sequence import RequestError
 from loraloom.models.host import Host
 from loraloom.serve.process import start_apart
 
+# What sums are counted as, whatever their members are.
+SUM = "(sum)"
+# Times that a sum tries to find its adapters loaded together.
+NUM_TRIES = 8
 # Seconds in which an adapter must have come from the Hub.
 DOWNLOAD_S = 300.0
 
@@ -43,6 +47,7 @@ class ServedAdapter:
     is_lazy: bool = False  # loaded when it was first asked for, and may go when others are
     num_users: int = 0
     is_leaving: bool = False  # takes no more requests
+    members: tuple[ServedAdapter, ...] = ()  # of a sum, which uses each of them
 
 
 class ServedAdapters:
@@ -115,8 +120,37 @@ class ServedAdapters:
                 await asyncio.shield(self._loading)
             return adapter
 
+    async def acquire_sum(self, names: Sequence[str]) -> ServedAdapter:
+        """Begin to use several adapters, all of them or none, until `release` of what they make."""
+        for name in names:
+            if name != self.base_name and name not in self._served:
+                self._source_of(name)  # what does not exist loads no other
+        held = (self._served.get(name) for name in names if name not in self._sources)
+        if sum(one is None or one.is_lazy for one in held) > self._max_lazy:
+            raise RequestError(
+                f"a sum may have {self._max_lazy} adapters of --adapter-dir, as many as are loaded "
+                f"at once (--max-adapters), got {', '.join(names)}",
+                param="model",
+            )
+        for _ in range(NUM_TRIES):
+            taken = [adapter for name in names if (adapter := self.take(name)) is not None]
+            if len(taken) == len(names):
+                return ServedAdapter(SUM, None, num_users=1, members=tuple(taken))
+            # nobody holds one and waits for another's place
+            for adapter in taken:
+                self.release(adapter)
+            for name in names:
+                self.release(await self.acquire(name))
+        raise RequestError(
+            f"the adapters {', '.join(names)} must have places at once, and others take them; try "
+            "again later, or start the server with a larger --max-adapters",
+            "queue_full",
+        )
+
     def release(self, adapter: ServedAdapter) -> None:
         adapter.num_users -= 1
+        for member in adapter.members if adapter.num_users == 0 else ():
+            self.release(member)
         if adapter.is_leaving and adapter.num_users == 0:
             self._leaving.remove(adapter)
             self._remove(adapter)

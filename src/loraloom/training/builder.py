@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter
-from loraloom.adapters.own import own_parts
+from loraloom.adapters.own import own_parts, refuse_own_parts
+from loraloom.adapters.weighted_sum import check_is_lora, concatenate
 from loraloom.config.data import DataConfig, PromptForm, SourceConfig
 from loraloom.config.model import BaseModelConfig
 from loraloom.data.encoding import prompt_form
@@ -218,7 +221,31 @@ def _check_lengths(
         )
 
 
-def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
+def load_start(host: Host, adapter: Adapter, start: str | Mapping[str, float]) -> None:
+    if isinstance(start, str):
+        _load_whole(host, adapter, start)
+        return
+    sources = [read_adapter(path, host.base) for path in start]
+    (config, tensors), wanted = concatenate(sources, list(start.values())), adapter.config
+    given = ", ".join(start)
+    check_is_lora(wanted, f"a sum to start_from, {given}, needs a job with method: lora")
+    refuse_own_parts(wanted, "a job", "start from a sum")
+    shapes = {name: tensor.shape for name, tensor in adapter.tensors().items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        needed = config.model_dump(include={"rank_pattern"}, exclude_defaults=True)
+        needed = {"rank": config.rank, **needed}
+        raise ConfigError(
+            f"a sum to start_from needs a job with the adapters' projections and {needed}, got "
+            f"rank {wanted.rank} for {given}"
+        )
+    for name, tensor in tensors.items():
+        key = TensorKey.parse(name)
+        if key is not None and key.part == "lora_B":
+            tensor /= wanted.scaling_of(replace(key, part=""))
+    adapter.load_tensors(tensors)
+
+
+def _load_whole(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     config, tensors = read_adapter(path_or_hub_id, host.base)
     # What decides how weights are used, and most of what decides their shapes.
     wanted, stored = (

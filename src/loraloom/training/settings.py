@@ -277,8 +277,9 @@ class JobConfig(StrictModel):
     """Share of the computed tokens, against other jobs', where max_tokens_per_step bounds steps."""
     adapter: AnyAdapterConfig
     """Method and size of the adapter."""
-    start_from: str | None = Field(default=None, min_length=1)
-    """Adapter to start from, by directory or hub id, of the same method and size; null for new."""
+    start_from: str | dict[str, float] | None = None
+    """Adapter to start from, by directory or hub id, of the same method and size; or several LoRAs
+    with weights, whose ranks together are the job's: their sum. null for new."""
     data: DataConfig
     """What the job learns from."""
     train: TrainConfig
@@ -288,6 +289,8 @@ class JobConfig(StrictModel):
 
     @override
     def contradictions(self) -> Iterator[str]:
+        if self.start_from in ("", {}):
+            yield f"start_from must name an adapter, got {self.start_from!r}; leave it out"
         if self.train.router_lr_ratio and not self.adapter.experts_per_router:
             yield f"train.router_lr_ratio has no effect on {self.adapter.title}; remove it"
         train, has_pairs = self.train, self.train.learns_from_pairs

@@ -296,10 +296,12 @@ class RunDirectory:
         jobs_by_path = {self.job(job.name).resolve(): job.name for job in jobs}
         for job in jobs:
             objective = job.train.objective
-            sources = {} if job.start_from is None else {"start_from": job.start_from}
+            start = job.start_from
+            starts = [start] if isinstance(start, str) else start or ()
+            sources = [("start_from", source) for source in starts]
             if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
-                sources["train.objective.reference"] = objective.reference
-            for setting, source in sources.items():
+                sources.append(("train.objective.reference", objective.reference))
+            for setting, source in sources:
                 path = Path(os.path.expanduser(source)).resolve()
                 for replaced in (path, *path.parents):
                     if replaced in jobs_by_path:

@@ -277,9 +277,27 @@ def test_a_scale_behind_the_name_scales_the_adapter(client, host, tokenizer):
         asked = [Prompt(tuple(MESSAGES), adapter)]
         assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == texts[-1:]
     assert texts[0] != chat(client, "mixlora").choices[0].message.content
-    for model in ("lora:", "lora:x", "lora:nan", "lora:1e9"):
+    for model in ("lora:", "lora:x", "lora:nan", "lora:1e9", "lora:2+dora:11"):
         with pytest.raises(openai.BadRequestError, match="must be from -10 to 10"):
             chat(client, model)
+
+
+def test_a_sum_of_adapters_answers_and_lets_them_go(client, served, host, tokenizer):
+    for model in ("lora:0.5+dora:-1", "lazy-lora:0.5+dora:-1", "lora+dora:0"):
+        answer = chat(client, model)
+        assert answer.model == model
+        asked = [Prompt(tuple(MESSAGES), model.removeprefix("lazy-"))]
+        text = answer.choices[0].message.content
+        assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == [text]
+    messages = {
+        "lora+mixlora": "must be of adapters that add to single projections",
+        "lora+lora": "up to 16 different adapters",
+    }
+    for model, message in messages.items():
+        with pytest.raises(openai.BadRequestError, match=message):
+            chat(client, model)
+    with pytest.raises(openai.NotFoundError):
+        chat(client, "lora+law")
 
 
 def test_what_the_client_adds_to_an_answer_may_be_sent_back(client):

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.weighted_sum import MAX_MEMBERS, Weighted, write_sum
 from loraloom.config.fields import checked
 from loraloom.data.tokens import text_of_token
 from loraloom.errors import AdapterError, FormatError, shown
@@ -70,21 +71,45 @@ class Backend:
         return from_tokenizer(self.tokenizer, n_vocab=size, eos_token=ends)  # pyright: ignore
 
     async def acquire(self, model: str) -> tuple[ServedAdapter, RowAdapter]:
-        """Begin to use the adapter that a model's name says, as soon as it is there."""
-        base = self.adapters.base_name
-        name, colon, text = (model, "", "") if model == base else model.partition(":")
-        scale = _scale(text) if colon else 1.0
+        """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
+        adapters = self.adapters
+        is_base = model == adapters.base_name
+        weighted = ((model, 1.0),) if is_base else _weighted(model, adapters.base_name)
+        names = [name for name, _ in weighted]
+        one, several = adapters.acquire, adapters.acquire_sum
         try:
-            adapter = await self.adapters.acquire(name)
+            served = await (several(names) if len(names) > 1 else one(names[0]))
         except (FormatError, AdapterError) as error:
-            log_failure(f"adapter {shown(name)} could not be loaded", error)
+            log_failure(f"adapter {shown(model)} could not be loaded", error)
             raise RequestError(
-                f"the adapter {shown(name)} can't be loaded; the server's log says why",
+                f"the adapter {shown(model)} can't be loaded; the server's log says why",
                 "broken_adapter",
             ) from None
-        if not colon or adapter.host_name is None:
-            return adapter, adapter.host_name
-        return adapter, (adapter.host_name, scale)
+        if not served.members:
+            name = served.host_name
+            if name is None or names == [model]:
+                return served, name
+            return served, (name, weighted[0][1])
+        members = zip(served.members, weighted, strict=True)
+        row: Any = tuple((member.host_name, weight) for member, (_, weight) in members)
+        try:
+            self.engine.host.adapter(write_sum(row))
+        except BaseException as error:
+            adapters.release(served)
+            if isinstance(error, AdapterError):  # not of a kind that can be added up
+                raise RequestError(str(error), param="model") from None
+            raise
+        return served, row
+
+
+def _weighted(model: str, base_name: str) -> Weighted:
+    parts = [part.partition(":") for part in model.split("+")]
+    weighted = tuple((name, _scale(text) if colon else 1.0) for name, colon, text in parts)
+    names = {name for name, _ in weighted}
+    if len(weighted) > 1 and (base_name in names or not len(names) == len(weighted) <= MAX_MEMBERS):
+        text = f"a sum must be of up to {MAX_MEMBERS} different adapters, got {shown(model)}"
+        raise RequestError(text, param="model")
+    return weighted
 
 
 def _scale(text: str) -> float:

@@ -1,0 +1,226 @@
+"""Weighted sums of adapters, made for the rows that ask for them.
+
+Axes: T tokens, I in_features, O out_features, P columns of the A product, S rows of B.
+
+With weights w, an adapted projection computes what PEFT's several active adapters do:
+
+    y = Wx + b + Σ_i w_i ((c_i - 1) ∘ Wx + c_i ∘ between_i(A_i x) B_i)
+
+where c_i is DoRA's factor, or 1. That is one adapter whose A and B are those of all, behind one
+another: its factor is c = 1 + Σ_i w_i (c_i - 1), and B_i becomes w_i c_i / c ∘ B_i.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapters.base import SegmentTokens
+from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.method import Adapter, AdapterConfig, Projection
+from loraloom.adapters.own import refuse_own_parts
+from loraloom.config.data import PromptForm
+from loraloom.config.fields import checked
+from loraloom.errors import AdapterError, shown
+
+# Adapters, by name, and the factors of what they add.
+Weighted = tuple[tuple[str, float], ...]
+
+MAX_MEMBERS, MAX_WEIGHT = 16, 1e6
+
+
+def is_sum(name: str) -> bool:
+    """Whether a name, in which no adapter's own has these signs, is of a sum."""
+    return "+" in name or ":" in name
+
+
+def parse_sum(text: str) -> Weighted:
+    """Read `law:0.7+math:0.3`; a weight that is left out is 1.
+
+    Raises:
+        AdapterError: If it is none.
+    """
+    parts = [part.partition(":") for part in text.split("+")]
+    try:
+        weighted = tuple((name, float(weight) if colon else 1.0) for name, colon, weight in parts)
+    except ValueError:
+        weighted = ()
+    names = {name for name, _ in weighted}
+    fits = all(name and abs(weight) <= MAX_WEIGHT for name, weight in weighted)
+    if not (fits and 0 < len(names) == len(weighted) <= MAX_MEMBERS):
+        raise AdapterError(
+            "a sum of adapters must be written as law:0.7+math:0.3, of 1 to "
+            f"{MAX_MEMBERS} different ones with finite weights, got {shown(text)}"
+        )
+    return weighted
+
+
+def write_sum(weighted: Sequence[tuple[str, float]]) -> str:
+    """Name a sum, `law:0.7+math:0.3`."""
+    return "+".join(f"{name}:{float(weight)!r}" for name, weight in weighted)
+
+
+class WeightedSum(LowRankAdapter):
+    """Several adapters' updates, added up; it has no weights of its own, and isn't trained."""
+
+    def __init__(self, name: str, members: Sequence[Adapter], weights: Sequence[float]):
+        for member in members:
+            _check(member)
+        first = members[0]
+        config = first.config.model_copy(update={"dropout": 0.0})
+        layers = [
+            nn.ModuleDict(
+                {
+                    block: nn.ModuleDict(_projections(members, weights, layer, block))
+                    for block in base.blocks
+                }
+            )
+            for layer, base in enumerate(first.base_layers)
+        ]
+        Adapter.__init__(self, name, config, first.base_layers, layers)
+        self.add_module("shared", None)
+        self.members = nn.ModuleList(members)
+
+    @property
+    def prompt(self) -> PromptForm | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The form that all members' training data has; None if they differ."""
+        first, *others = (member.prompt for member in self.parts[1:])
+        return first if all(other == first for other in others) else None
+
+    @prompt.setter
+    def prompt(self, form: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        assert form is None  # it is the members'
+
+    def stack_key(self) -> Hashable:
+        return (WeightedSum, *(type(one.config) for one in self.parts), self._shapes)
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        return (self, *self.members)  # pyright: ignore[reportReturnType]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the members' tensors, behind each one's name and weight in the sum."""
+        parts = zip(self.name.split("+"), self.parts[1:], strict=True)
+        return {f"{own}.{name}": t for own, one in parts for name, t in one.tensors().items()}
+
+
+class _Sum(Projection):
+    def __init__(self, parts: Sequence[tuple[Projection, float]]):
+        super().__init__(parts[0][0].base)
+        self._parts = tuple(parts)
+        stops = list(accumulate((one.num_columns for one, _ in parts), initial=0))
+        self._columns = [slice(*span) for span in pairwise(stops)]
+
+    @property
+    def maps_rank_space(self) -> bool:
+        return any(one.maps_rank_space for one, _ in self._parts)
+
+    @property
+    def num_columns(self) -> int:
+        return self._columns[-1].stop
+
+    def compute_A(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([one.compute_A(dtype) for one, _ in self._parts])
+
+    def compute_B(self, dtype: torch.dtype) -> Tensor:
+        factor, matrices = self.row_scale(), list[Tensor]()
+        wide = torch.promote_types(dtype, torch.float32)
+        for one, weight in self._parts:
+            scale = one.row_scale()
+            own = weight if factor is None else weight * (1 if scale is None else scale) / factor
+            matrices.append((one.compute_B(wide) * own).to(dtype))
+        return torch.cat(matrices)
+
+    def row_scale(self) -> Tensor | None:
+        scales = [(one.row_scale(), weight) for one, weight in self._parts]
+        excess = [weight * (scale - 1) for scale, weight in scales if scale is not None]
+        if not excess:
+            return None
+        factor = 1 + torch.stack(excess).sum(0)
+        # Updates are divided by it, and rounded; see scale_update.
+        dtype: Any = self.base.linear.weight.dtype
+        least = torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps ** 0.5
+        return torch.where(factor.abs() < least, least, factor)
+
+    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
+        parts = zip(self._parts, self._columns, strict=True)
+        mapped = [one.between(low_rank[:, own], hidden_states, tokens) for (one, _), own in parts]
+        return torch.cat(mapped, 1)
+
+    def tensors(self):
+        yield from ()
+
+
+def _projections(
+    members: Sequence[Adapter], weights: Sequence[float], layer: int, block: str
+) -> Mapping[str, Projection]:
+    parts: dict[str, list[tuple[Projection, float]]] = {}
+    for member, weight in zip(members, weights, strict=True):
+        own = member.ffn_block(layer)
+        if block != member.base_layers[layer].ffn_block:
+            own = member.attention_block(layer)
+        for name, projection in own.items():
+            parts.setdefault(name, []).append((projection, weight))
+    return {name: _Sum(own) for name, own in parts.items()}
+
+
+def _check(member: Adapter) -> None:
+    computes = isinstance(member, LowRankAdapter) and member.is_as_in(
+        LowRankAdapter, "ffn", "ffn_weights", "attention_low_rank"
+    )
+    if member.config.experts_per_router or len(member.own_modules) or not computes:
+        what = "experts" if member.config.experts_per_router else "an FFN block of its own"
+        what = "modules of its own" if len(member.own_modules) else what
+        raise AdapterError(
+            "a sum must be of adapters that add to single projections, as what experts behind an "
+            f"activation add has no sum, got {member.name!r} ({member.config.title}) with {what}"
+        )
+
+
+@torch.no_grad()
+def concatenate(
+    sources: Sequence[tuple[AdapterConfig, Mapping[str, Tensor]]], weights: Sequence[float]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Put LoRAs' A and B behind one another, which adds their updates up exactly."""
+    first, parts = sources[0][0], defaultdict[str, list[Tensor]](list)
+    for (config, tensors), weight in zip(sources, weights, strict=True):
+        check_is_lora(config, "adapters that are put behind one another must be LoRAs")
+        if tensors.keys() != sources[0][1].keys():
+            raise AdapterError(
+                "LoRAs must be on the same projections to be put behind one another, got "
+                f"{min(tensors.keys() ^ sources[0][1].keys())} of one alone"
+            )
+        refuse_own_parts(config, "an adapter", "be put behind another one")
+        for name, tensor in tensors.items():
+            key = TensorKey.parse(name)
+            assert key is not None  # as all of a LoRA's are
+            is_B = key.part == "lora_B"
+            strength = weight * config.scaling_of(replace(key, part="")) if is_B else 1
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            parts[name].append(tensor.to(wide) * strength)
+    dims = {name: 1 if name.endswith("lora_B") else 0 for name in parts}
+    tensors = {name: torch.cat(own, dims[name]) for name, own in parts.items()}
+    ranks = {
+        name.removesuffix(".lora_A"): len(own)
+        for name, own in tensors.items()
+        if name.endswith("lora_A")
+    }
+    rank, places = max(ranks.values()), {re.escape(key): own for key, own in ranks.items()}
+    others = {key: own for key, own in places.items() if own != rank}
+    settings = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
+    settings |= {"rank_pattern": others, "alpha_pattern": {k: float(r) for k, r in others.items()}}
+    return checked(LoraConfig, first.model_dump(exclude_unset=True) | settings), tensors
+
+
+def check_is_lora(config: AdapterConfig, reason: str) -> None:
+    if type(config) is not LoraConfig or config.weight_decomposition:
+        raise AdapterError(f"{reason}, got {config.title}")
