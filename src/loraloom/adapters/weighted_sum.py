@@ -2,7 +2,7 @@
 
 Axes: T tokens, I in_features, O out_features, P columns of the A product, S rows of B.
 
-With weights w, an adapted projection computes what PEFT's several active adapters do:
+With weights w, an adapted projection computes, for LoRAs as PEFT's several active adapters do:
 
     y = Wx + b + Σ_i w_i ((c_i - 1) ∘ Wx + c_i ∘ between_i(A_i x) B_i)
 

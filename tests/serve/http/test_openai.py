@@ -291,7 +291,7 @@ def test_a_sum_of_adapters_answers_and_lets_them_go(client, served, host, tokeni
         assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == [text]
     messages = {
         "lora+mixlora": "must be of adapters that add to single projections",
-        "lora+lora": "up to 16 different adapters",
+        "lora+lora": "of 1 to 16 different ones",
     }
     for model, message in messages.items():
         with pytest.raises(openai.BadRequestError, match=message):

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.weighted_sum import MAX_MEMBERS, Weighted, write_sum
+from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
 from loraloom.config.fields import checked
 from loraloom.data.tokens import text_of_token
 from loraloom.errors import AdapterError, FormatError, shown
@@ -105,10 +105,14 @@ class Backend:
 def _weighted(model: str, base_name: str) -> Weighted:
     parts = [part.partition(":") for part in model.split("+")]
     weighted = tuple((name, _scale(text) if colon else 1.0) for name, colon, text in parts)
-    names = {name for name, _ in weighted}
-    if len(weighted) > 1 and (base_name in names or not len(names) == len(weighted) <= MAX_MEMBERS):
-        text = f"a sum must be of up to {MAX_MEMBERS} different adapters, got {shown(model)}"
-        raise RequestError(text, param="model")
+    if len(weighted) == 1:
+        return weighted
+    try:
+        parse_sum(model)
+    except AdapterError as error:
+        raise RequestError(str(error), param="model") from None
+    if base_name in {name for name, _ in weighted}:
+        raise RequestError(f"a sum must be of adapters, got {shown(model)}", param="model")
     return weighted
 
 
