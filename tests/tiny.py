@@ -31,10 +31,12 @@ from loraloom.adapters import (
     MixLoraConfig,
     MolaConfig,
     MosLoraConfig,
+    RoutedConfig,
     SmoraConfig,
     VeraConfig,
 )
 from loraloom.adapters.method import Adapter
+from loraloom.adapters.routed import Expert
 from loraloom.models.host import Host
 from loraloom.routing import losses
 from loraloom.routing.record import LayerRouting
@@ -129,6 +131,15 @@ ALL_METHODS: dict[str, AdapterConfig] = METHODS | {
     "loramoe": LoraMoeConfig(rank=2, alpha=4, num_experts=3),
     "dynmole": DynMoleConfig(rank=2, alpha=4, num_experts=4, entropy_threshold=0.95),
     "smora": SmoraConfig(rank=6, alpha=6, top_k=2),
+    "routed": RoutedConfig(
+        experts={
+            "law": Expert(adapter=LoraConfig(rank=3, alpha=6)),
+            "math": Expert(adapter=LoraConfig(rank=2, alpha=6)),
+        },
+        router="token",
+        top_k=1,
+        train_experts=True,
+    ),
 }
 """The methods that work on each projection in their own way as well."""
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from loraloom.generation.generate import Completion as Completion
     from loraloom.generation.generate import generate as generate
     from loraloom.generation.prompts import Prompt as Prompt
+    from loraloom.generation.router import RouterFit as RouterFit
+    from loraloom.generation.router import fit_router as fit_router
     from loraloom.generation.sampling import SamplingConfig as SamplingConfig
     from loraloom.models.converting import convert as convert
     from loraloom.models.export import Export as Export
@@ -64,6 +66,7 @@ _HOMES = {
     "eval.statistics": "compare compare_paired read_answers summarise_seeds",
     "generation.generate": "Completion generate",
     "generation.prompts": "Prompt",
+    "generation.router": "RouterFit fit_router",
     "generation.sampling": "SamplingConfig",
     "models.converting": "convert",
     "models.export": "Export export",

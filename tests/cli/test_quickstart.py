@@ -10,8 +10,6 @@ from loraloom.cli import quickstart
 from loraloom.data import skills, tiny_base
 from tests.generation.saved import save_tiny
 
-METHODS = ("lora-small", "lora-large", "mixlora")
-
 
 @pytest.fixture
 def made(monkeypatch, tmp_path):
@@ -44,25 +42,23 @@ def test_bad_options_are_an_error_of_one_line(capsys, words, message):
 
 
 @pytest.mark.slow
-def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart, "SEEDS", (0, 1))
-    monkeypatch.setattr(quickstart, "TASK", "skills@2")
-    for split in skills.QUESTIONS_PER_SKILL:
-        monkeypatch.setitem(skills.QUESTIONS_PER_SKILL, split, 1 if split == "test" else 2)
+def test_the_quickstart_makes_one_model_of_adapters(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "NUM_LANDS", 2)
+    for split in skills.QUESTIONS_IN_A_LAND:
+        monkeypatch.setitem(skills.QUESTIONS_IN_A_LAND, split, 1 if split == "test" else 2)
     output = tmp_path / "out"
     words = ["quickstart", "--device", "cpu", "--max-steps", "2", "--output-dir", str(output)]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    for method in METHODS:
-        assert f"\n  {method}, " in printed
-    for name in (f"{method}@{seed}" for method in METHODS for seed in (0, 1)):
+    assert "one: the 2 as one model" in printed
+    assert "Who answers them in the one model" in printed
+    for name in ("land1", "land2", "together"):
         adapter = output / "adapters" / name
         assert (adapter / "adapter_model.safetensors").is_file()
         assert len((adapter / "metrics.jsonl").read_text().splitlines()) == 2
         assert json.loads((adapter / "result.json").read_text())["job"] == name
-    assert "mixlora@1" in (output / "report.html").read_text()
-    assert printed.count(" over seeds, ") == printed.count(" over questions\n") == 2
-    assert "\nmixlora minus lora-large: " in printed
+    assert (output / "adapters" / "one" / "adapter_model.safetensors").is_file()
+    assert "Share of choices by task and expert" in (output / "report.html").read_text()
 
     assert cli.main([*words[:2], "cuda:99", *words[3:]]) == 2
     assert "device must be one that this machine has" in capsys.readouterr().err

@@ -1,28 +1,30 @@
 """Methods: a file for each, and the list of them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from loraloom.adapters.dynmole import DynMoleConfig
 from loraloom.adapters.hydralora import HydraLoraConfig
 from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.loramoe import LoraMoeConfig
-from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.method import CONFIGS as CONFIGS
+from loraloom.adapters.method import AdapterConfig, any_method
+from loraloom.adapters.method import parse_adapter_config as parse_adapter_config
 from loraloom.adapters.mixlora import ExpertsConfig as ExpertsConfig
 from loraloom.adapters.mixlora import MixLoraConfig
 from loraloom.adapters.mixlora import SharedExpertConfig as SharedExpertConfig
 from loraloom.adapters.mola import MolaConfig
 from loraloom.adapters.moslora import MosLoraConfig
+from loraloom.adapters.routed import RoutedConfig
 from loraloom.adapters.smora import SmoraConfig
 from loraloom.adapters.vera import VeraConfig
 from loraloom.config.packages import take_entries
 from loraloom.errors import ConfigError, shown
 
-# The methods. To add one, import its configuration above and name it here; see also
-# `register_method`.
-CONFIGS: list[type[AdapterConfig]] = [
+# To add a method, import its configuration above and name it here; see also `register_method`.
+CONFIGS += [
     LoraConfig,
     MixLoraConfig,
     VeraConfig,
@@ -32,6 +34,7 @@ CONFIGS: list[type[AdapterConfig]] = [
     LoraMoeConfig,
     DynMoleConfig,
     SmoraConfig,
+    RoutedConfig,
 ]
 
 # What a base model of an unknown type is tried with; experts do nothing until they are trained.
@@ -42,19 +45,8 @@ TRIALS: Mapping[str, AdapterConfig] = {
 }
 
 
-def any_method() -> Any:
-    """The type of the settings of all methods that are known now."""
-    return Union[tuple(CONFIGS)]  # noqa: UP007
-
-
 _METHOD = TypeVar("_METHOD", bound=type[AdapterConfig])
 _LISTENERS: list[Callable[[], object]] = []
-
-
-def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
-    """Check the settings of an adapter, as in the `adapter:` section of a run file."""
-    known: Any = Annotated[any_method(), Field(discriminator="method")]
-    return TypeAdapter(known).validate_python(dict(settings))
 
 
 def register_method(config: _METHOD) -> _METHOD:

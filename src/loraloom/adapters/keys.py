@@ -4,6 +4,7 @@
     layers.{L}.{block}.{projection}.experts.{e}.{part}       one for each expert
     layers.{L}.{block}.{part}                                of a whole block, as its router
     shared.{part}                                            one for all layers
+    experts.{e}.{name}                                       any of these, of an adapter within it
 
 A part is `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,), `router` (E, I), or what else a method
 has: one word, and never `weight` or `bias`, which are parameters of a module that is trained whole.
@@ -32,6 +33,7 @@ _PATTERN = re.compile(
     re.ASCII,
 )
 _SHARED = re.compile(rf"shared\.{_PART}", re.ASCII)
+_WITHIN = re.compile(r"experts\.\d{1,5}\.", re.ASCII)
 
 Shape = tuple[int, ...]
 
@@ -80,7 +82,12 @@ class TensorKey:
 
 def can_be_saved(name: str) -> bool:
     """Whether files can hold a method's tensor under this name, and it is read back from them."""
-    return bool(TensorKey.parse(name) or _SHARED.fullmatch(name))
+    return bool(TensorKey.parse(within(name)) or _SHARED.fullmatch(within(name)))
+
+
+def within(name: str) -> str:
+    """Leave out of which adapter within another one a tensor is."""
+    return name[match.end() :] if (match := _WITHIN.match(name)) else name
 
 
 def is_meant(target: str, key: str) -> bool:

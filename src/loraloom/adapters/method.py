@@ -19,10 +19,10 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 from torch import Tensor, nn
 
 from loraloom.adapters.base import (
@@ -205,6 +205,21 @@ class AdapterConfig(StrictModel, ABC):
         )
 
     @property
+    def sources(self) -> Mapping[str, str]:
+        """Adapters that it is to be made of: names on the host, directories or hub ids, by name."""
+        return {}
+
+    def with_sources(self, more: Mapping[str, str]) -> AdapterConfig:
+        """Give the settings of one that is made of further adapters too."""
+        raise AdapterError(
+            f"{self.title} is made of no other adapters, so it takes no further ones"
+        )
+
+    def of_sources(self, read: Mapping[str, ReadAdapter]) -> AdapterConfig:
+        """Give the settings of an adapter that holds what `sources` have named."""
+        raise NotImplementedError(f"{type(self).__name__} names no adapters")
+
+    @property
     def scaling(self) -> float:
         """The factor of an update BA."""
         return 1.0
@@ -217,6 +232,28 @@ class AdapterConfig(StrictModel, ABC):
         """The settings that decide what the weights compute, which `start_from` compares."""
         fields = type(self).model_fields.items()
         return {name: getattr(self, name) for name, one in fields if _FREE not in one.metadata}
+
+
+CONFIGS: list[type[AdapterConfig]] = []
+"""The methods that are known."""
+
+
+def any_method() -> Any:
+    """The type of the settings of all methods that are known now."""
+    return Union[tuple(CONFIGS)]  # noqa: UP007
+
+
+def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
+    """Check the settings of an adapter, as in the `adapter:` section of a run file."""
+    known: Any = Annotated[any_method(), Field(discriminator="method")]
+    return TypeAdapter(known).validate_python(dict(settings))
+
+
+class ReadAdapter(NamedTuple):
+    """An adapter that another one is made of: its settings, and how its prompts are written."""
+
+    config: AdapterConfig
+    prompt: PromptForm | None
 
 
 def check_config(config: object) -> AdapterConfig:
@@ -458,6 +495,53 @@ class Adapter(nn.Module, ABC):
     def parts(self) -> Sequence[Adapter]:
         """Itself, and the adapters that it is made of."""
         return (self,)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it learns in training; what doesn't is refused there."""
+        return True
+
+    def check_is_trained(self) -> None:
+        if not self.is_trained:
+            raise AdapterError(
+                f"adapter {self.name!r} is not trained, as it is made of others; train these, or "
+                "one that `combine` makes of them"
+            )
+
+    def begin(self) -> None:
+        """Compute initial weights of those of `sources`, which are there now."""
+
+    @property
+    def part_names(self) -> Sequence[str]:
+        """Names of the adapters that it is made of, which go by `ADAPTER/NAME`."""
+        return ()
+
+    def part(self, name: str) -> Adapter:
+        if name not in self.part_names:
+            known = ", ".join(self.part_names) or "none"
+            raise AdapterError(
+                f"{self.name}/{name} must be one of the adapters that {self.name!r} is made of "
+                f"({known})"
+            )
+        return self.parts[1 + self.part_names.index(name)]
+
+    @property
+    def num_layers_read(self) -> int | None:
+        """Of how many decoder layers the last one's states choose a part for a whole prompt.
+
+        0: those of the embeddings; None: nothing is chosen so.
+        """
+        return None
+
+    def judge_parts(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Judge parts by prompts' states, [B, L, D], and their masks, [B, L]: logits, [B, E]."""
+        raise NotImplementedError(f"{type(self).__name__} chooses by no prompt")
+
+    def learn_to_choose(
+        self, states: Tensor, mask: Tensor, targets: Tensor, parts: Sequence[int]
+    ) -> None:
+        """Fit what judges these parts to prompts of the parts that targets, [B], say."""
+        raise NotImplementedError(f"{type(self).__name__} chooses by no prompt")
 
     def projections(self) -> Iterator[Projection]:
         """Yield the weights on all projections, layer after layer."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.base import SegmentTokens
+from loraloom.adapters.base import BaseLayer, SegmentTokens
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.low_rank import LowRankAdapter
@@ -74,18 +74,10 @@ class WeightedSum(LowRankAdapter):
 
     def __init__(self, name: str, members: Sequence[Adapter], weights: Sequence[float]):
         for member in members:
-            _check(member)
+            check_adds_up(member)
         first = members[0]
         config = first.config.model_copy(update={"dropout": 0.0})
-        layers = [
-            nn.ModuleDict(
-                {
-                    block: nn.ModuleDict(_projections(members, weights, layer, block))
-                    for block in base.blocks
-                }
-            )
-            for layer, base in enumerate(first.base_layers)
-        ]
+        layers = sum_blocks(first.base_layers, members, weights, SumProjection)
         Adapter.__init__(self, name, config, first.base_layers, layers)
         self.add_module("shared", None)
         self.members = nn.ModuleList(members)
@@ -104,6 +96,10 @@ class WeightedSum(LowRankAdapter):
         return (WeightedSum, *(type(one.config) for one in self.parts), self._shapes)
 
     @property
+    def is_trained(self) -> bool:
+        return False
+
+    @property
     def parts(self) -> Sequence[Adapter]:
         return (self, *self.members)  # pyright: ignore[reportReturnType]
 
@@ -113,7 +109,9 @@ class WeightedSum(LowRankAdapter):
         return {f"{own}.{name}": t for own, one in parts for name, t in one.tensors().items()}
 
 
-class _Sum(Projection):
+class SumProjection(Projection):
+    """What several adapters have on a projection, each with a weight."""
+
     def __init__(self, parts: Sequence[tuple[Projection, float]]):
         super().__init__(parts[0][0].base)
         self._parts = tuple(parts)
@@ -152,28 +150,42 @@ class _Sum(Projection):
         return torch.where(factor.abs() < least, least, factor)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        parts = zip(self._parts, self._columns, strict=True)
-        mapped = [one.between(low_rank[:, own], hidden_states, tokens) for (one, _), own in parts]
-        return torch.cat(mapped, 1)
+        return torch.cat(self.mapped(low_rank, hidden_states, tokens), 1)
 
-    def tensors(self):
+    def mapped(
+        self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens
+    ) -> list[Tensor]:
+        """What each part's B multiplies, [T, S]."""
+        parts = zip(self._parts, self._columns, strict=True)
+        return [one.between(low_rank[:, own], hidden_states, tokens) for (one, _), own in parts]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ()
 
 
-def _projections(
-    members: Sequence[Adapter], weights: Sequence[float], layer: int, block: str
-) -> Mapping[str, Projection]:
-    parts: dict[str, list[tuple[Projection, float]]] = {}
-    for member, weight in zip(members, weights, strict=True):
-        own = member.ffn_block(layer)
-        if block != member.base_layers[layer].ffn_block:
-            own = member.attention_block(layer)
-        for name, projection in own.items():
-            parts.setdefault(name, []).append((projection, weight))
-    return {name: _Sum(own) for name, own in parts.items()}
+def sum_blocks(
+    base_layers: Sequence[BaseLayer],
+    members: Sequence[Adapter],
+    weights: Sequence[float],
+    make: Callable[[Sequence[tuple[Projection, float]]], Projection],
+) -> list[nn.ModuleDict]:
+    """Make one of what adapters have on each projection, by the names of block and projection."""
+    layers = []
+    for index, layer in enumerate(base_layers):
+        blocks: dict[str, dict[str, list[tuple[Projection, float]]]] = {b: {} for b in layer.blocks}
+        for member, weight in zip(members, weights, strict=True):
+            held = (layer.attention_block, member.attention_block(index))
+            for block, own in (held, (layer.ffn_block, member.ffn_block(index))):
+                for name, projection in own.items():
+                    blocks[block].setdefault(name, []).append((projection, weight))
+        made = {
+            b: nn.ModuleDict({n: make(of) for n, of in own.items()}) for b, own in blocks.items()
+        }
+        layers.append(nn.ModuleDict(made))
+    return layers
 
 
-def _check(member: Adapter) -> None:
+def check_adds_up(member: Adapter) -> None:
     computes = isinstance(member, LowRankAdapter) and member.is_as_in(
         LowRankAdapter, "ffn", "ffn_weights", "attention_low_rank"
     )

@@ -25,13 +25,14 @@ _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 # Verb -> its function, as `file:name` of this package, and its line of --help.
 VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
-    "quickstart": ("quickstart:quickstart", "Train two LoRAs and a mixture, and compare them."),
+    "quickstart": ("quickstart:quickstart", "Train adapters apart, and make one model of them."),
     "train": ("train:train", "Train the adapters of a run file together."),
     "eval": ("eval:evaluate", "Score choice questions, or held-out rows."),
     "report": ("report:report", "Put a run on one HTML page."),
     "generate": ("generate:generate", "Complete a prompt, or every prompt of a file."),
     "serve": ("serve:serve", "Serve the base model and its adapters with OpenAI's API."),
     "chat": ("chat:chat", "Talk to the base model and its adapters."),
+    "combine": ("combine:combine", "Make one adapter of several that were trained apart."),
     "inspect": ("adapter:inspect", "Show an adapter's method, sizes and norms."),
     "export": ("export:export", "Write an adapter for transformers, vLLM or llama.cpp."),
     "convert": ("adapter:convert", "Write an adapter's files for another program."),

@@ -103,8 +103,11 @@ def is_task_file(task: str) -> bool:
 
 
 def is_skills(task: str) -> bool:
-    """Whether a task is `skills`, or `skills@N`: its rules in N lands."""
-    return re.fullmatch(r"skills(@([1-9]\d?|[1-5]\d\d|600))?", task, re.ASCII) is not None
+    """Whether a task is `skills`, `skills@N`: its rules in N lands, or `skills@KofN`: in one."""
+    match = re.fullmatch(r"skills(@((?P<land>\d+)of)?([1-9]\d?|[1-5]\d\d|600))?", task, re.ASCII)
+    return match is not None and (
+        match["land"] is None or 1 <= int(match["land"]) <= (num_lands(task) or 0)
+    )
 
 
 def is_file_of_test(dataset: str | None) -> bool:
@@ -117,8 +120,13 @@ def _is_file(dataset: str | None) -> bool:
 
 
 def num_lands(task: str) -> int | None:
-    """N of `skills@N`; None for `skills`."""
-    return int(task.partition("@")[2] or 0) or None
+    """N of `skills@N` and `skills@KofN`; None for `skills`."""
+    return int(task.rpartition("@")[2].rpartition("of")[2]) if "@" in task else None
+
+
+def land_number(task: str) -> int | None:
+    """K of `skills@KofN`, from 1; None for all lands."""
+    return int(task.rpartition("@")[2].partition("of")[0]) if "of" in task else None
 
 
 def task_name(task: str) -> str:
@@ -135,8 +143,8 @@ def check_task(task: str) -> str:
     if task in (names := get_args(TaskName)) or is_task_file(task) or is_skills(task):
         return task
     raise ConfigError(
-        f"task must be one of {', '.join(names)}, skills@N (N up to {MAX_LANDS}) or a task's .yaml "
-        f"file, got {shown(task)}{did_you_mean(task, names)}"
+        f"task must be one of {', '.join(names)}, skills@N (N up to {MAX_LANDS}), skills@KofN "
+        f"(its Kth land) or a task's .yaml file, got {shown(task)}{did_you_mean(task, names)}"
     )
 
 

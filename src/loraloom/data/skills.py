@@ -133,12 +133,16 @@ SKILLS: tuple[Skill, ...] = (
 
 
 def generate_skills(
-    split: str, seed: int = 0, num_lands: int | None = None
+    split: str, seed: int = 0, num_lands: int | None = None, land: int | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of a split; skills take turns, and right answers are in each place equally often."""
+    """The rows of a split; skills take turns, and right answers are in each place equally often.
+
+    They are those of no land, of so many, or of one of these, counted from 1.
+    """
     if split not in SPLITS:
         raise DataError(f"split of skills must be one of {', '.join(SPLITS)}, got {split!r}")
     lands = [None] if num_lands is None else land_names(num_lands)
+    lands = lands if land is None else [lands[land - 1]]
     turns = zip_longest(*(_rows(skill, land, split, seed) for land in lands for skill in SKILLS))
     return [row for row in chain.from_iterable(turns) if row is not None]
 

@@ -57,9 +57,12 @@ class RoutingTally:
             adapter.num_questions[task], adapter.covered[task] = num_questions, set()
         if not self.adapters:
             return None
-        return lambda routed: self.adapters[routed.adapter].add(
-            task, topics, routed, rows_per_question
-        )
+
+        def add(routed: RoutedRows) -> None:
+            if routed.adapter in self.adapters:  # no mixture that is an expert of one of these
+                self.adapters[routed.adapter].add(task, topics, routed, rows_per_question)
+
+        return add
 
     def summarise(self) -> dict[str, Fields]:
         """Give the routing by adapter, as it stands in the JSON file under `routing`."""
@@ -155,7 +158,7 @@ class _AdapterTally:
         return found
 
     def _warnings(self, totals: tally.RoutingTotals) -> list[str]:
-        if self.config.experts_per_token is None:
+        if self.config.experts_per_token is None or not self.config.collapse_advice:
             return []
         found = tally.find_collapse(totals.choices, self.config.experts_per_token)
         advice = self.config.collapse_advice

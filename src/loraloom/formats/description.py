@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.keys import TensorKey, within
 from loraloom.adapters.own import MODULES, TOKENS
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_stored
@@ -27,7 +27,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     directory = find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     config, tensors, base = stored.config, stored.tensors, stored.base
-    keys = {name: key for name in tensors if (key := TensorKey.parse(name)) is not None}
+    keys = {name: key for name in tensors if (key := TensorKey.parse(within(name)))}
     parameters: dict[str, int] = defaultdict(int)
     norms: dict[str, list[float]] = defaultdict(list)
     for name, tensor in tensors.items():

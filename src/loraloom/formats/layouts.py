@@ -192,6 +192,9 @@ def _our_tensors(
     keys: dict[str, str] = {}
     paths: set[str] = set()
     for name in files.tensors:
+        if method.layout == "native" and name.startswith(f"{_PREFIX}experts."):
+            keys[name] = name.removeprefix(_PREFIX)
+            continue
         of_all = name.removeprefix(shared)
         if match := pattern.fullmatch(name):
             expert = None if match["expert"] is None else int(match["expert"])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -89,6 +90,10 @@ class Engine:
 
     def submit(self, request: GenerationRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Row:
         self._check(request)
+        (choice,) = self.host.choose([request.prompt_ids], [request.adapter])
+        if choice.probabilities is not None:
+            adapter, probabilities = choice
+            request = replace(request, adapter=adapter, probabilities=probabilities)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
             if len(self._scheduler) >= self.limits.max_waiting:

@@ -14,7 +14,7 @@ from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.engine import Engine
-from loraloom.generation.prompts import Prompt, check_token_ids, encode_prompt, form_for
+from loraloom.generation.prompts import Prompt, check_token_ids, encode_prompt, form_for, read_for
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, GenerationRequest, Row
@@ -85,8 +85,8 @@ def make_requests(
     length, num_new = host.config.max_position_embeddings, sampling.max_new_tokens
     requests = []
     for place, prompt in enumerate(prompts):
-        form = prompt_form or form_for(host, prompt.adapter)
-        ids, continues = encode_prompt(tokenizer, prompt, form, raw=raw)
+        encode = partial(_encode, tokenizer, prompt, prompt_form, raw=raw)
+        choice, (ids, continues) = read_for(host, prompt.adapter, encode)
         if len(ids) > length - num_new:
             raise DataError(
                 f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
@@ -95,9 +95,28 @@ def make_requests(
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
         requests.append(
-            GenerationRequest(ids, prompt.adapter, "", sampling, place, continues=continues)
+            GenerationRequest(
+                ids,
+                choice.adapter,
+                "",
+                sampling,
+                place,
+                continues=continues,
+                probabilities=choice.probabilities,
+            )
         )
     return requests
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    given: PromptForm | None,
+    form: PromptForm | None,
+    *,
+    raw: bool,
+) -> tuple[list[int], bool]:
+    return encode_prompt(tokenizer, prompt, given or form, raw=raw)
 
 
 def complete(
@@ -196,8 +215,16 @@ class Conversation:
                     messages.append({"role": "user", "content": said})
                     messages.append({"role": "assistant", "content": answer})
             content = (*messages, {"role": "user", "content": text})
-        ids, continues = encode_prompt(self.tokenizer, Prompt(content), form, raw=self.raw)
+        encode = partial(_encode, self.tokenizer, Prompt(content), None, raw=self.raw)
+        choice, (ids, continues) = read_for(self.engine.host, adapter, encode)
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
         sampling = sampling.model_copy(update=shortened)
-        return GenerationRequest(ids, adapter, model, sampling, continues=continues)
+        return GenerationRequest(
+            ids,
+            choice.adapter,
+            model,
+            sampling,
+            continues=continues,
+            probabilities=choice.probabilities,
+        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from loraloom.data.templates import (
 )
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
+from loraloom.models.choice import Choice
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
 
@@ -49,6 +50,22 @@ class Prompt:
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
     name, _ = name_and_scale(adapter)
     return None if name is None else host.adapter(name).prompt
+
+
+_Read = TypeVar("_Read", bound=Sequence[Any])
+
+
+def read_for(
+    host: Host, adapter: RowAdapter, encode: Callable[[PromptForm | None], _Read]
+) -> tuple[Choice, _Read]:
+    """Encode a prompt in its adapter's form; the first thing of the result are its token ids.
+
+    If a router chooses by it, the prompt is encoded again, in the form of the chosen adapter.
+    """
+    read = encode(form_for(host, adapter))
+    (choice,) = host.choose([read[0]], [adapter])
+    is_routed = choice.probabilities is not None
+    return choice, encode(form_for(host, choice.adapter)) if is_routed else read
 
 
 def encode_prompt(

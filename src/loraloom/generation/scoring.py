@@ -7,6 +7,7 @@ sorted by length, batched by tokens, and done in halves where memory runs out.
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -20,7 +21,7 @@ from loraloom.errors import DataError
 from loraloom.generation.rows import TokenRow, collate, example_row, make_rows, owners
 from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter
+from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import widened
 
@@ -118,6 +119,7 @@ def score_rows(
     num_top: int = 0,
 ) -> list[TokenScores]:
     """Score rows, each with its adapter, without dropout and gradients."""
+    requests = _chosen(host, requests, on_routing)
     nothing = torch.zeros(0, 2 + 2 * num_top, dtype=torch.float64)
     scores = [_scores_of(nothing, num_top)] * len(requests)
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
@@ -142,6 +144,35 @@ def score_rows(
         for place, result in zip(chain.from_iterable(batches), results, strict=True):
             scores[place] = TokenScores(*result)
     return scores
+
+
+def _chosen(
+    host: Host, requests: Sequence[Request], on_routing: OnRouting | None
+) -> Sequence[Request]:
+    """Put what routers choose by prompts, the tokens before those that are scored, in their place.
+
+    Such a choice is told as that of a router in front of all layers, for each token of a row.
+    """
+    scored = [place for place, (_, row) in enumerate(requests) if row.targets]
+    prompts = [requests[at][1].input_ids[: requests[at][1].predictors[0] + 1] for at in scored]
+    choices = host.choose(prompts, [requests[at][0] for at in scored])
+    chosen, routed = [*requests], defaultdict[str, dict[int, list[float]]](dict)
+    for place, (adapter, probabilities) in zip(scored, choices, strict=True):
+        name, _ = name_and_scale(requests[place][0])
+        chosen[place] = adapter, requests[place][1]
+        if name is not None and probabilities is not None:
+            routed[name][place] = [*probabilities.values()]
+    for name, of_places in routed.items():
+        if on_routing is None:
+            break
+        rows = [requests[place][1] for place in of_places]
+        counts = torch.tensor([len(row.input_ids) for row in rows])
+        p = torch.tensor([*of_places.values()]).repeat_interleave(counts, dim=0)
+        weights, selected = p.topk(host.adapter(name).config.experts_per_token or 1)
+        weights = weights / weights.sum(1, keepdim=True)
+        record = LayerRouting(0, p.clamp_min(1e-30).log(), selected, weights, "prompt")
+        on_routing(RoutedRows(name, [*of_places], rows, [record]))
+    return chosen
 
 
 def _forward(

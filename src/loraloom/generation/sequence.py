@@ -78,6 +78,8 @@ class GenerationRequest:
     """The text goes on where the prompt's ends, with the space between them."""
     scores_prompt: bool = False
     """Tell the log-probabilities of the prompt's own tokens before those of new ones."""
+    probabilities: Mapping[str, float] | None = None
+    """Those of a router's experts, where it has chosen the adapter by the prompt."""
     tenant: str = ""
     """Who asks, such as an API key; others share neither its turn nor its prompts."""
     arrived_s: float = field(default_factory=time.monotonic)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from loraloom.adapters.base import SampleTokens
-from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.method import Adapter, AdapterConfig, ReadAdapter, check_config
 from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
 from loraloom.formats.hub import find_adapter
+from loraloom.models.choice import Choice, batches_of, choose, output_of
 from loraloom.models.combine import Combination, Merged, combine, prune
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
@@ -161,7 +162,13 @@ class Host:
             AdapterError: If it is taken, or target modules are not in the base model.
         """
         self._registry.check_unmerged("start an adapter")
+        found = {own: self._source(place) for own, place in check_config(config).sources.items()}
+        config = config.of_sources({n: one for n, (one, _) in found.items()}) if found else config
         adapter = self._registry.build(name, config, seed)
+        for own, (_, tensors) in found.items():
+            adapter.part(own).load_tensors(tensors)
+        if found:
+            adapter.begin()
         if config.target_modules == "all-linear" and not self.base.ffn_projections:
             warnings.warn(
                 f"adapter {name!r} is on attention alone: the base model's FFN blocks are mixtures "
@@ -169,6 +176,57 @@ class Host:
                 stacklevel=2,
             )
         return self._registry.register(adapter)
+
+    def _source(self, place: str) -> tuple[ReadAdapter, Mapping[str, Tensor]]:
+        """Read an adapter that another one is to be made of: one on the host, or from files."""
+        if place in self.adapters:
+            held = self.adapters[place]
+            return ReadAdapter(held.config, held.prompt), held.tensors()
+        stored = read_stored(find_adapter(place))
+        config, tensors = fit_to_base(stored, self.base)
+        return ReadAdapter(config, stored.prompt), tensors
+
+    def add_experts(self, adapter: str, experts: Mapping[str, str], *, name: str) -> Adapter:
+        """Make a new routed adapter of all experts of another one, which stays, and further ones.
+
+        What was there is the same bit by bit; the new experts' routers begin as in a new adapter,
+        and `fit_router(..., only=[...])`, or training, teaches them alone.
+
+        Args:
+            adapter: The routed adapter's name.
+            experts: The new ones by name: directories, hub ids, or names of adapters on the host.
+            name: The new adapter's.
+        """
+        source = self._registry.get(adapter)
+        extended = self.add(name, source.config.with_sources(experts))
+        extended.load_tensors({**extended.tensors(), **source.tensors()})
+        extended.prompt = source.prompt
+        return extended
+
+    def choose(
+        self, prompts: Sequence[Sequence[int]], adapters: Sequence[RowAdapter]
+    ) -> list[Choice]:
+        """Tell what answers prompts, token ids each: of a routed adapter by prompt, its choice."""
+        return choose(self, prompts, adapters)
+
+    @torch.no_grad()
+    def prompt_states(
+        self, prompts: Sequence[Sequence[int]], num_layers: int
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Compute the base model's states of prompts behind so many layers; 0: the embeddings.
+
+        Yields:
+            For a batch, the prompts' places, states, [B, L, D], and which are real, [B, L].
+        """
+        for places, ids, mask in batches_of(prompts):
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            if num_layers == 0:
+                yield places, self.model.get_input_embeddings()(ids), mask
+                continue
+            layer = self.model.get_submodule(self.base.layers_path)[num_layers - 1]
+            with self._inside, running(None), output_of(layer) as found:
+                self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+            yield places, found[0], mask
 
     def load(
         self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
@@ -466,9 +524,7 @@ class Host:
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
-        self._registry.rows(adapters, len(input_ids))  # a text is no list of names
-        names: list[RowAdapter] = [None] * len(input_ids)
-        names = names if adapters is None else list(adapters)
+        names = self._chosen(input_ids, mask, adapters)
         cache = make_cache(self.config)
         session = Decoding(names, mask[:, :0], cache, prepared or PreparedWeights())
         self._advance(session, input_ids, mask, record)
@@ -517,8 +573,8 @@ class Host:
         Prompts, [B, L], are padded on the left; beams and returned sequences take their row's
         adapter.
         """
-        self._registry.rows(adapters, len(input_ids))
-        rows = Rows([None] if adapters is None else adapters)
+        names = self._chosen(input_ids, attention_mask, adapters)
+        rows = Rows([None] if adapters is None else names)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.prepared(), self.outer_forward.of_rows(rows):
             return self.model.generate(**inputs, **generate_kwargs)
@@ -540,8 +596,10 @@ class Host:
         prepared: PreparedWeights | None = None,
     ) -> ForwardContext:
         batch_size, length = input_ids.shape
-        rows = self._registry.rows(adapters, batch_size)
         training = self.training if training is None else training
+        if not training:
+            adapters = self._chosen(input_ids, attention_mask, adapters)
+        rows = self._registry.rows(adapters, batch_size)
         is_compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
         if torch.is_grad_enabled() and (is_compiled or self.model._compiled_call_impl is not None):
             raise ModelError(
@@ -551,11 +609,9 @@ class Host:
         keys = None
         if training:
             self._registry.check_unmerged("train")
-            if odd := [row[0].name for row in rows if row is not None and len(row[0].parts) > 1]:
-                raise AdapterError(
-                    f"a sum of adapters is not trained, got {odd[0]}; train its members, or one "
-                    "that `combine` makes of them"
-                )
+            for row in rows:
+                if row is not None:
+                    row[0].check_is_trained()
             self._forwards += 1
             count = batch_size if sample_lengths is None else sum(map(len, sample_lengths))
             keys = [sample_key(0, self._forwards, place) for place in range(count)]
@@ -584,6 +640,23 @@ class Host:
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
+
+    def _chosen(
+        self, input_ids: Tensor, mask: Tensor | None, adapters: RowAdapters
+    ) -> list[RowAdapter]:
+        """Name rows' adapters; those that are chosen by prompt, by the row's tokens here."""
+        rows = self._registry.rows(adapters, len(input_ids))  # a text is no list of names
+        names: list[RowAdapter] = [*(adapters or [None] * len(rows))]
+        if all(row is None or row[0].num_layers_read is None for row in rows):
+            return names
+        real = torch.ones(input_ids.shape) if mask is None else mask.cpu()
+        if real.shape != input_ids.shape:
+            raise AdapterError(
+                "an adapter that is chosen by prompt needs all of it in one forward, with an "
+                "attention_mask of its tokens; ask `host.choose` first, and give what it chose"
+            )
+        prompts = [row[own.bool()].tolist() for row, own in zip(input_ids.cpu(), real, strict=True)]
+        return [one.adapter for one in choose(self, prompts, names)]
 
     def _fit(
         self,

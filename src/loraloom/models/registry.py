@@ -49,6 +49,9 @@ class AdapterRegistry:
         return self.get(name) if is_one else self._sum(parse_sum(name))
 
     def get(self, name: str) -> Adapter:
+        whole, within, part = name.partition("/") if isinstance(name, str) else (name, "", "")
+        if within and whole in self.adapters:
+            return self.adapters[whole].part(part)
         if name not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
@@ -95,7 +98,7 @@ class AdapterRegistry:
             self.check_unmerged("remove it")
         gone = self.adapters.pop(name)
         for weighted, one in list(self._sums.items()):
-            if gone in one.parts:
+            if not {*gone.parts}.isdisjoint(one.parts):
                 self._sums.pop(weighted, None)
 
     def unmerge(self) -> None:

@@ -190,10 +190,10 @@ class PreparedWeights:
     def forget(self, adapter: Adapter) -> None:
         self.forms.forget(adapter)
         self._plans.clear()
+        gone = {*adapter.parts}
         for stack in self._stacks.values():
-            others = [
-                place for place, one in enumerate(stack.adapters) if adapter not in one[0].parts
-            ]
+            held = enumerate(stack.adapters)
+            others = [place for place, one in held if gone.isdisjoint(one[0].parts)]
             if len(others) < len(stack.adapters):
                 stack.keep(others)
 

@@ -136,7 +136,8 @@ def lay_out(name: str, routing: Fields) -> dict[str, Any]:
         "name": name,
         "routing": routing,
         "coverage": _coverage([*routing["tasks"].values()]),
-        "layers": _layer_rows(routing, [*covered.values()]) if covered else [],
+        "layers": _rows(routing, covered) if covered else [],
+        "by": "task" if routing["layers"] == ["0.prompt"] else "layer",
         "specialisation": [_specialisation(found[k], k, routing["layers"]) for k in found],
         "examples": {task: one["example"] for task, one in covered.items() if "example" in one},
         "uniform_bits": math.log2(routing["num_experts"]),
@@ -149,6 +150,13 @@ def _coverage(tasks: Sequence[Fields]) -> str:
     text = f"{covered:,} of {asked:,} questions, {tokens:,} tokens."
     kept = " The others' scores were kept from before; evaluate with --no-cache to cover them."
     return text + kept if covered < asked else text
+
+
+def _rows(routing: Fields, tasks: Mapping[str, Fields]) -> list[dict[str, Any]]:
+    """By layer over all tasks, or by task where a router has chosen once for a prompt."""
+    if routing["layers"] != ["0.prompt"]:
+        return _layer_rows(routing, [*tasks.values()])
+    return [{**_layer_rows(routing, [of])[0], "label": task} for task, of in tasks.items()]
 
 
 def _layer_rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:

@@ -92,8 +92,6 @@ class TrainingClient:
         self._forwards = self._draws = 0
         if any(client.host is host and client.name == name for client in _OPEN):
             raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
-        if adapter is None and len(host.adapter(name).parts) > 1:
-            raise AdapterError(f"a sum of adapters is not trained, got {name!r}; name a member")
         self._optimizer_config = optimizer or OptimizerConfig()
         self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)

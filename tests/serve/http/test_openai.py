@@ -12,7 +12,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraloom import Prompt, PromptForm, SamplingConfig, generate
+from loraloom import Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router, generate
 from loraloom.serve.http.bridge import Backend
 from tests.serve.http.in_process import BASE
 from tests.tiny import METHODS
@@ -298,6 +298,29 @@ def test_a_sum_of_adapters_answers_and_lets_them_go(client, served, host, tokeni
             chat(client, model)
     with pytest.raises(openai.NotFoundError):
         chat(client, "lora+law")
+
+
+def test_an_answer_says_which_adapter_a_router_chose(client, served, host, tokenizer, saved):
+    host.add("made", RoutedConfig(experts={"law": "lora", "math": "mixlora"}))
+    prompts = {"law": ["the court is", "a court"], "math": ["one two", "two one"]}
+    fit_router(host, tokenizer, "made", prompts)
+    host.save("made", saved / "auto")
+    host.remove("made")
+    named = chat(client, "auto/law")
+    assert not hasattr(named.choices[0], "chosen")
+    for text, expert, adapter in [("a court", "law", "lora"), ("two one", "math", "mixlora")]:
+        messages = [{"role": "user", "content": text}]
+        answer = chat(client, "auto", messages=messages).choices[0]
+        assert answer.chosen["adapter"] == expert
+        assert max(answer.chosen["probabilities"], key=answer.chosen["probabilities"].get) == expert
+        alone = chat(client, adapter, messages=messages).choices[0]
+        assert answer.message.content == alone.message.content
+    messages = [{"role": "user", "content": "two one"}]
+    pieces = [*chat(client, "auto", messages=messages, stream=True)]
+    assert {piece.choices[0].chosen["adapter"] for piece in pieces} <= {"law", "math"}
+    for model in ("auto/x", "auto/law+lora/y", "auto/"):
+        with pytest.raises(openai.NotFoundError):
+            chat(client, model)
 
 
 def test_what_the_client_adds_to_an_answer_may_be_sent_back(client):

@@ -24,6 +24,7 @@ from loraloom.config.data import (
     check_task,
     is_skills,
     is_task_file,
+    land_number,
     num_lands,
     task_name,
 )
@@ -92,7 +93,8 @@ def find_task(name: str) -> ChoiceTask:
     if is_task_file(check_task(name)):
         return _load_task(local_path(name, "a task's file"))
     if is_skills(name):
-        generate = partial(generate_skills, num_lands=num_lands(name))
+        where = {"num_lands": num_lands(name), "land": land_number(name)}
+        generate = partial(generate_skills, **where)
         return replace(_built_in("skills"), name=name, source=generate)
     return _built_in(name)
 

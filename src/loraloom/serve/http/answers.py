@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import PromptForm
-from loraloom.generation.prompts import Prompt, encode_prompt, form_for
+from loraloom.generation.prompts import Prompt, encode_prompt, read_for
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
@@ -38,13 +39,14 @@ class ChatExchange(Exchange):
         body, backend = self.body, self.backend
         grammar = json_grammar(body)
         constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
-        form = form_for(backend.engine.host, adapter)
-        ids, continues = encode_chat(backend.tokenizer, body, form)
+        encode = partial(encode_chat, backend.tokenizer, body)
+        choice, (ids, continues) = read_for(backend.engine.host, adapter, encode)
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         prompt = GenerationRequest(
-            ids, adapter, owner, num_logprobs=num_logprobs, continues=continues
-        )
+            ids, choice.adapter, owner, num_logprobs=num_logprobs, continues=continues,
+            probabilities=choice.probabilities,
+        )  # fmt: skip
         max_tokens = body.max_completion_tokens or body.max_tokens
         return self.several(prompt, max_tokens, constraint or None)
 
@@ -75,6 +77,7 @@ class ChatExchange(Exchange):
                 for token, log_prob, top in piece.log_probs
             ]
             choice["logprobs"] = {"content": entries}
+        choice |= self.chosen(index)
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
 
     def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
@@ -134,6 +137,7 @@ class TextExchange(Exchange):
         """A completion or a piece of it; the `first` token has no log-probability."""
         choice: dict[str, Any] = {"index": index, "text": piece.text, "logprobs": None}
         choice["finish_reason"] = piece.finish_reason
+        choice |= self.chosen(index)
         if self.body.logprobs is not None:
             text_of, entries = self.backend.token_text, piece.log_probs
             tops = [

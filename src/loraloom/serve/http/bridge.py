@@ -34,7 +34,7 @@ from loraloom.generation.sequence import (
     log_failure,
 )
 from loraloom.models.layout import RowAdapter
-from loraloom.serve.adapters import ServedAdapter, ServedAdapters
+from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.guards import TENANT, USAGE, answer_to
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.http.tools import JsonConstraint
@@ -75,7 +75,13 @@ class Backend:
         adapters = self.adapters
         is_base = model == adapters.base_name
         weighted = ((model, 1.0),) if is_base else _weighted(model, adapters.base_name)
-        names = [name for name, _ in weighted]
+        # what is behind a slash is one of a routed adapter's own
+        names, parts = [], []
+        for name, _ in weighted:
+            is_base = name == adapters.base_name  # which may have a slash
+            whole, within, part = (name, "", "") if is_base else name.partition("/")
+            names.append(whole)
+            parts.append(within + part)
         one, several = adapters.acquire, adapters.acquire_sum
         try:
             served = await (several(names) if len(names) > 1 else one(names[0]))
@@ -85,21 +91,23 @@ class Backend:
                 f"the adapter {shown(model)} can't be loaded; the server's log says why",
                 "broken_adapter",
             ) from None
-        if not served.members:
-            name = served.host_name
-            if name is None or names == [model]:
-                return served, name
-            return served, (name, weighted[0][1])
-        members = zip(served.members, weighted, strict=True)
-        row: Any = tuple((member.host_name, weight) for member, (_, weight) in members)
+        if served.host_name is None and not served.members:
+            return served, None
+        used = zip(served.members or (served,), parts, weighted, strict=True)
+        row: Any = tuple((f"{one.host_name}{part}", weight) for one, part, (_, weight) in used)
+        row, scale = (row, 1.0) if served.members else row[0]
         try:
-            self.engine.host.adapter(write_sum(row))
+            hosted = self.engine.host.adapters
+            for one, part in zip(served.members or (served,), parts, strict=True):
+                if part and part[1:] not in hosted[one.host_name or ""].part_names:
+                    raise unknown_model(model)
+            self.engine.host.adapter(row if isinstance(row, str) else write_sum(row))
         except BaseException as error:
             adapters.release(served)
             if isinstance(error, AdapterError):  # not of a kind that can be added up
                 raise RequestError(str(error), param="model") from None
             raise
-        return served, row
+        return served, row if scale == 1 else (row, scale)
 
 
 def _weighted(model: str, base_name: str) -> Weighted:
@@ -154,6 +162,15 @@ class Exchange(ABC):
     @abstractmethod
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The choice of the chunk in which a piece of an answer is told."""
+
+    def chosen(self, index: int) -> dict[str, Any]:
+        """Tell which adapter answers, where a router has chosen it, and how sure it was."""
+        request = self._rows[index].request
+        if request.probabilities is None:
+            return {}
+        parts = (request.adapter_name or "").split("+")
+        names = "+".join(part.rpartition("/")[2] for part in parts)
+        return {"chosen": {"adapter": names, "probabilities": dict(request.probabilities)}}
 
     def several(
         self,

@@ -29,8 +29,9 @@ Scheduler = LRScheduler | GreedyLR
 
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
-    device = next(adapter.parameters()).device
-    names, title = [name for name, _ in adapter.named_parameters()], adapter.config.title
+    adapter.check_is_trained()
+    device, title = next(adapter.parameters()).device, adapter.config.title
+    names = [name for name, weight in adapter.named_parameters() if weight.requires_grad]
     if config.loraplus_lr_ratio and not any(name.endswith("lora_B") for name in names):
         raise ConfigError(
             f"job {adapter.name}: loraplus_lr_ratio has no effect on {title}, which trains no "

@@ -1,0 +1,359 @@
+"""Adapters that were trained apart as one: they stay as they are, and a router chooses among them.
+
+Axes: T tokens, I in_features, O out_features, E experts, B prompts, L their tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field, SerializeAsAny, WithJsonSchema, field_validator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from typing_extensions import override
+
+from loraloom.adapters.base import BaseLayer, SegmentTokens
+from loraloom.adapters.keys import Weights
+from loraloom.adapters.low_rank import LowRankAdapter, generator_for
+from loraloom.adapters.method import (
+    MAX_NUMBER,
+    Adapter,
+    AdapterConfig,
+    Projection,
+    ReadAdapter,
+    parse_adapter_config,
+)
+from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.weighted_sum import SumProjection, check_adds_up, sum_blocks
+from loraloom.config.data import PromptForm
+from loraloom.config.fields import CheckInfo, StrictModel, check_name, checked
+from loraloom.errors import AdapterError
+from loraloom.routing.routes import TopK, router_logits
+
+# What settings of its own an adapter of others has not.
+_OF_EXPERTS = ("rank", "dropout", "modules_to_save", "trainable_token_indices")
+MAX_EXPERTS = 256
+# Of the fit of a router by prompt: AdamW's.
+STEPS, RATE, DECAY = 200, 0.03, 0.01
+
+
+class Expert(StrictModel):
+    """An adapter among those of a routed one, which has its weights."""
+
+    adapter: Annotated[SerializeAsAny[AdapterConfig], WithJsonSchema({"type": "object"})]
+    """The settings of its method."""
+    prompt: PromptForm | None = None
+    """How its training data wrote prompts."""
+    source: str = ""
+    """Where it came from."""
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _parse(cls, settings: Any) -> Any:
+        return parse_adapter_config(settings) if isinstance(settings, Mapping) else settings
+
+
+class RoutedConfig(AdapterConfig):
+    """Frozen adapters as experts: y = Wx + Σ_j g_j u_e(j)(x), u what an adapter adds by itself.
+
+    Source: Ostapenko et al. 2024, Arrow, arXiv:2405.11157, section 4; peft 0.21.2,
+    `peft/tuners/lora/arrow.py`. By prompt: as LORAUTER, arXiv:2601.21795, chooses among adapters by
+    their data, here with a linear head on the base model's states.
+    """
+
+    peft_type = "ROUTED"
+    title = "routed"
+    formula = "y = Wx + Σ_j g_j u_e(j)(x), u of adapters trained apart"
+
+    method: Literal["routed"] = "routed"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Adapters trained apart, and a router that chooses among them."""
+    experts: dict[Annotated[str, AfterValidator(check_name)], str | Expert] = Field(
+        min_length=1, max_length=MAX_EXPERTS
+    )
+    """The adapters, by name: directories, hub ids, or names of adapters on the host."""
+    router: Literal["prompt", "arrow", "token"] = "prompt"
+    """What chooses: one choice for a whole prompt, by `fit_router`; for each token and projection
+    the direction in which an expert's update is largest (arrow), or a trained router (token)."""
+    top_k: int | None = Field(default=None, ge=1, validate_default=True)
+    """Experts that are used at once; by default one for a prompt, and three for a token."""
+    temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER)
+    """What logits are divided by before their softmax."""
+    train_experts: bool = False
+    """With router: token, whether the experts learn too, from where they are."""
+    num_layers_read: int = Field(default=0, ge=0, le=2**10)
+    """Decoder layers whose last states a router by prompt reads; 0: it reads the embeddings."""
+
+    @field_validator(*_OF_EXPERTS)
+    @classmethod
+    def _check_is_default(cls, value: Any, info: CheckInfo) -> Any:
+        default = cls.model_fields[info.field_name or ""].default
+        if value != default:
+            raise ValueError(f"{info.field_name} is the experts' own, got {value}; leave it out")
+        return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _check_top_k(cls, value: int | None, info: CheckInfo) -> int | None:
+        experts = info.data.get("experts")
+        if value is not None and experts is not None and value > len(experts):
+            raise ValueError(f"top_k must be in [1, {len(experts)} experts], got {value}")
+        return value
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.train_experts and self.router != "token":
+            yield f"train_experts must be false with router: {self.router}, which has no training"
+        if self.num_layers_read and self.router != "prompt":
+            yield f"num_layers_read is for router: prompt, got it with router: {self.router}"
+
+    @property
+    def experts_per_router(self) -> int:
+        return len(self.experts)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k or min(len(self.experts), 1 if self.router == "prompt" else 3)
+
+    @property
+    def collapse_advice(self) -> str:
+        return super().collapse_advice if self.router == "token" else ""  # nothing has collapsed
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        return {name: one for name, one in self.experts.items() if isinstance(one, str)}
+
+    def with_sources(self, more: Mapping[str, str]) -> RoutedConfig:
+        return of_experts(**(dict(self) | {"experts": {**self.experts, **more}}))
+
+    def of_sources(self, read: Mapping[str, ReadAdapter]) -> RoutedConfig:
+        found = {
+            name: Expert(adapter=read[name].config, prompt=read[name].prompt, source=one)
+            if isinstance(one, str)
+            else one
+            for name, one in self.experts.items()
+        }
+        return self.model_copy(update={"experts": found})
+
+    def targets_in(self, layer: BaseLayer) -> frozenset[str]:
+        return frozenset[str]().union(*(one.adapter.targets_in(layer) for one in self._read()))
+
+    def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
+        for one in self._read():
+            refuse_own_parts(one.adapter, "an expert", "be routed to")
+            one.adapter.check_fits(base_layers)
+        if self.num_layers_read > len(base_layers):
+            raise AdapterError(
+                f"num_layers_read must be at most the base model's {len(base_layers)} layers, got "
+                f"{self.num_layers_read}"
+            )
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        experts = [
+            one.adapter.build(f"{name}/{own}", base_layers, dtype, seed)
+            for own, one in zip(self.experts, self._read(), strict=True)
+        ]
+        for expert, one in zip(experts, self._read(), strict=True):
+            expert.prompt = one.prompt
+        return RoutedAdapter(name, self, base_layers, experts, dtype, seed)
+
+    def _read(self) -> list[Expert]:
+        if self.sources:
+            raise AdapterError(f"experts must have been read, got {', '.join(self.sources)}")
+        return [one for one in self.experts.values() if isinstance(one, Expert)]
+
+
+def of_experts(experts: Mapping[str, str | Expert], **settings: Any) -> RoutedConfig:
+    """Give the settings of an adapter of others: directories, hub ids, or names on the host."""
+    return checked(RoutedConfig, {"experts": experts, **settings})
+
+
+class RoutedAdapter(LowRankAdapter):
+    """Adapters that are frozen, and what chooses among them."""
+
+    config: RoutedConfig
+
+    def __init__(
+        self,
+        name: str,
+        config: RoutedConfig,
+        base_layers: Sequence[BaseLayer],
+        experts: Sequence[Adapter],
+        dtype: torch.dtype,
+        seed: int,
+    ):
+        by_prompt = config.router == "prompt"
+        added = [] if by_prompt else experts
+        for expert in added:
+            check_adds_up(expert)
+        layers = sum_blocks(
+            base_layers,
+            added,
+            [1.0] * len(added),
+            lambda parts: _Routed(parts, config, len(experts), dtype, seed),
+        )
+        Adapter.__init__(self, name, config, base_layers, layers)
+        width, device = base_layers[0].hidden_size, base_layers[0].projections[0].device
+        self._head: Any = PromptRouter(len(experts), width, dtype, device) if by_prompt else None
+        self.experts = nn.ModuleList(experts)
+        if not config.train_experts:
+            self.experts.requires_grad_(False)
+        prompts = [expert.prompt for expert in experts]
+        self.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
+
+    @property
+    def is_trained(self) -> bool:
+        return self.config.router == "token"
+
+    @property
+    def parts(self) -> Sequence[Adapter]:
+        return (self, *self.experts)  # pyright: ignore[reportReturnType]
+
+    @property
+    def part_names(self) -> Sequence[str]:
+        return list(self.config.experts)
+
+    @property
+    def num_layers_read(self) -> int | None:
+        return self.config.num_layers_read if self.config.router == "prompt" else None
+
+    def judge_parts(self, states: Tensor, mask: Tensor) -> Tensor:
+        return self._head(states, mask) / self.config.temperature
+
+    def learn_to_choose(
+        self, states: Tensor, mask: Tensor, targets: Tensor, parts: Sequence[int]
+    ) -> None:
+        self._head.fit(states, mask, targets, parts)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        for one in self.projections():
+            assert isinstance(one, _Routed)
+            one.begin()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return each expert's tensors behind its number, and those of the routers."""
+        parts = enumerate(self.parts[1:])
+        of_experts = {f"experts.{e}.{n}": t for e, one in parts for n, t in one.tensors().items()}
+        holders = [*self.layers.modules(), self._head]
+        routers = [one for one in holders if isinstance(one, Weights)]
+        return {name: tensor for one in routers for name, tensor in one.tensors()} | of_experts
+
+
+class _Routed(SumProjection):
+    """The experts' weights on a projection, and its router, [E, I]."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Projection, float]],
+        config: RoutedConfig,
+        num_experts: int,
+        dtype: torch.dtype,
+        seed: int,
+    ):
+        super().__init__(parts)
+        modules = [module for module, _ in parts]
+        is_arrow = config.router == "arrow"
+        maps = any(one.maps_rank_space for one in modules)
+        scales = any(one.row_scale() is not None for one in modules)
+        if len(parts) < num_experts or scales or (is_arrow and maps):
+            found = "updates that are not BA" if maps else "weight_decomposition"
+            found = f"some not on {self.key}" if len(parts) < num_experts else found
+            raise AdapterError(
+                f"router: {config.router} weighs what experts add to a projection, so all must be "
+                f"LoRAs on the same ones, got {found}; router: prompt takes any adapters"
+            )
+        self.config = config
+        self._is_arrow, self._maps = is_arrow, maps
+        self._route = TopK(config.experts_per_token)
+        rows = torch.zeros(num_experts, self.base.in_features, dtype=torch.float32)
+        if not is_arrow:
+            for expert, row in enumerate(rows):
+                row.normal_(std=0.02, generator=generator_for(seed, self._name(expert)))
+        rows = rows.to(dtype=dtype, device=self.base.device)
+        self.router = nn.Parameter(rows, requires_grad=not is_arrow)
+        owners = [expert for expert, one in enumerate(modules) for _ in range(one.num_columns)]
+        owners = torch.tensor(owners, device=self.base.device)
+        self.register_buffer("owners", owners, persistent=False)
+
+    @property
+    def maps_rank_space(self) -> bool:
+        return True
+
+    def row_scale(self) -> Tensor | None:
+        return None
+
+    def begin(self) -> None:
+        """Take Arrow's prototypes: the first right singular vector of each update."""
+        for row, (part, _) in zip(self.router if self._is_arrow else (), self._parts, strict=False):
+            A, B = part.compute_A(torch.float64), part.compute_B(torch.float64)
+            triangle = torch.linalg.qr(B.T).R
+            row.copy_(torch.linalg.svd(triangle @ A, full_matrices=False).Vh[0])
+
+    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
+        """Weigh each expert's columns by the token's routing."""
+        logits = router_logits(hidden_states, self.router)
+        logits = (logits.abs() if self._is_arrow else logits) / self.config.temperature
+        selected, chosen = self._route(logits)
+        tokens.record_routing(logits, selected, chosen, self.path)
+        weights = torch.zeros_like(logits).scatter(1, selected, chosen).to(low_rank.dtype)  # (T, E)
+        if not self._maps:
+            return low_rank * weights.index_select(1, self.get_buffer("owners"))
+        parts = self.mapped(low_rank, hidden_states, tokens)
+        return torch.cat([z * g for z, g in zip(parts, weights.split(1, 1), strict=True)], 1)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for expert, row in enumerate(self.router.detach()):
+            yield self._name(expert), row
+
+    def _name(self, expert: int) -> str:
+        return f"{self.key}.experts.{expert}.router"
+
+
+class PromptRouter(Weights):
+    """Logits of a prompt's experts: of each the log of the mean over tokens of exp(w·h + b)."""
+
+    def __init__(self, num_experts: int, width: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        options: Any = {"dtype": dtype, "device": device}
+        self.router = nn.Parameter(torch.zeros(num_experts, width, **options), requires_grad=False)
+        self.offsets = nn.Parameter(torch.zeros(num_experts, **options), requires_grad=False)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """From states, [B, L, D], of the tokens that a mask, [B, L], says to logits, [B, E]."""
+        scores = states.to(self.router.dtype) @ self.router.T + self.offsets  # (B, L, E)
+        scores = scores.masked_fill(~mask.bool().unsqueeze(-1), -torch.inf)
+        return scores.logsumexp(1) - mask.sum(1, keepdim=True).log()
+
+    def fit(self, states: Tensor, mask: Tensor, targets: Tensor, rows: Sequence[int]) -> None:
+        """Fit these rows by the cross-entropy of targets, [B], with states standardised."""
+        real = states[mask.bool()]
+        mean, std = real.mean(0), real.std(0) + 1e-5
+        weight = torch.zeros(len(rows), states.shape[2], device=states.device, requires_grad=True)
+        offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
+        with torch.no_grad():
+            fixed = self(states, mask).float()
+        inputs, count = (states - mean) / std, mask.sum(1, keepdim=True)
+        hidden = ~mask.bool().unsqueeze(-1)
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            scores = (inputs @ weight.T + offset).masked_fill(hidden, -torch.inf)
+            own = scores.logsumexp(1) - count.log()
+            logits = fixed.index_copy(1, torch.tensor(rows, device=own.device), own)
+            optimizer.zero_grad()
+            cross_entropy(logits, targets).backward()
+            optimizer.step()
+        with torch.no_grad():
+            self.router[rows] = (weight / std).to(self.router.dtype)
+            self.offsets[rows] = (offset - (weight / std) @ mean).to(self.offsets.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for expert, row in enumerate(self.router.detach()):
+            yield f"shared.router_{expert}", row
+            yield f"shared.router_offset_{expert}", self.offsets.detach()[expert]

@@ -1,0 +1,144 @@
+"""Routers by prompt, fitted to prompts of each expert's kind in seconds.
+
+Axes: N prompts, L tokens, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.data import MAX_LENGTH, PromptForm, SourceConfig
+from loraloom.config.fields import checked
+from loraloom.data.encoding import SourceEncoder
+from loraloom.errors import AdapterError, DataError
+from loraloom.generation.prompts import Prompt, encode_prompt
+from loraloom.models.host import Host
+
+# The share of each expert's prompts by which a router is judged before it is fitted to all.
+HELD_OUT = 0.2
+
+
+# Of an expert: texts, token ids, or where a source has them.
+Prompts = Sequence[str | Sequence[int]] | SourceConfig | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """How a router does on prompts that it was not fitted to: by their expert, whom it chose."""
+
+    chosen: Mapping[str, Mapping[str, int]]
+
+    @property
+    def accuracy(self) -> float:
+        counts = [(of.get(name, 0), sum(of.values())) for name, of in self.chosen.items()]
+        right, every = map(sum, zip(*counts, strict=True))
+        return right / every if every else math.nan
+
+
+def fit_router(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    prompts: Mapping[str, Prompts],
+    *,
+    only: Sequence[str] | None = None,
+    limit: int | None = 200,
+    seed: int = 0,
+) -> RouterFit:
+    """Fit the router of a routed adapter, `router: prompt`, to prompts of each expert's kind.
+
+    The base model reads them once; then the router alone learns, by cross-entropy. A fifth of each
+    expert's prompts, by which the router is judged first, belongs to the final fit as well.
+
+    Args:
+        host: With the routed adapter.
+        tokenizer: The base model's.
+        name: The routed adapter's.
+        prompts: For each expert, texts, which are written in the adapter's form, lists of token
+            ids, or a source as under `data:` in a run file, whose `train` split's prompts are read.
+        only: The experts whose part of the router is fitted; that of others stays bit by bit.
+        limit: Most rows of a source, from its beginning.
+        seed: Of what is held out.
+
+    Raises:
+        AdapterError: If the adapter isn't routed by prompt.
+        DataError: If an expert has fewer than two prompts, or there is no such expert.
+    """
+    adapter = host.adapter(name)
+    if adapter.num_layers_read is None:
+        raise AdapterError(
+            f"fit_router needs an adapter with router: prompt, got {name!r}, {adapter.config.title}"
+        )
+    experts = adapter.part_names
+    read = {
+        own: _prompts(host, tokenizer, of, adapter.prompt, limit) for own, of in prompts.items()
+    }
+    fitted = experts if only is None else [*only]
+    if odd := [one for one in experts if len(read.get(one, ())) < 2] + [
+        one for one in (*read, *fitted) if one not in experts
+    ]:
+        raise DataError(
+            f"prompts must have two or more for each expert ({', '.join(experts)}) and none for "
+            f"others, got {len(read.get(odd[0], ()))} for {odd[0]}"
+        )
+    labels = [number for number, expert in enumerate(experts) for _ in read[expert]]
+    ids = [prompt for expert in experts for prompt in read[expert]]
+    states, mask = _read(host, ids, adapter.num_layers_read)
+    targets = torch.tensor(labels, device=states.device)
+    generator, held_out = torch.Generator().manual_seed(seed), torch.zeros(len(ids)).bool()
+    for number in range(len(experts)):
+        own = (targets.cpu() == number).nonzero().squeeze(1)
+        own = own[torch.randperm(len(own), generator=generator)]
+        held_out[own[: max(1, round(HELD_OUT * len(own)))]] = True
+    rows = [experts.index(one) for one in fitted]
+    before = {n: t.clone() for n, t in adapter.tensors().items() if n.startswith("shared.")}
+    adapter.learn_to_choose(states[~held_out], mask[~held_out], targets[~held_out], rows)
+    with torch.no_grad():
+        found = adapter.judge_parts(states[held_out], mask[held_out]).argmax(1).tolist()
+    chosen: dict[str, dict[str, int]] = {expert: {} for expert in experts}
+    for label, choice in zip(targets[held_out].tolist(), found, strict=True):
+        counts, expert = chosen[experts[int(label)]], experts[int(choice)]
+        counts[expert] = counts.get(expert, 0) + 1
+    adapter.load_tensors({**adapter.tensors(), **before})
+    adapter.learn_to_choose(states, mask, targets, rows)
+    return RouterFit(chosen)
+
+
+def _prompts(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Prompts,
+    form: PromptForm | None,
+    limit: int | None,
+) -> list[Sequence[int]]:
+    """Token ids of prompts; of a source they are what stands before what is learnt."""
+    if not isinstance(given, SourceConfig | Mapping):
+        encode = lambda text: encode_prompt(tokenizer, Prompt(text), form)[0]  # noqa: E731
+        return [encode(one) if isinstance(one, str) else one for one in given]
+    source = checked(SourceConfig, given)
+    length = min(MAX_LENGTH, host.config.max_position_embeddings)
+    rows = SourceEncoder(source, tokenizer, length).load(source.split or "train", limit)
+    examples = [one.rows[0] for row in rows for one in row.pieces if any(one.rows[0].is_learnt)]
+    starts = [one.is_learnt.index(True) for one in examples]
+    # plain text has no prompt: all of it is read
+    pairs = zip(examples, starts, strict=True)
+    return [one.input_ids[:start] if start > 1 else one.input_ids for one, start in pairs]
+
+
+def _read(host: Host, ids: Sequence[Sequence[int]], num_layers: int) -> tuple[Tensor, Tensor]:
+    """The states of all prompts, [N, L, D] float32 on the host's device, and their mask."""
+    parts = [*host.prompt_states(ids, num_layers)]
+    length = max(states.shape[1] for _, states, _ in parts)
+    width = parts[0][1].shape[2]
+    states = torch.zeros(len(ids), length, width, device=host.device)
+    mask = torch.zeros(len(ids), length, device=host.device)
+    for places, own, real in parts:
+        states[places, : own.shape[1]] = own.to(states.dtype)
+        mask[places, : own.shape[1]] = real.to(mask.dtype)
+    return states, mask

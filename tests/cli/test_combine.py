@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import loraloom
+from loraloom import LoraConfig
+from loraloom.cli.main import main
+from tests.generation.saved import save_tiny
+from tests.tiny import randomise
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = save_tiny(tmp_path_factory.mktemp("saved"))
+    host = loraloom.attach(loraloom.load_base_model(str(directory / "base"))[0])
+    for seed, name in enumerate(("law", "math")):
+        randomise(host.add(name, LoraConfig(rank=2, alpha=4), seed=seed), seed)
+        host.save(name, directory / name)
+    return directory
+
+
+def combine(saved, output, *options):
+    base = ["--base-model", str(saved / "base"), "--device", "cpu"]
+    adapters = [f"--adapter={name}={saved / name}" for name in ("law", "math")]
+    return main(["combine", str(output), *base, *adapters, *options])
+
+
+def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
+    one = tmp_path / "one"
+    prompts = [f"--prompts={name}=skills@{n}of2" for n, name in enumerate(("law", "math"), start=1)]
+    assert combine(saved, one, *prompts, "--limit", "10", "--num-layers-read", "1") == 0
+    said = capsys.readouterr().out
+    assert "of prompts that it hadn't seen" in said
+    assert "law, math as one, by prompt" in said
+    assert combine(saved, one, *prompts, "--limit", "10") == 2
+    assert "overwrite" in capsys.readouterr().err
+    result = tmp_path / "result.json"
+    words = [
+        "--base-model",
+        str(saved / "base"),
+        "--adapter",
+        f"one={one}",
+        "--output",
+        str(result),
+    ]
+    assert main(["eval", *words, "--task", "skills@1of2", "--limit", "6", "--device", "cpu"]) == 0
+    routing = json.loads(result.read_text())["routing"]["one"]
+    assert routing["layers"] == ["0.prompt"]
+    assert sum(routing["tasks"]["skills@1of2"]["load"][0]) == pytest.approx(1, abs=1e-5)
+    assert routing["warnings"] == []
+    assert main(["inspect", str(one)]) == 0
+    # routers by token are trained in a run, and the experts stay
+    sources = {name: str(saved / name) for name in ("law", "math")}
+    run = {
+        "base_model": str(saved / "base"),
+        "output_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        "jobs": [
+            {
+                "name": router,
+                "adapter": {"method": "routed", "router": router, "experts": sources},
+                "data": {"task": "skills@2"},
+                "train": {"max_steps": 2, "batch_size": 4, "max_length": 128},
+            }
+            for router in ("token", "arrow")
+        ],
+    }
+    trained, failed = loraloom.train({**run, "jobs": run["jobs"][:1]}), run["jobs"][1]
+    assert trained[0].num_parameters == 2 * (2 * 6 * 32 + 2 * 48)
+    host = loraloom.attach(loraloom.load_base_model(str(saved / "base"))[0])
+    host.load("token", tmp_path / "run" / "token")
+    host.load("law", saved / "law")
+    held = host.adapter("token/law").tensors()
+    assert all(torch.equal(held[n], t) for n, t in host.adapters["law"].tensors().items())
+    with pytest.raises(loraloom.AdapterError, match="'arrow' is not trained"):
+        loraloom.train({**run, "jobs": [failed], "output_dir": str(tmp_path / "other")})
+
+
+@pytest.mark.parametrize("by", ["arrow", "cat", "linear"])
+def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
+    weights = [] if by == "arrow" else ["--weight", "law=0.5"]
+    assert combine(saved, tmp_path / "one", "--by", by, *weights) == 0
+    assert f"by {by}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "--prompts must be given for each adapter, law has none"),
+        ("--prompts law=skills --prompts math=x.jsonl", "don't say how rows of a data set are"),
+        ("--prompts x=skills", "--prompts must be NAME=VALUE, of an adapter among law, math"),
+        ("--by cat --weight law=x", "--weight must be NAME=NUMBER"),
+        ("--by cat --top-k 2", "top_k is for by: prompt and arrow"),
+        ("--by arrow --weight law=2", "weight is for sums"),
+        ("--by linear --prompts law=skills", "are for by: prompt"),
+    ],
+)
+def test_options_that_dont_fit_are_an_error_of_one_line(saved, tmp_path, capsys, words, message):
+    assert combine(saved, tmp_path / "one", *words.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (tmp_path / "one").exists()

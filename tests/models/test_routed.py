@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import ArrowConfig, create_arrow_model
+from torch.autograd import gradcheck
+
+import loraloom
+from loraloom import LoraConfig, Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router
+from loraloom.adapters.base import SegmentTokens
+from loraloom.errors import AdapterError, DataError
+from loraloom.generation.generate import generate
+from tests.conftest import build_tokenizer
+from tests.tiny import (
+    ALL_METHODS,
+    METHODS,
+    changed,
+    padded_mask,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
+
+LORAS = {"law": LoraConfig(rank=3, alpha=6), "math": LoraConfig(rank=3, alpha=3)}
+RANKS = LORAS | {"chem": LoraConfig(rank=5, alpha=20, rank_stabilized=True)}
+NAMES = dict(zip(RANKS, RANKS, strict=True))
+
+
+def routed(configs=RANKS, router="token", dtype=torch.float64, **settings):
+    host = tiny_host("llama", configs, dtype)
+    experts = {name: name for name in configs}
+    host.add("auto", RoutedConfig(experts=experts, router=router, **settings), seed=3)
+    return host
+
+
+def fitted(configs=RANKS, dtype=torch.float64, **settings):
+    """A router that tells prompts by their first token."""
+    host = routed(configs, "prompt", dtype, **settings)
+    prompts = {name: prompts_of(number) for number, name in enumerate(configs)}
+    fit = fit_router(host, build_tokenizer(), "auto", prompts)
+    return host, fit
+
+
+def prompts_of(number, count=12):
+    return [[10 + number, *row.tolist()] for row in tiny_ids(count, 4, seed=number) % 7 + 20]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_arrow_is_pefts(tmp_path):
+    host = tiny_host("llama", LORAS | {"chem": LORAS["law"]}, torch.float32)
+    for name in NAMES:
+        for one in host.adapters[name].projections():
+            one.lora_A.data[0, 0] *= 9  # PEFT's power iteration needs a direction that stands out
+        host.save(name, tmp_path / name)
+    host.add("auto", RoutedConfig(experts=NAMES, router="arrow", top_k=2, temperature=0.7))
+    config = ArrowConfig(top_k=2, router_temperature=0.7)
+    paths = [str(tmp_path / name) for name in NAMES]
+    model = create_arrow_model(tiny_model(dtype=torch.float32), paths, config).eval()
+    ids = tiny_ids(2)
+    with torch.no_grad():
+        out = host(ids, adapters=["auto"] * 2)
+        assert relative_error(out.logits, model(ids).logits) < 1e-5
+    assert len(out.routing["auto"]) == 2 * 7
+
+
+@pytest.mark.parametrize("experts", [RANKS, {"a": ALL_METHODS["moslora"], "b": LORAS["law"]}])
+def test_a_router_of_tokens_weighs_what_experts_add(experts):
+    host, x = routed(experts, top_k=2, temperature=0.5), torch.randn(5, 32).double()
+    for one in host.adapters["auto"].projections():
+        if one.name not in ("q_proj", "up_proj"):
+            continue
+        z = one.between(x @ one.compute_A(x.dtype).T, x, SegmentTokens(0)) @ one.compute_B(x.dtype)
+        for row, added in zip(x, z, strict=True):
+            logits = one.router @ row / 0.5
+            chosen = logits.topk(2).indices
+            weights = logits[chosen].softmax(0)
+            expected = torch.zeros_like(added)
+            for weight, number in zip(weights, chosen.tolist(), strict=True):
+                name = list(experts)[number]
+                alone = next(p for p in host.adapters[name].projections() if p.key == one.key)
+                alone_z = alone.between(
+                    row[None] @ alone.compute_A(x.dtype).T, row[None], SegmentTokens(0)
+                )
+                expected += weight * (alone_z @ alone.compute_B(x.dtype))[0]
+            torch.testing.assert_close(added, expected)
+        A, B = one.compute_A(x.dtype).detach(), one.compute_B(x.dtype).detach()
+
+        def added_by(router, one=one, A=A, B=B):
+            one._parameters.pop("router", None)
+            one.__dict__["router"] = router
+            return one.between(x @ A.T, x, SegmentTokens(0)) @ B
+
+        assert gradcheck(added_by, one.router.detach().clone().requires_grad_())
+        return
+
+
+def test_only_routers_learn_in_the_same_steps_as_others():
+    host, ids = routed(), tiny_ids(2)
+    before = {name: t.clone() for name, t in host.adapters["auto"].tensors().items()}
+    out = host(ids, adapters=["auto", "law"], training=True)
+    out.logits.square().mean().backward()
+    trained = {n for n, p in host.adapters["auto"].named_parameters() if p.grad is not None}
+    assert len(trained) == 2 * 7
+    assert all(name.endswith("router") for name in trained)
+    assert {name for name in before if not name.startswith("experts.")} == {
+        f"{one.key}.experts.{e}.router"
+        for one in host.adapters["auto"].projections()
+        for e in range(3)
+    }
+    for router in ("prompt", "arrow"):
+        with pytest.raises(AdapterError, match="'auto' is not trained"):
+            routed(router=router)(ids, adapters=["auto"] * 2, training=True)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
+    mixed = RANKS | {"mix": METHODS["mixlora"], "dora": METHODS["dora"]}
+    host, fit = fitted(mixed, num_layers_read=layers)
+    assert fit.accuracy == 1
+    assert fit.chosen["law"] == {"law": 2}
+    prompts = [prompts_of(number)[0] for number in (4, 0, 3)]
+    choices = host.choose(prompts, ["auto", ("auto", 0.5), None])
+    assert [one.adapter for one in choices] == ["auto/dora", ("auto/law", 0.5), None]
+    assert max(choices[0].probabilities, key=choices[0].probabilities.get) == "dora"
+    # the formula, from the base model's states
+    head = host.adapters["auto"]._head
+    with torch.no_grad():
+        states = host.model(torch.tensor([prompts[0]]), output_hidden_states=True).hidden_states
+        scores = states[layers][0] @ head.router.T + head.offsets
+        expected = scores.exp().mean(0).log().softmax(0)
+        actual = torch.tensor(list(choices[0].probabilities.values())).double()
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+        # in one batch, padded, decoded on
+        ids = torch.tensor([[*prompts[0], 0, 0], [*prompts[1], 30, 31]])
+        mask = padded_mask([5, 7])
+        out = host(ids, mask, adapters=["auto", "auto"])
+        alone = host(ids[:1, :5], adapters=["dora"]).logits
+        torch.testing.assert_close(out.logits[:1, :5], alone)
+        both = torch.tensor(prompts[:2])
+        session = host.prefill(both, None, ["auto", "auto"])
+        host.decode(session, torch.tensor([30, 31]))
+        plain = host.prefill(both, None, ["dora", "law"])
+        host.decode(plain, torch.tensor([30, 31]))
+        torch.testing.assert_close(session.logits, plain.logits)
+        generated = host.generate(
+            both, adapters=["auto", "auto"], max_new_tokens=3, do_sample=False
+        )
+        named = host.generate(both, adapters=["dora", "law"], max_new_tokens=3, do_sample=False)
+        assert generated.tolist() == named.tolist()
+
+
+def test_several_experts_of_a_prompt_are_a_sum():
+    host, _ = fitted(top_k=2)
+    ids = torch.tensor([prompts_of(1)[0]])
+    (choice,) = host.choose(ids.tolist(), ["auto"])
+    assert choice.adapter.startswith("auto/math:0.")
+    with torch.no_grad():
+        out = host(ids, adapters=["auto"])
+        named = host(ids, adapters=[choice.adapter.replace("auto/", "")])
+    torch.testing.assert_close(out.logits, named.logits)
+
+
+@pytest.mark.parametrize("router", ["prompt", "arrow", "token"])
+def test_files_hold_all_of_it(tmp_path, router):
+    host = fitted()[0] if router == "prompt" else routed(router=router)
+    host.adapters["law"].prompt = PromptForm(format="text")
+    ids = torch.tensor([prompts_of(2)[0]])
+    host.save("auto", tmp_path / "auto")
+    host.save("auto/chem", tmp_path / "chem")
+    other = tiny_host("llama", {})
+    other.load("auto", tmp_path / "auto")
+    other.load("chem", tmp_path / "chem")
+    with torch.no_grad():
+        expected = host(ids, adapters=["auto"]).logits
+        assert torch.equal(other(ids, adapters=["auto"]).logits, expected)
+        chem = host(ids, adapters=["chem"]).logits
+        assert torch.equal(other(ids, adapters=["chem"]).logits, chem)
+    assert other.adapters["auto"].tensors().keys() == host.adapters["auto"].tensors().keys()
+    # of files, as well as of adapters on the host
+    other.add(
+        "two", RoutedConfig(experts={"a": str(tmp_path / "chem"), "b": "chem"}, router="arrow")
+    )
+    with torch.no_grad():
+        two = other(ids, adapters=["two"]).logits
+        torch.testing.assert_close(two, chem)
+
+
+def test_a_further_expert_leaves_the_others_bit_by_bit():
+    host, _ = fitted(LORAS)
+    host.add("chem", RANKS["chem"])
+    before = {name: t.clone() for name, t in host.adapters["auto"].tensors().items()}
+    host.add_experts("auto", {"chem": "chem"}, name="auto3")
+    prompts = {name: prompts_of(number) for number, name in enumerate(NAMES)}
+    fit = fit_router(host, build_tokenizer(), "auto3", prompts, only=["chem"])
+    after = host.adapters["auto3"].tensors()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    assert len(after) > len(before)
+    assert fit.accuracy == 1
+    chosen = host.choose([of[0] for of in prompts.values()], ["auto3"] * 3)
+    assert [one.adapter for one in chosen] == [f"auto3/{name}" for name in NAMES]
+
+
+def test_experts_go_with_their_adapter():
+    host, _ = fitted()
+    with torch.no_grad():
+        host(tiny_ids(1), adapters=["auto/law+auto/math"])
+    host.remove("auto")
+    with pytest.raises(AdapterError, match="got 'auto/law'"):
+        host(tiny_ids(1), adapters=["auto/law"])
+    assert not host._registry._sums
+
+
+def test_a_completion_is_in_the_form_of_the_chosen_expert(tiny_tokenizer):
+    sizes = {"vocab_size": 300, "max_position_embeddings": 128}
+    host = tiny_host("llama", LORAS, torch.float32, **sizes)
+    host.adapters["law"].prompt = PromptForm(format="text")
+    host.adapters["math"].prompt = PromptForm(format="instruction", template="plain")
+    host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
+    texts = {"law": ["the court", "a court is"], "math": ["one two", "two one one"]}
+    fit_router(host, tiny_tokenizer, "auto", {n: of * 4 for n, of in texts.items()})
+    prompts = ["the court is", "two one"]
+    answers = []
+    for names in (("auto", "auto"), ("law", "math")):
+        asked = [Prompt(one, of) for one, of in zip(prompts, names, strict=True)]
+        answers.append(generate(host, tiny_tokenizer, asked, SamplingConfig(max_new_tokens=6)))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"experts": {}}, "at least 1 item"),
+        ({"experts": {"a/b": "x"}}, "safe file name"),
+        ({"experts": NAMES, "top_k": 4}, r"top_k must be in \[1, 3 experts\], got 4"),
+        ({"experts": NAMES, "rank": 8}, "rank is the experts' own, got 8; leave it out"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(Exception, match=message):
+        RoutedConfig(**settings)
+
+
+def test_what_cant_be_routed_says_why():
+    whole = changed(LORAS["law"], modules_to_save=["lm_head"])
+    more = METHODS | {"whole": whole, "part": changed(LORAS["law"], target_modules="attention")}
+    host = tiny_host("llama", RANKS | more)
+    for names, router, message in [
+        (["dora", "law"], "arrow", "got weight_decomposition; router: prompt takes any"),
+        (["part", "law"], "token", "got some not on layers.0.mlp.gate_proj"),
+        (["mixlora", "law"], "token", "as what experts behind an activation add has no sum"),
+        (["whole", "law"], "prompt", "must be without modules_to_save"),
+    ]:
+        with pytest.raises(AdapterError, match=message):
+            host.add("auto", RoutedConfig(experts={n: n for n in names}, router=router))
+    host.add("auto", RoutedConfig(experts=NAMES))
+    for row, message in [
+        ("auto/x", r"is made of \(law, math, chem\)"),
+        ("law/x", r"is made of \(none\)"),
+    ]:
+        with pytest.raises(AdapterError, match=message):
+            host(tiny_ids(1), adapters=[row])
+    with pytest.raises(AdapterError, match="needs an adapter with router: prompt"):
+        fit_router(host, build_tokenizer(), "law", {})
+    with pytest.raises(DataError, match=r"two or more for each expert .*, got 0 for law"):
+        fit_router(host, build_tokenizer(), "auto", {})
+    with pytest.raises(AdapterError, match="needs all of it in one forward"):
+        host(tiny_ids(1, 1), torch.ones(1, 3), adapters=["auto"])
+    assert loraloom.RoutedConfig is RoutedConfig
