@@ -14,7 +14,7 @@ from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.engine import Engine
-from loraloom.generation.prompts import Prompt, check_token_ids, encode_prompt, form_for, read_for
+from loraloom.generation.prompts import Prompt, check_token_ids, form_for, read_prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, GenerationRequest, Row
@@ -85,8 +85,7 @@ def make_requests(
     length, num_new = host.config.max_position_embeddings, sampling.max_new_tokens
     requests = []
     for place, prompt in enumerate(prompts):
-        encode = partial(_encode, tokenizer, prompt, prompt_form, raw=raw)
-        choice, (ids, continues) = read_for(host, prompt.adapter, encode)
+        ids, continues, choice = read_prompt(host, tokenizer, prompt, prompt_form, raw=raw)
         if len(ids) > length - num_new:
             raise DataError(
                 f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
@@ -95,28 +94,9 @@ def make_requests(
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
         requests.append(
-            GenerationRequest(
-                ids,
-                choice.adapter,
-                "",
-                sampling,
-                place,
-                continues=continues,
-                probabilities=choice.probabilities,
-            )
+            GenerationRequest(ids, choice.adapter, "", sampling, place, continues=continues)
         )
     return requests
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    given: PromptForm | None,
-    form: PromptForm | None,
-    *,
-    raw: bool,
-) -> tuple[list[int], bool]:
-    return encode_prompt(tokenizer, prompt, given or form, raw=raw)
 
 
 def complete(
@@ -215,16 +195,10 @@ class Conversation:
                     messages.append({"role": "user", "content": said})
                     messages.append({"role": "assistant", "content": answer})
             content = (*messages, {"role": "user", "content": text})
-        encode = partial(_encode, self.tokenizer, Prompt(content), None, raw=self.raw)
-        choice, (ids, continues) = read_for(self.engine.host, adapter, encode)
+        prompt = Prompt(content, adapter)
+        host = self.engine.host
+        ids, continues, choice = read_prompt(host, self.tokenizer, prompt, raw=self.raw)
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
         sampling = sampling.model_copy(update=shortened)
-        return GenerationRequest(
-            ids,
-            choice.adapter,
-            model,
-            sampling,
-            continues=continues,
-            probabilities=choice.probabilities,
-        )
+        return GenerationRequest(ids, choice.adapter, model, sampling, continues=continues)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -50,22 +50,6 @@ class Prompt:
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
     name, _ = name_and_scale(adapter)
     return None if name is None else host.adapter(name).prompt
-
-
-_Read = TypeVar("_Read", bound=Sequence[Any])
-
-
-def read_for(
-    host: Host, adapter: RowAdapter, encode: Callable[[PromptForm | None], _Read]
-) -> tuple[Choice, _Read]:
-    """Encode a prompt in its adapter's form; the first thing of the result are its token ids.
-
-    If a router chooses by it, the prompt is encoded again, in the form of the chosen adapter.
-    """
-    read = encode(form_for(host, adapter))
-    (choice,) = host.choose([read[0]], [adapter])
-    is_routed = choice.probabilities is not None
-    return choice, encode(form_for(host, choice.adapter)) if is_routed else read
 
 
 def encode_prompt(
@@ -123,6 +107,25 @@ def encode_prompt(
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
     return ids, text is not None
+
+
+def read_prompt(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    form: PromptForm | None = None,
+    *,
+    raw: bool = False,
+) -> tuple[list[int], bool, Choice]:
+    """Encode a prompt in its adapter's form, and tell what answers it.
+
+    If a router chooses that by the prompt, it is encoded again in the form of the chosen adapter.
+    """
+    read = encode_prompt(tokenizer, prompt, form or form_for(host, prompt.adapter), raw=raw)
+    (choice,) = host.choose([read[0]], [prompt.adapter])
+    if choice.probabilities is not None and form is None:
+        read = encode_prompt(tokenizer, prompt, form_for(host, choice.adapter), raw=raw)
+    return *read, choice
 
 
 def _render_instructions(

@@ -17,7 +17,8 @@ import openai
 import pytest
 
 from loraloom.errors import ConfigError, DataError, not_finite
-from loraloom.serve.http.answers import encode_chat
+from loraloom.generation.prompts import encode_prompt
+from loraloom.serve.http.answers import chat_prompt
 from loraloom.serve.http.app import ApiOptions
 from loraloom.serve.http.bridge import as_events
 from loraloom.serve.http.guards import answer_to
@@ -303,11 +304,13 @@ def test_addresses_that_can_not_be_used_are_errors():
 def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypatch):
     tool = {"type": "function", "function": {"name": "paint"}}
     body = CHAT | {"tools": [tool]}
-    assert encode_chat(tokenizer, ChatBody.model_validate(body))
+    assert encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
     with pytest.raises(DataError, match="--chat-template that writes them"):
-        encode_chat(tokenizer, ChatBody.model_validate(body))
-    assert encode_chat(tokenizer, ChatBody.model_validate(body | {"tool_choice": "none"}))
+        encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
+    assert encode_prompt(
+        tokenizer, chat_prompt(ChatBody.model_validate(body | {"tool_choice": "none"}))
+    )
 
 
 def test_what_fails_in_a_stream_is_told_and_in_the_log(caplog):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from fastapi import Request
 from openai.types.chat.chat_completion_message_function_tool_call import Function
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from loraloom.config.data import PromptForm
-from loraloom.generation.prompts import Prompt, encode_prompt, read_for
+from loraloom.generation.prompts import Prompt, encode_prompt, read_prompt
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
@@ -39,16 +36,16 @@ class ChatExchange(Exchange):
         body, backend = self.body, self.backend
         grammar = json_grammar(body)
         constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
-        encode = partial(encode_chat, backend.tokenizer, body)
-        choice, (ids, continues) = read_for(backend.engine.host, adapter, encode)
+        prompt = chat_prompt(body, adapter)
+        ids, continues, choice = read_prompt(backend.engine.host, backend.tokenizer, prompt)
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        prompt = GenerationRequest(
+        request = GenerationRequest(
             ids, choice.adapter, owner, num_logprobs=num_logprobs, continues=continues,
             probabilities=choice.probabilities,
         )  # fmt: skip
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return self.several(prompt, max_tokens, constraint or None)
+        return self.several(request, max_tokens, constraint or None)
 
     @override
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
@@ -153,12 +150,10 @@ class TextExchange(Exchange):
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, body: ChatBody, form: PromptForm | None = None
-) -> tuple[list[int], bool]:
+def chat_prompt(body: ChatBody, adapter: RowAdapter = None) -> Prompt:
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
     tools: Any = None if body.tool_choice == "none" else body.tools
-    return encode_prompt(tokenizer, Prompt(messages, origin="messages", tools=tools), form)
+    return Prompt(messages, adapter, origin="messages", tools=tools)
 
 
 def _called(calls: list[Function]) -> list[dict[str, Any]]:

@@ -1,0 +1,215 @@
+"""Adapters trained apart, each on data of its own, and what makes one model of them.
+
+    python recipes/apart/run.py recipes/apart/lands.yaml --output runs/apart/lands \
+        --joint runs/apart/joint
+
+Each source's adapter sees its own rows alone. Of all of them are made: their average, merges
+(linear, SVD, and PEFT's TIES and DARE), Arrow, a router by prompt, and one by token that is trained
+on the rows of all sources. Beside them are adapters that had all rows together: those of `joint` in
+the file, and of a study of `joint.yaml` that `--joint` names. All are asked the test questions of
+each source. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+import loraloom
+
+MERGES = ("linear", "svd", "ties", "dare_linear")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("settings", type=Path, help="sources, adapters and rates to try, as YAML")
+    parser.add_argument("--base-model", help="in place of the file's")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--joint", type=Path, help="a study of joint.yaml")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=200, help="of a source, for the router")
+    parser.add_argument("--layers", type=int, default=0, help="that the router reads behind")
+    args = parser.parse_args(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    args.of = yaml.safe_load(args.settings.read_text())
+    args.base_model = args.base_model or args.of["base_model"]
+    model, tokenizer = loraloom.load_base_model(args.base_model, dtype=args.of["dtype"])
+    base, kinds = (loraloom.attach(model), tokenizer), ["apart", *args.of["jobs"]]
+    rates = {}
+    for kind in kinds:
+        tried = args.of["jobs"].get(kind, args.of["apart"])["rates"]
+        rates[kind] = best_rate(args, base, kind, tried)
+        jobs = [one for seed in range(args.seeds) for one in jobs_of(args, kind, seed)]
+        for job in jobs:
+            job["train"]["learning_rate"] = rates[kind]
+        train(args, base, kind, jobs)
+    found = [ask_seed(args, base, seed) for seed in range(args.seeds)]
+    (args.output / "result.json").write_text(json.dumps({"rates": rates, "seeds": found}, indent=1))
+    print("\n".join(table(found)))
+
+
+def jobs_of(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, Any]]:
+    """Of a seed, a job for each source, or one for all sources together."""
+    sources = args.of["sources"]
+    own = args.of["jobs"].get(kind, args.of["apart"])
+    adapter = dict(own["adapter"])
+    if adapter["method"] == "routed":
+        adapter["experts"] = {
+            name: str(args.output / "apart" / f"{name}@{seed}") for name in sources
+        }
+    data = sources if kind == "apart" else {kind: own.get("data", {"mix": [*sources.values()]})}
+    is_searched = len(own["rates"]) > 1
+    return [
+        {
+            "name": f"{name}@{seed}",
+            "seed": seed,
+            "adapter": adapter,
+            "data": source | ({"validation": source} if is_searched else {}),
+            "train": args.of["train"] | own.get("train", {}),
+        }
+        for name, source in data.items()
+    ]
+
+
+def best_rate(args: argparse.Namespace, base: Any, kind: str, rates: Sequence[float]) -> float:
+    """Train jobs at each rate; give the one with the least loss on held-out rows, their mean."""
+    path = args.output / f"rates-{kind}.json"
+    if len(rates) == 1:
+        return rates[0]
+    if not path.exists():
+        # a router by token learns on adapters that are there, those of the first seed
+        seed = 0 if kind in args.of["jobs"] else 100
+        tried = [
+            {**job, "name": f"{job['name']}-{rate:g}"}
+            | {"train": {**job["train"], "learning_rate": rate}}
+            for rate in rates
+            for job in jobs_of(args, kind, seed)
+        ]
+        losses: dict[str, list[float]] = {}
+        for result in train(args, base, f"search-{kind}", tried):
+            rate = result.job.partition("-")[2]
+            losses.setdefault(rate, []).append(result.metrics["eval/loss"])
+        path.write_text(json.dumps({rate: fmean(values) for rate, values in losses.items()}))
+    means = json.loads(path.read_text())
+    print(kind, "loss by rate:", means, flush=True)
+    return float(min(means, key=means.get))
+
+
+def train(args: argparse.Namespace, base: Any, name: str, jobs: list[Any]) -> list[Any]:
+    directory = args.output / name
+    if (directory / "trained.json").exists():
+        return []
+    resume, began = (directory / ".checkpoints").exists(), time.monotonic()
+    run = {"base_model": args.base_model, "dtype": args.of["dtype"], "jobs": jobs}
+    run["output_dir"] = str(directory)
+    results = loraloom.train(run, resume=resume, overwrite=not resume, base=base)
+    seconds = {"seconds": time.monotonic() - began, "jobs": len(jobs)}
+    (directory / "trained.json").write_text(json.dumps(seconds))
+    return results
+
+
+def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
+    """Make one model of a seed's adapters in every way, and ask them all."""
+    path = args.output / f"asked-{seed}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    host, tokenizer = base
+    sources, own = args.of["sources"], list(args.of["sources"])
+    for name in own:
+        host.load(name, args.output / "apart" / f"{name}@{seed}")
+    for merge in MERGES[:2]:
+        weight = 1 / len(own) if merge == "linear" else 1.0
+        host.combine(own, [weight] * len(own), merge, name=merge)
+    for merge in MERGES[2:]:
+        host.load(merge, pefts_merge(args, seed, merge))
+    experts = {name: name for name in own}
+    host.add("arrow", loraloom.RoutedConfig(experts=experts, router="arrow"))
+    host.add("prompt", loraloom.RoutedConfig(experts=experts, num_layers_read=args.layers))
+    began = time.monotonic()
+    fit = loraloom.fit_router(host, tokenizer, "prompt", sources, limit=args.prompts)
+    seconds = time.monotonic() - began
+    names = ["arrow", "prompt", *MERGES]
+    for kind in args.of["jobs"]:
+        host.load(kind, args.output / kind / f"{kind}@{seed}")
+        names.append(kind)
+    for path in sorted((args.joint / "seeds").glob(f"*@{seed}")) if args.joint else ():
+        host.load(path.name.partition("@")[0], path)
+        names.append(path.name.partition("@")[0])
+    average = "+".join(f"{name}:{1 / len(own)}" for name in own)
+    asked = [source for source in sources.values() if "task" in source]
+    asked_names = [name for name, source in sources.items() if "task" in source]
+    tasks = [source["task"] for source in asked]
+    found = loraloom.evaluate(
+        host,
+        tokenizer,
+        tasks,
+        [None, *own, average, *names],
+        scoring=asked[0]["scoring"],
+        split=args.of.get("split"),
+        data=args.of.get("data"),
+        limit=args.of.get("limit"),
+        pairs=[],
+    )
+    shares = {
+        name: [100 * of[task]["accuracy"] for task in tasks] for name, of in found.results.items()
+    }
+    right = {("average" if name == average else name): fmean(of) for name, of in shares.items()}
+    record = {
+        "right": {name: right[name] for name in ("base", "average", *names)},
+        "oracle": fmean(shares[name][place] for place, name in enumerate(asked_names)),
+        "another's": fmean(shares[name][place - 1] for place, name in enumerate(asked_names)),
+        "routed right": 100 * fit.accuracy,
+        "held out": fit.chosen,
+        "seconds of the router": seconds,
+        "shares": shares,
+        "chosen": {task: of["load"][0] for task, of in found.routing["prompt"]["tasks"].items()},
+    }
+    for name in [*host.adapters]:
+        host.remove(name)
+    path = args.output / f"asked-{seed}.json"
+    path.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def pefts_merge(args: argparse.Namespace, seed: int, merge: str) -> Path:
+    """Combine a seed's adapters by a function of PEFT that loraloom lacks, with its defaults."""
+    from peft import PeftModel
+
+    model, _ = loraloom.load_base_model(args.base_model, dtype=args.of["dtype"])
+    own = list(args.of["sources"])
+    paths = {name: args.output / "apart" / f"{name}@{seed}" for name in own}
+    model = PeftModel.from_pretrained(model, paths[own[0]], adapter_name=own[0])
+    for name in own[1:]:
+        model.load_adapter(paths[name], adapter_name=name)
+    weights = [1.0 if merge == "ties" else 1 / len(own)] * len(own)
+    model.add_weighted_adapter(own, weights, merge, combination_type=merge, density=0.5)
+    model.save_pretrained(args.output / "merges" / str(seed), selected_adapters=[merge])
+    return args.output / "merges" / str(seed) / merge
+
+
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    columns = {name: [one["right"][name] for one in found] for name in found[0]["right"]}
+    columns |= {name: [one[name] for one in found] for name in ("oracle", "another's")}
+    oracle, lines = columns["oracle"], ["| | right, % | below the oracle |", "|---|---|---|"]
+    for name, values in columns.items():
+        below = [a - b for a, b in zip(oracle, values, strict=True)]
+        lines.append(f"| {name} | {_mean(values)} | {_mean(below)} |")
+    routed = [one["routed right"] for one in found]
+    return [*lines, f"prompts routed right, held out: {_mean(routed)}"]
+
+
+def _mean(values: Sequence[float]) -> str:
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{fmean(values):.1f} ± {error:.1f}"
+
+
+if __name__ == "__main__":
+    main()
