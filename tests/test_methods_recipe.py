@@ -22,7 +22,8 @@ def recipe():
 
 def test_no_method_is_left_out(recipe):
     compared = {settings["method"] for settings in recipe["METHODS"].values()}
-    assert compared == {config.model_fields["method"].default for config in CONFIGS}
+    known = {config.model_fields["method"].default for config in CONFIGS}
+    assert compared == known - {"routed"}  # which learns nothing of its own
 
 
 def test_ranks_are_those_whose_measure_is_nearest(recipe):

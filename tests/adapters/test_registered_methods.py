@@ -162,7 +162,9 @@ def test_names_that_are_taken_are_refused(registered):
         loraloom.register_method(twin)
 
 
-def test_a_package_makes_its_method_known_to_every_process(tmp_path, monkeypatch):
+def test_a_package_makes_its_method_known_to_every_process(
+    tmp_path, monkeypatch, methods_as_before
+):
     (tmp_path / "halves.py").write_text(
         "from typing import Literal\n"
         "from loraloom.adapters.low_rank import LowRankConfig\n\n\n"

@@ -24,7 +24,7 @@ from loraloom.config.packages import take_entries
 from loraloom.errors import ConfigError, shown
 
 # To add a method, import its configuration above and name it here; see also `register_method`.
-CONFIGS += [
+CONFIGS[:] = [
     LoraConfig,
     MixLoraConfig,
     VeraConfig,

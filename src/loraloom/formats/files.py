@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.keys import Shape, TensorKey
+from loraloom.adapters.keys import Shape, TensorKey, within
 from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import has_own_parts, tensor_shapes
 from loraloom.config.data import PromptForm
@@ -170,7 +170,7 @@ def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
 
 def seen_base(stored: StoredAdapter) -> BaseInfo:
     """Describe a base model that isn't loaded by the names and shapes of an adapter's tensors."""
-    keys = {key: t for name, t in stored.tensors.items() if (key := TensorKey.parse(name))}
+    keys = {key: t for name, t in stored.tensors.items() if (key := TensorKey.parse(within(name)))}
     outputs = {key.path: len(t) for key, t in keys.items() if key.part == "lora_B"}
     inputs = {key.path: t.shape[-1] for key, t in keys.items() if key.part == "lora_A"}
     used = {key.path for key in keys if key.projection is not None}
