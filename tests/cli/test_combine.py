@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import loraloom
-from loraloom import LoraConfig
+from loraloom import LoraConfig, PromptForm, RoutedConfig
 from loraloom.cli.main import main
+from loraloom.cli.options import tell_unknown_prompts
 from tests.generation.saved import save_tiny
 from tests.tiny import randomise
 
@@ -19,6 +22,8 @@ def saved(tmp_path_factory):
     for seed, name in enumerate(("law", "math")):
         randomise(host.add(name, LoraConfig(rank=2, alpha=4), seed=seed), seed)
         host.save(name, directory / name)
+    host.add("one", RoutedConfig(experts={"law": "law", "math": "math"}))
+    host.save("one", directory / "one")
     return directory
 
 
@@ -82,7 +87,8 @@ def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
 @pytest.mark.parametrize("by", ["arrow", "cat", "linear"])
 def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
     weights = [] if by == "arrow" else ["--weight", "law=0.5"]
-    assert combine(saved, tmp_path / "one", "--by", by, *weights) == 0
+    third = f"--adapter=combined={saved / 'law'}"
+    assert combine(saved, tmp_path / "one", third, "--by", by, *weights) == 0
     assert f"by {by}" in capsys.readouterr().out
 
 
@@ -93,9 +99,12 @@ def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
         ("--prompts law=skills --prompts math=x.jsonl", "don't say how rows of a data set are"),
         ("--prompts x=skills", "--prompts must be NAME=VALUE, of an adapter among law, math"),
         ("--by cat --weight law=x", "--weight must be NAME=NUMBER"),
-        ("--by cat --top-k 2", "top_k is for by: prompt and arrow"),
-        ("--by arrow --weight law=2", "weight is for sums"),
-        ("--by linear --prompts law=skills", "are for by: prompt"),
+        ("--by cat --top-k 2", "--top-k has an effect with --by prompt or arrow only"),
+        ("--by arrow --weight law=2", "--weight has an effect with --by cat or linear or svd only"),
+        ("--by linear --prompts law=skills", "--prompts has an effect with --by prompt only"),
+        ("--by arrow --limit 5", "--limit has an effect with --by prompt only"),
+        ("--by svd --scoring text", "--scoring has an effect with --by prompt only"),
+        ("--by cat --adapter law:0.5+math", "--adapter takes NAME=PATH here, got law:0.5+math;"),
     ],
 )
 def test_options_that_dont_fit_are_an_error_of_one_line(saved, tmp_path, capsys, words, message):
@@ -103,3 +112,45 @@ def test_options_that_dont_fit_are_an_error_of_one_line(saved, tmp_path, capsys,
     error = capsys.readouterr().err
     assert message in error
     assert not (tmp_path / "one").exists()
+
+
+def test_an_expert_goes_wherever_an_adapters_name_does(saved, tmp_path, capsys, monkeypatch):
+    base = ["--base-model", str(saved / "base"), "--device", "cpu"]
+    one, law = f"--adapter=one={saved / 'one'}", f"--adapter=law={saved / 'law'}"
+    ask = ["generate", *base, one, "--max-new-tokens", "6"]
+    assert main([*ask, law, "--prompt", "a", "--no-base", "--adapter=one/law:1+one/math:0"]) == 0
+    text = capsys.readouterr().out.split("[law]\n")[1]
+    alike, of_sum = text.split("[one/law:1+one/math:0]\n")
+    assert alike == of_sum
+    names = ["one/law", ["one/law", 1], "one/law:1", "one/law+law:0"]
+    rows = "".join(f"{json.dumps({'prompt': 'a', 'adapter': name})}\n" for name in names)
+    (tmp_path / "in.jsonl").write_text(rows)
+    assert main([*ask, law, "--input", str(tmp_path / "in.jsonl")]) == 0
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["adapter"] for row in written] == names
+    assert {row["completion"] + "\n" for row in written} == {alike}
+    for name, message in [("two/law", "loads, got two in two/law"), ("one/x", "(law, math)")]:
+        assert main([*ask, "--prompt", "a", "--adapter", name]) == 2
+        assert message in capsys.readouterr().err
+    words = ["--task", "skills@1of2", "--limit", "3", "--compare", "one:one/law", "--no-cache"]
+    assert main(["eval", *base, one, "--adapter", "one/law", *words]) == 0
+    assert "one - one/law" in capsys.readouterr().out
+    lines = iter(["/adapter one/math", "/adapter one/x", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: print(prompt) or next(lines))
+    assert main(["chat", *base, one, "--adapter", "one/law"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(
+        "models: base, one, one/law; /help for commands\none/law> \none/math> "
+    )
+    assert "error: one/x must be one of the adapters that 'one' is made of (law, math)" in output
+
+
+def test_forms_are_unknown_where_no_expert_has_one(saved, capsys):
+    host = loraloom.attach(loraloom.load_base_model(str(saved / "base"))[0])
+    tokenizer: Any = SimpleNamespace(chat_template="x")
+    host.load("one", saved / "one")
+    tell_unknown_prompts(host, tokenizer)
+    assert "note: one: the adapter's files" in capsys.readouterr().err
+    host.adapter("one/law").prompt = PromptForm(format="chat")
+    tell_unknown_prompts(host, tokenizer)
+    assert capsys.readouterr().err == ""

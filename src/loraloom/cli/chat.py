@@ -11,8 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from pydantic import Field
 
-from loraloom.adapters.weighted_sum import is_sum
-from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
+from loraloom.cli.options import BASE, HostOptions, Text, is_derived, tell_unknown_prompts
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation
@@ -61,13 +60,15 @@ def chat(
     """
     check_sources(options, options.adapters)
     host, tokenizer = load_host(options, options.adapters)
-    forms = [adapter.prompt for adapter in host.adapters.values()]
+    forms = [part.prompt for adapter in host.adapters.values() for part in adapter.parts]
     has_turns = tokenizer.chat_template or any(form and not form.is_text for form in forms)
     if options.system and (options.raw or not has_turns):
         raise ConfigError("--system needs a chat template, and none is used; leave it out")
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
-    known = [BASE, *host.adapters, *options.sums]
+    known = [BASE, *host.adapters, *options.derived]
+    for name in options.derived:
+        host.adapter(name)  # an error if there is none
     room = default_cache_tokens(host, len(known))
     engine = Engine(host, tokenizer, EngineLimits(len(known), room, max_request_s=math.inf))
     conversation = Conversation(engine, tokenizer, BASE, options.system, raw=options.raw)
@@ -77,9 +78,9 @@ def chat(
         command, *words = str(line).split() or [""]
         try:
             if command in ("/adapter", "/compare"):
-                for word in filter(is_sum, words):
+                for word in filter(is_derived, words):
                     host.adapter(word)
-                if not words or not {word for word in words if not is_sum(word)} <= {*known}:
+                if not words or not {word for word in words if not is_derived(word)} <= {*known}:
                     raise ConfigError(f"name some of {', '.join(known)}, got {shown(words)}")
                 models = list(dict.fromkeys(words))
             elif command == "/reset":

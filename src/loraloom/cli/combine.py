@@ -21,6 +21,13 @@ from loraloom.generation.router import RouterFit, fit_router
 from loraloom.models.host import Host
 from loraloom.terminal import make_console, make_table, print_tables
 
+# Options that only some ways of combining read.
+_ONLY = {
+    ("prompt",): ("prompts", "scoring", "limit", "num_layers_read"),
+    ("prompt", "arrow"): ("top_k",),
+    ("cat", "linear", "svd"): ("weight",),
+}
+
 
 class CombineOptions(HostOptions):
     """Adapters on their base model, and what is made of them."""
@@ -47,13 +54,12 @@ class CombineOptions(HostOptions):
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        is_routed = self.by in ("prompt", "arrow")
-        if is_routed and self.weight:
-            yield f"weight is for sums, got it with by: {self.by}"
-        if self.by != "prompt" and (self.prompts or self.num_layers_read):
-            yield f"prompts and num_layers_read are for by: prompt, got them with by: {self.by}"
-        if not is_routed and self.top_k is not None:
-            yield f"top_k is for by: prompt and arrow, got it with by: {self.by}"
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for ways, names in _ONLY.items():
+            for name in names if self.by not in ways else ():
+                if getattr(self, name) != defaults[name]:
+                    option, allowed = name.replace("_", "-"), " or ".join(ways)
+                    yield f"--{option} has an effect with --by {allowed} only; leave it out"
 
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
         """Split NAME=VALUE, of adapters that are there."""
@@ -74,6 +80,11 @@ def combine(output: Path, /, *, options: Annotated[CombineOptions, Parameter(nam
         output: A directory to write.
     """
     adapters, console = options.adapters, make_console(soft_wrap=True)
+    if options.derived:
+        raise ConfigError(
+            f"--adapter takes NAME=PATH here, got {options.derived[0]}; name adapters alone, and "
+            "factors as --weight NAME=NUMBER, for --by cat, linear and svd"
+        )
     if len(adapters) < 2:
         raise ConfigError(f"--adapter must name two adapters or more, got {len(adapters)}")
     prompts = options.of_adapters("prompts", options.prompts)
@@ -84,22 +95,24 @@ def combine(output: Path, /, *, options: Annotated[CombineOptions, Parameter(nam
         refuse_to_overwrite(output)
     check_sources(options, adapters)
     host, tokenizer = load_host(options, adapters)
-    names = list(adapters)
+    names, combined = list(adapters), "combined"
+    while combined in adapters:
+        combined += "-"
     if options.by in ("prompt", "arrow"):
         settings = options.model_dump(include={"top_k", "num_layers_read"})
         experts = {name: name for name in names}
-        host.add("combined", of_experts(experts, router=options.by, **settings))
+        host.add(combined, of_experts(experts, router=options.by, **settings))
         if options.by == "prompt":
             sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
-            fit = fit_router(host, tokenizer, "combined", sources, limit=options.limit)
+            fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
             _tell(console, fit)
     else:
         try:
             factors = [float(weights.get(name, 1)) for name in names]
         except ValueError as error:
             raise ConfigError(f"--weight must be NAME=NUMBER: {error}") from None
-        host.combine(names, factors, options.by, name="combined")
-    host.save("combined", output, overwrite=options.overwrite)
+        host.combine(names, factors, options.by, name=combined)
+    host.save(combined, output, overwrite=options.overwrite)
     console.print(f"wrote {output}: {', '.join(names)} as one, by {options.by}")
 
 

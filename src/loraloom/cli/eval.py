@@ -106,7 +106,7 @@ class EvalRun(HostOptions):
     @property
     def names(self) -> list[str | None]:
         """Names of the adapters to score; None is the base model."""
-        return [*([] if self.no_base else [None]), *self.adapters, *self.sums]
+        return [*([] if self.no_base else [None]), *self.adapters, *self.derived]
 
 
 def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:

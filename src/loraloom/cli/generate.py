@@ -13,18 +13,18 @@ from pydantic import Field
 from typing_extensions import override
 
 from loraloom.adapters.weighted_sum import is_sum
-from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
+from loraloom.cli.options import BASE, HostOptions, Text, is_derived, tell_unknown_prompts
 from loraloom.config.text import parse_json, read_text
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
 from loraloom.durable import append_text, cut_torn_line, prepare_output
 from loraloom.errors import ConfigError, LoraloomError, shown
-from loraloom.generation.generate import complete, make_requests
+from loraloom.generation.generate import Completion, complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.models.layout import RowAdapter
+from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.terminal import make_console, printed, show_progress
 
 Rows = Sequence[dict[str, Any]]
@@ -39,7 +39,8 @@ class GenerateOptions(HostOptions):
     """FILE.jsonl with a row for each prompt: `prompt` or `messages` (and `tools`), perhaps
     `adapter`."""
     output: Path | None = None
-    """Write the rows to FILE.jsonl as they are done, with `completion` and `adapter`."""
+    """Write the rows to FILE.jsonl as they are done, with `completion`, `adapter`, and what a
+    router has `chosen`."""
     resume: bool = False
     """Continue an --output that the same command has begun."""
     no_base: bool = False
@@ -95,12 +96,23 @@ def generate(
             done = range(num_done, min(num_done + size, len(rows)))
             batch = complete(host, tokenizer, requests[done.start : done.stop], batch_size=size)
             num_done = done.stop
-            _write(options, rows[done.start : done.stop], [one.text for one in batch])
+            answers = [{"completion": one.text, **_chosen(one)} for one in batch]
+            _write(options, rows[done.start : done.stop], answers)
             advance(done)
 
 
-def _write(options: GenerateOptions, rows: Rows, texts: Sequence[str]) -> None:
-    completed = [{**row, "completion": text} for row, text in zip(rows, texts, strict=True)]
+def _chosen(completion: Completion) -> dict[str, Any]:
+    """Tell which adapter answered, where a router has chosen it, as the server does."""
+    probabilities = getattr(completion, "probabilities", None)
+    if probabilities is None:
+        return {}
+    name, _ = name_and_scale(getattr(completion, "adapter", None))
+    names = "+".join(part.rpartition("/")[2] for part in str(name).split("+"))
+    return {"chosen": {"adapter": names, "probabilities": dict(probabilities)}}
+
+
+def _write(options: GenerateOptions, rows: Rows, answers: Rows) -> None:
+    completed = [{**row, **answer} for row, answer in zip(rows, answers, strict=True)]
     lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in completed)
     if options.output is not None:
         append_text(options.output, lines)
@@ -108,16 +120,17 @@ def _write(options: GenerateOptions, rows: Rows, texts: Sequence[str]) -> None:
     if options.input is None:
         has_names = len(options.adapter) + (not options.no_base) > 1
         names = [f"[{row['adapter']}]\n" if has_names else "" for row in completed]
+        texts = [row["completion"] for row in completed]
         lines = "".join(f"{name}{text}\n" for name, text in zip(names, texts, strict=True))
     print(printed(lines) if sys.stdout.isatty() else lines, end="", flush=True)
 
 
 def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
     if options.input is None:
-        for name in [*([] if options.no_base else [None]), *options.adapters, *options.sums]:
+        for name in [*([] if options.no_base else [None]), *options.adapters, *options.derived]:
             yield {"prompt": options.prompt}, Prompt(str(options.prompt), name, origin="--prompt")
         return
-    answering = [*options.adapters, *options.sums] or [None]
+    answering = [*options.adapters, *options.derived] or [None]
     for row in read_rows(options.input):
         # tables put a null where a row lacks a field of others
         is_named = row.get("adapter") is not None
@@ -145,11 +158,13 @@ def _adapter_of(row: Row, options: GenerateOptions) -> RowAdapter:
             return None
         case str(name) if name in adapters:
             return name
-        case [str(name), int(scale) | float(scale)] if name in adapters and abs(scale) < 1e6:
+        case [str(name), int(scale) | float(scale)] if (
+            name.partition("/")[0] in adapters and not is_sum(name) and abs(scale) < 1e6
+        ):
             return name, float(scale)
-        case str(text) if is_sum(text):
+        case str(name) if is_derived(name):
             try:
-                return options.sum_of(text)
+                return options.check_derived(name)
             except LoraloomError as error:
                 row.reject(str(error))
     known = ", ".join([BASE, *adapters])
@@ -166,7 +181,8 @@ def _count_done(options: GenerateOptions, rows: Rows) -> int:
         raise ConfigError(f"--output {path} exists; pass --resume to continue it, or delete it")
     cut_torn_line(path)
     done = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
-    texts = [row.get("completion") if isinstance(row, dict) else None for row in done]
-    if [{**row, "completion": text} for row, text in zip(rows, texts, strict=False)] != done:
+    answered = [row for row in done if isinstance(row, dict) and "completion" in row]
+    answers = [{n: row[n] for n in ("completion", "chosen") if n in row} for row in answered]
+    if [{**row, **one} for row, one in zip(rows, answers, strict=False)] != done:
         raise ConfigError(f"--output {path} must begin with the rows of this command, got others")
     return len(done)

@@ -34,12 +34,17 @@ Sets = Annotated[
 ]
 
 
+def is_derived(name: str) -> bool:
+    """Whether a name is of a sum of adapters, or of a routed one's expert."""
+    return is_sum(name) or "/" in name
+
+
 class HostOptions(BaseModelConfig):
     """A base model with adapters on it."""
 
     adapter: tuple[str, ...] = ()
     """An adapter to load, NAME=PATH: from a directory or hub id, under this name; or a sum of such,
-    law:0.7+math:0.3. May be repeated."""
+    law:0.7+math:0.3, or an expert of a routed one, auto/law. May be repeated."""
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -47,7 +52,7 @@ class HostOptions(BaseModelConfig):
         adapters: dict[str, str] = {}
         for text in self.adapter:
             name, _, path = text.partition("=")
-            if not path and is_sum(name):
+            if "=" not in text and is_derived(name):
                 continue
             if not (name and path) or name in (BASE, *adapters):
                 raise ConfigError(
@@ -58,26 +63,30 @@ class HostOptions(BaseModelConfig):
         return adapters
 
     @property
-    def sums(self) -> list[str]:
-        """Sums of these adapters that answer beside them."""
-        sums = [self.sum_of(text) for text in self.adapter if "=" not in text and is_sum(text)]
-        if len({*map(parse_sum, sums)}) < len(sums):
-            raise ConfigError(f"--adapter must not give a sum twice, got {', '.join(sums)}")
-        return sums
+    def derived(self) -> list[str]:
+        """Sums and experts of these adapters that answer beside them."""
+        names = [one for one in self.adapter if "=" not in one and is_derived(one)]
+        names = [self.check_derived(name) for name in names]
+        if len({(is_sum(name), parse_sum(name)) for name in names}) < len(names):
+            raise ConfigError(f"--adapter must not give a name twice, got {', '.join(names)}")
+        return names
 
-    def sum_of(self, text: str) -> str:
-        """Return a sum of these adapters as it came, or raise a LoraloomError."""
-        if missing := [name for name, _ in parse_sum(text) if name not in self.adapters]:
+    def check_derived(self, name: str) -> str:
+        """Return the name of a sum or expert as it came, or raise a LoraloomError."""
+        wholes = [one.partition("/")[0] for one, _ in parse_sum(name)]
+        if missing := [whole for whole in wholes if whole not in self.adapters]:
             raise ConfigError(
-                f"a sum must be of adapters that --adapter NAME=PATH loads, got {missing[0]} in "
-                f"{text}"
+                "a sum or an expert must be of adapters that --adapter NAME=PATH loads, got "
+                f"{missing[0]} in {name}"
             )
-        return text
+        return name
 
 
 def tell_unknown_prompts(host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say which adapters don't record the form of their prompts, if that makes a difference."""
-    names = [name for name, adapter in host.adapters.items() if adapter.prompt is None]
+    # a routed adapter's experts are read each in its own form
+    parts = {name: one.parts[1:] or one.parts for name, one in host.adapters.items()}
+    names = [name for name, own in parts.items() if all(part.prompt is None for part in own)]
     if names and tokenizer.chat_template:
         print(
             f"note: {', '.join(names)}: the adapter's files don't record how its training data "

@@ -98,10 +98,10 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
             f"--host {options.host} can be reached from other machines: give --api-key-file, or "
             "--no-api-key if anybody may ask"
         )
-    if options.sums:
+    if options.derived:
         raise ConfigError(
-            f"--adapter takes NAME=PATH here, got {options.sums[0]}; the embedded "
-            "engine takes a sum as `model`, with nothing to declare"
+            f"--adapter takes NAME=PATH here, got {options.derived[0]}; the embedded "
+            "engine takes a sum or an expert as `model`, with nothing to declare"
         )
     keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
     admin_keys = [] if options.admin_key_file is None else read_keys(options.admin_key_file)
