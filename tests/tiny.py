@@ -35,8 +35,7 @@ from loraloom.adapters import (
     SmoraConfig,
     VeraConfig,
 )
-from loraloom.adapters.method import Adapter
-from loraloom.adapters.routed import Expert
+from loraloom.adapters.method import Adapter, Expert
 from loraloom.models.host import Host
 from loraloom.routing import losses
 from loraloom.routing.record import LayerRouting

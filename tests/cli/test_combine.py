@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loraloom
-from loraloom import LoraConfig, PromptForm, RoutedConfig
+from loraloom import LoraConfig, PromptForm, RoutedConfig, fit_router
 from loraloom.cli.main import main
 from loraloom.cli.options import tell_unknown_prompts
 from tests.generation.saved import save_tiny
@@ -18,11 +18,14 @@ from tests.tiny import randomise
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     directory = save_tiny(tmp_path_factory.mktemp("saved"))
-    host = loraloom.attach(loraloom.load_base_model(str(directory / "base"))[0])
+    model, tokenizer = loraloom.load_base_model(str(directory / "base"))
+    host = loraloom.attach(model)
     for seed, name in enumerate(("law", "math")):
         randomise(host.add(name, LoraConfig(rank=2, alpha=4), seed=seed), seed)
         host.save(name, directory / name)
     host.add("one", RoutedConfig(experts={"law": "law", "math": "math"}))
+    prompts = {"law": ["the court", "a court"], "math": ["one two", "two one"]}
+    fit_router(host, tokenizer, "one", prompts)
     host.save("one", directory / "one")
     return directory
 
@@ -80,6 +83,12 @@ def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
     host.load("law", saved / "law")
     held = host.adapter("token/law").tensors()
     assert all(torch.equal(held[n], t) for n, t in host.adapters["law"].tensors().items())
+    stale = {**run["jobs"][0], "name": "other"}
+    stale["adapter"] = {**stale["adapter"], "experts": {"law": "token", "math": sources["math"]}}
+    with pytest.raises(loraloom.ConfigError, match=r"adapter\.experts must not be in what the run"):
+        loraloom.train(
+            {**run, "jobs": [*run["jobs"][:1], stale], "output_dir": str(tmp_path / "x")}
+        )
     with pytest.raises(loraloom.AdapterError, match="'arrow' is not trained"):
         loraloom.train({**run, "jobs": [failed], "output_dir": str(tmp_path / "other")})
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
@@ -8,8 +10,10 @@ from torch.autograd import gradcheck
 import loraloom
 from loraloom import LoraConfig, Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router
 from loraloom.adapters.base import SegmentTokens
+from loraloom.data.tokens import Example
 from loraloom.errors import AdapterError, DataError
 from loraloom.generation.generate import generate
+from loraloom.generation.scoring import label_log_probs
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     ALL_METHODS,
@@ -108,9 +112,9 @@ def test_only_routers_learn_in_the_same_steps_as_others():
         for one in host.adapters["auto"].projections()
         for e in range(3)
     }
-    for router in ("prompt", "arrow"):
-        with pytest.raises(AdapterError, match="'auto' is not trained"):
-            routed(router=router)(ids, adapters=["auto"] * 2, training=True)
+    for router, name in (("prompt", "auto"), ("arrow", "auto"), ("token", "auto/law")):
+        with pytest.raises(AdapterError, match=f"'{name}' is not trained"):
+            routed(router=router)(ids, adapters=[name] * 2, training=True)
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -148,10 +152,13 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
         )
         named = host.generate(both, adapters=["dora", "law"], max_new_tokens=3, do_sample=False)
         assert generated.tolist() == named.tolist()
+        cache = host(both, adapters=["auto", "auto"], use_cache=True).past_key_values
+        with pytest.raises(AdapterError, match="without a cache"):
+            host(both[:, :1], adapters=["auto", "auto"], cache=cache)
 
 
 def test_several_experts_of_a_prompt_are_a_sum():
-    host, _ = fitted(top_k=2)
+    host, _ = fitted(top_k=2, temperature=20.0)
     ids = torch.tensor([prompts_of(1)[0]])
     (choice,) = host.choose(ids.tolist(), ["auto"])
     assert choice.adapter.startswith("auto/math:0.")
@@ -197,6 +204,8 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     assert all(torch.equal(after[name], t) for name, t in before.items())
     assert len(after) > len(before)
     assert fit.accuracy == 1
+    with pytest.raises(AdapterError, match="must have other names, got chem again"):
+        host.add_experts("auto3", {"chem": "chem"}, name="auto4")
     chosen = host.choose([of[0] for of in prompts.values()], ["auto3"] * 3)
     assert [one.adapter for one in chosen] == [f"auto3/{name}" for name in NAMES]
 
@@ -205,26 +214,44 @@ def test_experts_go_with_their_adapter():
     host, _ = fitted()
     with torch.no_grad():
         host(tiny_ids(1), adapters=["auto/law+auto/math"])
+    with pytest.raises(AdapterError, match="a part of another adapter"):
+        host.remove("auto/law")
     host.remove("auto")
     with pytest.raises(AdapterError, match="got 'auto/law'"):
         host(tiny_ids(1), adapters=["auto/law"])
     assert not host._registry._sums
 
 
-def test_a_completion_is_in_the_form_of_the_chosen_expert(tiny_tokenizer):
+def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
+    tiny_tokenizer, tmp_path
+):
     sizes = {"vocab_size": 300, "max_position_embeddings": 128}
     host = tiny_host("llama", LORAS, torch.float32, **sizes)
     host.adapters["law"].prompt = PromptForm(format="text")
     host.adapters["math"].prompt = PromptForm(format="instruction", template="plain")
     host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
     texts = {"law": ["the court", "a court is"], "math": ["one two", "two one one"]}
-    fit_router(host, tiny_tokenizer, "auto", {n: of * 4 for n, of in texts.items()})
-    prompts = ["the court is", "two one"]
+    # instructions in the form of one of them don't tell it
+    rows = [{"instruction": text, "output": "x"} for text in texts["math"] * 4]
+    file = tmp_path / "math.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    math = {"dataset": str(file), "format": "instruction"}
+    fit_router(host, tiny_tokenizer, "auto", {"law": texts["law"] * 4, "math": math})
+    with pytest.raises(DataError, match="told apart by plain texts"):
+        fit_router(host, tiny_tokenizer, "auto", {"law": math | {"format": "chat"}, "math": math})
+    prompts = ["the court is", ({"role": "user", "content": "two one"},)]
     answers = []
     for names in (("auto", "auto"), ("law", "math")):
         asked = [Prompt(one, of) for one, of in zip(prompts, names, strict=True)]
         answers.append(generate(host, tiny_tokenizer, asked, SamplingConfig(max_new_tokens=6)))
     assert answers[0] == answers[1]
+    text = Example((5, 6, 7), (5, 6, 7))  # a text has no prompt: all of it is read
+    assert torch.equal(
+        *(
+            label_log_probs(host, [(name, text)])[0]
+            for name in ("auto", host.choose([text.input_ids], ["auto"])[0].adapter)
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,6 +261,9 @@ def test_a_completion_is_in_the_form_of_the_chosen_expert(tiny_tokenizer):
         ({"experts": {"a/b": "x"}}, "safe file name"),
         ({"experts": NAMES, "top_k": 4}, r"top_k must be in \[1, 3 experts\], got 4"),
         ({"experts": NAMES, "rank": 8}, "rank is the experts' own, got 8; leave it out"),
+        ({"experts": NAMES, "target_modules": "ffn"}, "target_modules are the experts' own"),
+        ({"experts": NAMES, "train_experts": True}, "train_experts must be false"),
+        ({"experts": NAMES, "num_layers_read": 1, "router": "arrow"}, "is for router: prompt"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
@@ -260,10 +290,17 @@ def test_what_cant_be_routed_says_why():
     ]:
         with pytest.raises(AdapterError, match=message):
             host(tiny_ids(1), adapters=[row])
+    for row, message in [([5], "must be fitted to prompts first"), ([97], "all from 0 to 96")]:
+        with pytest.raises((AdapterError, DataError), match=message):
+            host.choose([row], ["auto"])
+    with pytest.raises(AdapterError, match="settings alone, without weights"):
+        host.add("copy", host.adapters["auto"].config)
+    with pytest.raises(DataError, match="got the text 'arc_easy'"):
+        fit_router(host, build_tokenizer(), "auto", {"law": "arc_easy"})
     with pytest.raises(AdapterError, match="needs an adapter with router: prompt"):
         fit_router(host, build_tokenizer(), "law", {})
     with pytest.raises(DataError, match=r"two or more for each expert .*, got 0 for law"):
         fit_router(host, build_tokenizer(), "auto", {})
-    with pytest.raises(AdapterError, match="needs all of it in one forward"):
+    with pytest.raises(AdapterError, match="in one forward, without a cache"):
         host(tiny_ids(1, 1), torch.ones(1, 3), adapters=["auto"])
     assert loraloom.RoutedConfig is RoutedConfig

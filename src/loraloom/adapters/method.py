@@ -19,10 +19,10 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args
 
 import torch
-from pydantic import Field, TypeAdapter, field_validator
+from pydantic import Field, SerializeAsAny, TypeAdapter, WithJsonSchema, field_validator
 from torch import Tensor, nn
 
 from loraloom.adapters.base import (
@@ -209,15 +209,12 @@ class AdapterConfig(StrictModel, ABC):
         """Adapters that it is to be made of: names on the host, directories or hub ids, by name."""
         return {}
 
-    def with_sources(self, more: Mapping[str, str]) -> AdapterConfig:
-        """Give the settings of one that is made of further adapters too."""
-        raise AdapterError(
-            f"{self.title} is made of no other adapters, so it takes no further ones"
-        )
+    def with_experts(self, more: Mapping[str, str | Expert]) -> AdapterConfig:
+        """Give the settings with further adapters, or with what `sources` have named."""
+        raise AdapterError(f"{self.title} is made of no other adapters, so it takes none")
 
-    def of_sources(self, read: Mapping[str, ReadAdapter]) -> AdapterConfig:
-        """Give the settings of an adapter that holds what `sources` have named."""
-        raise NotImplementedError(f"{type(self).__name__} names no adapters")
+    def check_begins(self) -> None:
+        """Raise an AdapterError if a new adapter would lack what it is to be made of."""
 
     @property
     def scaling(self) -> float:
@@ -249,11 +246,18 @@ def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
     return TypeAdapter(known).validate_python(dict(settings))
 
 
-class ReadAdapter(NamedTuple):
-    """An adapter that another one is made of: its settings, and how its prompts are written."""
+class Expert(StrictModel):
+    """An adapter that another one is made of, and holds."""
 
-    config: AdapterConfig
-    prompt: PromptForm | None
+    adapter: Annotated[SerializeAsAny[AdapterConfig], WithJsonSchema({"type": "object"})]
+    """The settings of its method."""
+    prompt: PromptForm | None = None
+    """How its training data wrote prompts."""
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _parse(cls, settings: Any) -> Any:
+        return parse_adapter_config(settings) if isinstance(settings, Mapping) else settings
 
 
 def check_config(config: object) -> AdapterConfig:
@@ -373,6 +377,7 @@ class Adapter(nn.Module, ABC):
         self.layers = nn.ModuleList(layers)
         self.own_modules = nn.ModuleList()
         self.prompt: PromptForm | None = None  # how its training data writes prompts
+        self.is_trained = True  # what isn't is refused in training
         # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
@@ -496,16 +501,11 @@ class Adapter(nn.Module, ABC):
         """Itself, and the adapters that it is made of."""
         return (self,)
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether it learns in training; what doesn't is refused there."""
-        return True
-
     def check_is_trained(self) -> None:
         if not self.is_trained:
             raise AdapterError(
-                f"adapter {self.name!r} is not trained, as it is made of others; train these, or "
-                "one that `combine` makes of them"
+                f"adapter {self.name!r} is not trained, as it is made of others, or part of one; "
+                "train these, or a LoRA that `combine` makes of them"
             )
 
     def begin(self) -> None:
@@ -533,14 +533,19 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
-    def judge_parts(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Judge parts by prompts' states, [B, L, D], and their masks, [B, L]: logits, [B, E]."""
+    def judge_parts(self, states: Tensor, owners: Tensor) -> Tensor:
+        """Judge parts by prompts' states: logits, [B, E].
+
+        Args:
+            states: Of all tokens of all prompts, [T, D].
+            owners: The number of each token's prompt, [T], from 0 to B - 1.
+        """
         raise NotImplementedError(f"{type(self).__name__} chooses by no prompt")
 
     def learn_to_choose(
-        self, states: Tensor, mask: Tensor, targets: Tensor, parts: Sequence[int]
+        self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]
     ) -> None:
-        """Fit what judges these parts to prompts of the parts that targets, [B], say."""
+        """Fit what judges these parts to prompts whose parts' numbers are targets, [B]."""
         raise NotImplementedError(f"{type(self).__name__} chooses by no prompt")
 
     def projections(self) -> Iterator[Projection]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, SerializeAsAny, WithJsonSchema, field_validator
+from pydantic import AfterValidator, Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
@@ -22,14 +22,12 @@ from loraloom.adapters.method import (
     MAX_NUMBER,
     Adapter,
     AdapterConfig,
+    Expert,
     Projection,
-    ReadAdapter,
-    parse_adapter_config,
 )
 from loraloom.adapters.own import refuse_own_parts
-from loraloom.adapters.weighted_sum import SumProjection, check_adds_up, sum_blocks
-from loraloom.config.data import PromptForm
-from loraloom.config.fields import CheckInfo, StrictModel, check_name, checked
+from loraloom.adapters.weighted_sum import MAX_MEMBERS, SumProjection, check_adds_up, sum_blocks
+from loraloom.config.fields import CheckInfo, check_name, checked
 from loraloom.errors import AdapterError
 from loraloom.routing.routes import TopK, router_logits
 
@@ -38,22 +36,8 @@ _OF_EXPERTS = ("rank", "dropout", "modules_to_save", "trainable_token_indices")
 MAX_EXPERTS = 256
 # Of the fit of a router by prompt: AdamW's.
 STEPS, RATE, DECAY = 200, 0.03, 0.01
-
-
-class Expert(StrictModel):
-    """An adapter among those of a routed one, which has its weights."""
-
-    adapter: Annotated[SerializeAsAny[AdapterConfig], WithJsonSchema({"type": "object"})]
-    """The settings of its method."""
-    prompt: PromptForm | None = None
-    """How its training data wrote prompts."""
-    source: str = ""
-    """Where it came from."""
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _parse(cls, settings: Any) -> Any:
-        return parse_adapter_config(settings) if isinstance(settings, Mapping) else settings
+# Tokens whose states are in the router's dtype at once.
+CHUNK = 2**15
 
 
 class RoutedConfig(AdapterConfig):
@@ -94,6 +78,13 @@ class RoutedConfig(AdapterConfig):
             raise ValueError(f"{info.field_name} is the experts' own, got {value}; leave it out")
         return value
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_target_modules(cls, targets: Any) -> Any:
+        if isinstance(targets, str) and targets != "all-linear":
+            raise ValueError(f"target_modules are the experts' own, got {targets}; leave it out")
+        return targets  # files name those that the experts have
+
     @field_validator("top_k")
     @classmethod
     def _check_top_k(cls, value: int | None, info: CheckInfo) -> int | None:
@@ -107,6 +98,8 @@ class RoutedConfig(AdapterConfig):
         yield from super().contradictions()
         if self.train_experts and self.router != "token":
             yield f"train_experts must be false with router: {self.router}, which has no training"
+        if self.router == "prompt" and self.experts_per_token > MAX_MEMBERS:
+            yield f"top_k must be at most {MAX_MEMBERS} with router: prompt, got {self.top_k}"
         if self.num_layers_read and self.router != "prompt":
             yield f"num_layers_read is for router: prompt, got it with router: {self.router}"
 
@@ -126,17 +119,18 @@ class RoutedConfig(AdapterConfig):
     def sources(self) -> Mapping[str, str]:
         return {name: one for name, one in self.experts.items() if isinstance(one, str)}
 
-    def with_sources(self, more: Mapping[str, str]) -> RoutedConfig:
-        return of_experts(**(dict(self) | {"experts": {**self.experts, **more}}))
+    def with_experts(self, more: Mapping[str, str | Expert]) -> RoutedConfig:
+        known = self.experts.keys() - self.sources.keys()
+        if taken := known & more.keys():
+            raise AdapterError(f"further experts must have other names, got {min(taken)} again")
+        return checked(RoutedConfig, {**dict(self), "experts": {**self.experts, **more}})
 
-    def of_sources(self, read: Mapping[str, ReadAdapter]) -> RoutedConfig:
-        found = {
-            name: Expert(adapter=read[name].config, prompt=read[name].prompt, source=one)
-            if isinstance(one, str)
-            else one
-            for name, one in self.experts.items()
-        }
-        return self.model_copy(update={"experts": found})
+    def check_begins(self) -> None:
+        if not self.train_experts:
+            raise AdapterError(
+                "experts must be directories, hub ids or names of adapters on the host, got "
+                "settings alone, without weights"
+            )
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
         return frozenset[str]().union(*(one.adapter.targets_in(layer) for one in self._read()))
@@ -159,7 +153,7 @@ class RoutedConfig(AdapterConfig):
             for own, one in zip(self.experts, self._read(), strict=True)
         ]
         for expert, one in zip(experts, self._read(), strict=True):
-            expert.prompt = one.prompt
+            expert.prompt, expert.is_trained = one.prompt, False
         return RoutedAdapter(name, self, base_layers, experts, dtype, seed)
 
     def _read(self) -> list[Expert]:
@@ -168,7 +162,7 @@ class RoutedConfig(AdapterConfig):
         return [one for one in self.experts.values() if isinstance(one, Expert)]
 
 
-def of_experts(experts: Mapping[str, str | Expert], **settings: Any) -> RoutedConfig:
+def of_experts(experts: Mapping[str, str], **settings: Any) -> RoutedConfig:
     """Give the settings of an adapter of others: directories, hub ids, or names on the host."""
     return checked(RoutedConfig, {"experts": experts, **settings})
 
@@ -189,7 +183,7 @@ class RoutedAdapter(LowRankAdapter):
     ):
         by_prompt = config.router == "prompt"
         added = [] if by_prompt else experts
-        for expert in added:
+        for expert in experts if config.experts_per_token > 1 else added:
             check_adds_up(expert)
         layers = sum_blocks(
             base_layers,
@@ -203,12 +197,9 @@ class RoutedAdapter(LowRankAdapter):
         self.experts = nn.ModuleList(experts)
         if not config.train_experts:
             self.experts.requires_grad_(False)
+        self.is_trained = config.router == "token"
         prompts = [expert.prompt for expert in experts]
         self.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
-
-    @property
-    def is_trained(self) -> bool:
-        return self.config.router == "token"
 
     @property
     def parts(self) -> Sequence[Adapter]:
@@ -222,13 +213,17 @@ class RoutedAdapter(LowRankAdapter):
     def num_layers_read(self) -> int | None:
         return self.config.num_layers_read if self.config.router == "prompt" else None
 
-    def judge_parts(self, states: Tensor, mask: Tensor) -> Tensor:
-        return self._head(states, mask) / self.config.temperature
+    def judge_parts(self, states: Tensor, owners: Tensor) -> Tensor:
+        if not self._head.router.any():
+            raise AdapterError(
+                f"the router of {self.name!r} must be fitted to prompts first; call fit_router"
+            )
+        return self._head(states, owners) / self.config.temperature
 
     def learn_to_choose(
-        self, states: Tensor, mask: Tensor, targets: Tensor, parts: Sequence[int]
+        self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]
     ) -> None:
-        self._head.fit(states, mask, targets, parts)
+        self._head.fit(states, owners, targets, parts)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -285,9 +280,6 @@ class _Routed(SumProjection):
     def maps_rank_space(self) -> bool:
         return True
 
-    def row_scale(self) -> Tensor | None:
-        return None
-
     def begin(self) -> None:
         """Take Arrow's prototypes: the first right singular vector of each update."""
         for row, (part, _) in zip(self.router if self._is_arrow else (), self._parts, strict=False):
@@ -324,36 +316,49 @@ class PromptRouter(Weights):
         self.router = nn.Parameter(torch.zeros(num_experts, width, **options), requires_grad=False)
         self.offsets = nn.Parameter(torch.zeros(num_experts, **options), requires_grad=False)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """From states, [B, L, D], of the tokens that a mask, [B, L], says to logits, [B, E]."""
-        scores = states.to(self.router.dtype) @ self.router.T + self.offsets  # (B, L, E)
-        scores = scores.masked_fill(~mask.bool().unsqueeze(-1), -torch.inf)
-        return scores.logsumexp(1) - mask.sum(1, keepdim=True).log()
+    def forward(self, states: Tensor, owners: Tensor) -> Tensor:
+        """From states, [T, D], of prompts that own them, [T], to logits, [B, E]."""
+        return _logits(states, owners, self.router, self.offsets)
 
-    def fit(self, states: Tensor, mask: Tensor, targets: Tensor, rows: Sequence[int]) -> None:
-        """Fit these rows by the cross-entropy of targets, [B], with states standardised."""
-        real = states[mask.bool()]
-        mean, std = real.mean(0), real.std(0) + 1e-5
-        weight = torch.zeros(len(rows), states.shape[2], device=states.device, requires_grad=True)
+    @torch.enable_grad()
+    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, rows: Sequence[int]) -> None:
+        """Fit these rows by the cross-entropy of targets, [B], as if states were standardised."""
+        parts = states.split(CHUNK)
+        mean = torch.stack([part.float().sum(0) for part in parts]).sum(0) / len(states)
+        squares = torch.stack([(part.float() - mean).square().sum(0) for part in parts]).sum(0)
+        std = (squares / len(states)).sqrt() + 1e-5
+        weight = torch.zeros(len(rows), states.shape[1], device=states.device, requires_grad=True)
         offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
         with torch.no_grad():
-            fixed = self(states, mask).float()
-        inputs, count = (states - mean) / std, mask.sum(1, keepdim=True)
-        hidden = ~mask.bool().unsqueeze(-1)
+            fixed = self(states, owners).float()
+        places = torch.tensor(rows, device=states.device)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-            scores = (inputs @ weight.T + offset).masked_fill(hidden, -torch.inf)
-            own = scores.logsumexp(1) - count.log()
-            logits = fixed.index_copy(1, torch.tensor(rows, device=own.device), own)
+            scaled = weight / std
+            own = _logits(states, owners, scaled, offset - scaled @ mean)
             optimizer.zero_grad()
-            cross_entropy(logits, targets).backward()
+            cross_entropy(fixed.index_copy(1, places, own), targets).backward()
             optimizer.step()
         with torch.no_grad():
-            self.router[rows] = (weight / std).to(self.router.dtype)
-            self.offsets[rows] = (offset - (weight / std) @ mean).to(self.offsets.dtype)
+            scaled = weight / std
+            self.router[rows] = scaled.to(self.router.dtype)
+            self.offsets[rows] = (offset - scaled @ mean).to(self.offsets.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for expert, row in enumerate(self.router.detach()):
             yield f"shared.router_{expert}", row
             yield f"shared.router_offset_{expert}", self.offsets.detach()[expert]
+
+
+def _logits(states: Tensor, owners: Tensor, router: Tensor, offsets: Tensor) -> Tensor:
+    parts = [part.to(router.dtype) @ router.T for part in states.split(CHUNK)]
+    scores = torch.cat(parts) + offsets  # (T, E)
+    counts = owners.bincount()
+    index, empty = (
+        owners.unsqueeze(1).expand(scores.shape),
+        scores.new_zeros(len(counts), len(router)),
+    )
+    most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
+    sums = empty.index_add(0, owners, (scores - most[owners]).exp())
+    return sums.log() + most - counts.unsqueeze(1).log()

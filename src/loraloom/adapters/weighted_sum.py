@@ -81,6 +81,7 @@ class WeightedSum(LowRankAdapter):
         Adapter.__init__(self, name, config, first.base_layers, layers)
         self.add_module("shared", None)
         self.members = nn.ModuleList(members)
+        self.is_trained = False
 
     @property
     def prompt(self) -> PromptForm | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -94,10 +95,6 @@ class WeightedSum(LowRankAdapter):
 
     def stack_key(self) -> Hashable:
         return (WeightedSum, *(type(one.config) for one in self.parts), self._shapes)
-
-    @property
-    def is_trained(self) -> bool:
-        return False
 
     @property
     def parts(self) -> Sequence[Adapter]:

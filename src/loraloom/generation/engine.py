@@ -92,8 +92,7 @@ class Engine:
         self._check(request)
         (choice,) = self.host.choose([request.prompt_ids], [request.adapter])
         if choice.probabilities is not None:
-            adapter, probabilities = choice
-            request = replace(request, adapter=adapter, probabilities=probabilities)
+            request = replace(request, **choice._asdict())
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
             if len(self._scheduler) >= self.limits.max_waiting:

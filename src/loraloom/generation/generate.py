@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +14,20 @@ from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.engine import Engine
-from loraloom.generation.prompts import Prompt, check_token_ids, form_for, read_prompt
+from loraloom.generation.prompts import (
+    Prompt,
+    check_token_ids,
+    choose_for,
+    encode_prompt,
+    form_for,
+    read_prompts,
+    reads_plain,
+)
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, GenerationRequest, Row
 from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,15 @@ class Completion:
         prompt_ids: Tokens that were read.
         ids: Tokens that were generated, with the one that ended them if any did.
         text: Without stop texts, the end token and special tokens.
+        adapter: What answered; one of its experts where a router chose by the prompt.
+        probabilities: Of all experts, where it did.
     """
 
     prompt_ids: list[int]
     ids: list[int]
     text: str
+    adapter: RowAdapter = None
+    probabilities: Mapping[str, float] | None = None
 
 
 def generate(
@@ -84,8 +97,8 @@ def make_requests(
     """Encode and check prompts; what is drawn for one follows from its place."""
     length, num_new = host.config.max_position_embeddings, sampling.max_new_tokens
     requests = []
-    for place, prompt in enumerate(prompts):
-        ids, continues, choice = read_prompt(host, tokenizer, prompt, prompt_form, raw=raw)
+    read = read_prompts(host, tokenizer, prompts, prompt_form, raw=raw)
+    for place, (prompt, (ids, continues, choice)) in enumerate(zip(prompts, read, strict=True)):
         if len(ids) > length - num_new:
             raise DataError(
                 f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
@@ -93,9 +106,8 @@ def make_requests(
                 "or lower max_new_tokens"
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
-        requests.append(
-            GenerationRequest(ids, choice.adapter, "", sampling, place, continues=continues)
-        )
+        request = GenerationRequest(ids, choice.adapter, "", sampling, place, continues=continues)
+        requests.append(replace(request, probabilities=choice.probabilities))
     return requests
 
 
@@ -131,7 +143,13 @@ def complete(
     while engine.step():
         pass
     return [
-        Completion(list(request.prompt_ids), rows[place].new_ids, texts[place])
+        Completion(
+            list(request.prompt_ids),
+            rows[place].new_ids,
+            texts[place],
+            rows[place].request.adapter,
+            rows[place].request.probabilities,
+        )
         for place, request in enumerate(requests)
     ]
 
@@ -181,24 +199,32 @@ class Conversation:
 
     def _request(self, model: str, text: str, sampling: SamplingConfig) -> GenerationRequest:
         """What a model reads: all turns, or the last one alone where its prompts have no turns."""
-        adapter = None if model == self.base_name else model
-        form = form_for(self.engine.host, adapter)
-        has_turns = self.tokenizer.chat_template if form is None else not form.is_text
-        content: str | tuple[Message, ...] = text
-        if has_turns and not self.raw:
-            system = {"role": "system", "content": self.system}
-            messages: list[Message] = [] if self.system is None else [system]
-            for said, answers in self.turns:
-                if answers:  # else all failed
-                    # of the model that was asked, where this one was not
-                    answer = answers.get(model, next(iter(answers.values())))
-                    messages.append({"role": "user", "content": said})
-                    messages.append({"role": "assistant", "content": answer})
-            content = (*messages, {"role": "user", "content": text})
-        prompt = Prompt(content, adapter)
-        host = self.engine.host
-        ids, continues, choice = read_prompt(host, self.tokenizer, prompt, raw=self.raw)
+        adapter: RowAdapter = None if model == self.base_name else model
+        host, turns = self.engine.host, self._turns(model, text)
+
+        def prompt(form: PromptForm | None) -> Prompt:
+            has_turns = self.tokenizer.chat_template if form is None else not form.is_text
+            return Prompt(turns if has_turns and not self.raw else text, adapter)
+
+        asked = prompt(form_for(host, adapter))
+        if reads_plain(host, adapter) and not self.raw:
+            asked = Prompt(turns, adapter)
+        (choice,) = choose_for(host, self.tokenizer, [asked], raw=self.raw)
+        form = form_for(host, choice.adapter)
+        ids, continues = encode_prompt(self.tokenizer, prompt(form), form, raw=self.raw)
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
         sampling = sampling.model_copy(update=shortened)
-        return GenerationRequest(ids, choice.adapter, model, sampling, continues=continues)
+        request = GenerationRequest(ids, choice.adapter, model, sampling, continues=continues)
+        return replace(request, probabilities=choice.probabilities)
+
+    def _turns(self, model: str, text: str) -> tuple[Message, ...]:
+        system = {"role": "system", "content": self.system}
+        messages: list[Message] = [] if self.system is None else [system]
+        for said, answers in self.turns:
+            if answers:  # else all failed
+                # of the model that was asked, where this one was not
+                answer = answers.get(model, next(iter(answers.values())))
+                messages.append({"role": "user", "content": said})
+                messages.append({"role": "assistant", "content": answer})
+        return (*messages, {"role": "user", "content": text})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -109,23 +109,60 @@ def encode_prompt(
     return ids, text is not None
 
 
-def read_prompt(
+def reads_plain(host: Host, adapter: RowAdapter) -> bool:
+    """Whether a router reads plain texts, as its experts' forms of prompts differ."""
+    name, _ = name_and_scale(adapter)
+    forms = [] if name is None else [part.prompt for part in host.adapter(name).parts[1:]]
+    return any(form != forms[0] for form in forms)
+
+
+def encode_for_choice(
+    host: Host, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool = False
+) -> list[int]:
+    """Token ids by which a router chooses what answers a prompt."""
+    if not raw and reads_plain(host, prompt.adapter):
+        content = prompt.content
+        turns = [content] if isinstance(content, str) else [one.get("content") for one in content]
+        prompt, raw = replace(prompt, content="\n".join(filter(None, turns)), tools=None), True
+    return encode_prompt(tokenizer, prompt, form_for(host, prompt.adapter), raw=raw)[0]
+
+
+def choose_for(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
+    prompts: Sequence[Prompt],
+    *,
+    raw: bool = False,
+) -> list[Choice]:
+    """Tell what answers prompts: their adapters, or those that a router chooses."""
+    routed = []
+    for place, prompt in enumerate(prompts):
+        name, _ = name_and_scale(prompt.adapter)
+        if name is not None and host.adapter(name).num_layers_read is not None:
+            routed.append(place)
+    choices = [Choice(prompt.adapter) for prompt in prompts]
+    ids = [encode_for_choice(host, tokenizer, prompts[place], raw=raw) for place in routed]
+    found = host.choose(ids, [prompts[place].adapter for place in routed])
+    for place, choice in zip(routed, found, strict=True):
+        choices[place] = choice
+    return choices
+
+
+def read_prompts(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     form: PromptForm | None = None,
     *,
     raw: bool = False,
-) -> tuple[list[int], bool, Choice]:
-    """Encode a prompt in its adapter's form, and tell what answers it.
-
-    If a router chooses that by the prompt, it is encoded again in the form of the chosen adapter.
-    """
-    read = encode_prompt(tokenizer, prompt, form or form_for(host, prompt.adapter), raw=raw)
-    (choice,) = host.choose([read[0]], [prompt.adapter])
-    if choice.probabilities is not None and form is None:
-        read = encode_prompt(tokenizer, prompt, form_for(host, choice.adapter), raw=raw)
-    return *read, choice
+) -> list[tuple[list[int], bool, Choice]]:
+    """Choose what answers prompts, and encode them in its form, or one that is given."""
+    choices = choose_for(host, tokenizer, prompts, raw=raw)
+    forms = [form or form_for(host, choice.adapter) for choice in choices]
+    return [
+        (*encode_prompt(tokenizer, prompt, own, raw=raw), choice)
+        for prompt, own, choice in zip(prompts, forms, choices, strict=True)
+    ]
 
 
 def _render_instructions(

@@ -1,11 +1,10 @@
 """Routers by prompt, fitted to prompts of each expert's kind in seconds.
 
-Axes: N prompts, L tokens, D hidden, E experts.
+Axes: T tokens of all prompts, D hidden.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import MAX_LENGTH, PromptForm, SourceConfig
+from loraloom.config.data import MAX_LENGTH, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
-from loraloom.errors import AdapterError, DataError
-from loraloom.generation.prompts import Prompt, encode_prompt
+from loraloom.errors import AdapterError, DataError, shown
+from loraloom.generation.prompts import Prompt, encode_for_choice, reads_plain
 from loraloom.models.host import Host
 
 # The share of each expert's prompts by which a router is judged before it is fitted to all.
@@ -38,7 +37,7 @@ class RouterFit:
     def accuracy(self) -> float:
         counts = [(of.get(name, 0), sum(of.values())) for name, of in self.chosen.items()]
         right, every = map(sum, zip(*counts, strict=True))
-        return right / every if every else math.nan
+        return right / every
 
 
 def fit_router(
@@ -76,9 +75,7 @@ def fit_router(
             f"fit_router needs an adapter with router: prompt, got {name!r}, {adapter.config.title}"
         )
     experts = adapter.part_names
-    read = {
-        own: _prompts(host, tokenizer, of, adapter.prompt, limit) for own, of in prompts.items()
-    }
+    read = {own: _prompts(host, tokenizer, of, name, limit) for own, of in prompts.items()}
     fitted = experts if only is None else [*only]
     if odd := [one for one in experts if len(read.get(one, ())) < 2] + [
         one for one in (*read, *fitted) if one not in experts
@@ -89,24 +86,23 @@ def fit_router(
         )
     labels = [number for number, expert in enumerate(experts) for _ in read[expert]]
     ids = [prompt for expert in experts for prompt in read[expert]]
-    states, mask = _read(host, ids, adapter.num_layers_read)
-    targets = torch.tensor(labels, device=states.device)
+    places, states, owners = _read(host, ids, adapter.num_layers_read)
+    targets = torch.tensor([labels[place] for place in places], device=states.device)
     generator, held_out = torch.Generator().manual_seed(seed), torch.zeros(len(ids)).bool()
     for number in range(len(experts)):
         own = (targets.cpu() == number).nonzero().squeeze(1)
         own = own[torch.randperm(len(own), generator=generator)]
         held_out[own[: max(1, round(HELD_OUT * len(own)))]] = True
+    held_out = held_out.to(states.device)
     rows = [experts.index(one) for one in fitted]
-    before = {n: t.clone() for n, t in adapter.tensors().items() if n.startswith("shared.")}
-    adapter.learn_to_choose(states[~held_out], mask[~held_out], targets[~held_out], rows)
+    adapter.learn_to_choose(*_part(states, owners, ~held_out), targets[~held_out], rows)
     with torch.no_grad():
-        found = adapter.judge_parts(states[held_out], mask[held_out]).argmax(1).tolist()
+        found = adapter.judge_parts(*_part(states, owners, held_out)).argmax(1).tolist()
     chosen: dict[str, dict[str, int]] = {expert: {} for expert in experts}
     for label, choice in zip(targets[held_out].tolist(), found, strict=True):
         counts, expert = chosen[experts[int(label)]], experts[int(choice)]
         counts[expert] = counts.get(expert, 0) + 1
-    adapter.load_tensors({**adapter.tensors(), **before})
-    adapter.learn_to_choose(states, mask, targets, rows)
+    adapter.learn_to_choose(states, owners, targets, rows)
     return RouterFit(chosen)
 
 
@@ -114,14 +110,30 @@ def _prompts(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     given: Prompts,
-    form: PromptForm | None,
+    adapter: str,
     limit: int | None,
 ) -> list[Sequence[int]]:
     """Token ids of prompts; of a source they are what stands before what is learnt."""
+    if isinstance(given, str):
+        raise DataError(
+            "prompts must be a list of texts or of token ids, or a source, {'task': 'arc_easy'}, "
+            f"got the text {shown(given)}"
+        )
     if not isinstance(given, SourceConfig | Mapping):
-        encode = lambda text: encode_prompt(tokenizer, Prompt(text), form)[0]  # noqa: E731
-        return [encode(one) if isinstance(one, str) else one for one in given]
+        return [
+            encode_for_choice(host, tokenizer, Prompt(one, adapter))
+            if isinstance(one, str)
+            else one
+            for one in given
+        ]
     source = checked(SourceConfig, given)
+    if reads_plain(host, adapter) and source.format in ("instruction", "chat", "preference"):
+        if source.format != "instruction":
+            raise DataError(
+                f"experts whose prompts have different forms are told apart by plain texts, got a "
+                f"source with format: {source.format}; give its prompts as a list of texts"
+            )
+        source = source.model_copy(update={"template": "plain"})
     length = min(MAX_LENGTH, host.config.max_position_embeddings)
     rows = SourceEncoder(source, tokenizer, length).load(source.split or "train", limit)
     examples = [one.rows[0] for row in rows for one in row.pieces if any(one.rows[0].is_learnt)]
@@ -131,14 +143,19 @@ def _prompts(
     return [one.input_ids[:start] if start > 1 else one.input_ids for one, start in pairs]
 
 
-def _read(host: Host, ids: Sequence[Sequence[int]], num_layers: int) -> tuple[Tensor, Tensor]:
-    """The states of all prompts, [N, L, D] float32 on the host's device, and their mask."""
-    parts = [*host.prompt_states(ids, num_layers)]
-    length = max(states.shape[1] for _, states, _ in parts)
-    width = parts[0][1].shape[2]
-    states = torch.zeros(len(ids), length, width, device=host.device)
-    mask = torch.zeros(len(ids), length, device=host.device)
-    for places, own, real in parts:
-        states[places, : own.shape[1]] = own.to(states.dtype)
-        mask[places, : own.shape[1]] = real.to(mask.dtype)
-    return states, mask
+def _read(
+    host: Host, ids: Sequence[Sequence[int]], num_layers: int
+) -> tuple[list[int], Tensor, Tensor]:
+    """The places of prompts as they are read, their tokens' states, [T, D], and owners, [T]."""
+    places, states, owners = list[int](), [], []
+    for part, own, numbers in host.prompt_states(ids, num_layers):
+        states.append(own)
+        owners.append(numbers + len(places))
+        places += part
+    return places, torch.cat(states), torch.cat(owners)
+
+
+def _part(states: Tensor, owners: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Take some prompts' tokens, and number these anew."""
+    kept = wanted[owners]
+    return states[kept], (wanted.cumsum(0) - 1)[owners[kept]]

@@ -154,7 +154,7 @@ def _chosen(
     Such a choice is told as that of a router in front of all layers, for each token of a row.
     """
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
-    prompts = [requests[at][1].input_ids[: requests[at][1].predictors[0] + 1] for at in scored]
+    prompts = [_prompt_of(requests[at][1]) for at in scored]
     choices = host.choose(prompts, [requests[at][0] for at in scored])
     chosen, routed = [*requests], defaultdict[str, dict[int, list[float]]](dict)
     for place, (adapter, probabilities) in zip(scored, choices, strict=True):
@@ -173,6 +173,11 @@ def _chosen(
         record = LayerRouting(0, p.clamp_min(1e-30).log(), selected, weights, "prompt")
         on_routing(RoutedRows(name, [*of_places], rows, [record]))
     return chosen
+
+
+def _prompt_of(row: TokenRow) -> Sequence[int]:
+    # all of a text, which has no prompt
+    return row.input_ids[: row.predictors[0] + 1] if row.predictors[0] else row.input_ids
 
 
 def _forward(

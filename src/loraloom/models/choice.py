@@ -1,6 +1,6 @@
 """Which of its adapters a routed one chooses for a whole prompt, by the base model's states.
 
-Axes: B prompts, L tokens, D hidden.
+Axes: B prompts, E experts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from loraloom.adapters.weighted_sum import write_sum
 from loraloom.errors import DataError
@@ -37,51 +38,50 @@ def choose(
 ) -> list[Choice]:
     choices = [Choice(adapter) for adapter in adapters]
     places: dict[str, list[int]] = {}
-    for place, adapter in enumerate(adapters):
+    for place, (adapter, _) in enumerate(zip(adapters, prompts, strict=True)):
         name, _ = name_and_scale(adapter)
         if name is not None and host.adapter(name).num_layers_read is not None:
             places.setdefault(name, []).append(place)
     for name, own in places.items():
         router, read = host.adapter(name), [prompts[place] for place in own]
         experts, count = router.part_names, router.config.experts_per_token
-        for part, states, mask in host.prompt_states(read, router.num_layers_read):
-            logits = router.judge_parts(states, mask)  # (B, E)
+        for part, states, owners in host.prompt_states(read, router.num_layers_read):
+            logits = router.judge_parts(states, owners)  # (B, E)
             top, chosen = logits.topk(count)
-            rows = zip(
-                part,
-                top.softmax(-1).tolist(),
-                chosen.tolist(),
-                logits.softmax(-1).tolist(),
-                strict=True,
-            )
+            columns = (top.softmax(-1), chosen, logits.softmax(-1))
+            rows = zip(part, *(one.tolist() for one in columns), strict=True)
             for at, weights, numbers, probabilities in rows:
+                row = _row([f"{name}/{experts[number]}" for number in numbers], weights)
                 _, scale = name_and_scale(adapters[own[at]])
-                names = [f"{name}/{experts[number]}" for number in numbers]
-                row: Any = (names[0], scale) if scale != 1 else names[0]
-                if len(names) > 1:
-                    row = write_sum([(n, w * scale) for n, w in zip(names, weights, strict=True)])
+                row = row if scale == 1 else (row, scale)
                 choices[own[at]] = Choice(row, dict(zip(experts, probabilities, strict=True)))
     return choices
 
 
+def _row(names: Sequence[str], weights: Sequence[float]) -> str:
+    """Name an expert, or a sum; of hundredths, so that rows share sums."""
+    rounded = [(n, round(w, 2)) for n, w in zip(names, weights, strict=True) if w >= 0.005]
+    return names[0] if len(rounded) == 1 else write_sum(rounded)
+
+
 def batches_of(
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]], vocab_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Cut prompts into batches of like lengths: places, token ids padded on the right, a mask."""
-    if any(not prompt for prompt in prompts):
-        raise DataError("a prompt by which an adapter is chosen must have tokens, got none")
+    if any(not prompt or not 0 <= min(prompt) <= max(prompt) < vocab_size for prompt in prompts):
+        raise DataError(
+            f"a prompt by which an adapter is chosen must have tokens, all from 0 to "
+            f"{vocab_size - 1}, got none or others"
+        )
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     while order:
         length = min(len(prompts[order[0]]), MAX_PROMPT)
         count = max(1, MAX_TOKENS // length)
         places, order = order[:count], order[count:]
-        cut = [list(prompts[place])[-MAX_PROMPT:] for place in places]
-        ids = torch.tensor([one + [0] * (length - len(one)) for one in cut])
-        yield (
-            places,
-            ids,
-            torch.tensor([[place < len(one) for place in range(length)] for one in cut]),
-        )
+        cut = [torch.tensor([*prompts[place]][-MAX_PROMPT:]) for place in places]
+        lengths = torch.tensor([*map(len, cut)])
+        mask = (lengths[:, None] > torch.arange(length)).long()
+        yield places, pad_sequence(cut, batch_first=True), mask
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from loraloom.adapters.base import SampleTokens
-from loraloom.adapters.method import Adapter, AdapterConfig, ReadAdapter, check_config
+from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
@@ -163,7 +163,10 @@ class Host:
         """
         self._registry.check_unmerged("start an adapter")
         found = {own: self._source(place) for own, place in check_config(config).sources.items()}
-        config = config.of_sources({n: one for n, (one, _) in found.items()}) if found else config
+        if found:
+            config = config.with_experts({own: one for own, (one, _) in found.items()})
+        else:
+            config.check_begins()
         adapter = self._registry.build(name, config, seed)
         for own, (_, tensors) in found.items():
             adapter.part(own).load_tensors(tensors)
@@ -177,20 +180,21 @@ class Host:
             )
         return self._registry.register(adapter)
 
-    def _source(self, place: str) -> tuple[ReadAdapter, Mapping[str, Tensor]]:
+    def _source(self, place: str) -> tuple[Expert, Mapping[str, Tensor]]:
         """Read an adapter that another one is to be made of: one on the host, or from files."""
-        if place in self.adapters:
-            held = self.adapters[place]
-            return ReadAdapter(held.config, held.prompt), held.tensors()
+        if place.partition("/")[0] in self.adapters:
+            held = self._registry.get(place)
+            return Expert(adapter=held.config, prompt=held.prompt), held.tensors()
         stored = read_stored(find_adapter(place))
         config, tensors = fit_to_base(stored, self.base)
-        return ReadAdapter(config, stored.prompt), tensors
+        return Expert(adapter=config, prompt=stored.prompt), tensors
 
     def add_experts(self, adapter: str, experts: Mapping[str, str], *, name: str) -> Adapter:
         """Make a new routed adapter of all experts of another one, which stays, and further ones.
 
-        What was there is the same bit by bit; the new experts' routers begin as in a new adapter,
-        and `fit_router(..., only=[...])`, or training, teaches them alone.
+        What was there is the same bit by bit. The new experts' routers begin as in a new adapter;
+        `fit_router(..., only=[...])` teaches those of a router by prompt alone, and in training
+        `lr_ratios` keeps the others' rows as they are.
 
         Args:
             adapter: The routed adapter's name.
@@ -198,7 +202,7 @@ class Host:
             name: The new adapter's.
         """
         source = self._registry.get(adapter)
-        extended = self.add(name, source.config.with_sources(experts))
+        extended = self.add(name, source.config.with_experts(experts))
         extended.load_tensors({**extended.tensors(), **source.tensors()})
         extended.prompt = source.prompt
         return extended
@@ -216,17 +220,18 @@ class Host:
         """Compute the base model's states of prompts behind so many layers; 0: the embeddings.
 
         Yields:
-            For a batch, the prompts' places, states, [B, L, D], and which are real, [B, L].
+            For a batch the prompts' places, the states of their tokens, [T, D], and whose they are,
+            [T], by the number in the batch.
         """
-        for places, ids, mask in batches_of(prompts):
-            ids, mask = ids.to(self.device), mask.to(self.device)
-            if num_layers == 0:
-                yield places, self.model.get_input_embeddings()(ids), mask
-                continue
-            layer = self.model.get_submodule(self.base.layers_path)[num_layers - 1]
-            with self._inside, running(None), output_of(layer) as found:
-                self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-            yield places, found[0], mask
+        module = self.model.get_input_embeddings()
+        if num_layers:
+            module = self.model.get_submodule(self.base.layers_path)[num_layers - 1]
+        for places, ids, mask in batches_of(prompts, self.config.vocab_size):
+            with self._inside, running(None), output_of(module) as found:
+                inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+                self._decoder(**inputs, use_cache=False)
+            owners, columns = (one.to(self.device) for one in mask.nonzero(as_tuple=True))
+            yield places, found[0][owners, columns], owners
 
     def load(
         self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
@@ -390,8 +395,9 @@ class Host:
             model_inputs: Passed to the base model: `past_key_values`, `position_ids`, ...
         """
         forward = self._forward(
-            input_ids, attention_mask, adapters, sample_keys, training=training, record={}
-        )
+            input_ids, attention_mask, adapters, sample_keys, training=training, record={},
+            is_whole=not _has_read(model_inputs),
+        )  # fmt: skip
         mask = self._fit(forward, attention_mask, model_inputs)
         with self._run(forward):
             out = self.model(input_ids=input_ids, attention_mask=mask, **model_inputs)
@@ -424,8 +430,9 @@ class Host:
             # With a mask transformers would let samples see each other.
             attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
         forward = self._forward(
-            input_ids, real, adapters, sample_keys, sample_lengths, training=training, record={}
-        )
+            input_ids, real, adapters, sample_keys, sample_lengths, training=training, record={},
+            is_whole=not _has_read(model_inputs),
+        )  # fmt: skip
         model_inputs.setdefault("use_cache", False)
         is_packed = sample_lengths is not None
         mask = self._fit(forward, attention_mask, model_inputs, is_packed=is_packed)
@@ -594,11 +601,14 @@ class Host:
         training: bool | None = None,
         record: Record | None = None,
         prepared: PreparedWeights | None = None,
+        is_whole: bool = True,
     ) -> ForwardContext:
         batch_size, length = input_ids.shape
         training = self.training if training is None else training
         if not training:
-            adapters = self._chosen(input_ids, attention_mask, adapters)
+            adapters = self._chosen(
+                input_ids, attention_mask, adapters, is_whole=is_whole and sample_lengths is None
+            )
         rows = self._registry.rows(adapters, batch_size)
         is_compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
         if torch.is_grad_enabled() and (is_compiled or self.model._compiled_call_impl is not None):
@@ -642,7 +652,12 @@ class Host:
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
 
     def _chosen(
-        self, input_ids: Tensor, mask: Tensor | None, adapters: RowAdapters
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        adapters: RowAdapters,
+        *,
+        is_whole: bool = True,
     ) -> list[RowAdapter]:
         """Name rows' adapters; those that are chosen by prompt, by the row's tokens here."""
         rows = self._registry.rows(adapters, len(input_ids))  # a text is no list of names
@@ -650,10 +665,10 @@ class Host:
         if all(row is None or row[0].num_layers_read is None for row in rows):
             return names
         real = torch.ones(input_ids.shape) if mask is None else mask.cpu()
-        if real.shape != input_ids.shape:
+        if not is_whole or input_ids.is_floating_point() or real.shape != input_ids.shape:
             raise AdapterError(
-                "an adapter that is chosen by prompt needs all of it in one forward, with an "
-                "attention_mask of its tokens; ask `host.choose` first, and give what it chose"
+                "an adapter that is chosen by prompt needs a row's tokens in one forward, without "
+                "a cache; ask host.choose first and give what it chose, or call host.generate"
             )
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids.cpu(), real, strict=True)]
         return [one.adapter for one in choose(self, prompts, names)]
@@ -707,7 +722,10 @@ class Host:
         names = rows.adapters
         if len(names) == 1 or self._prepared_here() is not None:  # within `generate`, beams
             names = rows.expanded(len(tokens))
-        forward = self._forward(tokens, mask, names, keys, training=rows.training, record=record)
+        forward = self._forward(
+            tokens, mask, names, keys, training=rows.training, record=record,
+            is_whole=not _has_read(inputs),
+        )  # fmt: skip
         # As transformers does it.
         if forward.checkpointing:
             inputs["use_cache"] = False
@@ -721,7 +739,7 @@ class Host:
     ) -> Tensor | None:
         """Add up what adapters add to the objective; None for nothing."""
         losses = [
-            self.adapters[name].config.auxiliary_loss(records, samples.get(name))
+            self.adapter(name).config.auxiliary_loss(records, samples.get(name))
             for name, records in routing.items()
         ]
         present = [loss for loss in losses if loss is not None]
@@ -740,6 +758,12 @@ def _routing_of(
     record = {name: routing for name, routing in (forward.record or {}).items() if routing}
     routing = {name: join_routing(entries) for name, entries in record.items()}
     return routing, {name: forward.layout.sample_tokens(name) for name in record}
+
+
+def _has_read(inputs: Mapping[str, Any]) -> bool:
+    """Whether a cache among a forward's arguments holds tokens."""
+    caches = (inputs.get(name) for name in ("cache", "past_key_values"))
+    return any(cache is not None and cache.get_seq_length() for cache in caches)
 
 
 def _cache_of(output: Any) -> Any:

@@ -93,7 +93,8 @@ class AdapterRegistry:
         return adapter
 
     def remove(self, name: str) -> None:
-        self.get(name)
+        if self.get(name) is not self.adapters.get(name):
+            raise AdapterError(f"{name} is a part of another adapter; remove that")
         if self.merged is not None and name == self.merged.name:
             self.check_unmerged("remove it")
         gone = self.adapters.pop(name)

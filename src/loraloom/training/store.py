@@ -294,11 +294,14 @@ class RunDirectory:
 
     def check_sources(self, jobs: Sequence[JobConfig]) -> None:
         jobs_by_path = {self.job(job.name).resolve(): job.name for job in jobs}
+        names = set(jobs_by_path.values())
         for job in jobs:
             objective = job.train.objective
             start = job.start_from
             starts = [start] if isinstance(start, str) else start or ()
             sources = [("start_from", source) for source in starts]
+            experts = job.adapter.sources.values()
+            sources += [("adapter.experts", str(self.job(n)) if n in names else n) for n in experts]
             if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
                 sources.append(("train.objective.reference", objective.reference))
             for setting, source in sources:

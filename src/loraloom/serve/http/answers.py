@@ -10,7 +10,7 @@ from fastapi import Request
 from openai.types.chat.chat_completion_message_function_tool_call import Function
 from typing_extensions import override
 
-from loraloom.generation.prompts import Prompt, encode_prompt, read_prompt
+from loraloom.generation.prompts import Prompt, encode_prompt, read_prompts
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
@@ -37,7 +37,7 @@ class ChatExchange(Exchange):
         grammar = json_grammar(body)
         constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
         prompt = chat_prompt(body, adapter)
-        ids, continues, choice = read_prompt(backend.engine.host, backend.tokenizer, prompt)
+        ((ids, continues, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
@@ -99,17 +99,21 @@ class TextExchange(Exchange):
         if num > most:  # before they take up memory
             text = f"a request may ask for at most {most} completions, got {num}; ask for fewer"
             raise RequestError(f"{text} at once", "queue_full")
-        for prompt in body.prompts:
-            if isinstance(prompt, str):
-                prompt, _ = encode_prompt(self.backend.tokenizer, Prompt(prompt), raw=True)
-            self._prompts.append(prompt)
+        tokenizer, host = self.backend.tokenizer, self.backend.engine.host
+        self._prompts = [
+            encode_prompt(tokenizer, Prompt(one), raw=True)[0] if isinstance(one, str) else one
+            for one in body.prompts
+        ]
+        choices = host.choose(self._prompts, [adapter] * len(self._prompts))
+        for prompt, choice in zip(self._prompts, choices, strict=True):
             request = GenerationRequest(
                 prompt,
-                adapter,
+                choice.adapter,
                 owner,
                 num_logprobs=body.logprobs,
                 continues=True,
                 scores_prompt=body.echo and body.logprobs is not None,
+                probabilities=choice.probabilities,
             )
             requests += self.several(request, body.max_tokens)
         self.num_prompt = sum(map(len, self._prompts))

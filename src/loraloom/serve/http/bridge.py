@@ -147,6 +147,7 @@ class Exchange(ABC):
         http.scope[USAGE] = self.usage
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._rows: list[Row] = []
+        self._told: set[int] = set()
         # nothing else reads from the connection while the engine works
         self._gone = asyncio.create_task(self._until_disconnected())
         self._gone.add_done_callback(self._cancel_rows)
@@ -164,10 +165,11 @@ class Exchange(ABC):
         """The choice of the chunk in which a piece of an answer is told."""
 
     def chosen(self, index: int) -> dict[str, Any]:
-        """Tell which adapter answers, where a router has chosen it, and how sure it was."""
+        """Tell once which adapter answers, where a router has chosen it, and how sure it was."""
         request = self._rows[index].request
-        if request.probabilities is None:
+        if request.probabilities is None or index in self._told:
             return {}
+        self._told.add(index)
         parts = (request.adapter_name or "").split("+")
         names = "+".join(part.rpartition("/")[2] for part in parts)
         return {"chosen": {"adapter": names, "probabilities": dict(request.probabilities)}}
