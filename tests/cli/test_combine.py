@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import loraloom
 from loraloom import LoraConfig, PromptForm, RoutedConfig, fit_router
 from loraloom.cli.main import main
 from loraloom.cli.options import tell_unknown_prompts
+from tests.cli.test_generate import write_rows
 from tests.generation.saved import save_tiny
 from tests.tiny import randomise
 
@@ -95,9 +94,9 @@ def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
 
 @pytest.mark.parametrize("by", ["arrow", "cat", "linear"])
 def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
-    weights = [] if by == "arrow" else ["--weight", "law=0.5"]
-    third = f"--adapter=combined={saved / 'law'}"
-    assert combine(saved, tmp_path / "one", third, "--by", by, *weights) == 0
+    more = [f"--adapter=combined={saved / 'law'}", "--by", by]
+    more += [] if by == "arrow" else ["--weight", "law=0.5"]
+    assert combine(saved, tmp_path / "one", *more) == 0
     assert f"by {by}" in capsys.readouterr().out
 
 
@@ -128,16 +127,12 @@ def test_an_expert_goes_wherever_an_adapters_name_does(saved, tmp_path, capsys, 
     one, law = f"--adapter=one={saved / 'one'}", f"--adapter=law={saved / 'law'}"
     ask = ["generate", *base, one, "--max-new-tokens", "6"]
     assert main([*ask, law, "--prompt", "a", "--no-base", "--adapter=one/law:1+one/math:0"]) == 0
-    text = capsys.readouterr().out.split("[law]\n")[1]
-    alike, of_sum = text.split("[one/law:1+one/math:0]\n")
-    assert alike == of_sum
+    alike = capsys.readouterr().out.split("[law]\n")[1].split("[one/law:1+one/math:0]\n")
     names = ["one/law", ["one/law", 1], "one/law:1", "one/law+law:0"]
-    rows = "".join(f"{json.dumps({'prompt': 'a', 'adapter': name})}\n" for name in names)
-    (tmp_path / "in.jsonl").write_text(rows)
-    assert main([*ask, law, "--input", str(tmp_path / "in.jsonl")]) == 0
+    rows = [{"prompt": "a", "adapter": name} for name in names]
+    assert main([*ask, law, "--input", write_rows(tmp_path / "in.jsonl", *rows)]) == 0
     written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["adapter"] for row in written] == names
-    assert {row["completion"] + "\n" for row in written} == {alike}
+    assert {row["completion"] + "\n" for row in written} == {*alike}
     for name, message in [("two/law", "loads, got two in two/law"), ("one/x", "(law, math)")]:
         assert main([*ask, "--prompt", "a", "--adapter", name]) == 2
         assert message in capsys.readouterr().err
@@ -155,11 +150,29 @@ def test_an_expert_goes_wherever_an_adapters_name_does(saved, tmp_path, capsys, 
 
 
 def test_forms_are_unknown_where_no_expert_has_one(saved, capsys):
-    host = loraloom.attach(loraloom.load_base_model(str(saved / "base"))[0])
-    tokenizer: Any = SimpleNamespace(chat_template="x")
+    model, tokenizer = loraloom.load_base_model(str(saved / "base"))
+    host, tokenizer.chat_template = loraloom.attach(model), "x"
     host.load("one", saved / "one")
     tell_unknown_prompts(host, tokenizer)
     assert "note: one: the adapter's files" in capsys.readouterr().err
     host.adapter("one/law").prompt = PromptForm(format="chat")
     tell_unknown_prompts(host, tokenizer)
     assert capsys.readouterr().err == ""
+
+
+def test_rows_tell_whom_a_router_chose(saved, tmp_path):
+    rows = [{"prompt": "the court", "adapter": name} for name in ("one", "one/law", "one/math")]
+    path, output = write_rows(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    words = ["--base-model", str(saved / "base"), f"--adapter=one={saved / 'one'}"]
+    words = ["generate", *words, "--device", "cpu", "--input", path, "--output", str(output)]
+    assert main(words) == 0
+    whole = output.read_text()
+    chosen, of_law, of_math = map(json.loads, whole.splitlines())
+    assert chosen["completion"] == of_law["completion"] != of_math["completion"]
+    assert (chosen["chosen"]["adapter"], *chosen["chosen"]["probabilities"]) == (
+        "law",
+        "law",
+        "math",
+    )
+    output.write_text(whole.splitlines(keepends=True)[0])
+    assert (main([*words, "--resume"]), output.read_text()) == (0, whole)

@@ -103,12 +103,11 @@ def generate(
 
 def _chosen(completion: Completion) -> dict[str, Any]:
     """Tell which adapter answered, where a router has chosen it, as the server does."""
-    probabilities = getattr(completion, "probabilities", None)
-    if probabilities is None:
+    if completion.probabilities is None:
         return {}
-    name, _ = name_and_scale(getattr(completion, "adapter", None))
+    name, _ = name_and_scale(completion.adapter)
     names = "+".join(part.rpartition("/")[2] for part in str(name).split("+"))
-    return {"chosen": {"adapter": names, "probabilities": dict(probabilities)}}
+    return {"chosen": {"adapter": names, "probabilities": dict(completion.probabilities)}}
 
 
 def _write(options: GenerateOptions, rows: Rows, answers: Rows) -> None:
