@@ -169,10 +169,6 @@ def test_rows_tell_whom_a_router_chose(saved, tmp_path):
     whole = output.read_text()
     chosen, of_law, of_math = map(json.loads, whole.splitlines())
     assert chosen["completion"] == of_law["completion"] != of_math["completion"]
-    assert (chosen["chosen"]["adapter"], *chosen["chosen"]["probabilities"]) == (
-        "law",
-        "law",
-        "math",
-    )
+    assert (chosen["chosen"]["adapter"], len(chosen["chosen"]["probabilities"])) == ("law", 2)
     output.write_text(whole.splitlines(keepends=True)[0])
     assert (main([*words, "--resume"]), output.read_text()) == (0, whole)
