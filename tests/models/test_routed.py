@@ -128,7 +128,7 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
     assert [one.adapter for one in choices] == ["auto/dora", ("auto/law", 0.5), None]
     assert max(choices[0].probabilities, key=choices[0].probabilities.get) == "dora"
     # the formula, from the base model's states
-    head = host.adapters["auto"]._head
+    head = host.adapters["auto"].chooser
     with torch.no_grad():
         states = host.model(torch.tensor([prompts[0]]), output_hidden_states=True).hidden_states
         scores = states[layers][0] @ head.router.T + head.offsets
@@ -290,7 +290,7 @@ def test_what_cant_be_routed_says_why():
     ]:
         with pytest.raises(AdapterError, match=message):
             host(tiny_ids(1), adapters=[row])
-    for row, message in [([5], "must be fitted to prompts first"), ([97], "all from 0 to 96")]:
+    for row, message in [([5], "must be fitted first"), ([97], "all from 0 to 96")]:
         with pytest.raises((AdapterError, DataError), match=message):
             host.choose([row], ["auto"])
     with pytest.raises(AdapterError, match="settings alone, without weights"):

@@ -352,6 +352,26 @@ class OwnModule(Weights):
         """Give a parameter, here the base's, with which the module itself computes the same."""
 
 
+class Chooser(Weights):
+    """What judges an adapter's parts by a prompt, from the base model's states."""
+
+    num_layers_read: int
+    """Of how many decoder layers the last one's states are read; 0: those of the embeddings."""
+
+    @abstractmethod
+    def forward(self, states: Tensor, owners: Tensor) -> Tensor:
+        """Compute the parts' logits, [B, E].
+
+        Args:
+            states: Of all tokens of all prompts, [T, D].
+            owners: The number of each token's prompt, [T], from 0 to B - 1.
+        """
+
+    @abstractmethod
+    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
+        """Fit what judges these parts to prompts whose parts' numbers are targets, [B]."""
+
+
 class Adapter(nn.Module, ABC):
     """A named set of trained weights on a base model.
 
@@ -378,6 +398,7 @@ class Adapter(nn.Module, ABC):
         self.own_modules = nn.ModuleList()
         self.prompt: PromptForm | None = None  # how its training data writes prompts
         self.is_trained = True  # what isn't is refused in training
+        self.chooser: Chooser | None = None  # of one of its parts, for a whole prompt
         # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
@@ -524,29 +545,6 @@ class Adapter(nn.Module, ABC):
                 f"({known})"
             )
         return self.parts[1 + self.part_names.index(name)]
-
-    @property
-    def num_layers_read(self) -> int | None:
-        """Of how many decoder layers the last one's states choose a part for a whole prompt.
-
-        0: those of the embeddings; None: nothing is chosen so.
-        """
-        return None
-
-    def judge_parts(self, states: Tensor, owners: Tensor) -> Tensor:
-        """Judge parts by prompts' states: logits, [B, E].
-
-        Args:
-            states: Of all tokens of all prompts, [T, D].
-            owners: The number of each token's prompt, [T], from 0 to B - 1.
-        """
-        raise NotImplementedError(f"{type(self).__name__} chooses by no prompt")
-
-    def learn_to_choose(
-        self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]
-    ) -> None:
-        """Fit what judges these parts to prompts whose parts' numbers are targets, [B]."""
-        raise NotImplementedError(f"{type(self).__name__} chooses by no prompt")
 
     def projections(self) -> Iterator[Projection]:
         """Yield the weights on all projections, layer after layer."""

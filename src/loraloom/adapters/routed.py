@@ -22,6 +22,7 @@ from loraloom.adapters.method import (
     MAX_NUMBER,
     Adapter,
     AdapterConfig,
+    Chooser,
     Expert,
     Projection,
 )
@@ -192,8 +193,9 @@ class RoutedAdapter(LowRankAdapter):
             lambda parts: _Routed(parts, config, len(experts), dtype, seed),
         )
         Adapter.__init__(self, name, config, base_layers, layers)
-        width, device = base_layers[0].hidden_size, base_layers[0].projections[0].device
-        self._head: Any = PromptRouter(len(experts), width, dtype, device) if by_prompt else None
+        if by_prompt:
+            width, device = base_layers[0].hidden_size, base_layers[0].projections[0].device
+            self.chooser = PromptRouter(config, width, dtype, device)
         self.experts = nn.ModuleList(experts)
         if not config.train_experts:
             self.experts.requires_grad_(False)
@@ -209,22 +211,6 @@ class RoutedAdapter(LowRankAdapter):
     def part_names(self) -> Sequence[str]:
         return list(self.config.experts)
 
-    @property
-    def num_layers_read(self) -> int | None:
-        return self.config.num_layers_read if self.config.router == "prompt" else None
-
-    def judge_parts(self, states: Tensor, owners: Tensor) -> Tensor:
-        if not self._head.router.any():
-            raise AdapterError(
-                f"the router of {self.name!r} must be fitted to prompts first; call fit_router"
-            )
-        return self._head(states, owners) / self.config.temperature
-
-    def learn_to_choose(
-        self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]
-    ) -> None:
-        self._head.fit(states, owners, targets, parts)
-
     @torch.no_grad()
     def begin(self) -> None:
         for one in self.projections():
@@ -235,7 +221,7 @@ class RoutedAdapter(LowRankAdapter):
         """Return each expert's tensors behind its number, and those of the routers."""
         parts = enumerate(self.parts[1:])
         of_experts = {f"experts.{e}.{n}": t for e, one in parts for n, t in one.tensors().items()}
-        holders = [*self.layers.modules(), self._head]
+        holders = [*self.layers.modules(), self.chooser]
         routers = [one for one in holders if isinstance(one, Weights)]
         return {name: tensor for one in routers for name, tensor in one.tensors()} | of_experts
 
@@ -307,31 +293,32 @@ class _Routed(SumProjection):
         return f"{self.key}.experts.{expert}.router"
 
 
-class PromptRouter(Weights):
+class PromptRouter(Chooser):
     """Logits of a prompt's experts: of each the log of the mean over tokens of exp(w·h + b)."""
 
-    def __init__(self, num_experts: int, width: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: RoutedConfig, width: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        options: Any = {"dtype": dtype, "device": device}
-        self.router = nn.Parameter(torch.zeros(num_experts, width, **options), requires_grad=False)
-        self.offsets = nn.Parameter(torch.zeros(num_experts, **options), requires_grad=False)
+        zeros = torch.zeros(len(config.experts), width + 1, dtype=dtype, device=device)
+        self.router = nn.Parameter(zeros[:, 1:].clone(), requires_grad=False)
+        self.offsets = nn.Parameter(zeros[:, 0].clone(), requires_grad=False)
+        self.num_layers_read, self.temperature = config.num_layers_read, config.temperature
 
     def forward(self, states: Tensor, owners: Tensor) -> Tensor:
-        """From states, [T, D], of prompts that own them, [T], to logits, [B, E]."""
-        return _logits(states, owners, self.router, self.offsets)
+        if not self.router.any():
+            raise AdapterError("a router by prompt must be fitted first; call fit_router")
+        return _logits(states, owners, self.router, self.offsets) / self.temperature
 
     @torch.enable_grad()
-    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, rows: Sequence[int]) -> None:
-        """Fit these rows by the cross-entropy of targets, [B], as if states were standardised."""
-        parts = states.split(CHUNK)
-        mean = torch.stack([part.float().sum(0) for part in parts]).sum(0) / len(states)
-        squares = torch.stack([(part.float() - mean).square().sum(0) for part in parts]).sum(0)
+    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
+        rows, chunks = list(parts), states.split(CHUNK)
+        mean = torch.stack([part.float().sum(0) for part in chunks]).sum(0) / len(states)
+        squares = torch.stack([(part.float() - mean).square().sum(0) for part in chunks]).sum(0)
         std = (squares / len(states)).sqrt() + 1e-5
         weight = torch.zeros(len(rows), states.shape[1], device=states.device, requires_grad=True)
         offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
         with torch.no_grad():
-            fixed = self(states, owners).float()
+            fixed = _logits(states, owners, self.router, self.offsets).float()
         places = torch.tensor(rows, device=states.device)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))

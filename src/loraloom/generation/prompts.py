@@ -138,7 +138,7 @@ def choose_for(
     routed = []
     for place, prompt in enumerate(prompts):
         name, _ = name_and_scale(prompt.adapter)
-        if name is not None and host.adapter(name).num_layers_read is not None:
+        if name is not None and host.adapter(name).chooser is not None:
             routed.append(place)
     choices = [Choice(prompt.adapter) for prompt in prompts]
     ids = [encode_for_choice(host, tokenizer, prompts[place], raw=raw) for place in routed]

@@ -70,7 +70,8 @@ def fit_router(
         DataError: If an expert has fewer than two prompts, or there is no such expert.
     """
     adapter = host.adapter(name)
-    if adapter.num_layers_read is None:
+    chooser = adapter.chooser
+    if chooser is None:
         raise AdapterError(
             f"fit_router needs an adapter with router: prompt, got {name!r}, {adapter.config.title}"
         )
@@ -86,7 +87,7 @@ def fit_router(
         )
     labels = [number for number, expert in enumerate(experts) for _ in read[expert]]
     ids = [prompt for expert in experts for prompt in read[expert]]
-    places, states, owners = _read(host, ids, adapter.num_layers_read)
+    places, states, owners = _read(host, ids, chooser.num_layers_read)
     targets = torch.tensor([labels[place] for place in places], device=states.device)
     generator, held_out = torch.Generator().manual_seed(seed), torch.zeros(len(ids)).bool()
     for number in range(len(experts)):
@@ -95,14 +96,14 @@ def fit_router(
         held_out[own[: max(1, round(HELD_OUT * len(own)))]] = True
     held_out = held_out.to(states.device)
     rows = [experts.index(one) for one in fitted]
-    adapter.learn_to_choose(*_part(states, owners, ~held_out), targets[~held_out], rows)
+    chooser.fit(*_part(states, owners, ~held_out), targets[~held_out], rows)
     with torch.no_grad():
-        found = adapter.judge_parts(*_part(states, owners, held_out)).argmax(1).tolist()
+        found = chooser(*_part(states, owners, held_out)).argmax(1).tolist()
     chosen: dict[str, dict[str, int]] = {expert: {} for expert in experts}
     for label, choice in zip(targets[held_out].tolist(), found, strict=True):
         counts, expert = chosen[experts[int(label)]], experts[int(choice)]
         counts[expert] = counts.get(expert, 0) + 1
-    adapter.learn_to_choose(states, owners, targets, rows)
+    chooser.fit(states, owners, targets, rows)
     return RouterFit(chosen)
 
 

@@ -40,13 +40,13 @@ def choose(
     places: dict[str, list[int]] = {}
     for place, (adapter, _) in enumerate(zip(adapters, prompts, strict=True)):
         name, _ = name_and_scale(adapter)
-        if name is not None and host.adapter(name).num_layers_read is not None:
+        if name is not None and host.adapter(name).chooser is not None:
             places.setdefault(name, []).append(place)
     for name, own in places.items():
         router, read = host.adapter(name), [prompts[place] for place in own]
         experts, count = router.part_names, router.config.experts_per_token
-        for part, states, owners in host.prompt_states(read, router.num_layers_read):
-            logits = router.judge_parts(states, owners)  # (B, E)
+        for part, states, owners in host.prompt_states(read, router.chooser.num_layers_read):
+            logits = router.chooser(states, owners)  # (B, E)
             top, chosen = logits.topk(count)
             columns = (top.softmax(-1), chosen, logits.softmax(-1))
             rows = zip(part, *(one.tolist() for one in columns), strict=True)

@@ -662,7 +662,7 @@ class Host:
         """Name rows' adapters; those that are chosen by prompt, by the row's tokens here."""
         rows = self._registry.rows(adapters, len(input_ids))  # a text is no list of names
         names: list[RowAdapter] = [*(adapters or [None] * len(rows))]
-        if all(row is None or row[0].num_layers_read is None for row in rows):
+        if all(row is None or row[0].chooser is None for row in rows):
             return names
         real = torch.ones(input_ids.shape) if mask is None else mask.cpu()
         if not is_whole or input_ids.is_floating_point() or real.shape != input_ids.shape:
