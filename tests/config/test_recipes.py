@@ -7,17 +7,28 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from loraloom.eval.statistics import choose_pairs
-from loraloom.training.settings import load_run_config
+from loraloom.training.settings import JobConfig, load_run_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-RUN_FILES = sorted(p for p in RECIPES.rglob("*.yaml") if p.parent.name != "tasks")
+SOURCES = [RECIPES / "apart" / name for name in ("lands.yaml", "tasks.yaml")]
+RUN_FILES = sorted({p for p in RECIPES.rglob("*.yaml") if p.parent.name != "tasks"} - {*SOURCES})
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_a_recipe_is_a_run_file(path):
     assert load_run_config(path).base_model
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_sources_make_jobs(path, tmp_path):
+    recipe, of = runpy.run_path(str(RECIPES / "apart" / "run.py")), yaml.safe_load(path.read_text())
+    args = Namespace(of=of, output=tmp_path)
+    for kind in ("apart", *of["jobs"]):
+        for job in recipe["jobs_of"](args, kind, 0):
+            assert JobConfig.model_validate(job).name
 
 
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])

@@ -48,7 +48,7 @@ def quickstart(
     """Train eight adapters apart in the same steps, and make one model of them.
 
     Nothing is downloaded: the data set, `skills@8` (small rules in eight invented lands), and a
-    tiny base model that knows its language are made on the spot. Some four minutes on two slow
+    tiny base model that knows its language are made on the spot. Some three minutes on two slow
     processor cores.
 
     Args:
