@@ -172,3 +172,23 @@ def test_rows_tell_whom_a_router_chose(saved, tmp_path):
     assert (chosen["chosen"]["adapter"], len(chosen["chosen"]["probabilities"])) == ("law", 2)
     output.write_text(whole.splitlines(keepends=True)[0])
     assert (main([*words, "--resume"]), output.read_text()) == (0, whole)
+
+
+def test_chat_names_the_expert_that_answers(saved, capsys, monkeypatch):
+    lines = iter(["the court"])
+
+    def read(prompt):
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    words = [
+        "--base-model",
+        str(saved / "base"),
+        "--device",
+        "cpu",
+        f"--adapter=one={saved / 'one'}",
+    ]
+    assert main(["chat", *words, "--max-new-tokens", "4"]) == 0
+    assert "[one, law]" in capsys.readouterr().out

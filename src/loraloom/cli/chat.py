@@ -111,8 +111,10 @@ def _answer(
     answers = conversation.ask(text, models, sampling)
     try:
         for model, piece in answers:
-            if model != answering and len(models) > 1:
-                print(f"{'' if answering is None else chr(10)}[{model}]")
+            chosen = conversation.chosen.get(model)
+            if model != answering and (len(models) > 1 or chosen):
+                label = f"{model}, {chosen}" if chosen else model
+                print(f"{'' if answering is None else chr(10)}[{label}]")
             answering = model
             print(printed(piece), end="", flush=True)
     except KeyboardInterrupt:

@@ -20,11 +20,12 @@ from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
 from loraloom.durable import append_text, cut_torn_line, prepare_output
 from loraloom.errors import ConfigError, LoraloomError, shown
-from loraloom.generation.generate import Completion, complete, make_requests
+from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.models.layout import RowAdapter, name_and_scale
+from loraloom.models.choice import Choice, told
+from loraloom.models.layout import RowAdapter
 from loraloom.terminal import make_console, printed, show_progress
 
 Rows = Sequence[dict[str, Any]]
@@ -96,18 +97,11 @@ def generate(
             done = range(num_done, min(num_done + size, len(rows)))
             batch = complete(host, tokenizer, requests[done.start : done.stop], batch_size=size)
             num_done = done.stop
-            answers = [{"completion": one.text, **_chosen(one)} for one in batch]
+            choices = [Choice(one.adapter, one.probabilities) for one in batch]
+            pairs = zip(batch, choices, strict=True)
+            answers = [{"completion": one.text, **told(choice)} for one, choice in pairs]
             _write(options, rows[done.start : done.stop], answers)
             advance(done)
-
-
-def _chosen(completion: Completion) -> dict[str, Any]:
-    """Tell which adapter answered, where a router has chosen it, as the server does."""
-    if completion.probabilities is None:
-        return {}
-    name, _ = name_and_scale(completion.adapter)
-    names = "+".join(part.rpartition("/")[2] for part in str(name).split("+"))
-    return {"chosen": {"adapter": names, "probabilities": dict(completion.probabilities)}}
 
 
 def _write(options: GenerateOptions, rows: Rows, answers: Rows) -> None:

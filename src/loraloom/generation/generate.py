@@ -26,6 +26,7 @@ from loraloom.generation.prompts import (
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, GenerationRequest, Row
+from loraloom.models.choice import told
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter
 
@@ -165,6 +166,8 @@ class Conversation:
     raw: bool = False
     turns: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     """What the user said, and what each model answered."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """By model which of its adapters answers, where a router has chosen it."""
 
     def ask(
         self, text: str, models: Sequence[str], sampling: SamplingConfig
@@ -211,6 +214,8 @@ class Conversation:
             asked = Prompt(turns, adapter)
         (choice,) = choose_for(host, self.tokenizer, [asked], raw=self.raw)
         form = form_for(host, choice.adapter)
+        if telling := told(choice):
+            self.chosen[model] = telling["chosen"]["adapter"]
         ids, continues = encode_prompt(self.tokenizer, prompt(form), form, raw=self.raw)
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}

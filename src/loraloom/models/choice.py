@@ -28,6 +28,15 @@ class Choice(NamedTuple):
     probabilities: Mapping[str, float] | None = None
 
 
+def told(choice: Choice) -> dict[str, Any]:
+    """Tell people what a router has chosen, and how sure it was; nothing where none has."""
+    if choice.probabilities is None:
+        return {}
+    parts = str(name_and_scale(choice.adapter)[0]).split("+")
+    names = "+".join(part.rpartition("/")[2] for part in parts)
+    return {"chosen": {"adapter": names, "probabilities": dict(choice.probabilities)}}
+
+
 class _Enough(Exception):  # noqa: N818, it is none
     """The states that were asked for are there."""
 

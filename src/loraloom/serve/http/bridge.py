@@ -33,6 +33,7 @@ from loraloom.generation.sequence import (
     Row,
     log_failure,
 )
+from loraloom.models.choice import Choice, told
 from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.guards import TENANT, USAGE, answer_to
@@ -167,12 +168,10 @@ class Exchange(ABC):
     def chosen(self, index: int) -> dict[str, Any]:
         """Tell once which adapter answers, where a router has chosen it, and how sure it was."""
         request = self._rows[index].request
-        if request.probabilities is None or index in self._told:
+        if index in self._told:
             return {}
         self._told.add(index)
-        parts = (request.adapter_name or "").split("+")
-        names = "+".join(part.rpartition("/")[2] for part in parts)
-        return {"chosen": {"adapter": names, "probabilities": dict(request.probabilities)}}
+        return told(Choice(request.adapter, request.probabilities))
 
     def several(
         self,
