@@ -157,6 +157,17 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
             host(both[:, :1], adapters=["auto", "auto"], cache=cache)
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma3", "mistral3", "mixtral", "lfm2"])
+def test_states_of_prompts_are_the_base_models(family):
+    host, ids = tiny_host(family, {}, torch.float32), tiny_ids(2, 5)
+    with torch.no_grad():
+        expected = host.model(input_ids=ids, output_hidden_states=True).hidden_states
+    for layers in (0, 1):
+        ((places, states, owners),) = host.prompt_states(ids.tolist(), layers)
+        torch.testing.assert_close(states.view(2, 5, -1), expected[layers][places])
+        assert owners.tolist() == [0] * 5 + [1] * 5
+
+
 def test_several_experts_of_a_prompt_are_a_sum():
     host, _ = fitted(top_k=2, temperature=20.0)
     ids = torch.tensor([prompts_of(1)[0]])
