@@ -131,15 +131,21 @@ def _lay_out(name: str, content: Evaluation) -> dict[str, Any]:
 
 def lay_out(name: str, routing: Fields) -> dict[str, Any]:
     covered = {task: one for task, one in routing["tasks"].items() if one.get("load")}
-    found = routing.get("specialisation", {})
+    # what a choice for a prompt tells about its tokens is nothing
+    by_prompt = routing["layers"] == ["0.prompt"]
+    found = {} if by_prompt else routing.get("specialisation", {})
     return {
         "name": name,
         "routing": routing,
         "coverage": _coverage([*routing["tasks"].values()]),
         "layers": _rows(routing, covered) if covered else [],
-        "by": "task" if routing["layers"] == ["0.prompt"] else "layer",
+        "by": "task" if by_prompt else "layer",
         "specialisation": [_specialisation(found[k], k, routing["layers"]) for k in found],
-        "examples": {task: one["example"] for task, one in covered.items() if "example" in one},
+        "examples": {
+            task: one["example"]
+            for task, one in covered.items()
+            if "example" in one and not by_prompt
+        },
         "uniform_bits": math.log2(routing["num_experts"]),
     }
 
