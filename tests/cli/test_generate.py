@@ -7,6 +7,7 @@ import pytest
 from loraloom.cli import generate as verb
 from loraloom.cli import main as cli
 from loraloom.generation.generate import Completion
+from loraloom.models.choice import Choice
 from tests.generation.saved import save_tiny
 
 
@@ -37,7 +38,9 @@ def test_a_prompt_is_completed_on_the_terminal(run, monkeypatch, capsys):
     assert len(completion) > 1
     assert completion.endswith("\n")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setattr(verb, "complete", lambda *_, **__: [Completion([], [], "\x1b[2J\t\n")])
+    monkeypatch.setattr(
+        verb, "complete", lambda *_, **__: [Completion([], [], "\x1b[2J\t\n", Choice(None))]
+    )
     assert run("--prompt", "the sky") == 0
     assert capsys.readouterr().out == "\\x1b[2J\t\n\n"
 

@@ -1,6 +1,6 @@
 """Adapters that were trained apart as one: they stay as they are, and a router chooses among them.
 
-Axes: T tokens, I in_features, O out_features, E experts, B prompts, L their tokens, D hidden.
+Axes: T tokens, I in_features, O out_features, E experts, B prompts, D hidden.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.models.choice import Choice, told
+from loraloom.models.choice import told
 from loraloom.models.layout import RowAdapter
 from loraloom.terminal import make_console, printed, show_progress
 
@@ -97,9 +97,7 @@ def generate(
             done = range(num_done, min(num_done + size, len(rows)))
             batch = complete(host, tokenizer, requests[done.start : done.stop], batch_size=size)
             num_done = done.stop
-            choices = [Choice(one.adapter, one.probabilities) for one in batch]
-            pairs = zip(batch, choices, strict=True)
-            answers = [{"completion": one.text, **told(choice)} for one, choice in pairs]
+            answers = [{"completion": one.text, **told(one.choice)} for one in batch]
             _write(options, rows[done.start : done.stop], answers)
             advance(done)
 

@@ -33,8 +33,9 @@ NUM_LANDS = 8
 BASE_STEPS = 4000
 ROUTED = "one"
 CAUTION = """\
-Nobody had all rows, and no question says which adapter it is for. docs/combine.md makes the same of
-your own adapters; docs/when_a_mixture.md says what a mixture that is trained as one is worth."""
+Each of the eight saw the rows of its own land alone; the router tells the land by a word of the
+question. docs/combine.md does this with adapters of yours, and docs/when_a_mixture.md says what a
+mixture that is trained as one is worth."""
 
 
 def quickstart(

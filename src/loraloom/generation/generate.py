@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -26,7 +26,7 @@ from loraloom.generation.prompts import (
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, GenerationRequest, Row
-from loraloom.models.choice import told
+from loraloom.models.choice import Choice, told
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter
 
@@ -39,15 +39,13 @@ class Completion:
         prompt_ids: Tokens that were read.
         ids: Tokens that were generated, with the one that ended them if any did.
         text: Without stop texts, the end token and special tokens.
-        adapter: What answered; one of its experts where a router chose by the prompt.
-        probabilities: Of all experts, where it did.
+        choice: What answered; of a router by prompt its choice, and how sure it was.
     """
 
     prompt_ids: list[int]
     ids: list[int]
     text: str
-    adapter: RowAdapter = None
-    probabilities: Mapping[str, float] | None = None
+    choice: Choice
 
 
 def generate(
@@ -148,8 +146,7 @@ def complete(
             list(request.prompt_ids),
             rows[place].new_ids,
             texts[place],
-            rows[place].request.adapter,
-            rows[place].request.probabilities,
+            Choice(rows[place].request.adapter, rows[place].request.probabilities),
         )
         for place, request in enumerate(requests)
     ]

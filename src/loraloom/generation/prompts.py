@@ -21,7 +21,7 @@ from loraloom.data.templates import (
 )
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
-from loraloom.models.choice import Choice
+from loraloom.models.choice import Choice, is_routed
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
 
@@ -135,11 +135,7 @@ def choose_for(
     raw: bool = False,
 ) -> list[Choice]:
     """Tell what answers prompts: their adapters, or those that a router chooses."""
-    routed = []
-    for place, prompt in enumerate(prompts):
-        name, _ = name_and_scale(prompt.adapter)
-        if name is not None and host.adapter(name).chooser is not None:
-            routed.append(place)
+    routed = [place for place, one in enumerate(prompts) if is_routed(host, one.adapter)]
     choices = [Choice(prompt.adapter) for prompt in prompts]
     ids = [encode_for_choice(host, tokenizer, prompts[place], raw=raw) for place in routed]
     found = host.choose(ids, [prompts[place].adapter for place in routed])

@@ -19,6 +19,7 @@ from torch import Tensor
 from loraloom.data.tokens import Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.generation.rows import TokenRow, collate, example_row, make_rows, owners
+from loraloom.models.choice import is_routed
 from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
@@ -153,15 +154,18 @@ def _chosen(
 
     Such a choice is told as that of a router in front of all layers, for each token of a row.
     """
-    scored = [place for place, (_, row) in enumerate(requests) if row.targets]
+    scored = [
+        place
+        for place, (adapter, row) in enumerate(requests)
+        if row.targets and is_routed(host, adapter)
+    ]
     prompts = [_prompt_of(requests[at][1]) for at in scored]
     choices = host.choose(prompts, [requests[at][0] for at in scored])
     chosen, routed = [*requests], defaultdict[str, dict[int, list[float]]](dict)
     for place, (adapter, probabilities) in zip(scored, choices, strict=True):
-        name, _ = name_and_scale(requests[place][0])
+        name = str(name_and_scale(requests[place][0])[0])
         chosen[place] = adapter, requests[place][1]
-        if name is not None and probabilities is not None:
-            routed[name][place] = [*probabilities.values()]
+        routed[name][place] = [*(probabilities or {}).values()]
     for name, of_places in routed.items():
         if on_routing is None:
             break

@@ -41,6 +41,12 @@ class _Enough(Exception):  # noqa: N818, it is none
     """The states that were asked for are there."""
 
 
+def is_routed(host: Any, adapter: RowAdapter) -> bool:
+    """Whether a router chooses by the prompt what a row with this adapter gets."""
+    name, _ = name_and_scale(adapter)
+    return name is not None and host.adapter(name).chooser is not None
+
+
 @torch.no_grad()
 def choose(
     host: Any, prompts: Sequence[Sequence[int]], adapters: Sequence[RowAdapter]
@@ -48,9 +54,8 @@ def choose(
     choices = [Choice(adapter) for adapter in adapters]
     places: dict[str, list[int]] = {}
     for place, (adapter, _) in enumerate(zip(adapters, prompts, strict=True)):
-        name, _ = name_and_scale(adapter)
-        if name is not None and host.adapter(name).chooser is not None:
-            places.setdefault(name, []).append(place)
+        if is_routed(host, adapter):
+            places.setdefault(str(name_and_scale(adapter)[0]), []).append(place)
     for name, own in places.items():
         router, read = host.adapter(name), [prompts[place] for place in own]
         experts, count = router.part_names, router.config.experts_per_token

@@ -138,7 +138,7 @@ def lay_out(name: str, routing: Fields) -> dict[str, Any]:
         "name": name,
         "routing": routing,
         "coverage": _coverage([*routing["tasks"].values()]),
-        "layers": _rows(routing, covered) if covered else [],
+        "layers": _rows(routing, covered, by_prompt=by_prompt) if covered else [],
         "by": "task" if by_prompt else "layer",
         "specialisation": [_specialisation(found[k], k, routing["layers"]) for k in found],
         "examples": {
@@ -158,9 +158,9 @@ def _coverage(tasks: Sequence[Fields]) -> str:
     return text + kept if covered < asked else text
 
 
-def _rows(routing: Fields, tasks: Mapping[str, Fields]) -> list[dict[str, Any]]:
+def _rows(routing: Fields, tasks: Mapping[str, Fields], *, by_prompt: bool) -> list[dict[str, Any]]:
     """By layer over all tasks, or by task where a router has chosen once for a prompt."""
-    if routing["layers"] != ["0.prompt"]:
+    if not by_prompt:
         return _layer_rows(routing, [*tasks.values()])
     return [{**_layer_rows(routing, [of])[0], "label": task} for task, of in tasks.items()]
 
