@@ -161,9 +161,7 @@ def _forward_of(
 
 def _base_layer(mlp: LlamaMLP, setting: LayerSetting) -> BaseLayer:
     projections = {
-        name: BaseProjection(
-            linear, f"layers.0.mlp.{name}", linear.in_features, linear.out_features
-        )
+        name: BaseProjection(linear, f"layers.0.mlp.{name}")
         for name, linear in mlp.named_children()
         if isinstance(linear, nn.Linear)
     }

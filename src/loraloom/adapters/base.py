@@ -6,7 +6,6 @@ K slots of a token, S columns of an A product, n rows.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,34 +23,27 @@ from loraloom.routing.record import LayerRouting, with_tensors
 from loraloom.routing.routes import beyond_capacity
 
 
-class QuantisedWeight(ABC):
+@dataclass(frozen=True)
+class QuantisedWeight:
     """A linear layer's W as a library keeps it, in fewer bits."""
 
-    def __init__(self, linear: nn.Module, kind: str, *, is_linear_over_rows: bool = True):
-        self.linear: Any = linear
-        self.kind = kind
-        self.is_linear_over_rows = is_linear_over_rows
+    linear: Any
+    kind: str
+    read: Callable[[Any], Tensor]  # from the layer to W in floating point, [O, I]
+    is_linear_over_rows: bool = True
 
-    @abstractmethod
     def dequantised(self) -> Tensor:
-        """Return W in floating point, [O, I]."""
+        return self.read(self.linear)
 
 
 class BaseProjection:
     """A frozen linear layer of the base model, with what DoRA needs to know of it."""
 
-    def __init__(
-        self,
-        linear: nn.Module,
-        key: str,
-        in_features: int,
-        out_features: int,
-        quantised: QuantisedWeight | None = None,
-    ):
-        self.linear = linear
+    def __init__(self, linear: Any, key: str, quantised: QuantisedWeight | None = None):
+        self.linear: nn.Module = linear
         self.key = key
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
         self.quantised = quantised
         self._squared_norms: Tensor | None = None
 
@@ -207,10 +199,8 @@ class BaseInfo:
 
         def block(index: int, name: str) -> dict[str, BaseProjection]:
             return {
-                path.partition(".")[2]: BaseProjection(
-                    linears[path], f"layers.{index}.{path}", width, height
-                )
-                for path, (height, width) in self.shapes.items()
+                path.partition(".")[2]: BaseProjection(linear, f"layers.{index}.{path}")
+                for path, linear in linears.items()
                 if path.startswith(f"{name}.")
             }
 

@@ -335,13 +335,15 @@ class Projection(Weights):
 class OwnModule(Weights):
     """What an adapter has in place of a module of the base model, at a path in it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, is_linear: bool):
         super().__init__()
         self.path = path
+        self.is_linear = is_linear
 
-    @abstractmethod
     def compute_form(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """Bring the weights into the form in which `outputs` takes them, the base's dtype."""
+        """Bring the weights into the form in which `outputs` takes them: a head's, the base's."""
+        weights = dict(self.named_parameters())
+        return {n: w.to(dtype) for n, w in weights.items()} if self.is_linear else weights
 
     @abstractmethod
     def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ class Runner:
             return
         assert session is not None
         place = 0 if row.session else self.rows.index(row)
-        tokens = row.tokens[: int(session.lengths[place])]  # the last one may not be read yet
+        length = int(session.attention_mask[place].sum())
+        tokens = row.tokens[:length]  # the last one may not be read yet
         try:
             self.prefixes.remember(session, place, row.salt, tokens)
         except Exception as error:  # of memory, say; the row does without it

@@ -61,16 +61,18 @@ def convert(
     config, tensors, base, prompt = _read(source, settings, host)
     path = Path(os.path.expanduser(destination))
     card = model_card(config, base, prompt=prompt)
+    if to == "peft" and config.layout != "peft":
+        raise AdapterError(
+            f"PEFT has no {config.title}; `import loraloom.peft` makes it read the native form, "
+            "and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
+        )
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
-        write_new(path, _for_reference(config, tensors, base, prompt), card, pickled=True)
-    else:
-        if to == "peft" and config.layout != "peft":
-            raise AdapterError(
-                f"PEFT has no {config.title}; `import loraloom.peft` makes it read the native "
-                "form, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
-            )
-        write_new(path, render(config, tensors, base, prompt), card)
+        check_reference_holds(config)
+    files = render(config, tensors, base, prompt)
+    if to == "reference":
+        files = _for_reference(files, config.dropout)
+    write_new(path, files, card, pickled=to == "reference")
     return config
 
 
@@ -96,12 +98,8 @@ def _read(
     return config, tensors, base, stored.prompt
 
 
-def _for_reference(
-    config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo, prompt: PromptForm | None
-) -> AdapterFiles:
-    check_reference_holds(config)
-    files = render(config, tensors, base, prompt)
-    fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
+def _for_reference(files: AdapterFiles, dropout: float) -> AdapterFiles:
+    fields = {**files.config, "lora_dropout": max(dropout, _LEAST_DROPOUT)}
     expert = fields.get("expert_lora")
     if expert and "lora_dropout" in expert:
         dropout = max(expert["lora_dropout"], _LEAST_DROPOUT)

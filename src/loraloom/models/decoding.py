@@ -149,10 +149,6 @@ class Decoding:
             session.cache.update(keys, values, layer)
         return session
 
-    @property
-    def lengths(self) -> Tensor:
-        return self.attention_mask.sum(1)
-
     def states(self, row: int, start: int, stop: int) -> Tensor:
         """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim]."""
         padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())

@@ -10,13 +10,11 @@ Source: transformers 5.24, the classes' `modeling_*.py`.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -30,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import own_parts, refuse_own_parts
 from loraloom.config.model import Dtype
-from loraloom.durable import write_directory, write_file
+from loraloom.durable import write_directory, write_file, write_json
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.gguf import architecture_of, write_gguf_adapter
 from loraloom.models.combine import check_merges
@@ -186,14 +184,14 @@ class _ExportedModel(ABC):
         host.model.generation_config.to_json_file(directory / "generation_config.json")
         tokenizer.save_pretrained(directory)
         num_bytes, files = 0, {}
-        for number, make in enumerate(self.shards(), start=1):
-            file = f"model-{number:05}-of-{host.base.num_layers + 1:05}.safetensors"
-            sizes = self._write_shard(make, directory / file, dtype)
+        count = host.base.num_layers + 1
+        for number in range(count):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            sizes = self._write_shard(number, directory / file, dtype)
             num_bytes += sum(sizes.values())
             files |= dict.fromkeys(sizes, file)
         index = {"metadata": {"total_size": num_bytes}, "weight_map": files}
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_json(directory / "model.safetensors.index.json", index)
         error = self._logit_error(directory)
         is_exact = {dtype, host.dtype} <= {torch.float32, torch.float64}
         most = _EXACT if is_exact and host.base.quantization is None else _ROUNDED
@@ -206,13 +204,12 @@ class _ExportedModel(ABC):
             )
         return num_bytes, error
 
-    def _write_shard(
-        self, make: Callable[[], dict[str, Tensor]], file: Path, dtype: torch.dtype
-    ) -> dict[str, int]:
+    def _write_shard(self, number: int, file: Path, dtype: torch.dtype) -> dict[str, int]:
         """Write a shard, and return its tensors' bytes; nothing is left of it in memory."""
         # Checkpoints have other names than models, and experts apart.
         stored = revert_weight_conversion(
-            self.built, {name: self._own(name, tensor) for name, tensor in make().items()}
+            self.built,
+            {name: self._own(name, tensor) for name, tensor in self._shard(number).items()},
         )
         stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
         save_file(stored, file, metadata={"format": "pt"})
@@ -231,22 +228,16 @@ class _ExportedModel(ABC):
             actual = self.built.from_pretrained(directory, **options).eval()(ids).logits
         return float((actual - expected).norm() / expected.norm())
 
-    def shards(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
-        """Yield what makes the tensors outside of the decoder layers, then those of each layer."""
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        """Make the tensors outside of the decoder layers, shard 0, or those of a layer."""
         model, path = self.host.model, self.host.base.layers_path
-        tied = {} if self.unties_head else model.all_tied_weights_keys
-
-        def outside() -> dict[str, Tensor]:
+        if number == 0:
+            tied = {} if self.unties_head else model.all_tied_weights_keys
             tensors = _tensors_of(model, f"{path}.")
             return {name: tensor for name, tensor in tensors.items() if name not in tied}
-
-        def inside(index: int, layer: nn.Module) -> dict[str, Tensor]:
-            tensors = self.layer_tensors(index, layer)
-            return {f"{path}.{index}.{name}": tensor for name, tensor in tensors.items()}
-
-        yield outside
-        for index, layer in enumerate(model.get_submodule(path).children()):
-            yield partial(inside, index, layer)
+        layer = f"{path}.{number - 1}"
+        tensors = self.layer_tensors(number - 1, model.get_submodule(layer))
+        return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
         """Put the adapter's own module in place of the base model's."""
@@ -303,20 +294,20 @@ class Twin:
     """
 
     model_type: str
-    fields: tuple[str, str]  # its configuration's for the number of experts and for top_k
+    num_experts: str  # its configuration's field for them
     settings: Mapping[str, Any] = field(default_factory=dict)
     size_field: str | None = None  # of the experts' width; None where it is the dense family's
+    top_k: str = "num_experts_per_tok"
     block: str = "mlp"
     router: str = "gate.weight"
     keeps_layer_types: bool = False  # layers may differ in their attention
 
 
-_PER_TOKEN = "num_experts_per_tok"
 _QUIET = {"output_router_logits": False}
-_MIXTRAL = Twin("mixtral", ("num_local_experts", _PER_TOKEN), _QUIET | {"router_jitter_noise": 0.0})
+_MIXTRAL = Twin("mixtral", "num_local_experts", _QUIET | {"router_jitter_noise": 0.0})
 _QWEN3 = Twin(
     "qwen3_moe",
-    ("num_experts", _PER_TOKEN),
+    "num_experts",
     {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     size_field="moe_intermediate_size",
 )
@@ -336,18 +327,15 @@ TWINS: dict[str, Twin] = {
     ),
     "qwen3": _QWEN3,
     "granite": Twin(
-        "granitemoe",
-        ("num_local_experts", _PER_TOKEN),
-        _QUIET,
-        block="block_sparse_moe",
-        router="router.weight",
+        "granitemoe", "num_local_experts", _QUIET, block="block_sparse_moe", router="router.weight"
     ),
-    "olmo2": Twin("flex_olmo", ("num_experts", _PER_TOKEN), {"norm_topk_prob": True}),
+    "olmo2": Twin("flex_olmo", "num_experts", {"norm_topk_prob": True}),
     "ernie4_5": Twin(
         "ernie4_5_moe",
-        ("moe_num_experts", "moe_k"),
+        "moe_num_experts",
         {"moe_num_shared_experts": 0, **_EVERY_LAYER},
         size_field="moe_intermediate_size",
+        top_k="moe_k",
     ),
 }
 
@@ -391,7 +379,7 @@ class _MoeModel(_ExportedModel):
         twin, ffn, config = self.twin, self.adapter.as_moe(0), self.host.config.to_dict()
         for name in ("architectures", "auto_map", "model_type", "quantization_config"):
             config.pop(name, None)
-        fields = dict(zip(twin.fields, (ffn.num_experts, ffn.top_k), strict=True))
+        fields = {twin.num_experts: ffn.num_experts, twin.top_k: ffn.top_k}
         if twin.size_field is not None:
             fields[twin.size_field] = config["intermediate_size"]
         config = AutoConfig.for_model(twin.model_type, **{**config, **twin.settings, **fields})

@@ -24,14 +24,9 @@ class WholeModule(OwnModule):
     """A copy of a module, trained whole."""
 
     def __init__(self, path: str, weights: Mapping[str, nn.Parameter], *, is_linear: bool):
-        super().__init__(path)
-        self.is_linear = is_linear
+        super().__init__(path, is_linear=is_linear)
         for name, weight in weights.items():
             self.register_parameter(name, weight)
-
-    def compute_form(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        weights = dict(self.named_parameters())
-        return {n: w.to(dtype) for n, w in weights.items()} if self.is_linear else weights  # pyright: ignore
 
     def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         # the class's forward with the copy's weights
@@ -63,15 +58,11 @@ class OwnTokens(OwnModule):
         is_linear: bool,
         is_tied: bool,
     ):
-        super().__init__(path)
+        super().__init__(path, is_linear=is_linear)
         self.rows = rows
-        self.is_linear = is_linear
         self.is_tied = is_tied
         places = torch.tensor(tokens, device=rows.device)
         self.register_buffer("tokens", places, persistent=False)
-
-    def compute_form(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"rows": self.rows.to(dtype) if self.is_linear else self.rows}
 
     def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         outputs = type(module).forward(module, inputs)
@@ -113,7 +104,13 @@ def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> 
     own: dict[str, OwnModule] = {}
     paths = [path for path in (*parts.modules, *parts.tokens) if path not in parts.tied]
     for path in (*paths, *parts.tied):
-        module, table = _floating(model, path), parts.tied.get(path, path)
+        module, table = model.get_submodule(path), parts.tied.get(path, path)
+        quantised = quantised_weight(module) if is_linear(module) else None
+        if quantised is not None:
+            raise AdapterError(
+                "a module that an adapter has as its own must be in floating point, got "
+                f"{path} in {quantised.kind}; load the base model without quantization"
+            )
         weights = {name: whole(w).detach() for name, w in module.named_parameters(recurse=False)}
         kinds = {"is_linear": is_linear(module), "is_tied": path in parts.tied}
         if table in parts.tokens:
@@ -126,14 +123,3 @@ def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> 
             copies = {n: nn.Parameter(w.to(dtype, copy=True)) for n, w in weights.items()}
             own[path] = WholeModule(path, copies, is_linear=is_linear(module))
     return list(own.values())
-
-
-def _floating(model: nn.Module, path: str) -> nn.Module:
-    module = model.get_submodule(path)
-    quantised = quantised_weight(module) if is_linear(module) else None
-    if quantised is not None:
-        raise AdapterError(
-            f"a module that an adapter has as its own must be in floating point, got {path} in "
-            f"{quantised.kind}; load the base model without quantization"
-        )
-    return module

@@ -84,10 +84,8 @@ def _projections(
 ) -> dict[str, BaseProjection]:
     projections = {}
     for name in names:
-        linear: Any = layer.get_submodule(f"{block}.{name}")
-        sizes = (linear.in_features, linear.out_features)
-        key = f"layers.{index}.{block}.{name}"
-        projections[name] = BaseProjection(linear, key, *sizes, quantised_weight(linear))
+        linear, key = layer.get_submodule(f"{block}.{name}"), f"layers.{index}.{block}.{name}"
+        projections[name] = BaseProjection(linear, key, quantised_weight(linear))
     return projections
 
 
@@ -107,13 +105,9 @@ def head_of(model: nn.Module, family: Family) -> Callable[..., Tensor]:
 
     def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = linear) -> Tensor:
         logits = linear(hidden_states)
-        if divisor is not None:
-            logits = logits / divisor
-        if factor is not None:
-            logits = logits * factor
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        return logits
+        logits = logits if divisor is None else logits / divisor
+        logits = logits if factor is None else logits * factor
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     return head
 

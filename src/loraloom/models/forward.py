@@ -7,8 +7,8 @@ layer takes its context along: the backward pass may recompute it in another thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,37 +22,28 @@ from loraloom.models.layout import Layout, Segment
 from loraloom.models.stacks import (
     AttentionPlace,
     ComputeForms,
-    PreparedWeights,
+    Record,
     StackedForward,
-    forms_of,
+    recorder_of,
 )
 from loraloom.ops.dropout import SampleNoise
 from loraloom.ops.low_rank import UpProjection
-from loraloom.routing.record import LayerRouting
-
-# What routers did, by adapter.
-Record = dict[str, list[LayerRouting]]
-
-
-# Of each segment, what a projection's B multiplies, [T, S], and its B side; None: not adapted.
-Updates = Sequence[tuple[Tensor | None, UpProjection | None]]
 
 
 @dataclass(frozen=True)
 class ForwardContext:
     """One forward of a batch through the base model and its adapters.
 
-    `owner` is the wiring of the base model. `record` collects what routers do. Without `prepared`,
-    compute forms are made from the parameters as they are; `stacked` computes small steps of like
-    adapters at once.
+    `owner` is the wiring of the base model. `record` collects what routers do. `forms` are made
+    from the parameters as they are, unless weights are prepared; `stacked` computes small steps of
+    like adapters at once.
     """
 
     owner: object
     layout: Layout
-    training: bool = False
     checkpointing: bool = False
     record: Record | None = None
-    prepared: PreparedWeights | None = None
+    forms: ComputeForms = field(default_factory=ComputeForms)
     stacked: StackedForward | None = None
     _shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """The last A product of attention, for the projections that read the same input."""
@@ -61,35 +52,18 @@ class ForwardContext:
     def adapters(self) -> Iterator[Adapter]:
         return (segment.row[0] for segment in self.layout.segments if segment.row is not None)
 
-    def adapts_ffn(self, layer: int) -> bool:
-        return any(adapter.adapts_ffn(layer) for adapter in self.adapters)
-
-    def has_own(self, path: str) -> bool:
-        """Whether some adapter has a module of its own in place of one of the base model."""
-        return any(adapter.own_at(path) is not None for adapter in self.adapters)
-
-    @property
-    def forms(self) -> ComputeForms:
-        return forms_of(self.prepared)
-
-    def recorder(self, adapter: Adapter) -> Callable[[LayerRouting], None] | None:
-        """Return what takes an adapter's routing; None where nobody asks."""
-        if self.record is None:
-            return None
-        return self.record.setdefault(adapter.name, []).append
-
     def tokens(self, segment: Segment, layer: int, device: torch.device) -> SegmentTokens:
         noise = None
         if segment.spans is not None:
             noise = SampleNoise(segment.spans, segment.num_tokens, layer, device)
-        record = None if segment.row is None else self.recorder(segment.row[0])
+        record = None if segment.row is None else recorder_of(self.record, segment.row[0])
         real = (segment.real, segment.real_index)
         return SegmentTokens(layer, *real, noise, record, segment.row_length)
 
     def attention_updates(
         self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype
-    ) -> Updates:
-        """Return each segment's update of a projection."""
+    ) -> Sequence[tuple[Tensor | None, UpProjection | None]]:
+        """Return what each segment's B multiplies, [T, S], and its B side; None: not adapted."""
         # The product with all A of its group is computed once, and used again for the same input.
         key = (place.layer, place.site, dtype)
         known = self._shared.get("attention")
@@ -139,18 +113,3 @@ def running(forward: ForwardContext | None) -> Iterator[None]:
         _current.reset(token)
         if forward is not None:
             forward._shared.clear()
-
-
-class Recomputation(AbstractContextManager[None]):
-    """Enters a forward again while a layer is recomputed; a graph that is kept may do so often."""
-
-    def __init__(self, forward: ForwardContext):
-        self._forward = forward
-        self._entered: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._entered.append(running(self._forward.recomputing()))
-        self._entered[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(*error)

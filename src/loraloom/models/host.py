@@ -9,8 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,7 @@ from loraloom.models.choice import Choice, batches_of, choose, output_of
 from loraloom.models.combine import Combination, Merged, combine, prune
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
-from loraloom.models.forward import (
-    ForwardContext,
-    Record,
-    current_forward,
-    running,
-)
+from loraloom.models.forward import ForwardContext, current_forward, running
 from loraloom.models.layout import (
     RowAdapter,
     RowAdapters,
@@ -43,19 +37,21 @@ from loraloom.models.layout import (
     make_layout,
     packed_rows,
 )
-from loraloom.models.registry import AdapterRegistry, Head, Heads
+from loraloom.models.registry import AdapterRegistry, Head
 from loraloom.models.sharding import decoder_of, recovering
-from loraloom.models.stacks import PreparedWeights, StackedForward, compute_dtype
+from loraloom.models.stacks import (
+    PreparedWeights,
+    Record,
+    StackedForward,
+    forms_of,
+    is_autocast_on,
+)
 from loraloom.models.structure import FAMILIES, try_adapters
 from loraloom.models.view import AdapterModel, OuterForward, Rows, Visit
 from loraloom.ops.dropout import sample_key
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
 from loraloom.ranks import Alone, Ranks
 from loraloom.routing.record import LayerRouting, join_routing
-
-_prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
-    "loraloom_prepared", default=None
-)
 
 
 def attach(model: nn.Module) -> Host:
@@ -116,16 +112,16 @@ class Host:
 
     def __init__(self, model: nn.Module):
         self._registry = AdapterRegistry(model)
-        self._heads = Heads(self._registry)
         self.model: Any = model
         self.base = self._registry.base
         self.adapters = self._registry.adapters
         self.ranks: Ranks = Alone()
         self._inside = threading.RLock()
+        self._here = threading.local()
         self._decoder = decoder_of(model)
         self.outer_forward = OuterForward(self, model)
         for hook in self.outer_forward.hooks:
-            self._registry.wiring.on_undo(hook.remove)
+            self._registry.wiring.undo.callback(hook.remove)
         # The argument for the cache changed its name within transformers 5.
         names = signature(self.model.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
@@ -138,7 +134,6 @@ class Host:
             except BaseException:  # leaves a model as it was that adapters can't be added to
                 self.detach()
                 raise
-            self._forwards = 0
 
     @property
     def config(self) -> Any:
@@ -394,11 +389,9 @@ class Host:
             training: Dropout and jitter are on, for this forward.
             model_inputs: Passed to the base model: `past_key_values`, `position_ids`, ...
         """
-        forward = self._forward(
-            input_ids, attention_mask, adapters, sample_keys, training=training, record={},
-            is_whole=not _has_read(model_inputs),
-        )  # fmt: skip
-        mask = self._fit(forward, attention_mask, model_inputs)
+        rows = (input_ids, attention_mask, adapters, model_inputs, sample_keys)
+        forward = self._forward(*rows, training=training, record={})
+        mask = None if attention_mask is None else attention_mask.to(self.device)
         with self._run(forward):
             out = self.model(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), *_routing_of(forward))
@@ -429,13 +422,10 @@ class Host:
             positions, real = packed_rows(sample_lengths, *input_ids.shape)
             # With a mask transformers would let samples see each other.
             attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
-        forward = self._forward(
-            input_ids, real, adapters, sample_keys, sample_lengths, training=training, record={},
-            is_whole=not _has_read(model_inputs),
-        )  # fmt: skip
         model_inputs.setdefault("use_cache", False)
-        is_packed = sample_lengths is not None
-        mask = self._fit(forward, attention_mask, model_inputs, is_packed=is_packed)
+        rows = (input_ids, real, adapters, model_inputs, sample_keys, sample_lengths)
+        forward = self._forward(*rows, training=training, record={})
+        mask = None if attention_mask is None else attention_mask.to(self.device)
         with self._run(forward):
             out = self._decoder(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HiddenOutput(out.last_hidden_state, _cache_of(out), *_routing_of(forward))
@@ -458,18 +448,18 @@ class Host:
         if self._prepared_here() is not None:
             yield
             return
-        token = _prepared.set((self, PreparedWeights()))
+        self._here.prepared = PreparedWeights()
         try:
             yield
         finally:
-            _prepared.reset(token)
+            self._here.prepared = None
 
     def logits(self, hidden_states: Tensor, adapters: RowAdapters = None) -> Tensor:
         """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.
 
         `adapters` are those of each state, where some may have a head of their own.
         """
-        return self._heads.logits(hidden_states, adapters, self._prepared_here())
+        return self._registry.logits(hidden_states, adapters, self._prepared_here())
 
     def token_losses(
         self, hidden_states: Tensor, labels: Tensor, adapters: RowAdapters = None
@@ -480,19 +470,15 @@ class Host:
         """
 
         def compute(head: Head, states: Tensor, targets: Tensor) -> list[Tensor]:
-            is_trained = head is not self._heads.base and torch.is_grad_enabled()  # an adapter's
+            is_trained = head is not self._registry.head and torch.is_grad_enabled()  # an adapter's
             losses = trained_token_losses if is_trained else token_losses
             return [losses(states, targets, head, self.config.vocab_size)]
 
         tensors = [hidden_states, labels]
-        return self._heads.compute(compute, tensors, adapters, self._prepared_here())[0]
+        return self._registry.by_heads(compute, tensors, adapters, self._prepared_here())[0]
 
     def token_scores(
-        self,
-        hidden_states: Tensor,
-        labels: Tensor,
-        adapters: RowAdapters = None,
-        num_top: int = 0,
+        self, hidden_states: Tensor, labels: Tensor, adapters: RowAdapters = None, num_top: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute log p of each label, [N], and whether it is the most likely token, [N].
 
@@ -505,7 +491,7 @@ class Host:
             return token_scores(states, targets, head, vocab_size, min(num_top, vocab_size))
 
         tensors = [hidden_states, labels]
-        log_probs, is_top, top_log_probs, top_ids = self._heads.compute(
+        log_probs, is_top, top_log_probs, top_ids = self._registry.by_heads(
             compute, tensors, adapters, self._prepared_here()
         )
         return log_probs, is_top, top_log_probs, top_ids
@@ -555,17 +541,16 @@ class Host:
         mask = torch.cat([session.attention_mask, added], dim=1)
         positions = mask.cumsum(1).sub(1).clamp_min(0)[:, -input_ids.shape[1] :]
         names, prepared = session.adapters, session.prepared
-        forward = self._forward(
-            input_ids, mask, names, training=False, record=record, prepared=prepared
-        )
         inputs = {"position_ids": positions.to(self.device), self._cache_argument: session.cache}
+        options = {"training": False, "record": record, "prepared": prepared}
+        forward = self._forward(input_ids, mask, names, inputs, **options)
         # One of ones is left out, as transformers would ask the device for it, and then do so.
-        real = self._fit(forward, None if bool(mask.all()) else mask, inputs)
+        real = None if bool(mask.all()) else mask.to(self.device)
         with self._run(forward):
             out = self._decoder(input_ids=input_ids, attention_mask=real, use_cache=True, **inputs)
         session.attention_mask = mask
         states = out.last_hidden_state[:, -1].contiguous()
-        session.logits = self._heads.logits(states, names, prepared)
+        session.logits = self._registry.logits(states, names, prepared)
 
     @torch.no_grad()
     def generate(
@@ -595,20 +580,34 @@ class Host:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         adapters: RowAdapters,
+        inputs: dict[str, Any],
         sample_keys: Sequence[int] | None = None,
         sample_lengths: SampleLengths | None = None,
         *,
         training: bool | None = None,
         record: Record | None = None,
         prepared: PreparedWeights | None = None,
-        is_whole: bool = True,
     ) -> ForwardContext:
+        """Open a forward's context; `inputs` are the base model's other ones, which it changes."""
         batch_size, length = input_ids.shape
         training = self.training if training is None else training
+        checkpointing = training and self.gradient_checkpointing
+        is_packed = sample_lengths is not None
+        caches = [inputs.get(name) for name in ("cache", "past_key_values")]
+        caches = [cache for cache in caches if cache is not None]
         if not training:
-            adapters = self._chosen(
-                input_ids, attention_mask, adapters, is_whole=is_whole and sample_lengths is None
-            )
+            begun = {"caches": caches, "is_packed": is_packed}
+            adapters = self._chosen(input_ids, attention_mask, adapters, **begun)
+        # With a cache, layers that are recomputed would fill it twice, and transformers would let
+        # the samples of a packed row see each other.
+        if checkpointing or is_packed:
+            inputs.setdefault("use_cache", False)
+            if inputs["use_cache"] or caches:
+                raise ModelError(
+                    "a forward of packed rows, or with gradient checkpointing, fills no cache: "
+                    f"leave use_cache and {self._cache_argument} out, or call "
+                    "enable_gradient_checkpointing(False)"
+                )
         rows = self._registry.rows(adapters, batch_size)
         is_compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
         if torch.is_grad_enabled() and (is_compiled or self.model._compiled_call_impl is not None):
@@ -623,33 +622,32 @@ class Host:
                 if row is not None:
                     row[0].check_is_trained()
             self._forwards += 1
-            count = batch_size if sample_lengths is None else sum(map(len, sample_lengths))
+            count = sum(map(len, sample_lengths)) if sample_lengths is not None else batch_size
             keys = [sample_key(0, self._forwards, place) for place in range(count)]
             if sample_keys is not None:
                 keys = list(map(int, sample_keys))
             if len(keys) != count:
-                what = "rows" if sample_lengths is None else "samples"
+                what = "samples" if is_packed else "rows"
                 raise AdapterError(
                     f"sample_keys must have one key for each of the {count} {what}, got {len(keys)}"
                 )
         layout = make_layout(rows, length, attention_mask, keys, self.device, sample_lengths)
-        forward = ForwardContext(
+        prepared = self._prepared_here() if prepared is None else prepared
+        has_padding = any(segment.real is not None for segment in layout.segments)
+        is_plain = not (training or torch.is_grad_enabled() or has_padding)
+        plan = None
+        if prepared is not None and is_plain and any(rows):
+            place = self.device.type
+            dtype = torch.get_autocast_dtype(place) if is_autocast_on(place) else self.dtype
+            plan = prepared.plan(rows, length, dtype, self.device)
+        return ForwardContext(
             self._registry.wiring,
             layout,
-            training=training,
-            checkpointing=training and self.gradient_checkpointing,
+            checkpointing=checkpointing,
             record=record,
-            prepared=self._prepared_here() if prepared is None else prepared,
+            forms=forms_of(prepared),
+            stacked=None if plan is None else StackedForward(plan, record),
         )
-        if forward.prepared is None or training or torch.is_grad_enabled():
-            return forward
-        if layout.has_padding or not any(rows):
-            return forward
-        dtype = compute_dtype(self.dtype, self.device)
-        plan = forward.prepared.plan(rows, length, dtype, self.device)
-        if plan is None:
-            return forward
-        return replace(forward, stacked=StackedForward(plan, forward.recorder))
 
     def _chosen(
         self,
@@ -657,7 +655,8 @@ class Host:
         mask: Tensor | None,
         adapters: RowAdapters,
         *,
-        is_whole: bool = True,
+        caches: Sequence[Any] = (),
+        is_packed: bool = False,
     ) -> list[RowAdapter]:
         """Name rows' adapters; those that are chosen by prompt, by the row's tokens here."""
         rows = self._registry.rows(adapters, len(input_ids))  # a text is no list of names
@@ -665,34 +664,14 @@ class Host:
         if all(row is None or row[0].chooser is None for row in rows):
             return names
         real = torch.ones(input_ids.shape) if mask is None else mask.cpu()
-        if not is_whole or input_ids.is_floating_point() or real.shape != input_ids.shape:
+        is_part = is_packed or any(cache.get_seq_length() for cache in caches)
+        if is_part or input_ids.is_floating_point() or real.shape != input_ids.shape:
             raise AdapterError(
                 "an adapter that is chosen by prompt needs a row's tokens in one forward, without "
                 "a cache; ask host.choose first and give what it chose, or call host.generate"
             )
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids.cpu(), real, strict=True)]
         return [one.adapter for one in choose(self, prompts, names)]
-
-    def _fit(
-        self,
-        forward: ForwardContext,
-        mask: Tensor | None,
-        inputs: dict[str, Any],
-        *,
-        is_packed: bool = False,
-    ) -> Tensor | None:
-        """Move a mask to the device; keep layers that are recomputed from filling a cache twice."""
-        # With a cache, transformers would let the samples of a packed row see each other.
-        if forward.checkpointing or is_packed:
-            inputs.setdefault("use_cache", False)
-            caches = (inputs.get(name) for name in ("cache", "past_key_values"))
-            if inputs["use_cache"] or any(cache is not None for cache in caches):
-                raise ModelError(
-                    "a forward of packed rows, or with gradient checkpointing, fills no cache: "
-                    f"leave use_cache and {self._cache_argument} out, or call "
-                    "enable_gradient_checkpointing(False)"
-                )
-        return None if mask is None else mask.to(self.device)
 
     @contextmanager
     def _run(self, forward: ForwardContext) -> Iterator[None]:
@@ -722,14 +701,11 @@ class Host:
         names = rows.adapters
         if len(names) == 1 or self._prepared_here() is not None:  # within `generate`, beams
             names = rows.expanded(len(tokens))
-        forward = self._forward(
-            tokens, mask, names, keys, training=rows.training, record=record,
-            is_whole=not _has_read(inputs),
-        )  # fmt: skip
         # As transformers does it.
-        if forward.checkpointing:
+        if rows.training and self.gradient_checkpointing:
             inputs["use_cache"] = False
-        self._fit(forward, None, inputs)
+        options = {"training": rows.training, "record": record}
+        forward = self._forward(tokens, mask, names, inputs, keys, **options)
         return self._run(forward), lambda: self._auxiliary_loss(*_routing_of(forward))
 
     def _auxiliary_loss(
@@ -747,8 +723,7 @@ class Host:
 
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""
-        kept = _prepared.get()
-        return kept[1] if kept is not None and kept[0] is self else None
+        return getattr(self._here, "prepared", None)
 
 
 def _routing_of(
@@ -758,12 +733,6 @@ def _routing_of(
     record = {name: routing for name, routing in (forward.record or {}).items() if routing}
     routing = {name: join_routing(entries) for name, entries in record.items()}
     return routing, {name: forward.layout.sample_tokens(name) for name in record}
-
-
-def _has_read(inputs: Mapping[str, Any]) -> bool:
-    """Whether a cache among a forward's arguments holds tokens."""
-    caches = (inputs.get(name) for name in ("cache", "past_key_values"))
-    return any(cache is not None and cache.get_seq_length() for cache in caches)
 
 
 def _cache_of(output: Any) -> Any:

@@ -117,10 +117,6 @@ class Layout:
     row_order: Tensor | None  # rows grouped by segment; None when they come so
     row_inverse: Tensor | None
 
-    @property
-    def has_padding(self) -> bool:
-        return any(segment.real is not None for segment in self.segments)
-
     def sample_tokens(self, adapter_name: str) -> list[SampleTokens] | None:
         """Return an adapter's samples in the order of their tokens; None outside training."""
         own = [s for s in self.segments if s.row is not None and s.row[0].name == adapter_name]
@@ -160,11 +156,9 @@ def make_layout(
     sample_lengths: SampleLengths | None = None,
 ) -> Layout:
     """Lay rows out; of a padding mask, [B, …], the last columns are this forward's tokens."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        mask = mask[:, -length:].cpu().bool()
-        mask = None if bool(mask.all()) else mask
-    else:
-        mask = None
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    mask = None if mask is None else mask[:, -length:].cpu().bool()
+    mask = None if mask is None or bool(mask.all()) else mask
     order = _grouped(adapters)
     samples = None
     if sample_keys is not None:

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from logging import ERROR, getLogger
@@ -21,19 +21,11 @@ from transformers import GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 from transformers.utils import logging
 
-from loraloom.config.model import (
-    AttnImplementation,
-    BaseDtype,
-    check_device,
-)
+from loraloom.config.model import AttnImplementation, BaseDtype, check_device
 from loraloom.config.text import local_path
 from loraloom.durable import cache_directory, write_directory
 from loraloom.errors import LoraloomError, ModelError, shown
-from loraloom.models.quantization import (
-    check_checkpoint,
-    check_quantization,
-    transformers_config,
-)
+from loraloom.models.quantization import check_checkpoint, check_quantization, transformers_config
 from loraloom.models.sharding import sharded_class
 
 if TYPE_CHECKING:
@@ -351,24 +343,21 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hold back warnings and bars of transformers and accelerate, but not bars of a download."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     shows_downloads = not utils.are_progress_bars_disabled()
     accelerate = getLogger("accelerate.big_modeling")
-    accelerate_level = accelerate.level
-    accelerate.setLevel(ERROR)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # which are the hub's too
-    if shows_downloads:
-        utils.enable_progress_bars()
-    try:
-        yield
-    finally:
-        accelerate.setLevel(accelerate_level)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with ExitStack() as undo:
         if not shows_downloads:
-            utils.disable_progress_bars()
+            undo.callback(utils.disable_progress_bars)
+        if logging.is_progress_bar_enabled():
+            undo.callback(logging.enable_progress_bar)
+        undo.callback(logging.set_verbosity, logging.get_verbosity())
+        undo.callback(accelerate.setLevel, accelerate.level)
+        accelerate.setLevel(ERROR)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()  # which are the hub's too
+        if shows_downloads:
+            utils.enable_progress_bars()
+        yield
 
 
 @contextmanager

@@ -96,61 +96,31 @@ def import_library(name: str, purpose: str) -> ModuleType:
         logger.setLevel(level)
 
 
-class _Bits4(QuantisedWeight):
-    """bitsandbytes in 4 bits: W's rows lie one behind another, each 64 numbers have a scale."""
-
-    def __init__(self, linear: Any):
-        super().__init__(linear, f"bitsandbytes {linear.weight.quant_type}")
-
-    def dequantised(self) -> Tensor:
-        packed = self.linear.weight.data.as_subclass(Tensor).view(torch.uint8)
-        # Where FSDP replaces parameters, it is lost to the weight, not to the layer.
-        state = getattr(self.linear.weight, "quant_state", None) or self.linear.quant_state
-        return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
+def _from_4_bits(linear: Any) -> Tensor:
+    # W's rows lie one behind another, each 64 numbers have a scale.
+    packed = linear.weight.data.as_subclass(Tensor).view(torch.uint8)
+    # Where FSDP replaces parameters, it is lost to the weight, not to the layer.
+    state = getattr(linear.weight, "quant_state", None) or linear.quant_state
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
 
 
-class _Bits8(QuantisedWeight):
-    """bitsandbytes' LLM.int8: a scale for each row of W, and one for each row of the input."""
-
-    def __init__(self, linear: nn.Module):
-        super().__init__(linear, "bitsandbytes int8", is_linear_over_rows=False)
-
-    def dequantised(self) -> Tensor:
-        numbers = self.linear.weight.data.as_subclass(Tensor)
-        # They move from the weight to the layer's state in the first forward.
-        scales = self.linear.weight.SCB
-        scales = self.linear.state.SCB if scales is None else scales
-        return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(numbers, scales)
+def _from_8_bits(linear: Any) -> Tensor:
+    numbers = linear.weight.data.as_subclass(Tensor)
+    # A scale for each row of W; they move from the weight to the layer in the first forward.
+    scales = linear.weight.SCB
+    scales = linear.state.SCB if scales is None else scales
+    return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(numbers, scales)
 
 
-class _TorchAo(QuantisedWeight):
-    """torchao: the weight is a tensor of a class of its own, which dequantises itself."""
-
-    def __init__(self, linear: Any):
-        weight = linear.weight
-        takes_rounded_rows = getattr(weight, "act_quant_kwargs", None) is not None
-        kind = f"torchao {type(weight).__name__}"
-        super().__init__(linear, kind, is_linear_over_rows=not takes_rounded_rows)
-
-    def dequantised(self) -> Tensor:
-        return self.linear.weight.detach().dequantize()
-
-
-class _Probed(QuantisedWeight):
-    """A format of which nothing is known: W is what the layer makes of unit vectors."""
-
-    def __init__(self, linear: Any):
-        super().__init__(linear, type(getattr(linear, "weight", linear)).__name__)
-
-    @torch.no_grad()
-    def dequantised(self) -> Tensor:
-        kept = [*self.linear.parameters(), *self.linear.buffers()]
-        dtypes = [tensor.dtype for tensor in kept if _is_computed_with(tensor)]
-        dtype = dtypes[0] if dtypes else torch.bfloat16
-        units = torch.eye(self.linear.in_features, dtype=dtype, device=kept[0].device)
-        products = type(self.linear).forward(self.linear, units)  # (I, O)
-        bias = self.linear.bias
-        return (products if bias is None else products - bias.to(dtype)).T
+@torch.no_grad()
+def _probed(linear: Any) -> Tensor:
+    """Read W of a format of which nothing is known: what the layer makes of unit vectors."""
+    kept = [*linear.parameters(), *linear.buffers()]
+    dtypes = [tensor.dtype for tensor in kept if _is_computed_with(tensor)]
+    dtype = dtypes[0] if dtypes else torch.bfloat16
+    units = torch.eye(linear.in_features, dtype=dtype, device=kept[0].device)
+    products = type(linear).forward(linear, units)  # (I, O)
+    return (products if linear.bias is None else products - linear.bias.to(dtype)).T
 
 
 def quantised_weight(linear: nn.Module) -> QuantisedWeight | None:
@@ -158,12 +128,22 @@ def quantised_weight(linear: nn.Module) -> QuantisedWeight | None:
     weight: Any = getattr(linear, "weight", None)
     bitsandbytes, torchao = (sys.modules.get(name) for name in ("bitsandbytes", "torchao.utils"))
     if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Params4bit):
-        return None if weight.quant_state is None else _Bits4(linear)
+        kind = f"bitsandbytes {weight.quant_type}"
+        return None if weight.quant_state is None else QuantisedWeight(linear, kind, _from_4_bits)
     if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Int8Params):
-        return _Bits8(linear) if weight.dtype == torch.int8 else None
-    if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
-        return _TorchAo(linear) if hasattr(weight, "dequantize") else _Probed(linear)
-    return None if isinstance(weight, Tensor) and _is_computed_with(weight) else _Probed(linear)
+        known = (linear, "bitsandbytes int8", _from_8_bits)
+        # Each row of the input has a scale too.
+        is_int8 = weight.dtype == torch.int8
+        return QuantisedWeight(*known, is_linear_over_rows=False) if is_int8 else None
+    is_torchao = torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
+    if is_torchao and hasattr(weight, "dequantize"):
+        rounds_rows = getattr(weight, "act_quant_kwargs", None) is not None
+        kind = f"torchao {type(weight).__name__}"
+        known = (linear, kind, lambda one: one.weight.detach().dequantize())
+        return QuantisedWeight(*known, is_linear_over_rows=not rounds_rows)
+    if isinstance(weight, Tensor) and _is_computed_with(weight) and not is_torchao:
+        return None
+    return QuantisedWeight(linear, type(getattr(linear, "weight", linear)).__name__, _probed)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -243,7 +223,7 @@ def check_computes(name: str, weight: QuantisedWeight) -> None:
     """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
     # Its kernel there begins a block of 64 numbers with every row.
     width, linear = weight.linear.in_features, weight.linear
-    if isinstance(weight, _Bits4) and linear.weight.is_cpu and width % linear.weight.blocksize:
+    if weight.read is _from_4_bits and linear.weight.is_cpu and width % linear.weight.blocksize:
         raise ModelError(
             f"rows of a 4-bit weight must be a multiple of {linear.weight.blocksize} on a CPU, "
             f"where bitsandbytes computes others wrongly, got {width} in {name}; "

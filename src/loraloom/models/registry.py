@@ -27,14 +27,20 @@ from loraloom.models.wrappers import Wiring
 
 # Sums of adapters that are kept; they have no weights of their own.
 MAX_SUMS = 256
+# From states after the final norm to logits, [N, V], scaled and soft-capped.
+Head = Callable[..., Tensor]
 
 
 class AdapterRegistry:
-    """The adapters on a base model, by name; `merged` is the one that is in its weights."""
+    """The adapters on a base model, by name; `merged` is the one that is in its weights.
+
+    `head` is the base model's, in whose place adapters may have others.
+    """
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.family = family_of(model)
+        self.head: Head = head_of(model, self.family)
         self._layers = base_layers(model, self.family)
         self.base = base_info(model, self.family, self._layers)
         self.adapters: dict[str, Adapter] = {}
@@ -45,11 +51,10 @@ class AdapterRegistry:
 
     def find(self, name: str) -> Adapter:
         """Return an adapter, or the sum of several that a name is of."""
-        is_one = not isinstance(name, str) or not is_sum(name)
-        return self.get(name) if is_one else self._sum(parse_sum(name))
+        return self._sum(parse_sum(name)) if is_sum(name) else self.get(name)
 
     def get(self, name: str) -> Adapter:
-        whole, within, part = name.partition("/") if isinstance(name, str) else (name, "", "")
+        whole, within, part = name.partition("/")
         if within and whole in self.adapters:
             return self.adapters[whole].part(part)
         if name not in self.adapters:
@@ -110,7 +115,7 @@ class AdapterRegistry:
     def detach(self) -> None:
         self._detached = True
         self.unmerge()
-        self.wiring.undo()
+        self.wiring.undo.close()
         self.adapters.clear()
         self._sums.clear()
 
@@ -150,24 +155,12 @@ class AdapterRegistry:
             )
         return found, float(scale)
 
-
-# From states after the final norm to logits, [N, V], scaled and soft-capped.
-Head = Callable[[Tensor], Tensor]
-
-
-class Heads:
-    """The head of a base model and those that adapters have in its place."""
-
-    def __init__(self, registry: AdapterRegistry):
-        self.base = head_of(registry.model, registry.family)
-        self._registry = registry
-
     def logits(
         self, states: Tensor, adapters: RowAdapters, prepared: PreparedWeights | None
     ) -> Tensor:
-        return self.compute(lambda head, states: [head(states)], [states], adapters, prepared)[0]
+        return self.by_heads(lambda head, states: [head(states)], [states], adapters, prepared)[0]
 
-    def compute(
+    def by_heads(
         self,
         function: Callable[..., Sequence[Tensor]],
         tensors: Sequence[Tensor],
@@ -176,16 +169,16 @@ class Heads:
     ) -> Sequence[Tensor]:
         """Call a function of a head and tensors, [N, …] each, with the heads of their adapters."""
         # Without adapters it is the base model's. Results are [N, …] each.
-        path, groups, rows = self._registry.base.head, {}, []
+        path, groups, rows = self.base.head, {}, []
         # A copy, as other threads may load and remove some.
-        hosted = tuple(self._registry.adapters.values())
+        hosted = tuple(self.adapters.values())
         if adapters is not None and any(adapter.own_at(path) is not None for adapter in hosted):
-            rows = self._registry.rows(adapters, len(tensors[0]))
+            rows = self.rows(adapters, len(tensors[0]))
         for place, row in enumerate(rows):
             has_own = row is not None and row[0].own_at(path) is not None
             groups.setdefault(row if has_own else None, []).append(place)
         if not groups.keys() - {None}:
-            return function(self.base, *tensors)
+            return function(self.head, *tensors)
         results = [
             function(self._head_of(row, prepared), *(values[places] for values in tensors))
             for row, places in groups.items()
@@ -197,10 +190,10 @@ class Heads:
 
     def _head_of(self, row: ScaledAdapter | None, prepared: PreparedWeights | None) -> Head:
         if row is None:
-            return self.base
+            return self.head
         adapter, scale = row
-        own: Any = adapter.own_at(self._registry.base.head)
-        base = self._registry.model.get_output_embeddings()
+        own: Any = adapter.own_at(self.base.head)
+        base = self.model.get_output_embeddings()
 
         def linear(states: Tensor) -> Tensor:
             # In training for each piece of the states anew: its gradient is then added up in the
@@ -208,4 +201,4 @@ class Heads:
             weights = forms_of(prepared).own(own, states.dtype)
             return own_outputs(own, weights, base, states, scale)
 
-        return lambda states: self.base(states, linear)
+        return lambda states: self.head(states, linear)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from loraloom.models.structure import family_of
 
-Model = TypeVar("Model", bound=nn.Module)
 
-
-def sharded_class(model_class: type[Model], device: torch.device) -> type[Model]:
+def sharded_class(model_class: type[Any], device: torch.device) -> type[Any]:
     """Return the class whose models are divided as they are made; see `shard`."""
 
     # `from_pretrained` makes a model without data, and reads of each tensor what this rank keeps.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ MAX_PLANS = 32
 ScaledAdapter = tuple[Adapter, float]
 # The adapter of each row of a batch; None is the base model.
 ScaledRows = Sequence[ScaledAdapter | None]
-# From an adapter to what takes its routing; None where nobody asks.
-Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
+# What routers did, by adapter; None where nobody asks.
+Record = dict[str, list[LayerRouting]]
 
 
 class AttentionPlace(NamedTuple):
@@ -52,24 +52,22 @@ class AttentionPlace(NamedTuple):
     site: Site
 
 
-_Form = TypeVar("_Form")
 # Attention projections that share an input; None for the FFN block.
 _Names = tuple[str, ...] | None
+
+
+def recorder_of(record: Record | None, adapter: Adapter) -> Callable[[LayerRouting], None] | None:
+    """Return what takes an adapter's routing."""
+    return None if record is None else record.setdefault(adapter.name, []).append
 
 
 def outside_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off for the tensor's device: it is the base's, adapters choose dtypes."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if _is_autocast_on(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if is_autocast_on(device) else nullcontext()
 
 
-def compute_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the base's outputs: autocast's where it is on."""
-    is_on = _is_autocast_on(device.type)
-    return torch.get_autocast_dtype(device.type) if is_on else model_dtype
-
-
-def _is_autocast_on(device: str) -> bool:
+def is_autocast_on(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # the meta device has none
 
 
@@ -77,16 +75,15 @@ class ComputeForms:
     """Forms of the parameters as they are, made anew each time but for those that are kept."""
 
     def __init__(self, kept: dict[tuple[Any, ...], Any] | None = None, *, keeps_new: bool = False):
-        self._kept = {} if kept is None else kept
+        self.kept = {} if kept is None else kept
         self._keeps_new = keeps_new
-
-    def passing(self) -> ComputeForms:
-        return ComputeForms(self._kept)
 
     def forget(self, adapter: Adapter) -> None:
         gone = set(adapter.modules())
-        for key in [key for key in self._kept if not gone.isdisjoint(_parts_of(key[0]))]:
-            del self._kept[key]
+        # A key begins with an adapter, which has parts, or with a module of its own.
+        owned = [(key, getattr(key[0], "parts", key[:1])) for key in self.kept]
+        for key in [key for key, parts in owned if not gone.isdisjoint(parts)]:
+            del self.kept[key]
 
     def attention(
         self, row: ScaledAdapter, layer: int, names: Sequence[str], dtype: torch.dtype
@@ -108,17 +105,13 @@ class ComputeForms:
     def own(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
         return self._form((own, dtype), lambda: own.compute_form(dtype))
 
-    def _form(self, key: tuple[Any, ...], make: Callable[[], _Form]) -> _Form:
-        if key in self._kept:
-            return self._kept[key]
+    def _form(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key in self.kept:
+            return self.kept[key]
         form = make()
         if self._keeps_new:
-            self._kept[key] = form
+            self.kept[key] = form
         return form
-
-
-def _parts_of(owner: Adapter | OwnModule) -> Sequence[nn.Module]:
-    return owner.parts if isinstance(owner, Adapter) else (owner,)
 
 
 class _Stack:
@@ -202,8 +195,6 @@ class PreparedWeights:
         present = dict.fromkeys(adapter for adapter in rows if adapter is not None)
         # By name, so that stacks depend on no order of rows; scales of one adapter stay in order.
         adapters = sorted(present, key=lambda one: one[0].name)
-        if not adapters:
-            return None
         slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
         layer = adapters[0][0].base_layers[0]
         width = max([layer.hidden_size, *(one.in_features for one in layer.ffn.values())])
@@ -223,7 +214,7 @@ class PreparedWeights:
         """Find a stack with these adapters, all of which are alike, and their part of it."""
         key = (adapters[0][0].stack_key(), dtype)
         # popped, so that what fails half-way is gone
-        stack = self._stacks.pop(key, None) or _Stack(dtype, self.forms.passing())
+        stack = self._stacks.pop(key, None) or _Stack(dtype, ComputeForms(self.forms.kept))
         missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
         if missing:
             stack.add(missing)
@@ -347,9 +338,9 @@ def make_plan(
 class StackedForward:
     """A forward whose adapters are computed by cohorts."""
 
-    def __init__(self, plan: StackedPlan, recorder: Recorder):
+    def __init__(self, plan: StackedPlan, record: Record | None):
         self._plan = plan
-        self._recorder = recorder
+        self._record = record
         self._shared: tuple[Any, ...] = (None,)
 
     def project(
@@ -421,7 +412,7 @@ class StackedForward:
         """Describe an adapter's rows in a layer; padding at their end is not real."""
         count = cohort.counts[index]
         adapter, _ = cohort.stack.adapters[cohort.entries][index]
-        record = self._recorder(adapter) if count else None
+        record = recorder_of(self._record, adapter) if count else None
         real_index = None
         if count < cohort.width and record is not None:
             real_index = torch.arange(count, device=self._plan.device)

@@ -178,7 +178,7 @@ def try_adapters(host: Any) -> None:
     ids = torch.randint(min(host.config.vocab_size, 1000), (_ROWS, _LENGTH), generator=generator)
     try:
         with torch.no_grad():
-            _Trial(host, ids.to(host.device)).run()
+            _try_on(host, ids.to(host.device))
     except LoraloomError:
         raise
     # Whatever a foreign model raises.
@@ -187,66 +187,59 @@ def try_adapters(host: Any) -> None:
         raise unsupported(host.model, reason) from error
 
 
-class _Trial:
-    """A host and the tokens that it is tried on, [B, L]."""
+def _try_on(host: Any, ids: Tensor) -> None:
+    logits = host.model(input_ids=ids).logits
+    scaled = host.logits(host.hidden(ids).last_hidden_state)
+    _compare(host, "its head's logits, scaled as its config says", scaled, logits)
+    for part, config in TRIALS.items():
+        if part != "attention" and not host.base.ffn_projections:
+            continue
+        adapter = host.add(_NAME, config)
+        if part == "mixture":
+            what, expected = "the FFN block with a mixture that adds nothing", logits
+        else:
+            what, expected = f"{part} with a LoRA", _expected(host.model, ids, adapter)
+        actual = host(ids, adapters=[_NAME] * _ROWS).logits
+        host.remove(_NAME)
+        _compare(host, what, actual, expected)
+    session = host.prefill(ids[:, :_READ_FIRST])
+    decoded = host.extend(session, ids[:, _READ_FIRST:])
+    _compare(host, "decoding with a cache", decoded, logits[:, -1])
 
-    def __init__(self, host: Any, ids: Tensor):
-        self.host = host
-        self.ids = ids
-        exact = host.dtype == torch.float32 and host.base.quantization is None
-        self.most = _EXACT if exact or host.dtype == torch.float64 else _ROUNDED
 
-    def run(self) -> None:
-        logits = self.host.model(input_ids=self.ids).logits
-        states = self.host.hidden(self.ids).last_hidden_state
-        scaled = self.host.logits(states)
-        self._compare("its head's logits, scaled as its config says", scaled, logits)
-        for part, config in TRIALS.items():
-            if part != "attention" and not self.host.base.ffn_projections:
-                continue
-            adapter = self.host.add(_NAME, config)
-            if part == "mixture":
-                what, expected = "the FFN block with a mixture that adds nothing", logits
-            else:
-                what, expected = f"{part} with a LoRA", self._expected(adapter)
-            actual = self.host(self.ids, adapters=[_NAME] * _ROWS).logits
-            self.host.remove(_NAME)
-            self._compare(what, actual, expected)
-        session = self.host.prefill(self.ids[:, :_READ_FIRST])
-        decoded = self.host.extend(session, self.ids[:, _READ_FIRST:])
-        self._compare("decoding with a cache", decoded, logits[:, -1])
+def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
+    """Draw an adapter's B, and compute the logits that PEFT's LoRA layers would give."""
+    generator = torch.Generator().manual_seed(1)
+    tensors, num_calls = adapter.tensors(), Counter[str]()
+    for name, tensor in tensors.items():
+        if name.endswith("lora_B"):
+            tensor.copy_(torch.empty(tensor.shape).normal_(std=_STD, generator=generator))
 
-    def _expected(self, adapter: Adapter) -> Tensor:
-        """Draw an adapter's B, and compute the logits that PEFT's LoRA layers would give."""
-        generator = torch.Generator().manual_seed(1)
-        tensors, num_calls = adapter.tensors(), Counter[str]()
-        for name, tensor in tensors.items():
-            if name.endswith("lora_B"):
-                tensor.copy_(torch.empty(tensor.shape).normal_(std=_STD, generator=generator))
+    def add_update(key: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        num_calls[key] += 1
+        A, B = (tensors[f"{key}.lora_{part}"] for part in "AB")
+        update = adapter.config.scaling * (args[0].to(A.dtype) @ A.T @ B.T)
+        return output + update.to(output.dtype)
 
-        def add_update(key: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            num_calls[key] += 1
-            A, B = (tensors[f"{key}.lora_{part}"] for part in "AB")
-            update = adapter.config.scaling * (args[0].to(A.dtype) @ A.T @ B.T)
-            return output + update.to(output.dtype)
+    with ExitStack() as hooks:
+        for projection in adapter.projections():
+            hook = partial(add_update, projection.key)
+            hooks.callback(projection.base.linear.register_forward_hook(hook).remove)
+        expected = model(input_ids=ids).logits
+    for key in (projection.key for projection in adapter.projections()):
+        if num_calls[key] != 1:
+            raise unsupported(model, f"{key} computes {num_calls[key]} times in a forward, not 1")
+    return expected
 
-        with ExitStack() as hooks:
-            for projection in adapter.projections():
-                hook = partial(add_update, projection.key)
-                hooks.callback(projection.base.linear.register_forward_hook(hook).remove)
-            expected = self.host.model(input_ids=self.ids).logits
-        for key in (projection.key for projection in adapter.projections()):
-            if num_calls[key] != 1:
-                reason = f"{key} computes {num_calls[key]} times in a forward, not 1"
-                raise unsupported(self.host.model, reason)
-        return expected
 
-    def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
-        wanted = expected.cpu().double()
-        error = float((actual.cpu().double() - wanted).norm() / wanted.norm())
-        if not error <= self.most:
-            raise unsupported(
-                self.host.model,
-                f"{what} must be what the model itself computes within {self.most:g}, it is off by "
-                f"{error:.2g}",
-            )
+def _compare(host: Any, what: str, actual: Tensor, expected: Tensor) -> None:
+    exact = host.dtype == torch.float32 and host.base.quantization is None
+    most = _EXACT if exact or host.dtype == torch.float64 else _ROUNDED
+    wanted = expected.cpu().double()
+    error = float((actual.cpu().double() - wanted).norm() / wanted.norm())
+    if not error <= most:
+        raise unsupported(
+            host.model,
+            f"{what} must be what the model itself computes within {most:g}, it is off by "
+            f"{error:.2g}",
+        )

@@ -253,15 +253,9 @@ class AdapterModel(TakesCheckpointing, nn.Module):
     device: Any = property(lambda self: self.host.device)
     generation_config: Any = property(lambda self: self.base.generation_config)
     loss_type: Any = property(lambda self: self.base.loss_type)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.base.get_output_embeddings()
-
-    def add_model_tags(self, tags: list[str] | str) -> None:
-        self.base.add_model_tags(tags)
+    get_input_embeddings: Any = property(lambda self: self.base.get_input_embeddings)
+    get_output_embeddings: Any = property(lambda self: self.base.get_output_embeddings)
+    add_model_tags: Any = property(lambda self: self.base.add_model_tags)
 
 
 def _leave_base_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

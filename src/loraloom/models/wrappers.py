@@ -11,7 +11,7 @@ theirs: that of the base's outputs for low-rank products, float32 for routers an
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from loraloom.adapters.base import FfnRows, FfnShape
 from loraloom.errors import ModelError
 from loraloom.models.extra_modules import own_outputs
 from loraloom.models.families import EXPERTS, Family
-from loraloom.models.forward import ForwardContext, Recomputation, current_forward
+from loraloom.models.forward import ForwardContext, current_forward, running
 from loraloom.models.layout import Segment
 from loraloom.models.quantization import (
     QuantisedLinear,
@@ -50,15 +50,15 @@ class DecoderLayer:
         forward = current_forward(self.owner)
         if forward is None or not forward.checkpointing or not torch.is_grad_enabled():
             return self.base_forward(*args, **kwargs)
-        return checkpoint(
-            self.base_forward,
-            *args,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), Recomputation(forward)),
-            # Adapters' random numbers depend on no generator's state.
-            preserve_rng_state=False,
-            **kwargs,
-        )
+        # Adapters' random numbers depend on no generator's state.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(self._run, forward, *args, **options, **kwargs)
+
+    def _run(self, forward: ForwardContext, *args: Any, **kwargs: Any) -> Any:
+        # In the backward pass, maybe in another thread, the forward is over.
+        is_first = current_forward(self.owner) is forward
+        with nullcontext() if is_first else running(forward.recomputing()):
+            return self.base_forward(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class FfnBlock:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         forward = current_forward(self.owner)
-        if forward is None or not forward.adapts_ffn(self.layer):
+        if forward is None or not any(one.adapts_ffn(self.layer) for one in forward.adapters):
             return self.base_forward(hidden_states)
         if forward.stacked is not None:
             down = partial(_outputs, self.output)
@@ -169,7 +169,7 @@ class OwnedModule:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         forward = current_forward(self.owner)
-        if forward is None or not forward.has_own(self.path):
+        if forward is None or all(one.own_at(self.path) is None for one in forward.adapters):
             return self.base_forward(inputs)
         layout, parts = forward.layout, []
         dtype = next(self.module.parameters(recurse=False)).dtype
@@ -201,16 +201,16 @@ class Wiring:
             check_computes(name, weight)
         forwards = {weight.linear: QuantisedLinear(weight) for weight in quantised.values()}
         self._model = model
-        modes = [(module, module.training) for module in model.modules()]
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # What takes all of it off again.
+        self.undo = ExitStack()
+        for module in model.modules():
+            self.undo.callback(setattr, module, "training", module.training)
+        for parameter in model.parameters():
+            self.undo.callback(parameter.requires_grad_, parameter.requires_grad)
         model.eval()
         model.requires_grad_(False)
-        self._undo: list[Callable[[], object]] = [
-            lambda: [setattr(module, "training", mode) for module, mode in modes],
-            lambda: [parameter.requires_grad_(True) for parameter in trainable],
-        ]
         for linear, forward in forwards.items():
-            self.on_undo(keep_layout(linear))
+            self.undo.callback(keep_layout(linear))
             self._replace_forward(linear, forward)
         sites = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
         for index, layer in enumerate(model.get_submodule(family.layers).children()):
@@ -220,21 +220,14 @@ class Wiring:
                     for name in group:
                         hook = AttentionProjection(self, AttentionPlace(index, group, name, site))
                         handle = attention.get_submodule(name).register_forward_hook(hook)
-                        self.on_undo(handle.remove)
+                        self.undo.callback(handle.remove)
             if family.ffn_shape != EXPERTS:
                 ffn = layer.get_submodule(family.ffn)
                 act = getattr(ffn, family.activation, None) or ACT2FN[family.activation]
                 self._replace_forward(ffn, FfnBlock(self, index, ffn, family.ffn_shape, act))
             self._replace_forward(layer, DecoderLayer(self, layer))
         head = model.get_output_embeddings()
-        self.on_undo(head.register_forward_pre_hook(_contiguous_input).remove)
-
-    def undo(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def on_undo(self, undo: Callable[[], object]) -> None:
-        self._undo.append(undo)
+        self.undo.callback(head.register_forward_pre_hook(_contiguous_input).remove)
 
     def lead_through(self, path: str) -> None:
         """Let adapters that have a module of their own in place of one compute their rows."""
@@ -243,15 +236,10 @@ class Wiring:
             self._replace_forward(module, OwnedModule(self, path, module))
 
     def _replace_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
-        before = module.__dict__.get("forward")
+        before = {name: own for name, own in vars(module).items() if name == "forward"}
         module.forward = wrapper
-
-        def undo() -> None:
-            del module.__dict__["forward"]
-            if before is not None:
-                module.forward = before
-
-        self.on_undo(undo)
+        self.undo.callback(vars(module).update, before)
+        self.undo.callback(vars(module).pop, "forward")  # which is done first
 
 
 def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
