@@ -12,7 +12,7 @@ import loraloom
 from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig, mixlora
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.models.host import Host
-from tests.parity.peft_models import PARTS, wrapped_by_peft
+from tests.parity.peft_models import copy_to_peft, wrapped_by_peft
 from tests.tiny import (
     ALL_METHODS,
     METHODS,
@@ -22,8 +22,6 @@ from tests.tiny import (
     tiny_ids,
     tiny_model,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 IDS = tiny_ids(2, 6)
 WEIGHTS = [0.7, -0.4]
@@ -42,12 +40,7 @@ def in_both() -> tuple[Host, peft.PeftModel]:
         own = copy.deepcopy(theirs.peft_config["default"])
         own.r, own.lora_alpha = config.rank, int(config.alpha)
         theirs.add_adapter(name, own)
-        for key, tensor in host.adapters[name].tensors().items():
-            path, _, part = key.removeprefix("layers.").rpartition(".")
-            place = f"base_model.model.{host.base.layers_path}.{path}."
-            parameter = theirs.get_parameter(place + PARTS[part].replace("default", name))
-            with torch.no_grad():
-                parameter.copy_(tensor)
+        copy_to_peft(theirs, host.base, host.adapters[name], name)
     return host, theirs
 
 

@@ -45,30 +45,6 @@ def test_without_adapters_logits_are_the_base_models_bit_by_bit(family):
         assert torch.equal(host(tiny_ids(3), adapters=[None] * 3).logits, expected)
 
 
-@every_family
-def test_hidden_states_through_the_head_are_the_logits(family):
-    host = tiny_host(family)
-    with torch.no_grad():
-        out = host.hidden(tiny_ids(4), adapters=[*METHODS])
-        logits = host(tiny_ids(4), adapters=[*METHODS]).logits
-    assert torch.equal(host.logits(out.last_hidden_state), logits)
-
-
-@every_method
-@every_family
-def test_every_weight_gets_a_gradient_and_the_base_none(family, method):
-    host = tiny_host(family, {"a": METHODS[method]})
-    host.train()
-    ids = tiny_ids(3)
-    states = host.hidden(ids, adapters=["a"] * 3, sample_keys=range(3)).last_hidden_state
-    host.token_losses(states.flatten(0, 1), ids.flatten()).sum().backward()
-    for name, parameter in host.adapters["a"].named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.flatten(0 if parameter.dim() < 3 else 1).any(), name
-    assert all(parameter.grad is None for parameter in host.model.parameters())
-
-
 @every_method
 @every_family
 def test_saved_and_loaded_adapters_give_the_same_logits(family, method, tmp_path):

@@ -15,14 +15,6 @@ from loraloom.errors import AdapterError, ConfigError, ModelError
 from tests.tiny import METHODS, changed, padded_mask, tiny_host, tiny_ids, tiny_model
 
 
-def test_attach_freezes_the_model_and_puts_it_in_eval_mode():
-    model = tiny_model().train()
-    host = loraloom.attach(model)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module.training for module in model.modules())
-    assert not host.training
-
-
 def test_a_model_is_attached_once():
     model = tiny_model()
     host = loraloom.attach(model)
@@ -115,7 +107,7 @@ def test_a_removed_adapter_is_freed():
     assert adapter() is None
 
 
-def test_detach_restores_gradients_modes_hooks_and_forwards():
+def test_attach_freezes_and_detach_restores_gradients_modes_hooks_and_forwards():
     model = tiny_model().train()
     model.model.layers[0].eval()
     model.lm_head.requires_grad_(False)
@@ -124,6 +116,8 @@ def test_detach_restores_gradients_modes_hooks_and_forwards():
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
     hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
     host = loraloom.attach(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in (host, *model.modules()))
     host.add("a", METHODS["mixdora"])
     host.train().enable_gradient_checkpointing()
     host.hidden(tiny_ids(1), adapters=["a"], sample_keys=[1]).last_hidden_state.sum().backward()

@@ -6,45 +6,16 @@ import pytest
 import torch
 
 from loraloom.errors import DataError, ModelError
-from loraloom.models.layout import Layout, make_layout
+from loraloom.models.layout import make_layout
 from loraloom.ops.dropout import mix64
-from tests.tiny import ALL_FAMILIES, METHODS, relative_error, tiny_host, tiny_ids
-
-CPU = torch.device("cpu")
-ADAPTERS = tiny_host(configs=dict.fromkeys("abc", METHODS["lora"])).adapters
-
-
-def layout(names, length: int = 3, mask=None, keys=None) -> Layout:
-    rows = [None if name is None else (ADAPTERS[name], 1.0) for name in names]
-    return make_layout(rows, length, mask, keys, CPU)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["a"],
-        [None, None],
-        ["a", "b", "a"],
-        ["b", None, "a", "b", None, "a", "c"],
-        ["a", "a", None, "b"],
-    ],
-)
-def test_join_undoes_split(names):
-    values = torch.randn(len(names), 3, 2)
-    made = layout(names)
-    parts = made.split(values)
-    assert torch.equal(made.join(parts, values.shape), values)
-    for segment, part in zip(made.segments, parts, strict=True):
-        rows = [
-            row for row, name in enumerate(names) if name == (segment.row and segment.row[0].name)
-        ]
-        assert torch.equal(part, values[rows].flatten(0, 1))
+from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids
 
 
 def test_samples_are_spans_of_real_tokens():
     mask = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]])
     keys = [mix64(row) for row in range(3)]
-    (segment,) = layout(["a"] * 3, mask=mask, keys=keys).segments
+    rows = [(tiny_host().adapters["lora"], 1.0)] * 3
+    (segment,) = make_layout(rows, 3, mask, keys, mask.device).segments
     first, second, third = segment.spans
     assert [span.key for span in segment.spans] == keys
     assert first.tokens == slice(1, 3)

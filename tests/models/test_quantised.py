@@ -26,10 +26,11 @@ with warnings.catch_warnings():  # of what torch and triton call deprecated
     peft = pytest.importorskip("peft")
     from peft.utils.integrations import dequantize_module_weight
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*was instantiated without `get_apply_tensor_subclass`"),
-]
+    from tests.parity.peft_models import their_parameter
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*was instantiated without `get_apply_tensor_subclass`"
+)
 
 KINDS = {
     "nf4": "bitsandbytes nf4",
@@ -128,11 +129,8 @@ def test_logits_and_gradients_are_those_of_peft(saved, kind, host, method, noise
     adapter.zero_grad()
     loss_of(actual).backward()
     assert relative_error(actual.detach(), expected.detach()) < 1e-5
-    parts = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
-    parts["magnitude"] = "lora_magnitude_vector.default.weight"
     for name, grad in gradients(adapter).items():
-        path, _, part = name.rpartition(".")
-        wanted = theirs.get_parameter(f"base_model.model.model.{path}.{parts[part]}").grad
+        wanted = their_parameter(theirs, host.base, name).grad
         assert relative_error(grad, wanted) < 1e-4, name
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():

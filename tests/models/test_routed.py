@@ -50,7 +50,6 @@ def prompts_of(number, count=12):
     return [[10 + number, *row.tolist()] for row in tiny_ids(count, 4, seed=number) % 7 + 20]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_arrow_is_pefts(tmp_path):
     host = tiny_host("llama", LORAS | {"chem": LORAS["law"]}, torch.float32)
     for name in NAMES:

@@ -58,17 +58,6 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(actual[name], grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 0, 4, 1, 5, 3]])
-def test_rows_come_in_any_order(order):
-    host, ids, mask = tiny_host(), tiny_ids(6), padded_mask(LENGTHS)
-    with torch.no_grad():
-        expected = host(ids, mask, NAMES).logits
-        actual = host(ids[order], mask[order], [NAMES[row] for row in order]).logits
-    for place, row in enumerate(order):
-        real = mask[row].bool()
-        torch.testing.assert_close(actual[place][real], expected[row][real], rtol=0, atol=1e-10)
-
-
 def test_an_adapter_trains_as_if_it_were_alone():
     together = train_rows(tiny_host(configs=NOISY), list(range(6)), NAMES)
     for name in METHODS:

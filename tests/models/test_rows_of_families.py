@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import loraloom
-from loraloom.adapters import LoraConfig
 from loraloom.adapters.base import BaseInfo
 from loraloom.models.structure import FAMILIES
-from tests.parity.peft_models import their_parameter, wrapped_by_peft
+from tests.parity.peft_models import copy_to_peft, wrapped_by_peft
 from tests.tiny import (
     ALL_FAMILIES,
     METHODS,
@@ -26,9 +25,6 @@ from tests.tiny import (
     tiny_ids,
     tiny_model,
 )
-
-# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 IDS = tiny_ids(2)
 MASK = padded_mask([7, 5])
@@ -42,9 +38,13 @@ def test_a_family_computes_what_peft_and_its_own_blocks_do(family):
     host = loraloom.attach(copy.deepcopy(model))
     for name, config in methods_of(family).items():
         adapter = randomise(host.add(name, config))
-        oracle = by_peft if name == "lora" else merged
+        theirs = copy.deepcopy(model)
         with torch.no_grad():
-            theirs = oracle(copy.deepcopy(model), host.base, config, adapter.tensors())
+            if name == "lora":
+                theirs = wrapped_by_peft(theirs, config, host.base)
+                copy_to_peft(theirs, host.base, adapter)
+            else:
+                merge_all(theirs, host.base, config, adapter.tensors())
             expected = theirs(IDS, attention_mask=MASK).logits
             actual = host(IDS, MASK, [name, name]).logits
         assert relative_error(actual[REAL], expected[REAL]) < tolerance, name
@@ -64,18 +64,8 @@ def methods_of(family: str) -> dict[str, Any]:
     return {name: changed(c, target_modules="attention") for name, c in plain.items()}
 
 
-def by_peft(
-    model: nn.Module, base: BaseInfo, config: LoraConfig, tensors: dict[str, Tensor]
-) -> nn.Module:
-    """The model with a plain adapter in PEFT's layers."""
-    wrapped = wrapped_by_peft(model, config, base)
-    for name, tensor in tensors.items():
-        their_parameter(wrapped, base, name).copy_(tensor)
-    return wrapped
-
-
-def merged(model: nn.Module, base: BaseInfo, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
-    """The model with updates in its weights, and whole FFN blocks as experts."""
+def merge_all(model: nn.Module, base: BaseInfo, config: Any, tensors: dict[str, Tensor]) -> None:
+    """Put updates into a model's weights, and whole FFN blocks in it as experts."""
     for index, layer in enumerate(model.get_submodule(base.layers_path).children()):
         for path in base.shapes:
             if f"layers.{index}.{path}.lora_A" in tensors:
@@ -89,7 +79,6 @@ def merged(model: nn.Module, base: BaseInfo, config: Any, tensors: dict[str, Ten
                     merge(expert.get_submodule(name), config, tensors, place)
             router = tensors[f"layers.{index}.{base.ffn}.router"]
             block.forward = partial(mixed, block.forward, experts, router, config.top_k)
-    return model
 
 
 def merge(linear: Any, config: Any, tensors: dict[str, Tensor], place: str) -> None:

@@ -90,15 +90,11 @@ def test_what_is_no_sum_says_why(row, message):
         tiny_host("llama", MEMBERS | more)(tiny_ids(1), adapters=[row])
 
 
-def test_a_sum_has_no_files(tmp_path):
+def test_a_sum_has_no_files_and_is_not_trained(tmp_path):
     host = tiny_host("llama", MEMBERS)
     for use in (lambda: host.save(SUMS[0], tmp_path), lambda: host.merge(SUMS[0])):
         with pytest.raises(AdapterError, match=r"one of those on this host .*, got 'lora:0.7\+sm"):
             use()
-
-
-def test_a_sum_is_not_trained():
-    host = tiny_host("llama", MEMBERS)
     with pytest.raises(AdapterError, match="is not trained"):
         host(tiny_ids(1), adapters=["lora+dora"], training=True)
     with pytest.raises(AdapterError, match="is not trained"):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 
 import peft
+import torch
 from torch import nn
 
 from loraloom.adapters import LoraConfig
 from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.method import Adapter
 
-PARTS = {
-    "lora_A": "lora_A.default.weight",
-    "lora_B": "lora_B.default.weight",
-    "magnitude": "lora_magnitude_vector.default.weight",
-}
+PARTS = {"lora_A": "lora_A", "lora_B": "lora_B", "magnitude": "lora_magnitude_vector"}
 
 
 def wrapped_by_peft(model: nn.Module, config: LoraConfig, base: BaseInfo) -> nn.Module:
@@ -32,6 +30,15 @@ def wrapped_by_peft(model: nn.Module, config: LoraConfig, base: BaseInfo) -> nn.
     return peft.get_peft_model(model, theirs).to(model.dtype)
 
 
-def their_parameter(model: nn.Module, base: BaseInfo, name: str) -> nn.Parameter:
+def their_parameter(
+    model: nn.Module, base: BaseInfo, name: str, adapter: str = "default"
+) -> nn.Parameter:
     path, _, part = name.removeprefix("layers.").rpartition(".")
-    return model.get_parameter(f"base_model.model.{base.layers_path}.{path}.{PARTS[part]}")
+    place = f"base_model.model.{base.layers_path}.{path}"
+    return model.get_parameter(f"{place}.{PARTS[part]}.{adapter}.weight")
+
+
+@torch.no_grad()
+def copy_to_peft(model: nn.Module, base: BaseInfo, adapter: Adapter, name: str = "default") -> None:
+    for key, tensor in adapter.tensors().items():
+        their_parameter(model, base, key, name).copy_(tensor)

@@ -126,13 +126,10 @@ def test_any_routing(routing, decomposed):
     compare("llama", config)
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_any_number_of_slots(top_k, decomposed):
-    config = MixLoraConfig(
-        rank=2, alpha=4, num_experts=4, top_k=top_k, weight_decomposition=decomposed
-    )
-    compare("llama", heavy_balance(config))
+def test_any_number_of_slots(top_k, method):
+    compare("llama", heavy_balance(changed(METHODS[method], num_experts=4, top_k=top_k)))
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
@@ -159,10 +156,6 @@ def test_any_part_of_the_projections(family, targets, decomposed):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_rank_stabilized_scaling(method):
-    compare("llama", changed(METHODS[method], rank_stabilized=True))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_biases_on_every_projection(method):
-    compare("llama", METHODS[method], attention_bias=True, mlp_bias=True)
+def test_rank_stabilized_scaling_and_biases_on_every_projection(method):
+    config = changed(METHODS[method], rank_stabilized=True)
+    compare("llama", config, attention_bias=True, mlp_bias=True)

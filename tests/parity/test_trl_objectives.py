@@ -59,14 +59,12 @@ def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
     return log_p * (labels[:, 1:] != NO_LOSS)
 
 
-class Calm:
-    """trl's trainer, made without its constructor, with what its loss reads."""
-
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"),
-        gather=lambda values: values,
-        gather_for_metrics=lambda values: values,
-    )
+# Trainers are made without their constructors, with what their losses read.
+ACCELERATOR = SimpleNamespace(
+    device=torch.device("cpu"),
+    gather=lambda values: values,
+    gather_for_metrics=lambda values: values,
+)
 
 
 def trl_dpo(trainer_class, host: Host, job: Job, objective: dict) -> tuple[Tensor, dict]:
@@ -85,7 +83,7 @@ def trl_dpo(trainer_class, host: Host, job: Job, objective: dict) -> tuple[Tenso
     model.training = True
     vars(trainer).update(
         model=model,
-        accelerator=Calm.accelerator,
+        accelerator=ACCELERATOR,
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=True,
@@ -136,10 +134,11 @@ def test_dpo_is_that_of_trl(dpo_trainer, objective, method):
     assert_equals(ours, job, *trl_dpo(dpo_trainer, host, job, objective))
 
 
-def cpo_trainer_with(trainer_class, objective: dict):
+def trl_cpo(trainer_class, host: Host, job: Job, objective: dict) -> tuple[Tensor, dict]:
+    logits, labels = logits_of(host, job, "a")
     trainer = object.__new__(trainer_class)
     vars(trainer).update(
-        accelerator=Calm.accelerator,
+        accelerator=ACCELERATOR,
         alpha=0.0,
         aux_loss_enabled=False,
         beta=objective.get("beta", 0.1),
@@ -148,12 +147,6 @@ def cpo_trainer_with(trainer_class, objective: dict):
         label_smoothing=objective.get("label_smoothing", 0.0),
         loss_type=objective.get("loss_type", "sigmoid"),
     )
-    return trainer
-
-
-def trl_cpo(trainer_class, host: Host, job: Job, objective: dict) -> tuple[Tensor, dict]:
-    logits, labels = logits_of(host, job, "a")
-    trainer = cpo_trainer_with(trainer_class, objective)
     trainer.concatenated_inputs = lambda *_, **__: {
         "concatenated_input_ids": labels,
         "concatenated_attention_mask": labels,
