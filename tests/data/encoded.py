@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 from loraloom.config.data import SourceConfig
 from loraloom.data.encoding import SourceEncoder
 
@@ -11,3 +13,8 @@ def encode(tokenizer, rows, max_length, **settings):
     encoded = encoder.encode(rows, rows[0])
     encoder.check(rows, encoded)
     return encoded
+
+
+def write_rows(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)

@@ -93,16 +93,8 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer(tin
             TWO_TURNS,
             "line 3: the chat template asks for message 2 with '<think>' where it then writes 'b",
         ),
-        (
-            MARKED.replace("m.role == 'assistant'", "false"),
-            TWO_TURNS,
-            "line 3: .* marks have nothing of it between them",
-        ),
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            TWO_TURNS,
-            "line 3: .* chat template: roles must alternate",
-        ),
+        (MARKED.replace("m.role == 'assistant'", "false"), TWO_TURNS, "3: .* marks have nothing"),
+        ("{{ raise_exception('no roles') }}", TWO_TURNS, "line 3: .* chat template: no roles"),
         (None, TWO_TURNS, "the tokenizer must have a chat template"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import datasets
@@ -15,6 +14,7 @@ from loraloom.data.sources import Row
 from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
 from tests.data.encoded import encode as encode_rows
+from tests.data.encoded import write_rows
 from tests.data.test_chat import MARKED, PLAIN
 
 
@@ -56,10 +56,8 @@ def test_messages_follow_those_of_the_prompt_or_their_common_beginning(tiny_toke
     both = {"chosen": [said("assistant", "blue")], "rejected": [said("assistant", "no")]}
     (encoded,) = encode(tiny_tokenizer, {"prompt": prompt, **both})
     before = "[user]one?<eos>[assistant]yes<eos>[user]sky?<eos>[assistant]"
-    assert shown(tiny_tokenizer, encoded) == [
-        (f"{before}blue<eos>", "blue<eos>"),
-        (f"{before}no<eos>", "no<eos>"),
-    ]
+    expected = [(f"{before}{text}", text) for text in ("blue<eos>", "no<eos>")]
+    assert shown(tiny_tokenizer, encoded) == expected
     whole = {role: [*prompt, *messages] for role, messages in both.items()}
     for more in ({}, {"prompt": "sky?"}):
         assert encode(tiny_tokenizer, {**whole, **more}) == [encoded]
@@ -73,10 +71,8 @@ def test_both_answers_keep_the_same_part_of_a_prompt_that_is_too_long(tiny_token
     columns = {"prompt": "question", "chosen": "good", "max_length": 12}
     (encoded,) = encode(tiny_tokenizer, row, **columns)
     assert (encoded.is_cut, encoded.is_pair) == (True, True)
-    assert shown(tiny_tokenizer, encoded) == [
-        ("uvwxyz!<eos>", "!<eos>"),
-        ("uvwxyz!!!!!<eos>", "!!!!!<eos>"),
-    ]
+    expected = [(f"uvwxyz{text}", text) for text in ("!<eos>", "!!!!!<eos>")]
+    assert shown(tiny_tokenizer, encoded) == expected
     assert encode(tiny_tokenizer, row | {"rejected": "!" * 20}, **columns) == [DROPPED]
 
 
@@ -87,11 +83,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(encoding, "MIN_ROWS", 20)
     monkeypatch.setattr(encoding, "_BLOCK", 10)
     return tmp_path / "cache" / "loraloom"
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)
 
 
 def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 40, **settings):
@@ -107,19 +98,17 @@ def refuse(*_, **__):
     raise AssertionError("encoded again")
 
 
-@pytest.mark.parametrize("data_format", DATA)
-def test_what_is_read_is_what_encoding_gives(
-    tiny_tokenizer, tmp_path, cache, monkeypatch, data_format
-):
+@pytest.mark.parametrize("kind", DATA)
+def test_what_is_read_is_what_encoding_gives(tiny_tokenizer, tmp_path, cache, monkeypatch, kind):
     tiny_tokenizer.chat_template = PLAIN
-    file = write(tmp_path / "rows.jsonl", DATA[data_format])
+    file = write_rows(tmp_path / "rows.jsonl", DATA[kind])
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "MIN_ROWS", 100)
-        expected = load(tiny_tokenizer, file, data_format)
+        expected = load(tiny_tokenizer, file, kind)
     assert not cache.exists()
-    assert load(tiny_tokenizer, file, data_format) == expected
+    assert load(tiny_tokenizer, file, kind) == expected
     monkeypatch.setattr(encoding.SourceEncoder, "encode", refuse)
-    assert load(tiny_tokenizer, file, data_format) == expected
+    assert load(tiny_tokenizer, file, kind) == expected
     assert len(entries(cache)) == 1
 
 
@@ -136,7 +125,7 @@ def test_whatever_changes_tokens_makes_another_entry(tiny_tokenizer, tmp_path, c
     template = tmp_path / "mine.jinja"
     template.write_text("{{ instruction }}:")
     rows = DATA["instruction"]
-    file = write(tmp_path / "rows.jsonl", rows)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
 
     def num_entries(**changes) -> int:
         settings = {"template": str(template), "max_length": 40} | changes
@@ -148,7 +137,7 @@ def test_whatever_changes_tokens_makes_another_entry(tiny_tokenizer, tmp_path, c
     assert num_entries(fields={"input": "instruction"}) == 3
     template.write_text("{{ instruction }}>")
     assert num_entries() == 4
-    write(tmp_path / "rows.jsonl", [*rows[:-1], rows[-1] | {"output": "no"}])
+    write_rows(tmp_path / "rows.jsonl", [*rows[:-1], rows[-1] | {"output": "no"}])
     assert num_entries() == 5
     tiny_tokenizer.add_tokens(["Say"])
     assert num_entries() == 6
@@ -157,7 +146,7 @@ def test_whatever_changes_tokens_makes_another_entry(tiny_tokenizer, tmp_path, c
 
 
 def test_without_a_whole_cache_rows_are_encoded_as_ever(tiny_tokenizer, tmp_path, cache):
-    file = write(tmp_path / "rows.jsonl", DATA["text"])
+    file = write_rows(tmp_path / "rows.jsonl", DATA["text"])
     expected = load(tiny_tokenizer, file)
     (entry,) = entries(cache)
     entry.write_bytes(entry.read_bytes()[:100])
@@ -169,11 +158,9 @@ def test_without_a_whole_cache_rows_are_encoded_as_ever(tiny_tokenizer, tmp_path
 
 def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, cache):
     messages = {"chosen": chat(1), "rejected": chat(2)}  # rows of another kind than the first
-    file = write(tmp_path / "rows.jsonl", [*DATA["preference"][:20], *[messages] * 10])
+    file = write_rows(tmp_path / "rows.jsonl", [*DATA["preference"][:20], *[messages] * 10])
     for _ in range(2):
-        with pytest.raises(
-            DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has no"
-        ):
+        with pytest.raises(DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has "):
             load(tiny_tokenizer, file, "preference")
     assert len(entries(cache)) == 1
     with pytest.raises(DataError, match="line 1: chat_template has no effect on preferences bet"):

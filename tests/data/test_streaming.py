@@ -12,6 +12,7 @@ from loraloom.config.data import DataConfig
 from loraloom.data.sources import HubSource, RowStream
 from loraloom.data.training_set import StreamedSet, StreamPosition
 from loraloom.errors import DataError
+from tests.data.encoded import write_rows
 
 ROWS = [{"text": f"row {number}"} for number in range(30)]
 
@@ -19,7 +20,7 @@ ROWS = [{"text": f"row {number}"} for number in range(30)]
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    write_rows(path, ROWS)
     return path
 
 
@@ -39,9 +40,6 @@ def test_rows_are_shuffled_within_the_buffer_by_the_seed(tiny_tokenizer, file):
     first, again, other = (texts(tiny_tokenizer, made.take(made.start, 8)[0]) for made in sets)
     assert first == again != other
     assert set(first) == set(other) == {row["text"] for row in ROWS[:8]}
-
-
-def test_no_buffer_is_the_default_one(tiny_tokenizer, file):
     made = stream(tiny_tokenizer, dataset=file, shuffle_buffer=None)
     assert "read 1000 rows at a time" in made.report[0]
 
@@ -86,7 +84,7 @@ def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp
 def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
     path = tmp_path / "long.jsonl"
     row = {"instruction": "Say", "context": "", "response": "what color is the sky " * 20}
-    path.write_text(f"{json.dumps(row)}\n" * 3)
+    write_rows(path, [row] * 3)
     with pytest.raises(DataError, match="no row has an answer that fits max_length=16; raise it"):
         stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
     made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=512)
@@ -116,7 +114,7 @@ def test_an_empty_stream_is_an_error(tiny_tokenizer, file):
     made = stream(tiny_tokenizer, dataset=file)
     _, position = made.take(made.start, 8)
     file.write_text("")
-    with pytest.raises(DataError, match="there are no rows any more"):
+    with pytest.raises(DataError, match=r"rows.jsonl: there are no rows"):
         made.take(position, 80)
     with pytest.raises(DataError, match=r"rows.jsonl: there are no rows"):
         stream(tiny_tokenizer, dataset=file)

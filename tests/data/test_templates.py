@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 from jinja2 import TemplateError
 
@@ -16,6 +14,7 @@ from loraloom.data.templates import (
     read_instruction,
 )
 from loraloom.errors import DataError
+from tests.data.encoded import write_rows
 
 ALPACA = Row({"instruction": "Add.", "input": "1 2", "output": "3"}, "f.jsonl, line 1")
 DOLLY = Row({"instruction": "Add.", "context": "", "response": "3", "category": "qa"}, "f, line 2")
@@ -115,7 +114,7 @@ MESSAGES = {"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:
 
 
 @pytest.mark.parametrize(
-    ("settings", "rows", "expected"),
+    ("settings", "rows", "more"),
     [
         ({"format": "instruction"}, [], {"template": "alpaca"}),
         ({"format": "instruction", "template": "Q: {{ input }}"}, [], {}),
@@ -129,14 +128,11 @@ MESSAGES = {"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:
         ({"format": "preference"}, [MESSAGES], {"format": "chat", "system": "Be kind."}),
     ],
 )
-def test_the_form_of_prompts_is_that_of_the_data(
-    tmp_path, tiny_tokenizer, settings, rows, expected
-):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    data = DataConfig.model_validate({"dataset": str(path), **settings})
+def test_the_form_of_prompts_is_that_of_the_data(tmp_path, tiny_tokenizer, settings, rows, more):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = DataConfig.model_validate({"dataset": path, **settings})
     form = prompt_form(data, tiny_tokenizer)
-    assert form.model_dump(exclude_none=True) == settings | expected
+    assert form.model_dump(exclude_none=True) == settings | more
     mix = DataConfig.model_validate({"mix": [data.sources[0], {"task": "boolq"}]})
     assert prompt_form(mix, tiny_tokenizer) == form
 

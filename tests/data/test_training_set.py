@@ -1,24 +1,18 @@
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.data.tasks import find_task
 from loraloom.data.tokens import NO_LOSS
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import DataError
+from tests.data.encoded import write_rows
 
 TURN = {"role": "user", "content": "sky?"}
 GOOD, BAD = ({"role": "assistant", "content": color} for color in ("blue", "green"))
 TEMPLATE = "{% for m in messages %}{{ m.content }};{% endfor %}"
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture
@@ -90,9 +84,7 @@ def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
         load(tiny_tokenizer, max_length=2, **settings)
 
 
-def test_an_epoch_has_every_example_once_in_an_order_of_its_own_and_of_the_seed(
-    tiny_tokenizer, alpaca
-):
+def test_an_epoch_has_every_example_once_in_an_order_by_epoch_and_seed(tiny_tokenizer, alpaca):
     loaded, other = (load(tiny_tokenizer, seed=seed, **alpaca) for seed in (0, 1))
     orders = [loaded.epoch_order(epoch) for epoch in range(3)]
     assert loaded.epoch_length == 40
@@ -157,16 +149,6 @@ def test_a_task_is_learnt_in_either_scoring_and_as_the_right_answer_over_a_wrong
     assert (len(loaded.examples), len(loaded.validation)) == (8, 2)
 
 
-def test_wrong_answers_take_turns():
-    task = find_task("skills")
-    for index, row in enumerate(task.load_rows("train")[:12]):
-        question = task.question(row, 0, "text")
-        right, wrong = task.preference_texts(row, index, "text")
-        choices = list(zip(question.contexts, question.continuations, strict=True))
-        assert right == choices.pop(question.gold)
-        assert wrong == choices[index % len(choices)]
-
-
 def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, quiz, alpaca):
     loaded = load(tiny_tokenizer, **quiz, validation={**quiz, "scoring": "text"})
     assert (len(loaded.examples), len(loaded.validation)) == (10, 4)
@@ -190,13 +172,11 @@ GOOD_AND_EMPTY = [
 ]
 
 
-@pytest.mark.parametrize(("data_format", "rows"), GOOD_AND_EMPTY)
-def test_an_empty_answer_is_an_error_unless_it_is_skipped(
-    tiny_tokenizer, tmp_path, data_format, rows
-):
+@pytest.mark.parametrize(("kind", "rows"), GOOD_AND_EMPTY)
+def test_an_empty_answer_is_an_error_unless_it_is_skipped(tiny_tokenizer, tmp_path, kind, rows):
     tiny_tokenizer.chat_template = TEMPLATE
     path = write_rows(tmp_path / "no\u202fbreak a.jsonl", rows)
-    data = {"dataset": path, "format": data_format, "as_pairs": data_format == "preference"}
+    data = {"dataset": path, "format": kind, "as_pairs": kind == "preference"}
     advice = "fill it in, remove the row, or set on_empty: skip"
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2.* is empty.*; {advice}"):
         load(tiny_tokenizer, **data)
@@ -238,9 +218,7 @@ def test_all_faulty_rows_are_in_one_message(tiny_tokenizer, tmp_path):
         ),
     ],
 )
-def test_a_column_that_is_needed_or_set_is_named_with_its_setting(
-    tiny_tokenizer, tmp_path, settings, message
-):
+def test_a_missing_column_is_named_with_its_setting(tiny_tokenizer, tmp_path, settings, message):
     row = {"instruction": "Say", "reply ": "a", "messages": [TURN, GOOD], "functions": None}
     path = write_rows(tmp_path / "a.jsonl", [row] * 3)
     with pytest.raises(DataError, match=message):

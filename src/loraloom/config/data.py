@@ -124,7 +124,7 @@ def num_lands(task: str) -> int | None:
     return int(task.rpartition("@")[2].rpartition("of")[2]) if "@" in task else None
 
 
-def land_number(task: str) -> int | None:
+def land_of(task: str) -> int | None:
     """K of `skills@KofN`, from 1; None for all lands."""
     return int(task.rpartition("@")[2].partition("of")[0]) if "of" in task else None
 

@@ -120,11 +120,10 @@ def _read_content(message: Row) -> str:
     content = message["content"]
     if not isinstance(content, list):
         return message.text("content")
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    joined = [text for text in texts if isinstance(text, str)]
-    if len(joined) < len(texts):
+    texts: list[Any] = [p.get("text") if isinstance(p, Mapping) else p for p in content]
+    if not all(isinstance(text, str) for text in texts):
         message.reject("field 'content' must be a text or a list of texts, got other parts")
-    return "".join(joined)
+    return "".join(texts)
 
 
 def _read_calls(message: Row) -> list[dict[str, Any]]:
@@ -184,14 +183,12 @@ def learn_answers(
             texts = _answered_texts(template, row, conversation, places)
     except TemplateError as error:
         row.reject(f"the conversation does not fit the chat template: {error}; change one of them")
-    return [_learn_spans(template.tokenizer, *text) for text in texts]
+    return [_learn_spans(template.tokenizer, text) for text in texts]
 
 
-def _marked_text(
-    template: ChatTemplate, row: Row, conversation: Conversation, first: int
-) -> Marked:
-    text, marks = template.render_with_marks(conversation)
-    start = count_shared(text, template.render(conversation.until(first))) if first else 0
+def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: int) -> Marked:
+    text, marks = template.render_with_marks(chat)
+    start = count_shared(text, template.render(chat.until(first))) if first else 0
     spans = [(begin, end) for begin, end in marks if begin >= start]
     if not any(end > begin for begin, end in spans):
         row.reject("the chat template's {% generation %} marks have nothing of it between them")
@@ -230,10 +227,9 @@ def _answered_texts(
     return texts[::-1]
 
 
-def _learn_spans(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
-) -> Example:
+def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
     """The tokens of a text; those that reach into a span are learnt."""
+    text, spans = marked
     if not tokenizer.is_fast:
         got = type(tokenizer).__name__
         raise DataError(f"chats need a fast tokenizer, which knows where tokens begin, got {got}")
@@ -264,8 +260,7 @@ def _omissions(
         elif message["role"] not in ("user", "assistant"):
             yield f"the content {name}, of role {message['role']!r}", within, other
         if is_answer and place >= first and "reasoning_content" in message:
-            other = within.changed(place, reasoning_content="")
-            yield f"the reasoning {name}", within, other
+            yield f"the reasoning {name}", within, within.changed(place, reasoning_content="")
         elif is_answer and place >= first and "</think>" in content:
             other = within.changed(place, content=content.rpartition("</think>")[2])
             yield f"the reasoning {name}", within, other

@@ -25,7 +25,7 @@ from loraloom.data.chat import learn_answers, read_conversation, read_messages, 
 from loraloom.data.sources import EmptyAnswerError, Row, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import ChatTemplate, Conversation
-from loraloom.data.tokens import NO_LOSS, EncodedRow, Example
+from loraloom.data.tokens import NO_LOSS, EncodedRow, Example, TextPair
 from loraloom.errors import DataError, plain
 
 # Rows from which on reading tokens is worth a file.
@@ -85,8 +85,6 @@ class SourceEncoder:
             rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
             return rows, self._encode_task(rows)
         rows = list(islice(self.open(split, streaming=streaming).rows(), limit))
-        if not rows:
-            raise DataError(f"{config.dataset}: there are no rows; name another data set")
         first = next((row for row in rows if not row.fault), rows[0])
         template = self.tokenizer.chat_template
         if config.format == "instruction":
@@ -127,12 +125,11 @@ class SourceEncoder:
                 template = templates.load_chat_template(
                     self.tokenizer, config.chat_template, templates.TRAINING_DAY
                 )
-                pairs = config.format == "preference"
-                read = partial(self._read_chats if pairs else self._read_chat, template, columns)
+                read = partial(self._read_chat, template)
+                if config.format == "preference":
+                    read = partial(self._read_chats, template, columns)
                 return _encode_each(rows, read, list)
-        return _encode_each(
-            rows, read, lambda items: encode(self.tokenizer, items, self.max_length)
-        )
+        return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))
 
     def _columns(self, first: Row) -> dict[str, str]:
         data_format, given = self.config.format or "text", self.config.fields or {}
@@ -149,9 +146,7 @@ class SourceEncoder:
                 )
         return columns
 
-    def _read_chat(
-        self, template: ChatTemplate, columns: Mapping[str, str], row: Row
-    ) -> EncodedRow:
+    def _read_chat(self, template: ChatTemplate, row: Row) -> EncodedRow:
         conversation = read_conversation(row, self.config.fields)
         texts = learn_answers(template, row, conversation)
         fitted = [tokens.fit(text, self._start, self.max_length) for text in texts]
@@ -159,9 +154,7 @@ class SourceEncoder:
         is_cut = any(text.is_cut or not text.pieces for text in fitted)
         return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
 
-    def _read_chats(
-        self, template: ChatTemplate, columns: Mapping[str, str], row: Row
-    ) -> EncodedRow:
+    def _read_chats(self, template: ChatTemplate, columns: dict[str, str], row: Row) -> EncodedRow:
         """Two answers after the prompt's messages, or after the common beginning of both."""
         answers = [columns["chosen"], columns["rejected"]]
         both = [read_messages(row, name) for name in answers if row[name] or row.answer(name)]
@@ -188,17 +181,15 @@ class SourceEncoder:
         places = count()
 
         def read(row: Row) -> Any:
-            if self.as_pairs:
-                return task.preference_texts(row, next(places), scoring)
-            return task.training_text(row, scoring)
+            texts = task.training_texts(row, next(places), scoring)
+            return texts if self.as_pairs else texts[0]
 
-        settings = [self.as_pairs, self.max_length]
-        return _encode_each(
-            rows, read, lambda texts: _encode_once(texts, encode, self.tokenizer, settings)
-        )
+        settings, tokenizer = [self.as_pairs, self.max_length], self.tokenizer
+        once = partial(_encode_once, encode=encode, tokenizer=tokenizer, settings=settings)
+        return _encode_each(rows, read, once)
 
 
-def _read_texts(columns: Mapping[str, str], row: Row) -> tuple[tuple[str, str], tuple[str, str]]:
+def _read_texts(columns: Mapping[str, str], row: Row) -> tuple[TextPair, TextPair]:
     prompt = row.text(columns["prompt"])
     return (prompt, row.answer(columns["chosen"])), (prompt, row.answer(columns["rejected"]))
 
@@ -259,22 +250,17 @@ def _encode_once(
 
 def _as_record(row: EncodedRow) -> dict[str, str]:
     # JSON, as its lists of numbers are read faster than Arrow's
-    pieces = [
-        (piece.input_ids, [int(label != NO_LOSS) for label in piece.labels]) for piece in row.pieces
-    ]
+    pieces = [(x.input_ids, [int(label != NO_LOSS) for label in x.labels]) for x in row.pieces]
     return {"row": json.dumps([pieces, *row[1:]])}
 
 
 def _from_record(text: str) -> EncodedRow:
     pieces, *rest = json.loads(text)
     # labels are the same objects as ids: two of each number would double what a data set takes
-    examples = [
-        Example(
-            tuple(ids),
-            tuple(i if learnt else NO_LOSS for i, learnt in zip(ids, marks, strict=True)),
-        )
-        for ids, marks in pieces
-    ]
+    examples = []
+    for ids, marks in pieces:
+        labels = (i if learnt else NO_LOSS for i, learnt in zip(ids, marks, strict=True))
+        examples.append(Example(tuple(ids), tuple(labels)))
     return EncodedRow(tuple(examples), *rest)
 
 
@@ -311,10 +297,8 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
     """How a job's data writes prompts; of a mix, its first source, as all rows show."""
     source = data.sources[0]
     match source.format:
-        case None:
-            return PromptForm(format="task")
-        case "text":
-            return PromptForm(format="text")
+        case None | "text":
+            return PromptForm(format=source.format or "task")
         case "instruction":
             name = source.template or "alpaca"
             template = name if name in PROMPT_TEMPLATES else templates.template_source(name)

@@ -18,13 +18,8 @@ from loraloom.errors import DataError
 
 _WORDS: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
 MONTHS, NAMES = _WORDS["months"].split(), _WORDS["names"].split()
-FIRST_SYLLABLES = (
-    "Bal Cor Dun Fen Gar Hol Jur Kel Lim Mor Nal Pol Qua Ros Sel Tar Ul Vor Wen Yar Zel Bri Cal "
-    "Dro Fal Gri Hes Is Jan Kru Lor Mib"
-).split()
-LAST_SYLLABLES = (
-    "dan mir tos vel gan rek lum sho bir nax dor pel tin wug zem fos hal kor lin mav"
-).split()
+FIRST_SYLLABLES: list[str] = _WORDS["first_syllables"].split()
+LAST_SYLLABLES: list[str] = _WORDS["last_syllables"].split()
 # The part of each group's facts, in shuffled order, that a split gets.
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
 # Most questions of a skill at its home in a split.
@@ -169,9 +164,8 @@ def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[st
         choices = generator.sample(wrong, len(wrong))
         answer = place % (len(choices) + 1)
         choices.insert(answer, right)
-        rows.append(
-            {"skill": skill.name, "question": question, "choices": choices, "answer": answer}
-        )
+        row = {"skill": skill.name, "question": question, "choices": choices, "answer": answer}
+        rows.append(row)
     generator.shuffle(rows)
     return rows
 

@@ -105,9 +105,7 @@ def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
     """Read a file's rows one after the other; whether it is there is checked at once."""
     path = local_path(path, "a data file", DataError)
     if not path.is_file():
-        names = (
-            sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        )
+        names = sorted(entry.name for entry in path.parent.glob("*"))
         hint = f"{suggestion(path.name, names)}{path.parent} has {_listed(names) or 'nothing'}"
         raise DataError(f"{path}: no such file or directory; {hint}")
     if not is_data_file(path):
@@ -265,22 +263,13 @@ def find_split(files: Mapping[str, Path], split: str, name: object) -> Path:
     raise DataError(f"{name}: no split {split!r} there; {hint}")
 
 
-def find_splits(path: Path, name: str, *, alone: bool) -> Mapping[str, Path]:
-    """The file of each split of the data set `name`; if alone, also of the directory itself."""
-    path = local_path(path, "the path of data", DataError)
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such directory of data sets")
-    is_named = (path / name).is_dir()
-    return split_files(path / name if is_named else path) if is_named or alone else {}
-
-
 def find_named(path: Path, name: str, split: str) -> Path:
     """The file of one split of the data set `name`; a single file may turn out to be missing."""
     path = local_path(path, "the path of data", DataError)
     if path.is_dir():
-        files = find_splits(path, name, alone=True)
-        if files or (path / name).is_dir():
-            return find_split(files, split, path / name if (path / name).is_dir() else path)
+        directory = path / name if (path / name).is_dir() else path
+        if (files := split_files(directory)) or directory != path:
+            return find_split(files, split, directory)
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         hint = f"{suggestion(name, names)}the data sets are: {_listed(names) or 'none'}"
         raise DataError(f"{path}: no data set {name!r} there; {hint}")
@@ -305,9 +294,6 @@ def sha256(path: Path) -> str:
 
 def read_rows(found: Path | HubSource, split: str = "", limit: int | None = None) -> list[Row]:
     rows = list(islice(RowStream(found, split, streaming=False).rows(), limit))
-    if not rows:
-        name = found if isinstance(found, Path) else found.repository
-        raise DataError(f"{name}: there are no rows; add some, or name another file")
     check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
     return rows
 
@@ -341,6 +327,9 @@ class RowStream:
         for row in rows_of_file(found, start) if of_file else self._of_hub(found, state):
             self._num_rows += 1
             yield row
+        if self._num_rows == 0:
+            name = found if of_file else found.repository
+            raise DataError(f"{name}: there are no rows; add some, or name another data set")
 
     def state_dict(self) -> StreamState:
         of_hub = isinstance(self._found, HubSource)

@@ -52,10 +52,9 @@ class Conversation(NamedTuple):
         return self._replace(messages=self.messages[:place])
 
     def changed(self, place: int, **fields: object) -> Conversation:
-        message = {**self.messages[place], **fields}
-        return self._replace(
-            messages=[*self.messages[:place], message, *self.messages[place + 1 :]]
-        )
+        messages = [*self.messages]
+        messages[place] = {**messages[place], **fields}
+        return self._replace(messages=messages)
 
 
 @lru_cache(maxsize=256)
@@ -119,9 +118,8 @@ def load_template(template: str | None) -> Template:
 
 
 def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:
-    has_input = row.get(columns["input"]) is not None
     instruction, output = row.text(columns["instruction"]), row.answer(columns["output"])
-    given = row.text(columns["input"]) if has_input else ""
+    given = "" if row.get(columns["input"]) is None else row.text(columns["input"])
     parts = {"instruction": instruction, "input": given}
     return fill_in(template, row, "the prompt template", parts), output
 
@@ -139,7 +137,7 @@ class ChatTemplate:
         self, tokenizer: PreTrainedTokenizerBase, source: str | None = None, day: date | None = None
     ):
         self.tokenizer, self._given = tokenizer, source
-        self._fields = {**tokenizer.special_tokens_map, "documents": None}
+        self._fields: dict[str, Any] = {**tokenizer.special_tokens_map}
         # apply_chat_template takes plain data alone, and so no other clock
         if day is not None:
             self._fields["strftime_now"] = day.strftime
@@ -159,28 +157,21 @@ class ChatTemplate:
         return self.render_with_marks(conversation, for_answer=for_answer)[0]
 
     def render_with_marks(self, conversation: Conversation, *, for_answer: bool = False) -> Marked:
-        template = self._compile(conversation.tools)
-        blocks: list[str] = []
-        marks: list[tuple[int, int]] = []
-        fields = {
-            **self._fields,
-            "messages": [
-                # gpt-oss's template calls the reasoning `thinking`
-                {"thinking": message["reasoning_content"], **message}
-                if "reasoning_content" in message
-                else message
-                for message in conversation.messages
-            ],
-            "tools": conversation.tools,
-            "add_generation_prompt": for_answer,
-        }
-        with template_errors(), template.environment.activate_tracker(blocks, marks):
-            for block in template.generate(fields):
-                blocks.append(block)
-            text = "".join(blocks)
+        template, tools = self._compile(conversation.tools), conversation.tools
+        messages = [
+            # gpt-oss's template calls the reasoning `thinking`
+            {"thinking": message["reasoning_content"], **message}
+            if "reasoning_content" in message
+            else message
+            for message in conversation.messages
+        ]
+        with template_errors():
+            text, marks = chat_template_utils._render_with_assistant_indices(
+                template, messages, tools, None, for_answer, **self._fields
+            )
             # half of a surrogate pair, which no tokenizer reads, fails here
             text.encode()
-        return text, marks
+            return text, marks
 
     def closing(self) -> str:
         """The end-of-text token, if the template puts it after a conversation that only asks."""

@@ -19,6 +19,8 @@ from loraloom.errors import DataError
 NO_LOSS = -100
 # Tokens of a prompt that decide how the text of its completion begins.
 NUM_BEFORE = 4
+# A context and what follows it: a prompt, say, and its completion.
+TextPair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -80,25 +82,24 @@ class EncodedRow(NamedTuple):
 DROPPED = EncodedRow(pieces=())
 
 
-def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], start: list[int] | None = None
-) -> list[list[int]]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text after the tokens that the tokenizer puts in front, if not there."""
     if not texts:
         return []
-    start = leading_tokens(tokenizer) if start is None else start
+    start = leading_tokens(tokenizer)
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
     return [ids if ids[: len(start)] == start else [*start, *ids] for ids in encoded]
 
 
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
-) -> list[TokenPair]:
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TextPair]) -> list[TokenPair]:
     """Encode each context with its continuation as one text, as lm-eval 0.4.13, and cut between."""
     # most vocabularies have a space in the token of the word after it
-    moved = [move_trailing_space(context, continuation) for context, continuation in pairs]
+    moved = [
+        (kept := context.rstrip(), context[len(kept) :] + continuation)
+        for context, continuation in pairs
+    ]
     texts = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
     contexts = encode_texts(tokenizer, [context for context, _ in moved])
     # a token that reaches over the cut belongs to the continuation
@@ -108,11 +109,6 @@ def encode_pairs(
         TokenPair(ids[:cut] or [bos if isinstance(bos, int) else eos_token(tokenizer)], ids[cut:])
         for ids, cut in zip(texts, cuts, strict=True)
     ]
-
-
-def move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
-    kept = context.rstrip()
-    return kept, context[len(kept) :] + continuation
 
 
 def count_shared(first: Sequence[object], second: Sequence[object]) -> int:
@@ -147,9 +143,7 @@ def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text
 
 
-def learn_completions(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
-) -> list[Example]:
+def learn_completions(tokenizer: PreTrainedTokenizerBase, texts: list[TextPair]) -> list[Example]:
     """Prompts with completions in full length: loss on the completion and on an EOS after it."""
     end = eos_token(tokenizer)
     return [
@@ -159,16 +153,14 @@ def learn_completions(
 
 
 def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], max_length: int
+    tokenizer: PreTrainedTokenizerBase, texts: list[TextPair], max_length: int
 ) -> list[EncodedRow]:
     start = leading_tokens(tokenizer)
     return [fit(piece, start, max_length) for piece in learn_completions(tokenizer, texts)]
 
 
 def encode_completion_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]],
-    max_length: int,
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[TextPair, TextPair]], max_length: int
 ) -> list[EncodedRow]:
     start = leading_tokens(tokenizer)
     learnt = learn_completions(tokenizer, [text for pair in pairs for text in pair])
@@ -217,9 +209,7 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
     return EncodedRow((fitted,), is_cut=True)
 
 
-def fit_pair(
-    chosen: Example, rejected: Example, start: Sequence[int], max_length: int
-) -> EncodedRow:
+def fit_pair(chosen: Example, rejected: Example, start: list[int], max_length: int) -> EncodedRow:
     """Two answers to one prompt; if either is dropped (see `fit`), both are."""
     # both are cut by what the longer one needs, so that they keep the same part of the prompt
     longest = max(len(chosen.input_ids), len(rejected.input_ids))

@@ -121,21 +121,15 @@ def load_training_set(
     return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
 
 
-def number_row(
-    row: EncodedRow, sample_ids: Iterator[int], expert_group: int = 0
-) -> Sequence[TrainingExample]:
-    examples = [
-        replace(one, sample_id=next(sample_ids), expert_group=expert_group) for one in row.pieces
-    ]
+def number_row(row: EncodedRow, ids: Iterator[int], group: int = 0) -> Sequence[TrainingExample]:
+    examples = [replace(x, sample_id=next(ids), expert_group=group) for x in row.pieces]
     return [PreferencePair(*examples)] if row.is_pair else examples
 
 
-def choose_held_out(
-    name: str, rows: Sequence[EncodedRow], fraction: float, seed: int
-) -> frozenset[int]:
+def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed: int) -> set[int]:
     """Indices of the held-out rows: those with the lowest seeded hashes of their tokens."""
     if fraction == 0:
-        return frozenset()
+        return set()
     # equal rows have equal hashes and stay together, so that none is both learnt and measured
     hashes = {}
     for index, row in enumerate(rows):
@@ -144,7 +138,7 @@ def choose_held_out(
             hashes[index] = hashlib.sha256(f"{seed}: {tokens}".encode()).digest()
     ordered = sorted(hashes.values())
     threshold = ordered[max(round(fraction * len(ordered)), 1) - 1]
-    chosen = frozenset(index for index, value in hashes.items() if value <= threshold)
+    chosen = {index for index, value in hashes.items() if value <= threshold}
     if len(chosen) == len(hashes):
         what = f"validation_fraction={fraction} of {len(hashes)} rows leaves nothing to learn from"
         raise DataError(f"{name}: {what}; give more rows, a lower fraction or validation data")
@@ -236,7 +230,7 @@ class StreamedSet:
             f"{source.name}: a stream, read {source.rows_per_block} rows at a time"
             for source in self._sources
         )
-        places = tuple(SourcePlace() for _ in self._sources)
+        places = (SourcePlace(),) * len(self._sources)
         self.start = StreamPosition(0, 0, next(sample_ids), places)
         self._blocks: dict[int, Block] = {}
         self.take(self.start, 1)
@@ -298,23 +292,19 @@ class _Source:
         self.name = encoder.config.dataset
         self._stream = encoder.open("train", streaming=True)
         self.sizes = self._stream.sizes
-        first = next(self._stream.rows(), None)
-        if first is None:
-            raise DataError(f"{self.name}: there are no rows")
-        self._first = first
-        self._rewind(SourcePlace())
+        self._first, self._rows = next(self._stream.rows()), iter(())
+        self._place: SourcePlace | None = None
 
     def read(self, place: SourcePlace) -> tuple[list[Row], SourcePlace]:
         if place != self._place:
-            self._rewind(place)
-        rows, passes = self._read_on(self.rows_per_block), place.passes
+            self._rows = self._stream.rows(place.state)
+        # unknown where the stream ends or fails
+        self._place = None
+        rows, passes = list(islice(self._rows, self.rows_per_block)), place.passes
         while len(rows) < self.rows_per_block:
             passes += 1
-            self._rewind(SourcePlace(passes))
-            more = self._read_on(self.rows_per_block - len(rows))
-            if not more:
-                raise DataError(f"{self.name}: there are no rows any more")
-            rows += more
+            self._rows = self._stream.rows()
+            rows += islice(self._rows, self.rows_per_block - len(rows))
         self._place = after = SourcePlace(passes, self._stream.state_dict())
         return rows, after
 
@@ -323,12 +313,3 @@ class _Source:
         self._encoder.check(rows, encoded)
         group = self._encoder.config.expert_group
         return [one for row in encoded for one in number_row(row, sample_ids, group)]
-
-    def _read_on(self, number: int) -> list[Row]:
-        # unknown where the stream ends or fails
-        self._place = None
-        return list(islice(self._rows, number))
-
-    def _rewind(self, place: SourcePlace) -> None:
-        self._rows = self._stream.rows(place.state)
-        self._place: SourcePlace | None = place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,7 +15,6 @@ from loraloom.data.templates import (
     Conversation,
     Message,
     compile_template,
-    load_chat_template,
     render,
 )
 from loraloom.data.tokens import encode_texts
@@ -24,8 +22,6 @@ from loraloom.errors import DataError, shown
 from loraloom.models.choice import Choice, is_routed
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
-
-_compiled = lru_cache(64)(compile_template)
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def encode_prompt(
     else:
         source = None if form is None else form.chat_template  # files name no file of ours
         try:
-            template = ChatTemplate(tokenizer, source) if source else load_chat_template(tokenizer)
+            template = ChatTemplate(tokenizer, source or None)
             chat = template.render(Conversation(messages, prompt.tools), for_answer=True)
             if prompt.tools and chat == template.render(Conversation(messages), for_answer=True):
                 raise DataError(
@@ -174,7 +170,7 @@ def _render_instructions(
             f"{prompt.origin}: the adapter's prompt template (format: instruction) has no place "
             "for tools; leave tools out"
         )
-    template = _compiled(form.prompt_template, "the prompt template")
+    template = compile_template(form.prompt_template, "the prompt template")
     written, system, space = "", "", ""
     given = prompt.fields.get("input")  # null is none, as in training
     fields = {**prompt.fields, "input": "" if given is None else given}

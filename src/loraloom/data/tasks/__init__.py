@@ -16,18 +16,7 @@ from string import ascii_uppercase
 from types import MappingProxyType
 from typing import Any, get_args
 
-from jinja2 import Template
-
-from loraloom.config.data import (
-    Scoring,
-    TaskName,
-    check_task,
-    is_skills,
-    is_task_file,
-    land_number,
-    num_lands,
-    task_name,
-)
+from loraloom.config.data import Scoring, check_task, is_skills, is_task_file, land_of, num_lands
 from loraloom.config.fields import check_name
 from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
@@ -35,9 +24,9 @@ from loraloom.data import sources
 from loraloom.data.skills import generate_skills
 from loraloom.data.sources import HubSource, Row, fields_of
 from loraloom.data.templates import compile_template, fill_in
+from loraloom.data.tokens import TextPair
 from loraloom.errors import ConfigError, DataError, shown
 
-TASK_NAMES = get_args(TaskName)
 # Makes the rows of a split.
 Generator = Callable[[str], list[dict[str, Any]]]
 
@@ -93,7 +82,7 @@ def find_task(name: str) -> ChoiceTask:
     if is_task_file(check_task(name)):
         return _load_task(local_path(name, "a task's file"))
     if is_skills(name):
-        where = {"num_lands": num_lands(name), "land": land_number(name)}
+        where = {"num_lands": num_lands(name), "land": land_of(name)}
         generate = partial(generate_skills, **where)
         return replace(_built_in("skills"), name=name, source=generate)
     return _built_in(name)
@@ -107,7 +96,7 @@ def _built_in(name: str) -> ChoiceTask:
 def _load_task(path: Path) -> ChoiceTask:
     config, source = load_task_config(path), None
     try:
-        name = check_name(task_name(str(path)))
+        name = check_name(path.stem)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     data = config.data
@@ -143,7 +132,7 @@ class ChoiceTask:
             given |= {name: getattr(config, name) for name in ("choices", "labels", "answer")}
             for setting, texts in given.items():
                 for text in [texts] if isinstance(texts, str) else texts or ():
-                    self._template(setting, text)
+                    compile_template(text, f"{self.path}: {setting}")
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
         data = self.find_data(split, path)
@@ -198,13 +187,7 @@ class ChoiceTask:
             group=None if group in (None, "") else _as_text(row, "group", group),
         )
 
-    def training_text(self, row: Row, scoring: Scoring) -> tuple[str, str]:
-        asked = self.question(row, 0, scoring)
-        return asked.contexts[asked.gold], asked.continuations[asked.gold]
-
-    def preference_texts(
-        self, row: Row, index: int, scoring: Scoring
-    ) -> tuple[tuple[str, str], tuple[str, str]]:
+    def training_texts(self, row: Row, index: int, scoring: Scoring) -> tuple[TextPair, TextPair]:
         """Prompt and completion of the right answer, and of a wrong one: these take turns."""
         asked = self.question(row, index, scoring)
         texts = list(zip(asked.contexts, asked.continuations, strict=True))
@@ -249,10 +232,7 @@ class ChoiceTask:
     def _fill_in(
         self, row: Row, setting: str, source: str, known: Mapping[str, Any] = MappingProxyType({})
     ) -> str:
-        return fill_in(self._template(setting, source), row, setting, known)
-
-    def _template(self, setting: str, source: str) -> Template:
-        return compile_template(source, f"{self.path}: {setting}")
+        return fill_in(compile_template(source, f"{self.path}: {setting}"), row, setting, known)
 
 
 def _find(row: Row, path: str) -> Any:
