@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from loraloom.adapters import LoraConfig
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet
 from loraloom.data.tokens import encode_pairs
 from loraloom.eval.score import QuestionScore, Scores, task_scores
@@ -18,9 +17,7 @@ from tests.tiny import METHODS, tiny_host
 VOCAB_SIZE = 300
 
 
-def scoring_host(
-    family: str = "llama", configs: dict[str, LoraConfig] = METHODS, **changes: Any
-) -> Host:
+def scoring_host(family: str = "llama", configs: dict[str, Any] = METHODS, **changes: Any) -> Host:
     """Make a host in float64 for the tiny tokenizer."""
     sizes = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}
     return tiny_host(family, configs, **sizes | changes)
@@ -102,15 +99,20 @@ def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
 
 
 @torch.no_grad()
+def plain_score(
+    host: Host, adapter: str | None, context: list[int], continuation: list[int]
+) -> tuple[float, bool]:
+    """Score a continuation by itself: no batch, no padding, all logits."""
+    ids = torch.tensor([context + continuation])
+    log_probs = host(ids[:, :-1], adapters=[adapter]).logits[0].log_softmax(-1)
+    scored = log_probs[-len(continuation) :]
+    picked = scored.gather(1, torch.tensor(continuation)[:, None])
+    return float(picked.sum()), scored.argmax(-1).tolist() == continuation
+
+
 def plain_log_likelihoods(
     host: Host, tokenizer: Any, asked: ChoiceQuestion, adapter: str | None
 ) -> list[float]:
-    """Score each choice by itself: no batch, no padding, all logits."""
-    values = []
-    for context, continuation in zip(asked.contexts, asked.continuations, strict=True):
-        ((given, scored),) = encode_pairs(tokenizer, [(context, continuation)])
-        ids = torch.tensor([given + scored])
-        log_probs = host(ids, adapters=[adapter]).logits[0, :-1].log_softmax(-1)
-        token_log_probs = log_probs.gather(1, ids[0, 1:, None]).squeeze(1)
-        values.append(float(token_log_probs[-len(scored) :].sum()))
-    return values
+    """Score each choice by itself."""
+    pairs = encode_pairs(tokenizer, list(zip(asked.contexts, asked.continuations, strict=True)))
+    return [plain_score(host, adapter, *pair)[0] for pair in pairs]

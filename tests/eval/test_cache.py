@@ -111,9 +111,8 @@ def calls(monkeypatch):
 def score(host, tokenizer, directory, adapters=ADAPTERS, questions=None, max_tokens=None, **rest):
     cache = ScoreCache(directory, host, adapters)
     asked = some_questions() if questions is None else questions
-    return score_questions(
-        Scorer(host, adapters, max_tokens, cache), tokenizer, asked, **rest
-    ), cache
+    scorer = Scorer(host, adapters, max_tokens, cache)
+    return score_questions(scorer, tokenizer, asked, **rest), cache
 
 
 def test_a_second_evaluation_computes_nothing_and_is_the_same(tiny_tokenizer, tmp_path, calls):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from loraloom.errors import ConfigError, DataError
@@ -125,19 +123,12 @@ def test_lines_that_can_not_be_used_are_an_error(tmp_path, lines, message):
         read_answers(tmp_path / "q.jsonl")
 
 
-def test_other_answers_under_the_same_name_are_an_error(tmp_path):
-    write_lines(tmp_path / "a.jsonl", toy_scores().lines)
-    write_lines(tmp_path / "b.jsonl", toy_scores(values=WRONG).lines)
-    with pytest.raises(DataError, match=r"b.jsonl, line 2: 'base' must answer question 1 of"):
-        read_answers(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-
-
 def test_filters_of_generated_answers_are_tasks_of_their_own(tmp_path):
     lines = [
         LINE | {"filter": "strict", "correct": False},
         LINE | {"filter": "flexible"},
         LINE | {"task": "choice", "filter": "none"},
     ]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "q.jsonl", lines)
     answers = {task.task: task.right["a"] for task in read_answers(tmp_path / "q.jsonl")}
     assert answers == {"t,strict": (False,), "t,flexible": (True,), "choice": (True,)}

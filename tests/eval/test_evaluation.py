@@ -51,6 +51,7 @@ def test_tasks_have_names(host, tiny_tokenizer, tmp_path, tasks):
         ([TOY], [], None, AdapterError, "adapters must name at least one"),
         ([TOY], [None, "base"], None, AdapterError, "no adapter may be called base"),
         ([], ["lora"], None, ConfigError, "tasks must name at least one"),
+        ([TOY, TOY], ["lora"], None, ConfigError, "must have different names, got toy, toy"),
         ([TOY], ["lora"], [("lora", "lroa")], ConfigError, "must be one of lora, got 'lroa'"),
     ],
 )
@@ -81,11 +82,6 @@ def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
         parameter.data.fill_(float("nan"))
     with pytest.raises(AdapterError, match="from adapter 'dora' in toy, question 0"):
         evaluate(host, tiny_tokenizer, [TOY])
-
-
-def test_question_sets_of_one_name_are_an_error(host, tiny_tokenizer):
-    with pytest.raises(ConfigError, match="tasks must have different names, got toy, toy"):
-        evaluate(host, tiny_tokenizer, [TOY, TOY])
 
 
 def test_generated_tasks_read_no_data_beside_others(tmp_path):

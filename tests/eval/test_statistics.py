@@ -48,10 +48,8 @@ def test_the_paired_difference_is_that_of_a_t_test_and_its_interval_scipys_boots
     assert found.difference / found.stderr == pytest.approx(test.statistic)
     differences = (np.array(first) - np.array(second),)
     rng = np.random.default_rng(0)
-    bootstrap = stats.bootstrap(
-        differences, np.mean, n_resamples=10_000, method="percentile", rng=rng
-    )
-    assert found.interval == pytest.approx(tuple(bootstrap.confidence_interval), abs=0.006)
+    drawn = stats.bootstrap(differences, np.mean, n_resamples=10_000, method="percentile", rng=rng)
+    assert found.interval == pytest.approx(tuple(drawn.confidence_interval), abs=0.006)
     assert compare_paired(first, second, 3) == compare_paired(np.array(first), second, seed=3)
 
 
@@ -102,14 +100,10 @@ def test_the_error_of_a_ratio_is_the_spread_of_its_bootstrap(rows):
 def test_intervals_of_ratios_are_scipys(rows):
     first, second, lengths = rows
     found = ratio_intervals(np.column_stack([first, second]), lengths)
+    how = {"paired": True, "vectorized": True, "method": "percentile"}
     for sums, interval in zip((first, second), found, strict=True):
         expected = stats.bootstrap(
-            (sums, lengths),
-            lambda s, n, axis: s.sum(axis) / n.sum(axis),
-            paired=True,
-            vectorized=True,
-            method="percentile",
-            rng=np.random.default_rng(0),
+            (sums, lengths), lambda s, n, axis: s.sum(axis) / n.sum(axis), rng=0, **how
         ).confidence_interval
         assert interval == pytest.approx((expected.low, expected.high), abs=5e-3)
 

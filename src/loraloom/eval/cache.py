@@ -82,7 +82,7 @@ class ScoreCache:
         # pairs are scored by the base model too, whether or not it is evaluated
         if adapter not in self._ids:
             held = None if adapter is None else self._host.adapter(adapter)
-            digest = held and adapter_digest(held) + _code_digest(held)
+            digest = held and adapter_digest(held) + "".join(map(_code_digest, held.parts))
             self._ids[adapter] = json_digest({**self._key, "adapter": digest})
         return json_digest([self._ids[adapter], tokens])
 
@@ -104,7 +104,7 @@ class ScoreCache:
 
 def describe_evaluation(host: Host, adapters: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Say how scores were computed; adapters as `describe_adapters` found them before scoring."""
-    is_cuda = host.device.type == "cuda"
+    device = torch.cuda.get_device_name(host.device) if host.device.type == "cuda" else ""
     packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
     return {
         "base_model": plain(host.base.name_or_path),  # names of files may be no UTF-8
@@ -112,8 +112,7 @@ def describe_evaluation(host: Host, adapters: Mapping[str, Any], command: str) -
         **_how_computed(host),
         "adapters": adapters,
         "versions": {"python": platform.python_version(), **packages},
-        "device": f"{host.device}"
-        + (f" ({torch.cuda.get_device_name(host.device)})" if is_cuda else ""),
+        "device": f"{host.device} ({device})" if device else f"{host.device}",
         "platform": platform.platform(),
         "command": plain(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -149,8 +148,7 @@ def computation_key(host: Host) -> dict[str, Any]:
         "base_weights": _weights_digest(host),
         "base_config": json_digest(config),
         "device": host.device.type,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        **{package: version(package) for package in ("torch", "transformers")},
     }
 
 
@@ -167,11 +165,7 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def _code_digest(adapter: Adapter) -> str:
-    """Hash the code of other packages' methods; empty for loraloom's, see SCORING_VERSION."""
-    return "".join(map(_code_of, adapter.parts))
-
-
-def _code_of(adapter: Adapter) -> str:
+    """Hash the code of another package's method; empty for loraloom's, see SCORING_VERSION."""
     package = type(adapter.config).__module__.partition(".")[0]
     if package == "loraloom":
         return ""

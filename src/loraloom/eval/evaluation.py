@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +25,9 @@ from loraloom.data.tokens import NO_LOSS, TokenPair
 from loraloom.errors import ConfigError, not_finite
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
-from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation
+from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, check_limit
 from loraloom.eval.routing import RoutingTally
-from loraloom.eval.score import (
-    LogLikelihoods,
-    Scorer,
-    Scores,
-    check_limit,
-    score_questions,
-    task_scores,
-    with_all_labels,
-)
+from loraloom.eval.score import Scorer, Scores, score_questions, task_scores, with_all_labels
 from loraloom.eval.statistics import Pair, check_scored, choose_pairs, holm, seed_means
 from loraloom.generation.rows import example_row
 from loraloom.models.host import Host
@@ -70,73 +62,61 @@ def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -
     )
 
 
+@dataclass
 class _Pass:
     """Adapters that are scored together on one data set after another; options of `evaluate`."""
 
-    def __init__(
-        self,
-        host: Host,
-        tokenizer: PreTrainedTokenizerBase,
-        adapters: Sequence[str | None] | None,
-        *,
-        pairs: Sequence[Pair] | None = None,
-        cache: ScoreCache | None = None,
-        max_tokens_per_batch: int | None = None,
-        console: Console | None = None,
-        sources: Mapping[str, str] | None = None,
-        command: str = "",
-        compat: Literal["moe-peft"] | None = None,
-    ):
-        self.names = [None, *host.adapters] if adapters is None else list(adapters)
-        self.pairs = choose_pairs(self.names) if pairs is None else pairs
-        check_scored(self.names, self.pairs)
-        self._tokenizer, self._console = tokenizer, console
-        self._scorer = Scorer(host, self.names, max_tokens_per_batch, cache)
+    host: Host
+    tokenizer: PreTrainedTokenizerBase
+    adapters: Sequence[str | None] | None
+    _: KW_ONLY
+    pairs: Sequence[Pair] | None = None
+    cache: ScoreCache | None = None
+    max_tokens_per_batch: int | None = None
+    console: Console | None = None
+    sources: Mapping[str, str] | None = None
+    command: str = ""
+    compat: Literal["moe-peft"] | None = None
+
+    def __post_init__(self) -> None:
+        names = self.adapters
+        self.names = [None, *self.host.adapters] if names is None else list(names)
+        self.compared = choose_pairs(self.names) if self.pairs is None else self.pairs
+        check_scored(self.names, self.compared)
+        self.scorer = Scorer(self.host, self.names, self.max_tokens_per_batch, self.cache)
         # as they are now: while a job trains, checkpoints are replaced
-        self._how = (host, describe_adapters(sources or {}), command)
-        self._tally = RoutingTally(host, self.names, tokenizer)
-        self._compat = compat
+        self.described = describe_adapters(self.sources or {})
+        self.tally = RoutingTally(self.host, self.names, self.tokenizer)
 
     def ask(self, asked: QuestionSet) -> Scores:
-        if self._compat is not None:
+        if self.compat is not None:
             if asked.scoring != "label":
-                raise ConfigError(f"compat {self._compat} scores labels; leave out scoring text")
+                raise ConfigError(f"compat {self.compat} scores labels; leave out scoring text")
             asked = replace(asked, questions=[with_all_labels(one) for one in asked.questions])
         questions = asked.questions
         # characters that the model reads: different contexts once, and every continuation
         sizes = [sum(map(len, {*one.contexts, *one.continuations})) for one in questions]
-        observe = self._tally.of(asked.task, len(questions), [one.group for one in questions])
-        with show_progress(self._console, asked.task, sizes) as advance:
-            scores = score_questions(
-                self._scorer,
-                self._tokenizer,
-                questions,
-                last_tokens=self._compat is not None,
-                on_progress=advance,
-                on_routing=observe,
-            )
+        observe = self.tally.of(asked.task, len(questions), [one.group for one in questions])
+        how: dict[str, Any] = {"last_tokens": self.compat is not None, "on_routing": observe}
+        with show_progress(self.console, asked.task, sizes) as advance:
+            how["on_progress"] = advance
+            scores = score_questions(self.scorer, self.tokenizer, questions, **how)
         places = [f"in {asked.task}, question {question.index}" for question in questions]
         values = {name: [one.log_likelihoods for one in of] for name, of in scores.items()}
         _check_finite("scores", values, places)
         return task_scores(asked, {name or BASE: of_name for name, of_name in scores.items()})
 
     def measure(self, data: HeldOutSet) -> Scores:
-        scorer = self._scorer
+        scorer = self.scorer
         if data.has_pairs and None not in self.names:  # rewards are relative to the base model
             scorer = replace(scorer, adapters=[None, *self.names])
         size = 2 if data.has_pairs else 1
-        observe = self._tally.of(data.name, len(data.rows) // size, rows_per_question=size)
-        with show_progress(self._console, data.name, data.num_tokens) as advance:
-            scores = scorer.score(
-                [[example_row(one) for one in examples] for examples in data.rows],
-                # no question has NO_LOSS in a context, so none is taken for a row
-                [
-                    [TokenPair([NO_LOSS, *x.input_ids], list(x.labels)) for x in y]
-                    for y in data.rows
-                ],
-                advance,
-                observe,
-            )
+        observe = self.tally.of(data.name, len(data.rows) // size, rows_per_question=size)
+        rows = [[example_row(one) for one in examples] for examples in data.rows]
+        # no question has NO_LOSS in a context, so none is taken for a row
+        keys = [[TokenPair([NO_LOSS, *x.input_ids], list(x.labels)) for x in y] for y in data.rows]
+        with show_progress(self.console, data.name, data.num_tokens) as advance:
+            scores = scorer.score(rows, keys, advance, observe)
         places = [f"in row {place + 1} of {data.name}" for place in data.places]
         _check_finite("losses", scores, places)
         losses = {name: [-value for (value,) in of_name] for name, of_name in scores.items()}
@@ -144,20 +124,15 @@ class _Pass:
         return pair_scores(data, asked, losses[None]) if data.has_pairs else row_scores(data, asked)
 
     def evaluation(self, scores: Sequence[Scores]) -> Evaluation:
-        cache = self._scorer.cache
-        return summarise(
-            scores,
-            self.pairs,
-            **describe_evaluation(*self._how),
-            tasks={task.name: dict(task.details) for task in scores},
-            routing=self._tally.summarise(),
-            num_cached_scores=0 if cache is None else cache.num_found,
-            compat=self._compat,
-        )
+        details = describe_evaluation(self.host, self.described, self.command)
+        details["tasks"] = {task.name: dict(task.details) for task in scores}
+        details["num_cached_scores"] = 0 if self.cache is None else self.cache.num_found
+        details |= {"routing": self.tally.summarise(), "compat": self.compat}
+        return summarise(scores, self.compared, **details)
 
 
 def _check_finite(
-    what: str, scores: Mapping[str | None, Sequence[LogLikelihoods]], places: Sequence[str]
+    what: str, scores: Mapping[str | None, Sequence[Sequence[float]]], places: Sequence[str]
 ) -> None:
     for name, of_name in scores.items():
         for values, place in zip(of_name, places, strict=True):

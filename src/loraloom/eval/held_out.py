@@ -23,12 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import BETA, MAX_LENGTH, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
-from loraloom.data.sources import find_location, is_data_file, sha256
+from loraloom.data.sources import describe, find_location, is_data_file
 from loraloom.data.tasks import find_task
 from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError, DataError
-from loraloom.eval.results import Fields
-from loraloom.eval.score import Scores, check_limit
+from loraloom.eval.results import Fields, check_limit
+from loraloom.eval.score import Scores
 from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
 from loraloom.models.host import Host
 
@@ -49,7 +49,6 @@ class HeldOutSet:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether rows are the two answers of preference pairs in turn."""
         return self.details["format"] == "preference"
 
     @property
@@ -93,6 +92,8 @@ def load_held_out(
     if not kept:
         raise DataError(f"{encoder.name}: none of the {len(encoded)} rows has an answer that fits")
     tokens = [[[one.input_ids, one.labels] for one in examples] for examples in kept]
+    found = source.dataset and find_location(source.dataset, split, source.config)
+    name = source.dataset or encoder.name
     details = {
         "format": source.format or source.scoring or find_task(str(source.task)).config.scoring,
         "split": None if is_data_file(Path(source.dataset or "")) else split,
@@ -103,27 +104,19 @@ def load_held_out(
         "num_dropped": len(rows) - len(kept) - sum(row.is_empty for row in encoded),
         "max_length": longest,
         "examples_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-        "source": _describe_source(source, split, encoder.name),
+        "source": describe(found) if isinstance(found, Path) else {"dataset": name},
     }
     if source.format == "preference":  # whose answers are rows of their own
         kept = [[answer] for pair in kept for answer in pair]
         places = [place for place in places for _ in range(2)]
         details["beta"] = beta
-    return HeldOutSet(data_set_name(source.dataset or encoder.name), kept, places, details)
+    return HeldOutSet(data_set_name(name), kept, places, details)
 
 
 def data_set_name(dataset: str) -> str:
     """Give a file's name without the suffixes of its type, or the last part of another path."""
     name = Path(dataset).name
     return _SUFFIXES.sub("", name) or name or dataset
-
-
-def _describe_source(source: SourceConfig, split: str, name: str) -> dict[str, Any]:
-    """The file that was read, with its hash, or what the data set is called."""
-    found = source.dataset and find_location(source.dataset, split, source.config)
-    if isinstance(found, Path):
-        return {"file": str(found), "sha256": sha256(found)}
-    return {"dataset": source.dataset or name}
 
 
 def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Scores:

@@ -52,9 +52,6 @@ Metric = Literal["accuracy", "loss"]
 
 Fields = dict[str, Any]
 
-# Figures by adapter and task.
-Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
-
 
 @dataclass(frozen=True)
 class PairedComparison:
@@ -164,6 +161,11 @@ def read_evaluation(path: Path) -> Evaluation:
     return checked(Evaluation, read_json(path, DataError), DataError, expected)
 
 
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, or None for all, got {limit}")
+
+
 def check_outputs(paths: Sequence[Path]) -> None:
     """Raise a ConfigError if a file's suffix says nothing."""
     for path in paths:
@@ -180,7 +182,7 @@ def _with_groups(by_task: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, st
     return found
 
 
-def _results_table(results: Results) -> Table:
+def _results_table(results: Mapping[str, Mapping[str, Fields]]) -> Table:
     """Make a table with a column for each adapter, and a row for each figure in a task."""
     found = {adapter: _with_groups(by_task) for adapter, by_task in results.items()}
     places = dict.fromkeys(place for by_place in found.values() for place in by_place)
@@ -214,9 +216,9 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         text = _percent(result["accuracy"], result.get("accuracy_interval", interval))
         cells[ACCURACY] = f"{text}{mark}"
     if "reward_margin" in result:
-        margin = _decimals(result["reward_margin"], result["reward_margin_interval"])
         cells["reward accuracy %"] = _percent(result["reward_accuracy"])
-        cells["reward margin"] = margin
+        ends = result["reward_margin_interval"]
+        cells["reward margin"] = _decimals(result["reward_margin"], ends)
     if "loss" in result:
         cells[_loss_of(result)] = _decimals(result["loss"], interval)
     if result.get("perplexity") is not None:

@@ -36,9 +36,7 @@ _BLANKS = "ĊĉĠčĩ▁ \n\t\r"
 class RoutingTally:
     """Adds up the routing of every mixture in an evaluation."""
 
-    def __init__(
-        self, host: Host, adapters: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
-    ):
+    def __init__(self, host: Host, adapters: list[str | None], tokenizer: PreTrainedTokenizerBase):
         configs = {name: host.adapter(name).config for name in adapters if name is not None}
         configs = {n: config for n, config in configs.items() if config.experts_per_router > 0}
         classes = token_classes(tokenizer, host.config.vocab_size) if configs else torch.zeros(0)
@@ -151,10 +149,8 @@ class _AdapterTally:
             if len(loads) > (kind == "topics"):  # a single topic says nothing
                 stacked = torch.stack([*loads.values()])  # (C, N, E)
                 apart = dict(zip(loads, _rounded(tally.specialisation_bits(stacked)), strict=True))
-                found[kind] = {
-                    "bits": _rounded(tally.mutual_information_bits(stacked)),
-                    "of": apart,
-                }
+                bits = _rounded(tally.mutual_information_bits(stacked))
+                found[kind] = {"bits": bits, "of": apart}
         return found
 
     def _warnings(self, totals: tally.RoutingTotals) -> list[str]:

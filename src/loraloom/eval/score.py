@@ -20,19 +20,9 @@ from loraloom.errors import ConfigError
 from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.results import Fields, Metric, PairedComparison
 from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, wilson_interval
+from loraloom.generation import scoring
 from loraloom.generation.rows import fit_pair
-from loraloom.generation.scoring import (
-    Group,
-    OnRouting,
-    group_rows,
-    score_groups,
-    token_batches,
-    tokens_per_batch,
-)
 from loraloom.models.host import Host
-
-# Takes the places of items that are done.
-Advance = Callable[[Sequence[int]], None]
 
 # Of a question's choices.
 LogLikelihoods = tuple[float, ...]
@@ -60,16 +50,16 @@ class Scorer:
 
     def score(
         self,
-        rows: Sequence[Group],
+        rows: Sequence[scoring.Group],
         tokens: Sequence[Tokens],
-        on_progress: Advance | None = None,
-        on_routing: OnRouting | None = None,
+        on_progress: Callable[[Sequence[int]], None] | None = None,
+        on_routing: scoring.OnRouting | None = None,
     ) -> dict[str | None, list[LogLikelihoods]]:
         """Score groups of rows, the longest first, and keep the scores under `tokens`."""
-        budget = self.max_tokens_per_batch or tokens_per_batch(self.host)
+        budget = self.max_tokens_per_batch or scoring.tokens_per_batch(self.host)
         # cut as if nothing were known, so that an interrupted evaluation goes on with the batches
         # that it would have had, and to the same numbers
-        batches = list(token_batches(rows, budget // len(self.adapters)))
+        batches = list(scoring.token_batches(rows, budget // len(self.adapters)))
         scores: dict[tuple[str | None, int], LogLikelihoods] = {}
 
         def score(places: Sequence[int]) -> dict[Any, LogLikelihoods]:
@@ -78,7 +68,7 @@ class Scorer:
             known = self.cache.find(asked) if self.cache else [None] * len(keys)
             found = {key: values for key, values in zip(keys, known, strict=True) if values}
             missing = [key for key in keys if key not in found]
-            scored = score_groups(self.host, rows, missing, budget, on_routing)
+            scored = scoring.score_groups(self.host, rows, missing, budget, on_routing)
             for key, pairs in zip(missing, scored, strict=True):
                 found[key] = tuple(pair.log_likelihood for pair in pairs)
             if self.cache and missing:
@@ -127,9 +117,7 @@ def score_questions(
     **observers: Any,
 ) -> dict[str | None, list[QuestionScore]]:
     """Score every choice with each adapter; see `Scorer.score`. Texts are split as in training."""
-    choices = [
-        pair for one in questions for pair in zip(one.contexts, one.continuations, strict=True)
-    ]
+    choices = [pair for x in questions for pair in zip(x.contexts, x.continuations, strict=True)]
     pairs = iter(encode_pairs(tokenizer, choices))
     encoded = [[next(pairs) for _ in question.contexts] for question in questions]
     if last_tokens:
@@ -139,17 +127,12 @@ def score_questions(
         [fit_pair(pair, max_length, f"{one.task}, question {one.index}: a choice") for pair in of]
         for one, of in zip(questions, encoded, strict=True)
     ]
-    scores = scorer.score(group_rows(scorer.host, fitted), fitted, **observers)
+    scores = scorer.score(scoring.group_rows(scorer.host, fitted), fitted, **observers)
     truncated = [one != whole for one, whole in zip(fitted, encoded, strict=True)]
     return {
         name: [QuestionScore(*one) for one in zip(questions, values, truncated, strict=True)]
         for name, values in scores.items()
     }
-
-
-def check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, or None for all, got {limit}")
 
 
 def _encode_last_tokens(
@@ -276,9 +259,6 @@ def _task_result(scores: Sequence[QuestionScore], split: str) -> Fields:
     result = summarise(scores) | {"split": split}
     if num_truncated := sum(score.truncated for score in scores):
         result["num_truncated"] = num_truncated
-    by_group: dict[str, list[QuestionScore]] = {}
-    for score in scores:
-        if score.question.group is not None:
-            by_group.setdefault(score.question.group, []).append(score)
-    groups = {name: summarise(by_group[name]) for name in sorted(by_group)}
+    names = sorted({one.question.group for one in scores if one.question.group is not None})
+    groups = {n: summarise([one for one in scores if one.question.group == n]) for n in names}
     return result | ({"groups": groups} if groups else {})

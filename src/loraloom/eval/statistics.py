@@ -191,9 +191,8 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
 
 def _parse_pair(text: str, names: Sequence[str]) -> Pair:
     first, _, second = text.partition(":")
-    known = list(dict.fromkeys([*names, *_seeds_by_stem(names)]))
-    is_known = {first, second} <= {*known}
-    if not is_known or members_of(first, names) == members_of(second, names):
+    known = dict.fromkeys([*names, *_seeds_by_stem(names)])
+    if not {first, second} <= {*known} or members_of(first, names) == members_of(second, names):
         raise ConfigError(
             f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}"
         )

@@ -38,9 +38,9 @@ def test_examples_are_the_same_for_every_adapter(tiny_tokenizer, toy_tasks, monk
     host = scoring_host(configs={"own": METHODS["lora"], "lora": METHODS["lora"]})
     monkeypatch.setattr(host.adapters["own"], "prompt", PromptForm(format="instruction"))
     options = {"num_fewshot": 2, "apply_chat_template": True, **OPTIONS}
-    with patch.object(Answers, "_compute", autospec=True, side_effect=Answers._compute) as compute:
+    with patch.object(Answers, "of", autospec=True, side_effect=Answers.of) as answers:
         results = evaluate_adapters(host, tiny_tokenizer, tasks, [None, "own", "lora"], **options)
-    asked = [call.args[0].adapters for call in compute.call_args_list]
+    asked = [call.args[0].adapters for call in answers.call_args_list]
     assert asked == [[None, "lora"], ["own"], [None, "lora"]]
     prompts = [
         [sample["arguments"][0][0] for sample in of_adapter["samples"]["toy_choice"]]

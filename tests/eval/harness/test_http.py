@@ -12,9 +12,7 @@ from loraloom.eval.harness import HostLM, load_tasks
 from tests.serve.http.in_process import serving
 
 
-def test_a_task_has_the_same_results_through_http(
-    host, tiny_tokenizer, toy_tasks, tmp_path, monkeypatch
-):
+def test_results_are_the_same_through_http(host, tiny_tokenizer, toy_tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     tiny_tokenizer.save_pretrained(tmp_path)
     adapter = next(iter(host.adapters))

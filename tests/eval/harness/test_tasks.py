@@ -10,26 +10,28 @@ from loraloom.eval.harness.tasks import check_asks_text
 from tests.eval.harness.toy import ROWS, TASKS
 
 
+@pytest.fixture
+def alone(toy_tasks, monkeypatch):
+    """Leave lm-eval's own tasks out, whose index takes seconds."""
+    manager = module.TaskManager
+
+    def index(include_path=str(toy_tasks), **_):
+        return manager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(module, "TaskManager", index)
+
+
 def test_own_tasks_need_no_index_of_lm_evals(toy_tasks, monkeypatch):
     made, manager = [], module.TaskManager
-    monkeypatch.setattr(
-        module, "TaskManager", lambda **options: made.append(options) or manager(**options)
-    )
+    monkeypatch.setattr(module, "TaskManager", lambda **how: made.append(how) or manager(**how))
     tasks = load_tasks(list(TASKS), toy_tasks)
     assert [task.task_name for task in tasks] == list(TASKS)
     assert len(tasks[0].eval_docs) == len(ROWS)
     assert made == [{"include_path": str(toy_tasks), "include_defaults": False}]
 
 
-def test_tasks_can_be_groups_tags_patterns_and_files(tmp_path, toy_tasks, monkeypatch):
-    manager = module.TaskManager
-    monkeypatch.setattr(
-        module,
-        "TaskManager",
-        lambda include_path, include_defaults=True: manager(
-            include_path=include_path, include_defaults=False
-        ),
-    )
+@pytest.mark.usefixtures("alone")
+def test_tasks_can_be_groups_tags_patterns_and_files(tmp_path, toy_tasks):
     both = ["toy_choice", "toy_letter"]
     for name in both:
         config = yaml.safe_load((toy_tasks / f"{name}.yaml").read_text())
@@ -53,13 +55,8 @@ def test_tasks_that_lm_eval_would_not_ask_are_refused(toy_tasks, monkeypatch, ma
         check_asks_text(load_tasks(["toy_choice"], toy_tasks))
 
 
-def test_what_cannot_be_found_is_an_error(toy_tasks, monkeypatch):
-    manager = module.TaskManager
-    monkeypatch.setattr(
-        module,
-        "TaskManager",
-        lambda **_: manager(include_path=str(toy_tasks), include_defaults=False),
-    )
+@pytest.mark.usefixtures("alone")
+def test_what_cannot_be_found_is_an_error(toy_tasks):
     with pytest.raises(ConfigError, match=r"did you mean 'toy_choice'.*got 'toy_chioce'"):
         load_tasks(["toy_chioce"])
     with pytest.raises(ConfigError, match="--harness-include must be a directory"):

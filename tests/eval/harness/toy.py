@@ -1,4 +1,4 @@
-"""Local tasks of every kind that lm-eval asks, and a plain way to answer them."""
+"""Local tasks of every kind that lm-eval asks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lm_eval.api.instance import Instance
-
-from loraloom.models.host import Host
 
 COLOURS = ("blue", "a deep green", "yes and no", "the red one")
 ROWS = [
@@ -77,15 +74,3 @@ def instances(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]
         Instance(request_type=kind, doc={}, arguments=args, idx=0, metadata=("toy", place, 1))
         for place, args in enumerate(arguments)
     ]
-
-
-@torch.no_grad()
-def plain_score(
-    host: Host, adapter: str | None, context: list[int], continuation: list[int]
-) -> tuple[float, bool]:
-    """Score a continuation by itself: no batch, no padding, all logits."""
-    ids = torch.tensor([context + continuation])
-    log_probs = host(ids[:, :-1], adapters=[adapter]).logits[0].log_softmax(-1)
-    scored = log_probs[-len(continuation) :]
-    picked = scored.gather(1, torch.tensor(continuation)[:, None])
-    return float(picked.sum()), scored.argmax(-1).tolist() == continuation

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from unittest.mock import patch
 
 import lm_eval
@@ -37,14 +37,6 @@ from loraloom.models.host import Host
 _TOKENS_BESIDE_CONTEXT = 512
 
 
-class Completion(NamedTuple):
-    """A prompt to complete; `draw` keeps the random draws of equal prompts apart."""
-
-    input_ids: tuple[int, ...]
-    sampling: SamplingConfig
-    draw: int
-
-
 class Answers:
     """Answers of several adapters on a host, each different request computed for all at once."""
 
@@ -65,23 +57,17 @@ class Answers:
 
     def of(self, adapter: str | None, requests: Sequence[Any], what: str, quiet: Any) -> list[Any]:
         """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
+        compute = self._complete if what == "generate_until" else self._score
         missing = [one for one in dict.fromkeys(requests) if (adapter, one) not in self._kept]
         with cast("Any", tqdm)(total=len(missing), desc=what, disable=quiet or None) as bar:
-            for name, request, answer in self._compute(missing, bar):
+            for name, request, answer in compute(missing, bar):
                 self._kept[name, request] = answer
         answers = {one: self._kept.pop((adapter, one)) for one in dict.fromkeys(requests)}
         return [answers[request] for request in requests]
 
-    def _compute(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
-        # lm-eval asks for one kind at a time
-        if requests and not isinstance(requests[0], Completion):
-            yield from self._score(requests, bar)
-            return
+    def _complete(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
         rows = list(product(requests, self.adapters))
-        asked = [
-            GenerationRequest(list(one.input_ids), name, "", one.sampling, one.draw)
-            for one, name in rows
-        ]
+        asked = [GenerationRequest([*ids], name, "", *how) for (ids, *how), name in rows]
         completions = complete(self._host, self._tokenizer, asked, batch_size=self._batch_size)
         yield from ((n, r, c.text) for (r, n), c in zip(rows, completions, strict=True))
         bar.update(len(requests))
@@ -191,7 +177,7 @@ class HostLM(_HFLM):
         asked = [self._completion(text, how, n) for n, (text, how) in enumerate(pairs)]
         return self.answers.of(self.adapter, asked, "generate_until", disable_tqdm)
 
-    def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> Completion:
+    def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> tuple[Any, ...]:
         sampling = parse_generation(settings, self.max_gen_toks)
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
@@ -200,7 +186,8 @@ class HostLM(_HFLM):
                 f"tokens, got {sampling.max_new_tokens}"
             )
         ids = self.tok_encode(text) or [self.prefix_token_id]
-        return Completion(tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0)
+        # by the place, the random draws of equal prompts are apart
+        return tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0
 
 
 def _chat_template(host: Host, tokenizer: PreTrainedTokenizerBase, adapter: str | None) -> Any:
