@@ -9,6 +9,7 @@ import io
 import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import style
@@ -31,15 +32,7 @@ SMOOTHING = 0.9
 
 _SMOOTHED = ("loss", "grad_norm")
 _PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
-_GRAY = "#808080"
-_COLORED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-# Whatever style is in use.
-_STYLE: tuple[Any, ...] = (
-    "default",
-    {"figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "loraloom"},
-    {"axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.4},
-    dict.fromkeys(_COLORED, _GRAY),
-)
+_STYLES: list[Any] = ["default", Path(__file__).with_suffix(".mplstyle")]
 
 
 class Style(NamedTuple):
@@ -60,7 +53,7 @@ class Chart(NamedTuple):
 def _draw(title: str, words: Sequence[str], height: int | float, draw: Any) -> Chart:
     """Make axes, let a function draw in them, and give the image as a URL that has it all."""
     image = io.BytesIO()
-    with style.context(_STYLE):
+    with style.context(_STYLES):
         figure = Figure(figsize=(5, height))
         draw(figure.subplots())
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
@@ -68,9 +61,7 @@ def _draw(title: str, words: Sequence[str], height: int | float, draw: Any) -> C
     return Chart(title, ". ".join([title, *words]), source)
 
 
-def line_chart(
-    title: str, curves: Mapping[str, Curve], styles: Mapping[str, Style]
-) -> Chart | None:
+def line_chart(title: str, curves: dict[str, Curve], styles: dict[str, Style]) -> Chart | None:
     """Draw curves over steps; None where no value is finite."""
     finite = {label: [p for p in of if all(map(math.isfinite, p))] for label, of in curves.items()}
     drawn = {label: curve for label, curve in finite.items() if curve}
@@ -91,9 +82,7 @@ def interval_chart(task: str, results: Mapping[str, Mapping[str, Any]]) -> Chart
     """Draw each adapter's accuracy with its interval, in percent; None if none has both."""
     # Of preference pairs, `interval` is the loss's.
     intervals = {n: one.get("accuracy_interval", one.get("interval")) for n, one in results.items()}
-    found = {
-        n: one for n, one in results.items() if intervals[n] and one.get("accuracy") is not None
-    }
+    found = {n: x for n, x in results.items() if intervals[n] and x.get("accuracy") is not None}
     ends = [(one["accuracy"], *intervals[n]) for n, one in found.items()]
     words = [f"{n}: {100 * one['accuracy']:.1f} %" for n, one in found.items()]
     half = MAX_NAME // 2
@@ -126,26 +115,19 @@ def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
     """Make a chart for each figure in the jobs' metrics."""
     items = (item for job in jobs for line in job.metrics for item in line.items())
     found = dict.fromkeys(name for name, value in items if isinstance(value, int | float))
-    charts = [_chart(name, jobs) for name in found if name not in _PASSED_OVER]
-    return [chart for chart in charts if chart is not None]
+    return list(filter(None, (_chart(name, jobs) for name in found if name not in _PASSED_OVER)))
 
 
 def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
-    numbers = {
-        job.label: [line for line in job.metrics if isinstance(line.get(name), int | float)]
-        for job in jobs
-    }
-    # always 0 where there are no routers, or nothing overflows
-    may_vanish = name in ("aux_loss", "skipped_steps")
-    curves: dict[str, Curve] = {
-        label: [(line["step"], line[name]) for line in lines]
-        for label, lines in numbers.items()
-        if (any(line[name] for line in lines) if may_vanish else lines)
-    }
-    if name not in _SMOOTHED:
-        return line_chart(name, curves, job_styles(jobs))
-    means = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
-    return line_chart(f"{name}, running mean", means, job_styles(jobs))
+    curves: dict[str, Curve] = {}
+    for job in jobs:
+        found: list[Any] = [(line["step"], line.get(name)) for line in job.metrics]
+        curve = [point for point in found if isinstance(point[1], int | float)]
+        # always 0 where there are no routers, or nothing overflows
+        if name not in ("aux_loss", "skipped_steps") or any(value for _, value in curve):
+            curves[job.label] = smoothed(curve, SMOOTHING) if name in _SMOOTHED else curve
+    title = f"{name}, running mean" if name in _SMOOTHED else name
+    return line_chart(title, curves, job_styles(jobs))
 
 
 def smoothed(curve: Curve, past: float) -> Curve:

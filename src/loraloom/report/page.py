@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import fmean
@@ -27,34 +27,32 @@ _BAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jin
 _CLASSES = {"topics": "topic", "token_classes": "kind of token"}
 
 
-def make_page(
-    runs: Sequence[Path], evaluations: Sequence[Path] = (), now: datetime | None = None
-) -> str:
+def make_page(runs: Sequence[Path], evaluations: Sequence[Path] = ()) -> str:
     jobs = read_runs(runs)
     differ = len({path.name for path in evaluations}) == len(evaluations)
     read = {path.name if differ else str(path): read_evaluation(path) for path in evaluations}
     try:
-        return _render(jobs, read, now or datetime.now(UTC))
+        return _render(jobs, read)
     except _BAD as error:
         files = ", ".join(map(str, [*runs, *evaluations]))
         raise DataError(f"the tables in {files} are not whole: {error}") from error
 
 
-def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) -> str:
+def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> str:
     trained = [job.result for job in jobs if job.result is not None]
     made_with = [*(one.get("environment", {}) for one in trained), *map(dict, read.values())]
     content = {
         "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
         "jobs": jobs,
         "facts": _facts(jobs, trained, made_with),
-        "commands": _different(one.get("command") for one in made_with),
+        "commands": list(dict.fromkeys(filter(None, (one.get("command") for one in made_with)))),
         "warnings": _warnings(jobs, read),
         "metrics": list(dict.fromkeys(name for one in trained for name in one.get("metrics", ()))),
         "styles": job_styles(jobs),
         "charts": learning_curves(jobs),
         "results": [_lay_out(name, content) for name, content in read.items()],
         "levels": LEVELS,
-        "made": now.strftime("%Y-%m-%d %H:%M UTC"),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": loraloom.__version__,
     }
     environment = jinja2.Environment(
@@ -78,7 +76,7 @@ def _facts(
     jobs: Sequence[Job], trained: Sequence[Fields], made_with: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
     def unique(name: str, of: Sequence[Mapping[str, Any]] = made_with) -> str:
-        return "; ".join(_different(one.get(name) for one in of))
+        return "; ".join(dict.fromkeys(filter(None, (one.get(name) for one in of))))
 
     versions = [one.get("versions", {}) for one in made_with]
     packages = {name: unique(name, versions) for of in versions for name in of}
@@ -94,13 +92,7 @@ def _facts(
     return {name: value for name, value in facts.items() if value}
 
 
-def _different(values: Iterable[str | None]) -> list[str]:
-    """What is not empty, each once."""
-    return list(dict.fromkeys(filter(None, values)))
-
-
 def _warnings(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> list[tuple[str, str]]:
-    """Who, and what went wrong."""
     found = []
     for job in jobs:
         if job.result is None:
@@ -115,37 +107,35 @@ def _warnings(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> list[tuple
 
 
 def _lay_out(name: str, content: Evaluation) -> dict[str, Any]:
-    """Lay an evaluation out."""
     tasks = dict.fromkeys(task for by_task in content.results.values() for task in by_task)
-    charts = [
+    charts = (
         interval_chart(task, {n: by_task.get(task, {}) for n, by_task in content.results.items()})
         for task in tasks
-    ]
+    )
     return {
         "name": name,
         "tables": content.tables(),
-        "charts": [chart for chart in charts if chart is not None],
+        "charts": list(filter(None, charts)),
         "mixtures": [lay_out(adapter, routing) for adapter, routing in content.routing.items()],
     }
 
 
 def lay_out(name: str, routing: Fields) -> dict[str, Any]:
     covered = {task: one for task, one in routing["tasks"].items() if one.get("load")}
-    # what a choice for a prompt tells about its tokens is nothing
-    by_prompt = routing["layers"] == ["0.prompt"]
-    found = {} if by_prompt else routing.get("specialisation", {})
+    found = routing.get("specialisation", {})
+    examples = {task: one["example"] for task, one in covered.items() if "example" in one}
+    rows = _rows(routing, [*covered.values()]) if covered else []
+    if by_prompt := routing["layers"] == ["0.prompt"]:  # a router has chosen once for a prompt
+        rows = [{**_rows(routing, [of])[0], "label": task} for task, of in covered.items()]
+        found, examples = {}, {}  # what such a choice tells about the prompt's tokens is nothing
     return {
         "name": name,
         "routing": routing,
         "coverage": _coverage([*routing["tasks"].values()]),
-        "layers": _rows(routing, covered, by_prompt=by_prompt) if covered else [],
+        "layers": rows,
         "by": "task" if by_prompt else "layer",
         "specialisation": [_specialisation(found[k], k, routing["layers"]) for k in found],
-        "examples": {
-            task: one["example"]
-            for task, one in covered.items()
-            if "example" in one and not by_prompt
-        },
+        "examples": examples,
         "uniform_bits": math.log2(routing["num_experts"]),
     }
 
@@ -158,14 +148,7 @@ def _coverage(tasks: Sequence[Fields]) -> str:
     return text + kept if covered < asked else text
 
 
-def _rows(routing: Fields, tasks: Mapping[str, Fields], *, by_prompt: bool) -> list[dict[str, Any]]:
-    """By layer over all tasks, or by task where a router has chosen once for a prompt."""
-    if not by_prompt:
-        return _layer_rows(routing, [*tasks.values()])
-    return [{**_layer_rows(routing, [of])[0], "label": task} for task, of in tasks.items()]
-
-
-def _layer_rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
+def _rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
     """By layer, over all tasks by their tokens: the load, and figures behind it, in bits."""
     weights = [task["num_tokens"] for task in tasks]
 
