@@ -288,7 +288,7 @@ def test_what_cant_be_routed_says_why():
     for names, router, message in [
         (["dora", "law"], "arrow", "got weight_decomposition; router: prompt takes any"),
         (["part", "law"], "token", "got some not on layers.0.mlp.gate_proj"),
-        (["mixlora", "law"], "token", "as what experts behind an activation add has no sum"),
+        (["mixlora", "law"], "token", "may hold adapters that add to single projections"),
         (["whole", "law"], "prompt", "must be without modules_to_save"),
     ]:
         with pytest.raises(AdapterError, match=message):

@@ -189,9 +189,11 @@ def check_adds_up(member: Adapter) -> None:
     if member.config.experts_per_router or len(member.own_modules) or not computes:
         what = "experts" if member.config.experts_per_router else "an FFN block of its own"
         what = "modules of its own" if len(member.own_modules) else what
+        parts = [f"{member.name}/{part}" for part in member.part_names]
+        hint = f"; name those that its router chooses from, {', '.join(parts)}" if parts else ""
         raise AdapterError(
-            "a sum must be of adapters that add to single projections, as what experts behind an "
-            f"activation add has no sum, got {member.name!r} ({member.config.title}) with {what}"
+            "a sum may hold adapters that add to single projections, without routers and modules "
+            f"of their own, got {member.name!r} ({member.config.title}) with {what}{hint}"
         )
 
 

@@ -64,9 +64,9 @@ class AdapterRegistry:
 
     def _sum(self, weighted: Weighted) -> WeightedSum:
         # one object for as long as its members are there, by which prepared weights are found
+        members = [self.get(name) for name, _ in weighted]
         known = self._sums.pop(weighted, None)
-        if known is None:
-            members = [self.get(name) for name, _ in weighted]
+        if known is None or [*known.members] != members:  # a thread was late with it
             known = WeightedSum(write_sum(weighted), members, [weight for _, weight in weighted])
             if len(self._sums) >= MAX_SUMS:
                 self._sums.pop(next(iter(self._sums)), None)  # the least recently used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraloom import Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router, generate
+from loraloom.adapters.weighted_sum import WeightedSum
 from loraloom.serve.http.bridge import Backend
 from tests.serve.http.in_process import BASE
 from tests.tiny import METHODS
@@ -282,7 +284,12 @@ def test_a_scale_behind_the_name_scales_the_adapter(client, host, tokenizer):
             chat(client, model)
 
 
-def test_a_sum_of_adapters_answers_and_lets_them_go(client, served, host, tokenizer):
+def test_a_sum_of_adapters_answers_and_lets_them_go(client, host, tokenizer, monkeypatch):
+    def made(*arguments):
+        assert asyncio._get_running_loop() is None  # which all others would wait for
+        return WeightedSum(*arguments)
+
+    monkeypatch.setattr("loraloom.models.registry.WeightedSum", made)
     for model in ("lora:0.5+dora:-1", "lazy-lora:0.5+dora:-1", "lora+dora:0"):
         answer = chat(client, model)
         assert answer.model == model
@@ -290,7 +297,7 @@ def test_a_sum_of_adapters_answers_and_lets_them_go(client, served, host, tokeni
         text = answer.choices[0].message.content
         assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == [text]
     messages = {
-        "lora+mixlora": "must be of adapters that add to single projections",
+        "lora+mixlora": "may hold adapters that add to single projections",
         "lora+lora": "of 1 to 16 different ones",
     }
     for model, message in messages.items():
@@ -319,6 +326,8 @@ def test_an_answer_says_which_adapter_a_router_chose(client, served, host, token
     pieces = [*chat(client, "auto", messages=messages, stream=True)]
     assert [hasattr(piece.choices[0], "chosen") for piece in pieces][:2] == [True, False]
     assert pieces[0].choices[0].chosen["adapter"] == "math"
+    with pytest.raises(openai.BadRequestError, match="router chooses from, auto/law, auto/math"):
+        chat(client, "lora+auto:0.5")
     for model in ("auto/x", "auto/law+lora/y", "auto/"):
         with pytest.raises(openai.NotFoundError):
             chat(client, model)

@@ -39,6 +39,7 @@ from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.guards import TENANT, USAGE, answer_to
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.http.tools import JsonConstraint
+from loraloom.serve.process import start_apart
 
 
 @dataclass
@@ -102,7 +103,9 @@ class Backend:
             for one, part in zip(served.members or (served,), parts, strict=True):
                 if part and part[1:] not in hosted[one.host_name or ""].part_names:
                     raise unknown_model(model)
-            self.engine.host.adapter(row if isinstance(row, str) else write_sum(row))
+            if served.members:  # a large one takes longer than the event loop may
+                add_up = partial(self.engine.host.adapter, write_sum(row))
+                await asyncio.wrap_future(start_apart(add_up))
         except BaseException as error:
             adapters.release(served)
             if isinstance(error, AdapterError):  # not of a kind that can be added up
