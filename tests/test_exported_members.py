@@ -43,17 +43,6 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = loraloom.atach  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_names_that_type_checkers_see_are_those_exported():
-    tree = ast.parse(Path(loraloom.__file__).read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    seen = {
-        alias.asname: node.module for node in imports for alias in node.names if alias.name != "*"
-    }
-    assert seen == {name: f"loraloom.{home}" for name, home in loraloom._MODULE_OF.items()}
-    assert set(loraloom.__all__) - set(seen) <= set(vars(adapters))
-
-
 def test_the_settings_of_every_method_are_exported():
     assert {config.__name__ for config in adapters.CONFIGS} <= set(loraloom.__all__)
 

@@ -9,6 +9,7 @@ from loraloom.generation.engine import Engine
 from loraloom.generation.generate import complete
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.sequence import Event, GenerationRequest, Piece
+from loraloom.models.choice import Choice
 from loraloom.models.layout import RowAdapter
 
 TEXTS = (
@@ -50,7 +51,7 @@ def request(
     sampling = SamplingConfig(**{"max_new_tokens": 8} | own)
     ids = tokenizer(text)["input_ids"]
     owner = adapter[0] if isinstance(adapter, tuple) else adapter or "base"
-    return GenerationRequest(ids, adapter, owner, sampling, place, **settings)
+    return GenerationRequest(ids, Choice(adapter), owner, sampling, place, **settings)
 
 
 def submit(engine: Engine, *requests: GenerationRequest) -> list[Asked]:

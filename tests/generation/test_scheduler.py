@@ -9,13 +9,15 @@ import torch
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import Scheduler
 from loraloom.generation.sequence import GenerationRequest, Row, Share
+from loraloom.models.choice import Choice
 from tests.conftest import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 
 
 def row(owner: str, length: int = 10, tenant: str = "") -> Row:
-    request = GenerationRequest([3] * length, owner, owner, SamplingConfig(), tenant=tenant)
+    ids, sampling = [3] * length, SamplingConfig()
+    request = GenerationRequest(ids, Choice(owner), owner, sampling, tenant=tenant)
     return Row(request, TOKENIZER, [], torch.device("cpu"), lambda event: None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,9 +66,7 @@ def convert(
         base_model: The base model, to check that the adapter fits. Needed for a DoRA whose files
             have no magnitudes, and for VeRA.
     """
-    settings: dict[str, Any] = {}
-    for override in overrides:
-        settings = apply_override(settings, override)
+    settings: dict[str, Any] = reduce(apply_override, overrides, {})
     host = None
     if base_model is not None:
         from loraloom.generation.loading import load_host  # with transformers

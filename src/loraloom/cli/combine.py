@@ -53,13 +53,10 @@ class CombineOptions(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
         for ways, names in _ONLY.items():
-            for name in names if self.by not in ways else ():
-                if getattr(self, name) != defaults[name]:
-                    option, allowed = name.replace("_", "-"), " or ".join(ways)
-                    yield f"--{option} has an effect with --by {allowed} only; leave it out"
+            for name in sorted(self.model_fields_set & {*names}) if self.by not in ways else ():
+                option, allowed = name.replace("_", "-"), " or ".join(ways)
+                yield f"--{option} has an effect with --by {allowed} only; leave it out"
 
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
         """Split NAME=VALUE, of adapters that are there."""

@@ -88,7 +88,6 @@ class EvalRun(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
         given = [kind for kind in ("task", "dataset", "harness") if getattr(self, kind)]
         kind, *others = given or ["task"]
         if others:

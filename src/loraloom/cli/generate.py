@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +57,6 @@ class GenerateOptions(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
         forms = {"raw", "template", "chat_template"} & self.model_fields_set
         if len(forms) > 1:
             yield f"--raw, --template and --chat-template exclude each other, got {len(forms)}"
@@ -79,9 +78,7 @@ def generate(
     Each adapter reads prompts as its training data wrote them, the base model in its chat template.
     --raw, --template and --chat-template are for all of them.
     """
-    asked = list(_read(options))
-    prompts = [prompt for _, prompt in asked]
-    rows = [{**row, "adapter": _as_json(prompt.adapter)} for row, prompt in asked]
+    rows, prompts = zip(*_read(options), strict=True)
     check_sources(options, options.adapters)
     num_done = _count_done(options, rows)
     host, tokenizer = load_host(options, options.adapters)
@@ -116,10 +113,12 @@ def _write(options: GenerateOptions, rows: Rows, answers: Rows) -> None:
     print(printed(lines) if sys.stdout.isatty() else lines, end="", flush=True)
 
 
-def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
+def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
+    """Rows with who answers, as they are written, and their prompts."""
     if options.input is None:
         for name in [*([] if options.no_base else [None]), *options.adapters, *options.derived]:
-            yield {"prompt": options.prompt}, Prompt(str(options.prompt), name, origin="--prompt")
+            row = {"prompt": options.prompt, "adapter": name or BASE}
+            yield row, Prompt(str(options.prompt), name, origin="--prompt")
         return
     answering = [*options.adapters, *options.derived] or [None]
     for row in read_rows(options.input):
@@ -134,11 +133,8 @@ def _read(options: GenerateOptions) -> Iterator[tuple[Mapping[str, Any], Prompt]
         wanted = [_adapter_of(row, options)] if is_named else answering
         fields = {name: value for name, value in row.items() if name != "prompt"}
         for adapter in wanted:
-            yield dict(row), Prompt(content, adapter, row.origin, tools, fields)
-
-
-def _as_json(adapter: RowAdapter) -> Any:
-    return list(adapter) if isinstance(adapter, tuple) else adapter or BASE
+            name = list(adapter) if isinstance(adapter, tuple) else adapter or BASE
+            yield {**row, "adapter": name}, Prompt(content, adapter, row.origin, tools, fields)
 
 
 def _adapter_of(row: Row, options: GenerateOptions) -> RowAdapter:

@@ -60,12 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     words = [*(sys.argv[1:] if argv is None else argv)]
     try:
-        _app(words)(
-            words or ["--help"],
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
+        _app(words)(words or ["--help"])
         sys.stdout.flush()  # now: Python would end with a traceback if that failed at its exit
         return 0 if words and words not in [[group] for group in GROUPS] else 2
     except ValidationError as error:  # a model's own messages are as those of a run file
@@ -101,20 +96,16 @@ def _mend_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
         if "Path" in str(argument.hint):
             fill_in = os.path.expanduser
             argument.tokens[:] = [one.evolve(value=fill_in(one.value)) for one in argument.tokens]
-        elif argument.keys and str(argument.hint).startswith(
-            "tuple"
-        ):  # else read as JSON, if it is
+        elif argument.keys and "tuple" in str(argument.hint):  # else read as JSON, if it is
             argument.tokens[:] = [one.evolve(implicit_value=[one.value]) for one in argument.tokens]
 
 
 def _app(words: Sequence[str]) -> App:
     """Declare the verbs; the help of the one that is used is its docstring."""
     # A flag has no --no-flag; of an option given twice the later counts.
-    options: Any = {
-        "default_parameter": Parameter(
-            negative="", allow_repeating=True, show_default=_shown_default
-        )
-    }
+    parameter = Parameter(negative="", allow_repeating=True, show_default=_shown_default)
+    options: Any = {"default_parameter": parameter, "exit_on_error": False, "print_error": False}
+    options["result_action"] = "return_value"
     version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
     app = App("loraloom", help=_HELP, config=_mend_values, **version, **options)
     groups = {

@@ -109,10 +109,9 @@ def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
     run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
     run |= {"base_model": str(output / "base"), "output_dir": output / "adapters", "device": device}
     land, together = run["jobs"]
-    numbers = range(1, NUM_LANDS + 1)
     lands = [
         {**land, "name": f"land{n}", "data": {**land["data"], "task": f"skills@{n}of{NUM_LANDS}"}}
-        for n in numbers
+        for n in range(1, NUM_LANDS + 1)
     ]
     together["data"]["task"] = f"skills@{NUM_LANDS}"
     for job in (jobs := [*lands, together]):

@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -74,7 +73,6 @@ class ServeOptions(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
         unused: dict[str, str] = {}
         if not self.allow_loading:
             unused |= dict.fromkeys(("admin_key_file", "adapter_root"), "without --allow-loading")
@@ -115,9 +113,7 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
         from loraloom.serve.vllm import serve_with_vllm
 
         base = os.path.expanduser(options.base_model)
-        found = {"adapters": options.adapters, "api_keys": keys, "base_model": base}
-        found["cors_origins"] = options.cors_origin
-        serve_with_vllm(SimpleNamespace(**{**dict(options), **found}))
+        serve_with_vllm(options.model_copy(update={"base_model": base}), keys)
         return
     _serve_embedded(options, keys, admin_keys)
 

@@ -47,7 +47,6 @@ class TrainOptions(StrictModel):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
         if self.watch_exit_when_idle and self.watch is None:
             yield "--watch-exit-when-idle has no effect without --watch DIR; give it"
         if self.ray_workers is not None and self.ray is None:

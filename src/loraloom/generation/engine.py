@@ -27,14 +27,7 @@ from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.generation.scoring import free_memory, score_rows, too_large
-from loraloom.generation.sequence import (
-    GenerationRequest,
-    OnGone,
-    RequestError,
-    Row,
-    Sink,
-    log_failure,
-)
+from loraloom.generation.sequence import GenerationRequest, RequestError, Row, Sink, log_failure
 from loraloom.models.forward import Record
 from loraloom.models.host import Host
 from loraloom.models.layout import rows_in_record
@@ -88,11 +81,14 @@ class Engine:
             "cache_tokens_kept": self._runner.prefixes.num_tokens,
         }
 
-    def submit(self, request: GenerationRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Row:
+    def submit(
+        self, request: GenerationRequest, sink: Sink, on_gone: Callable[[], object] = lambda: None
+    ) -> Row:
+        """Let a request wait; `on_gone` is called once it is over, and uses its adapter no more."""
         self._check(request)
         (choice,) = self.host.choose([request.prompt_ids], [request.adapter])
         if choice.probabilities is not None:
-            request = replace(request, **choice._asdict())
+            request = replace(request, choice=choice)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
             if len(self._scheduler) >= self.limits.max_waiting:

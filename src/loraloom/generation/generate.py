@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -14,21 +14,12 @@ from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.engine import Engine
-from loraloom.generation.prompts import (
-    Prompt,
-    check_token_ids,
-    choose_for,
-    encode_prompt,
-    form_for,
-    read_prompts,
-    reads_plain,
-)
+from loraloom.generation.prompts import Prompt, check_token_ids, read_prompts
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, GenerationRequest, Row
 from loraloom.models.choice import Choice, told
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter
 
 
 @dataclass(frozen=True)
@@ -105,8 +96,8 @@ def make_requests(
                 "or lower max_new_tokens"
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
-        request = GenerationRequest(ids, choice.adapter, "", sampling, place, continues=continues)
-        requests.append(replace(request, probabilities=choice.probabilities))
+        request = GenerationRequest(ids, choice, "", sampling, place, continues=continues)
+        requests.append(request)
     return requests
 
 
@@ -141,14 +132,10 @@ def complete(
         rows[place] = engine.submit(requests[place], partial(take, place))
     while engine.step():
         pass
+    done = [rows[place] for place in range(len(texts))]
     return [
-        Completion(
-            list(request.prompt_ids),
-            rows[place].new_ids,
-            texts[place],
-            Choice(rows[place].request.adapter, rows[place].request.probabilities),
-        )
-        for place, request in enumerate(requests)
+        Completion(list(row.request.prompt_ids), row.new_ids, text, row.request.choice)
+        for row, text in zip(done, texts, strict=True)
     ]
 
 
@@ -199,26 +186,16 @@ class Conversation:
 
     def _request(self, model: str, text: str, sampling: SamplingConfig) -> GenerationRequest:
         """What a model reads: all turns, or the last one alone where its prompts have no turns."""
-        adapter: RowAdapter = None if model == self.base_name else model
-        host, turns = self.engine.host, self._turns(model, text)
-
-        def prompt(form: PromptForm | None) -> Prompt:
-            has_turns = self.tokenizer.chat_template if form is None else not form.is_text
-            return Prompt(turns if has_turns and not self.raw else text, adapter)
-
-        asked = prompt(form_for(host, adapter))
-        if reads_plain(host, adapter) and not self.raw:
-            asked = Prompt(turns, adapter)
-        (choice,) = choose_for(host, self.tokenizer, [asked], raw=self.raw)
-        form = form_for(host, choice.adapter)
+        adapter = None if model == self.base_name else model
+        prompt = Prompt(self._turns(model, text), adapter, last_alone=True)
+        read = read_prompts(self.engine.host, self.tokenizer, [prompt], raw=self.raw)
+        ((ids, continues, choice),) = read
         if telling := told(choice):
             self.chosen[model] = telling["chosen"]["adapter"]
-        ids, continues = encode_prompt(self.tokenizer, prompt(form), form, raw=self.raw)
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
         sampling = sampling.model_copy(update=shortened)
-        request = GenerationRequest(ids, choice.adapter, model, sampling, continues=continues)
-        return replace(request, probabilities=choice.probabilities)
+        return GenerationRequest(ids, choice, model, sampling, continues=continues)
 
     def _turns(self, model: str, text: str) -> tuple[Message, ...]:
         system = {"role": "system", "content": self.system}

@@ -10,13 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
-from loraloom.data.templates import (
-    ChatTemplate,
-    Conversation,
-    Message,
-    compile_template,
-    render,
-)
+from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
 from loraloom.models.choice import Choice, is_routed
@@ -34,6 +28,7 @@ class Prompt:
         origin: Where it comes from, for messages: a file and line, say.
         tools: JSON schemas of the functions that a conversation's answer may call.
         fields: What an adapter's prompt template may read besides the text: `input`, for example.
+        last_alone: Read a conversation's last turn alone where prompts have no turns.
     """
 
     content: str | tuple[Message, ...]
@@ -41,6 +36,7 @@ class Prompt:
     origin: str = "prompt"
     tools: list[dict[str, Any]] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    last_alone: bool = False
 
 
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
@@ -59,6 +55,9 @@ def encode_prompt(
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     content = prompt.content
+    has_turns = tokenizer.chat_template if form is None else not form.is_text
+    if prompt.last_alone and not isinstance(content, str) and (raw or not has_turns):
+        content = content[-1]["content"]
     turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
     messages = [{**turn, "content": turn.get("content") or ""} for turn in turns]
     is_given = any(message["role"] in ("system", "developer") for message in messages)
@@ -123,23 +122,6 @@ def encode_for_choice(
     return encode_prompt(tokenizer, prompt, form_for(host, prompt.adapter), raw=raw)[0]
 
 
-def choose_for(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    raw: bool = False,
-) -> list[Choice]:
-    """Tell what answers prompts: their adapters, or those that a router chooses."""
-    routed = [place for place, one in enumerate(prompts) if is_routed(host, one.adapter)]
-    choices = [Choice(prompt.adapter) for prompt in prompts]
-    ids = [encode_for_choice(host, tokenizer, prompts[place], raw=raw) for place in routed]
-    found = host.choose(ids, [prompts[place].adapter for place in routed])
-    for place, choice in zip(routed, found, strict=True):
-        choices[place] = choice
-    return choices
-
-
 def read_prompts(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,7 +131,11 @@ def read_prompts(
     raw: bool = False,
 ) -> list[tuple[list[int], bool, Choice]]:
     """Choose what answers prompts, and encode them in its form, or one that is given."""
-    choices = choose_for(host, tokenizer, prompts, raw=raw)
+    ids = [  # none are needed where nothing is chosen
+        encode_for_choice(host, tokenizer, one, raw=raw) if is_routed(host, one.adapter) else []
+        for one in prompts
+    ]
+    choices = host.choose(ids, [prompt.adapter for prompt in prompts])
     forms = [form or form_for(host, choice.adapter) for choice in choices]
     return [
         (*encode_prompt(tokenizer, prompt, own, raw=raw), choice)

@@ -5,8 +5,10 @@ Axes: T tokens of all prompts, D hidden.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,9 +37,8 @@ class RouterFit:
 
     @property
     def accuracy(self) -> float:
-        counts = [(of.get(name, 0), sum(of.values())) for name, of in self.chosen.items()]
-        right, every = map(sum, zip(*counts, strict=True))
-        return right / every
+        right = sum(of.get(name, 0) for name, of in self.chosen.items())
+        return right / sum(sum(of.values()) for of in self.chosen.values())
 
 
 def fit_router(
@@ -99,10 +100,9 @@ def fit_router(
     chooser.fit(*_part(states, owners, ~held_out), targets[~held_out], rows)
     with torch.no_grad():
         found = chooser(*_part(states, owners, held_out)).argmax(1).tolist()
-    chosen: dict[str, dict[str, int]] = {expert: {} for expert in experts}
+    chosen = {expert: Counter[str]() for expert in experts}
     for label, choice in zip(targets[held_out].tolist(), found, strict=True):
-        counts, expert = chosen[experts[int(label)]], experts[int(choice)]
-        counts[expert] = counts.get(expert, 0) + 1
+        chosen[experts[int(label)]][experts[int(choice)]] += 1
     chooser.fit(states, owners, targets, rows)
     return RouterFit(chosen)
 
@@ -121,12 +121,8 @@ def _prompts(
             f"got the text {shown(given)}"
         )
     if not isinstance(given, SourceConfig | Mapping):
-        return [
-            encode_for_choice(host, tokenizer, Prompt(one, adapter))
-            if isinstance(one, str)
-            else one
-            for one in given
-        ]
+        encode = partial(encode_for_choice, host, tokenizer)
+        return [encode(Prompt(one, adapter)) if isinstance(one, str) else one for one in given]
     source = checked(SourceConfig, given)
     if reads_plain(host, adapter) and source.format in ("instruction", "chat", "preference"):
         if source.format != "instruction":

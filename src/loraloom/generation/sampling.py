@@ -14,14 +14,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import logits_process as hf
 from typing_extensions import override
 
 from loraloom.config.fields import StrictModel
@@ -64,19 +58,20 @@ class TokenChooser:
     """Chooses the tokens of one row, whose draws follow from the seed and the row's number."""
 
     def __init__(self, sampling: SamplingConfig, row: int, device: torch.device):
-        self._processors = LogitsProcessorList()
+        self._processors = hf.LogitsProcessorList()
         self._generator: torch.Generator | None = None
         if sampling.repetition_penalty != 1:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            penalty = hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+            self._processors.append(penalty)
         if sampling.temperature == 0:
             return
         # logits by less are infinite
         temperature = max(sampling.temperature, MIN_TEMPERATURE)
-        self._processors.append(TemperatureLogitsWarper(temperature))
+        self._processors.append(hf.TemperatureLogitsWarper(temperature))
         if sampling.top_k > 0:
-            self._processors.append(TopKLogitsWarper(sampling.top_k))
+            self._processors.append(hf.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            self._processors.append(TopPLogitsWarper(sampling.top_p))
+            self._processors.append(hf.TopPLogitsWarper(sampling.top_p))
         # a generator of its own leaves torch's global numbers alone
         key = sample_key(sampling.seed, 0, row)
         self._generator = torch.Generator(device).manual_seed(key)

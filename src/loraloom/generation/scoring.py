@@ -19,7 +19,6 @@ from torch import Tensor
 from loraloom.data.tokens import Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.generation.rows import TokenRow, collate, example_row, make_rows, owners
-from loraloom.models.choice import is_routed
 from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
@@ -78,18 +77,19 @@ def too_large(item: str) -> DataError:
 def in_halves(
     compute: Callable[[Sequence[int]], list[TokenScores]],
     places: Sequence[int],
-    describe: Callable[[int], str],
+    requests: Sequence[Request],
 ) -> list[TokenScores]:
-    """Score places together, or in halves, and halves of these, where memory runs out."""
+    """Score requests together, or in halves, and halves of these, where memory runs out."""
     try:
         return compute(places)
     except torch.OutOfMemoryError:
         if len(places) == 1:
-            raise too_large(describe(places[0])) from None
+            length = len(requests[places[0]][1].input_ids)
+            raise too_large(f"a row of {length} tokens to be scored") from None
     free_memory()
     middle = (len(places) + 1) // 2
     halves = (places[:middle], places[middle:])
-    return [result for half in halves for result in in_halves(compute, half, describe)]
+    return [result for half in halves for result in in_halves(compute, half, requests)]
 
 
 def tokens_per_batch(host: Host) -> int:
@@ -132,13 +132,10 @@ def score_rows(
         for batch in token_batches(groups, max_tokens or tokens_per_batch(host))
     ]
 
-    def describe(place: int) -> str:
-        return f"a row of {len(requests[place][1].input_ids)} tokens to be scored"
-
     def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
         forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
         # ranks send one another tensors and no classes, which unpickling would have to trust
-        return [tuple(scores) for scores in in_halves(forward, places, describe)]
+        return [tuple(scores) for scores in in_halves(forward, places, requests)]
 
     with torch.no_grad(), host.prepared():
         results = chain.from_iterable(host.ranks.spread(batches, score))
@@ -154,21 +151,17 @@ def _chosen(
 
     Such a choice is told as that of a router in front of all layers, for each token of a row.
     """
-    scored = [
-        place
-        for place, (adapter, row) in enumerate(requests)
-        if row.targets and is_routed(host, adapter)
-    ]
-    prompts = [_prompt_of(requests[at][1]) for at in scored]
-    choices = host.choose(prompts, [requests[at][0] for at in scored])
+    adapters = [adapter if row.targets else None for adapter, row in requests]
+    choices = host.choose([_prompt_of(row) for _, row in requests], adapters)
     chosen, routed = [*requests], defaultdict[str, dict[int, list[float]]](dict)
-    for place, (adapter, probabilities) in zip(scored, choices, strict=True):
-        name = str(name_and_scale(requests[place][0])[0])
-        chosen[place] = adapter, requests[place][1]
-        routed[name][place] = [*(probabilities or {}).values()]
+    for place, choice in enumerate(choices):
+        if choice.probabilities is not None:
+            chosen[place] = choice.adapter, requests[place][1]
+            name = str(name_and_scale(adapters[place])[0])
+            routed[name][place] = [*choice.probabilities.values()]
+    if on_routing is None:
+        return chosen
     for name, of_places in routed.items():
-        if on_routing is None:
-            break
         rows = [requests[place][1] for place in of_places]
         counts = torch.tensor([len(row.input_ids) for row in rows])
         p = torch.tensor([*of_places.values()]).repeat_interleave(counts, dim=0)
@@ -181,7 +174,7 @@ def _chosen(
 
 def _prompt_of(row: TokenRow) -> Sequence[int]:
     # all of a text, which has no prompt
-    return row.input_ids[: row.predictors[0] + 1] if row.predictors[0] else row.input_ids
+    return row.input_ids[: row.predictors[0] + 1] if any(row.predictors[:1]) else row.input_ids
 
 
 def _forward(

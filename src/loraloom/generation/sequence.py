@@ -20,6 +20,7 @@ from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import LoraloomError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 from loraloom.generation.scoring import TokenScores
+from loraloom.models.choice import Choice
 from loraloom.models.decoding import Decoding
 from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
@@ -59,7 +60,8 @@ class GenerationRequest:
     """A completion to make."""
 
     prompt_ids: Sequence[int]
-    adapter: RowAdapter
+    choice: Choice
+    """What answers, where a router has chosen it by the prompt with its experts' probabilities."""
     owner: str
     """The model's public name, under which it is counted."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -78,11 +80,13 @@ class GenerationRequest:
     """The text goes on where the prompt's ends, with the space between them."""
     scores_prompt: bool = False
     """Tell the log-probabilities of the prompt's own tokens before those of new ones."""
-    probabilities: Mapping[str, float] | None = None
-    """Those of a router's experts, where it has chosen the adapter by the prompt."""
     tenant: str = ""
     """Who asks, such as an API key; others share neither its turn nor its prompts."""
     arrived_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def adapter(self) -> RowAdapter:
+        return self.choice.adapter
 
     @property
     def adapter_name(self) -> str | None:
@@ -121,8 +125,6 @@ class Piece:
 Event = Piece | Exception
 # Takes events, in the engine's thread; it must not block.
 Sink = Callable[[Event], None]
-# Told once that the engine has let a request go, and uses its adapter no more.
-OnGone = Callable[[], object]
 
 
 class Row:
@@ -135,7 +137,7 @@ class Row:
         end_tokens: Sequence[int],
         device: torch.device,
         sink: Sink,
-        on_gone: OnGone = lambda: None,
+        on_gone: Callable[[], object] = lambda: None,
     ):
         self.request = request
         self.sink = sink

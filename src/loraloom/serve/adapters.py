@@ -123,7 +123,7 @@ class ServedAdapters:
     async def acquire_sum(self, names: Sequence[str]) -> ServedAdapter:
         """Begin to use several adapters, all of them or none, until `release` of what they make."""
         for name in names:
-            if name != self.base_name and name not in self._served:
+            if name not in self._served:
                 self._source_of(name)  # what does not exist loads no other
         held = (self._served.get(name) for name in names if name not in self._sources)
         if sum(one is None or one.is_lazy for one in held) > self._max_lazy:

@@ -111,6 +111,8 @@ def test_a_local_server_answers_to_its_own_names_alone(http):
         assert http.get("/v1/models", headers={"Host": name}).status_code == 200
     for name in ("evil.example", "evil.example:80", "127.0.0.1.evil", "", "[::2]"):
         assert http.get("/v1/models", headers={"Host": name}).status_code == 400
+    counted = 'loraloom_http_responses_total{path="other",status="400"}'
+    assert counted in http.get("/metrics").text
 
 
 def test_a_local_server_answers_to_the_address_that_it_listens_on(host, tokenizer):

@@ -22,13 +22,14 @@ from loraloom.serve.vllm.folding import FoldedAdapter
 def options(**changes):
     settings: Any = {"base_model": "some/base", "adapters": {"mix": "runs/rank=8,16"}, "port": 8000}
     settings |= {"adapter_dir": None, "max_adapters": 8, "host": "127.0.0.1", "dtype": "float32"}
-    settings |= {"api_keys": (), "allow_loading": False, "cors_origins": (), "max_rows": 32}
+    settings |= {"allow_loading": False, "cors_origin": (), "max_rows": 32}
     return SimpleNamespace(**settings | changes)
 
 
 def test_options_are_said_in_vllms_words():
     words, settings = vllm_command(
-        options(api_keys=["one", "two"], cors_origins=["https://a.example"], allow_loading=True),
+        options(cors_origin=["https://a.example"], allow_loading=True),
+        ["one", "two"],
         [FoldedAdapter({}, 48, 3), FoldedAdapter({}, 8, None)],
         {},
     )
@@ -44,16 +45,16 @@ def test_options_are_said_in_vllms_words():
 
 
 def test_a_key_that_begins_with_a_dash_is_no_option_of_vllms():
-    assert "--api-key=-one" in vllm_command(options(api_keys=["-one"]), [], {})[0]
+    assert "--api-key=-one" in vllm_command(options(), ["-one"], [], {})[0]
     with pytest.raises(ConfigError, match="several keys for --engine vllm must not begin with '-'"):
-        vllm_command(options(api_keys=["one", "-two"]), [], {})
+        vllm_command(options(), ["one", "-two"], [], {})
 
 
 @pytest.mark.parametrize("found", [None, "0.31.0"])
 def test_a_version_that_is_not_known_is_refused(monkeypatch, found):
     monkeypatch.setattr("loraloom.serve.vllm.vllm_version", lambda: found)
     with pytest.raises(ConfigError, match=f"needs vLLM 0.32, got {found}"):
-        serve_with_vllm(options())
+        serve_with_vllm(options(), [])
 
 
 def test_options_that_vllm_can_not_honour_are_refused(capsys, monkeypatch):
@@ -65,7 +66,7 @@ def test_options_that_vllm_can_not_honour_are_refused(capsys, monkeypatch):
     assert asked.call_args.args[0].base_model == os.path.expanduser("~/base")
     monkeypatch.setenv("LORALOOM_MAX_TOP_K", "two")
     with pytest.raises(ConfigError, match="LORALOOM_MAX_TOP_K must be a whole number of 1 or more"):
-        vllm_command(options(), [], {})
+        vllm_command(options(), [], [], {})
 
 
 def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):

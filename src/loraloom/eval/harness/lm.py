@@ -31,6 +31,7 @@ from loraloom.generation.rows import fit_pair
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import group_rows, score_groups, token_batches, tokens_per_batch
 from loraloom.generation.sequence import GenerationRequest
+from loraloom.models.choice import Choice
 from loraloom.models.host import Host
 
 # Most tokens of continuations in one row; attention's cost is quadratic in a row.
@@ -67,7 +68,7 @@ class Answers:
 
     def _complete(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
         rows = list(product(requests, self.adapters))
-        asked = [GenerationRequest([*ids], name, "", *how) for (ids, *how), name in rows]
+        asked = [GenerationRequest([*ids], Choice(name), "", *how) for (ids, *how), name in rows]
         completions = complete(self._host, self._tokenizer, asked, batch_size=self._batch_size)
         yield from ((n, r, c.text) for (r, n), c in zip(rows, completions, strict=True))
         bar.update(len(requests))

@@ -27,7 +27,6 @@ class ChatExchange(Exchange):
 
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
         super().__init__(backend, body, http)
-        self._opened: set[int] = set()
         names = [tool["function"]["name"] for tool in body.callable_tools]
         self._streams = [CallStream(names) for _ in range(body.n)] if names else []
 
@@ -41,9 +40,8 @@ class ChatExchange(Exchange):
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
-            ids, choice.adapter, owner, num_logprobs=num_logprobs, continues=continues,
-            probabilities=choice.probabilities,
-        )  # fmt: skip
+            ids, choice, owner, num_logprobs=num_logprobs, continues=continues
+        )
         max_tokens = body.max_completion_tokens or body.max_tokens
         return self.several(request, max_tokens, constraint or None)
 
@@ -60,8 +58,7 @@ class ChatExchange(Exchange):
             if reason is not None:
                 rest, calls = self._streams[index].finish()
                 text += rest
-        delta: dict[str, Any] = {} if index in self._opened else {"role": "assistant"}
-        self._opened.add(index)
+        delta: dict[str, Any] = {} if index in self._told else {"role": "assistant"}
         if text or not calls:
             delta["content"] = text
         if calls:
@@ -108,12 +105,11 @@ class TextExchange(Exchange):
         for prompt, choice in zip(self._prompts, choices, strict=True):
             request = GenerationRequest(
                 prompt,
-                choice.adapter,
+                choice,
                 owner,
                 num_logprobs=body.logprobs,
                 continues=True,
                 scores_prompt=body.echo and body.logprobs is not None,
-                probabilities=choice.probabilities,
             )
             requests += self.several(request, body.max_tokens)
         self.num_prompt = sum(map(len, self._prompts))

@@ -78,7 +78,7 @@ def create_app(
     metrics = Metrics(engine)
     app = FastAPI(title="loraloom", version=loraloom.__version__, lifespan=lifespan)
     # what comes last stands outermost
-    app.add_middleware(AccessGuard, options=options, counts=engine.counts)
+    app.add_middleware(AccessGuard, options=options)
     if options.cors_origins:
         # preflight requests have no keys; OpenAI's client sends some headers of its own
         origins, methods = list(options.cors_origins), ["GET", "POST"]

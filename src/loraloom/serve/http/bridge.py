@@ -25,15 +25,8 @@ from loraloom.data.tokens import text_of_token
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.sampling import SamplingConfig, end_tokens
-from loraloom.generation.sequence import (
-    Event,
-    GenerationRequest,
-    Piece,
-    RequestError,
-    Row,
-    log_failure,
-)
-from loraloom.models.choice import Choice, told
+from loraloom.generation.sequence import GenerationRequest, Piece, RequestError, Row, log_failure
+from loraloom.models.choice import told
 from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.guards import TENANT, USAGE, answer_to
@@ -74,16 +67,12 @@ class Backend:
 
     async def acquire(self, model: str) -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
-        adapters = self.adapters
-        is_base = model == adapters.base_name
-        weighted = ((model, 1.0),) if is_base else _weighted(model, adapters.base_name)
+        adapters, host = self.adapters, self.engine.host
+        if model == adapters.base_name:
+            return await adapters.acquire(model), None
+        weighted = _weighted(model, adapters.base_name)
         # what is behind a slash is one of a routed adapter's own
-        names, parts = [], []
-        for name, _ in weighted:
-            is_base = name == adapters.base_name  # which may have a slash
-            whole, within, part = (name, "", "") if is_base else name.partition("/")
-            names.append(whole)
-            parts.append(within + part)
+        names = [name.partition("/")[0] for name, _ in weighted]
         one, several = adapters.acquire, adapters.acquire_sum
         try:
             served = await (several(names) if len(names) > 1 else one(names[0]))
@@ -93,47 +82,39 @@ class Backend:
                 f"the adapter {shown(model)} can't be loaded; the server's log says why",
                 "broken_adapter",
             ) from None
-        if served.host_name is None and not served.members:
-            return served, None
-        used = zip(served.members or (served,), parts, weighted, strict=True)
-        row: Any = tuple((f"{one.host_name}{part}", weight) for one, part, (_, weight) in used)
-        row, scale = (row, 1.0) if served.members else row[0]
+        row: list[tuple[str, float]] = []
         try:
-            hosted = self.engine.host.adapters
-            for one, part in zip(served.members or (served,), parts, strict=True):
-                if part and part[1:] not in hosted[one.host_name or ""].part_names:
+            for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
+                part = name.removeprefix(used.name)
+                if part and part[1:] not in host.adapters[str(used.host_name)].part_names:
                     raise unknown_model(model)
+                row.append((f"{used.host_name}{part}", weight))
             if served.members:  # a large one takes longer than the event loop may
-                add_up = partial(self.engine.host.adapter, write_sum(row))
+                add_up = partial(host.adapter, write_sum(row))
                 await asyncio.wrap_future(start_apart(add_up))
         except BaseException as error:
             adapters.release(served)
             if isinstance(error, AdapterError):  # not of a kind that can be added up
                 raise RequestError(str(error), param="model") from None
             raise
-        return served, row if scale == 1 else (row, scale)
+        if served.members:
+            return served, tuple(row)
+        return served, row[0][0] if row[0][1] == 1 else row[0]
 
 
 def _weighted(model: str, base_name: str) -> Weighted:
-    parts = [part.partition(":") for part in model.split("+")]
-    weighted = tuple((name, _scale(text) if colon else 1.0) for name, colon, text in parts)
-    if len(weighted) == 1:
-        return weighted
     try:
-        parse_sum(model)
+        weighted = parse_sum(model)
     except AdapterError as error:
         raise RequestError(str(error), param="model") from None
-    if base_name in {name for name, _ in weighted}:
-        raise RequestError(f"a sum must be of adapters, got {shown(model)}", param="model")
+    text = ""
+    if any(abs(scale) > 10 for _, scale in weighted):
+        text = "a scale behind a model's name must be from -10 to 10"
+    elif base_name in {name for name, _ in weighted}:
+        text = "scales and sums must be of adapters"
+    if text:
+        raise RequestError(f"{text}, got {shown(model)}", param="model")
     return weighted
-
-
-def _scale(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if abs(scale := float(text)) <= 10:
-            return scale
-    text = f"a scale behind a model's name must be from -10 to 10, got {shown(text)}"
-    raise RequestError(text, param="model")
 
 
 class Exchange(ABC):
@@ -149,7 +130,7 @@ class Exchange(ABC):
         self._num_new = 0
         self._http = http
         http.scope[USAGE] = self.usage
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
         # nothing else reads from the connection while the engine works
@@ -170,11 +151,10 @@ class Exchange(ABC):
 
     def chosen(self, index: int) -> dict[str, Any]:
         """Tell once which adapter answers, where a router has chosen it, and how sure it was."""
-        request = self._rows[index].request
         if index in self._told:
             return {}
         self._told.add(index)
-        return told(Choice(request.adapter, request.probabilities))
+        return told(self._rows[index].request.choice)
 
     def several(
         self,
@@ -263,7 +243,7 @@ class Exchange(ABC):
         if self._gone.done():  # before there were rows that it could end
             self._cancel_rows(None)
 
-    def _tell(self, index: int, event: Event) -> None:  # in the engine's thread
+    def _tell(self, index: int, event: Piece | Exception) -> None:  # in the engine's thread
         self.backend.call(self._queue.put_nowait, (index, event))
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:

@@ -77,17 +77,20 @@ class _Connection(H11Protocol):
 
 
 class _AccessLog:
-    """Logs a line for each request when its answer has ended: who asked, and for how much."""
+    """Counts answers, and logs a line for each that has ended: who asked, and for how much."""
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    def __init__(self, app: ASGIApp, counts: Counter[tuple[str, ...]]):
+        self._app, self._counts = app, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun_s, status = time.monotonic(), "unanswered"
 
         async def answer(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+                path = getattr(scope.get("route"), "path", "other")
+                self._counts["http_responses", path, status] += 1
             await send(message)
 
         try:
@@ -112,7 +115,7 @@ class Server(uvicorn.Server):
         connection = partial(_Connection, max_connections(), engine.counts)
         super().__init__(
             uvicorn.Config(
-                _AccessLog(app),
+                _AccessLog(app, engine.counts),
                 log_config=None,
                 access_log=False,
                 log_level="error",

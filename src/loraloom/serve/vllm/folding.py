@@ -10,7 +10,6 @@ Axes: I in_features, O out_features, D hidden, E experts, R rank, S = E·R.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +60,12 @@ class Folder:
         # the base's weights aren't here to be compared with those it was trained on
         stored = replace(stored, base=stored.base.model_copy(update={"fingerprint": None}))
         config, tensors = fit_to_base(stored, self._base)
-        _check_needs_no_weights(config.tensor_shapes(self._base), stored.source)
+        if any(name.endswith(".magnitude") for name in config.tensor_shapes(self._base)):
+            raise AdapterError(
+                f"{stored.source}: weight decomposition scales rows of the base model's own "
+                "weights, which no LoRA can, so vLLM can't serve it; serve it with the embedded "
+                "engine, or export it merged (a mixture as an MoE checkpoint)"
+            )
         adapter = config.build("folded", self._layers, torch.float32, seed=0)
         adapter.load_tensors(tensors)
         with torch.no_grad():
@@ -129,15 +133,6 @@ def _pair_of(projection: Projection, source: str) -> tuple[Tensor, Tensor]:
         )
     lora_B = projection.compute_B(torch.float32).T.contiguous()
     return projection.compute_A(torch.float32), lora_B
-
-
-def _check_needs_no_weights(names: Iterable[str], source: str) -> None:
-    if any(name.endswith(".magnitude") for name in names):
-        raise AdapterError(
-            f"{source}: weight decomposition scales rows of the base model's own weights, "
-            "which no LoRA can, so vLLM can't serve it; serve it with the embedded engine, or "
-            "export it merged (a mixture as an MoE checkpoint)"
-        )
 
 
 class _Weightless(BaseProjection):
