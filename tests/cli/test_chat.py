@@ -2,42 +2,25 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-import torch
 
 from loraloom.cli.main import main
-from tests.conftest import build_tokenizer
-from tests.tiny import tiny_host
+from tests.generation.saved import save_tiny
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A base model with a tokenizer, and two adapters."""
-    directory = tmp_path_factory.mktemp("chat")
-    host = tiny_host(dtype=torch.float32, vocab_size=300)
-    for name in ("lora", "mixlora"):
-        host.save(name, directory / name)
-    host.detach().save_pretrained(directory / "base")
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory / "base")
-    return directory
+    """A base model with a chat template and room for 64 tokens, and two adapters."""
+    return save_tiny(tmp_path_factory.mktemp("chat"), TEMPLATE, max_position_embeddings=64)
 
 
 def chat(saved, monkeypatch, *lines, options=()):
-    rest = iter(lines)
-
-    def read(prompt):
-        print(prompt, end="")
-        line = next(rest, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", read)
+    read = Mock(side_effect=[*lines, EOFError])
+    monkeypatch.setattr("builtins.input", lambda prompt: print(prompt, end="") or read())
     adapters = [f"--adapter={name}={saved / name}" for name in ("lora", "mixlora")]
     base = ["--base-model", str(saved / "base"), "--max-new-tokens", "5", "--seed", "1"]
     return main(["chat", *base, *adapters, *options])

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.cli import eval as verb
-from loraloom.cli import main as cli
+from loraloom.cli.main import main
 from loraloom.data.sources import sha256
 from loraloom.data.tasks import load_question_set, questions_digest
 from loraloom.eval.statistics import compare, read_answers
 from loraloom.models.host import Host
-from tests.generation.saved import save_tiny
+from tests.generation.saved import save_tiny, write_rows
 
 ROWS = [
     {
@@ -37,8 +36,8 @@ answer: answerKey
 def saved(tmp_path_factory):
     directory = save_tiny(tmp_path_factory.mktemp("saved"))
     (directory / "data" / "arc_easy").mkdir(parents=True)
-    text = "".join(f"{json.dumps(row)}\n" for row in ROWS)
-    (directory / "data" / "arc_easy" / "test.jsonl").write_text(text)
+    for split in ("test", "validation"):
+        write_rows(directory / "data" / "arc_easy" / f"{split}.jsonl", *ROWS)
     (directory / "data" / "quiz.yaml").write_text(TASK_FILE)
     return directory
 
@@ -52,16 +51,15 @@ def words(saved, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(saved, words, tmp_path, monkeypatch):
+def run(saved, words, tmp_path):
     """Run `loraloom eval` on two adapters; give the JSON file's content."""
-    monkeypatch.setitem(cli.VERBS, "eval", (verb.evaluate, "Score."))
     data = ["--task", "arc_easy", "--data", str(saved / "data")]
     adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
 
     def run(*more, task=data, adapters=adapters, code=0):
         output = tmp_path / "result.json"
         given = [*words, *task, *adapters, "--output", str(output), *more]
-        assert cli.main(given) == code
+        assert main(given) == code
         return json.loads(output.read_text()) if code == 0 else None
 
     return run
@@ -133,8 +131,14 @@ def test_the_file_says_how_results_were_got(run, saved):
     assert written["date"].endswith("+00:00")
 
 
-def test_everybody_is_compared_on_the_same_questions(run, tmp_path, capsys):
+def test_base_and_adapters_are_scored_in_one_pass_and_compared(run, tmp_path, capsys):
     written = run("--per-question", str(tmp_path / "q.jsonl"))
+    assert list(written["results"]) == ["base", "a", "b"]
+    assert list(written["routing"]) == ["b"]
+    assert written["routing"]["b"]["tasks"]["arc_easy"]["num_questions_covered"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    right = [line["chosen"] == line["correct_label"] for line in lines if line["adapter"] == "a"]
+    assert written["results"]["a"]["arc_easy"]["accuracy"] == sum(right) / 12
     pairs = [(one["first"], one["second"]) for one in written["comparisons"]]
     assert pairs == [("a", "base"), ("b", "base"), ("a", "b")]
     (answers,) = read_answers(tmp_path / "q.jsonl")
@@ -144,7 +148,17 @@ def test_everybody_is_compared_on_the_same_questions(run, tmp_path, capsys):
         assert one["difference"] == expected.difference
         assert one["p_value"] == expected.p_value
         assert one["interval"] == list(expected.interval)
-    assert "a - base" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "a - base" in output.out
+    assert output.err == ""
+
+
+def test_split_limit_and_base_can_be_chosen(run):
+    options = ["--split", "validation", "--limit", "3", "--no-base", "--batch-tokens", "64"]
+    results = run(*options)["results"]
+    assert list(results) == ["a", "b"]
+    assert results["a"]["arc_easy"]["num_examples"] == 3
+    assert results["a"]["arc_easy"]["split"] == "validation"
 
 
 def test_a_sum_is_scored_beside_its_adapters(run):
@@ -185,19 +199,31 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("line", "message"),
     [
-        ("--compare a:c", "--compare must be FIRST:SECOND, two of base, a, b, got 'a:c'"),
-        ("--output result.txt", "--output must end in .json, .csv, got result.txt"),
-        ("--adapter mix@0=x --adapter mix@1=x --adapter mix=x", "got 'mix' and its seeds mix@0"),
+        ("--task boolq --compare a:c", "--compare must be FIRST:SECOND, two of base, got 'a:c'"),
+        (
+            "--task boolq --adapter mix@0=x --adapter mix@1=x --adapter mix=x",
+            "got 'mix' and its seeds mix@0",
+        ),
         ("--task nowhere.yaml", "nowhere.yaml can't be read: No such file"),
+        ("--task arc_esay", "did you mean 'arc_easy'?"),
+        ("--task arc_easy --format chat", "--format has an effect with --dataset only"),
+        ("--dataset a.jsonl --task arc_easy", "--task has no effect with --dataset"),
+        ("--dataset a.jsonl", "--data has an effect with --task only"),
+        ("--task ,", "--task must name at least one task"),
+        ("--task arc_easy --no-base", "--no-base leaves nothing to score"),
+        ("--task piqa", "no data set 'piqa' there"),
+        ("--task arc_easy --split train", "no split 'train' there"),
+        ("--task arc_easy --data nowhere", "nowhere"),
+        ("--task arc_easy --adapter a=nowhere", "there is no nowhere"),
+        ("--task arc_easy --adapter nowhere", "--adapter must be NAME=PATH"),
+        ("--task arc_easy --base-model ./nowhere", "./nowhere"),
+        ("--task arc_easy --output .", "--output must end in .json, .csv, got ."),
+        ("--task arc_easy --num-fewshot 0", "--num-fewshot has an effect with --harness only"),
+        ("--task arc_easy,piqa", "data must be a directory with one for each of several tasks"),
     ],
 )
-def test_bad_input_is_one_error_before_the_model_is_loaded(run, monkeypatch, capsys, more, message):
-    from loraloom.generation import loading
-
-    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
-    run(*more.split(), code=2)
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, saved, line, message):
+    data = ["--data", str(saved / "data")]
+    assert message in refused(run, line, task=data, adapters=[], code=2)

@@ -9,8 +9,7 @@ import loraloom
 from loraloom import LoraConfig, PromptForm, RoutedConfig, fit_router
 from loraloom.cli.main import main
 from loraloom.cli.options import tell_unknown_prompts
-from tests.cli.test_generate import write_rows
-from tests.generation.saved import save_tiny
+from tests.generation.saved import save_tiny, write_rows
 from tests.tiny import randomise
 
 
@@ -45,14 +44,7 @@ def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
     assert combine(saved, one, *prompts, "--limit", "10") == 2
     assert "overwrite" in capsys.readouterr().err
     result = tmp_path / "result.json"
-    words = [
-        "--base-model",
-        str(saved / "base"),
-        "--adapter",
-        f"one={one}",
-        "--output",
-        str(result),
-    ]
+    words = ["--base-model", str(saved / "base"), f"--adapter=one={one}", f"--output={result}"]
     assert main(["eval", *words, "--task", "skills@1of2", "--limit", "6", "--device", "cpu"]) == 0
     routing = json.loads(result.read_text())["routing"]["one"]
     assert routing["layers"] == ["0.prompt"]
@@ -175,20 +167,8 @@ def test_rows_tell_whom_a_router_chose(saved, tmp_path):
 
 
 def test_chat_names_the_expert_that_answers(saved, capsys, monkeypatch):
-    lines = iter(["the court"])
-
-    def read(prompt):
-        for line in lines:
-            return line
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", read)
-    words = [
-        "--base-model",
-        str(saved / "base"),
-        "--device",
-        "cpu",
-        f"--adapter=one={saved / 'one'}",
-    ]
-    assert main(["chat", *words, "--max-new-tokens", "4"]) == 0
+    lines = iter(["the court", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    words = ["--base-model", str(saved / "base"), f"--adapter=one={saved / 'one'}"]
+    assert main(["chat", *words, "--device", "cpu", "--max-new-tokens", "4"]) == 0
     assert "[one, law]" in capsys.readouterr().out

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-import json
 import re
 from itertools import pairwise
 
 import pytest
 import yaml
+from rich.cells import cell_len
 
+from loraloom.cli.data import token_lines
 from loraloom.cli.main import main
 from tests.conftest import build_tokenizer
+from tests.generation.saved import write_rows
 from tests.tiny import tiny_model
 
 TEMPLATE = (
@@ -26,7 +28,7 @@ def directory(tmp_path_factory):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory / "base")
     chats = [{"messages": TURNS}, {"messages": [TURNS[0], {**TURNS[1], "content": "x" * 99}]}]
-    (directory / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in chats))
+    write_rows(directory / "chat.jsonl", *chats)
     (directory / "text.jsonl").write_text('{"text": "the sky"}\n')
     return directory
 
@@ -101,8 +103,7 @@ def test_a_row_that_is_dropped_is_shown_as_such(show):
 def test_all_rows_of_a_run_file_of_data_alone_are_checked_and_counted(directory, tmp_path, capsys):
     rows = [{"instruction": f"Say {n}", "output": "" if n in (5, 7) else "blue"} for n in range(9)]
     rows += [{"instruction": "Say 1", "output": "blue"}, {"instruction": 1, "output": "blue"}]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    data = {"dataset": str(tmp_path / "rows.jsonl"), "format": "instruction"}
+    data = {"dataset": write_rows(tmp_path / "rows.jsonl", *rows), "format": "instruction"}
     run = {"base_model": str(directory / "base"), "jobs": [{"data": data}]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--rows", "1"]) == 2
@@ -112,3 +113,30 @@ def test_all_rows_of_a_run_file_of_data_alone_are_checked_and_counted(directory,
     assert "\n  line 11: field 'instruction' must be a string, got 1" in shown.err
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--set", "jobs.0.data.on_empty=skip"])
     assert "rows.jsonl, line 11: field 'instruction' must be" in capsys.readouterr().err
+
+
+def lines_of(tokenizer, text, marked, width=80):
+    ids = tokenizer(text)["input_ids"]
+    return list(token_lines(tokenizer, ids, [place in marked for place in range(len(ids))], width))
+
+
+def test_marks_stand_under_the_marked_tokens(tiny_tokenizer):
+    lines = lines_of(tiny_tokenizer, "the sky\nblue", {4, 5, 6})
+    assert lines == ["t|he| s|k|y|\\n|", "          ^ ^^", "bl|u|e|", "^^"]
+
+
+def test_no_line_is_wider_than_the_width(tiny_tokenizer):
+    text = "色は? the sky is blue, no? " * 20
+    lines = lines_of(tiny_tokenizer, text, set(range(0, 900, 2)), 40)
+    assert max(map(cell_len, lines)) <= 40
+    assert len(lines) > 20
+
+
+def test_what_can_not_be_seen_is_escaped(tiny_tokenizer):
+    assert "".join(lines_of(tiny_tokenizer, "a\x1b[31m\tb", {})) == "a|\\x1b|[|3|1|m|\\t|b|"
+
+
+def test_a_space_that_the_tokenizer_drops_is_shown(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tiny_tokenizer), "convert_ids_to_tokens", lambda self, token: "▁sky")
+    monkeypatch.setattr(type(tiny_tokenizer), "decode", lambda self, tokens: "sky")
+    assert [*token_lines(tiny_tokenizer, [7], [False], 80)] == [" sky|"]

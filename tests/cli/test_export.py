@@ -1,18 +1,11 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.cli.main import main
-from tests.generation.saved import save_tiny
 from tests.tiny import relative_error, tiny_ids
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("saved"))
 
 
 def run(saved, adapter, output, *options) -> int:

@@ -5,27 +5,16 @@ import json
 import pytest
 
 from loraloom.cli import generate as verb
-from loraloom.cli import main as cli
+from loraloom.cli.main import main
 from loraloom.generation.generate import Completion
 from loraloom.models.choice import Choice
-from tests.generation.saved import save_tiny
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("saved"))
+from tests.generation.saved import write_rows
 
 
 @pytest.fixture
-def run(saved, monkeypatch):
-    monkeypatch.setitem(cli.VERBS, "generate", (verb.generate, "Complete."))
+def run(saved):
     given = ["--base-model", str(saved / "base"), "--device", "cpu", "--max-new-tokens", "6"]
-    return lambda *words: cli.main(["generate", *given, *words])
-
-
-def write_rows(path, *rows):
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)
+    return lambda *words: main(["generate", *given, *words])
 
 
 def read_rows(path):
@@ -129,16 +118,8 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--prompt x --no-base", "--no-base has an effect on --prompt with --adapter only"),
     ],
 )
-def test_bad_input_is_one_error_before_the_model_is_loaded(
-    run, monkeypatch, capsys, words, message
-):
-    from loraloom.generation import loading
-
-    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
-    assert run(*words.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, message):
+    assert message in refused(run, words)
 
 
 def interrupt_after(monkeypatch, num_batches):

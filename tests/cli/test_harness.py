@@ -9,30 +9,20 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 import datasets
 
-from loraloom.cli import eval as verb
-from loraloom.cli import main as cli
+from loraloom.cli.main import main
 from loraloom.eval.results import read_evaluation
 from loraloom.eval.statistics import read_answers, wilson_interval
 from tests.eval.harness.toy import write_tasks
-from tests.generation.saved import save_tiny
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    directory = save_tiny(tmp_path_factory.mktemp("saved"))
-    (directory / "tasks").mkdir()
-    write_tasks(directory / "tasks")
-    return directory
 
 
 @pytest.fixture
 def run(saved, monkeypatch, tmp_path):
     """Run `loraloom eval` on the tiny model and the toy tasks."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setitem(cli.VERBS, "eval", (verb.evaluate, "Score."))
     given = ["--base-model", str(saved / "base"), "--device", "cpu"]
-    include = ["--harness-include", str(saved / "tasks")]
-    return lambda *words: cli.main(["eval", *given, *include, *words])
+    write_tasks(tmp_path)
+    include = ["--harness-include", str(tmp_path)]
+    return lambda *words: main(["eval", *given, *include, *words])
 
 
 def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
@@ -73,16 +63,8 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
         ("--task arc_easy", "--harness-include has an effect with --harness only"),
     ],
 )
-def test_bad_input_is_one_error_before_the_model_is_loaded(
-    run, monkeypatch, capsys, words, message
-):
-    from loraloom.generation import loading
-
-    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
-    assert run(*words.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, message):
+    assert message in refused(run, words)
 
 
 def test_a_missing_lm_eval_is_one_error(run, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loraloom.cli import main as cli
-from tests.generation.saved import save_tiny
+from tests.generation.saved import write_rows
 
 ROWS = [
     {"instruction": f"Say {word}", "input": "", "output": word}
@@ -13,20 +13,10 @@ ROWS = [
 ]
 
 
-def write(path, rows):
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("saved"))
-
-
 @pytest.fixture
 def run(saved, tmp_path):
     """Run `loraloom eval --dataset` on the tiny model, with an adapter, and read what it wrote."""
-    rows = write(tmp_path / "held_out.jsonl", ROWS)
+    rows = write_rows(tmp_path / "held_out.jsonl", *ROWS)
 
     def verb(*words, code=0):
         given = ["--base-model", str(saved / "base"), "--device", "cpu"]
@@ -63,7 +53,7 @@ def test_a_repeated_evaluation_computes_nothing(run, capsys):
 
 def test_settings_of_data_may_be_given_as_in_a_run_file(run, tmp_path, capsys):
     turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
-    path = write(tmp_path / "chats.jsonl", [{"said": turns}] * 3)
+    path = write_rows(tmp_path / "chats.jsonl", *[{"said": turns}] * 3)
     source = {"dataset": path, "format": "chat", "fields": {"messages": "said"}}
     run("--dataset", json.dumps(source), code=2)
     assert "the tokenizer must have a chat template for messages" in capsys.readouterr().err
@@ -73,7 +63,9 @@ def test_settings_of_data_may_be_given_as_in_a_run_file(run, tmp_path, capsys):
 
 def test_options_of_rows_are_those_of_settings_without_them(run, tmp_path):
     rows = [{"instruction": "Say", "reply": "blue"}] * 2 + [{"instruction": 1}]
-    (tmp_path / "own.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{\n")
+    write_rows(tmp_path / "own.jsonl", *rows)
+    with (tmp_path / "own.jsonl").open("a") as file:
+        file.write("{\n")
     source = {"dataset": str(tmp_path / "own.jsonl"), "fields": {"output": "reply"}}
     written = run("--dataset", json.dumps(source), "--limit", "2")
     assert written["tasks"]["own"]["num_examples"] == 2
@@ -90,20 +82,14 @@ def test_options_of_rows_are_those_of_settings_without_them(run, tmp_path):
         ("--harness arc_easy", "--dataset has no effect with --harness"),
     ],
 )
-def test_bad_input_is_one_error_before_the_model_is_loaded(
-    run, monkeypatch, capsys, words, message
-):
-    from loraloom.generation import loading
-
-    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
-    run(*words.split(), code=2)
-    assert message in capsys.readouterr().err
+def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, message):
+    assert message in refused(run, words, code=2)
 
 
 def test_preference_pairs_are_evaluated(saved, tmp_path, capsys):
     pairs = [{"prompt": "Say ", "chosen": word, "rejected": "no"} for word in ("blue", "yes", "")]
     given = ["eval", "--base-model", str(saved / "base"), "--device", "cpu"]
-    given += ["--dataset", write(tmp_path / "pairs.jsonl", pairs), "--format", "preference"]
+    given += ["--dataset", write_rows(tmp_path / "pairs.jsonl", *pairs), "--format", "preference"]
     given += ["--adapter", f"a={saved / 'lora'}", "--output", str(tmp_path / "r.json")]
     assert cli.main(given) == 2
     assert "line 3: field 'chosen' is empty" in capsys.readouterr().err

@@ -12,8 +12,11 @@ from loraloom.cli import main as cli
 from loraloom.errors import TrainingError
 
 
-def run_with(monkeypatch, command):
-    monkeypatch.setitem(cli.VERBS, "verb", (command, "A verb."))
+def run_with(monkeypatch, error):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "verb", (fail, "A verb."))
     return cli.main(["verb"])
 
 
@@ -59,57 +62,45 @@ def test_help_shows_defaults_that_say_something(capsys):
     assert "give one that its files lack, PATH=VALUE: top_k=2" in text
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["config", "--help"], ["inspect", "--help"]])
-def test_help_is_no_fault(argv, capsys):
-    assert cli.main(argv) == 0
-    assert "Usage" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("line", "code", "text"),
+    [
+        *(("--help", 0, "Usage"), ("config --help", 0, "Usage"), ("inspect --help", 0, "Usage")),
+        *(("--version", 0, "loraloom "), ("inspec", 2, "inspect"), ("no-such-verb", 2, "")),
+        *(("config show", 2, ""), ("--no-such-option", 2, ""), ("", 2, "")),
+    ],
+)
+def test_help_is_no_fault_and_wrong_usage_is_code_2(capsys, line, code, text):
+    assert cli.main(line.split()) == code
+    printed = capsys.readouterr()
+    assert text in (printed.err if code else printed.out)
 
 
-def test_the_version_is_printed(capsys):
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("loraloom ")
-
-
-def test_an_error_is_one_message_and_code_2(monkeypatch, capsys):
-    def diverge() -> None:
-        raise TrainingError("job a, step 3: the loss must be finite, got nan")
-
-    assert run_with(monkeypatch, diverge) == 2
-    assert capsys.readouterr().err == "error: job a, step 3: the loss must be finite, got nan\n"
-
-
-def test_a_librarys_exit_with_a_text_is_a_fault(monkeypatch, capsys):
-    def leave() -> None:
-        raise SystemExit("no such kernel")
-
-    assert run_with(monkeypatch, leave) == 1
-    assert capsys.readouterr().err == "error: no such kernel\n"
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (TrainingError("job a, step 3: the loss must be finite, got nan"), 2, "job a, step 3: the"),
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device\n"),
+        (SystemExit("no such kernel"), 1, "no such kernel\n"),  # of a library
+    ],
+)
+def test_an_error_is_one_message_and_a_code(monkeypatch, capsys, error, code, line):
+    assert run_with(monkeypatch, error) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {line}")
+    assert printed.count("\n") == 1
 
 
 def test_an_interrupt_is_code_130(monkeypatch):
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    assert run_with(monkeypatch, interrupt) == 130
+    assert run_with(monkeypatch, KeyboardInterrupt()) == 130
 
 
 def test_an_unexpected_error_is_code_1_and_has_its_traceback(monkeypatch, capsys):
-    def fail() -> None:
-        raise RuntimeError("odd \x1b[31m" + 2000 * "x")
-
-    assert run_with(monkeypatch, fail) == 1
+    assert run_with(monkeypatch, RuntimeError("odd \x1b[31m" + 2000 * "x")) == 1
     *traceback, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: unexpected RuntimeError: 'odd \\x1b[31m")
     assert len(line) < 200
     assert any(text.endswith("in fail") for text in traceback)
-
-
-def test_a_fault_of_the_system_is_one_line_and_code_2(monkeypatch, capsys):
-    def fail() -> None:
-        raise OSError(28, "No space left on device")
-
-    assert run_with(monkeypatch, fail) == 2
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
 def test_output_that_nobody_reads_ends_quietly():
@@ -121,13 +112,3 @@ def test_output_that_nobody_reads_ends_quietly():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode in (0, 1)
-
-
-@pytest.mark.parametrize("argv", [["no-such-verb"], ["config", "show"], ["--no-such-option"], []])
-def test_wrong_usage_is_code_2(argv):
-    assert cli.main(argv) == 2
-
-
-def test_the_nearest_verb_is_offered(capsys):
-    assert cli.main(["inspec"]) == 2
-    assert "inspect" in capsys.readouterr().err

@@ -19,6 +19,8 @@ from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
+NAMES = ("plain", "mixture")
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
@@ -30,20 +32,35 @@ def run_file(inputs, tmp_path):
     return str(write_run_file(tmp_path / "run.yaml", run_settings(inputs, tmp_path / "out")))
 
 
-def test_train_writes_adapters_and_prints_a_table(run_file, tmp_path, capsys):
-    assert cli.main(["train", run_file]) == 0
-    printed = capsys.readouterr().out
-    assert "mixture: step 4, eval/arc_easy/accuracy" in printed
-    assert "finished" in printed
-    for name in ("plain", "mixture"):
-        result = json.loads((tmp_path / "out" / name / "result.json").read_text())
-        assert result["status"] == "finished"
+def results_in(output):
+    return [json.loads((output / name / "result.json").read_text()) for name in NAMES]
 
 
-def test_adapters_remember_how_their_prompts_were_written(inputs, run_file, tmp_path, capsys):
+@pytest.fixture
+def stopping(monkeypatch):
+    """Let Ctrl-C come in the third round of a command."""
+    step = Engine.step
+
+    def stepping(engine):
+        step(engine)
+        if engine.round == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def stopped(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "step", stepping)
+            return cli.main([*words])
+
+    return stopped
+
+
+def test_adapters_are_written_and_remember_how_prompts_were(inputs, run_file, tmp_path, capsys):
     words = ["--set", "jobs.0.data.template=plain"]
     assert cli.main(["train", run_file, *words]) == 0
-    command = capsys.readouterr().out.partition("Evaluate with:")[2]
+    printed, _, command = capsys.readouterr().out.partition("Evaluate with:")
+    assert "mixture: step 4, eval/arc_easy/accuracy" in printed
+    assert "finished" in printed
+    assert [one["status"] for one in results_in(tmp_path / "out")] == ["finished"] * 2
     assert f"--adapter plain={tmp_path / 'out/plain'}" in command
     plain, mixture = (describe(tmp_path / "out" / name)["prompt"] for name in ("plain", "mixture"))
     assert plain == {"format": "instruction", "template": "plain"}
@@ -93,10 +110,7 @@ def next_words(run, results):
 def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
     words = ["--set", "jobs.0.train.max_steps=1", "--set", "jobs.1.train.max_steps=2"]
     assert cli.main(["train", run_file, *words, "--set", "dtype=bfloat16"]) == 0
-    results = [
-        json.loads((tmp_path / "out" / name / "result.json").read_text())
-        for name in ("plain", "mixture")
-    ]
+    results = results_in(tmp_path / "out")
     assert [result["steps"] for result in results] == [1, 2]
     assert results[0]["environment"]["dtype"] == "bfloat16"
 
@@ -139,36 +153,19 @@ def test_a_job_that_fails_gives_code_2_and_the_others_are_trained(run_file, tmp_
     words = ["--set", "jobs.0.train.learning_rate=1e30", "--set", "jobs.0.train.max_grad_norm=null"]
     assert cli.main(["train", run_file, *words]) == 2
     assert "error: job plain, step 2: loss must be finite" in capsys.readouterr().err
-    statuses = [
-        json.loads((tmp_path / "out" / name / "result.json").read_text())["status"]
-        for name in ("plain", "mixture")
-    ]
-    assert statuses == ["failed", "finished"]
+    assert [one["status"] for one in results_in(tmp_path / "out")] == ["failed", "finished"]
     tensors = load_file(tmp_path / "out/plain/adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_ctrl_c_saves_everything_for_resume_and_gives_code_130(
-    run_file, tmp_path, capsys, monkeypatch
-):
-    step = Engine.step
-
-    def stepping(engine):
-        step(engine)
-        if engine.round == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", stepping)
-        assert cli.main(["train", run_file]) == 130
+def test_ctrl_c_saves_everything_for_resume_and_gives_code_130(run_file, stopping, capsys):
+    assert stopping("train", run_file) == 130
     assert "--resume goes on from here" in capsys.readouterr().out
     assert cli.main(["train", run_file, "--resume"]) == 0
     assert "going on after 3 fused steps" in capsys.readouterr().out
 
 
-def test_watch_trains_job_files_beside_a_run_file_without_jobs(
-    inputs, tmp_path, capsys, monkeypatch
-):
+def test_watch_trains_job_files_beside_a_run_file_without_jobs(inputs, stopping, tmp_path, capsys):
     run = run_settings(inputs, tmp_path / "out")
     inbox, (first, second) = tmp_path / "inbox", run.pop("jobs")
     inbox.mkdir()
@@ -176,28 +173,13 @@ def test_watch_trains_job_files_beside_a_run_file_without_jobs(
         write_run_file(inbox / f"{name}.yaml", {**job, "name": name})
     run_file = str(write_run_file(tmp_path / "run.yaml", run))
     words = ["train", run_file, "--watch", str(inbox), "--watch-exit-when-idle"]
-    step = Engine.step
-
-    def stepping(engine):
-        step(engine)
-        if engine.round == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", stepping)
-        assert cli.main(words) == 130
+    assert stopping(*words) == 130
     assert cli.main([*words, "--resume"]) == 0
     assert "going on after 3 fused steps" in capsys.readouterr().out
-    states = {
-        name: json.loads((inbox / f"{name}.state.json").read_text())
-        for name in ("one", "two", "bad")
-    }
-    assert {name: state["state"] for name, state in states.items()} == {
-        "one": "done",
-        "two": "done",
-        "bad": "failed",
-    }
-    assert "adapter must be" in states["bad"]["reason"]
+    files = [inbox / f"{name}.state.json" for name in ("one", "two", "bad")]
+    states = [json.loads(file.read_text()) for file in files]
+    assert [state["state"] for state in states] == ["done", "done", "failed"]
+    assert "adapter must be" in states[2]["reason"]
     assert (tmp_path / "out/two/adapter_model.safetensors").exists()
 
 

@@ -1,4 +1,4 @@
-"""Links lead somewhere, and the reference names all that is public."""
+"""Links lead somewhere, and pages name all that is public, and all families."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 import loraloom
 from loraloom import Host
+from loraloom.models.structure import FAMILIES
 from tests.docs.test_blocks import DOCUMENTS, ROOT
 
 
@@ -39,3 +40,8 @@ def test_the_reference_names_every_public_method_of_a_host():
     text = (ROOT / "docs/api.md").read_text()
     methods = [name for name, value in vars(Host).items() if callable(value) and name[0] != "_"]
     assert [name for name in methods if f"host.{name}" not in text] == []
+
+
+def test_the_page_of_models_lists_the_families_that_tests_know():
+    _, _, rest = (ROOT / "docs/models.md").read_text().partition("<!-- families -->\n")
+    assert rest.partition("\n<!-- /families -->")[0] == ", ".join(f"`{one}`" for one in FAMILIES)

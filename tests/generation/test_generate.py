@@ -8,14 +8,9 @@ from loraloom.errors import ConfigError, DataError
 from loraloom.generation.generate import generate, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
-from tests.tiny import METHODS, tiny_host
+from tests.tiny import METHODS
 
 TEXTS = ("one", "Question: yes or no? Answer:", "the sky", "Please choose", "a short answer is")
-
-
-@pytest.fixture(scope="module")
-def host():
-    return tiny_host(vocab_size=300, max_position_embeddings=128, eos_token_id=2)
 
 
 def prompts(texts=TEXTS):
