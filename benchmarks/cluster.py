@@ -25,8 +25,8 @@ import loraloom
 from benchmarks.kills import ADAPTERS
 from benchmarks.parallel import difference
 from loraloom.terminal import make_console
+from loraloom.training.job import JobResult
 from loraloom.training.progress import Progress
-from loraloom.training.results import JobResult
 from loraloom.training.workers import connected
 from tests.training.saved import run_settings, save_inputs
 

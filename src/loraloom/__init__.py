@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from loraloom.training.client import TrainingClient as TrainingClient
     from loraloom.training.client import example_of as example_of
     from loraloom.training.client import example_of_completion as example_of_completion
-    from loraloom.training.results import JobResult as JobResult
+    from loraloom.training.job import JobResult as JobResult
     from loraloom.training.run import train as train
     from loraloom.training.settings import CpoConfig as CpoConfig
     from loraloom.training.settings import DpoConfig as DpoConfig

@@ -15,7 +15,7 @@ from loraloom.cli import main as cli
 from loraloom.cli.train import next_commands
 from loraloom.formats import describe
 from loraloom.training.engine import Engine
-from loraloom.training.results import JobResult
+from loraloom.training.job import JobResult
 from loraloom.training.settings import RunConfig
 from tests.training.saved import run_settings, save_inputs, write_run_file
 

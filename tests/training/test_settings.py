@@ -9,7 +9,6 @@ from transformers.trainer_utils import SchedulerType
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.training.settings import (
-    DpoConfig,
     JobConfig,
     LrScheduler,
     OptimizerName,
@@ -53,8 +52,8 @@ def test_defaults_are_those_that_the_documentation_names():
     config = TrainConfig(num_epochs=1)
     assert (config.optimizer, config.weight_decay, config.lr_scheduler) == ("adamw", 0.0, "linear")
     assert (config.max_length, config.max_grad_norm) == (512, 1.0)
-    assert (config.objective, config.learns_from_pairs) == (SftConfig(), False)
-    assert TrainConfig(num_epochs=1, objective=DpoConfig()).learns_from_pairs
+    assert config.objective == SftConfig()
+    assert not config.objective.learns_from_pairs
     assert TrainConfig(num_epochs=1, batch_size=12).micro_batch_size == 12
     assert TrainConfig(num_epochs=1, optimizer="AdamW").optimizer == "adamw"
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from loraloom.durable import remove
 from loraloom.errors import ConfigError
 from loraloom.training import store as store_module
-from loraloom.training.results import JobResult
+from loraloom.training.job import JobResult
 from loraloom.training.store import Checkpoint, CheckpointStore, JobRecord, RunDirectory
 
 KIND = {"job": "b", "status": "finished", "error": None, "method": "LoRA", "base_model": "tiny"}

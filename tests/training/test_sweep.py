@@ -160,7 +160,7 @@ def test_workers_take_no_more_jobs_than_there_are(sharing, monkeypatch):
 
     def start(sweep, trial, name):
         started.append(trial.number)
-        sweep._engine.jobs[name] = None
+        sweep.engine.jobs[name] = None
 
     monkeypatch.setattr(optuna.Study, "ask", ask_together)
     monkeypatch.setattr(Sweep, "_start", start)

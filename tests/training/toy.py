@@ -23,9 +23,8 @@ from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
-from loraloom.training.job import Job
+from loraloom.training.job import Job, JobResult
 from loraloom.training.progress import Progress
-from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
@@ -177,7 +176,7 @@ def add_job(
     adapter = host.add(config.name, config.adapter, config.seed)
     if random:
         randomise(adapter, config.seed)
-    own_set = toy_pair_set if config.train.learns_from_pairs else toy_set
+    own_set = toy_pair_set if config.train.objective.learns_from_pairs else toy_set
     reference = load_reference(host, config.train.objective)
     training_set = training_set or own_set(seed=config.seed)
     return Job(config, adapter, training_set, reference, make_loss_scale(host))

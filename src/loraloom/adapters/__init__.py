@@ -1,6 +1,8 @@
 """Methods: a file for each, and the list of them."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 from pydantic import Field
@@ -20,7 +22,6 @@ from loraloom.adapters.moslora import MosLoraConfig
 from loraloom.adapters.routed import RoutedConfig
 from loraloom.adapters.smora import SmoraConfig
 from loraloom.adapters.vera import VeraConfig
-from loraloom.config.packages import take_entries
 from loraloom.errors import ConfigError, shown
 
 # To add a method, import its configuration above and name it here; see also `register_method`.
@@ -107,6 +108,23 @@ def _lacking(config: Any) -> Iterator[str]:
 def when_registered(listener: Callable[[], object]) -> None:
     """Call something whenever a further method has been registered."""
     _LISTENERS.append(listener)
+
+
+def take_entries(group: str, take: Callable[[Any, str], object]) -> None:
+    """Load what packages name in a group of entry points, each with the name of its package."""
+    for entry in entry_points(group=group):
+        # A package that is imported first, and imports loraloom, registers by itself.
+        module = sys.modules.get(entry.module)
+        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            continue
+        package = entry.dist.name if entry.dist else ""
+        try:
+            take(entry.load(), package)
+        except Exception as error:
+            raise ImportError(
+                f"{entry.value} of {group} in the package {package} can't be loaded: {error}; mend "
+                "or uninstall it"
+            ) from error
 
 
 def _take(config: Any, package: str) -> None:

@@ -50,7 +50,8 @@ def show(
         splits += [(job.data.validation, "validation")] if job.data.validation else []
         for source, split in splits:
             train, streaming = job.train, job.data.streaming and split == "train"
-            encoder = SourceEncoder(source, tokenizer, train.max_length, train.learns_from_pairs)
+            as_pairs = train.objective.learns_from_pairs
+            encoder = SourceEncoder(source, tokenizer, train.max_length, as_pairs)
             try:
                 limit = rows if streaming else None
                 found, encoded = encoder.read(split, limit, streaming=streaming)

@@ -20,9 +20,9 @@ from loraloom.errors import TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training import run as training
 from loraloom.training.inbox import WatchOptions
+from loraloom.training.job import JobResult
 from loraloom.training.parallel import read_launch
 from loraloom.training.progress import Progress
-from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig, load_run_config
 
 MAX_ADAPTERS = 8

@@ -70,7 +70,8 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> StrictModel:
-        raise_faults(self.contradictions())
+        if found := [*self.contradictions()]:
+            raise _error_of(found)
         return self
 
     def contradictions(self) -> Iterator[str]:
@@ -86,12 +87,6 @@ def _instead(key: str, known: Iterable[str]) -> str:
     if home is not None and home not in map(HOMES.get, known):  # else it is another method's
         return f"; it belongs to {home!r}"
     return did_you_mean(key, known) or f"; known keys are {', '.join(sorted(known))}"
-
-
-def raise_faults(reasons: Iterable[str]) -> None:
-    """Raise faults, if there are any, in a way that gives each a line."""
-    if found := [*reasons]:
-        raise _error_of(found)
 
 
 def _error_of(reasons: Sequence[str], others: Sequence[ErrorDetails] = ()) -> ValidationError:
@@ -124,13 +119,7 @@ def checked(
 def describe_faults(
     error: ValidationError, settings: Any = None, other_names: Mapping[str, str] | None = None
 ) -> list[str]:
-    """A line for each fault: `<path> must be ..., got ...`.
-
-    Args:
-        error: The faults.
-        settings: What was checked.
-        other_names: What to write in place of names that nothing here goes by.
-    """
+    """A line for each fault: `<path> must be ..., got ...`, or write this in place of that name."""
     lines = []
     for fault in error.errors():
         kind, context, message = fault["type"], fault.get("ctx", {}), fault["msg"]

@@ -96,15 +96,12 @@ def apply_override(settings: Any, override: str) -> Any:
         raise ConfigError(
             f"--set must be path=value, like jobs.0.train.learning_rate=1e-4, got {shown(override)}"
         )
-    return set_setting(settings, path, parse_yaml(value, f"the value of --set {path}"), "--set ")
+    parsed = parse_yaml(value, f"the value of --set {path}")
+    return set_setting(settings, path.split("."), parsed, f"--set {path}")
 
 
-def set_setting(settings: Any, path: str, value: Any, origin: str) -> Any:
+def set_setting(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
     """A copy of nested settings with one of them changed; what shares a section is not."""
-    return _replaced(settings, path.split("."), value, f"{origin}{path}")
-
-
-def _replaced(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
     if not keys:
         return value
     key, *rest = keys
@@ -112,11 +109,11 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
         if not (key.isdecimal() and int(key) < len(node)):
             raise ConfigError(f"{origin}: {shown(key)} must be an index in [0, {len(node) - 1}]")
         index = int(key)
-        return [*node[:index], _replaced(node[index], rest, value, origin), *node[index + 1 :]]
+        return [*node[:index], set_setting(node[index], rest, value, origin), *node[index + 1 :]]
     if not isinstance(node, dict | None):
         raise ConfigError(f"{origin}: there is nothing to change inside {shown(node)}")
     mapping = node or {}
-    return {**mapping, key: _replaced(mapping.get(key), rest, value, origin)}
+    return {**mapping, key: set_setting(mapping.get(key), rest, value, origin)}
 
 
 def read_settings(path: str | Path, kind: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts, refuse_own_parts
 from loraloom.adapters.weighted_sum import check_is_lora, concatenate
-from loraloom.config.data import DataConfig, PromptForm, SourceConfig
+from loraloom.config.data import PromptForm, SourceConfig
 from loraloom.config.model import BaseModelConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import find_location
@@ -50,28 +50,23 @@ class JobData:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self._sets: dict[str, TrainingSet | StreamedSet] = {}
+        self._sets: dict[str, tuple[TrainingSet | StreamedSet, PromptForm]] = {}
         self._questions: dict[str, list[ChoiceQuestion]] = {}
-        self._forms: dict[str, PromptForm] = {}
 
-    def training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
+    def training_set(self, config: JobConfig) -> tuple[TrainingSet | StreamedSet, PromptForm]:
+        """Return what a job learns from, and how that writes prompts."""
         data, length = config.data, config.train.max_length
-        as_pairs = config.train.learns_from_pairs
+        as_pairs = config.train.objective.learns_from_pairs
         files = [state for source in data.sources for state in _file_states(source, "train")]
         if data.validation is not None:
             files += _file_states(data.validation, "validation")
         key = repr((data, length, config.seed, as_pairs, files))
         if key not in self._sets:
             load = StreamedSet if data.streaming else load_training_set
-            read = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
+            training_set = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
+            read = training_set, prompt_form(data, self._tokenizer)
             self._sets = dict([*self._sets.items()][1 - KEPT_TRAINING_SETS :]) | {key: read}
         return self._sets[key]
-
-    def prompt_form(self, data: DataConfig) -> PromptForm:
-        key = repr((data, _file_states(data.sources[0], "train")))
-        if key not in self._forms:
-            self._forms[key] = prompt_form(data, self._tokenizer)
-        return self._forms[key]
 
     def questions(self, config: EvaluationConfig) -> list[ChoiceQuestion]:
         key = repr((config, _file_states(config, config.split)))
@@ -135,9 +130,8 @@ class JobBuilder:
                 if config.start_from is not None:
                     load_start(host, adapter, config.start_from)
                 reference = objectives.load_reference(host, config.train.objective)
-                training_set = self._data.training_set(config)
+                training_set, adapter.prompt = self._data.training_set(config)
                 _check_lengths(config, training_set, host.config.max_position_embeddings)
-                adapter.prompt = self._data.prompt_form(config.data)
                 job = Job(
                     config, adapter, training_set, reference, optimizers.make_loss_scale(host)
                 )

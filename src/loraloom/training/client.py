@@ -186,16 +186,13 @@ class TrainingClient:
         if learning_rate is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_ratio"]
-        weights, scale = self.parameters.values(), self._loss_scale
-        if all(weight.grad is None for weight in weights):
+        scale = self._loss_scale
+        if all(weight.grad is None for weight in self.parameters.values()):
             raise TrainingError(
                 f"adapter {self.name}: optim_step needs a gradient; call forward_backward"
             )
-        if scale is not None:
-            # Before clipping, whose bound is on the gradient that the optimizer sees.
-            scale.unscale(weights)
-        optimizers.drop_frozen_gradients(self._optimizer_config, self.adapter)
-        grad_norm = optimizers.clip_gradients(weights, max_grad_norm)
+        how = self._optimizer_config, self.adapter
+        grad_norm = optimizers.clip_gradients(*how, max_grad_norm, scale)
         is_skipped = scale is not None and not scale.takes(grad_norm)
         if not (is_skipped or math.isfinite(grad_norm)):
             self.zero_grad()
@@ -203,7 +200,7 @@ class TrainingClient:
                 f"adapter {self.name}: gradient norm must be finite, got {grad_norm}; it is dropped"
             )
         if not is_skipped:
-            with optimizers.rates_of_their_own(self._optimizer_config, self.adapter):
+            with optimizers.rates_of_their_own(*how):
                 self._optimizer.step()
             self.step += 1
         self.zero_grad()

@@ -15,9 +15,8 @@ import torch
 from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
 from loraloom.models.host import Host
 from loraloom.training.builder import JobBuilder
-from loraloom.training.job import Job
+from loraloom.training.job import Job, JobResult, Status
 from loraloom.training.progress import NOTICE, Interruption, Progress, Reporter
-from loraloom.training.results import JobResult, Status
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.settings import RunConfig
 from loraloom.training.step import batch, fused, objectives
@@ -179,8 +178,11 @@ class Engine:
                 if save_steps is not None and job.position.step % save_steps == 0:
                     self._is_checkpoint_due = True
 
-    def evaluate(self, jobs: Sequence[Job]) -> None:
-        sound = [job for job in jobs if self._has_sound_weights(job)]
+    def _evaluate_due(self) -> None:
+        due = [job for job in self.jobs.values() if job.is_evaluation_due]
+        sound = [job for job in due if self._has_sound_weights(job)]
+        if not sound:
+            return
         outcomes = self.builder.measure_apart(sound)
         faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         if faults and len(faults) == len(outcomes):
@@ -277,9 +279,7 @@ class Engine:
         self._is_checkpoint_due = False
 
     def _own_checkpoint(self, name: str) -> Checkpoint | None:
-        if not self._directory.by_job:
-            return None
-        return self._directory.newest_checkpoint([name])[0]
+        return self._directory.newest_checkpoint([name])[0] if self._directory.by_job else None
 
     def _check_inputs(self, checkpoint: Checkpoint, jobs: Sequence[Job]) -> None:
         changed = []
@@ -308,11 +308,6 @@ class Engine:
     def _must_end(self) -> bool:
         # Signals come to the ranks one after the other.
         return self.host.ranks.any(self.interruption.requested)
-
-    def _evaluate_due(self) -> None:
-        due = [job for job in self.jobs.values() if job.is_evaluation_due]
-        if due:
-            self.evaluate(due)
 
     def _has_sound_weights(self, job: Job) -> bool:
         try:

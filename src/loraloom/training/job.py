@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import ConfigDict
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter, AdapterConfig
@@ -21,6 +22,9 @@ from loraloom.training.settings import SCHEDULERS_ON_METRIC, EvaluationConfig, J
 from loraloom.training.step import batch, optimizers
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Reference, build_objective
+
+RESULT_FILE = "result.json"
+Status = Literal["finished", "stopped early", "stopped", "failed"]
 
 
 @dataclass
@@ -39,41 +43,36 @@ class Position:
     last_loss: float | None = None  # of the last step that is done
 
 
+@dataclass(eq=False, repr=False)
 class Job:
     """An adapter that learns."""
 
-    def __init__(
-        self,
-        config: JobConfig,
-        adapter: Adapter,
-        training_set: TrainingSet | StreamedSet,
-        reference: Reference | None = None,
-        loss_scale: optimizers.LossScale | None = None,
-    ):
-        train, metric = config.train, config.selection_metric
-        self.config = config
-        self.name = config.name
-        self.adapter = adapter
-        self.training_set = training_set
+    config: JobConfig
+    adapter: Adapter
+    training_set: TrainingSet | StreamedSet
+    reference: Reference | None = None
+    loss_scale: optimizers.LossScale | None = None
+
+    def __post_init__(self) -> None:
+        train, metric = self.config.train, self.config.selection_metric
+        self.name = self.config.name
         self.objective = build_objective(train.objective)
-        self.reference = reference
-        self.loss_scale = loss_scale
         self.order: batch.StepOrder | batch.StreamOrder = (
-            batch.StreamOrder(training_set, train)
-            if isinstance(training_set, StreamedSet)
-            else batch.StepOrder(training_set, train)
+            batch.StreamOrder(self.training_set, train)
+            if isinstance(self.training_set, StreamedSet)
+            else batch.StepOrder(self.training_set, train)
         )
         self.total_steps = self.order.total_steps
-        self.optimizer = optimizers.build_optimizer(train, adapter)
+        self.optimizer = optimizers.build_optimizer(train, self.adapter)
         self.scheduler = optimizers.build_scheduler(
-            train, self.optimizer, self.total_steps, metric_mode(metric), config.name
+            train, self.optimizer, self.total_steps, metric_mode(metric), self.name
         )
         self.position = Position()
         self.selection = Selection(metric)
         self.milestones: frozenset[int] = frozenset()  # evaluated after these steps as well
         self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
-        self.parameters = dict(adapter.named_parameters())
+        self.parameters = dict(self.adapter.named_parameters())
         self.questions: dict[EvaluationConfig, list[ChoiceQuestion]] = {}
         self._window: tuple[int, batch.Window] | None = None
         self._proven: list[Tensor] | None = None
@@ -141,20 +140,16 @@ class Job:
         # The job's own, without LoRA+'s ratio.
         group = self.optimizer.param_groups[0]
         learning_rate = float(group["lr"] / group["lr_ratio"])
-        position, scale = self.position, self.loss_scale
-        if scale is not None:
-            scale.unscale(self.parameters.values())
-        optimizers.drop_frozen_gradients(self.config.train, self.adapter)
-        weights, bound = self.parameters.values(), self.config.train.max_grad_norm
-        grad_norm = optimizers.clip_gradients(weights, bound)
+        position, scale, train = self.position, self.loss_scale, self.config.train
+        grad_norm = optimizers.clip_gradients(train, self.adapter, train.max_grad_norm, scale)
         if scale is None or scale.takes(grad_norm):
             self._check_finite("gradient norm", grad_norm, position.step + 1)
             # Until a finite loss proves the new weights, the old ones take the place of the
             # gradients in memory.
             self._proven = [parameter.detach().clone() for parameter in self.parameters.values()]
-            with optimizers.rates_of_their_own(self.config.train, self.adapter):
+            with optimizers.rates_of_their_own(train, self.adapter):
                 self.optimizer.step()
-            if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
+            if train.lr_scheduler not in SCHEDULERS_ON_METRIC:
                 self.scheduler.step()  # pyright: ignore[reportCallIssue]
         elif scale.scale < 1:
             raise self._error("gradients overflow float16 even without scaling", position.step + 1)
@@ -246,17 +241,17 @@ class Job:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         optimizers.load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
-        self.best = state.get("best")  # older ones have none
+        self.best = state["best"]
         self.scheduler.load_state_dict(state["scheduler"])
         loss = MicroBatchLoss(**state["position"]["loss"])
         self.position = Position(**{**state["position"], "loss": loss})
         self.selection = Selection(**state["selection"])
-        self.collapse = CollapseWatch(**state.get("collapse", {}))  # older ones have none
+        self.collapse = CollapseWatch(**state["collapse"])
         if self.reference is not None:
             self.reference.log_probs = state["reference"]
         if self.loss_scale is not None:
             self.loss_scale = optimizers.LossScale(**state["loss_scale"])
-        self.order.load_state_dict(self.position.step, state.get("order", {}))
+        self.order.load_state_dict(self.position.step, state["order"])
         self._window = None
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
@@ -268,6 +263,35 @@ class Job:
             f"job {self.name}, step {step}: {fault}; its last good weights are kept; "
             "lower learning_rate, or look at the data"
         )
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What became of a job: result.json, and the same in checkpoints."""
+
+    job: str
+    status: Status  # stopped early: its metric no longer got better; stopped: from outside
+    error: str | None  # why it failed
+    method: str  # its title: LoRA, MixLoRA, ...
+    base_model: str
+    num_parameters: int  # that were trained
+    steps: int
+    epochs: float
+    tokens: int  # real ones that it learnt from
+    computed_tokens: int  # with padding
+    padding_share: float  # of the computed tokens
+    weights: Literal["best", "last"]  # in the adapter's files
+    metrics: dict[str, float]  # an evaluation of those weights
+    best: dict[str, Any] | None  # the metric that selects weights, its best value and the step
+    last_metrics: dict[str, float]
+    data: tuple[str, ...]  # a line for each source
+    seconds: float  # wall time of the run until the job's end
+    peak_memory_bytes: dict[str, int]  # of the process (`rss`) and the accelerator, until then
+    environment: dict[str, Any]  # versions, device, dtype, command
+    directory: str = ""
+    stop_reason: str | None = None
+    warnings: tuple[str, ...] = ()  # routers that collapsed
+    __pydantic_config__ = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 def metric_mode(metric: str | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,22 +35,18 @@ Turn = tuple[Job, MicroBatch]
 Group = list[tuple[int, MicroBatch]]
 
 
+@dataclass
 class RoundRunner:
     """Runs rounds, and remembers how much fits."""
 
-    def __init__(
-        self,
-        host: Host,
-        pad_id: int,
-        memory_limit: int | None = None,
-        say: Callable[[str], None] = _log.warning,
-    ):
-        check_limit(host, memory_limit)
-        self.max_tokens: int | None = None  # of a forward, with padding, since memory ran out
-        self._limit = memory_limit  # of the process; None: what the device has
-        self._say = say
-        self._host = host
-        self._pad_id = pad_id
+    host: Host
+    pad_id: int
+    memory_limit: int | None = None  # of the process; None: what the device has
+    say: Callable[[str], None] = _log.warning
+    max_tokens: int | None = None  # of a forward, with padding, since memory ran out
+
+    def __post_init__(self) -> None:
+        check_limit(self.host, self.memory_limit)
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss | TrainingError]:
         faults: list[Exception] = []
@@ -69,7 +66,7 @@ class RoundRunner:
             outcome: list[MicroBatchLoss] | Exception | None = None  # memory ran out
             try:
                 with gradients_set_aside(adapters), self._watching(adapters, tokens):
-                    outcome = forward_backward(self._host, batches, self._pad_id)
+                    outcome = forward_backward(self.host, batches, self.pad_id)
             except torch.OutOfMemoryError:
                 pass
             except Exception as error:
@@ -82,7 +79,7 @@ class RoundRunner:
                     losses[place] += loss
             elif outcome is None and halves:
                 self.max_tokens = max(map(_count_tokens, halves))
-                self._say(
+                self.say(
                     f"warning: memory ran short in a step of {tokens} tokens; "
                     f"from now on steps are computed in parts of at most {self.max_tokens}"
                 )
@@ -98,13 +95,13 @@ class RoundRunner:
             self.raise_if_general(faults[0])
         # Each rank has its own summand until a step's gradient is complete.
         complete = [b.adapter for i, b in enumerate(micro_batches) if b.is_last and i not in errors]
-        sum_gradients(self._host.ranks, complete)
+        sum_gradients(self.host.ranks, complete)
         return [errors.get(place, loss) for place, loss in enumerate(losses)]
 
     @contextmanager
     def _watching(self, adapters: Sequence[Adapter], num_tokens: int) -> Iterator[None]:
         """Raise an OutOfMemoryError in a forward while its backward pass still has room."""
-        host = self._host
+        host = self.host
         # Where a forward takes all ranks, one can't leave it.
         if host.ranks.in_lockstep or host.device.type not in ("cpu", "mps"):
             yield
@@ -121,7 +118,7 @@ class RoundRunner:
             # A checkpointed layer is computed again, and references are asked before.
             if index < len(seen) or not torch.is_grad_enabled():
                 return
-            seen.append(free_bytes(self._limit))
+            seen.append(free_bytes(self.memory_limit))
             taken = max(0, seen[0] - seen[-1]) // max(1, index)
             needed = reserve + host.ranks.local_size * taken * (len(layers) - index)
             if seen[-1] < needed:
@@ -141,7 +138,7 @@ class RoundRunner:
         """Raise an error again if it also affects the base model (a lost device, for example)."""
         try:
             with torch.no_grad():
-                self._host.hidden(torch.full((1, 1), self._pad_id, device=self._host.device))
+                self.host.hidden(torch.full((1, 1), self.pad_id, device=self.host.device))
         except Exception:
             raise fault from None
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loraloom.config.fields import checked
 from loraloom.config.text import local_path
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, plain
 from loraloom.models.host import Host
 from loraloom.training.builder import Base, JobBuilder, load_base
 from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
+from loraloom.training.job import JobResult
 from loraloom.training.parallel import choose_device, joined_ranks, read_launch
 from loraloom.training.progress import Progress
-from loraloom.training.results import JobResult
-from loraloom.training.settings import RunConfig, load_run_config
-from loraloom.training.setup import set_up
-from loraloom.training.store import RunDirectory
+from loraloom.training.settings import JobConfig, RunConfig, load_run_config
+from loraloom.training.store import (
+    Checkpoint,
+    RunDirectory,
+    as_of_now,
+    check_same_run,
+    describe_base,
+)
 
 # Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
 BetweenSteps = Callable[[Engine, JobBuilder], None]
@@ -144,3 +153,59 @@ def _borrowed(host: Host) -> Iterator[None]:
         host.ranks, host.gradient_checkpointing = before
         if is_on_cuda:
             torch.cuda.set_per_process_memory_fraction(share, host.device)
+
+
+def set_up(
+    run: RunConfig,
+    configs: Sequence[JobConfig],
+    base: Base,
+    directory: RunDirectory,
+    progress: Progress,
+    command: str,
+    *,
+    resume: bool,
+) -> tuple[Engine, Checkpoint | None]:
+    """Build a run's jobs, those that had joined it too, and give the checkpoint to begin from."""
+    host, tokenizer = base
+    builder, checkpoint, lines = JobBuilder(host, tokenizer), None, list[str]()
+    if resume:
+        checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
+        if checkpoint is not None:
+            check_same_run(checkpoint, run.all_jobs, describe_base(host))
+        elif lines:
+            raise ConfigError("\n".join([*lines, "--resume needs a whole one, there is none"]))
+    done = set() if checkpoint is None else checkpoint.done
+    jobs = [builder.build(config) for config in configs if config.name not in done]
+    if checkpoint is not None:
+        first, in_file = ({one.name for one in some} for some in (configs, run.all_jobs))
+        kept = {}
+        for name, record in checkpoint.jobs.items():
+            if name not in in_file and not record.joined_later:
+                lines.append(
+                    f"warning: job {name} is no longer in the run file and is left out; put it "
+                    "back to go on with it, before its checkpoints are replaced"
+                )
+                continue
+            kept[name] = record
+            if name not in first and record.result is None:
+                settings = as_of_now(record.settings)
+                config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
+                jobs.append(builder.build(config))
+        checkpoint = replace(checkpoint, jobs=kept)
+    packages = ("loraloom", "torch", "transformers", "safetensors")
+    environment = {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "platform": platform.platform(),
+        "device": str(host.device),
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "ranks": host.ranks.size,
+        "command": plain(command),  # manifests with half a surrogate pair can't be read
+    }
+    engine = Engine(host, jobs, builder, directory, progress, run, environment)
+    for job in jobs:
+        read = job.training_set
+        lines += [f"{job.name}: {line}" for line in (*read.report, *read.warnings)]
+    for line in lines:
+        progress.message(line)
+    return engine, checkpoint

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Un
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator
 from typing_extensions import override
 
-from loraloom.adapters import CONFIGS, AnyAdapterConfig, any_method, when_registered
+from loraloom.adapters import (
+    CONFIGS,
+    AnyAdapterConfig,
+    any_method,
+    take_entries,
+    when_registered,
+)
 from loraloom.adapters.keys import Pattern
 from loraloom.config.data import (
     BETA,
@@ -31,7 +37,6 @@ from loraloom.config.data import (
 )
 from loraloom.config.fields import HOMES, StrictModel, check_name, checked
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.packages import take_entries
 from loraloom.config.text import apply_override, local_path, read_settings, set_setting
 from loraloom.errors import ConfigError, shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
@@ -231,10 +236,6 @@ class TrainConfig(OptimizerConfig):
         if self.early_stopping is not None and self.eval_steps is None:
             yield "early_stopping has no effect without eval_steps; give it"
 
-    @property
-    def learns_from_pairs(self) -> bool:
-        return self.objective.learns_from_pairs
-
     def warmup_steps_of(self, num_training_steps: int) -> int:
         if self.warmup_ratio is not None:
             return math.ceil(num_training_steps * self.warmup_ratio)  # as transformers does
@@ -293,7 +294,7 @@ class JobConfig(StrictModel):
             yield f"start_from must name an adapter, got {self.start_from!r}; leave it out"
         if self.train.router_lr_ratio and not self.adapter.experts_per_router:
             yield f"train.router_lr_ratio has no effect on {self.adapter.title}; remove it"
-        train, has_pairs = self.train, self.train.learns_from_pairs
+        train, has_pairs = self.train, self.train.objective.learns_from_pairs
         held_out = () if self.data.validation is None else (self.data.validation,)
         formats = {source.format for source in (*self.data.sources, *held_out)}
         if not has_pairs and "preference" in formats:
@@ -338,7 +339,7 @@ class JobConfig(StrictModel):
         is_of_test = source and (_is_test(source.split) or is_file_of_test(source.dataset))
         if self.data.has_validation and not is_of_test:
             held_out = ["eval/loss"]
-            if self.train.learns_from_pairs:
+            if self.train.objective.learns_from_pairs:
                 held_out += ["eval/rewards/accuracies", "eval/rewards/margins"]
         return held_out + [item.metric for item in self.eval if not _is_test(item.split)]
 
@@ -427,7 +428,8 @@ class RunConfig(BaseModelConfig):
             settings["adapter"]["method"] = template.adapter.method
             settings["train"].setdefault("objective", {})["name"] = template.train.objective.name
         for path, drawn in combination.items():
-            settings = set_setting(settings, path, parameter_value(drawn), origin="parameters.")
+            origin = f"parameters.{path}"
+            settings = set_setting(settings, path.split("."), parameter_value(drawn), origin)
         name = self.sweep.job_name(number, combination)
         return checked(JobConfig, {**settings, "name": name}, origin="sweep.job: ")
 

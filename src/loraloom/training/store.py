@@ -36,10 +36,9 @@ from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_dire
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.card import model_card
 from loraloom.formats.disk import SAVED_FILES
-from loraloom.formats.files import read_adapter, write_adapter
+from loraloom.formats.files import write_adapter
 from loraloom.models.host import Host
-from loraloom.training.job import Job
-from loraloom.training.results import RESULT_FILE, JobResult
+from loraloom.training.job import RESULT_FILE, Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, OptimizerConfig
 from loraloom.training.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
 
@@ -94,11 +93,11 @@ class Checkpoint:
 _CHECKPOINT = TypeAdapter(Checkpoint)
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
     """A directory of checkpoints."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    directory: Path
 
     def write(
         self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int = 2
@@ -376,8 +375,6 @@ class RunDirectory:
             if job.selection.step is None:
                 remove(self.best(name))
                 return
-        if job.best is None:  # checkpoints of older versions don't have it
-            job.best = read_adapter(self.best(name), host.base)[1]
         self.write_best(host, job)
 
     def write_best(self, host: Host, job: Job) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from pandas import DataFrame
 from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError
 from loraloom.training.engine import Engine
-from loraloom.training.job import Job, metric_mode
+from loraloom.training.job import Job, JobResult, metric_mode
 from loraloom.training.progress import Progress
-from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory, describe_changes
 from loraloom.training.sweep_settings import SweepConfig, SweepStoppingConfig, format_drawn
@@ -103,29 +103,24 @@ def show_ranking(
     progress.message(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
 
 
+@dataclass
 class Sweep:
     """A sweep whose jobs an engine trains: all, or its share as one of `place[1]` workers."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        engine: Engine,
-        directory: RunDirectory,
-        progress: Progress,
-        journal_bytes: int | None,
-        place: tuple[int, int] = (0, 1),
-    ):
-        assert run.sweep is not None
-        self._run = run
-        self._engine = engine
-        self._directory = directory
-        self._progress = progress
-        self._sweep = run.sweep
-        self._study = open_study(run, directory, journal_bytes)
-        self._place = place
-        self._lock = FileLock(directory.sweep_lock)
+    run: RunConfig
+    engine: Engine
+    directory: RunDirectory
+    progress: Progress
+    journal_bytes: int | None
+    place: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        assert self.run.sweep is not None
+        self._sweep = self.run.sweep
+        self._study = open_study(self.run, self.directory, self.journal_bytes)
+        self._lock = FileLock(self.directory.sweep_lock)
         self._written = list[dict[str, Any]]()
-        for job in engine.jobs.values():
+        for job in self.engine.jobs.values():
             if self._sweep.owns(job.name):
                 self._prepare(job)
         self._recalled = set[str]()
@@ -147,13 +142,13 @@ class Sweep:
         rows = rank_jobs(self._sweep, self._study)
         if rows != self._written:
             self._written = rows
-            write_output(self._directory.sweep_table, DataFrame(rows).to_csv(index=False))
+            write_output(self.directory.sweep_table, DataFrame(rows).to_csv(index=False))
 
     def conclude(self) -> None:
-        show_ranking(self._sweep, self._study, self._directory, self._progress)
+        show_ranking(self._sweep, self._study, self.directory, self.progress)
 
     def _own(self) -> list[tuple[FrozenTrial, str]]:
-        number, size = self._place
+        number, size = self.place
         own = list[tuple[FrozenTrial, str]]()
         for trial in self._study.get_trials(deepcopy=False):
             worker = trial.user_attrs.get("worker")
@@ -174,7 +169,7 @@ class Sweep:
             job.milestones = frozenset(stopping.rungs(job.total_steps))
 
     def _report(self, trial: FrozenTrial, name: str) -> None:
-        job, result = self._engine.jobs.get(name), self._engine.results.get(name)
+        job, result = self.engine.jobs.get(name), self.engine.results.get(name)
         if result is not None:
             step, metrics = result.steps, result.last_metrics
         elif job is not None:
@@ -196,21 +191,21 @@ class Sweep:
             self._study.tell(trial.number, value)
 
     def _judge(self, trial: FrozenTrial, name: str) -> None:
-        job, step = self._engine.jobs.get(name), trial.last_step
+        job, step = self.engine.jobs.get(name), trial.last_step
         if job is None or step is None or (job.position.step, job.at_boundary) != (step, True):
             return
         if trial.state == TrialState.RUNNING and self._handle(trial).should_prune():
             value = f"{self._sweep.metric} {trial.intermediate_values[step]:.4f}"
-            result = self._engine.stop(name, f"{value} is not among the best after step {step}")
+            result = self.engine.stop(name, f"{value} is not among the best after step {step}")
             self._tell(trial, result)
 
     def _fill(self) -> None:
         """Let jobs join until as many train as may: first those that have begun already."""
         for trial, name in self._own():
-            if trial.state == TrialState.RUNNING and name not in self._engine.results:
+            if trial.state == TrialState.RUNNING and name not in self.engine.results:
                 self._start(trial, name)
-        most = self._sweep.share_of_concurrent(*self._place)
-        while sum(name in self._engine.jobs for _, name in self._own()) < most:
+        most = self._sweep.share_of_concurrent(*self.place)
+        while sum(name in self.engine.jobs for _, name in self._own()) < most:
             with self._lock:  # of the workers, one looks, asks and signs at a time
                 trial = self._take()
             if trial is None:
@@ -232,23 +227,23 @@ class Sweep:
         taken = self._handle(lost) if lost else self._study.ask(drawn)
         for path, distribution in drawn.items() if lost else ():
             taken._suggest(path, distribution)
-        taken.set_user_attr("worker", self._place[0])
+        taken.set_user_attr("worker", self.place[0])
         return self._study.get_trials(deepcopy=False)[taken.number]
 
     def _start(self, trial: FrozenTrial, name: str) -> None:
-        if name in self._engine.jobs:
+        if name in self.engine.jobs:
             return
-        if name in self._engine.results or self._engine.recall(name):
+        if name in self.engine.results or self.engine.recall(name):
             return self._report(trial, name)
         try:
-            job = self._engine.builder.build(self._run.trial(trial.number, trial.params))
+            job = self.engine.builder.build(self.run.trial(trial.number, trial.params))
             self._prepare(job)
-            self._engine.add(job, overwrite=True)
+            self.engine.add(job, overwrite=True)
         except Exception as error:  # of memory, or of a library that makes initial weights
-            if self._directory.by_job and self._directory.newest_checkpoint([name])[0]:
+            if self.directory.by_job and self.directory.newest_checkpoint([name])[0]:
                 raise  # what it needs to go on has changed, and may be put back
             self._study.tell(trial.number, state=TrialState.FAIL)
-            self._progress.message(f"error: sweep: {name} can't train: {error}")
+            self.progress.message(f"error: sweep: {name} can't train: {error}")
 
 
 def _pruner(stopping: SweepStoppingConfig, longest: int) -> optuna.pruners.BasePruner:

@@ -10,6 +10,7 @@ import contextvars
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,20 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_DIRECTORY = "wandb"
 
 
+@dataclass
 class MetricsFile:
     """metrics.jsonl: one object a line. It is opened for each, so a fault costs one line."""
 
+    path: Path
     name = METRICS_FILE
 
-    def __init__(self, path: Path):
-        self._path = path
-
     def log(self, metrics: Mapping[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self._path, json.dumps(metrics, allow_nan=False))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_line(self.path, json.dumps(metrics, allow_nan=False))
 
     def close(self) -> None:
-        if self._path.exists():
-            sync(self._path)
+        if self.path.exists():
+            sync(self.path)
 
 
 class Tracker:

@@ -75,7 +75,7 @@ def test_a_registered_objective_is_one_of_run_files(methods_as_before):
     assert RunConfig.model_validate(run.model_dump()) == run
     train = run.jobs[0].train
     assert isinstance(train.objective, FocalConfig)
-    assert not train.learns_from_pairs
+    assert not train.objective.learns_from_pairs
     terms = build_objective(train.objective)(scored(), WHOLE)
     expected = -((1 - LOG_PROBS.exp()) ** 2 * LOG_PROBS).sum() / 7
     torch.testing.assert_close(terms.loss, expected)

@@ -137,9 +137,19 @@ def _own_rates(config: OptimizerConfig, adapter: Adapter) -> list[tuple[Tensor, 
     return [(tensor, ratio) for tensor, ratio in rates if ratio != 1]
 
 
-def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:
+def clip_gradients(
+    config: OptimizerConfig,
+    adapter: Adapter,
+    max_grad_norm: float | None,
+    loss_scale: LossScale | None,
+) -> float:
+    """Make gradients those that the optimizer sees, and return their norm before clipping."""
+    parameters = list(adapter.parameters())
+    if loss_scale is not None:
+        loss_scale.unscale(parameters)
+    drop_frozen_gradients(config, adapter)
     bound = math.inf if max_grad_norm is None else max_grad_norm
-    return float(clip_grad_norm_(list(parameters), bound))
+    return float(clip_grad_norm_(parameters, bound))
 
 
 def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Any]:
