@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 
 import pytest
 from rich.console import Console
 
-from loraloom.training.job import Job, Position
-from loraloom.training.progress import Progress
+from loraloom.training.job import Job
+from loraloom.training.progress import NOTICE, Interruption, Progress
 from tests.training.toy import add_job, toy_config, toy_host
 
 
@@ -24,10 +26,6 @@ def job(name: str, total_steps: int, step: int = 0) -> Job:
     return job
 
 
-def shown(job: Job) -> tuple[str, int, Position]:
-    return job.name, job.total_steps, job.position
-
-
 def advance(job: Job, tokens: int, loss: float) -> None:
     job.position.step += 1
     job.position.tokens += tokens
@@ -38,11 +36,11 @@ def advance(job: Job, tokens: int, loss: float) -> None:
 def test_a_terminal_gets_a_live_line_for_every_job():
     screen = console(force_terminal=True)
     progress, math = Progress(screen), job("math", 9)
-    progress.add(*shown(math))
+    progress.add(math)
     progress.start()
-    progress.add(*shown(job("law", 5, step=3)))
+    progress.add(job("law", 5, step=3))
     advance(math, 320, 1.25)
-    progress.update(*shown(math))
+    progress.update(math)
     progress.message("law: [done]")
     progress.stop()
     for text in ("math", "1/9", "loss 1.2500", "tokens/s", "ETA", "law", "3/5", "law: [done]"):
@@ -53,19 +51,19 @@ def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
     screen = console()
     progress, math = Progress(screen, interval_s=1000.0), job("math", 3)
     progress.start()
-    progress.add(*shown(math))
+    progress.add(math)
     for _ in range(3):
         advance(math, 100, 2.0)
-        progress.update(*shown(math))
+        progress.update(math)
     progress.stop()
     (line,) = printed(screen).splitlines()
     assert line.startswith("math: step 3/3, loss 2.0000, ")
 
     screen, math = console(), job("math", 3)
     often = Progress(screen, interval_s=0.0)
-    often.add(*shown(math))
+    often.add(math)
     advance(math, 100, 2.0)
-    often.update(*shown(math))
+    often.update(math)
     assert "step 1/3" in printed(screen)
 
 
@@ -87,10 +85,10 @@ def test_output_that_fails_raises_nothing(error):
     screen = Console(file=Failing(error), width=120)
     progress, math = Progress(screen, interval_s=0.0), job("math", 3)
     progress.start()
-    progress.add(*shown(math))
+    progress.add(math)
     for _ in range(3):
         advance(math, 100, 2.0)
-        progress.update(*shown(math))
+        progress.update(math)
     progress.message("more")
     progress.stop()
     assert printed(screen).startswith("math: step 1/3")
@@ -108,3 +106,52 @@ def test_what_terminals_would_obey_is_escaped_and_nothing_is_taken_for_markup():
     screen = console(force_terminal=True)
     Progress(screen).message("a \x1b[31m b [/INST] :fire: [bold]")
     assert printed(screen) == "a \\x1b[31m b [/INST] :fire: [bold]\n"
+
+
+def press(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def hangup():
+    """Let SIGHUP be what it is by default, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_the_first_ctrl_c_is_a_request_and_the_second_ends_at_once():
+    told: list[str] = []
+    with Interruption(told.append) as interruption:
+        assert not interruption.requested
+        press()
+        assert interruption.requested
+        assert told == [NOTICE]
+        with pytest.raises(KeyboardInterrupt):
+            press()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, "143"), (signal.SIGHUP, "129")], ids=["term", "hup"]
+)
+def test_other_signals_ask_as_ctrl_c_does_and_end_with_their_own_code(number, code, hangup):
+    with Interruption(print) as interruption:
+        press(number)
+        assert interruption.requested
+        with pytest.raises(SystemExit, match=code):
+            interruption.end()
+        if number == signal.SIGHUP:
+            press(number)  # the kernel's, after the shell's
+        else:
+            with pytest.raises(SystemExit, match=code):
+                press(number)
+        with pytest.raises(KeyboardInterrupt):
+            press(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_their_old_selves_afterwards(number):
+    before = signal.getsignal(number)
+    with Interruption(print):
+        pass
+    assert signal.getsignal(number) is before

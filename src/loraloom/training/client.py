@@ -249,11 +249,12 @@ class TrainingClient:
         }
         records = {_STATE: store.JobRecord(self._settings())}
         checkpoint = store.Checkpoint(self.step, 0.0, store.describe_base(self.host), records)
-        _store(directory).write(checkpoint, {_STATE: state}, keep=1)
+        states = store.CheckpointStore(Path(os.path.expanduser(directory)))
+        states.write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
         """Go on from a saved state, of this client or of one with equal settings."""
-        snapshot, faults = _store(directory).newest()
+        snapshot, faults = store.CheckpointStore(Path(os.path.expanduser(directory))).newest()
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "there is none"
             raise ConfigError(f"{directory} must hold a client's saved state: {reason}")
@@ -291,10 +292,6 @@ class TrainingClient:
             "optimizer": self._optimizer_config.model_dump(mode="json"),
             "seed": self.seed,
         }
-
-
-def _store(directory: str | Path) -> store.CheckpointStore:
-    return store.CheckpointStore(Path(os.path.expanduser(directory)))
 
 
 def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:

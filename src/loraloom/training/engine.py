@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingEr
 from loraloom.models.host import Host
 from loraloom.training.builder import JobBuilder
 from loraloom.training.job import Job, JobResult, Status
-from loraloom.training.progress import NOTICE, Interruption, Progress, Reporter
+from loraloom.training.progress import Interruption, Progress, Reporter
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.settings import RunConfig
 from loraloom.training.step import batch, fused, objectives
@@ -62,8 +61,8 @@ class Engine:
         self._is_first = host.ranks.is_first
         trackers = ["jsonl", *run.trackers] if self._is_first else []
         self._reporter = Reporter(directory, progress, trackers)
-        self.interruption = Interruption(partial(self._reporter.message, NOTICE))
         say = self._reporter.message
+        self.interruption = Interruption(say)
         self._runner = RoundRunner(host, builder.pad_id, run.memory_limit, say)
         self._started_at = time.monotonic()
         for job in jobs:
@@ -310,12 +309,9 @@ class Engine:
         return self.host.ranks.any(self.interruption.requested)
 
     def _has_sound_weights(self, job: Job) -> bool:
-        try:
-            job.check_weights()
-        except TrainingError as error:
-            self._fail(job, error)
-            return False
-        return True
+        if (fault := job.find_fault_of_weights()) is not None:
+            self._fail(job, fault)
+        return fault is None
 
     def _fail(self, job: Job, error: Exception) -> None:
         reason = str(error)

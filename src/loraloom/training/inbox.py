@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,22 +38,20 @@ class WatchOptions(NamedTuple):
     exit_when_idle: bool = False
 
 
-@dataclass
 class Inbox:
     """Brings job files to an engine, and its news back beside them."""
 
-    options: WatchOptions
-    engine: Engine
-    say: Callable[[str], None]
-
-    def __post_init__(self) -> None:
+    def __init__(self, options: WatchOptions, engine: Engine, say: Callable[[str], None]):
+        self._options = options
+        self._engine = engine
+        self._say = say
         self._next_look = 0.0
         self._jobs: dict[Path, str] = {}  # the jobs that train, by their files
         self._read: dict[Path, _Version] = {}  # files that were dealt with, as they were then
         self._files: dict[Path, _Version] = {}  # as the last look found them
         self._is_settled = False
         files = self._list_files()
-        for state_file in sorted(self.options.path.glob("*.state.json")):
+        for state_file in sorted(self._options.path.glob("*.state.json")):
             self._take_up(state_file, files)
 
     def between_steps(self, engine: Engine) -> None:
@@ -62,7 +59,7 @@ class Inbox:
             self.look()
         while not (engine.jobs or engine.interruption.requested):
             is_read = self._files.items() <= self._read.items()
-            if self.options.exit_when_idle and self._is_settled and is_read:
+            if self._options.exit_when_idle and self._is_settled and is_read:
                 break
             engine.save_if_due()
             time.sleep(LOOK_S)
@@ -78,9 +75,9 @@ class Inbox:
         self._is_settled = before == files
         for path, name in list(self._jobs.items()):
             # Some editors rename a file and write it again: it is gone when two looks miss it.
-            if name in self.engine.jobs and path not in files and path not in before:
-                self.engine.stop(name, f"its file {path} was deleted")
-            if (result := self.engine.results.get(name)) is None:
+            if name in self._engine.jobs and path not in files and path not in before:
+                self._engine.stop(name, f"its file {path} was deleted")
+            if (result := self._engine.results.get(name)) is None:
                 continue
             del self._jobs[path]
             state = "done" if result.status in ("finished", "stopped early") else result.status
@@ -95,7 +92,7 @@ class Inbox:
                 self._submit(path)
 
     def _list_files(self) -> dict[Path, _Version]:
-        paths = sorted(self.options.path.iterdir())  # glob is silent about what it can't read
+        paths = sorted(self._options.path.iterdir())  # glob is silent about what it can't read
         paths = [path for path in paths if path.suffix == ".yaml" and path.name[0] != "."]
         found = ((path, path.stat()) for path in paths if path.is_file())
         return {path: (status.st_mtime_ns, status.st_size) for path, status in found}
@@ -109,7 +106,7 @@ class Inbox:
             if state["state"] in ("done", "failed", "stopped"):
                 if version[0] <= state_file.stat().st_mtime_ns:  # else it was edited since
                     self._read[path] = version
-            elif state["job"] in self.engine.joined:
+            elif state["job"] in self._engine.joined:
                 self._jobs[path] = state["job"]
         except (LoraloomError, TypeError, KeyError):  # what is no state counts for nothing
             pass
@@ -117,30 +114,30 @@ class Inbox:
     def _submit(self, path: Path) -> None:
         try:
             config = load_job_config(path)
-            if config.name in self.engine.jobs:
+            if config.name in self._engine.jobs:
                 raise ConfigError(f"job name must be new in this run, got {config.name!r} again")
-            self.engine.add(self.engine.builder.build(config), overwrite=self.options.overwrite)
+            self._engine.add(self._engine.builder.build(config), overwrite=self._options.overwrite)
         except Exception as error:
             is_ours = isinstance(error, LoraloomError)
             reason = str(error) if is_ours else f"{type(error).__name__}: {shown(str(error))}"
-            self.say(f"{path}: failed: {reason}")
+            self._say(f"{path}: failed: {reason}")
             self._write(path, "failed", None, reason, None)
         else:
-            self.say(f"{path}: job {config.name} joins")
+            self._say(f"{path}: job {config.name} joins")
             self._jobs[path] = config.name
             self._write(path, "running", config.name, None, None)
 
     def _write(
         self, path: Path, state: str, job: str | None, reason: str | None, end: JobResult | None
     ) -> None:
-        training = self.engine.jobs.get(job or "")
+        training = self._engine.jobs.get(job or "")
         step = end.steps if end else training.position.step if training else 0
         values = {"state": state, "job": job, "reason": reason, "step": step}
         values["result"] = None if end is None else end.directory
         try:
             write_json(path.with_name(f"{path.stem}.state.json"), values)
         except OSError as error:
-            self.say(f"warning: {path} has a state file that can't be written: {error}")
+            self._say(f"warning: {path} has a state file that can't be written: {error}")
 
 
 def lock_watched(path: Path) -> AbstractContextManager[BaseFileLock]:

@@ -207,9 +207,10 @@ class Job:
             self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
         return is_best
 
-    def check_weights(self) -> None:
-        if not all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
-            raise self._error("weights must be finite, got inf or nan", self.position.step)
+    def find_fault_of_weights(self) -> TrainingError | None:
+        if all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
+            return None
+        return self._error("weights must be finite, got inf or nan", self.position.step)
 
     def restore_proven_weights(self) -> None:
         # They are the present ones, unless no micro-batch went through them since the last step.

@@ -37,11 +37,9 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"RANK and WORLD_SIZE must be set together, as torchrun does, got {given[0]} alone; "
             "start the run with torchrun, or unset it"
         )
-    rank, size, local_rank = (
-        int(environment.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    return Launch(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", size)))
+    get, size = environment.get, environment.get("WORLD_SIZE", 1)
+    numbers = get("RANK", 0), size, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", size)
+    return Launch(*map(int, numbers))
 
 
 def choose_device(

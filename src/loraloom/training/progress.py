@@ -20,7 +20,7 @@ from rich.progress import Progress as RichProgress
 from loraloom.durable import sync
 from loraloom.errors import plain
 from loraloom.terminal import make_console
-from loraloom.training.job import Job, Position
+from loraloom.training.job import Job
 from loraloom.training.store import RunDirectory
 from loraloom.training.tracking import METRICS_FILE, MetricsFile, Tracker, open_tracker
 
@@ -55,14 +55,14 @@ class Progress:
     def start(self) -> None:
         self._bars.start()
 
-    def add(self, name: str, total_steps: int, position: Position) -> None:
-        now = time.monotonic()
+    def add(self, job: Job) -> None:
+        now, position = time.monotonic(), job.position
         fields = {"loss": "-", "rate": "-", "begun": (now, position.tokens), "told_at": now}
-        self._bars.add_task(name, total=total_steps, completed=position.step, **fields)
-        self._tasks[name] = self._bars.tasks[-1]
+        self._bars.add_task(job.name, total=job.total_steps, completed=position.step, **fields)
+        self._tasks[job.name] = self._bars.tasks[-1]
 
-    def update(self, name: str, total_steps: int, position: Position) -> None:
-        now, task = time.monotonic(), self._tasks[name]
+    def update(self, job: Job) -> None:
+        now, task, position = time.monotonic(), self._tasks[job.name], job.position
         began_at, tokens = task.fields["begun"]
         rate = (position.tokens - tokens) / max(now - began_at, 1e-3)
         fields: Any = {"loss": f"{position.last_loss:.4f}", "rate": f"{rate:.0f}"}
@@ -72,7 +72,7 @@ class Progress:
         task.fields["told_at"] = now
         remaining = timedelta(seconds=round(task.time_remaining or 0.0))
         self.message(
-            f"{name}: step {position.step}/{total_steps}, loss {fields['loss']}, "
+            f"{job.name}: step {position.step}/{job.total_steps}, loss {fields['loss']}, "
             f"{fields['rate']} tokens/s, ETA {remaining}"
         )
 
@@ -118,12 +118,12 @@ class Reporter:
         for name in dict.fromkeys(self._tracker_names):
             with self._noting_faults(name, job.name):
                 trackers.append(open_tracker(name, directory, job.position.step + 1, config))
-        self._progress.add(job.name, job.total_steps, job.position)
+        self._progress.add(job)
 
     def step(self, job: Job, metrics: Mapping[str, Any], seconds: float) -> None:
         self._log(job.name, {**metrics, "seconds": round(seconds, 3)})
         if job.name in self._trackers:
-            self._progress.update(job.name, job.total_steps, job.position)
+            self._progress.update(job)
         for warning in metrics.get("warnings", ()):
             self.message(f"warning: job {job.name}, {warning}")
 
@@ -167,9 +167,9 @@ class Reporter:
 class Interruption:
     """A context in which the first Ctrl-C, SIGTERM or SIGHUP sets a flag, the second one ends."""
 
-    def __init__(self, on_request: Callable[[], None]):
+    def __init__(self, say: Callable[[str], None]):
         self.requested = False
-        self._on_request = on_request
+        self._say = say
         self._number: int = signal.SIGINT
         self._before: dict[int, Any] = {}
 
@@ -203,4 +203,4 @@ class Interruption:
         self.requested = True
         # The signal may have come in the midst of a write to the terminal.
         with suppress(RuntimeError):
-            self._on_request()
+            self._say(NOTICE)

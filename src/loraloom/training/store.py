@@ -67,7 +67,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment, which is read from a directory; a job may have a file elsewhere."""
+    """A run at one moment."""
 
     round: int  # fused steps until then
     seconds: float  # wall time of the training until then
@@ -75,8 +75,7 @@ class Checkpoint:
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     sweep_bytes: int = 0  # length of a sweep's journal
     max_tokens: int | None = None  # of a forward, where memory ran out; see `RoundRunner`
-    directory: Path = Path()
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)  # of the jobs, where it was read
     __pydantic_config__ = _CHECKED
 
     @property
@@ -86,8 +85,7 @@ class Checkpoint:
     def load_state(self, job: str) -> dict[str, Any] | None:
         if self.jobs[job].sha256 is None:
             return None
-        file = self.files.get(job, self.directory / f"{job}.pt")
-        return torch.load(file, weights_only=True, map_location="cpu")
+        return torch.load(self.files[job], weights_only=True, map_location="cpu")
 
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
@@ -104,7 +102,7 @@ class CheckpointStore:
     ) -> None:
         def fill(aside: Path) -> None:
             body = asdict(checkpoint)
-            del body["directory"], body["files"]
+            del body["files"]
             for name, state in states.items():
                 torch.save(state, aside / f"{name}.pt")
                 body["jobs"][name]["sha256"] = _file_hash(aside / f"{name}.pt")
@@ -147,12 +145,12 @@ def _read(directory: Path) -> Checkpoint:
     body = read_json(directory / MANIFEST)
     if not isinstance(body, dict) or body.pop("checksum", None) != _json_hash(body):
         raise ValueError(f"{MANIFEST} was changed")
-    checkpoint = _CHECKPOINT.validate_python({**body, "directory": directory, "files": {}})
+    checkpoint = _CHECKPOINT.validate_python({**body, "files": {}})
+    files = {name: directory / f"{check_name(name)}.pt" for name in checkpoint.jobs}
     for name, record in checkpoint.jobs.items():
-        file = directory / f"{check_name(name)}.pt"
-        if record.sha256 is not None and _file_hash(file) != record.sha256:
-            raise ValueError(f"{file.name} was changed or is not whole")
-    return checkpoint
+        if record.sha256 is not None and _file_hash(files[name]) != record.sha256:
+            raise ValueError(f"{name}.pt was changed or is not whole")
+    return replace(checkpoint, files=files)
 
 
 def _file_hash(path: Path) -> str:
@@ -253,7 +251,7 @@ class RunDirectory:
             return None, faults
         latest = max(found.values(), key=lambda checkpoint: checkpoint.seconds)
         records = {name: checkpoint.jobs[name] for name, checkpoint in found.items()}
-        files = {name: checkpoint.directory / f"{name}.pt" for name, checkpoint in found.items()}
+        files = {name: checkpoint.files[name] for name, checkpoint in found.items()}
         return replace(latest, jobs=records, files=files), faults
 
     def write_checkpoint(

@@ -22,7 +22,7 @@ from typing_extensions import override
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.training.builder import check_data, load_base
 from loraloom.training.job import JobResult
-from loraloom.training.progress import NOTICE, Interruption, Progress
+from loraloom.training.progress import Interruption, Progress
 from loraloom.training.run import set_up
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.store import RunDirectory, check_same_run
@@ -149,7 +149,7 @@ def _train_shares(
     calls = {task.remote(run, *share, *rest): place for place, share in enumerate(shares)}
     waiting, begun_at, told_s = set(calls.values()), time.monotonic(), 0
     results, faults, is_ending = list[JobResult](), list[Exception](), False
-    with Interruption(lambda: progress.message(NOTICE)) as interruption:
+    with Interruption(progress.message) as interruption:
         while calls:
             if interruption.requested and not is_ending:
                 is_ending = True
