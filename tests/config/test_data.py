@@ -3,10 +3,20 @@ from pydantic import ValidationError
 
 from loraloom.config.data import DataConfig, SourceConfig
 
+CHAT = {"dataset": "owner/set", "format": "chat"}
+TEXT = {"dataset": "a.jsonl", "format": "text"}
 
-def test_a_task_is_a_source():
-    data = DataConfig.model_validate({"task": "arc_easy", "path": "data/arc_easy"})
-    assert data.sources == (SourceConfig(task="arc_easy", path="data/arc_easy"),)
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task": "arc_easy", "path": "data/arc_easy"},
+        {**CHAT, "config": "main", "split": "dev", "fields": {"messages": "turns"}},
+    ],
+    ids=["task", "dataset"],
+)
+def test_a_task_or_a_dataset_is_a_source_with_its_settings(settings):
+    assert DataConfig(**settings).sources == (SourceConfig(**settings),)
 
 
 def test_a_mix_is_its_sources():
@@ -19,46 +29,27 @@ def test_a_mix_is_its_sources():
 
 def test_a_task_is_scored_by_label_by_default():
     assert SourceConfig(task="arc_easy").scoring == "label"
-    assert SourceConfig(dataset="a.jsonl", format="text").scoring is None
+    assert SourceConfig(**TEXT).scoring is None
 
 
-def test_a_dataset_keeps_its_settings_as_a_source():
-    fields = {"output": "answer"}
-    data = DataConfig(
-        dataset="owner/set", config="main", split="dev", format="instruction", fields=fields
-    )
-    (source,) = data.sources
-    assert (source.config, source.split, source.fields) == ("main", "dev", fields)
-
-
-CHAT = {"dataset": "a.jsonl", "format": "chat"}
 CONTRADICTIONS = [
     ({}, "a task, a dataset or a mix must be given"),
     ({"task": "arc_easi"}, "task must be one of arc_easy, "),
-    (
-        {"task": "piqa", "dataset": "a.jsonl", "format": "text"},
-        "dataset and task exclude each other",
-    ),
+    ({**TEXT, "task": "piqa"}, "dataset and task exclude each other"),
     ({"task": "piqa", "format": "chat"}, "format has no effect on a task"),
     ({"dataset": "a.jsonl"}, "format must be given with a dataset"),
     ({**CHAT, "path": "data"}, "path has no effect on a dataset"),
     ({**CHAT, "template": "alpaca"}, "template has no effect on format chat"),
-    (
-        {"dataset": "a.jsonl", "format": "text", "chat_template": "trl"},
-        "chat_template has no effect on format text",
-    ),
+    ({**TEXT, "chat_template": "trl"}, "chat_template has no effect on format text"),
     ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages, tools, system to col"),
     ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix must stand without task"),
     ({"mix": []}, "at least 1 item"),
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),
     ({"mix": [{"task": "piqa", "weight": 0}]}, "greater than 0"),
     ({"task": "piqa", "weight": 2}, "unknown key 'weight'"),
-    ({"dataset": "a.csv", "format": "text", "split": "x"}, "split has no effect on a file"),
+    ({**TEXT, "split": "x"}, "split has no effect on a file"),
     ({"task": "piqa", "validation_fraction": 1}, "less than 1"),
-    (
-        {"task": "piqa", "validation_fraction": 0.1, "validation": {"task": "boolq"}},
-        "validation and validation_fraction exclude each other",
-    ),
+    ({**TEXT, "validation_fraction": 0.1, "validation": TEXT}, "validation and validation_fracti"),
     ({**CHAT, "shuffle_buffer": 9}, "shuffle_buffer has no effect without streaming"),
     ({**CHAT, "validation": {**CHAT, "weight": 2}}, "no effect on validation data"),
 ]

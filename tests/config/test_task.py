@@ -49,13 +49,3 @@ def test_a_wrong_line_is_named(tmp_path, line, other, message):
 
 def test_choices_may_be_numbers(tmp_path):
     assert load(tmp_path, MINIMAL.replace("options", "[1, 2]")).choices == ("1", "2")
-
-
-def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="can't be read: No such file"):
-        load_task_config(tmp_path / "nowhere.yaml")
-
-
-def test_what_is_no_mapping_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="must be a mapping of settings, got list"):
-        load(tmp_path, "[1]")

@@ -8,8 +8,6 @@ checkpointing; the texts of all adapters, decoded in one batch, against a loop w
 from __future__ import annotations
 
 import json
-import os
-import signal
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from loraloom.models.host import Host
 from tests.conftest import build_tokenizer
 from tests.pairwise.cases import Case, pairs_of, pairwise
 from tests.tiny import randomise, tiny_model
+from tests.training.running import pressing
 from tests.training.world import run_ranks
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -167,14 +166,9 @@ def _train(directory: Path, run: tuple[str, str, str]) -> None:
     numbers = [number for number, case in enumerate(CASES) if _run_of(case) == run]
     case = CASES[numbers[0]]
     settings = _settings(directory, "-".join(run), case, numbers)
-
-    def break_off(engine: Any, _: Any) -> None:
-        if engine.round == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
     if run[2] == "broken":
         with pytest.raises(KeyboardInterrupt):
-            _train_on(directory, case, settings, between_steps=break_off)
+            _train_on(directory, case, settings, between_steps=pressing(3))
     _train_on(directory, case, settings, resume=run[2] == "broken")
 
 

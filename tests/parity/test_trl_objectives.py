@@ -16,7 +16,7 @@ from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatchLoss
 from tests.tiny import METHODS, parameter_grads
 from tests.training.step.test_fused import run_window
-from tests.training.toy import PAD_ID, add_job, padded, toy_config, toy_host, toy_pair_set
+from tests.training.toy import PAD_ID, add_job, padded, toy_config, toy_host, toy_pairs, toy_set
 
 pytest.importorskip("trl")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -40,7 +40,7 @@ def cpo_trainer():
 def pair_job(objective: dict, method: str = "lora") -> tuple[Host, Job]:
     host = toy_host(torch.float32)
     config = toy_config("a", METHODS[method], objective=objective, batch_size=6, micro_batch_size=2)
-    return host, add_job(host, config, toy_pair_set(6), random=True)
+    return host, add_job(host, config, toy_set(6, make=toy_pairs), random=True)
 
 
 def logits_of(host: Host, job: Job, name: str | None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,13 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def assert_same_metrics(directory: Path, expected: Path, jobs: Sequence[str]) -> None:
+    """Check that jobs have equal lines in metrics.jsonl but for their times."""
+    for job in jobs:
+        lines, others = (read_metrics(root / job) for root in (directory, expected))
+        assert [line | {"seconds": 0} for line in lines] == [o | {"seconds": 0} for o in others]
+
+
 def interrupted(engine: Engine, after_round: int) -> None:
     """Run an engine and press Ctrl-C in a round."""
     step = engine.step
@@ -91,6 +98,16 @@ def interrupted(engine: Engine, after_round: int) -> None:
     engine.step = stepping
     with pytest.raises(KeyboardInterrupt):
         engine.run()
+
+
+def pressing(after_round: int, number: int = signal.SIGINT) -> Callable[..., None]:
+    """Make a function that presses Ctrl-C, or sends another signal, between two steps."""
+
+    def press(engine: Engine, *_: Any) -> None:
+        if engine.round == after_round:
+            os.kill(os.getpid(), number)
+
+    return press
 
 
 def resumed(

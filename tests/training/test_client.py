@@ -10,12 +10,11 @@ from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.models.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
-from loraloom.training.job import Job
 from loraloom.training.settings import DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.requests import run_requests
-from tests.tiny import ALL_METHODS, METHODS, randomise, relative_error
-from tests.training.step.test_fused import run_window
+from tests.tiny import ALL_METHODS, METHODS, randomise
+from tests.training.step.test_fused import assert_same, run_window
 from tests.training.toy import (
     ADAPTERS,
     PAD_ID,
@@ -26,6 +25,7 @@ from tests.training.toy import (
     toy_host,
     toy_pairs,
     toy_tokenizer,
+    weights_of,
 )
 
 SGD = OptimizerConfig(optimizer="sgd", learning_rate=0.1)
@@ -47,16 +47,6 @@ def new_client(
 
 def grads_of(client: TrainingClient) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in client.parameters.items() if p.grad is not None}
-
-
-def weights_of(client: TrainingClient | Job) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in client.parameters.items()}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance=1e-9) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert relative_error(actual[name], tensor) < tolerance, name
 
 
 @pytest.mark.parametrize("method", ["mixlora", "loramoe", "dynmole", "lora"])
@@ -102,7 +92,7 @@ def test_a_step_is_that_of_a_job(objective):
     step = client.optim_step(max_grad_norm=0.5)
     assert step.step == 1
     assert step.grad_norm == pytest.approx(report["grad_norm"])
-    assert_same(weights_of(client), weights_of(job))
+    assert_same(weights_of(client), weights_of(job), 1e-9)
 
 
 def test_calls_between_steps_add_up_and_micro_batches_change_nothing():
@@ -156,7 +146,7 @@ def test_a_loss_of_ones_own_gets_its_gradient():
     output = other.forward_backward_custom(data, loss_fn)
     assert output.loss == pytest.approx(expected.loss)
     assert output.metrics == pytest.approx({"perplexity": math.exp(expected.loss), "rows": 5})
-    assert_same(grads_of(other), grads_of(client))
+    assert_same(grads_of(other), grads_of(client), 1e-9)
 
 
 def test_forward_gives_log_probs_without_dropout():
@@ -367,7 +357,7 @@ def test_an_adapter_on_the_host_is_trained_from_where_it_is(tmp_path):
     with pytest.raises(AdapterError, match="'loaded' has a TrainingClient already"):
         TrainingClient(host, toy_tokenizer(), "loaded")
     added.forward_backward(toy_examples(4))
-    assert_same(grads_of(added), grads_of(before))
+    assert_same(grads_of(added), grads_of(before), 1e-9)
     added.optim_step()
     added.close()
     assert host.adapters["loaded"] is loaded  # its own weights, with a step more

@@ -11,8 +11,8 @@ from loraloom.models.host import Host
 from loraloom.training import rounds, store
 from loraloom.training.engine import Engine
 from loraloom.training.store import CheckpointStore
-from tests.tiny import relative_error
 from tests.training.running import Spoken, resumed
+from tests.training.step.test_fused import assert_same
 from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
 
 NO_SPACE = OSError(28, "No space left on device")
@@ -53,8 +53,7 @@ def run_and_check_neighbour(engine: Engine, unhurt, error: str) -> None:
     assert results["hit"].status == "failed"
     assert error in results["hit"].error
     assert results["well"].status == "finished"
-    for name, weight in weights_of(well).items():
-        assert relative_error(weight, unhurt[name]) < 1e-5, name
+    assert_same(weights_of(well), unhurt, 1e-5)
     assert engine.host.adapters == {}
 
 

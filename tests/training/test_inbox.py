@@ -13,7 +13,7 @@ from loraloom.errors import ConfigError
 from loraloom.training.inbox import WatchOptions, lock_watched
 from loraloom.training.run import train
 from loraloom.training.store import CheckpointStore
-from tests.training.running import Spoken, assert_same_files
+from tests.training.running import Spoken, assert_same_files, pressing
 from tests.training.toy import toy_host, toy_tokenizer
 
 
@@ -61,10 +61,6 @@ def watch(directory, inbox, *jobs, after_step=lambda engine: None, resume=False,
         resume=resume,
     )
     return {result.job: (result.status, result.steps) for result in results}, spoken.messages
-
-
-def killing(at_round, number=signal.SIGINT):
-    return lambda engine: engine.round == at_round and os.kill(os.getpid(), number)
 
 
 DONE = ("finished", 3)
@@ -177,7 +173,7 @@ def test_a_watch_that_was_interrupted_goes_on_to_the_same_weights(tmp_path, inbo
     for path in inbox.glob("*.state.json"):
         path.unlink()
     with pytest.raises(SystemExit, match="143"):
-        watch(tmp_path, inbox, after_step=killing(2, signal.SIGTERM))
+        watch(tmp_path, inbox, after_step=pressing(2, signal.SIGTERM))
     assert state_of(paths[0])["state"] == "running"
     assert watch(tmp_path, inbox, resume=True)[0] == {"a": DONE, "c": DONE}
     before = [state_of(path) for path in paths]
@@ -190,7 +186,7 @@ def test_a_watch_that_was_interrupted_goes_on_to_the_same_weights(tmp_path, inbo
 def test_a_file_deleted_while_nothing_ran_stops_its_job(tmp_path, inbox):
     path = drop(inbox, "a")
     with pytest.raises(KeyboardInterrupt):
-        watch(tmp_path, inbox, after_step=killing(1))
+        watch(tmp_path, inbox, after_step=pressing(1))
     path.unlink()
     assert watch(tmp_path, inbox, resume=True)[0] == {"a": ("stopped", 1)}
     assert state_of(path)["state"] == "stopped"

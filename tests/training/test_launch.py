@@ -28,13 +28,10 @@ def test_half_of_what_torchrun_says_is_refused(name):
         read_launch({name: "1", "LOCAL_RANK": "0"})
 
 
-def test_ranks_have_a_device_each():
+def test_ranks_have_an_accelerator_each(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device(run_on("mps"), Launch()) == "mps"  # a single process takes any
     assert choose_device(run_on("cpu"), TWO) == "cpu"
-
-
-def test_an_accelerator_is_never_shared(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device(run_on("cuda"), TWO) == "cuda:1"
     with pytest.raises(ConfigError, match=r"must be auto or one of .* got cuda:0"):
         choose_device(run_on("cuda:0"), TWO)

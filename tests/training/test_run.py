@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import loraloom
 from loraloom.errors import AdapterError, ConfigError, DataError, FormatError
@@ -18,9 +17,11 @@ from loraloom.training.engine import Engine
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import CheckpointStore, RunDirectory
-from tests.training.running import Spoken, read_metrics
+from tests.training.running import Spoken, assert_same_files, read_metrics
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import read_result, toy_host
+
+JOBS = ("plain", "mixture")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_run_writes_adapters_metrics_and_results(inputs, tmp_path):
     spoken = Spoken()
     run = settings(inputs, tmp_path / "out")
     plain, mixture = train(run, progress=spoken, command="loraloom train run.yaml")
-    for name in ("plain", "mixture"):
+    for name in JOBS:
         files = {path.name for path in (tmp_path / "out" / name).iterdir()}
         assert files == {
             "adapter_config.json",
@@ -132,10 +133,6 @@ def killed(run, monkeypatch, rounds: int, **options) -> None:
             train(run, **options)
 
 
-def weights(directory):
-    return {path.parent.name: load_file(path) for path in directory.glob("*/*.safetensors")}
-
-
 @pytest.mark.parametrize("rounds", [1, 5])
 def test_resume_after_a_crash_gives_the_weights_of_an_unbroken_run(
     inputs, tmp_path, monkeypatch, rounds
@@ -144,10 +141,8 @@ def test_resume_after_a_crash_gives_the_weights_of_an_unbroken_run(
     killed(settings(inputs, tmp_path / "out"), monkeypatch, rounds)
     results = train(settings(inputs, tmp_path / "out"), resume=True)
     assert [result.steps for result in results] == [4, 4]
-    expected = weights(tmp_path / "unbroken")
-    for name, tensors in weights(tmp_path / "out").items():
-        assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
-    for name in expected:
+    assert_same_files(tmp_path / "out", tmp_path / "unbroken", JOBS)
+    for name in JOBS:
         steps = [line["step"] for line in read_metrics(tmp_path / "out" / name)]
         assert steps == sorted(steps)
         assert len(steps) == len(set(steps)) + {"plain": 2, "mixture": 1}[name]
@@ -173,9 +168,7 @@ def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
     results = train(run, resume=True)
     steps = {result.job: result.steps for result in results}
     assert steps == {"plain": 4, "mixture": 4, "joined": 4}
-    expected = weights(tmp_path / "unbroken")
-    for name, tensors in weights(tmp_path / "out").items():
-        assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
+    assert_same_files(tmp_path / "out", tmp_path / "unbroken", list(steps))
 
 
 def test_resume_of_a_finished_run_trains_nothing(inputs, tmp_path):
@@ -224,9 +217,7 @@ def test_preferences_of_a_file_and_of_a_task_are_learnt_together(inputs, tmp_pat
     run = preference_settings(inputs, tmp_path / "resumed", reference=reference)
     killed(run, monkeypatch, 3)
     train(run, resume=True)
-    expected = weights(tmp_path / "out")
-    for name, tensors in weights(tmp_path / "resumed").items():
-        assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
+    assert_same_files(tmp_path / "resumed", tmp_path / "out", JOBS)
 
 
 @pytest.mark.parametrize("setting", ["start_from", "reference"])
@@ -285,10 +276,6 @@ def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch, fil
     assert [result.steps for result in train(run, resume=True)] == [4, 4]
 
 
-def best_weights(directory):
-    return load_file(directory / "checkpoints/best/adapter_model.safetensors")
-
-
 def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_path, monkeypatch):
     """It comes after better weights and the results were written, before a snapshot knows."""
     run = settings(inputs, tmp_path / "out", learning_rate=1e-4)
@@ -299,10 +286,9 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
         if len(writes) == 4:
             raise KeyboardInterrupt
         if moment.round == 2:
-            first.append(best_weights(tmp_path / "out/plain"))
+            shutil.copytree(tmp_path / "out/plain/checkpoints/best", tmp_path / "first")
         write(store, moment, *args, **options)
 
-    first = []
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "write", dying)
         with pytest.raises(KeyboardInterrupt):
@@ -321,10 +307,8 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
     assert snapshot.round < 4
     results = train(run, resume=True, between_steps=stop)
     assert results[0].best["step"] == 2
-    kept, final = best_weights(tmp_path / "out/plain"), weights(tmp_path / "out")["plain"]
-    for name, tensor in first[0].items():
-        assert torch.equal(kept[name], tensor)
-        assert torch.equal(final[name], tensor)
+    for place in ("", "checkpoints/best"):
+        assert_same_files(tmp_path / "out/plain" / place, tmp_path / "first", ["."])
 
 
 def test_a_memory_limit_of_a_run_is_lifted_from_a_given_host(monkeypatch):

@@ -7,7 +7,6 @@ import torch
 from pydantic import ValidationError
 from transformers.trainer_utils import SchedulerType
 
-from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.training.settings import (
     JobConfig,
     LrScheduler,
@@ -85,11 +84,6 @@ CONTRADICTIONS = [
 def test_a_setting_that_cannot_take_effect_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         TrainConfig.model_validate({"num_epochs": 1, **settings})
-
-
-def test_the_method_decides_on_the_configuration():
-    config = run(job(), job(name="b", adapter={"method": "mixlora", "num_experts": 4}))
-    assert [type(one.adapter) for one in config.jobs] == [LoraConfig, MixLoraConfig]
 
 
 def test_a_run_survives_being_dumped_and_read_again():

@@ -84,20 +84,6 @@ def test_a_damaged_snapshot_is_passed_over_and_named(tmp_path, damage):
     assert str(directory) in fault
 
 
-def test_a_crash_while_writing_leaves_the_snapshot_before(tmp_path, monkeypatch):
-    store = CheckpointStore(tmp_path)
-    write(store, 1)
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(KeyboardInterrupt):
-        write(store, 2)
-    snapshot, faults = store.newest()
-    assert (snapshot.round, faults) == (1, [])
-
-
 @pytest.mark.parametrize(
     "change",
     [

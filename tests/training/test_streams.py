@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
 import loraloom
-from tests.training.running import assert_same_files
+from tests.training.running import assert_same_files, pressing
 from tests.training.saved import run_settings, save_inputs
 
 JOBS = ("plain", "pairs")
@@ -50,12 +48,8 @@ def unbroken(inputs, tmp_path_factory) -> Path:
 
 
 def interrupt(run: dict, rounds: int, **options) -> None:
-    def between_steps(engine, _builder):
-        if engine.round == rounds:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt):
-        loraloom.train(run, between_steps=between_steps, **options)
+        loraloom.train(run, between_steps=pressing(rounds), **options)
 
 
 def test_a_run_goes_on_in_its_streams_as_if_unbroken(inputs, unbroken, tmp_path):

@@ -2,21 +2,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
 import threading
 from contextlib import suppress
 from unittest.mock import Mock
 
 import optuna
 import pytest
-import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from safetensors.torch import load_file
 
 from loraloom.errors import ConfigError
 from loraloom.training.engine import Engine
@@ -26,7 +22,7 @@ from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory
 from loraloom.training.sweep import Sweep, rank_jobs, show_ranking
-from tests.training.running import Spoken, read_metrics
+from tests.training.running import Spoken, assert_same_files, assert_same_metrics, pressing
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import read_result, toy_engine
 
@@ -104,27 +100,15 @@ def test_jobs_beside_a_sweep_train_to_their_end(inputs, tmp_path):
     assert {result.status for result in results} == {"finished"}
 
 
-def without_seconds(lines):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
 def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
     """Interrupted after the fused step in which jobs come to a rung."""
-
-    def interrupt(engine, _):
-        if engine.round == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(KeyboardInterrupt):
-        train(sweep_run(inputs, tmp_path), between_steps=interrupt)
+        train(sweep_run(inputs, tmp_path), between_steps=pressing(4))
     train(sweep_run(inputs, tmp_path), resume=True)
     assert read_csv(tmp_path) == read_csv(halved)
-    for trial in sweep_run(inputs, tmp_path).trials:
-        directory, unbroken = tmp_path / trial.name, halved / trial.name
-        assert without_seconds(read_metrics(directory)) == without_seconds(read_metrics(unbroken))
-        tensors = load_file(directory / "adapter_model.safetensors")
-        expected = load_file(unbroken / "adapter_model.safetensors")
-        assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    names = [trial.name for trial in sweep_run(inputs, tmp_path).trials]
+    assert_same_files(tmp_path, halved, names)
+    assert_same_metrics(tmp_path, halved, names)
 
 
 @pytest.fixture
@@ -233,9 +217,7 @@ def test_a_killed_tpe_sweep_goes_on_to_the_jobs_of_an_unbroken_one(
         journal.write('{"op_code": 5, "torn')
     train(run, resume=True)
     assert read_csv(tmp_path) == read_csv(learned)
-    for row in read_csv(learned):
-        directory, unbroken = tmp_path / row["name"], learned / row["name"]
-        assert without_seconds(read_metrics(directory)) == without_seconds(read_metrics(unbroken))
+    assert_same_metrics(tmp_path, learned, [row["name"] for row in read_csv(learned)])
 
 
 def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):

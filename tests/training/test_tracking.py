@@ -13,14 +13,10 @@ import pytest
 
 from loraloom.training import progress
 from loraloom.training import settings as training_settings
-from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
-from loraloom.training.progress import Progress
-from loraloom.training.settings import RunConfig
-from loraloom.training.store import RunDirectory
 from loraloom.training.tracking import MetricsFile, open_tracker
 from tests.training.running import Spoken
-from tests.training.toy import add_job, toy_config, toy_host, toy_set, toy_tokenizer
+from tests.training.toy import toy_config, toy_engine, toy_set
 
 
 def test_tensorboard_drops_what_a_resumed_job_logs_again(tmp_path):
@@ -109,12 +105,9 @@ def test_wandb_is_offline_unless_the_user_has_told_it_otherwise(fakes, tmp_path,
 
 
 def tracked_engine(directory, tracker, progress=None, **train) -> Engine:
-    host, data = toy_host(), {"task": "skills", "validation_fraction": 0.5}
-    job = add_job(host, toy_config("a", data=data, **train), toy_set(num_validation=2))
-    builder, progress = JobBuilder(host, toy_tokenizer()), progress or Progress()
-    directory = RunDirectory(directory)
-    run = RunConfig(base_model="tiny", output_dir=directory.path, trackers=(tracker,))
-    return Engine(host, [job], builder, directory, progress, run)
+    config = toy_config("a", data={"task": "skills", "validation_fraction": 0.5}, **train)
+    sets = {"a": toy_set(num_validation=2)}
+    return toy_engine(directory, [config], sets, progress=progress, trackers=(tracker,))
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(fakes, tmp_path, monkeypatch):

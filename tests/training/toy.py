@@ -100,17 +100,6 @@ def read_result(directory: Path) -> JobResult:
     return TypeAdapter(JobResult).validate_python(read_json(directory / "result.json"))
 
 
-def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:
-    """Make a training set of toy examples."""
-    return TrainingSet(
-        examples=toy_examples(count, seed, **kinds),
-        validation=toy_examples(num_validation, seed + 1000, first_id=count),
-        portions=(Portion(0, count, 1.0),),
-        report=(f"toy: {count} rows",),
-        seed=seed,
-    )
-
-
 def toy_pairs(
     count: int, seed: int = 0, longest: int = 9, first_id: int = 0
 ) -> list[PreferencePair]:
@@ -132,15 +121,17 @@ def toy_pairs(
     return pairs
 
 
-def toy_pair_set(
-    count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any
+def toy_set(
+    count: int = 16, seed: int = 0, num_validation: int = 0, make: Any = toy_examples, **kinds: Any
 ) -> TrainingSet:
-    """Make a training set of toy pairs."""
+    """Make a training set of toy examples, or of toy pairs."""
+    examples = make(count, seed, **kinds)
+    first_id = sum(len(example.rows) for example in examples)
     return TrainingSet(
-        examples=toy_pairs(count, seed, **kinds),
-        validation=toy_pairs(num_validation, seed + 1000, first_id=2 * count),
+        examples=examples,
+        validation=make(num_validation, seed + 1000, first_id=first_id),
         portions=(Portion(0, count, 1.0),),
-        report=(f"toy: {count} pairs",),
+        report=(f"toy: {count} rows",),
         seed=seed,
     )
 
@@ -176,9 +167,9 @@ def add_job(
     adapter = host.add(config.name, config.adapter, config.seed)
     if random:
         randomise(adapter, config.seed)
-    own_set = toy_pair_set if config.train.objective.learns_from_pairs else toy_set
+    make = toy_pairs if config.train.objective.learns_from_pairs else toy_examples
     reference = load_reference(host, config.train.objective)
-    training_set = training_set or own_set(seed=config.seed)
+    training_set = training_set or toy_set(seed=config.seed, make=make)
     return Job(config, adapter, training_set, reference, make_loss_scale(host))
 
 
