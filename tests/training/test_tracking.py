@@ -14,7 +14,7 @@ import pytest
 from loraloom.training import progress
 from loraloom.training import settings as training_settings
 from loraloom.training.engine import Engine
-from loraloom.training.tracking import MetricsFile, open_tracker
+from loraloom.training.progress import MetricsFile, open_tracker
 from tests.training.running import Spoken
 from tests.training.toy import toy_config, toy_engine, toy_set
 

@@ -75,11 +75,7 @@ class PlayedQueue(list):
 
 
 class PlayedRay:
-    """A cluster that does tasks in this process, when their results are asked for.
-
-    Args:
-        lost: The job whose worker is lost.
-    """
+    """A cluster that does tasks in this process, when asked for results; one job's is lost."""
 
     class exceptions:  # noqa: N801
         RayError = TimeoutError

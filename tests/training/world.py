@@ -25,13 +25,7 @@ _PROCESSES.set_forkserver_preload(["loraloom.training.run"])
 
 
 def run_ranks(num_ranks: int, work: Callable[..., None], *args: Any) -> list[int | None]:
-    """Let so many ranks do a piece of work together, and return their exit codes.
-
-    Args:
-        num_ranks: Processes.
-        work: A module's function; it is given its rank.
-        args: Its further arguments.
-    """
+    """Let ranks do a module's function together, which gets its rank; return their exit codes."""
     with tempfile.TemporaryDirectory() as directory:
         address = f"file://{Path(directory) / 'store'}"
         processes: list[BaseProcess] = [

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from loraloom.adapters.routed import of_experts
 from loraloom.cli.options import HostOptions
-from loraloom.config.data import Scoring, TaskName, is_skills, is_task_file
+from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
 from loraloom.generation.loading import check_sources, load_host
@@ -115,7 +115,7 @@ def combine(output: Path, /, *, options: Annotated[CombineOptions, Parameter(nam
 
 def _source(host: Host, name: str, data: str, scoring: Scoring) -> Mapping[str, Any]:
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
-    if is_task_file(data) or is_skills(data) or data in get_args(TaskName):
+    if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
         return {"task": data, "scoring": scoring}
     form = host.adapter(name).prompt
     if form is None or form.format == "task":

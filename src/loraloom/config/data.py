@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from jinja2 import Environment, TemplateError, meta, nodes
 from pydantic import AfterValidator, Field, WithJsonSchema
@@ -102,12 +102,13 @@ def is_task_file(task: str) -> bool:
     return PurePath(task).suffix.lower() in (".yaml", ".yml")
 
 
-def is_skills(task: str) -> bool:
-    """Whether a task is `skills`, `skills@N`: its rules in N lands, or `skills@KofN`: in one."""
-    match = re.fullmatch(r"skills(@((?P<land>\d+)of)?([1-9]\d?|[1-5]\d\d|600))?", task, re.ASCII)
-    return match is not None and (
-        match["land"] is None or 1 <= int(match["land"]) <= (num_lands(task) or 0)
-    )
+def skills_lands(task: str) -> dict[str, int | None] | None:
+    """N and K of `skills@KofN`, both, one or none of which is given; None for another task."""
+    number = r"(?P<num_lands>[1-9]\d?|[1-5]\d\d|600)"
+    match = re.fullmatch(rf"skills(@((?P<land>\d+)of)?{number})?", task, re.ASCII)
+    if match is None or not 1 <= int(match["land"] or 1) <= int(match["num_lands"] or 1):
+        return None
+    return {name: number and int(number) for name, number in match.groupdict().items()}
 
 
 def is_file_of_test(dataset: str | None) -> bool:
@@ -119,28 +120,19 @@ def _is_file(dataset: str | None) -> bool:
     return dataset is not None and _DATA_FILE.fullmatch(dataset) is not None
 
 
-def num_lands(task: str) -> int | None:
-    """N of `skills@N` and `skills@KofN`; None for `skills`."""
-    return int(task.rpartition("@")[2].rpartition("of")[2]) if "@" in task else None
-
-
-def land_of(task: str) -> int | None:
-    """K of `skills@KofN`, from 1; None for all lands."""
-    return int(task.rpartition("@")[2].partition("of")[0]) if "of" in task else None
-
-
 def task_name(task: str) -> str:
     """What results call a task: the name of a built-in one, the stem of a file."""
     return PurePath(task).stem if is_task_file(task) else task
 
 
-def default_scoring(task: str | None) -> Scoring | None:
-    """The scoring of a task where none is given; None: a task file's own, or there is no task."""
+def default_scoring(fields: Mapping[str, Any]) -> Scoring | None:
+    """The scoring where none is given; None: a task file's own, or there is no task."""
+    task = fields.get("task")
     return None if task is None or is_task_file(task) else "label"
 
 
 def check_task(task: str) -> str:
-    if task in (names := get_args(TaskName)) or is_task_file(task) or is_skills(task):
+    if task in (names := get_args(TaskName)) or is_task_file(task) or skills_lands(task):
         return task
     raise ConfigError(
         f"task must be one of {', '.join(names)}, skills@N (N up to {MAX_LANDS}), skills@KofN "
@@ -240,9 +232,7 @@ class _SourceFields(StrictModel):
     A relative path starts where the command runs."""
     split: str | None = Field(default=None, min_length=1)
     """Split to read; train by default, validation for validation data."""
-    scoring: Scoring | None = Field(
-        default_factory=lambda fields: default_scoring(fields.get("task"))
-    )
+    scoring: Scoring | None = Field(default_factory=default_scoring)
     """Task: whether the answer is the choice's label or its own text.
 
     label by default; a task file has a default of its own."""

@@ -29,9 +29,6 @@ def check_device(device: str) -> str:
     return device
 
 
-Device = Annotated[str, AfterValidator(check_device)]
-
-
 # How the base model's weights are kept in fewer bits: by bitsandbytes (QLoRA's NF4 or FP4, with
 # scales in 8 bits, or LLM.int8), or by torchao, weights only.
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8"]
@@ -47,7 +44,7 @@ class BaseModelConfig(StrictModel):
     none, and on a CPU that multiplies 16 bits slowly. Adapters are kept in float32."""
     quantization: Quantization | None = None
     """Keep the base model's weights in 4 or 8 bits; null: as they are."""
-    device: Device = "auto"
+    device: Annotated[str, AfterValidator(check_device)] = "auto"
     """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
     attn_implementation: AttnImplementation | None = None
     """How transformers computes attention; null for its own choice."""

@@ -20,8 +20,6 @@ from loraloom.config.fields import CheckInfo, StrictModel, checked
 from loraloom.config.text import read_settings
 
 Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
-
-
 Texts = Text | Annotated[tuple[Text, ...], Field(min_length=2)]
 
 

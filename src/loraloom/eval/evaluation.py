@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import Scoring, SourceConfig, is_skills
+from loraloom.config.data import Scoring, SourceConfig, skills_lands
 from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, TokenPair
@@ -235,13 +235,13 @@ def load_question_sets(
 ) -> list[QuestionSet]:
     check_limit(limit)
     _check_differ("tasks", [find_task(task).name for task in tasks])
-    reading = [find_task(task).name for task in tasks if not is_skills(task)]  # no generated ones
+    reading = [find_task(one).name for one in tasks if not skills_lands(one)]  # no generated ones
     # several must not all read the data of one
     several = reading if data is not None and len(reading) > 1 else ()
     if absent := [name for name in several if not (local_path(data or "", "data") / name).is_dir()]:
         needed = f"data must be a directory with one for each of several tasks, got {data}"
         raise ConfigError(f"{needed} without {', '.join(absent)}")
-    places = {task: None if reading and is_skills(task) else data for task in tasks}
+    places = {task: None if reading and skills_lands(task) else data for task in tasks}
     return [load_question_set(task, scoring, split, places[task], limit) for task in tasks]
 
 

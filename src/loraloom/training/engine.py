@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
 from loraloom.models.host import Host
+from loraloom.training import store
 from loraloom.training.builder import JobBuilder
 from loraloom.training.job import Job, JobResult, Status
 from loraloom.training.progress import Interruption, Progress, Reporter
@@ -20,13 +22,6 @@ from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.settings import RunConfig
 from loraloom.training.step import batch, fused, objectives
 from loraloom.training.step.optimizers import frozen_tensors
-from loraloom.training.store import (
-    Checkpoint,
-    JobRecord,
-    RunDirectory,
-    check_same_run,
-    describe_base,
-)
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +38,7 @@ class Engine:
         host: Host,
         jobs: Sequence[Job],
         builder: JobBuilder,
-        directory: RunDirectory,
+        directory: store.RunDirectory,
         progress: Progress,
         run: RunConfig,
         environment: Mapping[str, Any] | None = None,
@@ -51,7 +46,7 @@ class Engine:
         self.host = host
         self.jobs: dict[str, Job] = {}  # those that train, by name
         self.round = 0  # rounds done
-        self._records: dict[str, JobRecord] = {}  # of every job of the run, in their order
+        self._records: dict[str, store.JobRecord] = {}  # of every job of the run, in their order
         self.builder = builder
         self._directory = directory
         self._environment = dict(environment or {})
@@ -120,7 +115,7 @@ class Engine:
                 # Another job that was held at it may have gone with it since this one was built.
                 objectives.load_reference(self.host, job.config.train.objective)
                 if checkpoint is not None:
-                    check_same_run(checkpoint, [job.config], describe_base(self.host))
+                    store.check_same_run(checkpoint, [job.config], store.describe_base(self.host))
                     self._check_inputs(checkpoint, [job])
                     self._go_on(job, checkpoint)
                 elif self._is_first:
@@ -150,11 +145,8 @@ class Engine:
     def step(self) -> None:
         turns: list[Turn] = []
         for job in list(self.jobs.values()):
-            try:
-                with self.host.ranks.together():  # what one rank can't read fails on all
-                    turns.append((job, job.micro_batch()))
-            except Exception as error:
-                self._fail(job, error)
+            with self._failing_alone(job):
+                turns.append((job, job.micro_batch()))
         if not turns:
             return
         turns = choose_turns(turns, self._run.max_tokens_per_step)
@@ -165,12 +157,9 @@ class Engine:
         outcomes = self._runner.run([micro_batch for _, micro_batch in turns])
         self.round += 1
         for (job, micro_batch), outcome in zip(turns, outcomes, strict=True):
-            try:
-                with self.host.ranks.together():
-                    metrics = job.accept(micro_batch, outcome)
-            except Exception as error:
-                self._fail(job, error)
-                continue
+            metrics = None
+            with self._failing_alone(job):
+                metrics = job.accept(micro_batch, outcome)
             if metrics is not None:
                 self._reporter.step(job, metrics, self.seconds)
                 save_steps = job.config.train.save_steps
@@ -187,16 +176,12 @@ class Engine:
         if faults and len(faults) == len(outcomes):
             self._runner.raise_if_general(faults[0])
         for job, outcome in zip(sound, outcomes, strict=True):
-            try:
-                with self.host.ranks.together():
-                    if isinstance(outcome, Exception):
-                        raise outcome
-                    if job.take_evaluation(outcome) and self._is_first:
-                        self._write_best(job)
-            except Exception as error:
-                self._fail(job, error)
-                continue
-            self._reporter.evaluation(job, outcome, self.seconds)
+            with self._failing_alone(job):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                if job.take_evaluation(outcome) and self._is_first:
+                    self._write_best(job)
+                self._reporter.evaluation(job, outcome, self.seconds)
         self._is_checkpoint_due = True
 
     def _write_best(self, job: Job) -> None:
@@ -248,9 +233,9 @@ class Engine:
             for name, record in self._records.items()
         }
         journal_bytes = journal.stat().st_size if journal.exists() else 0
-        base = describe_base(self.host)
+        base = store.describe_base(self.host)
         sizes = journal_bytes, self._runner.max_tokens
-        checkpoint = Checkpoint(self.round, self.seconds, base, records, *sizes)
+        checkpoint = store.Checkpoint(self.round, self.seconds, base, records, *sizes)
         keep = self._run.keep_snapshots if states else 1
         self._directory.write_checkpoint(checkpoint, states, keep=keep)
 
@@ -258,7 +243,7 @@ class Engine:
         if self._is_checkpoint_due:
             self.save_state()
 
-    def begin(self, checkpoint: Checkpoint | None) -> None:
+    def begin(self, checkpoint: store.Checkpoint | None) -> None:
         """Go on from a checkpoint, whose done jobs are not on the host, or write the first one."""
         if checkpoint is None:
             return self.save_state()
@@ -277,10 +262,10 @@ class Engine:
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
 
-    def _own_checkpoint(self, name: str) -> Checkpoint | None:
+    def _own_checkpoint(self, name: str) -> store.Checkpoint | None:
         return self._directory.newest_checkpoint([name])[0] if self._directory.by_job else None
 
-    def _check_inputs(self, checkpoint: Checkpoint, jobs: Sequence[Job]) -> None:
+    def _check_inputs(self, checkpoint: store.Checkpoint, jobs: Sequence[Job]) -> None:
         changed = []
         for job in jobs:
             # Checkpoints of older versions have no hashes.
@@ -293,7 +278,7 @@ class Engine:
                 f"{'; '.join(changed)}; put it back, or give --overwrite to begin again"
             )
 
-    def _go_on(self, job: Job, checkpoint: Checkpoint) -> None:
+    def _go_on(self, job: Job, checkpoint: store.Checkpoint) -> None:
         try:
             state = checkpoint.load_state(job.name)
             if state is not None:
@@ -312,6 +297,15 @@ class Engine:
         if (fault := job.find_fault_of_weights()) is not None:
             self._fail(job, fault)
         return fault is None
+
+    @contextmanager
+    def _failing_alone(self, job: Job) -> Iterator[None]:
+        """End a job by what it raises; what fails on one rank fails on all."""
+        try:
+            with self.host.ranks.together():
+                yield
+        except Exception as error:
+            self._fail(job, error)
 
     def _fail(self, job: Job, error: Exception) -> None:
         reason = str(error)
@@ -361,7 +355,8 @@ class Engine:
         self.jobs[job.name] = job
         inputs = self.builder.input_digests(job)
         settings = job.config.model_dump(mode="json")
-        self._records[job.name] = JobRecord(settings, joined_later=joined_later, inputs=inputs)
+        record = store.JobRecord(settings, joined_later=joined_later, inputs=inputs)
+        self._records[job.name] = record
 
 
 def peak_memory_bytes() -> dict[str, int]:

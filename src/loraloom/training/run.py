@@ -16,6 +16,7 @@ from loraloom.config.fields import checked
 from loraloom.config.text import local_path
 from loraloom.errors import ConfigError, plain
 from loraloom.models.host import Host
+from loraloom.training import store
 from loraloom.training.builder import Base, JobBuilder, load_base
 from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
@@ -23,13 +24,6 @@ from loraloom.training.job import JobResult
 from loraloom.training.parallel import choose_device, joined_ranks, read_launch
 from loraloom.training.progress import Progress
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
-from loraloom.training.store import (
-    Checkpoint,
-    RunDirectory,
-    as_of_now,
-    check_same_run,
-    describe_base,
-)
 
 # Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
 BetweenSteps = Callable[[Engine, JobBuilder], None]
@@ -92,7 +86,7 @@ def train(
     if watch is not None:
         watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
-    directory = RunDirectory(run.output_dir, by_job=ray is not None)
+    directory = store.RunDirectory(run.output_dir, by_job=ray is not None)
     directory.check_sources(run.all_jobs)
     with ExitStack() as stack:
         if launch.rank == 0:
@@ -106,12 +100,8 @@ def train(
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
-        if base is not None:
-            stack.enter_context(_borrowed(base[0]))
         host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
-        if host.device.type == "cuda":  # whose memory `memory_limit` bounds for the process
-            whole = torch.cuda.set_per_process_memory_fraction
-            stack.callback(whole, 1.0, host.device)
+        stack.enter_context(_borrowed(host))
         host.ranks = ranks
         parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)
         engine, checkpoint = set_up(*parts, resume=resume)
@@ -129,8 +119,7 @@ def train(
             sweep = Sweep(run, engine, directory, progress, begun)
             callbacks.append(sweep.between_steps)
         if watch is not None:
-            inbox = Inbox(watch, engine, progress.message)
-            callbacks.append(inbox.between_steps)
+            callbacks.append(Inbox(watch, engine, progress.message).between_steps)
         results = engine.run(*callbacks)
         if sweep is not None:
             sweep.conclude()
@@ -141,7 +130,7 @@ def train(
 def _borrowed(host: Host) -> Iterator[None]:
     """Give a host back as it was; after an error or a signal, without the run's adapters."""
     names, before = set(host.adapters), (host.ranks, host.gradient_checkpointing)
-    is_on_cuda = host.device.type == "cuda"
+    is_on_cuda = host.device.type == "cuda"  # whose memory `memory_limit` bounds for the process
     share = torch.cuda.get_per_process_memory_fraction(host.device) if is_on_cuda else 1.0
     try:
         yield
@@ -159,19 +148,19 @@ def set_up(
     run: RunConfig,
     configs: Sequence[JobConfig],
     base: Base,
-    directory: RunDirectory,
+    directory: store.RunDirectory,
     progress: Progress,
     command: str,
     *,
     resume: bool,
-) -> tuple[Engine, Checkpoint | None]:
+) -> tuple[Engine, store.Checkpoint | None]:
     """Build a run's jobs, those that had joined it too, and give the checkpoint to begin from."""
     host, tokenizer = base
     builder, checkpoint, lines = JobBuilder(host, tokenizer), None, list[str]()
     if resume:
         checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
         if checkpoint is not None:
-            check_same_run(checkpoint, run.all_jobs, describe_base(host))
+            store.check_same_run(checkpoint, run.all_jobs, store.describe_base(host))
         elif lines:
             raise ConfigError("\n".join([*lines, "--resume needs a whole one, there is none"]))
     done = set() if checkpoint is None else checkpoint.done
@@ -188,7 +177,7 @@ def set_up(
                 continue
             kept[name] = record
             if name not in first and record.result is None:
-                settings = as_of_now(record.settings)
+                settings = store.as_of_now(record.settings)
                 config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
                 jobs.append(builder.build(config))
         checkpoint = replace(checkpoint, jobs=kept)

@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Un
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator
 from typing_extensions import override
 
-from loraloom.adapters import (
-    CONFIGS,
-    AnyAdapterConfig,
-    any_method,
-    take_entries,
-    when_registered,
-)
+from loraloom import adapters
 from loraloom.adapters.keys import Pattern
 from loraloom.config.data import (
     BETA,
@@ -251,9 +245,7 @@ class EvaluationConfig(StrictModel):
     """Directory that holds its data, or a directory of such directories; None for the hub."""
     split: str = Field(default="validation", min_length=1)
     """Split to score. Test splits are reported, they never select the weights."""
-    scoring: Scoring | None = Field(
-        default_factory=lambda fields: default_scoring(fields.get("task"))
-    )
+    scoring: Scoring | None = Field(default_factory=default_scoring)
     """Score the choice's label or its own text; label by default, a task file has its own."""
     limit: int | None = Field(default=None, ge=1)
     """Score the first so many questions only."""
@@ -263,8 +255,9 @@ class EvaluationConfig(StrictModel):
         return f"eval/{task_name(self.task)}/accuracy"
 
 
-for _section, _models in (("adapter", CONFIGS), ("data", [DataConfig]), ("train", [TrainConfig])):
-    HOMES |= dict.fromkeys((key for model in _models for key in model.model_fields), _section)
+HOMES |= dict.fromkeys((key for one in adapters.CONFIGS for key in one.model_fields), "adapter")
+HOMES |= dict.fromkeys(DataConfig.model_fields, "data")
+HOMES |= dict.fromkeys(TrainConfig.model_fields, "train")
 
 
 class JobConfig(StrictModel):
@@ -276,7 +269,7 @@ class JobConfig(StrictModel):
     """Seed of the initial weights, the order of the data, dropout and jitter."""
     priority: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Share of the computed tokens, against other jobs', where max_tokens_per_step bounds steps."""
-    adapter: AnyAdapterConfig
+    adapter: adapters.AnyAdapterConfig
     """Method and size of the adapter."""
     start_from: str | dict[str, float] | None = None
     """Adapter to start from, by directory or hub id, of the same method and size; or several LoRAs
@@ -451,7 +444,7 @@ class RunConfig(BaseModelConfig):
 def _build_again() -> None:
     any_objective: Any = Union[tuple(OBJECTIVES)]  # noqa: UP007
     TrainConfig.model_fields["objective"].annotation = any_objective
-    JobConfig.model_fields["adapter"].annotation = any_method()
+    JobConfig.model_fields["adapter"].annotation = adapters.any_method()
     for model in (TrainConfig, JobConfig, RunConfig):
         model.model_rebuild(force=True)
 
@@ -485,8 +478,8 @@ def register_objective(config: _OBJECTIVE) -> _OBJECTIVE:
 
 
 _build_again()  # with methods that were registered before this was imported
-when_registered(_build_again)
-take_entries("loraloom.objectives", lambda config, package: register_objective(config))
+adapters.when_registered(_build_again)
+adapters.take_entries("loraloom.objectives", lambda config, package: register_objective(config))
 
 
 def load_run_config(
@@ -507,7 +500,7 @@ def load_job_config(path: str | Path) -> JobConfig:
 
 
 def _other_names() -> dict[str, str]:
-    return {name: ours for config in CONFIGS for name, ours in config.aliases.items()}
+    return {name: ours for config in adapters.CONFIGS for name, ours in config.aliases.items()}
 
 
 def schema() -> dict[str, Any]:

@@ -40,13 +40,14 @@ from loraloom.formats.files import write_adapter
 from loraloom.models.host import Host
 from loraloom.training.job import RESULT_FILE, Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, OptimizerConfig
-from loraloom.training.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
 
 MANIFEST = "manifest.json"
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIRECTORY = "tensorboard"
 _NUMBERED = re.compile(r"snapshot-([0-9]{1,18})")
 _JOB_ENTRIES = (
     *SAVED_FILES,
-    *(METRICS_FILE, RESULT_FILE, "checkpoints", TENSORBOARD_DIRECTORY, WANDB_DIRECTORY),
+    *(METRICS_FILE, RESULT_FILE, "checkpoints", TENSORBOARD_DIRECTORY, "wandb"),
 )
 # Older versions noted more of a job.
 _CHECKED = ConfigDict(extra="ignore", allow_inf_nan=False)

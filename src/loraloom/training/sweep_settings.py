@@ -60,14 +60,10 @@ def distribution_of(values: Any) -> BaseDistribution:
     )
 
 
-def _check_values(values: Any) -> Any:
-    distribution_of(values)
-    return values
-
-
 # Values to try, or a range to draw from.
 Parameter = Annotated[
-    tuple[Any, ...] | dict[str, tuple[int | float, int | float]], BeforeValidator(_check_values)
+    tuple[Any, ...] | dict[str, tuple[int | float, int | float]],
+    BeforeValidator(lambda values: distribution_of(values) and values),
 ]
 
 

@@ -16,7 +16,7 @@ from string import ascii_uppercase
 from types import MappingProxyType
 from typing import Any, get_args
 
-from loraloom.config.data import Scoring, check_task, is_skills, is_task_file, land_of, num_lands
+from loraloom.config.data import Scoring, check_task, is_task_file, skills_lands
 from loraloom.config.fields import check_name
 from loraloom.config.task import TaskConfig, load_task_config
 from loraloom.config.text import local_path
@@ -81,9 +81,8 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 def find_task(name: str) -> ChoiceTask:
     if is_task_file(check_task(name)):
         return _load_task(local_path(name, "a task's file"))
-    if is_skills(name):
-        where = {"num_lands": num_lands(name), "land": land_of(name)}
-        generate = partial(generate_skills, **where)
+    if (lands := skills_lands(name)) is not None:
+        generate = partial(generate_skills, **lands)
         return replace(_built_in("skills"), name=name, source=generate)
     return _built_in(name)
 
