@@ -13,17 +13,14 @@ Pair = tuple[str, Any, str, Any]
 
 def pairwise(
     factors: Mapping[str, Sequence[Any]],
-    is_possible: Callable[[Case], bool] = lambda _: True,
-    *,
-    seed: int = 0,
-    tries: int = 40,
+    is_possible: Callable[[Case], bool],
 ) -> list[Case]:
-    """Draw cases until each possible pair of values occurs in one; the same for the same seed.
+    """Draw cases until each possible pair of values occurs in one; they are always the same.
 
     Each new case begins with a pair that is still missing; of several random completions it is
     the one that adds most pairs (AETG, Cohen et al. 1997).
     """
-    generator = random.Random(seed)
+    generator = random.Random(0)
     missing = {
         (first, a, second, b)
         for first, second in combinations(factors, 2)
@@ -33,7 +30,7 @@ def pairwise(
     cases: list[Case] = []
     while missing:
         first, a, second, b = min(missing, key=str)
-        drawn = [_draw(factors, {first: a, second: b}, generator) for _ in range(tries)]
+        drawn = [_draw(factors, {first: a, second: b}, generator) for _ in range(40)]
         possible = [case for case in drawn if is_possible(case)]
         if not possible:  # the pair can't occur
             missing.remove((first, a, second, b))

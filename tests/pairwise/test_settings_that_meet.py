@@ -38,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mixlora": {"method": "mixlora", "rank": 2, "num_experts": 4},
     "mixdora": {"method": "mixlora", "rank": 2, "num_experts": 3, "weight_decomposition": True},
 }
+for _name in METHODS.keys() - {"vera"}:
+    METHODS[_name]["alpha"] = 4
 AUXILIARY = {
     "mola": ("router_aux_loss_coef",),
     "loramoe": ("balance_coef",),
@@ -127,9 +129,7 @@ def _job(directory: Path, case: Case, number: int) -> dict[str, Any]:
 
 
 def _adapter(case: Case) -> dict[str, Any]:
-    adapter = {"alpha": 4, "dropout": case["dropout"], **METHODS[case["method"]]}
-    if case["method"] == "vera":
-        del adapter["alpha"]
+    adapter = {"dropout": case["dropout"], **METHODS[case["method"]]}
     if case["micro_batch_size"] < 4:
         adapter |= dict.fromkeys(AUXILIARY.get(case["method"], ()), 0.0)
     return adapter
@@ -202,7 +202,7 @@ def directory(tmp_path_factory) -> Path:
         build_tokenizer().save_pretrained(directory / family)
         host = loraloom.attach(model)
         for seed, (method, adapter) in enumerate(METHODS.items()):
-            config = loraloom.adapters.parse_adapter_config(_adapter_of_start(adapter))
+            config = loraloom.adapters.parse_adapter_config(adapter)
             randomise(host.add(method, config, seed=seed), seed)
             host.save(method, directory / f"{family}-{method}")
     assert run_ranks(2, _be_rank, directory) == [0, 0]
@@ -210,10 +210,6 @@ def directory(tmp_path_factory) -> Path:
         if run[2] != "two ranks":
             _train(directory, run)
     return directory
-
-
-def _adapter_of_start(adapter: dict[str, Any]) -> dict[str, Any]:
-    return adapter if adapter["method"] == "vera" else {"alpha": 4, **adapter}
 
 
 def test_each_two_settings_meet():

@@ -187,15 +187,6 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(tmp_path, unbroken, sto
     assert_same_metrics(tmp_path, unbroken, list(sets))
 
 
-def test_ctrl_c_in_the_middle_of_a_step_saves_its_half_done_gradient(tmp_path):
-    config = toy_config("a", batch_size=4, micro_batch_size=1)
-    interrupted(toy_engine(tmp_path, [config]), after_round=6)
-    engine = resumed(tmp_path, [config], {})
-    position = engine.jobs["a"].position
-    assert (position.step, position.micro_step) == (1, 2)
-    assert engine.jobs["a"].parameters["layers.0.self_attn.q_proj.lora_B"].grad is not None
-
-
 def test_a_job_that_joins_trains_as_it_does_from_the_start(tmp_path):
     configs, sets = matrix(max_steps=8)
     together = trained_weights(toy_engine(tmp_path / "together", configs, sets))

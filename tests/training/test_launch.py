@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.training.parallel import Launch, choose_device, read_launch
+from loraloom.training.run import Launch, choose_device, read_launch
 from loraloom.training.settings import RunConfig
 from tests.training.toy import toy_config
 

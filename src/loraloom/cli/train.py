@@ -21,7 +21,6 @@ from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training import run as training
 from loraloom.training.inbox import WatchOptions
 from loraloom.training.job import JobResult
-from loraloom.training.parallel import read_launch
 from loraloom.training.progress import Progress
 from loraloom.training.settings import RunConfig, load_run_config
 
@@ -71,7 +70,7 @@ def train(
         run_file: A base model and its jobs.
     """
     run = load_run_config(run_file, overrides)
-    console = make_console(quiet=read_launch().rank > 0)
+    console = make_console(quiet=training.read_launch().rank > 0)
     results = training.train(
         run,
         resume=options.resume,

@@ -108,7 +108,7 @@ def skills_lands(task: str) -> dict[str, int | None] | None:
     match = re.fullmatch(rf"skills(@((?P<land>\d+)of)?{number})?", task, re.ASCII)
     if match is None or not 1 <= int(match["land"] or 1) <= int(match["num_lands"] or 1):
         return None
-    return {name: number and int(number) for name, number in match.groupdict().items()}
+    return {name: int(one) if one else None for name, one in match.groupdict().items()}
 
 
 def is_file_of_test(dataset: str | None) -> bool:

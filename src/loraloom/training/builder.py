@@ -132,11 +132,9 @@ class JobBuilder:
                 reference = objectives.load_reference(host, config.train.objective)
                 training_set, adapter.prompt = self._data.training_set(config)
                 _check_lengths(config, training_set, host.config.max_position_embeddings)
-                job = Job(
-                    config, adapter, training_set, reference, optimizers.make_loss_scale(host)
-                )
-                job.questions |= {one: self._data.questions(one) for one in config.eval}
-                return job
+                questions = {one: self._data.questions(one) for one in config.eval}
+                scale = optimizers.make_loss_scale(host)
+                return Job(config, adapter, training_set, reference, scale, questions)
         except BaseException:
             for name in host.adapters.keys() - before:
                 host.remove(name)

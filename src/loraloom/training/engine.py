@@ -268,7 +268,6 @@ class Engine:
     def _check_inputs(self, checkpoint: store.Checkpoint, jobs: Sequence[Job]) -> None:
         changed = []
         for job in jobs:
-            # Checkpoints of older versions have no hashes.
             saved = checkpoint.jobs[job.name].inputs if job.name in checkpoint.jobs else {}
             now = self.builder.input_digests(job)
             changed += [f"job {job.name}: {k}" for k, v in now.items() if saved.get(k, v) != v]

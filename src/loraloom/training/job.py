@@ -52,6 +52,7 @@ class Job:
     training_set: TrainingSet | StreamedSet
     reference: Reference | None = None
     loss_scale: optimizers.LossScale | None = None
+    questions: dict[EvaluationConfig, list[ChoiceQuestion]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         train, metric = self.config.train, self.config.selection_metric
@@ -73,7 +74,6 @@ class Job:
         self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
         self.parameters = dict(self.adapter.named_parameters())
-        self.questions: dict[EvaluationConfig, list[ChoiceQuestion]] = {}
         self._window: tuple[int, batch.Window] | None = None
         self._proven: list[Tensor] | None = None
 

@@ -46,7 +46,22 @@ class RoundRunner:
     max_tokens: int | None = None  # of a forward, with padding, since memory ran out
 
     def __post_init__(self) -> None:
-        check_limit(self.host, self.memory_limit)
+        host, limit = self.host, self.memory_limit
+        if limit is None:
+            return
+        used = _LEARNING_COPIES * num_bytes(host.adapters.values())
+        if host.device.type == "cuda":
+            total = torch.cuda.mem_get_info(host.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), host.device)
+            used += torch.cuda.memory_allocated(host.device)
+        else:
+            used += psutil.Process().memory_info().rss
+        if used >= limit:
+            raise ConfigError(
+                "memory_limit must hold what is loaded and what optimizers keep, "
+                f"{used / 1e9:.2f} GB, got {limit / 1e9:.2f} GB; raise it, quantize the base "
+                "model, or train fewer jobs at once"
+            )
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss | TrainingError]:
         faults: list[Exception] = []
@@ -186,24 +201,6 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
             chosen.append((job, batch))
     names = {job.name for job, _ in chosen}
     return [(job, batch) for job, batch in turns if job.name in names]
-
-
-def check_limit(host: Host, limit: int | None) -> None:
-    if limit is None:
-        return
-    used = _LEARNING_COPIES * num_bytes(host.adapters.values())
-    if host.device.type == "cuda":
-        total = torch.cuda.mem_get_info(host.device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), host.device)
-        used += torch.cuda.memory_allocated(host.device)
-    else:
-        used += psutil.Process().memory_info().rss
-    if used >= limit:
-        raise ConfigError(
-            f"memory_limit must hold what is loaded and what optimizers keep, {used / 1e9:.2f} GB, "
-            f"got {limit / 1e9:.2f} GB; raise it, quantize the base model, or train fewer jobs at "
-            "once"
-        )
 
 
 def free_bytes(limit: int | None) -> int:

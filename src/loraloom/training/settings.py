@@ -412,10 +412,9 @@ class RunConfig(BaseModelConfig):
         assert self.sweep is not None
         settings: Any = self.sweep.job
         if isinstance(settings, str):
-            templates = [job for job in self.jobs if job.name == settings]
-            if not templates:
+            template = next((job for job in self.jobs if job.name == settings), None)
+            if template is None:
                 raise ConfigError(f"sweep.job must be settings or the name of a job: {settings!r}")
-            template = templates[0]
             settings = template.model_dump(mode="json", exclude_unset=True)
             # Unset where Python's classes say it.
             settings["adapter"]["method"] = template.adapter.method
