@@ -97,14 +97,14 @@ def check_data(run: RunConfig) -> None:
     """Read the data of a run's first jobs without a base model, to find faults in it."""
     data = JobData(load_tokenizer(run.base_model))
     for config in run.first_jobs:
-        with _naming(config):
+        with naming(config):
             data.training_set(config)
             for one in config.eval:
                 data.questions(one)
 
 
 @contextmanager
-def _naming(config: JobConfig) -> Iterator[None]:
+def naming(config: JobConfig) -> Iterator[None]:
     try:
         yield
     except LoraloomError as error:
@@ -123,7 +123,7 @@ class JobBuilder:
     def build(self, config: JobConfig) -> Job:
         host, before = self._host, set(self._host.adapters)
         try:
-            with _naming(config):
+            with naming(config):
                 if config.train.packing:
                     check_takes_packed_rows(host.config)
                 adapter = host.add(config.name, config.adapter, config.seed)

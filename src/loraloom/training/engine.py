@@ -15,7 +15,7 @@ import torch
 from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
 from loraloom.models.host import Host
 from loraloom.training import store
-from loraloom.training.builder import JobBuilder
+from loraloom.training.builder import JobBuilder, naming
 from loraloom.training.job import Job, JobResult, Status
 from loraloom.training.progress import Interruption, Progress, Reporter
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
@@ -278,15 +278,13 @@ class Engine:
             )
 
     def _go_on(self, job: Job, checkpoint: store.Checkpoint) -> None:
-        try:
+        with naming(job.config):
             state = checkpoint.load_state(job.name)
             if state is not None:
                 job.load_state_dict(state)
                 self.host.ranks.keep_at_first(job.parameters.values())
             if self._is_first:
                 self._directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
-        except LoraloomError as error:
-            raise ConfigError(f"job {job.name}: {error}") from error
 
     def _must_end(self) -> bool:
         # Signals come to the ranks one after the other.
