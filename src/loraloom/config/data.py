@@ -103,7 +103,7 @@ def is_task_file(task: str) -> bool:
 
 
 def skills_lands(task: str) -> dict[str, int | None] | None:
-    """N and K of `skills@KofN`, both, one or none of which is given; None for another task."""
+    """N and K of `skills@KofN`; K, or both, may be missing. None for another task."""
     number = r"(?P<num_lands>[1-9]\d?|[1-5]\d\d|600)"
     match = re.fullmatch(rf"skills(@((?P<land>\d+)of)?{number})?", task, re.ASCII)
     if match is None or not 1 <= int(match["land"] or 1) <= int(match["num_lands"] or 1):
