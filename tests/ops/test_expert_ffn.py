@@ -122,7 +122,7 @@ def test_pieces_do_not_change_the_result(ffn, shape, decomposed, num_tokens, mon
     gate = torch.empty(num_tokens, 6)
     blocks = list(slot_pieces.masked_pieces(case.selected.T, None, 8, 2, gate))
     assert len(blocks) == 2 * -(-num_tokens // 64)
-    groups = list(slot_pieces.sorted_pieces(case.selected.T, 4, 2, 2, gate))
+    _, groups = slot_pieces.sorted_pieces(case.selected.T, 4, 2, 2, gate)
     assert sum(len(piece.rows) for piece in groups) == 2 * num_tokens
     assert max(len(piece.rows) for piece in groups) <= 64
     assert_same(ffn, lambda: run(expert_ffn, case), case)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.low_rank import decompose_rows, excess_of, product_over_tokens
+from loraloom.ops.low_rank import add_product_over_tokens_, decompose_rows, excess_of
 from loraloom.ops.slot_pieces import Piece, Slots, Total
 
 
@@ -25,11 +25,11 @@ class GroupedDown(torch.autograd.Function):
         ctx.save_for_backward(hidden_states, lora_A, keep)
         ctx.dropout, ctx.slots = dropout, slots
         dropped = apply_keep_mask(hidden_states, keep)
-        parts = _parts(lora_A, slots)
-        low_rank = hidden_states.new_zeros(slots.experts.numel(), len(parts) * slots.columns)
+        parts = _by_group(lora_A, slots)
+        low_rank = hidden_states.new_zeros(slots.experts.numel(), parts.shape[1])
         for piece in slots.by_group:
             if piece.columns is not None:
-                rows = piece.take(dropped) @ piece.of_experts(parts).flatten(0, 1).T
+                rows = piece.take(dropped) @ parts[piece.group].T
                 piece.add_rank(low_rank, piece.keep_rank(rows))
         return low_rank if keep is None else low_rank * (1 / (1 - dropout))
 
@@ -39,20 +39,20 @@ class GroupedDown(torch.autograd.Function):
         hidden_states, lora_A, keep = ctx.saved_tensors
         dropped = apply_keep_mask(hidden_states, keep)
         grad = grad if keep is None else grad * (1 / (1 - ctx.dropout))
-        parts = _parts(lora_A, ctx.slots)
+        parts = _by_group(lora_A, ctx.slots)
         grad_hidden = torch.zeros_like(hidden_states) if ctx.needs_input_grad[0] else None
-        grad_A = zeros_for_gradient(lora_A)
-        grad_parts = _parts(grad_A, ctx.slots)
+        grad_parts = zeros_for_gradient(parts)
         for piece in ctx.slots.by_group:
             if piece.columns is None:
                 continue
             rows = piece.keep_rank(piece.take_rank(grad))
             if grad_hidden is not None:
-                piece.add(grad_hidden, rows @ piece.of_experts(parts).flatten(0, 1))
-            own = piece.of_experts(grad_parts)
-            own += product_over_tokens(rows, piece.take(dropped)).view(own.shape)
+                piece.add(grad_hidden, rows @ parts[piece.group])
+            add_product_over_tokens_(grad_parts[piece.group], rows, piece.take(dropped))
         if grad_hidden is not None:
             grad_hidden = apply_keep_mask(grad_hidden, keep)
+        width = ctx.slots.columns
+        grad_A = grad_parts.unflatten(1, (-1, width)).transpose(0, 1).reshape(lora_A.shape)
         return grad_hidden, grad_A, None, None, None
 
 
@@ -87,6 +87,7 @@ class CombineSlots(torch.autograd.Function):
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
         excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
         total, unscaled = Total(slots, output), torch.empty_like(output)
+        ordered = slots.by_place(slot_weights)
         for piece in slots.pieces(output):
             rows, out = piece.take_slots(output), piece.take_slots(unscaled)
             if piece.columns is None or lora_B is None:
@@ -97,8 +98,7 @@ class CombineSlots(torch.autograd.Function):
                     value = torch.addmm(rows, *factors, out=out)
                 else:
                     value, _ = decompose_rows(rows, *factors, piece.of_rows(excess), bias, out)
-            weight = None if slot_weights is None else piece.slot_weights(slot_weights)
-            total.add(piece, value, weight)
+            total.add(piece, value, None if ordered is None else piece.take_slots(ordered))
         ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights)
         ctx.slots = slots
         return total.value
@@ -109,23 +109,27 @@ class CombineSlots(torch.autograd.Function):
         unscaled, low_rank, lora_B, excess, bias, slot_weights = ctx.saved_tensors
         grads = None if lora_B is None else RankGradients(lora_B, torch.zeros_like(low_rank))
         grad_scale = None if excess is None else zeros_for_gradient(excess[:-1])
-        grad_weights = None if slot_weights is None else torch.empty_like(slot_weights)
+        ordered = ctx.slots.by_place(slot_weights)
+        grad_weights = None if ordered is None else torch.empty_like(ordered)
         grad_output = torch.empty_like(unscaled)
         for piece in ctx.slots.pieces(grad):
             rows, upstream = piece.take_slots(unscaled), piece.take(grad)
-            weight = 1 if slot_weights is None else piece.slot_weights(slot_weights)
-            grad_rows, of_bias, is_adapted = upstream, 0, piece.columns is not None
+            weight = 1 if ordered is None else piece.take_slots(ordered)
+            grad_rows, of_bias, is_adapted = upstream, None, piece.columns is not None
             if grad_scale is not None and is_adapted:
                 # The bias is in what g multiplies, and not in what c does.
                 grad_rows = torch.addcmul(upstream, piece.of_rows(excess), upstream)
-                of_bias = 0 if bias is None else upstream @ bias
+                of_bias = None if bias is None else upstream @ bias[:, None]
                 piece.add_row_scale(grad_scale, upstream * rows * weight)
             if grad_weights is not None:
-                piece.put_slot_weights(grad_weights, (grad_rows * rows).sum(-1) + of_bias)
+                of_rows = (grad_rows * rows).sum(-1, keepdim=True)
+                of_rows = of_rows if of_bias is None else of_rows + of_bias
+                piece.take_slots(grad_weights).copy_(of_rows)
             grad_rows = torch.mul(grad_rows, weight, out=piece.take_slots(grad_output))
             if grads is not None and is_adapted:
                 grads.add(piece, piece.take_rank(low_rank), grad_rows)
         of_rank = (None, None) if grads is None else (grads.low_rank, grads.lora_B)
+        grad_weights = ctx.slots.by_token(grad_weights)
         return grad_output, *of_rank, grad_scale, None, grad_weights, None
 
 
@@ -138,8 +142,7 @@ class RankGradients:
     def add(self, piece: Piece, rank_input: Tensor, grad_rows: Tensor) -> None:
         kept = piece.keep_rank(grad_rows @ piece.of_experts(self._weight).T)
         piece.add_rank(self.low_rank, kept)
-        own = piece.of_experts(self.lora_B)
-        own += product_over_tokens(rank_input, grad_rows)
+        add_product_over_tokens_(piece.of_experts(self.lora_B), rank_input, grad_rows)
 
 
 def excess_rows(row_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,5 +155,7 @@ def zeros_for_gradient(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def _parts(lora_A: Tensor, slots: Slots) -> Tensor:
-    return lora_A.unflatten(0, (-1, slots.num_experts * slots.rank))
+def _by_group(lora_A: Tensor, slots: Slots) -> Tensor:
+    """Copy A, [C·S, D], to where each group's rows lie together, [S / W, C·W, D]."""
+    sizes = (-1, slots.num_experts * slots.rank // slots.columns, slots.columns)
+    return lora_A.unflatten(0, sizes).transpose(0, 1).flatten(1, 2)

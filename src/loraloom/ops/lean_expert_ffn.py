@@ -31,9 +31,9 @@ from loraloom.ops.grouped_products import (
 from loraloom.ops.low_rank import (
     UpProjection,
     add_low_rank_,
+    add_product_over_tokens_,
     decompose_rows,
     down_project,
-    product_over_tokens,
 )
 from loraloom.ops.slot_pieces import Piece, Slots, Total
 
@@ -206,6 +206,7 @@ class _LeanFfn(torch.autograd.Function):
         if slots.apart:
             apart = gate.new_empty(slots.experts.numel(), gate.shape[1])
         total = Total(slots, gate)
+        ordered = slots.by_place(slot_weights)
         # Both are kept, as they are narrow: a weight, which may be 0, can't be divided out again.
         unweighted: Any = None if down_A is None else slots.new_rank_space(gate)
         weighted = unweighted
@@ -216,7 +217,7 @@ class _LeanFfn(torch.autograd.Function):
             states = block.act(inner.value)
             for rows in outer:
                 states = rows.times(states)
-            weight = None if slot_weights is None else piece.slot_weights(slot_weights)
+            weight = None if ordered is None else piece.take_slots(ordered)
             if down_A is not None and piece.columns is not None:
                 down = piece.drop(states, keep_slots) @ piece.of_experts(down_A).T
                 down = piece.keep_rank(down)
@@ -248,21 +249,22 @@ class _Backward:
     """Gradients of the function's tensors, summed up over pieces."""
 
     def __init__(self, block: _Block, *saved: Any):
-        inputs, self.down_A, self.slot_weights = saved[:7], saved[7], saved[8]
+        inputs, self.down_A, weights = saved[:7], saved[7], saved[8]
         self.block, self.keep_slots, self.unweighted = block, saved[9:-1], saved[-1]
         self.projections = block.projections(*inputs)
         self.grad_low_rank = None if inputs[2] is None else torch.zeros_like(inputs[2])
         self.grads = [_Gradients(p, self.grad_low_rank, block.slots) for p in self.projections]
         self.grad_down_A: Any = _zeros(self.down_A)
         self.adapts_down = self.down_A is not None
-        weights = self.slot_weights
-        self.grad_weights: Any = None if weights is None else torch.empty_like(weights)
+        self.slot_weights = block.slots.by_place(weights)
+        self.grad_weights: Any = None if weights is None else torch.empty_like(self.slot_weights)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         gate, up = self.grads[0], self.grads[1] if len(self.grads) > 1 else None
+        grad_weights = self.block.slots.by_token(self.grad_weights)
         return (
             gate.output, up and up.output, self.grad_low_rank, gate.lora_B, gate.row_scale,
-            up and up.lora_B, up and up.row_scale, self.grad_down_A, self.grad_weights,
+            up and up.lora_B, up and up.row_scale, self.grad_down_A, grad_weights,
             *(None for _ in self.keep_slots),
         )  # fmt: skip
 
@@ -294,12 +296,12 @@ class _Backward:
         grad_rank: Any = piece.take_rank(grad_down) if is_adapted else None
         add: Any = partial(torch.addmm, upstream)
         if self.slot_weights is not None:
-            weight = piece.slot_weights(self.slot_weights)
-            grad_weight = (upstream * states).sum(-1)
+            weight = piece.take_slots(self.slot_weights)
+            grad_weight = (upstream * states).sum(-1, keepdim=True)
             if is_adapted:
-                grad_weight += (grad_rank * piece.take_rank(self.unweighted)).sum(-1)
+                grad_weight += (grad_rank * piece.take_rank(self.unweighted)).sum(-1, keepdim=True)
                 grad_rank = grad_rank * weight
-            piece.put_slot_weights(self.grad_weights, grad_weight)
+            piece.take_slots(self.grad_weights).copy_(grad_weight)
             # Slots don't stay apart where they are weighted here, so a piece's copy is its own.
             upstream = upstream.mul_(weight) if piece.copies else upstream * weight
             add = upstream.addmm_
@@ -308,8 +310,7 @@ class _Backward:
         if self.block.dropout_scale != 1:
             grad_rank = grad_rank * self.block.dropout_scale
         dropped, own_A = piece.drop(states, self.keep_slots), piece.of_experts(self.down_A)
-        grad_A = piece.of_experts(self.grad_down_A)
-        grad_A += product_over_tokens(grad_rank, dropped)
+        add_product_over_tokens_(piece.of_experts(self.grad_down_A), grad_rank, dropped)
         if dropped is states:
             return add(grad_rank, own_A)
         return upstream + piece.drop(grad_rank @ own_A, self.keep_slots)

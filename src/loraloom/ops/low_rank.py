@@ -21,7 +21,7 @@ from loraloom.ops.dropout import apply_keep_mask
 
 # Parts of the tokens that a gradient's sum over them is cut into, of so many tokens and more, in
 # float32 and wider; a product with more columns is shared by threads anyway.
-NUM_PARTS, MIN_SPLIT_TOKENS, MAX_SPLIT_COLUMNS = 4, 256, 64
+NUM_PARTS, MIN_SPLIT_TOKENS, MAX_SPLIT_COLUMNS = 4, 512, 64
 
 # From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S].
 Between = Callable[[Tensor, Tensor, Any], Tensor]
@@ -71,14 +71,28 @@ def product_over_tokens(
     """Compute `left.T @ right`, the gradient of a weight."""
     # A product of few rows is one thread's on a CPU, however long its sums are; the parts of a
     # batched one are not. How many there are depends on no number of threads, nor do results.
-    num_tokens, num_columns = left.shape
-    is_wide = left.dtype.itemsize <= 2 or num_columns > MAX_SPLIT_COLUMNS
-    if left.device.type != "cpu" or is_wide or num_tokens < MIN_SPLIT_TOKENS:
+    if not _is_split(left):
         return left.T @ right
+    num_tokens = len(left)
     split = num_tokens // NUM_PARTS * NUM_PARTS
     lefts, rights = (one[:split].unflatten(0, (NUM_PARTS, -1)) for one in (left, right))
     total = torch.bmm(lefts.transpose(1, 2), rights).sum(0)
     return torch.addmm(total, left[split:].T, right[split:]) if split < num_tokens else total
+
+
+def add_product_over_tokens_(
+    total: Float[Tensor, "S O"], left: Float[Tensor, "T S"], right: Float[Tensor, "T O"]
+) -> None:
+    """Add `left.T @ right` to `total`, which may have a wider dtype."""
+    if total.dtype == left.dtype and not _is_split(left):
+        total.addmm_(left.T, right)
+    else:
+        total.add_(product_over_tokens(left, right))
+
+
+def _is_split(left: Tensor) -> bool:
+    is_narrow = left.dtype.itemsize > 2 and left.shape[1] <= MAX_SPLIT_COLUMNS
+    return left.device.type == "cpu" and is_narrow and len(left) >= MIN_SPLIT_TOKENS
 
 
 class _DownProject(torch.autograd.Function):

@@ -92,15 +92,9 @@ class Piece(ABC):
     def take_slots(self, values: Tensor) -> Tensor:
         return values[self.place]
 
-    def slot_weights(self, weights: Tensor) -> Tensor:
-        return weights[self.rows, self.slots, None]
-
-    def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
-        total[self.rows, self.slots] = values
-
     def of_experts(self, weights: Tensor) -> Tensor:
-        """See the rows of [..., S, N] that belong to the piece's experts."""
-        return weights[..., self.columns, :]
+        """See the rows of [S, N] that belong to the piece's experts."""
+        return weights[self.columns]
 
     def of_rows(self, table: Tensor) -> Tensor:
         """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
@@ -154,7 +148,7 @@ class BlockOfSlot(Piece):
         return self.keep_rank(values[self.rows])
 
     def add_rank(self, total: Tensor, values: Tensor) -> None:
-        total[self.rows] += values
+        total[self.rows].add_(values)
 
 
 @dataclass(frozen=True)
@@ -162,6 +156,11 @@ class RowsOfGroup(Piece):
     """Rows of a group of experts, in the order of their slots; rows of rank space are [K·T, W]."""
 
     copies = True
+
+    @property
+    def group(self) -> int:
+        columns: slice = self.columns  # pyright: ignore[reportAssignmentType]
+        return columns.start // (columns.stop - columns.start)
 
     @property
     def is_masked(self) -> bool:
@@ -189,7 +188,7 @@ class RowsOfGroup(Piece):
         return values[self.place]
 
     def add_rank(self, total: Tensor, values: Tensor) -> None:
-        total[self.place] += values
+        total[self.place].add_(values)
 
 
 def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype) -> int | None:
@@ -211,22 +210,30 @@ def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype)
 
 def sorted_pieces(
     experts: Tensor, num_experts: int, rank: int, size: int, gate: Tensor
-) -> Iterator[RowsOfGroup]:
-    """Cut slots, [K, T], into the rows of each group of `size` experts; expert -1 comes first."""
-    num_tokens = experts.shape[1]
-    flat = experts.flatten()
+) -> tuple[Tensor, list[RowsOfGroup]]:
+    """Cut slots, [K, T], into the rows of each group of `size` experts; expert -1 comes first.
+
+    Returned are also the slots, of [K·T], in the order of the pieces.
+    """
+    flat, num_tokens = experts.flatten(), experts.shape[1]
     groups = flat.div(size, rounding_mode="floor") + 1
-    num_groups = num_experts // size
-    counts = torch.bincount(groups, minlength=num_groups + 1).tolist()
+    counts = torch.bincount(groups, minlength=num_experts // size + 1).tolist()
     # Stable, so that a group's rows come slot after slot, by which `drop` splits them.
     order = groups.argsort(stable=True)
-    longest, start = _piece_rows(gate), 0
-    for group, of_group in zip(range(-1, num_groups), order.split(counts), strict=True):
+    longest = _piece_rows(gate)
+    cuts = [
+        (group, min(longest, count - start))
+        for group, count in enumerate(counts, start=-1)
+        for start in range(0, count, longest)
+    ]
+    by_slot = order % num_tokens, order.div(num_tokens, rounding_mode="floor"), flat[order]
+    parts = zip(*(one.split([rows for _, rows in cuts]) for one in by_slot), strict=True)
+    pieces, start = [], 0
+    for (group, num_rows), (rows, slots, own) in zip(cuts, parts, strict=True):
+        place = slice(start, start := start + num_rows)
         columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
-        for part in of_group.split(longest) if len(of_group) else ():
-            place = slice(start, start := start + len(part))
-            slots = part.div(num_tokens, rounding_mode="floor")
-            yield RowsOfGroup(part % num_tokens, slots, place, flat[part], columns, rank)
+        pieces.append(RowsOfGroup(rows, slots, place, own, columns, rank))
+    return order, pieces
 
 
 def masked_pieces(
@@ -261,6 +268,7 @@ class Slots:
     routed: bool  # without a router there is one expert for all
     apart: bool  # not added up in front of the base's output projection
     group: int | None = None  # experts of a group that slots are sorted by
+    order: Any = None  # of the slots among all pieces, [K·T]; None is slot after slot
     by_group: Sequence[RowsOfGroup] = ()  # cut once for both passes
 
     @staticmethod
@@ -275,9 +283,8 @@ class Slots:
         size = group_size(experts, *sizes, gate.dtype)
         if size is None:
             return slots
-        return replace(
-            slots, group=size, by_group=tuple(sorted_pieces(experts, *sizes, size, gate))
-        )
+        order, pieces = sorted_pieces(experts, *sizes, size, gate)
+        return replace(slots, group=size, order=order, by_group=pieces)
 
     def pieces(self, gate: Tensor) -> Iterable[Piece]:
         """Cut the slots, if they aren't sorted into blocks of rows as wide as the gate's."""
@@ -287,6 +294,21 @@ class Slots:
         if self.routed:
             masks = slot_masks(self.experts.T, self.num_experts, self.rank, gate.dtype)
         return masked_pieces(self.experts, masks, self.columns, self.rank, gate)
+
+    def by_place(self, weights: Any) -> Any:
+        """Bring slots' weights, [T, K], if any, into the order of the pieces, [K·T, 1]."""
+        if weights is None:
+            return None
+        flat = weights.T.reshape(-1, 1)
+        return flat if self.order is None else flat.index_select(0, self.order)
+
+    def by_token(self, weights: Any) -> Any:
+        """Bring what `by_place` ordered back, [T, K]."""
+        if weights is None:
+            return None
+        if self.order is not None:
+            weights = torch.empty_like(weights).index_copy_(0, self.order, weights)
+        return weights.view(self.experts.shape).T
 
     @property
     def columns(self) -> int:
