@@ -140,12 +140,8 @@ def test_a_missing_field_is_named_with_file_and_line():
 
 
 def test_a_field_of_another_type_is_refused():
-    assert ROW.integer("label") == 2
     with pytest.raises(DataError, match=r"line 7: field 'choices' must be a string, got {'text'"):
         ROW.text("choices")
-    for value in (1.5, "1.5", None, [1]):
-        with pytest.raises(DataError, match="line 7: field 'label' must be an integer, got"):
-            Row({"label": value}, "f.jsonl, line 7").integer("label")
 
 
 @pytest.fixture

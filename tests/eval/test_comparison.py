@@ -112,6 +112,7 @@ LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": Tru
     ("lines", "message"),
     [
         ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
+        ([LINE | {"index": "0"}], "line 1: field 'index' must be an integer, got '0'"),
         ([LINE, LINE | {"correct": False}], "line 2: 'a' must answer question 0 of t once, got"),
         ([LINE, LINE | {"adapter": "b", "question": "g"}], "others of 'b' than of 'a'; take"),
         ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "got others of 'b'"),

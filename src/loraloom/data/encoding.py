@@ -24,7 +24,7 @@ from loraloom.data import sources, templates, tokens
 from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
 from loraloom.data.sources import EmptyAnswerError, Row, RowStream
 from loraloom.data.tasks import find_task
-from loraloom.data.templates import ChatTemplate, Conversation
+from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation
 from loraloom.data.tokens import NO_LOSS, EncodedRow, Example, TextPair
 from loraloom.errors import DataError, plain
 
@@ -101,7 +101,8 @@ class SourceEncoder:
         return RowStream(found, split, streaming=streaming)
 
     def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
-        config, columns = self.config, self._columns(first)
+        config, given, columns = self.config, self.config.chat_template, self._columns(first)
+        answers = (row.get(columns.get("chosen", "")) for row in (first, *rows))
         read: Callable[[Row], Any]
         encode: Any
         match config.format:
@@ -111,20 +112,15 @@ class SourceEncoder:
                 template = templates.load_template(config.template)
                 read = partial(templates.read_instruction, columns=columns, template=template)
                 encode = tokens.encode_completions
-            case "preference" if not isinstance(
-                # of the first row that has an answer
-                next(filter(None, (row.get(columns["chosen"]) for row in (first, *rows))), None),
-                list,
-            ):
-                if config.chat_template is not None:
+            # of the first row that has an answer
+            case "preference" if not isinstance(next(filter(None, answers), None), list):
+                if given is not None:
                     first.reject(
                         "chat_template has no effect on preferences between texts; remove it"
                     )
                 read, encode = partial(_read_texts, columns), tokens.encode_completion_pairs
             case _:
-                template = templates.load_chat_template(
-                    self.tokenizer, config.chat_template, templates.TRAINING_DAY
-                )
+                template = templates.load_chat_template(self.tokenizer, given, TRAINING_DAY)
                 read = partial(self._read_chat, template)
                 if config.format == "preference":
                     read = partial(self._read_chats, template, columns)

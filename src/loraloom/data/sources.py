@@ -64,12 +64,6 @@ class Row(dict[str, Any]):
             self.reject_empty(f"field {name!r} is empty, so there is nothing to learn")
         return text
 
-    def integer(self, name: str) -> int:
-        value = self[name]
-        if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
-            return int(value)
-        self.reject(f"field {name!r} must be an integer, got {shown(value)}")
-
 
 def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
     """Refuse rows that can't be used, given as origins with faults, all of them in one message."""

@@ -58,10 +58,10 @@ class Conversation(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def compile_template(source: str, origin: str) -> Template:
+def compile_template(source: str, origin: str, read: Any = _ENVIRONMENT.from_string) -> Template:
     try:
         with template_errors():
-            return _ENVIRONMENT.from_string(source)
+            return read(source)
     except TemplateError as error:
         raise DataError(f"{origin} is not valid Jinja: {error}; mend it") from error
 
@@ -182,13 +182,9 @@ class ChatTemplate:
             return ""
         return end if question.endswith(end) else ""
 
-    def _compile(self, tools: list[dict[str, Any]] | None) -> Any:
-        source = self.source(tools)
-        try:
-            with template_errors():  # transformers keeps compiled ones
-                return chat_template_utils._compile_jinja_template(source)
-        except TemplateError as error:
-            raise DataError(f"the chat template is not valid Jinja: {error}; mend it") from error
+    def _compile(self, tools: list[dict[str, Any]] | None) -> Template:
+        read = chat_template_utils._compile_jinja_template
+        return compile_template(self.source(tools), "the chat template", read)
 
 
 def load_chat_template(

@@ -26,7 +26,7 @@ from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import describe, find_location, is_data_file
 from loraloom.data.tasks import find_task
 from loraloom.data.tokens import Example, count_labels
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError
 from loraloom.eval.results import Fields, check_limit
 from loraloom.eval.score import Scores
 from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
@@ -89,8 +89,6 @@ def load_held_out(
     rows = [list(filter(count_labels, row.pieces)) for row in encoded]
     places = [place for place, examples in enumerate(rows) if examples]
     kept = [rows[place] for place in places]
-    if not kept:
-        raise DataError(f"{encoder.name}: none of the {len(encoded)} rows has an answer that fits")
     tokens = [[[one.input_ids, one.labels] for one in examples] for examples in kept]
     found = source.dataset and find_location(source.dataset, split, source.config)
     name = source.dataset or encoder.name

@@ -95,8 +95,7 @@ class _AdapterTally:
         for place, row in zip(routed.places, rows, strict=True):
             if place == 0 and 0 in row.choices and task not in self.examples:
                 end = start + min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
-                layers = sorted({0, len(routing) // 2, len(routing) - 1})
-                records = [routing[layer] for layer in layers]
+                records = [routing[at] for at in sorted({0, len(routing) // 2, len(routing) - 1})]
                 experts = {one.router: one.selected_experts[start:end, 0] for one in records}
                 self.examples[task] = {
                     "tokens": token_texts(row.input_ids[: end - start], self.tokenizer),

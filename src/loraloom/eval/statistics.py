@@ -23,7 +23,7 @@ import numpy as np
 
 from loraloom.adapters.weighted_sum import is_sum
 from loraloom.data.sources import read_rows
-from loraloom.errors import AdapterError, ConfigError, DataError
+from loraloom.errors import AdapterError, ConfigError, DataError, shown
 from loraloom.eval.results import BASE, PairedComparison
 
 CONFIDENCE = 0.95
@@ -264,7 +264,9 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
         chosen_filter = row.get("filter", "none")
         task = row.text("task") + ("" if chosen_filter == "none" else f",{chosen_filter}")
-        adapter, index, correct = row.text("adapter"), row.integer("index"), row.get("correct")
+        adapter, index, correct = row.text("adapter"), row["index"], row.get("correct")
+        if not isinstance(index, int):
+            row.reject(f"field 'index' must be an integer, got {shown(index)}")
         if not isinstance(correct, bool):
             row.reject(f"field 'correct' must be true or false, got {correct!r}")
         answers = tasks.setdefault(task, {}).setdefault(adapter, {})
