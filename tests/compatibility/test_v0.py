@@ -114,17 +114,11 @@ def assert_holds(after: Any, before: Any) -> None:
 
 
 def test_an_evaluation_gives_the_results_that_it_gave(copies):
-    words = [
-        "--task=arc_easy",
-        "--scoring=text",
-        "--data=.",
-        "--device=cpu",
-        "--no-cache",
-        "--dtype=float32",
-    ]
+    words = "--base-model=base --task=arc_easy --scoring=text --data=. --device=cpu".split()
+    words += ["--no-cache", "--dtype=float32"]
     files = ["--output=new.json", "--output=new.csv", "--per-question=new.jsonl"]
     adapters = [f"--adapter={name}=runs/{name}" for name in METHODS]
-    assert loraloom_command(["eval", "--base-model=base", *words, *files, *adapters]) == 0
+    assert loraloom_command(["eval", *words, *files, *adapters]) == 0
     after, before = (json.loads(Path(name).read_text()) for name in ("new.json", "evaluation.json"))
     assert before.keys() - {"compat"} <= after.keys()
     for key in ("schema_version", "results", "seeds", "comparisons", "tasks"):

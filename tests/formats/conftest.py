@@ -5,12 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.adapters.base import BaseInfo
-from loraloom.formats import write_adapter
-from tests.formats.tiny import llama_base, make_tensors
-
-LORA, MIXTURE = LoraConfig(rank=2), MixLoraConfig(rank=2, num_experts=2)
+from tests.formats.tiny import LORA, MIXTURE, llama_base, write
 
 
 @pytest.fixture
@@ -20,7 +16,7 @@ def base() -> BaseInfo:
 
 @pytest.fixture(params=[LORA, MIXTURE], ids=["lora", "mixlora"])
 def saved(request, base, tmp_path):
-    write_adapter(tmp_path / "a", request.param, make_tensors(request.param, base), base)
+    write(tmp_path / "a", base, request.param)
     return tmp_path / "a"
 
 

@@ -8,18 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import FormatError
-from loraloom.formats import read_adapter, write_adapter
-from tests.formats.tiny import edit_config, make_tensors
-
-LORA = LoraConfig(rank=2)
-MIXTURE = MixLoraConfig(rank=2, num_experts=2)
+from loraloom.formats import read_adapter
+from tests.formats.tiny import MIXTURE, edit_config, write
 
 
 @pytest.fixture
 def mixture(base, tmp_path):
-    write_adapter(tmp_path / "a", MIXTURE, make_tensors(MIXTURE, base), base)
+    write(tmp_path / "a", base, MIXTURE)
     return tmp_path / "a"
 
 
@@ -67,7 +63,7 @@ def test_a_field_of_another_kind_is_an_error_that_can_be_shown(mixture, base, fi
 
 
 def test_a_broken_record_in_the_weights_header_is_an_error(base, tmp_path):
-    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base)
+    write(tmp_path, base)
     weights = tmp_path / "adapter_model.safetensors"
     for record in ('{"base": [1]}', "[" * 1000, "{"):
         save_file(load_file(weights), weights, metadata={"loraloom": record})

@@ -3,14 +3,13 @@ from __future__ import annotations
 import pytest
 
 from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig
-from loraloom.formats import describe, write_adapter
-from tests.formats.tiny import make_tensors
+from loraloom.formats import describe
+from tests.formats.tiny import write
 
 
 def test_a_plain_adapter_is_described(base, tmp_path):
     config = LoraConfig(rank=4, alpha=8, target_modules=("q_proj",))
-    tensors = make_tensors(config, base)
-    write_adapter(tmp_path, config, tensors, base)
+    write(tmp_path, base, config)
     description = describe(tmp_path)
     assert (description["method"], description["settings"]["rank"]) == ("LoRA", 4)
     assert description["target_modules"] == ["q_proj"]
@@ -27,8 +26,7 @@ def test_parameters_add_up_by_kind(base, tmp_path):
     config = MixLoraConfig(
         rank=4, num_experts=3, experts=ExpertsConfig(rank=2), weight_decomposition=True
     )
-    tensors = make_tensors(config, base)
-    write_adapter(tmp_path, config, tensors, base)
+    tensors = write(tmp_path, base, config)
     description = describe(tmp_path)
     assert (description["method"], description["settings"]["experts"]) == ("MixDoRA", {"rank": 2})
     parameters = description["parameters"]

@@ -8,8 +8,8 @@ import pytest
 
 from loraloom.adapters import LoraConfig
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import disk, read_adapter, write_adapter
-from tests.formats.tiny import assert_same_tensors, make_tensors
+from loraloom.formats import disk, read_adapter
+from tests.formats.tiny import assert_same_tensors, make_tensors, write
 
 OLD = LoraConfig(rank=2, alpha=2)
 SAME_SHAPES = LoraConfig(rank=2, alpha=4)
@@ -19,9 +19,9 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def kill_at(monkeypatch, function: str, call: int) -> None:
-    """Raise instead of the given call (from 0) to a function of the module."""
-    original, calls = getattr(disk, function), []
+def kill_at(monkeypatch, module, function: str, call: int) -> None:
+    """Raise instead of the given call (from 0) to a function of a module."""
+    original, calls = getattr(module, function), []
 
     def killed(*args, **kwargs):
         calls.append(args)
@@ -29,52 +29,39 @@ def kill_at(monkeypatch, function: str, call: int) -> None:
             raise KilledError
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(disk, function, killed)
+    monkeypatch.setattr(module, function, killed)
 
 
 @pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("sync", 0), ("sync", 2)])
 def test_a_save_that_fails_aside_leaves_the_old_adapter(
     function, call, base, tmp_path, monkeypatch
 ):
-    write_adapter(tmp_path, OLD, make_tensors(OLD, base), base)
+    write(tmp_path, base, OLD)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    kill_at(monkeypatch, function, call)
+    kill_at(monkeypatch, disk, function, call)
     with pytest.raises(KilledError):
-        write_adapter(tmp_path, SAME_SHAPES, make_tensors(OLD, base, 1), base, overwrite=True)
+        write(tmp_path, base, SAME_SHAPES, 1, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_new_weights_are_never_seen_under_the_old_config(renames, base, tmp_path, monkeypatch):
-    old, new = make_tensors(OLD, base), make_tensors(OLD, base, seed=1)
-    write_adapter(tmp_path, OLD, old, base)
-    fail_rename(monkeypatch, after=renames)
+    write(tmp_path, base, OLD)
+    kill_at(monkeypatch, os, "replace", renames)
     with pytest.raises(KilledError):
-        write_adapter(tmp_path, SAME_SHAPES, new, base, overwrite=True)
+        write(tmp_path, base, SAME_SHAPES, 1, overwrite=True)
     with pytest.raises(FormatError, match=r"must have adapter_config.json.*cut short"):
         read_adapter(tmp_path, base)
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_under_an_unchanged_config_there_is_always_an_adapter(renames, base, tmp_path, monkeypatch):
-    old, new = make_tensors(OLD, base), make_tensors(OLD, base, seed=1)
-    write_adapter(tmp_path, OLD, old, base)
-    fail_rename(monkeypatch, after=renames)
+    tensors = write(tmp_path, base, OLD)
+    kill_at(monkeypatch, os, "replace", renames)
     with pytest.raises(KilledError):
-        write_adapter(tmp_path, OLD, new, base, overwrite=True)
-    assert_same_tensors(read_adapter(tmp_path, base)[1], new if renames else old)
-
-
-def fail_rename(monkeypatch, after: int) -> None:
-    replace, calls = os.replace, []
-
-    def killed(source, target):
-        calls.append(target)
-        if len(calls) > after:
-            raise KilledError
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", killed)
+        write(tmp_path, base, OLD, 1, overwrite=True)
+    tensors = make_tensors(OLD, base, 1) if renames else tensors
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
 
 
 def test_what_a_killed_process_has_left_aside_is_cleared(base, tmp_path):
@@ -83,8 +70,7 @@ def test_what_a_killed_process_has_left_aside_is_cleared(base, tmp_path):
         directory.mkdir()
         (directory / "adapter_model.safetensors").write_text("half")
     os.utime(aside, (0, 0))
-    tensors = make_tensors(OLD, base)
-    write_adapter(tmp_path, OLD, tensors, base)
+    tensors = write(tmp_path, base, OLD)
     assert not aside.exists()
     assert busy.exists(), "another process may be writing"
     assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
@@ -96,4 +82,4 @@ def test_a_system_that_can_not_write_is_one_clear_error(base, tmp_path, monkeypa
 
     monkeypatch.setattr(disk, "save_file", full)
     with pytest.raises(AdapterError, match=r"can't be written to .*No space left"):
-        write_adapter(tmp_path / "a", OLD, make_tensors(OLD, base), base)
+        write(tmp_path / "a", base, OLD)

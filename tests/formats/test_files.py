@@ -7,15 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import describe, hub, read_adapter, write_adapter
+from loraloom.formats import describe, disk, read_adapter
 from loraloom.formats.files import read_stored
-from tests.formats.tiny import llama_base, make_tensors
-
-LORA = LoraConfig(rank=2)
-MIXTURE = MixLoraConfig(rank=2, num_experts=2)
+from tests.formats.tiny import LORA, MIXTURE, llama_base, write
 
 
 def drop_tensors(directory, part):
@@ -27,7 +23,7 @@ def test_an_adapter_is_not_overwritten_unasked(saved, base, monkeypatch):
     monkeypatch.setenv("HOME", str(saved))
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(AdapterError, match=r"already has adapter_config.json"):
-        write_adapter("~", LORA, make_tensors(LORA, base, seed=1), base)
+        write("~", base, seed=1)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
@@ -97,7 +93,7 @@ def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
     def offline(*args, **kwargs):
         raise OSError("outgoing traffic has been disabled")
 
-    monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.setattr(disk, "snapshot_download", offline)
     with pytest.raises(FormatError, match=r"no directory here, .*outgoing traffic.*check the name"):
         read_adapter("owner/adapter", base)
 
@@ -125,8 +121,7 @@ def test_other_weights_of_the_same_shape_are_a_warning(saved, base):
 
 @pytest.mark.parametrize("name", ["some-org/tiny-llama", "/models/Tiny-Llama", ""])
 def test_files_without_a_fingerprint_warn_of_a_base_model_of_another_name(base, tmp_path, name):
-    config = LoraConfig(rank=2)
-    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    write(tmp_path, base)
     weights = tmp_path / "adapter_model.safetensors"
     save_file(load_file(weights), weights)  # as PEFT writes it
     message = r"trained on some-org/tiny-llama \(.*the base model here is some-org/other"
@@ -140,7 +135,7 @@ def test_files_without_a_fingerprint_warn_of_a_base_model_of_another_name(base, 
 @pytest.mark.parametrize("config", [LORA, MIXTURE])
 def test_an_adapter_remembers_how_its_training_data_wrote_prompts(tmp_path, base, config):
     form = PromptForm(format="instruction", template="Q: {{ instruction }}\nA: ")
-    write_adapter(tmp_path, config, make_tensors(config, base), base, prompt=form)
+    write(tmp_path, base, config, prompt=form)
     assert read_stored(tmp_path).prompt == form
     assert "## Prompts" in (tmp_path / "README.md").read_text()
     assert describe(tmp_path)["prompt"] == form.model_dump(exclude_none=True)

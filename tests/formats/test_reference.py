@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from loraloom.adapters import ExpertsConfig, MixLoraConfig
 from loraloom.errors import FormatError
-from loraloom.formats import read_adapter, write_adapter
-from tests.formats.tiny import assert_same_tensors, edit_config, make_tensors
+from loraloom.formats import read_adapter
+from tests.formats.tiny import MIXTURE, assert_same_tensors, edit_config, write
 from tests.tiny import changed
 
 CONFIGS = [
@@ -36,18 +36,10 @@ CONFIGS = [
 ]
 
 
-def write_mixture(directory, base, **settings):
-    config = MixLoraConfig(**({"rank": 2, "num_experts": 2} | settings))
-    tensors = make_tensors(config, base)
-    write_adapter(directory, config, tensors, base)
-    return config, tensors
-
-
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_is_written_is_read_back(config, base, phi_base, tmp_path):
     base = phi_base if "fc1" in config.target_modules else base
-    tensors = make_tensors(config, base)
-    write_adapter(tmp_path, config, tensors, base)
+    tensors = write(tmp_path, base, config)
     read, read_tensors = read_adapter(tmp_path, base)
     assert read == config
     assert_same_tensors(read_tensors, tensors)
@@ -95,16 +87,16 @@ def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
     ],
 )
 def test_all_routings_of_the_reference_are_read(fields, settings, base, tmp_path):
-    config, tensors = write_mixture(tmp_path, base)
+    tensors = write(tmp_path, base, MIXTURE)
     edit_config(tmp_path, loraloom=None, top_k=None, **fields)
     read, read_tensors = read_adapter(tmp_path, base)
     targets = base.attention_projections + base.ffn_projections
-    assert read == changed(config, target_modules=targets, **settings)
+    assert read == changed(MIXTURE, target_modules=targets, **settings)
     assert_same_tensors(read_tensors, tensors)
 
 
 def test_settings_can_be_given_in_place_of_those_in_files(base, tmp_path):
-    write_mixture(tmp_path, base)
+    write(tmp_path, base, MIXTURE)
     config, _ = read_adapter(tmp_path, base, {"top_k": 1, "experts": {"dropout": 0.2}})
     assert (config.top_k, config.expert_config.dropout) == (1, 0.2)
     with pytest.raises(FormatError, match=r"with the given settings can't be used: .*top_n"):
@@ -113,8 +105,7 @@ def test_settings_can_be_given_in_place_of_those_in_files(base, tmp_path):
 
 @pytest.mark.parametrize("config", CONFIGS[2:])
 def test_lost_magnitudes_are_left_to_the_base_model(config, base, tmp_path):
-    tensors = make_tensors(config, base)
-    write_adapter(tmp_path, config, tensors, base)
+    tensors = write(tmp_path, base, config)
     path = tmp_path / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if "magnitude" not in k}, path)
     with pytest.warns(UserWarning, match="a DoRA without magnitudes, as MoE-PEFT"):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraloom.adapters import LoraConfig
+from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
 from loraloom.adapters.base import BaseInfo
+from loraloom.formats import write_adapter
+
+LORA, MIXTURE = LoraConfig(rank=2), MixLoraConfig(rank=2, num_experts=2)
 
 
 def llama_base(**changes) -> BaseInfo:
@@ -47,6 +51,15 @@ def make_tensors(config: LoraConfig, base: BaseInfo, seed: int = 0) -> dict[str,
     generator = torch.Generator().manual_seed(seed)
     shapes = config.tensor_shapes(base)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def write(
+    directory: Any, base: BaseInfo, config: AdapterConfig = LORA, seed: int = 0, **options: Any
+) -> dict[str, Tensor]:
+    """Write an adapter with random weights, and return these."""
+    tensors = make_tensors(config, base, seed)
+    write_adapter(directory, config, tensors, base, **options)
+    return tensors
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -212,7 +212,7 @@ def test_paths_of_adapters(path, monkeypatch):
     def no_hub(*args: Any, **options: Any) -> str:
         raise OSError("no hub here")
 
-    monkeypatch.setattr("loraloom.formats.hub.snapshot_download", no_hub)
+    monkeypatch.setattr("loraloom.formats.disk.snapshot_download", no_hub)
     monkeypatch.setenv("HOME", tempfile.gettempdir())
     assert survives(lambda: read_adapter(path, BASE)) is not None
 

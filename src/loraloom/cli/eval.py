@@ -23,8 +23,8 @@ from loraloom.eval import evaluation, held_out
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
 from loraloom.eval.statistics import choose_pairs
+from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import read_stored
-from loraloom.formats.hub import find_adapter
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.terminal import make_console, print_tables
 

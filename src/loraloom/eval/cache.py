@@ -26,8 +26,7 @@ from loraloom.adapters.method import Adapter
 from loraloom.data.sources import sha256
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError, plain
-from loraloom.formats.disk import ADAPTER_FILES
-from loraloom.formats.hub import find_adapter
+from loraloom.formats.disk import ADAPTER_FILES, find_adapter
 from loraloom.models.host import Host
 from loraloom.models.quantization import stored_weights
 

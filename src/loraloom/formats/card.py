@@ -10,7 +10,7 @@ import yaml
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.method import AdapterConfig
 from loraloom.config.data import PromptForm
-from loraloom.formats.hub import HUB_ID
+from loraloom.formats.disk import HUB_ID
 
 _USE = """\
 ```python
@@ -47,14 +47,14 @@ def model_card(
     settings = config.model_dump(mode="json", exclude_none=True)
     settings = {name: value for name, value in settings.items() if value not in ([], {})}
     method = f"{config.title}: {config.formula}\n\nIts settings, as in a run file of loraloom:\n\n"
+    needed = f"The method is the package {config.package}'s, which must be installed.\n\n"
+    needed *= bool(config.package)
     sections = {
         "Method": method + _as_yaml({"adapter": settings}),
         "Prompts": prompt and _as_yaml(prompt.model_dump(exclude_none=True)),
         "Data": data,
         "Results": results,
-        "Use": _needed(config)
-        + _USE.format(name=base_name or "base-model")
-        + _USE_BY_PEFT * is_peft,
+        "Use": needed + _USE.format(name=base_name or "base-model") + _USE_BY_PEFT * is_peft,
     }
     about = f"`{base_name}`" if base_name else "a base model without a name"
     parts = [
@@ -64,11 +64,6 @@ def model_card(
         *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _needed(config: AdapterConfig) -> str:
-    has = f"The method is the package {config.package}'s, which must be installed.\n\n"
-    return has if config.package else ""
 
 
 def _as_yaml(settings: dict[str, Any]) -> str:

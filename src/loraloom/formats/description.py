@@ -13,9 +13,8 @@ import torch
 
 from loraloom.adapters.keys import TensorKey, within
 from loraloom.adapters.own import MODULES, TOKENS
-from loraloom.formats.disk import ADAPTER_FILES
+from loraloom.formats.disk import ADAPTER_FILES, find_adapter
 from loraloom.formats.files import read_stored
-from loraloom.formats.hub import find_adapter
 
 _KINDS = {"router": "router", "magnitude": "magnitudes"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from typing import Any, NamedTuple
 import safetensors
 import torch
 import yaml
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraloom.config.text import read_json
+from loraloom.config.text import local_path, read_json
 from loraloom.durable import remove_leftovers, staging, sync, write_directory
 from loraloom.errors import AdapterError, FormatError, shown
 
@@ -37,6 +40,28 @@ SAVED_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
 # Age at which files that lie aside are no longer being written by anybody.
 _ABANDONED_S = 3600.0
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+# The first is that of the HTTP client, which huggingface_hub has changed: no connection, say.
+_HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
+
+
+def find_adapter(path_or_hub_id: str | Path) -> Path:
+    """Give the directory of an adapter, downloaded first if it is a hub id (`owner/name`)."""
+    path = local_path(path_or_hub_id, "an adapter", FormatError)
+    if path.exists():
+        return path
+    if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(path_or_hub_id):
+        raise FormatError(f"an adapter must be a directory or a hub id, there is no {path}")
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
+    except _HUB_ERRORS as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise FormatError(
+            f"`{path_or_hub_id}` is no directory here, and it can't be downloaded from the Hugging "
+            f"Face Hub ({reason}); check the name, the network and, for a private or gated "
+            "repository, `hf auth login`"
+        ) from error
 
 
 class Sidecar(NamedTuple):
@@ -212,19 +237,14 @@ def _fill(aside: Path, files: AdapterFiles, card: str, pickled: bool = False) ->
     config = json.dumps(files.config, indent=2, ensure_ascii=False, allow_nan=False)
     (aside / CONFIG_FILE).write_text(config + "\n", "utf-8", "replace")
     (aside / CARD_FILE).write_text(card, "utf-8", "replace")
+    # Copied to the CPU, so that experts that are views of one tensor don't share storage.
+    tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in files.tensors.items()}
     if pickled:
-        torch.save(_copies(files.tensors), aside / PICKLE_FILE)
+        torch.save(tensors, aside / PICKLE_FILE)
     else:
-        save_file(_copies(files.tensors), aside / WEIGHTS_FILE, metadata=files.metadata)
+        save_file(tensors, aside / WEIGHTS_FILE, metadata=files.metadata)
         # safetensors makes files 0600, which a server's user could not read.
         shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy to the CPU, so that experts that are views of one tensor don't share storage."""
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-    }
 
 
 def _publish(aside: Path, directory: Path) -> None:

@@ -31,6 +31,7 @@ from loraloom.formats.card import model_card
 from loraloom.formats.disk import (
     CONFIG_FILE,
     AdapterFiles,
+    find_adapter,
     names_in,
     read_files,
     refuse_to_overwrite,
@@ -38,7 +39,6 @@ from loraloom.formats.disk import (
 )
 from loraloom.formats.fields import known_targets
 from loraloom.formats.foreign import of_axolotl, up_to_date
-from loraloom.formats.hub import find_adapter
 from loraloom.formats.layouts import StoredAdapter, parse, render
 
 

@@ -183,12 +183,8 @@ def _our_tensors(
     }[method.layout]
     # Our own names end in no `.weight`; there that is a module's parameter.
     ending = rf"(?P<part>{'|'.join(parts)})(?:\.weight)?" if parts else r"(?P<part>\w+)"
-    pattern = re.compile(
-        rf"{prefix}\.(?P<layer>\d{{1,5}})\.(?P<block>\w+)\.(?:(?P<projection>\w+)\.)??"
-        r"(?:experts\.(?P<expert>\d{1,5})\.)?"
-        rf"(?!weight$|bias$){ending}",
-        re.ASCII,
-    )
+    place = r"(?P<place>\d{1,5}\.\w+\.(?:\w+\.)??(?:experts\.\d{1,5}\.)?)"
+    pattern = re.compile(rf"{prefix}\.{place}{ending}", re.ASCII)
     keys: dict[str, str] = {}
     paths: set[str] = set()
     for name in files.tensors:
@@ -196,11 +192,10 @@ def _our_tensors(
             keys[name] = name.removeprefix(_PREFIX)
             continue
         of_all = name.removeprefix(shared)
-        if match := pattern.fullmatch(name):
-            expert = None if match["expert"] is None else int(match["expert"])
-            part = parts.get(match["part"], match["part"])
-            place = (int(match["layer"]), match["block"], part, match["projection"], expert)
-            keys[name] = str(TensorKey(*place))
+        match = pattern.fullmatch(name)
+        part = match and parts.get(match["part"], match["part"])
+        if match and (key := TensorKey.parse(f"layers.{match['place']}{part}")):
+            keys[name] = str(key)
             paths.update([match["path"]] if method.layout == "peft" else [])
         elif of_all != name and (of_all in parts or not parts):
             keys[name] = f"shared.{parts.get(of_all, of_all)}"
@@ -234,10 +229,8 @@ def _their_name(name: str, config: AdapterConfig, base: BaseInfo) -> str:
     key = TensorKey.parse(name)
     if key is None:
         return f"base_model.{endings[name.removeprefix('shared.')]}"
-    prefix = {
-        "peft": f"{_PREFIX}{base.layers_path}",
-        "reference": f"{config.peft_type.lower()}.layers",
-    }[config.layout]
+    reference = f"{config.peft_type.lower()}.layers"
+    prefix = f"{_PREFIX}{base.layers_path}" if config.layout == "peft" else reference
     return f"{prefix}{str(replace(key, part=endings[key.part])).removeprefix('layers')}"
 
 

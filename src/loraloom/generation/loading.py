@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
+from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import read_stored
-from loraloom.formats.hub import find_adapter
 from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.models.host import Host, attach
 from loraloom.models.loading import find_device, find_source, load_base_model

@@ -22,8 +22,8 @@ from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
+from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
-from loraloom.formats.hub import find_adapter
 from loraloom.models.choice import Choice, batches_of, choose, output_of
 from loraloom.models.combine import Combination, Merged, combine, prune
 from loraloom.models.decoding import Decoding, make_cache

@@ -19,8 +19,7 @@ from pathlib import Path
 from loraloom.adapters.method import Adapter
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, shown
-from loraloom.formats.disk import ADAPTER_FILES, CONFIG_FILE
-from loraloom.formats.hub import find_adapter
+from loraloom.formats.disk import ADAPTER_FILES, CONFIG_FILE, find_adapter
 from loraloom.generation.sequence import RequestError
 from loraloom.models.host import Host
 from loraloom.serve.process import start_apart

@@ -22,8 +22,8 @@ from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored
-from loraloom.formats.hub import find_adapter
 from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 
