@@ -118,5 +118,5 @@ def methods_as_before():
     yield
     if known != list(lists):
         adapters.CONFIGS[:], OBJECTIVES[:] = known
-        for listener in adapters._LISTENERS:
+        for listener in adapters.LISTENERS:
             listener()

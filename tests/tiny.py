@@ -37,8 +37,6 @@ from loraloom.adapters import (
 )
 from loraloom.adapters.method import Adapter, Expert
 from loraloom.models.host import Host
-from loraloom.routing import losses
-from loraloom.routing.record import LayerRouting
 
 VOCAB_SIZE = 97
 LAYERS = 2
@@ -242,13 +240,3 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Compute ‖actual - expected‖ / ‖expected‖."""
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-300))
-
-
-def router_loss(routing: list[LayerRouting], config: MixLoraConfig) -> Tensor:
-    """Add up router losses with a configuration's coefficients."""
-    return losses.router_loss(
-        routing,
-        aux_loss_coef=config.router_aux_loss_coef,
-        z_loss_coef=config.router_z_loss_coef,
-        scope=config.router_loss_scope,
-    )

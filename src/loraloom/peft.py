@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from loraloom.adapters import CONFIGS, parse_adapter_config, when_registered
+from loraloom.adapters import CONFIGS, LISTENERS, parse_adapter_config
 from loraloom.adapters.method import Adapter, AdapterConfig, check_config
 from loraloom.durable import write_json
 from loraloom.errors import AdapterError, ConfigError
@@ -315,4 +315,4 @@ def _register() -> None:
 
 
 _register()
-when_registered(_register)
+LISTENERS.append(_register)

@@ -84,6 +84,22 @@ def replace_forward(
     module.forward = lambda x: linear(x, module.weight, module.bias) + update(x, own, key)
 
 
+def sum_experts(x: Tensor, own: dict[str, Tensor], weights: Tensor) -> Tensor:
+    """Add up a projection's LoRA experts, one by one, with each token's weights."""
+    total = torch.zeros(())
+    for expert, weight in enumerate(weights.unbind(-1)):
+        A, B = own[f"experts.{expert}.lora_A"], own[f"experts.{expert}.lora_B"]
+        total = total + weight.unsqueeze(-1) * (x @ A.T @ B.T)
+    return total
+
+
+def top_k_softmax(logits: Tensor, top_k: int) -> Tensor:
+    """Compute probabilities of which the largest are left, renormalised."""
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(top_k).indices, 1)
+    weights = logits.softmax(-1) * chosen
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def loss_of(logits: Tensor) -> Tensor:
     """Compute the language model's loss of the real tokens, summed."""
     real = MASK[:, 1:].bool()

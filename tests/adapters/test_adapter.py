@@ -14,10 +14,6 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FFN = {"gate_proj", "up_proj", "down_proj"}
 
 
-def empty_host(family: str = "llama", **changes):
-    return tiny_host(family, {}, **changes)
-
-
 def adapted_projections(adapter) -> set[str]:
     names = adapter.tensors()
     return {name.split(".")[3] for name in names if not name.endswith("router")}
@@ -33,13 +29,13 @@ def adapted_projections(adapter) -> set[str]:
     ],
 )
 def test_target_modules_are_groups_or_names(targets, expected):
-    adapter = empty_host().add("a", LoraConfig(target_modules=targets))
+    adapter = tiny_host(configs={}).add("a", LoraConfig(target_modules=targets))
     assert adapted_projections(adapter) == expected
 
 
 def test_unknown_target_modules_are_named_with_those_that_exist():
     with pytest.raises(AdapterError, match=r"q_proj.*up_proj.*got c_fc, w1"):
-        empty_host().add("a", LoraConfig(target_modules=("w1", "q_proj", "c_fc")))
+        tiny_host(configs={}).add("a", LoraConfig(target_modules=("w1", "q_proj", "c_fc")))
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
@@ -110,7 +106,7 @@ def test_every_way_to_change_weights_is_noticed(change, method, length):
 
 
 def test_an_adapter_of_inference_mode_decodes_and_trains():
-    host = empty_host()
+    host = tiny_host(configs={})
     with torch.inference_mode():
         adapter = host.add("a", METHODS["mixdora"])
         host(tiny_ids(1, 1), adapters=["a"])

@@ -238,10 +238,8 @@ def test_checkpointing_gives_the_same_gradients_and_one_record(method):
 
 @each_method
 def test_packed_rows_are_rows_of_their_own(method):
-    lengths, keys, results = [[4, 3], [2, 5]], [11, 12, 13, 14], []
-    samples = [
-        sample for row, own in zip(tiny_ids(2), lengths, strict=True) for sample in row.split(own)
-    ]
+    ids, lengths, keys, results = tiny_ids(2), [[4, 3], [2, 5]], [11, 12, 13, 14], []
+    samples = [part for row, own in zip(ids, lengths, strict=True) for part in row.split(own)]
     for packed in (False, True):
         host = tiny_host(configs={"a": NOISY[method]})
         if packed:
@@ -249,9 +247,7 @@ def test_packed_rows_are_rows_of_their_own(method):
             out = host.hidden(ids, None, ["a"] * 2, keys, sample_lengths=lengths, training=True)
         else:
             mask = padded_mask([4, 3, 2, 5])
-            ids = torch.nn.utils.rnn.pad_sequence([*samples, torch.zeros(7)], batch_first=True)[
-                :4
-            ].long()
+            ids = torch.nn.utils.rnn.pad_sequence([*samples, ids[0]], batch_first=True)[:4]
             out = host.hidden(ids, mask, ["a"] * 4, keys, training=True)
         summed_loss(host, out, ids, mask).backward()
         results.append((out.last_hidden_state[mask.bool()], parameter_grads(host.adapters["a"])))
@@ -326,14 +322,11 @@ def test_a_diverged_adapter_leaves_the_others_alone(family, method):
 @each_family
 @each_method
 def test_each_router_is_recorded_once_and_has_its_loss(method, family):
-    host, ids, mask = (
-        tiny_host(family, {"a": ALL_METHODS[method]}),
-        tiny_ids(2),
-        padded_mask([7, 3]),
-    )
-    adapter, routing = host.adapters["a"], host(ids, mask, ["a"] * 2).routing.get("a", [])
+    host, mask = tiny_host(family, {"a": ALL_METHODS[method]}), padded_mask([7, 3])
+    adapter, routing = host.adapters["a"], host(tiny_ids(2), mask, ["a"] * 2).routing.get("a", [])
     routers = [layer.router for layer in routing]
     assert len(set(routers)) == len(routers)
+    assert all((layer.routing_weights.diff(dim=1) <= 0).all() for layer in routing)  # best first
     names = (re.sub(r"\.experts\.\d+", "", name) for name in adapter.tensors())
     assert len(routers) == len({name for name in names if name.endswith(".router")})
     assert all(len(layer.router_logits) == 10 for layer in routing)

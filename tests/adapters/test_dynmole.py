@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraloom.adapters import DynMoleConfig
 from loraloom.errors import FormatError
-from tests.adapters.plain import MASK, compare
+from tests.adapters.plain import MASK, compare, sum_experts
 from tests.tiny import changed, tiny_host
 
 CONFIG = DynMoleConfig(
@@ -42,11 +42,7 @@ class Paper:
         weights = p * kept
         self.probabilities.append(p[MASK.bool()])
         self.weights.append(weights[MASK.bool()])
-        update = 0
-        for expert in range(config.num_experts):
-            A, B = own[f"experts.{expert}.lora_A"], own[f"experts.{expert}.lora_B"]
-            update = update + weights[..., expert, None] * (x @ A.T @ B.T)
-        return config.alpha / config.rank * update
+        return config.alpha / config.rank * sum_experts(x, own, weights)
 
     def _kept(self, p: list[float]) -> list[bool]:
         config, q, num_experts = self.config, self.config.entropy_index, len(p)

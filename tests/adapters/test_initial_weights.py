@@ -9,12 +9,8 @@ from loraloom.adapters import LoraConfig
 from tests.tiny import ALL_METHODS, METHODS, tiny_host
 
 
-def fresh(config: LoraConfig, seed: int = 0, before: tuple = (), family: str = "llama", **changes):
-    """Add an adapter to a new host, after others."""
-    host = tiny_host(family, {}, **changes)
-    for index, other in enumerate(before):
-        host.add(f"other{index}", other, seed=index)
-    return host.add("a", config, seed=seed).tensors()
+def fresh(config: LoraConfig):
+    return tiny_host(configs={}).add("a", config).tensors()
 
 
 def assert_equal(actual: dict, expected: dict) -> None:

@@ -13,7 +13,7 @@ from loraloom.data.tokens import Example
 from loraloom.training.settings import SftConfig
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.requests import Request, run_requests
-from tests.adapters.plain import MASK, compare
+from tests.adapters.plain import MASK, compare, sum_experts
 from tests.tiny import changed, tiny_host, tiny_ids
 
 CONFIG = LoraMoeConfig(rank=2, alpha=5, num_experts=3, balance_coef=2.0, balance_delta=0.3)
@@ -32,11 +32,7 @@ class Paper:
             return scaling * x @ own["lora_A"].T @ own["lora_B"].T
         weights = torch.softmax(x @ own["router"].T, -1)
         self.weights.append(weights[MASK.bool()])
-        update = 0
-        for expert in range(self.config.num_experts):
-            A, B = own[f"experts.{expert}.lora_A"], own[f"experts.{expert}.lora_B"]
-            update = update + weights[..., expert, None] * (x @ A.T @ B.T)
-        return scaling * update
+        return scaling * sum_experts(x, own, weights)
 
     def added_loss(self) -> Tensor:
         """Of all tokens as one sample of group 0."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 import loraloom
-from loraloom.adapters import LoraConfig, MixLoraConfig, SharedExpertConfig
+from loraloom.adapters import MixLoraConfig, SharedExpertConfig
 from loraloom.errors import AdapterError
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients
 from tests.tiny import changed, randomise, relative_error, tiny_host, tiny_model
@@ -76,4 +76,3 @@ def test_mixtures_with_a_shared_expert_are_not_combined():
     host = tiny_host(configs={"a": CONFIG, "b": CONFIG})
     with pytest.raises(AdapterError, match="must have no shared_expert"):
         host.combine(["a", "b"], [0.5, 0.5], name="sum")
-    assert isinstance(CONFIG.shared_config, LoraConfig)

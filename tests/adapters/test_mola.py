@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from loraloom.adapters import MolaConfig
 from loraloom.routing.record import LayerRouting
-from tests.adapters.plain import MASK, compare
+from tests.adapters.plain import MASK, compare, sum_experts, top_k_softmax
 from tests.tiny import changed, tiny_host, tiny_ids
 
 CONFIG = MolaConfig(
@@ -38,14 +38,8 @@ class Paper:
     def update(self, x: Tensor, own: dict[str, Tensor], key: str) -> Tensor:
         config, logits = self.config, x @ own["router"].T
         self.logits.append(logits[MASK.bool()])
-        chosen = torch.zeros_like(logits).scatter(-1, logits.topk(config.top_k).indices, 1)
-        weights = logits.softmax(-1) * chosen
-        weights = weights / weights.sum(-1, keepdim=True)
-        update = 0
-        for expert in range(logits.shape[-1]):
-            A, B = own[f"experts.{expert}.lora_A"], own[f"experts.{expert}.lora_B"]
-            update = update + weights[..., expert, None] * (x @ A.T @ B.T)
-        return config.alpha / config.rank * update
+        weights = top_k_softmax(logits, config.top_k)
+        return config.alpha / config.rank * sum_experts(x, own, weights)
 
     def added_loss(self) -> Tensor:
         groups = self.logits

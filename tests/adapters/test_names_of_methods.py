@@ -12,7 +12,7 @@ from loraloom.adapters import CONFIGS
 
 SOURCES = Path(loraloom.__file__).parent
 METHODS = (SOURCES / "adapters", SOURCES / "formats")
-_SHARED = {"base", "experts", "keys", "low_rank", "method", "own", "weighted_sum"}
+_SHARED = {*"base experts keys low_rank method own prompt_router weighted_sum".split()}
 """Files in adapters/ that belong to no method."""
 NAMES = sorted(
     {config.model_fields["method"].default for config in CONFIGS}

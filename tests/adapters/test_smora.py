@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from loraloom.adapters import SmoraConfig
-from tests.adapters.plain import MASK, compare
+from tests.adapters.plain import MASK, compare, top_k_softmax
 
 CONFIG = SmoraConfig(rank=6, alpha=9, top_k=2, router_aux_loss_coef=3.0)
 
@@ -23,10 +23,7 @@ class Paper:
     def update(self, x: Tensor, own: dict[str, Tensor], key: str) -> Tensor:
         logits = x @ own["router"].T
         self.logits.append(logits[MASK.bool()])
-        chosen = torch.zeros_like(logits).scatter(-1, logits.topk(2).indices, 1)
-        weights = logits.softmax(-1) * chosen
-        weights = weights / weights.sum(-1, keepdim=True)
-        update = 0
+        weights, update = top_k_softmax(logits, 2), 0
         for rank in range(6):
             of_rank = torch.outer(own["lora_B"][:, rank], own["lora_A"][rank])
             update = update + weights[..., rank, None] * (x @ of_rank.T)

@@ -21,7 +21,6 @@ from tests.tiny import (
     padded_mask,
     randomise,
     relative_error,
-    router_loss,
     tiny_ids,
     tiny_model,
 )
@@ -70,7 +69,7 @@ def compare(family: str, config: LoraConfig, *, train: bool = False, **changes) 
     assert relative_error(actual[real].detach(), expected[real].detach()) < 1e-10
     loss, expected_loss = language_model_loss(actual), language_model_loss(expected)
     if isinstance(config, MixLoraConfig):
-        loss = loss + router_loss(out.routing["a"], config)
+        loss = loss + config.auxiliary_loss(out.routing["a"])
         expected_loss = expected_loss + balance_loss(oracle.router_logits, config)
     loss.backward()
     expected_loss.backward()

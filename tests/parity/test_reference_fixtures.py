@@ -18,7 +18,7 @@ import loraloom
 from loraloom.adapters import AdapterConfig
 from loraloom.models.host import Host, HostOutput
 from loraloom.routing.record import LayerRouting
-from tests.tiny import changed, router_loss
+from tests.tiny import changed
 
 MIXTURES = ("llama-mixlora", "qwen2-mixlora", "phi-mixlora")
 CASES = (*MIXTURES, "llama-lora", "llama-mola", "llama-loramoe", "llama-axolotl")
@@ -53,7 +53,7 @@ def run(host: Host, case: Path, batch: str) -> tuple[HostOutput, Tensor, dict[st
 
 def assert_same_loss(record: list[LayerRouting], config: AdapterConfig, expected: Tensor) -> None:
     config = changed(config, router_aux_loss_coef=0.001, router_loss_scope="pooled")
-    loss = router_loss(record, config)
+    loss = config.auxiliary_loss(record)
     torch.testing.assert_close(loss, expected.squeeze(), rtol=1e-5, atol=1e-7)
 
 

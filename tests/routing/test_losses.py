@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from loraloom.adapters import MixLoraConfig
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import TopK
-from tests.tiny import changed, router_loss
+from tests.tiny import changed
 
 
 def layer(logits: Tensor, top_k: int = 2, index: int = 0) -> LayerRouting:
@@ -41,16 +41,13 @@ def routing():
     return [layer(torch.randn(30, 6).double() + torch.arange(6) * n, 2, n) for n in range(3)]
 
 
-def test_the_balance_loss_is_the_formula_pooled_over_layers(routing):
+def test_the_balance_loss_is_the_formula_pooled_or_averaged_over_layers(routing):
     config = MixLoraConfig(num_experts=6, router_aux_loss_coef=0.25)
     pooled = torch.cat([r.router_logits for r in routing])
-    assert float(router_loss(routing, config)) == pytest.approx(0.25 * by_hand(pooled, 2))
-
-
-def test_the_balance_loss_can_be_averaged_over_layers(routing):
-    config = MixLoraConfig(num_experts=6, router_aux_loss_coef=0.25, router_loss_scope="per_layer")
+    assert float(config.auxiliary_loss(routing)) == pytest.approx(0.25 * by_hand(pooled, 2))
+    per_layer = changed(config, router_loss_scope="per_layer")
     mean = sum(by_hand(r.router_logits, 2) for r in routing) / 3
-    assert float(router_loss(routing, config)) == pytest.approx(0.25 * mean)
+    assert float(per_layer.auxiliary_loss(routing)) == pytest.approx(0.25 * mean)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -59,7 +56,7 @@ def test_the_balance_loss_is_that_of_transformers_mixtral(top_k):
     routing = [layer(torch.randn(30, 6), top_k, n) for n in range(3)]
     config = MixLoraConfig(num_experts=6, top_k=top_k, router_aux_loss_coef=1)
     theirs = load_balancing_loss_func(tuple(r.router_logits for r in routing), 6, top_k)
-    torch.testing.assert_close(router_loss(routing, config), theirs)
+    torch.testing.assert_close(config.auxiliary_loss(routing), theirs)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -67,48 +64,38 @@ def test_the_balance_loss_of_a_balanced_router_is_top_k(top_k):
     logits = torch.stack([torch.arange(6.0).roll(shift) for shift in range(6)])
     logits = logits - logits.mean()
     config = MixLoraConfig(num_experts=6, top_k=top_k, router_aux_loss_coef=1)
-    assert float(router_loss([layer(logits, top_k)], config)) == pytest.approx(top_k)
-
-
-def test_a_collapsed_router_loses_most():
-    logits = torch.tensor([[30.0, 0, 0, 0]] * 5)
-    config = MixLoraConfig(num_experts=4, top_k=1, router_aux_loss_coef=1)
-    assert float(router_loss([layer(logits, 1)], config)) == pytest.approx(4)
+    assert float(config.auxiliary_loss([layer(logits, top_k)])) == pytest.approx(top_k)
 
 
 def test_pooling_lets_layers_cancel_and_averaging_does_not():
     routing = [layer(torch.tensor([[9.0, -9]] * 4), 1), layer(torch.tensor([[-9.0, 9]] * 4), 1)]
     config = MixLoraConfig(num_experts=2, top_k=1, router_aux_loss_coef=1)
     per_layer = changed(config, router_loss_scope="per_layer")
-    assert float(router_loss(routing, config)) == pytest.approx(1)
-    assert float(router_loss(routing, per_layer)) == pytest.approx(2, rel=1e-4)
+    assert float(config.auxiliary_loss(routing)) == pytest.approx(1)
+    assert float(per_layer.auxiliary_loss(routing)) == pytest.approx(2, rel=1e-4)
 
 
 def test_only_the_probabilities_have_gradient():
     torch.manual_seed(0)
     logits = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
     routing = layer(logits)
-    router_loss([routing], MixLoraConfig(num_experts=4, router_aux_loss_coef=1)).backward()
+    MixLoraConfig(num_experts=4, router_aux_loss_coef=1).auxiliary_loss([routing]).backward()
     share = torch.nn.functional.one_hot(routing.selected_experts, 4).double().mean(0).sum(0)
     probability = logits.detach().softmax(-1)
     inner = (probability * share).sum(-1, keepdim=True)
     torch.testing.assert_close(logits.grad, 4 * probability * (share - inner) / 8)
 
 
-def test_the_z_loss_is_the_mean_squared_logsumexp():
-    logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    expected = (math.log(2) ** 2 + math.log(math.e + math.e**2) ** 2) / 2
-    config = MixLoraConfig(num_experts=2, router_aux_loss_coef=0, router_z_loss_coef=1)
-    assert float(router_loss([layer(logits)], config)) == pytest.approx(expected)
-
-
-def test_the_router_loss_adds_the_z_loss_averaged_over_layers(routing):
-    config = MixLoraConfig(num_experts=6, router_aux_loss_coef=0, router_z_loss_coef=0.5)
-    mean = sum(float(r.router_logits.logsumexp(-1).square().mean()) for r in routing) / 3
-    assert float(router_loss(routing, config)) == pytest.approx(0.5 * mean)
+def test_the_z_loss_is_the_mean_squared_logsumexp_averaged_over_layers():
+    rows = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+    first, second = math.log(2) ** 2, math.log(math.e + math.e**2) ** 2
+    config = MixLoraConfig(num_experts=2, router_aux_loss_coef=0, router_z_loss_coef=0.5)
+    routing = [layer(rows), layer(rows[:1], index=1)]
+    expected = 0.5 * ((first + second) / 2 + first) / 2
+    assert float(config.auxiliary_loss(routing)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("scope", ["pooled", "per_layer"])
 def test_no_tokens_cost_nothing(scope):
     config = MixLoraConfig(num_experts=4, router_z_loss_coef=1, router_loss_scope=scope)
-    assert float(router_loss([layer(torch.zeros(0, 4))], config)) == 0
+    assert float(config.auxiliary_loss([layer(torch.zeros(0, 4))])) == 0

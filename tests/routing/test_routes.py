@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from loraloom.adapters.base import SegmentTokens
+from loraloom.ops.dropout import SampleNoise, SampleSpan
 from loraloom.routing.routes import (
     Dense,
     Hybrid,
@@ -16,7 +18,6 @@ from loraloom.routing.routes import (
     Switch,
     TopK,
     TopP,
-    beyond_capacity,
     router_logits,
     tsallis_entropy,
 )
@@ -132,10 +133,11 @@ def test_one_expert_has_the_greatest_entropy():
 
 def test_an_expert_takes_the_first_tokens_of_each_sample():
     selected = torch.tensor([0, 1, 0, 0, 0, 1, 0, 0])
-    samples = [slice(0, 4), torch.tensor([5, 6, 7])]
+    spans = [SampleSpan(0, slice(0, 4)), SampleSpan(1, torch.tensor([5, 6, 7]))]
+    tokens = SegmentTokens(0, noise=SampleNoise(spans, 8, 0, torch.device("cpu")))
     expected = [False, False, False, True, False, False, False, False]
-    assert beyond_capacity(selected, samples, 2).tolist() == expected
-    assert beyond_capacity(selected, samples, 1).sum() == 3
+    assert tokens.beyond_capacity(selected[:, None], 2).flatten().tolist() == expected
+    assert tokens.beyond_capacity(selected[:, None], 1).sum() == 3
 
 
 def test_extreme_logits_do_not_overflow():

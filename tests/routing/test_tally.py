@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 
-from loraloom.routing.record import LayerRouting
+from loraloom.routing.record import LayerRouting, with_tensors
 from loraloom.routing.routes import TopK
 from loraloom.routing.tally import (
     RoutingTotals,
@@ -81,16 +80,10 @@ def test_the_load_of_a_router_that_mixes_all_experts_is_their_weights():
 
 def test_totals_of_parts_add_up_to_those_of_the_whole():
     whole = drawn(9, 4, 4, 3)
+    for one in whole:
+        one.router_logits.requires_grad_()
     parts = [
-        [
-            replace(
-                one,
-                router_logits=one.router_logits[cut].requires_grad_(),
-                selected_experts=one.selected_experts[cut],
-                routing_weights=one.routing_weights[cut],
-            )
-            for one in whole
-        ]
+        [with_tensors([one], lambda tensors, cut=cut: tensors[0][cut]) for one in whole]
         for cut in (slice(0, 4), slice(4, 9))
     ]
     together = RoutingTotals.of(whole)

@@ -47,7 +47,8 @@ TRIALS: Mapping[str, AdapterConfig] = {
 
 
 _METHOD = TypeVar("_METHOD", bound=type[AdapterConfig])
-_LISTENERS: list[Callable[[], object]] = []
+LISTENERS: list[Callable[[], object]] = []
+"""What is called whenever a further method has been registered."""
 
 
 def register_method(config: _METHOD) -> _METHOD:
@@ -82,7 +83,7 @@ def register_method(config: _METHOD) -> _METHOD:
     if config not in CONFIGS:
         config.package = config.__module__.partition(".")[0].replace("__main__", "")
         CONFIGS.append(config)
-        for listener in _LISTENERS:
+        for listener in LISTENERS:
             listener()
     return config
 
@@ -103,11 +104,6 @@ def _lacking(config: Any) -> Iterator[str]:
         yield f"the functions {', '.join(sorted(config.__abstractmethods__))}"
     if config.layout != "native":
         yield 'layout = "native", as others are those of methods that formats/ knows'
-
-
-def when_registered(listener: Callable[[], object]) -> None:
-    """Call something whenever a further method has been registered."""
-    _LISTENERS.append(listener)
 
 
 def take_entries(group: str, take: Callable[[Any, str], object]) -> None:

@@ -20,7 +20,6 @@ from loraloom.errors import AdapterError
 from loraloom.ops.dropout import SampleNoise
 from loraloom.ranks import own_part, whole
 from loraloom.routing.record import LayerRouting, with_tensors
-from loraloom.routing.routes import beyond_capacity
 
 
 @dataclass(frozen=True)
@@ -265,10 +264,14 @@ class SegmentTokens:
         self, selected_experts: Int[Tensor, "T K"], capacity: int | None
     ) -> Tensor | None:
         """Tell which tokens an expert that takes so many of a sample leaves out; None: none."""
+        # Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, section 2.2, by sample.
         if capacity is None or self.noise is None:
             return None
-        samples = [span.tokens for span in self.noise.spans]
-        return beyond_capacity(selected_experts.squeeze(1), samples, capacity).unsqueeze(1)
+        beyond = torch.zeros_like(selected_experts, dtype=torch.bool)
+        for span in self.noise.spans:
+            own = selected_experts[span.tokens]  # (t, 1)
+            beyond[span.tokens] = (own == own.T).tril().sum(1, keepdim=True) > capacity
+        return beyond
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Axes: T tokens, E experts, K slots of a token (all experts).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
 from loraloom.adapters.method import MAX_NUMBER, Free, Projection
-from loraloom.config.fields import CheckInfo
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.routes import Hybrid, tsallis_entropy
 
@@ -52,10 +52,7 @@ class DynMoleConfig(MixtureConfig):
     router_aux_loss_coef: Free[float] = Field(default=0.001, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss."""
 
-    @field_validator("keep_top_k")
-    @classmethod
-    def _check_keep_top_k(cls, keep: int, info: CheckInfo) -> int:
-        return check_at_most("num_experts", keep, info)
+    _check_keep_top_k = field_validator("keep_top_k")(partial(check_at_most, "num_experts"))
 
     def projection(
         self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int

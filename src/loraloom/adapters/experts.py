@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.lora import LoraProjection
-from loraloom.adapters.low_rank import LowRankConfig, generator_for, kaiming_uniform
+from loraloom.adapters.low_rank import LowRankConfig, initial_weight
 from loraloom.adapters.method import MAX_NUMBER, AdapterConfig, Free
 from loraloom.config.fields import CheckInfo
 from loraloom.errors import AdapterError
@@ -77,13 +77,8 @@ class RouterLossConfig(AdapterConfig):
     ) -> Tensor | None:
         if not routing:
             return None
-        return router_loss(
-            routing,
-            aux_loss_coef=self.router_aux_loss_coef,
-            z_loss_coef=self.router_z_loss_coef,
-            scope=self.router_loss_scope,
-            add_up=add_up,
-        )
+        coefficients = (self.router_aux_loss_coef, self.router_z_loss_coef)
+        return router_loss(routing, *coefficients, self.router_loss_scope, add_up)
 
 
 # The routing that each setting belongs to.
@@ -150,11 +145,7 @@ class Router(Weights):
     ):
         super().__init__()
         self.key = key
-        if std is None:
-            initial = kaiming_uniform(shape, seed, key)
-        else:
-            initial = torch.empty(shape, dtype=torch.float32)
-            initial.normal_(std=std, generator=generator_for(seed, key))
+        initial = initial_weight(shape, seed, key, std)
         self.weight = nn.Parameter(initial.to(dtype=dtype, device=device))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
-from loraloom.adapters.low_rank import initial_A
+from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.method import AdapterConfig, Projection
 from loraloom.routing.routes import router_logits
 
@@ -42,32 +42,16 @@ class HydraLoraConfig(MixtureConfig):
         return HydraLoraProjection(base, self, dtype, seed)
 
 
-class HydraLoraProjection(Projection):
-    """A, E times B, and the router that mixes them."""
+class HydraLoraProjection(LoraProjection):
+    """A LoRA with E times B, and the router that mixes them."""
 
     def __init__(
         self, base: BaseProjection, config: HydraLoraConfig, dtype: torch.dtype, seed: int
     ):
-        super().__init__(base)
-        self.scaling = config.scaling
-        options = {"dtype": dtype, "device": base.device}
-        shape = (config.rank, base.in_features)
-        initial = initial_A(shape, config.init, seed, f"{self.key}.lora_A")
-        self.lora_A = nn.Parameter(initial.to(**options))
-        zeros = torch.zeros(config.num_experts, base.out_features, config.rank, **options)
-        self.lora_B = nn.Parameter(zeros)
-        router_shape = (config.num_experts, base.in_features)
-        self.router = Router(f"{self.key}.router", router_shape, seed, **options)
-
-    @property
-    def num_columns(self) -> int:
-        return len(self.lora_A)
-
-    def compute_A(self, dtype: torch.dtype) -> Tensor:
-        return self.lora_A.to(dtype)  # (R, I)
-
-    def compute_B(self, dtype: torch.dtype) -> Tensor:
-        return (self.lora_B * self.scaling).transpose(1, 2).flatten(0, 1).to(dtype)  # (E·R, O)
+        super().__init__(base, config, None, dtype, seed)
+        self.lora_B = nn.Parameter(self.lora_B.detach().repeat(config.num_experts, 1, 1))
+        shape = (config.num_experts, base.in_features)
+        self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh a copy of Ax for each B."""
@@ -81,6 +65,6 @@ class HydraLoraProjection(Projection):
         return weighted.flatten(1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield f"{self.key}.lora_A", self.lora_A.detach()
+        yield f"{self.key}.lora_A", self.lora_A.detach()[0]
         for expert, lora_B in enumerate(self.lora_B.detach()):
             yield f"{self.key}.experts.{expert}.lora_B", lora_B

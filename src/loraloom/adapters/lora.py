@@ -173,7 +173,6 @@ class LoraProjection(Projection):
 
     @property
     def num_columns(self) -> int:
-        """S."""
         return self._all_A().shape[:2].numel()
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:

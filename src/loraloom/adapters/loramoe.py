@@ -88,8 +88,7 @@ def balancing_constraint(
     the expert's group is the sample's, and 1 - δ elsewhere. The second half of the experts is
     group 1.
 
-    Source:
-        Dou et al. 2023, LoRAMoE, arXiv:2312.09979, eq. 5-7.
+    Source: Dou et al. 2023, LoRAMoE, arXiv:2312.09979, eq. 5-7.
     """
     sums = torch.stack([part.sum(0) for part in weights.split([s.num_tokens for s in samples])])
     num_experts = weights.shape[1]

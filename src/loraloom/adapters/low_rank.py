@@ -192,19 +192,20 @@ def _halves(fused: UpProjection | None) -> list[UpProjection | None]:
 def initial_A(
     shape: tuple[int, int], init: Literal["kaiming", "gaussian"], seed: int, name: str
 ) -> Tensor:
-    """Draw an A, [R, I], by a configuration's `init`; see `kaiming_uniform`."""
-    if init == "gaussian":
-        initial = torch.empty(shape, dtype=torch.float32)
-        return initial.normal_(std=1 / shape[0], generator=generator_for(seed, name))
-    return kaiming_uniform(shape, seed, name)
+    """Draw an A, [R, I], by a configuration's `init`; see `initial_weight`."""
+    return initial_weight(shape, seed, name, 1 / shape[0] if init == "gaussian" else None)
 
 
-def kaiming_uniform(shape: tuple[int, int], seed: int, name: str) -> Tensor:
-    """Draw a matrix, [out, in], Kaiming uniform with a = sqrt(5), by a seed and a tensor's name."""
+def initial_weight(
+    shape: tuple[int, int], seed: int, name: str, std: float | None = None
+) -> Tensor:
+    """Draw [out, in] by a seed and a tensor's name: normal, or as linear layers begin (None)."""
     # On the CPU in float32 whatever trains, so that a job starts alike on every device.
-    bound = 1 / math.sqrt(shape[1])
-    initial = torch.empty(shape, dtype=torch.float32)
-    return initial.uniform_(-bound, bound, generator=generator_for(seed, name))
+    initial, generator = torch.empty(shape, dtype=torch.float32), generator_for(seed, name)
+    if std is not None:
+        return initial.normal_(std=std, generator=generator)
+    bound = 1 / math.sqrt(shape[1])  # Kaiming uniform with a = sqrt(5)
+    return initial.uniform_(-bound, bound, generator=generator)
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -36,6 +36,7 @@ from loraloom.adapters.base import (
     SegmentTokens,
 )
 from loraloom.adapters.keys import Shape, TensorKey, Weights, can_be_saved, is_meant
+from loraloom.adapters.prompt_router import PromptRouter
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
@@ -117,13 +118,8 @@ class AdapterConfig(StrictModel, ABC):
         """
 
     def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
-        """Give the name and shape of every tensor of the method on a base model.
-
-        They are read off an adapter that is built without memory.
-
-        Raises:
-            AdapterError: If the settings don't fit the base model.
-        """
+        """Give the name and shape of every tensor on a base model that the settings fit."""
+        # They are read off an adapter that is built without memory.
         with torch.device("meta"):
             layers = base.layers_without_weights()
             self.check_fits(layers)
@@ -140,11 +136,7 @@ class AdapterConfig(StrictModel, ABC):
         )
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
-        """Check that every setting means something on a base model.
-
-        Raises:
-            AdapterError: If `target_modules` names projections that the base model lacks.
-        """
+        """Raise an AdapterError if a setting means nothing on a base model."""
         keys, odd = [base.key for layer in base_layers for base in layer.projections], []
         if not isinstance(self.target_modules, str):
             names = {key.rpartition(".")[2] for key in keys}
@@ -194,11 +186,7 @@ class AdapterConfig(StrictModel, ABC):
         return None
 
     def combined(self) -> AdapterConfig:
-        """Give the settings of an adapter that several like this one were combined to, scaling 1.
-
-        Raises:
-            AdapterError: If the method's updates can't be.
-        """
+        """Give the settings of what several adapters like this one are combined to, scaling 1."""
         raise AdapterError(
             f"adapters that are combined must have updates of the form BA, {self.title} hasn't; "
             "give their rows scales instead"
@@ -317,13 +305,8 @@ class Projection(Weights):
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
-        """Compute the weight that does what the base's and the update do, `c ∘ (W + BA)`, [O, I].
-
-        Args:
-            dtype: Of the computation and the result.
-            expert: Whose update.
-            num_experts: Experts whose A lie behind one another.
-        """
+        """Compute the weight that does what the base's and an expert's update do, c ∘ (W + BA)."""
+        # In each projection's A those of `num_experts` experts lie behind one another.
         rank = self.num_columns // num_experts
         own = slice(expert * rank, (expert + 1) * rank)
         update = self.compute_B(dtype)[own].T @ self.compute_A(dtype)[own]
@@ -354,26 +337,6 @@ class OwnModule(Weights):
         """Give a parameter, here the base's, with which the module itself computes the same."""
 
 
-class Chooser(Weights):
-    """What judges an adapter's parts by a prompt, from the base model's states."""
-
-    num_layers_read: int
-    """Of how many decoder layers the last one's states are read; 0: those of the embeddings."""
-
-    @abstractmethod
-    def forward(self, states: Tensor, owners: Tensor) -> Tensor:
-        """Compute the parts' logits, [B, E].
-
-        Args:
-            states: Of all tokens of all prompts, [T, D].
-            owners: The number of each token's prompt, [T], from 0 to B - 1.
-        """
-
-    @abstractmethod
-    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
-        """Fit what judges these parts to prompts whose parts' numbers are targets, [B]."""
-
-
 class Adapter(nn.Module, ABC):
     """A named set of trained weights on a base model.
 
@@ -400,7 +363,7 @@ class Adapter(nn.Module, ABC):
         self.own_modules = nn.ModuleList()
         self.prompt: PromptForm | None = None  # how its training data writes prompts
         self.is_trained = True  # what isn't is refused in training
-        self.chooser: Chooser | None = None  # of one of its parts, for a whole prompt
+        self.chooser: PromptRouter | None = None  # of one of its parts, for a whole prompt
         # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
@@ -446,13 +409,7 @@ class Adapter(nn.Module, ABC):
     def stack_ffn(
         cls, adapters: Sequence[Any], layer: int, weights: Sequence[FfnWeights]
     ) -> StackedFfn:
-        """Put the FFN weights of adapters with the same `stack_key` side by side.
-
-        Args:
-            adapters: One or more.
-            layer: Index of the decoder layer.
-            weights: What `ffn_weights` returned for each.
-        """
+        """Put side by side what `ffn_weights` returned for adapters with the same `stack_key`."""
         raise NotImplementedError(f"{cls.__name__} has no stacked form")
 
     def is_as_in(self, kind: type[Adapter], *names: str) -> bool:
@@ -460,12 +417,7 @@ class Adapter(nn.Module, ABC):
         return all(getattr(type(self), name) is getattr(kind, name) for name in names)
 
     def as_moe(self, layer: int) -> MoeFfn:
-        """See an FFN block as experts that each have whole weights.
-
-        Raises:
-            AdapterError: If the method's routers do something else than to choose a few of these
-                for each token.
-        """
+        """See an FFN block as experts that each have whole weights, a few of them for a token."""
         raise self._no_moe(self.config.title)
 
     def _no_moe(self, found: str) -> AdapterError:
@@ -499,11 +451,7 @@ class Adapter(nn.Module, ABC):
                 )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values in, by the names of `tensors()`; magnitudes that are missing stay.
-
-        Raises:
-            AdapterError: If other names or shapes differ from this adapter's.
-        """
+        """Copy values in, by the names of `tensors()`; magnitudes that are missing stay."""
         own = self.tensors()
         # All is checked before the first value is copied.
         names = {name for name in own if not name.endswith(".magnitude")} | tensors.keys()

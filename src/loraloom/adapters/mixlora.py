@@ -7,21 +7,15 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.base import (
-    BaseLayer,
-    BaseProjection,
-    FfnRows,
-    MoeFfn,
-    SegmentTokens,
-)
+from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, MoeFfn, SegmentTokens
 from loraloom.adapters.experts import Choice, ExpertCount, Router, RoutingConfig, check_has_experts
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
@@ -91,19 +85,18 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     router_jitter: Free[float] = Field(default=0.0, ge=0, lt=1)
     """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
 
-    @model_validator(mode="after")
-    def _check_extras(self) -> MixLoraConfig:
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.compat is not None and self.routing not in ("top_p", "switch"):
-            raise ValueError(
+            yield (
                 "compat must be unset where MoE-PEFT computes what the method means, got "
                 f"{self.compat} with routing: {self.routing}"
             )
         if self.shared_expert is not None and self.expert_config.weight_decomposition:
-            raise ValueError(
+            yield (
                 "shared_expert can't be used with weight_decomposition, whose norms are of one "
                 "update alone; leave one of them out"
             )
-        return self
 
     @property
     def expert_config(self) -> LoraConfig:
@@ -297,12 +290,7 @@ def _build_layer(
         return LoraProjection(base, expert, num_experts, dtype, seed, behind)
 
     weights = projection_blocks(config, layer, build)
-    weights["router"] = Router(
-        f"layers.{layer.index}.{layer.ffn_block}.router",
-        (num_experts, layer.hidden_size),
-        seed,
-        std=config.router_init_std,
-        dtype=dtype,
-        device=next(iter(layer.ffn.values())).device,
-    )
+    name, shape = f"layers.{layer.index}.{layer.ffn_block}.router", (num_experts, layer.hidden_size)
+    options = {"dtype": dtype, "device": next(iter(layer.ffn.values())).device}
+    weights["router"] = Router(name, shape, seed, **options, std=config.router_init_std)
     return weights

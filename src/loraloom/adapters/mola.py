@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from pydantic import model_validator
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
@@ -33,15 +32,14 @@ class MolaConfig(RoutingConfig):
     """The mean of each router's load-balance loss, or the load over all routers together (pooled),
     in which routers that have collapsed to different experts cost nothing."""
 
-    @model_validator(mode="after")
-    def _check_scope(self) -> MolaConfig:
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         counts = {self.num_experts} if isinstance(self.num_experts, int) else set(self.num_experts)
         if len(counts) > 1 and self.router_loss_scope == "pooled":
-            raise ValueError(
+            yield (
                 "router_loss_scope must be per_layer where num_experts differs by layer, got "
                 "pooled; leave it out, or drop the list"
             )
-        return self
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         super().check_fits(base_layers)

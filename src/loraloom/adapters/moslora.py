@@ -2,7 +2,7 @@
 
 `B(M(Ax))` is the LoRA with A and `B M`, so all forms of a LoRA serve.
 
-Axes: I in_features, O out_features, R rank.
+Axes: O out_features, R rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_A, kaiming_uniform
+from loraloom.adapters.lora import LoraProjection
+from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_weight
 from loraloom.adapters.method import Free, Projection
 
 
@@ -39,33 +40,20 @@ class MosLoraConfig(LowRankConfig):
         return MosLoraProjection(base, self, dtype, seed)
 
 
-class MosLoraProjection(Projection):
-    """A, [R, I], M, [R, R], and B, [O, R], on a projection; B starts at zero."""
+class MosLoraProjection(LoraProjection):
+    """A LoRA with a mixer M, [R, R], behind its B."""
 
     def __init__(self, base: BaseProjection, config: MosLoraConfig, dtype: torch.dtype, seed: int):
-        super().__init__(base)
-        rank, options = config.rank, {"dtype": dtype, "device": base.device}
-        lora_A = initial_A((rank, base.in_features), config.init, seed, f"{self.key}.lora_A")
-        mixer = kaiming_uniform((rank, rank), seed, f"{self.key}.mixer")
+        super().__init__(base, config, None, dtype, seed)
+        name, shape = f"{self.key}.mixer", (config.rank, config.rank)
+        mixer = initial_weight(shape, seed, name)
         if config.mixer_init == "orthogonal":
-            generator = generator_for(seed, f"{self.key}.mixer")
-            nn.init.orthogonal_(mixer, generator=generator)
-        self.lora_A = nn.Parameter(lora_A.to(**options))
-        self.mixer = nn.Parameter(mixer.to(**options))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
-        self.scaling = config.scaling
+            nn.init.orthogonal_(mixer, generator=generator_for(seed, name))
+        self.mixer = nn.Parameter(mixer.to(dtype=dtype, device=base.device))
 
-    @property
-    def num_columns(self) -> int:
-        return len(self.lora_A)
-
-    def compute_A(self, dtype: torch.dtype) -> Tensor:
-        return self.lora_A.to(dtype)
-
-    def compute_B(self, dtype: torch.dtype) -> Tensor:
-        return (self.scaling * (self.lora_B @ self.mixer).T).to(dtype)  # (R, O)
+    def _all_B(self) -> Tensor:
+        return self.lora_B @ self.mixer  # (1, O, R)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield f"{self.key}.lora_A", self.lora_A.detach()
+        yield from super().tensors()
         yield f"{self.key}.mixer", self.mixer.detach()
-        yield f"{self.key}.lora_B", self.lora_B.detach()

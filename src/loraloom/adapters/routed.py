@@ -1,44 +1,32 @@
 """Adapters that were trained apart as one: they stay as they are, and a router chooses among them.
 
-Axes: T tokens, I in_features, O out_features, E experts, B prompts, D hidden.
+Axes: T tokens, I in_features, E experts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from loraloom.adapters.base import BaseLayer, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.low_rank import LowRankAdapter, generator_for
-from loraloom.adapters.method import (
-    MAX_NUMBER,
-    Adapter,
-    AdapterConfig,
-    Chooser,
-    Expert,
-    Projection,
-)
+from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Expert, Projection
 from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.prompt_router import PromptRouter
 from loraloom.adapters.weighted_sum import MAX_MEMBERS, SumProjection, check_adds_up, sum_blocks
-from loraloom.config.fields import CheckInfo, check_name, checked
+from loraloom.config.fields import check_name, checked
 from loraloom.errors import AdapterError
 from loraloom.routing.routes import TopK, router_logits
 
 # What settings of its own an adapter of others has not.
 _OF_EXPERTS = ("rank", "dropout", "modules_to_save", "trainable_token_indices")
 MAX_EXPERTS = 256
-# Of the fit of a router by prompt: AdamW's.
-STEPS, RATE, DECAY = 200, 0.03, 0.01
-# Tokens whose states are in the router's dtype at once.
-CHUNK = 2**15
 
 
 class RoutedConfig(AdapterConfig):
@@ -62,7 +50,7 @@ class RoutedConfig(AdapterConfig):
     router: Literal["prompt", "arrow", "token"] = "prompt"
     """What chooses: one choice for a whole prompt, by `fit_router`; for each token and projection
     the direction in which an expert's update is largest (arrow), or a trained router (token)."""
-    top_k: int | None = Field(default=None, ge=1, validate_default=True)
+    top_k: int | None = Field(default=None, ge=1)
     """Experts that are used at once; by default one for a prompt, and three for a token."""
     temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER)
     """What logits are divided by before their softmax."""
@@ -71,32 +59,16 @@ class RoutedConfig(AdapterConfig):
     num_layers_read: int = Field(default=0, ge=0, le=2**10)
     """Decoder layers whose last states a router by prompt reads; 0: it reads the embeddings."""
 
-    @field_validator(*_OF_EXPERTS)
-    @classmethod
-    def _check_is_default(cls, value: Any, info: CheckInfo) -> Any:
-        default = cls.model_fields[info.field_name or ""].default
-        if value != default:
-            raise ValueError(f"{info.field_name} is the experts' own, got {value}; leave it out")
-        return value
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _check_target_modules(cls, targets: Any) -> Any:
-        if isinstance(targets, str) and targets != "all-linear":
-            raise ValueError(f"target_modules are the experts' own, got {targets}; leave it out")
-        return targets  # files name those that the experts have
-
-    @field_validator("top_k")
-    @classmethod
-    def _check_top_k(cls, value: int | None, info: CheckInfo) -> int | None:
-        experts = info.data.get("experts")
-        if value is not None and experts is not None and value > len(experts):
-            raise ValueError(f"top_k must be in [1, {len(experts)} experts], got {value}")
-        return value
-
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        for name in _OF_EXPERTS:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                yield f"{name} is the experts' own, got {value}; leave it out"
+        if self.target_modules in ("attention", "ffn"):  # files name those that the experts have
+            yield f"target_modules are the experts' own, got {self.target_modules}; leave it out"
+        if self.experts_per_token > len(self.experts):
+            yield f"top_k must be in [1, {len(self.experts)} experts], got {self.top_k}"
         if self.train_experts and self.router != "token":
             yield f"train_experts must be false with router: {self.router}, which has no training"
         if self.router == "prompt" and self.experts_per_token > MAX_MEMBERS:
@@ -194,8 +166,9 @@ class RoutedAdapter(LowRankAdapter):
         )
         Adapter.__init__(self, name, config, base_layers, layers)
         if by_prompt:
-            width, device = base_layers[0].hidden_size, base_layers[0].projections[0].device
-            self.chooser = PromptRouter(config, width, dtype, device)
+            shape = (len(experts), base_layers[0].hidden_size)
+            self.chooser = PromptRouter(shape, config.num_layers_read, config.temperature)
+            self.chooser.to(dtype=dtype, device=base_layers[0].projections[0].device)
         self.experts = nn.ModuleList(experts)
         if not config.train_experts:
             self.experts.requires_grad_(False)
@@ -291,61 +264,3 @@ class _Routed(SumProjection):
 
     def _name(self, expert: int) -> str:
         return f"{self.key}.experts.{expert}.router"
-
-
-class PromptRouter(Chooser):
-    """Logits of a prompt's experts: of each the log of the mean over tokens of exp(w·h + b)."""
-
-    def __init__(self, config: RoutedConfig, width: int, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        zeros = torch.zeros(len(config.experts), width + 1, dtype=dtype, device=device)
-        self.router = nn.Parameter(zeros[:, 1:].clone(), requires_grad=False)
-        self.offsets = nn.Parameter(zeros[:, 0].clone(), requires_grad=False)
-        self.num_layers_read, self.temperature = config.num_layers_read, config.temperature
-
-    def forward(self, states: Tensor, owners: Tensor) -> Tensor:
-        if not self.router.any():
-            raise AdapterError("a router by prompt must be fitted first; call fit_router")
-        return _logits(states, owners, self.router, self.offsets) / self.temperature
-
-    @torch.enable_grad()
-    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
-        rows, chunks = list(parts), states.split(CHUNK)
-        mean = torch.stack([part.float().sum(0) for part in chunks]).sum(0) / len(states)
-        squares = torch.stack([(part.float() - mean).square().sum(0) for part in chunks]).sum(0)
-        std = (squares / len(states)).sqrt() + 1e-5
-        weight = torch.zeros(len(rows), states.shape[1], device=states.device, requires_grad=True)
-        offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
-        optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
-        with torch.no_grad():
-            fixed = _logits(states, owners, self.router, self.offsets).float()
-        places = torch.tensor(rows, device=states.device)
-        for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-            scaled = weight / std
-            own = _logits(states, owners, scaled, offset - scaled @ mean)
-            optimizer.zero_grad()
-            cross_entropy(fixed.index_copy(1, places, own), targets).backward()
-            optimizer.step()
-        with torch.no_grad():
-            scaled = weight / std
-            self.router[rows] = scaled.to(self.router.dtype)
-            self.offsets[rows] = (offset - scaled @ mean).to(self.offsets.dtype)
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for expert, row in enumerate(self.router.detach()):
-            yield f"shared.router_{expert}", row
-            yield f"shared.router_offset_{expert}", self.offsets.detach()[expert]
-
-
-def _logits(states: Tensor, owners: Tensor, router: Tensor, offsets: Tensor) -> Tensor:
-    parts = [part.to(router.dtype) @ router.T for part in states.split(CHUNK)]
-    scores = torch.cat(parts) + offsets  # (T, E)
-    counts = owners.bincount()
-    index, empty = (
-        owners.unsqueeze(1).expand(scores.shape),
-        scores.new_zeros(len(counts), len(router)),
-    )
-    most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
-    sums = empty.index_add(0, owners, (scores - most[owners]).exp())
-    return sums.log() + most - counts.unsqueeze(1).log()

@@ -5,6 +5,7 @@ Axes: T tokens, I in_features, R rank, K top_k.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +17,6 @@ from loraloom.adapters.experts import Router, RouterLossConfig, check_at_most
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.adapters.method import AdapterConfig, Projection
-from loraloom.config.fields import CheckInfo
 from loraloom.routing.routes import TopK, router_logits
 
 
@@ -40,10 +40,7 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     top_k: int = Field(default=8, ge=1, validate_default=True)
     """Ranks that each token uses."""
 
-    @field_validator("top_k")
-    @classmethod
-    def _check_top_k(cls, top_k: int, info: CheckInfo) -> int:
-        return check_at_most("rank", top_k, info)
+    _check_top_k = field_validator("top_k")(partial(check_at_most, "rank"))
 
     @property
     def experts_per_token(self) -> int:

@@ -48,13 +48,11 @@ class VeraConfig(AdapterConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         shared = SharedProjections(self, base_layers, dtype)
-        return LowRankAdapter(
-            name,
-            self,
-            base_layers,
-            lambda base, _: VeraProjection(base, self, shared, dtype),
-            shared,
-        )
+
+        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
+            return VeraProjection(base, self, shared, dtype)
+
+        return LowRankAdapter(name, self, base_layers, build, shared)
 
 
 class SharedProjections(Weights):
@@ -71,10 +69,8 @@ class SharedProjections(Weights):
         options = {"dtype": dtype, "device": adapted[0].device}
         in_features = max(projection.in_features for projection in adapted)
         out_features = max(projection.out_features for projection in adapted)
-        for name, shape in (
-            ("vera_A", (config.rank, in_features)),
-            ("vera_B", (out_features, config.rank)),
-        ):
+        shapes = {"vera_A": (config.rank, in_features), "vera_B": (out_features, config.rank)}
+        for name, shape in shapes.items():
             bound = math.sqrt(6 / shape[1])
             matrix = torch.empty(shape, dtype=torch.float32)
             matrix.uniform_(-bound, bound, generator=generator)

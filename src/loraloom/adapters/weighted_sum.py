@@ -44,11 +44,7 @@ def is_sum(name: str) -> bool:
 
 
 def parse_sum(text: str) -> Weighted:
-    """Read `law:0.7+math:0.3`; a weight that is left out is 1.
-
-    Raises:
-        AdapterError: If it is none.
-    """
+    """Read `law:0.7+math:0.3`; a weight that is left out is 1."""
     parts = [part.partition(":") for part in text.split("+")]
     try:
         weighted = tuple((name, float(weight) if colon else 1.0) for name, colon, weight in parts)
@@ -167,18 +163,14 @@ def sum_blocks(
     make: Callable[[Sequence[tuple[Projection, float]]], Projection],
 ) -> list[nn.ModuleDict]:
     """Make one of what adapters have on each projection, by the names of block and projection."""
-    layers = []
-    for index, layer in enumerate(base_layers):
-        blocks: dict[str, dict[str, list[tuple[Projection, float]]]] = {b: {} for b in layer.blocks}
-        for member, weight in zip(members, weights, strict=True):
-            held = (layer.attention_block, member.attention_block(index))
-            for block, own in (held, (layer.ffn_block, member.ffn_block(index))):
-                for name, projection in own.items():
-                    blocks[block].setdefault(name, []).append((projection, weight))
-        made = {
-            b: nn.ModuleDict({n: make(of) for n, of in own.items()}) for b, own in blocks.items()
-        }
-        layers.append(nn.ModuleDict(made))
+    layers = [nn.ModuleDict() for _ in base_layers]
+    for base, layer in zip(base_layers, layers, strict=True):
+        for block in base.blocks:
+            held = defaultdict[str, list[tuple[Projection, float]]](list)
+            for member, weight in zip(members, weights, strict=True):
+                for name, projection in member.layers[base.index][block].items():  # pyright: ignore
+                    held[name].append((projection, weight))
+            layer[block] = nn.ModuleDict({name: make(of) for name, of in held.items()})
     return layers
 
 
@@ -218,15 +210,11 @@ def concatenate(
             strength = weight * config.scaling_of(replace(key, part="")) if is_B else 1
             wide = torch.promote_types(tensor.dtype, torch.float32)
             parts[name].append(tensor.to(wide) * strength)
-    dims = {name: 1 if name.endswith("lora_B") else 0 for name in parts}
-    tensors = {name: torch.cat(own, dims[name]) for name, own in parts.items()}
-    ranks = {
-        name.removesuffix(".lora_A"): len(own)
-        for name, own in tensors.items()
-        if name.endswith("lora_A")
-    }
-    rank, places = max(ranks.values()), {re.escape(key): own for key, own in ranks.items()}
-    others = {key: own for key, own in places.items() if own != rank}
+    tensors = {n: torch.cat(own, int(n.endswith("lora_B"))) for n, own in parts.items()}
+    all_A = {n: own for n, own in tensors.items() if n.endswith("lora_A")}
+    ranks = {re.escape(name.removesuffix(".lora_A")): len(own) for name, own in all_A.items()}
+    rank = max(ranks.values())
+    others = {place: own for place, own in ranks.items() if own != rank}
     settings = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
     settings |= {"rank_pattern": others, "alpha_pattern": {k: float(r) for k, r in others.items()}}
     return checked(LoraConfig, first.model_dump(exclude_unset=True) | settings), tensors

@@ -25,11 +25,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def router_loss(
     routing: Sequence[LayerRouting],
-    *,
     aux_loss_coef: float,
     z_loss_coef: float,
     scope: Literal["pooled", "per_layer"],
-    add_up: AddUp = whole,
+    add_up: AddUp,
 ) -> Float[Tensor, ""]:
     """Add up an adapter's router losses with their coefficients.
 

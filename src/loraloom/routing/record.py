@@ -65,15 +65,10 @@ class RouterChoice:
 
 def choices_by_token(routing: Sequence[LayerRouting]) -> list[list[RouterChoice]]:
     """Turn the records of routers that saw the same tokens into what each token met."""
-    by_router = [
-        [
-            RouterChoice(record.router, record.num_experts, experts, weights)
-            for experts, weights in zip(
-                record.selected_experts.tolist(), record.routing_weights.tolist(), strict=True
-            )
-        ]
-        for record in routing
-    ]
+    by_router = []
+    for one in routing:
+        rows = zip(one.selected_experts.tolist(), one.routing_weights.tolist(), strict=True)
+        by_router.append([RouterChoice(one.router, one.num_experts, *row) for row in rows])
     return [list(choices) for choices in zip(*by_router, strict=True)]
 
 

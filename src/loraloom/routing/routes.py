@@ -125,19 +125,6 @@ def tsallis_entropy(
     return (1 - powers.sum(-1)) / (1 - num_experts ** (1 - index))
 
 
-def beyond_capacity(
-    selected: Int[Tensor, " T"], samples: list[slice | Tensor], capacity: int
-) -> Tensor:
-    """Which tokens come after the first `capacity` of their sample that chose their expert."""
-    # Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, section 2.2, by sample.
-    beyond = torch.zeros_like(selected, dtype=torch.bool)
-    for tokens in samples:
-        own = selected[tokens]
-        same = own.unsqueeze(0) == own.unsqueeze(1)  # (t, t)
-        beyond[tokens] = same.tril().sum(-1) > capacity
-    return beyond
-
-
 class _RouterLogits(torch.autograd.Function):
     """`x @ W.T` in the router's dtype, keeping x in its own."""
 

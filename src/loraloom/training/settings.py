@@ -477,7 +477,7 @@ def register_objective(config: _OBJECTIVE) -> _OBJECTIVE:
 
 
 _build_again()  # with methods that were registered before this was imported
-adapters.when_registered(_build_again)
+adapters.LISTENERS.append(_build_again)
 adapters.take_entries("loraloom.objectives", lambda config, package: register_objective(config))
 
 

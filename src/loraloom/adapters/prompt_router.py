@@ -1,0 +1,79 @@
+"""A router by prompt: from the base model's states to the experts of a whole prompt.
+
+Axes: T tokens of all prompts, B prompts, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from loraloom.adapters.keys import Weights
+from loraloom.errors import AdapterError
+
+# Of the fit: AdamW's.
+STEPS, RATE, DECAY = 200, 0.03, 0.01
+# Tokens whose states are in the router's dtype at once.
+CHUNK = 2**15
+
+
+class PromptRouter(Weights):
+    """Logits of a prompt's experts: of each the log of the mean over tokens of exp(w·h + b)."""
+
+    # h are the last states of some decoder layers, of none the embeddings; w has the shape [E, D].
+
+    def __init__(self, shape: tuple[int, int], num_layers_read: int, temperature: float):
+        super().__init__()
+        self.router = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.offsets = nn.Parameter(torch.zeros(shape[0]), requires_grad=False)
+        self.num_layers_read, self.temperature = num_layers_read, temperature
+
+    def forward(self, states: Tensor, owners: Tensor) -> Tensor:
+        """Compute [B, E] of all tokens' states, [T, D], and the numbers of their prompts, [T]."""
+        if not self.router.any():
+            raise AdapterError("a router by prompt must be fitted first; call fit_router")
+        return _logits(states, owners, self.router, self.offsets) / self.temperature
+
+    @torch.enable_grad()
+    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
+        """Fit the rows of some experts to prompts whose experts' numbers are targets, [B]."""
+        rows, chunks = list(parts), states.split(CHUNK)
+        mean = torch.stack([part.float().sum(0) for part in chunks]).sum(0) / len(states)
+        squares = torch.stack([(part.float() - mean).square().sum(0) for part in chunks]).sum(0)
+        std = (squares / len(states)).sqrt() + 1e-5
+        weight = torch.zeros(len(rows), states.shape[1], device=states.device, requires_grad=True)
+        offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
+        with torch.no_grad():
+            fixed = _logits(states, owners, self.router, self.offsets).float()
+        places = torch.tensor(rows, device=states.device)
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            scaled = weight / std
+            own = _logits(states, owners, scaled, offset - scaled @ mean)
+            optimizer.zero_grad()
+            cross_entropy(fixed.index_copy(1, places, own), targets).backward()
+            optimizer.step()
+        with torch.no_grad():
+            scaled = weight / std
+            self.router[rows] = scaled.to(self.router.dtype)
+            self.offsets[rows] = (offset - scaled @ mean).to(self.offsets.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for expert, row in enumerate(self.router.detach()):
+            yield f"shared.router_{expert}", row
+            yield f"shared.router_offset_{expert}", self.offsets.detach()[expert]
+
+
+def _logits(states: Tensor, owners: Tensor, router: Tensor, offsets: Tensor) -> Tensor:
+    parts = [part.to(router.dtype) @ router.T for part in states.split(CHUNK)]
+    scores = torch.cat(parts) + offsets  # (T, E)
+    counts = owners.bincount()
+    index, empty = owners.unsqueeze(1).expand_as(scores), scores.new_zeros(len(counts), len(router))
+    most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
+    sums = empty.index_add(0, owners, (scores - most[owners]).exp())
+    return sums.log() + most - counts.unsqueeze(1).log()
