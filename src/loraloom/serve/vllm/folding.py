@@ -145,10 +145,7 @@ class _Weightless(BaseProjection):
 
 def _weightless(layer: BaseLayer) -> BaseLayer:
     attention, ffn = (
-        {
-            name: _Weightless(one.linear, one.key, one.in_features, one.out_features)
-            for name, one in projections.items()
-        }
+        {name: _Weightless(one.linear, one.key) for name, one in projections.items()}
         for projections in (layer.attention, layer.ffn)
     )
     return replace(layer, attention=attention, ffn=ffn)
