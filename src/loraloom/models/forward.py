@@ -19,13 +19,7 @@ from torch import Tensor
 from loraloom.adapters.base import SegmentTokens
 from loraloom.adapters.method import Adapter
 from loraloom.models.layout import Layout, Segment
-from loraloom.models.stacks import (
-    AttentionPlace,
-    ComputeForms,
-    Record,
-    StackedForward,
-    recorder_of,
-)
+from loraloom.models.stacks import AttentionPlace, ComputeForms, Record, StackedForward, recorder_of
 from loraloom.ops.dropout import SampleNoise
 from loraloom.ops.low_rank import UpProjection
 

@@ -39,13 +39,7 @@ from loraloom.models.layout import (
 )
 from loraloom.models.registry import AdapterRegistry, Head
 from loraloom.models.sharding import decoder_of, recovering
-from loraloom.models.stacks import (
-    PreparedWeights,
-    Record,
-    StackedForward,
-    forms_of,
-    is_autocast_on,
-)
+from loraloom.models.stacks import PreparedWeights, Record, StackedForward, forms_of, is_autocast_on
 from loraloom.models.structure import FAMILIES, try_adapters
 from loraloom.models.view import AdapterModel, OuterForward, Rows, Visit
 from loraloom.ops.dropout import sample_key
