@@ -23,7 +23,7 @@ from pandas import DataFrame
 from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError
 from loraloom.training.engine import Engine
-from loraloom.training.job import Job, JobResult, metric_mode
+from loraloom.training.job import Job, metric_mode
 from loraloom.training.progress import Progress
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory, describe_changes
@@ -75,14 +75,10 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
             continue
         steps = trial.last_step or 0
         value = trial.intermediate_values.get(steps) if trial.value is None else trial.value
-        rows.append(
-            {
-                **{"name": sweep.job_name(trial.number, trial.params), "rank": 0},
-                **{"status": _STATUS[trial.state], "steps": steps},
-                **{path: format_drawn(drawn) for path, drawn in trial.params.items()},
-                sweep.metric: value,
-            }
-        )
+        row: dict[str, Any] = {"name": sweep.job_name(trial.number, trial.params), "rank": 0}
+        row |= {"status": _STATUS[trial.state], "steps": steps}
+        row |= {path: format_drawn(drawn) for path, drawn in trial.params.items()}
+        rows.append(row | {sweep.metric: value})
     sign = 1 if metric_mode(sweep.metric) == "min" else -1
 
     def standing(row: dict[str, Any]) -> tuple[bool, bool, int, float]:
@@ -178,10 +174,8 @@ class Sweep:
             return
         if self._sweep.metric in metrics and step not in trial.intermediate_values:
             self._handle(trial).report(metrics[self._sweep.metric], step)
-        if result is not None:
-            self._tell(trial, result)
-
-    def _tell(self, trial: FrozenTrial, result: JobResult) -> None:
+        if result is None:
+            return
         value = result.metrics.get(self._sweep.metric)
         if result.status == "stopped":
             self._study.tell(trial.number, state=TrialState.PRUNED)
@@ -196,8 +190,8 @@ class Sweep:
             return
         if trial.state == TrialState.RUNNING and self._handle(trial).should_prune():
             value = f"{self._sweep.metric} {trial.intermediate_values[step]:.4f}"
-            result = self.engine.stop(name, f"{value} is not among the best after step {step}")
-            self._tell(trial, result)
+            self.engine.stop(name, f"{value} is not among the best after step {step}")
+            self._report(trial, name)
 
     def _fill(self) -> None:
         """Let jobs join until as many train as may: first those that have begun already."""
