@@ -59,8 +59,6 @@ else:
     TrackerName = Literal[("jsonl", "tensorboard", "trackio", "wandb", *_further)]
 # They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
-SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
-SCHEDULERS_WITHOUT_ARGS = ("constant", "constant_with_warmup")
 # The reference that is the base model itself.
 BASE_REFERENCE = "base"
 _GIVE = "give data.validation_fraction, data.validation or eval"
@@ -217,9 +215,9 @@ class TrainConfig(OptimizerConfig):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         warms_up = self.warmup_steps or self.warmup_ratio
-        if warms_up and self.lr_scheduler in SCHEDULERS_WITHOUT_WARMUP:
+        if warms_up and self.lr_scheduler in ("constant", *SCHEDULERS_ON_METRIC):
             yield f"warmup has no effect on {self.lr_scheduler}; use constant_with_warmup"
-        if self.lr_scheduler_args and self.lr_scheduler in SCHEDULERS_WITHOUT_ARGS:
+        if self.lr_scheduler_args and self.lr_scheduler in ("constant", "constant_with_warmup"):
             yield f"lr_scheduler_args have no effect on {self.lr_scheduler}; remove them"
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             yield "warmup_ratio and warmup_steps exclude each other; give one"

@@ -50,7 +50,7 @@ class _Messages(Progress):
         self._queue = queue
 
     @override
-    def message(self, text: str) -> None:
+    def message(self, text: str | int) -> None:
         with suppress(Exception):  # of a queue that was lost with its machine
             self._queue.put(text)
 
@@ -63,8 +63,8 @@ def train_share(
     command: str,
     queue: Any,
 ) -> list[JobResult]:
-    with suppress(Exception):  # of a queue that was lost with its machine
-        queue.put(place[0])
+    progress = _Messages(queue)
+    progress.message(place[0])
     os.chdir(directory)
     if not run.output_dir.exists():  # the driver has made it
         raise ConfigError(
@@ -72,7 +72,6 @@ def train_share(
             f"{socket.gethostname()}; name a directory on a shared file system"
         )
     base, where = load_base(run, run.device), RunDirectory(run.output_dir, by_job=True)
-    progress = _Messages(queue)
     # The sweep's jobs join later, from checkpoints of whichever worker had them.
     begun, _ = where.newest_checkpoint([job.name for job in run.trials])
     if begun is not None:
