@@ -32,10 +32,8 @@ def make_console(*, stderr: bool = False, **options: Any) -> Console:
 
 def make_table(*keys: str, values: Sequence[str | Text] = (), title: str | None = None) -> Table:
     """Make a table without rules; keys are on the left, values on the right."""
-    table = Table(*keys, title=title, box=None, padding=(0, _PADDING, 0, 0))
-    for value in values:
-        table.add_column(value, justify="right")
-    return table
+    columns = [*keys, *(Column(value, justify="right") for value in values)]
+    return Table(*columns, title=title, box=None, padding=(0, _PADDING, 0, 0))
 
 
 @contextmanager

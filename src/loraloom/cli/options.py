@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -11,11 +11,6 @@ from loraloom.adapters.weighted_sum import is_sum, parse_sum
 from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.models.host import Host
 
 # What files and options call the base model.
 BASE = "base"
@@ -82,7 +77,7 @@ class HostOptions(BaseModelConfig):
         return name
 
 
-def tell_unknown_prompts(host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
+def tell_unknown_prompts(host: Any, tokenizer: Any) -> None:
     """Say which adapters don't record the form of their prompts, if that makes a difference."""
     # a routed adapter's experts are read each in its own form
     parts = {name: one.parts[1:] or one.parts for name, one in host.adapters.items()}

@@ -245,7 +245,9 @@ class Engine:
                 if error is not None:  # sessions may be joined in some layers alone
                     self._put_back(self._runner.take_apart(self._served))
             if isinstance(error, torch.OutOfMemoryError) and num_others:
-                self._wait_for_memory(row, num_others)
+                # it waits until others, whose memory it needs, have ended
+                self._make_do_with(min(num_others, self._scheduler.max_rows))
+                self._put_back([row])
             elif error is not None:
                 failures.append((row, error))
         return failures
@@ -314,8 +316,7 @@ class Engine:
         # half as many are read.
         rows = self._runner.take_apart(self._served)
         if isinstance(error, torch.OutOfMemoryError) and len(self._served) > 1:
-            free_memory()
-            self._scheduler.max_rows, self._num_full_steps = max(len(rows) // 2, 1), 0
+            self._make_do_with(max(len(rows) // 2, 1))
         elif len({row.request.adapter_name for row in rows}) == 1:
             return [(row, error) for row in rows]
         for row in rows:
@@ -323,12 +324,9 @@ class Engine:
         self._put_back(rows)
         return []
 
-    def _wait_for_memory(self, row: Row, num_others: int) -> None:
-        """Let a row wait until others, whose memory it needs, have ended."""
+    def _make_do_with(self, num_rows: int) -> None:
         free_memory()
-        self._num_full_steps = 0
-        self._scheduler.max_rows = min(num_others, self._scheduler.max_rows)
-        self._put_back([row])
+        self._scheduler.max_rows, self._num_full_steps = num_rows, 0
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._end(row, "error")

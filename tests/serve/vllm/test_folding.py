@@ -94,7 +94,7 @@ def alone(served, x, adapters):
 
     host, names, outputs = served.host, [*SERVED, None], []
     for row, at in zip(x, adapters.tolist(), strict=True):
-        with running(host._forward(torch.zeros(1, 1, dtype=torch.long), None, [names[at]])):
+        with running(host._forward(torch.zeros(1, 1, dtype=torch.long), None, [names[at]], {})):
             outputs.append(host.model.model.layers[LAYER].mlp(row.view(1, 1, -1)).view(-1))
     return torch.stack(outputs)
 
