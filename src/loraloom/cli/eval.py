@@ -190,7 +190,6 @@ def _command() -> str:
 
 
 def _evaluate_harness(run: EvalRun) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
-    """Score tasks of lm-eval."""
     from loraloom.eval.cache import describe_adapters, describe_evaluation
     from loraloom.eval.harness import evaluate_adapters, load_tasks
     from loraloom.eval.harness.results import as_evaluation, question_lines

@@ -120,8 +120,7 @@ def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
 
 
 def _findings(found: Evaluation, tasks: Mapping[str, str], together: str) -> str:
-    """What is answered right, of all questions."""
-
+    # of right answers to all questions
     def share(names: Sequence[str]) -> float:
         pairs = zip(names, tasks.values(), strict=True)
         return 100 * fmean(found.results[name][task]["accuracy"] or 0 for name, task in pairs)
