@@ -6,10 +6,7 @@ immediate and brings no torch.
 
 from __future__ import annotations
 
-import re
-from functools import cache
 from importlib import import_module
-from pkgutil import get_data
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,27 +56,46 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "adapters": "register_method",
+    "config.data": "PromptForm",
+    "errors": "AdapterError ConfigError DataError FormatError LoraloomError ModelError "
+    "TrainingError",
+    "eval.evaluation": "evaluate evaluate_loss",
+    "eval.results": "Evaluation",
+    "eval.statistics": "compare compare_paired read_answers summarise_seeds",
+    "generation.generate": "Completion generate",
+    "generation.prompts": "Prompt",
+    "generation.router": "RouterFit fit_router",
+    "generation.sampling": "SamplingConfig",
+    "models.converting": "convert",
+    "models.export": "Export export",
+    "models.host": "Host HostOutput attach",
+    "models.loading": "load_base_model",
+    "training.client": "TrainingClient example_of example_of_completion",
+    "training.job": "JobResult",
+    "training.run": "train",
+    "training.settings": "CpoConfig DpoConfig JobConfig OptimizerConfig RunConfig SftConfig "
+    "register_objective",
+    "training.step.requests": "run_requests",
+}
+
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
 if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every attribute
 
     def __getattr__(name: str) -> object:
-        if name in _modules():
-            return getattr(import_module(_modules()[name]), name)
+        if name in _MODULE_OF:
+            return getattr(import_module(f"loraloom.{_MODULE_OF[name]}"), name)
         if name == "__all__":
-            return sorted([*_modules(), *_adapter_configs()])
+            return sorted([*_MODULE_OF, *_adapter_configs()])
         if name.endswith("Config") and name in (configs := _adapter_configs()):
             return configs[name]
         raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_modules(), *_adapter_configs(), "__version__"])
-
-
-@cache
-def _modules() -> dict[str, str]:
-    """Read the imports above, name -> module, so that a public name is written once."""
-    source = (get_data(__name__, "__init__.py") or b"").decode()
-    return {name: module for module, name in re.findall(r"from (\S+) import (\w+) as", source)}
+    return sorted([*_MODULE_OF, *_adapter_configs(), "__version__"])
 
 
 def _adapter_configs() -> dict[str, type]:
