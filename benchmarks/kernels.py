@@ -1,6 +1,6 @@
-"""Compile the Triton kernels for cards that are not here: registers, stack, shared memory.
+"""Compile the Triton kernel for cards that are not here: registers, stack, shared memory.
 
-Each kernel is compiled by Triton's own compiler and ptxas from the arguments of a block of Llama 2
+It is compiled by Triton's own compiler and ptxas from the arguments of a block of Llama 2
 7B, forward and backward. Nothing runs. Stack is what a thread keeps outside of its registers.
 
     python -m benchmarks.kernels [--capability 80 89 90] [--dtype bfloat16]
@@ -45,33 +45,29 @@ def main() -> None:
     print(f"{'kernel':40} {'sm':>4} {'registers':>9} {'stack':>6} {'shared KB':>9}")
     for name, arguments in launches(getattr(torch, options.dtype)).items():
         for capability in options.capability:
-            registers, stack, shared = compile_kernel(name.split()[-1], arguments, capability)
+            registers, stack, shared = compile_kernel(arguments, capability)
             print(f"{name:40} {capability:4} {registers:9} {stack:6} {shared / 1024:9.0f}")
 
 
 def launches(dtype: torch.dtype) -> Launches:
-    """Arguments of each kernel, as the blocks of two methods start it."""
+    """Arguments of the kernel, forward and backward, as the blocks of two methods start it."""
     seen: Launches = {}
     for method, num_experts in (("LoRA", 0), ("MixLoRA", 8)):
-        for kernel, arguments in started(num_experts, dtype):
-            seen.setdefault(f"{method} {kernel}", arguments)
+        for arguments in started(num_experts, dtype):
+            way = "forward" if arguments["grad_hidden"] is None else "backward"
+            seen.setdefault(f"{method} {way}", arguments)
     return seen
 
 
-def started(num_experts: int, dtype: torch.dtype) -> list[Any]:
+def started(num_experts: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Go through an FFN block's kernels and note their arguments in place of running them."""
-    taken: list[tuple[str, dict[str, Any]]] = []
-    names = [name for name in vars(kernels) if name.endswith("_kernel")]
+    taken: list[dict[str, Any]] = []
 
     class Noted:
-        def __init__(self, name: str):
-            self.name = name
-
         def __getitem__(self, grid: object):
-            return lambda **arguments: taken.append((self.name, arguments))
+            return lambda **arguments: taken.append(arguments)
 
-    noted: dict[str, Any] = {name: Noted(name) for name in names}
-    with patch.multiple(kernels, **noted):
+    with patch.object(kernels, "hidden_kernel", Noted()):
         run_block(num_experts, dtype)
     return taken
 
@@ -103,9 +99,9 @@ def run_block(num_experts: int, dtype: torch.dtype) -> None:
     (hidden.sum() + down_rank.sum()).backward()
 
 
-def compile_kernel(name: str, arguments: dict[str, Any], capability: int) -> tuple[int, int, int]:
+def compile_kernel(arguments: dict[str, Any], capability: int) -> tuple[int, int, int]:
     """Return registers and stack bytes of a thread, and shared bytes of a block."""
-    kernel: Any = getattr(kernels, name)
+    kernel: Any = kernels.hidden_kernel
     signature, constants, attributes = {}, {}, {}
     for place, argument in enumerate(kernel.arg_names):
         value = arguments[argument]

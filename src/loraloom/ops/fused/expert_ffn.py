@@ -7,7 +7,6 @@ in [K·T, F]. Products that sum over columns or tokens are PyTorch's.
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -24,19 +23,16 @@ _ACTIVATIONS = ("silu", "SiLU", "SiLUActivation")
 # Environment variable; `on` lets kernels compute, anything else leaves all to PyTorch.
 SWITCH = "LORALOOM_KERNELS"
 
+_HAS_TRITON = find_spec("triton") is not None
+
 # Exact products in float32 have no fast kernel: tiles would not fit into registers.
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
 def is_fused(rows: Tensor) -> bool:
     """Whether rows are on an accelerator with Triton; the meta device stands for one."""
-    on_accelerator = rows.is_meta or (rows.is_cuda and _has_triton())
+    on_accelerator = rows.is_meta or (rows.is_cuda and _HAS_TRITON)
     return on_accelerator and rows.dtype in _DTYPES and os.environ.get(SWITCH) == "on"
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def has_kernels(weights: FfnWeights, act: Activation) -> bool:
