@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection
-from loraloom.ops.expert_ffn import Activation, FfnWeights, low_rank_ffn
+from loraloom.ops.expert_ffn import Activation, FfnWeights, expert_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -96,7 +96,7 @@ class LowRankAdapter(Adapter):
         hidden_states = hidden_states.to(gate.dtype)
         if weights.is_plain:
             return FfnRows(*lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout))
-        return FfnRows(*low_rank_ffn(hidden_states, gate, up, weights, act, dropout, tokens))
+        return FfnRows(*expert_ffn(hidden_states, gate, up, weights, None, act, dropout, tokens))
 
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(LowRankAdapter, "ffn", "attention_low_rank")

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.low_rank import UpProjection, apply_update, decompose, down_project, slot_masks
 
 Activation = Callable[[Tensor], Tensor]
@@ -105,85 +104,17 @@ def expert_ffn(
     gate: Tensor,
     up: Tensor | None,
     weights: FfnWeights,
-    routing: Routing,
+    routing: Routing | None,
     act: Activation,
     dropout: FfnDropout,
+    tokens: Any = None,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Compute the rows that the base's down-projection has to see, and what to do with its output.
 
     Gate and up are the base's, bias included, [T, F]. The rows are [T, F], or [K·T, F] where slots
-    stay apart; the function makes of the base's output for them the block's, [T, D].
+    stay apart; the function makes of the base's output for them the block's, [T, D]. Without
+    routing all tokens have one expert, and what lies between its A and B is computed of `tokens`.
     """
-    masks = slot_masks(routing.selected_experts, weights.num_experts, weights.rank, gate.dtype)
-    slot_weights = routing.routing_weights.to(gate.dtype).T.unsqueeze(-1)  # (K, T, 1)
-    low_rank = None
-    if weights.input_A is not None:
-        dropped = apply_keep_mask(hidden_states, dropout.keep_input)
-        low_rank = dropped @ weights.input_A.T * dropout.scale
-    by_slot = list(zip(masks, routing.selected_experts.T, strict=True))
-    slots = []
-    for mask, experts in by_slot:
-        hidden = act(_adapted(gate, low_rank, weights.gate, mask, experts))
-        if up is not None:
-            hidden = hidden * _adapted(up, low_rank, weights.up, mask, experts)
-        slots.append(hidden)
-    down_ranks = [None] * len(slots)
-    if weights.down_A is not None:
-        down_ranks = [
-            apply_keep_mask(hidden, keep) @ weights.down_A.T * dropout.scale
-            for hidden, keep in zip(slots, dropout.keep_slots, strict=True)
-        ]
-
-    def finish(output: Tensor) -> Tensor:
-        if weights.apart:
-            outputs = output.chunk(len(slots))
-        else:  # the update is linear too, and has the output added once
-            outputs = [torch.zeros_like(output)] * len(slots)
-        rows = [
-            _adapted(rows, down_rank, weights.down, *slot)
-            for rows, down_rank, slot in zip(outputs, down_ranks, by_slot, strict=True)
-        ]
-        combined = combine_slots(rows, slot_weights)
-        return combined if weights.apart else output + combined
-
-    return torch.cat(slots) if weights.apart else combine_slots(slots, slot_weights), finish
-
-
-def _adapted(
-    output: Tensor,
-    low_rank: Tensor | None,
-    side: UpProjection | None,
-    mask: Tensor,
-    experts: Tensor,
-) -> Tensor:
-    """Add a slot's update; expert -1 leaves the base's output."""
-    if side is None or low_rank is None:
-        return output
-    update = (low_rank[:, side.columns] * mask) @ side.B
-    if side.row_scale is None:
-        return output + update
-    scaled = decompose(output, update, side.row_scale[experts.clamp_min(0)], side.bias)
-    return torch.where((experts >= 0).unsqueeze(-1), scaled, output)
-
-
-def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor | Sequence[Tensor]) -> Tensor:
-    """Compute Σ_j g_j x_j of the slots' values; weights are K times [T, 1]."""
-    total = slots[0] * slot_weights[0]
-    for values, weight in zip(slots[1:], slot_weights[1:], strict=True):
-        total = torch.addcmul(total, values, weight)
-    return total
-
-
-def low_rank_ffn(
-    hidden_states: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    weights: FfnWeights,
-    act: Activation,
-    dropout: FfnDropout,
-    tokens: Any,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Compute a block of one expert whose updates are `between(A drop(x)) B`; see `expert_ffn`."""
     # Plain autograd: h is kept for the backward pass, since a router of the output projection reads
     # it. Where nothing lies between A and B, `lean_expert_ffn` needs less memory.
     low_rank = None
@@ -197,13 +128,64 @@ def low_rank_ffn(
         return side.rank_input(low_rank, hidden_states, tokens)
 
     gate_rank = rank_input(weights.gate)
-    hidden = act(apply_update(gate, gate_rank, weights.gate))
-    if up is not None:
-        up_rank = gate_rank if are_halves(weights.gate, weights.up) else rank_input(weights.up)
-        hidden = hidden * apply_update(up, up_rank, weights.up)
-    down = weights.down
-    if down is None or weights.down_A is None:
-        return hidden, lambda output: output
-    down_rank = down_project(hidden, weights.down_A, dropout.keep_slots[0], dropout.probability)
-    down_rank = down.rank_input(down_rank, hidden, tokens)
-    return hidden, lambda output: apply_update(output, down_rank, down)
+    up_rank = gate_rank if are_halves(weights.gate, weights.up) else rank_input(weights.up)
+    by_slot: Sequence[Any] = [None]
+    if routing is not None:
+        experts = routing.selected_experts
+        masks = slot_masks(experts, weights.num_experts, weights.rank, gate.dtype)
+        by_slot = list(zip(masks, experts.T, strict=True))
+    slots = []
+    for slot in by_slot:
+        hidden = act(_adapted(gate, gate_rank, weights.gate, slot))
+        if up is not None:
+            hidden = hidden * _adapted(up, up_rank, weights.up, slot)
+        slots.append(hidden)
+    down, down_ranks = weights.down, [None] * len(slots)
+    if down is not None and weights.down_A is not None:
+        projected = [
+            (hidden, down_project(hidden, weights.down_A, keep, dropout.probability))
+            for hidden, keep in zip(slots, dropout.keep_slots, strict=True)
+        ]
+        down_ranks = [down.rank_input(rank, hidden, tokens) for hidden, rank in projected]
+    if routing is None:
+        return slots[0], lambda output: apply_update(output, down_ranks[0], down)
+    slot_weights = routing.routing_weights.to(gate.dtype).T.unsqueeze(-1)  # (K, T, 1)
+
+    def finish(output: Tensor) -> Tensor:
+        if weights.apart:
+            outputs = output.chunk(len(slots))
+        else:  # the update is linear too, and has the output added once
+            outputs = [torch.zeros_like(output)] * len(slots)
+        rows = [
+            _adapted(rows, down_rank, down, slot)
+            for rows, down_rank, slot in zip(outputs, down_ranks, by_slot, strict=True)
+        ]
+        combined = combine_slots(rows, slot_weights)
+        return combined if weights.apart else output + combined
+
+    return torch.cat(slots) if weights.apart else combine_slots(slots, slot_weights), finish
+
+
+def _adapted(
+    output: Tensor,
+    rank_input: Tensor | None,
+    side: UpProjection | None,
+    slot: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Add a slot's update; expert -1 leaves the base's output."""
+    if side is None or rank_input is None or slot is None:
+        return apply_update(output, rank_input, side)
+    mask, experts = slot
+    update = (rank_input * mask) @ side.B
+    if side.row_scale is None:
+        return output + update
+    scaled = decompose(output, update, side.row_scale[experts.clamp_min(0)], side.bias)
+    return torch.where((experts >= 0).unsqueeze(-1), scaled, output)
+
+
+def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor | Sequence[Tensor]) -> Tensor:
+    """Compute Σ_j g_j x_j of the slots' values; weights are K times [T, 1]."""
+    total = slots[0] * slot_weights[0]
+    for values, weight in zip(slots[1:], slot_weights[1:], strict=True):
+        total = torch.addcmul(total, values, weight)
+    return total
