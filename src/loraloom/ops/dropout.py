@@ -91,16 +91,14 @@ class SampleNoise:
 
     def jitter(self, site: int | str, num_features: int, amount: float) -> Float[Tensor, "T N"]:
         """Return float32 factors, uniform in [1 - amount, 1 + amount]."""
-        shape = (self.num_tokens, num_features)
-        factors = torch.ones(shape, dtype=torch.float32, device=self.device)
+        ones = torch.ones(self.num_tokens, num_features, dtype=torch.float32, device=self.device)
         return self._fill(
-            factors, site, lambda part, rng: part.uniform_(1 - amount, 1 + amount, generator=rng)
+            ones, site, lambda part, rng: part.uniform_(1 - amount, 1 + amount, generator=rng)
         )
 
     def normal(self, site: int | str, num_features: int) -> Float[Tensor, "T N"]:
         """Return float32 draws of the standard normal distribution."""
-        shape = (self.num_tokens, num_features)
-        zeros = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        zeros = torch.zeros(self.num_tokens, num_features, dtype=torch.float32, device=self.device)
         return self._fill(zeros, site, lambda part, rng: part.normal_(generator=rng))
 
     def _fill(

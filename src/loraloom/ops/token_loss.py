@@ -5,7 +5,7 @@ Axes: N labelled tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,14 +25,11 @@ class _TokenLosses(torch.autograd.Function):
     # of one can be kept, [N, D], and scaled later: each chunk of logits lives once.
 
     @staticmethod
-    def forward(ctx, hidden_states, labels, head, chunk_tokens):
-        losses, grads = [], []
-        chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-        for states, chunk_labels in chunks:
-            loss, grad = _chunk(states, chunk_labels, head, ctx.needs_input_grad[0])
-            losses.append(loss)
-            grads.append(grad)
-        if ctx.needs_input_grad[0]:
+    def forward(ctx, hidden_states, labels, head, vocab_size):
+        with_grad, chunks = ctx.needs_input_grad[0], _chunks(vocab_size, hidden_states, labels)
+        parts = [_chunk(states, targets, head, with_grad) for states, targets in chunks]
+        losses, grads = zip(*parts, strict=True)
+        if with_grad:
             ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
 
@@ -79,6 +76,11 @@ def _chunk_tokens(vocab_size: int) -> int:
     return max(1, _CHUNK_BYTES // (4 * vocab_size))
 
 
+def _chunks(vocab_size: int, *rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    size = _chunk_tokens(vocab_size)
+    return zip(*(values.split(size) for values in rows), strict=True)
+
+
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -100,8 +102,7 @@ def token_losses(
     """`cross_entropy(head(hidden_states), labels, reduction="none")` in chunks."""
     # Losses are float32 or, of float64 states, float64. The head is the frozen output layer with
     # its scaling and soft-capping; its weights get no gradient.
-    size = _chunk_tokens(vocab_size)
-    return _TokenLosses.apply(hidden_states, labels, head, size)  # pyright: ignore
+    return _TokenLosses.apply(hidden_states, labels, head, vocab_size)  # pyright: ignore
 
 
 def trained_token_losses(
@@ -113,11 +114,9 @@ def trained_token_losses(
     """Compute what `token_losses` does, where the head's weights get a gradient too."""
     # It is a sum over tokens whose weights are known in the backward pass alone, so that logits are
     # made there again, a chunk at a time.
-    chunk_tokens = _chunk_tokens(vocab_size)
-    chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
     losses = [
         checkpoint(_cross_entropy, states, own, head, use_reentrant=False, preserve_rng_state=False)
-        for states, own in chunks
+        for states, own in _chunks(vocab_size, hidden_states, labels)
     ]
     return torch.cat(losses)
 
@@ -140,9 +139,7 @@ def token_scores(
     of the most likely. Their log p are, to the bit, those of labels that are among them.
     """
     columns = []
-    chunk_tokens = _chunk_tokens(vocab_size)
-    chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-    for states, chunk_labels in chunks:
+    for states, chunk_labels in _chunks(vocab_size, hidden_states, labels):
         logits = head(states)
         for rows in _blocks(logits):
             wide, targets = logits[rows].to(_wide_dtype(logits)), chunk_labels[rows, None]

@@ -7,7 +7,7 @@ the shortest of several lengths with little padding, as attention takes the squa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,7 +20,6 @@ from loraloom.data.tokens import Example, TrainingExample, count_labels, first_f
 from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet, examples_digest
 from loraloom.errors import ConfigError
 from loraloom.routing.record import RouterName
-from loraloom.routing.tally import Choices
 from loraloom.training.settings import TrainConfig
 from loraloom.training.step.objectives import Objective, Reference, StepTotals, count_totals
 
@@ -208,30 +207,19 @@ class MicroBatchLoss:
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
-        names = self.metrics | other.metrics
-        return MicroBatchLoss(
-            self.loss + other.loss,
-            self.aux_loss + other.aux_loss,
-            _add(self.router_entropy, other.router_entropy),
-            _add(self.router_load_cv, other.router_load_cv),
-            # an objective may have a metric in some micro-batches only
-            {k: self.metrics.get(k, 0.0) + other.metrics.get(k, 0.0) for k in names},
-            self.computed_tokens + other.computed_tokens,
-            add_counts(self.tokens_per_expert, other.tokens_per_expert),
-        )
+        both, theirs = vars(self), vars(other)
+        return MicroBatchLoss(**{name: add_counts(both[name], theirs[name]) for name in both})
 
 
-def add_counts(first: Choices, second: Choices) -> dict[RouterName, list[int]]:
-    if not first or not second:
-        return {router: list(counts) for router, counts in (first or second).items()}
-    return {
-        router: [a + b for a, b in zip(counts, second[router], strict=True)]
-        for router, counts in first.items()
-    }
-
-
-def _add(left: float | None, right: float | None) -> float | None:
-    return right if left is None else left if right is None else left + right
+def add_counts(first: Any, second: Any) -> Any:
+    """Add numbers, or those of lists and mappings; what is None or not there adds nothing."""
+    if first is None or second is None:
+        return second if first is None else first
+    if isinstance(first, Mapping):
+        return {k: add_counts(first.get(k), second.get(k)) for k in {**first, **second}}
+    if isinstance(first, Sequence):
+        return [a + b for a, b in zip(first, second, strict=True)]
+    return first + second
 
 
 def padding_share(tokens: int, computed_tokens: int) -> float:
