@@ -1,6 +1,9 @@
-"""The benchmarks run; tests assert no times."""
+"""The benchmarks run, or can be imported at least; tests assert no times."""
 
 from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,3 +62,14 @@ def test_fused_steps_and_turns_give_the_same_weights(base_model):
 def test_the_decode_benchmark_runs_all_cases(base_model, capsys):
     decode.main(["--base-model", base_model, "--rows", "5", "--new-tokens", "2", "--rounds", "1"])
     assert "mixed" in capsys.readouterr().out
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NO_SCRIPTS = {"cases", "kernels", "memory_prediction"}
+"""What scripts import; `kernels` needs Triton."""
+SCRIPTS = sorted({path.stem for path in BENCHMARKS.glob("*.py")} - NO_SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_imported(name):
+    assert callable(import_module(f"benchmarks.{name}").main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from loraloom.training.step.batch import MicroBatch, Window
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.objectives import build_objective
 from tests import tiny
-from tests.ops.ffn_case import SHAPES, FfnCase, make_case, run
+from tests.ops.ffn_case import SHAPES, FfnCase, make_case, run, with_gradients
 from tests.training.toy import PAD_ID, toy_examples
 
 DEVICE = "cuda"
@@ -90,40 +89,9 @@ def test_a_methods_round_with_kernels_is_that_without(monkeypatch, method, dtype
 def test_an_ffn_block_is_the_plain_form(shape, decomposed, dropout):
     sizes = {"num_tokens": 70, "features": 130, "rank": 20, "padding": [64]}
     case = make_case(shape, decomposed=decomposed, dropout=dropout, **sizes)
-    half = moved(case, DEVICE, torch.float16)
-    assert_close(block(half), block(moved(half, "cpu", torch.float32)), 0.1)
-
-
-def moved(case: FfnCase, device: str, dtype: torch.dtype) -> FfnCase:
-    """The same block there; what decides weights of slots and norms stays in float32."""
-
-    def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        exact = [name for name in tensors if name == "slot_logits" or name.endswith(".m")]
-        return {
-            name: tensor.detach().to(device, torch.float32 if name in exact else dtype)
-            for name, tensor in tensors.items()
-        }
-
-    masks = case.dropout
-    keep = [mask if mask is None else mask.to(device, dtype) for mask in masks.keep_slots]
-    keep_input = (
-        masks.keep_input if masks.keep_input is None else masks.keep_input.to(device, dtype)
-    )
-    return replace(
-        case,
-        base=there(case.base),
-        bias=there(case.bias),
-        leaves={name: leaf.requires_grad_() for name, leaf in there(case.leaves).items()},
-        norms={name: norm.to(device, torch.float32) for name, norm in case.norms.items()},
-        selected=case.selected.to(device),
-        dropout=replace(masks, keep_input=keep_input, keep_slots=keep),
-    )
+    half = case.to(torch.float16, DEVICE)
+    assert_close(block(half), block(half.to(torch.float32)), 0.1)
 
 
 def block(case: FfnCase) -> list[Tensor]:
-    """The block's output, and the gradients of all that has one."""
-    output = run(lean_expert_ffn, case).float()
-    upstream = torch.linspace(-1, 2, output.numel(), device=output.device).view_as(output)
-    leaves = list(case.leaves.values())
-    gradients = torch.autograd.grad((output * upstream).sum(), leaves, materialize_grads=True)
-    return [tensor.detach().cpu() for tensor in (output, *gradients)]
+    return [one.cpu() for one in with_gradients(run(lean_expert_ffn, case).float(), case)]

@@ -9,7 +9,7 @@ code that it judges but the masks of dropout.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,8 +65,31 @@ class FfnCase:
         return torch.where(self.selected[:, :1] >= 0, weights, first)
 
     def with_leaves(self, values: Sequence[Tensor]) -> FfnCase:
-        leaves = dict(zip(self.leaves, values, strict=True))
-        return FfnCase(**{**self.__dict__, "leaves": leaves})
+        return replace(self, leaves=dict(zip(self.leaves, values, strict=True)))
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> FfnCase:
+        """The same block there; what decides weights of slots and norms stays in float32."""
+
+        def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            exact = [name for name in tensors if name == "slot_logits" or name.endswith(".m")]
+            return {
+                name: tensor.detach().to(device, torch.float32 if name in exact else dtype)
+                for name, tensor in tensors.items()
+            }
+
+        masks = (self.dropout.keep_input, *self.dropout.keep_slots)
+        keep_input, *keep_slots = [
+            mask if mask is None else mask.to(device, dtype) for mask in masks
+        ]
+        return replace(
+            self,
+            base=there(self.base),
+            bias=there(self.bias),
+            leaves={name: leaf.requires_grad_() for name, leaf in there(self.leaves).items()},
+            norms={name: norm.to(device, torch.float32) for name, norm in self.norms.items()},
+            selected=self.selected.to(device),
+            dropout=replace(self.dropout, keep_input=keep_input, keep_slots=keep_slots),
+        )
 
 
 def make_case(
@@ -133,6 +156,29 @@ def run(ffn: FfnFunction, case: FfnCase) -> Tensor:
 def dense_loop(case: FfnCase) -> Tensor:
     """Compute the block's output token by token and slot by slot."""
     return torch.stack([_token(case, token) for token in range(len(case.selected))])
+
+
+def with_gradients(output: Tensor, case: FfnCase) -> list[Tensor]:
+    """The output, and the gradients of all leaves where no two numbers of it count the same."""
+    upstream = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device)
+    leaves, loss = list(case.leaves.values()), (output * upstream.view_as(output)).sum()
+    return [output.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+
+def assert_equals_loop(
+    ffn: FfnFunction, case: FfnCase, tolerance: float = 1e-10, dtype: torch.dtype | None = None
+) -> None:
+    """Output and gradients of every leaf, in the case's or another dtype, are the dense loop's."""
+    ours = case if dtype is None else case.to(dtype)
+    results = with_gradients(run(ffn, ours), ours), with_gradients(dense_loop(case), case)
+    for own, expected, name in zip(*results, ["output", *case.leaves], strict=True):
+        torch.testing.assert_close(
+            own.double(),
+            expected,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, n=name: f"{n}: {text}",
+        )
 
 
 def compute_form(case: FfnCase) -> FfnWeights:

@@ -32,11 +32,6 @@ def test_mix64_tells_apart_order_and_number_of_words():
     assert all(0 <= value < 1 << 64 for value in values)
 
 
-def test_neighbouring_samples_and_epochs_have_different_keys():
-    keys = {sample_key(s, e, i) for s in range(5) for e in range(5) for i in range(100)}
-    assert len(keys) == 2500
-
-
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_change_a_mask(side, padding):

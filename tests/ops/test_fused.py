@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
 
 from loraloom.ops import lean_expert_ffn as lean
-from loraloom.ops.expert_ffn import FfnDropout
 from loraloom.ops.fused import operators
-from tests.ops.ffn_case import SHAPES, FfnCase, dense_loop, make_case, run
+from tests.ops.ffn_case import SHAPES, FfnCase, FfnFunction, assert_equals_loop, make_case
+from tests.ops.test_expert_ffn import without_routing
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
@@ -19,34 +20,9 @@ def _fused(monkeypatch):
     monkeypatch.setattr(lean, "is_fused", lambda rows: True)
 
 
-def gradients(output: Tensor, case: FfnCase) -> list[Tensor]:
-    upstream = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
-    leaves = list(case.leaves.values())
-    return list(torch.autograd.grad((output * upstream).sum(), leaves, materialize_grads=True))
-
-
-def as_float32(case: FfnCase) -> FfnCase:
-    """The same numbers for kernels, which don't take float64."""
-    values = dict(case.__dict__)
-    for name in ("base", "bias", "leaves", "norms"):
-        values[name] = {key: tensor.detach().float() for key, tensor in values[name].items()}
-    values["leaves"] = {key: leaf.requires_grad_() for key, leaf in values["leaves"].items()}
-    masks = case.dropout
-    keep_input = None if masks.keep_input is None else masks.keep_input.float()
-    keep_slots = [None if keep is None else keep.float() for keep in masks.keep_slots]
-    values["dropout"] = FfnDropout(masks.probability, keep_input, keep_slots)
-    return FfnCase(**values)
-
-
-def assert_same(case: FfnCase) -> None:
-    single = as_float32(case)
-    ours, exact = run(lean.lean_expert_ffn, single), dense_loop(case)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
-    pairs = zip(case.leaves, gradients(ours, single), gradients(exact, case), strict=True)
-    for name, own, expected in pairs:
-        torch.testing.assert_close(
-            own.double(), expected, rtol=1e-3, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
-        )
+def assert_same(case: FfnCase, ffn: FfnFunction = lean.lean_expert_ffn) -> None:
+    """Kernels don't take float64."""
+    assert_equals_loop(ffn, case, 2e-4, torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,13 +54,7 @@ def test_tiles_at_the_edges_are_whole(num_tokens, features, rank):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_plain_lora_is_one_expert_of_weight_one(shape):
     case = make_case(shape, top_k=1, num_experts=1, dropout=0.4)
-
-    def without_routing(x, gate, up, weights, routing, act, masks):
-        return lean.lean_expert_ffn(x, gate, up, weights, None, act, masks)
-
-    single = as_float32(case)
-    ours, exact = run(without_routing, single), dense_loop(case)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    assert_same(case, partial(without_routing, lean.lean_expert_ffn))
 
 
 def test_operators_without_data_return_what_kernels_fill():

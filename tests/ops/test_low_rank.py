@@ -78,14 +78,6 @@ def test_add_low_rank_gradcheck(shape):
     assert gradcheck(function, (leaf(*shape), leaf(2, 2), leaf(2, 3), leaf(3, 4), leaf(4, 3)))
 
 
-def test_add_low_rank_gives_the_base_output_its_gradient():
-    output, low_rank, lora_B = leaf(4, 3), leaf(2, 2), leaf(2, 3)
-    upstream = torch.randn(4, 3, dtype=torch.float64)
-    result = add_low_rank_(output * 2, [slice(1, 3)], [low_rank], [lora_B])
-    result.backward(upstream)
-    torch.testing.assert_close(output.grad, 2 * upstream)
-
-
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_decompose_scales_all_but_the_bias(with_bias):
     base, update, scale = torch.randn(3, 4, 5, dtype=torch.float64)
@@ -141,15 +133,10 @@ def test_dora_norms_of_a_bfloat16_base_are_near_the_exact_ones():
     torch.testing.assert_close(norms.double(), exact, rtol=5e-3, atol=0)
 
 
-def test_slot_masks_are_one_at_the_columns_of_the_slot_expert():
-    masks = slot_masks(torch.tensor([[2, 0], [1, 2]]), num_experts=3, rank=2, dtype=torch.float32)
-    expected = [[[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], [[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]]
+def test_slot_masks_are_one_at_the_columns_of_the_slot_expert_and_expert_minus_one_has_none():
+    masks = slot_masks(torch.tensor([[2, -1], [1, 2]]), num_experts=3, rank=2, dtype=torch.float32)
+    expected = [[[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], [[0] * 6, [0, 0, 0, 0, 1, 1]]]
     assert masks.tolist() == expected
-
-
-def test_slot_masks_of_expert_minus_one_are_zero():
-    masks = slot_masks(torch.tensor([[-1, -1], [1, 0]]), num_experts=2, rank=3, dtype=torch.float32)
-    assert masks.sum(-1).tolist() == [[0, 3], [0, 3]]
 
 
 @pytest.mark.parametrize("factor", [1.003, 0.9985, 1.01])

@@ -73,63 +73,53 @@ def follow_router(cases: list[FfnCase]) -> list[FfnCase]:
 
 
 @torch.no_grad()
+def check(cases: list[FfnCase], *, routed: bool = True) -> Tensor:
+    """Outputs are a dense loop's; returns the rows that the base's output projection sees."""
+    cases = follow_router(cases) if routed else cases
+    outputs, rows, recorders = run(cases, routed=routed)
+    for output, case, recorder in zip(outputs, cases, recorders, strict=True):
+        assert recorder.selected.equal(case.selected) if routed else recorder.selected is None
+        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+    return rows
+
+
 @decomposed_or_not
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_mixtures_are_those_of_a_dense_loop(shape, top_k, decomposed):
-    cases = follow_router(cases_of_two_adapters(shape, top_k=top_k, decomposed=decomposed))
-    outputs, _, recorders = run(cases, routed=True)
-    for output, case, recorder in zip(outputs, cases, recorders, strict=True):
-        assert recorder.selected.equal(case.selected)
-        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+    check(cases_of_two_adapters(shape, top_k=top_k, decomposed=decomposed))
 
 
-@torch.no_grad()
 @decomposed_or_not
 @pytest.mark.parametrize(("shape", "targets"), PARTS)
 def test_projections_without_experts_keep_their_base_output(shape, targets, decomposed):
-    cases = follow_router(cases_of_two_adapters(shape, targets=targets, decomposed=decomposed))
-    outputs, _, _ = run(cases, routed=True)
-    for output, case in zip(outputs, cases, strict=True):
-        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+    check(cases_of_two_adapters(shape, targets=targets, decomposed=decomposed))
 
 
-@torch.no_grad()
 @decomposed_or_not
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
     cases = cases_of_two_adapters(shape, top_k=1, num_experts=1, decomposed=decomposed)
-    outputs, _, recorders = run(cases, routed=False)
-    assert all(recorder.selected is None for recorder in recorders)
-    for output, case in zip(outputs, cases, strict=True):
-        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+    check(cases, routed=False)
 
 
-@torch.no_grad()
 @decomposed_or_not
 @pytest.mark.parametrize(("shape", "targets"), [*PARTS, ("gated", None)])
 def test_a_base_that_rounds_rows_sees_slots_apart(shape, targets, decomposed):
     options = {"targets": targets, "decomposed": decomposed, "rounds_rows": True}
-    cases = follow_router(cases_of_two_adapters(shape, **options))
-    outputs, rows, _ = run(cases, routed=True)
-    assert len(rows) == 2 * 2 * 5
-    for output, case in zip(outputs, cases, strict=True):
-        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+    assert len(check(cases_of_two_adapters(shape, **options))) == 2 * 2 * 5
 
 
 @torch.no_grad()
 def test_one_adapter_alone_and_no_tokens():
-    case = follow_router([make_case("gated")])[0]
-    torch.testing.assert_close(run([case], routed=True)[0][0], dense_loop(case))
+    check([make_case("gated")])
     none = make_case("gated", num_tokens=0)
     assert run([none], routed=True)[0][0].shape == (0, 5)
 
 
 def test_the_base_sees_each_token_once_whatever_top_k_is():
-    with torch.no_grad():
-        for top_k in (1, 3):
-            _, rows, _ = run(cases_of_two_adapters("gated", top_k=top_k), routed=True)
-            assert len(rows) == 2 * 5
+    for top_k in (1, 3):
+        assert len(check(cases_of_two_adapters("gated", top_k=top_k))) == 2 * 5
 
 
 def _router(case: FfnCase) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from loraloom.ops import token_loss
@@ -47,14 +46,6 @@ def test_losses_and_gradients_are_those_of_cross_entropy(head, chunk_bytes, weig
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck(weight, monkeypatch):
-    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", 4 * V * 2)
-    states = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, V, (5,))
-    head = heads(weight)["soft-capped"]
-    assert gradcheck(lambda x: token_losses(x, labels, head, V), states)
-
-
 def test_no_chunk_is_larger_than_asked(weight, monkeypatch):
     monkeypatch.setattr(token_loss, "_CHUNK_BYTES", 4 * V * 3)
     rows = []
@@ -68,12 +59,12 @@ def test_no_chunk_is_larger_than_asked(weight, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_losses_are_float32_and_gradients_in_the_dtype_of_the_states(dtype, weight):
-    states = torch.randn(4, D, dtype=dtype, requires_grad=True)
-    head = heads(weight.to(dtype))["linear"]
-    losses = token_losses(states, torch.randint(0, V, (4,)), head, V)
+def test_losses_are_float32_and_gradients_in_the_dtype_of_the_states_alone(dtype, weight):
+    states, weight = (one.to(dtype).requires_grad_() for one in (torch.randn(4, D), weight))
+    losses = token_losses(states, torch.randint(0, V, (4,)), heads(weight)["linear"], V)
     losses.sum().backward()
     assert (losses.dtype, states.grad.dtype) == (torch.float32, dtype)
+    assert weight.grad is None  # a frozen head
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(weight):
@@ -86,13 +77,6 @@ def test_no_gradient_is_computed_where_none_is_wanted(weight):
     states, labels = torch.randn(4, D, dtype=torch.float64), torch.randint(0, V, (4,))
     assert not token_losses(states, labels, head, V).requires_grad
     assert with_gradients == [False]
-
-
-def test_frozen_heads_get_no_gradient(weight):
-    weight.requires_grad_()
-    states = torch.randn(4, D, dtype=torch.float64, requires_grad=True)
-    token_losses(states, torch.randint(0, V, (4,)), heads(weight)["linear"], V).sum().backward()
-    assert weight.grad is None
 
 
 def test_a_diverged_token_leaves_the_others_as_they_are(weight):

@@ -36,23 +36,19 @@ def example(length: int, place: int) -> Example:
 @pytest.fixture
 def host(monkeypatch):
     """A layer of Llama-2-7B's shape in bfloat16, with an adapter of each method."""
-    answer, copy = torch.Tensor.tolist, torch.Tensor.cpu
 
-    def read(tensor):
-        if not tensor.is_meta:
-            return answer(tensor)
-        reads.append(tensor.numel())
-        return [0.0] * tensor.numel()
+    def answered(read):
+        def answer(tensor):
+            if not tensor.is_meta:
+                return read(tensor)
+            reads.append(tensor.numel())
+            return read(torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
 
-    def fetch(tensor):
-        if not tensor.is_meta:
-            return copy(tensor)
-        reads.append(tensor.numel())
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return answer
 
     reads.clear()
-    monkeypatch.setattr(torch.Tensor, "cpu", fetch)
-    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    monkeypatch.setattr(torch.Tensor, "cpu", answered(torch.Tensor.cpu))
+    monkeypatch.setattr(torch.Tensor, "tolist", answered(torch.Tensor.tolist))
     monkeypatch.setattr(masking_utils, "fast_all", lambda mask: False)
     monkeypatch.setattr(
         masking_utils, "find_packed_sequence_indices", lambda positions: (positions == 0).cumsum(-1)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.training.step.batch import lay_out
-from tests.training.step.test_fused import OBJECTIVES, assert_same, run_window
+from tests.training.step.test_fused import CUT, OBJECTIVES, assert_same, run_window
 from tests.training.toy import ADAPTERS, add_job, gradients_of, toy_config, toy_host, toy_set
 
 
@@ -15,32 +15,19 @@ def first_step(configs, sets=None):
     return losses, {job.name: gradients_of(job) for job in jobs}
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_packed_rows_give_the_losses_and_gradients_of_rows_of_their_own(method):
+@pytest.mark.parametrize(("method", "objective"), CUT)
+def test_packed_rows_give_the_losses_and_gradients_of_rows_of_their_own(method, objective):
     results = []
     for packing in (False, True):
         settings = {"batch_size": 12, "micro_batch_size": 6, "packing": packing, "max_length": 30}
-        results.append(first_step([toy_config("a", ADAPTERS[method], **settings)]))
+        settings["objective"] = OBJECTIVES.get(objective, {"name": "sft"})
+        losses, gradients = first_step([toy_config("a", ADAPTERS[method], **settings)])
+        results.append((losses["a"], gradients["a"]))
     (plain, plain_gradients), (packed, packed_gradients) = results
-    assert packed["a"].loss == pytest.approx(plain["a"].loss, rel=1e-6)
-    assert packed["a"].aux_loss == pytest.approx(plain["a"].aux_loss, rel=1e-6)
-    assert packed["a"].router_load_cv == pytest.approx(plain["a"].router_load_cv)
-    assert packed["a"].router_entropy == pytest.approx(plain["a"].router_entropy)
-    assert packed["a"].computed_tokens < plain["a"].computed_tokens
-    assert_same(packed_gradients["a"], plain_gradients["a"], 1e-6)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_pairs_are_packed_too(objective):
-    results = []
-    for packing in (False, True):
-        settings = {"batch_size": 6, "packing": packing, "max_length": 24}
-        config = toy_config("a", ADAPTERS["mixlora"], objective=OBJECTIVES[objective], **settings)
-        results.append(first_step([config]))
-    (plain, plain_gradients), (packed, packed_gradients) = results
-    assert packed["a"].loss == pytest.approx(plain["a"].loss, rel=1e-6)
-    assert packed["a"].metrics == pytest.approx(plain["a"].metrics, rel=1e-6)
-    assert_same(packed_gradients["a"], plain_gradients["a"], 1e-6)
+    assert packed.computed_tokens < plain.computed_tokens
+    for name in ("loss", "aux_loss", "router_load_cv", "router_entropy", "metrics"):
+        assert getattr(packed, name) == pytest.approx(getattr(plain, name))
+    assert_same(packed_gradients, plain_gradients, 1e-6)
 
 
 def test_jobs_that_pack_and_jobs_that_do_not_share_a_forward():
