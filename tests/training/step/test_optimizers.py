@@ -19,6 +19,8 @@ from loraloom.training.settings import (
 from loraloom.training.step.optimizers import (
     build_optimizer,
     drop_frozen_gradients,
+    learning_state,
+    load_learning_state,
     parameter_groups,
     rates_of_their_own,
 )
@@ -198,3 +200,16 @@ def test_a_pattern_that_no_tensor_has_is_refused():
     for odd in ("(", "(?i)Q_PROJ"):
         with pytest.raises(ValidationError, match="is no regular expression"):
             OptimizerConfig(lr_ratios={odd: 0.5})
+
+
+def test_states_of_weights_that_had_an_axis_less_are_read():
+    states = []
+    for shape in ((2, 3), (1, 2, 3)):
+        weight = torch.nn.Parameter(torch.ones(shape))
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        if states:
+            load_learning_state({"A": weight}, optimizer, states[0])
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        states.append(learning_state({"A": weight}, optimizer))
+    assert optimizer.state[weight]["exp_avg"].shape == (1, 2, 3)

@@ -166,8 +166,13 @@ def load_learning_state(
     copy_all(parameters.values(), state["weights"].values())
     for name, parameter in parameters.items():
         gradient = state["gradients"].get(name)
-        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        parameter.grad = None if gradient is None else gradient.to(parameter).view_as(parameter)
     optimizer.load_state_dict(state["optimizer"])
+    # Checkpoints of earlier versions have no first axis in A of a HydraLoRA or a MoSLoRA.
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.dim() and (1, *value.shape) == parameter.shape:
+                own[name] = value.view_as(parameter)
 
 
 def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
