@@ -56,6 +56,9 @@ class RoutedConfig(AdapterConfig):
     """What logits are divided by before their softmax."""
     train_experts: bool = False
     """With router: token, whether the experts learn too, from where they are."""
+    equal_weights: bool = False
+    """With router: token, whether chosen experts weigh 1 / top_k each in place of their softmax,
+    as in ReMix, arXiv:2603.10160. What trains the router is the softmax's gradient."""
     num_layers_read: int = Field(default=0, ge=0, le=2**10)
     """Decoder layers whose last states a router by prompt reads; 0: it reads the embeddings."""
 
@@ -71,6 +74,8 @@ class RoutedConfig(AdapterConfig):
             yield f"top_k must be in [1, {len(self.experts)} experts], got {self.top_k}"
         if self.train_experts and self.router != "token":
             yield f"train_experts must be false with router: {self.router}, which has no training"
+        if self.equal_weights and (self.router != "token" or self.experts_per_token < 2):
+            yield "equal_weights must be false without router: token and a top_k of 2 or more"
         if self.router == "prompt" and self.experts_per_token > MAX_MEMBERS:
             yield f"top_k must be at most {MAX_MEMBERS} with router: prompt, got {self.top_k}"
         if self.num_layers_read and self.router != "prompt":
@@ -251,6 +256,9 @@ class _Routed(SumProjection):
         logits = router_logits(hidden_states, self.router)
         logits = (logits.abs() if self._is_arrow else logits) / self.config.temperature
         selected, chosen = self._route(logits)
+        if self.config.equal_weights:
+            # ReMix trains its routers by policy gradients; here the backward pass sees the softmax
+            chosen = chosen - chosen.detach() + 1 / self.config.experts_per_token
         tokens.record_routing(logits, selected, chosen, self.path)
         weights = torch.zeros_like(logits).scatter(1, selected, chosen).to(low_rank.dtype)  # (T, E)
         if not self._maps:
