@@ -13,8 +13,8 @@ import loraloom
 from loraloom import adapters, errors
 
 ROOT = Path(__file__).parent.parent
-INSIDE = ("loraloom.eval.harness", "loraloom.models.families")
-"""What needs an extra, and the table of families have modules of their own."""
+INSIDE = ("loraloom.data.skills", "loraloom.eval.harness", "loraloom.models.families")
+"""What needs an extra, generated rows and the table of families have modules of their own."""
 BESIDE = ("loraloom.peft",)
 """What needs another package is public under a name of its own."""
 

@@ -13,7 +13,7 @@ from loraloom.eval.statistics import choose_pairs
 from loraloom.training.settings import JobConfig, load_run_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SOURCES = [RECIPES / "apart" / name for name in ("lands.yaml", "tasks.yaml")]
+SOURCES = [RECIPES / "apart" / name for name in ("halves.yaml", "lands.yaml", "tasks.yaml")]
 RUN_FILES = sorted({p for p in RECIPES.rglob("*.yaml") if p.parent.name != "tasks"} - {*SOURCES})
 
 
