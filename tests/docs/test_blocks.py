@@ -29,6 +29,7 @@ from loraloom.config.model import BaseModelConfig
 from loraloom.config.task import load_task_config
 from loraloom.config.text import parse_yaml
 from loraloom.generation.loading import load_host
+from loraloom.serve.http.app import ApiOptions
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 from tests.docs.conftest import TRAINED
 from tests.serve.http.in_process import serving
@@ -46,7 +47,7 @@ SERVER = "http://127.0.0.1:8000"
 """Where documents have a server."""
 LAUNCHERS = {"torchrun", "accelerate"}
 """Programs that start `python -m loraloom` in several processes; here it runs in this one."""
-NOT_OURS = {"git", "cd", "for", "sed", "done", "vllm"}
+NOT_OURS = {"git", "cd", "for", "sed", "done", "vllm", "sudo", "openssl"}
 """Programs whose options are not checked."""
 ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 """Options that wait for ever, and what ends it."""
@@ -85,8 +86,10 @@ def served_copy(document: Path, world: Path) -> Iterator[Path]:
     host, tokenizer = load_host(
         BaseModelConfig(base_model="smollm2-135m", dtype="float32", device="cpu"), {}
     )
-    directory = world / TRAINED[0]
-    with serving(host, tokenizer, directory, base="smollm2-135m") as (address, _):
+    served = re.search(r"--adapter-dir (\S+)", text)
+    directory = world / (served[1] if served else TRAINED[0])
+    loads = ApiOptions(allow_loading=True, adapter_root=world / "runs")
+    with serving(host, tokenizer, directory, loads, "smollm2-135m") as (address, _):
         copy = world / document.name
         copy.write_text(text.replace(SERVER, address))
         yield copy

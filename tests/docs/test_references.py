@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 import loraloom
 from loraloom import Host
+from loraloom.generation.engine import Engine
 from loraloom.models.structure import FAMILIES
 from tests.docs.test_blocks import DOCUMENTS, ROOT
 
@@ -45,3 +48,16 @@ def test_the_reference_names_every_public_method_of_a_host():
 def test_the_page_of_models_lists_the_families_that_tests_know():
     _, _, rest = (ROOT / "docs/models.md").read_text().partition("<!-- families -->\n")
     assert rest.partition("\n<!-- /families -->")[0] == ", ".join(f"`{one}`" for one in FAMILIES)
+
+
+def test_the_page_of_deployment_lists_all_metrics():
+    folders = ("src/loraloom/generation", "src/loraloom/serve/http")
+    source = "".join(
+        map(Path.read_text, (file for at in folders for file in (ROOT / at).glob("*.py")))
+    )
+    counters = {f"{name}_total" for name in re.findall(r'counts\["(\w+)"', source)}
+    histograms = set(re.findall(r'"loraloom_(\w+_seconds)"', source))
+    gauges = set(re.findall(r'"(\w+)":', inspect.getsource(Engine.gauges)))
+    page = (ROOT / "docs/deployment.md").read_text()
+    listed = re.findall(r"^\| `loraloom_(\w+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(counters | histograms | gauges)
