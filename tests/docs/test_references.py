@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -61,3 +62,16 @@ def test_the_page_of_deployment_lists_all_metrics():
     page = (ROOT / "docs/deployment.md").read_text()
     listed = re.findall(r"^\| `loraloom_(\w+)` \|", page, re.MULTILINE)
     assert sorted(listed) == sorted(counters | histograms | gauges)
+
+
+def test_headings_of_troubleshooting_are_messages_of_the_code():
+    texts = "\n".join(
+        str(node.value)
+        for file in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    page = (ROOT / "docs/troubleshooting.md").read_text().replace("smollm2-135m comes", "… comes")
+    parts = "\n".join(re.findall(r"^### (.*)$", page, re.MULTILINE)).replace("\n", "…").split("…")
+    assert len(parts) > 30
+    assert [part for part in parts if part.strip() not in texts] == []
