@@ -26,10 +26,12 @@ import csv
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev
@@ -50,6 +52,9 @@ Base = tuple[loraloom.Host, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    sys.path.append(str(args.run_file.parent))
+    for module in args.modules:
+        import_module(module)
     run = read_run(args)
     args.output.mkdir(parents=True, exist_ok=True)
     _check_study(args, run)
@@ -65,6 +70,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("run_file", type=Path, help="its jobs are the methods")
     add("--output", type=Path, required=True, help="directory of this study alone")
+    add(
+        "--import",
+        dest="modules",
+        type=lambda names: names.split(","),
+        default=[],
+        help="modules that register methods, beside the run file or installed",
+    )
     add("--task", help="in place of the task in every job's data and eval")
     add("--each", action="append", default=[], metavar="PATH=VALUE", help="set it in every job")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="set it in the run file")
