@@ -109,7 +109,7 @@ def train(args: argparse.Namespace, base: Any, name: str, jobs: list[Any]) -> li
         return []
     resume, began = (directory / ".checkpoints").exists(), time.monotonic()
     run = {"base_model": args.base_model, "dtype": args.of["dtype"], "jobs": jobs}
-    run["output_dir"] = str(directory)
+    run |= {"output_dir": str(directory), **args.of.get("run", {})}
     results = loraloom.train(run, resume=resume, overwrite=not resume, base=base)
     seconds = {"seconds": time.monotonic() - began, "jobs": len(jobs)}
     (directory / "trained.json").write_text(json.dumps(seconds))
