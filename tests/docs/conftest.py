@@ -21,6 +21,7 @@ from loraloom.models import loading
 from tests.conftest import build_tokenizer
 from tests.tiny import tiny_model
 
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MODELS = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
 TRAINED = ("runs/arc", "runs/night", "runs/sft", "runs/seed0", "runs/seed1", "runs/seed2")
 CHAT_TEMPLATE = (
@@ -49,6 +50,7 @@ def small_world(tmp_path_factory):
         patch.chdir(directory)
         _save_models()
         _save_data()
+        shutil.copytree(EXAMPLES, "examples")
         _train()
     return directory
 
