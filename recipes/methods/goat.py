@@ -24,7 +24,6 @@ from torch import nn
 
 import loraloom
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
-from loraloom.errors import AdapterError
 
 
 @loraloom.register_method
@@ -57,7 +56,7 @@ class GoatConfig(RoutingConfig):
         super().check_fits(base_layers)
         least = min(min(base.in_features, base.out_features) for base in self.adapted(base_layers))
         if self.num_experts * self.rank > least:
-            raise AdapterError(
+            raise loraloom.AdapterError(
                 f"num_experts × rank must be at most {least}, the singular values of the smallest "
                 f"projection, got {self.num_experts} × {self.rank}"
             )
