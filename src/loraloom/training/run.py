@@ -6,20 +6,16 @@ Several are those that torchrun, accelerate or another launcher starts to train 
 from __future__ import annotations
 
 import os
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from loraloom.config.fields import checked
 from loraloom.config.text import local_path
-from loraloom.errors import ConfigError, TrainingError, plain
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.training import store
@@ -28,7 +24,8 @@ from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
 from loraloom.training.job import JobResult
 from loraloom.training.progress import Progress
-from loraloom.training.settings import JobConfig, RunConfig, load_run_config
+from loraloom.training.settings import RunConfig, load_run_config
+from loraloom.training.setup import set_up
 
 # Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
 BetweenSteps = Callable[[Engine, JobBuilder], None]
@@ -237,59 +234,3 @@ def _borrowed(host: Host) -> Iterator[None]:
         host.ranks, host.gradient_checkpointing = before
         if is_on_cuda:
             torch.cuda.set_per_process_memory_fraction(share, host.device)
-
-
-def set_up(
-    run: RunConfig,
-    configs: Sequence[JobConfig],
-    base: Base,
-    directory: store.RunDirectory,
-    progress: Progress,
-    command: str,
-    *,
-    resume: bool,
-) -> tuple[Engine, store.Checkpoint | None]:
-    """Build a run's jobs, those that had joined it too, and give the checkpoint to begin from."""
-    host, tokenizer = base
-    builder, checkpoint, lines = JobBuilder(host, tokenizer), None, list[str]()
-    if resume:
-        checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
-        if checkpoint is not None:
-            store.check_same_run(checkpoint, run.all_jobs, store.describe_base(host))
-        elif lines:
-            raise ConfigError("\n".join([*lines, "--resume needs a whole one, there is none"]))
-    done = set() if checkpoint is None else checkpoint.done
-    jobs = [builder.build(config) for config in configs if config.name not in done]
-    if checkpoint is not None:
-        first, in_file = ({one.name for one in some} for some in (configs, run.all_jobs))
-        kept = {}
-        for name, record in checkpoint.jobs.items():
-            if name not in in_file and not record.joined_later:
-                lines.append(
-                    f"warning: job {name} is no longer in the run file and is left out; put it "
-                    "back to go on with it, before its checkpoints are replaced"
-                )
-                continue
-            kept[name] = record
-            if name not in first and record.result is None:
-                settings = store.as_of_now(record.settings)
-                config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
-                jobs.append(builder.build(config))
-        checkpoint = replace(checkpoint, jobs=kept)
-    packages = ("loraloom", "torch", "transformers", "safetensors")
-    environment = {
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "platform": platform.platform(),
-        "device": str(host.device),
-        "dtype": str(host.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "ranks": host.ranks.size,
-        "command": plain(command),  # manifests with half a surrogate pair can't be read
-    }
-    engine = Engine(host, jobs, builder, directory, progress, run, environment)
-    for job in jobs:
-        read = job.training_set
-        lines += [f"{job.name}: {line}" for line in (*read.report, *read.warnings)]
-    for line in lines:
-        progress.message(line)
-    return engine, checkpoint
