@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 INSIDE = ("loraloom.data.skills", "loraloom.eval.harness", "loraloom.models.families")
 """What needs an extra, generated rows and the table of families have modules of their own."""
 OF_METHODS = ("loraloom.adapters", "loraloom.routing.routes")
-"""What docs/methods.md builds methods of."""
+"""What docs/add_a_method.md builds methods of."""
 BESIDE = ("loraloom.peft",)
 """What needs another package is public under a name of its own."""
 

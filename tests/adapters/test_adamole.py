@@ -1,6 +1,6 @@
-"""AdaMoLE, the example of docs/methods.md: a method of another package that needs x and records.
+"""AdaMoLE, the example of docs/add_a_method.md: a method of another package that needs x and records.
 
-docs/methods.md itself holds it against its formula.
+docs/add_a_method.md itself holds it against its formula.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.tiny import ALL_METHODS, padded_mask, randomise, tiny_host, tiny_ids
 from tests.training.step.test_fused import assert_same, run_window
 from tests.training.toy import PAD_ID, add_job, gradients_of, toy_config, toy_host
 
-DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/add_a_method.md"
 LENGTHS = [7, 3, 5]
 
 

@@ -37,7 +37,7 @@ from tests.serve.http.in_process import serving
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "recipes/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "recipes/**/*.md")
     for path in ROOT.glob(pattern)
     if path.name not in ("CHANGELOG.md", "LOG.md")
 )

@@ -59,7 +59,7 @@ def register_method(config: _METHOD) -> _METHOD:
     `loraloom.methods` that names the configuration.
 
     Args:
-        config: The method's configuration; docs/methods.md says how to write one.
+        config: The method's configuration; docs/add_a_method.md says how to write one.
 
     Returns:
         The same, so that it can decorate the class.

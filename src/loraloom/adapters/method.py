@@ -6,7 +6,7 @@ scale c, and something `between` the two, and `LowRankAdapter` does the rest (lo
 
     y = c ∘ (Wx + between(A drop(x)) B) + b
 
-`docs/methods.md` adds a method step by step.
+`docs/add_a_method.md` adds a method step by step.
 
 Axes: T tokens of one segment, I in_features, O out_features, D hidden, F feed-forward, P columns of
 the A product, S rows of B.
