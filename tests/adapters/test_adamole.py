@@ -1,4 +1,4 @@
-"""AdaMoLE, the example of docs/add_a_method.md: a method of another package that needs x and records.
+"""AdaMoLE, the example of docs/add_a_method.md: a package's method that needs x and records.
 
 docs/add_a_method.md itself holds it against its formula.
 """
