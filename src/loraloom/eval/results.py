@@ -2,7 +2,7 @@
 
 `Evaluation` is written to JSON and read from it, laid out in tables and in a data frame. Fields
 that have no name here are kept as they are, so that files with more of them can be read.
-docs/evaluation.md describes the fields of `results`, `seeds` and `routing`.
+docs/result_files.md describes the fields of `results`, `seeds` and `routing`.
 """
 
 from __future__ import annotations
