@@ -11,9 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 FILES = ("README.md", "CHANGELOG.md", "docs/*.md", "docs/experiments/*.md")
 PAGES = sorted(str(path.relative_to(ROOT)) for name in FILES for path in ROOT.glob(name))
-REFERENCE = (
-    "README api architecture experiments glossary index kernels result_files semantics versions"
-)
+REFERENCE = "README api architecture experiments glossary index kernels models semantics versions"
 EXPLANATION = "choosing_a_method concepts faq mixtures troubleshooting when_a_mixture"
 """Pages that need no code; those to look something up in do not address readers either."""
 TO_DO = {
