@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from loraloom.cli.options import Sets
+from loraloom.config.text import to_yaml
 from loraloom.training.settings import load_run_config
 from loraloom.training.settings import schema as run_file_schema
 
@@ -25,12 +23,7 @@ def show(run_file: Path, /, *, overrides: Sets = ()) -> None:
         run_file: A base model and its jobs.
     """
     run = load_run_config(run_file, overrides)
-    settings = run.model_dump(mode="json")
-    # written as run files are read: a name like 08 has quotes in YAML 1.2 alone
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.allow_unicode = False, True
-    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.dump(settings, sys.stdout)
+    print(to_yaml(run.model_dump(mode="json")), end="")
     if run.sweep is not None:
         print(f"# The sweep's {run.sweep.num_jobs} jobs:")
         for job in run.trials:

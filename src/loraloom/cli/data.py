@@ -57,7 +57,7 @@ def show(
                 found, encoded = encoder.read(split, limit, streaming=streaming)
                 for number, row in enumerate(encoded[:rows], start=1):
                     name = f"{job.name}: {encoder.name}, row {number}"
-                    for line in _show_row(name, row, tokenizer):
+                    for line in row_lines(name, row, tokenizer):
                         console.print(line, style="" if line.strip(" ^") else "bold green")
                 name = f"{job.name}: {Path(encoder.name).name}"
                 column = (source.fields or {}).get("tools", "tools")
@@ -94,7 +94,8 @@ def _count(rows: Sequence[EncodedRow], num_with_tools: int) -> tuple[int, ...]:
     return len(rows), empty, cut, dropped, repeats, num_with_tools, faulty
 
 
-def _show_row(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Lines of a row: its sizes, its tokens, and `^` under those that are learnt."""
     if not row.pieces:
         yield f"\n{name}: {row.fault or 'dropped, its answer does not fit max_length'}"
     for number, piece in enumerate(row.pieces, start=1):

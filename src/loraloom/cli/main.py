@@ -26,6 +26,7 @@ _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 # Verb -> its function, as `file:name` of this package, and its line of --help.
 VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
     "quickstart": ("quickstart:quickstart", "Train adapters apart, and make one model of them."),
+    "init": ("init:init", "Check a file of rows, and write a run file for it."),
     "train": ("train:train", "Train the adapters of a run file together."),
     "eval": ("eval:evaluate", "Score choice questions, or held-out rows."),
     "report": ("report:report", "Put a run on one HTML page."),

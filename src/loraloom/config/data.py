@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
 
 from jinja2 import Environment, TemplateError, meta, nodes
@@ -48,44 +48,9 @@ FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
 }
 
-_ALPACA = """\
-Below is an instruction that describes a task\
-{% if input %}, paired with an input that provides further context{% endif %}. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-{{ instruction }}
-
-{% if input %}### Input:
-{{ input }}
-
-{% endif %}### Response:
-"""
-
-_PLAIN = """\
-{{ instruction }}
-{% if input %}{{ input }}
-{% endif %}"""
-
 # Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`.
-PROMPT_TEMPLATES = {"alpaca": _ALPACA, "plain": _PLAIN}
-
-_CONVERSATION_OF_INSTRUCTIONS = (
-    "{% set ns = namespace(system='', space='') %}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{% set ns.answer = message['content'] or '' %}"
-    "{% if ns.answer[:1].strip() %}{{ ns.space }}{% endif %}{{ ns.answer }}{{ eos_token }}"
-    "{% set ns.space = '' %}"
-    "{% elif message['role'] == 'user' %}{% set instruction = ns.system + message['content'] %}"
-    "{% set input = '' %}{% set ns.system = '' %}"
-    "{% set prompt +%}TEMPLATE{%+ endset %}{{ prompt.rstrip(' ') }}"
-    "{% set ns.space = prompt[prompt.rstrip(' ')|length:] %}"
-    "{% else %}{% set ns.system = ns.system + message['content'] + '\n\n' %}"
-    "{% endif %}{% endfor %}"
-)
-_BEGINNING = (
-    "{% if messages[0]['role'] not in ('system', 'developer') %}"
-    "{% set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{% endif %}"
-)
+_PROMPTS = {file.stem: file.read_text("utf-8") for file in Path(__file__).parent.glob("prompts/*")}
+PROMPT_TEMPLATES = {name: _PROMPTS[name] for name in ("alpaca", "plain")}
 
 _OF_DATASETS = ("config", "format", "template", "chat_template", "fields", "on_empty")
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
@@ -181,12 +146,14 @@ class PromptForm(StrictModel):
         """
         if self.format == "instruction":
             bos, block = "{{ bos_token }}" if adds_bos else "", _as_block(self.prompt_template)
-            return bos + _CONVERSATION_OF_INSTRUCTIONS.replace("TEMPLATE", block)
+            written = re.sub(r"\n *", "", _PROMPTS["as_conversation"]).replace("\\n", "\n")
+            return bos + written.replace("TEMPLATE", block)
         default = own.get("default") if isinstance(own, Mapping) else own
         template = (self.format == "chat" and self.chat_template) or default
         if template is None or self.system is None:
             return template
-        return _BEGINNING.replace("SYSTEM", json.dumps(self.system, ensure_ascii=False)) + template
+        text = json.dumps(self.system, ensure_ascii=False)
+        return _PROMPTS["with_system"].replace("SYSTEM", text) + template
 
 
 def _as_block(template: str) -> str:

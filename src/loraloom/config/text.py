@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def parse_yaml(text: str, origin: str) -> Any:
     # ruamel lets Python's own errors through for a 13th month, or `!!bool maybe`
     except (YAMLError, ValueError, LookupError, RecursionError) as error:
         raise ConfigError(f"{origin} must be valid YAML: {error}") from None
+
+
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as run files are read: a name like 08 has quotes in YAML 1.2 alone."""
+    yaml, stream = YAML(typ="safe", pure=True), StringIO()
+    yaml.default_flow_style, yaml.allow_unicode, yaml.width = False, True, MAX_VALUES
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    yaml.dump(settings, stream)
+    return stream.getvalue()
 
 
 def parse_json(text: str, origin: str, error: type[LoraloomError] = ConfigError) -> Any:

@@ -1,0 +1,160 @@
+"""`loraloom init`: a run file to start from, for a file of rows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from loraloom.cli.data import row_lines
+from loraloom.config.data import DataFormat, SourceConfig
+from loraloom.config.fields import checked
+from loraloom.config.text import local_path, read_settings, read_text, to_yaml
+from loraloom.data.encoding import SourceEncoder
+from loraloom.data.sources import Row, RowStream, check_faults, fields_of
+from loraloom.data.templates import compile_template, render
+from loraloom.durable import prepare_output, write_output
+from loraloom.errors import ConfigError, DataError, plain
+from loraloom.models.loading import load_tokenizer
+from loraloom.terminal import make_console
+
+RowFormat = DataFormat | Literal["choices"]
+
+_OPTIONAL = {"prompt", "tools", "system", "input"}
+# Rows that show which columns there are; tokens of a row.
+_FIRST_ROWS, _MAX_LENGTH = 1000, 2048
+
+
+def init(
+    file: Path,
+    /,
+    *,
+    base_model: str = "smollm2-135m",
+    row_format: Annotated[RowFormat | None, Parameter(name="--format")] = None,
+    column: tuple[str, ...] = (),
+    chat_template: str | None = None,
+    on_empty: Literal["error", "skip"] | None = None,
+    output: Path = Path("run.yaml"),
+    overwrite: bool = False,
+) -> None:
+    """Check all rows of a file as training reads them, and write a run file to start from.
+
+    The format of the rows is inferred from the names of their columns. If some rows can't be used,
+    they are listed together, and no run file is written.
+
+    Args:
+        file: Rows to learn from: .json, .jsonl, .csv, .txt or .parquet, plain or gzipped.
+        base_model: Hub ID, directory or .gguf file of the base model.
+        row_format: Format of the rows, if their columns have unusual names.
+        column: Column of a role, ROLE=COLUMN: output=reply, for example. May be repeated.
+        chat_template: Jinja text or file for conversations, if the base model has none.
+        on_empty: Skip rows with an empty answer, or report an error (the default).
+        output: Run file to write. For choice questions, a task's file joins it, unless it exists.
+        overwrite: Replace a run file that exists.
+    """
+    given = {role: name for role, _, name in (text.partition("=") for text in column)}
+    if not all(given.values()):
+        raise ConfigError(f"--column must be ROLE=COLUMN, got {', '.join(column)}")
+    prepare_output(output, "--output")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists. Pass --overwrite to replace it, or --output FILE.")
+    rows, console = _first_rows(file), make_console(soft_wrap=True)
+    found, columns = _find_columns(file, rows, row_format, given)
+    named = ", ".join(f"{name} ({role})" for role, name in columns.items())
+    unused = {name for row in rows for name in row} - {*columns.values()}
+    unnamed = ", ".join(sorted(unused)) or "none"
+    console.print(plain(f"{file}: format {found}\ncolumns: {named}\nnot used: {unnamed}"))
+    name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.split(".")[0]).strip("-")[:80] or "job"
+    if found == "choices":
+        task = output.with_name(f"{name}-task.yaml")
+        data = {"task": str(task), "path": str(file), "scoring": "text"}
+        if not task.exists():
+            write_output(task, to_yaml(_task_settings(rows[0], **columns)))
+    else:
+        options = {"chat_template": chat_template, "on_empty": on_empty}
+        data = {"dataset": str(file), "format": found, **_column_settings(columns), **options}
+        data = {key: value for key, value in data.items() if value}
+    tokenizer = load_tokenizer(base_model)
+    most = min(_MAX_LENGTH, tokenizer.model_max_length)
+    encoded = SourceEncoder(checked(SourceConfig, data), tokenizer, most).load("train")
+    place, first = next((place, row) for place, row in enumerate(encoded, 1) if row.pieces)
+    console.print(*row_lines(f"row {place}", first, tokenizer), sep="\n")
+    lengths = [len(piece.input_ids) for row in encoded for piece in row.pieces]
+    sizes = f"{min(lengths)} to {max(lengths)} tokens, {median(lengths):.0f} in the median"
+    console.print(f"\n{len(encoded)} rows of {sizes}")
+    settings = {
+        "base_model": to_yaml({"base_model": base_model}).strip(),
+        "format": found,
+        "name": name,
+        "data": to_yaml(data).strip(),
+        "num_rows": len(encoded),
+        "num_distinct": len({row.pieces for row in encoded if row.pieces}),
+        "longest": max(lengths),
+        "max_length": min(max(1 << (max(lengths) - 1).bit_length(), 512), most),
+    }
+    template = Path(__file__).with_suffix(".yaml.jinja")
+    write_output(output, render(compile_template(read_text(template), template.name), settings))
+    path = shlex.quote(str(output))
+    console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
+
+
+def _first_rows(file: Path) -> list[Row]:
+    if local_path(file, "FILE", DataError).is_dir():
+        raise ConfigError(f"FILE must be a file of rows, got the directory {file}. Name one in it.")
+    rows = list(islice(RowStream(file, "", streaming=False).rows(), _FIRST_ROWS))
+    if all(row.fault for row in rows):
+        check_faults([(row.origin, row.fault) for row in rows], len(rows))
+    return [row for row in rows if not row.fault]
+
+
+def _find_columns(
+    file: Path, rows: Sequence[Row], wanted: RowFormat | None, given: Mapping[str, str]
+) -> tuple[RowFormat, dict[str, str]]:
+    """Find the first format, or the wanted one, whose columns most rows have."""
+    counts = Counter(name for row in rows for name in row)
+    # an optional role's own column is read in the rows that have it
+    rare = _OPTIONAL - {"prompt"}
+    usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
+    formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
+    kinds: list[Any] = [wanted] if wanted else [*formats]
+    for row_format in kinds:
+        roles: dict[str, list[str]] = formats[row_format]
+        columns = dict(given)
+        for role in (role for role in roles if role not in given):
+            free = {name.strip().lower(): name for name in usual if name not in columns.values()}
+            if match := next((free[name] for name in roles[role] if name in free), None):
+                columns[role] = match
+        if roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
+            return row_format, columns
+    needed = (f"\n  {name}: {', '.join(formats[name])}" for name in kinds)
+    raise DataError(
+        f"{file}: no format fits the columns {fields_of(counts)}. Name the format with --format, "
+        "and the columns of its roles with --column ROLE=COLUMN. The roles of each format "
+        f" ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(needed)}"
+    )
+
+
+def _column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
+    # a column `input` that is the whole prompt must not be added to it again
+    templates = {None: None, "instruction": "alpaca", "input": "{{ instruction }}\n"}
+    fields = {role: name for role, name in columns.items() if role != name}
+    return {"template": templates.get(columns.get("instruction"), "plain"), "fields": fields}
+
+
+def _task_settings(row: Row, question: str, choices: str, answer: str) -> dict[str, Any]:
+    """Make the settings of a task's file from a row's question, list of choices and answer."""
+    listed = row[choices] if isinstance(row[choices], list) else [row[choices]]
+    asked = {"template": f"Question: {{{{ {question} }}}}\nAnswer:", "answer": answer}
+    # as in ARC: lists of texts and labels, or a list of objects with both
+    if isinstance(next(iter(listed), None), Mapping):
+        return {**asked, "choices": f"{choices}.text", "labels": f"{choices}.label"}
+    right = str(row[answer]).strip()
+    kind = "index" if right.isdecimal() else "text" if right in listed else "label"
+    return {**asked, "choices": choices, "answer_is": kind}

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from loraloom.cli.main import main
+from loraloom.training.settings import load_run_config
+from tests.generation.saved import write_rows
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TURNS = [{"role": "user", "content": "sky #?"}, {"role": "assistant", "content": "blue"}]
+ARC = {"text": ["a", "b"], "label": ["1", "2"]}
+# A row, with # for its number, and settings of the job's data.
+ROWS = [
+    ({"Question": "sky #?", "answer": "blue", "id": 7}, {"template": "plain"}),
+    ({"instruction": "sky #?", "output": "blue"}, {"template": "alpaca"}),
+    ({"input": "sky #?", "output": "blue"}, {"template": "{{ instruction }}\n"}),
+    ({"prompt": "#", "messages": TURNS}, {"format": "chat"}),
+    ({"content": "the sky # is blue"}, {"fields": {"text": "content"}}),
+    ({"prompt": "sky #?", "chosen": " blue", "rejected": " no"}, {"fields": None}),
+    ({"question": "sky #?", "options": ["blue", "no"], "answer": 0}, {"scoring": "text"}),
+    ({"question": "#?", "choices": ARC, "answerKey": "1"}, {"scoring": "text"}),
+]
+
+
+@pytest.fixture
+def init(saved, tmp_path, monkeypatch, capsys):
+    """Run `loraloom init` in an empty directory, and return what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(file, *words, code=0):
+        assert main(["init", str(file), "--base-model", str(saved / "base"), *words]) == code
+        printed = capsys.readouterr()
+        return printed.err if code else printed.out
+
+    return call
+
+
+@pytest.mark.parametrize(("row", "settings"), ROWS, ids=lambda one: next(iter(one)))
+def test_a_run_file_trains_as_it_was_written(init, tmp_path, row, settings):
+    rows = [json.loads(json.dumps(row).replace("#", str(n))) for n in range(12)]
+    words = ["--chat-template", TEMPLATE] if "messages" in row else []
+    said = init(write_rows(tmp_path / "my rows.jsonl", *rows), *words)
+    assert re.search(r"row 1.*: \d+ tokens, \d+ learnt\n", said)
+    assert "\n12 rows of " in said
+    assert "  loraloom data show run.yaml\n  loraloom train run.yaml\n" in said
+    data = load_run_config("run.yaml").jobs[0].data
+    assert {key: getattr(data, key) for key in settings} == settings
+    assert main(["train", "run.yaml", "--set", "jobs.0.train.num_epochs=1"]) == 0
+    assert json.loads((tmp_path / "runs/my-rows/my-rows/result.json").read_text())["steps"] == 2
+    assert "run.yaml exists. Pass --overwrite" in init("my rows.jsonl", code=2)
+    init("my rows.jsonl", *words, "--overwrite")
+
+
+def test_columns_may_have_any_names_and_one_row_is_enough(init, tmp_path):
+    (tmp_path / "übung.csv").write_text("Frage,Réponse\nFarbe?,'blau' 🌌\n", encoding="utf-8-sig")
+    error = init("übung.csv", code=2)
+    assert "no format fits the columns 'Frage', 'Réponse'" in error
+    assert "\n  instruction: instruction, output, input\n" in error
+    words = ["--column=instruction=Frage", "--column=output=Réponse", "--output=new/run.yaml"]
+    assert "\n1 rows of " in init("übung.csv", *words)
+    assert load_run_config("new/run.yaml").jobs[0].data.validation_fraction == 0
+    assert main(["train", "new/run.yaml", "--set", "jobs.0.train.num_epochs=1"]) == 0
+    assert "ROLE=COLUMN" in init("übung.csv", "--column", "output", code=2)
+    assert "no field 'reply'" in init("übung.csv", words[0], "--column=output=reply", code=2)
+
+
+def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
+    rows = [{"prompt": "sky?", "reply": "" if n % 3 else "blue"} for n in range(300)]
+    odd = [{"prompt": 5, "reply": "blue"}, {"text": "the sky"}]
+    error = init(write_rows(tmp_path / "rows.jsonl", *rows, *odd), code=2)
+    assert "202 of 302 rows can't be used:\n  lines 2, 3, 5, 6" in error
+    assert "and 180 more: field 'reply' is empty" in error
+    assert "line 301: field 'prompt' must be a string, got 5" in error
+    assert "line 302: the row has no field 'prompt'" in error
+    assert not (tmp_path / "run.yaml").exists()
+    init(write_rows(tmp_path / "rows.jsonl", *rows), "--on-empty", "skip")
+    assert load_run_config("run.yaml").jobs[0].data.on_empty == "skip"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b"", "rows.jsonl: there are no rows"),
+        ("rows.jsonl", b"no\n{", "2 of 2 rows can't be used"),
+        ("rows.csv", "prompt,answer\nä,b\n".encode("latin-1"), "in UTF-8"),
+        ("rows.parquet", b"PAR1", "the file can't be read"),
+        ("rows.jsonl/a", b"", "got the directory rows.jsonl"),
+    ],
+)
+def test_a_file_that_can_not_be_used_is_one_message(init, tmp_path, name, content, message):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    assert message in init(name.partition("/")[0], code=2)
+
+
+def test_a_huge_row_is_cut_at_the_greatest_length(init, tmp_path):
+    rows = [{"text": "sky " * size} for size in (10, 20, 100_000)]
+    assert "to 2048 tokens" in init(write_rows(tmp_path / "rows.jsonl", *rows))
+    assert load_run_config("run.yaml").jobs[0].train.max_length == 2048
