@@ -1,0 +1,46 @@
+"""The site has every page, and its reference has every public name."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import module_from_spec, spec_from_file_location
+
+import pytest
+
+import loraloom
+from tests.docs.test_blocks import ROOT
+
+DOCS = ROOT / "docs"
+SPEC = spec_from_file_location("reference", ROOT / "scripts/reference.py")
+
+
+@pytest.mark.parametrize("name", ["command_line.md", "run_file.md"])
+def test_generated_pages_are_current(name):
+    reference = module_from_spec(SPEC)
+    SPEC.loader.exec_module(reference)
+    written = (DOCS / "reference" / name).read_text()
+    assert reference.pages()[name] == written, "run .venv/bin/python scripts/reference.py"
+
+
+def test_the_navigation_has_every_page():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", settings, re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_each_public_name_has_an_entry_and_an_example():
+    found = {}
+    for page in DOCS.glob("reference/python/*.md"):
+        text = page.read_text()
+        code = "".join(re.findall(r"```python(.*?)```", text, re.DOTALL))
+        for name in re.findall(r"^::: loraloom\.(.*)$", text, re.MULTILINE):
+            found[name] = re.search(rf"\b{name}\b", code)
+    assert sorted(found) == loraloom.__all__
+    assert [name for name, example in found.items() if not example] == []
+
+
+def test_pages_link_to_no_page_outside():
+    """The site would lack it, and its builder says so; a directory or another file is fine."""
+    for page in DOCS.rglob("*.md"):
+        for target in re.findall(r"\]\((\.\./[^)#\s]+\.md)", page.read_text()):
+            assert (page.parent / target).resolve().is_relative_to(DOCS), f"{page.name}: {target}"
