@@ -8,10 +8,13 @@ from importlib.util import module_from_spec, spec_from_file_location
 import pytest
 
 import loraloom
+from loraloom.serve.http import guards
+from loraloom.training.workers import _QUIET
 from tests.docs.test_blocks import ROOT
 
 DOCS = ROOT / "docs"
 SPEC = spec_from_file_location("reference", ROOT / "scripts/reference.py")
+SET_FOR_OTHERS = {*_QUIET, "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
 
 
 @pytest.mark.parametrize("name", ["command_line.md", "run_file.md"])
@@ -39,8 +42,10 @@ def test_each_public_name_has_an_entry_and_an_example():
     assert [name for name, example in found.items() if not example] == []
 
 
-def test_pages_link_to_no_page_outside():
-    """The site would lack it, and its builder says so; a directory or another file is fine."""
-    for page in DOCS.rglob("*.md"):
-        for target in re.findall(r"\]\((\.\./[^)#\s]+\.md)", page.read_text()):
-            assert (page.parent / target).resolve().is_relative_to(DOCS), f"{page.name}: {target}"
+def test_operations_names_the_variables_and_codes_of_the_source():
+    files = [file.read_text() for file in (ROOT / "src").rglob("*.py")]
+    found = {*guards._STATUS}
+    for text in (text for text in files if "environ" in text):
+        found |= {*re.findall(r'"([A-Z]+(?:_[A-Z]+)+)"', text)}
+    page = (DOCS / "reference/operations.md").read_text()
+    assert [name for name in sorted(found - SET_FOR_OTHERS) if f"`{name}`" not in page] == []
