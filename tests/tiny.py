@@ -54,6 +54,14 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LINEAR = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},
@@ -73,14 +81,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 3.0},
     "cohere2": {"logit_scale": 3.0, "layer_types": ["sliding_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    "qwen3_5_text": {
-        "head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    },
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _EXPERTS | _LINEAR,
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 16},
     "qwen3_moe": _EXPERTS | {"head_dim": 8},

@@ -169,7 +169,11 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def _put(self, name: str, config: Any) -> Adapter:
         """Put an adapter on the host; it is trained where it is the active one."""
         seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
-        adapter = self.host.add(name, config.adapter, seed)
+        if config.is_from_file:  # what it begins with is in the files
+            registry = self.host._registry
+            adapter = registry.register(registry.build(name, config.adapter, seed))
+        else:
+            adapter = self.host.add(name, config.adapter, seed)
         parameters = adapter.named_parameters()
         self.loraloom.frozen[name] = {own for own, one in parameters if not one.requires_grad}
         self.set_requires_grad(name, name in self.active_adapters and not config.inference_mode)

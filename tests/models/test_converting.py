@@ -7,7 +7,14 @@ import json
 import pytest
 import torch
 
-from loraloom.adapters import DynMoleConfig, LoraConfig, LoraMoeConfig, MixLoraConfig, MolaConfig
+from loraloom.adapters import (
+    DynMoleConfig,
+    LoraConfig,
+    LoraMoeConfig,
+    MixLoraConfig,
+    MolaConfig,
+    RoutedConfig,
+)
 from loraloom.cli.main import main
 from loraloom.errors import AdapterError, FormatError
 from loraloom.models.converting import convert
@@ -42,6 +49,14 @@ def test_the_native_form_is_what_is_saved(method, tmp_path, monkeypatch):
         for path in (source, tmp_path / "native")
     )
     assert ours | {"target_modules": theirs["target_modules"]} == theirs
+
+
+def test_a_router_by_prompt_needs_no_base_model(tmp_path):
+    host, _ = saved(tmp_path, METHODS["lora"])
+    host.add("auto", RoutedConfig(experts={"a": "a", "b": "a"}))
+    host.save("auto", tmp_path / "auto")
+    convert(tmp_path / "auto", tmp_path / "native", "native", settings={"temperature": 2.0})
+    assert host.load("c", tmp_path / "native").config.temperature == 2
 
 
 FOR_THE_REFERENCE = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.adapters import LoraConfig, VeraConfig
+from loraloom.adapters import LoraConfig, RoutedConfig, VeraConfig
 from loraloom.errors import AdapterError
 from tests.conftest import build_tokenizer
 from tests.tiny import (
@@ -97,3 +97,4 @@ def test_who_adapts_all_linear_layers_is_told_that_experts_are_left_alone(method
         adapter = host.add("a", ALL_METHODS[method])
     assert not any(map(adapter.adapts_ffn, range(host.base.num_layers)))
     host.add("b", changed(ALL_METHODS[method], target_modules="attention"))
+    host.add("c", RoutedConfig(experts={"b": "b"}))  # has no targets that could be others

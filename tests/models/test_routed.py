@@ -11,8 +11,9 @@ import loraloom
 from loraloom import LoraConfig, Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router
 from loraloom.adapters.base import SegmentTokens
 from loraloom.data.tokens import Example
-from loraloom.errors import AdapterError, DataError
+from loraloom.errors import AdapterError, DataError, FormatError
 from loraloom.generation.generate import generate
+from loraloom.generation.prompts import encode_for_choice
 from loraloom.generation.scoring import label_log_probs
 from tests.conftest import build_tokenizer
 from tests.tiny import (
@@ -175,6 +176,20 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
             host(both[:, :1], adapters=["auto", "auto"], cache=cache)
 
 
+def test_a_layer_may_have_no_projections(tmp_path):
+    with pytest.warns(UserWarning, match="on attention alone"):
+        host = tiny_host("qwen3_next", LORAS, torch.float32)
+    assert not host._registry._layers[0].projections
+    host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
+    host.save("auto", tmp_path / "auto")
+    host.load("again", tmp_path / "auto")
+
+
+def test_a_single_expert_needs_no_fit():
+    host = routed({"law": LORAS["law"]}, "prompt")
+    assert host.choose([[5]], ["auto"])[0].adapter == "auto/law"
+
+
 @pytest.mark.parametrize("family", ["gemma", "gemma3", "mistral3", "mixtral", "lfm2"])
 def test_states_of_prompts_are_the_base_models(family):
     host, ids = tiny_host(family, {}, torch.float32), tiny_ids(2, 5)
@@ -228,6 +243,8 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     before = {name: t.clone() for name, t in host.adapters["auto"].tensors().items()}
     host.add_experts("auto", {"chem": "chem"}, name="auto3")
     prompts = {name: prompts_of(number) for number, name in enumerate(NAMES)}
+    with pytest.raises(AdapterError, match="must be fitted first to all"):
+        host.choose([prompts["law"][0]], ["auto3"])
     fit = fit_router(host, build_tokenizer(), "auto3", prompts, only=["chem"])
     after = host.adapters["auto3"].tensors()
     assert all(torch.equal(after[name], t) for name, t in before.items())
@@ -237,6 +254,13 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
         host.add_experts("auto3", {"chem": "chem"}, name="auto4")
     chosen = host.choose([of[0] for of in prompts.values()], ["auto3"] * 3)
     assert [one.adapter for one in chosen] == [f"auto3/{name}" for name in NAMES]
+
+
+def test_a_router_that_has_diverged_says_so():
+    host, _ = fitted(num_layers_read=1)
+    host.adapters["auto"].chooser.router.data[0] = torch.nan
+    with pytest.raises(AdapterError, match="logits of its router must be finite"):
+        host.choose([prompts_of(0)[0]], ["auto"])
 
 
 def test_experts_go_with_their_adapter():
@@ -274,6 +298,9 @@ def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
         asked = [Prompt(one, of) for one, of in zip(prompts, names, strict=True)]
         answers.append(generate(host, tiny_tokenizer, asked, SamplingConfig(max_new_tokens=6)))
     assert answers[0] == answers[1]
+    row = Prompt("the", "auto", fields={"input": "court"})
+    ids = encode_for_choice(host, tiny_tokenizer, row)
+    assert ids == encode_for_choice(host, tiny_tokenizer, Prompt("the\ncourt", "auto"))
     text = Example((5, 6, 7), (5, 6, 7))  # a text has no prompt: all of it is read
     assert torch.equal(
         *(
@@ -314,6 +341,12 @@ def test_what_cant_be_routed_says_why():
         with pytest.raises(AdapterError, match=message):
             host.add("auto", RoutedConfig(experts={n: n for n in names}, router=router))
     host.add("auto", RoutedConfig(experts=NAMES))
+    with pytest.raises(AdapterError, match="expert a must not be routed itself"):
+        host.add("two", RoutedConfig(experts={"a": "auto"}))
+    with pytest.raises(FormatError, match="law/final"):  # no part of one that has none
+        host.add("two", RoutedConfig(experts={"a": "law/final"}))
+    with pytest.raises(AdapterError, match=r"is made of \(law, math, chem\)"):
+        host.add("two", RoutedConfig(experts={"a": "auto/x"}))
     for row, message in [
         ("auto/x", r"is made of \(law, math, chem\)"),
         ("law/x", r"is made of \(none\)"),

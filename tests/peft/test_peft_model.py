@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 
 import loraloom
-from loraloom import AdapterError, ConfigError, MixLoraConfig
+from loraloom import AdapterError, ConfigError, MixLoraConfig, RoutedConfig
 from loraloom.adapters.lora import LoraProjection
 from loraloom.peft import LoraloomConfig
 from tests.tiny import (
@@ -69,6 +69,20 @@ def test_what_a_host_saves_a_peft_model_loads(method, tmp_path):
     assert torch.equal(logits(wrapped), logits(host, adapters=["default"] * 3))
     assert not wrapped.training
     assert wrapped.get_nb_trainable_parameters()[0] == 0
+
+
+@torch.no_grad()
+def test_a_router_by_prompt_goes_to_peft_and_back(tmp_path):
+    host = host_of(ALL_METHODS["lora"], "law")
+    randomise(host.add("math", ALL_METHODS["dora"]), 1)
+    host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
+    host.adapter("auto").chooser.router.normal_()
+    host.save("auto", tmp_path / "ours")
+    base = tiny_model(dtype=torch.float32)
+    wrapped = PeftModel.from_pretrained(base, tmp_path / "ours", "auto")
+    wrapped.save_pretrained(tmp_path / "theirs")
+    host.load("theirs", tmp_path / "theirs" / "auto")
+    assert torch.equal(logits(wrapped), logits(host, adapters=["theirs"] * 3))
 
 
 @pytest.mark.parametrize("method", BY_PEFT_ITSELF)

@@ -11,8 +11,11 @@ from functools import wraps
 import pytest
 
 from loraloom.errors import ConfigError
+from loraloom.generation.engine import Engine
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
 from loraloom.serve.adapters import ServedAdapters
+from loraloom.serve.http.bridge import Backend
 from tests.tiny import METHODS, tiny_host
 
 
@@ -167,6 +170,24 @@ async def test_an_adapter_that_is_unloaded_or_loaded_again_stays_for_those_that_
 def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
     with pytest.raises(RequestError, match="does not exist"):
         asyncio.run(ServedAdapters(host, "base", saved).acquire(name))
+
+
+@in_loop
+async def test_the_base_model_has_no_experts(host, tiny_tokenizer):
+    engine = Engine(host, tiny_tokenizer, EngineLimits(max_rows=1, cache_tokens=64))
+    backend = Backend(engine, ServedAdapters(host, "base"), tiny_tokenizer)
+    for model in ("base/law", "base/law:0.5"):
+        with pytest.raises(RequestError, match=f"'{model}' does not exist"):
+            await backend.acquire(model)
+
+
+@in_loop
+async def test_experts_of_one_adapter_share_its_place(host, saved):
+    adapters = ServedAdapters(host, "base", saved, max_lazy=1)
+    of_one = await adapters.acquire_sum(["lora", "lora"])
+    assert [member.host_name for member in of_one.members] == ["lora", "lora"]
+    with pytest.raises(RequestError, match=r"a sum may have 1 adapters .* got lora, dora"):
+        await adapters.acquire_sum(["lora", "dora", "lora"])
 
 
 @in_loop

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from loraloom import RoutedConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import tally
@@ -215,6 +216,13 @@ def test_a_job_that_can_not_join_leaves_nothing_on_the_host(tmp_path, name):
     with pytest.raises(ConfigError, match="must be new in"):
         engine.add(add_job(engine.host, toy_config(name)))
     assert engine.host.adapters == before
+
+
+def test_a_job_that_joins_is_not_made_of_one_that_trains(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("law")])
+    routed = toy_config("auto", RoutedConfig(experts={"law": "law"}, router="token"))
+    with pytest.raises(ConfigError, match=r"adapter.experts must not be in .* where job law goes"):
+        engine.add(add_job(engine.host, routed))
 
 
 def test_a_stopped_job_keeps_its_weights_and_says_why(tmp_path):

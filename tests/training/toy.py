@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import loraloom
-from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
 from loraloom.config.text import read_json
 from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
@@ -137,7 +137,7 @@ def toy_set(
 
 
 def toy_config(
-    name: str, adapter: LoraConfig | None = None, seed: int = 0, **settings: Any
+    name: str, adapter: AdapterConfig | None = None, seed: int = 0, **settings: Any
 ) -> JobConfig:
     """Make a job's configuration: `eval`, `data`, `priority` and settings of `train`."""
     own = ("eval", "data", "priority")

@@ -487,6 +487,11 @@ class Adapter(nn.Module, ABC):
         """Names of the adapters that it is made of, which go by `ADAPTER/NAME`."""
         return ()
 
+    @property
+    def forms_differ(self) -> bool:
+        """Whether the adapters that it is made of have different forms of prompts."""
+        return any(one.prompt != self.parts[1].prompt for one in self.parts[1:])
+
     def part(self, name: str) -> Adapter:
         if name not in self.part_names:
             known = ", ".join(self.part_names) or "none"

@@ -34,8 +34,8 @@ class PromptRouter(Weights):
 
     def forward(self, states: Tensor, owners: Tensor) -> Tensor:
         """Compute [B, E] of all tokens' states, [T, D], and the numbers of their prompts, [T]."""
-        if not self.router.any():
-            raise AdapterError("a router by prompt must be fitted first; call fit_router")
+        if len(self.router) > 1 and not self.router.any(1).all():
+            raise AdapterError("a router by prompt must be fitted first to all; call fit_router")
         return _logits(states, owners, self.router, self.offsets) / self.temperature
 
     @torch.enable_grad()

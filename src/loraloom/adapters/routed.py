@@ -114,7 +114,9 @@ class RoutedConfig(AdapterConfig):
         return frozenset[str]().union(*(one.adapter.targets_in(layer) for one in self._read()))
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
-        for one in self._read():
+        for name, one in zip(self.experts, self._read(), strict=True):
+            if isinstance(one.adapter, RoutedConfig):
+                raise AdapterError(f"expert {name} must not be routed itself; name its own experts")
             refuse_own_parts(one.adapter, "an expert", "be routed to")
             one.adapter.check_fits(base_layers)
         if self.num_layers_read > len(base_layers):
@@ -173,13 +175,13 @@ class RoutedAdapter(LowRankAdapter):
         if by_prompt:
             shape = (len(experts), base_layers[0].hidden_size)
             self.chooser = PromptRouter(shape, config.num_layers_read, config.temperature)
-            self.chooser.to(dtype=dtype, device=base_layers[0].projections[0].device)
+            device = next(one.device for layer in base_layers for one in layer.projections)
+            self.chooser.to(dtype=dtype, device=device)
         self.experts = nn.ModuleList(experts)
         if not config.train_experts:
             self.experts.requires_grad_(False)
         self.is_trained = config.router == "token"
-        prompts = [expert.prompt for expert in experts]
-        self.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
+        self.prompt = None if self.forms_differ else experts[0].prompt
 
     @property
     def parts(self) -> Sequence[Adapter]:

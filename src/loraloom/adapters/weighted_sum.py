@@ -82,8 +82,7 @@ class WeightedSum(LowRankAdapter):
     @property
     def prompt(self) -> PromptForm | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The form that all members' training data has; None if they differ."""
-        first, *others = (member.prompt for member in self.parts[1:])
-        return first if all(other == first for other in others) else None
+        return None if self.forms_differ else self.parts[1].prompt
 
     @prompt.setter
     def prompt(self, form: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]

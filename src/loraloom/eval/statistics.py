@@ -151,9 +151,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
     stems: dict[str, list[str]] = {}
     for name in names:
-        stem, at, _ = name.rpartition("@")
+        stem, at, seed = name.rpartition("@")
         if at and not is_sum(name):
-            stems.setdefault(stem, []).append(name)
+            _, slash, expert = seed.partition("/")
+            stems.setdefault(f"{stem}{slash}{expert}", []).append(name)
     if twice := [stem for stem in stems if stem in (*names, BASE)]:
         seeds = ", ".join(stems[twice[0]])
         raise ConfigError(

@@ -104,21 +104,16 @@ def encode_prompt(
     return ids, text is not None
 
 
-def reads_plain(host: Host, adapter: RowAdapter) -> bool:
-    """Whether a router reads plain texts, as its experts' forms of prompts differ."""
-    name, _ = name_and_scale(adapter)
-    forms = [] if name is None else [part.prompt for part in host.adapter(name).parts[1:]]
-    return any(form != forms[0] for form in forms)
-
-
 def encode_for_choice(
     host: Host, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool = False
 ) -> list[int]:
     """Token ids by which a router chooses what answers a prompt."""
-    if not raw and reads_plain(host, prompt.adapter):
+    name, _ = name_and_scale(prompt.adapter)
+    if not raw and name is not None and host.adapter(name).forms_differ:
         content = prompt.content
         turns = [content] if isinstance(content, str) else [one.get("content") for one in content]
-        prompt, raw = replace(prompt, content="\n".join(filter(None, turns)), tools=None), True
+        texts = map(str, filter(None, [*turns, prompt.fields.get("input")]))
+        prompt, raw = replace(prompt, content="\n".join(texts), tools=None), True
     return encode_prompt(tokenizer, prompt, form_for(host, prompt.adapter), raw=raw)[0]
 
 

@@ -18,7 +18,7 @@ from loraloom.config.data import MAX_LENGTH, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.errors import AdapterError, DataError, shown
-from loraloom.generation.prompts import Prompt, encode_for_choice, reads_plain
+from loraloom.generation.prompts import Prompt, encode_for_choice
 from loraloom.models.host import Host
 
 # The share of each expert's prompts by which a router is judged before it is fitted to all.
@@ -123,13 +123,13 @@ def _prompts(
     if not isinstance(given, SourceConfig | Mapping):
         encode = partial(encode_for_choice, host, tokenizer)
         return [encode(Prompt(one, adapter)) if isinstance(one, str) else one for one in given]
-    source = checked(SourceConfig, given)
-    if reads_plain(host, adapter) and source.format in ("instruction", "chat", "preference"):
-        if source.format != "instruction":
-            raise DataError(
-                f"experts whose prompts have different forms are told apart by plain texts, got a "
-                f"source with format: {source.format}; give its prompts as a list of texts"
-            )
+    source, reads_plain = checked(SourceConfig, given), host.adapter(adapter).forms_differ
+    if reads_plain and source.format in ("chat", "preference"):
+        raise DataError(
+            f"experts whose prompts have different forms are told apart by plain texts, got a "
+            f"source with format: {source.format}; give its prompts as a list of texts"
+        )
+    if reads_plain and source.format == "instruction":
         source = source.model_copy(update={"template": "plain"})
     length = min(MAX_LENGTH, host.config.max_position_embeddings)
     rows = SourceEncoder(source, tokenizer, length).load(source.split or "train", limit)

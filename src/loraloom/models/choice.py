@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from loraloom.adapters.weighted_sum import write_sum
-from loraloom.errors import DataError
+from loraloom.errors import DataError, not_finite
 from loraloom.models.layout import RowAdapter, name_and_scale
 
 # Tokens of a forward, and of a prompt those that are read: its last ones.
@@ -61,6 +61,8 @@ def choose(
         experts, count = router.part_names, router.config.experts_per_token
         for part, states, owners in host.prompt_states(read, router.chooser.num_layers_read):
             logits = router.chooser(states, owners)  # (B, E)
+            if not logits.isfinite().all():
+                raise not_finite("logits of its router", "infinite ones or NaN", [name])
             top, chosen = logits.topk(count)
             columns = (top.softmax(-1), chosen, logits.softmax(-1))
             rows = zip(part, *(one.tolist() for one in columns), strict=True)

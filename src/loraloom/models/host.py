@@ -159,9 +159,9 @@ class Host:
         adapter = self._registry.build(name, config, seed)
         for own, (_, tensors) in found.items():
             adapter.part(own).load_tensors(tensors)
-        if found:
-            adapter.begin()
-        if config.target_modules == "all-linear" and not self.base.ffn_projections:
+        adapter.begin()
+        by_default = config.target_modules == "all-linear" and not adapter.part_names
+        if by_default and not self.base.ffn_projections:
             warnings.warn(
                 f"adapter {name!r} is on attention alone: the base model's FFN blocks are mixtures "
                 "of experts, which stay as they are; target_modules: attention means the same",
@@ -171,7 +171,8 @@ class Host:
 
     def _source(self, place: str) -> tuple[Expert, Mapping[str, Tensor]]:
         """Read an adapter that another one is to be made of: one on the host, or from files."""
-        if place.partition("/")[0] in self.adapters:
+        whole, slash, _ = place.partition("/")
+        if whole in self.adapters and (not slash or self.adapters[whole].part_names):
             held = self._registry.get(place)
             return Expert(adapter=held.config, prompt=held.prompt), held.tensors()
         stored = read_stored(find_adapter(place))
@@ -617,9 +618,8 @@ class Host:
                     row[0].check_is_trained()
             self._forwards += 1
             count = sum(map(len, sample_lengths)) if sample_lengths is not None else batch_size
-            keys = [sample_key(0, self._forwards, place) for place in range(count)]
-            if sample_keys is not None:
-                keys = list(map(int, sample_keys))
+            drawn = (sample_key(0, self._forwards, place) for place in range(count))
+            keys = [*map(int, drawn if sample_keys is None else sample_keys)]
             if len(keys) != count:
                 what = "samples" if is_packed else "rows"
                 raise AdapterError(

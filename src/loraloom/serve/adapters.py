@@ -124,11 +124,12 @@ class ServedAdapters:
         for name in names:
             if name not in self._served:
                 self._source_of(name)  # what does not exist loads no other
-        held = (self._served.get(name) for name in names if name not in self._sources)
+        whole = dict.fromkeys(names)  # of which a sum may have several parts
+        held = (self._served.get(name) for name in whole if name not in self._sources)
         if sum(one is None or one.is_lazy for one in held) > self._max_lazy:
             raise RequestError(
                 f"a sum may have {self._max_lazy} adapters of --adapter-dir, as many as are loaded "
-                f"at once (--max-adapters), got {', '.join(names)}",
+                f"at once (--max-adapters), got {', '.join(whole)}",
                 param="model",
             )
         for _ in range(NUM_TRIES):

@@ -119,7 +119,7 @@ class Engine:
                     self._check_inputs(checkpoint, [job])
                     self._go_on(job, checkpoint)
                 elif self._is_first:
-                    self._directory.check_sources([job.config])
+                    self._directory.check_sources([job.config], self.jobs)
                     self._directory.prepare_job(job.name, overwrite=overwrite)
         except Exception:
             self.discard(job)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -290,9 +290,9 @@ class RunDirectory:
                 "output_dir, or give --overwrite"
             )
 
-    def check_sources(self, jobs: Sequence[JobConfig]) -> None:
-        jobs_by_path = {self.job(job.name).resolve(): job.name for job in jobs}
-        names = set(jobs_by_path.values())
+    def check_sources(self, jobs: Sequence[JobConfig], others: Iterable[str] = ()) -> None:
+        names = {*others, *(job.name for job in jobs)}
+        jobs_by_path = {self.job(name).resolve(): name for name in names}
         for job in jobs:
             objective = job.train.objective
             start = job.start_from

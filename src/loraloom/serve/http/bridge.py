@@ -73,6 +73,8 @@ class Backend:
         weighted = _weighted(model, adapters.base_name)
         # what is behind a slash is one of a routed adapter's own
         names = [name.partition("/")[0] for name, _ in weighted]
+        if adapters.base_name in names:
+            raise unknown_model(model)
         one, several = adapters.acquire, adapters.acquire_sum
         try:
             served = await (several(names) if len(names) > 1 else one(names[0]))
