@@ -52,20 +52,20 @@ LISTENERS: list[Callable[[], object]] = []
 
 
 def register_method(config: _METHOD) -> _METHOD:
-    """Make a method of your own known to run files, `load`, the server and `loraloom.peft`.
+    """Register your own method for run files, `load`, the server and `loraloom.peft`.
 
-    Only this process knows it then. A package makes it known to every process where it is
-    installed, workers of a cluster and `loraloom` itself among them, by an entry point of the group
-    `loraloom.methods` that names the configuration.
+    Only this process knows the method then. For all processes, workers of a cluster and the
+    command line included, install a package with an entry point of the group `loraloom.methods`
+    that names the configuration.
 
     Args:
-        config: The method's configuration; docs/add_a_method.md says how to write one.
+        config: Configuration of the method; docs/add_a_method.md explains how to write one.
 
     Returns:
-        The same, so that it can decorate the class.
+        The configuration, so that `register_method` can decorate the class.
 
     Raises:
-        ConfigError: If it lacks something, or its `method` or `peft_type` is taken.
+        ConfigError: If the configuration is incomplete, or `method` or `peft_type` is taken.
     """
     if lacking := ", ".join(_lacking(config)):
         raise ConfigError(f"a method's configuration must have {lacking}, got {shown(config)}")

@@ -156,19 +156,19 @@ def evaluate(
     """Score choice tasks with several adapters, all in one pass, and compare them.
 
     Args:
-        host: With the adapters; it is left in its mode.
-        tokenizer: The base model's.
-        tasks: Names of tasks, .yaml files of your own, or what `load_question_sets` gives.
-        adapters: Names; None is the base model. By default the base model and all on the host.
-        scoring: Of tasks by name, `label` or `text`.
-        split: Of the data; by default the one that papers report.
-        data: A directory of data sets, or of a single task's own; the hub's copy by default.
-        limit: Most questions of a task.
-        options: `pairs`, whom to compare (everybody with the base model, and few with each other);
-            `max_tokens_per_batch`, padding and all adapters included (1,024 on a CPU, 16,384
-            elsewhere); `cache`, a ScoreCache; `console`, where to show progress; `sources` of
-            adapters by name and the `command`, to be noted; `compat="moe-peft"` takes the last
-            token of each label that MoE-PEFT knows for the task, as that does.
+        host: Base model with the adapters.
+        tokenizer: Tokenizer of the base model.
+        tasks: Names of tasks, your own .yaml files, or results of `load_question_sets`.
+        adapters: Names of adapters; None is the base model. Default: the base model and all.
+        scoring: Scoring of tasks by name, `label` or `text`.
+        split: Split of the data; by default the one that papers report.
+        data: Directory of data sets, or of a single task; by default the copy on the Hub.
+        limit: Maximum number of questions of a task.
+        **options: `pairs` to compare (by default each with the base model, and few adapters with
+            each other); `max_tokens_per_batch`, padding and all adapters included (1,024 on a CPU,
+            16,384 elsewhere); `cache`, a ScoreCache; `console` to show progress on; `sources` of
+            adapters by name and `command`, both recorded; `compat="moe-peft"` to score the last
+            token of each label that MoE-PEFT knows for the task, as it does.
 
     Raises:
         ConfigError: If a task is unknown, or options exclude each other.
@@ -200,16 +200,16 @@ def evaluate_loss(
     """Compute the loss of several adapters on held-out rows, all in one pass, and compare them.
 
     Args:
-        host: With the adapters.
-        tokenizer: The base model's.
-        data: As under `data:` in a run file, `{"dataset": ..., "format": ...}` or `{"task": ...}`;
-            or a list of what `load_held_out` gives. Preference pairs are ranked.
-        adapters: Names; None is the base model. By default the base model and all on the host.
-        max_length: Longest row in tokens; None for the default of training, or what the model
-            takes if that is less.
-        limit: Most rows to take from the beginning.
-        beta: Of preference pairs: what DPO multiplies log-ratios to the base model with.
-        options: As of `evaluate`.
+        host: Base model with the adapters.
+        tokenizer: Tokenizer of the base model.
+        data: Source as under `data:` in a run file, `{"dataset": ..., "format": ...}` or
+            `{"task": ...}`, or results of `load_held_out`. Preference pairs are ranked.
+        adapters: Names of adapters; None is the base model. Default: the base model and all.
+        max_length: Longest row in tokens; None for the default of training, or the model's
+            maximum if that is less.
+        limit: Maximum number of rows, from the beginning.
+        beta: Factor of DPO's rewards, for preference pairs.
+        **options: Options of `evaluate`.
 
     Raises:
         ConfigError: If the data set's settings are wrong.

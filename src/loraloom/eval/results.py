@@ -83,10 +83,10 @@ class Comparison(PairedComparison):
 
 
 class Evaluation(BaseModel):
-    """What an evaluation gave, field by field as in its JSON file.
+    """The results of an evaluation, with the fields of its JSON file.
 
-    `results` are figures by adapter (`base` is the base model) and task; `scores` are those of
-    every item, which the file doesn't hold.
+    `results` contains the figures by adapter (`base` is the base model) and task; `scores`, which
+    is not in the file, those of each item.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="allow")

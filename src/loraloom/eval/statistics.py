@@ -72,12 +72,12 @@ def compare_paired(first: Values, second: Values, seed: int = 0) -> PairedCompar
     """Compare two adapters, or two groups of seeds, on the same questions.
 
     Args:
-        first: For each question 1 if it was answered right, 0 if not, or the share of seeds.
-        second: The same of the other, in the same order.
-        seed: Of the bootstrap.
+        first: 1 for each question answered correctly, 0 for the others, or the share of seeds.
+        second: The same for the other adapter, in the same order.
+        seed: Random seed for the bootstrap.
 
     Raises:
-        DataError: If there are no questions, or not the same number.
+        DataError: If there are no questions, or different numbers of them.
     """
     if not len(first) == len(second) > 0:
         raise DataError(
@@ -217,13 +217,13 @@ def seed_values(values: Mapping[str, Sequence[int | float]], name: str) -> list[
 
 
 def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> PairedComparison:
-    """Compare two contestants on a task; see `compare_paired`.
+    """Compare two adapters or groups of seeds on a task, as `compare_paired` does.
 
     Args:
-        answers: Of both.
-        first: An adapter, a group of seeds, or `base`.
-        second: Another.
-        seed: Of the bootstrap.
+        answers: Answers of both, as `read_answers` returns them.
+        first: Name of an adapter or of a group of seeds, or `base`.
+        second: Name of another.
+        seed: Random seed for the bootstrap.
 
     Raises:
         ConfigError: If the answers have no such name.
@@ -233,7 +233,7 @@ def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> Pai
 
 
 def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
-    """Give mean and sample standard deviation by group and task, as they stand under `seeds`."""
+    """Return the mean and the sample standard deviation over seeds, by group and task."""
     return seed_means({task.task: {n: fmean(r) for n, r in task.right.items()} for task in tasks})
 
 
@@ -250,16 +250,16 @@ def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, An
 
 
 def read_answers(*paths: str | Path) -> list[TaskAnswers]:
-    """The answers in files of `loraloom eval --per-question`, `--harness` or not, joined by task.
+    """Read the answers in files of `loraloom eval --per-question`, joined by task.
 
-    What lm-eval filtered in several ways is several tasks.
+    With `--harness`, each filter of lm-eval is a separate task.
 
     Args:
-        paths: At least one. Several may hold different adapters, or different tasks.
+        *paths: Files, which may contain different adapters or tasks.
 
     Raises:
         DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
-            one task were asked different questions, or if an adapter has two answers to a question.
+            a task have different questions, or an adapter has two answers to a question.
     """
     tasks: dict[str, dict[str, dict[tuple[int, str], bool]]] = {}
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):

@@ -24,13 +24,13 @@ from loraloom.models.host import Host
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for a prompt.
+    """A completion of a prompt.
 
     Args:
-        prompt_ids: Tokens that were read.
-        ids: Tokens that were generated, with the one that ended them if any did.
-        text: Without stop texts, the end token and special tokens.
-        choice: What answered; of a router by prompt its choice, and how sure it was.
+        prompt_ids: Token IDs of the prompt.
+        ids: Generated token IDs, the end token included if there is one.
+        text: Generated text without stop strings and special tokens.
+        choice: Adapter that answered; if a router chose it, with its probabilities.
     """
 
     prompt_ids: list[int]
@@ -52,24 +52,24 @@ def generate(
     """Complete prompts, each with its adapter.
 
     Args:
-        host: With the adapters that the prompts name.
-        tokenizer: The base model's.
-        prompts: In any order.
-        sampling: How tokens are chosen.
-        batch_size: Most prompts at once.
-        raw: Read texts as they stand, without a template.
-        prompt_form: How all prompts are written. By default as each adapter's training data was
-            (`host.adapters[name].prompt`); where nobody knows, and for the base model, in the
+        host: Base model with the adapters that the prompts name.
+        tokenizer: Tokenizer of the base model.
+        prompts: Prompts of any adapters, in any order.
+        sampling: Sampling settings.
+        batch_size: Maximum number of prompts in a batch.
+        raw: Whether to read prompts without a template.
+        prompt_form: Form of all prompts. By default, that of each adapter's training data
+            (`host.adapters[name].prompt`); if it is not recorded, and for the base model, the
             tokenizer's chat template.
 
     Returns:
-        The completions in the order of the prompts, without stop texts and special tokens.
+        The completions in the order of the prompts, without stop strings and special tokens.
 
     Raises:
-        DataError: If a prompt is empty, leaves no room for `max_new_tokens`, or doesn't fit into
+        DataError: If a prompt is empty, leaves no room for `max_new_tokens`, or does not fit into
             memory even alone.
-        AdapterError: If a prompt names an adapter that the host lacks, or whose weights have become
-            infinite or NaN.
+        AdapterError: If a prompt names an adapter that the host lacks, or whose weights are not
+            finite.
     """
     requests = make_requests(host, tokenizer, prompts, sampling, raw=raw, prompt_form=prompt_form)
     return [one.text for one in complete(host, tokenizer, requests, batch_size=batch_size)]

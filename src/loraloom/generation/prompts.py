@@ -20,15 +20,15 @@ from loraloom.models.layout import RowAdapter, name_and_scale
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one completion answers.
+    """A prompt and the adapter that completes it.
 
     Args:
-        content: A text, or the turns of a conversation.
-        adapter: Name of the adapter that answers, perhaps with a scale; None is the base model.
-        origin: Where it comes from, for messages: a file and line, say.
-        tools: JSON schemas of the functions that a conversation's answer may call.
-        fields: What an adapter's prompt template may read besides the text: `input`, for example.
-        last_alone: Read a conversation's last turn alone where prompts have no turns.
+        content: String, or messages of a conversation.
+        adapter: Name of the adapter, or a name with a scale; None is the base model.
+        origin: Source for error messages, for example a file and line.
+        tools: JSON schemas of functions that the answer to a conversation may call.
+        fields: Further fields for the adapter's prompt template, for example `input`.
+        last_alone: Whether only the last message is read if the form has no conversations.
     """
 
     content: str | tuple[Message, ...]

@@ -31,7 +31,7 @@ Prompts = Sequence[str | Sequence[int]] | SourceConfig | Mapping[str, object]
 
 @dataclass(frozen=True)
 class RouterFit:
-    """How a router does on prompts that it was not fitted to: by their expert, whom it chose."""
+    """Results of a router on held-out prompts: the chosen experts, by the right expert."""
 
     chosen: Mapping[str, Mapping[str, int]]
 
@@ -53,22 +53,22 @@ def fit_router(
 ) -> RouterFit:
     """Fit the router of a routed adapter, `router: prompt`, to prompts of each expert's kind.
 
-    The base model reads them once; then the router alone learns, by cross-entropy. A fifth of each
-    expert's prompts, by which the router is judged first, belongs to the final fit as well.
+    The base model reads the prompts once; then only the router trains, by cross-entropy. A fifth of
+    each expert's prompts is held out to measure accuracy, and included in the final fit.
 
     Args:
-        host: With the routed adapter.
-        tokenizer: The base model's.
-        name: The routed adapter's.
-        prompts: For each expert, texts, which are written in the adapter's form, lists of token
-            ids, or a source as under `data:` in a run file, whose `train` split's prompts are read.
-        only: The experts whose part of the router is fitted; that of others stays bit by bit.
-        limit: Most rows of a source, from its beginning.
-        seed: Of what is held out.
+        host: Base model with the routed adapter.
+        tokenizer: Tokenizer of the base model.
+        name: Name of the routed adapter.
+        prompts: Prompts of each expert: strings, which are written in the adapter's form, lists of
+            token IDs, or a source as under `data:` in a run file, of which `train` is read.
+        only: Experts whose part of the router is fitted; the rest is unchanged.
+        limit: Maximum number of rows of a source, from its beginning.
+        seed: Random seed for the held-out prompts.
 
     Raises:
-        AdapterError: If the adapter isn't routed by prompt.
-        DataError: If an expert has fewer than two prompts, or there is no such expert.
+        AdapterError: If the adapter is not routed by prompt.
+        DataError: If an expert does not exist, or has fewer than two prompts.
     """
     adapter = host.adapter(name)
     chooser = adapter.chooser

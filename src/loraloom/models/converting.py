@@ -42,16 +42,16 @@ def convert(
     """Write an adapter for another program, and return its configuration.
 
     Args:
-        source: A directory or hub id, in any form that `Host.load` reads.
-        destination: A new directory.
-        to: Whose form: `native` is what `Host.save` writes.
-        settings: The method's, as in `Host.load`.
-        host: With the adapter's base model, to check that it fits. Needed where files lack a DoRA's
-            magnitudes.
+        source: Directory or Hub ID, in any layout that `Host.load` reads.
+        destination: New directory.
+        to: Layout to write: `native` as `Host.save`, `peft`, or `reference` for MoE-PEFT.
+        settings: Settings of the method, as in `Host.load`.
+        host: Base model of the adapter, to check that they fit. Required if files lack the
+            magnitudes of a DoRA.
 
     Raises:
-        FormatError: If the files can't be read.
-        AdapterError: If the other program can't hold such an adapter, or the destination is there.
+        FormatError: If the files cannot be read.
+        AdapterError: If the other program has no such adapter, or the destination exists.
     """
     if to not in get_args(Program):
         raise ConfigError(

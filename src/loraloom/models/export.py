@@ -46,7 +46,7 @@ _ROUNDED = 0.2
 
 @dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """The files that `export` wrote."""
 
     path: Path
     form: ExportForm
@@ -71,17 +71,17 @@ def export(
     """Write an adapter in a form that other engines read.
 
     Args:
-        host: With the adapter on its base model.
-        tokenizer: The base model's; written with a whole model.
-        name: The adapter's.
-        path: A directory that is new or empty; for `gguf` a new file `….gguf`.
-        to: `moe`, the mixture-of-experts checkpoint that computes the same as a mixture; `merged`,
-            the base model with a plain adapter in its weights; `gguf`, an adapter for llama.cpp.
-            None: `moe` for adapters with routers, else `merged`.
-        dtype: Of the written tensors: float32, bfloat16 or float16.
+        host: Base model with the adapter.
+        tokenizer: Tokenizer of the base model, which a whole model includes.
+        name: Name of the adapter.
+        path: New or empty directory; for `gguf` a new file with this suffix.
+        to: Form to write: `moe`, a mixture-of-experts checkpoint that computes the same as a
+            mixture; `merged`, the base model with a plain adapter merged in; `gguf`, an adapter for
+            llama.cpp. Default: `moe` for adapters with routers, else `merged`.
+        dtype: Dtype of the written tensors: float32, bfloat16 or float16.
 
     Raises:
-        AdapterError: If the adapter has no such form; nothing is written then.
+        AdapterError: If the adapter has no such form. Nothing is written then.
     """
     path, adapter = Path(os.path.expanduser(path)), host.adapter(name)
     if host.merged is not None:

@@ -49,10 +49,10 @@ from loraloom.routing.record import LayerRouting, join_routing
 
 
 def attach(model: nn.Module) -> Host:
-    """Freeze a transformers causal LM and make it a host of adapters, in place until `detach()`.
+    """Freeze a transformers causal LM in place and return a host that adapters can be added to.
 
     Raises:
-        ModelError: If it is no model, its family is not supported, or it is attached already.
+        ModelError: If `model` is no causal LM, is not supported, or is attached already.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -64,11 +64,10 @@ def attach(model: nn.Module) -> Host:
 
 @dataclass(frozen=True)
 class HostOutput:
-    """What a forward returns: logits, [B, L, V], and the cache and base model's loss if asked for.
+    """The result of a forward: logits, [B, L, V], and if requested the cache and the loss.
 
-    `routing` is each mixture's by adapter name, an entry for each router, real tokens only; those
-    of rows with one scale before those with the next. In training, `samples` are those whose tokens
-    these are.
+    `routing` lists, for each mixture by name, the decisions of each router for real tokens, sorted
+    by the scales of the rows. In training, `samples` names the sample of each of these tokens.
     """
 
     logits: Tensor
@@ -80,7 +79,7 @@ class HostOutput:
 
 @dataclass(frozen=True)
 class HiddenOutput:
-    """Hidden states after the final norm, [B, L, D], and the rest as in HostOutput."""
+    """The result of `Host.hidden`: states after the final norm, [B, L, D], else as HostOutput."""
 
     last_hidden_state: Tensor
     past_key_values: Any = None
@@ -89,18 +88,18 @@ class HiddenOutput:
 
 
 class Host:
-    """A base model that runs rows of different adapters in one batch.
+    """A base model with adapters, which runs rows of different adapters in one batch.
 
-    Forwards are in eval mode unless they say `training=True`. Several threads may use a host: one
-    at a time is inside the base model, and none sees another's adapters or mode.
+    Forwards run in eval mode unless you pass `training=True`. Threads may share a host: they take
+    turns in the base model, and no thread sees the adapters or the mode of another.
 
     Attributes:
         model: The base model, a transformers causal LM.
-        base: Its description, as adapters' files have it.
-        adapters: Those on it, by name.
-        ranks: The processes that share its rows in training; this one alone by default.
+        base: The description of the base model that adapter files contain.
+        adapters: The adapters on the base model, by name.
+        ranks: The processes that share the rows in training; by default only this process.
         training: Whether forwards train by default.
-        gradient_checkpointing: Whether forwards that train recompute decoder layers in the backward
+        gradient_checkpointing: Whether training forwards recompute decoder layers in the backward
             pass.
     """
 
@@ -131,7 +130,7 @@ class Host:
 
     @property
     def config(self) -> Any:
-        """The configuration of the base model's text part; most models are nothing else."""
+        """The configuration of the base model, or of its text part if it has others."""
         return text_config(self.model)
 
     @property
@@ -144,11 +143,11 @@ class Host:
         return self.model.dtype
 
     def add(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
-        """Put a new adapter on the base model, under a safe file name that is not taken.
+        """Add a new adapter. Its initial weights depend only on `seed` and the tensors' names.
 
         Raises:
-            ConfigError: If the name is no safe file name, or the configuration not loraloom's.
-            AdapterError: If it is taken, or target modules are not in the base model.
+            ConfigError: If the name is no safe file name, or the configuration is not loraloom's.
+            AdapterError: If the name is taken, or the base model lacks a target module.
         """
         self._registry.check_unmerged("start an adapter")
         found = {own: self._source(place) for own, place in check_config(config).sources.items()}
@@ -180,16 +179,16 @@ class Host:
         return Expert(adapter=config, prompt=stored.prompt), tensors
 
     def add_experts(self, adapter: str, experts: Mapping[str, str], *, name: str) -> Adapter:
-        """Make a new routed adapter of all experts of another one, which stays, and further ones.
+        """Make a new routed adapter from the experts of an existing one and further experts.
 
-        What was there is the same bit by bit. The new experts' routers begin as in a new adapter;
-        `fit_router(..., only=[...])` teaches those of a router by prompt alone, and in training
-        `lr_ratios` keeps the others' rows as they are.
+        Existing experts and their routers keep their weights exactly. The routers of new experts
+        start fresh: `fit_router(..., only=[...])` fits them if the router reads prompts, and in
+        training `lr_ratios` freezes the others.
 
         Args:
-            adapter: The routed adapter's name.
-            experts: The new ones by name: directories, hub ids, or names of adapters on the host.
-            name: The new adapter's.
+            adapter: Name of the existing routed adapter, which stays.
+            experts: New experts by name: directories, Hub IDs, or names of adapters on the host.
+            name: Name of the new adapter.
         """
         source = self._registry.get(adapter)
         extended = self.add(name, source.config.with_experts(experts))
@@ -200,18 +199,18 @@ class Host:
     def choose(
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[RowAdapter]
     ) -> list[Choice]:
-        """Tell what answers prompts, token ids each: of a routed adapter by prompt, its choice."""
+        """Return which adapter answers each prompt, a list of token IDs: the router's choice."""
         return choose(self, prompts, adapters)
 
     @torch.no_grad()
     def prompt_states(
         self, prompts: Sequence[Sequence[int]], num_layers: int
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Compute the base model's states of prompts behind so many layers; 0: the embeddings.
+        """Compute the base model's hidden states of prompts after N layers; 0: the embeddings.
 
         Yields:
-            For a batch the prompts' places, the states of their tokens, [T, D], and whose they are,
-            [T], by the number in the batch.
+            For each batch, the indices of its prompts, the states of their tokens, [T, D], and the
+            number in the batch of each token's prompt, [T].
         """
         module = self.model.get_input_embeddings()
         if num_layers:
@@ -226,14 +225,14 @@ class Host:
     def load(
         self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
     ) -> Adapter:
-        """Put an adapter from files on the base model.
+        """Load an adapter from files in the layout of PEFT, MoE-PEFT, axolotl or loraloom.
 
-        They are in PEFT's, MoE-PEFT's, axolotl's or loraloom's layout. `settings` are the method's,
-        `{"top_k": 2}` for instance, that files lack or in place of what they have.
+        `settings`, for example `{"top_k": 2}`, supply what the files lack, or override what they
+        have.
 
         Raises:
-            FormatError: If the files can't be read.
-            AdapterError: If they don't fit the base model, or the name is taken.
+            FormatError: If the files cannot be read.
+            AdapterError: If the adapter does not fit the base model, or the name is taken.
         """
         stored = read_stored(find_adapter(path_or_hub_id), settings)
         config, tensors = fit_to_base(stored, self.base)
@@ -247,20 +246,20 @@ class Host:
     def save(
         self, name: str, directory: str | Path, card: str | None = None, *, overwrite: bool = False
     ) -> None:
-        """Write an adapter's files in its method's layout, with `card` as README.md.
+        """Write an adapter's files in the layout of its method, with `card` as README.md.
 
-        An adapter that is there already is an error, or replaced with `overwrite`.
+        If `directory` contains an adapter, pass `overwrite=True` to replace it.
         """
         adapter = self._registry.get(name)
         described = (adapter.config, adapter.tensors(), self.base, card)
         write_adapter(directory, *described, prompt=adapter.prompt, overwrite=overwrite)
 
     def adapter(self, name: str) -> Adapter:
-        """Return an adapter, or a sum; raise an AdapterError if there is none of that name."""
+        """Return an adapter or a sum by name, or raise an AdapterError."""
         return self._registry.find(name)
 
     def remove(self, name: str) -> None:
-        """Take an adapter off and free it."""
+        """Remove an adapter and free its memory."""
         self._registry.remove(name)
 
     def combine(
@@ -271,17 +270,17 @@ class Host:
         *,
         name: str,
     ) -> Adapter:
-        """Make a new adapter of several of one method, rank and set of projections.
+        """Make a new adapter from several of the same method, rank and target modules.
 
-        Updates are combined as PEFT's `add_weighted_adapter` does it, experts with the experts of
-        their number. Routers and DoRA's magnitudes are averaged by the weights' shares.
+        Updates are combined as in PEFT's `add_weighted_adapter`, experts with the experts of the
+        same number. Routers and DoRA's magnitudes are averaged by the shares of the weights.
 
         Args:
-            adapters: Names of those that are combined; they stay.
-            weights: A factor for each one's update, perhaps negative.
-            combination: `linear` adds A and B up, `svd` the updates BA; `cat` puts LoRAs, whose
-                ranks may differ, behind one another, which is their sum exactly.
-            name: The new adapter's.
+            adapters: Names of the adapters to combine, which stay.
+            weights: Factors for the update of each adapter; they may be negative.
+            combination: `linear` adds up A and B, `svd` the updates BA; `cat` concatenates LoRAs,
+                whose ranks may differ, which is their exact sum.
+            name: Name of the new adapter.
         """
         sources = [self._registry.get(source) for source in adapters]
         config, tensors = combine(sources, weights, combination)
@@ -292,16 +291,16 @@ class Host:
         return self._registry.register(adapter)
 
     def prune(self, adapter: str, experts: Sequence[int], *, name: str) -> Adapter:
-        """Make a new adapter of some experts of a mixture, which stays.
+        """Make a new mixture from some experts of an existing one.
 
         Args:
-            adapter: The mixture's name.
-            experts: Numbers of those that are kept, in the order that they get.
-            name: The new adapter's.
+            adapter: Name of the existing mixture, which stays.
+            experts: Numbers of the experts to keep, in their new order.
+            name: Name of the new adapter.
 
         Raises:
-            ConfigError: If there are no such experts, or fewer than its router chooses.
-            AdapterError: If its layers have different numbers of experts, or none.
+            ConfigError: If an expert does not exist, or fewer remain than a router chooses.
+            AdapterError: If the layers have different numbers of experts, or none.
         """
         source = self._registry.get(adapter)
         config, tensors = prune(source, experts, self.base)
@@ -312,19 +311,19 @@ class Host:
 
     @property
     def merged(self) -> str | None:
-        """The adapter that is in the base model's weights; None for none."""
+        """The name of the adapter that is merged into the base model, or None."""
         return self._registry.merged and self._registry.merged.name
 
     def merge(self, name: str) -> float:
-        """Put an adapter's updates into the base model's weights; return the share that is lost.
+        """Merge an adapter into the base model; return the share of the update lost to rounding.
 
-        Rounding to the base model's dtype loses it. Rows without an adapter are its own then, at
-        the base model's speed. Other adapters add to the merged weights. The original weights are
-        kept, on the CPU. Nothing trains, and decoding sessions that have begun must not go on.
+        Rows without an adapter then use the merged one, at the speed of the base model, and other
+        adapters add to it. The original weights stay on the CPU. Until `unmerge`, nothing trains,
+        and earlier decoding sessions must not continue.
 
         Raises:
-            AdapterError: If it has routers, one is merged already, or the base's weights are
-                quantised; the base model is as it was then.
+            AdapterError: If the adapter has routers, another is merged, or the base model is
+                quantized. The base model is unchanged then.
         """
         adapter = self._registry.get(name)
         self._registry.check_unmerged("merge another")
@@ -333,22 +332,22 @@ class Host:
         return merged.lost
 
     def unmerge(self, name: str) -> None:
-        """Put the base model's weights back as they were, bit by bit."""
+        """Restore the base model's original weights exactly."""
         if name != self.merged:
             raise AdapterError(f"the adapter to unmerge must be {self.merged}, got {name!r}")
         with self._inside:
             self._registry.unmerge()
 
     def detach(self) -> nn.Module:
-        """Take everything off and return the base model as it was before `attach`."""
+        """Remove all adapters and return the base model as it was before `attach`."""
         with self._inside:
             self._registry.detach()
         return self.model
 
     def train(self, mode: bool = True) -> Host:
-        """Make training the default of forwards: dropout and jitter are on.
+        """Make forwards train by default, with dropout and jitter.
 
-        Where the base model is in float16, the loss must be scaled (`torch.amp.GradScaler`).
+        If the base model is in float16, scale the loss (`torch.amp.GradScaler`).
         """
         if mode:
             self._registry.check_unmerged("train")
@@ -359,7 +358,7 @@ class Host:
         return self.train(False)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Let forwards that train recompute each decoder layer in the backward pass."""
+        """Recompute decoder layers in the backward pass of training forwards, to save memory."""
         self.gradient_checkpointing = enabled
 
     def __call__(
@@ -376,13 +375,13 @@ class Host:
         Args:
             input_ids: Tokens, [B, L].
             attention_mask: 1 at real tokens, [B, L], or [B, past + L] with a cache; None: all are.
-                On an accelerator, one that lies on the CPU spares waiting for the device.
+                On an accelerator, a mask on the CPU avoids waiting for the device.
             adapters: For each row an adapter's name, `(name, scale)` to scale what it adds to the
-                base model, or None for the base model; None: base model.
-            sample_keys: A key for each row's dropout in training (`ops.dropout.sample_key`); drawn
-                from a count of forwards when left out.
-            training: Dropout and jitter are on, for this forward.
-            model_inputs: Passed to the base model: `past_key_values`, `position_ids`, ...
+                base model, or None for the base model. Default: the base model for all rows.
+            sample_keys: Integers that determine each row's dropout in training; by default they
+                follow from the number of forwards so far.
+            training: Whether this forward uses dropout and jitter.
+            **model_inputs: Further inputs of the base model: `past_key_values`, `position_ids`, …
         """
         rows = (input_ids, attention_mask, adapters, model_inputs, sample_keys)
         forward = self._forward(*rows, training=training, record={})
@@ -402,14 +401,14 @@ class Host:
         training: bool | None = None,
         **model_inputs: Any,
     ) -> HiddenOutput:
-        """Run rows up to the final norm; other arguments are as in calling the host.
+        """Run rows up to the final norm; other arguments are those of a call of the host.
 
         Args:
-            attention_mask: Padding mask, or a mask of your own to add to attention scores.
-            sample_keys: A key for each sample's dropout, row after row.
-            token_mask: 1 at real tokens, [B, L], where the attention mask doesn't say it.
-            sample_lengths: Of rows that hold several samples from the left, the samples' tokens;
-                they replace both masks and `position_ids`. None: a row is a sample.
+            attention_mask: Padding mask, or a mask to add to attention scores.
+            sample_keys: Integers that determine each sample's dropout, row after row.
+            token_mask: 1 at real tokens, [B, L], if the attention mask is no padding mask.
+            sample_lengths: Tokens of each sample in rows that contain several from the left; they
+                replace both masks and `position_ids`. None: a row is a sample.
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
@@ -426,19 +425,19 @@ class Host:
         return HiddenOutput(out.last_hidden_state, _cache_of(out), *_routing_of(forward))
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
-        """Add up what the adapters of a forward with `training=True` add to the objective.
+        """Sum the auxiliary losses of the adapters in a forward with `training=True`.
 
-        `loraloom train` adds the same to each job's loss: balance of the routers' load, their
-        z-loss, entropy, or what else the methods have. A loop of your own must add it too.
+        They are the routers' load-balance loss, z-loss or entropy, with their coefficients, and
+        what else methods define. Add the sum to your loss, as `loraloom train` does.
         """
         loss = self._auxiliary_loss(output.routing, output.samples)
         return torch.zeros((), device=self.device) if loss is None else loss
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Keep compute forms of the weights over this thread's forwards without gradients.
+        """Keep prepared weights over several forwards of this thread without gradients.
 
-        Inside, weights must not be changed; outside, every forward computes from the parameters.
+        Do not change weights inside the context.
         """
         if self._prepared_here() is not None:
             yield
@@ -452,7 +451,7 @@ class Host:
     def logits(self, hidden_states: Tensor, adapters: RowAdapters = None) -> Tensor:
         """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.
 
-        `adapters` are those of each state, where some may have a head of their own.
+        `adapters` names the adapter of each state, because adapters may have separate heads.
         """
         return self._registry.logits(hidden_states, adapters, self._prepared_here())
 
@@ -461,7 +460,7 @@ class Host:
     ) -> Tensor:
         """Compute -log p of each label, [N], from the state that predicts it, [N, D], in chunks.
 
-        Losses, [N] float32, are differentiable by the states and adapters' heads.
+        The losses, [N] in float32, have gradients for the states and the adapters' heads.
         """
 
         def compute(head: Head, states: Tensor, targets: Tensor) -> list[Tensor]:
@@ -501,9 +500,9 @@ class Host:
     ) -> Decoding:
         """Read prompts, padded on the left, and return a session with the next tokens' logits.
 
-        Its rows may go (`keep`), and those of another session join it (`join`). Weights must not
-        change while it goes on; `prepared` has their compute forms, by default the session's own.
-        The mask is read on the CPU. `record` collects what routers do, by adapter name.
+        `session.keep` keeps some rows, `session.join` appends those of another session. Weights
+        must not change during a session; `prepared` are prepared weights to share with others.
+        The mask is read on the CPU. `record` collects the routers' decisions by adapter name.
         """
         mask = torch.ones(input_ids.shape, dtype=torch.long)
         mask = mask if attention_mask is None else attention_mask.cpu()
@@ -519,11 +518,11 @@ class Host:
         return session
 
     def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
-        """Continue every row of a session by a token, [B]; return the next logits, [B, V]."""
+        """Append a token to each row of a session, [B]; return the next logits, [B, V]."""
         return self.extend(session, tokens.unsqueeze(1), record)
 
     def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
-        """Continue every row of a session by tokens, [B, L]; return the next logits, [B, V]."""
+        """Append tokens to each row of a session, [B, L]; return the next logits, [B, V]."""
         ones = session.attention_mask.new_ones(input_ids.shape)
         self._advance(session, input_ids, ones, record)
         return session.logits
@@ -555,10 +554,10 @@ class Host:
         adapters: RowAdapters = None,
         **generate_kwargs: Any,
     ) -> Any:
-        """Generate with transformers' `generate` and its arguments, each row with its adapter.
+        """Call transformers' `generate` with its arguments, each row with its adapter.
 
-        Prompts, [B, L], are padded on the left; beams and returned sequences take their row's
-        adapter.
+        Pad prompts, [B, L], on the left. Beams and returned sequences use the adapter of their
+        row.
         """
         names = self._chosen(input_ids, attention_mask, adapters)
         rows = Rows([None] if adapters is None else names)
@@ -567,7 +566,7 @@ class Host:
             return self.model.generate(**inputs, **generate_kwargs)
 
     def as_model(self, name: str | None) -> AdapterModel:
-        """Show an adapter, or the base model, as a separate model, for trainers of others."""
+        """Return an adapter, or the base model, as a separate model for Trainer and trl."""
         return AdapterModel(self, name)
 
     def _forward(
@@ -680,7 +679,7 @@ class Host:
     def visit(
         self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
     ) -> Visit:
-        """Open the context of a forward that others make; `inputs` are its arguments by name."""
+        """Open the context of a forward that another program makes with `inputs`, by name."""
         keys, record = None, None
         if rows.training:
             # Nobody can tell whether the trainer scales its loss.

@@ -129,25 +129,24 @@ def load_base_model(
     *,
     sharded: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM, in eval mode, and its tokenizer, which has a padding token.
+    """Load a causal LM in eval mode, and its tokenizer, which has a padding token.
 
     Args:
-        name: A hub name, a directory, a .gguf file (its weights are dequantised) or
-            `smollm2-135m`; it becomes the model's `config.name_or_path`.
-        dtype: float32, bfloat16, float16, float64, or auto: the one in the checkpoint's
-            config.json, but float32 of float64 or none, and bfloat16 of a .gguf file; in 16 bits
-            what the device computes in, and float32 on a CPU that computes in none.
-        device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
-        attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
-        quantization: nf4, fp4, int8 or torchao-int8; None for none, or what a
-            quantised checkpoint has.
-        sharded: Read this rank's part of the weights alone; all ranks of torch.distributed's
-            default group call this.
+        name: Hub ID, directory, .gguf file (its weights are dequantized) or `smollm2-135m`. It
+            becomes the model's `config.name_or_path`.
+        dtype: float32, bfloat16, float16, float64, or auto: the dtype in the checkpoint's
+            config.json, float32 if that is float64 or missing, bfloat16 for a .gguf file; of 16
+            bits the one that the device computes in, and float32 on a CPU that computes in none.
+        device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator if there is one.
+        attn_implementation: sdpa, eager or flash_attention_2; None for the choice of transformers.
+        quantization: nf4, fp4, int8 or torchao-int8; None keeps the weights of the checkpoint.
+        sharded: Whether to read only this rank's part of the weights; all ranks of
+            torch.distributed's default group must call this.
 
     Raises:
-        ModelError: If there is no such model, its files are missing, broken or incomplete, or a
-            choice is not available here.
-        ConfigError: If a choice is unknown, or the quantisation's library is not installed.
+        ModelError: If the model does not exist, its files are missing, broken or incomplete, or a
+            choice is not available on this machine.
+        ConfigError: If a choice is unknown, or the library for quantization is not installed.
     """
     source = find_source(name)
     place = find_device(device)

@@ -49,26 +49,26 @@ class OptimStepOutput(NamedTuple):
 
 
 class TrainingClient:
-    """An adapter that a loop of one's own trains and samples from; several may share a host.
+    """An adapter for your own training loop; several clients may share a host.
 
     Args:
-        host: The base model.
-        tokenizer: The base model's.
-        name: Name of the adapter. With `adapter`, a safe file name that is not taken.
-        adapter: Settings of a new adapter; None to train the one that the host has under this name,
-            which `close` leaves there.
-        optimizer: How weights follow gradients.
-        seed: Seed of initial weights, dropout and draws.
-        prompt_form: How `sample` writes prompts, and the adapter's files record it; `example` and
-            `pair` read prompts as they stand.
+        host: Base model with adapters.
+        tokenizer: Tokenizer of the base model.
+        name: Name of the adapter; for a new one a safe file name that is not taken.
+        adapter: Configuration of a new adapter; None to train the host's adapter of this name,
+            which `close` leaves on the host.
+        optimizer: Optimizer, learning rate and weight decay.
+        seed: Random seed for initial weights, dropout and samples.
+        prompt_form: Form in which `sample` writes prompts, recorded in the adapter's files;
+            `example` and `pair` read prompts without a template.
 
     Attributes:
-        pad_id: Token to pad with, for `run_requests`.
-        references: What its objectives are held at, by name on the host; None is the base model.
+        pad_id: Padding token, for `run_requests`.
+        references: Reference models of the objectives by adapter name; None is the base model.
 
     Raises:
-        ConfigError: If the name or a setting of the optimizer can't be used.
-        AdapterError: If the name is taken, or there is no adapter of that name to train.
+        ConfigError: If the name or an optimizer setting is not valid.
+        AdapterError: If the name is taken, or the host has no adapter of this name to train.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TrainingClient:
         _OPEN.add(self)
 
     def example(self, prompt: str, completion: str) -> Example:
-        """Encode a prompt and a completion with its leading space, which is learnt with EOS."""
+        """Encode a prompt and a completion, whose tokens and EOS are in the loss."""
         (example,) = tokens.learn_completions(self.tokenizer, [(prompt, completion)])
         return example
 
@@ -117,7 +117,7 @@ class TrainingClient:
         return PreferencePair(self.example(prompt, chosen), self.example(prompt, rejected))
 
     def forward(self, data: Sequence[TrainingExample]) -> list[Tensor]:
-        """Compute log p of the labels of each row, without gradients and dropout, on the CPU."""
+        """Compute log p of each row's labels, on the CPU, without gradients and dropout."""
         return label_log_probs(self.host, [(self.name, row) for row in requests.number_rows(data)])
 
     def forward_backward(
@@ -127,11 +127,11 @@ class TrainingClient:
         *,
         micro_batch_size: int | None = None,
     ) -> requests.ForwardBackwardOutput:
-        """Add the gradient of an objective over data to what is there since the last step.
+        """Add the gradient of an objective to the gradients since the last step.
 
-        sft takes examples, dpo and cpo take pairs. Means are over all of the data, however many
-        examples, `micro_batch_size`, go through the model at once. A loss that is not finite is a
-        TrainingError, and gradients are dropped.
+        `sft` needs examples, `dpo` and `cpo` need pairs. Means are over all data, independent of
+        `micro_batch_size`, the examples in one forward. A loss that is not finite raises a
+        TrainingError and drops the gradients.
         """
         request = self.request(data, objective, micro_batch_size=micro_batch_size)
         return requests.run_requests(self.host, [request], self.pad_id)[0]
@@ -139,7 +139,7 @@ class TrainingClient:
     def forward_backward_custom(
         self, data: Sequence[TrainingExample], loss_fn: requests.LossFunction
     ) -> requests.ForwardBackwardOutput:
-        """Add the gradient of a loss of one's own, in one forward."""
+        """Add the gradient of your own loss, in one forward."""
         # `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
         # It returns a scalar loss that depends on these, and metrics.
         key, objective = self._next_sample_key(), requests.custom_objective(data, loss_fn)
@@ -153,7 +153,7 @@ class TrainingClient:
         *,
         micro_batch_size: int | None = None,
     ) -> requests.Request:
-        """Make a `forward_backward` that `run_requests` does, for several clients at once."""
+        """Prepare a `forward_backward` for `run_requests`, which runs several clients at once."""
         known = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
         if isinstance(objective, str) and objective not in known:
             raise ConfigError(f"objective must be {' or '.join(known)}, got {objective!r}")
@@ -173,7 +173,7 @@ class TrainingClient:
     def optim_step(
         self, learning_rate: float | None = None, max_grad_norm: float | None = None
     ) -> OptimStepOutput:
-        """Let the optimizer make a step, and reset gradients."""
+        """Take an optimizer step and reset the gradients."""
         # A learning rate holds from now on. The norm of the adapter's whole gradient is clipped to
         # `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
         if not (
@@ -235,11 +235,11 @@ class TrainingClient:
         return [completions[start : start + num_samples] for start in starts]
 
     def save(self, directory: str | Path) -> None:
-        """Write the adapter's files, as `loraloom train` does, where no adapter is yet."""
+        """Write the adapter's files to a directory that contains no adapter yet."""
         self.host.save(self.name, directory)
 
     def save_state(self, directory: str | Path) -> None:
-        """Write what `load_state` needs to go on, in place of an earlier state there."""
+        """Write the state that `load_state` resumes from; replace an earlier one."""
         state = {
             **optimizers.learning_state(self.parameters, self._optimizer),
             "step": self.step,
@@ -253,7 +253,7 @@ class TrainingClient:
         states.write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
-        """Go on from a saved state, of this client or of one with equal settings."""
+        """Resume from a saved state of this client, or of one with equal settings."""
         snapshot, faults = store.CheckpointStore(Path(os.path.expanduser(directory))).newest()
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "there is none"
@@ -270,7 +270,7 @@ class TrainingClient:
             self._loss_scale = optimizers.LossScale(**state["loss_scale"])
 
     def close(self) -> None:
-        """Free what only training needs: optimizer, references, and an adapter that was added."""
+        """Free the optimizer and references, and remove the adapter if this client added it."""
         self.zero_grad()
         self._optimizer.state.clear()
         if self._added and self.host.adapters.get(self.name) is self.adapter:
@@ -295,7 +295,7 @@ class TrainingClient:
 
 
 def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:
-    """Make data of tokens, and of whether each is learnt."""
+    """Make a training example from token IDs and a loss mask."""
     labels = (
         token if learnt else tokens.NO_LOSS for token, learnt in zip(ids, is_learnt, strict=True)
     )
@@ -303,6 +303,6 @@ def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:
 
 
 def example_of_completion(completion: Completion) -> Example:
-    """Make data of what was sampled; its tokens, the end token included, are the labels."""
+    """Make a training example from a sample, whose tokens and end token are the labels."""
     prompt, ids = completion.prompt_ids, completion.ids
     return example_of([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))

@@ -268,7 +268,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What became of a job: result.json, and the same in checkpoints."""
+    """The result of a job, as in its result.json."""
 
     job: str
     status: Status  # stopped early: its metric no longer got better; stopped: from outside

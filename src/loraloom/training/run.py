@@ -47,31 +47,31 @@ def train(
 ) -> list[JobResult]:
     """Train all jobs of a run on its base model.
 
-    Everything is read and checked before the first file is written. Where torchrun or accelerate
-    started several processes, they share the rows of all jobs; each calls this, and the first one
-    writes.
+    All settings and data are checked before the first file is written. Processes that torchrun or
+    accelerate started share the rows of all jobs: each calls `train`, and the first one writes the
+    results.
 
     Args:
-        run: A run file, or its settings.
-        resume: Resume from the newest checkpoint, if there is any.
-        overwrite: Replace earlier results of these jobs.
-        progress: Shows the run; None shows nothing.
-        base: The base model and its tokenizer where they are loaded already.
-        between_steps: As in `Engine.run`, with what builds further jobs.
-        watch: A directory of job files to train as well.
-        ray: Train the jobs on the workers of a Ray cluster: its `HOST:PORT`, or `auto` for the one
-            that runs on this machine, else one for the time of the run.
-        ray_workers: How many; None for one on each accelerator, or else on each machine.
-        command: What result.json says the run was started with.
+        run: Run file, or its settings.
+        resume: Whether to resume from the newest checkpoint, if there is one.
+        overwrite: Whether to replace earlier results of these jobs.
+        progress: Display of the run; None shows nothing.
+        base: Host and tokenizer, if they are loaded already.
+        between_steps: Function called between steps, which may add and stop jobs.
+        watch: Directory of further job files to train.
+        ray: Address of a Ray cluster that trains the jobs, `HOST:PORT`; `auto` is the cluster on
+            this machine, or else a new one for this run.
+        ray_workers: Number of Ray workers; None for one on each accelerator, or else machine.
+        command: Command line that result.json records.
 
     Returns:
-        What became of each job; a failed one has an `error`.
+        The result of each job; a failed job has an `error`.
 
     Raises:
-        ConfigError: If results are in the way, another run writes there, there is nothing to
-            resume, or a setting is wrong.
-        ModelError, AdapterError, DataError: If the base model, an adapter or data can't be had.
-        TrainingError: If other ranks can't be reached any more.
+        ConfigError: If a setting is wrong, earlier results exist, another run uses the directory,
+            or there is nothing to resume.
+        ModelError, AdapterError, DataError: If the base model, an adapter or data cannot be loaded.
+        TrainingError: If other ranks are lost.
         KeyboardInterrupt, SystemExit: After Ctrl-C or SIGTERM, when everything is saved.
     """
     if not isinstance(run, RunConfig):

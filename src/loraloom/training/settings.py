@@ -451,12 +451,12 @@ _OBJECTIVE = TypeVar("_OBJECTIVE", bound=type[ObjectiveConfig])
 
 
 def register_objective(config: _OBJECTIVE) -> _OBJECTIVE:
-    """Make an objective of your own known to run files and clients of this process.
+    """Register your own objective for the run files and clients of this process.
 
-    A package makes it known to every process by an entry point of `loraloom.objectives`.
+    For all processes, install a package with an entry point of the group `loraloom.objectives`.
 
     Raises:
-        ConfigError: If it has no name, or one that is taken, or no `terms`.
+        ConfigError: If the objective has no name or no `terms`, or the name is taken.
     """
     names = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
     name = config.model_fields["name"]

@@ -67,18 +67,18 @@ def custom_objective(
 def run_requests(
     host: Host, requests: Sequence[Request], pad_id: int
 ) -> list[ForwardBackwardOutput]:
-    """Add the gradients of requests, each of another adapter, in shared forwards.
+    """Add the gradients of several adapters in shared forwards.
 
     Args:
-        host: Base model with the requests' adapters.
-        requests: In any order; each gets the gradient that it would get alone.
-        pad_id: Token to pad with.
+        host: Base model with the adapters.
+        requests: Requests of different adapters; each gets the gradient that it would get alone.
+        pad_id: Padding token.
 
     Raises:
-        ConfigError: If data is empty, or two requests are of one adapter.
-        Exception: Whatever a forward or backward raises: gradients are as they were before.
-        TrainingError: If losses are not finite: the gradients of the adapters that it names are
-            dropped, and those of the others are there.
+        ConfigError: If data is empty, or two requests are for the same adapter.
+        Exception: Any error of a forward or backward; gradients are unchanged then.
+        TrainingError: If losses are not finite. The gradients of the adapters in the message are
+            dropped, those of the others are kept.
     """
     names = [request.adapter.name for request in requests]
     if len(set(names)) < len(names):
