@@ -180,8 +180,7 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         )
     # The FFN block has the router of a block, or isn't called attention.
     routed = [key for key in keys if key.projection is None]
-    rows = [keys[key] for key in routed]
-    rows += [t for name, t in stored.tensors.items() if name == "shared.router_0"]  # by prompt
+    rows = [t for name, t in stored.tensors.items() if name == "shared.router_0"]  # by prompt
     ffn = next((key.block for key in [*routed, *keys] if "att" not in key.block), "mlp")
     attention = next((key.block for key in keys if key.block != ffn), "self_attn")
     order = [name.rpartition(".")[2] for name in stored.config.target_modules]
@@ -197,7 +196,7 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         ffn_projections=tuple(name for name in order if f"{ffn}.{name}" in used),
         activation=stored.activation or "",
         num_layers=num_layers,
-        hidden_size=next((row.shape[-1] for row in rows), 0),
+        hidden_size=next((t.shape[-1] for t in [*rows, *(keys[key] for key in routed)]), 0),
         shapes={path: (outputs[path], inputs[path]) for path in outputs},
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
