@@ -89,3 +89,4 @@ def test_type_checkers_may_read_the_annotations():
 
 def test_version_is_that_of_the_package():
     assert loraloom.__version__ == version("loraloom")
+    assert f"\nversion: {loraloom.__version__}\n" in (ROOT / "CITATION.cff").read_text()
