@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["scripts/setup", "scripts/test", "scripts/demo", "scripts/check", ".ci/run"]
+NAMES = ["setup", "test", "demo", "check", "lowest", "release"]
+SCRIPTS = [*(f"scripts/{name}" for name in NAMES), ".ci/run"]
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def import_library(name: str, purpose: str) -> ModuleType:
     except ImportError as error:
         raise ConfigError(
             f"{purpose} needs {name}, which can't be imported ({error}); "
-            "run: pip install 'loraloom[quantisation]'"
+            "run: pip install 'loraloom[quantization]'"
         ) from error
     finally:
         logger.setLevel(level)
