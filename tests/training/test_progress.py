@@ -41,30 +41,39 @@ def test_a_terminal_gets_a_live_line_for_every_job():
     progress.add(job("law", 5, step=3))
     advance(math, 320, 1.25)
     progress.update(math)
+    progress.measure(math, {"eval/loss": 1.5})
+    progress.flush()
     progress.message("law: [done]")
     progress.stop()
     for text in ("math", "1/9", "loss 1.2500", "tokens/s", "ETA", "law", "3/5", "law: [done]"):
         assert text in printed(screen)
+    assert "eval/loss 1.5000" in printed(screen)
+    assert "math: step 1" not in printed(screen)  # lines of a file
 
 
-def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
+@pytest.mark.parametrize(("interval_s", "steps"), [(1000.0, [1, 4, 5]), (0.0, [1, 2, 3, 4, 5])])
+def test_a_file_gets_a_line_of_all_jobs_first_last_and_each_interval(interval_s, steps):
     screen = console()
-    progress, math = Progress(screen, interval_s=1000.0), job("math", 3)
+    progress, jobs = Progress(screen, interval_s), [job("math", 4), job("law", 5)]
     progress.start()
-    progress.add(math)
-    for _ in range(3):
-        advance(math, 100, 2.0)
-        progress.update(math)
+    for one in jobs:
+        progress.add(one)
+    for _ in range(5):
+        for one in jobs:
+            if one.position.step < one.total_steps:
+                advance(one, 100, 2.0)
+                progress.update(one)
+        progress.flush()
+        if jobs[0].position.step == 4:
+            progress.end("math")
+    progress.measure(jobs[1], {"eval/loss": 1.5})
+    progress.flush()
     progress.stop()
-    (line,) = printed(screen).splitlines()
-    assert line.startswith("math: step 3/3, loss 2.0000, ")
-
-    screen, math = console(), job("math", 3)
-    often = Progress(screen, interval_s=0.0)
-    often.add(math)
-    advance(math, 100, 2.0)
-    often.update(math)
-    assert "step 1/3" in printed(screen)
+    *lines, measured = printed(screen).splitlines()
+    assert [int(line.split("law: step ")[1].split("/")[0]) for line in lines] == steps
+    assert lines[0].startswith("math: step 1/4, loss 2.0000; law: step 1/5, loss 2.0000; ")
+    assert lines[-1].startswith("law: step 5/5, loss 2.0000; ")
+    assert measured == "law: step 5, eval/loss 1.5000"
 
 
 class Failing(io.StringIO):
@@ -89,6 +98,7 @@ def test_output_that_fails_raises_nothing(error):
     for _ in range(3):
         advance(math, 100, 2.0)
         progress.update(math)
+        progress.flush()
     progress.message("more")
     progress.stop()
     assert printed(screen).startswith("math: step 1/3")

@@ -1,4 +1,4 @@
-"""What a run says while it goes on, to its user and to trackers, and the signals that end it.
+"""Reports of a run to its user and to trackers, and the signals that end it.
 
 Metrics go to a file and to accelerate's trackers by name, in which each job has a run of its own.
 Everything stays on this machine unless the tracker's own settings (environment, login) say
@@ -38,12 +38,12 @@ from loraloom.training.settings import TRACKERS
 from loraloom.training.store import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 
 PLAIN_INTERVAL_S = 60.0
-NOTICE = "saving everything after this step; Ctrl-C again stops at once"
+NOTICE = "saving a checkpoint after this step; press Ctrl-C again to stop at once"
 _HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
 
 
 class Progress:
-    """Shows a run to its user: bars on a terminal, else a line of each job a minute."""
+    """Shows a run to its user: a live table on a terminal, else a line of all jobs a minute."""
 
     def __init__(self, console: Console | None = None, interval_s: float = PLAIN_INTERVAL_S):
         self._console = console or make_console(quiet=True)
@@ -55,39 +55,64 @@ class Progress:
         self._interval_s = interval_s
         self._bars = RichProgress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(20),
             MofNCompleteColumn(),
             "loss {task.fields[loss]} {task.fields[rate]} tokens/s ETA",
             TimeRemainingColumn(),
+            TextColumn("{task.fields[measured]}", markup=False),
             console=self._console,
             disable=not self._is_live,
             speed_estimate_period=120.0,
         )
         self._tasks: dict[str, Task] = {}
+        self._measured: list[str] = []
+        self._has_stepped, self._due_at = False, 0.0
 
     def start(self) -> None:
         self._bars.start()
 
     def add(self, job: Job) -> None:
         now, position = time.monotonic(), job.position
-        fields = {"loss": "-", "rate": "-", "begun": (now, position.tokens), "told_at": now}
+        fields = {"loss": "-", "rate": 0, "measured": "", "begun": (now, position.tokens)}
         self._bars.add_task(job.name, total=job.total_steps, completed=position.step, **fields)
-        self._tasks[job.name] = self._bars.tasks[-1]
+        self._tasks[job.name], self._due_at = self._bars.tasks[-1], 0.0
 
     def update(self, job: Job) -> None:
         now, task, position = time.monotonic(), self._tasks[job.name], job.position
         began_at, tokens = task.fields["begun"]
         rate = (position.tokens - tokens) / max(now - began_at, 1e-3)
-        fields: Any = {"loss": f"{position.last_loss:.4f}", "rate": f"{rate:.0f}"}
+        fields: Any = {"loss": f"{position.last_loss:.4f}", "rate": round(rate)}
         self._bars.update(task.id, completed=position.step, **fields)
-        if self._is_live or not (task.finished or now - task.fields["told_at"] >= self._interval_s):
+        self._has_stepped = True
+        if task.finished:
+            self._due_at = 0.0
+
+    def measure(self, job: Job, metrics: Mapping[str, float]) -> None:
+        described = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._bars.update(self._tasks[job.name].id, measured=described)
+        if not self._is_live:
+            self._measured.append(f"{job.name}: step {job.position.step}, {described}")
+
+    def flush(self) -> None:
+        """Print a line of all jobs that were measured, and one of all that train, if it is time."""
+        if self._measured:
+            self.message("; ".join(self._measured))
+            self._measured.clear()
+        now, tasks = time.monotonic(), [t for t in self._tasks.values() if t.fields["loss"] != "-"]
+        if self._is_live or not (tasks and self._has_stepped) or now < self._due_at:
             return
-        task.fields["told_at"] = now
-        remaining = timedelta(seconds=round(task.time_remaining or 0.0))
-        self.message(
-            f"{job.name}: step {position.step}/{job.total_steps}, loss {fields['loss']}, "
-            f"{fields['rate']} tokens/s, ETA {remaining}"
+        self._has_stepped, self._due_at = False, now + self._interval_s
+        steps = (
+            f"{t.description}: step {t.completed:.0f}/{t.total:.0f}, loss {t.fields['loss']}"
+            for t in tasks
         )
+        rate = sum(task.fields["rate"] for task in tasks)
+        remaining = timedelta(seconds=round(max(task.time_remaining or 0.0 for task in tasks)))
+        self.message(f"{'; '.join(steps)}; {rate} tokens/s, ETA {remaining}")
+
+    def end(self, job_name: str) -> None:
+        """Leave a job that has ended out of further lines."""
+        self._tasks.pop(job_name, None)
 
     def message(self, text: str) -> None:
         wrap = not self._is_live
@@ -166,7 +191,7 @@ class Reporter:
     """Logs to trackers and shows how jobs get on; a tracker that fails ends no training."""
 
     def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: Sequence[str]):
-        self.message = progress.message
+        self.message, self.flush = progress.message, progress.flush
         self._directory = directory
         self._progress = progress
         self._tracker_names = tracker_names
@@ -206,10 +231,11 @@ class Reporter:
         step = job.position.step
         place = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
         self._log(job.name, {**place, **metrics, "seconds": round(seconds, 3)})
-        described = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.message(f"{job.name}: step {step}, {described}")
+        if job.name in self._trackers:
+            self._progress.measure(job, metrics)
 
     def end(self, job_name: str) -> None:
+        self._progress.end(job_name)
         for tracker in self._trackers.pop(job_name, ()):
             with self._noting_faults(tracker.name, job_name):
                 tracker.close()
@@ -230,7 +256,8 @@ class Reporter:
             yield
         except Exception as error:
             if (tracker_name, job_name) not in self._failing:
-                self.message(f"warning: job {job_name}: {tracker_name} can't take metrics: {error}")
+                what = f"{tracker_name} cannot log metrics: {error}"
+                self.message(f"warning: job {job_name}: {what}; training continues without")
             self._failing.add((tracker_name, job_name))
 
     def _log(self, job_name: str, metrics: Mapping[str, Any]) -> None:
