@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import csv
+import math
+import random
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
+from statistics import fmean, stdev
 
+import pytest
 from rich.table import Table
 
 from loraloom.eval.evaluation import summarise
 from loraloom.eval.results import Comparison, Evaluation
+from loraloom.eval.statistics import compare_losses
 from tests.eval.scoring import toy_scores
 from tests.test_terminal import printed
 
@@ -71,6 +76,27 @@ def test_differences_of_accuracies_and_of_losses_each_have_their_unit():
         text = printed(table, width=120)
         for cell in ("-1.2 points", "-0.0125 nats a token", "-2.0 to -0.5", "-0.0200 to -0.0050"):
             assert cell in text
+
+
+def test_a_sentence_says_what_a_comparison_means_and_how_many_rows_it_takes():
+    generator = random.Random(0)
+    differences = [-generator.gauss(0.05, 0.3) for _ in range(40)]
+    found = compare_losses(differences, [0.0] * 40, [1] * 40)
+    mean, spread = fmean(differences), stdev(differences)
+    needed = next(n for n in count(1) if abs(mean) >= 2 * spread / math.sqrt(n))
+    names = {"task": "toy", "metric": "loss", "first": "mix", "second": "base"}
+    one = Comparison(**vars(found), **names, adjusted_p_value=found.p_value)
+    for other, text in [
+        (one, "toy: mix has a lower loss than base, but not significantly with 40 rows; a"),
+        (replace(one, difference=-mean), "toy: base has a lower loss than mix, but not"),
+        (replace(one, adjusted_p_value=0.01), "than base; the difference is significant."),
+        (replace(one, difference=0.0), "toy: mix and base have the same loss."),
+        (replace(one, metric="accuracy"), "toy: base has a higher accuracy than mix, but not"),
+    ]:
+        assert text in tables_of(toy_scores(), comparisons=[other])[-1].caption
+    said = tables_of(toy_scores(), comparisons=[one])[-1].caption.split("about ")[1]
+    assert int(said.rstrip(".").replace(",", "")) == pytest.approx(needed, rel=0.06)
+    assert "mix" not in tables_of(toy_scores(), comparisons=[one] * 9)[-1].caption
 
 
 def test_eight_adapters_with_long_names_fit_80_columns():

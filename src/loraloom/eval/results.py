@@ -41,6 +41,9 @@ _COLUMNS = (
     "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
 )  # fmt: skip
 
+# Comparisons that are told in a sentence each; of more, the table says enough.
+MAX_MEANINGS = 8
+
 # What results call the base model.
 BASE = "base"
 
@@ -274,5 +277,26 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
             f"{one.first} - {one.second}", one.task, f"{difference}{unit}", f"{low} to {high}", won,
             texts[0], f"{texts[1]}{star}",
         )  # fmt: skip
-    table.caption = "* p (Holm), adjusted for all comparisons, is below 0.05"
+    meanings = map(_meaning, comparisons if len(comparisons) <= MAX_MEANINGS else ())
+    table.caption = "\n".join(["* significant: p (Holm), of all comparisons, < 0.05", *meanings])
     return table
+
+
+def _meaning(one: Comparison) -> str:
+    """Say who is better, whether that is significant, and how many items it would take."""
+    is_loss = one.metric == "loss"
+    better, worse = one.first, one.second
+    if one.difference == 0:
+        return f"{one.task}: {better} and {worse} have the same {one.metric}."
+    if (one.difference > 0) == is_loss:
+        better, worse = worse, better
+    figure = "a lower loss" if is_loss else f"a higher {one.metric}"
+    text = f"{one.task}: {better} has {figure} than {worse}"
+    if one.adjusted_p_value < 0.05:
+        return f"{text}; the difference is significant."
+    items = "rows" if is_loss else "questions"
+    text += f", but not significantly with {one.num_examples:,} {items}"
+    # until the difference is two standard errors, which fall with the root of the number of items
+    needed = one.num_examples * (2 * (one.stderr or 0) / one.difference) ** 2
+    more = f"; a difference of this size takes about {float(f'{needed:.2g}'):,.0f}"
+    return f"{text}{more if needed > one.num_examples else ''}."

@@ -36,8 +36,8 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
     counts = Counter(job.label for job in jobs)
     if twice := sorted(label for label, count in counts.items() if count > 1):
         raise ConfigError(
-            f"RUN_DIR must give each job a name of its own, got {', '.join(twice)} more than once; "
-            "name each directory once, and let the runs' directories have different names"
+            f"jobs of all RUN_DIRs must have different names, got {', '.join(twice)} more than "
+            "once; pass each directory once, and give the runs' directories different names"
         )
     return jobs
 

@@ -35,7 +35,7 @@ def make_page(runs: Sequence[Path], evaluations: Sequence[Path] = ()) -> str:
         return _render(jobs, read)
     except _BAD as error:
         files = ", ".join(map(str, [*runs, *evaluations]))
-        raise DataError(f"the tables in {files} are not whole: {error}") from error
+        raise DataError(f"{files} are damaged or incomplete: {error}") from error
 
 
 def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> str:
@@ -96,7 +96,7 @@ def _warnings(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> list[tuple
     found = []
     for job in jobs:
         if job.result is None:
-            found.append((job.label, "has not ended: there is no result.json"))
+            found.append((job.label, "has no result.json, because the job has not ended"))
         else:
             texts = [job.result.get("error"), *job.result.get("warnings", ())]
             found += [(job.label, text) for text in texts if text]
@@ -144,7 +144,7 @@ def _coverage(tasks: Sequence[Fields]) -> str:
     keys = ("num_questions_covered", "num_questions", "num_tokens")
     covered, asked, tokens = (sum(task[key] for task in tasks) for key in keys)
     text = f"{covered:,} of {asked:,} questions, {tokens:,} tokens."
-    kept = " The others' scores were kept from before; evaluate with --no-cache to cover them."
+    kept = " The other scores are cached; evaluate with --no-cache to cover all questions."
     return text + kept if covered < asked else text
 
 
