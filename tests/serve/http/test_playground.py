@@ -60,7 +60,7 @@ def test_models_answer_side_by_side_with_coloured_tokens(served, visit, client):
     page = visit(served[0])
     choose(page, BASE, "lora", "mixlora")
     page.get_by_text("Settings").click()
-    page.get_by_label("Most tokens").fill("6")
+    page.get_by_label("Max tokens").fill("6")
     answers = answered(page, "one")
     assert answers.locator("h2").all_inner_texts() == [BASE, "lora", "mixlora"]
     texts = [one.text_content() for one in answers.locator(".text").all()]
@@ -86,12 +86,12 @@ def test_models_answer_side_by_side_with_coloured_tokens(served, visit, client):
 
 def test_a_server_with_keys_is_asked_with_one(locked, visit):
     page = visit(locked)
-    page.get_by_text("This server wants a key.").wait_for()
-    page.get_by_label("Key of this server").fill("secret")
+    page.get_by_text("This server requires an API key.").wait_for()
+    page.get_by_label("API key").fill("secret")
     page.keyboard.press("Tab")
     page.get_by_label("mixlora", exact=True).wait_for()
     page.get_by_text("Settings").click()
-    page.get_by_label("Most tokens").fill("2")
+    page.get_by_label("Max tokens").fill("2")
     assert answered(page, "one").locator(".facts.alarm").count() == 0
 
 

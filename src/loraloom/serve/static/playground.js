@@ -15,7 +15,7 @@ function headers() {
 
 class ApiError extends Error {
   constructor(response, error) {
-    super(error?.message ?? `the server answered ${response.status}`);
+    super(error?.message ?? `the server returned status ${response.status}`);
     this.status = response.status;
     this.code = error?.code;
   }
@@ -80,7 +80,7 @@ async function loadModels() {
     byId("status").replaceChildren();
   } catch (error) {
     if (error.status === 401) byId("key-field").hidden = false;
-    tell(error.status === 401 ? "This server wants a key." : error.message, true);
+    tell(error.status === 401 ? "This server requires an API key." : error.message, true);
   }
 }
 
