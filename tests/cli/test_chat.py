@@ -33,7 +33,7 @@ def test_commands_switch_compare_and_forget(saved, monkeypatch, capsys):
     assert output.startswith("models: base, lora, mixlora; /help for commands\nmixlora> ")
     assert "base> " in output
     assert "\n[mixlora]\n" in output[output.index("[lora]\n") :]
-    assert "/reset             forget what was said" in output
+    assert "/reset             start a new conversation" in output
 
 
 def test_the_same_seed_gives_the_same_answers(saved, monkeypatch, capsys):
@@ -47,9 +47,9 @@ def test_the_same_seed_gives_the_same_answers(saved, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/adapter nobody", "error: name some of base, lora, mixlora, got ['nobody']"),
-        ("/adapter", "error: name some of base, lora, mixlora, got []"),
-        ("/nothing", "/reset             forget what was said"),
+        ("/adapter nobody", "error: /adapter requires base or lora or mixlora, got ['nobody']"),
+        ("/adapter", "error: /adapter requires base or lora or mixlora, got []"),
+        ("/nothing", "/reset             start a new conversation"),
         ("a " * 300, "error: the prompt and max_tokens must have at most"),
     ],
 )
@@ -81,4 +81,4 @@ def test_a_system_prompt_needs_a_chat_template(saved, monkeypatch, capsys):
     template.unlink()
     assert chat(saved, monkeypatch, options=["--system", "Be brief."]) == 2
     template.write_text(text)
-    assert "--system needs a chat template" in capsys.readouterr().err
+    assert "--system requires a chat template" in capsys.readouterr().err

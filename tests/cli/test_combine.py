@@ -39,8 +39,8 @@ def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
     prompts = [f"--prompts={name}=skills@{n}of2" for n, name in enumerate(("law", "math"), start=1)]
     assert combine(saved, one, *prompts, "--limit", "10", "--num-layers-read", "1") == 0
     said = capsys.readouterr().out
-    assert "of prompts that it hadn't seen" in said
-    assert "law, math as one, by prompt" in said
+    assert "of the held-out prompts" in said
+    assert "law, math combined by prompt" in said
     assert combine(saved, one, *prompts, "--limit", "10") == 2
     assert "overwrite" in capsys.readouterr().err
     result = tmp_path / "result.json"
@@ -95,16 +95,16 @@ def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "--prompts must be given for each adapter, law has none"),
-        ("--prompts law=skills --prompts math=x.jsonl", "don't say how rows of a data set are"),
-        ("--prompts x=skills", "--prompts must be NAME=VALUE, of an adapter among law, math"),
+        ("", "--prompts law=DATA is missing"),
+        ("--prompts law=skills --prompts math=x.jsonl", "do not record a prompt format"),
+        ("--prompts x=skills", "--prompts must be NAME=VALUE, where NAME is one of law, math"),
         ("--by cat --weight law=x", "--weight must be NAME=NUMBER"),
-        ("--by cat --top-k 2", "--top-k has an effect with --by prompt or arrow only"),
-        ("--by arrow --weight law=2", "--weight has an effect with --by cat or linear or svd only"),
-        ("--by linear --prompts law=skills", "--prompts has an effect with --by prompt only"),
-        ("--by arrow --limit 5", "--limit has an effect with --by prompt only"),
-        ("--by svd --scoring text", "--scoring has an effect with --by prompt only"),
-        ("--by cat --adapter law:0.5+math", "--adapter takes NAME=PATH here, got law:0.5+math;"),
+        ("--by cat --top-k 2", "--top-k requires --by prompt or arrow"),
+        ("--by arrow --weight law=2", "--weight requires --by cat or linear or svd"),
+        ("--by linear --prompts law=skills", "--prompts requires --by prompt"),
+        ("--by arrow --limit 5", "--limit requires --by prompt"),
+        ("--by svd --scoring text", "--scoring requires --by prompt"),
+        ("--by cat --adapter law:0.5+math", "--adapter must be NAME=PATH here, got law:0.5+math;"),
     ],
 )
 def test_options_that_dont_fit_are_an_error_of_one_line(saved, tmp_path, capsys, words, message):
@@ -125,7 +125,7 @@ def test_an_expert_goes_wherever_an_adapters_name_does(saved, tmp_path, capsys, 
     assert main([*ask, law, "--input", write_rows(tmp_path / "in.jsonl", *rows)]) == 0
     written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["completion"] + "\n" for row in written} == {*alike}
-    for name, message in [("two/law", "loads, got two in two/law"), ("one/x", "(law, math)")]:
+    for name, message in [("two/law", "add --adapter two=PATH"), ("one/x", "(law, math)")]:
         assert main([*ask, "--prompt", "a", "--adapter", name]) == 2
         assert message in capsys.readouterr().err
     words = ["--task", "skills@1of2", "--limit", "3", "--compare", "one:one/law", "--no-cache"]
@@ -138,7 +138,7 @@ def test_an_expert_goes_wherever_an_adapters_name_does(saved, tmp_path, capsys, 
     assert output.startswith(
         "models: base, one, one/law; /help for commands\none/law> \none/math> "
     )
-    assert "error: one/x must be one of the adapters that 'one' is made of (law, math)" in output
+    assert "error: 'one' has no expert 'x'; choose one of its experts (law, math)" in output
 
 
 def test_forms_are_unknown_where_no_expert_has_one(saved, capsys):
@@ -146,7 +146,7 @@ def test_forms_are_unknown_where_no_expert_has_one(saved, capsys):
     host, tokenizer.chat_template = loraloom.attach(model), "x"
     host.load("one", saved / "one")
     tell_unknown_prompts(host, tokenizer)
-    assert "note: one: the adapter's files" in capsys.readouterr().err
+    assert "note: the files of one do not" in capsys.readouterr().err
     host.adapter("one/law").prompt = PromptForm(format="chat")
     tell_unknown_prompts(host, tokenizer)
     assert capsys.readouterr().err == ""

@@ -75,11 +75,11 @@ def marked(lines):
 def test_rows_are_shown_with_marks_under_what_is_learnt(show):
     legend, _, chat, *lines = show("--rows", "1").splitlines()
     texts = lines.index("")
-    assert legend == "Tokens between |, ^ under those that are learnt."
-    assert re.fullmatch(r"chats: chat.jsonl, row 1: \d+ tokens, 5 learnt", chat)
+    assert legend == "Tokens are separated by |; ^ marks tokens in the loss."
+    assert re.fullmatch(r"chats: chat.jsonl, row 1: \d+ tokens, 5 in the loss", chat)
     assert "".join(lines[:2]).replace("|", "").startswith("user:sky?<eos>\\nassistant:")
     assert marked(lines[:texts]) == "blue<eos>\\n"
-    assert re.fullmatch(r"texts: text.jsonl, row 1: \d+ tokens, \d+ learnt", lines[texts + 1])
+    assert re.fullmatch(r"texts: text.jsonl, row 1: \d+ tokens, \d+ in the loss", lines[texts + 1])
     assert marked(lines[texts:]) == "he sky<eos>"  # the first token is predicted from nothing
 
 
@@ -97,22 +97,23 @@ def test_a_path_that_says_preference_makes_no_pairs(directory, tmp_path, capsys)
 
 
 def test_a_row_that_is_dropped_is_shown_as_such(show):
-    assert "chats: chat.jsonl, row 2: dropped, its answer does not fit max_length" in show()
+    assert "chats: chat.jsonl, row 2: dropped, because the answer exceeds max_length" in show()
 
 
 def test_all_rows_of_a_run_file_of_data_alone_are_checked_and_counted(directory, tmp_path, capsys):
     rows = [{"instruction": f"Say {n}", "output": "" if n in (5, 7) else "blue"} for n in range(9)]
     rows += [{"instruction": "Say 1", "output": "blue"}, {"instruction": 1, "output": "blue"}]
-    data = {"dataset": write_rows(tmp_path / "rows.jsonl", *rows), "format": "instruction"}
+    name = f"{'rows_of_a_long_name' * 5}.jsonl"
+    data = {"dataset": write_rows(tmp_path / name, *rows), "format": "instruction"}
     run = {"base_model": str(directory / "base"), "jobs": [{"data": data}]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--rows", "1"]) == 2
     shown = capsys.readouterr()
-    assert re.search(r"job1: rows.jsonl +11 +2 +0 +0 +1 +0 +1 *\n", shown.out)
+    assert re.search(rf"job1: {name} +11 +2 +0 +0 +1 +0 +1 *\n", shown.out)
     assert "3 of 11 rows can't be used:\n  lines 6, 8: field 'output' is empty" in shown.err
     assert "\n  line 11: field 'instruction' must be a string, got 1" in shown.err
     assert main(["data", "show", str(tmp_path / "run.yaml"), "--set", "jobs.0.data.on_empty=skip"])
-    assert "rows.jsonl, line 11: field 'instruction' must be" in capsys.readouterr().err
+    assert f"{name}, line 11: field 'instruction' must be" in capsys.readouterr().err
 
 
 def lines_of(tokenizer, text, marked, width=80):

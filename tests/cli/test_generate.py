@@ -74,7 +74,7 @@ def test_a_sum_answers_beside_its_adapters(run, saved, capsys):
     own, of_sum = capsys.readouterr().out.split("[a:1]\n")
     assert own == f"[a]\n{of_sum}"
     assert run(*adapter, "--adapter", "a+law") == 2
-    assert "that --adapter NAME=PATH loads, got law in a+law" in capsys.readouterr().err
+    assert "adapter 'law' of 'a+law' is not loaded" in capsys.readouterr().err
 
 
 def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
@@ -109,13 +109,13 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("", "either --prompt or --input"),
         ("--prompt x --input y", "either --prompt or --input"),
         ("--input nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("--prompt x --adapter a=nowhere", "there is no nowhere"),
-        ("--prompt x --top-p 0.5", "top_p has no effect at temperature 0"),
+        ("--prompt x --adapter a=nowhere", "or a Hub ID, got nowhere"),
+        ("--prompt x --top-p 0.5", "top_p requires temperature above 0"),
         ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be greater than"),
         ("--prompt x --output .", "--output must be a file"),
         ("--prompt x --raw --chat-template trl", "--chat-template exclude each other"),
-        ("--prompt x --resume", "--resume has no effect without --output"),
-        ("--prompt x --no-base", "--no-base has an effect on --prompt with --adapter only"),
+        ("--prompt x --resume", "--resume requires --output FILE.jsonl"),
+        ("--prompt x --no-base", "--no-base requires --prompt and --adapter"),
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, message):
@@ -158,7 +158,7 @@ def test_an_interrupted_file_has_the_rows_that_are_done_and_goes_on(job, monkeyp
         assert generate() == 130
     assert output.read_text() == "".join(whole.splitlines(keepends=True)[:4])
     assert generate() == 2
-    assert "exists; pass --resume to continue it, or delete it" in capsys.readouterr().err
+    assert "pass --resume to continue, or delete the file" in capsys.readouterr().err
     count = interrupt_after(monkeypatch, 99)
     assert generate("--resume") == 0
     assert len(count) == 2
@@ -178,7 +178,7 @@ def test_other_rows_are_not_continued(job, tmp_path, capsys, rows):
     before = output.read_text()
     write_rows(tmp_path / "in.jsonl", *rows)
     assert generate("--resume") == 2
-    assert "must begin with the rows of this command, got others" in capsys.readouterr().err
+    assert "contains rows of another command; choose another file" in capsys.readouterr().err
     assert output.read_text() == before
 
 

@@ -53,14 +53,14 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     ("words", "message"),
     [
         ("--harness ,", "--harness must name at least one task"),
-        ("--harness toy_choice --task arc_easy", "--task has no effect with --harness"),
-        ("--harness toy_choice --scoring text", "--scoring has an effect with --task only; leave"),
-        ("--harness toy_choice --split test", "--split has an effect with --task or --dataset"),
-        ("--harness toy_choice --no-base", "--no-base leaves nothing to score"),
-        ("--harness toy_choice --adapter a=nowhere", "there is no nowhere"),
+        ("--harness toy_choice --task arc_easy", "--task and --harness exclude each other"),
+        ("--harness toy_choice --scoring text", "--scoring requires --task"),
+        ("--harness toy_choice --split test", "--split requires --task or --dataset"),
+        ("--harness toy_choice --no-base", "--no-base requires --adapter"),
+        ("--harness toy_choice --adapter a=nowhere", "or a Hub ID, got nowhere"),
         ("--harness toy_choice --harness-include nowhere", "--harness-include must be a directory"),
-        ("--harness toy_choice --no-cache", "--no-cache has an effect with --task or"),
-        ("--task arc_easy", "--harness-include has an effect with --harness only"),
+        ("--harness toy_choice --no-cache", "--no-cache requires --task or"),
+        ("--task arc_easy", "--harness-include requires --harness"),
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, message):

@@ -48,7 +48,7 @@ def test_a_repeated_evaluation_computes_nothing(run, capsys):
     again = run()
     assert again["results"] == first["results"]
     assert again["num_cached_scores"] == 2 * len(ROWS)
-    assert "10 scores are those of an earlier evaluation" in capsys.readouterr().err
+    assert "reused 10 cached scores of an earlier evaluation" in capsys.readouterr().err
 
 
 def test_settings_of_data_may_be_given_as_in_a_run_file(run, tmp_path, capsys):
@@ -78,8 +78,8 @@ def test_options_of_rows_are_those_of_settings_without_them(run, tmp_path):
         ("--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("--dataset {datset:a.jsonl}", "unknown key"),
         ("--compare a:b", "--compare must be FIRST:SECOND, two of base, a, got 'a:b'"),
-        ("--num-fewshot 1", "--num-fewshot has an effect with --harness only"),
-        ("--harness arc_easy", "--dataset has no effect with --harness"),
+        ("--num-fewshot 1", "--num-fewshot requires --harness"),
+        ("--harness arc_easy", "--dataset and --harness exclude each other"),
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, message):
@@ -100,7 +100,7 @@ def test_preference_pairs_are_evaluated(saved, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "reward margin" in shown.out
     assert "pairs: 2 pairs" in shown.err
-    assert "1 skipped, their answer is empty" in shown.err
+    assert "1 skipped because of empty answers" in shown.err
     written = json.loads((tmp_path / "r.json").read_text())
     assert list(written["results"]) == ["a"]
     assert written["tasks"]["pairs"]["beta"] == 0.1

@@ -59,7 +59,18 @@ def test_help_shows_defaults_that_say_something(capsys):
     assert cli.main(["chat", "--help"]) == cli.main(["convert", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert set(re.findall(r"\[default: (.*?)\]", text)) == {"auto", "512", "0.7", "0", "1.0"}
-    assert "give one that its files lack, PATH=VALUE: top_k=2" in text
+    assert "that the files lack or that you want to change, PATH=VALUE: top_k=2" in text
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_fits_a_screen_and_says_what_an_option_does(monkeypatch, capsys, verb):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main([*verb.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.strip().splitlines()) <= 50
+    titles = [text.find(name) for name in ("Data and", "Results", "Base model and adapters")]
+    assert verb != "eval" or -1 < titles[0] < titles[1] < titles[2]
+    assert not re.search(r"  (Of|In place of|Where to|Most) ", text)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def test_the_quickstart_makes_one_model_of_adapters(made, tmp_path, capsys, monk
     words = ["quickstart", "--device", "cpu", "--max-steps", "2", "--output-dir", str(output)]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert "one: the 2 as one model" in printed
-    assert "Who answers them in the one model" in printed
+    assert "one: the 2 adapters and a router" in printed
+    assert "Adapters that the router chooses" in printed
     for name in ("land1", "land2", "together"):
         adapter = output / "adapters" / name
         assert (adapter / "adapter_model.safetensors").is_file()
@@ -66,5 +66,5 @@ def test_the_quickstart_makes_one_model_of_adapters(made, tmp_path, capsys, monk
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*words, "--overwrite"]) == 0
     again = capsys.readouterr().out
-    assert f"Taking the tiny base model in {output / 'base'}" in again
+    assert f"Using the tiny base model in {output / 'base'}" in again
     assert made == [quickstart.BASE_STEPS]

@@ -59,23 +59,23 @@ def read(address, path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is reachable from other machines"),
         (["--api-key-file", "missing"], "the file of API keys can't be read"),
         (["--adapter-dir", "missing"], "adapter_dir "),
         (["--adapter-root", "missing"], "adapter_root "),
         (
             ["--allow-loading", "--no-api-key", "--host", "0.0.0.0"],
-            "--allow-loading lets whoever asks replace adapters: give --admin-key-file",
+            "--allow-loading would let any client replace adapters; pass --admin-key-file",
         ),
         (
             ["--allow-loading", "--no-api-key", "--host", "0.0.0.0", "--engine", "vllm"],
-            "--allow-loading lets whoever asks replace adapters: give --api-key-file",
+            "--allow-loading would let any client replace adapters; pass --api-key-file",
         ),
-        (["--admin-key-file", "k"], "--admin-key-file has no effect without --allow-loading"),
-        (["--max-adapters", "2"], "--max-adapters has no effect without --adapter-dir"),
-        (["--shared-prompt-cache"], "--shared-prompt-cache has no effect without API keys"),
-        (["--adapter-root", "."], "--adapter-root has no effect without --allow-loading"),
-        (["--api-key-file", "k", "--no-api-key"], "--api-key-file has no effect with --no-api-key"),
+        (["--admin-key-file", "k"], "--admin-key-file requires --allow-loading"),
+        (["--max-adapters", "2"], "--max-adapters requires --adapter-dir"),
+        (["--shared-prompt-cache"], "--shared-prompt-cache requires API keys"),
+        (["--adapter-root", "."], "--adapter-root requires --allow-loading"),
+        (["--api-key-file", "k", "--no-api-key"], "--api-key-file and --no-api-key exclude"),
         (["--adapter", "nothing"], "--adapter must be NAME=PATH"),
     ],
 )
@@ -90,5 +90,5 @@ def test_without_the_extra_one_line_says_what_to_install(saved, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--base-model", str(saved / "base")]) == 2
     error = capsys.readouterr().err
-    assert "serving needs the package uvicorn" in error
+    assert "serving requires the package uvicorn" in error
     assert 'pip install "loraloom[serve]"' in error

@@ -122,8 +122,8 @@ def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
         (["--set", "jobs.1.adapter.top_k=9"], "top_k must be in [1, num_experts=4], got 9"),
         (["--set", "base_model=gone/"], "gone/"),
         (["--resume", "--overwrite"], "exclude each other"),
-        (["--watch-exit-when-idle"], "has no effect without --watch DIR"),
-        (["--set", "jobs=[]"], "jobs must be a list of 1 or more"),
+        (["--watch-exit-when-idle"], "requires --watch DIR"),
+        (["--set", "jobs=[]"], "a run must set jobs"),
     ],
 )
 def test_a_fault_is_one_message_and_code_2_and_nothing_is_written(
@@ -160,9 +160,9 @@ def test_a_job_that_fails_gives_code_2_and_the_others_are_trained(run_file, tmp_
 
 def test_ctrl_c_saves_everything_for_resume_and_gives_code_130(run_file, stopping, capsys):
     assert stopping("train", run_file) == 130
-    assert "--resume goes on from here" in capsys.readouterr().out
+    assert "pass --resume to continue from here" in capsys.readouterr().out
     assert cli.main(["train", run_file, "--resume"]) == 0
-    assert "going on after 3 fused steps" in capsys.readouterr().out
+    assert "resuming after 3 steps" in capsys.readouterr().out
 
 
 def test_watch_trains_job_files_beside_a_run_file_without_jobs(inputs, stopping, tmp_path, capsys):
@@ -175,7 +175,7 @@ def test_watch_trains_job_files_beside_a_run_file_without_jobs(inputs, stopping,
     words = ["train", run_file, "--watch", str(inbox), "--watch-exit-when-idle"]
     assert stopping(*words) == 130
     assert cli.main([*words, "--resume"]) == 0
-    assert "going on after 3 fused steps" in capsys.readouterr().out
+    assert "resuming after 3 steps" in capsys.readouterr().out
     files = [inbox / f"{name}.state.json" for name in ("one", "two", "bad")]
     states = [json.loads(file.read_text()) for file in files]
     assert [state["state"] for state in states] == ["done", "done", "failed"]

@@ -22,7 +22,7 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
     """Show an adapter's method, sizes, parameters in % of the base model, and norms.
 
     Args:
-        path: The adapter's directory or hub id.
+        path: Directory or Hub ID of the adapter.
         as_json: Print JSON instead of tables.
     """
     description = describe(path)
@@ -54,17 +54,17 @@ def convert(
     overrides: Annotated[tuple[str, ...], Parameter(name="--set", allow_leading_hyphen=True)] = (),
     base_model: str | None = None,
 ) -> None:
-    """Write an adapter for another program: PEFT, MoE-PEFT, loraloom itself.
+    """Convert an adapter's files for another program: PEFT, MoE-PEFT or loraloom.
 
     Args:
-        source: The adapter's directory or hub id.
-        destination: A new directory to write.
-        to: native: as loraloom saves it; peft: for PEFT (LoRA, DoRA, VeRA); reference: for MoE-PEFT
-            2.0.2.
-        overrides: Change a setting of the adapter, or give one that its files lack, PATH=VALUE:
-            top_k=2 or experts.alpha=32. May be repeated.
-        base_model: The base model, to check that the adapter fits. Needed for a DoRA whose files
-            have no magnitudes, and for VeRA.
+        source: Directory or Hub ID of the adapter.
+        destination: New directory to write.
+        to: Write files for loraloom (native), PEFT (peft: LoRA, DoRA, VeRA) or MoE-PEFT 2.0.2
+            (reference).
+        overrides: Set a setting that the files lack or that you want to change, PATH=VALUE:
+            top_k=2 or experts.alpha=32. Repeatable.
+        base_model: Check that the adapter fits this base model. Required for VeRA, and for a DoRA
+            whose files contain no magnitudes.
     """
     settings: dict[str, Any] = reduce(apply_override, overrides, {})
     host = None

@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from pydantic import Field
 
-from loraloom.cli.options import BASE, HostOptions, Text, is_derived, tell_unknown_prompts
+from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation
@@ -21,49 +21,48 @@ from loraloom.generation.scheduler import EngineLimits
 from loraloom.terminal import printed
 
 HELP = """\
-/adapter NAME ...  let an adapter answer, or `base`; several answer one after the other
-/reset             forget what was said
-/quit              end, as does Ctrl-D; Ctrl-C cuts an answer short"""
+/adapter NAME ...  answer with these adapters or `base`, one after the other
+/reset             start a new conversation
+/quit              quit, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
 class ChatOptions(HostOptions):
-    """Who is talked to, and how tokens are chosen."""
+    """Who is talked to, and how prompts are written."""
 
-    system: Text | None = None
-    """The system message, in place of those that adapters were trained on."""
-    raw: bool = False
-    """Read each message as it stands, without a template."""
+    system: Annotated[Text | None, Section.DATA] = None
+    """Use this system message. Default: the one that each adapter was trained with."""
+    raw: Annotated[bool, Section.DATA] = False
+    """Use each message as written, without a template."""
 
 
 class ChatSampling(SamplingConfig):
     """How tokens are chosen, and when an answer ends."""
 
     max_new_tokens: int = Field(default=512, ge=1)
-    """Generate at most N tokens for an answer."""
+    """Generate at most N tokens per answer."""
     temperature: float = Field(default=0.7, ge=0)
-    """0 takes the most likely token; from 0.001, tokens are drawn."""
+    """Sample at this temperature; 0 always selects the most likely token."""
     seed: Annotated[int, Parameter(show_default=False)] = Field(
         default_factory=lambda: secrets.randbits(63), ge=0, lt=2**63
     )
-    """Seed of the random draws; by default another one each time."""
+    """Set the random seed. Default: a random seed."""
 
 
 def chat(
     *,
-    options: Annotated[ChatOptions, Parameter(name="*")],
-    sampling: Annotated[ChatSampling, Parameter(name="*")] = ChatSampling(),
+    options: Annotated[ChatOptions, Parameter(name="*"), Section.MODEL],
+    sampling: Annotated[ChatSampling, Parameter(name="*"), Section.SAMPLING] = ChatSampling(),
 ) -> None:
-    """Talk to the base model and its adapters; /help says how to switch between them.
+    """Chat with the base model and its adapters. Type /help to see how to switch between them.
 
-    Each adapter reads messages as its training data wrote prompts, the base model in its chat
-    template.
+    Each adapter uses the prompt format of its training data, the base model its chat template.
     """
     check_sources(options, options.adapters)
     host, tokenizer = load_host(options, options.adapters)
     forms = [part.prompt for adapter in host.adapters.values() for part in adapter.parts]
     has_turns = tokenizer.chat_template or any(form and not form.is_text for form in forms)
     if options.system and (options.raw or not has_turns):
-        raise ConfigError("--system needs a chat template, and none is used; leave it out")
+        raise ConfigError("--system requires a chat template; remove --system or --raw")
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
     known = [BASE, *host.adapters, *options.derived]
@@ -81,7 +80,8 @@ def chat(
                 for word in filter(is_derived, words):
                     host.adapter(word)
                 if not words or not {word for word in words if not is_derived(word)} <= {*known}:
-                    raise ConfigError(f"name some of {', '.join(known)}, got {shown(words)}")
+                    wanted = " or ".join(known)
+                    raise ConfigError(f"{command} requires {wanted}, got {shown(words)}")
                 models = list(dict.fromkeys(words))
             elif command == "/reset":
                 conversation.turns.clear()

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import Field
 from rich.console import Console
 from typing_extensions import override
 
 from loraloom.adapters.routed import of_experts
-from loraloom.cli.options import HostOptions
+from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
@@ -20,6 +20,8 @@ from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.router import RouterFit, fit_router
 from loraloom.models.host import Host
 from loraloom.terminal import make_console, make_table, print_tables
+
+COMBINATION = Parameter(group=Group("Combination", sort_key=-1))
 
 # Options that only some ways of combining read.
 _ONLY = {
@@ -32,31 +34,31 @@ _ONLY = {
 class CombineOptions(HostOptions):
     """Adapters on their base model, and what is made of them."""
 
-    by: Literal["prompt", "arrow", "cat", "linear", "svd"] = "prompt"
-    """prompt: all of them, one of which a router chooses for each prompt; arrow: all of them,
-    weighed for each token, without training; cat, linear, svd: a single one, their weighted sum."""
-    prompts: tuple[str, ...] = ()
-    """Of an adapter, for prompt: NAME=DATA, where to read prompts of its kind, a task's name, a
-    task's .yaml file, or a data set in the form that the adapter was trained on."""
-    scoring: Scoring = "label"
-    """How tasks write prompts."""
-    limit: int = Field(default=200, ge=2)
-    """Most prompts of an adapter."""
-    weight: tuple[str, ...] = ()
-    """Of an adapter, for cat, linear and svd: NAME=NUMBER, a factor of what it adds."""
-    top_k: int | None = Field(default=None, ge=1)
-    """Adapters that are used at once; by default one for a prompt, three for a token."""
-    num_layers_read: int = Field(default=0, ge=0)
-    """For prompt: read the states behind so many decoder layers; 0: the embeddings."""
-    overwrite: bool = False
-    """Replace an adapter that is there."""
+    by: Annotated[Literal["prompt", "arrow", "cat", "linear", "svd"], COMBINATION] = "prompt"
+    """Keep all adapters and choose one by a router for each prompt (prompt) or mix several for each
+    token, without training (arrow); or write their weighted sum (cat, linear, svd)."""
+    prompts: Annotated[tuple[str, ...], Section.DATA] = ()
+    """Fit the prompt router on NAME=DATA, one per adapter: a task, a task's .yaml file, or a data
+    set in the adapter's training format. Repeatable."""
+    scoring: Annotated[Scoring, Section.DATA] = "label"
+    """Write tasks' prompts for choices by label or by text."""
+    limit: Annotated[int, Section.DATA] = Field(default=200, ge=2)
+    """Read at most N prompts per adapter."""
+    weight: Annotated[tuple[str, ...], COMBINATION] = ()
+    """Scale an adapter's update, NAME=NUMBER, for cat, linear and svd. Repeatable."""
+    top_k: Annotated[int | None, COMBINATION] = Field(default=None, ge=1)
+    """Use K adapters at once. Default: one per prompt, three per token."""
+    num_layers_read: Annotated[int, COMBINATION] = Field(default=0, ge=0)
+    """Route by the hidden states after N decoder layers, for prompt; 0: by the embeddings."""
+    overwrite: Annotated[bool, Section.RESULTS] = False
+    """Replace an existing adapter."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         for ways, names in _ONLY.items():
             for name in sorted(self.model_fields_set & {*names}) if self.by not in ways else ():
                 option, allowed = name.replace("_", "-"), " or ".join(ways)
-                yield f"--{option} has an effect with --by {allowed} only; leave it out"
+                yield f"--{option} requires --by {allowed}"
 
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
         """Split NAME=VALUE, of adapters that are there."""
@@ -64,30 +66,32 @@ class CombineOptions(HostOptions):
         found = {name: value for name, _, value in split}
         if odd := [name for name, value in found.items() if not value or name not in self.adapters]:
             raise ConfigError(
-                f"--{option} must be NAME=VALUE, of an adapter among "
-                f"{', '.join(self.adapters) or 'those of --adapter NAME=PATH'}, got {odd[0]!r}"
+                f"--{option} must be NAME=VALUE, where NAME is one of "
+                f"{', '.join(self.adapters) or 'the adapters'}, got {odd[0]!r}"
             )
         return found
 
 
-def combine(output: Path, /, *, options: Annotated[CombineOptions, Parameter(name="*")]) -> None:
-    """Make one adapter of several that were trained apart.
+def combine(
+    output: Path, /, *, options: Annotated[CombineOptions, Parameter(name="*"), Section.MODEL]
+) -> None:
+    """Combine several trained adapters into one.
 
     Args:
-        output: A directory to write.
+        output: Directory for the combined adapter.
     """
     adapters, console = options.adapters, make_console(soft_wrap=True)
     if options.derived:
         raise ConfigError(
-            f"--adapter takes NAME=PATH here, got {options.derived[0]}; name adapters alone, and "
-            "factors as --weight NAME=NUMBER, for --by cat, linear and svd"
+            f"--adapter must be NAME=PATH here, got {options.derived[0]}; pass weights as --weight "
+            "NAME=NUMBER with --by cat, linear or svd"
         )
     if len(adapters) < 2:
         raise ConfigError(f"--adapter must name two adapters or more, got {len(adapters)}")
     prompts = options.of_adapters("prompts", options.prompts)
     weights = options.of_adapters("weight", options.weight)
     if options.by == "prompt" and (missing := adapters.keys() - prompts.keys()):
-        raise ConfigError(f"--prompts must be given for each adapter, {min(missing)} has none")
+        raise ConfigError(f"--prompts {min(missing)}=DATA is missing; pass --prompts per adapter")
     if not options.overwrite:
         refuse_to_overwrite(output)
     check_sources(options, adapters)
@@ -110,7 +114,7 @@ def combine(output: Path, /, *, options: Annotated[CombineOptions, Parameter(nam
             raise ConfigError(f"--weight must be NAME=NUMBER: {error}") from None
         host.combine(names, factors, options.by, name=combined)
     host.save(combined, output, overwrite=options.overwrite)
-    console.print(f"wrote {output}: {', '.join(names)} as one, by {options.by}")
+    console.print(f"wrote {output}: {', '.join(names)} combined by {options.by}")
 
 
 def _source(host: Host, name: str, data: str, scoring: Scoring) -> Mapping[str, Any]:
@@ -120,17 +124,17 @@ def _source(host: Host, name: str, data: str, scoring: Scoring) -> Mapping[str, 
     form = host.adapter(name).prompt
     if form is None or form.format == "task":
         raise ConfigError(
-            f"--prompts of {name} must be a task's name, as its files don't say how rows of a data "
-            f"set are written, got {data!r}"
+            f"--prompts {name}=DATA must name a task, because the files of {name} do not record a "
+            f"prompt format, got {data!r}"
         )
     return {"dataset": data, **form.model_dump(exclude_none=True, exclude={"system"})}
 
 
 def _tell(console: Console, fit: RouterFit) -> None:
-    table = make_table("prompts of", values=["held out", "right", "chosen instead"])
+    table = make_table("prompts of", values=["held out", "correct", "chosen instead"])
     for name, chosen in fit.chosen.items():
         others = sorted(chosen.keys() - {name}, key=lambda one: -chosen[one])
         wrong = ", ".join(f"{one} {chosen[one]}" for one in others)
         table.add_row(name, str(sum(chosen.values())), str(chosen.get(name, 0)), wrong)
     print_tables(console, [table])
-    console.print(f"The router is right about {fit.accuracy:.1%} of prompts that it hadn't seen.")
+    console.print(f"The router is correct for {fit.accuracy:.1%} of the held-out prompts.")

@@ -12,7 +12,7 @@ from loraloom.training.settings import schema as run_file_schema
 
 
 def schema() -> None:
-    """Print the JSON Schema of run files, for an editor to check and complete them by."""
+    """Print the JSON Schema of run files, for completion and checks in an editor."""
     print(json.dumps(run_file_schema(), indent=2))
 
 
@@ -20,7 +20,7 @@ def show(run_file: Path, /, *, overrides: Sets = ()) -> None:
     """Check a run file and print all its settings, defaults filled in, and a sweep's jobs.
 
     Args:
-        run_file: A base model and its jobs.
+        run_file: YAML file with a base model and jobs.
     """
     run = load_run_config(run_file, overrides)
     print(to_yaml(run.model_dump(mode="json")), end="")

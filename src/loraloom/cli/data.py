@@ -30,19 +30,19 @@ def show(
     overrides: Sets = (),
     rows: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 2,
 ) -> None:
-    """Check all rows of jobs, count them, and print the first as tokens, ^ under those learnt.
+    """Check and count all rows of a run file, and print the first as tokens, ^ under the loss.
 
-    The run file needs a base_model, for its tokenizer, and the jobs' data. Rows that can't be used
-    are listed together at the end. Of streams, the first --rows rows are checked.
+    The run file must set base_model and each job's data. All unusable rows are listed at the end.
+    For streams, only the first --rows rows are checked.
 
     Args:
-        run_file: A base model and its jobs.
-        rows: Print N rows of each source, from its beginning.
+        run_file: YAML file with a base model and jobs.
+        rows: Print the first N rows of each source.
     """
     run = load_run_config(run_file, overrides, _filled_in)
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
-    console.print("Tokens between |, ^ under those that are learnt.")
+    console.print("Tokens are separated by |; ^ marks tokens in the loss.")
     table = make_table("source", values=COUNTS)
     faults: list[str] = []
     for job in run.all_jobs:
@@ -67,7 +67,8 @@ def show(
             except DataError as error:
                 faults.append(str(error))
     console.print()
-    print_tables(make_console(), [table])
+    # a pipe has no width: names of files stay whole there
+    print_tables(make_console(width=None if console.is_terminal else 10_000), [table])
     if faults:
         raise DataError("\n".join(dict.fromkeys(faults)))
 
@@ -97,11 +98,11 @@ def _count(rows: Sequence[EncodedRow], num_with_tools: int) -> tuple[int, ...]:
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Lines of a row: its sizes, its tokens, and `^` under those that are learnt."""
     if not row.pieces:
-        yield f"\n{name}: {row.fault or 'dropped, its answer does not fit max_length'}"
+        yield f"\n{name}: {row.fault or 'dropped, because the answer exceeds max_length'}"
     for number, piece in enumerate(row.pieces, start=1):
         part = f", text {number} of {len(row.pieces)}" if len(row.pieces) > 1 else ""
         learnt = sum(piece.is_learnt)
-        yield f"\n{name}{part}: {len(piece.input_ids)} tokens, {learnt} learnt"
+        yield f"\n{name}{part}: {len(piece.input_ids)} tokens, {learnt} in the loss"
         yield from token_lines(tokenizer, piece.input_ids, piece.is_learnt, WIDTH)
 
 

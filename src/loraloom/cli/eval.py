@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from pydantic import Field
 from typing_extensions import override
 
-from loraloom.cli.options import HostOptions
+from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import DataFormat, Scoring, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_yaml
@@ -40,67 +40,62 @@ _ONLY = {
 class EvalRun(HostOptions):
     """What is evaluated on what, and where the results go."""
 
-    task: tuple[str, ...] = ()
-    """Choice tasks to score: names with commas, or YAML files of your own. May be repeated."""
-    dataset: tuple[str, ...] = ()
-    """A held-out file, directory or hub id, whose loss is computed in place of --task; or settings
-    as under `data` of a run file, {dataset: rows.jsonl, fields: {output: reply}}. May be
-    repeated."""
-    harness: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness to score in place of --task, names with commas. May be
-    repeated."""
-    harness_include: Path | None = None
-    """A directory with YAML files of more tasks for --harness. They can run code: trust them
-    first."""
-    num_fewshot: int | None = Field(default=None, ge=0)
-    """Show N examples before each question, in place of the harness task's own number."""
-    apply_chat_template: bool = False
-    """With --harness: ask as the adapter's training data wrote prompts, or else in the tokenizer's
-    chat template."""
-    format: DataFormat | None = None
-    """What the rows of --dataset are; by default what the adapters were trained on."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Cut rows of --dataset to N tokens; by default 512, as in training."""
-    data: Path | None = None
-    """A directory of data sets, or of the task's own; the hub's copy by default."""
-    split: str | None = None
-    """Split to score; by default test for ARC and OpenBookQA, validation for the rest."""
-    scoring: Scoring | None = None
-    """Score the choice's label or its own text; by default label, or a task file's own."""
-    compat: Literal["moe-peft"] | None = None
-    """Score labels as MoE-PEFT does: its lists, last tokens."""
-    limit: int | None = Field(default=None, ge=1)
-    """Score the first N questions only."""
-    no_base: bool = False
-    """Leave out the base model without an adapter."""
-    batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a batch; by default 1024 on a CPU, else 16384."""
-    compare: tuple[str, ...] = ()
-    """Compare FIRST:SECOND on the same questions: adapters, base, or NAME for the seeds NAME@0,
-    NAME@1, ... May be repeated. By default all are compared with base, and all pairs of up to
-    four."""
-    no_cache: bool = False
-    """Keep no scores, and use none that are kept."""
-    output: list[Path] = Field(default_factory=list)
-    """Write the results to FILE.json or FILE.csv. May be repeated."""
-    per_question: Path | None = None
-    """Write a line for each question to FILE.jsonl."""
+    task: Annotated[tuple[str, ...], Section.DATA] = ()
+    """Score choice tasks: names with commas, or YAML files. Repeatable."""
+    dataset: Annotated[tuple[str, ...], Section.DATA] = ()
+    """Compute the loss on held-out rows: a file, directory, Hub ID or {dataset: rows.jsonl, fields:
+    {output: reply}}. Repeatable."""
+    harness: Annotated[tuple[str, ...], Section.DATA] = ()
+    """Score lm-evaluation-harness tasks: names with commas. Repeatable."""
+    harness_include: Annotated[Path | None, Section.DATA] = None
+    """Add --harness tasks from this directory's YAML files, which can run code."""
+    num_fewshot: Annotated[int | None, Section.DATA] = Field(default=None, ge=0)
+    """Show N examples per --harness question. Default: the task's number."""
+    apply_chat_template: Annotated[bool, Section.DATA] = False
+    """Use adapters' prompt format, or else the chat template, for --harness."""
+    format: Annotated[DataFormat | None, Section.DATA] = None
+    """Read --dataset rows in this format. Default: the adapters' training format."""
+    max_length: Annotated[int | None, Section.DATA] = Field(default=None, ge=2)
+    """Truncate --dataset rows to N tokens. Default: 512."""
+    data: Annotated[Path | None, Section.DATA] = None
+    """Read task data from this directory. Default: the Hub."""
+    split: Annotated[str | None, Section.DATA] = None
+    """Score this split. Default: test for ARC, OpenBookQA; else validation."""
+    scoring: Annotated[Scoring | None, Section.DATA] = None
+    """Score the choice's label or its text. Default: label, or the task file's."""
+    compat: Annotated[Literal["moe-peft"] | None, Section.DATA] = None
+    """Score labels as MoE-PEFT does."""
+    limit: Annotated[int | None, Section.DATA] = Field(default=None, ge=1)
+    """Score only the first N questions or rows."""
+    no_base: Annotated[bool, Section.RESULTS] = False
+    """Skip the base model without adapters."""
+    batch_tokens: Annotated[int | None, Section.DATA] = Field(default=None, ge=1)
+    """Batch at most N tokens. Default: 1024 on a CPU, otherwise 16384."""
+    compare: Annotated[tuple[str, ...], Section.RESULTS] = ()
+    """Compare FIRST:SECOND: adapters, base, or NAME for the seeds NAME@0, NAME@1, ... Repeatable.
+    Default: each with base, and all pairs of up to four."""
+    no_cache: Annotated[bool, Section.RESULTS] = False
+    """Neither read nor store cached scores."""
+    output: Annotated[list[Path], Section.RESULTS] = Field(default_factory=list)
+    """Write the results to FILE.json or FILE.csv. Repeatable."""
+    per_question: Annotated[Path | None, Section.RESULTS] = None
+    """Write one line per question to FILE.jsonl."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         given = [kind for kind in ("task", "dataset", "harness") if getattr(self, kind)]
         kind, *others = given or ["task"]
         if others:
-            yield f"--{kind} has no effect with --{others[0]}; give one of them"
+            yield f"--{kind} and --{others[0]} exclude each other; pass only one option"
             return
         for kinds, names in _ONLY.items():
             for name in self.model_fields_set & {*names.split()} if kind not in kinds else ():
                 allowed = " or ".join(f"--{one}" for one in kinds)
-                yield f"--{name.replace('_', '-')} has an effect with {allowed} only; leave it out"
+                yield f"--{name.replace('_', '-')} requires {allowed}"
         if kind != "dataset" and not _names(getattr(self, kind)):
             yield f"--{kind} must name at least one task, got none"
         if self.no_base and not self.adapter:
-            yield "--no-base leaves nothing to score without --adapter; give one"
+            yield "--no-base requires --adapter NAME=PATH"
 
     @property
     def names(self) -> list[str | None]:
@@ -108,10 +103,10 @@ class EvalRun(HostOptions):
         return [*([] if self.no_base else [None]), *self.adapters, *self.derived]
 
 
-def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
-    """Score choice questions, or held-out rows, with the base model and adapters, all in one pass.
+def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> None:
+    """Score the base model and adapters on choice tasks or held-out rows, all in one pass.
 
-    Scores of --task and --dataset are kept: after Ctrl-C, repeat the command to resume.
+    Scores of --task and --dataset are cached: after Ctrl-C, repeat the command to resume.
     """
     check_outputs(run.output)
     for path in run.output:
@@ -128,7 +123,7 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*")]) -> None:
     for name, details in found.tasks.items() if run.dataset else ():
         messages.print(held_out.describe_rows(name, details))
     if found.num_cached_scores:
-        messages.print(f"{found.num_cached_scores} scores are those of an earlier evaluation")
+        messages.print(f"reused {found.num_cached_scores} cached scores of an earlier evaluation")
     for name, routing in found.routing.items():
         for warning in routing.get("warnings", ()):
             messages.print(f"warning: adapter {name}: {warning}")

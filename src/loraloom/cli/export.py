@@ -13,24 +13,26 @@ from loraloom.models import export as exporting
 
 
 class ExportOptions(BaseModelConfig):
-    """An adapter on its base model, and the form to write."""
+    """The base model, and the form to write."""
 
-    adapter: str
-    """The adapter's directory or hub id."""
     output: Path
-    """A new directory to write; for gguf a new file, adapter.gguf for example."""
+    """Write to this new directory or, for gguf, to this new file, adapter.gguf for example."""
     to: exporting.ExportForm | None = None
-    """moe: a mixture as the mixture-of-experts checkpoint that computes the same; merged: the base
-    model with a plain adapter in its weights; gguf: a plain adapter for llama.cpp. By default moe
-    for a mixture, else merged."""
+    """Write an equivalent mixture-of-experts checkpoint (moe, default for a mixture), the base
+    model with a plain adapter merged (merged, default for others), or llama.cpp's form of a plain
+    adapter (gguf)."""
     dtype: Dtype = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Number format of the written weights."""
+    """Write weights in this dtype."""
 
 
-def export(*, options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
-    """Write an adapter for other engines: transformers, vLLM, llama.cpp."""
+def export(adapter: str, *, options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
+    """Write an adapter for other engines: transformers, vLLM, llama.cpp.
+
+    Args:
+        adapter: Directory or Hub ID of the adapter.
+    """
     exporting.check_target(options.output, options.to)
-    adapters = {"adapter": options.adapter}
+    adapters = {"adapter": adapter}
     model = options.model_copy(update={"dtype": "float32"})
     check_sources(model, adapters)
     host, tokenizer = load_host(model, adapters)
@@ -40,4 +42,4 @@ def export(*, options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
     size = f"{written.num_bytes / 1e6:,.1f} MB in {options.dtype}"
     print(f"wrote {written.path}: {written.architecture}, {size}")
     if written.logit_error is not None:
-        print(f"its logits differ from the adapter's by {written.logit_error:.2g} (relative)")
+        print(f"relative difference from the adapter's logits: {written.logit_error:.2g}")

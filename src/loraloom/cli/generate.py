@@ -13,7 +13,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from loraloom.adapters.weighted_sum import is_sum
-from loraloom.cli.options import BASE, HostOptions, Text, is_derived, tell_unknown_prompts
+from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
 from loraloom.config.text import parse_json, read_text
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
@@ -34,49 +34,47 @@ Rows = Sequence[dict[str, Any]]
 class GenerateOptions(HostOptions):
     """What is asked, how prompts are written, and where completions go."""
 
-    prompt: Text | None = None
-    """A prompt; base model and adapters answer it."""
-    input: Path | None = None
-    """FILE.jsonl with a row for each prompt: `prompt` or `messages` (and `tools`), perhaps
-    `adapter`."""
-    output: Path | None = None
-    """Write the rows to FILE.jsonl as they are done, with `completion`, `adapter`, and what a
-    router has `chosen`."""
-    resume: bool = False
-    """Continue an --output that the same command has begun."""
-    no_base: bool = False
-    """Let the adapters alone answer --prompt."""
-    raw: bool = False
-    """Read prompts as they stand, without a template."""
-    template: Text | None = None
-    """Write prompts in this prompt template: alpaca, plain, a Jinja text or a file."""
-    chat_template: Text | None = None
-    """Write prompts in this chat template: a file, a Jinja text, or trl for its training one."""
-    batch_size: int = Field(default=16, ge=1)
+    prompt: Annotated[Text | None, Section.DATA] = None
+    """Complete this prompt with the base model and each adapter."""
+    input: Annotated[Path | None, Section.DATA] = None
+    """Complete rows of FILE.jsonl: `prompt` or `messages`; `tools`, `adapter`."""
+    raw: Annotated[bool, Section.DATA] = False
+    """Use prompts as written, without a template."""
+    template: Annotated[Text | None, Section.DATA] = None
+    """Use this prompt template: alpaca, plain, a Jinja string or a file."""
+    chat_template: Annotated[Text | None, Section.DATA] = None
+    """Use this chat template: a file, a Jinja string, or trl for trl's training template."""
+    output: Annotated[Path | None, Section.RESULTS] = None
+    """Append rows to FILE.jsonl with `completion`, `adapter` and a router's `chosen`."""
+    resume: Annotated[bool, Section.RESULTS] = False
+    """Continue an --output that the same command started."""
+    no_base: Annotated[bool, Section.RESULTS] = False
+    """Skip the base model for --prompt."""
+    batch_size: Annotated[int, Section.DATA] = Field(default=16, ge=1)
     """Complete at most N prompts at once."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         forms = {"raw", "template", "chat_template"} & self.model_fields_set
         if len(forms) > 1:
-            yield f"--raw, --template and --chat-template exclude each other, got {len(forms)}"
+            yield "--raw, --template and --chat-template exclude each other; pass only one option"
         if (self.prompt is None) == (self.input is None):
-            yield "generate needs either --prompt or --input; give one of them"
+            yield "generate requires either --prompt or --input"
         elif self.no_base and (self.input is not None or not self.adapter):
-            yield "--no-base has an effect on --prompt with --adapter only; leave it out"
+            yield "--no-base requires --prompt and --adapter"
         if self.resume and self.output is None:
-            yield "--resume has no effect without --output; give it"
+            yield "--resume requires --output FILE.jsonl"
 
 
 def generate(
     *,
-    options: Annotated[GenerateOptions, Parameter(name="*")],
-    sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),
+    options: Annotated[GenerateOptions, Parameter(name="*"), Section.MODEL],
+    sampling: Annotated[SamplingConfig, Parameter(name="*"), Section.SAMPLING] = SamplingConfig(),
 ) -> None:
-    """Complete a prompt, or every prompt of a file, with the base model or adapters on it.
+    """Complete a prompt, or every prompt of a file, with the base model and its adapters.
 
-    Each adapter reads prompts as its training data wrote them, the base model in its chat template.
-    --raw, --template and --chat-template are for all of them.
+    Each adapter uses the prompt format of its training data, the base model its chat template.
+    --raw, --template and --chat-template apply to all models.
     """
     rows, prompts = zip(*_read(options), strict=True)
     check_sources(options, options.adapters)
@@ -125,7 +123,7 @@ def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
         # tables put a null where a row lacks a field of others
         is_named = row.get("adapter") is not None
         if (row.get("prompt") is None) == (row.get("messages") is None):
-            row.reject("a row must have either 'prompt' or 'messages'")
+            row.reject("a row must have either 'prompt' or 'messages', not both or neither")
         if row.get("prompt") is not None:
             content, tools = row.text("prompt"), None
         else:
@@ -165,11 +163,11 @@ def _count_done(options: GenerateOptions, rows: Rows) -> int:
     if path is None or not path.exists():
         return 0
     if not options.resume:
-        raise ConfigError(f"--output {path} exists; pass --resume to continue it, or delete it")
+        raise ConfigError(f"--output {path} exists; pass --resume to continue, or delete the file")
     cut_torn_line(path)
     done = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
     answered = [row for row in done if isinstance(row, dict) and "completion" in row]
     answers = [{n: row[n] for n in ("completion", "chosen") if n in row} for row in answered]
     if [{**row, **one} for row, one in zip(rows, answers, strict=False)] != done:
-        raise ConfigError(f"--output {path} must begin with the rows of this command, got others")
+        raise ConfigError(f"--output {path} contains rows of another command; choose another file")
     return len(done)

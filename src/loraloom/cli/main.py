@@ -25,27 +25,27 @@ _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 # Verb -> its function, as `file:name` of this package, and its line of --help.
 VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
-    "quickstart": ("quickstart:quickstart", "Train adapters apart, and make one model of them."),
+    "quickstart": ("quickstart:quickstart", "Train eight adapters, and combine them into one."),
     "init": ("init:init", "Check a file of rows, and write a run file for it."),
     "train": ("train:train", "Train the adapters of a run file together."),
-    "eval": ("eval:evaluate", "Score choice questions, or held-out rows."),
-    "report": ("report:report", "Put a run on one HTML page."),
+    "eval": ("eval:evaluate", "Score choice tasks, or held-out rows."),
+    "report": ("report:report", "Write a run's results to one HTML page."),
     "generate": ("generate:generate", "Complete a prompt, or every prompt of a file."),
     "serve": ("serve:serve", "Serve the base model and its adapters with OpenAI's API."),
-    "chat": ("chat:chat", "Talk to the base model and its adapters."),
-    "combine": ("combine:combine", "Make one adapter of several that were trained apart."),
+    "chat": ("chat:chat", "Chat with the base model and its adapters."),
+    "combine": ("combine:combine", "Combine several trained adapters into one."),
     "inspect": ("adapter:inspect", "Show an adapter's method, sizes and norms."),
     "export": ("export:export", "Write an adapter for transformers, vLLM or llama.cpp."),
-    "convert": ("adapter:convert", "Write an adapter's files for another program."),
+    "convert": ("adapter:convert", "Convert an adapter's files for another program."),
     "config schema": ("config:schema", "Print the JSON Schema of run files."),
     "config show": ("config:show", "Check a run file and print all its settings."),
-    "data show": ("data:show", "Print the first rows of jobs as tokens."),
+    "data show": ("data:show", "Check all rows, and print the first as tokens."),
 }
 
 # Verb with verbs of its own -> its help.
 GROUPS = {
-    "config": "Run files: their schema, and one in full.",
-    "data": "What a run's jobs learn from.",
+    "config": "Validate and inspect run files.",
+    "data": "Check and inspect a run's data.",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from loraloom.adapters.weighted_sum import is_sum, parse_sum
 from loraloom.config.fields import check_name
@@ -15,6 +15,8 @@ from loraloom.errors import ConfigError
 # What files and options call the base model.
 BASE = "base"
 
+_TITLES = ("Data and prompts", "Results", "Server", "Limits", "Sampling", "Base model and adapters")
+
 # A text, which may look like an option.
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
@@ -23,10 +25,17 @@ Sets = Annotated[
     Parameter(
         name="--set",
         allow_leading_hyphen=True,
-        help="Change a setting, PATH=VALUE: jobs.0.train.learning_rate=1e-4, for example. May be "
-        "repeated.",
+        help="Change a setting: PATH=VALUE, as jobs.0.train.learning_rate=1e-4. Repeatable.",
     ),
 ]
+
+
+class Section:
+    """Sections of a verb's help, in their order."""
+
+    DATA, RESULTS, SERVER, LIMITS, SAMPLING, MODEL = (
+        Parameter(group=Group(title, sort_key=place)) for place, title in enumerate(_TITLES)
+    )
 
 
 def is_derived(name: str) -> bool:
@@ -38,8 +47,8 @@ class HostOptions(BaseModelConfig):
     """A base model with adapters on it."""
 
     adapter: tuple[str, ...] = ()
-    """An adapter to load, NAME=PATH: from a directory or hub id, under this name; or a sum of such,
-    law:0.7+math:0.3, or an expert of a routed one, auto/law. May be repeated."""
+    """Load NAME=PATH (a directory or Hub ID); or use a sum, law:0.7+math:0.3, or an expert,
+    auto/law. Repeatable."""
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -51,8 +60,7 @@ class HostOptions(BaseModelConfig):
                 continue
             if not (name and path) or name in (BASE, *adapters):
                 raise ConfigError(
-                    f"--adapter must be NAME=PATH, with a name that is neither {BASE} nor that of "
-                    f"another one, got {text!r}"
+                    f"--adapter must be NAME=PATH, where NAME is new and not {BASE!r}, got {text!r}"
                 )
             adapters[check_name(name)] = path
         return adapters
@@ -63,7 +71,7 @@ class HostOptions(BaseModelConfig):
         names = [one for one in self.adapter if "=" not in one and is_derived(one)]
         names = [self.check_derived(name) for name in names]
         if len({(is_sum(name), parse_sum(name)) for name in names}) < len(names):
-            raise ConfigError(f"--adapter must not give a name twice, got {', '.join(names)}")
+            raise ConfigError(f"--adapter must name each adapter once, got {', '.join(names)}")
         return names
 
     def check_derived(self, name: str) -> str:
@@ -71,8 +79,7 @@ class HostOptions(BaseModelConfig):
         wholes = [one.partition("/")[0] for one, _ in parse_sum(name)]
         if missing := [whole for whole in wholes if whole not in self.adapters]:
             raise ConfigError(
-                "a sum or an expert must be of adapters that --adapter NAME=PATH loads, got "
-                f"{missing[0]} in {name}"
+                f"adapter {missing[0]!r} of {name!r} is not loaded; add --adapter {missing[0]}=PATH"
             )
         return name
 
@@ -84,7 +91,7 @@ def tell_unknown_prompts(host: Any, tokenizer: Any) -> None:
     names = [name for name, own in parts.items() if all(part.prompt is None for part in own)]
     if names and tokenizer.chat_template:
         print(
-            f"note: {', '.join(names)}: the adapter's files don't record how its training data "
-            "wrote prompts; the base model's chat template is used",
+            f"note: the files of {', '.join(names)} do not record a prompt format; using the base "
+            "model's chat template",
             file=sys.stderr,
         )

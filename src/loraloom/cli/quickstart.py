@@ -1,4 +1,4 @@
-"""`loraloom quickstart`: adapters trained apart, and one model made of them, to a page."""
+"""`loraloom quickstart`: adapters trained separately, combined into one, and a page of results."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NUM_LANDS = 8
 BASE_STEPS = 4000
 ROUTED = "one"
 CAUTION = """\
-Each of the eight saw the rows of its own land alone; the router tells the land by a word of the
-question. docs/combine.md does this with adapters of yours, and docs/when_a_mixture.md says what a
-mixture that is trained as one is worth."""
+Each of the eight adapters was trained only on the rows of its land, which a word of each question
+names. See docs/combine.md to combine your adapters, and docs/when_a_mixture.md for mixtures that
+are trained jointly."""
 
 
 def quickstart(
@@ -46,18 +46,16 @@ def quickstart(
     max_steps: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 150,
     device: str = "auto",
 ) -> None:
-    """Train eight adapters apart in the same steps, and make one model of them.
-
-    Nothing is downloaded: the data set, `skills@8` (small rules in eight invented lands), and a
-    tiny base model that knows its language are made on the spot. Some three minutes on two slow
-    processor cores.
+    """Train eight adapters on separate data in the same steps, and combine them into one.
+    Nothing is downloaded: the data set, `skills@8` (small rules in eight fictional lands), and a
+    tiny base model are generated. Takes about three minutes on two CPU cores.
 
     Args:
         output_dir: Write adapters, metrics and a page of results to this directory.
         overwrite: Replace an earlier quickstart's results.
         resume: Resume an interrupted quickstart.
         max_steps: Train for N steps.
-        device: auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps.
+        device: Run on auto (an accelerator if available), cpu, cuda, cuda:0, xpu or mps.
     """
     console = make_console(soft_wrap=True)
     find_device(device)  # one that isn't there is an error now, not minutes later
@@ -65,15 +63,17 @@ def quickstart(
     RunDirectory(run.output_dir).check(resume=resume, overwrite=overwrite)
     base = Path(run.base_model)
     if base.is_dir():
-        console.print(f"Taking the tiny base model in {base}")
+        console.print(f"Using the tiny base model in {base}")
     else:
-        console.print("Making a tiny base model of three layers (some two minutes)")
+        console.print("Generating a tiny base model of three layers (about two minutes)")
         with show_progress(console, "base model", [1] * BASE_STEPS) as advance:
             tiny_base.make_tiny_base(base, BASE_STEPS, on_step=lambda step: advance([step]))
     model, tokenizer = load_base_model(run.base_model, device=device)
     host = attach(model)
     *lands, together = (job.name for job in run.jobs)
-    console.print(f"Training {len(lands)} adapters on it, each by rows of its own, and one by all")
+    console.print(
+        f"Training {len(lands)} adapters, each on separate rows, and one adapter on all rows"
+    )
     progress, base_model = Progress(make_console()), (host, tokenizer)
     results = train(run, resume=resume, overwrite=overwrite, progress=progress, base=base_model)
     raise_failures(results)
@@ -82,9 +82,7 @@ def quickstart(
     host.add(ROUTED, of_experts({land: land for land in lands}))
     fit_router(host, tokenizer, ROUTED, {job.name: job.data.sources[0] for job in run.jobs[:-1]})
     host.save(ROUTED, run.output_dir / ROUTED, overwrite=True)
-    console.print(
-        f"\nMade one model of the {len(lands)}, whose router reads the prompt; asking all"
-    )
+    console.print(f"\nCombined the {len(lands)} adapters, with a router by prompt; evaluating")
     tasks = [str(job.data.task) for job in run.jobs[:-1]]
     asked = [None, *lands, together, ROUTED]
     found = evaluate(
@@ -94,7 +92,7 @@ def quickstart(
     table = make_table("questions of", values=lands)
     for land, of_task in zip(lands, found.routing[ROUTED]["tasks"].values(), strict=True):
         table.add_row(land, *(f"{share:.0%}" if share else "" for share in of_task["load"][0]))
-    console.print("\nWho answers them in the one model:")
+    console.print("\nAdapters that the router chooses:")
     print_tables(console, [table])
     console.print(CAUTION)
     found.write(output_dir / "eval.json")
@@ -128,10 +126,10 @@ def _findings(found: Evaluation, tasks: Mapping[str, str], together: str) -> str
     names, many = list(tasks), len(tasks)
     rows = {
         "base model": [BASE] * many,
-        "another land's adapter": [*names[1:], names[0]],
-        f"{together}: one of their size by all rows": [together] * many,
-        f"{ROUTED}: the {many} as one model": [ROUTED] * many,
-        "each land's own adapter, by name": names,
+        "the adapter of another land": [*names[1:], names[0]],
+        f"{together}: as large, trained on all rows": [together] * many,
+        f"{ROUTED}: the {many} adapters and a router": [ROUTED] * many,
+        "the adapter of the question's land": names,
     }
     lines = [f"  {label:44}{share(of):5.1f}" for label, of in rows.items()]
-    return "\n".join(["\nRight answers to new questions of all lands, %", *lines])
+    return "\n".join(["\nAccuracy on new questions of all lands, %", *lines])

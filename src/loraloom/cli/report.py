@@ -19,14 +19,12 @@ def report(
     evaluations: Annotated[list[Path] | None, Parameter(name="--eval")] = None,
     output: Path | None = None,
 ) -> None:
-    """Put results, learning curves and the experts' load of a run on one HTML page.
-
-    The page needs no other file and no network.
+    """Write results, learning curves and expert load of a run to one self-contained HTML page.
 
     Args:
-        run_dirs: Output directories of `loraloom train`; several may be seeds of one recipe.
-        evaluations: FILE.json that `loraloom eval --output` wrote. May be repeated.
-        output: FILE.html to write; by default report.html in the first RUN_DIR.
+        run_dirs: Output directories of `loraloom train`, of one run or several.
+        evaluations: Add the results in FILE.json of `loraloom eval --output`. Repeatable.
+        output: Write the page to FILE.html. Default: report.html in the first RUN_DIR.
     """
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--output must end in .html, got {output}")

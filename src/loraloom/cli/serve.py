@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from pydantic import DirectoryPath, Field
 from typing_extensions import override
 
-from loraloom.cli.options import HostOptions, Text, tell_unknown_prompts
+from loraloom.cli.options import HostOptions, Section, Text, tell_unknown_prompts
 from loraloom.data.templates import load_chat_template
 from loraloom.errors import ConfigError
 from loraloom.generation import loading
@@ -34,80 +34,80 @@ class ServeOptions(HostOptions):
     """What is served to whom, and what that may take."""
 
     adapter_dir: DirectoryPath | None = None
-    """Serve the adapters in this directory; each is loaded when it is first asked for."""
-    max_adapters: int = Field(default=8, ge=1)
+    """Serve the adapters in this directory; load each at its first request."""
+    max_adapters: Annotated[int, Section.LIMITS] = Field(default=8, ge=1)
     """Keep at most N adapters of --adapter-dir loaded."""
-    max_adapter_bytes: int | None = Field(default=None, ge=1)
-    """Keep at most N bytes of adapters loaded; by default any number."""
-    host: str = "127.0.0.1"
-    """Address to listen on; if other machines reach it, requests need an API key."""
-    port: int = Field(default=8000, ge=0, le=65535)
-    """Port to listen on; 0 for any free one."""
-    api_key_file: Path | None = None
-    """A file of API keys, one a line."""
-    no_api_key: bool = False
-    """Let anybody ask, without an API key."""
-    allow_loading: bool = False
-    """Let clients load and unload adapters by path or hub id; where there are API keys, with one of
-    --admin-key-file."""
-    admin_key_file: Path | None = None
-    """A file of API keys that may load adapters, one a line."""
-    adapter_root: DirectoryPath | None = None
-    """Let clients load adapters from below this directory only, and none from the hub."""
-    cors_origin: tuple[str, ...] = ()
-    """Let web pages of this origin ask. May be repeated."""
-    max_rows: int = Field(default=32, ge=1)
+    max_adapter_bytes: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=1)
+    """Keep at most N bytes of adapters loaded. Default: no limit."""
+    host: Annotated[str, Section.SERVER] = "127.0.0.1"
+    """Listen on this address. One that other machines can reach requires API keys."""
+    port: Annotated[int, Section.SERVER] = Field(default=8000, ge=0, le=65535)
+    """Listen on this port; 0: any free port."""
+    api_key_file: Annotated[Path | None, Section.SERVER] = None
+    """Accept the API keys in this file, one per line."""
+    no_api_key: Annotated[bool, Section.SERVER] = False
+    """Allow requests without an API key."""
+    allow_loading: Annotated[bool, Section.SERVER] = False
+    """Allow clients to load and unload adapters; with API keys, only those of --admin-key-file."""
+    admin_key_file: Annotated[Path | None, Section.SERVER] = None
+    """Accept the API keys in this file, one per line, for loading adapters."""
+    adapter_root: Annotated[DirectoryPath | None, Section.SERVER] = None
+    """Restrict loading to adapters below this directory, without the Hub."""
+    cors_origin: Annotated[tuple[str, ...], Section.SERVER] = ()
+    """Allow browser requests from this origin. Repeatable."""
+    max_rows: Annotated[int, Section.LIMITS] = Field(default=32, ge=1)
     """Compute at most N completions at once."""
-    cache_tokens: int | None = Field(default=None, ge=32)
-    """Tokens of the key-value cache. By default all rows at full length, as far as a quarter of the
-    free memory goes."""
-    shared_prompt_cache: bool = False
-    """Share cached prompts between API keys; times of answers then reveal what others sent."""
-    max_waiting: int = Field(default=256, ge=1)
-    """Let at most N completions wait."""
+    cache_tokens: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=32)
+    """Size the key-value cache for N tokens. Default: --max-rows at full length, in at most a
+    quarter of free memory."""
+    shared_prompt_cache: Annotated[bool, Section.LIMITS] = False
+    """Share cached prompts between API keys. Response times then reveal others' prompts."""
+    max_waiting: Annotated[int, Section.LIMITS] = Field(default=256, ge=1)
+    """Queue at most N completions."""
     chat_template: Text | None = None
-    """Write prompts in this chat template where an adapter has no other: a file, a Jinja text, or
-    trl for its training one."""
-    engine: Literal["embedded", "vllm"] = "embedded"
-    """Serve with loraloom's own engine, or with vLLM and loraloom's plug-in."""
+    """Use this chat template for models without a prompt format: a file, a Jinja string, or trl."""
+    engine: Annotated[Literal["embedded", "vllm"], Section.SERVER] = "embedded"
+    """Serve with loraloom's engine, or with vLLM and loraloom's plug-in."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         unused: dict[str, str] = {}
         if not self.allow_loading:
-            unused |= dict.fromkeys(("admin_key_file", "adapter_root"), "without --allow-loading")
+            names = ("admin_key_file", "adapter_root")
+            unused |= dict.fromkeys(names, "requires --allow-loading")
         if self.adapter_dir is None:
-            unused["max_adapters"] = "without --adapter-dir"
+            unused["max_adapters"] = "requires --adapter-dir"
         if self.api_key_file is None and self.admin_key_file is None:
-            unused["shared_prompt_cache"] = "without API keys"
+            unused["shared_prompt_cache"] = "requires API keys; pass --api-key-file FILE"
         if self.no_api_key:
-            unused["api_key_file"] = "with --no-api-key"
+            unused["api_key_file"] = "and --no-api-key exclude each other; pass only one option"
         if self.engine == "vllm":
-            unused |= dict.fromkeys(type(self).model_fields.keys() - _OF_BOTH, "with --engine vllm")
+            names = type(self).model_fields.keys() - _OF_BOTH
+            unused |= dict.fromkeys(names, "is not supported with --engine vllm; remove the option")
         for name in sorted(self.model_fields_set & unused.keys()):
-            yield f"--{name.replace('_', '-')} has no effect {unused[name]}; leave it out"
+            yield f"--{name.replace('_', '-')} {unused[name]}"
 
 
-def serve(*, options: Annotated[ServeOptions, Parameter(name="*")]) -> None:
+def serve(*, options: Annotated[ServeOptions, Parameter(name="*"), Section.MODEL]) -> None:
     """Serve the base model and its adapters with OpenAI's API."""
     is_local = is_loopback(options.host)
     if not is_local and options.api_key_file is None and not options.no_api_key:
         raise ConfigError(
-            f"--host {options.host} can be reached from other machines: give --api-key-file, or "
-            "--no-api-key if anybody may ask"
+            f"--host {options.host} is reachable from other machines; pass --api-key-file FILE, or "
+            "--no-api-key to accept anyone's requests"
         )
     if options.derived:
         raise ConfigError(
-            f"--adapter takes NAME=PATH here, got {options.derived[0]}; the embedded "
-            "engine takes a sum or an expert as `model`, with nothing to declare"
+            f"--adapter must be NAME=PATH here, got {options.derived[0]}; clients of the embedded "
+            "engine can request a sum or an expert as `model` without declaration"
         )
     keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
     admin_keys = [] if options.admin_key_file is None else read_keys(options.admin_key_file)
     is_vllm = options.engine == "vllm"  # which has one kind of key
     if options.allow_loading and not (keys if is_vllm else admin_keys) and (keys or not is_local):
         raise ConfigError(
-            "--allow-loading lets whoever asks replace adapters: give "
-            f"--{'api' if is_vllm else 'admin'}-key-file, with keys that may load them"
+            "--allow-loading would let any client replace adapters; pass "
+            f"--{'api' if is_vllm else 'admin'}-key-file FILE with the keys that may load adapters"
         )
     if is_vllm:
         from loraloom.serve.vllm import serve_with_vllm
@@ -124,7 +124,7 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
         from loraloom.serve.http.server import Server, listen
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"serving needs the package {error.name}, which is not installed; run: pip install "
+            f"serving requires the package {error.name}, which is not installed; run: pip install "
             '"loraloom[serve]"'
         ) from None
     bound_memory()

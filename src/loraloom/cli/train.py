@@ -31,25 +31,25 @@ class TrainOptions(StrictModel):
     """What becomes of earlier results, and where else jobs come from."""
 
     resume: bool = False
-    """Resume from the newest checkpoint, if there is one."""
+    """Resume from the newest checkpoint, if one exists."""
     overwrite: bool = False
     """Replace earlier results of these jobs."""
     watch: Path | None = None
-    """Keep running, and train the job files that come into this directory too."""
+    """Keep running, and train job files added to this directory."""
     watch_exit_when_idle: bool = False
-    """With --watch: end when all files are done."""
+    """Stop when all files of --watch are done."""
     ray: str | None = None
-    """Spread the work over the devices of a Ray cluster: auto (the one that runs on this machine,
-    else one that lasts as long as the command) or HOST:PORT."""
+    """Train on the devices of a Ray cluster: auto (this machine's, or else a temporary one) or
+    HOST:PORT."""
     ray_workers: int | None = Field(default=None, ge=1)
-    """With --ray: use N devices; by default all accelerators, else one worker on each machine."""
+    """Use N devices of --ray. Default: all accelerators, or else one worker per machine."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         if self.watch_exit_when_idle and self.watch is None:
-            yield "--watch-exit-when-idle has no effect without --watch DIR; give it"
+            yield "--watch-exit-when-idle requires --watch DIR"
         if self.ray_workers is not None and self.ray is None:
-            yield "--ray-workers has no effect without --ray; give it"
+            yield "--ray-workers requires --ray"
 
 
 def train(
@@ -59,15 +59,15 @@ def train(
     overrides: Sets = (),
     options: Annotated[TrainOptions, Parameter(name="*")] = TrainOptions(),
 ) -> None:
-    """Train the adapters of a run file, all of them together on one base model.
+    """Train the adapters of a run file together on one base model.
 
     With `torchrun --nproc-per-node N -m loraloom train RUN.yaml`, N processes share the rows.
 
-    Ctrl-C, SIGTERM or SIGHUP saves everything for --resume; a second one ends at once. Output
-    that can't be written, to a closed pipe say, is lost; training goes on.
+    Ctrl-C, SIGTERM or SIGHUP saves a checkpoint for --resume; a second signal stops at once. If
+    output cannot be written (a closed pipe), training continues without output.
 
     Args:
-        run_file: A base model and its jobs.
+        run_file: YAML file with a base model and jobs.
     """
     run = load_run_config(run_file, overrides)
     console = make_console(quiet=training.read_launch().rank > 0)

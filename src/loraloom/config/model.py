@@ -38,13 +38,13 @@ class BaseModelConfig(StrictModel):
     """Which base model, and how its weights are kept."""
 
     base_model: str = Field(min_length=1)
-    """Hub id, directory or .gguf file of a causal language model, or smollm2-135m."""
+    """Load this base model: a Hub ID, a directory, a .gguf file or smollm2-135m."""
     dtype: BaseDtype = "auto"
-    """Number format of the base model; auto: that of its config.json, but float32 of float64 or
-    none, and on a CPU that multiplies 16 bits slowly. Adapters are kept in float32."""
+    """Load the base model in this dtype. auto: the checkpoint's, or float32 for float64 and on CPUs
+    slow in 16 bits."""
     quantization: Quantization | None = None
-    """Keep the base model's weights in 4 or 8 bits; null: as they are."""
+    """Quantize the base model's weights to 4 or 8 bits."""
     device: Annotated[str, AfterValidator(check_device)] = "auto"
-    """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
+    """Run on this device: auto (an accelerator if available), cpu, cuda, cuda:0, xpu or mps."""
     attn_implementation: AttnImplementation | None = None
-    """How transformers computes attention; null for its own choice."""
+    """Compute attention with this implementation. Default: transformers' choice."""

@@ -30,27 +30,26 @@ class SamplingConfig(StrictModel):
     """How tokens are chosen, and when to stop."""
 
     max_new_tokens: int = Field(default=128, ge=1)
-    """Generate at most N tokens for a prompt."""
+    """Generate at most N tokens per prompt."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 takes the most likely token; else tokens are drawn from softmax(logits / temperature)."""
+    """Sample from softmax(logits / temperature); 0: always select the most likely token."""
     top_k: int = Field(default=0, ge=0)
-    """Draw from this many of the most likely tokens; 0 for all."""
+    """Sample from the K most likely tokens; 0: no limit."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the most likely tokens whose probabilities sum to this."""
+    """Sample from the most likely tokens whose probabilities sum to P."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
-    """Divide logits of tokens that occurred before, in the prompt too; multiply negative ones."""
+    """Divide logits of earlier tokens by this, and multiply negative ones; 1: off."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of the random draws."""
+    """Set the random seed."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts at whose first appearance a completion ends; they are not part of it."""
+    """End completions before this string. Repeatable."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         for name, value, plain in (("top_k", self.top_k, 0), ("top_p", self.top_p, 1)):
             if self.temperature == 0 and value != plain:
                 yield (
-                    f"{name} has no effect at temperature 0, got {value}; "
-                    "set temperature above 0 or leave it out"
+                    f"{name} requires temperature above 0, got {name} {value} with temperature 0"
                 )
 
 
