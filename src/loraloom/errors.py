@@ -76,5 +76,5 @@ def not_finite(
     owners = ", ".join("the base model" if a is None else f"adapter {a!r}" for a in adapters)
     return AdapterError(
         f"{what} must be finite, got {value} from {' '.join(filter(None, (owners, place)))}; the "
-        "weights have diverged, or float16 is too narrow for them (take bfloat16)"
+        "weights have diverged, or exceed the range of float16 (use bfloat16)"
     )

@@ -93,7 +93,7 @@ class LoraloomConfig(PeftConfig):
         if not self.file_fields:
             raise ConfigError(
                 f"{CONFIG_FILE} describes the base model too, and this configuration has none; "
-                "give it to get_peft_model first"
+                "call get_peft_model with this configuration first"
             )
         path = Path(save_directory, CONFIG_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)

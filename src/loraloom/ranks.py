@@ -185,7 +185,7 @@ class ProcessRanks(Ranks):
             yield
         except RuntimeError as error:
             raise RankLost(
-                f"rank {self.rank} of {self.size} can't reach the others any more, one has died or "
-                f"doesn't answer ({str(error).strip().splitlines()[0]}); --resume goes on "
-                "from the last checkpoint, on any number of ranks"
+                f"rank {self.rank} of {self.size} lost contact with the other ranks "
+                f"({str(error).strip().splitlines()[0]}); pass --resume to continue from the last "
+                "checkpoint, on any number of ranks"
             ) from error

@@ -95,7 +95,7 @@ def test_results_are_in_the_way_of_a_run_as_they_were(copies, capsys):
     assert loraloom_command(["train", "run.yaml"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert loraloom_command(["train", "run.yaml", "--resume"]) == 2
-    assert "--resume needs checkpoints" in capsys.readouterr().err
+    assert "--resume requires checkpoints" in capsys.readouterr().err
     assert loraloom_command(["train", "run.yaml", "--overwrite"]) == 0
 
 

@@ -33,25 +33,25 @@ def test_a_task_is_scored_by_label_by_default():
 
 
 CONTRADICTIONS = [
-    ({}, "a task, a dataset or a mix must be given"),
+    ({}, "data must set task, dataset or mix"),
     ({"task": "arc_easi"}, "task must be one of arc_easy, "),
     ({**TEXT, "task": "piqa"}, "dataset and task exclude each other"),
-    ({"task": "piqa", "format": "chat"}, "format has no effect on a task"),
-    ({"dataset": "a.jsonl"}, "format must be given with a dataset"),
-    ({**CHAT, "path": "data"}, "path has no effect on a dataset"),
-    ({**CHAT, "template": "alpaca"}, "template has no effect on format chat"),
-    ({**TEXT, "chat_template": "trl"}, "chat_template has no effect on format text"),
+    ({"task": "piqa", "format": "chat"}, "format is not supported for a task"),
+    ({"dataset": "a.jsonl"}, "dataset requires format"),
+    ({**CHAT, "path": "data"}, "path is not supported for a dataset"),
+    ({**CHAT, "template": "alpaca"}, "template is not supported for format chat"),
+    ({**TEXT, "chat_template": "trl"}, "chat_template is not supported for format text"),
     ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages, tools, system to col"),
-    ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix must stand without task"),
+    ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix and task, scoring exclude each other"),
     ({"mix": []}, "at least 1 item"),
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),
     ({"mix": [{"task": "piqa", "weight": 0}]}, "greater than 0"),
     ({"task": "piqa", "weight": 2}, "unknown key 'weight'"),
-    ({**TEXT, "split": "x"}, "split has no effect on a file"),
+    ({**TEXT, "split": "x"}, "split is not supported for a file"),
     ({"task": "piqa", "validation_fraction": 1}, "less than 1"),
     ({**TEXT, "validation_fraction": 0.1, "validation": TEXT}, "validation and validation_fracti"),
-    ({**CHAT, "shuffle_buffer": 9}, "shuffle_buffer has no effect without streaming"),
-    ({**CHAT, "validation": {**CHAT, "weight": 2}}, "no effect on validation data"),
+    ({**CHAT, "shuffle_buffer": 9}, "shuffle_buffer requires streaming"),
+    ({**CHAT, "validation": {**CHAT, "weight": 2}}, "validation does not support weight"),
 ]
 
 

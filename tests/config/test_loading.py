@@ -92,9 +92,9 @@ def test_all_faults_are_in_one_message(tmp_path):
         "jobs.0.adapter.top_k=9": r"jobs\.0\.adapter: top_k must be in .*=8\], got 9",
         "jobs.0.data.task=arc_esy": r"jobs\.0\.data: task must .*did you mean 'arc_easy'",
         "jobs.0.train.lr=1": r"jobs\.0\.train: unknown key 'lr'; did you mean 'learning_rate'",
-        "jobs.0.eval=[{}]": r"jobs\.0\.eval\.0\.task must be given, it is missing",
+        "jobs.0.eval=[{}]": r"jobs\.0\.eval\.0\.task is required, but missing",
         "jobs.1.adapter.num_experts=8": r".*unknown key 'num_experts'; known keys are",
-        "jobs.1.data.mix.1.format=null": r"jobs\.1\.data\.mix\.1: format must be given",
+        "jobs.1.data.mix.1.format=null": r"jobs\.1\.data\.mix\.1: dataset requires format",
         "jobs.1.train.learning_rate=fast": r".*rate must be a valid number.*, got 'fast'",
     }
     lines = faults(tmp_path, *wrong)
@@ -110,7 +110,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs.1.adapter.method=dora", "jobs.1.adapter must have a 'method' of 'lora', "),
         ("jobs.1.adapter.method=dora", "write method: lora with weight_decomposition: true"),
         ("jobs.1.adapter.method=mixlor", "got 'mixlor'; did you mean 'mixlora'?"),
-        ("jobs.1.adapter={}", "jobs.1.adapter must have 'method', it is missing"),
+        ("jobs.1.adapter={}", "jobs.1.adapter requires 'method', which is missing"),
         ("jobs.1.adapter=lora", "jobs.1.adapter must be a mapping, got 'lora'"),
         ("jobs.1.start_from=''", "jobs.1: start_from must name an adapter, got ''"),
         ("jobs.1.adapter.rank=1.5", "jobs.1.adapter.rank must be a valid integer, got"),
@@ -123,10 +123,10 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("base_model=null", "base_model must be a valid string, got None"),
         ("jobs.1.train.gradient_checkpointing=maybe", "checkpointing must be a valid boolean"),
         ("jobs.0.data={task: piqa, dataset: a}", "jobs.0.data: dataset and task exclude each"),
-        ("jobs.1.train.eval_steps=5", "train.eval_steps has nothing to evaluate; give data."),
+        ("jobs.1.train.eval_steps=5", "train.eval_steps requires data to evaluate; set data."),
         ("jobs.1.train.objective={name: dpoo}", "must have a 'name' of 'sft', 'dpo', 'cpo', got"),
         ("jobs.0.train.objective={name: dpo, beta: 0}", "objective.beta must be greater than 0"),
-        ("jobs.1.train.objective={name: dpo}", "objective dpo needs pairs of answers"),
+        ("jobs.1.train.objective={name: dpo}", "objective dpo requires pairs of answers"),
     ],
 )
 def test_a_fault_is_one_line_with_its_path(tmp_path, override, fault):

@@ -35,11 +35,11 @@ def test_one_template_is_for_the_default_scoring(tmp_path):
         ("choices: options", "choices: options\nnaem: quiz", "unknown key 'naem'"),
         ("choices: options", "choices: options\nscoring: both", "scoring must be 'label' or"),
         ("choices: options", "choices: [one]", "(?s:.*)at least 2 items"),
-        ("choices: options", "", "choices must be given, it is missing"),
+        ("choices: options", "", "choices is required, but missing"),
         ('"{{ question }}"', "{both: x}", "template.both.* must be 'label' or 'text'"),
         ('"{{ question }}"', "{label: x}", "template must have a text for scoring text"),
-        ("files: {test: test.jsonl}", "hub: null", ".*hub or files must be given, one of them"),
-        ("{test: test.jsonl}}", "{test: t.jsonl}, hub: a/b}", ".*hub or files must be given, one"),
+        ("files: {test: test.jsonl}", "hub: null", ".*either hub or files"),
+        ("{test: test.jsonl}}", "{test: t.jsonl}, hub: a/b}", ".*either hub or files"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, other, message):

@@ -125,7 +125,7 @@ def test_jobs_that_share_a_mapping_are_changed_one_by_one():
         ("=3", "--set must be path=value"),
         ("jobs.2.name=a", r"--set jobs.2.name: '2' must be an index in \[0, 1\]"),
         ("jobs.first.name=a", r"'first' must be an index in \[0, 1\]"),
-        ("dtype.x=1", "--set dtype.x: there is nothing to change inside 'float32'"),
+        ("dtype.x=1", "--set dtype.x: 'float32' contains no settings to change"),
         ("dtype=[1", "the value of --set dtype must be valid YAML"),
     ],
 )

@@ -86,15 +86,15 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer(tin
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [
-        (PLAIN, conversation(("user", "color?")), "line 3: the conversation has no assistant's"),
-        (PLAIN, conversation(("assistant", "b")), "line 3: a conversation must not begin with"),
+        (PLAIN, conversation(("user", "color?")), "line 3: the conversation has no assistant"),
+        (PLAIN, conversation(("assistant", "b")), "line 3: a conversation must not start with"),
         (
             PLAIN.replace("[assistant]{% endif", "[assistant]<think>{% endif"),
             TWO_TURNS,
-            "line 3: the chat template asks for message 2 with '<think>' where it then writes 'b",
+            "line 3: the generation prompt for message 2 continues with '<think>', but the",
         ),
-        (MARKED.replace("m.role == 'assistant'", "false"), TWO_TURNS, "3: .* marks have nothing"),
-        ("{{ raise_exception('no roles') }}", TWO_TURNS, "line 3: .* chat template: no roles"),
+        (MARKED.replace("m.role == 'assistant'", "false"), TWO_TURNS, "3: .* marks do not enclose"),
+        ("{{ raise_exception('no roles') }}", TWO_TURNS, "line 3: .* rejects the row: no roles"),
         (None, TWO_TURNS, "the tokenizer must have a chat template"),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_a_template_leaves_out_beside_a_call_is_refused(tiny_tokenizer):
     call["content"] = "\n"
     assert encode(tiny_tokenizer, CALLS_ALONE, row)
     call["content"] = "Let me look."
-    with pytest.raises(DataError, match="leaves out the content of message 2, beside its tool_c"):
+    with pytest.raises(DataError, match="drops the content of message 2, next to its tool_c"):
         encode(tiny_tokenizer, CALLS_ALONE, row)
     answer = [{"role": "tool", "content": "b"}, {"role": "assistant", "content": "blue"}]
     forgets = CALLS_ALONE.replace(
@@ -196,11 +196,11 @@ def test_trl_has_no_template_for_every_tokenizer_and_may_be_missing(tiny_tokeniz
     with pytest.raises(DataError, match="trl has no training template for this tokenizer"):
         load_chat_template(tiny_tokenizer, "trl")
     monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
-    with pytest.raises(DataError, match="chat_template trl needs trl's templates: pip install trl"):
+    with pytest.raises(DataError, match="chat_template trl requires trl; run: pip install trl"):
         load_chat_template(tiny_tokenizer, "trl")
 
 
 def test_a_tokenizer_that_does_not_know_where_tokens_begin_is_refused(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(type(tiny_tokenizer), "is_fast", False)
-    with pytest.raises(DataError, match="chats need a fast tokenizer"):
+    with pytest.raises(DataError, match="chat data requires a fast tokenizer"):
         encode(tiny_tokenizer, PLAIN, TWO_TURNS)

@@ -163,5 +163,5 @@ def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, ca
         with pytest.raises(DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has "):
             load(tiny_tokenizer, file, "preference")
     assert len(entries(cache)) == 1
-    with pytest.raises(DataError, match="line 1: chat_template has no effect on preferences bet"):
+    with pytest.raises(DataError, match="line 1: preferences between strings do not"):
         load(tiny_tokenizer, file, "preference", chat_template=PLAIN)

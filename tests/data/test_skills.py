@@ -102,5 +102,5 @@ def test_a_number_of_lands_must_be_one_that_there_is(task):
 def test_skills_have_three_splits_and_no_path():
     with pytest.raises(DataError, match="split of skills must be one of train, validation, test"):
         generate_skills("dev")
-    with pytest.raises(DataError, match="skills is generated and takes no path"):
+    with pytest.raises(DataError, match="skills does not support path"):
         load_question_set("skills", "text", path="data")

@@ -102,9 +102,9 @@ def test_what_json_has_no_form_for_becomes_text_when_parquet_is_read(tmp_path):
         ("a.json", '["{}"]', "a.json, row 1: a row must be a JSON object, got str"),
         ("a.json", "[" * 100_000, "a.json: the list must be JSON: recursion limit"),
         ("a.jsonl", '{}\n{"text": "\\ud800"}', "a.jsonl, line 2: the row must be JSON: "),
-        ("a.jsonl", "\n", "a.jsonl: there are no rows"),
-        ("a.json", '{\n "data": [{}]\n}', "a.json: a .json file must be a list of rows, or have"),
-        ("a.csv", "text,label\n", "a.csv: there are no rows"),
+        ("a.jsonl", "\n", "a.jsonl contains no rows"),
+        ("a.json", '{\n "data": [{}]\n}', "a.json: a .json file must contain a list of rows"),
+        ("a.csv", "text,label\n", "a.csv contains no rows"),
         ("a.csv", 'text\n"never closed\n', "a.csv: line 2: not valid CSV: unexpected end of data"),
         ("a.csv", "text\none,two\n", "a.csv, line 2: a row must have at most 1 columns"),
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv: columns must have different names"),
@@ -167,9 +167,9 @@ def test_a_data_set_is_found_in_a_directory_of_data_sets_in_its_own_or_in_a_file
 def test_an_absent_data_set_or_split_offers_the_nearest_name(collection):
     with pytest.raises(DataError, match="split must be train as the file's name says, got 'test'"):
         find_named(collection / "quiz" / "train.jsonl", "quiz", "test")
-    with pytest.raises(DataError, match=r"no data set 'quizz' there; did you mean 'quiz'\?"):
+    with pytest.raises(DataError, match=r"no data set 'quizz'; did you mean 'quiz'\?"):
         find_named(collection, "quizz", "test")
-    message = r"quiz: no split 'validation' there; the splits are: test, train"
+    message = r"quiz has no split 'validation'; the splits are: test, train"
     with pytest.raises(DataError, match=message):
         find_named(collection, "quiz", "validation")
     with pytest.raises(DataError, match=message):
@@ -201,5 +201,5 @@ def test_a_hub_data_set_is_read_at_its_revision_or_a_data_error(monkeypatch):
     assert asked == [("owner/quiz", "easy", "abc", "train", False)]
     fail = Mock(side_effect=ConnectionError("Couldn't reach the Hub\nlong trace"))
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"owner/quiz: .*Couldn't reach the Hub; give the path"):
+    with pytest.raises(DataError, match=r"owner/quiz: .*Couldn't reach the Hub; without"):
         RowStream(HubSource("owner/quiz"), "train")

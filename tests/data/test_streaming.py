@@ -85,7 +85,9 @@ def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
     path = tmp_path / "long.jsonl"
     row = {"instruction": "Say", "context": "", "response": "what color is the sky " * 20}
     write_rows(path, [row] * 3)
-    with pytest.raises(DataError, match="no row has an answer that fits max_length=16; raise it"):
+    with pytest.raises(
+        DataError, match="no row has an answer that fits max_length=16; raise max_length"
+    ):
         stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
     made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=512)
     assert len(made.take(made.start, 12)[0]) == 12
@@ -114,9 +116,9 @@ def test_an_empty_stream_is_an_error(tiny_tokenizer, file):
     made = stream(tiny_tokenizer, dataset=file)
     _, position = made.take(made.start, 8)
     file.write_text("")
-    with pytest.raises(DataError, match=r"rows.jsonl: there are no rows"):
+    with pytest.raises(DataError, match=r"rows.jsonl contains no rows"):
         made.take(position, 80)
-    with pytest.raises(DataError, match=r"rows.jsonl: there are no rows"):
+    with pytest.raises(DataError, match=r"rows.jsonl contains no rows"):
         stream(tiny_tokenizer, dataset=file)
 
 

@@ -118,7 +118,7 @@ def test_a_template_sees_the_choices_and_scoring_by_label_offers_the_labels(writ
     ("change", "message"),
     [
         ({"options": None}, "field 'options' must be a list, got None"),
-        ({"options": ["one"]}, "choices must be at least 2, .* got 1 and A"),
+        ({"options": ["one"]}, "a question must have at least 2 choices, .* got 1 and A"),
         ({"options": ["one", ["x"]]}, r"field 'options' must be a text or a number, got \['x'\]"),
         ({"answer": 2}, r"answer \(answer\) must be a choice's index, one of 0, 1, got '2'"),
         ({"answer": None}, "answer must be a text or a number, got None"),
@@ -145,15 +145,15 @@ def test_a_missing_field_is_named_with_those_that_are_there(write, field, messag
 def test_labels_must_fit_the_choices(write):
     text = TASK.replace("choices: options", "choices: options\nlabels: tags")
     for tags in (["x"], ["x"] * 2):
-        with pytest.raises(DataError, match=r"as many labels that differ .* got 2 and x"):
+        with pytest.raises(DataError, match=r"with different labels .* got 2 and x"):
             load_question_set(write(text, {**ROW, "tags": tags}))
 
 
 def test_what_a_task_lacks_is_an_error(write, tmp_path):
     path = write()
-    with pytest.raises(ConfigError, match=r"quiz.yaml: template must have one for scoring label"):
+    with pytest.raises(ConfigError, match=r"quiz.yaml: template has no entry for scoring label"):
         load_question_set(path, "label")
-    with pytest.raises(DataError, match=r"no split 'tset' there; did you mean 'test'\?"):
+    with pytest.raises(DataError, match=r"has no split 'tset'; did you mean 'test'\?"):
         load_question_set(path, split="tset")
     (tmp_path / "rows" / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"test.jsonl: no such file"):
@@ -162,7 +162,7 @@ def test_what_a_task_lacks_is_an_error(write, tmp_path):
         find_task(write(f"{TASK}label: {{answer_is: labl}}"))
     with pytest.raises(DataError, match=r"quiz.yaml: template is not valid Jinja"):
         load_question_set(write(TASK.replace("{{ question }}", "{{ question")))
-    with pytest.raises(DataError, match="quiz has no data of its own; give its path"):
+    with pytest.raises(DataError, match="quiz contains no data; set path"):
         load_question_set(write(TASK.replace("data:", "#")))
     assert len(load_question_set(path, path=tmp_path / "rows").questions) == 1
     (tmp_path / "my quiz.yaml").write_text(TASK)

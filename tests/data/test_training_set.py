@@ -78,7 +78,7 @@ def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
     tokens = sum(len(example.input_ids) for example in loaded.examples)
     assert loaded.report == (
         f"{path}: 3 rows, 2 examples, {tokens} tokens, 0 held out; 1 cut or divided to fit "
-        "max_length=20; 1 dropped, their answer does not fit",
+        "max_length=20; 1 dropped because their answers do not fit",
     )
     with pytest.raises(DataError, match="none of the 3 rows has an answer that fits max_length=2;"):
         load(tiny_tokenizer, max_length=2, **settings)
@@ -182,7 +182,7 @@ def test_an_empty_answer_is_an_error_unless_it_is_skipped(tiny_tokenizer, tmp_pa
         load(tiny_tokenizer, **data)
     loaded = load(tiny_tokenizer, **data, on_empty="skip")
     assert len(loaded.examples) == 1
-    assert loaded.report[0].endswith("; 1 skipped, their answer is empty")
+    assert loaded.report[0].endswith("; 1 skipped because of empty answers")
 
 
 def test_pairs_of_texts_may_begin_with_an_empty_one_and_count_once(tiny_tokenizer, tmp_path):
@@ -190,7 +190,7 @@ def test_pairs_of_texts_may_begin_with_an_empty_one_and_count_once(tiny_tokenize
     pairs = {"dataset": write_rows(tmp_path / "a.jsonl", rows), "format": "preference"}
     pairs |= {"on_empty": "skip"}
     loaded = load(tiny_tokenizer, **pairs, validation=pairs, as_pairs=True)
-    assert loaded.report[0].endswith("; 1 skipped, their answer is empty")
+    assert loaded.report[0].endswith("; 1 skipped because of empty answers")
     assert "1 of 1 held-out examples" in loaded.warnings[0]
 
 
@@ -233,5 +233,5 @@ def test_a_chat_template_of_ones_own_is_taken_for_pairs_too(tiny_tokenizer, tmp_
     loaded = load(tiny_tokenizer, as_pairs=True, **data)
     assert tiny_tokenizer.decode(loaded.examples[0].rejected.input_ids) == "sky?;green;"
     write_rows(tmp_path / "a.jsonl", [{"chosen": [TURN, BAD], "rejected": [TURN, BAD]}])
-    with pytest.raises(DataError, match="line 1: the conversation has no assistant's turn"):
+    with pytest.raises(DataError, match="line 1: the conversation has no assistant message"):
         load(tiny_tokenizer, as_pairs=True, **data)

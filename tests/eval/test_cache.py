@@ -62,7 +62,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, reopen, change):
     path = tmp_path / "cache" / FILE_NAME
     keep(reopen(), *range(2000))
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ConfigError, match=f"can't be kept in .*{FILE_NAME}.* delete the file if"):
+    with pytest.raises(ConfigError, match=f"cached in .*{FILE_NAME}.* delete a damaged file"):
         kept(reopen(), *range(2000))
 
 
@@ -83,7 +83,7 @@ def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
 
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path, base):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"scores can't be kept in .*, or give --no-cache"):
+    with pytest.raises(ConfigError, match=r"scores cannot be cached in .*, or pass --no-cache"):
         ScoreCache(tmp_path / "file" / "cache", base, [None])
 
 

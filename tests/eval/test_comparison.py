@@ -41,7 +41,7 @@ def test_adapters_with_an_at_are_seeds_of_what_stands_before_it():
 @pytest.mark.parametrize("name", ["mix", "base"])
 def test_a_group_must_not_have_an_adapters_name(name):
     seeds = [f"{name}@0", f"{name}@1"]
-    with pytest.raises(ConfigError, match=f"got {name!r} and its seeds {', '.join(seeds)}; call"):
+    with pytest.raises(ConfigError, match=f"{name!r} is also the name .* {', '.join(seeds)};"):
         choose_pairs([name, *seeds], [f"{name}:{name}@0"])
 
 
@@ -116,8 +116,8 @@ LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": Tru
         ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
         ([LINE | {"index": "0"}], "line 1: field 'index' must be an integer, got '0'"),
         ([LINE, LINE | {"correct": False}], "line 2: 'a' must answer question 0 of t once, got"),
-        ([LINE, LINE | {"adapter": "b", "question": "g"}], "others of 'b' than of 'a'; take"),
-        ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "got others of 'b'"),
+        ([LINE, LINE | {"adapter": "b", "question": "g"}], "'b' and 'a' differ; use"),
+        ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "but 'b' and"),
     ],
 )
 def test_lines_that_can_not_be_used_are_an_error(tmp_path, lines, message):

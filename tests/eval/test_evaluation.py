@@ -49,8 +49,8 @@ def test_tasks_have_names(host, tiny_tokenizer, tmp_path, tasks):
     ("tasks", "adapters", "pairs", "error", "message"),
     [
         ([TOY], [], None, AdapterError, "adapters must name at least one"),
-        ([TOY], [None, "base"], None, AdapterError, "no adapter may be called base"),
-        ([], ["lora"], None, ConfigError, "tasks must name at least one"),
+        ([TOY], [None, "base"], None, AdapterError, "'base' is reserved for the base model"),
+        ([], ["lora"], None, ConfigError, "tasks must contain at least one"),
         ([TOY, TOY], ["lora"], None, ConfigError, "must have different names, got toy, toy"),
         ([TOY], ["lora"], [("lora", "lroa")], ConfigError, "must be one of lora, got 'lroa'"),
     ],

@@ -144,7 +144,7 @@ def test_what_does_not_fit_into_memory_is_scored_in_parts(tiny_tokenizer, monkey
     assert_equals(scored(host, tiny_tokenizer), expected)
     assert set(seen) == {1}
     limit_rows(monkeypatch, 0)
-    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored must fit into memory"):
+    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored does not fit"):
         scored(scoring_host(), tiny_tokenizer)
 
 

@@ -70,7 +70,7 @@ def test_equal_answers_do_not_differ_and_one_question_has_no_standard_error():
 
 @pytest.mark.parametrize(("first", "second"), [([], []), ([1, 0], [1])])
 def test_other_questions_can_not_be_compared(first, second):
-    with pytest.raises(DataError, match="needs the same questions of both, at least one, got"):
+    with pytest.raises(DataError, match="requires the same questions for both, at least one, got"):
         compare_paired(first, second)
 
 

@@ -88,7 +88,7 @@ def test_a_checkpoint_of_a_run_takes_the_runs_settings(base, tmp_path):
 @pytest.mark.parametrize("run", [None, {"adapter": "lora"}, [1]])
 def test_without_the_runs_settings_it_asks_for_them(run, base, tmp_path):
     tensors = write(tmp_path, run)
-    with pytest.raises(FormatError, match=r"doesn't tell top_k and the experts' alpha.*settings="):
+    with pytest.raises(FormatError, match=r"top_k and the experts' alpha are not in.*settings="):
         read_adapter(tmp_path, base)
     config, read = read_adapter(tmp_path, base, GIVEN)
     assert config == CONFIG

@@ -22,7 +22,7 @@ def drop_tensors(directory, part):
 def test_an_adapter_is_not_overwritten_unasked(saved, base, monkeypatch):
     monkeypatch.setenv("HOME", str(saved))
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(AdapterError, match=r"already has adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"already contains adapter_config.json"):
         write("~", base, seed=1)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
@@ -36,7 +36,7 @@ def test_missing_tensors_are_listed(saved, base):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_file_is_named(name, saved, base):
     (saved / name).unlink()
-    with pytest.raises(FormatError, match=f"must have {name}"):
+    with pytest.raises(FormatError, match=f"(has no|contains neither) {name}"):
         read_adapter(saved, base)
 
 
@@ -44,7 +44,7 @@ def test_a_missing_file_is_named(name, saved, base):
     ("name", "message"),
     [
         ("adapter_config.json", "must be JSON"),
-        ("adapter_model.safetensors", "can't be read as safetensors"),
+        ("adapter_model.safetensors", "is not a safetensors file"),
     ],
 )
 @pytest.mark.parametrize("keep", [0.0, 0.5])
@@ -79,13 +79,13 @@ def test_code_in_a_pickle_is_not_run(saved, base, capsys):
 
 def test_a_base_model_is_not_an_adapter(tmp_path, base):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FormatError, match="it is a model, not an adapter"):
+    with pytest.raises(FormatError, match="a base model, not an adapter"):
         read_adapter(tmp_path, base)
 
 
 def test_a_path_that_is_not_there_is_an_error(tmp_path, base):
     for path in (tmp_path / "nowhere", "../owner/nowhere"):
-        with pytest.raises(FormatError, match="there is no"):
+        with pytest.raises(FormatError, match=r"a Hub ID, got .*nowhere"):
             read_adapter(path, base)
 
 
@@ -94,7 +94,7 @@ def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
         raise OSError("outgoing traffic has been disabled")
 
     monkeypatch.setattr(disk, "snapshot_download", offline)
-    with pytest.raises(FormatError, match=r"no directory here, .*outgoing traffic.*check the name"):
+    with pytest.raises(FormatError, match=r"not a local .*outgoing traffic.*check the name"):
         read_adapter("owner/adapter", base)
 
 
@@ -112,8 +112,8 @@ def test_other_modules_are_another_base_model(saved, phi_base):
 
 def test_other_weights_of_the_same_shape_are_a_warning(saved, base):
     message = (
-        r"trained on some-org/tiny-llama \(.*\), the base model here is some-org/other \(.*"
-        "they may be wrong"
+        r"trained on some-org/tiny-llama \(.*\), but the base model here is some-org/other \(.*"
+        "may be wrong otherwise"
     )
     with pytest.warns(UserWarning, match=message):
         read_adapter(saved, replace(base, name_or_path="some-org/other", fingerprint="another"))

@@ -114,5 +114,5 @@ def test_what_does_not_fit_into_memory_is_completed_in_parts(host, tiny_tokenize
     assert completed(host, tiny_tokenizer, temperature=1.0, seed=5) == expected
     assert max(seen) == 2
     monkeypatch.setattr(host, "prefill", full)
-    with pytest.raises(DataError, match=r"a prompt of \d+ tokens must fit into memory"):
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens does not fit into memory"):
         completed(host, tiny_tokenizer)

@@ -26,10 +26,10 @@ def test_what_can_not_be_written_is_an_error(tiny_tokenizer):
         encode_prompt(tiny_tokenizer, Prompt("", origin="--prompt"))
     tiny_tokenizer.chat_template = TEMPLATE
     tools = [{"type": "function", "function": {"name": "paint"}}]
-    with pytest.raises(DataError, match="line 3: the chat template leaves tools out"):
+    with pytest.raises(DataError, match="line 3: the chat template ignores tools"):
         encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3", tools=tools))
     for prompt in (Prompt(TURNS), Prompt("one", tools=tools)):
-        with pytest.raises(DataError, match="messages and tools need a template; leave raw out"):
+        with pytest.raises(DataError, match="messages and tools require a template; remove raw"):
             encode_prompt(tiny_tokenizer, prompt, raw=True)
 
 
@@ -51,7 +51,7 @@ def test_a_prompt_goes_into_the_chat_template_if_there_is_one(tiny_tokenizer):
     assert decoded(tiny_tokenizer, "one two", raw=True) == "one two"
     assert decoded(tiny_tokenizer, TURNS) == "(user) yes?\n(assistant) no\n(assistant)"
     tiny_tokenizer.chat_template = "{{ raise_exception('no assistant please') }}"
-    with pytest.raises(DataError, match="do not fit the chat template: no assistant please"):
+    with pytest.raises(DataError, match="rejects the messages: no assistant please"):
         encode_prompt(tiny_tokenizer, Prompt(TURNS))
 
 
@@ -73,7 +73,7 @@ def test_turns_of_instructions_are_joined_as_examples_are(tiny_tokenizer):
     assert decoded(tiny_tokenizer, turns, PLAIN) == f"two\n\nyes?\nno{end}one\n"
     silent = ({"role": "assistant", "content": None}, {"role": "user", "content": "one"})
     assert decoded(tiny_tokenizer, silent, PLAIN) == f"{end}one\n"
-    with pytest.raises(DataError, match="a user's turn must follow a system message"):
+    with pytest.raises(DataError, match="a system message must come before"):
         decoded(tiny_tokenizer, (*TURNS, turns[0]), PLAIN)
 
 
@@ -90,7 +90,7 @@ def test_a_prompt_template_reads_further_fields_of_a_row(tiny_tokenizer):
     assert decoded(tiny_tokenizer, "one", other) == "no"
     prompt = Prompt("one", fields={"topic": "two"})
     assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt, form)[0]) == "[two] one:"
-    with pytest.raises(DataError, match="can't be filled in: 'topic' is undefined; give a row"):
+    with pytest.raises(DataError, match="can't be filled in: 'topic' is undefined; pass rows"):
         encode_prompt(tiny_tokenizer, Prompt("one"), form)
     for one, lacking in ((form, "topic"), (other, "regex_replace")):
         with pytest.raises(ConfigError, match=f"prompt template needs {lacking}, and a chat"):

@@ -50,8 +50,8 @@ def test_a_draw_depends_on_seed_and_row_alone():
         ({"repetition_penalty": 1e300}, "repetition_penalty must be less than or equal to 100"),
         ({"top_p": 1.5, "temperature": 1}, "top_p must be less than or equal to 1, got 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens must be greater than or equal to 1, got 0"),
-        ({"top_p": 0.5}, "top_p has no effect at temperature 0, got 0.5; set temperature above 0"),
-        ({"top_k": 5}, "top_k has no effect at temperature 0, got 5"),
+        ({"top_p": 0.5}, "top_p requires temperature above 0, got top_p 0.5 with temperature 0"),
+        ({"top_k": 5}, "top_k requires temperature above 0, got top_k 5"),
         ({"stop": ("",)}, "stop"),
     ],
 )

@@ -83,7 +83,7 @@ def test_what_does_not_fit_into_memory_is_scored_in_parts(requests, monkeypatch,
 
 def test_a_row_that_does_not_fit_into_memory_is_an_error(requests, monkeypatch):
     limit_rows(monkeypatch, 0)
-    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored must fit into memory"):
+    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored does not fit"):
         label_log_probs(tiny_host(configs=METHODS), requests)
 
 

@@ -89,7 +89,7 @@ def test_a_recomputed_layer_fills_no_cache():
     assert out.past_key_values is None
     out.logits.sum().backward()
     for run in (host, host.hidden):
-        with pytest.raises(ModelError, match="fills no cache: leave use_cache and"):
+        with pytest.raises(ModelError, match="does not support a cache; remove use_cache and"):
             run(ids, mask, NAMES, training=True, use_cache=True)
     with pytest.raises(ModelError, match="packed rows"):  # whose samples would see each other
         host.hidden(ids, None, NAMES, sample_lengths=[[2, 1]] * 4, use_cache=True)

@@ -128,14 +128,14 @@ def test_a_rank_above_the_projections_size_is_combined():
 @pytest.mark.parametrize(
     ("names", "options", "error", "message"),
     [
-        (["lora", "mixlora"], {}, AdapterError, "must be of one method, .*`cat` combines LoRAs"),
-        (["lora", "dora"], {}, AdapterError, r"'lora' \(LoRA\) and 'dora' \(DoRA\) aren't"),
-        (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
-        (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
-        (["smora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
-        (["hydralora"], {"weights": [1.0]}, AdapterError, "updates of the form BA, HydraLoRA"),
+        (["lora", "mixlora"], {}, AdapterError, "must have the same method, .*`cat` for LoRAs"),
+        (["lora", "dora"], {}, AdapterError, r"'lora' \(LoRA\) and 'dora' \(DoRA\); use"),
+        (["vera"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
+        (["moslora"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
+        (["smora"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
+        (["hydralora"], {"weights": [1.0]}, AdapterError, "HydraLoRA adapters cannot be"),
         (["lora", "dora"], {"combination": "cat"}, AdapterError, "must be LoRAs, got DoRA"),
-        (["lora", "attention"], {"combination": "cat"}, AdapterError, "on the same projections"),
+        (["lora", "attention"], {"combination": "cat"}, AdapterError, "the same projections"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (
             ["mixlora"] * 2,

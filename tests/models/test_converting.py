@@ -91,16 +91,16 @@ def test_the_reference_gets_a_pickle_and_the_fields_that_it_reads(case, tmp_path
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (METHODS["dora"], "no DoRA with weight_decomposition: True"),
-        (METHODS["mixdora"], "no MixDoRA with weight_decomposition: True"),
-        (LoraConfig(rank=4, alpha=2.5), r"no LoRA with alpha: 2.5"),
+        (METHODS["dora"], "support DoRA with weight_decomposition: True"),
+        (METHODS["mixdora"], "support MixDoRA with weight_decomposition: True"),
+        (LoraConfig(rank=4, alpha=2.5), r"support LoRA with alpha: 2.5"),
         (MixLoraConfig(num_experts=2, routing="top_p", temperature=2), "temperature: 2.0; --set"),
         (MixLoraConfig(num_experts=2, routing="switch"), "routing: 'switch'; --set compat=moe"),
         (ALL_METHODS["mola"], r"num_experts: \(3, 4\)"),
-        (MolaConfig(num_experts=3, routing="dense"), "no MoLA with routing: 'dense'"),
-        (DynMoleConfig(num_experts=3), "MoE-PEFT has no DynMoLE"),
-        (MixLoraConfig(num_experts=2, shared_expert={}), "no MixLoRA with shared_expert"),
-        (ALL_METHODS["vera"], "give it: --base-model"),
+        (MolaConfig(num_experts=3, routing="dense"), "support MoLA with routing: 'dense'"),
+        (DynMoleConfig(num_experts=3), "MoE-PEFT does not support DynMoLE"),
+        (MixLoraConfig(num_experts=2, shared_expert={}), "support MixLoRA with shared_expert"),
+        (ALL_METHODS["vera"], "pass --base-model"),
     ],
 )
 def test_the_reference_is_not_given_what_it_lacks(config, message, tmp_path):
@@ -112,7 +112,9 @@ def test_the_reference_is_not_given_what_it_lacks(config, message, tmp_path):
 
 def test_peft_is_not_given_a_mixture(tmp_path):
     _, source = saved(tmp_path, METHODS["mixlora"])
-    with pytest.raises(AdapterError, match=r"PEFT has no MixLoRA; `import loraloom.peft`"):
+    with pytest.raises(
+        AdapterError, match=r"PEFT does not support MixLoRA; `import loraloom.peft`"
+    ):
         convert(source, tmp_path / "theirs", "peft")
 
 
@@ -122,7 +124,7 @@ def test_the_base_model_gives_lost_magnitudes_and_checks_the_fit(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     with (
         pytest.warns(UserWarning, match="a DoRA without magnitudes"),
-        pytest.raises(AdapterError, match=r"lacks its magnitudes.*--base-model"),
+        pytest.raises(AdapterError, match=r"contains no magnitudes.*--base-model"),
     ):
         convert(source, tmp_path / "native", "native")
     with pytest.warns(UserWarning, match="a DoRA without magnitudes"):
@@ -141,5 +143,5 @@ def test_the_command_converts_with_other_settings(tmp_path, capsys):
     assert "MixLoRA, rank 2, for native" in capsys.readouterr().out
     assert host.load("b", new).config.top_k == 1
     assert main(["convert", str(source), str(new), "--to", "native"]) == 2
-    assert "is there already; convert to a new directory" in capsys.readouterr().err
+    assert "already exists; convert to a new directory" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "x"), "--to", "peft"]) == 2

@@ -175,9 +175,9 @@ def test_a_host_that_trains_is_exported_without_its_dropout(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("path", "to", "message"),
     [
-        ("there", None, "must not be there yet"),
-        ("here", None, "other than the current one"),
-        ("file", None, "must not be there yet"),
+        ("there", None, "must be a new path"),
+        ("here", None, "neither the current one"),
+        ("file", None, "must be a new path"),
         ("adapter.gguf", None, "a directory"),
         ("adapter", "gguf", "a file"),
     ],

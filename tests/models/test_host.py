@@ -150,7 +150,7 @@ def test_other_programs_do_not_train_on_a_float16_base():
 
 def test_what_is_mistaken_for_a_model_is_told():
     attach = inspect.unwrap(loraloom.attach)  # without the tests' own checks of types
-    with pytest.raises(ModelError, match="attach takes a causal LM of transformers, got Host"):
+    with pytest.raises(ModelError, match="requires a causal LM of transformers, got Host"):
         attach(attach(tiny_model()))
-    with pytest.raises(ModelError, match="attach takes a causal LM of transformers, got str"):
+    with pytest.raises(ModelError, match="requires a causal LM of transformers, got str"):
         attach("smollm2-135m")

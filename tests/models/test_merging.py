@@ -69,7 +69,7 @@ def test_what_a_merged_adapter_forbids_is_said():
     with pytest.raises(AdapterError, match="must be without routers to be merged"):
         host.merge("mixlora")
     host.merge("lora")
-    with pytest.raises(AdapterError, match="give None for its rows, or unmerge it"):
+    with pytest.raises(AdapterError, match="use None for its rows, or call unmerge"):
         host(IDS, adapters=["lora", None])
     with pytest.raises(AdapterError, match="without a merged adapter to train"):
         host(IDS, adapters=["dora", None], training=True)

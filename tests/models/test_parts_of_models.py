@@ -78,8 +78,8 @@ def test_peft_adapts_what_the_adapter_does_and_nothing_else(family, config, tmp_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (METHODS["mixlora"], "MixLoRA needs experts: .* this base model has none"),
-        (ALL_METHODS["loramoe"], "LoRAMoE needs experts"),
+        (METHODS["mixlora"], "MixLoRA requires experts: .* this base model has none"),
+        (ALL_METHODS["loramoe"], "LoRAMoE requires experts"),
         (LoraConfig(target_modules="ffn"), "target_modules must name projections .* got ffn"),
         (LoraConfig(target_modules=("gate_proj",)), r"\(q_proj, k_proj, v_proj, o_proj\)"),
     ],
@@ -93,7 +93,7 @@ def test_the_experts_of_a_base_model_are_left_alone(config, message):
 @pytest.mark.parametrize("method", ["lora", "vera", "mola"])
 def test_who_adapts_all_linear_layers_is_told_that_experts_are_left_alone(method):
     host = tiny_host("mixtral", {}, torch.float32)
-    with pytest.warns(UserWarning, match="'a' is on attention alone"):
+    with pytest.warns(UserWarning, match="'a' adapts attention only"):
         adapter = host.add("a", ALL_METHODS[method])
     assert not any(map(adapter.adapts_ffn, range(host.base.num_layers)))
     host.add("b", changed(ALL_METHODS[method], target_modules="attention"))

@@ -77,7 +77,7 @@ def test_sums_go_with_their_members():
     ("row", "message"),
     [
         ("lora+mixlora", r"'mixlora' \(MixLoRA\) with experts"),
-        ("lora+whole", r"'whole' \(LoRA\) with modules of its own"),
+        ("lora+whole", r"'whole' \(LoRA\) with extra trainable modules"),
         ("lora+lora:2", "must be written as law:0.7.*, of 1 to 16 different ones"),
         ("lora:nan+dora", "finite weights"),
         ("lora+law", "got 'law'"),

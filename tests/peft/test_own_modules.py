@@ -214,7 +214,7 @@ def test_losses_are_those_of_each_rows_head_with_its_gradient(choice):
         ({"trainable_token_indices": (7, 3, 7)}, "must name each token once, got 7, 3, 7"),
         (
             {"trainable_token_indices": {"embed_tokens": (7,), "model.embed_tokens": (8,)}},
-            "must name model.embed_tokens once, got it as model.embed_tokens as well",
+            "must name model.embed_tokens once, got model.embed_tokens as well",
         ),
         ({"trainable_token_indices": {"norm": (1,)}}, r"embedding or head \(.*\), got norm"),
         (
@@ -234,7 +234,7 @@ def test_what_has_no_place_for_them_says_so(tmp_path):
     host = mixed_host("untied")
     with pytest.raises(AdapterError, match=r"without modules_to_save.*to be merged"):
         host.merge("lora")
-    with pytest.raises(AdapterError, match="must have updates of the form BA"):
+    with pytest.raises(AdapterError, match="updates are not of the form BA"):
         host.combine(["lora", "lora"], [0.5, 0.5], name="both")
     with pytest.raises(AdapterError, match="to be a GGUF adapter"):
         loraloom.export(host, build_tokenizer(), "lora", tmp_path / "out.gguf", "gguf")

@@ -196,7 +196,7 @@ def test_what_can_not_be_used_is_refused_and_leaves_the_base_model_alone(tmp_pat
         LoraloomConfig(adapter={"method": "mixlora", "num_experts": 4, "top_k": 9})
     with pytest.raises(ConfigError, match="task_type must be CAUSAL_LM, got 'SEQ_CLS'"):
         LoraloomConfig(adapter=MIX, task_type="SEQ_CLS")
-    with pytest.raises(ConfigError, match="give it to get_peft_model first"):
+    with pytest.raises(ConfigError, match="call get_peft_model with this"):
         LoraloomConfig(adapter=MIX).save_pretrained(tmp_path)
     base = tiny_model(dtype=torch.float32)
     expected = logits(base)

@@ -172,7 +172,7 @@ def test_a_balanced_load_and_few_choices_are_nothing_to_speak_of():
 
 def test_unused_experts_are_named_with_their_layers():
     text = found(EVEN, UNUSED)["unused experts"]
-    assert text.startswith("1 of 16 experts are hardly used")
+    assert text.startswith("1 of 16 experts are almost unused")
     assert text.endswith(": layer 11 (expert 7)")
     assert "below 1 % of an even share" in text
     assert found(*[UNUSED] * 9)["unused experts"].endswith("layer 13 (expert 7), 5 more")

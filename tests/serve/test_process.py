@@ -16,7 +16,7 @@ def test_keys_are_read_from_a_file(tmp_path):
     path.write_text("\ufeff# ours\n\nfirst\n second \n", encoding="utf-8")  # some editors begin so
     assert read_keys(path) == ["first", "second"]
     path.write_text("# none\n")
-    with pytest.raises(ConfigError, match="must have an API key a line"):
+    with pytest.raises(ConfigError, match="contains no API key"):
         read_keys(path)
     with pytest.raises(ConfigError, match="can't be read"):
         read_keys(tmp_path / "missing")

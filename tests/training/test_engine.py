@@ -277,7 +277,7 @@ def test_a_collapsed_router_is_told_once_and_kept(tmp_path, monkeypatch):
                 parameter.mul_(0).requires_grad_(False)
     result = engine.run()[0]
     assert [warning.split(" (")[0] for warning in result.warnings] == [
-        "steps 1 to 2: 12 of 16 experts are hardly used",
+        "steps 1 to 2: 12 of 16 experts are almost unused",
         "steps 1 to 2: layers that send nearly all tokens to the same experts",
     ]
     lines = [json.loads(x) for x in (tmp_path / "run/a/metrics.jsonl").read_text().splitlines()]

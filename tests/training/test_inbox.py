@@ -259,5 +259,5 @@ def test_a_directory_of_job_files_has_one_trainer(inbox):
     ):
         pass
     (inbox / "file").write_text("")
-    with pytest.raises(ConfigError, match="--watch must name a dir"), lock_watched(inbox / "file"):
+    with pytest.raises(ConfigError, match="must name a writable"), lock_watched(inbox / "file"):
         pass

@@ -83,7 +83,7 @@ def test_a_collapse_is_told_once_after_a_window():
     watch = CollapseWatch()
     assert take(watch, COLLAPSED, WINDOW_STEPS - 1) == []
     unused, collapsed = take(watch, COLLAPSED, 1, WINDOW_STEPS)
-    assert unused.startswith(f"steps 1 to {WINDOW_STEPS}: 2 of 8 experts are hardly used")
+    assert unused.startswith(f"steps 1 to {WINDOW_STEPS}: 2 of 8 experts are almost unused")
     assert "layer 3 (experts 2, 3)" in unused
     assert "layer 3 (1.0 of 4)" in collapsed
     assert collapsed.endswith("_coef, set router_loss_scope: per_layer, or lower learning_rate")

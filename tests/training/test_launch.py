@@ -45,12 +45,12 @@ def test_ranks_have_an_accelerator_each(monkeypatch):
         (
             {"jobs": [toy_config("a").model_dump() | {"adapter": {"method": "loramoe"}}]},
             {},
-            "job a: method loramoe needs a single process",
+            "job a: method loramoe requires a single process",
         ),
         (
             {"parallel": {"base": "fsdp"}},
             {"is_loaded": True},
-            "takes a base model apart as it is loaded, .*got one",
+            "requires a base model in floating .*got a loaded one",
         ),
         ({}, {"is_watching": True}, "--watch needs one process, got 2 ranks; start it without"),
     ],

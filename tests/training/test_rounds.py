@@ -82,7 +82,7 @@ def test_a_job_of_which_one_example_does_not_fit_fails_and_the_others_go_on(memo
     (long, short), _, _ = one_step(*configs, sets=sets)
     assert isinstance(short, MicroBatchLoss)
     assert isinstance(long, TrainingError)
-    assert "job long: one example must fit into memory, one of" in str(long)
+    assert "job long: an example of" in str(long)
     assert "lower train.max_length" in str(long)
 
 
@@ -139,8 +139,8 @@ def test_a_step_is_parted_before_the_system_kills_the_process(small_machine, che
     assert not small_machine
     assert runner.max_tokens == 7 * 16 * 9
     assert said == [
-        "warning: memory ran short in a step of 2016 tokens; from now on steps are computed in "
-        "parts of at most 1008"
+        "warning: out of memory in a step of 2016 tokens; training continues in parts of at most "
+        "1008 tokens"
     ]
     alone = [one_step(config, runner=RoundRunner(host, PAD_ID))[0] for config in configs[:1]]
     assert losses[0].loss == pytest.approx(alone[0][0].loss)
@@ -203,7 +203,8 @@ def test_a_limit_without_room_for_what_is_loaded_is_refused_before_anything_is_w
     settings = run_settings(save_inputs(tmp_path), tmp_path / "out")
     path = write_run_file(tmp_path / "run.yaml", {**settings, "memory_limit": "10kB"})
     with pytest.raises(
-        ConfigError, match=r"memory_limit must hold what is loaded .*, got 0.00 GB; raise it"
+        ConfigError,
+        match=r"memory_limit must hold what is loaded .*, got 0.00 GB; raise memory_limit",
     ):
         train(path)
     assert not (tmp_path / "out").exists()

@@ -184,7 +184,7 @@ def test_two_runs_do_not_write_to_one_directory(inputs, tmp_path, monkeypatch, o
         killed(run, monkeypatch, 3)
     with RunDirectory(run.output_dir).opened(resume=bool(options), overwrite=False):
         before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")}
-        with pytest.raises(ConfigError, match="no other run writes to"):
+        with pytest.raises(ConfigError, match="not be in use by another run"):
             train(run, **options)
         assert {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")} == before
     assert [result.steps for result in train(run, **options)] == [4, 4]
@@ -270,7 +270,7 @@ def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch, fil
     text = data.read_text()
     assert old in text
     data.write_text(text.replace(old, new))
-    with pytest.raises(ConfigError, match=f"data that the run began with.*{what}; put it back"):
+    with pytest.raises(ConfigError, match=f"data of the interrupted run.*{what}; restore"):
         train(run, resume=True)
     data.write_text(text)
     assert [result.steps for result in train(run, resume=True)] == [4, 4]

@@ -65,18 +65,18 @@ def test_a_warmup_ratio_is_rounded_up_to_steps():
 
 SMOOTHED = {"label_smoothing": 0.1}
 CONTRADICTIONS = [
-    ({"num_epochs": None}, "max_steps or num_epochs must be given"),
-    ({"max_steps": 5}, "max_steps or num_epochs must be given, one of them"),
+    ({"num_epochs": None}, "train must set either max_steps or num_epochs"),
+    ({"max_steps": 5}, "train must set either max_steps or num_epochs"),
     ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio and warmup_steps exclude each other"),
     ({"lr_scheduler": "constant", "warmup_steps": 5}, "use constant_with_warmup"),
-    ({"lr_scheduler": "constant", "lr_scheduler_args": {"num_cycles": 2}}, "no effect on constant"),
-    ({"optimizer": "rprop", "weight_decay": 0.1}, "weight_decay has no effect on rprop"),
+    ({"lr_scheduler": "constant", "lr_scheduler_args": {"num_cycles": 2}}, "supported by constant"),
+    ({"optimizer": "rprop", "weight_decay": 0.1}, "weight_decay is not supported by rprop"),
     ({"optimizer": "muon"}, "'sgd'"),
-    ({"optimizer_args": {"lr": 1}}, "must not hold lr: learning_rate and weight_decay of the job"),
+    ({"optimizer_args": {"lr": 1}}, "must not set lr; set train's own keys"),
     ({"batch_size": 4, "micro_batch_size": 8}, "micro_batch_size must divide batch_size=4, got 8"),
-    ({"early_stopping": {}}, "early_stopping has no effect without eval_steps"),
-    ({"objective": {"name": "dpo", "loss_type": "ipo"} | SMOOTHED}, "no effect with loss_type ipo"),
-    ({"objective": {"name": "cpo", "loss_type": "hinge"} | SMOOTHED}, "label_smoothing has no eff"),
+    ({"early_stopping": {}}, "early_stopping requires eval_steps"),
+    ({"objective": {"name": "dpo", "loss_type": "ipo"} | SMOOTHED}, "loss_type sigmoid, got ipo"),
+    ({"objective": {"name": "cpo", "loss_type": "hinge"} | SMOOTHED}, "label_smoothing requires"),
 ]
 
 
@@ -136,19 +136,19 @@ def test_a_task_file_is_measured_under_its_name():
 
 JOB_FAULTS = [
     ({"name": "a/b"}, "name must be a safe file name"),
-    ({"train": WATCHED}, "train.eval_steps has nothing to evaluate"),
+    ({"train": WATCHED}, "train.eval_steps requires data to evaluate"),
     (
         {"train": {**WATCHED, "early_stopping": {"metric": "loss"}}, "eval": [{"task": "piqa"}]},
         r"must be one that the job measures outside test splits \(eval/piqa/accuracy\), got 'loss'",
     ),
-    ({"train": {**WATCHED, "lr_scheduler": "greedy"}, "eval": ON_TEST}, "greedy needs train.eval"),
+    ({"train": {**WATCHED, "lr_scheduler": "greedy"}, "eval": ON_TEST}, "greedy requires train"),
     ({"data": PAIRS}, "train.objective must be dpo or cpo for data of format preference, got sft"),
     (
         {"train": DPO, "data": {"mix": [PAIRS, {"dataset": "a.jsonl", "format": "chat"}]}},
-        "train.objective dpo needs pairs of answers: .* got format chat",
+        "train.objective dpo requires pairs of answers: .* got format chat",
     ),
-    ({"data": {"dataset": "a", "format": "text", "streaming": True}}, "streaming needs train.max_"),
-    ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA; remove it"),
+    ({"data": {"dataset": "a", "format": "text", "streaming": True}}, "streaming requires train"),
+    ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "requires routers, which LoRA lacks"),
 ]
 
 
@@ -163,7 +163,7 @@ def test_a_faulty_job_is_refused(settings, message):
     [
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
         ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
-        ({"jobs": [job(), job(name="A")]}, "must have names that differ, got 'a' again"),
+        ({"jobs": [job(), job(name="A")]}, "must be unique, also in a sweep, got 'a' again"),
     ],
 )
 def test_a_faulty_run_is_refused(settings, message):

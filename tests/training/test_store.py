@@ -113,7 +113,7 @@ def test_resume_needs_checkpoints_where_there_are_results(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.check(resume=True, overwrite=False)
     (tmp_path / "a").mkdir()
-    with pytest.raises(ConfigError, match="--resume needs checkpoints"):
+    with pytest.raises(ConfigError, match="--resume requires checkpoints"):
         directory.check(resume=True, overwrite=False)
     directory.checkpoints.write(Checkpoint(0, 0.0, {}, {"a": JobRecord({})}), {})
     directory.check(resume=True, overwrite=False)
@@ -148,7 +148,7 @@ def test_a_job_that_joins_replaces_no_adapter_unasked(tmp_path, file):
     directory = RunDirectory(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / file).write_text("mine")
-    with pytest.raises(ConfigError, match=rf"job a must be new in .*there is .*{file}; take"):
+    with pytest.raises(ConfigError, match=rf"job a must be new in .*there is .*{file}"):
         directory.prepare_job("a")
     assert (tmp_path / "a" / file).read_text() == "mine"
     directory.prepare_job("a", overwrite=True)

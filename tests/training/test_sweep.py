@@ -162,7 +162,7 @@ def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):
     directory = shutil.copytree(halved, tmp_path / "copy")
     changes = {"parameters": {"train.learning_rate": RATES[:-1]}, "search": {"random": 6}}
     for name, value in changes.items():
-        with pytest.raises(ConfigError, match=rf"the run began with: sweep\.{name}"):
+        with pytest.raises(ConfigError, match=rf"the interrupted run: sweep\.{name}"):
             train(sweep_run(inputs, directory, **{name: value}), resume=True)
 
 

@@ -156,15 +156,15 @@ SWEEP_FAULTS = [
     ),
     (
         {"parameters": {"seed": {"int_uniform": [1, 2]}}},
-        "search grid needs lists, got a range for seed; take search: {random: how many}",
+        "search grid requires lists, got a range for seed; take search: {random: how many}",
     ),
     (
         {"parameters": {"seed": {"int_uniform": [1, 2], "uniform": [1, 2]}}},
         "or a range with low <= high",
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
-    ({"early_stopping": {"asha": {}}}, "early_stopping.asha.min_steps must be given, it is mis"),
-    ({"early_stopping": {"median": {}}}, "median has no effect without train.eval_steps; give it"),
+    ({"early_stopping": {"asha": {}}}, "early_stopping.asha.min_steps is required, but missing"),
+    ({"early_stopping": {"median": {}}}, "median requires train.eval_steps"),
     ({"early_stopping": {}}, "early_stopping must be one of asha, hyperband and median"),
 ]
 
@@ -178,9 +178,9 @@ def test_a_faulty_sweep_is_refused_by_one_line(tmp_path, settings, message):
 
 def test_names_of_jobs_must_be_free(tmp_path):
     (line,) = faults(tmp_path, [{**TEMPLATE, "name": "Sweep-001-0.0003"}])
-    assert line.endswith("must have names that differ, got 'sweep-001-0.0003' again")
+    assert line.endswith("must be unique, also in a sweep, got 'sweep-001-0.0003' again")
     (line,) = faults(tmp_path, [{**TEMPLATE, "name": name} for name in ("sweep-001", "sweep-x")])
-    assert line.endswith("must not begin as the sweep's do, got 'sweep-001'; rename it")
+    assert line.endswith("must not start like the sweep's, got 'sweep-001'; rename the job")
 
 
 def test_a_name_is_a_safe_file_name_whatever_the_values_are():
@@ -199,4 +199,4 @@ def test_a_name_is_a_safe_file_name_whatever_the_values_are():
 def test_without_optuna_a_sweep_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     (line,) = faults(tmp_path)
-    assert line.endswith("needs Optuna, which is not installed: pip install 'loraloom[sweep]'")
+    assert line.endswith("which is not installed; run: pip install 'loraloom[sweep]'")

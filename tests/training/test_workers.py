@@ -146,7 +146,7 @@ def test_a_sweep_that_is_resumed_has_all_results_and_its_own_settings(
             loraloom.train(apply_override(run, change), ray="auto", resume=True)
     data = Path(run["sweep"]["job"]["data"]["dataset"])
     data.write_text((rows := data.read_text()).replace("blue", "red"))
-    with pytest.raises(ConfigError, match="that the run began with, it has changed"):
+    with pytest.raises(ConfigError, match="of the interrupted run, which has changed"):
         loraloom.train(run, ray="auto", resume=True)
     data.write_text(rows)
     results = loraloom.train(run, ray="auto", resume=True)
@@ -179,8 +179,8 @@ def test_workers_that_have_not_begun_are_named_each_minute(inputs, tmp_path, mon
     [
         (["--ray", "nowhere"], "--ray must be auto or HOST:PORT of a cluster that can be reached"),
         (["--ray", "127.0.0.1:{port}"], "Connection refused; start one with `ray start --head`"),
-        (["--ray-workers", "2"], "--ray-workers has no effect without --ray"),
-        (["--ray", "auto", "--watch", "in"], "--ray does not go with --watch; leave one"),
+        (["--ray-workers", "2"], "--ray-workers requires --ray"),
+        (["--ray", "auto", "--watch", "in"], "--ray and --watch exclude each other"),
     ],
 )
 def test_a_fault_is_one_message_before_anything_is_loaded(
@@ -213,7 +213,7 @@ def test_ranks_and_ray_exclude_each_other(run_file, monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name, value in zip(names, ("0", "0", "2", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="--ray does not go with torchrun"):
+    with pytest.raises(ConfigError, match="--ray and torchrun exclude each other"):
         loraloom.train(run_file, ray="auto")
 
 
@@ -231,5 +231,5 @@ def test_each_worker_has_an_accelerator_or_a_share_of_the_cores(
     nodes, device, asked, size, resources
 ):
     assert workers.choose_resources(nodes, device, asked) == (size, resources)
-    with pytest.raises(ConfigError, match="--ray needs a cluster with cores or accelerators"):
+    with pytest.raises(ConfigError, match="--ray requires a cluster with cores or accelerators"):
         workers.choose_resources([node(0)], device, asked)

@@ -76,8 +76,8 @@ def register_method(config: _METHOD) -> _METHOD:
             continue
         if (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
             raise ConfigError(
-                f"method {name!r} with peft_type {config.peft_type!r} must have names of its own, "
-                f"{known.__name__} has one of them; rename it"
+                f"method {name!r} or peft_type {config.peft_type!r} is already registered for "
+                f"{known.__name__}; choose other names"
             )
         CONFIGS.remove(known)  # a notebook's cell that defines it is run again
     if config not in CONFIGS:
@@ -96,14 +96,14 @@ def _lacking(config: Any) -> Iterator[str]:
     for name in ("peft_type", "title", "formula"):
         value = attributes.get(name)
         if not isinstance(value, property) and not (isinstance(value, str) and value.strip()):
-            yield f"a {name}, which is a text"
+            yield f"a {name} (string)"
     method = config.model_fields["method"]
     if get_args(method.annotation) != (method.default,):
         yield 'method: Literal["name"] = "name"'
     if config.__abstractmethods__:
         yield f"the functions {', '.join(sorted(config.__abstractmethods__))}"
     if config.layout != "native":
-        yield 'layout = "native", as others are those of methods that formats/ knows'
+        yield 'layout = "native"'
 
 
 def take_entries(group: str, take: Callable[[Any, str], object]) -> None:
@@ -118,8 +118,8 @@ def take_entries(group: str, take: Callable[[Any, str], object]) -> None:
             take(entry.load(), package)
         except Exception as error:
             raise ImportError(
-                f"{entry.value} of {group} in the package {package} can't be loaded: {error}; mend "
-                "or uninstall it"
+                f"{entry.value} of {group} in the package {package} cannot be loaded: {error}; "
+                f"repair or uninstall {package}"
             ) from error
 
 

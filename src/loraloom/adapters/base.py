@@ -64,8 +64,8 @@ class BaseProjection:
         stored: Any = self.linear.weight
         if own_part(stored) is not stored:
             raise AdapterError(
-                f"merging changes the base's weights, of which each process must have all, got a "
-                f"part of {self.key}; load the base model without sharding"
+                f"merging requires the whole base model in each process, got a part of {self.key}; "
+                "load the base model without sharding"
             )
 
     @torch.no_grad()

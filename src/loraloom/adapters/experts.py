@@ -42,8 +42,8 @@ def check_has_experts(config: AdapterConfig, layer: BaseLayer) -> None:
     if not targets & layer.ffn.keys():
         known = ", ".join(layer.ffn) or "of which this base model has none"
         raise AdapterError(
-            f"{config.title} needs experts: target_modules must have a linear layer of the FFN "
-            f"({known}), got {', '.join(sorted(targets))}; take a plain adapter for attention"
+            f"{config.title} requires experts: target_modules must include a linear layer of the "
+            f"FFN ({known}), got {', '.join(sorted(targets))}; use a plain adapter for attention"
         )
 
 
@@ -99,9 +99,9 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     top_k: int = Field(default=2, ge=1, validate_default=True)
     """Experts that each token uses, with routing: top_k."""
     top_p: float = Field(default=0.8, gt=0, le=1, validate_default=True)
-    """What the p of a token's experts have to exceed together, with routing: top_p."""
+    """Probability that a token's experts must exceed together, with routing: top_p."""
     temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER, validate_default=True)
-    """What the logits are divided by, with routing: top_p."""
+    """Divisor of the logits, with routing: top_p."""
     expert_capacity: Free[int | None] = Field(default=None, ge=1, validate_default=True)
     """Tokens of a sample that an expert takes in training, with routing: switch; those beyond it go
     without an expert. None: any number."""
@@ -111,10 +111,7 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     def _check_routing(cls, value: Any, info: CheckInfo) -> Any:
         name, routing = info.field_name or "", info.data.get("routing")
         if routing not in (None, _ROUTING_OF[name]) and value != cls.model_fields[name].default:
-            raise ValueError(
-                f"{name} is a setting of routing: {_ROUTING_OF[name]}, got {value} with routing: "
-                f"{routing}"
-            )
+            raise ValueError(f"{name} requires routing: {_ROUTING_OF[name]}, got {routing}")
         return check_at_most("num_experts", value, info) if name == routing == "top_k" else value
 
     @property

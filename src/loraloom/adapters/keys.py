@@ -100,7 +100,7 @@ def _check_pattern(pattern: str) -> str:
         re.compile(pattern)
         matches(pattern, "")  # it stands in the midst of another one there, without flags
     except re.error as error:
-        raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from None
+        raise ValueError(f"{shown(pattern)} is not a regular expression: {error}") from None
     return pattern
 
 

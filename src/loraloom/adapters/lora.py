@@ -30,7 +30,7 @@ class DecomposedConfig(LowRankConfig):
     """A LoRA on each projection, or a DoRA: what plain adapters and experts have in common."""
 
     weight_decomposition: bool = False
-    """Train the norm of each output row apart from its direction: DoRA, or MixDoRA in a mixture."""
+    """Train the norm of each output row separately: DoRA, or MixDoRA in a mixture."""
 
     @property
     def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -83,10 +83,7 @@ class LoraConfig(DecomposedConfig):
 
     def combined(self) -> AdapterConfig:
         if self.rank_pattern:
-            raise AdapterError(
-                "adapters that are combined must have one rank, got a rank_pattern; give their "
-                "rows scales instead"
-            )
+            raise AdapterError("adapters with a rank_pattern cannot be combined; use (name, scale)")
         return super(LoraConfig, self.model_copy(update={"alpha_pattern": {}})).combined()
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:

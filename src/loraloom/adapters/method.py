@@ -87,10 +87,10 @@ class AdapterConfig(StrictModel, ABC):
     target_modules: Free[Targets] = "all-linear"
     """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
     modules_to_save: Free[tuple[str, ...]] = ()
-    """Modules outside of the projections that the adapter trains whole, as a copy of its own:
+    """Modules outside of the projections that the adapter trains whole, as a separate copy:
     `embed_tokens`, `lm_head`, norms; names or the ends of paths, in whole words."""
     trainable_token_indices: Free[TokenIds | dict[str, TokenIds]] = ()
-    """Tokens whose embeddings the adapter trains, as rows of its own; where the base model ties its
+    """Tokens whose embeddings the adapter trains, as separate rows; where the base model ties its
     head to the embeddings, the head has them too. By the name of the embedding or the head:
     `{embed_tokens: [7], lm_head: [7, 8]}`."""
 
@@ -188,8 +188,8 @@ class AdapterConfig(StrictModel, ABC):
     def combined(self) -> AdapterConfig:
         """Give the settings of what several adapters like this one are combined to, scaling 1."""
         raise AdapterError(
-            f"adapters that are combined must have updates of the form BA, {self.title} hasn't; "
-            "give their rows scales instead"
+            f"{self.title} adapters cannot be combined, because their updates are not of the form "
+            "BA; scale each row's adapter instead: (name, scale)"
         )
 
     @property
@@ -199,7 +199,7 @@ class AdapterConfig(StrictModel, ABC):
 
     def with_experts(self, more: Mapping[str, str | Expert]) -> AdapterConfig:
         """Give the settings with further adapters, or with what `sources` have named."""
-        raise AdapterError(f"{self.title} is made of no other adapters, so it takes none")
+        raise AdapterError(f"{self.title} does not contain other adapters; use method: routed")
 
     def check_begins(self) -> None:
         """Raise an AdapterError if a new adapter would lack what it is to be made of."""
@@ -438,7 +438,7 @@ class Adapter(nn.Module, ABC):
             raise AdapterError(
                 f"tensors of {self.config.title} must be called shared.PART, layers.L.BLOCK.PART, "
                 "layers.L.BLOCK.PROJECTION.PART or …PROJECTION.experts.E.PART, where PART is one "
-                f"word, neither weight nor bias, got {odd[0]}; rename it in tensors()"
+                f"word, neither weight nor bias, got {odd[0]}; rename that tensor in tensors()"
             )
         for tensor in tensors.values():
             held[tensor.untyped_storage().data_ptr()] += tensor.numel()
@@ -446,8 +446,8 @@ class Adapter(nn.Module, ABC):
             if weight.requires_grad and held[weight.untyped_storage().data_ptr()] < weight.numel():
                 raise AdapterError(
                     f"tensors() of {self.config.title} must yield views of all trained parameters, "
-                    f"as others are not saved, got none or a part of {name}; yield it, or freeze "
-                    "it by requires_grad_(False)"
+                    f"got none or a part of {name}; yield {name}, or freeze the parameter with "
+                    "requires_grad_(False)"
                 )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -475,8 +475,8 @@ class Adapter(nn.Module, ABC):
     def check_is_trained(self) -> None:
         if not self.is_trained:
             raise AdapterError(
-                f"adapter {self.name!r} is not trained, as it is made of others, or part of one; "
-                "train these, or a LoRA that `combine` makes of them"
+                f"adapter {self.name!r} is not trained, because it contains other adapters, or is "
+                "part of one; train those adapters, or a LoRA made by `combine`"
             )
 
     def begin(self) -> None:
@@ -496,8 +496,7 @@ class Adapter(nn.Module, ABC):
         if name not in self.part_names:
             known = ", ".join(self.part_names) or "none"
             raise AdapterError(
-                f"{self.name}/{name} must be one of the adapters that {self.name!r} is made of "
-                f"({known})"
+                f"{self.name!r} has no expert {name!r}; choose one of its experts ({known})"
             )
         return self.parts[1 + self.part_names.index(name)]
 

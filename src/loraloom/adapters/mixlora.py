@@ -49,9 +49,9 @@ class SharedExpertConfig(StrictModel):
     """A LoRA that all experts of an FFN block have beside their own."""
 
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
-    """Its rank; None: that of an expert."""
+    """Rank; null: the rank of an expert."""
     alpha: float | None = Field(default=None, gt=0, le=MAX_NUMBER)
-    """Numerator of its scaling; None: that of the experts."""
+    """Numerator of the scaling; null: the alpha of the experts."""
 
 
 class MixLoraConfig(RoutingConfig, DecomposedConfig):
@@ -73,7 +73,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     """Compute what MoE-PEFT 2.0.2 does where it differs from the method: with routing: top_p the
     temperature divides probabilities; with switch a block outside of training returns its input."""
     experts: ExpertsConfig | None = None
-    """The experts' own rank, alpha and dropout where they differ."""
+    """Rank, alpha and dropout of the experts, if different."""
     shared_expert: SharedExpertConfig | None = None
     """A LoRA on the FFN block that every token goes through, whatever its experts; null for none.
 
@@ -94,8 +94,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
             )
         if self.shared_expert is not None and self.expert_config.weight_decomposition:
             yield (
-                "shared_expert can't be used with weight_decomposition, whose norms are of one "
-                "update alone; leave one of them out"
+                "shared_expert and weight_decomposition exclude each other; set only one setting"
             )
 
     @property
@@ -136,10 +135,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     def combined(self) -> AdapterConfig:
         if self.shared_expert:
-            raise AdapterError(
-                "mixtures that are combined must have no shared_expert; give their rows scales "
-                "instead"
-            )
+            raise AdapterError("mixtures with shared_expert cannot be combined; use (name, scale)")
         unscaled = {"alpha": float(self.expert_config.rank), "rank_stabilized": False}
         experts = (self.experts or ExpertsConfig()).model_copy(update=unscaled)
         return super().combined().model_copy(update={"experts": experts})

@@ -38,7 +38,7 @@ class MolaConfig(RoutingConfig):
         if len(counts) > 1 and self.router_loss_scope == "pooled":
             yield (
                 "router_loss_scope must be per_layer where num_experts differs by layer, got "
-                "pooled; leave it out, or drop the list"
+                "pooled; remove router_loss_scope, or set one number of experts"
             )
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:

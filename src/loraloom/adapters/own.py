@@ -109,9 +109,7 @@ def _tokens(config: AdapterConfig, base: BaseInfo) -> dict[str, tuple[int, ...]]
         if path is None or not tokens:
             continue
         if path in rows:
-            raise AdapterError(
-                f"trainable_token_indices must name {path} once, got it as {name} as well"
-            )
+            raise AdapterError(f"trainable_token_indices must name {path} once, got {name} as well")
         if len(set(tokens)) < len(tokens):
             named = ", ".join(map(str, tokens))
             raise AdapterError(f"trainable_token_indices must name each token once, got {named}")
@@ -119,7 +117,7 @@ def _tokens(config: AdapterConfig, base: BaseInfo) -> dict[str, tuple[int, ...]]
         if max(tokens) >= num_rows:
             raise AdapterError(
                 f"trainable_token_indices must be in [0, {num_rows}), the rows that the base model "
-                f"has, got {max(tokens)}; for new tokens give it more rows first: "
+                f"has, got {max(tokens)}; for new tokens add rows first: "
                 "model.resize_token_embeddings(len(tokenizer))"
             )
         rows[path] = tokens

@@ -42,44 +42,44 @@ class RoutedConfig(AdapterConfig):
     formula = "y = Wx + Σ_j g_j u_e(j)(x), u of adapters trained apart"
 
     method: Literal["routed"] = "routed"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Adapters trained apart, and a router that chooses among them."""
+    """Separately trained adapters, and a router that chooses among them."""
     experts: dict[Annotated[str, AfterValidator(check_name)], str | Expert] = Field(
         min_length=1, max_length=MAX_EXPERTS
     )
-    """The adapters, by name: directories, hub ids, or names of adapters on the host."""
+    """The adapters, by name: directories, Hub IDs, or names of adapters on the host."""
     router: Literal["prompt", "arrow", "token"] = "prompt"
     """What chooses: one choice for a whole prompt, by `fit_router`; for each token and projection
     the direction in which an expert's update is largest (arrow), or a trained router (token)."""
     top_k: int | None = Field(default=None, ge=1)
-    """Experts that are used at once; by default one for a prompt, and three for a token."""
+    """Number of experts used at once. Default: one per prompt, three per token."""
     temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER)
-    """What logits are divided by before their softmax."""
+    """Divisor of the logits before the softmax."""
     train_experts: bool = False
-    """With router: token, whether the experts learn too, from where they are."""
+    """With router: token, whether the experts are trained further too."""
     equal_weights: bool = False
     """With router: token, whether chosen experts weigh 1 / top_k each in place of their softmax,
     as in ReMix, arXiv:2603.10160. What trains the router is the softmax's gradient."""
     num_layers_read: int = Field(default=0, ge=0, le=2**10)
-    """Decoder layers whose last states a router by prompt reads; 0: it reads the embeddings."""
+    """Number of decoder layers before the states that a router by prompt reads; 0: embeddings."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         for name in _OF_EXPERTS:
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                yield f"{name} is the experts' own, got {value}; leave it out"
+                yield f"{name} is a setting of the experts, got {value}; remove {name}"
         if self.target_modules in ("attention", "ffn"):  # files name those that the experts have
-            yield f"target_modules are the experts' own, got {self.target_modules}; leave it out"
+            yield f"target_modules are those of the experts; remove {self.target_modules}"
         if self.experts_per_token > len(self.experts):
             yield f"top_k must be in [1, {len(self.experts)} experts], got {self.top_k}"
         if self.train_experts and self.router != "token":
-            yield f"train_experts must be false with router: {self.router}, which has no training"
+            yield f"train_experts must be false with router: {self.router}, which is not trained"
         if self.equal_weights and (self.router != "token" or self.experts_per_token < 2):
-            yield "equal_weights must be false without router: token and a top_k of 2 or more"
+            yield "equal_weights requires router: token and a top_k of 2 or more"
         if self.router == "prompt" and self.experts_per_token > MAX_MEMBERS:
             yield f"top_k must be at most {MAX_MEMBERS} with router: prompt, got {self.top_k}"
         if self.num_layers_read and self.router != "prompt":
-            yield f"num_layers_read is for router: prompt, got it with router: {self.router}"
+            yield f"num_layers_read requires router: prompt, got router: {self.router}"
 
     @property
     def experts_per_router(self) -> int:
@@ -100,13 +100,13 @@ class RoutedConfig(AdapterConfig):
     def with_experts(self, more: Mapping[str, str | Expert]) -> RoutedConfig:
         known = self.experts.keys() - self.sources.keys()
         if taken := known & more.keys():
-            raise AdapterError(f"further experts must have other names, got {min(taken)} again")
+            raise AdapterError(f"expert {min(taken)!r} exists already; choose another name")
         return checked(RoutedConfig, {**dict(self), "experts": {**self.experts, **more}})
 
     def check_begins(self) -> None:
         if not self.train_experts:
             raise AdapterError(
-                "experts must be directories, hub ids or names of adapters on the host, got "
+                "experts must be directories, Hub IDs or names of adapters on the host, got "
                 "settings alone, without weights"
             )
 
@@ -227,7 +227,7 @@ class _Routed(SumProjection):
             found = f"some not on {self.key}" if len(parts) < num_experts else found
             raise AdapterError(
                 f"router: {config.router} weighs what experts add to a projection, so all must be "
-                f"LoRAs on the same ones, got {found}; router: prompt takes any adapters"
+                f"LoRAs on the same ones, got {found}; router: prompt accepts any adapters"
             )
         self.config = config
         self._is_arrow, self._maps = is_arrow, maps

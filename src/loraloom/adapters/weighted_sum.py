@@ -178,13 +178,13 @@ def check_adds_up(member: Adapter) -> None:
         LowRankAdapter, "ffn", "ffn_weights", "attention_low_rank"
     )
     if member.config.experts_per_router or len(member.own_modules) or not computes:
-        what = "experts" if member.config.experts_per_router else "an FFN block of its own"
-        what = "modules of its own" if len(member.own_modules) else what
+        what = "experts" if member.config.experts_per_router else "a separate FFN block"
+        what = "extra trainable modules" if len(member.own_modules) else what
         parts = [f"{member.name}/{part}" for part in member.part_names]
-        hint = f"; name those that its router chooses from, {', '.join(parts)}" if parts else ""
+        hint = f"; use its experts instead, {', '.join(parts)}" if parts else ""
         raise AdapterError(
-            "a sum may hold adapters that add to single projections, without routers and modules "
-            f"of their own, got {member.name!r} ({member.config.title}) with {what}{hint}"
+            "a sum supports adapters on single projections, without routers and extra trainable "
+            f"modules, got {member.name!r} ({member.config.title}) with {what}{hint}"
         )
 
 
@@ -195,11 +195,11 @@ def concatenate(
     """Put LoRAs' A and B behind one another, which adds their updates up exactly."""
     first, parts = sources[0][0], defaultdict[str, list[Tensor]](list)
     for (config, tensors), weight in zip(sources, weights, strict=True):
-        check_is_lora(config, "adapters that are put behind one another must be LoRAs")
+        check_is_lora(config, "adapters to concatenate must be LoRAs")
         if tensors.keys() != sources[0][1].keys():
             raise AdapterError(
-                "LoRAs must be on the same projections to be put behind one another, got "
-                f"{min(tensors.keys() ^ sources[0][1].keys())} of one alone"
+                "LoRAs to concatenate must have the same projections, got "
+                f"{min(tensors.keys() ^ sources[0][1].keys())} in only one LoRA"
             )
         refuse_own_parts(config, "an adapter", "be put behind another one")
         for name, tensor in tensors.items():

@@ -171,7 +171,7 @@ def _as_block(template: str) -> str:
     if lacking := sorted(names | {one.name for one in used if one.name == "regex_replace"}):
         raise ConfigError(
             f"the adapter's prompt template needs {', '.join(lacking)}, and a chat template has "
-            "instruction, input and Jinja's filters alone; leave out --apply-chat-template, or "
+            "instruction, input and Jinja's filters alone; remove --apply-chat-template, or "
             "export from Python after `host.adapter(name).prompt = None`"
         )
     return "".join(_keep_spaces(kind, tag) for _, kind, tag in jinja.lex(template))
@@ -188,35 +188,33 @@ class _SourceFields(StrictModel):
     """One source's settings. What is for tasks is an error with a data set, and the reverse."""
 
     task: TaskReference | None = None
-    """Choice task to learn from: its name, or the .yaml file of a task of your own."""
+    """Choice task to train on: a name, or the .yaml file of your own task."""
     dataset: str | None = Field(default=None, min_length=1)
-    """Data set to learn from: a hub id, a directory with a file for each split, or a single file.
-
-    Files are .json, .jsonl, .csv, .txt or .parquet; all may be gzipped (.gz)."""
+    """Data set to train on: a Hub ID, a directory with a file per split, or a single .json, .jsonl,
+    .csv, .txt or .parquet file; all may be gzipped (.gz)."""
     path: str | None = Field(default=None, min_length=1)
     """Task: directory that holds its data, or a directory of such directories; None for the hub.
 
     A relative path starts where the command runs."""
     split: str | None = Field(default=None, min_length=1)
-    """Split to read; train by default, validation for validation data."""
+    """Split to read. Default: train, or validation for validation data."""
     scoring: Scoring | None = Field(default_factory=default_scoring)
-    """Task: whether the answer is the choice's label or its own text.
-
-    label by default; a task file has a default of its own."""
+    """Task: whether the answer is the choice's label or its text. Default: label, or the task
+    file's."""
     config: str | None = Field(default=None, min_length=1)
-    """Data set on the hub: which of its configurations."""
+    """Data set on the Hub: name of the configuration."""
     format: DataFormat | None = None
     """Data set: whether rows are instructions, conversations, plain text or preferences."""
     template: str | None = Field(default=None, min_length=1)
-    """Instructions: the prompt template, alpaca (the default) or plain, a Jinja text or a file."""
+    """Instructions: prompt template, alpaca, plain, a Jinja string or a file. Default: alpaca."""
     chat_template: str | None = Field(default=None, min_length=1)
     """Conversations: a Jinja text or file in place of the tokenizer's chat template.
 
     trl takes the template that the trl package has for training with the tokenizer's."""
     fields: dict[str, str] | None = None
-    """Data set: column of each role, where they differ from the format's own names."""
+    """Data set: column of each role, if columns are named differently from the format."""
     on_empty: Literal["error", "skip"] | None = None
-    """Data set: whether rows with an empty answer are an error (the default) or left out."""
+    """Data set: whether rows with an empty answer are an error or skipped. Default: error."""
 
     @override
     def contradictions(self) -> Iterator[str]:
@@ -225,8 +223,8 @@ class _SourceFields(StrictModel):
             return
         kind = self.format
         rules: list[tuple[bool, Sequence[str], str]] = [
-            (self.task is not None, _OF_DATASETS, "a task, only on a dataset"),
-            (self.dataset is not None, ["path", "scoring"], "a dataset, only on a task"),
+            (self.task is not None, _OF_DATASETS, "a task, only for a dataset"),
+            (self.dataset is not None, ["path", "scoring"], "a dataset, only for a task"),
             (_is_file(self.dataset), ["split", "config"], f"a file ({self.dataset})"),
             (kind not in ("instruction", None), ["template"], f"format {kind}"),
             (kind in ("instruction", "text"), ["chat_template"], f"format {kind}"),
@@ -234,9 +232,9 @@ class _SourceFields(StrictModel):
         for applies, names, what in rules:
             for name in names if applies else ():
                 if getattr(self, name) is not None:
-                    yield f"{name} has no effect on {what}; remove it"
+                    yield f"{name} is not supported for {what}; remove {name}"
         if self.dataset is not None and kind is None:
-            yield f"format must be given with a dataset: {', '.join(FIELD_ROLES)}"
+            yield f"dataset requires format: {', '.join(FIELD_ROLES)}"
         elif kind and (unknown := {*(self.fields or ())} - {*FIELD_ROLES[kind]}):
             roles = ", ".join(FIELD_ROLES[kind])
             yield f"fields must map {roles} to columns, got {', '.join(map(repr, sorted(unknown)))}"
@@ -264,37 +262,37 @@ class DataConfig(_SourceFields):
     """What a job learns from: one source, or a mix of several; and what is held out of it."""
 
     mix: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
-    """Several sources in place of one."""
+    """Several sources to mix."""
     streaming: bool = False
-    """Read data sets on and on while training, in place of all at once before it."""
+    """Read data sets during training, not all at once before."""
     shuffle_buffer: int | None = Field(
         default_factory=lambda fields: SHUFFLE_BUFFER if fields.get("streaming") else None, ge=1
     )
-    """Streaming: rows that are read, shuffled and learnt at a time, 1000 by default."""
+    """Streaming: number of rows that are read and shuffled at a time. Default: 1000."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training rows that is held out to measure `eval/loss`."""
+    """Fraction of the training rows to hold out for `eval/loss`."""
     validation: SourceConfig | None = None
-    """A source to measure `eval/loss` on, in place of a share of the training rows."""
+    """Source to measure `eval/loss` on, instead of validation_fraction."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         alone = [name for name in _SourceFields.model_fields if getattr(self, name) is not None]
         if self.mix is not None and alone:
-            yield f"mix must stand without {', '.join(alone)}; put them into a source of the mix"
+            yield f"mix and {', '.join(alone)} exclude each other; move {alone[0]} into mix"
         if self.task is None and self.dataset is None and self.mix is None:
-            yield "a task, a dataset or a mix must be given, got none of them"
+            yield "data must set task, dataset or mix"
         tasks = [task for task in (self.task, *(one.task for one in self.mix or ())) if task]
         if self.streaming and tasks:
-            yield f"streaming must be false for tasks, got {tasks[0]}; stream datasets alone"
+            yield f"streaming must be false for tasks, got {tasks[0]}; stream only datasets"
         if self.streaming and self.validation_fraction > 0:
-            yield "validation_fraction must be 0 with streaming; give validation data"
+            yield "validation_fraction must be 0 with streaming; set validation instead"
         if self.shuffle_buffer is not None and not self.streaming:
-            yield "shuffle_buffer has no effect without streaming, where all rows are shuffled"
+            yield "shuffle_buffer requires streaming; without streaming, all rows are shuffled"
         if self.validation is not None and self.validation_fraction > 0:
-            yield "validation and validation_fraction exclude each other; give one"
+            yield "validation and validation_fraction exclude each other; set only one setting"
         if (held_out := self.validation) and (held_out.weight != 1 or held_out.expert_group):
-            yield "weight and expert_group have no effect on validation data; remove them"
+            yield "validation does not support weight and expert_group; remove both settings"
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

@@ -35,8 +35,8 @@ HOMES: dict[str, str] = {}
 
 # In place of pydantic's messages.
 _MESSAGES = {
-    "missing": "must be given, it is missing",
-    "union_tag_not_found": "must have {discriminator}, it is missing",
+    "missing": "is required, but missing",
+    "union_tag_not_found": "requires {discriminator}, which is missing",
     "union_tag_invalid": "must have a {discriminator} of {expected_tags}, got {tag!r}",
 }
 

@@ -40,7 +40,7 @@ class TaskDataConfig(StrictModel):
     @override
     def contradictions(self) -> Iterator[str]:
         if (self.hub is None) == (self.files is None):
-            yield "hub or files must be given, one of them"
+            yield "a task must set either hub or files"
 
 
 # What differs in a scoring: settings as the task has them.
@@ -76,15 +76,15 @@ class TaskConfig(StrictModel):
     """Template of what is scored in place of the choice. The prompt is then made for each choice,
     which its template sees as `choice`."""
     delimiter: str = " "
-    """What stands between prompt and answer."""
+    """String between prompt and answer."""
     normalization: Literal["characters", "none"] = "characters"
     """Scoring text: compare log-likelihoods per character (lm-eval's acc_norm), or sums (acc)."""
     group: Text | None = None
-    """A field by which results are also given apart, a topic say."""
+    """Field to group results by, for example a topic."""
     label: Differing = Field(default_factory=dict)
-    """What differs where labels are scored."""
+    """Settings that differ if labels are scored."""
     text: Differing = Field(default_factory=dict)
-    """What differs where texts are scored."""
+    """Settings that differ if texts are scored."""
 
     def asked_by(self, scoring: Scoring, origin: str = "") -> TaskConfig:
         """The task with what differs in a scoring."""

@@ -121,7 +121,7 @@ def set_setting(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
         index = int(key)
         return [*node[:index], set_setting(node[index], rest, value, origin), *node[index + 1 :]]
     if not isinstance(node, dict | None):
-        raise ConfigError(f"{origin}: there is nothing to change inside {shown(node)}")
+        raise ConfigError(f"{origin}: {shown(node)} contains no settings to change")
     mapping = node or {}
     return {**mapping, key: set_setting(mapping.get(key), rest, value, origin)}
 

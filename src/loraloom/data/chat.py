@@ -169,20 +169,20 @@ def learn_answers(
     roles = [message["role"] for message in conversation.messages]
     places = [place for place, role in enumerate(roles) if role == "assistant" and place >= first]
     if not places:
-        row.reject("the conversation has no assistant's turn to learn from; add one")
+        row.reject("the conversation has no assistant message to learn from; add an answer")
     if places[0] == 0:
-        row.reject("a conversation must not begin with the assistant's turn; put a user's first")
+        row.reject("a conversation must not start with an assistant message; add a user message")
     try:
         for what, one, other in _omissions(conversation, first):
             with suppress(TemplateError):
                 if template.render(one) == template.render(other):
-                    row.reject(f"the chat template leaves out {what}; give chat_template another")
+                    row.reject(f"the chat template drops {what}; set another chat_template")
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation, first)]
         else:
             texts = _answered_texts(template, row, conversation, places)
     except TemplateError as error:
-        row.reject(f"the conversation does not fit the chat template: {error}; change one of them")
+        row.reject(f"the chat template rejects the row: {error}; change the row or chat_template")
     return [_learn_spans(template.tokenizer, text) for text in texts]
 
 
@@ -191,7 +191,7 @@ def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: in
     start = count_shared(text, template.render(chat.until(first))) if first else 0
     spans = [(begin, end) for begin, end in marks if begin >= start]
     if not any(end > begin for begin, end in spans):
-        row.reject("the chat template's {% generation %} marks have nothing of it between them")
+        row.reject("the chat template's {% generation %} marks do not enclose the answer")
     return text, spans
 
 
@@ -207,9 +207,10 @@ def _answered_texts(
         if not answered.startswith(asked):
             shared = count_shared(asked, answered)
             row.reject(
-                f"the chat template asks for message {place + 1} with {shown(asked[shared:])} "
-                f"where it then writes {shown(answered[shared : shared + 30])}, so the model would "
-                "learn another text than it is asked for; give chat_template: trl, or another"
+                f"the generation prompt for message {place + 1} continues with "
+                f"{shown(asked[shared:])}, but the rendered answer with "
+                f"{shown(answered[shared : shared + 30])}; set "
+                "chat_template: trl, or another template"
             )
     closing = template.closing()
     texts: list[Marked] = []
@@ -232,7 +233,7 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
     text, spans = marked
     if not tokenizer.is_fast:
         got = type(tokenizer).__name__
-        raise DataError(f"chats need a fast tokenizer, which knows where tokens begin, got {got}")
+        raise DataError(f"chat data requires a fast tokenizer, which locates tokens, got {got}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     labels = list(encoding["input_ids"])
     for place, (begin, end) in enumerate(encoding["offset_mapping"]):
@@ -256,7 +257,7 @@ def _omissions(
         if "tool_calls" in message:
             yield f"the tool_calls {name}", conversation, conversation.changed(place, tool_calls=[])
             if content.strip():
-                yield f"the content {name}, beside its tool_calls", within, other
+                yield f"the content {name}, next to its tool_calls", within, other
         elif message["role"] not in ("user", "assistant"):
             yield f"the content {name}, of role {message['role']!r}", within, other
         if is_answer and place >= first and "reasoning_content" in message:

@@ -64,7 +64,7 @@ class SourceEncoder:
         if not any(row.pieces for row in encoded):
             raise DataError(
                 f"{self.name}: none of the {len(rows)} rows has an answer that fits "
-                f"max_length={self.max_length}; raise it, or fill in those that are empty"
+                f"max_length={self.max_length}; raise max_length, or fill in empty answers"
             )
         return encoded
 
@@ -116,7 +116,7 @@ class SourceEncoder:
             case "preference" if not isinstance(next(filter(None, answers), None), list):
                 if given is not None:
                     first.reject(
-                        "chat_template has no effect on preferences between texts; remove it"
+                        "preferences between strings do not support chat_template; remove the key"
                     )
                 read, encode = partial(_read_texts, columns), tokens.encode_completion_pairs
             case _:
@@ -164,7 +164,7 @@ class SourceEncoder:
             if len(texts) > 1:
                 row.reject(
                     "an answer of several turns must be one text, and the chat template writes its "
-                    "earlier turns differently once others follow; give chat_template another one"
+                    "earlier turns differently once others follow; set another chat_template"
                 )
             learnt += texts
         return tokens.fit_pair(learnt[0], learnt[1], self._start, self.max_length)

@@ -55,7 +55,7 @@ class Row(dict[str, Any]):
     def text(self, name: str) -> str:
         value = self[name]
         if not isinstance(value, str):
-            self.reject(f"field {name!r} must be a string, got {shown(value)}; write it as a text")
+            self.reject(f"field {name!r} must be a string, got {shown(value)}; use quotes")
         return value
 
     def answer(self, name: str) -> str:
@@ -158,7 +158,7 @@ def _read_json(file: Any) -> _Read:
     first = next((line for line in file if line.strip()), "").lstrip()
     file.seek(0)
     if first.strip() == "{":
-        raise DataError("a .json file must be a list of rows, or have a row a line")
+        raise DataError("a .json file must contain a list of rows, or one row per line")
     # JSON lines under the wrong name, as often on the hub
     if not first.startswith("["):
         yield from _read_json_lines(file)
@@ -173,7 +173,7 @@ def _read_csv(file: Any) -> _Read:
     reader = csv.DictReader(file, strict=True)
     columns = reader.fieldnames or ()
     if len(set(columns)) < len(columns):
-        raise DataError("columns must have different names; rename one")
+        raise DataError("columns must have different names; rename a column")
     try:
         for row in reader:
             # a text in quotes may have line breaks of its own
@@ -233,7 +233,7 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
     path = local_path(location, "dataset", DataError)
     if path.is_dir():
         if config is not None:
-            raise DataError(f"{path}: config is for data sets on the hub, and this is a directory")
+            raise DataError(f"{path}: config is only for data sets on the Hub; remove config")
         return find_split(split_files(path), split, path)
     is_path = path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location)
     return path if is_path else HubSource(location, config)
@@ -252,9 +252,9 @@ def split_files(directory: Path) -> dict[str, Path]:
 def find_split(files: Mapping[str, Path], split: str, name: object) -> Path:
     if split in files:
         return files[split]
-    names = ", ".join(sorted(files)) or f"none, {split}.jsonl say"
+    names = ", ".join(sorted(files)) or f"none; add {split}.jsonl"
     hint = f"{suggestion(split, files)}the splits are: {names}"
-    raise DataError(f"{name}: no split {split!r} there; {hint}")
+    raise DataError(f"{name} has no split {split!r}; {hint}")
 
 
 def find_named(path: Path, name: str, split: str) -> Path:
@@ -266,7 +266,7 @@ def find_named(path: Path, name: str, split: str) -> Path:
             return find_split(files, split, directory)
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         hint = f"{suggestion(name, names)}the data sets are: {_listed(names) or 'none'}"
-        raise DataError(f"{path}: no data set {name!r} there; {hint}")
+        raise DataError(f"{path} has no data set {name!r}; {hint}")
     named = path.name.split(".")[0]
     if named in ("train", "validation", "test") and named != split:
         raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
@@ -323,7 +323,7 @@ class RowStream:
             yield row
         if self._num_rows == 0:
             name = found if of_file else found.repository
-            raise DataError(f"{name}: there are no rows; add some, or name another data set")
+            raise DataError(f"{name} contains no rows; add rows, or name another data set")
 
     def state_dict(self) -> StreamState:
         of_hub = isinstance(self._found, HubSource)
@@ -347,5 +347,5 @@ def _reading_hub(source: HubSource, split: str) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
             f"{source.repository}: the data set's split {split!r} could not be loaded from the "
-            f"Hugging Face hub: {reason}; give the path of a local copy where there is no network"
+            f"Hugging Face Hub: {reason}; without a network, pass the path of a local copy"
         ) from error

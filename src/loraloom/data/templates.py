@@ -63,7 +63,7 @@ def compile_template(source: str, origin: str, read: Any = _ENVIRONMENT.from_str
         with template_errors():
             return read(source)
     except TemplateError as error:
-        raise DataError(f"{origin} is not valid Jinja: {error}; mend it") from error
+        raise DataError(f"{origin} is not valid Jinja: {error}; correct the template") from error
 
 
 def render(template: Template, fields: Mapping[str, Any]) -> str:
@@ -148,8 +148,8 @@ class ChatTemplate:
             return self.tokenizer.get_chat_template(self._given, tools)
         except ValueError as error:
             raise DataError(
-                "the tokenizer must have a chat template for messages, and one by default; give "
-                "one as chat_template, or write the conversations out as texts"
+                "the tokenizer must have a chat template for messages, and a default if there are "
+                "several; set chat_template, or write the conversations as text"
             ) from error
 
     def render(self, conversation: Conversation, *, for_answer: bool = False) -> str:
@@ -203,8 +203,8 @@ def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
 
         return get_training_chat_template(tokenizer) or own
     except ImportError as error:
-        raise DataError(f"chat_template {TRL} needs trl's templates: pip install trl") from error
+        raise DataError(f"chat_template {TRL} requires trl; run: pip install trl") from error
     except ValueError as error:
         raise DataError(
-            "trl has no training template for this tokenizer; give chat_template another one"
+            "trl has no training template for this tokenizer; set chat_template to another template"
         ) from error

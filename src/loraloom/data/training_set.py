@@ -141,7 +141,7 @@ def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed
     chosen = {index for index, value in hashes.items() if value <= threshold}
     if len(chosen) == len(hashes):
         what = f"validation_fraction={fraction} of {len(hashes)} rows leaves nothing to learn from"
-        raise DataError(f"{name}: {what}; give more rows, a lower fraction or validation data")
+        raise DataError(f"{name}: {what}; add rows, lower validation_fraction, or set validation")
     return chosen
 
 
@@ -157,8 +157,8 @@ def _describe(
     dropped = sum(not row.pieces for row in rows) - empty
     notes = {
         f"{cut} cut or divided to fit max_length={source.max_length}": cut,
-        f"{empty} skipped, their answer is empty": empty,
-        f"{dropped} dropped, their answer does not fit": dropped,
+        f"{empty} skipped because of empty answers": empty,
+        f"{dropped} dropped because their answers do not fit": dropped,
     }
     counts = f"{len(rows)} rows, {len(examples)} {kind}, {tokens} tokens"
     line = f"{source.name}: {counts}, {len(held_out)} held out"
@@ -258,7 +258,7 @@ class StreamedSet:
             elif block.next.passes > last_passes + 1:
                 names = ", ".join(source.name for source in self._sources)
                 what = f"no row has an answer that fits max_length={self._max_length}"
-                raise DataError(f"{names}: {what}; raise it, or fill in those that are empty")
+                raise DataError(f"{names}: {what}; raise max_length, or fill in empty answers")
             stop = position.taken + number - len(examples)
             examples += block.examples[position.taken : stop]
             is_left = stop < len(block.examples)

@@ -96,8 +96,8 @@ class ScoreCache:
                 yield file
         except (OSError, sqlite3.Error, ValueError) as error:
             raise ConfigError(
-                f"scores can't be kept in {path}: {error}; delete the file if it is damaged, or "
-                "set XDG_CACHE_HOME, or give --no-cache"
+                f"scores cannot be cached in {path}: {error}; delete a damaged file, set "
+                "XDG_CACHE_HOME, or pass --no-cache"
             ) from error
 
 

@@ -91,7 +91,7 @@ class _Pass:
     def ask(self, asked: QuestionSet) -> Scores:
         if self.compat is not None:
             if asked.scoring != "label":
-                raise ConfigError(f"compat {self.compat} scores labels; leave out scoring text")
+                raise ConfigError(f"compat {self.compat} requires scoring: label, got text")
             asked = replace(asked, questions=[with_all_labels(one) for one in asked.questions])
         questions = asked.questions
         # characters that the model reads: different contexts once, and every continuation
@@ -182,7 +182,7 @@ def evaluate(
     asked += load_question_sets(named, scoring, split, data, limit)
     _check_differ("tasks", [one.task for one in asked])
     if not asked:
-        raise ConfigError("tasks must name at least one, got none")
+        raise ConfigError("tasks must contain at least one task, got none")
     return scored.evaluation([scored.ask(task) for task in asked])
 
 
@@ -239,7 +239,7 @@ def load_question_sets(
     # several must not all read the data of one
     several = reading if data is not None and len(reading) > 1 else ()
     if absent := [name for name in several if not (local_path(data or "", "data") / name).is_dir()]:
-        needed = f"data must be a directory with one for each of several tasks, got {data}"
+        needed = f"data must be a directory with a subdirectory per task, got {data}"
         raise ConfigError(f"{needed} without {', '.join(absent)}")
     places = {task: None if reading and skills_lands(task) else data for task in tasks}
     return [load_question_set(task, scoring, split, places[task], limit) for task in tasks]

@@ -62,8 +62,8 @@ def describe_rows(name: str, of: Mapping[str, Any]) -> str:
     line = f"{name}: {of['num_examples']} {kind}, {of['num_tokens']} tokens with a loss"
     parts = {
         "num_cut": f"cut or divided to fit max_length={of['max_length']}",
-        "num_empty": "skipped, their answer is empty",
-        "num_dropped": "dropped, their answer is missing or does not fit",
+        "num_empty": "skipped because of empty answers",
+        "num_dropped": "dropped because their answers are missing or do not fit",
     }
     return "; ".join([line, *(f"{of[key]} {what}" for key, what in parts.items() if of[key])])
 

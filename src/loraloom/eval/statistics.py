@@ -81,7 +81,7 @@ def compare_paired(first: Values, second: Values, seed: int = 0) -> PairedCompar
     """
     if not len(first) == len(second) > 0:
         raise DataError(
-            "a paired comparison needs the same questions of both, at least one, got "
+            "a paired comparison requires the same questions for both, at least one, got "
             f"{len(first)} and {len(second)}"
         )
     return _compare(first, second, np.ones(len(first)), 1, seed)
@@ -158,8 +158,7 @@ def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
     if twice := [stem for stem in stems if stem in (*names, BASE)]:
         seeds = ", ".join(stems[twice[0]])
         raise ConfigError(
-            f"adapter names must be clear, got {twice[0]!r} and its seeds {seeds}; "
-            "call one of them something else"
+            f"adapter name {twice[0]!r} is also the name of the seeds {seeds}; choose another name"
         )
     return stems
 
@@ -172,7 +171,7 @@ def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
 def members_of(name: str, names: Sequence[str]) -> list[str]:
     known = {**{one: [one] for one in names}, **_seeds_by_stem(names)}
     if name not in known:
-        raise ConfigError(f"what is compared must be one of {', '.join(known)}, got {name!r}")
+        raise ConfigError(f"a side of a comparison must be one of {', '.join(known)}, got {name!r}")
     return known[name]
 
 
@@ -205,7 +204,7 @@ def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
     if not adapters:
         raise AdapterError("adapters must name at least one, or None for the base model, got none")
     if BASE in adapters:
-        raise AdapterError(f"no adapter may be called {BASE}, which results call the base model")
+        raise AdapterError(f"{BASE!r} is reserved for the base model; choose another adapter name")
     for name in chain.from_iterable(pairs):
         members_of(name, [name or BASE for name in adapters])
 
@@ -274,7 +273,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
         if answers.setdefault((index, row.text("question")), correct) != correct:
             row.reject(
                 f"{adapter!r} must answer question {index} of {task} once, got another answer; "
-                "give each adapter a name of its own"
+                "give each adapter a different name"
             )
     return [_join(task, by_adapter) for task, by_adapter in tasks.items()]
 
@@ -284,8 +283,8 @@ def _join(task: str, by_adapter: Mapping[str, Mapping[tuple[int, str], bool]]) -
     for adapter, answers in by_adapter.items():
         if answers.keys() != asked.keys():
             raise DataError(
-                f"{task}: adapters must have been asked the same questions, got others of "
-                f"{adapter!r} than of {first!r}; take files of the same split and limit"
+                f"{task}: adapters must have answered the same questions, but {adapter!r} and "
+                f"{first!r} differ; use files of the same split and limit"
             )
     questions = sorted(asked)
     right = {name: tuple(of[question] for question in questions) for name, of in by_adapter.items()}

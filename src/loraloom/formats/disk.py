@@ -52,14 +52,14 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
     if path.exists():
         return path
     if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(path_or_hub_id):
-        raise FormatError(f"an adapter must be a directory or a hub id, there is no {path}")
+        raise FormatError(f"an adapter must be an existing directory or a Hub ID, got {path}")
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
     except _HUB_ERRORS as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise FormatError(
-            f"`{path_or_hub_id}` is no directory here, and it can't be downloaded from the Hugging "
-            f"Face Hub ({reason}); check the name, the network and, for a private or gated "
+            f"`{path_or_hub_id}` is not a local directory and cannot be downloaded from the "
+            f"Hugging Face Hub ({reason}); check the name, the network and, for a private or gated "
             "repository, `hf auth login`"
         ) from error
 
@@ -119,11 +119,11 @@ def read_files(directory: Path) -> AdapterFiles:
     path = directory / CONFIG_FILE
     if not path.is_file():
         is_model = (directory / "config.json").is_file()
-        hint = "it is a model, not an adapter" if is_model else "it is no adapter, or one cut short"
-        raise FormatError(f"{directory} must have {CONFIG_FILE}, it has none; {hint}")
+        hint = "a base model, not an adapter" if is_model else "not an adapter, or incomplete"
+        raise FormatError(f"{directory} has no {CONFIG_FILE} ({hint}); name an adapter's directory")
     config = read_json(path, FormatError)
     if not isinstance(config, dict):
-        raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
+        raise FormatError(f"{path} must contain a JSON object, got {type(config).__name__}")
     # PEFT writes null for what is unset.
     config = {name: value for name, value in config.items() if value is not None}
     weights, pickled, metadata = directory / WEIGHTS_FILE, directory / PICKLE_FILE, {}
@@ -132,7 +132,7 @@ def read_files(directory: Path) -> AdapterFiles:
     elif pickled.is_file():
         tensors = _read_pickle(pickled)
     else:
-        raise FormatError(f"{directory} must have {WEIGHTS_FILE} or {PICKLE_FILE}, it has neither")
+        raise FormatError(f"{directory} contains neither {WEIGHTS_FILE} nor {PICKLE_FILE}")
     return AdapterFiles(config, tensors, metadata, str(directory), _read_sidecar(directory))
 
 
@@ -157,7 +157,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
         return _plain_tensors(path, load_file(path)), metadata
     except (safetensors.SafetensorError, OSError) as error:
-        raise FormatError(f"{path} can't be read as safetensors: {error}; get it again") from error
+        raise FormatError(f"{path} is not a safetensors file: {error}; download a copy") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
-        raise FormatError(f"{path} must hold a flat dict of tensors by name")
+        raise FormatError(f"{path} must contain a flat dict of tensors by name")
     plain_tensors = _plain_tensors(path, tensors)
     return {name: tensor.detach().contiguous() for name, tensor in plain_tensors.items()}
 
@@ -190,7 +190,7 @@ def _plain_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if odd:
         raise FormatError(
             f"{path}: tensors must be floating point (float64, float32, float16 or bfloat16), "
-            f"dense and stored in full, {names_in(odd)} are not"
+            f"dense and stored in full, got others in {names_in(odd)}"
         )
     return tensors
 
@@ -200,7 +200,7 @@ def refuse_to_overwrite(directory: Path) -> None:
     present = [name for name in SAVED_FILES if (directory / name).exists()]
     if present:
         raise AdapterError(
-            f"{directory} already has {names_in(present)}; save elsewhere, or ask to overwrite"
+            f"{directory} already contains {names_in(present)}; save elsewhere, or pass overwrite"
         )
 
 
@@ -226,7 +226,7 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
 def write_new(directory: Path, files: AdapterFiles, card: str, *, pickled: bool = False) -> None:
     """Write an adapter to a directory that isn't there yet; it appears whole."""
     if directory.exists():
-        raise AdapterError(f"{directory} is there already; convert to a new directory")
+        raise AdapterError(f"{directory} already exists; convert to a new directory")
     try:
         write_directory(directory, lambda aside: _fill(aside, files, card, pickled))
     except (OSError, safetensors.SafetensorError) as error:

@@ -77,7 +77,7 @@ def read_settings(
     theirs = set(table.names.values())
     missing = [name for name in _REQUIRED if name in theirs and name not in files.config]
     if missing:
-        raise files.error(f"{CONFIG_FILE} must have the field `{missing[0]}`, it is missing")
+        raise files.error(f"{CONFIG_FILE} lacks the required field `{missing[0]}`")
     return {
         "target_modules": targets,
         **{ours: files.config[name] for ours, name in table.names.items() if name in files.config},
@@ -162,7 +162,7 @@ def _read_lora(files: AdapterFiles) -> Settings:
     for name, value in sorted(files.config.items()):
         if value and value != "none" and name not in _READ | _NO_EFFECT:
             raise files.error(
-                f"`{name}` must be unset, got {shown(value)}: loraloom has none; train without it"
+                f"`{name}` is not supported, got {shown(value)}; train without `{name}`"
             )
     start = files.config.get("init_lora_weights", True)
     if start not in _STARTS:
@@ -351,7 +351,7 @@ def check_reference_holds(config: AdapterConfig) -> None:
     """Raise an AdapterError if MoE-PEFT 2.0.2 has no such adapter."""
     table, settings = TABLES.get(config.peft_type), config.model_dump()
     if table is None or table.moe_peft is None:
-        raise AdapterError(f"MoE-PEFT has no {config.title}")
+        raise AdapterError(f"MoE-PEFT does not support {config.title}")
     faults = {n: settings[n] for n, value in table.moe_peft.items() if settings[n] != value}
     hint = ""
     if isinstance(config, MixLoraConfig) and config.compat is None:
@@ -370,4 +370,4 @@ def check_reference_holds(config: AdapterConfig) -> None:
         faults["target_modules"] = config.target_modules
     if faults:
         found = ", ".join(f"{name}: {shown(value)}" for name, value in faults.items())
-        raise AdapterError(f"MoE-PEFT 2.0.2 has no {config.title} with {found}{hint}")
+        raise AdapterError(f"MoE-PEFT 2.0.2 does not support {config.title} with {found}{hint}")

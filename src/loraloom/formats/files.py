@@ -66,13 +66,13 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
         if peft_type in methods:
             return parse(files, methods[peft_type])
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, re.error) as error:
-        raise files.error(f"{CONFIG_FILE} can't be used: {error}") from error
+        raise files.error(f"{CONFIG_FILE} is not valid: {error}") from error
     package = files.section("loraloom").get("package")
     writer = f" of the package {shown(package)}" if package else ""
     raise files.error(
         f"`peft_type` in {CONFIG_FILE} must be one of {', '.join(methods)}, got {shown(peft_type)}"
-        f"{writer}; install a package that has it as an entry point of loraloom.methods, or call "
-        "loraloom.register_method first"
+        f"{writer}; install a package that provides this method as an entry point of "
+        "loraloom.methods, or call loraloom.register_method first"
     )
 
 
@@ -99,7 +99,7 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
     """Check an adapter against a base model and give it in its final form."""
     targets = known_targets(stored.config, base)
     if not targets:
-        raise FormatError(f"{stored.source}: no tensors and no `target_modules` of the base model")
+        raise FormatError(f"{stored.source} has neither tensors nor `target_modules` of the model")
     fields = stored.config.model_dump() | {"target_modules": targets}
     config = type(stored.config).model_validate(fields)
     try:
@@ -111,9 +111,9 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
     magnitudes = {name for name in shapes if name.endswith(".magnitude")}
     if magnitudes and not magnitudes & stored.tensors.keys():
         warnings.warn(
-            f"{stored.source} is a DoRA without magnitudes, as MoE-PEFT saves it: they are the "
-            "norms of the base model's rows. MoE-PEFT itself loads it as a LoRA: "
-            "settings={'weight_decomposition': False}",
+            f"{stored.source} is a DoRA without magnitudes, as saved by MoE-PEFT. Loading "
+            "continues with the norms of the base model's rows. To load a LoRA, as MoE-PEFT "
+            "does, pass settings={'weight_decomposition': False}.",
             stacklevel=3,
         )
         shapes = {name: shape for name, shape in shapes.items() if name not in magnitudes}
@@ -136,14 +136,14 @@ def _check_tensors(stored: StoredAdapter, shapes: Mapping[str, Shape], base: Bas
     if found := [f"{kind}: {names_in(names)}" for kind, names in faults.items() if names]:
         raise AdapterError(
             f"{stored.source} doesn't fit the base model {base.name_or_path} ({base.model_type}): "
-            f"{'; '.join(found)}. Load the base model that it was made for, "
-            f"{stored.base.name_or_path or 'which it does not name'}; if tokens were added to that "
-            "one, resize its embeddings first"
+            f"{'; '.join(found)}. Load the base model that the adapter was trained on, "
+            f"{stored.base.name_or_path or 'whose name is not recorded'}; if tokens were added to "
+            "that model, resize its embeddings first"
         )
     if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise FormatError(
             f"{stored.source}: weights must be finite, got infinite ones or NaN in "
-            f"{names_in(infinite)}; its training has diverged, take an earlier checkpoint"
+            f"{names_in(infinite)}; training has diverged; use an earlier checkpoint"
         )
 
 
@@ -161,9 +161,9 @@ def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
         for one in (then, here)
     ]
     warnings.warn(
-        f"{stored.source} was trained on {models[0]}, the base model here is {models[1]}. It "
-        "loads, but its outputs differ by the rounding if that is the same model quantized, else "
-        "they may be wrong. Load the base model it was trained on.",
+        f"{stored.source} was trained on {models[0]}, but the base model here is {models[1]}. "
+        "Loading continues; outputs differ by rounding if one model is the other quantized, and "
+        f"may be wrong otherwise. Load {models[0]} instead.",
         stacklevel=4,
     )
 
@@ -175,9 +175,7 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
     inputs = {key.path: t.shape[-1] for key, t in keys.items() if key.part == "lora_A"}
     used = {key.path for key in keys if key.projection is not None}
     if not used or used != outputs.keys() or used != inputs.keys() or has_own_parts(stored.config):
-        raise FormatError(
-            f"{stored.source}: tensors don't tell what the base model is; give it: --base-model"
-        )
+        raise FormatError(f"{stored.source} does not describe its base model; pass --base-model")
     # The FFN block has the router of a block, or isn't called attention.
     routed = [key for key in keys if key.projection is None]
     rows = [t for name, t in stored.tensors.items() if name == "shared.router_0"]  # by prompt

@@ -67,10 +67,7 @@ def up_to_date(files: AdapterFiles) -> AdapterFiles:
     if strategy in _STRATEGIES:
         config["routing_strategy"] = _STRATEGIES[strategy]
         if config.get("sparse_step") is not None:
-            raise files.error(
-                f"`sparse_step` must be unset, got {shown(config['sparse_step'])}: loraloom has a "
-                "mixture in every layer"
-            )
+            raise files.error(f"`sparse_step` is not supported, got {shown(config['sparse_step'])}")
     if targets := files.targets():
         config["target_modules"] = [_PROJECTIONS.get(name, name) for name in targets]
     names = {}
@@ -94,19 +91,19 @@ def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
             place = f"layers.{layer}.mlp.{projection}_proj.experts.{expert}"
             experts[f"{place}.lora_{part.upper()}"] = tensor
         else:
-            raise files.error(f"{SIDECAR_WEIGHTS}: `{name}` is no router's or expert's tensor")
+            raise files.error(f"{SIDECAR_WEIGHTS}: `{name}` is not a tensor of a router or expert")
     router = next((t for key, t in experts.items() if key.endswith("router")), None)
     lora_A = next((t for key, t in experts.items() if key.endswith("lora_A")), None)
     if router is None or lora_A is None or router.dim() != 2 or lora_A.dim() != 2:
-        raise files.error(f"{SIDECAR_WEIGHTS} must hold routers and experts of axolotl's")
+        raise files.error(f"{SIDECAR_WEIGHTS} must contain routers and experts of axolotl's")
     # The directory may hold the settings of another run, of a LoRA for instance.
     run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
     alpha = run.get("mixlora_expert_lora_alpha") or run.get("lora_alpha")
     lacks_alpha = alpha is None and "alpha" not in (files.given.get("experts") or {})
     if lacks_alpha or (not run and "top_k" not in files.given):
         raise files.error(
-            f"{SIDECAR_WEIGHTS} doesn't tell top_k and the experts' alpha, and there is no "
-            f"{SIDECAR_SETTINGS[0]} of the axolotl run beside it; put it there, or give both: "
+            f"top_k and the experts' alpha are not in {SIDECAR_WEIGHTS}, and {SIDECAR_SETTINGS[0]} "
+            f"of the axolotl run is missing; add {SIDECAR_SETTINGS[0]}, or pass both values: "
             "host.load(name, path, settings={'top_k': 2, 'experts': {'alpha': 32}}), or "
             "loraloom convert PATH NEW --to native --set top_k=2 --set experts.alpha=32"
         )

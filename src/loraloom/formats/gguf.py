@@ -64,7 +64,7 @@ def write_gguf_adapter(
     if found is not None:
         raise AdapterError(
             f"adapter {adapter.name!r} must be without routers and weight_decomposition to be a "
-            f"GGUF adapter, as llama.cpp has B and A alone, got {found}"
+            f"GGUF adapter, because llama.cpp supports only A and B, got {found}"
         )
     architecture = architecture_of(base)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -212,7 +212,7 @@ def _our_tensors(
     if len(paths) > 1:
         raise files.error(
             f"tensors must belong to one stack of decoder layers, got {names_in(sorted(paths))}; "
-            "adapters of several parts of a model can't be read"
+            "adapters of several parts of a model are not supported"
         )
     return next(iter(paths), None), files.renamed(keys)
 
@@ -305,7 +305,7 @@ def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:
         found = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
         rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(found), None))
         if rows is None:
-            raise files.error(f"tensors must include {path}{_TOKENS}, it is missing")
+            raise files.error(f"the tensor {path}{_TOKENS} is missing")
         tensors[f"{path}.weight"] = table.index_copy(0, torch.tensor(tokens), rows.to(table.dtype))
     config = {k: v for k, v in files.config.items() if k != "trainable_token_indices"}
     return replace(files, config=config, tensors=tensors)

@@ -93,8 +93,8 @@ class Engine:
         with self._wake:
             if len(self._scheduler) >= self.limits.max_waiting:
                 raise RequestError(
-                    f"at most {self.limits.max_waiting} completions may wait, and as many do; "
-                    "try again later, or ask for fewer at once",
+                    f"the request queue is full ({self.limits.max_waiting} completions); retry "
+                    "later, or request fewer completions at once",
                     "queue_full",
                 )
             row.arrival = next(self._arrivals)

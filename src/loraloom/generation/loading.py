@@ -68,8 +68,5 @@ def default_cache_tokens(host: Host, max_rows: int) -> int:
     affordable = int(free * 0.25 / (1 + SPARE_ROWS)) // session.states(0, 0, 1).nbytes
     affordable -= max_rows * SPARE_TOKENS
     if affordable < max_rows:
-        raise ConfigError(
-            f"a quarter of the free memory must hold the cache of {max_rows} rows, it doesn't; "
-            "free memory, or start the server with fewer --max-rows"
-        )
+        raise ConfigError("a quarter of free memory is too small for the cache; lower --max-rows")
     return min(max_rows * host.config.max_position_embeddings, affordable)

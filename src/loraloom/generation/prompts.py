@@ -73,7 +73,7 @@ def encode_prompt(
             ) from None
     text = None  # of a prompt that needs no chat template
     if raw and (prompt.tools or not isinstance(content, str)):
-        raise DataError(f"{prompt.origin}: messages and tools need a template; leave raw out")
+        raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")
     if raw or not (form or tokenizer.chat_template or prompt.tools):
         text = content if isinstance(content, str) else None
     elif form is not None and form.format == "instruction":
@@ -88,15 +88,12 @@ def encode_prompt(
             template = ChatTemplate(tokenizer, source or None)
             chat = template.render(Conversation(messages, prompt.tools), for_answer=True)
             if prompt.tools and chat == template.render(Conversation(messages), for_answer=True):
-                raise DataError(
-                    "the chat template leaves tools out, so the model would never read them; give "
-                    "a --chat-template that writes them, or leave tools out"
-                )
+                raise DataError("the chat template ignores tools; pass another --chat-template")
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None
         except TemplateError as error:
             raise DataError(
-                f"{prompt.origin}: the messages do not fit the chat template: {error}"
+                f"{prompt.origin}: the chat template rejects the messages: {error}"
             ) from error
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
@@ -147,10 +144,7 @@ def _render_instructions(
     """Each user's turn in the prompt template; EOS joins turns, as it does training examples."""
     # Training reads spaces at a prompt's end with the answer, so a model's own begins with them.
     if prompt.tools or any(message["role"] == "tool" for message in messages):
-        raise DataError(
-            f"{prompt.origin}: the adapter's prompt template (format: instruction) has no place "
-            "for tools; leave tools out"
-        )
+        raise DataError(f"{prompt.origin}: the adapter's prompt template does not support tools")
     template = compile_template(form.prompt_template, "the prompt template")
     written, system, space = "", "", ""
     given = prompt.fields.get("input")  # null is none, as in training
@@ -167,14 +161,14 @@ def _render_instructions(
             except TemplateError as error:
                 raise DataError(
                     f"{prompt.origin}: the prompt template can't be filled in: {error}; "
-                    "give a row with this field (--input), or read the prompt as it stands (--raw)"
+                    "pass rows with this field (--input), or use the prompt as written (--raw)"
                 ) from error
             written += asked.rstrip(" ")
             space = asked[len(asked.rstrip(" ")) :]
         else:
             system += f"{message['content']}\n\n"
     if system:
-        raise DataError(f"{prompt.origin}: a user's turn must follow a system message; move that")
+        raise DataError(f"{prompt.origin}: a system message must come before a user message")
     return written
 
 
@@ -184,5 +178,5 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:
     if largest >= vocab_size:
         raise DataError(
             f"{origin}: the text must have tokens of the model, whose ids are below {vocab_size}, "
-            f"got {largest}; leave the special token of this id out"
+            f"got {largest}; remove the special token with this ID"
         )

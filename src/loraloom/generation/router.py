@@ -74,7 +74,7 @@ def fit_router(
     chooser = adapter.chooser
     if chooser is None:
         raise AdapterError(
-            f"fit_router needs an adapter with router: prompt, got {name!r}, {adapter.config.title}"
+            f"fit_router requires router: prompt, got adapter {name!r}, {adapter.config.title}"
         )
     experts = adapter.part_names
     read = {own: _prompts(host, tokenizer, of, name, limit) for own, of in prompts.items()}
@@ -126,8 +126,8 @@ def _prompts(
     source, reads_plain = checked(SourceConfig, given), host.adapter(adapter).forms_differ
     if reads_plain and source.format in ("chat", "preference"):
         raise DataError(
-            f"experts whose prompts have different forms are told apart by plain texts, got a "
-            f"source with format: {source.format}; give its prompts as a list of texts"
+            f"experts with different prompt formats require plain strings as prompts, got a "
+            f"source with format: {source.format}; pass the prompts as a list of strings"
         )
     if reads_plain and source.format == "instruction":
         source = source.model_copy(update={"template": "plain"})

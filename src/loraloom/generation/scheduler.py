@@ -24,7 +24,7 @@ class EngineLimits:
     """What an engine may use."""
 
     max_rows: int = 32
-    """Most completions at once."""
+    """Maximum number of completions at once."""
     cache_tokens: int = 32768
     """Size of the key-value cache: rows times tokens of the longest."""
     prefill_tokens: int = 256

@@ -85,10 +85,7 @@ def batches_of(
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Cut prompts into batches of like lengths: places, token ids padded on the right, a mask."""
     if any(not prompt or not 0 <= min(prompt) <= max(prompt) < vocab_size for prompt in prompts):
-        raise DataError(
-            f"a prompt by which an adapter is chosen must have tokens, all from 0 to "
-            f"{vocab_size - 1}, got none or others"
-        )
+        raise DataError(f"a prompt must have tokens from 0 to {vocab_size - 1}, got none or others")
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     while order:
         length = min(len(prompts[order[0]]), MAX_PROMPT)

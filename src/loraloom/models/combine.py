@@ -111,8 +111,8 @@ def combine(
             tensors[name] = _sum(values, [weight / total for weight in weights])
         elif part != "lora_B":
             raise AdapterError(
-                f"adapters that are combined must have updates of the form BA, "
-                f"{adapters[0].config.title} has {name}; give their rows scales instead"
+                f"{adapters[0].config.title} adapters with {name} cannot be combined, because "
+                "their updates are not of the form BA; scale each row's adapter: (name, scale)"
             )
     return config, tensors
 
@@ -168,9 +168,9 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: s
     for other in others:
         if other[1:] != first[1:]:
             raise AdapterError(
-                "adapters must be of one method, routed alike, of one rank and on the same "
-                f"projections to be combined, {first[0]!r} ({first[1]}) and {other[0]!r} "
-                f"({other[1]}) aren't; `cat` combines LoRAs of several ranks"
+                "adapters to combine must have the same method, routing, rank and projections, "
+                f"got {first[0]!r} ({first[1]}) and {other[0]!r} ({other[1]}); use `cat` for LoRAs "
+                "of different ranks"
             )
 
 

@@ -62,8 +62,8 @@ def convert(
     card = model_card(config, base, prompt=prompt)
     if to == "peft" and config.layout != "peft":
         raise AdapterError(
-            f"PEFT has no {config.title}; `import loraloom.peft` makes it read the native form, "
-            "and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
+            f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
+            "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
         )
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
@@ -90,10 +90,7 @@ def _read(
     base = seen_base(stored)
     config, tensors = fit_to_base(stored, base)
     if tensors.keys() != tensor_shapes(config, base).keys():
-        raise AdapterError(
-            f"{stored.source} lacks its magnitudes, which are those of the base model's rows; give "
-            "the base model: --base-model"
-        )
+        raise AdapterError(f"{stored.source} contains no magnitudes; pass --base-model")
     return config, tensors, base, stored.prompt
 
 

@@ -86,7 +86,7 @@ def export(
     path, adapter = Path(os.path.expanduser(path)), host.adapter(name)
     if host.merged is not None:
         raise AdapterError(
-            f"no adapter may be merged to export one, {host.merged!r} is; unmerge it"
+            f"cannot export while {host.merged!r} is merged; call host.unmerge({host.merged!r})"
         )
     form = to or ("moe" if adapter.config.experts_per_router else "merged")
     if form not in get_args(ExportForm):
@@ -116,8 +116,8 @@ def check_target(path: Path, form: ExportForm | None) -> None:
     is_fixed = path.is_dir() and (path.is_mount() or path.samefile("."))  # can't be replaced
     if path.exists() and (is_fixed or not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
-            "the output must not be there yet, or be an empty directory other than the current "
-            f"one and mounted ones, got {path}; choose another place"
+            "the output must be a new path or an empty directory, neither the current one nor a "
+            f"mount, got {path}; choose another path"
         )
 
 

@@ -56,8 +56,8 @@ def attach(model: nn.Module) -> Host:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"attach takes a causal LM of transformers, got {type(model).__name__}; "
-            "loraloom.load_base_model loads one by its name"
+            f"attach() requires a causal LM of transformers, got {type(model).__name__}; load a "
+            "model by name with loraloom.load_base_model()"
         )
     return Host(model)
 
@@ -162,8 +162,8 @@ class Host:
         by_default = config.target_modules == "all-linear" and not adapter.part_names
         if by_default and not self.base.ffn_projections:
             warnings.warn(
-                f"adapter {name!r} is on attention alone: the base model's FFN blocks are mixtures "
-                "of experts, which stay as they are; target_modules: attention means the same",
+                f"adapter {name!r} adapts attention only, because the base model's FFN blocks are "
+                "mixtures of experts; work continues. Set target_modules: attention instead.",
                 stacklevel=2,
             )
         return self._registry.register(adapter)
@@ -598,16 +598,16 @@ class Host:
             inputs.setdefault("use_cache", False)
             if inputs["use_cache"] or caches:
                 raise ModelError(
-                    "a forward of packed rows, or with gradient checkpointing, fills no cache: "
-                    f"leave use_cache and {self._cache_argument} out, or call "
+                    "a forward of packed rows, or with gradient checkpointing, does not support a "
+                    f"cache; remove use_cache and {self._cache_argument}, or call "
                     "enable_gradient_checkpointing(False)"
                 )
         rows = self._registry.rows(adapters, batch_size)
         is_compiled = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
         if torch.is_grad_enabled() and (is_compiled or self.model._compiled_call_impl is not None):
             raise ModelError(
-                "forwards with gradients must not be compiled, as torch.compile doesn't see that "
-                "updates are written to the base's outputs; leave it (torch_compile of Trainer) out"
+                "forwards with gradients must not be compiled, because torch.compile ignores "
+                "updates of the base's outputs; remove torch.compile (torch_compile of Trainer)"
             )
         keys = None
         if training:
@@ -661,7 +661,7 @@ class Host:
         if is_part or input_ids.is_floating_point() or real.shape != input_ids.shape:
             raise AdapterError(
                 "an adapter that is chosen by prompt needs a row's tokens in one forward, without "
-                "a cache; ask host.choose first and give what it chose, or call host.generate"
+                "a cache; call host.choose first and pass its choice, or call host.generate"
             )
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids.cpu(), real, strict=True)]
         return [one.adapter for one in choose(self, prompts, names)]
@@ -686,8 +686,8 @@ class Host:
             if self.dtype == torch.float16:
                 raise ModelError(
                     "training by other programs needs a base model in bfloat16 or float32, got "
-                    "float16: without loss scaling small gradients become zero; load it in another "
-                    "dtype, or train with loraloom, which scales losses"
+                    "float16: without loss scaling small gradients become zero; load the model in "
+                    "another dtype, or train with loraloom, which scales losses"
                 )
             # Who saves and restores the state of torch's generator goes on with these numbers.
             keys, record = torch.randint(2**62, (len(tokens),)).tolist(), {}

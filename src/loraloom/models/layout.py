@@ -40,12 +40,12 @@ RowAdapters = Sequence[RowAdapter] | None
 def check_takes_packed_rows(config: Any) -> None:
     if keeps_running_states(config):
         raise ModelError(
-            "packing needs attention in all layers, got layers that keep running states, which "
+            "packing requires attention in all layers, got layers that keep running states, which "
             "would go from sample to sample; set packing: false and group_by_length: true"
         )
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(
-            f"packing needs attention that takes a mask, attn_implementation sdpa or eager, got "
+            f"packing requires attention with a mask, attn_implementation sdpa or eager, got "
             f"{config._attn_implementation!r}; choose one of them, or set packing: false and "
             "group_by_length: true"
         )

@@ -37,18 +37,19 @@ SMALL_MODEL = "smollm2-135m"
 
 _KINDS = f"a hub name, a directory, a .gguf file or {SMALL_MODEL}"
 _ADVICE = {
-    "directory": "check that save_pretrained wrote model and tokenizer there",
-    "gguf": "check that the file is whole, that transformers reads its architecture, and that the "
-    "cache ($XDG_CACHE_HOME) has room for its copy",
-    "hub": "check the name on huggingface.co, the network, and `hf auth login` if it is gated",
+    "directory": "check that the directory contains the model and tokenizer of save_pretrained",
+    "gguf": "check that the file is complete, that transformers supports its architecture, and "
+    "that the cache ($XDG_CACHE_HOME) has space for a copy",
+    "hub": "check the name on huggingface.co, the network, and for gated models `hf auth login`",
 }
 # Why the hub doesn't give a model, by its client's errors.
 _REFUSALS = {
-    errors.EntryNotFoundError: "its repository on the hub has no config.json; name the model that "
-    "an adapter was trained on, or download a .gguf file and name that",
-    errors.GatedRepoError: "it is gated; accept its terms on the hub and run `hf auth login`",
-    errors.RepositoryNotFoundError: "it does not exist here, and the hub has no public one of that "
-    "name; check the name, or run `hf auth login` if it is private",
+    errors.EntryNotFoundError: "its repository on the Hub has no config.json; for an adapter, "
+    "pass its base model; for a .gguf file, download the file and pass its path",
+    errors.GatedRepoError: "the model is gated; accept its terms on the Hub and run "
+    "`hf auth login`",
+    errors.RepositoryNotFoundError: "it exists neither here nor as a public model on the "
+    "Hub; check the name, or run `hf auth login` for a private model",
 }
 
 
@@ -81,11 +82,11 @@ def find_source(name: str) -> ModelSource:
     elif path.is_dir():
         files = sorted(path.glob("*.gguf"))
         if (path / "adapter_config.json").exists():
-            fault = "an adapter; name the model that it was trained on, and load it as an adapter"
+            fault = "an adapter; pass its base model, and load the adapter on top"
         elif (path / "config.json").exists():
             return ModelSource("directory", str(path))
         elif files:
-            fault = f"a directory without config.json; name its file {files[0]}"
+            fault = f"a directory without config.json; pass its file {files[0]}"
         else:
             fault = "a directory without config.json, weights and tokenizer of save_pretrained"
     elif path.exists():
@@ -95,7 +96,7 @@ def find_source(name: str) -> ModelSource:
             utils.validate_repo_id(name)
             return ModelSource("hub", name)
         except errors.HFValidationError:
-            fault = "which does not exist here and is no possible hub name (owner/model)"
+            fault = "which does not exist here and is not a possible Hub ID (owner/model)"
     raise ModelError(f"base model must be {_KINDS}, got {shown(name)}, {fault}")
 
 
@@ -113,9 +114,8 @@ def _ask_hub(source: ModelSource) -> ModelSource:
             return replace(source, cached=True)
         cause = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
         reason = (
-            f"it does not exist here, it is not in the hub's cache, and the hub can't be reached "
-            f"({cause}); check the name and the network (HF_HUB_OFFLINE=1 forbids it), or name a "
-            "directory"
+            f"it is neither here nor in the Hub's cache, and the Hub cannot be reached ({cause}); "
+            "check the name and the network (HF_HUB_OFFLINE=1 disables access), or pass a directory"
         )
     raise ModelError(f"can't load {name}: {reason}")
 
@@ -156,10 +156,7 @@ def load_base_model(
     checkpoint = _read_config(source)
     check_checkpoint(name, checkpoint, quantization)
     if sharded and (quantization is not None or checkpoint.get("quantization_config") is not None):
-        raise ModelError(
-            f"parallel.base: fsdp needs weights in floating point, those of {name} are quantised; "
-            "take base: replicated"
-        )
+        raise ModelError(f"parallel.base: fsdp does not support quantized weights, got {name}")
     chosen = _find_dtype(dtype, checkpoint, place)
     options: dict[str, Any] = {"dtype": chosen, "device_map": place}
     if attn_implementation is not None:
@@ -202,7 +199,7 @@ def find_device(name: str) -> torch.device:
     if (device.index or 0) >= count:
         raise ModelError(
             f"device must be one that this machine has, got {name} where it has {count} of type "
-            f"{device.type}; take auto or cpu"
+            f"{device.type}; use auto or cpu"
         )
     return device
 
@@ -273,12 +270,12 @@ def _read_model(name: str, auto: Any, source: ModelSource, **options: Any) -> Pr
         raise ModelError(
             f"can't load {name}: {len(random_weights)} of the weights of a {type(model).__name__} "
             f"are not in its files or have another shape there, {random_weights[0]} for one; "
-            "get a complete copy"
+            "download a complete copy"
         )
     if model._hf_peft_config_loaded:
         raise ModelError(
-            f"base model must be a whole model, got the adapter {name}; name the model that it was "
-            "trained on, and load it as an adapter"
+            f"base model must be a whole model, got the adapter {name}; pass the base model of "
+            "that adapter, and load the adapter on top"
         )
     return model
 
@@ -322,7 +319,7 @@ def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None)
 def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compare the tokenizer with the model, before a row fails in the middle of a run."""
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"tokenizer must have an eos_token, got none in {name}; give it one")
+        raise ModelError(f"the tokenizer in {name} has no eos_token; set its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
@@ -369,11 +366,11 @@ def _raised_as_model_error(what: str, source: ModelSource) -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         advice = _ADVICE[source.kind]
         if isinstance(error, ImportError):
-            advice = "install what it names"
+            advice = "install the missing package"
         if "to allocate" in text:  # of PyTorch, on a CPU or an accelerator
-            advice = "take quantization, a dtype of fewer bits or a device with more memory"
+            advice = "use quantization, a dtype of fewer bits or a device with more memory"
         if "trust_remote_code" in text:
-            text = "it needs code of its own"
-            advice = "loraloom runs none from a model's repository; take a model of transformers"
+            text = "the model requires custom code"
+            advice = "loraloom runs no code from repositories; use a model of transformers"
         reason = text.splitlines()[0].rstrip(" .:;")  # the rest may be a page
         raise ModelError(f"can't load {what}: {reason}; {advice}") from error

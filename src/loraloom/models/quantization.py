@@ -50,10 +50,7 @@ def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str
         return
     method = str(own.get("quant_method", "a library that it doesn't name"))
     if quantization is not None:
-        raise ConfigError(
-            f"quantization must be left out for {name}, whose weights {method} has quantised "
-            "already; or name the checkpoint that they were made from"
-        )
+        raise ConfigError(f"{name} is already quantized by {method}; remove quantization")
     if method in ("bitsandbytes", "torchao"):
         import_library(method, f"the quantised checkpoint {name}")
 
@@ -62,10 +59,7 @@ def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationCo
     match quantization:
         case "nf4" | "fp4":
             if dtype == torch.float64:
-                raise ModelError(
-                    f"{quantization} computes in at most float32, got dtype: float64; take another "
-                    "dtype, or torchao-int8"
-                )
+                raise ModelError(f"{quantization} does not support dtype: float64; use float32")
             return BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=quantization,
@@ -227,7 +221,7 @@ def check_computes(name: str, weight: QuantisedWeight) -> None:
         raise ModelError(
             f"rows of a 4-bit weight must be a multiple of {linear.weight.blocksize} on a CPU, "
             f"where bitsandbytes computes others wrongly, got {width} in {name}; "
-            "take torchao-int8, or an accelerator"
+            "use torchao-int8, or an accelerator"
         )
 
 

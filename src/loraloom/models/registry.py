@@ -76,11 +76,9 @@ class AdapterRegistry:
     def build(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
         check_name(name)
         if self._detached:
-            raise AdapterError(
-                "host must be attached to its model, got a detached one; attach again"
-            )
+            raise AdapterError("the host is detached from its model; call attach() again")
         if name in self.adapters:
-            raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
+            raise AdapterError(f"adapter name {name!r} is taken; choose another name")
         dtype = torch.promote_types(torch.float32, self.model.dtype)
         parts = own_parts(check_config(config), self.base)
         config.check_fits(self._layers)
@@ -99,7 +97,7 @@ class AdapterRegistry:
 
     def remove(self, name: str) -> None:
         if self.get(name) is not self.adapters.get(name):
-            raise AdapterError(f"{name} is a part of another adapter; remove that")
+            raise AdapterError(f"{name} is part of another adapter; remove the whole adapter")
         if self.merged is not None and name == self.merged.name:
             self.check_unmerged("remove it")
         gone = self.adapters.pop(name)
@@ -132,8 +130,7 @@ class AdapterRegistry:
         if isinstance(adapters, str) or len(names) != batch_size:
             found = shown(adapters) if isinstance(adapters, str) else len(names)
             raise AdapterError(
-                f"adapters must have one name or None for each of the {batch_size} rows, "
-                f"got {found}"
+                f"adapters must have one for each of the {batch_size} rows, got {found}"
             )
         return [self._row(adapter) for adapter in names]
 
@@ -150,8 +147,8 @@ class AdapterRegistry:
                 )
         if self.merged is not None and self.merged.name in [part.name for part in found.parts]:
             raise AdapterError(
-                f"adapter {self.merged.name!r} is merged into the base model: give None for its "
-                "rows, or unmerge it"
+                f"adapter {self.merged.name!r} is merged into the base model; use None for its "
+                f"rows, or call unmerge({self.merged.name!r})"
             )
         return found, float(scale)
 

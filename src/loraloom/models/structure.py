@@ -68,13 +68,10 @@ def family_of(model: nn.Module) -> Family:
     """Tell a model's family by its structure."""
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     if is_compiled or hasattr(model, "_orig_mod"):
-        raise ModelError(
-            "model must not be compiled, as its rows may have different adapters in each forward; "
-            "attach the model itself"
-        )
+        raise ModelError("model must not be compiled; attach the uncompiled model")
     find_head = getattr(model, "get_output_embeddings", None)
     if find_head is None or find_head() is None:  # a classifier has other heads
-        raise unsupported(model, "it has no head that gives logits of tokens")
+        raise unsupported(model, "it has no head with logits of tokens")
     config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise unsupported(model, "it has an encoder")

@@ -189,12 +189,12 @@ class Wiring:
 
     def __init__(self, model: Any, family: Family):
         if any(isinstance(m.__dict__.get("forward"), DecoderLayer) for m in model.modules()):
-            raise ModelError("model must not be attached yet: call detach() on its host first")
+            raise ModelError("the model is already attached; call detach() on its host first")
         devices = sorted({str(parameter.device) for parameter in model.parameters()})
         if len(devices) > 1:  # adapters and rows are where the embeddings are
             raise ModelError(
-                f"model must be on one device, got parts on {', '.join(devices)}; load it on one "
-                "(device_map={'': 0} for example), quantised if it is too large"
+                f"model must be on one device, got parts on {', '.join(devices)}; load the model "
+                "on one device (device_map={'': 0} for example), quantized if necessary"
             )
         quantised = quantised_linears(model)
         for name, weight in quantised.items():

@@ -50,7 +50,7 @@ def read_run(path: Path) -> list[Job]:
         return [_read_job(path, path.absolute().parent.resolve().name)]
     raise ConfigError(
         f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}, where no "
-        f"directory of a job has {METRICS_FILE} or {RESULT_FILE}; give the run file's output_dir"
+        f"directory of a job has {METRICS_FILE} or {RESULT_FILE}; pass the run's output_dir"
     )
 
 

@@ -230,7 +230,7 @@ def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
     found, num_experts = {}, sum(map(len, choices.values()))
     if num_unused >= UNUSED_PART * num_experts:
         found["unused experts"] = (
-            f"{num_unused} of {num_experts} experts are hardly used "
+            f"{num_unused} of {num_experts} experts are almost unused "
             f"(below {100 * UNUSED_SHARE:g} % of an even share): {_shortened(unused)}"
         )
     if collapsed:

@@ -142,8 +142,8 @@ class ServedAdapters:
             for name in names:
                 self.release(await self.acquire(name))
         raise RequestError(
-            f"the adapters {', '.join(names)} must have places at once, and others take them; try "
-            "again later, or start the server with a larger --max-adapters",
+            f"the adapters {', '.join(names)} must be loaded together, but others are in use; "
+            "retry later, or start the server with a larger --max-adapters",
             "queue_full",
         )
 
@@ -164,8 +164,8 @@ class ServedAdapters:
             directory = await asyncio.wait_for(finding, DOWNLOAD_S)
         except TimeoutError:
             raise RequestError(
-                f"the adapter {shown(source)} must come from the Hub in {DOWNLOAD_S:g} seconds; "
-                "try again, which continues the download",
+                f"the adapter {shown(source)} was not downloaded in {DOWNLOAD_S:g} seconds; "
+                "retry to continue the download",
                 "timeout",
             ) from None
         source = os.path.expanduser(source)  # as find_adapter does
@@ -199,7 +199,7 @@ class ServedAdapters:
         async with self._turn:
             if name == self.base_name or (name in self._served and not replace):
                 raise ConfigError(
-                    f"the name {shown(name)} is taken; unload it first, or choose another"
+                    f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )
             files, host_name = _files_of(source), name
             while host_name in self._host.adapters:
@@ -223,9 +223,8 @@ class ServedAdapters:
             if not unused:
                 self._remove(new)
                 raise RequestError(
-                    f"adapters may take {self._max_bytes:,} bytes together, {shown(new.name)} does "
-                    "not fit beside the others; unload some, or start the server with a larger "
-                    "--max-adapter-bytes",
+                    f"adapter {shown(new.name)} exceeds the limit of {self._max_bytes:,} bytes for "
+                    "all adapters; unload others, or restart with a larger --max-adapter-bytes",
                     "adapter_memory",
                 )
             self._let_go(self._served.pop(unused[0].name))

@@ -33,7 +33,7 @@ def read_keys(path: Path) -> list[str]:
         raise ConfigError(f"the file of API keys can't be read: {error}") from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"{path} must have an API key a line, it has none")
+        raise ConfigError(f"{path} contains no API key; write one key per line")
     return keys
 
 

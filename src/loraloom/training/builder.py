@@ -201,7 +201,7 @@ def _check_lengths(
     if not longest or (config.data.has_validation and not training_set.validation):
         raise DataError(
             f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
-            "give more rows, or raise max_length"
+            "add rows, or raise max_length"
         )
     held_out = (len(row.input_ids) for one in training_set.validation for row in one.rows)
     most = max([*longest[0], *held_out])
@@ -227,7 +227,7 @@ def load_start(host: Host, adapter: Adapter, start: str | Mapping[str, float]) -
         needed = config.model_dump(include={"rank_pattern"}, exclude_defaults=True)
         needed = {"rank": config.rank, **needed}
         raise ConfigError(
-            f"a sum to start_from needs a job with the adapters' projections and {needed}, got "
+            f"start_from a sum requires a job with the adapters' projections and {needed}, got "
             f"rank {wanted.rank} for {given}"
         )
     for name, tensor in tensors.items():
@@ -249,8 +249,5 @@ def _load_whole(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
         f"{name} is {wanted[name]!r} and that adapter's {stored.get(name)!r}"
         for name in differences
     ]:
-        raise ConfigError(
-            f"start_from needs an adapter with the job's own settings, got {path_or_hub_id}: "
-            f"{'; '.join(changed)}"
-        )
+        raise ConfigError(f"start_from {path_or_hub_id} differs from the job: {'; '.join(changed)}")
     adapter.load_tensors(tensors)

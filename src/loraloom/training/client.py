@@ -91,7 +91,7 @@ class TrainingClient:
         self.references: dict[str | None, objectives.Reference] = {}
         self._forwards = self._draws = 0
         if any(client.host is host and client.name == name for client in _OPEN):
-            raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
+            raise AdapterError(f"adapter {name!r} has another TrainingClient; close that client")
         self._optimizer_config = optimizer or OptimizerConfig()
         self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
@@ -189,7 +189,7 @@ class TrainingClient:
         scale = self._loss_scale
         if all(weight.grad is None for weight in self.parameters.values()):
             raise TrainingError(
-                f"adapter {self.name}: optim_step needs a gradient; call forward_backward"
+                f"adapter {self.name}: optim_step() found no gradients; call forward_backward()"
             )
         how = self._optimizer_config, self.adapter
         grad_norm = optimizers.clip_gradients(*how, max_grad_norm, scale)
@@ -197,7 +197,7 @@ class TrainingClient:
         if not (is_skipped or math.isfinite(grad_norm)):
             self.zero_grad()
             raise TrainingError(
-                f"adapter {self.name}: gradient norm must be finite, got {grad_norm}; it is dropped"
+                f"adapter {self.name}: gradient norm must be finite, got {grad_norm}; skipped"
             )
         if not is_skipped:
             with optimizers.rates_of_their_own(*how):
@@ -256,8 +256,8 @@ class TrainingClient:
         """Resume from a saved state of this client, or of one with equal settings."""
         snapshot, faults = store.CheckpointStore(Path(os.path.expanduser(directory))).newest()
         if snapshot is None or _STATE not in snapshot.jobs:
-            reason = "; ".join(faults) or "there is none"
-            raise ConfigError(f"{directory} must hold a client's saved state: {reason}")
+            reason = "; ".join(faults) or "no checkpoint was found"
+            raise ConfigError(f"{directory} must contain a client's saved state: {reason}")
         changed = store.describe_changes(snapshot.base, store.describe_base(self.host), "base")
         saved = store.as_of_now(snapshot.jobs[_STATE].settings)
         changed += store.describe_changes(saved, self._settings())

@@ -92,7 +92,7 @@ class Engine:
                 self.step()
             if self._must_end():
                 self.save_state()
-                self._reporter.message("saved; --resume goes on from here")
+                self._reporter.message("saved a checkpoint; pass --resume to continue from here")
                 self.interruption.end()
         return list(self.results.values())
 
@@ -165,6 +165,7 @@ class Engine:
                 save_steps = job.config.train.save_steps
                 if save_steps is not None and job.position.step % save_steps == 0:
                     self._is_checkpoint_due = True
+        self._reporter.flush()
 
     def _evaluate_due(self) -> None:
         due = [job for job in self.jobs.values() if job.is_evaluation_due]
@@ -182,6 +183,7 @@ class Engine:
                 if job.take_evaluation(outcome) and self._is_first:
                     self._write_best(job)
                 self._reporter.evaluation(job, outcome, self.seconds)
+        self._reporter.flush()
         self._is_checkpoint_due = True
 
     def _write_best(self, job: Job) -> None:
@@ -192,7 +194,7 @@ class Engine:
                 raise
             # Nothing is lost: the next checkpoint has them, and the job's end writes them again.
             what = f"job {job.name}: its best weights can't be written yet: {error}"
-            self._reporter.message(f"warning: {what}; training goes on, make room before it ends")
+            self._reporter.message(f"warning: {what}; training continues; free disk space soon")
 
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
@@ -247,7 +249,7 @@ class Engine:
         """Go on from a checkpoint, whose done jobs are not on the host, or write the first one."""
         if checkpoint is None:
             return self.save_state()
-        self._reporter.message(f"going on after {checkpoint.round} fused steps")
+        self._reporter.message(f"resuming after {checkpoint.round} steps")
         saved = checkpoint.jobs
         self._check_inputs(checkpoint, list(self.jobs.values()))
         self.round, self._runner.max_tokens = checkpoint.round, checkpoint.max_tokens
@@ -273,8 +275,8 @@ class Engine:
             changed += [f"job {job.name}: {k}" for k, v in now.items() if saved.get(k, v) != v]
         if changed:
             raise ConfigError(
-                "--resume needs the data that the run began with, it has changed: "
-                f"{'; '.join(changed)}; put it back, or give --overwrite to begin again"
+                "--resume requires the data of the interrupted run, which has changed: "
+                f"{'; '.join(changed)}; restore the data, or pass --overwrite to start again"
             )
 
     def _go_on(self, job: Job, checkpoint: store.Checkpoint) -> None:

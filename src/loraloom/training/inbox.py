@@ -137,7 +137,7 @@ class Inbox:
         try:
             write_json(path.with_name(f"{path.stem}.state.json"), values)
         except OSError as error:
-            self._say(f"warning: {path} has a state file that can't be written: {error}")
+            self._say(f"warning: {path} has a state file that cannot be written: {error}")
 
 
 def lock_watched(path: Path) -> AbstractContextManager[BaseFileLock]:
@@ -146,6 +146,5 @@ def lock_watched(path: Path) -> AbstractContextManager[BaseFileLock]:
         return FileLock(path / ".loraloom.lock", timeout=0).acquire()
     except OSError as error:  # a lock that another run has is one as well
         raise ConfigError(
-            "--watch must name a directory that can be written to and that no other run watches, "
-            f"got {path}: {error}"
+            f"--watch must name a writable directory that no other run watches, got {path}: {error}"
         ) from None

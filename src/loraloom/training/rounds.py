@@ -59,8 +59,8 @@ class RoundRunner:
         if used >= limit:
             raise ConfigError(
                 "memory_limit must hold what is loaded and what optimizers keep, "
-                f"{used / 1e9:.2f} GB, got {limit / 1e9:.2f} GB; raise it, quantize the base "
-                "model, or train fewer jobs at once"
+                f"{used / 1e9:.2f} GB, got {limit / 1e9:.2f} GB; raise memory_limit, "
+                "quantize the base model, or train fewer jobs at once"
             )
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss | TrainingError]:
@@ -95,8 +95,8 @@ class RoundRunner:
             elif outcome is None and halves:
                 self.max_tokens = max(map(_count_tokens, halves))
                 self.say(
-                    f"warning: memory ran short in a step of {tokens} tokens; "
-                    f"from now on steps are computed in parts of at most {self.max_tokens}"
+                    f"warning: out of memory in a step of {tokens} tokens; training continues in "
+                    f"parts of at most {self.max_tokens} tokens"
                 )
                 waiting += halves[::-1]
             elif outcome is not None and len(group) > 1:
@@ -177,14 +177,14 @@ def _training_error(micro_batch: MicroBatch, error: Exception | None) -> Trainin
     if error is None:
         longest = max(len(example.input_ids) for example in micro_batch.examples)
         return TrainingError(
-            f"job {name}: one example must fit into memory, one of {longest} tokens does not; its "
+            f"job {name}: an example of {longest} tokens does not fit into memory; the job's "
             "last good weights are kept; lower train.max_length, set "
             "train.gradient_checkpointing: true, or train fewer jobs at once"
         )
     _log.error("job %s failed", name, exc_info=error)
     return TrainingError(
-        f"job {name}: its forward or backward pass raised {type(error).__name__}: {error}; its "
-        "last good weights are kept"
+        f"job {name}: the forward or backward pass raised {type(error).__name__}: {error}; the "
+        "job's last good weights are kept"
     )
 
 

@@ -77,7 +77,7 @@ def train(
     if not isinstance(run, RunConfig):
         run = load_run_config(run)
     if not run.jobs and run.sweep is None and watch is None:
-        raise ConfigError("jobs must be a list of 1 or more, or sweep must be given")
+        raise ConfigError("a run must set jobs (at least one) or sweep")
     launch = read_launch()
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     options = {"resume": resume, "overwrite": overwrite}
@@ -85,7 +85,7 @@ def train(
         given = {"--watch": watch, "base": base, "between_steps": between_steps}
         given["torchrun"] = launch if launch.size > 1 else None
         if others := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"--ray does not go with {', '.join(others)}; leave one of them out")
+            raise ConfigError(f"--ray and {', '.join(others)} exclude each other; remove --ray")
     if watch is not None:
         watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
@@ -147,7 +147,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if len(given) == 1:
         raise ConfigError(
             f"RANK and WORLD_SIZE must be set together, as torchrun does, got {given[0]} alone; "
-            "start the run with torchrun, or unset it"
+            "start the run with torchrun, or unset both variables"
         )
     get, size = environment.get, environment.get("WORLD_SIZE", 1)
     numbers = get("RANK", 0), size, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", size)
@@ -167,30 +167,30 @@ def choose_device(
         )
     if run.parallel.base == "fsdp" and (is_loaded or run.quantization):
         raise ConfigError(
-            "parallel.base: fsdp takes a base model apart as it is loaded, in floating point, got "
-            f"{'one that is loaded: `base`' if is_loaded else 'quantization'}; leave that out, or "
-            "take base: replicated"
+            "parallel.base: fsdp requires a base model in floating point that the run loads, got "
+            f"{'a loaded one: `base`' if is_loaded else 'quantization'}; remove that setting, or "
+            "set parallel.base: replicated"
         )
     for job in run.all_jobs:
         if not job.adapter.adds_up_over_ranks:
             raise ConfigError(
-                f"job {job.name}: method {job.adapter.method} needs a single process, as its "
-                f"router loss joins all tokens, got {launch.size} ranks; start it without torchrun"
+                f"job {job.name}: method {job.adapter.method} requires a single process, because "
+                f"its router loss joins all tokens, got {launch.size} ranks; remove torchrun"
             )
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     kind = found.type if name == "auto" else torch.device(name).type
     if kind not in _BACKENDS or (kind != "cpu" and name not in ("auto", kind)):
         raise ConfigError(
-            f"device must be auto or one of {', '.join(_BACKENDS)} where several ranks train, as "
-            f"each takes a device of its own, got {name if kind in _BACKENDS else kind}"
+            f"device must be auto or one of {', '.join(_BACKENDS)} for several ranks, because "
+            f"each rank uses a separate device, got {name if kind in _BACKENDS else kind}"
         )
     if kind == "cpu":
         return kind
     count = torch.get_device_module(kind).device_count()
     if launch.local_size > count:
         raise ConfigError(
-            f"each rank needs a {kind} device of its own, got {launch.local_size} ranks and "
-            f"{count} devices on this machine; start as many as there are devices, or take "
+            f"each rank requires a separate {kind} device, got {launch.local_size} ranks and "
+            f"{count} devices on this machine; start as many as there are devices, or set "
             "device: cpu"
         )
     return f"{kind}:{launch.local_rank}"

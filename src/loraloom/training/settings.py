@@ -61,7 +61,7 @@ else:
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
 # The reference that is the base model itself.
 BASE_REFERENCE = "base"
-_GIVE = "give data.validation_fraction, data.validation or eval"
+_GIVE = "set data.validation_fraction, data.validation or eval"
 
 
 class ObjectiveConfig(StrictModel):
@@ -88,12 +88,12 @@ class _PairsConfig(ObjectiveConfig):
     learns_from_pairs = True
     loss_type: Any = "sigmoid"
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """sigmoid: the share of pairs that are taken to be the wrong way round."""
+    """sigmoid: fraction of pairs that are assumed to be labeled the wrong way round."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         if self.label_smoothing and self.loss_type != "sigmoid":
-            yield f"label_smoothing has no effect with loss_type {self.loss_type}; remove it"
+            yield f"label_smoothing requires loss_type sigmoid, got {self.loss_type}"
 
 
 class DpoConfig(_PairsConfig):
@@ -104,13 +104,13 @@ class DpoConfig(_PairsConfig):
     """
 
     name: Literal["dpo"] = "dpo"
-    """Direct preference optimisation."""
+    """Direct preference optimization."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     """The loss of DPO's paper, or of IPO's on log-probabilities per token."""
     beta: float = Field(default=BETA, gt=0)
-    """How strongly the policy is held at the reference; the τ of IPO's paper."""
+    """Strength of the pull to the reference policy; τ in IPO's paper."""
     reference: str = Field(default=BASE_REFERENCE, min_length=1)
-    """Policy to stay near: base for the base model, or an adapter's directory or hub id."""
+    """Reference policy: base for the base model, or an adapter's directory or Hub ID."""
 
 
 class CpoConfig(_PairsConfig):
@@ -121,7 +121,7 @@ class CpoConfig(_PairsConfig):
     """
 
     name: Literal["cpo"] = "cpo"
-    """Contrastive preference optimisation."""
+    """Contrastive preference optimization."""
     loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
     """Loss of the margin between chosen and rejected."""
     beta: float = Field(default=0.1, gt=0)
@@ -142,9 +142,9 @@ class OptimizerConfig(StrictModel):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decay of the adapter's weights. 0 as in transformers' Trainer; torch's own is 0.01."""
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)
-    """LoRA+: lora_B learns at this multiple of learning_rate (Hayou et al., arXiv:2402.12354)."""
+    """LoRA+: multiple of learning_rate for lora_B (Hayou et al., arXiv:2402.12354)."""
     router_lr_ratio: float | None = Field(default=None, gt=0)
-    """Routers learn at this multiple of learning_rate."""
+    """Multiple of learning_rate for routers."""
     lr_ratios: dict[Pattern, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Further multiples, by regular expressions of which the first counts that matches the end of a
     tensor's name, `layers.0.mlp.up_proj.experts.3.lora_A` say; 0 freezes."""
@@ -152,12 +152,9 @@ class OptimizerConfig(StrictModel):
     @override
     def contradictions(self) -> Iterator[str]:
         if taken := {"lr", "weight_decay", "params"} & self.optimizer_args.keys():
-            yield (
-                f"optimizer_args must not hold {', '.join(sorted(taken))}: learning_rate and "
-                "weight_decay of the job are used"
-            )
+            yield f"optimizer_args must not set {', '.join(sorted(taken))}; set train's own keys"
         if self.weight_decay and self.optimizer == "rprop":
-            yield "weight_decay has no effect on rprop; remove it"
+            yield "weight_decay is not supported by rprop; remove weight_decay"
 
 
 class EarlyStoppingConfig(StrictModel):
@@ -166,7 +163,7 @@ class EarlyStoppingConfig(StrictModel):
     metric: str = "eval/loss"
     """Metric to watch, by its name in metrics.jsonl: eval/loss, eval/<task>/accuracy, ..."""
     patience: int = Field(default=3, ge=1)
-    """Evaluations in a row without a better value after which the job ends."""
+    """Number of evaluations without improvement after which the job stops."""
 
 
 class TrainConfig(OptimizerConfig):
@@ -175,7 +172,7 @@ class TrainConfig(OptimizerConfig):
     objective: Annotated[SftConfig | DpoConfig | CpoConfig, Field(discriminator="name")] = Field(
         default_factory=SftConfig
     )
-    """What the job minimises: sft (the default), or dpo or cpo on preference data."""
+    """Objective to minimize: sft, or dpo or cpo on preference data. Default: sft."""
     lr_scheduler: LrScheduler = "linear"
     """A scheduler of transformers by name."""
     lr_scheduler_args: dict[str, Any] = Field(default_factory=dict)
@@ -183,31 +180,31 @@ class TrainConfig(OptimizerConfig):
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps over which the learning rate rises to its highest."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
-    """The same as a share of all steps."""
+    """Warmup steps as a fraction of all steps."""
     batch_size: int = Field(default=16, ge=1)
     """Rows in a step; with preference data, pairs of rows."""
     micro_batch_size: int = Field(default_factory=lambda fields: fields["batch_size"], ge=1)
-    """Rows that go through the model at once, batch_size by default; the gradient is the same."""
+    """Rows per forward pass. The gradient is the same. Default: batch_size."""
     num_epochs: int | None = Field(default=None, ge=1)
-    """Passes over the data; or give max_steps."""
+    """Number of passes over the data; or set max_steps."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Steps after which the job ends; or give num_epochs."""
+    """Number of steps; or set num_epochs."""
     max_length: int = Field(default=MAX_LENGTH, ge=2)
-    """Longest row in tokens."""
+    """Maximum length of a row in tokens. Longer rows are truncated."""
     group_by_length: bool = False
-    """Let examples of similar length share a step, for less padding; orders stay random."""
+    """Put examples of similar length into the same steps, for less padding."""
     packing: bool = False
     """Put several examples into a row of up to max_length tokens; nothing else changes."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Clip the norm of the adapter's whole gradient to this; null for no clipping."""
+    """Maximum norm of the adapter's gradient; null: no clipping."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, to save memory."""
+    """Recompute activations in the backward pass, to save memory."""
     eval_steps: int | None = Field(default=None, ge=1)
-    """Evaluate every so many steps; null for the end only."""
+    """Evaluate every N steps; null: only at the end."""
     eval_on_start: bool = False
-    """Evaluate before the first step as well, to see where the job begins."""
+    """Evaluate before the first step as well."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Keep what --resume needs every so many steps; null for evaluations and the end only."""
+    """Save a checkpoint for --resume every N steps; null: only at evaluations and the end."""
     early_stopping: EarlyStoppingConfig | None = None
     """Stop when a metric no longer gets better."""
 
@@ -216,17 +213,17 @@ class TrainConfig(OptimizerConfig):
         yield from super().contradictions()
         warms_up = self.warmup_steps or self.warmup_ratio
         if warms_up and self.lr_scheduler in ("constant", *SCHEDULERS_ON_METRIC):
-            yield f"warmup has no effect on {self.lr_scheduler}; use constant_with_warmup"
+            yield f"warmup is not supported by {self.lr_scheduler}; use constant_with_warmup"
         if self.lr_scheduler_args and self.lr_scheduler in ("constant", "constant_with_warmup"):
-            yield f"lr_scheduler_args have no effect on {self.lr_scheduler}; remove them"
+            yield f"lr_scheduler_args is not supported by {self.lr_scheduler}; remove the arguments"
         if self.warmup_ratio is not None and self.warmup_steps is not None:
-            yield "warmup_ratio and warmup_steps exclude each other; give one"
+            yield "warmup_ratio and warmup_steps exclude each other; set only one setting"
         if self.batch_size % (size := self.micro_batch_size):
             yield f"micro_batch_size must divide batch_size={self.batch_size}, got {size}"
         if (self.max_steps is None) == (self.num_epochs is None):
-            yield "max_steps or num_epochs must be given, one of them"
+            yield "train must set either max_steps or num_epochs"
         if self.early_stopping is not None and self.eval_steps is None:
-            yield "early_stopping has no effect without eval_steps; give it"
+            yield "early_stopping requires eval_steps; set train.eval_steps"
 
     def warmup_steps_of(self, num_training_steps: int) -> int:
         if self.warmup_ratio is not None:
@@ -238,15 +235,15 @@ class EvaluationConfig(StrictModel):
     """A choice task that is scored while a job runs and at its end."""
 
     task: TaskReference
-    """Choice task to score: its name, or the .yaml file of a task of your own."""
+    """Choice task to score: a name, or the .yaml file of your own task."""
     path: str | None = Field(default=None, min_length=1)
-    """Directory that holds its data, or a directory of such directories; None for the hub."""
+    """Directory of the task's data, or its parent directory; null: the Hub."""
     split: str = Field(default="validation", min_length=1)
-    """Split to score. Test splits are reported, they never select the weights."""
+    """Split to score. Test splits are reported, but never select the weights."""
     scoring: Scoring | None = Field(default_factory=default_scoring)
-    """Score the choice's label or its own text; label by default, a task file has its own."""
+    """Score the choice's label or its text. Default: label, or the task file's."""
     limit: int | None = Field(default=None, ge=1)
-    """Score the first so many questions only."""
+    """Score only the first N questions."""
 
     @property
     def metric(self) -> str:
@@ -266,25 +263,25 @@ class JobConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights, the order of the data, dropout and jitter."""
     priority: float = Field(default=1.0, ge=1e-6, le=1e6)
-    """Share of the computed tokens, against other jobs', where max_tokens_per_step bounds steps."""
+    """Share of the tokens relative to other jobs, if max_tokens_per_step limits steps."""
     adapter: adapters.AnyAdapterConfig
     """Method and size of the adapter."""
     start_from: str | dict[str, float] | None = None
     """Adapter to start from, by directory or hub id, of the same method and size; or several LoRAs
     with weights, whose ranks together are the job's: their sum. null for new."""
     data: DataConfig
-    """What the job learns from."""
+    """Training and validation data."""
     train: TrainConfig
-    """How it learns."""
+    """Settings of training."""
     eval: tuple[EvaluationConfig, ...] = ()
     """Choice tasks to score every train.eval_steps, and at the end."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         if self.start_from in ("", {}):
-            yield f"start_from must name an adapter, got {self.start_from!r}; leave it out"
+            yield f"start_from must name an adapter, got {self.start_from!r}; remove start_from"
         if self.train.router_lr_ratio and not self.adapter.experts_per_router:
-            yield f"train.router_lr_ratio has no effect on {self.adapter.title}; remove it"
+            yield f"train.router_lr_ratio requires routers, which {self.adapter.title} lacks"
         train, has_pairs = self.train, self.train.objective.learns_from_pairs
         held_out = () if self.data.validation is None else (self.data.validation,)
         formats = {source.format for source in (*self.data.sources, *held_out)}
@@ -296,20 +293,20 @@ class JobConfig(StrictModel):
             )
         if has_pairs and (others := sorted(map(str, formats - {"preference", None}))):
             yield (
-                f"train.objective {train.objective.name} needs pairs of answers: a task, or a "
+                f"train.objective {train.objective.name} requires pairs of answers: a task, or a "
                 f"dataset of format preference, got format {others[0]}"
             )
         if self.data.streaming and (train.max_steps is None or train.group_by_length):
-            yield "data.streaming needs train.max_steps, not num_epochs, and no group_by_length"
+            yield "data.streaming requires train.max_steps, and no num_epochs or group_by_length"
         selecting = self.selecting_metrics
         tasks = [task_name(evaluation.task) for evaluation in self.eval]
         if len(set(tasks)) < len(tasks):
             yield f"eval must name each task once, got {', '.join(tasks)}"
         evaluates = train.eval_steps or train.eval_on_start
         if evaluates and not (self.data.has_validation or self.eval):
-            yield f"train.eval_steps has nothing to evaluate; {_GIVE}"
+            yield f"train.eval_steps requires data to evaluate; {_GIVE}"
         if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
-            yield f"train.lr_scheduler {train.lr_scheduler} needs train.eval_steps; {_GIVE} too"
+            yield f"train.lr_scheduler {train.lr_scheduler} requires train.eval_steps; {_GIVE} too"
         if train.early_stopping is not None and train.early_stopping.metric not in selecting:
             yield (
                 "train.early_stopping.metric must be one that the job measures outside test splits "
@@ -344,7 +341,7 @@ class ParallelConfig(StrictModel):
     """How the processes that torchrun starts share a base model."""
 
     base: Literal["replicated", "fsdp"] = "replicated"
-    """replicated: each process has all of it; fsdp: each keeps a part of every layer's weights."""
+    """replicated: a whole copy in each process; fsdp: a shard of each layer in each process."""
 
 
 class RunConfig(BaseModelConfig):
@@ -353,20 +350,20 @@ class RunConfig(BaseModelConfig):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How several processes share the base model; each computes a share of all jobs' rows."""
     output_dir: Path
-    """Directory of the results, one directory a job in it."""
+    """Directory of the results, with a directory per job."""
     max_tokens_per_step: int | None = Field(default=None, ge=1)
-    """Most tokens of a fused forward, padding included; null: all jobs take part in each step."""
+    """Maximum tokens per step, with padding; null: all jobs take part in each step."""
     keep_snapshots: int = Field(default=2, ge=1)
-    """How many snapshots --resume may choose from; the newest whole one is taken."""
+    """Number of checkpoints to keep. --resume uses the newest undamaged checkpoint."""
     memory_limit: ByteSize | None = None
-    """Most memory of a training step, base model included: bytes or "20GB"; null: what is there."""
+    """Maximum memory of a step, with the base model: bytes or "20GB"; null: all memory."""
     trackers: tuple[TrackerName, ...] = ("jsonl",)
-    """Where metrics go, `jsonl`, `tensorboard`, `trackio` and `wandb` or those of other packages.
+    """Trackers: `jsonl`, `tensorboard`, `trackio`, `wandb` or those of other packages.
     metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = ()
     """Adapters to train, all in the same steps."""
     sweep: SweepConfig | None = None
-    """A job in many versions, which train in the same steps as well."""
+    """Many versions of a job, trained in the same steps."""
 
     @field_validator("output_dir", mode="before")
     @classmethod
@@ -383,15 +380,15 @@ class RunConfig(BaseModelConfig):
         yield from super().contradictions()
         names = [job.name.casefold() for job in self.all_jobs]
         for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"jobs and those of a sweep must have names that differ, got {name!r} again"
+            yield f"job names must be unique, also in a sweep, got {name!r} again"
         if self.sweep is not None:
             others = [job.name for job in self.jobs if job.name != self.sweep.job]
             for name in filter(self.sweep.owns, others):
                 if names.count(name.casefold()) == 1:
-                    yield f"names of jobs must not begin as the sweep's do, got {name!r}; rename it"
+                    yield f"job names must not start like the sweep's, got {name!r}; rename the job"
             stopping = self.sweep.early_stopping
             if stopping and stopping.median and any(not j.train.eval_steps for j in self.trials):
-                yield "sweep.early_stopping.median has no effect without train.eval_steps; give it"
+                yield "sweep.early_stopping.median requires train.eval_steps"
             known = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
             if self.sweep.metric not in known:
                 yield (

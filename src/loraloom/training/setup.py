@@ -36,7 +36,7 @@ def set_up(
         if checkpoint is not None:
             store.check_same_run(checkpoint, run.all_jobs, store.describe_base(host))
         elif lines:
-            raise ConfigError("\n".join([*lines, "--resume needs a whole one, there is none"]))
+            raise ConfigError("\n".join([*lines, "--resume requires an undamaged checkpoint"]))
     done = set() if checkpoint is None else checkpoint.done
     jobs = [builder.build(config) for config in configs if config.name not in done]
     if checkpoint is not None:

@@ -116,8 +116,8 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:
             # On a full disk, torch.save raises a RuntimeError.
             raise TrainingError(
-                f"a checkpoint can't be written to {self.directory}: {error}; make room; the one "
-                "before stays, from which --resume and load_state go on"
+                f"a checkpoint cannot be written to {self.directory}: {error}; free disk space. "
+                "--resume and load_state can use the previous checkpoint"
             ) from error
         for old in self.newest_first()[keep:]:
             with suppress(OSError):  # it is tried again after the next one
@@ -130,7 +130,7 @@ class CheckpointStore:
                 return _read(directory), faults
             except (OSError, ValueError) as error:
                 reason = plain(str(error).partition("\n")[0])
-                faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
+                faults.append(f"checkpoint {directory} is damaged ({reason}); skipped")
         return None, faults
 
     def newest_first(self) -> list[Path]:
@@ -183,8 +183,8 @@ def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict
             changed += [f"job {job.name}: {change}" for change in describe_changes(saved, now)]
     if changed:
         raise ConfigError(
-            "--resume needs the settings that the run began with, these differ: "
-            f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
+            "--resume requires the settings of the interrupted run, but these differ: "
+            f"{'; '.join(changed)}; restore the settings, or pass --overwrite to start again"
         )
 
 
@@ -270,7 +270,7 @@ class RunDirectory:
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         if resume and overwrite:
-            raise ConfigError("--resume and --overwrite exclude each other; give one")
+            raise ConfigError("--resume and --overwrite exclude each other; pass only one option")
         with self._writing():
             entries = sorted(os.listdir(self.path)) if self.path.exists() else []
         has = [self.has_checkpoints(by_job=by_job) for by_job in (False, True)]
@@ -280,14 +280,14 @@ class RunDirectory:
         if not resume:
             raise ConfigError(
                 f"output_dir must be new or empty, got {self.path}, which has "
-                f"{', '.join(entries[:3])}; name another, or give --resume to go on from its "
-                "checkpoints or --overwrite to replace the jobs' results"
+                f"{', '.join(entries[:3])}; pass --resume to continue the run, --overwrite "
+                "to replace the jobs' results, or choose another directory"
             )
         if not has[self.by_job]:
             raise ConfigError(
-                f"--resume needs checkpoints of a run {'with' if self.by_job else 'without'} "
-                f"--ray, {self.path} has none; give --ray as that run did, name another "
-                "output_dir, or give --overwrite"
+                f"--resume requires checkpoints of a run {'with' if self.by_job else 'without'} "
+                f"--ray, got none in {self.path}; use --ray as in that run, choose another "
+                "output_dir, or pass --overwrite"
             )
 
     def check_sources(self, jobs: Sequence[JobConfig], others: Iterable[str] = ()) -> None:
@@ -308,7 +308,7 @@ class RunDirectory:
                     if replaced in jobs_by_path:
                         raise ConfigError(
                             f"job {job.name}: {setting} must not be in what the run writes, got "
-                            f"{source}, where job {jobs_by_path[replaced]} goes; give another "
+                            f"{source}, where job {jobs_by_path[replaced]} goes; choose another "
                             "output_dir or name"
                         )
 
@@ -323,8 +323,8 @@ class RunDirectory:
                 lock.acquire()
             except Timeout as error:
                 raise ConfigError(
-                    f"output_dir must be one that no other run writes to, {self.path} is in use by "
-                    "another; wait for its end, stop it, or name another directory"
+                    f"output_dir must not be in use by another run, got {self.path}; wait for that "
+                    "run, stop that run, or choose another directory"
                 ) from error
         try:
             self.check(resume=resume, overwrite=overwrite)
@@ -352,7 +352,7 @@ class RunDirectory:
             if (self.job(name) / file).exists():
                 raise ConfigError(
                     f"job {name} must be new in {self.path}, but there is "
-                    f"{self.job(name) / file}; take another name, or move its directory away"
+                    f"{self.job(name) / file}; choose another name, or move that directory away"
                 )
         self._clear([self.job(name)])
 
@@ -397,8 +397,7 @@ class RunDirectory:
             yield
         except OSError as error:
             raise ConfigError(
-                f"output_dir must be where files can be written, got {self.path}: {error}; "
-                "name another"
+                f"output_dir must be writable, got {self.path}: {error}; choose another directory"
             ) from error
 
 

@@ -58,8 +58,8 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
     # Older studies don't have all of it.
     if changes := describe_changes(now | study.user_attrs.get("sweep", {}), now, "sweep"):
         raise ConfigError(
-            f"--resume needs the sweep that the run began with: {'; '.join(changes)}; set it back, "
-            "or give --overwrite to begin again"
+            f"--resume requires the sweep of the interrupted run: {'; '.join(changes)}; restore "
+            "the sweep's settings, or pass --overwrite to start again"
         )
     study.set_user_attr("sweep", now)
     for combination in run.sweep.combinations()[len(study.get_trials(deepcopy=False)) :]:
@@ -237,7 +237,7 @@ class Sweep:
             if self.directory.by_job and self.directory.newest_checkpoint([name])[0]:
                 raise  # what it needs to go on has changed, and may be put back
             self._study.tell(trial.number, state=TrialState.FAIL)
-            self.progress.message(f"error: sweep: {name} can't train: {error}")
+            self.progress.message(f"error: sweep: {name} cannot train: {error}")
 
 
 def _pruner(stopping: SweepStoppingConfig, longest: int) -> optuna.pruners.BasePruner:

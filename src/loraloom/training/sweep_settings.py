@@ -71,9 +71,9 @@ class DrawnSearch(StrictModel):
     """Draw combinations: at random, or by Optuna's TPE sampler, which learns from ended jobs."""
 
     random: int | None = Field(default=None, ge=1, le=MAX_JOBS)
-    """How many to draw at random; or give tpe."""
+    """Number of random draws; or set tpe."""
     tpe: int | None = Field(default=None, ge=1, le=MAX_JOBS)
-    """How many TPE draws, the first ten of them at random; or give random."""
+    """Number of TPE draws, the first ten of which are random; or set random."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the draws. A larger number of them begins with the same ones."""
 
@@ -87,7 +87,7 @@ class HalvingConfig(StrictModel):
     """Successive halving: only the best of those that reached a rung go on after it."""
 
     reduction_factor: int = Field(default=3, ge=2)
-    """One in so many goes on after a rung."""
+    """Continue one in N jobs after each rung."""
     min_steps: int = Field(ge=1)
     """The first rung; the others are this times the powers of reduction_factor."""
 
@@ -96,7 +96,7 @@ class MedianConfig(StrictModel):
     """Stop a job whose best value is worse than the median of finished jobs at the same step."""
 
     min_jobs: int = Field(default=5, ge=1)
-    """Jobs that must have trained to their end before any is stopped."""
+    """Number of jobs that must finish before any job is stopped."""
     min_steps: int = Field(default=1, ge=1)
     """No job is stopped before this step."""
 
@@ -146,18 +146,18 @@ class SweepConfig(StrictModel):
     ] = "grid"
     """grid (all combinations), {random: how many, seed: 0} or {tpe: how many, seed: 0}."""
     max_concurrent: int | None = Field(default=None, ge=1)
-    """Most jobs that train at once; null: all of a grid or a random search, 4 of tpe."""
+    """Maximum number of jobs at once; null: all of a grid or a random search, 4 of tpe."""
     metric: str = "eval/loss"
     """Metric that ranks the jobs, by its name in metrics.jsonl."""
     early_stopping: SweepStoppingConfig | None = None
-    """Stop jobs that do badly; null to train all to their end."""
+    """Stop jobs that perform badly; null: train all jobs to the end."""
 
     @override
     def contradictions(self) -> Iterator[str]:
         ranges = [path for path, values in self.parameters.items() if isinstance(values, dict)]
         take = "take search: {random: how many}"
         if self.search == "grid" and ranges:
-            yield f"search grid needs lists, got a range for {', '.join(ranges)}; {take}"
+            yield f"search grid requires lists, got a range for {', '.join(ranges)}; {take}"
         elif self.num_jobs > MAX_JOBS:
             yield f"search grid must give at most {MAX_JOBS} jobs, got {self.num_jobs}; {take}"
 
@@ -221,7 +221,7 @@ def load_optuna() -> ModuleType:
         import optuna
     except ImportError as error:
         raise ConfigError(
-            "sweep needs Optuna, which is not installed: pip install 'loraloom[sweep]'"
+            "sweep requires Optuna, which is not installed; run: pip install 'loraloom[sweep]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

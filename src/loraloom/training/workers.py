@@ -68,8 +68,8 @@ def train_share(
     os.chdir(directory)
     if not run.output_dir.exists():  # the driver has made it
         raise ConfigError(
-            f"output_dir must be on storage that all workers see, {run.output_dir} is not seen on "
-            f"{socket.gethostname()}; name a directory on a shared file system"
+            f"output_dir must be visible to all workers, but {run.output_dir} is missing on "
+            f"{socket.gethostname()}; choose a directory on a shared file system"
         )
     base, where = load_base(run, run.device), RunDirectory(run.output_dir, by_job=True)
     # The sweep's jobs join later, from checkpoints of whichever worker had them.
@@ -162,8 +162,8 @@ def _train_shares(
                     if is_ending:
                         continue
                     fault = getattr(error, "cause", None) or TrainingError(
-                        f"a worker was lost {RESTARTS + 1} times: {error}; when the others are "
-                        "done, give --resume to go on with its jobs"
+                        f"a worker was lost {RESTARTS + 1} times: {error}; when the other workers "
+                        "are done, pass --resume to continue its jobs"
                     )
                     faults.append(fault)
                     progress.message(f"error: {faults[-1]}")
@@ -197,8 +197,7 @@ def choose_resources(
     cpus = [int(one["CPU"]) for one in alive if one.get("CPU")]
     if not cpus:
         raise ConfigError(
-            "--ray needs a cluster with cores or accelerators, got one without; start a node "
-            "with --num-cpus"
+            "--ray requires a cluster with cores or accelerators; start a node with --num-cpus"
         )
     size = num_workers or len(cpus)
     # Torch has as many threads as its worker has cores.
@@ -216,7 +215,7 @@ def connected(address: str) -> Iterator[ModuleType]:
         import ray.util.queue
     except ImportError as error:
         raise ConfigError(
-            "--ray needs Ray, which is not installed: pip install 'loraloom[ray]'"
+            "--ray requires Ray, which is not installed; run: pip install 'loraloom[ray]'"
         ) from error
     if ray.is_initialized():
         yield ray

@@ -62,7 +62,7 @@ def test_generation_settings_are_read(settings, expected):
     ("settings", "message"),
     [
         ({"max_length": 9}, "unknown key 'max_length'"),
-        ({"do_sample": True, "temperature": 0.0}, "do_sample draws at a temperature above 0"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample requires temperature above 0"),
         ({"do_sample": True, "top_p": 2.0}, "top_p"),
     ],
 )

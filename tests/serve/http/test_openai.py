@@ -246,14 +246,14 @@ def test_metrics_count_by_model(client, served):
         ({"max_tokens": 300}, "at most 256 tokens together"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "a " * 600}]}, "at most 256 tokens together"),
-        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
-        ({"tool_choice": "auto"}, "the body: tool_choice needs tools"),
-        ({"stream_options": {"include_usage": True}}, "stream_options needs stream: true"),
-        ({"max_tokens": 5, "max_completion_tokens": 9}, "are one; leave either out"),
+        ({"top_logprobs": 2}, "top_logprobs requires logprobs"),
+        ({"tool_choice": "auto"}, "the body: tool_choice requires tools"),
+        ({"stream_options": {"include_usage": True}}, "stream_options requires stream: true"),
+        ({"max_tokens": 5, "max_completion_tokens": 9}, "exclude each other"),
         (
             {"tools": [TOOL], "tool_choice": "required"}
             | {"response_format": FORMAT | {"json_schema": NO_SCHEMA}},
-            "response_format must be text where tool_choice wants a call",
+            "response_format must be text if tool_choice requires a call",
         ),
         ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"logit_bias": {"5000": 1}}, "logit_bias: the text must have tokens of the model"),
@@ -297,7 +297,7 @@ def test_a_sum_of_adapters_answers_and_lets_them_go(client, host, tokenizer, mon
         text = answer.choices[0].message.content
         assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == [text]
     messages = {
-        "lora+mixlora": "may hold adapters that add to single projections",
+        "lora+mixlora": "supports adapters on single projections",
         "lora+lora": "of 1 to 16 different ones",
     }
     for model, message in messages.items():
@@ -326,7 +326,7 @@ def test_an_answer_says_which_adapter_a_router_chose(client, served, host, token
     pieces = [*chat(client, "auto", messages=messages, stream=True)]
     assert [hasattr(piece.choices[0], "chosen") for piece in pieces][:2] == [True, False]
     assert pieces[0].choices[0].chosen["adapter"] == "math"
-    with pytest.raises(openai.BadRequestError, match="router chooses from, auto/law, auto/math"):
+    with pytest.raises(openai.BadRequestError, match="its experts instead, auto/law, auto/math"):
         chat(client, "lora+auto:0.5")
     for model in ("auto/x", "auto/law+lora/y", "auto/"):
         with pytest.raises(openai.NotFoundError):

@@ -205,7 +205,7 @@ def test_diverged_adapters_spoil_no_others_tokens(operations, served, mixture_ff
     [
         ("dora", "weight decomposition scales rows of the base model's own weights"),
         ("mixdora", "weight decomposition scales rows of the base model's own weights"),
-        ("mola", r"routers of whole FFN blocks only, this adapter has one on self_attn"),
+        ("mola", r"only routers of whole FFN blocks, got one on self_attn"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.* is a DoRA without magnitudes")

@@ -60,7 +60,7 @@ def test_a_version_that_is_not_known_is_refused(monkeypatch, found):
 def test_options_that_vllm_can_not_honour_are_refused(capsys, monkeypatch):
     given = ["serve", "--base-model=~/base", "--engine", "vllm"]
     assert main([*given, "--max-waiting", "3"]) == 2
-    assert "--max-waiting has no effect with --engine vllm" in capsys.readouterr().err
+    assert "--max-waiting is not supported with --engine vllm" in capsys.readouterr().err
     monkeypatch.setattr(vllm, "serve_with_vllm", asked := Mock())
     assert main(given) == 0
     assert asked.call_args.args[0].base_model == os.path.expanduser("~/base")
@@ -72,7 +72,7 @@ def test_options_that_vllm_can_not_honour_are_refused(capsys, monkeypatch):
 def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(vllm, "vllm_version", lambda: "0.99.0")
     vllm.register()
-    assert "knows vLLM 0.32, this is 0.99.0: mixtures can't be served" in caplog.text
+    assert "supports vLLM 0.32, got 0.99.0; vLLM serves no mixtures" in caplog.text
 
 
 PYTHON = os.environ.get("LORALOOM_VLLM_PYTHON", "")

@@ -142,7 +142,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("settings", "what"), REFUSED, ids=str)
 def test_arguments_that_torch_refuses_are_told(settings, what):
-    with pytest.raises(ConfigError, match=f"job a: {what} can't be used with .*_args"):
+    with pytest.raises(ConfigError, match=f"job a: {what} does not accept .*_args"):
         add_job(toy_host(), toy_config("a", **settings))
 
 
@@ -193,12 +193,10 @@ def test_a_pattern_that_no_tensor_has_is_refused():
     drop_frozen_gradients(config, vera)
     with rates_of_their_own(config, vera):
         optimizer.step()
-    with pytest.raises(
-        ConfigError, match="loraplus_lr_ratio has no effect on VeRA, which trains no"
-    ):
+    with pytest.raises(ConfigError, match="VeRA does not support loraplus_lr_ratio"):
         build_optimizer(OptimizerConfig(loraplus_lr_ratio=16), vera)
     for odd in ("(", "(?i)Q_PROJ"):
-        with pytest.raises(ValidationError, match="is no regular expression"):
+        with pytest.raises(ValidationError, match="is not a regular expression"):
             OptimizerConfig(lr_ratios={odd: 0.5})
 
 

@@ -143,11 +143,11 @@ class ChoiceTask:
     def find_data(self, split: str, path: str | Path | None = None) -> Path | HubSource | Generator:
         source = self.source
         if path is not None and callable(source):
-            raise DataError(f"{self.name} is generated and takes no path, got {path}; leave it out")
+            raise DataError(f"{self.name} does not support path, got {path}; remove path")
         if path is not None:
             return sources.find_named(Path(path), self.name, split)
         if source is None:
-            raise DataError(f"{self.name} has no data of its own; give its path")
+            raise DataError(f"{self.name} contains no data; set path")
         return (
             sources.find_split(source, split, self.path) if isinstance(source, Mapping) else source
         )
@@ -156,8 +156,8 @@ class ChoiceTask:
         config, by_label = self._asked[scoring], scoring == "label"
         if scoring not in config.template:
             raise ConfigError(
-                f"{self.path}: template must have one for scoring {scoring}, it has "
-                f"{', '.join(config.template)} alone; add it, or score by {config.scoring}"
+                f"{self.path}: template has no entry for scoring {scoring}, only "
+                f"{', '.join(config.template)}; add the entry, or set scoring: {config.scoring}"
             )
         prompt = config.template[scoring]
         texts, labels = self._choices(row, config)
@@ -168,7 +168,7 @@ class ChoiceTask:
         else:
             rest = self._fill_in(row, "continuation", config.continuation, known)
             if not rest.strip():
-                row.reject("the continuation is empty, so there is nothing to score; mend the row")
+                row.reject("the continuation is empty; fill in the row")
             answers = (rest,) * len(texts)
             contexts = tuple(
                 self._fill_in(row, "template", prompt, {**known, "choice": text}) for text in texts
@@ -200,8 +200,8 @@ class ChoiceTask:
             labels = _as_texts(row, config.labels, self._read(row, "labels", config.labels))
         if not 2 <= len(texts) == len(labels) == len(set(labels)):
             row.reject(
-                "choices must be at least 2, with as many labels that differ (of their own where "
-                f"there are more than letters), got {len(texts)} and {', '.join(labels)}"
+                "a question must have at least 2 choices, with different labels (from the row if "
+                f"there are more choices than letters), got {len(texts)} and {', '.join(labels)}"
             )
         return texts, labels
 

@@ -202,7 +202,7 @@ def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> Sampli
     stop = tuple(dict.fromkeys(filter(None, normal.pop("until"))))
     length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")
     if do_sample and float(normal.setdefault("temperature", 1.0)) == 0:
-        raise ConfigError("generation_kwargs: do_sample draws at a temperature above 0, got 0")
+        raise ConfigError("generation_kwargs: do_sample requires temperature above 0, got 0")
     ignored = () if do_sample else ("temperature", "top_k", "top_p")
     chosen = {n: value for n, value in normal.items() if value is not None and n not in ignored}
     settings = {"max_new_tokens": length, "stop": stop, **chosen}

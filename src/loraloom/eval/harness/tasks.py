@@ -21,7 +21,7 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> list[Task |
     try:
         manager.load(loaded)
     except ValueError as error:
-        raise ConfigError(f"--harness must ask each task once; {error}") from None
+        raise ConfigError(f"--harness must name each task once; {error}") from None
     return loaded
 
 
@@ -31,7 +31,7 @@ def check_asks_text(loaded: Sequence[Task | Group]) -> None:
     for mark, what in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
         found = [task.task_name for group in groups for task in group if getattr(task, mark, False)]
         if found:
-            raise ConfigError(f"--harness must leave out tasks that {what}: {', '.join(found)}")
+            raise ConfigError(f"--harness does not support tasks that {what}: {', '.join(found)}")
 
 
 def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
@@ -62,8 +62,8 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
     except Exception as error:  # of datasets, jinja2, yaml and the tasks' own code
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
-            f"task {name}: it could not be loaded: {reason}; where there is no network, name its "
-            "files in a task of --harness-include (dataset_path: json, dataset_kwargs: data_files)"
+            f"task {name} could not be loaded: {reason}; without a network, list its files in a "
+            "task of --harness-include (dataset_path: json, dataset_kwargs: data_files)"
         ) from error
     groups, tasks = loaded.get("groups", {}), loaded["tasks"]
     return [groups[name]] if name in groups else list(tasks.values())

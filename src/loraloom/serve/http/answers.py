@@ -94,7 +94,7 @@ class TextExchange(Exchange):
         body, requests, limits = self.body, [], self.backend.engine.limits
         num, most = len(body.prompts) * body.n, limits.max_rows + limits.max_waiting
         if num > most:  # before they take up memory
-            text = f"a request may ask for at most {most} completions, got {num}; ask for fewer"
+            text = f"a request may have at most {most} completions, got {num}; request fewer"
             raise RequestError(f"{text} at once", "queue_full")
         tokenizer, host = self.backend.tokenizer, self.backend.engine.host
         self._prompts = [

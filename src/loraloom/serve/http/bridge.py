@@ -81,7 +81,7 @@ class Backend:
         except (FormatError, AdapterError) as error:
             log_failure(f"adapter {shown(model)} could not be loaded", error)
             raise RequestError(
-                f"the adapter {shown(model)} can't be loaded; the server's log says why",
+                f"the adapter {shown(model)} cannot be loaded; see the server's log",
                 "broken_adapter",
             ) from None
         row: list[tuple[str, float]] = []

@@ -82,7 +82,7 @@ def answer_to(error: Exception) -> JSONResponse:
             pass
         case LoraloomError():
             return error_response(400, str(error))
-    return error_response(500, "the server failed at this request; its log says why", "internal")
+    return error_response(500, "the server failed at this request; see its log", "internal")
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -130,7 +130,7 @@ class AccessGuard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > MAX_BODY_BYTES:
-                text = f"a request may have at most {MAX_BODY_BYTES:,} bytes; shorten it"
+                text = f"a request may have at most {MAX_BODY_BYTES:,} bytes; shorten the request"
                 raise HTTPException(413, text)
             return message
 

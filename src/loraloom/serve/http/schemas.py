@@ -59,7 +59,7 @@ class SamplingBody(StrictModel):
     @model_validator(mode="after")
     def _check_stream(self):
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise ValueError("stream_options requires stream: true")
         return self
 
 
@@ -89,7 +89,7 @@ class ChatBody(SamplingBody):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
-    """Most tokens of the answer; by default as many as there is room for."""
+    """Generate at most N tokens. Default: as many as fit."""
     max_completion_tokens: int | None = Field(None, ge=1)
     """Another name for max_tokens."""
     logprobs: bool = False
@@ -112,13 +112,13 @@ class ChatBody(SamplingBody):
     @model_validator(mode="after")
     def _check_options(self):
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ValueError("top_logprobs requires logprobs: true")
         if self.tool_choice not in (None, "none") and not self.callable_tools:
-            raise ValueError("tool_choice needs tools, the one that it names among them")
+            raise ValueError("tool_choice requires tools that include the named tool")
         if self.must_call and self.schema_of_answer is not None:
-            raise ValueError("response_format must be text where tool_choice wants a call")
+            raise ValueError("response_format must be text if tool_choice requires a call")
         if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
-            raise ValueError("max_tokens and max_completion_tokens are one; leave either out")
+            raise ValueError("max_tokens and max_completion_tokens exclude each other")
         return self
 
     @property
@@ -150,7 +150,7 @@ class CompletionBody(SamplingBody):
     prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]] = Field(min_length=1)
     """Texts, or token ids."""
     max_tokens: int = Field(16, ge=1)
-    """Most tokens of each completion."""
+    """Generate at most N tokens per completion."""
     logprobs: _NumTop | None = None
     """Log-probabilities of tokens, and of this many of the most likely ones."""
     echo: bool = False

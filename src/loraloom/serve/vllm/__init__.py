@@ -38,7 +38,7 @@ def register() -> None:
 
         install()
     else:
-        text = "loraloom's plug-in knows vLLM %s, this is %s: mixtures can't be served"
+        text = "loraloom's plug-in supports vLLM %s, got %s; vLLM serves no mixtures"
         _log.error(text, KNOWN_VERSION, found)
 
 
@@ -98,8 +98,8 @@ def vllm_command(
         one, *more = keys
         if more and any(key.startswith("-") for key in keys):
             raise ConfigError(
-                "several keys for --engine vllm must not begin with '-', which vLLM takes for "
-                "options; replace those in the --api-key-file"
+                "several keys for --engine vllm must not begin with '-', which vLLM reads as "
+                "options; replace these keys in the --api-key-file"
             )
         words += ["--api-key", one, *more] if more else [f"--api-key={one}"]
     # vLLM's own default is everybody
@@ -120,7 +120,7 @@ def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
         config = AutoConfig.from_pretrained(options.base_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"--engine vllm needs a base model as a directory or hub id that transformers reads, "
+            f"--engine vllm requires a base model (directory or Hub ID) that transformers reads, "
             f"got {options.base_model!r}: {error}"
         ) from None
     folder, found = Folder(config), {}

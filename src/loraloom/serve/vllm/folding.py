@@ -63,8 +63,8 @@ class Folder:
         if any(name.endswith(".magnitude") for name in config.tensor_shapes(self._base)):
             raise AdapterError(
                 f"{stored.source}: weight decomposition scales rows of the base model's own "
-                "weights, which no LoRA can, so vLLM can't serve it; serve it with the embedded "
-                "engine, or export it merged (a mixture as an MoE checkpoint)"
+                "weights, which no LoRA can, so vLLM cannot serve this adapter; use the embedded "
+                "engine, or export the adapter merged (a mixture as an MoE checkpoint)"
             )
         adapter = config.build("folded", self._layers, torch.float32, seed=0)
         adapter.load_tensors(tensors)
@@ -128,8 +128,8 @@ def _pair_of(projection: Projection, source: str) -> tuple[Tensor, Tensor]:
     """A, [S, I], and B with its scaling, [O, S]."""
     if projection.maps_rank_space:
         raise AdapterError(
-            f"{source}: vLLM can serve routers of whole FFN blocks only, this adapter has one on "
-            f"{projection.path}; serve it with the embedded engine"
+            f"{source}: vLLM can serve only routers of whole FFN blocks, got one on "
+            f"{projection.path}; serve this adapter with the embedded engine"
         )
     lora_B = projection.compute_B(torch.float32).T.contiguous()
     return projection.compute_A(torch.float32), lora_B

@@ -128,7 +128,7 @@ def _load_folded(manager: Any, request: Any) -> Any:
         raise ValueError(f"adapter {name!r} can't be served: {refusal}")
     if folded.top_k is not None and folded.top_k > max_top_k():
         raise ValueError(
-            f"adapter {name!r} has a top_k of {folded.top_k}, there is room for {max_top_k()}; "
+            f"adapter {name!r} has a top_k of {folded.top_k}, above the limit of {max_top_k()}; "
             f"start vLLM with LORALOOM_MAX_TOP_K={folded.top_k}"
         )
     mapper = getattr(model, "hf_to_vllm_mapper", None)

@@ -124,8 +124,8 @@ class StreamOrder:
         position = StreamPosition.of(state["position"])
         if state["block"] is not None and state["block"] != self._begun_block(position):
             raise ConfigError(
-                "--resume needs the data that the run began with, the stream has changed since "
-                "where it was read last; put it back, or give --overwrite to begin again"
+                "--resume requires the data of the interrupted run, but the stream has changed; "
+                "restore the data, or pass --overwrite to start again"
             )
         self._positions = {step: position}
 

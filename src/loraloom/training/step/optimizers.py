@@ -33,10 +33,7 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     device, title = next(adapter.parameters()).device, adapter.config.title
     names = [name for name, weight in adapter.named_parameters() if weight.requires_grad]
     if config.loraplus_lr_ratio and not any(name.endswith("lora_B") for name in names):
-        raise ConfigError(
-            f"job {adapter.name}: loraplus_lr_ratio has no effect on {title}, which trains no "
-            "lora_B; remove it"
-        )
+        raise ConfigError(f"job {adapter.name}: {title} does not support loraplus_lr_ratio")
     for pattern in config.lr_ratios:
         trained = _trained_tensors(adapter)
         if not any(matches(pattern, name) for name in trained):
@@ -46,8 +43,8 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
             )
     if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
         raise ConfigError(
-            f"job {adapter.name}: optimizer {config.optimizer} needs a CUDA or XPU device, whose "
-            f"memory it pages, got {device}; take "
+            f"job {adapter.name}: optimizer {config.optimizer} requires a CUDA or XPU device, "
+            f"whose memory it pages, got {device}; use "
             f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
         )
     home = torch.optim
@@ -71,7 +68,7 @@ def _raised_as_config_error(config: OptimizerConfig, setting: str, name: str) ->
     except Exception as error:
         arguments = getattr(config, f"{setting}_args")
         raise ConfigError(
-            f"job {name}: {setting} {getattr(config, setting)} can't be used with {setting}_args "
+            f"job {name}: {setting} {getattr(config, setting)} does not accept {setting}_args "
             f"{shown(arguments)}: {type(error).__name__}: {error}"
         ) from error
 

@@ -101,7 +101,7 @@ def run_requests(
         if not math.isfinite(value):
             request.adapter.zero_grad(set_to_none=True)
             faults.append(
-                f"adapter {request.adapter.name}: loss must be finite, got {value}; its gradients "
+                f"adapter {request.adapter.name}: loss must be finite, got {value}; the gradients "
                 "are dropped"
             )
     if faults:
