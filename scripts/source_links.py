@@ -1,13 +1,13 @@
 """A Markdown extension for links from docs/ to files next to it, such as `../src/loraloom`.
 
-In the repository they lead to the file. The site has no such file: there they lead to its page in
-the repository, if mkdocs.yml sets this extension's `repository`, and else become plain text.
+In the repository they lead to the file. The site has no such file: there they lead to the version's
+file in the repository that pyproject.toml names, and become plain text while it names none.
 """
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element
 
 from markdown import Extension, Markdown
@@ -17,31 +17,30 @@ ROOT = Path(__file__).parent.parent
 
 
 class SourceLinks(Treeprocessor):
-    def __init__(self, md: Markdown, repository: str):
-        super().__init__(md)
-        self._repository = repository
-
     def run(self, root: Element) -> None:
+        address = files_address()
         for link in root.iter("a"):
             _, above, path = link.get("href", "").rpartition("../")
             if not above or not (ROOT / path).exists() or (ROOT / "docs" / path).exists():
                 continue
-            if self._repository:
-                link.set("href", f"{self._repository}/{path}")
+            if address:
+                link.set("href", f"{address}/{path}")
             else:
                 link.tag = "span"
                 del link.attrib["href"]
 
 
+def files_address() -> str:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    repository = settings["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"]
+    version = settings["project"]["version"]
+    return f"{repository.rstrip('/')}/blob/v{version}" if repository else ""
+
+
 class SourceLinksExtension(Extension):
-    def __init__(self, **settings: Any):
-        self.config = {"repository": ["", "Address of the repository's files."]}
-        super().__init__(**settings)
-
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
-        links = SourceLinks(md, self.getConfig("repository").rstrip("/"))
-        md.treeprocessors.register(links, "source_links", 15)  # before links are resolved
+        md.treeprocessors.register(SourceLinks(md), "source_links", 15)  # before links are resolved
 
 
-def makeExtension(**settings: Any) -> Extension:  # noqa: N802
-    return SourceLinksExtension(**settings)
+def makeExtension() -> Extension:  # noqa: N802
+    return SourceLinksExtension()
