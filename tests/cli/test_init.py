@@ -46,7 +46,7 @@ def test_a_run_file_trains_as_it_was_written(init, tmp_path, row, settings):
     rows = [json.loads(json.dumps(row).replace("#", str(n))) for n in range(12)]
     words = ["--chat-template", TEMPLATE] if "messages" in row else []
     said = init(write_rows(tmp_path / "my rows.jsonl", *rows), *words)
-    assert re.search(r"row 1.*: \d+ tokens, \d+ learnt\n", said)
+    assert re.search(r"row 1.*: \d+ tokens, \d+ in the loss\n", said)
     assert "\n12 rows of " in said
     assert "  loraloom data show run.yaml\n  loraloom train run.yaml\n" in said
     data = load_run_config("run.yaml").jobs[0].data
@@ -86,7 +86,7 @@ def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", b"", "rows.jsonl: there are no rows"),
+        ("rows.jsonl", b"", "rows.jsonl contains no rows"),
         ("rows.jsonl", b"no\n{", "2 of 2 rows can't be used"),
         ("rows.csv", "prompt,answer\nä,b\n".encode("latin-1"), "in UTF-8"),
         ("rows.parquet", b"PAR1", "the file can't be read"),

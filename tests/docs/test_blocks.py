@@ -41,7 +41,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if path.name not in ("CHANGELOG.md", "LOG.md")
 )
-RUN = {"train", "eval", "report", "generate", "inspect", "config", "data", "export", "convert"}
+RUN = {*"init train eval report generate inspect config data export convert".split()}
 """Verbs that run in README.md and docs/; `quickstart` takes long."""
 SERVER = "http://127.0.0.1:8000"
 """Where documents have a server."""

@@ -69,8 +69,8 @@ def init(
     found, columns = _find_columns(file, rows, row_format, given)
     named = ", ".join(f"{name} ({role})" for role, name in columns.items())
     unused = {name for row in rows for name in row} - {*columns.values()}
-    unnamed = ", ".join(sorted(unused)) or "none"
-    console.print(plain(f"{file}: format {found}\ncolumns: {named}\nnot used: {unnamed}"))
+    read = f"columns: {named}\nnot used: {', '.join(sorted(unused)) or 'none'}"
+    console.print(plain(f"{file}: format {found}\n{read}\nbase model: {base_model}"))
     name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.split(".")[0]).strip("-")[:80] or "job"
     if found == "choices":
         task = output.with_name(f"{name}-task.yaml")
