@@ -25,9 +25,11 @@ from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from loraloom.cli import main as cli
+from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.task import load_task_config
 from loraloom.config.text import parse_yaml
+from loraloom.eval.answers import AnswerTaskConfig
 from loraloom.generation.loading import load_host
 from loraloom.serve.http.app import ApiOptions
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
@@ -111,6 +113,8 @@ def check_yaml(block: Example) -> None:
     settings = parse_yaml(block.parsed, str(path))
     if isinstance(settings, dict) and "choices" in settings:
         load_task_config(path)
+    elif isinstance(settings, dict) and {"metric", "scores"} & settings.keys():
+        checked(AnswerTaskConfig, settings)
     elif isinstance(settings, dict) and "dataset_path" in settings:
         return  # a task of lm-eval
     elif isinstance(settings, dict) and "base_model" in settings:

@@ -90,6 +90,8 @@ def test_a_prompt_template_reads_further_fields_of_a_row(tiny_tokenizer):
     assert decoded(tiny_tokenizer, "one", other) == "no"
     prompt = Prompt("one", fields={"topic": "two"})
     assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt, form)[0]) == "[two] one:"
+    prompt = Prompt("one", fields={"input": "two"})
+    assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt)[0]) == "one\n\ntwo"
     with pytest.raises(DataError, match="can't be filled in: 'topic' is undefined; pass rows"):
         encode_prompt(tiny_tokenizer, Prompt("one"), form)
     for one, lacking in ((form, "topic"), (other, "regex_replace")):

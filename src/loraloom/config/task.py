@@ -18,6 +18,7 @@ from typing_extensions import override
 from loraloom.config.data import Scoring
 from loraloom.config.fields import CheckInfo, StrictModel, checked
 from loraloom.config.text import read_settings
+from loraloom.errors import ConfigError
 
 Text = Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]
 Texts = Text | Annotated[tuple[Text, ...], Field(min_length=2)]
@@ -106,4 +107,6 @@ class TaskConfig(StrictModel):
 def load_task_config(path: str | Path) -> TaskConfig:
     """What the file of a choice task says, checked."""
     settings = read_settings(path, "a task's file")
+    if {"metric", "scores"} & settings.keys():
+        raise ConfigError(f"{path} is for evaluation only. Name a choice task.")
     return checked(TaskConfig, settings, origin=f"{path}:\n  ")

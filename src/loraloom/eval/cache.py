@@ -24,13 +24,12 @@ import torch
 
 from loraloom.adapters.method import Adapter
 from loraloom.data.sources import sha256
-from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError, plain
 from loraloom.formats.disk import ADAPTER_FILES, find_adapter
 from loraloom.models.host import Host
 from loraloom.models.quantization import stored_weights
 
-# Raise it with every change of the code that may change a log-likelihood.
+# Raise it with every change of the code that may change a log-likelihood or an answer.
 SCORING_VERSION = 1
 
 FILE_NAME = "log_likelihoods.sqlite3"
@@ -43,8 +42,8 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS kept (
     id TEXT PRIMARY KEY, log_likelihoods TEXT
 ) WITHOUT ROWID"""
 
-# Of a question's choices: what the model reads, and what is scored.
-Tokens = Sequence[TokenPair]
+# What a score or an answer depends on: a question's choices, or a prompt and how it is answered.
+Tokens = Sequence[Any]
 
 
 class ScoreCache:
@@ -60,7 +59,7 @@ class ScoreCache:
         with self._open():
             pass
 
-    def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[float, ...] | None]:
+    def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[Any, ...] | None]:
         select = "SELECT log_likelihoods FROM kept WHERE id = ?"
         with self._open() as file:
             rows = [file.execute(select, (self._id(*one),)).fetchone() for one in wanted]
@@ -68,9 +67,10 @@ class ScoreCache:
         self.num_found += len(found) - found.count(None)
         return found
 
-    def add(self, scores: Sequence[tuple[str | None, Tokens, Sequence[float]]]) -> None:
-        """Keep scores of adapters and questions; those that are not finite are left out."""
-        finite = [one for one in scores if all(map(math.isfinite, one[2]))]
+    def add(self, scores: Sequence[tuple[str | None, Tokens, Sequence[Any]]]) -> None:
+        """Keep scores, or answers; those that are not finite are left out."""
+        is_good = lambda value: isinstance(value, str) or math.isfinite(value)  # noqa: E731
+        finite = [one for one in scores if all(map(is_good, one[2]))]
         rows = [(self._id(name, tokens), json.dumps(values)) for name, tokens, values in finite]
         with self._open() as file:
             # another process may have kept the same scores since

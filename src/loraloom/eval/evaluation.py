@@ -12,17 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import Scoring, SourceConfig, skills_lands
+from loraloom.config.data import Scoring, SourceConfig, skills_lands, task_name
 from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, TokenPair
 from loraloom.errors import ConfigError, not_finite
+from loraloom.eval import answers
+from loraloom.eval.answers import AnswerSet
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, check_limit
@@ -33,6 +36,8 @@ from loraloom.generation.rows import example_row
 from loraloom.models.host import Host
 from loraloom.terminal import show_progress
 
+Asked = QuestionSet | AnswerSet
+
 
 def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
     """Compute figures, means over seeds and comparisons of all that was scored."""
@@ -40,7 +45,7 @@ def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -
     for task in scores:
         for name, result in task.results.items():
             results.setdefault(name, {})[task.name] = result
-    figure = lambda one: one.get("loss", one.get("accuracy"))  # noqa: E731
+    figure = lambda one: one.get("loss", one.get("score", one.get("accuracy")))  # noqa: E731
     figures = {t.name: {n: figure(of[t.name]) for n, of in results.items()} for t in scores}
     # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all
     found = [(task, *pair, task.compare(*pair)) for task in scores for pair in pairs]
@@ -88,10 +93,12 @@ class _Pass:
         self.described = describe_adapters(self.sources or {})
         self.tally = RoutingTally(self.host, self.names, self.tokenizer)
 
-    def ask(self, asked: QuestionSet) -> Scores:
+    def ask(self, asked: Asked) -> Scores:
+        if self.compat and (isinstance(asked, AnswerSet) or asked.scoring != "label"):
+            raise ConfigError(f"compat {self.compat} requires choice tasks with scoring: label")
+        if isinstance(asked, AnswerSet):
+            return self._answer(asked)
         if self.compat is not None:
-            if asked.scoring != "label":
-                raise ConfigError(f"compat {self.compat} requires scoring: label, got text")
             asked = replace(asked, questions=[with_all_labels(one) for one in asked.questions])
         questions = asked.questions
         # characters that the model reads: different contexts once, and every continuation
@@ -105,6 +112,15 @@ class _Pass:
         values = {name: [one.log_likelihoods for one in of] for name, of in scores.items()}
         _check_finite("scores", values, places)
         return task_scores(asked, {name or BASE: of_name for name, of_name in scores.items()})
+
+    def _answer(self, asked: AnswerSet) -> Scores:
+        if asked.judged is not None:
+            return answers.judged_scores(asked, asked.judged, [x or BASE for x in self.names])
+        sizes = [1] * len(asked.rows) * len(self.names)
+        with show_progress(self.console, asked.task, sizes) as advance:
+            generate = partial(answers.generate_answers, self.scorer, self.tokenizer, asked)
+            texts = {name or BASE: generate(name, advance) for name in self.names}
+        return answers.answer_scores(asked, texts)
 
     def measure(self, data: HeldOutSet) -> Scores:
         scorer = self.scorer
@@ -144,7 +160,7 @@ def _check_finite(
 def evaluate(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: str | Path | QuestionSet | Sequence[str | Path | QuestionSet],
+    tasks: str | Path | Asked | Sequence[str | Path | Asked],
     adapters: Sequence[str | None] | None = None,
     *,
     scoring: Scoring | None = None,
@@ -153,7 +169,7 @@ def evaluate(
     limit: int | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Score choice tasks with several adapters, all in one pass, and compare them.
+    """Score choice tasks and generated answers of several adapters, and compare them.
 
     Args:
         host: Base model with the adapters.
@@ -176,9 +192,9 @@ def evaluate(
         AdapterError: If the host lacks an adapter, or its scores are not finite.
     """
     scored = _Pass(host, tokenizer, adapters, **options)
-    given = [tasks] if isinstance(tasks, str | Path | QuestionSet) else tasks
-    asked = [task for task in given if isinstance(task, QuestionSet)]
-    named = [str(task) for task in given if not isinstance(task, QuestionSet)]
+    given = [tasks] if isinstance(tasks, str | Path | Asked) else tasks
+    asked = [task for task in given if isinstance(task, Asked)]
+    named = [str(task) for task in given if not isinstance(task, Asked)]
     asked += load_question_sets(named, scoring, split, data, limit)
     _check_differ("tasks", [one.task for one in asked])
     if not asked:
@@ -232,17 +248,24 @@ def load_question_sets(
     split: str | None = None,
     data: str | Path | None = None,
     limit: int | None = None,
-) -> list[QuestionSet]:
+) -> list[Asked]:
     check_limit(limit)
-    _check_differ("tasks", [find_task(task).name for task in tasks])
-    reading = [find_task(one).name for one in tasks if not skills_lands(one)]  # no generated ones
+    _check_differ("tasks", [task_name(task) for task in tasks])
+    answered = {task: one for task in tasks if (one := answers.load_answer_set(task, split, limit))}
+    if answered and (scoring or data):
+        raise ConfigError(f"scoring and data are for choice tasks, got {', '.join(answered)}")
+    choices = [find_task(task) for task in tasks if task not in answered]
+    reading = [one.name for one in choices if not skills_lands(one.name)]  # no generated ones
     # several must not all read the data of one
     several = reading if data is not None and len(reading) > 1 else ()
     if absent := [name for name in several if not (local_path(data or "", "data") / name).is_dir()]:
         needed = f"data must be a directory with a subdirectory per task, got {data}"
         raise ConfigError(f"{needed} without {', '.join(absent)}")
     places = {task: None if reading and skills_lands(task) else data for task in tasks}
-    return [load_question_set(task, scoring, split, places[task], limit) for task in tasks]
+    return [
+        answered.get(task) or load_question_set(task, scoring, split, places[task], limit)
+        for task in tasks
+    ]
 
 
 def _check_differ(what: str, names: Sequence[str]) -> None:

@@ -140,7 +140,7 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
         for n, of in losses.items()
         for place, loss, count in zip(data.places, of, data.num_tokens, strict=True)
     ]
-    return Scores(data.name, data.details, results, losses, lines, data.num_tokens)
+    return Scores(data.name, data.details, results, losses, lines, "loss", data.num_tokens)
 
 
 def pair_scores(

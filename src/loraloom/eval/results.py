@@ -33,12 +33,13 @@ SUFFIXES = (".json", ".csv")
 CONSTANT = "constant answer"
 MARK = "†"
 ACCURACY, LOSS, PAIR_LOSS = "accuracy %", "loss, nats a token", "loss, nats a pair"
+SCORE = "score"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
 
 # Of the data frame, those that there are.
 _COLUMNS = (
-    "adapter", "task", "split", "group", "accuracy", "loss", "stderr", "low", "high", "perplexity",
-    "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
+    "adapter", "task", "split", "group", "accuracy", "score", "loss", "stderr", "low", "high",
+    "perplexity", "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
 )  # fmt: skip
 
 # Comparisons that are told in a sentence each; of more, the table says enough.
@@ -50,8 +51,8 @@ BASE = "base"
 # Of the file. A field that goes or changes its meaning raises it, a new one does not.
 SCHEMA_VERSION = 1
 
-# What is compared: of accuracies more is better, of losses (in nats a token) less.
-Metric = Literal["accuracy", "loss"]
+# What is compared: of accuracies and scores more is better, of losses (in nats a token) less.
+Metric = Literal["accuracy", "score", "loss"]
 
 Fields = dict[str, Any]
 
@@ -118,6 +119,17 @@ class Evaluation(BaseModel):
         seeds = [_seeds_table(self)] if self.seeds else []
         comparisons = [_comparison_table(self.comparisons)] if self.comparisons else []
         return [_results_table(self.results), *seeds, *comparisons]
+
+    def _repr_html_(self) -> str:
+        """Show the tables in a notebook."""
+        from pandas import DataFrame
+
+        html = ""
+        for table in self.tables():
+            frame = DataFrame([column.cells for column in table.columns]).T
+            frame.columns = [str(column.header) for column in table.columns]
+            html += f"<p>{table.title}</p>{frame.to_html(index=False)}"
+        return html
 
     def frame(self) -> DataFrame:
         """Lay the results out in rows: an adapter, a task, a group of questions, and figures."""
@@ -217,21 +229,29 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
     if result.get("accuracy") is not None:
         mark = MARK if result.get("beats_majority") is False else ""
         text = _percent(result["accuracy"], result.get("accuracy_interval", interval))
-        cells[ACCURACY] = f"{text}{mark}"
+        cells[_accuracy_of(result)] = f"{text}{mark}"
+    if "score" in result:
+        cells[SCORE] = _decimals(result["score"], interval)
     if "reward_margin" in result:
         cells["reward accuracy %"] = _percent(result["reward_accuracy"])
         ends = result["reward_margin_interval"]
         cells["reward margin"] = _decimals(result["reward_margin"], ends)
     if "loss" in result:
-        cells[_loss_of(result)] = _decimals(result["loss"], interval)
+        cells[_figure_of(result)] = _decimals(result["loss"], interval)
     if result.get("perplexity") is not None:
         ends = "–".join(f"{math.exp(min(end, 700)):.4g}" for end in interval)
         cells["perplexity"] = f"{result['perplexity']:.4g} ({ends})"
     return cells
 
 
-def _loss_of(result: Mapping[str, Any]) -> str:
-    return PAIR_LOSS if "reward_margin" in result else LOSS
+def _figure_of(result: Mapping[str, Any]) -> str:
+    if "loss" in result:
+        return PAIR_LOSS if "reward_margin" in result else LOSS
+    return SCORE if "score" in result else _accuracy_of(result)
+
+
+def _accuracy_of(result: Mapping[str, Any]) -> str:
+    return f"{result.get('metric', 'accuracy').replace('_', ' ')} %"
 
 
 def _percent(share: Any, interval: Sequence[float] = ()) -> str:
@@ -250,22 +270,22 @@ def _seeds_table(found: Evaluation) -> Table:
     for stem, group in found.seeds.items():
         for task, one in group["tasks"].items():
             first = found.results.get(group["adapters"][0], {}).get(task, {})
-            is_loss = "loss" in first
-            figure, write = (_loss_of(first), _decimals) if is_loss else (ACCURACY, _percent)
+            figure = _figure_of(first)
+            write = _percent if figure.endswith("%") else _decimals
             spread = f"{write(one['mean'])} ± {write(one['sd'])}"
             table.add_row(stem, task, figure, str(len(group["adapters"])), spread)
     return table
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    units = {"accuracy": "points", "loss": "nats a token"}
+    units = {"accuracy": "points", "loss": "nats a token", "score": "score"}
     found = {units[one.metric] for one in comparisons}
     of_both = " or ".join(sorted(found, reverse=True))
     titles = (of_both, "95 % interval", "won : lost", "p", "p (Holm)")
     table = make_table("difference", "task", values=titles, title="Differences on the same rows")
     for one in comparisons:
         # accuracies differ by points, losses by nats; a table of both says which in each row
-        scale, digits = (1, 4) if one.metric == "loss" else (100, 1)
+        scale, digits = (100, 1) if one.metric == "accuracy" else (1, 4)
         ends = (one.difference, *one.interval)
         difference, low, high = (f"{scale * end:+.{digits}f}" for end in ends)
         unit = f" {units[one.metric]}" if len(found) > 1 else ""

@@ -64,7 +64,7 @@ class RoutingTally:
 
     def summarise(self) -> dict[str, Fields]:
         """Give the routing by adapter, as it stands in the JSON file under `routing`."""
-        return {name: adapter.summarise() for name, adapter in self.adapters.items()}
+        return {n: one.summarise() for n, one in self.adapters.items() if one.num_questions}
 
 
 class _AdapterTally:

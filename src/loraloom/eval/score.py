@@ -19,7 +19,7 @@ from loraloom.data.tokens import TokenPair, encode_pairs, encode_texts
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.results import Fields, Metric, PairedComparison
-from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, wilson_interval
+from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, share_fields
 from loraloom.generation import scoring
 from loraloom.generation.rows import fit_pair
 from loraloom.models.host import Host
@@ -64,16 +64,13 @@ class Scorer:
 
         def score(places: Sequence[int]) -> dict[Any, LogLikelihoods]:
             keys = list(product(self.adapters, places))
+
+            def compute(missing: Sequence[tuple[str | None, int]]) -> list[LogLikelihoods]:
+                scored = scoring.score_groups(self.host, rows, missing, budget, on_routing)
+                return [tuple(pair.log_likelihood for pair in pairs) for pairs in scored]
+
             asked = [(name, tokens[place]) for name, place in keys]
-            known = self.cache.find(asked) if self.cache else [None] * len(keys)
-            found = {key: values for key, values in zip(keys, known, strict=True) if values}
-            missing = [key for key in keys if key not in found]
-            scored = scoring.score_groups(self.host, rows, missing, budget, on_routing)
-            for key, pairs in zip(missing, scored, strict=True):
-                found[key] = tuple(pair.log_likelihood for pair in pairs)
-            if self.cache and missing:
-                self.cache.add([(name, tokens[n], found[name, n]) for name, n in missing])
-            return found
+            return dict(zip(keys, self.remember(asked, keys, compute), strict=True))
 
         with self.host.prepared():
             for places, found in zip(batches, self.host.ranks.spread(batches, score), strict=True):
@@ -81,6 +78,20 @@ class Scorer:
                 if on_progress is not None:
                     on_progress(places)
         return {n: [scores[n, place] for place in range(len(rows))] for n in self.adapters}
+
+    def remember(
+        self,
+        asked: Sequence[tuple[str | None, Tokens]],
+        items: Sequence[Any],
+        compute: Callable[[Sequence[Any]], Sequence[tuple[Any, ...]]],
+    ) -> list[tuple[Any, ...]]:
+        """Return what is kept of adapters and tokens; compute and keep what is missing."""
+        known = self.cache.find(asked) if self.cache else [None] * len(asked)
+        missing = [place for place, values in enumerate(known) if values is None]
+        found = dict(zip(missing, compute([items[place] for place in missing]), strict=True))
+        if self.cache and missing:
+            self.cache.add([(*asked[place], values) for place, values in found.items()])
+        return [found[place] if one is None else one for place, one in enumerate(known)]
 
 
 @dataclass(frozen=True)
@@ -181,17 +192,9 @@ def score_accuracy(
 
 def summarise(scores: Sequence[QuestionScore]) -> Fields:
     """Compute the accuracy over questions, with its sample's standard error."""
-    count = len(scores)
-    accuracy = sum(score.correct for score in scores) / count
+    shares = share_fields([score.correct for score in scores])
     majority = majority_share([score.question for score in scores])
-    return {
-        "accuracy": accuracy,
-        "stderr": math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else None,
-        "num_examples": count,
-        "majority": majority,
-        "beats_majority": accuracy > majority,
-        "interval": list(wilson_interval(accuracy, count)),
-    }
+    return shares | {"majority": majority, "beats_majority": shares["accuracy"] > majority}
 
 
 def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
@@ -212,11 +215,8 @@ class Scores:
     results: Mapping[str, Fields]
     values: Mapping[str, Sequence[int | float]]  # what is compared of each item
     lines: Sequence[dict[str, Any]]  # what `--per-question` writes
-    num_tokens: Sequence[int] = ()
-
-    @property
-    def metric(self) -> Metric:
-        return "loss" if self.num_tokens else "accuracy"
+    metric: Metric = "accuracy"
+    num_tokens: Sequence[int] = ()  # of each item, for a loss
 
     def compare(self, first: str, second: str) -> PairedComparison:
         one, other = (seed_values(self.values, name) for name in (first, second))

@@ -24,7 +24,7 @@ import numpy as np
 from loraloom.adapters.weighted_sum import is_sum
 from loraloom.data.sources import read_rows
 from loraloom.errors import AdapterError, ConfigError, DataError, shown
-from loraloom.eval.results import BASE, PairedComparison
+from loraloom.eval.results import BASE, Fields, PairedComparison
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
@@ -35,6 +35,8 @@ _FEW_VALUES = 32
 MAX_FOR_ALL_PAIRS = 4
 
 Pair = tuple[str, str]
+# By place and question: whether it was answered right, or a judge's score.
+_Marks = dict[tuple[int, str], int | float]
 # Of each question or row.
 Values = Sequence[int | float] | np.ndarray
 
@@ -45,7 +47,7 @@ class TaskAnswers:
 
     task: str
     questions: tuple[int, ...]
-    right: Mapping[str, tuple[bool, ...]]
+    right: Mapping[str, tuple[int | float, ...]]  # or what a judge scored
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -55,6 +57,22 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     centre = (share + z**2 / (2 * count)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def share_fields(correct: Sequence[bool]) -> Fields:
+    """Compute the accuracy, with its sample's standard error and Wilson's interval."""
+    count, share = len(correct), fmean(correct)
+    stderr = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+    interval = list(wilson_interval(share, count))
+    return {"accuracy": share, "stderr": stderr, "num_examples": count, "interval": interval}
+
+
+def score_fields(scores: Sequence[float]) -> Fields:
+    """Compute the mean of scores, with its standard error and a bootstrap's interval."""
+    values, ones = np.asarray(scores), np.ones(len(scores))
+    stderr, (interval,) = ratio_stderr(values, ones), ratio_intervals(values[:, None], ones)
+    fields = {"score": fmean(scores), "stderr": stderr, "num_examples": len(scores)}
+    return fields | {"interval": list(interval)}
 
 
 def mcnemar_p_value(num_first: int, num_second: int) -> float:
@@ -260,17 +278,22 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
         DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
             a task have different questions, or an adapter has two answers to a question.
     """
-    tasks: dict[str, dict[str, dict[tuple[int, str], bool]]] = {}
+    tasks: dict[str, dict[str, _Marks]] = {}
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
-        chosen_filter = row.get("filter", "none")
-        task = row.text("task") + ("" if chosen_filter == "none" else f",{chosen_filter}")
-        adapter, index, correct = row.text("adapter"), row["index"], row.get("correct")
+        chosen_filter, adapter = row.get("filter", "none"), row.text("adapter")
+        # files of `loraloom generate` with a judge's scores have no task and count no rows
+        task = row.text("task") if "task" in row else "judged"
+        task += "" if chosen_filter == "none" else f",{chosen_filter}"
+        answers = tasks.setdefault(task, {}).setdefault(adapter, {})
+        index, name = row.get("index", len(answers)), "score" if "score" in row else "correct"
+        kind, what = (int | float, "a number") if name == "score" else (bool, "true or false")
+        correct: Any = row.get(name)
         if not isinstance(index, int):
             row.reject(f"field 'index' must be an integer, got {shown(index)}")
-        if not isinstance(correct, bool):
-            row.reject(f"field 'correct' must be true or false, got {correct!r}")
-        answers = tasks.setdefault(task, {}).setdefault(adapter, {})
-        if answers.setdefault((index, row.text("question")), correct) != correct:
+        if not isinstance(correct, kind):
+            row.reject(f"field {name!r} must be {what}, got {correct!r}")
+        question = row.text("question") if "question" in row else ""
+        if answers.setdefault((index, question), correct) != correct:
             row.reject(
                 f"{adapter!r} must answer question {index} of {task} once, got another answer; "
                 "give each adapter a different name"
@@ -278,7 +301,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     return [_join(task, by_adapter) for task, by_adapter in tasks.items()]
 
 
-def _join(task: str, by_adapter: Mapping[str, Mapping[tuple[int, str], bool]]) -> TaskAnswers:
+def _join(task: str, by_adapter: Mapping[str, _Marks]) -> TaskAnswers:
     first, asked = next(iter(by_adapter.items()))
     for adapter, answers in by_adapter.items():
         if answers.keys() != asked.keys():

@@ -54,7 +54,9 @@ def encode_prompt(
     """Token ids of a prompt, and whether its completion continues the same text."""
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
-    content = prompt.content
+    content, more = prompt.content, prompt.fields.get("input")
+    if more and isinstance(content, str) and not (raw or (form and form.format == "instruction")):
+        content += f"\n\n{more}"  # which only a prompt template has a place for
     has_turns = tokenizer.chat_template if form is None else not form.is_text
     if prompt.last_alone and not isinstance(content, str) and (raw or not has_turns):
         content = content[-1]["content"]

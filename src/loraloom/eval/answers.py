@@ -1,0 +1,204 @@
+r"""Generated answers, compared with a data set's reference answers; or what a judge scored.
+
+data: {dataset: support_test.jsonl, format: chat}    # as in a run file
+metric: exact_match                                  # or contains
+sampling: {max_new_tokens: 64, stop: ["\n"]}
+
+scores: judged.jsonl    # in place of all: {"adapter": "law", "index": 0, "score": 0.7}, ...
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from loraloom.config.data import SourceConfig, is_task_file, task_name
+from loraloom.config.fields import StrictModel, check_name, checked
+from loraloom.config.text import read_settings
+from loraloom.data import sources
+from loraloom.data.chat import read_conversation
+from loraloom.data.encoding import given_form
+from loraloom.data.templates import instruction_columns
+from loraloom.errors import DataError
+from loraloom.eval.score import Scorer, Scores
+from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
+from loraloom.generation.generate import complete, make_requests
+from loraloom.generation.prompts import Prompt
+from loraloom.generation.sampling import SamplingConfig, end_tokens
+from loraloom.generation.sequence import GenerationRequest
+
+# Answers that are generated at once where no number of tokens is given.
+BATCH_SIZE = 16
+
+# A prompt with its place in the split, and the answer to compare with.
+AnswerRow = tuple[int, Prompt, str]
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class AnswerTaskConfig(StrictModel):
+    """A task of generated answers."""
+
+    data: SourceConfig | None = None
+    """Prompts with reference answers, as under `data` of a run file: instructions or chats."""
+    metric: Literal["exact_match", "contains"] = "exact_match"
+    """Whether an answer must equal the reference, or contain it."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How answers are generated; greedily by default."""
+    scores: str | None = Field(default=None, min_length=1)
+    """A judge's file, with `adapter`, `index` and `score` in each line."""
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        if self.scores is not None and len(self.model_fields_set) > 1:
+            yield "scores excludes the other settings of a task. Remove them."
+        elif self.scores is None and (
+            self.data is None or self.data.format not in ("instruction", "chat")
+        ):
+            yield "data must be a dataset of format instruction or chat, or scores must be set"
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """Prompts of a task's split; or what a judge scored already."""
+
+    task: str
+    config: AnswerTaskConfig
+    details: dict[str, Any]
+    rows: Sequence[AnswerRow]
+    judged: TaskAnswers | None = None
+
+
+def load_answer_set(
+    task: str, split: str | None = None, limit: int | None = None
+) -> AnswerSet | None:
+    """Load the task of a YAML file with a `metric` or `scores`; None for a choice task."""
+    settings = read_settings(task, "a task's file") if is_task_file(task) else {}
+    if not {"metric", "scores"} & settings.keys():
+        return None
+    config = checked(AnswerTaskConfig, settings, origin=f"{task}:\n  ")
+    name, source = check_name(task_name(task)), config.data
+    if source is None:
+        path = Path(str(config.scores))
+        judged, *others = read_answers(path)
+        judged = replace(judged, right={name: of[:limit] for name, of in judged.right.items()})
+        if others:
+            raise DataError(f"{path} must have the scores of one task, got {len(others) + 1}")
+        return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
+    split = split or source.split or "validation"
+    found = sources.find_location(source.dataset or "", split, source.config)
+    rows: list[AnswerRow] = []
+    for index, row in enumerate(sources.read_rows(found, split, limit)):
+        try:
+            rows.append((index, *_read_row(row, source)))
+        except sources.EmptyAnswerError:
+            if source.on_empty != "skip":
+                raise
+    if not rows:
+        raise DataError(f"{task}: no row has a reference answer. Fill in the answers.")
+    details = config.model_dump(mode="json", exclude_none=True)
+    details |= {"split": split, "source": sources.describe(found), "num_questions": len(rows)}
+    return AnswerSet(name, config, details, rows)
+
+
+def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
+    if source.format == "chat":
+        messages, tools = read_conversation(row, source.fields)
+        last = max((n for n, x in enumerate(messages) if x["role"] == "assistant"), default=0)
+        if last == 0:
+            row.reject("the conversation has no assistant's turn after a user's. Add one.")
+        if not messages[last]["content"].strip():
+            row.reject_empty("the last answer is a call of a tool, which has no text to compare")
+        prompt = Prompt(tuple(messages[:last]), None, row.origin, tools)
+        return prompt, messages[last]["content"]
+    columns = instruction_columns(row, source.fields)
+    fields = {**row, "input": row.get(columns["input"])}
+    prompt = Prompt(row.text(columns["instruction"]), None, row.origin, None, fields)
+    return prompt, row.answer(columns["output"])
+
+
+def normalize_answer(text: str) -> str:
+    """Lower the case, and leave out punctuation, articles and repeated spaces.
+
+    Source: SQuAD, `evaluate-v1.1.py` (Rajpurkar et al. 2016). A text of nothing else is kept.
+    """
+    words = _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+    return " ".join(words) or text.lower().strip()
+
+
+def is_right(metric: str, answer: str, reference: str) -> bool:
+    answer, reference = normalize_answer(answer), normalize_answer(reference)
+    if metric == "exact_match":
+        return answer == reference
+    # 5 is not in 15, but scripts without spaces between words have no such borders
+    return bool(re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", answer, re.ASCII))
+
+
+def generate_answers(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: AnswerSet,
+    adapter: str | None,
+    on_progress: Callable[[Sequence[int]], object],
+) -> list[str]:
+    """Let an adapter answer every prompt; answers are kept as scores are."""
+    host, sampling = scorer.host, asked.config.sampling
+    source = asked.config.data or SourceConfig()
+    form = given_form(tokenizer, source.template, source.chat_template)
+    prompts = [replace(prompt, adapter=adapter) for _, prompt, _ in asked.rows]
+    requests = make_requests(host, tokenizer, prompts, sampling, prompt_form=form)
+    how = [sampling.model_dump_json(), end_tokens(host, tokenizer)]
+    wanted = [(adapter, [*how, one.prompt_ids, one.place, one.continues]) for one in requests]
+    longest = max(len(one.prompt_ids) for one in requests) + sampling.max_new_tokens
+    size = max(1, (scorer.max_tokens_per_batch or BATCH_SIZE * longest) // longest)
+
+    def answer(batch: Sequence[GenerationRequest]) -> list[tuple[str]]:
+        return [(one.text,) for one in complete(host, tokenizer, batch, batch_size=size)]
+
+    texts: list[str] = []
+    for start in range(0, len(requests), size):
+        part = slice(start, start + size)
+        texts += chain(*scorer.remember(wanted[part], requests[part], answer))
+        on_progress(range(start, len(texts)))
+    return texts
+
+
+def answer_scores(asked: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
+    """Compare the answers of adapters with the references."""
+    metric, split = asked.config.metric, asked.details["split"]
+    same, values = {"metric": metric, "split": split}, dict[str, list[bool]]()
+    lines: list[dict[str, Any]] = []
+    for name, texts in answers.items():
+        right = values[name] = []
+        for (index, prompt, reference), text in zip(asked.rows, texts, strict=True):
+            right.append(is_right(metric, text, reference))
+            parts = [prompt.content, prompt.fields.get("input")]
+            if not isinstance(prompt.content, str):
+                parts = [f"{message['role']}: {message['content']}" for message in prompt.content]
+            line = {"task": asked.task, "split": split, "index": index, "adapter": name}
+            line |= {"question": "\n\n".join(filter(None, parts)), "reference": reference}
+            lines.append({**line, "answer": text, "correct": right[-1]})
+    results = {name: share_fields(of) | same for name, of in values.items()}
+    return Scores(asked.task, asked.details, results, values, lines)
+
+
+def judged_scores(asked: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
+    """Sum up what a judge scored."""
+    if missing := [name for name in names if name not in judged.right]:
+        raise DataError(
+            f"{asked.config.scores} must score each of {', '.join(names)}, got no score of "
+            f"{', '.join(missing)}; its adapters are {', '.join(judged.right)}"
+        )
+    values = {name: [*map(float, judged.right[name])] for name in names}
+    results = {name: score_fields(of) for name, of in values.items()}
+    return Scores(asked.task, asked.details, results, values, [], "score")

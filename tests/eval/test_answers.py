@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import re
+import string
+
+import pytest
+import torch
+
+from loraloom.config.task import load_task_config
+from loraloom.errors import ConfigError, DataError
+from loraloom.eval import answers
+from loraloom.eval.answers import is_right, load_answer_set
+from loraloom.eval.cache import ScoreCache
+from loraloom.eval.evaluation import evaluate
+from loraloom.eval.results import write_lines
+from loraloom.eval.statistics import compare_paired
+from tests.data.encoded import write_rows
+from tests.eval.scoring import scoring_host
+
+NAMES = [None, "lora", "mixdora"]
+ASKED = ["The sky is", "Say one", "Please choose: yes or no", "A red sea"]
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Write a task's file."""
+    path = tmp_path / "support.yaml"
+    return lambda **settings: path.write_text(json.dumps(settings)) and str(path)
+
+
+@torch.no_grad()
+def greedy(host, tokenizer, text, adapter):
+    """Answer a prompt by itself, with a forward of the whole text for each token."""
+    ids = list(tokenizer(text)["input_ids"])
+    start = len(ids)
+    while len(ids) < start + 6 and tokenizer.eos_token_id not in ids[start:]:
+        ids.append(int(host(torch.tensor([ids]), adapters=[adapter]).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def squad(text):
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "contains"])
+def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch, metric):
+    host = scoring_host()
+    texts = {n: [greedy(host, tiny_tokenizer, f"{x}\n", n) for x in ASKED] for n in NAMES}
+    right = [f"The {texts['lora'][0].upper()}!", "no", texts["mixdora"][2].split()[0], "no"]
+    rows = [{"instruction": x, "output": of} for x, of in zip(ASKED, right, strict=True)]
+    data = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "format": "instruction"}
+    file = task(metric=metric, data=data | {"template": "plain"}, sampling={"max_new_tokens": 6})
+    options = {"cache": ScoreCache(tmp_path, host, NAMES)}
+    found = evaluate(host, tiny_tokenizer, file, NAMES, **options)
+    given = [line["answer"] for line in found.lines()]
+    assert given == [text for name in NAMES for text in texts[name]]
+    for name in NAMES:
+        pairs = [[*map(squad, pair)] for pair in zip(texts[name], right, strict=True)]
+        whole = [f" {b} " in f" {a} " if metric == "contains" else a == b for a, b in pairs]
+        assert found.results[name or "base"]["support"]["accuracy"] == sum(whole) / 4
+        assert any(whole) or name != "lora"
+    assert f"{metric.replace('_', ' ')} %" in found._repr_html_()
+    monkeypatch.setattr(answers, "complete", lambda *few, **_: few[2])
+    again = evaluate(host, tiny_tokenizer, file, NAMES, **options)  # generates nothing
+    assert (again.results, again.num_cached_scores) == (found.results, 12)
+
+
+def test_what_a_judge_scored_is_compared(tiny_tokenizer, task, tmp_path):
+    host, path = scoring_host(), tmp_path / "judged.jsonl"
+    scores = {"base": [1, 3, 2], "lora": [2.5, 3, 4]}
+    lines = [{"adapter": n, "score": one} for n, of in scores.items() for one in of]
+    write_lines(path, lines)  # without places, as `generate --output` has them
+    file = task(scores=str(path))
+    found = evaluate(host, tiny_tokenizer, file, NAMES[:2])
+    assert [of["support"]["score"] for of in found.results.values()] == [2, 9.5 / 3]
+    (compared,) = found.comparisons
+    expected = compare_paired(scores["lora"], scores["base"])
+    assert (compared.difference, compared.interval) == (expected.difference, expected.interval)
+    assert (compared.metric, compared.num_first_better) == ("score", 2)
+    with pytest.raises(DataError, match="got no score of mixdora; its adapters are base, lora"):
+        evaluate(host, tiny_tokenizer, file, NAMES)
+    write_lines(path, lines[:-1])
+    with pytest.raises(DataError, match="but 'lora' and 'base' differ"):
+        load_answer_set(file)
+
+
+def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
+    turns = [{"role": role, "content": role[:1]} for role in ("system", "user", "assistant")]
+    chats = ([*turns, *turns[1:]], [*turns[:2], turns[2] | {"content": ""}])
+    path = write_rows(tmp_path / "chat.jsonl", [{"messages": chat} for chat in chats])
+    data = {"dataset": path, "format": "chat", "on_empty": "skip"}
+    ((index, prompt, reference),) = load_answer_set(task(metric="contains", data=data)).rows
+    assert (index, list(prompt.content), reference) == (0, [*turns, turns[1]], "a")
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "reference", "expected"),
+    [
+        ("exact_match", " the Cat, sat!", "A cat  sat", True),
+        ("exact_match", "+", "+", True),  # nothing else is left
+        ("contains", "it is 15", "5", False),
+        ("contains", "它是红色的", "红色", True),
+    ],
+)
+def test_words_are_compared_as_squad_does(metric, answer, reference, expected):
+    assert is_right(metric, answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric": "contains"}, "data must be a dataset of format instruction or chat"),
+        ({"metric": "f1", "scores": "a"}, "metric must be 'exact_match' or 'contains', got 'f1'"),
+        ({"metric": "contains", "scores": "a"}, "scores excludes the other settings"),
+    ],
+)
+def test_a_task_that_can_not_be_used_is_an_error(task, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_answer_set(task(**settings))
+    with pytest.raises(ConfigError, match="is for evaluation only"):
+        load_task_config(task(**settings))
