@@ -1,12 +1,16 @@
-"""The scripts in examples/ run as they stand."""
+"""The scripts and notebooks in examples/ run as they stand."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+
+from tests.generation.saved import save_tiny
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,3 +31,23 @@ def test_trainers_of_others_learn(capsys):
     losses = re.findall(r"(\w+): loss ([\d.]+), then ([\d.]+)", capsys.readouterr().out)
     assert [name for name, *_ in losses] == ["Trainer", "SFTTrainer", "DPOTrainer"]
     assert all(float(last) < float(first) / 2 for _, first, last in losses)
+
+
+@pytest.mark.parametrize("name", ["train_and_look", "serve_and_compare"])
+def test_notebooks_run_and_show_results(name, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(save_tiny(tmp_path, max_position_embeddings=1024))
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
+    assert len(cells) <= 12
+    shown, names = [], {}
+    for cell in cells:
+        assert not cell.get("outputs"), "clear the outputs"
+        if cell["cell_type"] == "code":
+            *body, last = ast.parse("".join(cell["source"]).replace("smollm2-135m", "base")).body
+            is_value = isinstance(last, ast.Expr)
+            exec(compile(ast.Module(body if is_value else [*body, last], []), name, "exec"), names)
+            if is_value:
+                value = eval(compile(ast.Expression(last.value), name, "eval"), names)
+                shown.append(getattr(value, "_repr_html_", str)())
+    assert any("<img" in text for text in shown)
+    assert any("<table" in text and "Differences on the same rows" in text for text in shown)

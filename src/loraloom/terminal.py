@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from loraloom.errors import plain
 
@@ -36,12 +36,20 @@ def make_table(*keys: str, values: Sequence[str | Text] = (), title: str | None 
     return Table(*columns, title=title, box=None, padding=(0, _PADDING, 0, 0))
 
 
+def notebook_console() -> Console | None:
+    """Make a console in a notebook, where progress is shown unasked; None elsewhere."""
+    console = make_console(stderr=True)
+    return console if console.is_jupyter else None
+
+
 @contextmanager
 def show_progress(
     console: Console | None, name: str, sizes: Sequence[int]
 ) -> Iterator[Callable[[Sequence[int]], None]]:
     """Show the share of items done, by the sizes that are given when done, and the time left."""
-    interval_s = 0.1 if console is not None and console.is_terminal else PLAIN_INTERVAL_S
+    console = console or notebook_console()
+    is_live = console is not None and (console.is_terminal or console.is_jupyter)
+    interval_s = 0.1 if is_live else PLAIN_INTERVAL_S
     bar: Any = tqdm(
         total=sum(sizes),
         file=console and console.file,

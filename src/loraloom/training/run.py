@@ -18,6 +18,7 @@ from loraloom.config.text import local_path
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
+from loraloom.terminal import notebook_console
 from loraloom.training import store
 from loraloom.training.builder import Base, JobBuilder, load_base
 from loraloom.training.engine import Engine
@@ -55,7 +56,7 @@ def train(
         run: Run file, or its settings.
         resume: Whether to resume from the newest checkpoint, if there is one.
         overwrite: Whether to replace earlier results of these jobs.
-        progress: Display of the run; None shows nothing.
+        progress: Display of the run; None shows nothing, except in notebooks.
         base: Host and tokenizer, if they are loaded already.
         between_steps: Function called between steps, which may add and stop jobs.
         watch: Directory of further job files to train.
@@ -79,7 +80,7 @@ def train(
     if not run.jobs and run.sweep is None and watch is None:
         raise ConfigError("a run must set jobs (at least one) or sweep")
     launch = read_launch()
-    progress = progress if progress is not None and launch.rank == 0 else Progress()
+    progress = (progress or Progress(notebook_console())) if launch.rank == 0 else Progress()
     options = {"resume": resume, "overwrite": overwrite}
     if ray is not None:
         given = {"--watch": watch, "base": base, "between_steps": between_steps}
