@@ -7,12 +7,9 @@ import pytest
 
 from loraloom.cli.main import main
 from loraloom.training.settings import load_run_config
+from tests.cli.test_data import TEMPLATE
 from tests.generation.saved import write_rows
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 TURNS = [{"role": "user", "content": "sky #?"}, {"role": "assistant", "content": "blue"}]
 ARC = {"text": ["a", "b"], "label": ["1", "2"]}
 # A row, with # for its number, and settings of the job's data.
