@@ -107,7 +107,7 @@ def init(
 
 def _first_rows(file: Path) -> list[Row]:
     if local_path(file, "FILE", DataError).is_dir():
-        raise ConfigError(f"FILE must be a file of rows, got the directory {file}. Name one in it.")
+        raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
     rows = list(islice(RowStream(file, "", streaming=False).rows(), _FIRST_ROWS))
     if all(row.fault for row in rows):
         check_faults([(row.origin, row.fault) for row in rows], len(rows))
@@ -137,7 +137,7 @@ def _find_columns(
     raise DataError(
         f"{file}: no format fits the columns {fields_of(counts)}. Name the format with --format, "
         "and the columns of its roles with --column ROLE=COLUMN. The roles of each format "
-        f" ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(needed)}"
+        f"({', '.join(sorted(_OPTIONAL))} are optional):{''.join(needed)}"
     )
 
 
