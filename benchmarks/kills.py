@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.training.command import resume
+from tests.training.running import resume
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.training.command", "loraloom.training.run"])
+_PROCESSES.set_forkserver_preload(["tests.training.running", "loraloom.training.run"])
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},

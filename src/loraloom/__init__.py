@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from loraloom.training.client import TrainingClient as TrainingClient
     from loraloom.training.client import example_of as example_of
     from loraloom.training.client import example_of_completion as example_of_completion
+    from loraloom.training.client import run_requests as run_requests
     from loraloom.training.job import JobResult as JobResult
     from loraloom.training.run import train as train
     from loraloom.training.settings import CpoConfig as CpoConfig
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from loraloom.training.settings import RunConfig as RunConfig
     from loraloom.training.settings import SftConfig as SftConfig
     from loraloom.training.settings import register_objective as register_objective
-    from loraloom.training.step.requests import run_requests as run_requests
 
 __version__ = "0.1.0"
 
@@ -72,12 +72,11 @@ _HOMES = {
     "models.export": "Export export",
     "models.host": "Host HostOutput attach",
     "models.loading": "load_base_model",
-    "training.client": "TrainingClient example_of example_of_completion",
+    "training.client": "TrainingClient example_of example_of_completion run_requests",
     "training.job": "JobResult",
     "training.run": "train",
     "training.settings": "CpoConfig DpoConfig JobConfig OptimizerConfig RunConfig SftConfig "
     "register_objective",
-    "training.step.requests": "run_requests",
 }
 
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

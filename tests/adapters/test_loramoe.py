@@ -10,9 +10,9 @@ from loraloom.adapters import LoraMoeConfig
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.loramoe import balancing_constraint
 from loraloom.data.tokens import Example
+from loraloom.training.client import Request, run_requests
 from loraloom.training.settings import SftConfig
 from loraloom.training.step.objectives import build_objective
-from loraloom.training.step.requests import Request, run_requests
 from tests.adapters.plain import MASK, compare, sum_experts
 from tests.tiny import changed, tiny_host, tiny_ids
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from loraloom.cli.main import main
 from loraloom.data.training_set import TrainingSet
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
@@ -123,3 +128,16 @@ def resumed(
     engine = toy_engine(directory, configs, sets, **options)
     engine.begin(snapshot)
     return engine
+
+
+def resume(run_file: str, begun: Event) -> None:
+    """Do what `loraloom train RUN_FILE --resume` does in a process of its own, and end it so."""
+    torch.set_num_threads(1)
+    step = Engine.step
+
+    def first_step(engine: Engine) -> None:
+        begun.set()
+        step(engine)
+
+    with patch.object(Engine, "step", first_step), redirect_stdout(io.StringIO()):
+        raise SystemExit(main(["train", run_file, "--resume"]))

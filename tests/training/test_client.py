@@ -9,10 +9,14 @@ from torch import Tensor
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.models.host import Host
-from loraloom.training.client import TrainingClient, example_of, example_of_completion
+from loraloom.training.client import (
+    TrainingClient,
+    example_of,
+    example_of_completion,
+    run_requests,
+)
 from loraloom.training.settings import DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.requests import run_requests
 from tests.tiny import ALL_METHODS, METHODS, randomise
 from tests.training.step.test_fused import assert_same, run_window
 from tests.training.toy import (
@@ -124,7 +128,7 @@ def test_a_call_that_fails_half_way_leaves_the_gradients_as_they_were(monkeypatc
         return forward_backward(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr("loraloom.training.step.requests.forward_backward", failing)
+        patched.setattr("loraloom.training.client.forward_backward", failing)
         with pytest.raises(RuntimeError, match="no memory"):
             client.forward_backward(data, micro_batch_size=2)
     assert_same(grads_of(client), before, 1e-12)

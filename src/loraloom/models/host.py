@@ -473,7 +473,7 @@ class Host:
 
     def token_scores(
         self, hidden_states: Tensor, labels: Tensor, adapters: RowAdapters = None, num_top: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Sequence[Tensor]:
         """Compute log p of each label, [N], and whether it is the most likely token, [N].
 
         With them come log p of the `num_top` most likely tokens in its place, [N, K], and their
@@ -485,10 +485,7 @@ class Host:
             return token_scores(states, targets, head, vocab_size, min(num_top, vocab_size))
 
         tensors = [hidden_states, labels]
-        log_probs, is_top, top_log_probs, top_ids = self._registry.by_heads(
-            compute, tensors, adapters, self._prepared_here()
-        )
-        return log_probs, is_top, top_log_probs, top_ids
+        return self._registry.by_heads(compute, tensors, adapters, self._prepared_here())
 
     def prefill(
         self,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import AdapterConfig
+from loraloom.adapters.method import Adapter
 from loraloom.config.data import PromptForm
 from loraloom.data import tokens
 from loraloom.data.tokens import Example, PreferencePair, TrainingExample
@@ -31,13 +33,42 @@ from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 from loraloom.training import store
 from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerConfig
-from loraloom.training.step import objectives, optimizers, requests
+from loraloom.training.step import objectives, optimizers
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window
+from loraloom.training.step.fused import forward_backward, gradients_set_aside
 
+# From data, and log p of the labels of each row, to a scalar loss and metrics.
+LossFunction = Callable[
+    [Sequence[TrainingExample], Sequence[Tensor]], tuple[Tensor, Mapping[str, float | Tensor]]
+]
 # An objective with its settings, or its name for the defaults.
 ObjectiveChoice = str | ObjectiveConfig
 _STATE = "client"
 # Clients that are not closed: those of one host may share references.
 _OPEN: WeakSet[TrainingClient] = WeakSet()
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """What a forward and backward gave."""
+
+    loss: float  # the objective's, over all data
+    aux_loss: float  # router losses of a mixture, with coefficients
+    metrics: dict[str, float]  # the objective's
+    log_probs: list[Tensor]  # of the labels of each row, the rows of a pair in turn; on the CPU
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an adapter is to learn from next."""
+
+    adapter: Adapter
+    data: Sequence[TrainingExample]
+    objective: objectives.Objective  # its means are over all of the data
+    sample_key: Callable[[int], int]  # from a row's place to the key of its dropout
+    reference: objectives.Reference | None = None
+    micro_batch_size: int | None = None  # examples in a forward; None for all
+    loss_scale: optimizers.LossScale | None = None  # in float16, as it is at the computation
 
 
 class OptimStepOutput(NamedTuple):
@@ -118,7 +149,7 @@ class TrainingClient:
 
     def forward(self, data: Sequence[TrainingExample]) -> list[Tensor]:
         """Compute log p of each row's labels, on the CPU, without gradients and dropout."""
-        return label_log_probs(self.host, [(self.name, row) for row in requests.number_rows(data)])
+        return label_log_probs(self.host, [(self.name, row) for row in number_rows(data)])
 
     def forward_backward(
         self,
@@ -126,7 +157,7 @@ class TrainingClient:
         objective: ObjectiveChoice = "sft",
         *,
         micro_batch_size: int | None = None,
-    ) -> requests.ForwardBackwardOutput:
+    ) -> ForwardBackwardOutput:
         """Add the gradient of an objective to the gradients since the last step.
 
         `sft` needs examples, `dpo` and `cpo` need pairs. Means are over all data, independent of
@@ -134,17 +165,17 @@ class TrainingClient:
         TrainingError and drops the gradients.
         """
         request = self.request(data, objective, micro_batch_size=micro_batch_size)
-        return requests.run_requests(self.host, [request], self.pad_id)[0]
+        return run_requests(self.host, [request], self.pad_id)[0]
 
     def forward_backward_custom(
-        self, data: Sequence[TrainingExample], loss_fn: requests.LossFunction
-    ) -> requests.ForwardBackwardOutput:
+        self, data: Sequence[TrainingExample], loss_fn: LossFunction
+    ) -> ForwardBackwardOutput:
         """Add the gradient of your own loss, in one forward."""
         # `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
         # It returns a scalar loss that depends on these, and metrics.
-        key, objective = self._next_sample_key(), requests.custom_objective(data, loss_fn)
-        request = requests.Request(self.adapter, data, objective, key, loss_scale=self._loss_scale)
-        return requests.run_requests(self.host, [request], self.pad_id)[0]
+        key, objective = self._next_sample_key(), custom_objective(data, loss_fn)
+        request = Request(self.adapter, data, objective, key, loss_scale=self._loss_scale)
+        return run_requests(self.host, [request], self.pad_id)[0]
 
     def request(
         self,
@@ -152,7 +183,7 @@ class TrainingClient:
         objective: ObjectiveChoice = "sft",
         *,
         micro_batch_size: int | None = None,
-    ) -> requests.Request:
+    ) -> Request:
         """Prepare a `forward_backward` for `run_requests`, which runs several clients at once."""
         known = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
         if isinstance(objective, str) and objective not in known:
@@ -166,7 +197,7 @@ class TrainingClient:
         if reference is not None:
             self.references[reference.adapter_name] = reference
         terms, keys = objectives.build_objective(config), self._next_sample_key()
-        return requests.Request(
+        return Request(
             self.adapter, data, terms, keys, reference, micro_batch_size, self._loss_scale
         )
 
@@ -292,6 +323,103 @@ class TrainingClient:
             "optimizer": self._optimizer_config.model_dump(mode="json"),
             "seed": self.seed,
         }
+
+
+def custom_objective(
+    data: Sequence[TrainingExample], loss_fn: LossFunction
+) -> objectives.Objective:
+    def terms(
+        scored: objectives.ScoredSamples, totals: objectives.StepTotals
+    ) -> objectives.ObjectiveTerms:
+        loss, metrics = loss_fn(data, scored.by_sample)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise TrainingError(
+                "loss_fn must return a scalar tensor that depends on the log-probabilities, and "
+                f"metrics; got {loss!r}"
+            )
+        return objectives.ObjectiveTerms(loss.reshape(()), metrics)
+
+    return terms
+
+
+def run_requests(
+    host: Host, requests: Sequence[Request], pad_id: int
+) -> list[ForwardBackwardOutput]:
+    """Add the gradients of several adapters in shared forwards.
+
+    Args:
+        host: Base model with the adapters.
+        requests: Requests of different adapters; each gets the gradient that it would get alone.
+        pad_id: Padding token.
+
+    Raises:
+        ConfigError: If data is empty, or two requests are for the same adapter.
+        Exception: Any error of a forward or backward; gradients are unchanged then.
+        TrainingError: If losses are not finite. The gradients of the adapters in the message are
+            dropped, those of the others are kept.
+    """
+    names = [request.adapter.name for request in requests]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"requests must each be of another adapter, got {', '.join(names)}; put an adapter's "
+            "data into one request, or call run_requests again"
+        )
+    log_probs: list[list[Tensor]] = [[] for _ in requests]
+    queues = [_micro_batches(*pair) for pair in zip(requests, log_probs, strict=True)]
+    totals = [MicroBatchLoss(0.0) for _ in requests]
+    with gradients_set_aside([request.adapter for request in requests]):
+        for micro_batches in zip_longest(*queues):
+            places = [place for place, batch in enumerate(micro_batches) if batch is not None]
+            losses = forward_backward(host, [micro_batches[place] for place in places], pad_id)
+            for place, loss in zip(places, losses, strict=True):
+                totals[place] += loss
+    faults = []
+    for request, total in zip(requests, totals, strict=True):
+        value = total.loss + total.aux_loss
+        if not math.isfinite(value):
+            request.adapter.zero_grad(set_to_none=True)
+            faults.append(
+                f"adapter {request.adapter.name}: loss must be finite, got {value}; the gradients "
+                "are dropped"
+            )
+    if faults:
+        raise TrainingError("\n".join(faults))
+    return [
+        ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, own)
+        for total, own in zip(totals, log_probs, strict=True)
+    ]
+
+
+def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
+    rows = [row for example in data for row in example.rows]
+    return [replace(row, sample_id=place) for place, row in enumerate(rows)]
+
+
+def _micro_batches(request: Request, log_probs: list[Tensor]) -> list[MicroBatch]:
+    def recorded(
+        scored: objectives.ScoredSamples, totals: objectives.StepTotals
+    ) -> objectives.ObjectiveTerms:
+        log_probs.extend(values.detach().cpu() for values in scored.by_sample)
+        return request.objective(scored, totals)
+
+    if not request.data or not all(row.input_ids for one in request.data for row in one.rows):
+        which = "one without tokens" if request.data else "none"
+        raise ConfigError(f"adapter {request.adapter.name}: data must have examples, got {which}")
+    size = len(request.data) if request.micro_batch_size is None else request.micro_batch_size
+    if size < 1:
+        raise ConfigError(
+            f"adapter {request.adapter.name}: micro_batch_size must be 1 or more, got {size}"
+        )
+    window = Window(0, tuple(request.data), size)
+    rows = iter(number_rows(request.data))
+    scale = 1.0 if request.loss_scale is None else request.loss_scale.scale
+    micro_batches = []
+    for index in range(window.num_micro_batches):
+        examples = [next(rows) for _ in window.micro_batch(index)]
+        keys = [request.sample_key(example.sample_id) for example in examples]
+        parts = (request.adapter, examples, keys, window, recorded, request.reference)
+        micro_batches.append(MicroBatch(*parts, loss_scale=scale))
+    return micro_batches
 
 
 def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:

@@ -21,12 +21,11 @@ from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.terminal import notebook_console
 from loraloom.training import store
 from loraloom.training.builder import Base, JobBuilder, load_base
-from loraloom.training.engine import Engine
+from loraloom.training.engine import Engine, set_up
 from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
 from loraloom.training.job import JobResult
 from loraloom.training.progress import Progress
 from loraloom.training.settings import RunConfig, load_run_config
-from loraloom.training.setup import set_up
 
 # Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
 BetweenSteps = Callable[[Engine, JobBuilder], None]

@@ -21,10 +21,10 @@ from typing_extensions import override
 
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.training.builder import check_data, load_base
+from loraloom.training.engine import set_up
 from loraloom.training.job import JobResult
 from loraloom.training.progress import Interruption, Progress
 from loraloom.training.settings import JobConfig, RunConfig
-from loraloom.training.setup import set_up
 from loraloom.training.store import RunDirectory, check_same_run
 
 # How often Ray itself starts a lost worker again.

@@ -17,7 +17,6 @@ from tests.training.toy import (
     gradients_of,
     toy_config,
     toy_host,
-    toy_set,
 )
 
 
@@ -45,29 +44,6 @@ def without_router_loss(config: LoraConfig) -> LoraConfig:
     if isinstance(config, MixLoraConfig):
         return config.model_copy(update={"router_aux_loss_coef": 0.0})
     return config
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_neighbours_and_their_padding_leave_a_gradient_as_it_is(method):
-    alone_host = toy_host()
-    config = toy_config("a", ADAPTERS[method], batch_size=6, micro_batch_size=3)
-    alone = add_job(alone_host, config, random=True)
-    alone_loss = run_window(alone_host, [alone])["a"]
-
-    host = toy_host()
-    long = add_job(
-        host,
-        toy_config("z", ADAPTERS["mixlora"], seed=5, batch_size=8, micro_batch_size=2),
-        toy_set(seed=5, longest=30),
-        random=True,
-    )
-    other = add_job(host, toy_config("b", ADAPTERS["dora"], seed=3, batch_size=2), random=True)
-    job = add_job(host, config, random=True)
-    loss = run_window(host, [long, job, other])["a"]
-
-    assert loss.loss == pytest.approx(alone_loss.loss, rel=1e-9)
-    assert loss.aux_loss == pytest.approx(alone_loss.aux_loss, rel=1e-9)
-    assert_same(gradients_of(job), gradients_of(alone), 1e-6)
 
 
 def test_router_losses_weigh_by_the_micro_batchs_share_of_tokens():

@@ -22,13 +22,6 @@ def test_an_epoch_has_every_example_once_in_windows_of_batch_size():
     assert sorted(i for window in windows for i in ids(window)) == list(range(10))
 
 
-def test_micro_batches_cut_a_window_into_parts():
-    window = order_of(10, batch_size=6, micro_batch_size=2).window(1)
-    assert window.num_micro_batches == 2  # four examples are left
-    parts = [*window.micro_batch(0), *window.micro_batch(1)]
-    assert parts == list(window.examples)
-
-
 @pytest.mark.parametrize(("count", "num_epochs", "steps"), [(10, 2, 6), (8, 3, 6), (1, 5, 5)])
 def test_epochs_are_turned_into_steps(count, num_epochs, steps):
     order = order_of(count, batch_size=4, max_steps=None, num_epochs=num_epochs)
