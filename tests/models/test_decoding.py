@@ -100,15 +100,6 @@ def alone(host, row: int, **kwargs):
 
 
 @pytest.mark.parametrize("family", GENERATED)
-def test_each_row_is_generated_as_alone_without_padding(family):
-    host, (ids, mask) = tiny_host(family), prompts()
-    together = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY)
-    for row in range(6):
-        start = 7 - LENGTHS[row]
-        assert torch.equal(together[row, start:], alone(host, row)[0])
-
-
-@pytest.mark.parametrize("family", GENERATED)
 def test_without_adapters_it_is_the_base_models_generate(family):
     model, (ids, mask) = tiny_model(family), prompts()
     expected = model.generate(ids, attention_mask=mask, **GREEDY)

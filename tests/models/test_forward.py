@@ -112,18 +112,6 @@ def test_prepared_weights_end_with_their_block():
         assert not torch.allclose(host(ids, adapters=["a", "a"]).logits, before)
 
 
-def test_training_is_said_for_one_forward():
-    host, ids = noisy_host(), tiny_ids(2)
-    names = ["mixlora", "lora"]
-    plain = host(ids, adapters=names).logits
-    noisy = host(ids, adapters=names, sample_keys=[1, 2], training=True).logits
-    assert not torch.allclose(noisy, plain)
-    assert torch.equal(host(ids, adapters=names).logits, plain)
-    host.train()
-    assert torch.equal(host(ids, adapters=names, sample_keys=[1, 2]).logits, noisy)
-    assert torch.equal(host(ids, adapters=names, training=False).logits, plain)
-
-
 @pytest.mark.filterwarnings("ignore:Dynamo does not know")  # of the tests' own checks of types
 def test_a_compiled_model_is_refused_with_the_reason():
     with pytest.raises(ModelError, match="must not be compiled"):

@@ -80,16 +80,18 @@ def test_sample_keys_decide_the_dropout():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dropout_is_off_outside_training(method):
+def test_dropout_is_off_outside_training_which_is_said_for_one_forward_or_all(method):
     config = changed(METHODS[method], dropout=0.5)
     host, plain = tiny_host(configs={"a": config}), tiny_host(configs={"a": METHODS[method]})
     with torch.no_grad():
-        expected = plain(tiny_ids(2), adapters=["a", "a"]).logits
-        assert torch.equal(host(tiny_ids(2), adapters=["a", "a"]).logits, expected)
+        run = lambda host, **mode: host(tiny_ids(2), adapters=["a", "a"], **mode).logits  # noqa: E731
+        expected = run(plain)
+        assert not torch.allclose(run(host, training=True), expected)
+        assert torch.equal(run(host), expected)
         host.train()
-        assert not torch.allclose(host(tiny_ids(2), adapters=["a", "a"]).logits, expected)
-        host.eval()
-        assert torch.equal(host(tiny_ids(2), adapters=["a", "a"]).logits, expected)
+        assert not torch.allclose(run(host), expected)
+        assert torch.equal(run(host, training=False), expected)
+        assert torch.equal(run(host.eval()), expected)
 
 
 def test_a_removed_adapter_is_freed():

@@ -29,19 +29,6 @@ def test_the_record_has_real_tokens_only(side):
             assert (record.selected_experts >= 0).all()
 
 
-def test_tokens_come_row_by_row():
-    host, ids, mask = tiny_host(), tiny_ids(5), padded_mask(LENGTHS)
-    with torch.no_grad():
-        together = host(ids, mask, NAMES).routing["mixlora"]
-        apart = [
-            host(ids[row : row + 1], mask[row : row + 1], ["mixlora"]).routing["mixlora"]
-            for row in (0, 4)
-        ]
-    for layer in range(LAYERS):
-        expected = torch.cat([routing[layer].router_logits for routing in apart])
-        torch.testing.assert_close(together[layer].router_logits, expected, rtol=0, atol=1e-10)
-
-
 def test_recomputation_adds_nothing_to_the_record():
     host = tiny_host()
     host.train().enable_gradient_checkpointing()

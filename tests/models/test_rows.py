@@ -6,17 +6,13 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
 
 import loraloom
-from loraloom.adapters import LoraConfig
 from loraloom.models.host import Host
-from loraloom.ops.dropout import sample_key
 from tests.parity.dense_loop import DenseAdapter
 from tests.tiny import (
     ALL_METHODS,
     METHODS,
-    changed,
     padded_mask,
     parameter_grads,
     randomise,
@@ -25,47 +21,6 @@ from tests.tiny import (
     tiny_ids,
     tiny_model,
 )
-
-NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
-LENGTHS = [7, 5, 3, 7, 6, 4]
-KEYS = [sample_key(0, 0, sample) for sample in range(6)]
-NOISY: dict[str, LoraConfig] = {
-    name: changed(config, dropout=0.3, **({"router_jitter": 0.2} if "mix" in name else {}))
-    for name, config in METHODS.items()
-}
-
-
-def train_rows(host: Host, rows: list[int], names: list) -> dict[str, Tensor]:
-    """Return the gradients of the rows' summed losses, router losses left out."""
-    ids, mask = tiny_ids(6)[rows], padded_mask(LENGTHS)[rows]
-    host.train()
-    keys = [KEYS[row] for row in rows]
-    states = host.hidden(
-        ids, mask, names, keys, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
-    ).last_hidden_state
-    real = mask.bool()
-    host.token_losses(states[real], ids[real]).sum().backward()
-    return {
-        f"{name}.{key}": grad
-        for name, adapter in host.adapters.items()
-        for key, grad in parameter_grads(adapter).items()
-    }
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, grad in expected.items():
-        torch.testing.assert_close(actual[name], grad, rtol=1e-9, atol=1e-11, msg=name)
-
-
-def test_an_adapter_trains_as_if_it_were_alone():
-    together = train_rows(tiny_host(configs=NOISY), list(range(6)), NAMES)
-    for name in METHODS:
-        host = tiny_host(configs=NOISY)
-        rows = [row for row, other in enumerate(NAMES) if other == name]
-        alone = train_rows(host, rows, [name] * len(rows))
-        assert alone.keys() == {key for key in together if key.startswith(f"{name}.")}
-        assert_same({key: together[key] for key in alone}, alone)
 
 
 @pytest.mark.parametrize("hooked", ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"])

@@ -6,17 +6,11 @@ import gc
 import shutil
 import weakref
 
-import pytest
 import torch
 
 import loraloom
 from loraloom.training import builder
-from tests.training.saved import run_settings, save_inputs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return save_inputs(tmp_path_factory.mktemp("inputs"))
+from tests.training.saved import run_settings
 
 
 def settings(inputs, output_dir):

@@ -18,15 +18,10 @@ from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import CheckpointStore, RunDirectory
 from tests.training.running import Spoken, assert_same_files, read_metrics
-from tests.training.saved import run_settings, save_inputs, write_run_file
+from tests.training.saved import run_settings, write_run_file
 from tests.training.toy import read_result, toy_host
 
 JOBS = ("plain", "mixture")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(autouse=True)

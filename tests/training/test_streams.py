@@ -8,14 +8,9 @@ import pytest
 
 import loraloom
 from tests.training.running import assert_same_files, pressing
-from tests.training.saved import run_settings, save_inputs
+from tests.training.saved import run_settings
 
 JOBS = ("plain", "pairs")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def settings(inputs: Path, output_dir: Path) -> dict:

@@ -23,15 +23,10 @@ from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory
 from loraloom.training.sweep import Sweep, rank_jobs, show_ranking
 from tests.training.running import Spoken, assert_same_files, assert_same_metrics, pressing
-from tests.training.saved import run_settings, save_inputs
+from tests.training.saved import run_settings
 from tests.training.toy import read_result, toy_engine
 
 RATES = [1e-5, 3e-2, 1e-3, 1e-2, 1e-4, 3e-3]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def sweep_run(inputs, output_dir, jobs=(), eval_steps=None, max_steps=9, **settings) -> RunConfig:

@@ -20,15 +20,10 @@ from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.training import workers
 from loraloom.training.engine import Engine
 from tests.training.running import Spoken
-from tests.training.saved import run_settings, save_inputs, write_run_file
+from tests.training.saved import run_settings, write_run_file
 from tests.training.toy import read_result
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
