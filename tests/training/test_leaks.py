@@ -9,7 +9,7 @@ import weakref
 import torch
 
 import loraloom
-from loraloom.training import builder
+from loraloom.generation import loading
 from tests.training.saved import run_settings
 
 
@@ -47,7 +47,7 @@ def test_a_base_model_goes_with_its_run(inputs, tmp_path, monkeypatch):
         loaded.extend([weakref.ref(host), weakref.ref(model)])
         return host
 
-    monkeypatch.setattr(builder, "attach", attach)
+    monkeypatch.setattr(loading, "attach", attach)
     loraloom.train(settings(inputs, tmp_path / "out"))
     gc.collect()
     assert [reference() for reference in loaded] == [None, None]

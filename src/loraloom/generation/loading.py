@@ -33,11 +33,14 @@ def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> None:
 
 
 def load_host(
-    model: BaseModelConfig, adapters: Mapping[str, str]
+    model: BaseModelConfig,
+    adapters: Mapping[str, str],
+    *,
+    device: str | None = None,
+    sharded: bool = False,
 ) -> tuple[Host, PreTrainedTokenizerBase]:
-    base, tokenizer = load_base_model(
-        model.base_model, model.dtype, model.device, model.attn_implementation, model.quantization
-    )
+    how = (model.dtype, device or model.device, model.attn_implementation, model.quantization)
+    base, tokenizer = load_base_model(model.base_model, *how, sharded=sharded)
     host = attach(base)
     for name, path in adapters.items():
         host.load(name, path)

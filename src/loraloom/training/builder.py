@@ -17,7 +17,6 @@ from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts, refuse_own_parts
 from loraloom.adapters.weighted_sum import check_is_lora, concatenate
 from loraloom.config.data import PromptForm, SourceConfig
-from loraloom.config.model import BaseModelConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import find_location
 from loraloom.data.tasks import ChoiceQuestion, find_task, load_question_set, questions_digest
@@ -28,21 +27,15 @@ from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import read_adapter
 from loraloom.generation.scoring import label_log_probs
-from loraloom.models.host import Host, attach
+from loraloom.models.host import Host
 from loraloom.models.layout import check_takes_packed_rows
-from loraloom.models.loading import load_base_model, load_tokenizer
+from loraloom.models.loading import load_tokenizer
 from loraloom.training.job import Job
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
 from loraloom.training.step import objectives, optimizers
 
 KEPT_TRAINING_SETS = 8
 Base = tuple[Host, PreTrainedTokenizerBase]
-
-
-def load_base(run: BaseModelConfig, device: str, *, is_sharded: bool = False) -> Base:
-    how = (run.dtype, device, run.attn_implementation, run.quantization)
-    model, tokenizer = load_base_model(run.base_model, *how, sharded=is_sharded)
-    return attach(model), tokenizer
 
 
 class JobData:

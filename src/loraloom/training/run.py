@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from loraloom.config.text import local_path
 from loraloom.errors import ConfigError, TrainingError
+from loraloom.generation.loading import load_host
 from loraloom.models.host import Host
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.terminal import notebook_console
 from loraloom.training import store
-from loraloom.training.builder import Base, JobBuilder, load_base
+from loraloom.training.builder import Base, JobBuilder
 from loraloom.training.engine import Engine, set_up
 from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
 from loraloom.training.job import JobResult
@@ -103,7 +104,7 @@ def train(
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
-        host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
+        host, tokenizer = base or load_host(run, {}, device=device, sharded=is_sharded)
         stack.enter_context(_borrowed(host))
         host.ranks = ranks
         parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)

@@ -20,7 +20,8 @@ from typing import Any
 from typing_extensions import override
 
 from loraloom.errors import ConfigError, TrainingError, shown
-from loraloom.training.builder import check_data, load_base
+from loraloom.generation.loading import load_host
+from loraloom.training.builder import check_data
 from loraloom.training.engine import set_up
 from loraloom.training.job import JobResult
 from loraloom.training.progress import Interruption, Progress
@@ -71,7 +72,7 @@ def train_share(
             f"output_dir must be visible to all workers, but {run.output_dir} is missing on "
             f"{socket.gethostname()}; choose a directory on a shared file system"
         )
-    base, where = load_base(run, run.device), RunDirectory(run.output_dir, by_job=True)
+    base, where = load_host(run, {}), RunDirectory(run.output_dir, by_job=True)
     # The sweep's jobs join later, from checkpoints of whichever worker had them.
     begun, _ = where.newest_checkpoint([job.name for job in run.trials])
     if begun is not None:
