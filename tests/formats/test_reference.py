@@ -108,7 +108,7 @@ def test_lost_magnitudes_are_left_to_the_base_model(config, base, tmp_path):
     tensors = write(tmp_path, base, config)
     path = tmp_path / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if "magnitude" not in k}, path)
-    with pytest.warns(UserWarning, match="a DoRA without magnitudes, as MoE-PEFT"):
+    with pytest.warns(UserWarning, match="a DoRA without magnitudes, as saved by MoE-PEFT"):
         read, read_tensors = read_adapter(tmp_path, base)
     assert read == config
     assert_same_tensors(read_tensors, {k: v for k, v in tensors.items() if "magnitude" not in k})

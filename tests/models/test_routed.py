@@ -177,7 +177,7 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
 
 
 def test_a_layer_may_have_no_projections(tmp_path):
-    with pytest.warns(UserWarning, match="on attention alone"):
+    with pytest.warns(UserWarning, match="adapts attention only"):
         host = tiny_host("qwen3_next", LORAS, torch.float32)
     assert not host._registry._layers[0].projections
     host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))

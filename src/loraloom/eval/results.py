@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".json", ".csv")
 
-# What tables call the answer that is the same to every question, the most frequent right one.
-CONSTANT = "constant answer"
+# What tables call the baseline that gives the most frequent answer to every question.
+CONSTANT = "majority class"
 MARK = "†"
 ACCURACY, LOSS, PAIR_LOSS = "accuracy %", "loss, nats a token", "loss, nats a pair"
 SCORE = "score"
-NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
+NOTE = f"{MARK} no better than the majority class: always the most frequent answer"
 
 # Of the data frame, those that there are.
 _COLUMNS = (
@@ -310,13 +310,11 @@ def _meaning(one: Comparison) -> str:
         return f"{one.task}: {better} and {worse} have the same {one.metric}."
     if (one.difference > 0) == is_loss:
         better, worse = worse, better
-    figure = "a lower loss" if is_loss else f"a higher {one.metric}"
-    text = f"{one.task}: {better} has {figure} than {worse}"
+    text = f"{one.task}: {better} beats {worse} in {one.metric}"
     if one.adjusted_p_value < 0.05:
-        return f"{text}; the difference is significant."
-    items = "rows" if is_loss else "questions"
-    text += f", but not significantly with {one.num_examples:,} {items}"
+        return f"{text}, significantly."
+    text += f", not significantly: {one.num_examples:,} {'rows' if is_loss else 'questions'}"
     # until the difference is two standard errors, which fall with the root of the number of items
     needed = one.num_examples * (2 * (one.stderr or 0) / one.difference) ** 2
-    more = f"; a difference of this size takes about {float(f'{needed:.2g}'):,.0f}"
+    more = f", about {float(f'{needed:.2g}'):,.0f} needed"
     return f"{text}{more if needed > one.num_examples else ''}."

@@ -55,7 +55,7 @@ class Progress:
         self._interval_s = interval_s
         self._bars = RichProgress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(20),
+            BarColumn(10),
             MofNCompleteColumn(),
             "loss {task.fields[loss]} {task.fields[rate]} tokens/s ETA",
             TimeRemainingColumn(),
