@@ -113,8 +113,8 @@ def test_line_breaks_of_a_text_are_seen_and_kept(page):
 def test_sections_say_what_is_not_there(run, page_of, tmp_path):
     text = Checked(make_page([run])).text
     assert "No evaluation was given" in text
-    assert "no evaluation of a mixture was given" in text
-    assert "no evaluation of a mixture was given" in page_of(evaluation(["lora"]))
+    assert "No evaluation of a mixture was given" in text
+    assert "No evaluation of a mixture was given" in page_of(evaluation(["lora"]))
     (run / "mix/result.json").unlink()
     text = Checked(make_page([run])).text
     assert "not ended, 40 steps so far" in text

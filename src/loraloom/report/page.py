@@ -82,7 +82,7 @@ def _facts(
     packages = {name: unique(name, versions) for of in versions for name in of}
     facts = {
         "Base model": unique("base_model", [*trained, *made_with]),
-        "Number format": unique("dtype"),
+        "Dtype": unique("dtype"),
         "Jobs": f"{len(jobs)}",
         "Evaluated": unique("date"),
         "Versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
