@@ -103,8 +103,8 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER, validate_default=True)
     """Divisor of the logits, with routing: top_p."""
     expert_capacity: Free[int | None] = Field(default=None, ge=1, validate_default=True)
-    """Tokens of a sample that an expert takes in training, with routing: switch; those beyond it go
-    without an expert. None: any number."""
+    """Tokens of a sample that an expert accepts in training, with routing: switch. Further tokens
+    skip the experts. null: no limit."""
 
     @field_validator("top_k", "top_p", "temperature", "expert_capacity")
     @classmethod

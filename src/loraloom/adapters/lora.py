@@ -61,7 +61,7 @@ class LoraConfig(DecomposedConfig):
     method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Low-rank adaptation of linear layers."""
     layers: Free[tuple[_Index, ...] | None] = Field(default=None, min_length=1)
-    """Decoder layers to adapt, counted from 0; None: all."""
+    """Decoder layers to adapt, counted from 0; null: all."""
     rank_pattern: dict[Pattern, _Rank] = Field(default_factory=dict)
     """Other ranks, by regular expressions of which the first counts that matches the end of
     `layers.{layer}.{block}.{projection}`, as in PEFT."""

@@ -48,7 +48,7 @@ class RoutedConfig(AdapterConfig):
     )
     """The adapters, by name: directories, Hub IDs, or names of adapters on the host."""
     router: Literal["prompt", "arrow", "token"] = "prompt"
-    """What chooses: one choice for a whole prompt, by `fit_router`; for each token and projection
+    """Router: one choice for a whole prompt, fitted by `fit_router`; for each token and projection
     the direction in which an expert's update is largest (arrow), or a trained router (token)."""
     top_k: int | None = Field(default=None, ge=1)
     """Number of experts used at once. Default: one per prompt, three per token."""

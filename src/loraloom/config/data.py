@@ -193,9 +193,8 @@ class _SourceFields(StrictModel):
     """Data set to train on: a Hub ID, a directory with a file per split, or a single .json, .jsonl,
     .csv, .txt or .parquet file; all may be gzipped (.gz)."""
     path: str | None = Field(default=None, min_length=1)
-    """Task: directory that holds its data, or a directory of such directories; None for the hub.
-
-    A relative path starts where the command runs."""
+    """Task: directory of the task's data, or its parent directory; null: the Hub.
+    Relative paths start at the working directory."""
     split: str | None = Field(default=None, min_length=1)
     """Split to read. Default: train, or validation for validation data."""
     scoring: Scoring | None = Field(default_factory=default_scoring)
@@ -208,9 +207,8 @@ class _SourceFields(StrictModel):
     template: str | None = Field(default=None, min_length=1)
     """Instructions: prompt template, alpaca, plain, a Jinja string or a file. Default: alpaca."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """Conversations: a Jinja text or file in place of the tokenizer's chat template.
-
-    trl takes the template that the trl package has for training with the tokenizer's."""
+    """Conversations: chat template, a Jinja string or file; null: the tokenizer's.
+    trl: the trl package's training version of the tokenizer's template."""
     fields: dict[str, str] | None = None
     """Data set: column of each role, if columns are named differently from the format."""
     on_empty: Literal["error", "skip"] | None = None
@@ -244,12 +242,10 @@ class SourceConfig(_SourceFields):
     """One source of a mix, or the validation data: a task or a data set."""
 
     weight: float = Field(default=1.0, gt=0, le=1000)
-    """In a mix: how many times an epoch goes through this source's rows; 0.5 is a half of them.
-
-    Of streams: its share of the rows, against the others'."""
+    """In a mix: number of passes over this source per epoch; 0.5: half of the rows.
+    For streams: the source's share of the rows, relative to the others."""
     expert_group: Literal[0, 1] = 0
-    """In a mix: which half of the experts these rows are meant for, where the method has two groups
-    of them (loramoe)."""
+    """In a mix: group of experts for these rows, if the method has two groups (loramoe)."""
 
     @override
     def contradictions(self) -> Iterator[str]:

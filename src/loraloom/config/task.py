@@ -34,7 +34,7 @@ class TaskDataConfig(StrictModel):
     hub: Text | None = None
     """Id of a data set on the Hugging Face hub."""
     config: Text | None = None
-    """Hub: which of its configurations."""
+    """Hub: name of the configuration."""
     revision: Text | None = None
     """Hub: commit, tag or branch; a commit makes results repeatable."""
 
@@ -58,11 +58,11 @@ class TaskConfig(StrictModel):
     """
 
     data: TaskDataConfig | None = None
-    """Where its rows are; null where they are always given with --data or path."""
+    """Location of the rows; null if they always come from --data or path."""
     evaluation_split: Text = "test"
-    """Split that is scored by default."""
+    """Split to score."""
     scoring: Scoring = "text"
-    """Default: whether the answer is the choice's label or its own text."""
+    """Default scoring: by the choice's label or by its text."""
     template: dict[Scoring, Text]
     """The prompt; one for each scoring, {label: ..., text: ...}, or one for `scoring` alone."""
     choices: Texts
@@ -74,8 +74,8 @@ class TaskConfig(StrictModel):
     answer_is: Literal["label", "index", "text"] = "label"
     """Whether the answer is the choice's label, its index from 0, or its text."""
     continuation: Text | None = None
-    """Template of what is scored in place of the choice. The prompt is then made for each choice,
-    which its template sees as `choice`."""
+    """Template of the text to score instead of the choice. The prompt is then rendered per choice,
+    with the variable `choice`."""
     delimiter: str = " "
     """String between prompt and answer."""
     normalization: Literal["characters", "none"] = "characters"

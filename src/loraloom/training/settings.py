@@ -134,7 +134,7 @@ class OptimizerConfig(StrictModel):
     """How an adapter's weights follow their gradients."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Highest learning rate of the schedule."""
+    """Peak learning rate of the schedule."""
     optimizer: Annotated[OptimizerName, BeforeValidator(lambda name: str(name).lower())] = "adamw"
     """An optimizer of torch.optim, or of bitsandbytes in 8 bits or paged, by name in any case."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
@@ -147,7 +147,7 @@ class OptimizerConfig(StrictModel):
     """Multiple of learning_rate for routers."""
     lr_ratios: dict[Pattern, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Further multiples, by regular expressions of which the first counts that matches the end of a
-    tensor's name, `layers.0.mlp.up_proj.experts.3.lora_A` say; 0 freezes."""
+    tensor's name, such as `layers.0.mlp.up_proj.experts.3.lora_A`; 0 freezes."""
 
     @override
     def contradictions(self) -> Iterator[str]:
@@ -178,7 +178,7 @@ class TrainConfig(OptimizerConfig):
     lr_scheduler_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the scheduler, for example `{num_cycles: 2}`."""
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps over which the learning rate rises to its highest."""
+    """Number of steps over which the learning rate rises to its peak."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """Warmup steps as a fraction of all steps."""
     batch_size: int = Field(default=16, ge=1)
@@ -259,7 +259,7 @@ class JobConfig(StrictModel):
     """An adapter with its data and hyperparameters."""
 
     name: Annotated[str, AfterValidator(check_name)]
-    """Name of the job, of its adapter and of their directory in output_dir."""
+    """Name of the job, its adapter and its directory in output_dir."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights, the order of the data, dropout and jitter."""
     priority: float = Field(default=1.0, ge=1e-6, le=1e6)

@@ -138,8 +138,8 @@ class SweepConfig(StrictModel):
     job: str | dict[str, Any]
     """Settings of a job; or the name of one of `jobs`, which the sweep's then take the place of."""
     parameters: dict[str, Parameter] = Field(min_length=1)
-    """Settings of the job, train.learning_rate say, and the values of each: a list; or, unless the
-    search is a grid, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
+    """Settings of the job, such as train.learning_rate, and the values of each: a list; or, except
+    for a grid search, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
     search: Annotated[
         Annotated[Literal["grid"], Tag("grid")] | Annotated[DrawnSearch, Tag("drawn")],
         _by_form,
