@@ -56,10 +56,10 @@ def test_what_is_saved_computes_the_same(mixture, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"routing": "top_p", "top_k": 3}, "top_k is a setting of routing: top_k, got 3 with"),
-        ({"top_p": 0.5}, "top_p is a setting of routing: top_p, got 0.5 with routing: top_k"),
-        ({"routing": "dense", "temperature": 2}, "temperature is a setting of routing: top_p"),
-        ({"expert_capacity": 4}, "expert_capacity is a setting of routing: switch"),
+        ({"routing": "top_p", "top_k": 3}, "top_k requires routing: top_k, got top_p"),
+        ({"top_p": 0.5}, "top_p requires routing: top_p, got top_k"),
+        ({"routing": "dense", "temperature": 2}, "temperature requires routing: top_p"),
+        ({"expert_capacity": 4}, "expert_capacity requires routing: switch"),
         ({"routing": "top_p", "top_p": 0}, "greater than 0"),
         ({"compat": "moe-peft"}, "compat must be unset where MoE-PEFT computes what"),
         ({"routing": "best"}, "'top_k', 'top_p', 'switch' or 'dense'"),

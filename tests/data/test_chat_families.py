@@ -98,7 +98,7 @@ def test_trls_template_gives_trls_tokens_and_masks(family, kind):
     if is_written and (family, kind) not in (("gemma", "system"), ("qwen2.5", "reasoning")):
         assert learn(family, kind, "trl") == [train_with_trl(family, kind)]
     else:
-        with pytest.raises(DataError, match=r"leaves out|does not fit"):
+        with pytest.raises(DataError, match=r"drops|rejects"):
             learn(family, kind, "trl")
 
 

@@ -99,7 +99,7 @@ def test_settings_can_be_given_in_place_of_those_in_files(base, tmp_path):
     write(tmp_path, base, MIXTURE)
     config, _ = read_adapter(tmp_path, base, {"top_k": 1, "experts": {"dropout": 0.2}})
     assert (config.top_k, config.expert_config.dropout) == (1, 0.2)
-    with pytest.raises(FormatError, match=r"with the given settings can't be used: .*top_n"):
+    with pytest.raises(FormatError, match=r"with the given settings is not valid: .*top_n"):
         read_adapter(tmp_path, base, {"top_n": 1})
 
 

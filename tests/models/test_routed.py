@@ -333,7 +333,7 @@ def test_what_cant_be_routed_says_why():
     more = METHODS | {"whole": whole, "part": changed(LORAS["law"], target_modules="attention")}
     host = tiny_host("llama", RANKS | more)
     for names, router, message in [
-        (["dora", "law"], "arrow", "got weight_decomposition; router: prompt takes any"),
+        (["dora", "law"], "arrow", "got weight_decomposition; router: prompt accepts any"),
         (["part", "law"], "token", "got some not on layers.0.mlp.gate_proj"),
         (["mixlora", "law"], "token", "supports adapters on single projections"),
         (["whole", "law"], "prompt", "must be without modules_to_save"),
@@ -345,15 +345,15 @@ def test_what_cant_be_routed_says_why():
         host.add("two", RoutedConfig(experts={"a": "auto"}))
     with pytest.raises(FormatError, match="law/final"):  # no part of one that has none
         host.add("two", RoutedConfig(experts={"a": "law/final"}))
-    with pytest.raises(AdapterError, match=r"is made of \(law, math, chem\)"):
+    with pytest.raises(AdapterError, match=r"one of its experts \(law, math, chem\)"):
         host.add("two", RoutedConfig(experts={"a": "auto/x"}))
     for row, message in [
         ("auto/x", r"one of its experts \(law, math, chem\)"),
-        ("law/x", r"is made of \(none\)"),
+        ("law/x", r"one of its experts \(none\)"),
     ]:
         with pytest.raises(AdapterError, match=message):
             host(tiny_ids(1), adapters=[row])
-    for row, message in [([5], "must be fitted first"), ([97], "all from 0 to 96")]:
+    for row, message in [([5], "must be fitted first"), ([97], "tokens from 0 to 96")]:
         with pytest.raises((AdapterError, DataError), match=message):
             host.choose([row], ["auto"])
     with pytest.raises(AdapterError, match="settings alone, without weights"):

@@ -254,7 +254,7 @@ def build_config(
 ) -> AdapterConfig:
     """Make a method's configuration of settings in files, and of those that the user gives."""
     origin = f"{CONFIG_FILE} with the given settings" if files.given else CONFIG_FILE
-    origin = f"{files.source}: {origin} can't be used: "
+    origin = f"{files.source}: {origin} is not valid: "
     merged = {**settings, **files.given}
     for name in settings.keys() & files.given.keys():  # sections are merged key by key
         if isinstance(settings[name], dict) and isinstance(files.given[name], Mapping):
