@@ -295,7 +295,7 @@ def test_what_cant_be_had_is_an_error_before_anything_is_loaded(saved, monkeypat
 def test_a_library_that_is_missing_is_named_with_its_extra(saved, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     kind = {"bitsandbytes": "nf4", "torchao": "torchao-int8"}[library]
-    with pytest.raises(ConfigError, match=rf"needs {library}.*pip install 'loraloom\[quantisation"):
+    with pytest.raises(ConfigError, match=rf"needs {library}.*pip install 'loraloom\[quantization"):
         loraloom.load_base_model(str(saved / "base"), quantization=kind)
 
 
