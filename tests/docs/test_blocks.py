@@ -33,7 +33,6 @@ from loraloom.eval.answers import AnswerTaskConfig
 from loraloom.generation.loading import load_host
 from loraloom.serve.http.app import ApiOptions
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
-from tests.docs.conftest import TRAINED
 from tests.serve.http.in_process import serving
 
 ROOT = Path(__file__).parent.parent.parent
@@ -89,7 +88,7 @@ def served_copy(document: Path, world: Path) -> Iterator[Path]:
         BaseModelConfig(base_model="smollm2-135m", dtype="float32", device="cpu"), {}
     )
     served = re.search(r"--adapter-dir (\S+)", text)
-    directory = world / (served[1] if served else TRAINED[0])
+    directory = world / (served[1] if served else "runs")
     loads = ApiOptions(allow_loading=True, adapter_root=world / "runs")
     with serving(host, tokenizer, directory, loads, "smollm2-135m") as (address, _):
         copy = world / document.name
