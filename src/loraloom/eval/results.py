@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +34,6 @@ SUFFIXES = (".json", ".csv")
 CONSTANT = "majority class"
 MARK = "†"
 ACCURACY, LOSS, PAIR_LOSS = "accuracy %", "loss, nats a token", "loss, nats a pair"
-SCORE = "score"
 NOTE = f"{MARK} no better than the majority class: always the most frequent answer"
 
 # Of the data frame, those that there are.
@@ -129,6 +129,7 @@ class Evaluation(BaseModel):
             frame = DataFrame([column.cells for column in table.columns]).T
             frame.columns = [str(column.header) for column in table.columns]
             html += f"<p>{table.title}</p>{frame.to_html(index=False)}"
+            html += f"<p>{escape(str(table.caption or ''))}</p>".replace("\n", "<br>")
         return html
 
     def frame(self) -> DataFrame:
@@ -231,7 +232,7 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         text = _percent(result["accuracy"], result.get("accuracy_interval", interval))
         cells[_accuracy_of(result)] = f"{text}{mark}"
     if "score" in result:
-        cells[SCORE] = _decimals(result["score"], interval)
+        cells["score"] = _decimals(result["score"], interval)
     if "reward_margin" in result:
         cells["reward accuracy %"] = _percent(result["reward_accuracy"])
         ends = result["reward_margin_interval"]
@@ -247,7 +248,7 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
 def _figure_of(result: Mapping[str, Any]) -> str:
     if "loss" in result:
         return PAIR_LOSS if "reward_margin" in result else LOSS
-    return SCORE if "score" in result else _accuracy_of(result)
+    return "score" if "score" in result else _accuracy_of(result)
 
 
 def _accuracy_of(result: Mapping[str, Any]) -> str:

@@ -269,7 +269,7 @@ def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, An
 def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     """Read the answers in files of `loraloom eval --per-question`, joined by task.
 
-    With `--harness`, each filter of lm-eval is a separate task.
+    With `--harness`, each filter of lm-eval is a separate task. A `score` replaces `correct`.
 
     Args:
         *paths: Files, which may contain different adapters or tasks.
