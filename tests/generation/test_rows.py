@@ -5,7 +5,7 @@ import torch
 
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
-from loraloom.generation.rows import collate, example_row, fit_pair, make_rows
+from loraloom.generation.scoring import collate, example_row, fit_pair, make_rows
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,7 @@ import torch
 from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from loraloom.generation import scoring
-from loraloom.generation.rows import example_row
-from loraloom.generation.scoring import label_log_probs, score_rows, token_batches
+from loraloom.generation.scoring import example_row, label_log_probs, score_rows, token_batches
 from loraloom.models.host import Host
 from tests.eval.scoring import limit_rows
 from tests.tiny import METHODS, tiny_host

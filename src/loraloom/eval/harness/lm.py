@@ -27,9 +27,14 @@ from loraloom.config.fields import checked
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
 from loraloom.generation.generate import complete
-from loraloom.generation.rows import fit_pair
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.scoring import group_rows, score_groups, token_batches, tokens_per_batch
+from loraloom.generation.scoring import (
+    fit_pair,
+    group_rows,
+    score_groups,
+    token_batches,
+    tokens_per_batch,
+)
 from loraloom.generation.sequence import GenerationRequest
 from loraloom.models.choice import Choice
 from loraloom.models.host import Host

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import count_labels, join_samples
-from loraloom.generation.rows import collate, example_row, owners
+from loraloom.generation.scoring import collate, example_row, owners
 from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
