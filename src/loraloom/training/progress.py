@@ -107,7 +107,8 @@ class Progress:
             for t in tasks
         )
         rate = sum(task.fields["rate"] for task in tasks)
-        remaining = timedelta(seconds=round(max(task.time_remaining or 0.0 for task in tasks)))
+        left = [seconds for t in tasks if (seconds := t.time_remaining) is not None]
+        remaining = timedelta(seconds=round(max(left))) if left else "-"
         self.message(f"{'; '.join(steps)}; {rate} tokens/s, ETA {remaining}")
 
     def end(self, job_name: str) -> None:
