@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,13 +67,14 @@ def jobs_of(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, An
             name: str(args.output / "apart" / f"{name}@{seed}") for name in sources
         }
     data = sources if kind == "apart" else {kind: own.get("data", {"mix": [*sources.values()]})}
+    held_out = args.of.get("held_out")  # by default the same source's validation rows
     is_searched = len(own["rates"]) > 1
     return [
         {
             "name": f"{name}@{seed}",
             "seed": seed,
             "adapter": adapter,
-            "data": source | ({"validation": source} if is_searched else {}),
+            "data": source | ((held_out or {"validation": source}) if is_searched else {}),
             "train": args.of["train"] | own.get("train", {}),
         }
         for name, source in data.items()
@@ -105,14 +107,18 @@ def best_rate(args: argparse.Namespace, base: Any, kind: str, rates: Sequence[fl
 
 def train(args: argparse.Namespace, base: Any, name: str, jobs: list[Any]) -> list[Any]:
     directory = args.output / name
-    if (directory / "trained.json").exists():
+    done, path = {}, directory / "trained.json"
+    if path.exists():
+        done = json.loads(path.read_text())
+    if not (jobs := [job for job in jobs if job["name"] not in done]):
         return []
     resume, began = (directory / ".checkpoints").exists(), time.monotonic()
     run = {"base_model": args.base_model, "dtype": args.of["dtype"], "jobs": jobs}
     run |= {"output_dir": str(directory), **args.of.get("run", {})}
     results = loraloom.train(run, resume=resume, overwrite=not resume, base=base)
-    seconds = {"seconds": time.monotonic() - began, "jobs": len(jobs)}
-    (directory / "trained.json").write_text(json.dumps(seconds))
+    seconds = (time.monotonic() - began) / len(jobs)
+    path.write_text(json.dumps(done | {job["name"]: seconds for job in jobs}))
+    shutil.rmtree(directory / ".checkpoints", ignore_errors=True)  # more seeds are another run
     return results
 
 
@@ -125,10 +131,11 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
     sources, own = args.of["sources"], list(args.of["sources"])
     for name in own:
         host.load(name, args.output / "apart" / f"{name}@{seed}")
-    for merge in MERGES[:2]:
+    merges = args.of.get("merges", MERGES)
+    for merge in merges[:2]:
         weight = 1 / len(own) if merge == "linear" else 1.0
         host.combine(own, [weight] * len(own), merge, name=merge)
-    for merge in MERGES[2:]:
+    for merge in merges[2:]:
         host.load(merge, pefts_merge(args, seed, merge))
     experts = {name: name for name in own}
     host.add("arrow", loraloom.RoutedConfig(experts=experts, router="arrow"))
@@ -136,7 +143,7 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     fit = loraloom.fit_router(host, tokenizer, "prompt", sources, limit=args.prompts)
     seconds = time.monotonic() - began
-    names = ["arrow", "prompt", *MERGES]
+    names = ["arrow", "prompt", *merges]
     for kind in args.of["jobs"]:
         host.load(kind, args.output / kind / f"{kind}@{seed}")
         names.append(kind)
@@ -144,32 +151,35 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
         host.load(path.name.partition("@")[0], path)
         names.append(path.name.partition("@")[0])
     average = "+".join(f"{name}:{1 / len(own)}" for name in own)
-    asked = [source for source in sources.values() if "task" in source]
-    asked_names = [name for name, source in sources.items() if "task" in source]
-    tasks = [source["task"] for source in asked]
-    found = loraloom.evaluate(
-        host,
-        tokenizer,
-        tasks,
-        [None, *own, average, *names],
-        scoring=asked[0]["scoring"],
-        split=args.of.get("split"),
-        data=args.of.get("data"),
-        limit=args.of.get("limit"),
-        pairs=[],
-    )
+    asked = {name: source for name, source in sources.items() if "task" in source}
+
+    def ask(names: Sequence[str | None], tasks: Sequence[str], **options: Any) -> Any:
+        """Put the test questions of tasks to adapters."""
+        options |= {"split": args.of.get("split"), "data": args.of.get("data")}
+        options |= {"limit": args.of.get("limit"), "scoring": next(iter(asked.values()))["scoring"]}
+        return loraloom.evaluate(host, tokenizer, tasks, names, **options)
+
+    tasks = [source["task"] for source in asked.values()]
+    pairs = [("prompt", name) for name in (average, *names) if name != "prompt"]
+    found = ask([None, average, *names], tasks, pairs=pairs)
+    found.write(args.output / f"evaluation-{seed}.json")
     shares = {
         name: [100 * of[task]["accuracy"] for task in tasks] for name, of in found.results.items()
     }
     right = {("average" if name == average else name): fmean(of) for name, of in shares.items()}
+    by_source: dict[str, list[float]] = {"oracle": [], "another's": []}
+    for name, before in zip(asked, [list(asked)[-1], *asked], strict=False):
+        task = asked[name]["task"]
+        of = ask([name, before], [task], pairs=[]).results
+        by_source["oracle"].append(100 * of[name][task]["accuracy"])
+        by_source["another's"].append(100 * of[before][task]["accuracy"])
     record = {
         "right": {name: right[name] for name in ("base", "average", *names)},
-        "oracle": fmean(shares[name][place] for place, name in enumerate(asked_names)),
-        "another's": fmean(shares[name][place - 1] for place, name in enumerate(asked_names)),
+        **{name: fmean(of) for name, of in by_source.items()},
         "routed right": 100 * fit.accuracy,
         "held out": fit.chosen,
         "seconds of the router": seconds,
-        "shares": shares,
+        "shares": shares | by_source,
         "chosen": {task: of["load"][0] for task, of in found.routing["prompt"]["tasks"].items()},
     }
     for name in [*host.adapters]:
