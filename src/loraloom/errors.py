@@ -15,7 +15,7 @@ may be anybody's, so `shown` and `plain` leave no character that a terminal woul
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Characters of a message; what is longer is cut.
 MAX_MESSAGE = 4000
@@ -35,6 +35,12 @@ def plain(text: str) -> str:
     """Escape characters that can't be printed (controls, lone surrogates), but not line ends."""
     kept = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     return text if text.isprintable() else "".join(kept)
+
+
+def names_in(names: Sequence[str], limit: int = 3) -> str:
+    """Join the first few names, and count the rest."""
+    first = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 class LoraloomError(Exception):

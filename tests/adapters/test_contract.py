@@ -16,7 +16,7 @@ from torch import Tensor
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.experts import RouterLossConfig
 from loraloom.adapters.method import AdapterConfig
-from loraloom.formats.description import describe
+from loraloom.formats.files import describe
 from loraloom.models.host import HiddenOutput, Host
 from loraloom.models.stacks import StackedForward
 from loraloom.ops.dropout import sample_key

@@ -16,7 +16,7 @@ from loraloom.adapters.experts import MixtureConfig, RouterLossConfig
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.errors import AdapterError, ConfigError, FormatError
-from loraloom.formats.card import model_card
+from loraloom.formats.files import model_card
 from loraloom.training.settings import RunConfig
 from tests.conftest import build_tokenizer
 from tests.tiny import randomise, tiny_host, tiny_ids

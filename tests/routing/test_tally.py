@@ -175,7 +175,7 @@ def test_unused_experts_are_named_with_their_layers():
     assert text.startswith("1 of 16 experts are almost unused")
     assert text.endswith(": layer 11 (expert 7)")
     assert "below 1 % of an even share" in text
-    assert found(*[UNUSED] * 9)["unused experts"].endswith("layer 13 (expert 7), 5 more")
+    assert found(*[UNUSED] * 9)["unused experts"].endswith("layer 13 (expert 7) and 5 more")
     assert found(UNUSED, EVEN, EVEN) == {}  # a few are common
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import apply_override
-from loraloom.formats.description import describe
+from loraloom.formats.files import describe
 from loraloom.models import converting
 from loraloom.terminal import make_console, make_table, print_tables
 

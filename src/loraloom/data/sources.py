@@ -17,17 +17,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loraloom.config.fields import suggestion
 from loraloom.config.text import local_path, parse_json
-from loraloom.errors import DataError, shown
+from loraloom.errors import DataError, names_in, shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Fields of a row, faults or rows that a message names.
 _MAX_NAMES = 20
+_listed = partial(names_in, limit=_MAX_NAMES)
 
 
 class EmptyAnswerError(DataError):
@@ -88,11 +90,6 @@ def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
 def fields_of(row: Mapping[str, Any]) -> str:
     """Name a row's fields in quotes, which show a space at the end of one."""
     return _listed(list(map(shown, row))) or "none"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return f"{', '.join(names[:_MAX_NAMES])}{more}"
 
 
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:

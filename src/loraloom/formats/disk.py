@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loraloom.config.text import local_path, read_json
 from loraloom.durable import remove_leftovers, staging, sync, write_directory
-from loraloom.errors import AdapterError, FormatError, shown
+from loraloom.errors import AdapterError, FormatError, names_in, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -106,12 +106,6 @@ class AdapterFiles:
         if isinstance(modules, dict):  # before 0.5 of the reference
             return [name for name, is_wanted in modules.items() if is_wanted]
         return modules if isinstance(modules, list) else []
-
-
-def names_in(names: Sequence[str], limit: int = 3) -> str:
-    """Join the first few names, and count the rest."""
-    first = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in names[:limit])
-    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 def read_files(directory: Path) -> AdapterFiles:

@@ -1,4 +1,4 @@
-"""Adapters to and from directories, and whether a stored one fits a base model.
+"""Adapters to and from directories, what they say, and whether one fits a base model.
 
 `peft_type` in adapter_config.json says which method it is, and the method says which layout
 (layouts.py). What another program has written for a method is brought into that method's layout
@@ -9,30 +9,35 @@ Axes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+import yaml
+from jinja2 import Environment
 from torch import Tensor
 
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.keys import Shape, TensorKey, within
 from loraloom.adapters.method import AdapterConfig
-from loraloom.adapters.own import has_own_parts, tensor_shapes
+from loraloom.adapters.own import MODULES, TOKENS, has_own_parts, tensor_shapes
 from loraloom.config.data import PromptForm
-from loraloom.errors import AdapterError, FormatError, shown
-from loraloom.formats.card import model_card
+from loraloom.errors import AdapterError, FormatError, names_in, shown
 from loraloom.formats.disk import (
+    ADAPTER_FILES,
     CONFIG_FILE,
+    HUB_ID,
     AdapterFiles,
     find_adapter,
-    names_in,
     read_files,
     refuse_to_overwrite,
     replace_files,
@@ -40,6 +45,8 @@ from loraloom.formats.disk import (
 from loraloom.formats.fields import known_targets
 from loraloom.formats.foreign import of_axolotl, up_to_date
 from loraloom.formats.layouts import StoredAdapter, parse, render
+
+_KINDS = {"router": "router", "magnitude": "magnitudes"}
 
 
 def read_adapter(
@@ -202,3 +209,92 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         attention_layers=attended if 0 < len(attended) < num_layers else None,
         has_own_names=".language_model" not in (stored.layers_path or ""),
     )
+
+
+def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
+    """Give an adapter's method, settings, sizes and norms, as `inspect --json` prints them."""
+    # Parameters are the adapter's, by kind, without what all layers share. Norms are those of each
+    # kind of tensor over all layers and experts, without tensors that have infinite values or NaN.
+    directory = find_adapter(path_or_hub_id)
+    stored = read_stored(directory)
+    config, tensors, base = stored.config, stored.tensors, stored.base
+    keys = {name: key for name in tensors if (key := TensorKey.parse(within(name)))}
+    parameters: dict[str, int] = defaultdict(int)
+    norms: dict[str, list[float]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if key := keys.get(name):
+            parameters[_kind(key)] += tensor.numel()
+            kind = str(replace(key, layer=0, expert=None)).removeprefix("layers.0.")
+            norms[kind].append(torch.linalg.vector_norm(tensor, dtype=torch.float64).item())
+        elif name.startswith((MODULES, TOKENS)):
+            parameters["tokens" if name.startswith(TOKENS) else "modules_to_save"] += tensor.numel()
+    finite = {kind: list(filter(math.isfinite, values)) for kind, values in norms.items()}
+    used = {key.projection for key in keys.values()}
+    files = [directory / name for name in ADAPTER_FILES]
+    total = sum(parameters.values())
+    return {
+        "path": str(path_or_hub_id),
+        "layout": stored.layout,
+        "method": config.title,
+        "formula": config.formula,
+        "settings": config.model_dump(mode="json", exclude_none=True, exclude={"target_modules"}),
+        "target_modules": [t for t in config.target_modules if t.rpartition(".")[2] in used],
+        "base_model": base.name_or_path,
+        "base_fingerprint": base.fingerprint,
+        "prompt": stored.prompt and stored.prompt.model_dump(exclude_none=True),
+        "num_layers": len({key.layer for key in keys.values()}),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "parameters": dict(parameters),
+        "num_parameters": total,
+        "num_base_parameters": base.num_parameters,
+        "percent_of_base": 100 * total / base.num_parameters if base.num_parameters else None,
+        "norms": {
+            kind: {"count": len(own), "min": min(own), "median": median(own), "max": max(own)}
+            for kind, own in finite.items()
+            if own
+        },
+        "num_non_finite": sum(not tensor.isfinite().all() for tensor in tensors.values()),
+        "file_bytes": {path.name: path.stat().st_size for path in files if path.exists()},
+    }
+
+
+def _kind(key: TensorKey) -> str:
+    """What a tensor is counted as: a router's, a LoRA's or an expert's, or by its own name."""
+    own = "experts" if key.expert is not None else key.part
+    return _KINDS.get(key.part, f"{key.block} {'LoRA' if own in ('lora_A', 'lora_B') else own}")
+
+
+def model_card(
+    config: AdapterConfig,
+    base: BaseInfo,
+    *,
+    name: str | None = None,
+    data: str | None = None,
+    results: str | None = None,
+    prompt: PromptForm | None = None,
+) -> str:
+    """Write a short model card: base, method, and what is known of prompts, data and results."""
+    base_name = base.name_or_path
+    front: dict[str, Any] = {
+        "library_name": "peft" if config.layout == "peft" else "loraloom",
+        "pipeline_tag": "text-generation",
+        "tags": ["loraloom", config.title.lower()],
+    }
+    if HUB_ID.fullmatch(base_name) and not Path(base_name).exists():  # the Hub takes no local path
+        front = {"base_model": base_name, **front}
+        front["tags"].append(f"base_model:adapter:{base_name}")
+    settings = config.model_dump(mode="json", exclude_none=True)
+    settings = {name: value for name, value in settings.items() if value not in ([], {})}
+    template = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
+    jinja = Environment(trim_blocks=True, keep_trailing_newline=True)
+    return jinja.from_string(template).render(
+        {"config": config, "base": base, "name": name, "data": data, "results": results},
+        base_model=repr(base_name or "base-model"),
+        front=yaml.safe_dump(front, sort_keys=False),
+        settings=_as_yaml({"adapter": settings}),
+        prompt=prompt and _as_yaml(prompt.model_dump(exclude_none=True)),
+    )
+
+
+def _as_yaml(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

@@ -35,8 +35,8 @@ from loraloom.adapters.own import MODULES, OWN_FIELDS, TOKENS, own_parts
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
-from loraloom.errors import FormatError, plain, shown
-from loraloom.formats.disk import CONFIG_FILE, AdapterFiles, names_in
+from loraloom.errors import FormatError, names_in, plain, shown
+from loraloom.formats.disk import CONFIG_FILE, AdapterFiles
 from loraloom.formats.fields import read_settings, write_fields
 
 # Version of what loraloom adds to files; those with a higher one are refused.

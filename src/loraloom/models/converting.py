@@ -16,10 +16,9 @@ from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import refuse_own_parts, tensor_shapes
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.formats.card import model_card
 from loraloom.formats.disk import AdapterFiles, find_adapter, write_new
 from loraloom.formats.fields import check_reference_holds
-from loraloom.formats.files import fit_to_base, read_stored, seen_base
+from loraloom.formats.files import fit_to_base, model_card, read_stored, seen_base
 from loraloom.formats.layouts import render
 
 if TYPE_CHECKING:

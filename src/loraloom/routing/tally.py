@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loraloom.errors import names_in
 from loraloom.routing.record import LayerRouting, RouterName, describe_router
 
 # An expert below this part of its fair share, 1 / E, is unused: at 8 experts 1 choice in 800.
@@ -231,16 +232,11 @@ def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
     if num_unused >= UNUSED_PART * num_experts:
         found["unused experts"] = (
             f"{num_unused} of {num_experts} experts are almost unused "
-            f"(below {100 * UNUSED_SHARE:g} % of an even share): {_shortened(unused)}"
+            f"(below {100 * UNUSED_SHARE:g} % of an even share): {names_in(unused, _MAX_NAMED)}"
         )
     if collapsed:
         found["collapsed layers"] = (
             f"layers that send nearly all tokens to the same experts (by their effective number, "
-            f"top_k is {top_k}): {_shortened(collapsed)}"
+            f"top_k is {top_k}): {names_in(collapsed, _MAX_NAMED)}"
         )
     return found
-
-
-def _shortened(names: Sequence[str]) -> str:
-    rest = len(names) - _MAX_NAMED
-    return ", ".join([*names[:_MAX_NAMED], *([f"{rest} more"] if rest > 0 else [])])

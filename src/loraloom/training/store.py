@@ -34,9 +34,8 @@ from loraloom.config.fields import check_name
 from loraloom.config.text import read_json
 from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.errors import ConfigError, TrainingError, plain
-from loraloom.formats.card import model_card
 from loraloom.formats.disk import SAVED_FILES
-from loraloom.formats.files import write_adapter
+from loraloom.formats.files import model_card, write_adapter
 from loraloom.models.host import Host
 from loraloom.training.job import RESULT_FILE, Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, OptimizerConfig
