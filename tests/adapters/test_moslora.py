@@ -35,11 +35,6 @@ def test_logits_and_gradients_are_those_of_a_loop_over_the_subspaces(family, mix
     compare(changed(CONFIG, mixer_init=mixer_init), paper_update(5 / 3), family)
 
 
-def test_rank_stabilized_scaling():
-    config = changed(CONFIG, rank_stabilized=True)
-    compare(config, paper_update(5 / math.sqrt(3)), "llama")
-
-
 def mixers(mixer_init: str, seed: int = 0, rank: int = 6) -> list[Tensor]:
     host = tiny_host(configs={})
     adapter = host.add("a", changed(CONFIG, mixer_init=mixer_init, rank=rank), seed=seed)

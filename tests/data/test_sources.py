@@ -139,11 +139,6 @@ def test_a_missing_field_is_named_with_file_and_line():
         row["label"]
 
 
-def test_a_field_of_another_type_is_refused():
-    with pytest.raises(DataError, match=r"line 7: field 'choices' must be a string, got {'text'"):
-        ROW.text("choices")
-
-
 @pytest.fixture
 def collection(tmp_path):
     """A directory of two data sets."""

@@ -32,26 +32,6 @@ def test_mix64_tells_apart_order_and_number_of_words():
     assert all(0 <= value < 1 << 64 for value in values)
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_change_a_mask(side, padding):
-    start = padding if side == "left" else 0
-    span = slice(start, start + 5)
-    mask = noise([SampleSpan(KEY, span)], 5 + padding).keep_mask(Site.FFN_INPUT, N, 0.5)
-    assert torch.equal(mask[span], alone())
-    assert mask.sum() - mask[span].sum() == padding * N  # padding is kept
-
-
-def test_neighbours_and_their_order_do_not_change_a_mask():
-    other = sample_key(0, 0, 8)
-    first = noise([SampleSpan(KEY, slice(0, 5)), SampleSpan(other, slice(5, 9))], 9)
-    second = noise([SampleSpan(other, slice(0, 4)), SampleSpan(KEY, slice(4, 9))], 9)
-    masks = [n.keep_mask(Site.FFN_INPUT, N, 0.5) for n in (first, second)]
-    assert torch.equal(masks[0][:5], alone())
-    assert torch.equal(masks[1][4:], alone())
-    assert torch.equal(masks[0][5:], masks[1][:4])
-
-
 @pytest.mark.parametrize("positions", [[0, 2, 3, 6, 7], [7, 6, 3, 2, 0]])
 def test_tokens_need_not_lie_side_by_side(positions):
     places = torch.tensor(positions)

@@ -7,14 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from loraloom.ops.low_rank import (
-    add_low_rank_,
-    decompose,
-    dora_norms,
-    down_project,
-    rows_of_experts,
-    slot_masks,
-)
+from loraloom.ops.low_rank import add_low_rank_, decompose, dora_norms, down_project
 
 
 def leaf(*shape: int) -> Tensor:
@@ -59,15 +52,6 @@ def test_add_low_rank_adds_to_its_spans_alone(shape):
     assert result.data_ptr() == output.data_ptr()
 
 
-def test_add_low_rank_leaves_other_rows_bit_equal_even_beside_nan():
-    output = torch.randn(2, 4, 3)
-    before = output.clone()
-    low_rank, lora_B = torch.full((4, 2), torch.nan), torch.full((2, 3), torch.nan)
-    add_low_rank_(output, [slice(0, 4)], [low_rank], [lora_B])
-    assert output[0].isnan().all()
-    assert torch.equal(output[1], before[1])
-
-
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 3)])
 def test_add_low_rank_gradcheck(shape):
     spans = [slice(0, 2), slice(3, 6)]
@@ -93,13 +77,6 @@ def test_decompose_scales_all_but_the_bias(with_bias):
 def test_decompose_gradcheck():
     bias = torch.randn(5, dtype=torch.float64)
     assert gradcheck(lambda *a: decompose(*a, bias), (leaf(4, 5), leaf(4, 5), leaf(1, 5)))
-
-
-def test_rows_of_experts_are_those_of_an_index():
-    rows = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    experts = torch.tensor([[0, 2, -1], [1, 0, -1]])
-    assert rows_of_experts(rows, experts).equal(rows[experts])
-    assert torch.autograd.gradcheck(lambda table: rows_of_experts(table, experts), (rows,))
 
 
 def norms_of(weight, lora_A, lora_B, scaling):
@@ -131,12 +108,6 @@ def test_dora_norms_of_a_bfloat16_base_are_near_the_exact_ones():
     norms = dora_norms(products, rounded.float().square().sum(1), lora_A, lora_B, 2.0)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), exact, rtol=5e-3, atol=0)
-
-
-def test_slot_masks_are_one_at_the_columns_of_the_slot_expert_and_expert_minus_one_has_none():
-    masks = slot_masks(torch.tensor([[2, -1], [1, 2]]), num_experts=3, rank=2, dtype=torch.float32)
-    expected = [[[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], [[0] * 6, [0, 0, 0, 0, 1, 1]]]
-    assert masks.tolist() == expected
 
 
 @pytest.mark.parametrize("factor", [1.003, 0.9985, 1.01])
