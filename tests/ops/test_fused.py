@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraloom.ops import lean_expert_ffn as lean
-from loraloom.ops.fused import operators
+from loraloom.ops.fused.expert_ffn import expert_hidden, expert_hidden_backward
 from tests.ops.ffn_case import SHAPES, FfnCase, FfnFunction, assert_equals_loop, make_case
 from tests.ops.test_expert_ffn import without_routing
 
@@ -64,7 +64,7 @@ def test_operators_without_data_return_what_kernels_fill():
     block = (gate, gate, low_rank, experts, weights, lora_B, lora_B, None)
     settings = ([0, 0], 2, 4, 1.0)
     for operator, arguments in (
-        (operators.expert_hidden, (*block, *settings, True)),
-        (operators.expert_hidden_backward, (grad, low_rank, lora_B, *block, *settings)),
+        (expert_hidden, (*block, *settings, True)),
+        (expert_hidden_backward, (grad, low_rank, lora_B, *block, *settings)),
     ):
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")

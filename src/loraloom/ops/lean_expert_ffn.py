@@ -254,8 +254,8 @@ class _Backward:
         self.projections = block.projections(*inputs)
         self.grad_low_rank = None if inputs[2] is None else torch.zeros_like(inputs[2])
         self.grads = [_Gradients(p, self.grad_low_rank, block.slots) for p in self.projections]
-        self.grad_down_A: Any = _zeros(self.down_A)
         self.adapts_down = self.down_A is not None
+        self.grad_down_A: Any = zeros_for_gradient(self.down_A) if self.adapts_down else None
         self.slot_weights = block.slots.by_place(weights)
         self.grad_weights: Any = None if weights is None else torch.empty_like(self.slot_weights)
 
@@ -319,7 +319,8 @@ class _Backward:
 class _Gradients:
     def __init__(self, projection: _Projection, grad_low_rank: Any, slots: Slots):
         self._output = Total(slots, projection.output)
-        self.row_scale: Any = _zeros(projection.row_scale)
+        scale = projection.row_scale
+        self.row_scale: Any = None if scale is None else zeros_for_gradient(scale)
         self.rank: Any = None
         if projection.low_rank is not None:
             grad_rank = grad_low_rank[:, projection.side.columns]
@@ -340,7 +341,3 @@ class _Gradients:
         self._output.add(piece, grad)
         if rows.rank_input is not None:
             self.rank.add(piece, rows.rank_input, grad)
-
-
-def _zeros(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else zeros_for_gradient(tensor)

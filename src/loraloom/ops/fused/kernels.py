@@ -1,4 +1,4 @@
-"""Triton kernels of an FFN block's hidden states; `operators.py` starts them and names the axes.
+"""Triton kernels of an FFN block's hidden states; `expert_ffn.py` starts them and names the axes.
 
 A program computes a tile of rows and columns, slot after slot, in float32. What B or A multiply in
 rank space is read masked to the expert of each row, so that nothing is gathered or sorted. Sums
