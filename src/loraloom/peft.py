@@ -262,13 +262,6 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def _create_and_replace(self, *_: Any, **__: Any) -> None:
         raise AssertionError("a host replaces no modules")
 
-    def _stored(self, name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Lay an adapter's tensors out as in its files, with the values of a state dict."""
-        own = f"{_PREFIX}adapters.{name}."
-        values = {k.removeprefix(_PREFIX): v for k, v in state_dict.items() if k.startswith(own)}
-        tensors = torch.func.functional_call(self.loraloom, values, name, tie_weights=False)
-        return render(self.host.adapter(name).config, tensors, self.host.base).tensors
-
     def _load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy an adapter's tensors in, named as in its files, and return its state."""
         config: Any = self.peft_config[name]
@@ -290,7 +283,13 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def _get_adapter_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
-        return model.base_model._stored(adapter_name, state_dict)
+        """Lay an adapter's tensors out as in its files, with the values of a state dict."""
+        tuner, own = model.base_model, f"{_PREFIX}adapters.{adapter_name}."
+        values = {k.removeprefix(_PREFIX): v for k, v in state_dict.items() if k.startswith(own)}
+        tensors = torch.func.functional_call(
+            tuner.loraloom, values, adapter_name, tie_weights=False
+        )
+        return render(tuner.host.adapter(adapter_name).config, tensors, tuner.host.base).tensors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

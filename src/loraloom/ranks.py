@@ -58,9 +58,7 @@ class Ranks(ABC):
     size: int = 1
     local_size: int = 1
     in_lockstep: bool = False
-
-    def __init__(self) -> None:
-        self._is_apart = False
+    _is_apart: bool = False
 
     @abstractmethod
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
@@ -146,7 +144,6 @@ class ProcessRanks(Ranks):
     """The processes of torch.distributed's default group."""
 
     def __init__(self, backend: str, local_size: int, *, in_lockstep: bool = False):
-        super().__init__()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_size, self.in_lockstep = local_size, in_lockstep
         self._group = dist.new_group(backend=backend, timeout=TIMEOUT)

@@ -20,7 +20,7 @@ from loraloom.config.text import parse_yaml
 from loraloom.data.sources import find_location, read_rows
 from loraloom.durable import cache_directory, prepare_output
 from loraloom.eval import evaluation, held_out
-from loraloom.eval.cache import ScoreCache
+from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
 from loraloom.eval.statistics import choose_pairs
 from loraloom.formats.disk import find_adapter
@@ -185,10 +185,8 @@ def _command() -> str:
 
 
 def _evaluate_harness(run: EvalRun) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
-    from loraloom.eval.cache import describe_adapters, describe_evaluation
     from loraloom.eval.harness import evaluate_adapters, load_tasks
-    from loraloom.eval.harness.results import as_evaluation, question_lines
-    from loraloom.eval.harness.tasks import check_asks_text
+    from loraloom.eval.harness.tasks import as_evaluation, check_asks_text, question_lines
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
     loaded = load_tasks(_names(run.harness), run.harness_include)

@@ -109,16 +109,13 @@ def _app(words: Sequence[str]) -> App:
     options["result_action"] = "return_value"
     version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
     app = App("loraloom", help=_HELP, config=_mend_values, **version, **options)
-    groups = {
-        name: App(name, help=text, version_flags=[], **options) for name, text in GROUPS.items()
-    }
-    for group in groups.values():
-        app.command(group)
+    for name, text in GROUPS.items():
+        app.command(App(name, help=text, version_flags=[], **options))
     app.register_install_completion_command()
     for verb, (command, summary) in VERBS.items():
         *above, name = verb.split()
         place = f"loraloom.cli.{command}" if isinstance(command, str) else command
         is_used = words[: len(above) + 1] == [*above, name]
         known = {} if is_used else {"help": summary}  # else its file is imported for it
-        (groups[above[0]] if above else app).command(place, name=name, **known)
+        (app[above[0]] if above else app).command(place, name=name, **known)
     return app

@@ -28,8 +28,6 @@ from loraloom.terminal import make_table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SUFFIXES = (".json", ".csv")
-
 # What tables call the baseline that gives the most frequent answer to every question.
 CONSTANT = "majority class"
 MARK = "†"
@@ -185,8 +183,8 @@ def check_limit(limit: int | None) -> None:
 def check_outputs(paths: Sequence[Path]) -> None:
     """Raise a ConfigError if a file's suffix says nothing."""
     for path in paths:
-        if path.suffix.lower() not in SUFFIXES:
-            raise ConfigError(f"--output must end in {', '.join(SUFFIXES)}, got {path}")
+        if path.suffix.lower() not in (".json", ".csv"):
+            raise ConfigError(f"--output must end in .json, .csv, got {path}")
 
 
 def _with_groups(by_task: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Fields]:

@@ -9,7 +9,7 @@ import pytest
 from loraloom.config.data import PromptForm
 from loraloom.eval.harness import evaluate_adapters, load_tasks
 from loraloom.eval.harness.lm import Answers
-from loraloom.eval.harness.results import as_evaluation, question_lines
+from loraloom.eval.harness.tasks import as_evaluation, question_lines
 from tests.conftest import build_tokenizer
 from tests.eval.harness.toy import ROWS, TASKS
 from tests.eval.scoring import scoring_host

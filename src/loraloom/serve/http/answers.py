@@ -84,10 +84,7 @@ class TextExchange(Exchange):
 
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
-
-    def __init__(self, backend: Backend, body: CompletionBody, http: Request):
-        super().__init__(backend, body, http)
-        self._prompts: list[list[int]] = []
+    _prompts: list[list[int]]
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
