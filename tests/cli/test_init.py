@@ -6,6 +6,7 @@ import re
 import pytest
 
 from loraloom.cli.main import main
+from loraloom.config.task import load_task_config
 from loraloom.training.settings import load_run_config
 from tests.cli.test_data import TEMPLATE
 from tests.generation.saved import write_rows
@@ -17,6 +18,7 @@ ROWS = [
     ({"Question": "sky #?", "answer": "blue", "id": 7}, {"template": "plain"}),
     ({"instruction": "sky #?", "output": "blue"}, {"template": "alpaca"}),
     ({"input": "sky #?", "output": "blue"}, {"template": "{{ instruction }}\n"}),
+    ({"input": "sky?", "context": "# rains", "output": "gray"}, {"template": "plain"}),
     ({"prompt": "#", "messages": TURNS}, {"format": "chat"}),
     ({"content": "the sky # is blue"}, {"fields": {"text": "content"}}),
     ({"prompt": "sky #?", "chosen": " blue", "rejected": " no"}, {"fields": None}),
@@ -81,6 +83,37 @@ def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("choices", "answers", "kind"),
+    [
+        (["1", "2", "3"], ["2", "1"], "text"),
+        ([1, 2, 3], [1, 3], "text"),
+        (["1", "2", "3"], [1, 0], "index"),
+        (["2", "text"], ["A", "B"], "label"),
+    ],
+)
+def test_all_rows_decide_what_answers_are(init, tmp_path, choices, answers, kind):
+    rows = [{"question": "?", "choices": choices, "answer": answer} for answer in answers]
+    init(write_rows(tmp_path / "2024-05-01.jsonl", *rows))
+    assert load_task_config("2024-05-01-task.yaml").answer_is == kind
+    assert load_run_config("run.yaml").jobs[0].name == "2024-05-01"
+
+
+def test_a_task_file_is_written_with_the_run_file_or_not_at_all(init, tmp_path):
+    row = {"question": "?", "choices": ["a", "b"], "answer": "a", "the stem": "?"}
+    path, task = tmp_path / "rows.jsonl", "rows-task.yaml"
+    write_rows(path, row, row | {"answer": "c"})
+    assert "answer (answer) must be a choice's text, one of a, b, got 'c'" in init(path, code=2)
+    assert "Rename the column" in init(path, "--column=question=the stem", code=2)
+    assert "on_empty is not supported for a task" in init(path, "--on-empty=skip", code=2)
+    assert not (tmp_path / task).exists()
+    (tmp_path / task).write_text("{}")
+    write_rows(path, row)
+    assert f"{task} has other settings. Pass --overwrite" in init(path, code=2)
+    init(path, "--overwrite")
+    assert load_task_config(task).answer_is == "text"
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("rows.jsonl", b"", "rows.jsonl contains no rows"),
@@ -98,5 +131,8 @@ def test_a_file_that_can_not_be_used_is_one_message(init, tmp_path, name, conten
 
 def test_a_huge_row_is_cut_at_the_greatest_length(init, tmp_path):
     rows = [{"text": "sky " * size} for size in (10, 20, 100_000)]
-    assert "to 2048 tokens" in init(write_rows(tmp_path / "rows.jsonl", *rows))
+    said = init(write_rows(tmp_path / "rows.jsonl", *rows))
+    assert "to 2048 tokens" in said
+    assert "; 1 cut or divided to fit max_length=2048\n" in said
+    assert "the longest row has at least 2048" in (tmp_path / "run.yaml").read_text()
     assert load_run_config("run.yaml").jobs[0].train.max_length == 2048

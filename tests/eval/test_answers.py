@@ -12,7 +12,7 @@ from loraloom.errors import ConfigError, DataError
 from loraloom.eval import answers
 from loraloom.eval.answers import is_right, load_answer_set
 from loraloom.eval.cache import ScoreCache
-from loraloom.eval.evaluation import evaluate
+from loraloom.eval.evaluation import evaluate, load_question_sets
 from loraloom.eval.results import write_lines
 from loraloom.eval.statistics import compare_paired
 from tests.data.encoded import write_rows
@@ -61,7 +61,9 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
         whole = [f" {b} " in f" {a} " if metric == "contains" else a == b for a, b in pairs]
         assert found.results[name or "base"]["support"]["accuracy"] == sum(whole) / 4
         assert any(whole) or name != "lora"
-    assert f"{metric.replace('_', ' ')} %" in found._repr_html_()
+    assert f"{metric.replace('_', ' ')} %</td>" in found._repr_html_()
+    assert "<p>* significant: p (Holm), of all comparisons, &lt; 0.05<br>" in found._repr_html_()
+    assert found.tasks["support"]["split"] is None
     monkeypatch.setattr(answers, "complete", lambda *few, **_: few[2])
     again = evaluate(host, tiny_tokenizer, file, NAMES, **options)  # generates nothing
     assert (again.results, again.num_cached_scores) == (found.results, 12)
@@ -93,6 +95,8 @@ def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
     data = {"dataset": path, "format": "chat", "on_empty": "skip"}
     ((index, prompt, reference),) = load_answer_set(task(metric="contains", data=data)).rows
     assert (index, list(prompt.content), reference) == (0, [*turns, turns[1]], "a")
+    with pytest.raises(ConfigError, match="have no splits"):
+        load_question_sets([task(metric="contains", data=data)], split="test")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,8 @@ def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
         ("exact_match", " the Cat, sat!", "A cat  sat", True),
         ("exact_match", "+", "+", True),  # nothing else is left
         ("contains", "it is 15", "5", False),
+        ("contains", "Soße", "so", False),
+        ("contains", "it's «so»", "so", True),
         ("contains", "它是红色的", "红色", True),
     ],
 )

@@ -135,3 +135,11 @@ def test_filters_of_generated_answers_are_tasks_of_their_own(tmp_path):
     write_lines(tmp_path / "q.jsonl", lines)
     answers = {task.task: task.right["a"] for task in read_answers(tmp_path / "q.jsonl")}
     assert answers == {"t,strict": (False,), "t,flexible": (True,), "choice": (True,)}
+
+
+def test_each_data_set_of_pairs_is_a_task(tmp_path):
+    pair = {"adapter": "a", "index": 0}
+    lines = [pair | {"dataset": n, "correct": n == "law"} for n in ("law", "math")]
+    write_lines(tmp_path / "q.jsonl", lines)
+    answers = {task.task: task.right["a"] for task in read_answers(tmp_path / "q.jsonl")}
+    assert answers == {"law": (True,), "math": (False,)}

@@ -245,6 +245,8 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     prompts = {name: prompts_of(number) for number, name in enumerate(NAMES)}
     with pytest.raises(AdapterError, match="must be fitted first to all"):
         host.choose([prompts["law"][0]], ["auto3"])
+    with pytest.raises(DataError, match="got law without chem; add"):
+        fit_router(host, build_tokenizer(), "auto3", prompts, only=["law"])
     fit = fit_router(host, build_tokenizer(), "auto3", prompts, only=["chem"])
     after = host.adapters["auto3"].tensors()
     assert all(torch.equal(after[name], t) for name, t in before.items())

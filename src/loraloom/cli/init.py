@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from string import ascii_uppercase
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -30,6 +32,8 @@ RowFormat = DataFormat | Literal["choices"]
 _OPTIONAL = {"prompt", "tools", "system", "input"}
 # Rows that show which columns there are; tokens of a row.
 _FIRST_ROWS, _MAX_LENGTH = 1000, 2048
+# What an answer to a choice question may be; the first is taken if several fit all rows.
+_KINDS = ("text", "index", "label")
 
 
 def init(
@@ -56,8 +60,8 @@ def init(
         column: Column of a role, ROLE=COLUMN: output=reply, for example. May be repeated.
         chat_template: Jinja text or file for conversations, if the base model has none.
         on_empty: Skip rows with an empty answer, or report an error (the default).
-        output: Run file to write. For choice questions, a task's file joins it, unless it exists.
-        overwrite: Replace a run file that exists.
+        output: Run file to write. For choice questions, a task's file joins it.
+        overwrite: Replace files that exist.
     """
     given = {role: name for role, _, name in (text.partition("=") for text in column)}
     if not all(given.values()):
@@ -72,34 +76,44 @@ def init(
     read = f"columns: {named}\nnot used: {', '.join(sorted(unused)) or 'none'}"
     console.print(plain(f"{file}: format {found}\n{read}\nbase model: {base_model}"))
     name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.split(".")[0]).strip("-")[:80] or "job"
+    task, task_text = output.with_name(f"{name}-task.yaml"), ""
     if found == "choices":
-        task = output.with_name(f"{name}-task.yaml")
         data = {"task": str(task), "path": str(file), "scoring": "text"}
-        if not task.exists():
-            write_output(task, to_yaml(_task_settings(rows[0], **columns)))
+        task_text = to_yaml(_task_settings(rows, **columns))
+        if task.exists() and not overwrite and read_text(task) != task_text:
+            raise ConfigError(f"{task} has other settings. Pass --overwrite to replace the file.")
     else:
-        options = {"chat_template": chat_template, "on_empty": on_empty}
-        data = {"dataset": str(file), "format": found, **_column_settings(columns), **options}
-        data = {key: value for key, value in data.items() if value}
+        data = {"dataset": str(file), "format": found, **_column_settings(columns)}
+    data |= {"chat_template": chat_template, "on_empty": on_empty}
+    data = {key: value for key, value in data.items() if value}
     tokenizer = load_tokenizer(base_model)
     most = min(_MAX_LENGTH, tokenizer.model_max_length)
-    encoded = SourceEncoder(checked(SourceConfig, data), tokenizer, most).load("train")
+    with TemporaryDirectory() as scratch:
+        trial = Path(scratch, task.name)
+        write_output(trial, task_text)
+        source = data | ({"task": str(trial)} if task_text else {})
+        encoder = SourceEncoder(checked(SourceConfig, source), tokenizer, most)
+        encoded = encoder.load("train")
     place, first = next((place, row) for place, row in enumerate(encoded, 1) if row.pieces)
     console.print(*row_lines(f"row {place}", first, tokenizer), sep="\n")
     lengths = [len(piece.input_ids) for row in encoded for piece in row.pieces]
     sizes = f"{min(lengths)} to {max(lengths)} tokens, {median(lengths):.0f} in the median"
-    console.print(f"\n{len(encoded)} rows of {sizes}")
+    notes = encoder.notes(encoded)
+    console.print(plain("; ".join([f"\n{len(encoded)} rows of {sizes}", *notes])))
     settings = {
         "base_model": to_yaml({"base_model": base_model}).strip(),
         "format": found,
         "name": name,
+        "job": to_yaml({"name": name}).strip(),
         "data": to_yaml(data).strip(),
         "num_rows": len(encoded),
         "num_distinct": len({row.pieces for row in encoded if row.pieces}),
-        "longest": max(lengths),
+        "longest": f"{'at least ' if any(row.is_cut for row in encoded) else ''}{max(lengths)}",
         "max_length": min(max(1 << (max(lengths) - 1).bit_length(), 512), most),
     }
     template = Path(__file__).with_suffix(".yaml.jinja")
+    if task_text:
+        write_output(task, task_text)
     write_output(output, render(compile_template(read_text(template), template.name), settings))
     path = shlex.quote(str(output))
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
@@ -143,18 +157,36 @@ def _find_columns(
 
 def _column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
     # a column `input` that is the whole prompt must not be added to it again
-    templates = {None: None, "instruction": "alpaca", "input": "{{ instruction }}\n"}
+    own = {} if "input" in columns else {"input": "{{ instruction }}\n"}
+    templates = {None: None, "instruction": "alpaca", **own}
     fields = {role: name for role, name in columns.items() if role != name}
     return {"template": templates.get(columns.get("instruction"), "plain"), "fields": fields}
 
 
-def _task_settings(row: Row, question: str, choices: str, answer: str) -> dict[str, Any]:
-    """Make the settings of a task's file from a row's question, list of choices and answer."""
-    listed = row[choices] if isinstance(row[choices], list) else [row[choices]]
+def _task_settings(rows: Sequence[Row], question: str, choices: str, answer: str) -> dict[str, Any]:
+    """Make the settings of a task's file from all rows' questions, choices and answers."""
+    if not question.isidentifier():
+        raise ConfigError(
+            f"the column of the question must be named by letters, digits and _, got {question!r}. "
+            "Rename the column."
+        )
+    pairs = [(row[choices], row[answer]) for row in rows if {choices, answer} <= row.keys()]
     asked = {"template": f"Question: {{{{ {question} }}}}\nAnswer:", "answer": answer}
     # as in ARC: lists of texts and labels, or a list of objects with both
-    if isinstance(next(iter(listed), None), Mapping):
+    if any(isinstance(of[0] if isinstance(of, list) and of else of, Mapping) for of, _ in pairs):
         return {**asked, "choices": f"{choices}.text", "labels": f"{choices}.label"}
-    right = str(row[answer]).strip()
-    kind = "index" if right.isdecimal() else "text" if right in listed else "label"
-    return {**asked, "choices": choices, "answer_is": kind}
+    kinds = Counter(kind for pair in pairs for kind in _kinds_of_answer(*pair))
+    return {**asked, "choices": choices, "answer_is": max(_KINDS, key=kinds.__getitem__)}
+
+
+def _kinds_of_answer(choices: Any, right: Any) -> list[str]:
+    """List what an answer may be: a choice's text, its index or its label."""
+    texts = choices if isinstance(choices, list) else []
+    # the number 1 is an index in a list of "1" and "2"
+    is_text = isinstance(right, str) or right in texts
+    options = (
+        [str(text).strip() for text in texts if is_text],
+        [str(place) for place in range(len(texts))],
+        [*ascii_uppercase[: len(texts)]],
+    )
+    return [kind for kind, of in zip(_KINDS, options, strict=True) if str(right).strip() in of]

@@ -77,6 +77,17 @@ class SourceEncoder:
         }
         sources.check_faults(list(faults.items()), len({row.origin for row in rows}))
 
+    def notes(self, rows: Sequence[EncodedRow]) -> list[str]:
+        """What became of rows that could not be used, or not in one piece."""
+        cut, empty = sum(row.is_cut for row in rows), sum(row.is_empty for row in rows)
+        dropped = sum(not row.pieces for row in rows) - empty
+        notes = {
+            f"{cut} cut or divided to fit max_length={self.max_length}": cut,
+            f"{empty} skipped because of empty answers": empty,
+            f"{dropped} dropped because their answers do not fit": dropped,
+        }
+        return [note for note, number in notes.items() if number]
+
     def read(
         self, split: str, limit: int | None = None, *, streaming: bool = False
     ) -> tuple[list[Row], list[EncodedRow]]:

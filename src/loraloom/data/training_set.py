@@ -153,16 +153,8 @@ def _describe(
 ) -> str:
     tokens = sum(len(row.input_ids) for example in examples for row in example.rows)
     kind = "pairs" if any(row.is_pair for row in rows) else "examples"
-    cut, empty = sum(row.is_cut for row in rows), sum(row.is_empty for row in rows)
-    dropped = sum(not row.pieces for row in rows) - empty
-    notes = {
-        f"{cut} cut or divided to fit max_length={source.max_length}": cut,
-        f"{empty} skipped because of empty answers": empty,
-        f"{dropped} dropped because their answers do not fit": dropped,
-    }
     counts = f"{len(rows)} rows, {len(examples)} {kind}, {tokens} tokens"
-    line = f"{source.name}: {counts}, {len(held_out)} held out"
-    return "; ".join([line, *(note for note, number in notes.items() if number)])
+    return "; ".join([f"{source.name}: {counts}, {len(held_out)} held out", *source.notes(rows)])
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ BATCH_SIZE = 16
 AnswerRow = tuple[int, Prompt, str]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# 5 is not in 15, but words of scripts after Latin, Greek and Cyrillic may have no such borders.
+_OF_WORD = r"[^\W\u0530-\u1dff\u2e80-\U0010ffff]"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -95,10 +97,11 @@ def load_answer_set(
         if others:
             raise DataError(f"{path} must have the scores of one task, got {len(others) + 1}")
         return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
-    split = split or source.split or "validation"
-    found = sources.find_location(source.dataset or "", split, source.config)
+    is_file = sources.is_data_file(Path(source.dataset or ""))
+    split = None if is_file else split or source.split or "validation"
+    found = sources.find_location(source.dataset or "", split or "", source.config)
     rows: list[AnswerRow] = []
-    for index, row in enumerate(sources.read_rows(found, split, limit)):
+    for index, row in enumerate(sources.read_rows(found, split or "", limit)):
         try:
             rows.append((index, *_read_row(row, source)))
         except sources.EmptyAnswerError:
@@ -140,8 +143,7 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
     answer, reference = normalize_answer(answer), normalize_answer(reference)
     if metric == "exact_match":
         return answer == reference
-    # 5 is not in 15, but scripts without spaces between words have no such borders
-    return bool(re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", answer, re.ASCII))
+    return bool(re.search(rf"(?<!{_OF_WORD}){re.escape(reference)}(?!{_OF_WORD})", answer))
 
 
 def generate_answers(

@@ -282,7 +282,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
         chosen_filter, adapter = row.get("filter", "none"), row.text("adapter")
         # files of `loraloom generate` with a judge's scores have no task and count no rows
-        task = row.text("task") if "task" in row else "judged"
+        task = next((row.text(name) for name in ("task", "dataset") if name in row), "judged")
         task += "" if chosen_filter == "none" else f",{chosen_filter}"
         answers = tasks.setdefault(task, {}).setdefault(adapter, {})
         index, name = row.get("index", len(answers)), "score" if "score" in row else "correct"

@@ -68,7 +68,7 @@ def fit_router(
 
     Raises:
         AdapterError: If the adapter is not routed by prompt.
-        DataError: If an expert does not exist, or has fewer than two prompts.
+        DataError: If an expert does not exist, has fewer than two prompts, or would stay unfitted.
     """
     adapter = host.adapter(name)
     chooser = adapter.chooser
@@ -85,6 +85,12 @@ def fit_router(
         raise DataError(
             f"prompts must have two or more for each expert ({', '.join(experts)}) and none for "
             f"others, got {len(read.get(odd[0], ()))} for {odd[0]}"
+        )
+    unfitted = (one for one, row in zip(experts, chooser.router, strict=True) if not row.any())
+    if missing := [one for one in unfitted if one not in fitted]:
+        raise DataError(
+            f"only must include experts whose part is not fitted yet, got {', '.join(fitted)} "
+            f"without {', '.join(missing)}; add these names to only"
         )
     labels = [number for number, expert in enumerate(experts) for _ in read[expert]]
     ids = [prompt for expert in experts for prompt in read[expert]]

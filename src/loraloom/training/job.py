@@ -302,7 +302,8 @@ class JobResult:
         from loraloom.report.jobs import read_run
 
         charts = learning_curves(read_run(Path(self.directory)))
-        return "".join(f'<img alt="{escape(x.words)}" src="{x.source}">' for x in charts)
+        figure = '<figure><figcaption>{}</figcaption><img alt="{}" src="{}"></figure>'
+        return "".join(figure.format(escape(x.title), escape(x.words), x.source) for x in charts)
 
 
 def metric_mode(metric: str | None) -> str:
