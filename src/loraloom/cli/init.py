@@ -21,6 +21,7 @@ from loraloom.config.fields import checked
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row, RowStream, check_faults, fields_of
+from loraloom.data.tasks import answer_options
 from loraloom.data.templates import compile_template, render
 from loraloom.durable import prepare_output, write_output
 from loraloom.errors import ConfigError, DataError, plain
@@ -32,8 +33,6 @@ RowFormat = DataFormat | Literal["choices"]
 _OPTIONAL = {"prompt", "tools", "system", "input"}
 # Rows that show which columns there are; tokens of a row.
 _FIRST_ROWS, _MAX_LENGTH = 1000, 2048
-# What an answer to a choice question may be; the first is taken if several fit all rows.
-_KINDS = ("text", "index", "label")
 
 
 def init(
@@ -166,9 +165,9 @@ def _column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
 def _task_settings(rows: Sequence[Row], question: str, choices: str, answer: str) -> dict[str, Any]:
     """Make the settings of a task's file from all rows' questions, choices and answers."""
     if not question.isidentifier():
+        advice = "Rename the column with letters, digits and _."
         raise ConfigError(
-            f"the column of the question must be named by letters, digits and _, got {question!r}. "
-            "Rename the column."
+            f"question must be a column with a plain name, got {question!r}. {advice}"
         )
     pairs = [(row[choices], row[answer]) for row in rows if {choices, answer} <= row.keys()]
     asked = {"template": f"Question: {{{{ {question} }}}}\nAnswer:", "answer": answer}
@@ -176,17 +175,14 @@ def _task_settings(rows: Sequence[Row], question: str, choices: str, answer: str
     if any(isinstance(of[0] if isinstance(of, list) and of else of, Mapping) for of, _ in pairs):
         return {**asked, "choices": f"{choices}.text", "labels": f"{choices}.label"}
     kinds = Counter(kind for pair in pairs for kind in _kinds_of_answer(*pair))
-    return {**asked, "choices": choices, "answer_is": max(_KINDS, key=kinds.__getitem__)}
+    # the first where several fit all rows
+    kind = max(("text", "index", "label"), key=kinds.__getitem__)
+    return {**asked, "choices": choices, "answer_is": kind}
 
 
 def _kinds_of_answer(choices: Any, right: Any) -> list[str]:
-    """List what an answer may be: a choice's text, its index or its label."""
-    texts = choices if isinstance(choices, list) else []
-    # the number 1 is an index in a list of "1" and "2"
-    is_text = isinstance(right, str) or right in texts
-    options = (
-        [str(text).strip() for text in texts if is_text],
-        [str(place) for place in range(len(texts))],
-        [*ascii_uppercase[: len(texts)]],
-    )
-    return [kind for kind, of in zip(_KINDS, options, strict=True) if str(right).strip() in of]
+    listed = choices if isinstance(choices, list) else []
+    options = answer_options([str(x) for x in listed], ascii_uppercase[: len(listed)])
+    if not isinstance(right, str) and right not in listed:
+        del options["text"]  # the number 1 is an index in a list of "1" and "2"
+    return [kind for kind, of in options.items() if str(right).strip() in of]

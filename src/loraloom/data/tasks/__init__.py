@@ -209,11 +209,7 @@ class ChoiceTask:
         self, row: Row, config: TaskConfig, texts: Sequence[str], labels: Sequence[str]
     ) -> int:
         answer = _as_text(row, "answer", self._read(row, "answer", config.answer)).strip()
-        options = {
-            "index": [str(place) for place in range(len(texts))],
-            "text": [text.strip() for text in texts],
-            "label": list(labels),
-        }[config.answer_is]
+        options = answer_options(texts, labels)[config.answer_is]
         if answer not in options:
             row.reject(
                 f"answer ({config.answer}) must be a choice's {config.answer_is}, one of "
@@ -232,6 +228,12 @@ class ChoiceTask:
         self, row: Row, setting: str, source: str, known: Mapping[str, Any] = MappingProxyType({})
     ) -> str:
         return fill_in(compile_template(source, f"{self.path}: {setting}"), row, setting, known)
+
+
+def answer_options(texts: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
+    """List the answers that a question accepts, by what its task's `answer_is` may be."""
+    indices = [str(place) for place in range(len(texts))]
+    return {"index": indices, "text": [text.strip() for text in texts], "label": list(labels)}
 
 
 def _find(row: Row, path: str) -> Any:
