@@ -262,23 +262,6 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def _create_and_replace(self, *_: Any, **__: Any) -> None:
         raise AssertionError("a host replaces no modules")
 
-    def _load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy an adapter's tensors in, named as in its files, and return its state."""
-        config: Any = self.peft_config[name]
-        files = _files(config.file_fields, tensors, f"adapter {name!r}")
-        settings, own = fit_to_base(parse_files(files), self.host.base)
-        adapter = self.host.adapter(name)
-        without_memory = any(parameter.is_meta for parameter in adapter.parameters())
-        others = own.keys() ^ adapter.tensors().keys()
-        # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says.
-        if without_memory or any(not other.endswith(".magnitude") for other in others):
-            config.adapter = settings
-            self.host.remove(name)
-            adapter = self._put(name, config)
-        adapter.load_tensors(own)
-        state = adapter.state_dict()
-        return {f"{_PREFIX}adapters.{name}.{key}": value for key, value in state.items()}
-
     @classmethod
     def _get_adapter_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
@@ -299,7 +282,22 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def _remap_adapter_state_dict_for_load(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
-        return model.base_model._load(adapter_name, state_dict)
+        """Copy an adapter's tensors in, named as in its files, and return its state."""
+        tuner, name = model.base_model, adapter_name
+        config: Any = tuner.peft_config[name]
+        files = _files(config.file_fields, state_dict, f"adapter {name!r}")
+        settings, own = fit_to_base(parse_files(files), tuner.host.base)
+        adapter = tuner.host.adapter(name)
+        without_memory = any(parameter.is_meta for parameter in adapter.parameters())
+        others = own.keys() ^ adapter.tensors().keys()
+        # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says.
+        if without_memory or any(not other.endswith(".magnitude") for other in others):
+            config.adapter = settings
+            tuner.host.remove(name)
+            adapter = tuner._put(name, config)
+        adapter.load_tensors(own)
+        state = adapter.state_dict()
+        return {f"{_PREFIX}adapters.{name}.{key}": value for key, value in state.items()}
 
 
 def _register() -> None:

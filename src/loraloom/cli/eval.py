@@ -89,7 +89,8 @@ class EvalRun(HostOptions):
             yield f"--{kind} and --{others[0]} exclude each other; pass only one option"
             return
         for kinds, names in _ONLY.items():
-            for name in self.model_fields_set & {*names.split()} if kind not in kinds else ():
+            unread = self.model_fields_set & {*names.split()} if kind not in kinds else ()
+            for name in sorted(unread):  # the same message each time
                 allowed = " or ".join(f"--{one}" for one in kinds)
                 yield f"--{name.replace('_', '-')} requires {allowed}"
         if kind != "dataset" and not _names(getattr(self, kind)):
