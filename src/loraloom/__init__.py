@@ -4,8 +4,6 @@ Everything that is public is here and is imported on first use, so that `import 
 immediate and brings no torch.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING
 

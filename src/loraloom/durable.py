@@ -4,8 +4,6 @@ What is written goes aside first, under a hidden name that nobody can guess or p
 synced and renamed. Only a killed process leaves it there, ending with `.writing`.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -12,8 +12,6 @@ A message says what was expected, what came and what to do. It is short and plai
 may be anybody's, so `shown` and `plain` leave no character that a terminal would obey.
 """
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Iterable, Sequence
 

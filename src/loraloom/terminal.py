@@ -4,8 +4,6 @@ Names, templates and texts of others may hold what rich takes for markup (`[/INS
 (`:tada:`), so every console is made here, where both are off.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

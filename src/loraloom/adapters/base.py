@@ -4,8 +4,6 @@ Axes: T tokens of one segment, I in_features, O out_features, D hidden, F feed-f
 K slots of a token, S columns of an A product, n rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain

@@ -3,8 +3,6 @@
 Axes: T tokens, E experts, K slots of a token (all experts).
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Literal
 

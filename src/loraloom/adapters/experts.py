@@ -3,8 +3,6 @@
 Axes: T tokens, I in_features, E experts, K slots of a token, R rank, S = E·R.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 

@@ -3,8 +3,6 @@
 Axes: T tokens, I in_features, O out_features, E experts, R rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Axes: T tokens, N experts, M samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

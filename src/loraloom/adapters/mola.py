@@ -1,7 +1,5 @@
 """MoLA: a mixture of LoRA experts on each adapted projection, more or fewer by layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Literal
 

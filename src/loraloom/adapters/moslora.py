@@ -5,8 +5,6 @@
 Axes: O out_features, R rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 

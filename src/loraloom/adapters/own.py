@@ -11,8 +11,6 @@ Source: peft 0.21.2, `peft/utils/other.py` (`set_additional_trainable_modules`).
 Axes: N tokens with rows of their own, D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

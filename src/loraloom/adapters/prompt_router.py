@@ -3,8 +3,6 @@
 Axes: T tokens of all prompts, B prompts, D hidden, E experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -3,8 +3,6 @@
 Axes: T tokens, I in_features, R rank, K top_k.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Literal
 

@@ -5,8 +5,6 @@
 Axes: I in_features, O out_features, R rank.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal

@@ -10,8 +10,6 @@ where c_i is DoRA's factor, or 1. That is one adapter whose A and B are those of
 another: its factor is c = 1 + Σ_i w_i (c_i - 1), and B_i becomes w_i c_i / c ∘ B_i.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

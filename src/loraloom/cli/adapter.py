@@ -1,7 +1,5 @@
 """`loraloom inspect` and `loraloom convert`: an adapter's files, without its base model."""
 
-from __future__ import annotations
-
 import json
 from functools import reduce
 from pathlib import Path

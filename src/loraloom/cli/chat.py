@@ -1,7 +1,5 @@
 """`loraloom chat`: talk to the base model and its adapters in the terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import secrets

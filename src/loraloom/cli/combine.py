@@ -1,7 +1,5 @@
 """`loraloom combine`: one adapter of several that were trained apart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args

@@ -1,7 +1,5 @@
 """`loraloom config`: what a run file may say, and what one says in full."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

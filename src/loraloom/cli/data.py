@@ -1,7 +1,5 @@
 """`loraloom data`: what a run's jobs learn from: faults, counts, and rows token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any

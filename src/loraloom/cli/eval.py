@@ -1,7 +1,5 @@
 """`loraloom eval`: how well the base model and its adapters answer questions, or predict rows."""
 
-from __future__ import annotations
-
 import logging
 import shlex
 import sys

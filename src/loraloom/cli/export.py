@@ -1,7 +1,5 @@
 """`loraloom export`: an adapter in a form that other engines read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

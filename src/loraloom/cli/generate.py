@@ -1,7 +1,5 @@
 """`loraloom generate`: completions of one prompt or of a file of prompts."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """`loraloom init`: a run file to start from, for a file of rows."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections import Counter

@@ -4,8 +4,6 @@ A verb is a function in the file of its name, which is imported when the verb is
 `loraloom --help` is quick.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

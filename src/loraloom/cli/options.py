@@ -1,7 +1,5 @@
 """What several verbs' options are: a base model with adapters on it, and `--set`."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`loraloom quickstart`: adapters trained separately, combined into one, and a page of results."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`loraloom serve`: the base model and its adapters behind OpenAI's API."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -1,7 +1,5 @@
 """`loraloom train`: from a run file to trained adapters, and what to type next."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import sys

@@ -7,8 +7,6 @@ One source, or several in a mix:
     data: {dataset: web.jsonl.gz, format: text, streaming: true}
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The base model, as run files, Python and all commands ask for it."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Text that comes from users and from files: YAML, JSON, paths, and `--set path=value`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import StringIO

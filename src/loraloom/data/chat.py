@@ -7,8 +7,6 @@ An answer is learnt after just the text that asks for it. Where a template write
 once more turns follow (without its reasoning, say), a conversation is learnt in several texts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress

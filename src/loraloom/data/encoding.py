@@ -4,8 +4,6 @@ Token ids of sources with many rows are kept in datasets' cache, named by a hash
 what they are: rows, template, tokenizer, code. Processes that want the same wait for the first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

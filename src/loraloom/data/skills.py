@@ -4,8 +4,6 @@ No model knows a rule beforehand, and it carries over from the facts that are le
 out. In one of many *lands* it may give its answers in another order, which can only be remembered.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence

@@ -7,8 +7,6 @@ DIR/<name>/train.jsonl   a directory of data sets
 The readers are ours: datasets reads 007 as a number, and gives all rows the keys of any.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib

@@ -6,8 +6,6 @@ It learns each rule at its home and in eight lands that no study asks about. A s
 how adapters hold the orders of other lands; it says nothing about what language models know.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import re

@@ -7,8 +7,6 @@ sampling: {max_new_tokens: 64, stop: ["\n"]}
 scores: judged.jsonl    # in place of all: {"adapter": "law", "index": 0, "score": 0.7}, ...
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence

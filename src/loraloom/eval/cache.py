@@ -4,8 +4,6 @@ One SQLite file has the scores of all base models and adapters. Every batch is a
 own: several processes can share the file, and a crash leaves what was kept before.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -7,8 +7,6 @@ evaluation.results["math"]["held_out"]["perplexity"]
 evaluation.write("result.json")
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace

@@ -5,8 +5,6 @@ number. A pair's margin is log p(chosen) - log p(rejected), each summed over its
 margin is β × the adapter's margin less the base model's, and the loss DPO's, -log σ of that.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

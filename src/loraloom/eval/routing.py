@@ -5,8 +5,6 @@ are read to score a question: contexts once, and every choice without its last t
 were kept from before cost no forward and are not covered.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 from functools import reduce

@@ -3,8 +3,6 @@
 A question's choices are scored together, see `loraloom.generation.scoring`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -9,8 +9,6 @@ are right. Answers are those of an evaluation, or of files that `--per-question`
     >>> compare(task, "mix", "plain").p_value
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """An adapter's raw files: read, and written so that a crash leaves the old ones or the new."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -7,8 +7,6 @@ Source: peft 0.21.2, `peft/tuners/{lora,vera}/config.py`; moe-peft 2.0.2,
 `moe_peft/adapters/*/config.py`; github.com/mikecovlee/DynMoLE, the same file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

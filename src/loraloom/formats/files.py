@@ -7,8 +7,6 @@ first (foreign.py). All that could be wrong is found before a weight is copied.
 Axes: I in_features, O out_features, R rank.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -20,8 +20,6 @@ Source: mikecovlee/mLoRA 0.2.1 to 0.4.6, `mlora/model.py`, `mlora/common/modelar
 axolotl 0.21.0, `axolotl/integrations/mixlora/`.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

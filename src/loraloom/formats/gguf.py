@@ -10,8 +10,6 @@ Source: llama.cpp, `convert_lora_to_gguf.py` and the `modify_tensors` of its `co
 Axes: I in_features, O out_features, R rank.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

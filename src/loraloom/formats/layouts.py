@@ -16,8 +16,6 @@ Source: peft 0.21.2, `peft/tuners/lora/{config,model}.py`, `peft/utils/{other,sa
 moe-peft 2.0.2, `moe_peft/adapters/`, `moe_peft/model.py`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A step schedules rows (some are sent back, others admitted), decodes those that 
 reads pieces of others' prompts, and then chooses a token for every row that is read.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Completions of prompts of several adapters, and conversations: requests to an engine."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """A base model with adapters from files, ready for inference, and the memory of its cache."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path

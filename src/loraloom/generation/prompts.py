@@ -1,7 +1,5 @@
 """Prompts, and the tokens that a model reads of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

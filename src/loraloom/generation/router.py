@@ -3,8 +3,6 @@
 Axes: T tokens of all prompts, D hidden.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 the rows beside it, and rows are decoded together.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Sequence

@@ -6,8 +6,6 @@ A row's random numbers come from the seed and the row's own key, so what is draw
 not depend on the prompts beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 

@@ -5,8 +5,6 @@ requests are served as they came. Rows give way to those of whoever was served l
 rectangle, as many rows as are served times the longest of them.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

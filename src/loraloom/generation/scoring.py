@@ -15,8 +15,6 @@ Tokens that all continuations begin with are part of the context; an example of 
 no branches.
 """
 
-from __future__ import annotations
-
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence

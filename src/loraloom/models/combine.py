@@ -5,8 +5,6 @@ Axes: I in_features, O out_features, R rank.
 Source: peft 0.21.2, `peft/tuners/lora/model.py` (`add_weighted_adapter`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

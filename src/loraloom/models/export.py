@@ -7,8 +7,6 @@ files are read back: the logits of what transformers loads are compared with the
 Source: transformers 5.24, the classes' `modeling_*.py`.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

@@ -3,8 +3,6 @@
 Axes: B batch, L sequence, D hidden, V vocabulary, N tokens with rows of their own.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any

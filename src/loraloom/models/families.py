@@ -1,7 +1,5 @@
 """What an architecture is made of: where adapters attach, and what its files say of it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

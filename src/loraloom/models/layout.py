@@ -11,8 +11,6 @@ that alone transformers makes the masks of every kind of layer: a token sees its
 left at a row's end is padding, a sample of its own to the attention, so that no token sees nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice

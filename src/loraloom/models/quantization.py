@@ -9,8 +9,6 @@ Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Dettmers et al. 2023
 arXiv:2305.14314.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import sys

@@ -3,8 +3,6 @@
 Axes: N states, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

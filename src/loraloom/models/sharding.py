@@ -5,8 +5,6 @@ final norm and head stay together from a forward on to the end of the backward p
 computed outside of the model's own forward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType

@@ -8,8 +8,6 @@ must leave the logits as they are; hidden states through the head must give the 
 a forward in two steps with a cache.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack

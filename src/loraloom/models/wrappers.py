@@ -8,8 +8,6 @@ and `Wiring` takes them off again. Under autocast the base computes in its dtype
 theirs: that of the base's outputs for low-rank products, float32 for routers and losses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A mask is a function of (sample key, layer, site) and of the place among the sam
 so padding, micro-batches, neighbours and recomputation don't change it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum

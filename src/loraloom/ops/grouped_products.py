@@ -4,8 +4,6 @@ A dense product with all experts' A costs T·D·S; by groups it is K·T·D·W, w
 rows long lies in the order of the groups, so that a group's rows are a view.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable

@@ -8,8 +8,6 @@ weights of like adapters are stacked and every product is one batched product. A
 the rows and weights of one adapter alone.
 """
 
-from __future__ import annotations
-
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Axes: N labelled tokens, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch

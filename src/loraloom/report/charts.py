@@ -3,8 +3,6 @@
 Their colors stand out on white and on black, as the page has a dark mode.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from base64 import b64encode

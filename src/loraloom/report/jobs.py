@@ -1,7 +1,5 @@
 """What `loraloom train` wrote: each job's result.json and metrics.jsonl, as JSON has them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """A run as one HTML page: results, learning curves, and where mixtures send their tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta

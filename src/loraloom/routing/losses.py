@@ -3,8 +3,6 @@
 Axes: T tokens (of all layers where pooled), E experts, K top_k.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Axes: T tokens, D hidden, E experts, K slots of a token, which weigh 0 where it uses fewer.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A server's process: who reaches it, with which keys, and what it does with memory and threads."""
 
-from __future__ import annotations
-
 import ctypes
 import ipaddress
 import os

@@ -1,7 +1,5 @@
 """From a job's settings to an adapter with its data, and what jobs are measured on."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence

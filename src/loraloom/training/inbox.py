@@ -8,8 +8,6 @@ it is edited; edits have no effect on a job that trains. Deleting the file of a 
 stops the job.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager

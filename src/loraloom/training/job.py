@@ -1,7 +1,5 @@
 """A job: an adapter with its data, optimizer, schedule, its best weights and where it stands."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

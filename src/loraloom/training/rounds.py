@@ -3,8 +3,6 @@
 A job that is alone when memory runs out has its micro-batch halved, example by whole example.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

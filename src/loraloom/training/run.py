@@ -3,8 +3,6 @@
 Several are those that torchrun, accelerate or another launcher starts to train one run.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

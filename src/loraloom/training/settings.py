@@ -4,8 +4,6 @@ A field's docstring is its help text. Names are transformers' and trl's where th
 step is an optimizer step.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

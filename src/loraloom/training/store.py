@@ -13,8 +13,6 @@ A checkpoint appears at once, by a rename; a damaged one is passed over. Randomn
 it is a function of seed, epoch and sample. No job can be called .checkpoints: see `check_name`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Its study, a journal beside the jobs, is the record of that, and several workers
 single process that goes on from a snapshot cuts it back, and decides again what came after.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import dataclass

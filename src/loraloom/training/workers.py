@@ -4,8 +4,6 @@ Each job has its own snapshots: when a worker is lost, Ray starts its task again
 from theirs. A sweep's study is a file that all workers share: each takes the next combination.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

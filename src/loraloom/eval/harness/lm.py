@@ -3,8 +3,6 @@
 What one adapter is asked is computed for all at once, and kept until the others are asked it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

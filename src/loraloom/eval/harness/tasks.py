@@ -4,8 +4,6 @@
 "lm_eval": {"base": {...}, ...}}
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

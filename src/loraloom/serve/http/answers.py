@@ -1,7 +1,5 @@
 """`/v1/chat/completions` and `/v1/completions`: what is asked, whole answers and pieces of them."""
 
-from __future__ import annotations
-
 import secrets
 from dataclasses import asdict
 from typing import Any

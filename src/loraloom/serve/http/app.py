@@ -1,7 +1,5 @@
 """The routes, and the numbers of `/metrics`."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import re

@@ -1,7 +1,5 @@
 """From what HTTP asks for to what the engine does, and back to the client as it comes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

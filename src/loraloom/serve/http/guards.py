@@ -3,8 +3,6 @@
 Errors are objects as OpenAI's clients expect them, with a status code that fits.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What requests may say: tools and formats as `openai.types` has them, all else here."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from contextlib import suppress

@@ -2,8 +2,6 @@
 send a request; here both are, so that clients that send nothing leave room for the others.
 """
 
-from __future__ import annotations
-
 import logging
 import socket
 import time

@@ -4,8 +4,6 @@ Axes: N labels, S samples, P pairs, S = 2P. A sample is a row of the forward; of
 chosen one and its rejected one alternate. docs/objectives.md says how to add one.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
