@@ -39,7 +39,7 @@ class EvalRun(HostOptions):
     """What is evaluated on what, and where the results go."""
 
     task: Annotated[tuple[str, ...], Section.DATA] = ()
-    """Score choice tasks: names with commas, or YAML files. Repeatable."""
+    """Score choice tasks or generated answers: names with commas, or YAML files. Repeatable."""
     dataset: Annotated[tuple[str, ...], Section.DATA] = ()
     """Compute the loss on held-out rows: a file, directory, Hub ID or {dataset: rows.jsonl, fields:
     {output: reply}}. Repeatable."""
@@ -103,7 +103,7 @@ class EvalRun(HostOptions):
 
 
 def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> None:
-    """Score the base model and adapters on choice tasks or held-out rows, all in one pass.
+    """Score the base model and adapters on choice tasks, answers or held-out rows, in one pass.
 
     Scores of --task and --dataset are cached: after Ctrl-C, repeat the command to resume.
     """
