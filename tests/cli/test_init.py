@@ -17,7 +17,7 @@ ARC = {"text": ["a", "b"], "label": ["1", "2"]}
 ROWS = [
     ({"Question": "sky #?", "answer": "blue", "id": 7}, {"template": "plain"}),
     ({"instruction": "sky #?", "output": "blue"}, {"template": "alpaca"}),
-    ({"input": "sky #?", "output": "blue"}, {"template": "{{ instruction }}\n"}),
+    ({"input": "sky #?", "output": "blue"}, {"template": "plain"}),
     ({"input": "sky?", "context": "# rains", "output": "gray"}, {"template": "plain"}),
     ({"prompt": "#", "messages": TURNS}, {"format": "chat"}),
     ({"content": "the sky # is blue"}, {"fields": {"text": "content"}}),

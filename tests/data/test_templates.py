@@ -56,6 +56,13 @@ def test_alpacas_prompt_is_that_of_its_code():
         (DOLLY, "[{{ category }}] {{ instruction }} ->", None, "[qa] Add. ->"),
         (OTHER, "plain", {"instruction": "task", "input": "given", "output": "result"}, "Add.\n"),
         (Row({"instruction": "Add.", "output": "3"}, "f"), "plain", None, "Add.\n"),
+        (Row({"input": "Add.", "output": "3"}, "f"), "plain", {"instruction": "input"}, "Add.\n"),
+        (
+            Row({"q": "Add.", "input": "3"}, "f"),
+            "plain",
+            {"instruction": "q", "output": "input"},
+            "Add.\n",
+        ),
         (DOLLY, r"{{ 'a [b] c' | regex_replace('\\[.*?\\]', '-') }}", None, "a - c"),
     ],
 )

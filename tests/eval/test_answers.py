@@ -77,6 +77,7 @@ def test_what_a_judge_scored_is_compared(tiny_tokenizer, task, tmp_path):
     file = task(scores=str(path))
     found = evaluate(host, tiny_tokenizer, file, NAMES[:2])
     assert [of["support"]["score"] for of in found.results.values()] == [2, 9.5 / 3]
+    assert {"task": "support", "index": 2, "adapter": "lora", "score": 4} in found.lines()
     (compared,) = found.comparisons
     expected = compare_paired(scores["lora"], scores["base"])
     assert (compared.difference, compared.interval) == (expected.difference, expected.interval)

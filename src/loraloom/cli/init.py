@@ -153,9 +153,7 @@ def _find_columns(
 
 
 def _column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
-    # a column `input` that is the whole prompt must not be added to it again
-    own = {} if "input" in columns else {"input": "{{ instruction }}\n"}
-    templates = {None: None, "instruction": "alpaca", **own}
+    templates = {None: None, "instruction": "alpaca"}
     fields = {role: name for role, name in columns.items() if role != name}
     return {"template": templates.get(columns.get("instruction"), "plain"), "fields": fields}
 

@@ -119,15 +119,24 @@ def load_template(template: str | None) -> Template:
 
 def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:
     instruction, output = row.text(columns["instruction"]), row.answer(columns["output"])
-    given = "" if row.get(columns["input"]) is None else row.text(columns["input"])
-    parts = {"instruction": instruction, "input": given}
+    parts = {"instruction": instruction, "input": read_input(row, columns)}
     return fill_in(template, row, "the prompt template", parts), output
+
+
+def read_input(row: Row, columns: dict[str, str]) -> str:
+    name = columns.get("input")
+    return "" if name is None or row.get(name) is None else row.text(name)
 
 
 def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, str]:
     """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's."""
-    merged = [{**columns, **(mapping or {})} for columns in _INSTRUCTION_COLUMNS]
-    return next((columns for columns in merged if columns["output"] in row), merged[0])
+    given = mapping or {}
+    merged = [{**columns, **given} for columns in _INSTRUCTION_COLUMNS]
+    found = next((columns for columns in merged if columns["output"] in row), merged[0])
+    # another role's column is not the input too, unless the mapping says so
+    if "input" not in given and found["input"] in (found["instruction"], found["output"]):
+        del found["input"]
+    return found
 
 
 class ChatTemplate:

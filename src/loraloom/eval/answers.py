@@ -25,7 +25,7 @@ from loraloom.config.text import read_settings
 from loraloom.data import sources
 from loraloom.data.chat import read_conversation
 from loraloom.data.encoding import given_form
-from loraloom.data.templates import instruction_columns
+from loraloom.data.templates import instruction_columns, read_input
 from loraloom.errors import DataError
 from loraloom.eval.score import Scorer, Scores
 from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
@@ -91,7 +91,8 @@ def load_answer_set(
     if source is None:
         path = Path(str(config.scores))
         judged, *others = read_answers(path)
-        judged = replace(judged, right={name: of[:limit] for name, of in judged.right.items()})
+        right = {name: of[:limit] for name, of in judged.right.items()}
+        judged = replace(judged, questions=judged.questions[:limit], right=right)
         if others:
             raise DataError(f"{path} must have the scores of one task, got {len(others) + 1}")
         return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
@@ -123,7 +124,7 @@ def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
         prompt = Prompt(tuple(messages[:last]), None, row.origin, tools)
         return prompt, messages[last]["content"]
     columns = instruction_columns(row, source.fields)
-    fields = {**row, "input": row.get(columns["input"])}
+    fields = {**row, "input": read_input(row, columns)}
     prompt = Prompt(row.text(columns["instruction"]), None, row.origin, None, fields)
     return prompt, row.answer(columns["output"])
 
@@ -201,4 +202,9 @@ def judged_scores(asked: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -
         )
     values = {name: [*map(float, judged.right[name])] for name in names}
     results = {name: score_fields(of) for name, of in values.items()}
-    return Scores(asked.task, asked.details, results, values, [], "score")
+    lines = [
+        {"task": asked.task, "index": index, "adapter": name, "score": score}
+        for name, of in values.items()
+        for index, score in zip(judged.questions, of, strict=True)
+    ]
+    return Scores(asked.task, asked.details, results, values, lines, "score")

@@ -70,11 +70,10 @@ class Scorer:
             asked = [(name, tokens[place]) for name, place in keys]
             return dict(zip(keys, self.remember(asked, keys, compute), strict=True))
 
-        with self.host.prepared():
-            for places, found in zip(batches, self.host.ranks.spread(batches, score), strict=True):
-                scores |= found
-                if on_progress is not None:
-                    on_progress(places)
+        for places, found in zip(batches, self.host.ranks.spread(batches, score), strict=True):
+            scores |= found
+            if on_progress is not None:
+                on_progress(places)
         return {n: [scores[n, place] for place in range(len(rows))] for n in self.adapters}
 
     def remember(

@@ -227,7 +227,8 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
         elif name.startswith((MODULES, TOKENS)):
             parameters["tokens" if name.startswith(TOKENS) else "modules_to_save"] += tensor.numel()
     finite = {kind: list(filter(math.isfinite, values)) for kind, values in norms.items()}
-    used = {key.projection for key in keys.values()}
+    used, targets = {key.projection for key in keys.values()}, config.target_modules
+    names = [t for t in targets if t.rpartition(".")[2] in used]
     files = [directory / name for name in ADAPTER_FILES]
     total = sum(parameters.values())
     return {
@@ -236,7 +237,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
         "method": config.title,
         "formula": config.formula,
         "settings": config.model_dump(mode="json", exclude_none=True, exclude={"target_modules"}),
-        "target_modules": [t for t in config.target_modules if t.rpartition(".")[2] in used],
+        "target_modules": [targets] if isinstance(targets, str) else names,
         "base_model": base.name_or_path,
         "base_fingerprint": base.fingerprint,
         "prompt": stored.prompt and stored.prompt.model_dump(exclude_none=True),

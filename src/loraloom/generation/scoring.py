@@ -263,10 +263,11 @@ def score_rows(
 
     def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
         forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
-        # ranks send one another tensors and no classes, which unpickling would have to trust
-        return [tuple(scores) for scores in in_halves(forward, places, requests)]
+        with host.prepared():  # of a batch alone: each of many routed rows may have its own sum
+            # ranks send one another tensors and no classes, which unpickling would have to trust
+            return [tuple(scores) for scores in in_halves(forward, places, requests)]
 
-    with torch.no_grad(), host.prepared():
+    with torch.no_grad():
         results = chain.from_iterable(host.ranks.spread(batches, score))
         for place, result in zip(chain.from_iterable(batches), results, strict=True):
             scores[place] = TokenScores(*result)

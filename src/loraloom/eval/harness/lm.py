@@ -79,13 +79,12 @@ class Answers:
     def _score(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
         groups = _group_by_context(requests)
         rows = group_rows(self._host, [[TokenPair(*map(list, one)) for one in g] for g in groups])
-        with self._host.prepared():
-            for places in token_batches(rows, self._max_tokens // len(self.adapters)):
-                wanted = list(product(self.adapters, places))
-                scores = score_groups(self._host, rows, wanted, self._max_tokens)
-                for (name, place), of_group in zip(wanted, scores, strict=True):
-                    yield from ((name, *one) for one in zip(groups[place], of_group, strict=True))
-                bar.update(sum(len(groups[place]) for place in places))
+        for places in token_batches(rows, self._max_tokens // len(self.adapters)):
+            wanted = list(product(self.adapters, places))
+            scores = score_groups(self._host, rows, wanted, self._max_tokens)
+            for (name, place), of_group in zip(wanted, scores, strict=True):
+                yield from ((name, *one) for one in zip(groups[place], of_group, strict=True))
+            bar.update(sum(len(groups[place]) for place in places))
 
 
 def _group_by_context(requests: list[Any]) -> list[list[Any]]:
