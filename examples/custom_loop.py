@@ -93,7 +93,7 @@ def learn_from_rewards(client: TrainingClient, wanted: str) -> list[float]:
 
 
 def main() -> None:
-    """Train, show what was learnt, and save and load a state."""
+    """Train, show what was learned, and save and load a state."""
     tokenizer = tiny_tokenizer()
     host = tiny_host(tokenizer)
     adam = OptimizerConfig(optimizer="adamw", optimizer_args={"betas": [0.9, 0.95]})
