@@ -1,7 +1,7 @@
-"""A training loop of one's own: supervised steps, preferences, policy gradients on sampled answers.
+"""A custom training loop: supervised steps, preferences, policy gradients on sampled answers.
 
 Three adapters share one base model, a tiny one with random weights, so this takes seconds and no
-download. With a model of your own: `host = loraloom.attach(model)` and its tokenizer.
+download. With your model: `host = loraloom.attach(model)` and its tokenizer.
 
     python examples/custom_loop.py
 """
