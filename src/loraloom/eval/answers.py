@@ -129,17 +129,20 @@ def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
     return prompt, row.answer(columns["output"])
 
 
-def normalize_answer(text: str) -> str:
+def normalize_answer(text: str, *, keeps_articles: bool = False) -> str:
     """Lower the case, and leave out punctuation, articles and repeated spaces.
 
     Source: SQuAD, `evaluate-v1.1.py` (Rajpurkar et al. 2016). A text of nothing else is kept.
     """
-    words = _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+    plain = text.lower().translate(_NO_PUNCTUATION)
+    words = (plain if keeps_articles else _ARTICLES.sub(" ", plain)).split()
     return " ".join(words) or text.lower().strip()
 
 
 def is_right(metric: str, answer: str, reference: str) -> bool:
-    answer, reference = normalize_answer(answer), normalize_answer(reference)
+    whole = normalize_answer(reference, keeps_articles=True)
+    keeps = _ARTICLES.fullmatch(whole) is not None  # it is the label A, say
+    answer, reference = (normalize_answer(x, keeps_articles=keeps) for x in (answer, reference))
     if metric == "exact_match":
         return answer == reference
     return bool(re.search(rf"(?<!{_OF_WORD}){re.escape(reference)}(?!{_OF_WORD})", answer))

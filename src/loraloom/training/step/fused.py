@@ -4,8 +4,6 @@ The sum of the jobs' losses is differentiated at once: as no adapter's weights t
 each gets the gradient of its own. Axes: B rows of all jobs, L sequence, N labels, D hidden.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
