@@ -94,6 +94,8 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
         "Generate": shlex.split(f"loraloom generate {model} --prompt Hello!"),
     }
     assert next_words(run, [Mock(JobResult, error="x")]) == {}
+    job["data"]["path"] = __file__  # rows that were trained on
+    assert next_words(run, [done])["Evaluate"][-1] == "HELD_OUT.jsonl"
     job["data"] = {"dataset": "pairs.jsonl", "format": "preference"}
     job["train"] |= {"objective": {"name": "dpo"}}
     asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference"

@@ -122,9 +122,9 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         name = one.job if one.job != BASE else f"{BASE}-adapter"
         options.append(("--adapter", f"{name}={one.directory}"))
     sources = [one for job in run.all_jobs for one in (*job.eval, *job.data.sources)]
-    if tasks := [one for one in sources if one.task]:
-        first = tasks[0]
-        asked = {"--task": first.task, "--scoring": first.scoring, "--data": first.path}
+    if first := next((one for one in sources if one.task), None):
+        data = "HELD_OUT.jsonl" if Path(first.path or "").expanduser().is_file() else first.path
+        asked = {"--task": first.task, "--scoring": first.scoring, "--data": data}
     else:
         form = next((one.format for job in run.all_jobs for one in job.data.sources), None)
         held_out = [job.data.validation.dataset for job in run.all_jobs if job.data.validation]
