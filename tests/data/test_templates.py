@@ -53,7 +53,6 @@ def test_alpacas_prompt_is_that_of_its_code():
     [
         (ALPACA, "plain", None, "Add.\n1 2\n"),
         (DOLLY, "plain", None, "Add.\n"),
-        (Row({**DOLLY, "context": "1 2"}, "f"), "plain", {"output": "response"}, "Add.\n1 2\n"),
         (DOLLY, "[{{ category }}] {{ instruction }} ->", None, "[qa] Add. ->"),
         (OTHER, "plain", {"instruction": "task", "input": "given", "output": "result"}, "Add.\n"),
         (Row({"instruction": "Add.", "output": "3"}, "f"), "plain", None, "Add.\n"),

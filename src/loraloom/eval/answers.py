@@ -140,9 +140,9 @@ def normalize_answer(text: str, *, keeps_articles: bool = False) -> str:
 
 
 def is_right(metric: str, answer: str, reference: str) -> bool:
-    whole = normalize_answer(reference, keeps_articles=True)
-    keeps = _ARTICLES.fullmatch(whole) is not None  # it is the label A, say
-    answer, reference = (normalize_answer(x, keeps_articles=keeps) for x in (answer, reference))
+    keeps = _ARTICLES.fullmatch(normalize_answer(reference, keeps_articles=True)) is not None
+    if not keeps or metric == "exact_match":  # answers contain a label, as A, in its own case
+        answer, reference = (normalize_answer(x, keeps_articles=keeps) for x in (answer, reference))
     if metric == "exact_match":
         return answer == reference
     return bool(re.search(rf"(?<!{_OF_WORD}){re.escape(reference)}(?!{_OF_WORD})", answer))
