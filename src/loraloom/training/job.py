@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from html import escape
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -293,15 +291,6 @@ class JobResult:
     stop_reason: str | None = None
     warnings: tuple[str, ...] = ()  # routers that collapsed
     __pydantic_config__ = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    def _repr_html_(self) -> str:
-        """Show the job's learning curves in a notebook."""
-        from loraloom.report.charts import learning_curves  # it needs matplotlib
-        from loraloom.report.jobs import read_run
-
-        charts = learning_curves(read_run(Path(self.directory)))
-        figure = '<figure><figcaption>{}</figcaption><img alt="{}" src="{}"></figure>'
-        return "".join(figure.format(escape(x.title), escape(x.words), x.source) for x in charts)
 
 
 def metric_mode(metric: str | None) -> str:
