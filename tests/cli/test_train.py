@@ -96,8 +96,11 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
     assert next_words(run, [Mock(JobResult, error="x")]) == {}
     job["data"]["path"] = __file__  # rows that were trained on
     assert next_words(run, [done])["Evaluate"][-1] == "HELD_OUT.jsonl"
+    job["eval"] = [{"task": "arc_easy", "path": __file__}]
+    assert next_words(run, [done])["Evaluate"][-1] == __file__
     job["data"] = {"dataset": "pairs.jsonl", "format": "preference"}
     job["train"] |= {"objective": {"name": "dpo"}}
+    del job["eval"]
     asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference"
     assert next_words(run, [done])["Evaluate"] == shlex.split(asked)
     done.job = "base"  # a name that --adapter has for the base model

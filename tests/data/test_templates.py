@@ -58,6 +58,12 @@ def test_alpacas_prompt_is_that_of_its_code():
         (Row({"instruction": "Add.", "output": "3"}, "f"), "plain", None, "Add.\n"),
         (Row({"input": "Add.", "output": "3"}, "f"), "plain", {"instruction": "input"}, "Add.\n"),
         (
+            Row({"instruction": "Add.", "context": "1 2", "response": "3"}, "f"),
+            "plain",
+            {"output": "response"},
+            "Add.\n1 2\n",
+        ),
+        (
             Row({"q": "Add.", "input": "3"}, "f"),
             "plain",
             {"instruction": "q", "output": "input"},

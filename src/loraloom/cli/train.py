@@ -121,9 +121,11 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
     for one in good[:MAX_ADAPTERS]:
         name = one.job if one.job != BASE else f"{BASE}-adapter"
         options.append(("--adapter", f"{name}={one.directory}"))
-    sources = [one for job in run.all_jobs for one in (*job.eval, *job.data.sources)]
-    if first := next((one for one in sources if one.task), None):
-        data = "HELD_OUT.jsonl" if Path(first.path or "").expanduser().is_file() else first.path
+    asked_of = [one for job in run.all_jobs for one in job.eval]
+    trained_on = [one for job in run.all_jobs for one in job.data.sources]
+    if first := next((one for one in (*asked_of, *trained_on) if one.task), None):
+        is_seen = first not in asked_of and Path(first.path or "").expanduser().is_file()
+        data = "HELD_OUT.jsonl" if is_seen else first.path
         asked = {"--task": first.task, "--scoring": first.scoring, "--data": data}
     else:
         form = next((one.format for job in run.all_jobs for one in job.data.sources), None)
