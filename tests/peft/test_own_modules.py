@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -153,6 +154,20 @@ def test_rows_of_a_batch_have_their_own_modules_alone_and_together(choice):
             assert relative_error(decoded, together[:, column]) < 1e-9
         nothing = host(ids, adapters=[("lora", 0.0)] * len(ids)).logits
         assert relative_error(nothing, base) < 1e-9
+
+
+def test_a_layer_norm_gets_inputs_of_its_dtype_as_cuda_asks(monkeypatch):
+    host = loraloom.attach(tiny_model("phi", torch.bfloat16))
+    host.add("own", LoraConfig(rank=2, modules_to_save=["input_layernorm", "final_layernorm"]))
+    layer_norm, dtypes = functional.layer_norm, []
+
+    def record(inputs, shape, weight, *others):
+        dtypes.append((inputs.dtype, weight.dtype))
+        return layer_norm(inputs, shape, weight, *others)
+
+    monkeypatch.setattr(functional, "layer_norm", record)
+    assert host(IDS, adapters=["own"] * 3).logits.isfinite().all()
+    assert set(dtypes) == {(torch.float32,) * 2}
 
 
 @pytest.mark.parametrize("choice", ["tied", "tokens"])

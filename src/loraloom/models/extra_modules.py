@@ -32,6 +32,8 @@ class WholeModule(OwnModule):
         twin.__dict__.pop("forward", None)
         # A parameter may be None.
         twin._parameters = {**twin._parameters, **weights}
+        if isinstance(module, nn.LayerNorm):
+            inputs = inputs.to(twin.weight.dtype)  # CUDA has no layer norm of two dtypes
         outputs = twin.forward(inputs)
         dtype = next(module.parameters(recurse=False)).dtype
         return outputs if self.is_linear else outputs.to(dtype)
