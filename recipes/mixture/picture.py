@@ -1,4 +1,4 @@
-"""Draw maps of studies: python recipes/mixture/picture.py maps.png OUTPUT...
+"""Draw maps of studies: python recipes/mixture/picture.py maps.svg OUTPUT...
 
 Each OUTPUT is a directory that `maps.py` has filled along two axes. A panel shows how many test
 questions a mixture has right minus how many one of the LoRAs has, in points, with the standard
@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 LABELS = {
-    "lands": "lands to learn, of nine skills each",
-    "capacity": "capacity, × the ranks of the run file",
+    "lands": "countries to memorize",
+    "capacity": "rank of experts, ×",
     "steps": "training steps",
-    "experts": "experts that share a size",
+    "experts": "number of experts",
 }
+LORAS = {"lora-size": "as many parameters", "lora-compute": "as much compute"}
 Map = tuple[tuple[str, str], dict[tuple[int, int], dict[str, Any]]]
 """The names of its axes, and its studies by their place on them."""
 CELL = re.compile(r"([a-z]+)(\d+)-([a-z]+)(\d+)")
@@ -32,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("image", type=Path)
     parser.add_argument("outputs", type=Path, nargs="+")
     args = parser.parse_args(arguments)
-    draw([read_map(output) for output in args.outputs]).savefig(args.image, dpi=120)
+    figure = draw([read_map(output) for output in args.outputs])
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
+        figure.savefig(args.image, metadata={"Date": None} if args.image.suffix == ".svg" else None)
 
 
 def read_map(output: Path) -> Map:
@@ -51,12 +55,12 @@ def read_map(output: Path) -> Map:
 
 def draw(maps: Sequence[Map]) -> Figure:
     """Draw a row for each map, with a panel for each LoRA that the mixture is compared to."""
-    figure = Figure(figsize=(9, 3.2 * len(maps)), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.6 + 2 * len(maps)), layout="constrained")
+    figure.suptitle("Accuracy of the mixture minus that of a LoRA, in points")
     rows = figure.subplots(len(maps), 2, squeeze=False)
-    image: Any = None
     for row, ((across, up), cells) in zip(rows, maps, strict=True):
         lengths, heights = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
-        for panel, second in zip(row, ("lora-size", "lora-compute"), strict=True):
+        for panel, second in zip(row, LORAS, strict=True):
             points = [[float("nan")] * len(lengths) for _ in heights]
             for (x, y), study in cells.items():
                 column, line = lengths.index(x), heights.index(y)
@@ -65,14 +69,11 @@ def draw(maps: Sequence[Map]) -> Figure:
                 points[line][column] = 100 * value["mean"]
                 text = f"{100 * value['mean']:+.1f}\n± {100 * value['stderr']:.1f}"
                 panel.text(column, line, text, ha="center", va="center")
-            image = panel.imshow(
-                points, cmap="RdBu", vmin=-12, vmax=12, origin="lower", aspect="auto"
-            )
-            panel.set(title=f"mixture − {second.replace('lora-', 'LoRA of equal ')}")
+            panel.imshow(points, cmap="RdBu", vmin=-12, vmax=12, origin="lower", aspect="auto")
+            panel.set_title(f"LoRA with {LORAS[second]}", fontsize=10)
             panel.set_xticks(range(len(lengths)), map(str, lengths))
             panel.set_yticks(range(len(heights)), map(str, heights))
             panel.set(xlabel=LABELS[across], ylabel=LABELS[up])
-    figure.colorbar(image, ax=rows, label="points of accuracy")
     return figure
 
 
