@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/reference.py
 
-Commands and options come from cyclopts, settings from the JSON Schema of run files.
+Commands and options come from cyclopts, settings from the JSON Schema of run files, requests from
+the server's OpenAPI document.
 tests/docs/test_site.py fails where a page is not current.
 """
 
@@ -16,11 +17,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 from cyclopts._markup import extract_text
 from cyclopts.help import HelpEntry
+from transformers import PreTrainedTokenizerBase
 
 from loraloom.cli import main as cli
+from loraloom.generation.engine import Engine
+from loraloom.serve.adapters import ServedAdapters
+from loraloom.serve.http import guards
+from loraloom.serve.http.app import ApiOptions, create_app
 from loraloom.training.settings import RunConfig
 
 DIRECTORY = Path(__file__).parent.parent / "docs/reference"
@@ -57,6 +64,42 @@ JSON Schema for your editor. `--set jobs.0.train.learning_rate=1e-4` changes a s
 command line. Settings that do not exist, or that have no effect, are errors.
 """
 
+HTTP = """\
+# HTTP API
+
+Every request that `loraloom serve` answers. [Serving](../serving.md) explains them. Start a server,
+then send the requests from a second terminal:
+
+```sh
+loraloom train examples/skills.yaml
+loraloom serve --base-model smollm2-135m --adapter-dir runs/skills \\
+    --allow-loading --adapter-root runs
+```
+
+Requests and answers have OpenAI's form, and fields without a description are
+[OpenAI's](https://platform.openai.com/docs/api-reference). An unknown field is an error. If the
+server has keys, send `-H "Authorization: Bearer KEY"`; only `/health` and `/ready` need none. For
+programs, `GET /openapi.json` returns this page as an OpenAPI document.
+"""
+BODIES = {
+    "/v1/chat/completions": {
+        "model": "mix",
+        "messages": [{"role": "user", "content": "Say blue"}],
+        "max_tokens": 8,
+    },
+    "/v1/completions": {"model": "lora", "prompt": "Bus 34 in Orlen goes to the", "max_tokens": 8},
+    "/v1/load_lora_adapter": {"lora_name": "extra", "lora_path": "skills/mix"},
+    "/v1/unload_lora_adapter": {"lora_name": "extra"},
+}
+_OF_COMPLETIONS = {404, 429, 500, 504, 507}
+CODES = {  # statuses of errors, but for those of all requests
+    "/v1/chat/completions": _OF_COMPLETIONS,
+    "/v1/completions": _OF_COMPLETIONS,
+    "/v1/load_lora_adapter": {403, 504, 507},
+    "/v1/unload_lora_adapter": {403, 404},
+    "/v1/models/{model}": {404},
+}
+
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 MAX_BOUND = 2**16  # those beyond it only stop slips
 TYPES = {"object": "mapping", "array": "list", "null": "`null`", "boolean": "`true` or `false`"}
@@ -64,7 +107,7 @@ TYPES = {"object": "mapping", "array": "list", "null": "`null`", "boolean": "`tr
 
 def pages() -> dict[str, str]:
     """The generated pages, by file name."""
-    made = {"command_line.md": command_line(), "run_file.md": run_file()}
+    made = {"command_line.md": command_line(), "run_file.md": run_file(), "http.md": http_api()}
     return {name: "\n".join([NOTE, *parts]) for name, parts in made.items()}
 
 
@@ -118,16 +161,80 @@ def run_file() -> Iterator[str]:
         headings.setdefault(name, heading)
     first: dict[tuple[str, ...], str] = {}  # section of each row
     for name, heading in headings.items():
-        model, known = models[name], defaultdict[str, list[str]](list)
         yield f"## {f'`{heading}`' if heading else 'Top level'}\n"
-        yield model.get("description", "").partition("\n\n")[0] + "\n"
-        rows = [*settings(model, headings)]
-        for row in rows:
-            known[first.setdefault(row, heading)].append(row[0])
-        yield table("setting | type | default | use", (r for r in rows if first[r] == heading))
-        known.pop(heading, None)
-        for other, names in known.items():
-            yield f"As in {link(other)}: {', '.join(names)}.\n"
+        yield models[name].get("description", "").partition("\n\n")[0] + "\n"
+        yield from fields("setting", models[name], heading, headings, first)
+
+
+def fields(
+    kind: str,
+    model: Mapping[str, Any],
+    heading: str,
+    headings: Mapping[str, str],
+    first: dict[tuple[str, ...], str],
+) -> Iterator[str]:
+    """A table of those that no earlier section has, and links to the sections of the others."""
+    rows, known = [*settings(model, headings)], defaultdict[str, list[str]](list)
+    for row in rows:
+        known[first.setdefault(row, heading)].append(row[0])
+    yield table(f"{kind} | type | default | use", (r for r in rows if first[r] == heading))
+    known.pop(heading, None)
+    for other, names in known.items():
+        yield f"As in {link(other)}: {', '.join(names)}.\n"
+
+
+def http_api() -> Iterator[str]:
+    yield HTTP
+    parts = mocked(Engine), mocked(PreTrainedTokenizerBase), mocked(ServedAdapters)
+    api = create_app(*parts, ApiOptions(allow_loading=True)).openapi()
+    models, calls = api["components"]["schemas"], dict[str, tuple[str, Any]]()
+    for path, methods in api["paths"].items():
+        calls |= {f"{method.upper()} {path}": (path, of) for method, of in methods.items()}
+    calls = dict(sorted(calls.items(), key=lambda call: not call[0].startswith("POST")))
+    links = ((link(name), of["description"]) for name, (_, of) in calls.items())
+    yield table("request | use", links)
+    headings, first = {"ChatMessage": "messages[]"}, dict[tuple[str, ...], str]()
+    for heading, (path, of) in calls.items():
+        yield f"## `{heading}`\n"
+        yield f"{of['description']}\n\n```sh\n{curl(path)}\n```\n"
+        codes = CODES.get(path, set()) | ({401} if path not in guards._OPEN else set())
+        if "requestBody" in of:
+            codes |= {400, 413}
+            body = models[model_of(of["requestBody"])]
+            yield from fields("field", body, heading, headings, first)
+        returned = answer(of["responses"]["200"], models)
+        yield f"Returns {returned}. Errors: {', '.join(map(str, sorted(codes))) or 'none'}.\n"
+        if path == "/v1/chat/completions":
+            yield "### `messages[]`\n"
+            yield from fields("field", models["ChatMessage"], "messages[]", headings, first)
+    yield "Next: [serving](../serving.md) · [errors](operations.md#http-errors)\n"
+
+
+def mocked(kind: type) -> Any:
+    found = MagicMock()
+    found.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
+    return found
+
+
+def curl(path: str) -> str:
+    line = f"curl http://127.0.0.1:8000{path.format(model='mix')}"
+    if path not in BODIES:
+        return line
+    header = '-H "Content-Type: application/json"'
+    return f"{line} {header} \\\n    -d '{json.dumps(BODIES[path])}'"
+
+
+def model_of(message: Mapping[str, Any]) -> str:
+    """Name the model of a request's or response's JSON, if it has one."""
+    schema = message["content"].get("application/json", {}).get("schema", {})
+    return schema.get("$ref", "").rpartition("/")[2]
+
+
+def answer(response: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    if name := model_of(response):
+        keys = ", ".join(f"`{key}`" for key in models[name]["required"])
+        return f"OpenAI's `{name}` ({keys})"
+    return "JSON" if "application/json" in response["content"] else "plain text"
 
 
 def settings(model: Mapping[str, Any], headings: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
@@ -160,9 +267,10 @@ def in_words(of: Mapping[str, Any], headings: Mapping[str, str]) -> str:
         case {"enum": values}:
             return " or ".join(f"`{value}`" for value in values)
         case {"$ref": ref}:
-            return link(headings[ref.rpartition("/")[2]])
+            name = ref.rpartition("/")[2]
+            return link(headings[name]) if name in headings else "mapping"
         case {"anyOf": members} | {"oneOf": members}:
-            return " or ".join(map(say, members))
+            return " or ".join(dict.fromkeys(map(say, members)))
         case {"type": "array", "prefixItems": items}:
             return f"[{', '.join(map(say, items))}]"
         case {"type": "array", "items": items}:

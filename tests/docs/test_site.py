@@ -17,7 +17,7 @@ SPEC = spec_from_file_location("reference", ROOT / "scripts/reference.py")
 SET_FOR_OTHERS = {*_QUIET, "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
 
 
-@pytest.mark.parametrize("name", ["command_line.md", "run_file.md"])
+@pytest.mark.parametrize("name", ["command_line.md", "http.md", "run_file.md"])
 def test_generated_pages_are_current(name):
     reference = module_from_spec(SPEC)
     SPEC.loader.exec_module(reference)

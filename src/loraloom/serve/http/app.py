@@ -97,13 +97,13 @@ def create_app(
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """Name the base model and its adapters."""
+        """List the base model and its adapters."""
         lower = [model | {"id": name, "parent": base} for name in adapters.names()]
         return {"object": "list", "data": [model | {"id": base, "parent": None}, *lower]}
 
     @app.get("/v1/models/{model:path}", response_model=Model)
     async def retrieve_model(model: str) -> Response:
-        """Describe a model."""
+        """Describe one model."""
         for found in (await list_models())["data"]:
             if found["id"] == model:
                 return JSONResponse(found)
@@ -112,12 +112,12 @@ def create_app(
     @app.get("/ready", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:  # needs no thread: those may all be busy
-        """Say that the process lives and takes requests."""
+        """Report that the server accepts requests."""
         return "ok"
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def read_metrics() -> str:
-        """Tell numbers to Prometheus."""
+        """Return metrics for Prometheus."""
         return generate_latest(metrics.registry).decode()
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
@@ -127,7 +127,7 @@ def create_app(
 
     @app.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionBody, request: Request) -> Response:
-        """Continue texts."""
+        """Continue prompts."""
         return await TextExchange(backend, body, request).respond()
 
     if options.allow_loading:
@@ -144,7 +144,7 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
 
     @app.post(load_path, response_class=PlainTextResponse)
     async def load_lora_adapter(body: LoadBody) -> str:
-        """Load an adapter from a directory of the server, or from the Hub."""
+        """Load an adapter; requires --allow-loading."""
         source = body.lora_path if root is None else find_below(root, body.lora_path)
         if source is None:  # whatever is elsewhere
             raise RequestError(
@@ -164,7 +164,7 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
 
     @app.post(unload_path, response_class=PlainTextResponse)
     async def unload_lora_adapter(body: UnloadBody) -> str:
-        """Let an adapter go when the requests that use it have ended."""
+        """Unload an adapter after the requests that use it."""
         adapters.unload(body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 

@@ -1,4 +1,4 @@
-"""What requests may say: tools and formats as `openai.types` has them, all else here."""
+"""Bodies of requests: tools and formats are those of `openai.types`, all else is here."""
 
 import json
 from collections.abc import Callable
@@ -18,14 +18,14 @@ _NumTop = Annotated[int, Field(ge=0, le=20)]
 
 
 class SamplingBody(StrictModel):
-    """What both kinds of completion take."""
+    """Fields of both kinds of completion."""
 
     model: _Name
-    """An adapter's name, or the base model's; `name:0.5` is an adapter at half its strength."""
+    """Name of an adapter or the base model, `name:0.5` (half its strength), or a sum of these."""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
-    """Draw from this many of the most likely tokens; 0 for all."""
+    """Draw from the N most likely tokens; 0 for all."""
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """The same seed gives the same text."""
@@ -37,13 +37,14 @@ class SamplingBody(StrictModel):
         None, max_length=1000
     )
     stream: bool = False
+    """Send the answer in parts, as server-sent events."""
     stream_options: chat.ChatCompletionStreamOptionsParam | None = None
     ignore_eos: bool = False
-    """End tokens end nothing."""
+    """Generate past the end of the answer, up to max_tokens."""
     routing: bool = False
-    """Tell which experts read each token of the answer; for models with routers."""
-    # taken, and not read
+    """Return the experts of each token; for mixtures."""
     user: str | None = None
+    """Accepted and ignored, as are metadata, store and parallel_tool_calls."""
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
@@ -83,7 +84,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(SamplingBody):
-    """A conversation to continue."""
+    """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -99,13 +100,12 @@ class ChatBody(SamplingBody):
         | None
     ) = None
     tools: list[Tool] | None = Field(None, min_length=1)
-    """Given to the chat template."""
+    """Functions for the chat template to render."""
     tool_choice: (
         Literal["none", "auto", "required"] | chat.ChatCompletionNamedToolChoiceParam | None
     ) = None
-    """`none` leaves the tools out; `required` makes the answer a call of one of them, a function's
-    name a call of it, with arguments of its schema."""
-    parallel_tool_calls: bool | None = None  # not read
+    """`none` leaves tools out; `required` or a named function constrains the answer to a call."""
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_options(self):
@@ -143,16 +143,16 @@ class ChatBody(SamplingBody):
 
 
 class CompletionBody(SamplingBody):
-    """Texts to continue."""
+    """Prompts to continue."""
 
     prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]] = Field(min_length=1)
-    """Texts, or token ids."""
+    """Strings or token IDs."""
     max_tokens: int = Field(16, ge=1)
     """Generate at most N tokens per completion."""
     logprobs: _NumTop | None = None
-    """Log-probabilities of tokens, and of this many of the most likely ones."""
+    """Return log-probabilities, also of the N most likely tokens."""
     echo: bool = False
-    """Put the prompt in front of the completion, with its log-probabilities if they are wanted."""
+    """Return the prompt too, with its log-probabilities if `logprobs` is set."""
 
     @model_validator(mode="after")
     def _check_options(self):
@@ -171,12 +171,13 @@ class LoadBody(StrictModel):
 
     lora_name: _Name
     lora_path: _Text
+    """Directory on the server, below its --adapter-root if set, or else also a Hub ID."""
     load_inplace: bool = False
-    """It may take the place of one of the same name."""
+    """Replace a loaded adapter of the same name."""
 
 
 class UnloadBody(StrictModel):
-    """An adapter to let go."""
+    """An adapter to unload."""
 
     lora_name: _Name
-    lora_int_id: int | None = None  # not read
+    lora_int_id: int | None = None  # accepted and ignored
