@@ -96,7 +96,7 @@ def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
     ("words", "message"),
     [
         ("", "--prompts law=DATA is missing"),
-        ("--prompts law=skills --prompts math=x.jsonl", "do not record a prompt format"),
+        ("--prompts law=skills --prompts math=x.jsonl", "do not record a prompt form"),
         ("--prompts x=skills", "--prompts must be NAME=VALUE, where NAME is one of law, math"),
         ("--by cat --weight law=x", "--weight must be NAME=NUMBER"),
         ("--by cat --top-k 2", "--top-k requires --by prompt or arrow"),

@@ -157,7 +157,7 @@ def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, q
     assert loaded.epoch_length == 10
     assert len(loaded.report) == 2
     (warning,) = load(tiny_tokenizer, **alpaca, validation=alpaca).warnings
-    assert warning.startswith("warning: 40 of 40 held-out examples are learnt too; eval/loss shows")
+    assert warning.startswith("warning: 40 of 40 held-out examples are training examples too; eval")
 
 
 SAID = {"from": "human", "value": "sky?"}

@@ -46,13 +46,13 @@ class BaseProjection:
 
     @property
     def weight(self) -> Tensor:
-        """W, [O, I]: the base's own, put together where it is sharded, or a dequantised copy."""
+        """W, [O, I]: the base's own, put together where it is sharded, or a dequantized copy."""
         if self.quantised is not None:
             return self.quantised.dequantised()
         return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
 
     def check_can_be_changed(self) -> None:
-        """Raise an AdapterError if the base stores the weight quantised, or only a part of it."""
+        """Raise an AdapterError if the base stores the weight quantized, or only a part of it."""
         if self.quantised is not None:
             raise AdapterError(
                 f"merging changes the base's weights, which must be floating-point numbers, got "
@@ -302,7 +302,7 @@ class FfnRows:
 
 @dataclass(frozen=True)
 class MoeFfn:
-    """An FFN block as mixture-of-experts checkpoints have it: softmax, top_k, renormalised.
+    """An FFN block as mixture-of-experts checkpoints have it: softmax, top_k, renormalized.
 
     Args:
         router: [E, D].

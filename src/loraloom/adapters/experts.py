@@ -92,7 +92,7 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     """How routers choose among experts, by p, the softmax of their logits."""
 
     routing: Literal["top_k", "top_p", "switch", "dense"] = "top_k"
-    """Which experts a token uses: the top_k of largest p, with p renormalised to sum to 1; the
+    """Which experts a token uses: the top_k of largest p, with p renormalized to sum to 1; the
     fewest whose p sum to more than top_p, with p; that of largest p, with p (switch); or all."""
     top_k: int = Field(default=2, ge=1, validate_default=True)
     """Experts that each token uses, with routing: top_k."""

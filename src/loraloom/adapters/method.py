@@ -194,7 +194,7 @@ class AdapterConfig(StrictModel, ABC):
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """Adapters that it is to be made of: names on the host, directories or hub ids, by name."""
+        """Adapters that it is to be made of: names on the host, directories or Hub IDs, by name."""
         return {}
 
     def with_experts(self, more: Mapping[str, str | Expert]) -> AdapterConfig:

@@ -53,7 +53,7 @@ def chat(
 ) -> None:
     """Chat with the base model and its adapters. Type /help to see how to switch between them.
 
-    Each adapter uses the prompt format of its training data, the base model its chat template.
+    Each adapter uses the prompt form of its training data, the base model its chat template.
     """
     check_sources(options, options.adapters)
     host, tokenizer = load_host(options, options.adapters)

@@ -123,7 +123,7 @@ def _source(host: Host, name: str, data: str, scoring: Scoring) -> Mapping[str, 
     if form is None or form.format == "task":
         raise ConfigError(
             f"--prompts {name}=DATA must name a task, because the files of {name} do not record a "
-            f"prompt format, got {data!r}"
+            f"prompt form, got {data!r}"
         )
     return {"dataset": data, **form.model_dump(exclude_none=True, exclude={"system"})}
 

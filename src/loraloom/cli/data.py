@@ -94,7 +94,7 @@ def _count(rows: Sequence[EncodedRow], num_with_tools: int) -> tuple[int, ...]:
 
 
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Lines of a row: its sizes, its tokens, and `^` under those that are learnt."""
+    """Lines of a row: its sizes, its tokens, and `^` under those that are learned."""
     if not row.pieces:
         yield f"\n{name}: {row.fault or 'dropped, because the answer exceeds max_length'}"
     for number, piece in enumerate(row.pieces, start=1):

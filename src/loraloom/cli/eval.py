@@ -50,7 +50,7 @@ class EvalRun(HostOptions):
     num_fewshot: Annotated[int | None, Section.DATA] = Field(default=None, ge=0)
     """Show N examples per --harness question. Default: the task's number."""
     apply_chat_template: Annotated[bool, Section.DATA] = False
-    """Use adapters' prompt format, or else the chat template, for --harness."""
+    """Use adapters' prompt form, or else the chat template, for --harness."""
     format: Annotated[DataFormat | None, Section.DATA] = None
     """Read --dataset rows in this format. Default: the adapters' training format."""
     max_length: Annotated[int | None, Section.DATA] = Field(default=None, ge=2)

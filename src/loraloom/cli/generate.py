@@ -71,7 +71,7 @@ def generate(
 ) -> None:
     """Complete a prompt, or every prompt of a file, with the base model and its adapters.
 
-    Each adapter uses the prompt format of its training data, the base model its chat template.
+    Each adapter uses the prompt form of its training data, the base model its chat template.
     --raw, --template and --chat-template apply to all models.
     """
     rows, prompts = zip(*_read(options), strict=True)

@@ -89,7 +89,7 @@ def tell_unknown_prompts(host: Any, tokenizer: Any) -> None:
     names = [name for name, own in parts.items() if all(part.prompt is None for part in own)]
     if names and tokenizer.chat_template:
         print(
-            f"note: the files of {', '.join(names)} do not record a prompt format; using the base "
+            f"note: the files of {', '.join(names)} do not record a prompt form; using the base "
             "model's chat template",
             file=sys.stderr,
         )

@@ -31,9 +31,9 @@ NUM_LANDS = 8
 BASE_STEPS = 4000
 ROUTED = "one"
 CAUTION = """\
-Each of the eight adapters was trained only on the rows of its land, which a word of each question
-names. See docs/combine.md to combine your adapters, and docs/when_a_mixture.md for mixtures that
-are trained jointly."""
+Each of the eight adapters was trained only on the rows of its country, which each question names.
+See docs/combine.md to combine your adapters, and docs/when_a_mixture.md for mixtures that are
+trained jointly."""
 
 
 def quickstart(
@@ -45,8 +45,8 @@ def quickstart(
     device: str = "auto",
 ) -> None:
     """Train eight adapters on separate data in the same steps, and combine them into one.
-    Nothing is downloaded: the data set, `skills@8` (small rules in eight fictional lands), and a
-    tiny base model are generated. Takes about three minutes on two CPU cores.
+    Nothing is downloaded: the data set, `skills@8` (small rules in eight fictional countries),
+    and a tiny base model are generated. Takes about three minutes on two CPU cores.
 
     Args:
         output_dir: Write adapters, metrics and a page of results to this directory.
@@ -124,10 +124,10 @@ def _findings(found: Evaluation, tasks: Mapping[str, str], together: str) -> str
     names, many = list(tasks), len(tasks)
     rows = {
         "base model": [BASE] * many,
-        "the adapter of another land": [*names[1:], names[0]],
+        "the adapter of another country": [*names[1:], names[0]],
         f"{together}: as large, trained on all rows": [together] * many,
         f"{ROUTED}: the {many} adapters and a router": [ROUTED] * many,
-        "the adapter of the question's land": names,
+        "the adapter of the question's country": names,
     }
     lines = [f"  {label:44}{share(of):5.1f}" for label, of in rows.items()]
-    return "\n".join(["\nAccuracy on new questions of all lands, %", *lines])
+    return "\n".join(["\nAccuracy on new questions of all countries, %", *lines])

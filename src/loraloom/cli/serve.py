@@ -63,7 +63,7 @@ class ServeOptions(HostOptions):
     max_waiting: Annotated[int, Section.LIMITS] = Field(default=256, ge=1)
     """Queue at most N completions."""
     chat_template: Text | None = None
-    """Use this chat template for models without a prompt format: a file, a Jinja string, or trl."""
+    """Use this chat template for models without a prompt form: a file, a Jinja string, or trl."""
     engine: Annotated[Literal["embedded", "vllm"], Section.SERVER] = "embedded"
     """Serve with loraloom's engine, or with vLLM and loraloom's plug-in."""
 

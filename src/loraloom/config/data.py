@@ -99,7 +99,7 @@ def check_task(task: str) -> str:
         return task
     raise ConfigError(
         f"task must be one of {', '.join(names)}, skills@N (N up to {MAX_LANDS}), skills@KofN "
-        f"(its Kth land) or a task's .yaml file, got {shown(task)}{did_you_mean(task, names)}"
+        f"(its Kth country) or a task's .yaml file, got {shown(task)}{did_you_mean(task, names)}"
     )
 
 

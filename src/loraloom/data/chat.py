@@ -3,8 +3,8 @@
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
 
-An answer is learnt after just the text that asks for it. Where a template writes it differently
-once more turns follow (without its reasoning, say), a conversation is learnt in several texts.
+An answer is learned after just the text that asks for it. Where a template writes it differently
+once more turns follow (without its reasoning, say), a conversation is learned in several texts.
 """
 
 import re
@@ -227,7 +227,7 @@ def _answered_texts(
 
 
 def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
-    """The tokens of a text; those that reach into a span are learnt."""
+    """The tokens of a text; those that reach into a span are learned."""
     text, spans = marked
     if not tokenizer.is_fast:
         got = type(tokenizer).__name__

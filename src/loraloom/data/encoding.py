@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class SourceEncoder:
-    """Reads and encodes the rows of a source; a task's as pairs of answers if these are learnt."""
+    """Reads and encodes the rows of a source; a task's as pairs of answers if these are learned."""
 
     config: SourceConfig
     tokenizer: PreTrainedTokenizerBase

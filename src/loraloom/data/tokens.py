@@ -1,6 +1,6 @@
-"""Text as token ids: what is given, what is scored or learnt, what is cut to fit the model.
+"""Text as token ids: what is given, what is scored or learned, what is cut to fit the model.
 
-An answer is learnt as the tokens that it is scored as (`encode_pairs`), and is never cut: a prompt
+An answer is learned as the tokens that it is scored as (`encode_pairs`), and is never cut: a prompt
 that is too long loses its beginning, and a row whose answer alone is too long is dropped.
 """
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.errors import DataError
 
-# Label of a token that is read but not learnt.
+# Label of a token that is read but not learned.
 NO_LOSS = -100
 # Tokens of a prompt that decide how the text of its completion begins.
 NUM_BEFORE = 4
@@ -184,8 +184,8 @@ def encode_documents(
 
 
 def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
-    """Cut a row from the left, but for `start`, and after the last span of what is learnt."""
-    # A span that the cut goes through is not learnt; a row without room for its last is dropped.
+    """Cut a row from the left, but for `start`, and after the last span of what is learned."""
+    # A span that the cut goes through is not learned; a row without room for its last is dropped.
     ids, labels = piece.input_ids, piece.labels
     stop = len(labels)
     while stop > 0 and labels[stop - 1] == NO_LOSS:

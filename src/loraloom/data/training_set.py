@@ -112,10 +112,10 @@ def load_training_set(
         rows = source.load("validation")
         validation += [one for row in rows for one in number_row(row, sample_ids)]
         report.append(_describe(source, rows, [], validation))
-    # what is learnt too measures memory, as where the validation file was trained on
+    # what is learned too measures memory, as where the validation file was trained on
     learnt = {row.input_ids for example in examples for row in example.rows}
     repeats = [any(row.input_ids in learnt for row in example.rows) for example in validation]
-    what = f"{sum(repeats)} of {len(repeats)} held-out examples are learnt too"
+    what = f"{sum(repeats)} of {len(repeats)} held-out examples are training examples too"
     warning = f"warning: {what}; eval/loss shows how well they are remembered"
     warnings = (warning,) if any(repeats) else ()
     return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
@@ -130,7 +130,7 @@ def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed
     """Indices of the held-out rows: those with the lowest seeded hashes of their tokens."""
     if fraction == 0:
         return set()
-    # equal rows have equal hashes and stay together, so that none is both learnt and measured
+    # equal rows have equal hashes and stay together, so that none is both learned and measured
     hashes = {}
     for index, row in enumerate(rows):
         tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)

@@ -45,7 +45,7 @@ _HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValid
 
 
 def find_adapter(path_or_hub_id: str | Path) -> Path:
-    """Give the directory of an adapter, downloaded first if it is a hub id (`owner/name`)."""
+    """Give the directory of an adapter, downloaded first if it is a Hub ID (`owner/name`)."""
     path = local_path(path_or_hub_id, "an adapter", FormatError)
     if path.exists():
         return path

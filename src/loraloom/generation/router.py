@@ -118,7 +118,7 @@ def _prompts(
     adapter: str,
     limit: int | None,
 ) -> list[Sequence[int]]:
-    """Token ids of prompts; of a source they are what stands before what is learnt."""
+    """Token ids of prompts; of a source they are what stands before what is learned."""
     if isinstance(given, str):
         raise DataError(
             "prompts must be a list of texts or of token ids, or a source, {'task': 'arc_easy'}, "
@@ -130,7 +130,7 @@ def _prompts(
     source, reads_plain = checked(SourceConfig, given), host.adapter(adapter).forms_differ
     if reads_plain and source.format in ("chat", "preference"):
         raise DataError(
-            f"experts with different prompt formats require plain strings as prompts, got a "
+            f"experts with different prompt forms require plain strings as prompts, got a "
             f"source with format: {source.format}; pass the prompts as a list of strings"
         )
     if reads_plain and source.format == "instruction":

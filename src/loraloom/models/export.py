@@ -1,7 +1,7 @@
 """Adapters for other engines: whole models, or GGUF adapters.
 
 A mixture becomes a mixture-of-experts checkpoint, a plain adapter is merged into its base model.
-Weights are made and written one decoder layer at a time, quantised ones in floating point. Then the
+Weights are made and written one decoder layer at a time, quantized ones in floating point. Then the
 files are read back: the logits of what transformers loads are compared with the adapter's.
 
 Source: transformers 5.24, the classes' `modeling_*.py`.
@@ -38,7 +38,7 @@ ExportForm = Literal["moe", "merged", "gguf"]
 _PROBE_LENGTH = 48
 # Most relative error of logits where nothing is rounded to 16 bits.
 _EXACT = 1e-4
-# Most where weights are, or where the base is quantised, which may round more than weights.
+# Most where weights are, or where the base is quantized, which may round more than weights.
 _ROUNDED = 0.2
 
 
@@ -252,7 +252,7 @@ class _ExportedModel(ABC):
 
 
 def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
-    """A module's tensors but for those of one part, by name; quantised weights are dequantised."""
+    """A module's tensors but for those of one part, by name; quantized weights are dequantized."""
     weights = {
         f"{path}.": weight
         for path, weight in quantised_linears(module).items()
@@ -287,7 +287,7 @@ class Twin:
     """A class of transformers whose mixtures of experts are those of a dense family.
 
     It has the family's attention, norms and head, and in place of the FFN block a router and whole
-    experts: softmax over all experts, the top_k of it, renormalised to sum to 1. What else the
+    experts: softmax over all experts, the top_k of it, renormalized to sum to 1. What else the
     block has adds nothing where it is zero.
     """
 

@@ -35,7 +35,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_arg
 # The name of SmolLM2-135M-Instruct as a Python package brings it.
 SMALL_MODEL = "smollm2-135m"
 
-_KINDS = f"a hub name, a directory, a .gguf file or {SMALL_MODEL}"
+_KINDS = f"a Hub ID, a directory, a .gguf file or {SMALL_MODEL}"
 _ADVICE = {
     "directory": "check that the directory contains the model and tokenizer of save_pretrained",
     "gguf": "check that the file is complete, that transformers supports its architecture, and "
@@ -55,7 +55,7 @@ _REFUSALS = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model's files are: a directory, a GGUF file in one, or a hub name."""
+    """Where a base model's files are: a directory, a GGUF file in one, or a Hub ID."""
 
     kind: Literal["directory", "gguf", "hub"]
     location: str
@@ -160,7 +160,7 @@ def load_base_model(
     chosen = _find_dtype(dtype, checkpoint, place)
     options: dict[str, Any] = {"dtype": chosen, "device_map": place}
     if attn_implementation is not None:
-        # transformers would accept a hub name too, and run the kernel that it downloads from there.
+        # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
         known = get_args(AttnImplementation)
         if attn_implementation not in known:
             raise ModelError(
@@ -292,7 +292,7 @@ def _read_tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerB
 
 
 def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None) -> ModelSource:
-    """Find the dequantised model of a GGUF file, or its tokenizer, made once: it takes a minute."""
+    """Find the dequantized model of a GGUF file, or its tokenizer, made once: it takes a minute."""
     if source.gguf_file is None:
         return source
     file = Path(source.location, source.gguf_file).resolve()
@@ -306,7 +306,7 @@ def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None)
     with FileLock(f"{copy}.lock"):
         if not copy.is_dir():
             options: dict[str, Any] = {"gguf_file": source.gguf_file}
-            with redirect_stderr(io.StringIO()):  # the bar of dequantising has no switch
+            with redirect_stderr(io.StringIO()):  # the bar of dequantizing has no switch
                 if dtype is None:
                     made: Any = _read_tokenizer(source, **options)
                 else:

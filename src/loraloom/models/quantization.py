@@ -2,8 +2,8 @@
 
 Axes: T tokens, I in_features, O out_features.
 
-Layers are recognised by their libraries' classes where these are loaded already; only a model that
-is to be quantised imports a library.
+Layers are recognized by their libraries' classes where these are loaded already; only a model that
+is to be quantized imports a library.
 
 Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Dettmers et al. 2023, QLoRA,
 arXiv:2305.14314.
@@ -29,7 +29,7 @@ from loraloom.errors import ConfigError, ModelError, shown
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Find out whether a model can be quantised so, before anything is loaded."""
+    """Find out whether a model can be quantized so, before anything is loaded."""
     if quantization is None:
         return
     if quantization not in (names := get_args(Quantization)):
@@ -42,7 +42,7 @@ def check_quantization(quantization: str | None) -> None:
 
 
 def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str | None) -> None:
-    """Hold a checkpoint that may be quantised already against what is asked for."""
+    """Hold a checkpoint that may be quantized already against what is asked for."""
     own = checkpoint.get("quantization_config")
     if not isinstance(own, dict):
         return
@@ -50,7 +50,7 @@ def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str
     if quantization is not None:
         raise ConfigError(f"{name} is already quantized by {method}; remove quantization")
     if method in ("bitsandbytes", "torchao"):
-        import_library(method, f"the quantised checkpoint {name}")
+        import_library(method, f"the quantized checkpoint {name}")
 
 
 def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationConfigMixin:
@@ -73,7 +73,7 @@ def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationCo
 
 
 def import_library(name: str, purpose: str) -> ModuleType:
-    """Import a quantisation library without its hints at faster kernels."""
+    """Import a quantization library without its hints at faster kernels."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -150,7 +150,7 @@ def quantised_linears(model: nn.Module) -> dict[str, QuantisedWeight]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count a model's weights, quantised ones as the numbers that they stand for."""
+    """Count a model's weights, quantized ones as the numbers that they stand for."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for weight in quantised_linears(model).values():
         linear = weight.linear
@@ -159,7 +159,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's weights by name as they lie in memory, quantised ones in their parts."""
+    """Yield a model's weights by name as they lie in memory, quantized ones in their parts."""
     linears = quantised_linears(model)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in linears or name.endswith(".bias"):
@@ -174,9 +174,9 @@ def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class QuantisedLinear:
-    """A quantised layer's forward; for the backward pass it keeps nothing but the layer."""
+    """A quantized layer's forward; for the backward pass it keeps nothing but the layer."""
 
-    # As they come, LLM.int8 keeps its inputs, and torchao a dequantised copy of every weight.
+    # As they come, LLM.int8 keeps its inputs, and torchao a dequantized copy of every weight.
 
     def __init__(self, weight: QuantisedWeight):
         self.weight = weight
@@ -198,7 +198,7 @@ class QuantisedLinear:
 
 
 class _ThroughWeight(torch.autograd.Function):
-    """y = layer(x) and ∂x = ∂y W, W being dequantised anew."""
+    """y = layer(x) and ∂x = ∂y W, W being dequantized anew."""
 
     @staticmethod
     def forward(ctx, hidden_states, layer):

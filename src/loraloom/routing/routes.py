@@ -28,13 +28,13 @@ class Route(ABC):
 
 @dataclass(frozen=True)
 class TopK(Route):
-    """The top_k most probable, renormalised to sum to 1 (MixLoRA, arXiv:2404.15159, eq. 5-6)."""
+    """The top_k most probable, renormalized to sum to 1 (MixLoRA, arXiv:2404.15159, eq. 5-6)."""
 
     top_k: int
     sums_to_one = True
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        # Softmax keeps the order of the logits; its renormalised part is the softmax of that part.
+        # Softmax keeps the order of the logits; its renormalized part is the softmax of that part.
         chosen, selected = logits.topk(self.top_k, dim=-1)
         return selected, chosen.softmax(-1)
 

@@ -32,7 +32,7 @@ class Position:
     step: int = 0  # steps done
     micro_step: int = 0  # micro-batches done of the next step
     micro_batches: int = 0  # all that were done
-    tokens: int = 0  # real tokens learnt from
+    tokens: int = 0  # real tokens learned from
     computed_tokens: int = 0  # the same with padding
     loss: MicroBatchLoss = field(default_factory=partial(MicroBatchLoss, 0.0))  # of the next step
     evaluated_step: int = -1  # steps before the last evaluation; -1 before the first one
@@ -277,7 +277,7 @@ class JobResult:
     num_parameters: int  # that were trained
     steps: int
     epochs: float
-    tokens: int  # real ones that it learnt from
+    tokens: int  # real ones that it learned from
     computed_tokens: int  # with padding
     padding_share: float  # of the computed tokens
     weights: Literal["best", "last"]  # in the adapter's files

@@ -63,7 +63,7 @@ _GIVE = "set data.validation_fraction, data.validation or eval"
 
 
 class ObjectiveConfig(StrictModel):
-    """What a job minimises; `terms` computes it where step/objectives.py has no function."""
+    """What a job minimizes; `terms` computes it where step/objectives.py has no function."""
 
     learns_from_pairs: ClassVar[bool] = False
     """Whether its data are pairs of answers."""
@@ -95,7 +95,7 @@ class _PairsConfig(ObjectiveConfig):
 
 
 class DpoConfig(_PairsConfig):
-    """Direct preference optimisation against a reference policy.
+    """Direct preference optimization against a reference policy.
 
     Source: Rafailov et al. 2023, DPO, arXiv:2305.18290; Azar et al. 2023, IPO, arXiv:2310.12036;
     label smoothing: Mitchell 2023, A note on DPO with noisy preferences (cDPO).
@@ -112,7 +112,7 @@ class DpoConfig(_PairsConfig):
 
 
 class CpoConfig(_PairsConfig):
-    """Contrastive preference optimisation: no reference, and a likelihood term on chosen answers.
+    """Contrastive preference optimization: no reference, and a likelihood term on chosen answers.
 
     Source: Xu et al. 2024, CPO, arXiv:2401.08417; hinge: Zhao et al. 2023, SLiC-HF,
     arXiv:2305.10425.
@@ -265,7 +265,7 @@ class JobConfig(StrictModel):
     adapter: adapters.AnyAdapterConfig
     """Method and size of the adapter."""
     start_from: str | dict[str, float] | None = None
-    """Adapter to start from, by directory or hub id, of the same method and size; or several LoRAs
+    """Adapter to start from, by directory or Hub ID, of the same method and size; or several LoRAs
     with weights, whose ranks together are the job's: their sum. null for new."""
     data: DataConfig
     """Training and validation data."""

@@ -1,4 +1,4 @@
-"""What a job minimises, as a function of the log-probabilities of its labels.
+"""What a job minimizes, as a function of the log-probabilities of its labels.
 
 Axes: N labels, S samples, P pairs, S = 2P. A sample is a row of the forward; of pairs of answers, a
 chosen one and its rejected one alternate. docs/objectives.md says how to add one.
