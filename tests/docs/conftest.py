@@ -17,7 +17,7 @@ from tests.conftest import build_tokenizer
 from tests.tiny import tiny_model
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-MODELS = ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")
+MODELS = ("smollm2-135m", "tiny-base", "HuggingFaceTB/SmolLM2-135M-Instruct")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -31,8 +31,9 @@ def world(models, tmp_path, monkeypatch, methods_as_before):
     shutil.copytree(EXAMPLES, tmp_path / "world/examples")
     monkeypatch.chdir(tmp_path / "world")
     monkeypatch.setattr(loading, "SMALL_MODEL", "")
-    for split in skills.QUESTIONS_PER_SKILL:
-        monkeypatch.setitem(skills.QUESTIONS_PER_SKILL, split, 2)
+    for numbers in (skills.QUESTIONS_PER_SKILL, skills.QUESTIONS_IN_A_LAND):
+        for split in numbers:
+            monkeypatch.setitem(numbers, split, 2)
     return tmp_path / "world"
 
 
