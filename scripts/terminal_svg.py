@@ -1,10 +1,12 @@
 """Write the screen of a command as an SVG, as docs/images/train.svg and data_show.svg are.
 
     python scripts/terminal_svg.py data_show.svg -- loraloom data show support.yaml --rows 1
-    python scripts/terminal_svg.py train.svg --until " 14/20 .* 14/20 " -- loraloom train run.yaml
+    python -m loraloom.data.tiny_base --output tiny-base
+    python scripts/terminal_svg.py train.svg --until " 14/20 .* 14/20 " -- \\
+        loraloom train run.yaml --set base_model=tiny-base
 
-The command runs on a terminal of its own. With --until, the screen is taken as soon as the pattern
-is found on it, and the command is interrupted.
+The files are those of docs/data.md and docs/training.md. With --until, the screen is taken as soon
+as it shows the pattern, and the command is interrupted.
 """
 
 from __future__ import annotations

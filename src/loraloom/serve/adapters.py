@@ -216,7 +216,7 @@ class ServedAdapters:
         """Let unused adapters of the directory go until all fit the memory, or else the new one."""
         former = self._served.get(new.name)  # goes at once if nobody uses it
         goes = {former.host_name} if former is not None and not former.num_users else ()
-        held = self._host.adapters
+        held = self._host.adapters if self._max_bytes < math.inf else {}  # adding up takes long
         while sum(_bytes_of(held[name]) for name in held if name not in goes) > self._max_bytes:
             others = [one for one in self._served.values() if one is not former]
             unused = [one for one in others if one.is_lazy and not one.num_users]
