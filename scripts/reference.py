@@ -77,9 +77,10 @@ loraloom serve --base-model smollm2-135m --adapter-dir runs/skills \\
 ```
 
 Requests and answers have OpenAI's form, and fields without a description are
-[OpenAI's](https://platform.openai.com/docs/api-reference). An unknown field is an error. If the
-server has keys, send `-H "Authorization: Bearer KEY"`; only `/health` and `/ready` need none. For
-programs, `GET /openapi.json` returns this page as an OpenAPI document.
+[OpenAI's](https://platform.openai.com/docs/api-reference). An unknown field is an error. In
+completions, `null` counts as not set. If the server has keys, send
+`-H "Authorization: Bearer KEY"`; only `/health` and `/ready` need none. For programs,
+`GET /openapi.json` returns this page as an OpenAPI document.
 """
 BODIES = {
     "/v1/chat/completions": {
@@ -200,14 +201,24 @@ def http_api() -> Iterator[str]:
         codes = CODES.get(path, set()) | ({401} if path not in guards._OPEN else set())
         if "requestBody" in of:
             codes |= {400, 413}
-            body = models[model_of(of["requestBody"])]
+            body = without_null(models[model_of(of["requestBody"])])
             yield from fields("field", body, heading, headings, first)
         returned = answer(of["responses"]["200"], models)
         yield f"Returns {returned}. Errors: {', '.join(map(str, sorted(codes))) or 'none'}.\n"
         if path == "/v1/chat/completions":
             yield "### `messages[]`\n"
-            yield from fields("field", models["ChatMessage"], "messages[]", headings, first)
+            message = without_null(models["ChatMessage"])
+            yield from fields("field", message, "messages[]", headings, first)
     yield "Next: [serving](../serving.md) · [errors](operations.md#http-errors)\n"
+
+
+def without_null(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out that a field may be null, which says that it is not set."""
+    null, properties = {"type": "null"}, dict[str, Any]()
+    for name, of in model["properties"].items():
+        kinds = [kind for kind in of.get("anyOf", ()) if kind != null]
+        properties[name] = {**of, "anyOf": kinds} if kinds else of
+    return {**model, "properties": properties}
 
 
 def mocked(kind: type) -> Any:

@@ -6,7 +6,7 @@
     ├── ModelError          a base model can't be loaded or attached to
     ├── AdapterError        an adapter is unknown, its name taken, or it does not fit the base
     ├── FormatError         files of an adapter can't be read
-    └── TrainingError       a job can't go on (a loss that is not finite, say)
+    └── TrainingError       a job can't continue (a loss that is not finite, say)
 
 A message says what was expected, what came and what to do. It is short and plain text: what came
 may be anybody's, so `shown` and `plain` leave no character that a terminal would obey.
@@ -70,7 +70,7 @@ class FormatError(LoraloomError):
 
 
 class TrainingError(LoraloomError):
-    """A job can't go on."""
+    """A job can't continue."""
 
 
 def not_finite(

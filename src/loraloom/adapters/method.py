@@ -235,7 +235,7 @@ def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
 
 
 class Expert(StrictModel):
-    """An adapter that another one is made of, and holds."""
+    """Adapter inside a routed adapter."""
 
     adapter: Annotated[SerializeAsAny[AdapterConfig], WithJsonSchema({"type": "object"})]
     """The settings of its method."""

@@ -31,7 +31,7 @@ from loraloom.routing.routes import Route, TopP, router_logits
 
 
 class ExpertsConfig(StrictModel):
-    """The experts' settings where they differ from the attention LoRA's; None takes those."""
+    """Settings of the experts that differ from the attention LoRA's; null: the same."""
 
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     """Rank of each expert."""
@@ -46,7 +46,7 @@ class ExpertsConfig(StrictModel):
 
 
 class SharedExpertConfig(StrictModel):
-    """A LoRA that all experts of an FFN block have beside their own."""
+    """A LoRA that all experts of an FFN block share."""
 
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     """Rank; null: the rank of an expert."""
@@ -75,7 +75,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     experts: ExpertsConfig | None = None
     """Rank, alpha and dropout of the experts, if different."""
     shared_expert: SharedExpertConfig | None = None
-    """A LoRA on the FFN block that every token goes through, whatever its experts; null for none.
+    """LoRA on the FFN block for every token, next to its experts; null for none.
 
     Each expert's W' is then W + sBA + s'B'A', with B' and A' the same in all of them, so that the
     experts need not learn apart what all tokens have in common (after Dai et al. 2024, DeepSeekMoE,

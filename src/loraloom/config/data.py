@@ -112,10 +112,10 @@ TaskReference = Annotated[
 
 
 class PromptForm(StrictModel):
-    """How an adapter's training data wrote its prompts; a part of the adapter's files."""
+    """Prompt form: how the training data of an adapter wrote prompts."""
 
     format: Literal["instruction", "chat", "text", "preference", "task"]
-    """Format of the data. Prompts of text, preference and task are read as they stand."""
+    """Format of the data. Prompts of text, preference and task are used as they are."""
     template: str | None = Field(default=None, min_length=1)
     """Instructions: the prompt template, alpaca, plain or a Jinja text."""
     chat_template: str | None = Field(default=None, min_length=1)
@@ -125,7 +125,7 @@ class PromptForm(StrictModel):
 
     @property
     def is_text(self) -> bool:
-        """Whether prompts are read as they stand."""
+        """Whether prompts are used as they are."""
         return self.format not in ("instruction", "chat")
 
     @property
@@ -253,7 +253,7 @@ class SourceConfig(_SourceFields):
 
 
 class DataConfig(_SourceFields):
-    """What a job learns from: one source, or a mix of several; and what is held out of it."""
+    """Training data, one source or a mix of several, and validation data."""
 
     mix: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
     """Several sources to mix."""

@@ -75,7 +75,7 @@ class StrictModel(BaseModel):
         return self
 
     def contradictions(self) -> Iterator[str]:
-        """Say which settings don't go together, each of which is right by itself."""
+        """Find settings that are valid alone, but contradict one another."""
         yield from ()
 
 

@@ -113,7 +113,7 @@ class Evaluation(BaseModel):
     scores: list[Any] = Field(default=[], exclude=True, repr=False)
 
     def tables(self) -> list[Table]:
-        """Make every table that there is something for, in the order to show them."""
+        """Make the tables of this evaluation, in the order to show them."""
         seeds = [_seeds_table(self)] if self.seeds else []
         comparisons = [_comparison_table(self.comparisons)] if self.comparisons else []
         return [_results_table(self.results), *seeds, *comparisons]
@@ -147,7 +147,7 @@ class Evaluation(BaseModel):
         return chain.from_iterable(task.lines for task in self.scores)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as it stands in the JSON file."""
+        """All results, as in the JSON file."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def write(self, path: str | Path) -> None:

@@ -29,7 +29,7 @@ Prompts = Sequence[str | Sequence[int]] | SourceConfig | Mapping[str, object]
 
 @dataclass(frozen=True)
 class RouterFit:
-    """Results of a router on held-out prompts: the chosen experts, by the right expert."""
+    """Results of a router on held-out prompts: the chosen experts, by the expected one."""
 
     chosen: Mapping[str, Mapping[str, int]]
 

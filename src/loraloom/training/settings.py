@@ -156,7 +156,7 @@ class OptimizerConfig(StrictModel):
 
 
 class EarlyStoppingConfig(StrictModel):
-    """Stop when a metric no longer gets better."""
+    """Stop when a metric no longer improves."""
 
     metric: str = "eval/loss"
     """Metric to watch, by its name in metrics.jsonl: eval/loss, eval/<task>/accuracy, ..."""
@@ -165,7 +165,7 @@ class EarlyStoppingConfig(StrictModel):
 
 
 class TrainConfig(OptimizerConfig):
-    """How a job learns."""
+    """Hyperparameters and schedule of a job."""
 
     objective: Annotated[SftConfig | DpoConfig | CpoConfig, Field(discriminator="name")] = Field(
         default_factory=SftConfig
@@ -204,7 +204,7 @@ class TrainConfig(OptimizerConfig):
     save_steps: int | None = Field(default=None, ge=1)
     """Save a checkpoint for --resume every N steps; null: only at evaluations and the end."""
     early_stopping: EarlyStoppingConfig | None = None
-    """Stop when a metric no longer gets better."""
+    """Stop when a metric no longer improves."""
 
     @override
     def contradictions(self) -> Iterator[str]:
@@ -230,7 +230,7 @@ class TrainConfig(OptimizerConfig):
 
 
 class EvaluationConfig(StrictModel):
-    """A choice task that is scored while a job runs and at its end."""
+    """Choice task to score during and after training."""
 
     task: TaskReference
     """Choice task to score: a name, or the .yaml file of your own task."""

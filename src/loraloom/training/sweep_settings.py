@@ -84,7 +84,7 @@ class DrawnSearch(StrictModel):
 
 
 class HalvingConfig(StrictModel):
-    """Successive halving: only the best of those that reached a rung go on after it."""
+    """Successive halving: only the best jobs at each rung continue."""
 
     reduction_factor: int = Field(default=3, ge=2)
     """Continue one in N jobs after each rung."""
@@ -102,7 +102,7 @@ class MedianConfig(StrictModel):
 
 
 class SweepStoppingConfig(StrictModel):
-    """How jobs of a sweep are stopped before their end: one of these."""
+    """Early stopping of jobs: one of these."""
 
     asha: HalvingConfig | None = None
     """Successive halving (Li et al. 2020, arXiv:1810.05934), in the form that stops jobs."""
@@ -133,10 +133,10 @@ _by_form = Discriminator(
 
 
 class SweepConfig(StrictModel):
-    """Many jobs from one: each with other values of some settings."""
+    """Many versions of one job, with different values of some settings."""
 
     job: str | dict[str, Any]
-    """Settings of a job; or the name of one of `jobs`, which the sweep's then take the place of."""
+    """Settings of a job, or the name of one of `jobs`, which the sweep replaces."""
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Settings of the job, such as train.learning_rate, and the values of each: a list; or, except
     for a grid search, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
