@@ -62,6 +62,24 @@ def test_the_p_value_is_that_of_the_discordant_questions():
     assert (thirds.num_first_better, thirds.num_second_better) == (2, 1)
 
 
+def test_a_group_of_seeds_is_no_better_for_being_a_little_right_more_often():
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(40):
+        seeds, single = draws.random((5, 200)) < 0.25, draws.random(200) < 0.25
+        found.append(compare_paired(seeds.mean(0), single.astype(float)))
+    assert all(one.num_first_better > one.num_second_better for one in found)
+    assert sum(one.p_value < 0.05 for one in found) <= 5  # 2 on average
+
+
+def test_differences_of_several_sizes_are_tested_as_scipy_does():
+    d = np.array([3, 1, -2, 2, 5, -1, 4, 0, 3, -4, 2.0])
+    for values in (d, -d, d - 1):
+        exact = stats.permutation_test((values,), np.sum, permutation_type="samples")
+        found = compare_paired(values, np.zeros(len(d))).p_value
+        assert found == pytest.approx(exact.pvalue, abs=0.02)
+
+
 def test_equal_answers_do_not_differ_and_one_question_has_no_standard_error():
     same = compare_paired([1, 0, 1], [1, 0, 1])
     assert (same.difference, same.interval, same.p_value) == (0.0, (0.0, 0.0), 1.0)

@@ -72,16 +72,19 @@ async def test_the_one_that_was_not_used_for_longest_goes(host, saved):
 
 @in_loop
 async def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved):
-    adapters = ServedAdapters(host, "base", saved, max_lazy=1)
+    adapters = ServedAdapters(host, "base", saved, max_lazy=1, max_waiting=3)
     async with using(adapters, "lora"):
         first, second = await asked(adapters, "dora"), await asked(adapters, "mixlora")
         assert adapters.take("lora") is None  # it is the next one's turn
         third = await asked(adapters, "lora")
         assert set(host.adapters) == {"own", "lora"}
+        with pytest.raises(RequestError, match="3 requests wait for adapters that are not loaded"):
+            await adapters.acquire("dora")
     for name, waiting in (("dora", first), ("mixlora", second), ("lora", third)):
         adapter = await waiting
         assert set(host.adapters) == {"own", name}
         adapters.release(adapter)
+    assert adapters.num_waiting == 0
 
 
 @in_loop
@@ -192,14 +195,16 @@ async def test_experts_of_one_adapter_share_its_place(host, saved):
 
 @in_loop
 async def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
-    adapters = ServedAdapters(host, "base")
+    adapters = ServedAdapters(host, "base", saved)
     loads = [adapters.load("new", str(saved / name)) for name in ("lora", "dora")]
     outcomes = await asyncio.gather(*loads, return_exceptions=True)
     (refused,) = [one for one in outcomes if one is not None]  # whichever was found later
     assert "the name 'new' is taken" in str(refused)
-    for name in ("own", "base"):
+    for name in ("own", "base", "dora"):
         with pytest.raises(ConfigError, match=f"the name '{name}' is taken"):
             await adapters.load(name, str(saved / "lora"))
+    with pytest.raises(ConfigError, match="'dora' is in --adapter-dir; to remove it, delete"):
+        adapters.unload("dora")
     with pytest.raises(ConfigError, match="safe file name"):
         await adapters.load("../x", str(saved / "lora"))
 
@@ -211,7 +216,7 @@ async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
     adapters = ServedAdapters(host, "base", saved, max_bytes=7 * size // 2)
     async with using(adapters, "lora"):
         await adapters.load("more", str(saved / "lora"))
-        with pytest.raises(RequestError, match="'late' exceeds the limit"):
+        with pytest.raises(RequestError, match="'late' has no room beside those in use"):
             await adapters.load("late", str(saved / "lora"))
         assert set(host.adapters) == {"own", "lora", "more"}
     await adapters.load("late", str(saved / "lora"))  # in place of the one that nobody uses now

@@ -59,7 +59,7 @@ class RouterLossConfig(AdapterConfig):
     """Losses on routers that choose a few experts for each token."""
 
     router_aux_loss_coef: Free[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
-    """Weight of the load-balance loss; its minimum is coefficient × top_k."""
+    """Weight of the load-balance loss; with equal shares it is coefficient × top_k."""
     router_z_loss_coef: Free[float] = Field(default=0.0, ge=0, le=MAX_NUMBER)
     """Weight of the mean squared logsumexp of the router's logits."""
     router_loss_scope: Free[Literal["pooled", "per_layer"]] = "pooled"

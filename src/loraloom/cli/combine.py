@@ -38,8 +38,8 @@ class CombineOptions(HostOptions):
     prompts: Annotated[tuple[str, ...], Section.DATA] = ()
     """Fit the prompt router on NAME=DATA, one per adapter: a task, a task's .yaml file, or a data
     set in the adapter's training format. Repeatable."""
-    scoring: Annotated[Scoring, Section.DATA] = "label"
-    """Write tasks' prompts for choices by label or by text."""
+    scoring: Annotated[Scoring | None, Section.DATA] = None
+    """Write prompts of choices by label or text. Default: label, or the task file's."""
     limit: Annotated[int, Section.DATA] = Field(default=200, ge=2)
     """Read at most N prompts per adapter."""
     weight: Annotated[tuple[str, ...], COMBINATION] = ()
@@ -115,10 +115,10 @@ def combine(
     console.print(f"wrote {output}: {', '.join(names)} combined by {options.by}")
 
 
-def _source(host: Host, name: str, data: str, scoring: Scoring) -> Mapping[str, Any]:
+def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mapping[str, Any]:
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
-        return {"task": data, "scoring": scoring}
+        return {"task": data} | ({"scoring": scoring} if scoring else {})
     form = host.adapter(name).prompt
     if form is None or form.format == "task":
         raise ConfigError(

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from loraloom.cli.data import row_lines
 from loraloom.config.data import DataFormat, SourceConfig
-from loraloom.config.fields import checked
+from loraloom.config.fields import checked, suggestion
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row, RowStream, check_faults, fields_of
@@ -95,7 +95,11 @@ def init(
     console.print(*row_lines(f"row {place}", first, tokenizer), sep="\n")
     lengths = [len(piece.input_ids) for row in encoded for piece in row.pieces]
     sizes = f"{min(lengths)} to {max(lengths)} tokens, {median(lengths):.0f} in the median"
+    learned = [row.pieces for row in encoded if row.pieces]
+    num_distinct = len({*learned})
     notes = encoder.notes(encoded)
+    if num_repeats := len(learned) - num_distinct:
+        notes.insert(0, f"{num_repeats} duplicates")
     console.print(plain("; ".join([f"\n{len(encoded)} rows of {sizes}", *notes])))
     settings = {
         "base_model": to_yaml({"base_model": base_model}).strip(),
@@ -104,8 +108,9 @@ def init(
         "job": to_yaml({"name": name}).strip(),
         "data": to_yaml(data).strip(),
         "num_rows": len(encoded),
-        "num_distinct": len({row.pieces for row in encoded if row.pieces}),
+        "num_distinct": num_distinct,
         "longest": f"{'at least ' if any(row.is_cut for row in encoded) else ''}{max(lengths)}",
+        "median": f"{median(lengths):.0f}",
         "max_length": min(max(1 << (max(lengths) - 1).bit_length(), 512), most),
     }
     template = Path(__file__).with_suffix(".yaml.jinja")
@@ -130,6 +135,9 @@ def _find_columns(
 ) -> tuple[RowFormat, dict[str, str]]:
     """Find the first format, or the wanted one, whose columns most rows have."""
     counts = Counter(name for row in rows for name in row)
+    if lacking := next((name for name in given.values() if name not in counts), None):
+        advice = f"{suggestion(lacking, counts)}The columns are {fields_of(counts)}"
+        raise DataError(f"{file} has no column {lacking!r}, which --column names. {advice}")
     # an optional role's own column is read in the rows that have it
     rare = _OPTIONAL - {"prompt"}
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]

@@ -41,10 +41,7 @@ VERBS: dict[str, tuple[str | Callable[..., None], str]] = {
 }
 
 # Verb with verbs of its own -> its help.
-GROUPS = {
-    "config": "Validate and inspect run files.",
-    "data": "Check and inspect a run's data.",
-}
+GROUPS = {"config": "Validate and inspect run files.", "data": "Check and inspect a run's data."}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

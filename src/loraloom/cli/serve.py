@@ -15,6 +15,7 @@ from typing_extensions import override
 from loraloom.cli.options import HostOptions, Section, Text, tell_unknown_prompts
 from loraloom.data.templates import load_chat_template
 from loraloom.errors import ConfigError
+from loraloom.formats.disk import CONFIG_FILE
 from loraloom.generation import loading
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
@@ -154,13 +155,18 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
         shares_prompts=options.shared_prompt_cache,
     )
     engine = Engine(model, tokenizer, limits)
-    found = (options.base_model, options.adapter_dir, options.max_adapters)
-    adapters = ServedAdapters(model, *found, engine.forget, options.max_adapter_bytes)
+    found = (options.base_model, options.adapter_dir, options.max_adapters, engine.forget)
+    adapters = ServedAdapters(model, *found, options.max_adapter_bytes, options.max_waiting)
     for name, path in options.adapters.items():
-        asyncio.run(adapters.load(name, path))
+        asyncio.run(adapters.load(name, path, replace=True))
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
     print(f"models: {', '.join([adapters.base_name, *adapters.names()])}")
+    directory = options.adapter_dir
+    if directory is not None and not any(directory.glob(f"*/{CONFIG_FILE}")):
+        deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)
+        advice = f"; pass --adapter-dir {deeper.parents[1]}" if deeper else ""
+        print(f"warning: {directory} contains no adapters yet{advice}")
     rows = f"{limits.max_rows} rows of {engine.max_length:,} tokens"
     print(f"cache: {limits.cache_tokens:,} tokens; at most {rows}")
     print(f"listening on http://{address}:{port}/v1", flush=True)

@@ -1,5 +1,6 @@
 """`loraloom train`: from a run file to trained adapters, and what to type next."""
 
+import json
 import math
 import shlex
 import sys
@@ -128,14 +129,16 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         data = "HELD_OUT.jsonl" if is_seen else first.path
         asked = {"--task": first.task, "--scoring": first.scoring, "--data": data}
     else:
-        form = next((one.format for job in run.all_jobs for one in job.data.sources), None)
-        held_out = [job.data.validation.dataset for job in run.all_jobs if job.data.validation]
-        asked = {"--dataset": next(filter(None, held_out), "HELD_OUT.jsonl")}
-        # which adapters don't tell: theirs is that of the prompts
-        asked |= {"--format": form} if form == "preference" else {}
+        form, fields = next(((one.format, one.fields) for one in trained_on), (None, None))
+        given = [job.data.validation.dataset for job in run.all_jobs if job.data.validation]
+        held_out = next(filter(None, given), "HELD_OUT.jsonl")
+        # what adapters don't tell: columns, and a format that is not that of the prompts
+        data = json.dumps({"dataset": held_out, "fields": fields}) if fields else held_out
+        asked = {"--dataset": data, "--format": form if form == "preference" else None}
     questions = [(option, value) for option, value in asked.items() if value]
+    fewer = f" ({MAX_ADAPTERS} of {len(good)} adapters)" if len(good) > MAX_ADAPTERS else ""
     return {
-        "Evaluate": _command("eval", [*options, *questions]),
+        f"Evaluate{fewer}": _command("eval", [*options, *questions]),
         "Generate": _command("generate", [*options, ("--prompt", "Hello!")]),
     }
 

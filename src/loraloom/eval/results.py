@@ -60,8 +60,8 @@ class PairedComparison:
     """How much better one adapter is than another on the same questions.
 
     `stderr` is that of the difference, None for a single question. `interval` is a bootstrap's
-    percentiles. `p_value` is two-sided, of the exact sign test over questions, which is McNemar's
-    test where both are single adapters.
+    percentiles. `p_value` is two-sided, of a randomization test that flips signs of differences:
+    McNemar's exact test for right and wrong answers of single adapters, else of 10,000 draws.
     """
 
     difference: float

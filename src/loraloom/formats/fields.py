@@ -332,9 +332,7 @@ TABLES: dict[str, _Table] = {
         moe_peft={"routing": "top_k"},
     ),
     LoraMoeConfig.peft_type: _Table(
-        LORA_FIELDS | _same("num_experts"),
-        {"routing_strategy": "loramoe"},
-        moe_peft={},
+        LORA_FIELDS | _same("num_experts"), {"routing_strategy": "loramoe"}, moe_peft={}
     ),
     DynMoleConfig.peft_type: _Table(
         _UNDECOMPOSED

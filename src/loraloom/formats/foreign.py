@@ -34,10 +34,7 @@ _STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
 _PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _RENAMED = (
     (r"(\w+\.layers\.\d+)\.gate\.weight", r"\1.mlp.moe_gate.weight"),
-    (
-        r"(\w+\.layers\.\d+)\.experts\.(\d+)\.(\w+)\.(lora_[AB]\.weight)",
-        r"\1.mlp.\3.experts.\2.\4",
-    ),
+    (r"(\w+\.layers\.\d+)\.experts\.(\d+)\.(\w+)\.(lora_[AB]\.weight)", r"\1.mlp.\3.experts.\2.\4"),
     (
         r"(base_model\.model\.model\.layers\.\d+)\.self_attn\."
         r"(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2)\.(lora_[AB]\.weight)",

@@ -73,6 +73,7 @@ class Engine:
         return {
             "requests_running": len(self._served),
             "requests_waiting": len(self._scheduler),
+            "adapters_loaded": len(self.host.adapters),
             "cache_tokens": self.limits.cache_tokens,
             "cache_tokens_used": self._scheduler.cached_tokens(self._served),
             "cache_tokens_kept": self._runner.prefixes.num_tokens,

@@ -112,11 +112,7 @@ def fit_router(
 
 
 def _prompts(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    given: Prompts,
-    adapter: str,
-    limit: int | None,
+    host: Host, tokenizer: PreTrainedTokenizerBase, given: Prompts, adapter: str, limit: int | None
 ) -> list[Sequence[int]]:
     """Token ids of prompts; of a source they are what stands before what is learned."""
     if isinstance(given, str):

@@ -238,9 +238,14 @@ class Host:
         config, tensors = fit_to_base(stored, self.base)
         if tensor_shapes(config, self.base).keys() - tensors.keys():
             self._registry.check_unmerged("load what depends on its weights")
+        return self._register(name, config, tensors, stored.prompt)
+
+    def _register(
+        self, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor], prompt: Any
+    ) -> Adapter:
         adapter = self._registry.build(name, config)
         adapter.load_tensors(tensors)
-        adapter.prompt = stored.prompt
+        adapter.prompt = prompt
         return self._registry.register(adapter)
 
     def save(
@@ -284,11 +289,9 @@ class Host:
         """
         sources = [self._registry.get(source) for source in adapters]
         config, tensors = combine(sources, weights, combination)
-        adapter = self._registry.build(name, config)
-        adapter.load_tensors(tensors)
         prompts = [source.prompt for source in sources]
-        adapter.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
-        return self._registry.register(adapter)
+        is_same = all(one == prompts[0] for one in prompts)
+        return self._register(name, config, tensors, prompts[0] if is_same else None)
 
     def prune(self, adapter: str, experts: Sequence[int], *, name: str) -> Adapter:
         """Make a new mixture from some experts of an existing one.
@@ -304,10 +307,7 @@ class Host:
         """
         source = self._registry.get(adapter)
         config, tensors = prune(source, experts, self.base)
-        pruned = self._registry.build(name, config)
-        pruned.load_tensors(tensors)
-        pruned.prompt = source.prompt
-        return self._registry.register(pruned)
+        return self._register(name, config, tensors, source.prompt)
 
     @property
     def merged(self) -> str | None:

@@ -20,6 +20,7 @@ from loraloom.adapters.method import Adapter
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, shown
 from loraloom.formats.disk import ADAPTER_FILES, CONFIG_FILE, find_adapter
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
 from loraloom.models.host import Host
 from loraloom.serve.process import start_apart
@@ -60,8 +61,11 @@ class ServedAdapters:
         max_lazy: int = 8,
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
         max_bytes: int | None = None,
+        max_waiting: int = EngineLimits.max_waiting,
     ):
         self.base_name = base_name
+        self.num_waiting = 0  # requests for adapters that are not loaded
+        self._max_waiting = max_waiting
         self._host = host
         self._directory = directory
         self._max_lazy = max_lazy
@@ -104,20 +108,29 @@ class ServedAdapters:
         if (adapter := self.take(name)) is not None:
             return adapter
         self._source_of(name)  # what does not exist waits for nothing
-        async with self._line:
-            if self._loading is not None and not self._loading.done():
-                await asyncio.wait([self._loading])  # its request has gone, but it takes a place
-            while (adapter := self.take(name)) is None:
-                is_lazy = name not in self._sources  # others need no place
-                while is_lazy and not self._has_place():
-                    self._released.clear()
-                    await self._released.wait()
-                source = self._source_of(name)
-                # a client that goes away meanwhile leaves nothing half loaded
-                loading = self._load(name, source, Path(source), is_lazy=is_lazy)
-                self._loading = asyncio.create_task(loading)
-                await asyncio.shield(self._loading)
-            return adapter
+        if self.num_waiting >= self._max_waiting:
+            raise _no_place(f"{self.num_waiting} requests wait for adapters that are not loaded")
+        self.num_waiting += 1
+        try:
+            async with self._line:
+                return await self._acquire_next(name)
+        finally:
+            self.num_waiting -= 1
+
+    async def _acquire_next(self, name: str) -> ServedAdapter:
+        if self._loading is not None and not self._loading.done():
+            await asyncio.wait([self._loading])  # its request has gone, but it takes a place
+        while (adapter := self.take(name)) is None:
+            is_lazy = name not in self._sources  # others need no place
+            while is_lazy and not self._has_place():
+                self._released.clear()
+                await self._released.wait()
+            source = self._source_of(name)
+            # a client that goes away meanwhile leaves nothing half loaded
+            loading = self._load(name, source, Path(source), is_lazy=is_lazy)
+            self._loading = asyncio.create_task(loading)
+            await asyncio.shield(self._loading)
+        return adapter
 
     async def acquire_sum(self, names: Sequence[str]) -> ServedAdapter:
         """Begin to use several adapters, all of them or none, until `release` of what they make."""
@@ -141,11 +154,8 @@ class ServedAdapters:
                 self.release(adapter)
             for name in names:
                 self.release(await self.acquire(name))
-        raise RequestError(
-            f"the adapters {', '.join(names)} must be loaded together, but others are in use; "
-            "retry later, or start the server with a larger --max-adapters",
-            "queue_full",
-        )
+        together = f"the adapters {', '.join(names)} must be loaded together"
+        raise _no_place(f"{together}, but others are in use")
 
     def release(self, adapter: ServedAdapter) -> None:
         adapter.num_users -= 1
@@ -175,6 +185,13 @@ class ServedAdapters:
 
     def unload(self, name: str) -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
+        is_named = name in self._sources or (
+            name in self._served and not self._served[name].is_lazy
+        )
+        if not is_named and self._is_found(name):
+            raise ConfigError(
+                f"the adapter {shown(name)} is in --adapter-dir; to remove it, delete its directory"
+            )
         source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
         if source is None and adapter is None:
             raise unknown_model(name)
@@ -197,7 +214,7 @@ class ServedAdapters:
         self, name: str, source: str, directory: Path, *, is_lazy: bool, replace: bool = True
     ) -> None:
         async with self._turn:
-            if name == self.base_name or (name in self._served and not replace):
+            if name == self.base_name or (not replace and name in {*self._served, *self.names()}):
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )
@@ -223,8 +240,8 @@ class ServedAdapters:
             if not unused:
                 self._remove(new)
                 raise RequestError(
-                    f"adapter {shown(new.name)} exceeds the limit of {self._max_bytes:,} bytes for "
-                    "all adapters; unload others, or restart with a larger --max-adapter-bytes",
+                    f"adapter {shown(new.name)} has no room beside those in use, as all may take "
+                    f"{self._max_bytes:,} bytes; retry later, or raise --max-adapter-bytes",
                     "adapter_memory",
                 )
             self._let_go(self._served.pop(unused[0].name))
@@ -262,6 +279,11 @@ class ServedAdapters:
 def unknown_model(name: str) -> RequestError:
     message = f"the model {shown(name)} does not exist"
     return RequestError(message, "model_not_found", param="model")
+
+
+def _no_place(fault: str) -> RequestError:
+    advice = "retry later, or start the server with a larger --max-adapters"
+    return RequestError(f"{fault}; {advice}", "queue_full")
 
 
 def _files_of(source: str) -> Files:

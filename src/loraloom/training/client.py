@@ -207,9 +207,8 @@ class TrainingClient:
         """Take an optimizer step and reset the gradients."""
         # A learning rate holds from now on. The norm of the adapter's whole gradient is clipped to
         # `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
-        if not (
-            0 <= (learning_rate or 0) < math.inf and (max_grad_norm is None or max_grad_norm > 0)
-        ):
+        clips = max_grad_norm is None or max_grad_norm > 0
+        if not (clips and 0 <= (learning_rate or 0) < math.inf):
             raise ConfigError(
                 "learning_rate must be finite and 0 or more, max_grad_norm above 0 (None for no "
                 f"clipping), got {learning_rate} and {max_grad_norm}"
@@ -253,9 +252,8 @@ class TrainingClient:
         if num_samples < 1:
             raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
         # A prompt is the user's turn of the chat template where there is one; with `raw` it is read
-        # as it stands. At a temperature above 0 every call draws others.
+        # as it stands. Each call has another seed: equal calls would draw the same completions.
         sampling = sampling or SamplingConfig()
-        # Another seed in each call: equal calls would draw the same completions.
         self._draws += 1
         seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})

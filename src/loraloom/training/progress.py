@@ -116,11 +116,9 @@ class Progress:
         self._tasks.pop(job_name, None)
 
     def message(self, text: str) -> None:
-        wrap = not self._is_live
+        as_it_is = {"markup": False, "emoji": False, "highlight": False}
         with suppress(OSError, ValueError):  # a full disk; a file that was closed
-            self._console.print(
-                plain(text), markup=False, emoji=False, highlight=False, soft_wrap=wrap
-            )
+            self._console.print(plain(text), **as_it_is, soft_wrap=not self._is_live)
 
     def stop(self) -> None:
         self._bars.stop()

@@ -141,8 +141,7 @@ class SweepConfig(StrictModel):
     """Settings of the job, such as train.learning_rate, and the values of each: a list; or, except
     for a grid search, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
     search: Annotated[
-        Annotated[Literal["grid"], Tag("grid")] | Annotated[DrawnSearch, Tag("drawn")],
-        _by_form,
+        Annotated[Literal["grid"], Tag("grid")] | Annotated[DrawnSearch, Tag("drawn")], _by_form
     ] = "grid"
     """grid (all combinations), {random: how many, seed: 0} or {tpe: how many, seed: 0}."""
     max_concurrent: int | None = Field(default=None, ge=1)

@@ -73,8 +73,10 @@ def create_app(
         engine.stop()
         await run_in_threadpool(thread.join)
 
-    metrics = Metrics(engine)
-    app = FastAPI(title="loraloom", version=loraloom.__version__, lifespan=lifespan)
+    metrics = Metrics(engine, adapters)
+    # its pages of documents load scripts from elsewhere, its redirects know no proxy
+    off: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(title="loraloom", version=loraloom.__version__, lifespan=lifespan, **off)
     # what comes last stands outermost
     app.add_middleware(AccessGuard, options=options)
     if options.cors_origins:
@@ -183,10 +185,10 @@ def find_below(root: Path, text: str) -> str | None:
 class Metrics(Collector):
     """The numbers of a server, which Prometheus reads."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, adapters: ServedAdapters):
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._engine = engine
+        self._engine, self._adapters = engine, adapters
         histogram = partial(
             Histogram, labelnames=["model"], registry=self.registry, buckets=_SECONDS
         )
@@ -202,8 +204,10 @@ class Metrics(Collector):
             self._first_token.labels(row.owner).observe(row.first_token_s - row.request.arrived_s)
 
     def collect(self) -> Iterator[Any]:
-        for name, value in self._engine.gauges().items():
-            yield GaugeMetricFamily(f"loraloom_{name}", name, value)
+        gauges = self._engine.gauges()
+        gauges["requests_waiting"] += self._adapters.num_waiting
+        for name, value in gauges.items():
+            yield GaugeMetricFamily(f"loraloom_{name}", name.replace("_", " "), value)
         families: dict[str, CounterMetricFamily] = {}
         for (name, *labels), number in self._engine.counts.copy().items():
             names = _LABELS.get(name, ["model"])

@@ -127,6 +127,7 @@ class Exchange(ABC):
         self.backend = backend
         self.body = body
         self.num_prompt = 0
+        self._arrived_s = time.monotonic()
         self._num_new = 0
         self._http = http
         http.scope[USAGE] = self.usage
@@ -235,7 +236,7 @@ class Exchange(ABC):
         try:
             requests = await run_in_threadpool(self.requests, adapter, served.name)
             for index, request in enumerate(requests):
-                request = replace(request, tenant=tenant)
+                request = replace(request, tenant=tenant, arrived_s=self._arrived_s)
                 self._rows.append(engine.submit(request, partial(self._tell, index), release))
                 served.num_users += 1  # each row lets it go once
         finally:
