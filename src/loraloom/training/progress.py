@@ -116,7 +116,7 @@ class Progress:
         self._tasks.pop(job_name, None)
 
     def message(self, text: str) -> None:
-        as_it_is = {"markup": False, "emoji": False, "highlight": False}
+        as_it_is: Any = {"markup": False, "emoji": False, "highlight": False}
         with suppress(OSError, ValueError):  # a full disk; a file that was closed
             self._console.print(plain(text), **as_it_is, soft_wrap=not self._is_live)
 
