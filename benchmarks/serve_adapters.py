@@ -1,21 +1,28 @@
-"""Size adapters, and time a server that has more of them on disk than it keeps loaded.
+"""Size adapters, and time the first token of servers with 8, 50 and 200 of them.
 
     python -m benchmarks.serve_adapters
+    python -m benchmarks.serve_adapters --sizes lora-8
 
-Adapters are untrained: their sizes and times are those of trained ones. Each server reads every
-adapter of its directory twice, one request of one token after another.
+Adapters are untrained: their sizes and times are those of trained ones. A server with N places
+loads N adapters, and answers the last 40 again: one request of one token after another, and after
+each of these one of the base model. Their files leave the system's cache before each request, so
+that a load reads the disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import secrets
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +32,9 @@ import loraloom
 from loraloom import LoraConfig, MixLoraConfig, VeraConfig
 from loraloom.adapters import AdapterConfig
 
-SERVERS = ((8, 8), (50, 8), (50, 64), (200, 8), (200, 256))
+SERVERS = ((8, 8), (50, 50), (200, 200), (200, 8))
 """Adapters on disk, and --max-adapters."""
+NUM_TIMED = 40
 
 
 def adapter_configs() -> dict[str, AdapterConfig]:
@@ -38,21 +46,28 @@ def adapter_configs() -> dict[str, AdapterConfig]:
     return configs
 
 
-def size_adapters(base: str, directory: Path) -> None:
+def size_adapters(base: str, directory: Path, names: Sequence[str]) -> None:
     model, _ = loraloom.load_base_model(base)
     host = loraloom.attach(model)
-    for name, config in adapter_configs().items():
+    configs = adapter_configs()
+    for name, config in ((name, configs[name]) for name in names or configs):
         host.add(name, config, seed=0)
         host.save(name, directory / name)
         host.remove(name)
         weights = sum(file.stat().st_size for file in (directory / name).glob("*.safetensors"))
-        times = [time_load(host, directory / name) for _ in range(5)]
+        disk, cached = (
+            statistics.median(time_load(host, directory / name, forget=forget) for _ in range(5))
+            for forget in (True, False)
+        )
         print(
-            f"{name}: {weights / 1e6:.2f} MB, loads in {statistics.median(times):.3f} s", flush=True
+            f"{name}: {weights / 1e6:.2f} MB, loads in {disk:.3f} s, cached {cached:.3f} s",
+            flush=True,
         )
 
 
-def time_load(host: loraloom.Host, path: Path) -> float:
+def time_load(host: loraloom.Host, path: Path, *, forget: bool) -> float:
+    if forget:
+        forget_files(path)
     begun = time.perf_counter()
     host.load("loaded", path)
     seconds = time.perf_counter() - begun
@@ -60,12 +75,17 @@ def time_load(host: loraloom.Host, path: Path) -> float:
     return seconds
 
 
+def forget_files(directory: Path) -> None:
+    """Drop files from the system's cache, which keeps what is not yet on the disk."""
+    for file in directory.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def copy_adapter(source: Path, directory: Path, count: int) -> None:
     for index in range(count):
-        copy = directory / f"a{index:03}"
-        copy.mkdir(parents=True)
-        for file in source.iterdir():
-            (copy / file.name).hardlink_to(file)
+        shutil.copytree(source, directory / f"a{index:03}")
 
 
 def time_server(base: str, directory: Path, max_adapters: int) -> None:
@@ -81,20 +101,33 @@ def time_server(base: str, directory: Path, max_adapters: int) -> None:
         request(address, base)
         before = memory_mb(server.pid)
         names = sorted(path.name for path in directory.iterdir())
-        passes = [[request(address, name) for name in names] for _ in range(2)]
+        for name in names[-max_adapters:-NUM_TIMED]:
+            request(address, name)
+        timed = names[-NUM_TIMED:]
+        passes = [time_pass(address, base, directory, timed) for _ in range(2)]
         added = memory_mb(server.pid) - before
-        first, second = (statistics.median(times) for times in passes)
-        known = statistics.median(request(address, names[-1]) for _ in range(9))
+        described = ", ".join(f"{first:.3f} s ({ratio:.2f} ×)" for first, ratio in passes)
         print(
-            f"{len(names)} on disk, {max_adapters} kept: first {first:.3f} s, again {second:.3f} s,"
-            f" loaded {known:.3f} s, {added:+.0f} MB",
-            flush=True,
+            f"{len(names)} on disk, {max_adapters} kept: {described}, {added:+.0f} MB", flush=True
         )
         server.terminate()
 
 
+def time_pass(
+    address: str, base: str, directory: Path, names: Sequence[str]
+) -> tuple[float, float]:
+    """Time a request of each adapter, and relative to one of the base model after it; medians."""
+    times, ratios = [], []
+    for name in names:
+        forget_files(directory / name)
+        times.append(request(address, name))
+        ratios.append(times[-1] / request(address, base))
+    return statistics.median(times), statistics.median(ratios)
+
+
 def request(address: str, model: str) -> float:
-    body: dict[str, Any] = {"model": model, "prompt": "Bus 34 in Orlen goes", "max_tokens": 1}
+    prompt = f"{secrets.token_hex(4)} goes to the"  # no prompt is known already
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": 1}
     headers = {"Content-Type": "application/json"}
     post = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
     begun = time.perf_counter()
@@ -110,10 +143,11 @@ def memory_mb(pid: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-model", default="smollm2-135m")
+    parser.add_argument("--sizes", nargs="*", default=[], help="of these alone; lora-8 is served")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        size_adapters(arguments.base_model, directory)
+        size_adapters(arguments.base_model, directory, arguments.sizes)
         for count, max_adapters in SERVERS:
             adapters = directory / f"{count}-{max_adapters}"
             copy_adapter(directory / "lora-8", adapters, count)
