@@ -20,9 +20,8 @@ from tests.tiny import tiny_host
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 PAGE = Path(__file__).parents[3] / "docs/deployment.md"
-MAIN = "daemon off; master_process off; pid pid; events {{}} http {{ access_log off;\n{}\n}}"
+MAIN = "daemon off; master_process off; pid pid; events {{}} http {{ access_log off; {} }}"
 """What a system's nginx.conf has around the page's file; its one process is the tester's."""
-STORES = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
 def proxy_file(port: int, replicas: list[str]) -> str:
@@ -33,8 +32,9 @@ def proxy_file(port: int, replicas: list[str]) -> str:
     for number, address in enumerate(replicas, start=1):
         several = several.replace(f"10.0.0.{number}:8000", address.removeprefix("http://"))
     site = site.replace(one, several).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
-    stores = "".join(f"{store}_temp_path {store};\n" for store in STORES)
-    return MAIN.format(stores + re.sub("ssl_certificate.*", "", site))
+    stores = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    files = "".join(f"{store}_temp_path {store}; " for store in stores)
+    return MAIN.format(files + re.sub("ssl_certificate.*", "", site))
 
 
 def statuses(client: httpx2.Client) -> list[int]:
@@ -47,10 +47,11 @@ def statuses(client: httpx2.Client) -> list[int]:
 @pytest.mark.skipif(NGINX is None, reason="needs nginx")
 def test_clients_of_a_replica_that_ends_are_answered_by_the_other(tokenizer, tmp_path):
     with ExitStack() as stack, ExitStack() as ending:
-        hosts = [tiny_host(configs={}, dtype=torch.float32, **SIZES) for _ in range(2)]
         replicas = [
-            kept.enter_context(serving(host, tokenizer))
-            for kept, host in zip((stack, ending), hosts, strict=True)
+            kept.enter_context(
+                serving(tiny_host(configs={}, dtype=torch.float32, **SIZES), tokenizer)
+            )
+            for kept in (stack, ending)
         ]
         with listen("127.0.0.1", 0) as sock:
             port = sock.getsockname()[1]
@@ -62,8 +63,7 @@ def test_clients_of_a_replica_that_ends_are_answered_by_the_other(tokenizer, tmp
         transport = httpx2.HTTPTransport(retries=5)  # until nginx listens
         client = httpx2.Client(base_url=f"http://127.0.0.1:{port}/llm", transport=transport)
         assert statuses(stack.enter_context(client)) == [200] * 8
-        served = [sum(engine.counts.values()) for _, engine in replicas]
-        assert min(served) > 0
+        assert all(engine.counts for _, engine in replicas)
         assert client.get("/metrics").status_code == 403
         ending.close()
         assert statuses(client) == [200] * 8
