@@ -30,16 +30,7 @@ from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import MODULES, TOKENS, has_own_parts, tensor_shapes
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError, names_in, shown
-from loraloom.formats.disk import (
-    ADAPTER_FILES,
-    CONFIG_FILE,
-    HUB_ID,
-    AdapterFiles,
-    find_adapter,
-    read_files,
-    refuse_to_overwrite,
-    replace_files,
-)
+from loraloom.formats import disk
 from loraloom.formats.fields import known_targets
 from loraloom.formats.foreign import of_axolotl, up_to_date
 from loraloom.formats.layouts import StoredAdapter, parse, render
@@ -50,15 +41,15 @@ _KINDS = {"router": "router", "magnitude": "magnitudes"}
 def read_adapter(
     path_or_hub_id: str | Path, base: BaseInfo, settings: Mapping[str, Any] | None = None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    return fit_to_base(read_stored(find_adapter(path_or_hub_id), settings), base)
+    return fit_to_base(read_stored(disk.find_adapter(path_or_hub_id), settings), base)
 
 
 def read_stored(directory: Path, settings: Mapping[str, Any] | None = None) -> StoredAdapter:
     """Read an adapter as its files describe it, with no base model at hand."""
-    return parse_files(replace(read_files(directory), given=settings or {}))
+    return parse_files(replace(disk.read_files(directory), given=settings or {}))
 
 
-def parse_files(files: AdapterFiles) -> StoredAdapter:
+def parse_files(files: disk.AdapterFiles) -> StoredAdapter:
     """Find out the method from the configuration, and understand the files by its layout."""
     methods = {method.peft_type: method for method in CONFIGS}
     try:
@@ -71,13 +62,13 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
         if peft_type in methods:
             return parse(files, methods[peft_type])
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, re.error) as error:
-        raise files.error(f"{CONFIG_FILE} is not valid: {error}") from error
+        raise files.error(f"{disk.CONFIG_FILE} is not valid: {error}") from error
     package = files.section("loraloom").get("package")
     writer = f" of the package {shown(package)}" if package else ""
     raise files.error(
-        f"`peft_type` in {CONFIG_FILE} must be one of {', '.join(methods)}, got {shown(peft_type)}"
-        f"{writer}; install a package that provides this method as an entry point of "
-        "loraloom.methods, or call loraloom.register_method first"
+        f"`peft_type` in {disk.CONFIG_FILE} must be one of {', '.join(methods)}, got "
+        f"{shown(peft_type)}{writer}; install a package that provides this method as an entry "
+        "point of loraloom.methods, or call loraloom.register_method first"
     )
 
 
@@ -95,9 +86,9 @@ def write_adapter(
     # Other files in the directory stay. The three are written aside and renamed (disk.py).
     directory = Path(os.path.expanduser(directory))
     if not overwrite:
-        refuse_to_overwrite(directory)
+        disk.refuse_to_overwrite(directory)
     card = model_card(config, base, prompt=prompt) if card is None else card
-    replace_files(directory, render(config, tensors, base, prompt), card)
+    disk.replace_files(directory, render(config, tensors, base, prompt), card)
 
 
 def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -213,7 +204,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     """Give an adapter's method, settings, sizes and norms, as `inspect --json` prints them."""
     # Parameters are the adapter's, by kind, without what all layers share. Norms are those of each
     # kind of tensor over all layers and experts, without tensors that have infinite values or NaN.
-    directory = find_adapter(path_or_hub_id)
+    directory = disk.find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     config, tensors, base = stored.config, stored.tensors, stored.base
     keys = {name: key for name in tensors if (key := TensorKey.parse(within(name)))}
@@ -229,7 +220,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     finite = {kind: list(filter(math.isfinite, values)) for kind, values in norms.items()}
     used, targets = {key.projection for key in keys.values()}, config.target_modules
     names = [t for t in targets if t.rpartition(".")[2] in used]
-    files = [directory / name for name in ADAPTER_FILES]
+    files = [directory / name for name in disk.ADAPTER_FILES]
     total = sum(parameters.values())
     return {
         "path": str(path_or_hub_id),
@@ -279,7 +270,8 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["loraloom", config.title.lower()],
     }
-    if HUB_ID.fullmatch(base_name) and not Path(base_name).exists():  # the Hub takes no local path
+    # The Hub takes no local path.
+    if disk.HUB_ID.fullmatch(base_name) and not Path(base_name).exists():
         front = {"base_model": base_name, **front}
         front["tags"].append(f"base_model:adapter:{base_name}")
     settings = config.model_dump(mode="json", exclude_none=True)

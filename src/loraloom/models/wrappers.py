@@ -21,16 +21,11 @@ from transformers.activations import ACT2FN
 
 from loraloom.adapters.base import FfnRows, FfnShape
 from loraloom.errors import ModelError
+from loraloom.models import quantization
 from loraloom.models.extra_modules import own_outputs
 from loraloom.models.families import EXPERTS, Family
 from loraloom.models.forward import ForwardContext, current_forward, running
 from loraloom.models.layout import Segment
-from loraloom.models.quantization import (
-    QuantisedLinear,
-    check_computes,
-    keep_layout,
-    quantised_linears,
-)
 from loraloom.models.stacks import AttentionPlace, outside_autocast
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation
@@ -194,10 +189,9 @@ class Wiring:
                 f"model must be on one device, got parts on {', '.join(devices)}; load the model "
                 "on one device (device_map={'': 0} for example), quantized if necessary"
             )
-        quantised = quantised_linears(model)
+        quantised = quantization.quantised_linears(model)
         for name, weight in quantised.items():
-            check_computes(name, weight)
-        forwards = {weight.linear: QuantisedLinear(weight) for weight in quantised.values()}
+            quantization.check_computes(name, weight)
         self._model = model
         # What takes all of it off again.
         self.undo = ExitStack()
@@ -207,9 +201,9 @@ class Wiring:
             self.undo.callback(parameter.requires_grad_, parameter.requires_grad)
         model.eval()
         model.requires_grad_(False)
-        for linear, forward in forwards.items():
-            self.undo.callback(keep_layout(linear))
-            self._replace_forward(linear, forward)
+        for weight in quantised.values():
+            self.undo.callback(quantization.keep_layout(weight.linear))
+            self._replace_forward(weight.linear, quantization.QuantisedLinear(weight))
         sites = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
         for index, layer in enumerate(model.get_submodule(family.layers).children()):
             if family.has_attention(layer):

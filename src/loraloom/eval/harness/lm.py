@@ -24,15 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.fields import checked
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
+from loraloom.generation import scoring
 from loraloom.generation.generate import complete
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.scoring import (
-    fit_pair,
-    group_rows,
-    score_groups,
-    token_batches,
-    tokens_per_batch,
-)
 from loraloom.generation.sequence import GenerationRequest
 from loraloom.models.choice import Choice
 from loraloom.models.host import Host
@@ -56,7 +50,7 @@ class Answers:
             raise AdapterError("adapters must name at least one, or None for the base, got none")
         self.adapters = list(dict.fromkeys(adapters))
         self._host, self._tokenizer, self._batch_size = host, tokenizer, batch_size
-        self._max_tokens = max_tokens_per_batch or tokens_per_batch(host)
+        self._max_tokens = max_tokens_per_batch or scoring.tokens_per_batch(host)
         self._kept: dict[Any, Any] = {}  # by adapter and request
 
     def of(self, adapter: str | None, requests: Sequence[Any], what: str, quiet: Any) -> list[Any]:
@@ -78,10 +72,11 @@ class Answers:
 
     def _score(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
         groups = _group_by_context(requests)
-        rows = group_rows(self._host, [[TokenPair(*map(list, one)) for one in g] for g in groups])
-        for places in token_batches(rows, self._max_tokens // len(self.adapters)):
+        pairs = [[TokenPair(*map(list, one)) for one in group] for group in groups]
+        rows = scoring.group_rows(self._host, pairs)
+        for places in scoring.token_batches(rows, self._max_tokens // len(self.adapters)):
             wanted = list(product(self.adapters, places))
-            scores = score_groups(self._host, rows, wanted, self._max_tokens)
+            scores = scoring.score_groups(self._host, rows, wanted, self._max_tokens)
             for (name, place), of_group in zip(wanted, scores, strict=True):
                 yield from ((name, *one) for one in zip(groups[place], of_group, strict=True))
             bar.update(sum(len(groups[place]) for place in places))
@@ -168,7 +163,7 @@ class HostLM(_HFLM):
     ) -> list[tuple[float, bool]]:
         # a context of blanks has no token of its own
         pairs = [TokenPair(text or [self.prefix_token_id], rest) for _, text, rest in requests]
-        asked = [tuple(map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
+        asked = [tuple(map(tuple, scoring.fit_pair(pair, self.max_length))) for pair in pairs]
         scores = self.answers.of(self.adapter, asked, "loglikelihood", disable_tqdm)
         for score in scores:
             if not math.isfinite(score.log_likelihood):
