@@ -12,14 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraloom.adapters import (
-    DynMoleConfig,
-    LoraConfig,
-    LoraMoeConfig,
-    MixLoraConfig,
-    MolaConfig,
-    VeraConfig,
-)
+from loraloom import adapters
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.lora import matches, pattern_value
 from loraloom.adapters.method import AdapterConfig, Targets
@@ -67,11 +60,10 @@ def read_settings(
     # here and dropped when the adapter meets a base model without such a module.
     listed = [name.rpartition(".")[2] for name in files.targets()]
     targets = tuple(dict.fromkeys([*listed, *projections]))
-    table = TABLES.get(method.peft_type)
+    table, elsewhere = TABLES.get(method.peft_type), files.section("loraloom").get("adapter", {})
     if table is None:
         known = {name: files.config[name] for name in method.model_fields if name in files.config}
-        nulls = files.section("loraloom").get("adapter", {})
-        return known | nulls | ({"target_modules": targets} if targets else {})
+        return known | elsewhere | ({"target_modules": targets} if targets else {})
     theirs = set(table.names.values())
     missing = [name for name in _REQUIRED if name in theirs and name not in files.config]
     if missing:
@@ -80,11 +72,8 @@ def read_settings(
         "target_modules": targets,
         **{ours: files.config[name] for ours, name in table.names.items() if name in files.config},
         **table.read(files),
-        **{
-            name: value
-            for name, value in files.section("loraloom").get("adapter", {}).items()
-            if (name, value) != ("router_bias", False)  # which mixtures once had
-        },
+        # Mixtures once had `router_bias`, always false.
+        **{n: value for n, value in elsewhere.items() if (n, value) != ("router_bias", False)},
     }
 
 
@@ -105,9 +94,9 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
         return fields
     elsewhere = {*table.names, *table.written(config), *OWN_FIELDS, "method", "target_modules"}
     own = {name: value for name, value in settings.items() if name not in elsewhere}
-    for name in [name for name, value in own.items() if value is None]:
-        if name != "expert_capacity" or settings["routing"] != "switch":  # there it has a meaning
-            del own[name]
+    # Null has a meaning in the capacity of switch routing alone.
+    nulls = {"expert_capacity"} if settings.get("routing") == "switch" else set()
+    own = {name: value for name, value in own.items() if value is not None or name in nulls}
     flags = {name for name in ("use_dora", "use_rslora") if not fields.get(name)}
     kept = {name: value for name, value in fields.items() if name not in flags}
     return kept | {"loraloom": {"adapter": own}}
@@ -303,7 +292,7 @@ _UNDECOMPOSED = {ours: name for ours, name in LORA_FIELDS.items() if ours != "we
 
 # The methods that other libraries store.
 TABLES: dict[str, _Table] = {
-    LoraConfig.peft_type: _Table(
+    adapters.LoraConfig.peft_type: _Table(
         LORA_FIELDS,
         {"fan_in_fan_out": False}
         | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
@@ -311,7 +300,7 @@ TABLES: dict[str, _Table] = {
         write=_write_lora,
         moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}},
     ),
-    VeraConfig.peft_type: _Table(
+    adapters.VeraConfig.peft_type: _Table(
         {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}
         | _same("d_initial save_projection"),
         read=lambda files: {"save_projection": "base_model.vera_A" in files.tensors},
@@ -319,22 +308,22 @@ TABLES: dict[str, _Table] = {
             {} if base.has_own_names else {"target_modules": _target_pattern(config, base)}
         ),
     ),
-    MixLoraConfig.peft_type: _Table(
+    adapters.MixLoraConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"),
         read=_read_mixlora,
         write=_write_mixlora,
         written=_written_by_mixlora,
         moe_peft={"shared_expert": None},
     ),
-    MolaConfig.peft_type: _Table(
+    adapters.MolaConfig.peft_type: _Table(
         _UNDECOMPOSED | _same("num_experts top_k"),
         {"routing_strategy": "mola"},
         moe_peft={"routing": "top_k"},
     ),
-    LoraMoeConfig.peft_type: _Table(
+    adapters.LoraMoeConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"), {"routing_strategy": "loramoe"}, moe_peft={}
     ),
-    DynMoleConfig.peft_type: _Table(
+    adapters.DynMoleConfig.peft_type: _Table(
         _UNDECOMPOSED
         | _same("num_experts keep_top_k top_p entropy_threshold entropy_index entropy_eps"),
         {"routing_strategy": "dynmole", "entropy_type": "tsallis"},
@@ -350,7 +339,7 @@ def check_reference_holds(config: AdapterConfig) -> None:
         raise AdapterError(f"MoE-PEFT does not support {config.title}")
     faults = {n: settings[n] for n, value in table.moe_peft.items() if settings[n] != value}
     hint = ""
-    if isinstance(config, MixLoraConfig) and config.compat is None:
+    if isinstance(config, adapters.MixLoraConfig) and config.compat is None:
         differs = {"temperature": config.temperature != 1, "routing": config.routing == "switch"}
         if any(differs.values()):
             faults |= {name: settings[name] for name in filter(differs.get, differs)}

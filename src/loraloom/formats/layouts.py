@@ -144,11 +144,9 @@ def render(
     prompt: PromptForm | None = None,
 ) -> AdapterFiles:
     known = {name: getattr(base, name) or None for name in BaseRecord.model_fields}
-    record = AdapterRecord(
-        base=BaseRecord(**known), prompt=prompt, package=config.package or None
-    ).model_dump(
-        mode="json", exclude_none=True, exclude={"adapter": True, "base": {"name_or_path"}}
-    )
+    package, left_out = config.package or None, {"adapter": True, "base": {"name_or_path"}}
+    record = AdapterRecord(base=BaseRecord(**known), prompt=prompt, package=package)
+    record = record.model_dump(mode="json", exclude_none=True, exclude=left_out)
     fields: dict[str, Any] = {
         "peft_type": config.peft_type,
         "base_model_name_or_path": base.name_or_path or None,
