@@ -86,26 +86,23 @@ def generate(
     messages = make_console(stderr=True, soft_wrap=True, quiet=options.output is None)
     with show_progress(messages, "rows", [1] * len(rows)) as advance:
         advance(range(num_done))
-        while num_done < len(rows):
-            done = range(num_done, min(num_done + size, len(rows)))
-            batch = complete(host, tokenizer, requests[done.start : done.stop], batch_size=size)
-            num_done = done.stop
+        for start in range(num_done, len(rows), size):
+            part = slice(start, start + size)
+            batch = complete(host, tokenizer, requests[part], batch_size=size)
             answers = [{"completion": one.text, **told(one.choice)} for one in batch]
-            _write(options, rows[done.start : done.stop], answers)
-            advance(done)
+            _write(options, [row | one for row, one in zip(rows[part], answers, strict=True)])
+            advance(range(start, start + len(batch)))
 
 
-def _write(options: GenerateOptions, rows: Rows, answers: Rows) -> None:
-    completed = [{**row, **answer} for row, answer in zip(rows, answers, strict=True)]
+def _write(options: GenerateOptions, completed: Rows) -> None:
     lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in completed)
     if options.output is not None:
         append_text(options.output, lines)
         return
     if options.input is None:
         has_names = len(options.adapter) + (not options.no_base) > 1
-        names = [f"[{row['adapter']}]\n" if has_names else "" for row in completed]
-        texts = [row["completion"] for row in completed]
-        lines = "".join(f"{name}{text}\n" for name, text in zip(names, texts, strict=True))
+        form = "[{adapter}]\n{completion}\n" if has_names else "{completion}\n"
+        lines = "".join(form.format_map(row) for row in completed)
     print(printed(lines) if sys.stdout.isatty() else lines, end="", flush=True)
 
 
