@@ -64,11 +64,10 @@ def convert(
             f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
             "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
         )
+    files = render(config, tensors, base, prompt)
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
         check_reference_holds(config)
-    files = render(config, tensors, base, prompt)
-    if to == "reference":
         files = _for_reference(files, config.dropout)
     write_new(path, files, card, pickled=to == "reference")
     return config

@@ -205,10 +205,8 @@ class _ExportedModel(ABC):
     def _write_shard(self, number: int, file: Path, dtype: torch.dtype) -> dict[str, int]:
         """Write a shard, and return its tensors' bytes; nothing is left of it in memory."""
         # Checkpoints have other names than models, and experts apart.
-        stored = revert_weight_conversion(
-            self.built,
-            {name: self._own(name, tensor) for name, tensor in self._shard(number).items()},
-        )
+        tensors = {name: self._own(name, t) for name, t in self._shard(number).items()}
+        stored = revert_weight_conversion(self.built, tensors)
         stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
         save_file(stored, file, metadata={"format": "pt"})
         shutil.copymode(file.with_name("config.json"), file)  # safetensors makes files 0600
@@ -273,8 +271,7 @@ class _MergedModel(_ExportedModel):
         check_merges(self.adapter)
         config = copy.deepcopy(self.host.model.config)
         for name in ("quantization_config", "auto_map"):
-            if hasattr(config, name):
-                delattr(config, name)
+            vars(config).pop(name, None)
         return type(self.host.model)(config)
 
     def layer_tensors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
@@ -347,12 +344,8 @@ class _MoeModel(_ExportedModel):
         ours = host.model.get_submodule(layer)
         ffn = ours.get_submodule(host.base.ffn)
         odd = [f"{host.base.ffn}.{name}" for name, _ in ffn.named_parameters() if "bias" in name]
-        theirs = {
-            name
-            for name in self.built.get_submodule(layer).state_dict()
-            if not name.startswith(f"{self.twin.block}.")
-        }
-        odd += sorted(theirs ^ self._outside_ffn(0, ours).keys())
+        theirs = _tensors_of(self.built.get_submodule(layer), f"{self.twin.block}.")
+        odd += sorted(theirs.keys() ^ self._outside_ffn(0, ours).keys())
         kinds = getattr(host.config, "layer_types", None) or []
         if not self.twin.keeps_layer_types and "sliding_attention" in kinds:
             odd.append("layers with sliding attention")
