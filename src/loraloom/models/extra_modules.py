@@ -50,19 +50,12 @@ class OwnTokens(OwnModule):
     """Rows of an embedding or a head for some tokens; other tokens have the base model's."""
 
     def __init__(
-        self,
-        path: str,
-        tokens: tuple[int, ...],
-        rows: nn.Parameter,
-        *,
-        is_linear: bool,
-        is_tied: bool,
+        self, path: str, tokens: Tensor, rows: nn.Parameter, *, is_linear: bool, is_tied: bool
     ):
         super().__init__(path, is_linear=is_linear)
         self.rows = rows
         self.is_tied = is_tied
-        places = torch.tensor(tokens, device=rows.device)
-        self.register_buffer("tokens", places, persistent=False)
+        self.register_buffer("tokens", tokens, persistent=False)
 
     def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         outputs = type(module).forward(module, inputs)
@@ -114,9 +107,8 @@ def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> 
         weights = {name: whole(w).detach() for name, w in module.named_parameters(recurse=False)}
         kinds = {"is_linear": is_linear(module), "is_tied": path in parts.tied}
         if table in parts.tokens:
-            tokens, shared = parts.tokens[table], own.get(table)
-            places = torch.tensor(tokens, device=weights["weight"].device)
-            rows = nn.Parameter(weights["weight"][places].to(dtype))
+            tokens = torch.tensor(parts.tokens[table], device=weights["weight"].device)
+            rows, shared = nn.Parameter(weights["weight"][tokens].to(dtype)), own.get(table)
             rows = shared.rows if isinstance(shared, OwnTokens) else rows
             own[path] = OwnTokens(path, tokens, rows, **kinds)
         else:

@@ -60,9 +60,8 @@ def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
     hidden_size = text_config(model).hidden_size
     layers = []
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
-        attends = family.has_attention(layer)
-        names = family.attention_projections
-        attention = _projections(layer, index, family.attention, names if attends else ())
+        names = family.attention_projections if family.has_attention(layer) else ()
+        attention = _projections(layer, index, family.attention, names)
         ffn = _projections(layer, index, family.ffn, family.ffn_shape.names)
         blocks = (family.attention, attention, family.ffn, ffn)
         layers.append(BaseLayer(index, *blocks, family.ffn_shape, hidden_size))
@@ -116,8 +115,7 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
     shapes, text = _shapes(layers), text_config(model)
     with_attention = tuple(layer.index for layer in layers if layer.attention)
-    blocks = [block for layer in layers for block in layer.blocks.values()]
-    projections = [projection for block in blocks for projection in block.values()]
+    projections = [projection for layer in layers for projection in layer.projections]
     kinds = (one.quantised.kind for one in projections if one.quantised is not None)
     activations = (getattr(text, name, None) for name in ("hidden_act", "hidden_activation"))
     named = (name for name in activations if isinstance(name, str))
@@ -148,7 +146,7 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
         head=paths[id(head)],
         ties_head=embedding.weight is head.weight,
         attention_layers=with_attention if len(with_attention) < len(layers) else None,
-        has_own_names=all(others.isdisjoint(block) for block in blocks),
+        has_own_names=others.isdisjoint(projection.name for projection in projections),
     )
 
 
@@ -177,11 +175,10 @@ def _fingerprint(
     model_type: str, shapes: dict[str, tuple[int, int]], layers: list[BaseLayer]
 ) -> str:
     digest = hashlib.sha256(f"{model_type} {len(layers)} {sorted(shapes.items())}".encode())
-    adapted = [layer for layer in layers if layer.attention or layer.ffn]
+    adapted = [layer for layer in layers if layer.projections]
     for layer in (adapted[0], adapted[len(adapted) // 2], adapted[-1]):
-        for projection in (*layer.attention.values(), *layer.ffn.values()):
-            if projection.device.type == "meta":  # one without weights is known by its shapes
-                continue
-            corner = projection.weight.detach().flatten()[:64]
-            digest.update(corner.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+        for projection in layer.projections:
+            if projection.device.type != "meta":  # one without weights is known by its shapes
+                corner = projection.weight.detach().flatten()[:64]
+                digest.update(corner.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

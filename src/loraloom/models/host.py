@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from loraloom.adapters.base import SampleTokens
+from loraloom.adapters.base import Records, Samples, SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
@@ -690,7 +690,7 @@ class Host:
             keys, record = torch.randint(2**62, (len(tokens),)).tolist(), {}
         names = rows.adapters
         if len(names) == 1 or self._prepared_here() is not None:  # within `generate`, beams
-            names = rows.expanded(len(tokens))
+            names = [name for name in names for _ in range(len(tokens) // len(names))]
         # As transformers does it.
         if rows.training and self.gradient_checkpointing:
             inputs["use_cache"] = False
@@ -699,9 +699,7 @@ class Host:
         return self._run(forward), lambda: self._auxiliary_loss(*_routing_of(forward))
 
     def _auxiliary_loss(
-        self,
-        routing: Mapping[str, list[LayerRouting]],
-        samples: Mapping[str, list[SampleTokens] | None],
+        self, routing: Mapping[str, Records], samples: Mapping[str, Samples]
     ) -> Tensor | None:
         """Add up what adapters add to the objective; None for nothing."""
         losses = [

@@ -193,10 +193,9 @@ def _spans(
         if lengths is not None:
             stops = list(accumulate(lengths[row], initial=offset))
             spans += map(SampleSpan, row_keys, map(slice, stops, stops[1:]))
-        elif real is None:
-            spans.append(SampleSpan(row_keys[0], slice(offset, offset + length)))
         else:
-            spans.append(SampleSpan(row_keys[0], _positions(real[row], offset)))
+            own = slice(offset, offset + length) if real is None else _positions(real[row], offset)
+            spans.append(SampleSpan(row_keys[0], own))
     return tuple(spans)
 
 

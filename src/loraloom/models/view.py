@@ -37,10 +37,6 @@ class Rows:
     adapters: Sequence[RowAdapter]
     training: bool = False
 
-    def expanded(self, batch_size: int) -> list[RowAdapter]:
-        copies = batch_size // len(self.adapters)
-        return [adapter for adapter in self.adapters for _ in range(copies)]
-
 
 # Which rows this thread names, and for the forwards of which model.
 _given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
