@@ -108,6 +108,7 @@ def test_what_json_has_no_form_for_becomes_text_when_parquet_is_read(tmp_path):
         ("a.csv", 'text\n"never closed\n', "a.csv: line 2: not valid CSV: unexpected end of data"),
         ("a.csv", "text\none,two\n", "a.csv, line 2: a row must have at most 1 columns"),
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv: columns must have different names"),
+        ("a.csv", "a;b\n1;2\n", "a.csv: columns must be separated by commas, got the header 'a;b'"),
         ("a.parquet", "not parquet", "a.parquet: the file can't be read"),
         ("a.jsonl.gz", "not gzip", "a.jsonl.gz: the file can't be read"),
         ("a.xlsx", "x", "a.xlsx: a data file must end in one of .jsonl, .json, .csv"),

@@ -80,6 +80,11 @@ def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
         f"{path}: 3 rows, 2 examples, {tokens} tokens, 0 held out; 1 cut or divided to fit "
         "max_length=20; 1 dropped because their answers do not fit",
     )
+    tiny_tokenizer.unk_token = token = tiny_tokenizer.convert_ids_to_tokens(
+        loaded.examples[0].labels[-2]
+    )
+    (report,) = load(tiny_tokenizer, max_length=20, **settings).report
+    assert f"; 2 tokens in the loss are {token}; 1 cut or divided" in report
     with pytest.raises(DataError, match="none of the 3 rows has an answer that fits max_length=2;"):
         load(tiny_tokenizer, max_length=2, **settings)
 

@@ -76,10 +76,15 @@ class SourceEncoder:
         sources.check_faults(list(faults.items()), len({row.origin for row in rows}))
 
     def notes(self, rows: Sequence[EncodedRow]) -> list[str]:
-        """What became of rows that could not be used, or not in one piece."""
+        """What became of rows that could not be used as they are."""
         cut, empty = sum(row.is_cut for row in rows), sum(row.is_empty for row in rows)
         dropped = sum(not row.pieces for row in rows) - empty
+        unk = {self.tokenizer.unk_token_id} - {self.tokenizer.eos_token_id, None}
+        unknown = sum(
+            label in unk for row in rows for piece in row.pieces for label in piece.labels
+        )
         notes = {
+            f"{unknown} tokens in the loss are {self.tokenizer.unk_token}": unknown,
             f"{cut} cut or divided to fit max_length={self.max_length}": cut,
             f"{empty} skipped because of empty answers": empty,
             f"{dropped} dropped because their answers do not fit": dropped,

@@ -169,6 +169,8 @@ def _read_csv(file: Any) -> _Read:
     columns = reader.fieldnames or ()
     if len(set(columns)) < len(columns):
         raise DataError("columns must have different names; rename a column")
+    if len(columns) == 1 and {";", "\t"} & {*columns[0]}:
+        raise DataError(f"columns must be separated by commas, got the header {columns[0]!r}")
     try:
         for row in reader:
             # a text in quotes may have line breaks of its own
