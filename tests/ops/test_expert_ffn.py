@@ -13,14 +13,7 @@ from torch.nn.functional import silu
 from loraloom.ops import slot_pieces
 from loraloom.ops.expert_ffn import FfnDropout, Routing, expert_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
-from tests.ops.ffn_case import (
-    SHAPES,
-    FfnFunction,
-    assert_equals_loop,
-    compute_form,
-    make_case,
-    run,
-)
+from tests.ops.ffn_case import SHAPES, FfnFunction, assert_equals_loop, compute_form, make_case, run
 
 
 def in_groups_of(size, arguments):

@@ -12,8 +12,7 @@ Pair = tuple[str, Any, str, Any]
 
 
 def pairwise(
-    factors: Mapping[str, Sequence[Any]],
-    is_possible: Callable[[Case], bool],
+    factors: Mapping[str, Sequence[Any]], is_possible: Callable[[Case], bool]
 ) -> list[Case]:
     """Draw cases until each possible pair of values occurs in one; they are always the same.
 

@@ -10,14 +10,7 @@ from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatchLoss
 from loraloom.training.step.fused import forward_backward
 from tests.tiny import METHODS, relative_error
-from tests.training.toy import (
-    ADAPTERS,
-    PAD_ID,
-    add_job,
-    gradients_of,
-    toy_config,
-    toy_host,
-)
+from tests.training.toy import ADAPTERS, PAD_ID, add_job, gradients_of, toy_config, toy_host
 
 
 def run_window(host: Host, jobs: list[Job]) -> dict[str, MicroBatchLoss]:
