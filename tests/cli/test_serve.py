@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
+from functools import partial
 
+import httpx2
 import pytest
 
 from loraloom.cli.main import main
@@ -16,13 +16,6 @@ from tests.cli.test_chat import saved as _saved
 
 saved = _saved
 """A base model with a tokenizer, and two adapters."""
-
-
-def ask(address, path, body=None):
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.loads(response.read())
 
 
 @pytest.mark.slow
@@ -39,21 +32,16 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
         address = lines[2].split()[-1].removesuffix("/v1")
         answers = []
         body = {"model": "mix", "prompt": "one", "max_tokens": 50, "ignore_eos": True}
-        thread = threading.Thread(
-            target=lambda: answers.append(ask(address, "/v1/completions", body))
-        )
+        ask = partial(httpx2.post, f"{address}/v1/completions", json=body, timeout=60)
+        thread = threading.Thread(target=lambda: answers.append(ask().json()))
         thread.start()
-        while "loraloom_requests_running 1.0" not in read(address, "/metrics") and not answers:
+        metrics = partial(httpx2.get, f"{address}/metrics", timeout=60)
+        while "loraloom_requests_running 1.0" not in metrics().text and not answers:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         thread.join()
         assert process.wait(timeout=60) == 0
     assert answers[0]["usage"]["completion_tokens"] == 50
-
-
-def read(address, path):
-    with urllib.request.urlopen(f"{address}{path}", timeout=60) as response:
-        return response.read().decode()
 
 
 @pytest.mark.parametrize(

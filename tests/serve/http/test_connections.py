@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 
 import httpx2
 import pytest
@@ -29,18 +30,14 @@ def closed_by_server(connection, dribble=b""):
     """Wait until the server closes a connection, on which something is sent again and again."""
     connection.settimeout(0.02)
     end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            if connection.recv(65536) == b"":
-                return True
-        except TimeoutError:
-            pass
-        except ConnectionError:
-            return True
-        try:
+    try:
+        while time.monotonic() < end:
+            with suppress(TimeoutError):
+                if connection.recv(65536) == b"":
+                    return True
             connection.sendall(dribble)
-        except OSError:
-            return True
+    except OSError:
+        return True
     return False
 
 

@@ -19,16 +19,16 @@ from tests.serve.http.in_process import BASE, serving
 from tests.tiny import tiny_host
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-PAGE = Path(__file__).parents[3] / "docs/deployment.md"
+PAGE = (Path(__file__).parents[3] / "docs/deployment.md").read_text()
+BODY = {"model": BASE, "prompt": "one", "max_tokens": 1}
 MAIN = "daemon off; master_process off; pid pid; events {{}} http {{ access_log off; {} }}"
 """What a system's nginx.conf has around the page's file; its one process is the tester's."""
 
 
 def proxy_file(port: int, replicas: list[str]) -> str:
     """Write the page's file with the upstream of several replicas and ports of this machine."""
-    text = PAGE.read_text()
-    one, several = re.findall(r"^upstream .*?^}", text, re.MULTILINE | re.DOTALL)
-    (site,) = re.findall(r"```text\n(# /etc/nginx/conf.d/.*?)```", text, re.DOTALL)
+    one, several = re.findall(r"^upstream .*?^}", PAGE, re.MULTILINE | re.DOTALL)
+    (site,) = re.findall(r"```text\n(# /etc/nginx/conf.d/.*?)```", PAGE, re.DOTALL)
     for number, address in enumerate(replicas, start=1):
         several = several.replace(f"10.0.0.{number}:8000", address.removeprefix("http://"))
     site = site.replace(one, several).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
@@ -39,20 +39,15 @@ def proxy_file(port: int, replicas: list[str]) -> str:
 
 def statuses(client: httpx2.Client) -> list[int]:
     """Ask with eight keys, which nginx spreads over the replicas."""
-    body = {"model": BASE, "prompt": "one", "max_tokens": 1}
     keys = [{"Authorization": f"Bearer {number}"} for number in range(8)]
-    return [client.post("/v1/completions", json=body, headers=key).status_code for key in keys]
+    return [client.post("/v1/completions", json=BODY, headers=key).status_code for key in keys]
 
 
 @pytest.mark.skipif(NGINX is None, reason="needs nginx")
-def test_clients_of_a_replica_that_ends_are_answered_by_the_other(tokenizer, tmp_path):
+def test_clients_of_a_replica_that_ends_are_answered_by_the_other(host, tokenizer, tmp_path):
     with ExitStack() as stack, ExitStack() as ending:
-        replicas = [
-            kept.enter_context(
-                serving(tiny_host(configs={}, dtype=torch.float32, **SIZES), tokenizer)
-            )
-            for kept in (stack, ending)
-        ]
+        places = (stack, host), (ending, tiny_host(dtype=torch.float32, **SIZES))
+        replicas = [kept.enter_context(serving(one, tokenizer)) for kept, one in places]
         with listen("127.0.0.1", 0) as sock:
             port = sock.getsockname()[1]
         config = tmp_path / "nginx.conf"
