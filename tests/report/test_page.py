@@ -192,6 +192,9 @@ def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():
     rows = lay_out("mix", content)["layers"]
     assert [row["figures"][1] for row in rows] == pytest.approx([1.0] * count)
     assert [len(row["load"]) for row in rows] == content["experts_by_layer"]
+    assert [*lay_out("mix", content)["expert_names"]] == [*range(8)]  # in older files
+    content["expert_names"] = ["law", "math"]
+    assert lay_out("mix", content)["expert_names"] == ["law", "math"]
 
 
 @pytest.mark.parametrize("changes", [{"steps": None, "seconds": "x"}, {"environment": 3}])

@@ -164,6 +164,11 @@ class AdapterConfig(StrictModel, ABC):
         return None
 
     @property
+    def expert_names(self) -> Sequence[str]:
+        """Names of the experts of a router in their order; by default their numbers."""
+        return [str(number) for number in range(self.experts_per_router)]
+
+    @property
     def experts_per_router(self) -> int:
         """The most experts that a router chooses from; 0 without routers."""
         return 0

@@ -82,6 +82,10 @@ class RoutedConfig(AdapterConfig):
             yield f"num_layers_read requires router: prompt, got router: {self.router}"
 
     @property
+    def expert_names(self) -> Sequence[str]:
+        return [*self.experts]
+
+    @property
     def experts_per_router(self) -> int:
         return len(self.experts)
 

@@ -113,6 +113,7 @@ class _AdapterTally:
         layers = [_label(router) for router in totals.routers] if totals else []
         return {
             "num_experts": self.config.experts_per_router,
+            "expert_names": [*self.config.expert_names],
             "top_k": self.config.experts_per_token or self.config.experts_per_router,
             "layers": layers,
             "experts_by_layer": list(totals.num_experts) if totals else [],

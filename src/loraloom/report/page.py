@@ -130,6 +130,7 @@ def lay_out(name: str, routing: Fields) -> dict[str, Any]:
         "name": name,
         "routing": routing,
         "coverage": _coverage([*routing["tasks"].values()]),
+        "expert_names": routing.get("expert_names") or range(routing["num_experts"]),
         "layers": rows,
         "by": "task" if by_prompt else "layer",
         "specialisation": [_specialisation(found[k], k, routing["layers"]) for k in found],
