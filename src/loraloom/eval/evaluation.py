@@ -39,10 +39,7 @@ Asked = QuestionSet | AnswerSet
 
 def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
     """Compute figures, means over seeds and comparisons of all that was scored."""
-    results: dict[str, dict[str, Any]] = {}
-    for task in scores:
-        for name, result in task.results.items():
-            results.setdefault(name, {})[task.name] = result
+    results = {name: {one.name: one.results[name] for one in scores} for name in scores[0].results}
     figure = lambda one: one.get("loss", one.get("score", one.get("accuracy")))  # noqa: E731
     figures = {t.name: {n: figure(of[t.name]) for n, of in results.items()} for t in scores}
     # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all
@@ -102,10 +99,9 @@ class _Pass:
         # characters that the model reads: different contexts once, and every continuation
         sizes = [sum(map(len, {*one.contexts, *one.continuations})) for one in questions]
         observe = self.tally.of(asked.task, len(questions), [one.group for one in questions])
-        how: dict[str, Any] = {"last_tokens": self.compat is not None, "on_routing": observe}
+        score = partial(score_questions, self.scorer, self.tokenizer, questions, on_routing=observe)
         with show_progress(self.console, asked.task, sizes) as advance:
-            how["on_progress"] = advance
-            scores = score_questions(self.scorer, self.tokenizer, questions, **how)
+            scores = score(last_tokens=self.compat is not None, on_progress=advance)
         places = [f"in {asked.task}, question {question.index}" for question in questions]
         values = {name: [one.log_likelihoods for one in of] for name, of in scores.items()}
         _check_finite("scores", values, places)

@@ -268,8 +268,7 @@ def _seeds_table(found: Evaluation) -> Table:
     table = make_table("adapters", "task", "figure", values=values, title="Means of seeds")
     for stem, group in found.seeds.items():
         for task, one in group["tasks"].items():
-            first = found.results.get(group["adapters"][0], {}).get(task, {})
-            figure = _figure_of(first)
+            figure = _figure_of(found.results.get(group["adapters"][0], {}).get(task, {}))
             write = _percent if figure.endswith("%") else _decimals
             spread = f"{write(one['mean'])} ± {write(one['sd'])}"
             table.add_row(stem, task, figure, str(len(group["adapters"])), spread)

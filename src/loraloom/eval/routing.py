@@ -110,12 +110,11 @@ class _AdapterTally:
 
     def summarise(self) -> Fields:
         totals = reduce(operator.add, self.totals.values()) if self.totals else None
-        layers = [_label(router) for router in totals.routers] if totals else []
         return {
             "num_experts": self.config.experts_per_router,
             "expert_names": [*self.config.expert_names],
             "top_k": self.config.experts_per_token or self.config.experts_per_router,
-            "layers": layers,
+            "layers": [_label(router) for router in totals.routers] if totals else [],
             "experts_by_layer": list(totals.num_experts) if totals else [],
             "tasks": {task: self._task(task) for task in self.num_questions},
             "specialisation": self._specialisation(),
@@ -155,8 +154,7 @@ class _AdapterTally:
         if self.config.experts_per_token is None or not self.config.collapse_advice:
             return []
         found = tally.find_collapse(totals.choices, self.config.experts_per_token)
-        advice = self.config.collapse_advice
-        return [f"{text}; train again: {advice}" for text in found.values()]
+        return [f"{text}; train again: {self.config.collapse_advice}" for text in found.values()]
 
 
 def _label(router: RouterName) -> int | str:
@@ -190,10 +188,8 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor
     num_starts = sum(name[:1] in _SPACES and name[1:].isalpha() for name in names)
     marks_rests = num_rests > num_starts
     kinds = [class_of(*pair, marks_rests=marks_rests) for pair in zip(names, texts, strict=True)]
-    found = [TOKEN_CLASSES.index(kind) for kind in kinds]
-    classes = torch.full((vocab_size,), TOKEN_CLASSES.index("sign"))
-    classes[: len(ids)] = torch.tensor(found)
-    return classes
+    kinds += ["sign"] * (vocab_size - len(kinds))
+    return torch.tensor([TOKEN_CLASSES.index(kind) for kind in kinds])
 
 
 def class_of(name: str, text: str, *, marks_rests: bool) -> str:

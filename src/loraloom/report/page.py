@@ -159,10 +159,9 @@ def _rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
         entropy = entropy_bits(mean("mean_probabilities"))
     figures = np.stack([2 ** entropy_bits(load), entropy, mean("token_entropy_bits")], axis=1)
     sizes = routing.get("experts_by_layer") or [None] * len(load)
-    by_layer = zip(routing["layers"], load, figures, sizes, strict=True)
     return [
         {"label": label, "load": row[:size].tolist(), "figures": of.tolist()}
-        for label, row, of, size in by_layer
+        for label, row, of, size in zip(routing["layers"], load, figures, sizes, strict=True)
     ]
 
 
