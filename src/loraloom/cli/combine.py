@@ -60,8 +60,7 @@ class CombineOptions(HostOptions):
 
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
         """Split NAME=VALUE, of adapters that are there."""
-        split = (text.partition("=") for text in texts)
-        found = {name: value for name, _, value in split}
+        found = {name: value for name, _, value in (text.partition("=") for text in texts)}
         if odd := [name for name, value in found.items() if not value or name not in self.adapters]:
             raise ConfigError(
                 f"--{option} must be NAME=VALUE, where NAME is one of "

@@ -116,14 +116,13 @@ def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
     answering = [*options.adapters, *options.derived] or [None]
     for row in read_rows(options.input):
         # tables put a null where a row lacks a field of others
-        is_named = row.get("adapter") is not None
         if (row.get("prompt") is None) == (row.get("messages") is None):
             row.reject("a row must have either 'prompt' or 'messages', not both or neither")
         if row.get("prompt") is not None:
             content, tools = row.text("prompt"), None
         else:
             content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")
-        wanted = [_adapter_of(row, options)] if is_named else answering
+        wanted = answering if row.get("adapter") is None else [_adapter_of(row, options)]
         fields = {name: value for name, value in row.items() if name != "prompt"}
         for adapter in wanted:
             name = list(adapter) if isinstance(adapter, tuple) else adapter or BASE
