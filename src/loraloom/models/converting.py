@@ -58,7 +58,6 @@ def convert(
         )
     config, tensors, base, prompt = _read(source, settings, host)
     path = Path(os.path.expanduser(destination))
-    card = model_card(config, base, prompt=prompt)
     if to == "peft" and config.layout != "peft":
         raise AdapterError(
             f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
@@ -69,7 +68,7 @@ def convert(
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
         check_reference_holds(config)
         files = _for_reference(files, config.dropout)
-    write_new(path, files, card, pickled=to == "reference")
+    write_new(path, files, model_card(config, base, prompt=prompt), pickled=to == "reference")
     return config
 
 

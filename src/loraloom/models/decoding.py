@@ -181,8 +181,7 @@ class Decoding:
                 states[place] = torch.cat([states[place], others[place]])
             if not _is_running(ours):
                 ours.join(theirs)
-        padded = [pad(mask, (length - mask.shape[1], 0)) for mask in masks]
-        self.attention_mask = torch.cat(padded)
+        self.attention_mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
 

@@ -390,5 +390,4 @@ class _MoeModel(_ExportedModel):
         return self._outside_ffn(index, layer) | named
 
     def _outside_ffn(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
-        attention = self.adapter.attention_block(index)
-        return self.merged(layer, attention, f"{self.host.base.ffn}.")
+        return self.merged(layer, self.adapter.attention_block(index), f"{self.host.base.ffn}.")

@@ -47,9 +47,8 @@ class ForwardContext:
         return (segment.row[0] for segment in self.layout.segments if segment.row is not None)
 
     def tokens(self, segment: Segment, layer: int, device: torch.device) -> SegmentTokens:
-        noise = None
-        if segment.spans is not None:
-            noise = SampleNoise(segment.spans, segment.num_tokens, layer, device)
+        spans = segment.spans
+        noise = None if spans is None else SampleNoise(spans, segment.num_tokens, layer, device)
         record = None if segment.row is None else recorder_of(self.record, segment.row[0])
         real = (segment.real, segment.real_index)
         return SegmentTokens(layer, *real, noise, record, segment.row_length)

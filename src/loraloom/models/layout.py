@@ -133,8 +133,7 @@ class Layout:
     def split_rows(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, ...] into each segment's rows."""
         values = self._grouped(values)
-        length = self.segments[-1].tokens.stop // len(values)
-        return values.split([segment.num_tokens // length for segment in self.segments])
+        return values.split([one.num_tokens // one.row_length for one in self.segments])
 
     def join(self, parts: Sequence[Tensor], shape: torch.Size | None = None) -> Tensor:
         values = parts[0] if len(parts) == 1 else torch.cat(list(parts))

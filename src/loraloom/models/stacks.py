@@ -176,8 +176,7 @@ class PreparedWeights:
                 self._plans.clear()
             parts = self._parts(rows, length, dtype)
             # assigned behind it, as a change of a stack empties the plans
-            plan = None if parts is None else make_plan(parts, rows, length, device)
-            self._plans[key] = plan
+            self._plans[key] = None if parts is None else make_plan(parts, rows, length, device)
         return self._plans[key]
 
     def forget(self, adapter: Adapter) -> None:
@@ -202,8 +201,7 @@ class PreparedWeights:
             return None
         alike: dict[Hashable, list[ScaledAdapter]] = {}
         for adapter, scale in adapters:
-            layers = range(len(adapter.base_layers))
-            if len({adapter.adapts_ffn(layer) for layer in layers}) > 1:
+            if len({adapter.adapts_ffn(layer.index) for layer in adapter.base_layers}) > 1:
                 return None
             alike.setdefault(adapter.stack_key(), []).append((adapter, scale))
         if None in alike:
@@ -233,9 +231,7 @@ class PreparedWeights:
 
 def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
     """Return where weights' compute forms come from: made anew, unless they are prepared."""
-    if prepared is None or torch.is_grad_enabled():
-        return ComputeForms()
-    return prepared.forms
+    return ComputeForms() if prepared is None or torch.is_grad_enabled() else prepared.forms
 
 
 @dataclass(frozen=True)

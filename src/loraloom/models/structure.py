@@ -197,8 +197,7 @@ def _try_on(host: Any, ids: Tensor) -> None:
         actual = host(ids, adapters=[_NAME] * _ROWS).logits
         host.remove(_NAME)
         _compare(host, what, actual, expected)
-    session = host.prefill(ids[:, :_READ_FIRST])
-    decoded = host.extend(session, ids[:, _READ_FIRST:])
+    decoded = host.extend(host.prefill(ids[:, :_READ_FIRST]), ids[:, _READ_FIRST:])
     _compare(host, "decoding with a cache", decoded, logits[:, -1])
 
 
