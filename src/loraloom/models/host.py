@@ -29,14 +29,7 @@ from loraloom.models.combine import Combination, Merged, combine, prune
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
 from loraloom.models.forward import ForwardContext, current_forward, running
-from loraloom.models.layout import (
-    RowAdapter,
-    RowAdapters,
-    SampleLengths,
-    check_takes_packed_rows,
-    make_layout,
-    packed_rows,
-)
+from loraloom.models.layout import RowAdapter, RowAdapters, SampleLengths, make_layout, packed_rows
 from loraloom.models.registry import AdapterRegistry, Head
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacks import PreparedWeights, Record, StackedForward, forms_of, is_autocast_on
@@ -412,8 +405,7 @@ class Host:
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
-            check_takes_packed_rows(self.config)
-            positions, real = packed_rows(sample_lengths, *input_ids.shape)
+            positions, real = packed_rows(self.config, sample_lengths, *input_ids.shape)
             # With a mask transformers would let samples see each other.
             attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
         model_inputs.setdefault("use_cache", False)

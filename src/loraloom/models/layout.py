@@ -49,8 +49,11 @@ def check_takes_packed_rows(config: Any) -> None:
         )
 
 
-def packed_rows(sample_lengths: SampleLengths, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
+def packed_rows(
+    config: Any, sample_lengths: SampleLengths, num_rows: int, length: int
+) -> tuple[Tensor, Tensor]:
     """Return tokens' places in samples or padding, and 1 at tokens of samples, [B, L] each."""
+    check_takes_packed_rows(config)
     if len(sample_lengths) != num_rows or any(sum(one) > length for one in sample_lengths):
         raise DataError(
             f"sample_lengths must be of {num_rows} rows with up to {length} tokens each, got "
