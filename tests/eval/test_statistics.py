@@ -72,6 +72,11 @@ def test_a_group_of_seeds_is_no_better_for_being_a_little_right_more_often():
     assert sum(one.p_value < 0.05 for one in found) <= 5  # 2 on average
 
 
+def test_a_tie_of_thirds_is_a_tie():
+    tie = compare_paired([2 / 3, 2 / 3, 1 / 3, 0], [1 / 3, 1, 0, 1 / 3])
+    assert (tie.difference, tie.p_value) == (0, 1)
+
+
 def test_differences_of_several_sizes_are_tested_as_scipy_does():
     d = np.array([3, 1, -2, 2, 5, -1, 4, 0, 3, -4, 2.0])
     for values in (d, -d, d - 1):

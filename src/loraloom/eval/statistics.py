@@ -88,10 +88,13 @@ def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:
     """Compute the two-sided p-value of Fisher's randomization test (1935) of the sum Σ d_i."""
     # Where neither side is better on the whole, each sign may as well be the other one. Who wins
     # more items says less: a group of seeds is nearly always a little right.
-    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    sizes = np.abs(differences[differences != 0]).round(12)
+    sizes, counts = np.unique(sizes, return_counts=True)
     if len(sizes) <= 1:  # exactly McNemar's
         return mcnemar_p_value(int((differences > 0).sum()), int((differences < 0).sum()))
-    generator, found = np.random.default_rng(seed), abs(differences.sum()) * (1 - 1e-9)
+    # a tie of thirds adds up to 1e-17
+    found = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    generator = np.random.default_rng(seed)
     draws = (
         generator.binomial(counts, 0.5, (100, len(counts))) for _ in range(NUM_RESAMPLES // 100)
     )
@@ -132,7 +135,7 @@ def _compare(
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     num_first, num_second = (int((sign * differences > 0).sum()) for sign in (better, -better))
     return PairedComparison(
-        difference=float(differences.sum() / lengths.sum()),
+        difference=round(float(differences.sum() / lengths.sum()), 12),
         stderr=ratio_stderr(differences, lengths),
         interval=ratio_intervals(differences[:, None], lengths, seed)[0],
         p_value=sign_flip_p_value(differences, seed),
