@@ -51,9 +51,8 @@ def text_config(model: nn.Module) -> Any:
 def keeps_running_states(config: Any) -> bool:
     """Whether some layers keep one state of all tokens before, in place of keys and values."""
     kinds = getattr(config, "layer_types", None) or ()
-    return any(
-        issubclass(_CACHES.get(kind, object), LinearAttentionCacheLayerMixin) for kind in kinds
-    )
+    caches = (_CACHES.get(kind, object) for kind in kinds)
+    return any(issubclass(cache, LinearAttentionCacheLayerMixin) for cache in caches)
 
 
 def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:

@@ -431,14 +431,12 @@ class Host:
 
         Do not change weights inside the context.
         """
-        if self._prepared_here() is not None:
-            yield
-            return
-        self._here.prepared = PreparedWeights()
+        outer = self._prepared_here()
+        self._here.prepared = outer or PreparedWeights()
         try:
             yield
         finally:
-            self._here.prepared = None
+            self._here.prepared = outer
 
     def logits(self, hidden_states: Tensor, adapters: RowAdapters = None) -> Tensor:
         """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.

@@ -23,7 +23,7 @@ from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.weighted_sum import Weighted, write_sum
 from loraloom.errors import DataError, ModelError
 from loraloom.models.families import keeps_running_states
-from loraloom.models.stacks import ScaledAdapter
+from loraloom.models.stacks import ScaledAdapter, cut_rows
 from loraloom.ops.dropout import SampleSpan
 
 # Tokens of the samples in each row, from its left.
@@ -129,9 +129,7 @@ class Layout:
         """Cut [B, L, N] into each segment's tokens, [T, N]."""
         values = self._grouped(values)
         rows = values.reshape(-1, values.shape[-1])
-        if len(self.segments) == 1:
-            return [rows]
-        return rows.split([segment.num_tokens for segment in self.segments])
+        return cut_rows(rows, [segment.num_tokens for segment in self.segments])
 
     def split_rows(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, ...] into each segment's rows."""

@@ -379,7 +379,7 @@ class StackedForward:
         gate, up = base_inputs(rows)
         sizes = [len(cohort.counts) * cohort.width for cohort in cohorts]
         sizes += [len(rows) - sum(sizes)] * (len(rows) > sum(sizes))
-        parts = [_split(values, sizes) for values in (rows, gate, up)]
+        parts = [cut_rows(values, sizes) for values in (rows, gate, up)]
         with outside_autocast(gate):
             steps = [
                 cohort.part(layer).step(
@@ -394,7 +394,7 @@ class StackedForward:
             _, gate, up = (own[-1] for own in parts)
             hidden.append(act(gate) if up is None else act(gate) * up)
         output = down(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-        base_outputs = _split(output, [len(part) for part in hidden])
+        base_outputs = cut_rows(output, [len(part) for part in hidden])
         with outside_autocast(gate):
             outputs = [finish(part) for (_, finish), part in zip(steps, base_outputs, strict=False)]
         outputs += base_outputs[len(steps) :]
@@ -433,7 +433,7 @@ class StackedForward:
         return updates
 
 
-def _split(rows: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
+def cut_rows(rows: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
     """Cut rows into parts; views cost as much as small products do."""
     if rows is None or len(sizes) == 1:
         return [rows] * len(sizes)
