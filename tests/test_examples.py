@@ -1,7 +1,5 @@
 """The scripts and notebooks in examples/ run as they stand."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

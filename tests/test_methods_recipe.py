@@ -1,7 +1,5 @@
 """The comparison of all methods, on a tiny base model."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from pathlib import Path

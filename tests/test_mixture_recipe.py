@@ -1,7 +1,5 @@
 """The search for each method's rate, its seeds and its scores, on a tiny base model."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The shell scripts, where they can be tried without installing anything."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -240,7 +240,8 @@ def search(
     values: dict[str, list[float]] = {f"{rate:g}": [] for rate in args.rates}
     with (directory / "sweep.csv").open() as file:
         for row in csv.DictReader(file):
-            value = float(row[metric] or -sign * WORST)
+            is_whole = row["status"] == "finished" and row[metric]
+            value = float(row[metric]) if is_whole else -sign * WORST
             values[f"{float(row['train.learning_rate']):g}"].append(value)
     means = {rate: fmean(found) for rate, found in values.items()}
     return dict(sorted(means.items(), key=lambda item: -sign * item[1]))

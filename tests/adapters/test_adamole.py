@@ -3,8 +3,6 @@
 docs/add_a_method.md itself holds it against its formula.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a mixture has beside its experts; the formula itself is in tests/parity."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

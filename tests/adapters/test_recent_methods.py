@@ -1,7 +1,5 @@
 """GOAT and CoMoL of recipes/methods against their formulas, arXiv:2502.16894 and 2603.00573."""
 
-from __future__ import annotations
-
 import math
 import runpy
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The benchmarks run, or can be imported at least; tests assert no times."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the tests of several verbs share."""
 
-from __future__ import annotations
-
 import pytest
 
 from loraloom.generation import loading

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -97,7 +95,7 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
     job["data"]["path"] = __file__  # rows that were trained on
     assert next_words(run, [done])["Evaluate"][-1] == "HELD_OUT.jsonl"
     job["eval"] = [{"task": "arc_easy", "path": __file__}]
-    assert next_words(run, [done])["Evaluate"][-1] == __file__
+    assert next_words(run, [done])["Evaluate"][-3:] == [__file__, "--split", "validation"]
     job["data"] = {"dataset": "pairs.jsonl", "format": "preference"}
     job["train"] |= {"objective": {"name": "dpo"}}
     del job["eval"]

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from loraloom.config.task import load_task_config

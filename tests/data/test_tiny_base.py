@@ -1,7 +1,5 @@
 """The tiny base model of studies."""
 
-from __future__ import annotations
-
 import pytest
 
 import loraloom

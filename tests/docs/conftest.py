@@ -3,8 +3,6 @@
 It contains `examples/`, and tiny random models by the names of those that the documents use.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

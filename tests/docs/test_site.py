@@ -1,7 +1,5 @@
 """The site has every page, and its reference has every public name."""
 
-from __future__ import annotations
-
 import re
 from importlib.util import module_from_spec, spec_from_file_location
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from loraloom.errors import ConfigError, DataError
@@ -116,6 +114,7 @@ LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": Tru
         ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
         ([LINE | {"index": "0"}], "line 1: field 'index' must be an integer, got '0'"),
         ([LINE, LINE | {"correct": False}], "line 2: 'a' must answer question 0 of t once, got"),
+        ([LINE | {"score": 8}, LINE | {"index": 1}], "line 2: field 'score' is missing, as other"),
         ([LINE, LINE | {"adapter": "b", "question": "g"}], "'b' and 'a' differ; use"),
         ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "but 'b' and"),
     ],
@@ -135,6 +134,13 @@ def test_filters_of_generated_answers_are_tasks_of_their_own(tmp_path):
     write_lines(tmp_path / "q.jsonl", lines)
     answers = {task.task: task.right["a"] for task in read_answers(tmp_path / "q.jsonl")}
     assert answers == {"t,strict": (False,), "t,flexible": (True,), "choice": (True,)}
+
+
+def test_a_judge_may_sort_its_rows(tmp_path):
+    rows = [{"prompt": p, "adapter": a, "score": ord(p)} for a, p in ("ax", "ay", "by", "bx")]
+    write_lines(tmp_path / "q.jsonl", rows)
+    (task,) = read_answers(tmp_path / "q.jsonl")
+    assert task.right["a"] == task.right["b"] == (ord("x"), ord("y"))
 
 
 def test_each_data_set_of_pairs_is_a_task(tmp_path):

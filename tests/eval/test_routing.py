@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -7,6 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from loraloom import RoutedConfig
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation
 from loraloom.eval.routing import TOKEN_CLASSES, RoutingTally, class_of, token_classes, token_texts
@@ -67,6 +66,16 @@ def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
     assert len({round(share, 3) for share in hydra["tasks"]["toy"]["load"][0]}) == 3
     written = Evaluation(schema_version=1, results={}, routing=summary).to_json()
     assert json.loads(json.dumps(written, allow_nan=False))["routing"] == summary
+
+
+def test_an_expert_beside_its_router_counts_its_own_questions_once(tiny_tokenizer):
+    host = scoring_host()
+    host.add("auto", RoutedConfig(experts={"mix": "mixlora"}))
+    alone, beside = (
+        tallied(host, tiny_tokenizer, names)["auto/mix"]["tasks"]["toy"]
+        for names in (["auto/mix"], ["auto", "auto/mix"])
+    )
+    assert alone["num_tokens"] == beside["num_tokens"]
 
 
 def test_layers_with_fewer_experts_have_not_collapsed(tiny_tokenizer):

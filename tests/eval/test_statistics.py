@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -75,6 +73,15 @@ def test_a_group_of_seeds_is_no_better_for_being_a_little_right_more_often():
 def test_a_tie_of_thirds_is_a_tie():
     tie = compare_paired([2 / 3, 2 / 3, 1 / 3, 0], [1 / 3, 1, 0, 1 / 3])
     assert (tie.difference, tie.p_value) == (0, 1)
+    noise = compare_paired([np.mean([0.1, 0.2])] * 20, [np.mean([0.15, 0.15])] * 20)
+    assert (noise.num_first_better, noise.num_second_better, noise.p_value) == (0, 0, 1)
+
+
+def test_many_differences_are_tested_by_the_normal_limit():
+    d = np.random.default_rng(0).normal(0.03, size=2000)
+    found, drawn = (compare_paired(d[:n], np.zeros(n)).p_value for n in (2000, 1000))
+    assert found == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=2e-3)
+    assert drawn == pytest.approx(stats.ttest_1samp(d[:1000], 0).pvalue, abs=0.02)
 
 
 def test_differences_of_several_sizes_are_tested_as_scipy_does():

@@ -5,7 +5,7 @@ import math
 import random
 from dataclasses import replace
 from itertools import count, product
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 
 import pytest
 from rich.table import Table
@@ -96,6 +96,9 @@ def test_a_sentence_says_what_a_comparison_means_and_how_many_rows_it_takes():
         assert text in tables_of(toy_scores(), comparisons=[other])[-1].caption
     said = tables_of(toy_scores(), comparisons=[one])[-1].caption.split("about ")[1]
     assert int(said.split()[0].replace(",", "")) == pytest.approx(needed, rel=0.06)
+    ten = tables_of(toy_scores(), comparisons=[one] * 8)[-1].caption.split("about ")[1]
+    more = int(ten.split()[0].replace(",", "")) / needed
+    assert more == pytest.approx((NormalDist().inv_cdf(1 - 0.025 / 8) / 2) ** 2, rel=0.06)
     assert "mix" not in tables_of(toy_scores(), comparisons=[one] * 9)[-1].caption
 
 

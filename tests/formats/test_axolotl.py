@@ -1,7 +1,5 @@
 """Mixtures of axolotl's plug-in are read as what they are."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows of all methods share steps, and each says what it says alone."""
 
-from __future__ import annotations
-
 import random
 import weakref
 from dataclasses import replace

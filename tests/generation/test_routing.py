@@ -1,7 +1,5 @@
 """Which experts read a completion's tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The host: adding, removing, detaching, and what it refuses."""
 
-from __future__ import annotations
-
 import gc
 import inspect
 import weakref

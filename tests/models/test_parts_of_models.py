@@ -1,7 +1,5 @@
 """Where only some of a model's modules are adapted: text parts, and layers of two kinds."""
 
-from __future__ import annotations
-
 import copy
 
 import peft

@@ -1,7 +1,5 @@
 """What a forward reports of its mixtures' routing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Cross entropy of tokens through a frozen head, in chunks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy

@@ -1,7 +1,5 @@
 """The small model of the package, with its own weights."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

@@ -1,7 +1,5 @@
 """Modules and tokens of an adapter's own, held to PEFT's `modules_to_save` and tokens."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The page in a browser: it asks nothing of the network, fits on phones, and has a dark mode."""
 
-from __future__ import annotations
-
 import pytest
 
 from loraloom.report.page import make_page

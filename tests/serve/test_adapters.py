@@ -1,7 +1,5 @@
 """Which adapters are on the host, and when they come and go."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 import threading

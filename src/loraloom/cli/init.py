@@ -135,11 +135,12 @@ def _find_columns(
 ) -> tuple[RowFormat, dict[str, str]]:
     """Find the first format, or the wanted one, whose columns most rows have."""
     counts = Counter(name for row in rows for name in row)
-    if lacking := next((name for name in given.values() if name not in counts), None):
-        advice = f"{suggestion(lacking, counts)}The columns are {fields_of(counts)}"
-        raise DataError(f"{file} has no column {lacking!r}, which --column names. {advice}")
     # an optional role's own column is read in the rows that have it
     rare = _OPTIONAL - {"prompt"}
+    required = [name for role, name in given.items() if role not in rare]
+    if lacking := next((name for name in required if name not in counts), None):
+        advice = f"{suggestion(lacking, counts)}The columns are {fields_of(counts)}"
+        raise DataError(f"{file} has no column {lacking!r}, which --column names. {advice}")
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
     kinds: list[Any] = [wanted] if wanted else [*formats]

@@ -128,13 +128,17 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         is_seen = first not in asked_of and Path(first.path or "").expanduser().is_file()
         data = "HELD_OUT.jsonl" if is_seen else first.path
         asked = {"--task": first.task, "--scoring": first.scoring, "--data": data}
+        asked |= {"--split": first.split} if first in asked_of else {}
     else:
-        form, fields = next(((one.format, one.fields) for one in trained_on), (None, None))
-        given = [job.data.validation.dataset for job in run.all_jobs if job.data.validation]
-        held_out = next(filter(None, given), "HELD_OUT.jsonl")
+        given = (job.data.validation for job in run.all_jobs)
+        held_out = next((one for one in given if one and one.dataset), None)
+        source = held_out or next(iter(trained_on), None)
         # what adapters don't tell: columns, and a format that is not that of the prompts
-        data = json.dumps({"dataset": held_out, "fields": fields}) if fields else held_out
-        asked = {"--dataset": data, "--format": form if form == "preference" else None}
+        names = {"fields"} if held_out is None else {"fields", "split", "config"}
+        own = {} if source is None else source.model_dump(include=names, exclude_none=True)
+        data = "HELD_OUT.jsonl" if held_out is None else held_out.dataset
+        asked = {"--dataset": json.dumps({"dataset": data, **own}) if own else data}
+        asked |= {"--format": source.format} if source and source.format == "preference" else {}
     questions = [(option, value) for option, value in asked.items() if value]
     fewer = f" ({MAX_ADAPTERS} of {len(good)} adapters)" if len(good) > MAX_ADAPTERS else ""
     return {

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -202,7 +203,9 @@ def _results_table(results: Mapping[str, Mapping[str, Fields]]) -> Table:
     places = dict.fromkeys(place for by_place in found.values() for place in by_place)
     has_constant = any("majority" in one for of in found.values() for one in of.values())
     columns = ["examples", *found, *([CONSTANT] if has_constant else [])]
-    table = make_table("task", "figure", values=columns, title="Results, with 95 % intervals")
+    is_harness = any("metrics" in one for of in found.values() for one in of.values())
+    title = f"Results, with {'standard errors' if is_harness else '95 % intervals'}"
+    table = make_table("task", "figure", values=columns, title=title)
     for task, group in places:
         of_adapters = [by_place.get((task, group), {}) for by_place in found.values()]
         some = next(filter(None, of_adapters))
@@ -295,12 +298,13 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
             f"{one.first} - {one.second}", one.task, f"{difference}{unit}", f"{low} to {high}", won,
             texts[0], f"{texts[1]}{star}",
         )  # fmt: skip
-    meanings = map(_meaning, comparisons if len(comparisons) <= MAX_MEANINGS else ())
+    told = comparisons if len(comparisons) <= MAX_MEANINGS else ()
+    meanings = [_meaning(one, len(comparisons)) for one in told]
     table.caption = "\n".join(["* significant: p (Holm), of all comparisons, < 0.05", *meanings])
     return table
 
 
-def _meaning(one: Comparison) -> str:
+def _meaning(one: Comparison, num_compared: int) -> str:
     """Say who is better, whether that is significant, and how many items it would take."""
     is_loss = one.metric == "loss"
     better, worse = one.first, one.second
@@ -312,7 +316,8 @@ def _meaning(one: Comparison) -> str:
     if one.adjusted_p_value < 0.05:
         return f"{text}, significantly."
     text += f", not significantly: {one.num_examples:,} {'rows' if is_loss else 'questions'}"
-    # until the difference is two standard errors, which fall with the root of the number of items
-    needed = one.num_examples * (2 * (one.stderr or 0) / one.difference) ** 2
+    # until it is so many standard errors, which fall with the root of the number of items
+    errors = NormalDist().inv_cdf(1 - 0.025 / num_compared)
+    needed = one.num_examples * (errors * (one.stderr or 0) / one.difference) ** 2
     more = f", about {float(f'{needed:.2g}'):,.0f} needed"
     return f"{text}{more if needed > one.num_examples else ''}."

@@ -9,10 +9,11 @@ are right. Answers are those of an evaluation, or of files that `--per-question`
     >>> compare(task, "mix", "plain").p_value
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import chain, combinations, count
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -88,12 +89,13 @@ def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:
     """Compute the two-sided p-value of Fisher's randomization test (1935) of the sum Σ d_i."""
     # Where neither side is better on the whole, each sign may as well be the other one. Who wins
     # more items says less: a group of seeds is nearly always a little right.
-    sizes = np.abs(differences[differences != 0]).round(12)
-    sizes, counts = np.unique(sizes, return_counts=True)
+    sizes, counts = np.unique(np.abs(differences[differences != 0]).round(12), return_counts=True)
     if len(sizes) <= 1:  # exactly McNemar's
         return mcnemar_p_value(int((differences > 0).sum()), int((differences < 0).sum()))
     # a tie of thirds adds up to 1e-17
     found = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    if counts.sum() > 1000:  # with signs at random the sum is as good as normal
+        return min(1.0, math.erfc(found / math.sqrt(2 * np.square(differences).sum())))
     generator = np.random.default_rng(seed)
     draws = (
         generator.binomial(counts, 0.5, (100, len(counts))) for _ in range(NUM_RESAMPLES // 100)
@@ -133,6 +135,8 @@ def _compare(
 ) -> PairedComparison:
     """Compare ratios of sums; the sign `better` says which differences speak for the first."""
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    # a mean of seeds is rounded, which is no win
+    differences[np.abs(differences) <= 1e-12 * np.abs([first, second]).max()] = 0
     num_first, num_second = (int((sign * differences > 0).sum()) for sign in (better, -better))
     return PairedComparison(
         difference=round(float(differences.sum() / lengths.sum()), 12),
@@ -295,20 +299,26 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
             a task have different questions, or an adapter has two answers to a question.
     """
     tasks: dict[str, dict[str, _Marks]] = {}
+    names: dict[str, str] = {}  # by task, what all of its rows must have
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
         chosen_filter, adapter = row.get("filter", "none"), row.text("adapter")
         # files of `loraloom generate` with a judge's scores have no task and count no rows
         task = next((row.text(name) for name in ("task", "dataset") if name in row), "judged")
         task += "" if chosen_filter == "none" else f",{chosen_filter}"
         answers = tasks.setdefault(task, {}).setdefault(adapter, {})
-        index, name = row.get("index", len(answers)), "score" if "score" in row else "correct"
+        # what `loraloom generate` wrote has no index, and may have been sorted
+        asked = next((row[key] for key in ("question", "prompt", "messages") if key in row), "")
+        question = asked if isinstance(asked, str) else json.dumps(asked)
+        number = next(n for n in count() if (n, question) not in answers) if asked else len(answers)
+        name = "score" if "score" in row else "correct"
+        if name != (wanted := names.setdefault(task, name)):
+            row.reject(f"field {wanted!r} is missing, as other rows of {task} have it")
         kind, what = (int | float, "a number") if name == "score" else (bool, "true or false")
         correct: Any = row.get(name)
-        if not isinstance(index, int):
+        if not isinstance(index := row.get("index", number), int):
             row.reject(f"field 'index' must be an integer, got {shown(index)}")
         if not isinstance(correct, kind):
             row.reject(f"field {name!r} must be {what}, got {correct!r}")
-        question = row.text("question") if "question" in row else ""
         if answers.setdefault((index, question), correct) != correct:
             row.reject(
                 f"{adapter!r} must answer question {index} of {task} once, got another answer; "

@@ -249,20 +249,26 @@ def score_rows(
     num_top: int = 0,
 ) -> list[TokenScores]:
     """Score rows, each with its adapter, without dropout and gradients."""
-    requests = _chosen(host, requests, on_routing)
+    asked, requests = requests, _chosen(host, requests, on_routing)
     nothing = torch.zeros(0, 2 + 2 * num_top, dtype=torch.float64)
     scores = [_scores_of(nothing, num_top)] * len(requests)
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
-    groups = [requests[place][1:] for place in scored]
+    # what a router chose goes apart, as it is counted as the router's and not as the expert's
+    is_asked = [one is other for one, other in zip(asked, requests, strict=True)]
+    parts = [[place for place in scored if is_asked[place] == own] for own in (True, False)]
     order = {name: number for number, (name, _) in enumerate(requests)}
     batches = [
         # the rows of an adapter lie together, so that a half has few adapters
-        sorted((scored[at] for at in batch), key=lambda place: order[requests[place][0]])
-        for batch in token_batches(groups, max_tokens or tokens_per_batch(host))
+        sorted((part[at] for at in batch), key=lambda place: order[requests[place][0]])
+        for part in parts
+        for batch in token_batches(
+            [requests[place][1:] for place in part], max_tokens or tokens_per_batch(host)
+        )
     ]
 
     def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
+        tell = on_routing if is_asked[places[0]] else None
+        forward = partial(_forward, host, requests, on_routing=tell, num_top=num_top)
         with host.prepared():  # of a batch alone: each of many routed rows may have its own sum
             # ranks send one another tensors and no classes, which unpickling would have to trust
             return [tuple(scores) for scores in in_halves(forward, places, requests)]

@@ -126,6 +126,7 @@ def lay_out(name: str, routing: Fields) -> dict[str, Any]:
     if by_prompt := routing["layers"] == ["0.prompt"]:  # a router has chosen once for a prompt
         rows = [{**_rows(routing, [of])[0], "label": task} for task, of in covered.items()]
         found, examples = {}, {}  # what such a choice tells about the prompt's tokens is nothing
+    sizes = {*(routing.get("experts_by_layer") or [routing["num_experts"]])}
     return {
         "name": name,
         "routing": routing,
@@ -135,7 +136,7 @@ def lay_out(name: str, routing: Fields) -> dict[str, Any]:
         "by": "task" if by_prompt else "layer",
         "specialisation": [_specialisation(found[k], k, routing["layers"]) for k in found],
         "examples": examples,
-        "uniform_bits": math.log2(routing["num_experts"]),
+        "uniform_bits": " or ".join(f"{math.log2(size):.2f}" for size in sorted(sizes)),
     }
 
 

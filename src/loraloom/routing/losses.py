@@ -32,8 +32,8 @@ def router_loss(
 
     The load-balance loss is `E · Σ_j Σ_n f[j, n] · P[n]`: f[j, n] is the share of tokens whose slot
     j went to expert n (no gradient), P[n] the mean probability of n by the raw logits, without a
-    route's temperature. The loss is at least K and reaches it when balanced; K is the mean number
-    of experts that a token uses, where it differs. The z-loss is the mean of `logsumexp(logits)²`.
+    route's temperature. The loss is K when balanced; K is the mean number of experts that a
+    token uses, where it differs. The z-loss is the mean of `logsumexp(logits)²`.
     Where several have a part of the micro-batch each, shares and numbers of tokens are everybody's,
     probabilities one's own.
 

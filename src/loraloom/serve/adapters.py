@@ -185,10 +185,9 @@ class ServedAdapters:
 
     def unload(self, name: str) -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
-        is_named = name in self._sources or (
-            name in self._served and not self._served[name].is_lazy
-        )
-        if not is_named and self._is_found(name):
+        served = self._served.get(name)
+        is_lazy = name not in self._sources and (served is None or served.is_lazy)
+        if is_lazy and self._is_found(name):
             raise ConfigError(
                 f"the adapter {shown(name)} is in --adapter-dir; to remove it, delete its directory"
             )
@@ -211,10 +210,13 @@ class ServedAdapters:
         return bool(idle)
 
     async def _load(
-        self, name: str, source: str, directory: Path, *, is_lazy: bool, replace: bool = True
+        self, name: str, source: str, directory: Path, *, is_lazy: bool, replace: bool | None = None
     ) -> None:
         async with self._turn:
-            if name == self.base_name or (not replace and name in {*self._served, *self.names()}):
+            if replace is None and name in self._served:  # another load came first, perhaps newer
+                return
+            is_new = replace is not False or name not in {*self._served, *self.names()}
+            if name == self.base_name or not is_new:
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )

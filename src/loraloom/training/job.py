@@ -214,8 +214,7 @@ class Job:
         # They are the present ones, unless no micro-batch went through them since the last step.
         if self._proven is not None:
             optimizers.copy_all(self.parameters.values(), self._proven)
-            # The step is undone, and what was measured is of the weights that are gone.
-            self.position.step -= 1
+            # What was measured is of the weights that are gone.
             self.position.evaluated_step = -1
         self.release()
 

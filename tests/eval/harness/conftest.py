@@ -1,7 +1,5 @@
 """A host in float32 and toy tasks; without lm-eval these tests are left out."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """lm-eval's own client of OpenAI's API, in front of our server, has the results of our class."""
 
-from __future__ import annotations
-
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager

@@ -1,7 +1,5 @@
 """A server in a thread, and the official client in front of it."""
 
-from __future__ import annotations
-
 import openai
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Clients that hold connections without asking anything."""
 
-from __future__ import annotations
-
 import socket
 import time
 from contextlib import suppress

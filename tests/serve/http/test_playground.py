@@ -1,7 +1,5 @@
 """The page at `/`, and what it asks the API for."""
 
-from __future__ import annotations
-
 import httpx2
 import pytest
 

@@ -1,7 +1,5 @@
 """Whatever requests the OpenAPI document allows, and many that it doesn't, get a proper answer."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

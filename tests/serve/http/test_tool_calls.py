@@ -1,7 +1,5 @@
 """Calls in what models write, whole and in pieces of any size."""
 
-from __future__ import annotations
-
 import pytest
 
 from loraloom.serve.http.tools import CallStream, parse_calls

@@ -1,7 +1,5 @@
 """A training client and a server share a host, and neither notices."""
 
-from __future__ import annotations
-
 import threading
 
 import httpx2

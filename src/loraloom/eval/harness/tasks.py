@@ -114,8 +114,13 @@ def _result(found: Mapping[str, Any], task: str) -> Fields:
     if main := next((known[name] for name in _ACCURACIES if name in known), None):
         value, stderr = metrics[main].values()
         result |= {"accuracy": value, "stderr": stderr, "metric": main}
-        if value is not None and result["num_examples"]:
-            result["interval"] = list(wilson_interval(value, result["num_examples"]))
+        count = result["num_examples"] or 0
+        # else it is a mean of other marks than right and wrong
+        is_share = value is not None and 0 <= value <= 1 < count and stderr is not None
+        if is_share and math.isclose(
+            stderr, math.sqrt(value * (1 - value) / (count - 1)), rel_tol=1e-3
+        ):
+            result["interval"] = list(wilson_interval(value, count))
     if split := config.get("test_split") or config.get("validation_split"):
         result["split"] = split
     return result
