@@ -70,8 +70,9 @@ class Ranks(ABC):
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, to bit-equal sums on all of them."""
-        self.start_sum(tensor)()
-        return tensor
+        total = tensor.detach().clone()
+        self.start_sum(total)()
+        return total
 
     @property
     def is_first(self) -> bool:

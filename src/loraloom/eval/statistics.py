@@ -97,9 +97,8 @@ def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:
     if counts.sum() > 1000:  # with signs at random the sum is as good as normal
         return min(1.0, math.erfc(found / math.sqrt(2 * np.square(differences).sum())))
     generator = np.random.default_rng(seed)
-    draws = (
-        generator.binomial(counts, 0.5, (100, len(counts))) for _ in range(NUM_RESAMPLES // 100)
-    )
+    shape = 100, len(counts)
+    draws = (generator.binomial(counts, 0.5, shape) for _ in range(NUM_RESAMPLES // 100))
     sums = np.concatenate([(2 * draw - counts) @ sizes for draw in draws])
     return float(1 + (abs(sums) >= found).sum()) / (1 + NUM_RESAMPLES)
 
@@ -134,9 +133,10 @@ def _compare(
     first: Values, second: Values, lengths: np.ndarray, better: int, seed: int = 0
 ) -> PairedComparison:
     """Compare ratios of sums; the sign `better` says which differences speak for the first."""
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    both = np.asarray([first, second], dtype=np.float64)
+    differences = both[0] - both[1]
     # a mean of seeds is rounded, which is no win
-    differences[np.abs(differences) <= 1e-12 * np.abs([first, second]).max()] = 0
+    differences[np.abs(differences) <= 1e-12 * np.abs(both).max()] = 0
     num_first, num_second = (int((sign * differences > 0).sum()) for sign in (better, -better))
     return PairedComparison(
         difference=round(float(differences.sum() / lengths.sum()), 12),

@@ -257,13 +257,12 @@ def score_rows(
     is_asked = [one is other for one, other in zip(asked, requests, strict=True)]
     parts = [[place for place in scored if is_asked[place] == own] for own in (True, False)]
     order = {name: number for number, (name, _) in enumerate(requests)}
+    size = max_tokens or tokens_per_batch(host)
     batches = [
         # the rows of an adapter lie together, so that a half has few adapters
         sorted((part[at] for at in batch), key=lambda place: order[requests[place][0]])
         for part in parts
-        for batch in token_batches(
-            [requests[place][1:] for place in part], max_tokens or tokens_per_batch(host)
-        )
+        for batch in token_batches([requests[place][1:] for place in part], size)
     ]
 
     def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:

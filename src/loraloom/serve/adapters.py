@@ -215,8 +215,8 @@ class ServedAdapters:
         async with self._turn:
             if replace is None and name in self._served:  # another load came first, perhaps newer
                 return
-            is_new = replace is not False or name not in {*self._served, *self.names()}
-            if name == self.base_name or not is_new:
+            taken = [*self._served, *self.names()] if replace is False else []
+            if name in (self.base_name, *taken):
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )

@@ -116,11 +116,10 @@ def _result(found: Mapping[str, Any], task: str) -> Fields:
         result |= {"accuracy": value, "stderr": stderr, "metric": main}
         count = result["num_examples"] or 0
         # else it is a mean of other marks than right and wrong
-        is_share = value is not None and 0 <= value <= 1 < count and stderr is not None
-        if is_share and math.isclose(
-            stderr, math.sqrt(value * (1 - value) / (count - 1)), rel_tol=1e-3
-        ):
-            result["interval"] = list(wilson_interval(value, count))
+        share = value if value is not None and 0 <= value <= 1 < count else math.nan
+        error = math.sqrt(share * (1 - share) / max(count - 1, 1))
+        if stderr is not None and math.isclose(stderr, error, rel_tol=1e-3):
+            result["interval"] = list(wilson_interval(share, count))
     if split := config.get("test_split") or config.get("validation_split"):
         result["split"] = split
     return result

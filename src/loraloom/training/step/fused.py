@@ -162,7 +162,8 @@ def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
             counts = weights[0].new_tensor([float(w.grad is not None) for w in weights])
             buffer = torch.cat([*(gradient.flatten() for gradient in gradients), counts])
-        *pieces, counts = ranks.sum(buffer).split([*map(Tensor.numel, weights), len(weights)])
+        ranks.start_sum(buffer)()
+        *pieces, counts = buffer.split([*map(Tensor.numel, weights), len(weights)])
         for weight, piece, count in zip(weights, pieces, counts.tolist(), strict=True):
             weight.grad = piece.view_as(weight) if count else None
 
