@@ -105,6 +105,7 @@ def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
         ("exact_match", "+", "+", True),  # nothing else is left
         ("exact_match", "A.", "A", True),
         ("contains", "The answer is (A).", "A", True),
+        ("contains", "The answer is A", " (A).", True),
         ("contains", "B is a good choice.", "A", False),
         ("contains", "it is 15", "5", False),
         ("contains", "Soße", "so", False),

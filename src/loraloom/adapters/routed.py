@@ -102,8 +102,7 @@ class RoutedConfig(AdapterConfig):
         return {name: one for name, one in self.experts.items() if isinstance(one, str)}
 
     def with_experts(self, more: Mapping[str, str | Expert]) -> RoutedConfig:
-        known = self.experts.keys() - self.sources.keys()
-        if taken := known & more.keys():
+        if taken := (self.experts.keys() - self.sources.keys()) & more.keys():
             raise AdapterError(f"expert {min(taken)!r} exists already; choose another name")
         return checked(RoutedConfig, {**dict(self), "experts": {**self.experts, **more}})
 

@@ -70,7 +70,6 @@ def convert(
         from loraloom.generation.loading import load_host  # with transformers
 
         on = {"base_model": base_model, "dtype": "float32", "device": "cpu"}
-        model = checked(BaseModelConfig, on)
-        host, _ = load_host(model, {})
+        host, _ = load_host(checked(BaseModelConfig, on), {})
     config = converting.convert(source, destination, to, settings=settings, host=host)
     print(f"wrote {destination}: {config.title}, rank {config.rank}, for {to}")

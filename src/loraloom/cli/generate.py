@@ -53,8 +53,7 @@ class GenerateOptions(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        forms = {"raw", "template", "chat_template"} & self.model_fields_set
-        if len(forms) > 1:
+        if len({"raw", "template", "chat_template"} & self.model_fields_set) > 1:
             yield "--raw, --template and --chat-template exclude each other; pass only one option"
         if (self.prompt is None) == (self.input is None):
             yield "generate requires either --prompt or --input"

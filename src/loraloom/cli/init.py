@@ -97,9 +97,8 @@ def init(
     sizes = f"{min(lengths)} to {max(lengths)} tokens, {median(lengths):.0f} in the median"
     learned = [row.pieces for row in encoded if row.pieces]
     num_distinct = len({*learned})
-    notes = encoder.notes(encoded)
-    if num_repeats := len(learned) - num_distinct:
-        notes.insert(0, f"{num_repeats} duplicates")
+    repeats = len(learned) - num_distinct
+    notes = [*([f"{repeats} duplicates"] if repeats else []), *encoder.notes(encoded)]
     console.print(plain("; ".join([f"\n{len(encoded)} rows of {sizes}", *notes])))
     settings = {
         "base_model": to_yaml({"base_model": base_model}).strip(),
@@ -137,10 +136,9 @@ def _find_columns(
     counts = Counter(name for row in rows for name in row)
     # an optional role's own column is read in the rows that have it
     rare = _OPTIONAL - {"prompt"}
-    required = [name for role, name in given.items() if role not in rare]
-    if lacking := next((name for name in required if name not in counts), None):
-        advice = f"{suggestion(lacking, counts)}The columns are {fields_of(counts)}"
-        raise DataError(f"{file} has no column {lacking!r}, which --column names. {advice}")
+    if lacking := [n for role, n in given.items() if role not in rare and n not in counts]:
+        advice = f"{suggestion(lacking[0], counts)}The columns are {fields_of(counts)}"
+        raise DataError(f"{file} has no column {lacking[0]!r}, which --column names. {advice}")
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
     kinds: list[Any] = [wanted] if wanted else [*formats]

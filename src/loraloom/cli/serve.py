@@ -162,8 +162,7 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
     print(f"models: {', '.join([adapters.base_name, *adapters.names()])}")
-    directory = options.adapter_dir
-    if directory is not None and not any(directory.glob(f"*/{CONFIG_FILE}")):
+    if (directory := options.adapter_dir) and not any(directory.glob(f"*/{CONFIG_FILE}")):
         deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)
         advice = f"; pass --adapter-dir {deeper.parents[1]}" if deeper else ""
         print(f"warning: {directory} contains no adapters yet{advice}")

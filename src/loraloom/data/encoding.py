@@ -79,10 +79,9 @@ class SourceEncoder:
         """What became of rows that could not be used as they are."""
         cut, empty = sum(row.is_cut for row in rows), sum(row.is_empty for row in rows)
         dropped = sum(not row.pieces for row in rows) - empty
-        unk = {self.tokenizer.unk_token_id} - {self.tokenizer.eos_token_id, None}
-        unknown = sum(
-            label in unk for row in rows for piece in row.pieces for label in piece.labels
-        )
+        unk: Any = self.tokenizer.unk_token_id
+        unk = None if unk == self.tokenizer.eos_token_id else unk
+        unknown = sum(piece.labels.count(unk) for row in rows for piece in row.pieces)
         notes = {
             f"{unknown} tokens in the loss are {self.tokenizer.unk_token}": unknown,
             f"{cut} cut or divided to fit max_length={self.max_length}": cut,
@@ -99,14 +98,13 @@ class SourceEncoder:
             rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
             return rows, self._encode_task(rows)
         rows = list(islice(self.open(split, streaming=streaming).rows(), limit))
-        first = next((row for row in rows if not row.fault), rows[0])
         template = self.tokenizer.chat_template
         if config.format == "instruction":
             template = templates.template_source(config.template)
         elif config.chat_template is not None:
             template = templates.given_source(self.tokenizer, config.chat_template)
         settings = [config.format, config.fields, template, self.max_length]
-        encode = partial(self.encode, first=first)
+        encode = partial(self.encode, first=sources.fields_of_all(rows))
         return rows, _encode_once(rows, encode, self.tokenizer, settings)
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
@@ -157,8 +155,7 @@ class SourceEncoder:
         return columns
 
     def _read_chat(self, template: ChatTemplate, row: Row) -> EncodedRow:
-        conversation = read_conversation(row, self.config.fields)
-        texts = learn_answers(template, row, conversation)
+        texts = learn_answers(template, row, read_conversation(row, self.config.fields))
         fitted = [tokens.fit(text, self._start, self.max_length) for text in texts]
         pieces = tuple(piece for text in fitted for piece in text.pieces)
         is_cut = any(text.is_cut or not text.pieces for text in fitted)

@@ -90,6 +90,13 @@ def fields_of(row: Mapping[str, Any]) -> str:
     return _listed(list(map(shown, row))) or "none"
 
 
+def fields_of_all(rows: Sequence[Row]) -> Row:
+    """A row with the fields of all rows, and the place of the first that has no fault."""
+    whole = [row for row in rows if not row.fault] or [*rows[:1]]
+    fields = {name: row[name] for row in reversed(whole) for name in row}
+    return Row(fields, whole[0].origin, whole[0].fault)
+
+
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
     """Read a file's rows one after the other; whether it is there is checked at once."""
     path = local_path(path, "a data file", DataError)

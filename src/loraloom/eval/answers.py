@@ -100,9 +100,11 @@ def load_answer_set(
     split = None if is_file else split or source.split or "validation"
     found = sources.find_location(source.dataset or "", split or "", source.config)
     rows: list[AnswerRow] = []
-    for index, row in enumerate(sources.read_rows(found, split or "", limit)):
+    read = sources.read_rows(found, split or "", limit)
+    columns = instruction_columns(sources.fields_of_all(read), source.fields)
+    for index, row in enumerate(read):
         try:
-            rows.append((index, *_read_row(row, source)))
+            rows.append((index, *_read_row(row, source, columns)))
         except sources.EmptyAnswerError:
             if source.on_empty != "skip":
                 raise
@@ -113,7 +115,9 @@ def load_answer_set(
     return AnswerSet(name, config, details, rows)
 
 
-def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
+def _read_row(
+    row: sources.Row, source: SourceConfig, columns: dict[str, str]
+) -> tuple[Prompt, str]:
     if source.format == "chat":
         messages, tools = read_conversation(row, source.fields)
         last = max((n for n, x in enumerate(messages) if x["role"] == "assistant"), default=0)
@@ -123,26 +127,26 @@ def _read_row(row: sources.Row, source: SourceConfig) -> tuple[Prompt, str]:
             row.reject_empty("the last answer is a call of a tool, which has no text to compare")
         prompt = Prompt(tuple(messages[:last]), None, row.origin, tools)
         return prompt, messages[last]["content"]
-    columns = instruction_columns(row, source.fields)
     fields = {**row, "input": read_input(row, columns)}
     prompt = Prompt(row.text(columns["instruction"]), None, row.origin, None, fields)
     return prompt, row.answer(columns["output"])
 
 
-def normalize_answer(text: str, *, keeps_articles: bool = False) -> str:
+def normalize_answer(text: str, *, keeps_articles: bool = False, keeps_case: bool = False) -> str:
     """Lower the case, and leave out punctuation, articles and repeated spaces.
 
     Source: SQuAD, `evaluate-v1.1.py` (Rajpurkar et al. 2016). A text of nothing else is kept.
     """
-    plain = text.lower().translate(_NO_PUNCTUATION)
+    plain = (text if keeps_case else text.lower()).translate(_NO_PUNCTUATION)
     words = (plain if keeps_articles else _ARTICLES.sub(" ", plain)).split()
     return " ".join(words) or text.lower().strip()
 
 
 def is_right(metric: str, answer: str, reference: str) -> bool:
     keeps = _ARTICLES.fullmatch(normalize_answer(reference, keeps_articles=True)) is not None
-    if not keeps or metric == "exact_match":  # answers contain a label, as A, in its own case
-        answer, reference = (normalize_answer(x, keeps_articles=keeps) for x in (answer, reference))
+    # answers contain a label, as A, in its own case
+    how = {"keeps_articles": keeps, "keeps_case": keeps and metric == "contains"}
+    answer, reference = (normalize_answer(x, **how) for x in (answer, reference))
     if metric == "exact_match":
         return answer == reference
     return bool(re.search(rf"(?<!{_OF_WORD}){re.escape(reference)}(?!{_OF_WORD})", answer))

@@ -158,7 +158,7 @@ def pair_scores(
             "interval": list(intervals[0]),
             "accuracy": accuracy,
             "accuracy_interval": list(wilson_interval(accuracy, len(reward))),
-            "reward_accuracy": fmean((np.sign(reward) + 1) / 2),  # a tie is half right
+            "reward_accuracy": fmean(reward > 0),
             "reward_margin": fmean(reward),
             "reward_margin_stderr": ratio_stderr(reward, ones),
             "reward_margin_interval": list(intervals[1]),

@@ -61,8 +61,8 @@ class PairedComparison:
     """How much better one adapter is than another on the same questions.
 
     `stderr` is that of the difference, None for a single question. `interval` is a bootstrap's
-    percentiles. `p_value` is two-sided, of a randomization test that flips signs of differences:
-    McNemar's exact test for right and wrong answers of single adapters, else of 10,000 draws.
+    percentiles. `p_value` is two-sided, of McNemar's exact test for right and wrong answers of
+    single adapters, else of a randomization test of the sum.
     """
 
     difference: float

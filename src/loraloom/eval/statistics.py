@@ -301,7 +301,8 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     tasks: dict[str, dict[str, _Marks]] = {}
     names: dict[str, str] = {}  # by task, what all of its rows must have
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
-        chosen_filter, adapter = row.get("filter", "none"), row.text("adapter")
+        chosen_filter, name = row.get("filter", "none"), row["adapter"]
+        adapter = json.dumps(name) if isinstance(name, list) else row.text("adapter")  # of weights
         # files of `loraloom generate` with a judge's scores have no task and count no rows
         task = next((row.text(name) for name in ("task", "dataset") if name in row), "judged")
         task += "" if chosen_filter == "none" else f",{chosen_filter}"
@@ -312,7 +313,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
         number = next(n for n in count() if (n, question) not in answers) if asked else len(answers)
         name = "score" if "score" in row else "correct"
         if name != (wanted := names.setdefault(task, name)):
-            row.reject(f"field {wanted!r} is missing, as other rows of {task} have it")
+            row.reject(f"all rows of {task} must have a score or none, others have {wanted!r}")
         kind, what = (int | float, "a number") if name == "score" else (bool, "true or false")
         correct: Any = row.get(name)
         if not isinstance(index := row.get("index", number), int):

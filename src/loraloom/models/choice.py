@@ -90,8 +90,7 @@ def batches_of(
         count = max(1, MAX_TOKENS // length)
         places, order = order[:count], order[count:]
         cut = [torch.tensor([*prompts[place]][-MAX_PROMPT:]) for place in places]
-        lengths = torch.tensor([*map(len, cut)])
-        mask = (lengths[:, None] > torch.arange(length)).long()
+        mask = (torch.tensor([*map(len, cut)])[:, None] > torch.arange(length)).long()
         yield places, pad_sequence(cut, batch_first=True), mask
 
 

@@ -41,8 +41,7 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
 
 
 def read_run(path: Path) -> list[Job]:
-    entries = sorted(path.iterdir()) if path.is_dir() else []
-    if jobs := list(filter(_is_job, entries)):
+    if jobs := list(filter(_is_job, sorted(path.iterdir()) if path.is_dir() else [])):
         return [_read_job(directory, path.resolve().name) for directory in jobs]
     if _is_job(path):
         return [_read_job(path, path.absolute().parent.resolve().name)]

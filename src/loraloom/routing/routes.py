@@ -119,8 +119,7 @@ def tsallis_entropy(
     probabilities = (probabilities + eps).clamp_min(torch.finfo(probabilities.dtype).tiny)
     if abs(index - 1) < 1e-4:  # of powers so close, float32 tells no difference
         return -(probabilities * probabilities.log()).sum(-1) / math.log(num_experts)
-    powers = probabilities.pow(index)
-    return (1 - powers.sum(-1)) / (1 - num_experts ** (1 - index))
+    return (1 - probabilities.pow(index).sum(-1)) / (1 - num_experts ** (1 - index))
 
 
 class _RouterLogits(torch.autograd.Function):

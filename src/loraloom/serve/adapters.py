@@ -225,6 +225,8 @@ class ServedAdapters:
                 host_name = f"{name[:90]}.{next(self._versions)}"
             await asyncio.wrap_future(start_apart(partial(self._host.load, host_name, directory)))
             adapter = ServedAdapter(name, host_name, source, files, is_lazy)
+            if replace is None and not is_lazy and name not in self._sources:
+                return self._remove(adapter)  # it was unloaded meanwhile
             self._make_room_for(adapter)
             former = self._served.pop(name, None)
             self._served[name] = adapter

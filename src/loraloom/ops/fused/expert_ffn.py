@@ -263,6 +263,5 @@ def _launch(block: tuple[Any, ...], upstream: tuple[Any, ...], **results: Tensor
 
 def _strided(name: str, values: Tensor | None, *steps: str) -> dict[str, Any]:
     """Arguments of a tensor: itself, and how far apart rows or columns lie in it."""
-    strides = (0, 0) if values is None else values.stride()
-    pairs = zip(steps, strides, strict=False)
+    pairs = zip(steps, (0, 0) if values is None else values.stride(), strict=False)
     return {name: values, **{f"{name}_{step}": stride for step, stride in pairs}}

@@ -132,8 +132,7 @@ def _expand_slots(layer: Any, output: Tensor, low_rank: Tensor) -> Tensor:
 
 def _own(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
     """Each token's own weights, as vLLM looks them up on a CPU, but once for all slots."""
-    adapters = _adapters(layer, num_tokens).clamp_min(0)
-    return stacked.squeeze(1).index_select(0, adapters)
+    return stacked.squeeze(1).index_select(0, _adapters(layer, num_tokens).clamp_min(0))
 
 
 def define_operations(block_at: Callable[[str], MixtureFfn]) -> None:
