@@ -132,7 +132,7 @@ def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, s
     """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's."""
     given = mapping or {}
     merged = [{**columns, **given} for columns in _INSTRUCTION_COLUMNS]
-    telling = "input" if "output" in given else "output"
+    telling = "input" if given.get("output") == "response" else "output"
     found = next((columns for columns in merged if columns[telling] in row), merged[0])
     # another role's column is not the input too, unless the mapping says so
     if "input" not in given and found["input"] in (found["instruction"], found["output"]):
