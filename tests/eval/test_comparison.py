@@ -116,7 +116,7 @@ LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": Tru
         ([LINE, LINE | {"correct": False}], "line 2: 'a' must answer question 0 of t once, got"),
         (
             [LINE | {"score": 8}, LINE | {"index": 1}],
-            "line 2: all rows of t must have a score or none",
+            "line 2: score all rows of t or none; earlier ones",
         ),
         ([LINE, LINE | {"adapter": "b", "question": "g"}], "'b' and 'a' differ; use"),
         ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "but 'b' and"),

@@ -214,7 +214,7 @@ async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
     adapters = ServedAdapters(host, "base", saved, max_bytes=7 * size // 2)
     async with using(adapters, "lora"):
         await adapters.load("more", str(saved / "lora"))
-        with pytest.raises(RequestError, match="'late' has no room beside those in use"):
+        with pytest.raises(RequestError, match="'late' does not fit next to those in use"):
             await adapters.load("late", str(saved / "lora"))
         assert set(host.adapters) == {"own", "lora", "more"}
     await adapters.load("late", str(saved / "lora"))  # in place of the one that nobody uses now

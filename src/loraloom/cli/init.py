@@ -137,8 +137,8 @@ def _find_columns(
     # an optional role's own column is read in the rows that have it
     rare = _OPTIONAL - {"prompt"}
     if lacking := [n for role, n in given.items() if role not in rare and n not in counts]:
-        advice = f"{suggestion(lacking[0], counts)}The columns are {fields_of(counts)}"
-        raise DataError(f"{file} has no column {lacking[0]!r}, which --column names. {advice}")
+        advice = f"{suggestion(lacking[0], counts)}its columns are {fields_of(counts)}"
+        raise DataError(f"{file} has no column {lacking[0]!r}, which --column names; {advice}")
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
     kinds: list[Any] = [wanted] if wanted else [*formats]

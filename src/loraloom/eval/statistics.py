@@ -313,7 +313,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
         number = next(n for n in count() if (n, question) not in answers) if asked else len(answers)
         name = "score" if "score" in row else "correct"
         if name != (wanted := names.setdefault(task, name)):
-            row.reject(f"all rows of {task} must have a score or none, others have {wanted!r}")
+            row.reject(f"score all rows of {task} or none; earlier ones have {wanted!r}")
         kind, what = (int | float, "a number") if name == "score" else (bool, "true or false")
         correct: Any = row.get(name)
         if not isinstance(index := row.get("index", number), int):

@@ -334,13 +334,13 @@ TABLES: dict[str, _Table] = {
 
 def check_reference_holds(config: AdapterConfig) -> None:
     """Raise an AdapterError if MoE-PEFT 2.0.2 has no such adapter."""
-    table, settings = TABLES.get(config.peft_type), config.model_dump()
+    table, settings, hint = TABLES.get(config.peft_type), config.model_dump(), ""
     if table is None or table.moe_peft is None:
         raise AdapterError(f"MoE-PEFT does not support {config.title}")
     faults = {n: settings[n] for n, value in table.moe_peft.items() if settings[n] != value}
-    hint = ""
-    if isinstance(config, adapters.MixLoraConfig) and config.compat is None:
-        differs = {"temperature": config.temperature != 1, "routing": config.routing == "switch"}
+    if settings.get("compat", "") is None:  # of methods that can be computed as MoE-PEFT does
+        temperature, routing = settings["temperature"], settings["routing"]
+        differs = {"temperature": temperature != 1, "routing": routing == "switch"}
         if any(differs.values()):
             faults |= {name: settings[name] for name in filter(differs.get, differs)}
             hint = "; --set compat=moe-peft makes it the adapter that MoE-PEFT computes"

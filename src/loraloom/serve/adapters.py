@@ -244,8 +244,8 @@ class ServedAdapters:
             if not unused:
                 self._remove(new)
                 raise RequestError(
-                    f"adapter {shown(new.name)} has no room beside those in use, as all may take "
-                    f"{self._max_bytes:,} bytes; retry later, or raise --max-adapter-bytes",
+                    f"adapter {shown(new.name)} does not fit next to those in use: the limit for "
+                    f"all is {self._max_bytes:,} bytes; retry later, or raise --max-adapter-bytes",
                     "adapter_memory",
                 )
             self._let_go(self._served.pop(unused[0].name))
