@@ -7,7 +7,8 @@ Each source's adapter sees its own rows alone. Of all of them are made: their av
 (linear, SVD, and PEFT's TIES and DARE), Arrow, a router by prompt, and one by token that is trained
 on the rows of all sources. Beside them are adapters that had all rows together: those of `joint` in
 the file, and of a study of `joint.yaml` that `--joint` names. All are asked the test questions of
-each source. What is done is not done again.
+each source, and the router by prompt is compared with each of them on the same questions. What is
+done is not done again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import yaml
 
 import loraloom
+from loraloom.eval.statistics import compare_paired
 
 MERGES = ("linear", "svd", "ties", "dare_linear")
 
@@ -166,13 +168,19 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
     shares = {
         name: [100 * of[task]["accuracy"] for task in tasks] for name, of in found.results.items()
     }
+    places: dict[Any, int] = {}
+    answers = answers_of(found, places)
     right = {("average" if name == average else name): fmean(of) for name, of in shares.items()}
     by_source: dict[str, list[float]] = {"oracle": [], "another's": []}
     for name, before in zip(asked, [list(asked)[-1], *asked], strict=False):
         task = asked[name]["task"]
-        of = ask([name, before], [task], pairs=[]).results
-        by_source["oracle"].append(100 * of[name][task]["accuracy"])
-        by_source["another's"].append(100 * of[before][task]["accuracy"])
+        of = ask([name, before], [task], pairs=[])
+        answered = answers_of(of, places)
+        for role, one in (("oracle", name), ("another's", before)):
+            by_source[role].append(100 * of.results[one][task]["accuracy"])
+            for what, values in answered[one].items():
+                answers.setdefault(role, {}).setdefault(what, []).extend(values)
+    answers["average"] = answers.pop(average)
     record = {
         "right": {name: right[name] for name in ("base", "average", *names)},
         **{name: fmean(of) for name, of in by_source.items()},
@@ -180,6 +188,7 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
         "held out": fit.chosen,
         "seconds of the router": seconds,
         "shares": shares | by_source,
+        "answers": answers,
         "chosen": {task: of["load"][0] for task, of in found.routing["prompt"]["tasks"].items()},
     }
     for name in [*host.adapters]:
@@ -187,6 +196,22 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
     path = args.output / f"asked-{seed}.json"
     path.write_text(json.dumps(record, indent=1))
     return record
+
+
+def answers_of(found: Any, places: dict[Any, int]) -> dict[str, dict[str, list[float]]]:
+    """Give for each question which is right, and its right answer's loss a character, by adapter.
+
+    `places` are those of the labels among the choices, by task; a choice that won shows its own.
+    """
+    lines = list(found.lines())
+    for line in lines:
+        places[line["task"], line["chosen"]] = line["scores"].index(max(line["scores"]))
+    answers: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        of = answers.setdefault(line["adapter"], {"right": [], "loss": []})
+        of["right"].append(int(line["correct"]))
+        of["loss"].append(-line["scores"][places[line["task"], line["correct_label"]]])
+    return answers
 
 
 def pefts_merge(args: argparse.Namespace, seed: int, merge: str) -> Path:
@@ -206,12 +231,20 @@ def pefts_merge(args: argparse.Namespace, seed: int, merge: str) -> Path:
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    columns = {name: [one["right"][name] for one in found] for name in found[0]["right"]}
-    columns |= {name: [one[name] for one in found] for name in ("oracle", "another's")}
-    oracle, lines = columns["oracle"], ["| | right, % | below the oracle |", "|---|---|---|"]
-    for name, values in columns.items():
-        below = [a - b for a, b in zip(oracle, values, strict=True)]
-        lines.append(f"| {name} | {_mean(values)} | {_mean(below)} |")
+    """Give means of seeds, and the router by prompt less each on the same questions."""
+
+    def means(name: str, what: str) -> tuple[list[float], list[float]]:
+        """Of the seeds, and of the questions."""
+        values = [one["answers"][name][what] for one in found]
+        return [fmean(of) for of in values], [fmean(of) for of in zip(*values, strict=True)]
+
+    lines = ["| | right, % | router by prompt less it | p | loss |", "|---|---|---|---|---|"]
+    for name in found[0]["answers"]:
+        of_seeds, of_questions = means(name, "right")
+        paired = compare_paired(means("prompt", "right")[1], of_questions)
+        difference = f"{100 * paired.difference:.1f} ± {100 * (paired.stderr or 0):.1f}"
+        right, loss = _mean([100 * share for share in of_seeds]), fmean(means(name, "loss")[0])
+        lines.append(f"| {name} | {right} | {difference} | {paired.p_value:.1g} | {loss:.3f} |")
     routed = [one["routed right"] for one in found]
     return [*lines, f"prompts routed right, held out: {_mean(routed)}"]
 
