@@ -82,6 +82,21 @@ def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
         loraloom.train({**run, "jobs": [failed], "output_dir": str(tmp_path / "other")})
 
 
+def test_rows_of_adapters_that_record_no_form_are_told_by_their_columns(saved, tmp_path, capsys):
+    rows = {
+        "law": [{"prompt": f"the court {n}", "completion": "yes"} for n in range(8)],
+        "math": [{"instruction": f"one {n}", "output": "two " * 600} for n in range(8)],
+    }
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", *of) for name, of in rows.items()}
+    prompts = [f"--prompts={name}={file}" for name, file in files.items()]
+    assert combine(saved, tmp_path / "one", *prompts) == 0
+    assert "of the held-out prompts" in capsys.readouterr().out
+    choices = [{"question": "a?", "choices": ["b", "c"], "answer": 0}] * 3
+    file = write_rows(tmp_path / "choices.jsonl", *choices)
+    assert combine(saved, tmp_path / "two", prompts[0], f"--prompts=math={file}") == 2
+    assert "must name the task" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("by", ["arrow", "cat", "linear"])
 def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
     more = [f"--adapter=combined={saved / 'law'}", "--by", by]
@@ -94,7 +109,9 @@ def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
     ("words", "message"),
     [
         ("", "--prompts law=DATA is missing"),
-        ("--prompts law=skills --prompts math=x.jsonl", "do not record a prompt form"),
+        ("--prompts law=skills --prompts law=boolq", "--prompts must name each adapter once"),
+        ("--prompts law=skills --prompts math=x.jsonl", "x.jsonl"),
+        ("--scoring text --prompts law=skills --prompts math=x", "--scoring requires tasks"),
         ("--prompts x=skills", "--prompts must be NAME=VALUE, where NAME is one of law, math"),
         ("--by cat --weight law=x", "--weight must be NAME=NUMBER"),
         ("--by cat --top-k 2", "--top-k requires --by prompt or arrow"),

@@ -46,6 +46,7 @@ def test_a_group_must_not_have_an_adapters_name(name):
 def test_everybody_is_compared_with_the_base_model_and_few_with_each_other():
     assert choose_pairs(NAMES) == [("mix", "base"), ("lora", "base"), ("mix", "lora")]
     assert choose_pairs(["a", "b"]) == [("a", "b")]
+    assert choose_pairs(["a:1+b:1", "a"], ["a:1+b:1:a"]) == [("a:1+b:1", "a")]
     assert choose_pairs([None]) == []
     assert choose_pairs([None, *"abcde"]) == [(name, "base") for name in "abcde"]
 

@@ -9,7 +9,7 @@ import loraloom
 from loraloom import LoraConfig, Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router
 from loraloom.adapters.base import SegmentTokens
 from loraloom.data.tokens import Example
-from loraloom.errors import AdapterError, DataError, FormatError
+from loraloom.errors import AdapterError, ConfigError, DataError, FormatError
 from loraloom.generation.generate import generate
 from loraloom.generation.prompts import encode_for_choice
 from loraloom.generation.scoring import label_log_probs
@@ -250,10 +250,52 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     assert all(torch.equal(after[name], t) for name, t in before.items())
     assert len(after) > len(before)
     assert fit.accuracy == 1
+    assert {*fit.chosen} == {"chem"}  # the others' held-out prompts were seen before
     with pytest.raises(AdapterError, match="expert 'chem' exists already"):
         host.add_experts("auto3", {"chem": "chem"}, name="auto4")
     chosen = host.choose([of[0] for of in prompts.values()], ["auto3"] * 3)
     assert [one.adapter for one in chosen] == [f"auto3/{name}" for name in NAMES]
+    host.prune("auto3", [2, 0], name="less")
+    left = host.choose([prompts["law"][0], prompts["chem"][0]], ["less"] * 2)
+    assert [one.adapter for one in left] == ["less/law", "less/chem"]
+
+
+@pytest.mark.parametrize("router", ["token", "arrow"])
+def test_experts_come_and_go_and_the_others_routers_stay(router):
+    host, ids = routed(LORAS, router), tiny_ids(2)
+    host.add("chem", RANKS["chem"])
+    host.add_experts("auto", {"chem": "chem"}, name="three")
+    assert host.adapters["three"].config.top_k == 2  # as many as before
+    host.prune("three", [0, 1], name="two")
+    with torch.no_grad():
+        assert torch.equal(
+            host(ids, adapters=["auto"] * 2).logits, host(ids, adapters=["two"] * 2).logits
+        )
+    host.prune("three", [2, 0], name="other")
+    before, after = (host.adapters[name].tensors() for name in ("three", "other"))
+    assert {*host.adapters["other"].part_names} == {"chem", "law"}
+    for name, tensor in after.items():
+        old = name.replace("experts.0.", "experts.2.", 1)
+        old = name.replace("experts.1.", "experts.0.", 1) if old == name else old
+        assert torch.equal(tensor, before[old])
+    with pytest.raises(ConfigError, match=r"top_k must be in \[1, 1 experts\]"):
+        host.prune("three", [2], name="one")
+
+
+def test_a_new_expert_of_a_router_by_token_trains_its_row_alone():
+    host = routed(LORAS, dtype=torch.float32)
+    host.add("chem", RANKS["chem"])
+    job = host.add_experts("auto", {"chem": "chem"}, name="three")
+    before = {name: tensor.clone() for name, tensor in job.tensors().items()}
+    optimizer = loraloom.OptimizerConfig(lr_ratios={r"experts\.[01]\.router": 0})
+    client = loraloom.TrainingClient(host, build_tokenizer(), "three", optimizer=optimizer)
+    ids = tuple(tiny_ids(1)[0].tolist())
+    client.forward_backward([Example(ids, ids)])
+    client.optim_step()
+    client.close()
+    learnt = {name for name, tensor in job.tensors().items() if not tensor.equal(before[name])}
+    assert learnt
+    assert all(name.endswith("experts.2.router") for name in learnt)
 
 
 def test_a_router_that_has_diverged_says_so():
@@ -290,8 +332,18 @@ def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
     file.write_text("\n".join(map(json.dumps, rows)))
     math = {"dataset": str(file), "format": "instruction"}
     fit_router(host, tiny_tokenizer, "auto", {"law": texts["law"] * 4, "math": math})
+    read = host.adapters["auto"].tensors()
+    # what comes after a prompt changes nothing, however long it is
+    turns = [[{"role": "user", "content": text}] for text in texts["math"] * 4]
+    answer = {"role": "assistant", "content": "x " * 600}
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"messages": [*turn, answer]}) for turn in turns))
+    chat = {"dataset": str(chats), "format": "chat"}
+    fit_router(host, tiny_tokenizer, "auto", {"law": texts["law"] * 4, "math": chat})
+    assert all(torch.equal(read[n], t) for n, t in host.adapters["auto"].tensors().items())
+    other = math | {"format": "preference"}
     with pytest.raises(DataError, match="require plain strings"):
-        fit_router(host, tiny_tokenizer, "auto", {"law": math | {"format": "chat"}, "math": math})
+        fit_router(host, tiny_tokenizer, "auto", {"law": other, "math": math})
     prompts = ["the court is", ({"role": "user", "content": "two one"},)]
     answers = []
     for names in (("auto", "auto"), ("law", "math")):

@@ -481,7 +481,8 @@ class Adapter(nn.Module, ABC):
         if not self.is_trained:
             raise AdapterError(
                 f"adapter {self.name!r} is not trained, because it contains other adapters, or is "
-                "part of one; train those adapters, or a LoRA made by `combine`"
+                "part of one; train those adapters, or a LoRA made by `combine`; fit_router or "
+                "`loraloom combine` fits a router by prompt"
             )
 
     def begin(self) -> None:

@@ -104,7 +104,8 @@ class RoutedConfig(AdapterConfig):
     def with_experts(self, more: Mapping[str, str | Expert]) -> RoutedConfig:
         if taken := (self.experts.keys() - self.sources.keys()) & more.keys():
             raise AdapterError(f"expert {min(taken)!r} exists already; choose another name")
-        return checked(RoutedConfig, {**dict(self), "experts": {**self.experts, **more}})
+        settings = {**dict(self), "top_k": self.experts_per_token}  # as many as before
+        return checked(RoutedConfig, settings | {"experts": {**self.experts, **more}})
 
     def check_begins(self) -> None:
         if not self.train_experts:
@@ -230,7 +231,7 @@ class _Routed(SumProjection):
             found = f"some not on {self.key}" if len(parts) < num_experts else found
             raise AdapterError(
                 f"router: {config.router} weighs what experts add to a projection, so all must be "
-                f"LoRAs on the same ones, got {found}; router: prompt accepts any adapters"
+                f"LoRAs on the same ones, got {found}; router: prompt accepts others"
             )
         self.config = config
         self._is_arrow, self._maps = is_arrow, maps
@@ -252,7 +253,8 @@ class _Routed(SumProjection):
     def begin(self) -> None:
         """Take Arrow's prototypes: the first right singular vector of each update."""
         for row, (part, _) in zip(self.router if self._is_arrow else (), self._parts, strict=False):
-            A, B = part.compute_A(torch.float64), part.compute_B(torch.float64)
+            # float64 on the CPU, which some devices lack
+            A, B = (m(torch.float32).cpu().double() for m in (part.compute_A, part.compute_B))
             triangle = torch.linalg.qr(B.T).R
             row.copy_(torch.linalg.svd(triangle @ A, full_matrices=False).Vh[0])
 

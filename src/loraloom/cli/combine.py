@@ -10,6 +10,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from loraloom.adapters.routed import of_experts
+from loraloom.cli.init import column_settings, find_columns, first_rows
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
 from loraloom.errors import ConfigError
@@ -61,6 +62,8 @@ class CombineOptions(HostOptions):
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
         """Split NAME=VALUE, of adapters that are there."""
         found = {name: value for name, _, value in (text.partition("=") for text in texts)}
+        if len(found) < len(texts):
+            raise ConfigError(f"--{option} must name each adapter once, got {', '.join(texts)}")
         if odd := [name for name, value in found.items() if not value or name not in self.adapters]:
             raise ConfigError(
                 f"--{option} must be NAME=VALUE, where NAME is one of "
@@ -118,13 +121,16 @@ def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mappin
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
         return {"task": data} | ({"scoring": scoring} if scoring else {})
+    if scoring:
+        raise ConfigError(f"--scoring requires tasks as prompts, got {name}={data}")
     form = host.adapter(name).prompt
-    if form is None or form.format == "task":
-        raise ConfigError(
-            f"--prompts {name}=DATA must name a task, because the files of {name} do not record a "
-            f"prompt form, got {data!r}"
-        )
-    return {"dataset": data, **form.model_dump(exclude_none=True, exclude={"system"})}
+    if form is not None and form.format != "task":
+        return {"dataset": data, **form.model_dump(exclude_none=True, exclude={"system"})}
+    # files of other programs don't say how prompts were written
+    found, columns = find_columns(Path(data), first_rows(Path(data)), None, {})
+    if found == "choices":
+        raise ConfigError(f"--prompts {name}=DATA must name the task of choices, got {data}")
+    return {"dataset": data, "format": found, **column_settings(columns)}
 
 
 def _tell(console: Console, fit: RouterFit) -> None:

@@ -66,8 +66,8 @@ def init(
     prepare_output(output, "--output")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists. Pass --overwrite to replace it, or --output FILE.")
-    rows, console = _first_rows(file), make_console(soft_wrap=True)
-    found, columns = _find_columns(file, rows, row_format, given)
+    rows, console = first_rows(file), make_console(soft_wrap=True)
+    found, columns = find_columns(file, rows, row_format, given)
     named = ", ".join(f"{name} ({role})" for role, name in columns.items())
     unused = {name for row in rows for name in row} - {*columns.values()}
     read = f"columns: {named}\nnot used: {', '.join(sorted(unused)) or 'none'}"
@@ -80,7 +80,7 @@ def init(
         if task.exists() and not overwrite and read_text(task) != task_text:
             raise ConfigError(f"{task} has other settings. Pass --overwrite to replace the file.")
     else:
-        data = {"dataset": str(file), "format": found, **_column_settings(columns)}
+        data = {"dataset": str(file), "format": found, **column_settings(columns)}
     data |= {"chat_template": chat_template, "on_empty": on_empty}
     data = {key: value for key, value in data.items() if value}
     tokenizer = load_tokenizer(base_model)
@@ -120,7 +120,7 @@ def init(
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
 
 
-def _first_rows(file: Path) -> list[Row]:
+def first_rows(file: Path) -> list[Row]:
     if local_path(file, "FILE", DataError).is_dir():
         raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
     rows = list(islice(RowStream(file, "", streaming=False).rows(), _FIRST_ROWS))
@@ -129,7 +129,7 @@ def _first_rows(file: Path) -> list[Row]:
     return [row for row in rows if not row.fault]
 
 
-def _find_columns(
+def find_columns(
     file: Path, rows: Sequence[Row], wanted: RowFormat | None, given: Mapping[str, str]
 ) -> tuple[RowFormat, dict[str, str]]:
     """Find the first format, or the wanted one, whose columns most rows have."""
@@ -159,7 +159,7 @@ def _find_columns(
     )
 
 
-def _column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
+def column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
     templates = {None: None, "instruction": "alpaca"}
     fields = {role: name for role, name in columns.items() if role != name}
     return {"template": templates.get(columns.get("instruction"), "plain"), "fields": fields}

@@ -228,13 +228,12 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
 
 
 def _parse_pair(text: str, names: Sequence[str]) -> Pair:
-    first, _, second = text.partition(":")
     known = dict.fromkeys([*names, *_seeds_by_stem(names)])
-    if not {first, second} <= {*known} or members_of(first, names) == members_of(second, names):
-        raise ConfigError(
-            f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}"
-        )
-    return first, second
+    for place in (place for place, character in enumerate(text) if character == ":"):
+        first, second = text[:place], text[place + 1 :]  # a sum's name has colons too
+        if {first, second} <= {*known} and members_of(first, names) != members_of(second, names):
+            return first, second
+    raise ConfigError(f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}")
 
 
 def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:

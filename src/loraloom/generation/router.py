@@ -21,7 +21,8 @@ from loraloom.models.host import Host
 
 # The share of each expert's prompts by which a router is judged before it is fitted to all.
 HELD_OUT = 0.2
-
+# A conversation as `encode_for_choice` reads it where forms differ.
+_PLAIN_CHAT = "{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m.content }}{% endfor %}"
 
 # Of an expert: texts, token ids, or where a source has them.
 Prompts = Sequence[str | Sequence[int]] | SourceConfig | Mapping[str, object]
@@ -29,7 +30,7 @@ Prompts = Sequence[str | Sequence[int]] | SourceConfig | Mapping[str, object]
 
 @dataclass(frozen=True)
 class RouterFit:
-    """Results of a router on held-out prompts: the chosen experts, by the expected one."""
+    """Results on held-out prompts: the chosen experts, by the expected one of those fitted."""
 
     chosen: Mapping[str, Mapping[str, int]]
 
@@ -104,40 +105,49 @@ def fit_router(
     chooser.fit(*_part(states, owners, ~held_out), targets[~held_out], rows)
     with torch.no_grad():
         found = chooser(*_part(states, owners, held_out)).argmax(1).tolist()
-    chosen = {expert: Counter[str]() for expert in experts}
+    chosen = {expert: Counter[str]() for expert in fitted}
     for label, choice in zip(targets[held_out].tolist(), found, strict=True):
-        chosen[experts[int(label)]][experts[int(choice)]] += 1
+        if label in rows:  # the parts of others were fitted to their own before
+            chosen[experts[int(label)]][experts[int(choice)]] += 1
     chooser.fit(states, owners, targets, rows)
     return RouterFit(chosen)
 
 
 def _prompts(
     host: Host, tokenizer: PreTrainedTokenizerBase, given: Prompts, adapter: str, limit: int | None
-) -> list[Sequence[int]]:
+) -> Sequence[Sequence[int]]:
     """Token ids of prompts; of a source they are what stands before what is learned."""
     if isinstance(given, str):
         raise DataError(
             "prompts must be a list of texts or of token ids, or a source, {'task': 'arc_easy'}, "
             f"got the text {shown(given)}"
         )
+    encode = partial(encode_for_choice, host, tokenizer)
     if not isinstance(given, SourceConfig | Mapping):
-        encode = partial(encode_for_choice, host, tokenizer)
         return [encode(Prompt(one, adapter)) if isinstance(one, str) else one for one in given]
-    source, reads_plain = checked(SourceConfig, given), host.adapter(adapter).forms_differ
-    if reads_plain and source.format in ("chat", "preference"):
+    source, own = checked(SourceConfig, given), host.adapter(adapter)
+    if own.forms_differ and source.format == "preference":
         raise DataError(
-            f"experts with different prompt forms require plain strings as prompts, got a "
-            f"source with format: {source.format}; pass the prompts as a list of strings"
+            "experts with different prompt forms require plain strings as prompts, got a source "
+            "with format: preference; use format: chat, or pass the prompts as a list of strings"
         )
-    if reads_plain and source.format == "instruction":
-        source = source.model_copy(update={"template": "plain"})
+    is_plain = source.format == "instruction" and own.prompt is None
+    if is_plain or (own.forms_differ and source.format == "chat"):
+        form = {"template": "plain"} if is_plain else {"chat_template": _PLAIN_CHAT}
+        source = source.model_copy(update=form)
+    # long answers must not push prompts out, of which `choose` reads the end
     length = min(MAX_LENGTH, host.config.max_position_embeddings)
+    length = length if source.format == "text" else 2**31
     rows = SourceEncoder(source, tokenizer, length).load(source.split or "train", limit)
     examples = [one.rows[0] for row in rows for one in row.pieces if any(one.rows[0].is_learnt)]
     starts = [one.is_learnt.index(True) for one in examples]
     # plain text has no prompt: all of it is read
     pairs = zip(examples, starts, strict=True)
-    return [one.input_ids[:start] if start > 1 else one.input_ids for one, start in pairs]
+    read = [[*one.input_ids][: start if start > 1 else None] for one, start in pairs]
+    if not is_plain:
+        return read
+    texts = tokenizer.batch_decode(read, skip_special_tokens=True)
+    return [encode(Prompt(one, adapter)) for one in texts]
 
 
 def _read(

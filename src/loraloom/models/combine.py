@@ -6,6 +6,7 @@ Source: peft 0.21.2, `peft/tuners/lora/model.py` (`add_weighted_adapter`).
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -73,6 +74,8 @@ def check_merges(adapter: Adapter) -> None:
 Combination = Literal["linear", "svd", "cat"]
 # Settings in which adapters that are combined may differ: what only scales updates, and where they
 # began. Ranks and projections are compared as shapes.
+# An expert's number in the names of a routed adapter's tensors.
+_EXPERT = re.compile(r"(.*?(?:experts\.|router_|offset_))(\d+)(.*)")
 _FREE = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
 
 
@@ -120,7 +123,8 @@ def prune(
     adapter: Adapter, experts: Sequence[int], base: BaseInfo
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Take the tensors of some experts, and their part of what has an axis of experts."""
-    config, size = adapter.config, getattr(adapter.config, "num_experts", None)
+    config, names = adapter.config, [*adapter.part_names]
+    size = len(names) or getattr(config, "num_experts", None)
     if not isinstance(size, int):
         raise AdapterError(
             f"adapter {adapter.name!r} must be a mixture with as many experts in all layers to be "
@@ -130,6 +134,14 @@ def prune(
         raise ConfigError(
             f"experts must be different ones of 0 to {size - 1}, at least one, got {list(experts)}"
         )
+    if names:  # of a routed adapter, whose tensors are each of one expert
+        tensors, settings = {}, {**dict(config), "top_k": config.experts_per_token}
+        settings["experts"] = {names[e]: settings["experts"][names[e]] for e in experts}
+        for name, value in adapter.tensors().items():
+            before, number, after = _EXPERT.findall(name)[0]
+            if int(number) in experts:
+                tensors[f"{before}{experts.index(int(number))}{after}"] = value
+        return checked(type(config), settings), tensors
     # Axes of experts are those that one more would make longer.
     longer = config.model_copy(update={"num_experts": size + 1}).tensor_shapes(base)
     tensors: dict[str, Tensor] = {}

@@ -186,7 +186,8 @@ class Host:
         source = self._registry.get(adapter)
         extended = self.add(name, source.config.with_experts(experts))
         extended.load_tensors({**extended.tensors(), **source.tensors()})
-        extended.prompt = source.prompt
+        if not extended.forms_differ:
+            extended.prompt = source.prompt
         return extended
 
     def choose(
