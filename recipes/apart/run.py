@@ -7,8 +7,9 @@ Each source's adapter sees its own rows alone. Of all of them are made: their av
 (linear, SVD, and PEFT's TIES and DARE), Arrow, a router by prompt, and one by token that is trained
 on the rows of all sources. Beside them are adapters that had all rows together: those of `joint` in
 the file, and of a study of `joint.yaml` that `--joint` names. All are asked the test questions of
-each source, and the router by prompt is compared with each of them on the same questions. What is
-done is not done again.
+each source, and the router by prompt is compared with each of them on the same questions. `without
+its own` is the routed model whose adapter for the question's source was taken away. What is done is
+not done again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 import yaml
 
 import loraloom
-from loraloom.eval.statistics import compare_paired
 
 MERGES = ("linear", "svd", "ties", "dare_linear")
 
@@ -171,12 +171,14 @@ def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:
     places: dict[Any, int] = {}
     answers = answers_of(found, places)
     right = {("average" if name == average else name): fmean(of) for name, of in shares.items()}
-    by_source: dict[str, list[float]] = {"oracle": [], "another's": []}
+    by_source: dict[str, list[float]] = {"oracle": [], "another's": [], "without its own": []}
     for name, before in zip(asked, [list(asked)[-1], *asked], strict=False):
         task = asked[name]["task"]
-        of = ask([name, before], [task], pairs=[])
+        host.prune("prompt", [n for n, one in enumerate(own) if one != name], name="without")
+        of = ask([name, before, "without"], [task], pairs=[])
+        host.remove("without")
         answered = answers_of(of, places)
-        for role, one in (("oracle", name), ("another's", before)):
+        for role, one in (("oracle", name), ("another's", before), ("without its own", "without")):
             by_source[role].append(100 * of.results[one][task]["accuracy"])
             for what, values in answered[one].items():
                 answers.setdefault(role, {}).setdefault(what, []).extend(values)
@@ -241,7 +243,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["| | right, % | router by prompt less it | p | loss |", "|---|---|---|---|---|"]
     for name in found[0]["answers"]:
         of_seeds, of_questions = means(name, "right")
-        paired = compare_paired(means("prompt", "right")[1], of_questions)
+        paired = loraloom.compare_paired(means("prompt", "right")[1], of_questions)
         difference = f"{100 * paired.difference:.1f} ± {100 * (paired.stderr or 0):.1f}"
         right, loss = _mean([100 * share for share in of_seeds]), fmean(means(name, "loss")[0])
         lines.append(f"| {name} | {right} | {difference} | {paired.p_value:.1g} | {loss:.3f} |")

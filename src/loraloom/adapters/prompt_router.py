@@ -15,12 +15,15 @@ from loraloom.errors import AdapterError
 
 # Of the fit: AdamW's.
 STEPS, RATE, DECAY = 200, 0.03, 0.01
+# Near 0, a prompt's most telling token decides, with more, all tokens do alike. One word must be
+# enough where it names the source, and style where none does.
+BREADTH = 10.0
 # Tokens whose states are in the router's dtype at once.
 CHUNK = 2**15
 
 
 class PromptRouter(Weights):
-    """Logits of a prompt's experts: of each the log of the mean over tokens of exp(w·h + b)."""
+    """Logits of a prompt's experts: 10 log mean exp(w·h + b) over its tokens."""
 
     # h are the last states of some decoder layers, of none the embeddings; w has the shape [E, D].
 
@@ -51,15 +54,15 @@ class PromptRouter(Weights):
         places = torch.tensor(rows, device=states.device)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-            scaled = weight / std
-            own = _logits(states, owners, scaled, offset - scaled @ mean)
+            scaled = weight / (std * BREADTH)
+            own = _logits(states, owners, scaled, offset / BREADTH - scaled @ mean)
             optimizer.zero_grad()
             cross_entropy(fixed.index_copy(1, places, own), targets).backward()
             optimizer.step()
         with torch.no_grad():
-            scaled = weight / std
+            scaled = weight / (std * BREADTH)
             self.router[rows] = scaled.to(self.router.dtype)
-            self.offsets[rows] = (offset - scaled @ mean).to(self.offsets.dtype)
+            self.offsets[rows] = (offset / BREADTH - scaled @ mean).to(self.offsets.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for expert, row in enumerate(self.router.detach()):
@@ -74,4 +77,4 @@ def _logits(states: Tensor, owners: Tensor, router: Tensor, offsets: Tensor) -> 
     index, empty = owners.unsqueeze(1).expand_as(scores), scores.new_zeros(len(counts), len(router))
     most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
     sums = empty.index_add(0, owners, (scores - most[owners]).exp())
-    return sums.log() + most - counts.unsqueeze(1).log()
+    return BREADTH * (sums.log() + most - counts.unsqueeze(1).log())

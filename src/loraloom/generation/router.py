@@ -76,7 +76,7 @@ def fit_router(
             f"fit_router requires router: prompt, got adapter {name!r}, {adapter.config.title}"
         )
     experts = adapter.part_names
-    read = {own: _prompts(host, tokenizer, of, name, limit) for own, of in prompts.items()}
+    read = {own: prompt_ids(host, tokenizer, of, name, limit) for own, of in prompts.items()}
     fitted = experts if only is None else [*only]
     if odd := [one for one in experts if len(read.get(one, ())) < 2] + [
         one for one in (*read, *fitted) if one not in experts
@@ -113,7 +113,7 @@ def fit_router(
     return RouterFit(chosen)
 
 
-def _prompts(
+def prompt_ids(
     host: Host, tokenizer: PreTrainedTokenizerBase, given: Prompts, adapter: str, limit: int | None
 ) -> Sequence[Sequence[int]]:
     """Token ids of prompts; of a source they are what stands before what is learned."""
