@@ -253,8 +253,7 @@ def masked_pieces(
             place = slice(slot * num_tokens + start, slot * num_tokens + stop)
             mask, columns = None if masks is None else masks[slot, rows], slice(0, num_columns)
             is_whole = (num_slots, stop - start) == (1, num_tokens)
-            own = experts[slot, rows]
-            yield BlockOfSlot(rows, slot, place, own, columns, rank, mask, is_whole)
+            yield BlockOfSlot(rows, slot, place, experts[slot, rows], columns, rank, mask, is_whole)
 
 
 def _piece_rows(gate: Tensor) -> int:
