@@ -54,7 +54,6 @@ class PreferencePair:
         return (self.chosen, self.rejected)
 
 
-# What a batch is counted in.
 TrainingExample = Example | PreferencePair
 
 
