@@ -75,8 +75,7 @@ class LoraloomConfig(PeftConfig):
             name = str(pretrained_model_name_or_path)
             return super().from_pretrained(name, subfolder, **kwargs)  # pyright: ignore
         fields = cls.from_json_file(str(directory / CONFIG_FILE))
-        stored = read_stored(directory)
-        config = cls(stored.config, kwargs.get("seed"), **_shared_fields(fields))
+        config = cls(read_stored(directory).config, kwargs.get("seed"), **_shared_fields(fields))
         config.file_fields, config.is_from_file = fields, True
         return config
 
@@ -179,8 +178,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         self.set_requires_grad(name, name in self.active_adapters and not config.inference_mode)
         self.loraloom.adapters[name] = adapter
         if not config.is_from_file:
-            files = render(adapter.config, adapter.tensors(), self.host.base)
-            config.file_fields = files.config
+            config.file_fields = render(adapter.config, adapter.tensors(), self.host.base).config
         return adapter
 
     def _active_rows(self) -> Rows | None:

@@ -214,23 +214,14 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class SegmentTokens:
-    """An adapter's tokens in a layer.
+    """An adapter's tokens in a layer."""
 
-    Args:
-        layer: Index of the decoder layer.
-        real: True at real tokens, [T]; None when there is no padding.
-        real_index: Their positions.
-        noise: Random numbers for dropout and jitter; None outside training.
-        record: Takes what a router did; None where nobody asks.
-        row_length: Tokens of a row of the batch.
-    """
-
-    layer: int
-    real: Tensor | None = None
-    real_index: Tensor | None = None
-    noise: SampleNoise | None = None
-    record: Callable[[LayerRouting], None] | None = None
-    row_length: int = 1
+    layer: int  # index of the decoder layer
+    real: Tensor | None = None  # True at real tokens, [T]; None when there is no padding
+    real_index: Tensor | None = None  # their positions
+    noise: SampleNoise | None = None  # for dropout and jitter; None outside training
+    record: Callable[[LayerRouting], None] | None = None  # of a router; None where nobody asks
+    row_length: int = 1  # tokens of a row of the batch
 
     def samples(self, hidden_states: Float[Tensor, "T I"]) -> Int[Tensor, " T"]:
         """Number the samples that tokens are of, or their rows outside training; padding: -1."""
@@ -289,30 +280,20 @@ Samples = Sequence[SampleTokens] | None
 
 @dataclass(frozen=True)
 class FfnRows:
-    """An adapter's half-done FFN block, waiting for the base's output projection.
+    """An adapter's half-done FFN block, waiting for the base's output projection."""
 
-    Args:
-        hidden: Rows to send through it, [n, F].
-        finish: From its output for these rows, [n, D], to the block's output, [T, D].
-    """
-
-    hidden: Tensor
-    finish: Callable[[Tensor], Tensor]
+    hidden: Tensor  # rows to send through it, [n, F]
+    finish: Callable[[Tensor], Tensor]  # from its output for these, [n, D], to the block's, [T, D]
 
 
 @dataclass(frozen=True)
 class MoeFfn:
-    """An FFN block as mixture-of-experts checkpoints have it: softmax, top_k, renormalized.
+    """An FFN block as mixture-of-experts checkpoints have it: softmax, top_k, renormalized."""
 
-    Args:
-        router: [E, D].
-        top_k: Experts of each token.
-        weight: From an expert, a projection's name and a dtype to its whole weight, [O, I].
-    """
-
-    router: Tensor
-    top_k: int
+    router: Tensor  # [E, D]
+    top_k: int  # experts of each token
     weight: Callable[[int, str, torch.dtype], Tensor]
+    """From an expert, a projection's name and a dtype to its whole weight, [O, I]."""
 
     @property
     def num_experts(self) -> int:

@@ -150,8 +150,6 @@ class Router(Weights):
 class RoutedProjection(LoraProjection):
     """The LoRA experts of a projection, and the router whose `route` chooses among them."""
 
-    # In training an expert takes no more than `capacity` tokens of a sample; None for any number.
-
     def __init__(
         self,
         base: BaseProjection,
@@ -160,7 +158,7 @@ class RoutedProjection(LoraProjection):
         route: Route,
         dtype: torch.dtype,
         seed: int,
-        capacity: int | None = None,
+        capacity: int | None = None,  # tokens of a sample for an expert, in training; None: any
     ):
         super().__init__(base, config, num_experts, dtype, seed)
         self.route = route

@@ -64,15 +64,13 @@ Build = Callable[[BaseProjection, BaseLayer], Projection]
 class LowRankAdapter(Adapter):
     """An adapter whose method works on each projection by itself."""
 
-    # `build` makes the weights on a projection; `shared` is what all of them use, and it owns.
-
     def __init__(
         self,
         name: str,
         config: AdapterConfig,
         base_layers: Sequence[BaseLayer],
         build: Build,
-        shared: Weights | None = None,
+        shared: Weights | None = None,  # what all projections use, and the adapter owns
     ):
         layers = [projection_blocks(config, layer, build) for layer in base_layers]
         super().__init__(name, config, base_layers, layers)

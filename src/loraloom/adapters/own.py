@@ -29,11 +29,9 @@ OWN_FIELDS = ("modules_to_save", "trainable_token_indices")
 class OwnParts:
     """What an adapter has as its own, by the modules' paths in the base model."""
 
-    # Modules are trained whole, or rows of some tokens; a head may be tied to an embedding's rows.
-
-    modules: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()  # trained whole
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    tied: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)  # a head to the embedding with its rows
 
 
 def has_own_parts(config: AdapterConfig) -> bool:

@@ -133,8 +133,7 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
         engine, adapters, tokenizer = start_apart(lambda: _prepare(options, sock)).result()
         loads = (options.allow_loading, options.adapter_root)
         allowed = ApiOptions(keys, admin_keys, *loads, options.cors_origin, options.host)
-        app = create_app(engine, tokenizer, adapters, allowed)
-        server = Server(app, engine)
+        server = Server(create_app(engine, tokenizer, adapters, allowed), engine)
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("loraloom").addHandler(handler)
@@ -146,8 +145,7 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     """Load what is served, and say what and where that is."""
     model, tokenizer = loading.load_host(options, {})
     if options.chat_template is not None:
-        template = load_chat_template(tokenizer, options.chat_template)
-        tokenizer.chat_template = template.source()
+        tokenizer.chat_template = load_chat_template(tokenizer, options.chat_template).source()
     limits = EngineLimits(
         options.max_rows,
         options.cache_tokens or loading.default_cache_tokens(model, options.max_rows),

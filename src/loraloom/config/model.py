@@ -15,7 +15,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 # but bfloat16 in place of float16 where the device computes in it.
 BaseDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
-# How transformers computes attention.
 AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
 
 

@@ -132,8 +132,7 @@ def _read_calls(message: Row) -> list[dict[str, Any]]:
     read = []
     for call in calls:
         function = call.get("function") or call
-        given = function.get("arguments") or {}
-        arguments = _parse(message, "arguments of a tool call", given)
+        arguments = _parse(message, "arguments of a tool call", function.get("arguments") or {})
         if not isinstance(arguments, Mapping):
             message.reject("the arguments of a tool call must be an object or the text of one")
         identity = {"id": call["id"]} if call.get("id") else {}

@@ -154,8 +154,7 @@ def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[st
     groups = [[one for fact in group for one in skill.ask(fact, home, arrange)] for group in facts]
     for questions in groups:
         generator.shuffle(questions)
-    in_turns = [one for one in chain.from_iterable(zip_longest(*groups)) if one is not None]
-    kept = in_turns[:most]
+    kept = [one for one in chain.from_iterable(zip_longest(*groups)) if one is not None][:most]
     generator.shuffle(kept)
     rows = []
     for place, (question, right, wrong) in enumerate(kept):

@@ -79,8 +79,7 @@ def fill_in(template: Template, row: Row, setting: str, more: Mapping[str, Any])
     try:
         return render(template, {**row, **more})
     except TemplateError as error:
-        reason = f"{setting} can't be filled in: {error}; the row's fields are {fields_of(row)}"
-        row.reject(reason)
+        row.reject(f"{setting} can't be filled in: {error}; the row's fields are {fields_of(row)}")
 
 
 @contextmanager

@@ -54,7 +54,6 @@ class PreferencePair:
         return (self.chosen, self.rejected)
 
 
-# What a batch is counted in.
 TrainingExample = Example | PreferencePair
 
 
@@ -187,9 +186,7 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
     """Cut a row from the left, but for `start`, and after the last span of what is learned."""
     # A span that the cut goes through is not learned; a row without room for its last is dropped.
     ids, labels = piece.input_ids, piece.labels
-    stop = len(labels)
-    while stop > 0 and labels[stop - 1] == NO_LOSS:
-        stop -= 1
+    stop = next((n for n in range(len(labels), 0, -1) if labels[n - 1] != NO_LOSS), 0)
     if stop == 0:
         return DROPPED
     if stop <= max_length:
@@ -197,9 +194,7 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
     # BOS stays in front of a row that is cut
     kept = tuple(start) if ids[: len(start)] == tuple(start) else ()
     cut = stop - max_length + len(kept)
-    last_span = stop
-    while last_span > 0 and labels[last_span - 1] != NO_LOSS:
-        last_span -= 1
+    last_span = next((n for n in range(stop, 0, -1) if labels[n - 1] == NO_LOSS), 0)
     if cut >= last_span + bool(kept):
         return DROPPED
     rest = list(labels[cut:stop])

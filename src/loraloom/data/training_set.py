@@ -222,8 +222,7 @@ class StreamedSet:
             f"{source.name}: a stream, read {source.rows_per_block} rows at a time"
             for source in self._sources
         )
-        places = (SourcePlace(),) * len(self._sources)
-        self.start = StreamPosition(0, 0, next(sample_ids), places)
+        self.start = StreamPosition(0, 0, next(sample_ids), (SourcePlace(),) * len(self._sources))
         self._blocks: dict[int, Block] = {}
         self.take(self.start, 1)
 

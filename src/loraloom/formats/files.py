@@ -83,7 +83,6 @@ def write_adapter(
     overwrite: bool = False,
 ) -> None:
     """Save an adapter: adapter_config.json, adapter_model.safetensors and README.md."""
-    # Other files in the directory stay. The three are written aside and renamed (disk.py).
     directory = Path(os.path.expanduser(directory))
     if not overwrite:
         disk.refuse_to_overwrite(directory)

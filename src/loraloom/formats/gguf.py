@@ -67,7 +67,6 @@ def write_gguf_adapter(
     architecture = architecture_of(base)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], base.num_layers)
-    # llama.cpp divides by the rank of the B that it finds, so that alpha stands for the scaling.
     alpha = adapter.config.scaling * adapter.config.rank
     kind, file_type = _FILE_TYPES[dtype]
     writer = gguf.GGUFWriter(path, architecture)

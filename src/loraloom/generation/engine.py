@@ -175,8 +175,7 @@ class Engine:
         if is_cancelled:
             self._end(row, "cancelled")
         elif is_late:
-            text = f"a request must end in {limit_s:g} seconds"
-            self._fail(row, RequestError(text, "timeout"))
+            self._fail(row, RequestError(f"a request must end in {limit_s:g} seconds", "timeout"))
         return is_cancelled or is_late
 
     def _schedule(self) -> list[Row]:

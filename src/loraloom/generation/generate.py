@@ -94,8 +94,7 @@ def make_requests(
                 "or lower max_new_tokens"
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
-        request = GenerationRequest(ids, choice, "", sampling, place, continues=continues)
-        requests.append(request)
+        requests.append(GenerationRequest(ids, choice, "", sampling, place, continues=continues))
     return requests
 
 

@@ -70,8 +70,7 @@ class TokenChooser:
         if sampling.top_p < 1:
             self._processors.append(hf.TopPLogitsWarper(sampling.top_p))
         # a generator of its own leaves torch's global numbers alone
-        key = sample_key(sampling.seed, 0, row)
-        self._generator = torch.Generator(device).manual_seed(key)
+        self._generator = torch.Generator(device).manual_seed(sample_key(sampling.seed, 0, row))
 
     @property
     def is_needed(self) -> bool:

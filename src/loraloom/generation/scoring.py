@@ -41,29 +41,23 @@ _PADDING = -1  # branch of the padding
 class TokenRow:
     """Tokens that are read together, and those that are scored."""
 
-    # `branches` is 0 in the context and counts continuations from 1. Then an entry for each scored
-    # token: the place in the row whose state predicts it, its id, and its choice.
-
     input_ids: list[int]
     position_ids: list[int]
-    branches: list[int]
-    predictors: list[int]
-    targets: list[int]
-    choices: list[int]
+    branches: list[int]  # 0 in the context; continuations count from 1
+    predictors: list[int]  # of each scored token, the place in the row whose state predicts it
+    targets: list[int]  # its id
+    choices: list[int]  # its choice
 
 
 @dataclass(frozen=True)
 class RowBatch:
     """Rows padded on the right; masks stay on the CPU, where the host reads them."""
 
-    # `attention_mask` is [B, L] where no row branches, else what is added to scores, [B, 1, L, L].
-    # `token_mask` is 1 at tokens, 0 at padding. `predictors` counts in the flattened batch.
-
     input_ids: Tensor  # (B, L)
     position_ids: Tensor  # (B, L)
-    attention_mask: Tensor
-    token_mask: Tensor  # (B, L)
-    predictors: Tensor  # (N,)
+    attention_mask: Tensor  # (B, L), or if a row branches, what is added to scores, (B, 1, L, L)
+    token_mask: Tensor  # 1 at tokens, 0 at padding, (B, L)
+    predictors: Tensor  # places in the flattened batch, (N,)
     targets: Tensor  # (N,)
 
     def predicting_states(self, hidden_states: Tensor) -> Tensor:

@@ -50,8 +50,7 @@ def text_config(model: nn.Module) -> Any:
 
 def keeps_running_states(config: Any) -> bool:
     """Whether some layers keep one state of all tokens before, in place of keys and values."""
-    kinds = getattr(config, "layer_types", None) or ()
-    caches = (_CACHES.get(kind, object) for kind in kinds)
+    caches = (_CACHES.get(kind, object) for kind in getattr(config, "layer_types", None) or ())
     return any(issubclass(cache, LinearAttentionCacheLayerMixin) for cache in caches)
 
 

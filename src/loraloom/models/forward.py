@@ -26,19 +26,14 @@ from loraloom.ops.low_rank import UpProjection
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One forward of a batch through the base model and its adapters.
+    """One forward of a batch through the base model and its adapters."""
 
-    `owner` is the wiring of the base model. `record` collects what routers do. `forms` are made
-    from the parameters as they are, unless weights are prepared; `stacked` computes small steps of
-    like adapters at once.
-    """
-
-    owner: object
+    owner: object  # the wiring of the base model
     layout: Layout
     checkpointing: bool = False
-    record: Record | None = None
-    forms: ComputeForms = field(default_factory=ComputeForms)
-    stacked: StackedForward | None = None
+    record: Record | None = None  # collects what routers do
+    forms: ComputeForms = field(default_factory=ComputeForms)  # made anew, or of prepared weights
+    stacked: StackedForward | None = None  # computes small steps of like adapters at once
     _shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """The last A product of attention, for the projections that read the same input."""
 
@@ -57,7 +52,6 @@ class ForwardContext:
         self, place: AttentionPlace, hidden_states: Tensor, dtype: torch.dtype
     ) -> Sequence[tuple[Tensor | None, UpProjection | None]]:
         """Return what each segment's B multiplies, [T, S], and its B side; None: not adapted."""
-        # The product with all A of its group is computed once, and used again for the same input.
         key = (place.layer, place.site, dtype)
         known = self._shared.get("attention")
         if known is None or known[0] is not hidden_states or known[1] != key:

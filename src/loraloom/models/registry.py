@@ -180,8 +180,7 @@ class AdapterRegistry:
         ]
         order = [place for places in groups.values() for place in places]
         inverse = torch.tensor(order, device=tensors[0].device).argsort()
-        columns = zip(*results, strict=True)
-        return [torch.cat(column).index_select(0, inverse) for column in columns]
+        return [torch.cat(one).index_select(0, inverse) for one in zip(*results, strict=True)]
 
     def _head_of(self, row: ScaledAdapter | None, prepared: PreparedWeights | None) -> Head:
         if row is None:

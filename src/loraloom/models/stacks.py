@@ -238,12 +238,10 @@ def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
 class Cohort:
     """Like adapters of a batch, views of their weights, and where their rows are."""
 
-    # `take` and `put` are None where the cohort has all rows in order.
-
     stack: _Stack
     entries: slice  # of the stack's adapters
     counts: tuple[int, ...]  # token rows of each; the first and the last have some
-    take: Tensor | None = None  # token row of each place of [N, n]
+    take: Tensor | None = None  # token row of each place of [N, n]; with `put` None: in order
     put: Tensor | None = None  # place of each token row, any at rows that are not the cohort's
     others: Tensor | None = None  # True at rows that are not the cohort's, [T, 1]
     _views: dict[tuple[int, _Names], Any] = field(default_factory=dict)

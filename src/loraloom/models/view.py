@@ -32,10 +32,8 @@ _BASE = "base"
 class Rows:
     """The adapters of the rows that were given, or one of all; beams take their row's."""
 
-    # In training, dropout and jitter are on, and the loss gets the adapters' auxiliary losses.
-
     adapters: Sequence[RowAdapter]
-    training: bool = False
+    training: bool = False  # dropout and jitter are on, the loss gets adapters' auxiliary losses
 
 
 # Which rows this thread names, and for the forwards of which model.

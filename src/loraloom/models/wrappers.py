@@ -193,7 +193,6 @@ class Wiring:
         for name, weight in quantised.items():
             quantization.check_computes(name, weight)
         self._model = model
-        # What takes all of it off again.
         self.undo = ExitStack()
         for module in model.modules():
             self.undo.callback(setattr, module, "training", module.training)

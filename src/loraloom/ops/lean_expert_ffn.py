@@ -284,8 +284,7 @@ class _Backward:
             grad_activated = rows.times(grad_states, out=states)
             out = None if grad_states._is_view() else grad_states
             grads.add(piece, rows, torch.mul(grad_states, activated.detach(), out=out))
-        grad_inner = torch.autograd.grad(activated, leaf, grad_activated)[0]
-        self.grads[0].add(piece, inner, grad_inner)
+        self.grads[0].add(piece, inner, torch.autograd.grad(activated, leaf, grad_activated)[0])
 
     def _grad_states(
         self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor, states: Tensor

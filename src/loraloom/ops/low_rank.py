@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
 
@@ -251,13 +250,6 @@ def scale_update(
     factors = torch.where(factors.abs() < least, least, factors)
     of_update = (scale * row_scale / factors).repeat_interleave(len(lora_B) // len(factors), dim=0)
     return (lora_B * of_update).to(lora_B.dtype), factors
-
-
-def rows_of_experts(
-    rows: Float[Tensor, "N O"], experts: Int[Tensor, "*slots"]
-) -> Float[Tensor, "*slots O"]:
-    """`rows[experts]`, which is much slower on a CPU both ways; -1 takes the last row."""
-    return embedding(experts.remainder(len(rows)), rows)
 
 
 def dora_norms(

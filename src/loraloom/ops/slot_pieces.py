@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.expert_ffn import FfnWeights, Routing
-from loraloom.ops.low_rank import rows_of_experts, slot_masks
+from loraloom.ops.low_rank import slot_masks
 
 # Most bytes of a piece's hidden states in 16 bits, four times as many in float32: products take
 # most of the time there, and fewer calls save more than the cache.
@@ -98,7 +99,10 @@ class Piece(ABC):
 
     def of_rows(self, table: Tensor) -> Tensor:
         """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
-        return rows_of_experts(table, self.experts) if self.is_masked else table[self._places]
+        if not self.is_masked:
+            return table[self._places]
+        # `table[self.experts]` is much slower on a CPU both ways.
+        return embedding(self.experts.remainder(len(table)), table)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         own = total[self._places]
@@ -249,8 +253,7 @@ def masked_pieces(
             place = slice(slot * num_tokens + start, slot * num_tokens + stop)
             mask, columns = None if masks is None else masks[slot, rows], slice(0, num_columns)
             is_whole = (num_slots, stop - start) == (1, num_tokens)
-            own = experts[slot, rows]
-            yield BlockOfSlot(rows, slot, place, own, columns, rank, mask, is_whole)
+            yield BlockOfSlot(rows, slot, place, experts[slot, rows], columns, rank, mask, is_whole)
 
 
 def _piece_rows(gate: Tensor) -> int:

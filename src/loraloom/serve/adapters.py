@@ -281,8 +281,7 @@ class ServedAdapters:
 
 
 def unknown_model(name: str) -> RequestError:
-    message = f"the model {shown(name)} does not exist"
-    return RequestError(message, "model_not_found", param="model")
+    return RequestError(f"the model {shown(name)} does not exist", "model_not_found", param="model")
 
 
 def _no_place(fault: str) -> RequestError:

@@ -37,7 +37,7 @@ from loraloom.training.step import objectives, optimizers
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
 
-# From data, and log p of the labels of each row, to a scalar loss and metrics.
+# From data, and log p of each row's labels, differentiable, to a scalar loss of it, and metrics.
 LossFunction = Callable[
     [Sequence[TrainingExample], Sequence[Tensor]], tuple[Tensor, Mapping[str, float | Tensor]]
 ]
@@ -171,8 +171,6 @@ class TrainingClient:
         self, data: Sequence[TrainingExample], loss_fn: LossFunction
     ) -> ForwardBackwardOutput:
         """Add the gradient of your own loss, in one forward."""
-        # `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
-        # It returns a scalar loss that depends on these, and metrics.
         key, objective = self._next_sample_key(), custom_objective(data, loss_fn)
         request = Request(self.adapter, data, objective, key, loss_scale=self._loss_scale)
         return run_requests(self.host, [request], self.pad_id)[0]

@@ -428,6 +428,5 @@ def peak_memory_bytes() -> dict[str, int]:
         unit = 1 if sys.platform == "darwin" else 1024
         peak["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        peak["cuda"] = sum(map(torch.cuda.max_memory_allocated, devices))
+        peak["cuda"] = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     return peak

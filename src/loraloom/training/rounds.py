@@ -5,7 +5,7 @@ A job that is alone when memory runs out has its micro-batch halved, example by 
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -137,15 +137,10 @@ class RoundRunner:
             if seen[-1] < needed:
                 raise torch.OutOfMemoryError
 
-        hooks = [
-            layer.register_forward_pre_hook(partial(look, index))
-            for index, layer in enumerate(layers)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for index, layer in enumerate(layers):
+                hooks.callback(layer.register_forward_pre_hook(partial(look, index)).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def raise_if_general(self, fault: Exception) -> None:
         """Raise an error again if it also affects the base model (a lost device, for example)."""

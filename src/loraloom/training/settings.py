@@ -422,8 +422,7 @@ class RunConfig(BaseModelConfig):
     def all_jobs(self) -> tuple[JobConfig, ...]:
         """Those that train: the sweep's, without its template, come last."""
         template = None if self.sweep is None else self.sweep.job
-        others = [job for job in self.jobs if job.name != template]
-        return (*others, *self.trials)
+        return (*(job for job in self.jobs if job.name != template), *self.trials)
 
     @property
     def first_jobs(self) -> tuple[JobConfig, ...]:

@@ -30,6 +30,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from loraloom.adapters import parse_adapter_config
 from loraloom.config.fields import check_name
 from loraloom.config.text import read_json
+from loraloom.data.sources import sha256
 from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.disk import SAVED_FILES
@@ -103,7 +104,7 @@ class CheckpointStore:
             del body["files"]
             for name, state in states.items():
                 torch.save(state, aside / f"{name}.pt")
-                body["jobs"][name]["sha256"] = _file_hash(aside / f"{name}.pt")
+                body["jobs"][name]["sha256"] = sha256(aside / f"{name}.pt")
             manifest = {"checksum": _json_hash(body), **body}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
@@ -146,14 +147,9 @@ def _read(directory: Path) -> Checkpoint:
     checkpoint = _CHECKPOINT.validate_python({**body, "files": {}})
     files = {name: directory / f"{check_name(name)}.pt" for name in checkpoint.jobs}
     for name, record in checkpoint.jobs.items():
-        if record.sha256 is not None and _file_hash(files[name]) != record.sha256:
+        if record.sha256 is not None and sha256(files[name]) != record.sha256:
             raise ValueError(f"{name}.pt was changed or is not whole")
     return replace(checkpoint, files=files)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json_hash(value: Any) -> str:

@@ -164,8 +164,7 @@ class SweepConfig(StrictModel):
         """Name of a job: the template's, its number, and its values as far as there is room."""
         values = map(format_drawn, combination.values())
         safe = (re.sub("[^A-Za-z0-9.-]+", "_", value).strip("_")[:24] for value in values)
-        name = "-".join([self._numbered(number), *filter(None, safe)])
-        return name[:100].rstrip("-._")
+        return "-".join([self._numbered(number), *filter(None, safe)])[:100].rstrip("-._")
 
     def owns(self, name: str) -> bool:
         """Whether a job of that name is one of the sweep's, also one that is not drawn yet."""

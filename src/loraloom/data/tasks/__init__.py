@@ -82,8 +82,7 @@ def find_task(name: str) -> ChoiceTask:
     if is_task_file(check_task(name)):
         return _load_task(local_path(name, "a task's file"))
     if (lands := skills_lands(name)) is not None:
-        generate = partial(generate_skills, **lands)
-        return replace(_built_in("skills"), name=name, source=generate)
+        return replace(_built_in("skills"), name=name, source=partial(generate_skills, **lands))
     return _built_in(name)
 
 

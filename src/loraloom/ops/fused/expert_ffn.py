@@ -66,7 +66,6 @@ def fused_hidden(
     dropout: FfnDropout,
 ) -> tuple[Float[Tensor, "T F"], Tensor]:
     """Compute Σ_j g_j h_j, and Σ_j g_j drop(h_j) A_dᵀ, [T, S], empty without an A_d."""
-    # `low_rank` is the product with all A of the input; a plain LoRA has no experts and no g.
     masks = [mask for mask in dropout.keep_slots if mask is not None]
     sides = (weights.gate, weights.up)
     starts = [side.columns.start if side else 0 for side in sides]

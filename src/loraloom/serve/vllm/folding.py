@@ -131,8 +131,7 @@ def _pair_of(projection: Projection, source: str) -> tuple[Tensor, Tensor]:
             f"{source}: vLLM can serve only routers of whole FFN blocks, got one on "
             f"{projection.path}; serve this adapter with the embedded engine"
         )
-    lora_B = projection.compute_B(torch.float32).T.contiguous()
-    return projection.compute_A(torch.float32), lora_B
+    return projection.compute_A(torch.float32), projection.compute_B(torch.float32).T.contiguous()
 
 
 class _Weightless(BaseProjection):
