@@ -39,6 +39,10 @@ class PromptRouter(Weights):
             raise AdapterError("a router by prompt must be fitted first to all; call fit_router")
         return _logits(states, owners, self.router, self.offsets) / self.temperature
 
+    def scores(self, states: Tensor) -> Tensor:
+        """Compute w·h + b, [T, E]."""
+        return _scores(states, self.router, self.offsets)
+
     @torch.enable_grad()
     def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
         """Fit the rows of some experts to prompts whose experts' numbers are targets, [B]."""
@@ -70,9 +74,12 @@ class PromptRouter(Weights):
             yield f"shared.router_offset_{expert}", self.offsets.detach()[expert]
 
 
+def _scores(states: Tensor, router: Tensor, offsets: Tensor) -> Tensor:
+    return torch.cat([part.to(router.dtype) @ router.T for part in states.split(CHUNK)]) + offsets
+
+
 def _logits(states: Tensor, owners: Tensor, router: Tensor, offsets: Tensor) -> Tensor:
-    parts = [part.to(router.dtype) @ router.T for part in states.split(CHUNK)]
-    scores = torch.cat(parts) + offsets  # (T, E)
+    scores = _scores(states, router, offsets)
     counts = owners.bincount()
     index, empty = owners.unsqueeze(1).expand_as(scores), scores.new_zeros(len(counts), len(router))
     most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)

@@ -88,7 +88,7 @@ def generate(
         for start in range(num_done, len(rows), size):
             part = slice(start, start + size)
             batch = complete(host, tokenizer, requests[part], batch_size=size)
-            answers = [{"completion": one.text, **told(one.choice)} for one in batch]
+            answers = [{"completion": one.text, **told(one.choice, tokenizer)} for one in batch]
             _write(options, [row | one for row, one in zip(rows[part], answers, strict=True)])
             advance(range(start, start + len(batch)))
 

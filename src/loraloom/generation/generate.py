@@ -187,7 +187,7 @@ class Conversation:
         prompt = Prompt(self._turns(model, text), adapter, last_alone=True)
         read = read_prompts(self.engine.host, self.tokenizer, [prompt], raw=self.raw)
         ((ids, continues, choice),) = read
-        if telling := told(choice):
+        if telling := told(choice, self.tokenizer):
             self.chosen[model] = telling["chosen"]["adapter"]
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}

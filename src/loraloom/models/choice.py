@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.weighted_sum import write_sum
 from loraloom.errors import DataError, not_finite
@@ -20,19 +21,21 @@ MAX_TOKENS, MAX_PROMPT = 8192, 512
 
 
 class Choice(NamedTuple):
-    """What answers a prompt, and the probabilities of all experts where a router has chosen."""
+    """What answers a prompt, and where a router has chosen, how sure it was and why."""
 
     adapter: RowAdapter
-    probabilities: Mapping[str, float] | None = None
+    probabilities: Mapping[str, float] | None = None  # of all experts
+    telling_token: int = 0  # which speaks for the expert most
 
 
-def told(choice: Choice) -> dict[str, Any]:
-    """Tell people what a router has chosen, and how sure it was; nothing where none has."""
+def told(choice: Choice, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Tell people what a router has chosen, and why; nothing where none has."""
     if choice.probabilities is None:
         return {}
     parts = str(name_and_scale(choice.adapter)[0]).split("+")
     names = "+".join(part.rpartition("/")[2] for part in parts)
-    return {"chosen": {"adapter": names, "probabilities": dict(choice.probabilities)}}
+    because = tokenizer.decode([choice.telling_token])
+    return {"chosen": {"adapter": names, "probabilities": choice.probabilities, "because": because}}
 
 
 class _Enough(Exception):  # noqa: N818, it is none
@@ -62,13 +65,18 @@ def choose(
             if not logits.isfinite().all():
                 raise not_finite("logits of its router", "infinite ones or NaN", [name])
             top, chosen = logits.topk(count)
+            # of each token, by how much it speaks for the first more than for all on average
+            scores = router.chooser.scores(states)  # (T, E)
+            scores = scores.gather(1, chosen[owners, :1]) - scores.mean(1, keepdim=True)
             columns = (top.softmax(-1), chosen, logits.softmax(-1))
-            rows = zip(part, *(one.tolist() for one in columns), strict=True)
-            for at, weights, numbers, probabilities in rows:
+            by_prompt = scores.squeeze(1).split(owners.bincount().tolist())
+            rows = zip(part, by_prompt, *(one.tolist() for one in columns), strict=True)
+            for at, scored, weights, numbers, shares in rows:
                 row = _row([f"{name}/{experts[number]}" for number in numbers], weights)
                 _, scale = name_and_scale(adapters[own[at]])
                 row = row if scale == 1 else (row, scale)
-                choices[own[at]] = Choice(row, dict(zip(experts, probabilities, strict=True)))
+                token = read[at][-MAX_PROMPT:][int(scored.argmax())]
+                choices[own[at]] = Choice(row, dict(zip(experts, shares, strict=True)), token)
     return choices
 
 

@@ -320,6 +320,7 @@ def test_an_answer_says_which_adapter_a_router_chose(client, served, host, token
         answer = chat(client, "auto", messages=messages).choices[0]
         assert answer.chosen["adapter"] == expert
         assert max(answer.chosen["probabilities"], key=answer.chosen["probabilities"].get) == expert
+        assert answer.chosen["because"].strip() in text
         alone = chat(client, adapter, messages=messages).choices[0]
         assert answer.message.content == alone.message.content
     messages = [{"role": "user", "content": "two one"}]

@@ -151,11 +151,11 @@ class Exchange(ABC):
         """The choice of the chunk in which a piece of an answer is told."""
 
     def chosen(self, index: int) -> dict[str, Any]:
-        """Tell once which adapter answers, where a router has chosen it, and how sure it was."""
+        """Tell once which adapter answers, where a router has chosen it, and why."""
         if index in self._told:
             return {}
         self._told.add(index)
-        return told(self._rows[index].request.choice)
+        return told(self._rows[index].request.choice, self.backend.tokenizer)
 
     def several(
         self,
