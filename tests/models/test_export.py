@@ -84,6 +84,18 @@ def test_a_merged_model_computes_what_the_adapter_does(tmp_path, family, method)
 
 
 @torch.no_grad()
+def test_sums_and_experts_are_exported_as_plain_adapters_are(tmp_path):
+    host = host_of("llama", {name: ALL_METHODS[name] for name in ("lora", "dora", "vera")})
+    host.add("auto", loraloom.RoutedConfig(experts={"law": "lora", "math": "vera"}))
+    for number, name in enumerate(["lora:0.5+dora", "auto/math"]):
+        loaded = load(exported(host, name, tmp_path / str(number)).path)
+        logits = host(IDS, adapters=[name, name]).logits
+        assert relative_error(loaded(IDS).logits, logits) < 1e-4
+    with pytest.raises(AdapterError, match="export one of its experts, auto/law, auto/math"):
+        exported(host, "auto", tmp_path / "auto", to="moe")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_a_merged_mixture_of_experts_has_its_checkpoints_names(tmp_path, family):
     host = host_of(family, {"a": LoraConfig(rank=2, target_modules="attention")})

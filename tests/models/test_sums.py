@@ -39,8 +39,9 @@ def test_a_sum_adds_what_each_member_does_to_the_weights(family):
 
 
 def test_sums_decode_side_by_side_and_scaled_as_alone():
-    host, ids = tiny_host("llama", MEMBERS), tiny_ids(6)
+    host, ids = tiny_host("llama", MEMBERS), tiny_ids(16)
     rows = [
+        *(f"lora:{n / 8}+small:{1 - n / 8}" for n in range(1, 11)),
         SUMS[0],
         "lora:0.1+small:2",
         None,
