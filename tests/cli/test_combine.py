@@ -91,6 +91,8 @@ def test_rows_of_adapters_that_record_no_form_are_told_by_their_columns(saved, t
     prompts = [f"--prompts={name}={file}" for name, file in files.items()]
     assert combine(saved, tmp_path / "one", *prompts) == 0
     assert "of the held-out prompts" in capsys.readouterr().out
+    assert combine(saved, tmp_path / "two", *prompts, "--scoring", "text") == 2
+    assert "--scoring requires a task in --prompts" in capsys.readouterr().err
     choices = [{"question": "a?", "choices": ["b", "c"], "answer": 0}] * 3
     file = write_rows(tmp_path / "choices.jsonl", *choices)
     assert combine(saved, tmp_path / "two", prompts[0], f"--prompts=math={file}") == 2
@@ -111,7 +113,6 @@ def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
         ("", "--prompts law=DATA is missing"),
         ("--prompts law=skills --prompts law=boolq", "--prompts must name each adapter once"),
         ("--prompts law=skills --prompts math=x.jsonl", "x.jsonl"),
-        ("--scoring text --prompts law=skills --prompts math=x", "--scoring requires tasks"),
         ("--prompts x=skills", "--prompts must be NAME=VALUE, where NAME is one of law, math"),
         ("--by cat --weight law=x", "--weight must be NAME=NUMBER"),
         ("--by cat --top-k 2", "--top-k requires --by prompt or arrow"),

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
+from tokenizers.processors import TemplateProcessing
 from torch.autograd import gradcheck
 
 import loraloom
@@ -12,6 +13,7 @@ from loraloom.data.tokens import Example
 from loraloom.errors import AdapterError, ConfigError, DataError, FormatError
 from loraloom.generation.generate import generate
 from loraloom.generation.prompts import encode_for_choice
+from loraloom.generation.router import prompt_ids
 from loraloom.generation.scoring import label_log_probs
 from tests.conftest import build_tokenizer
 from tests.tiny import (
@@ -317,6 +319,51 @@ def test_experts_go_with_their_adapter():
     assert not host._registry._sums
 
 
+QUESTION = {"role": "user", "content": "who is it?"}
+LATER = [{"role": "assistant", "content": "x " * 600}, {"role": "user", "content": "and?"}]
+SYSTEM = {"role": "system", "content": "one two"}
+ASKED = {  # in rows of a format, and of a router
+    "instruction": (
+        {"instruction": "is it", "input": "the sky", "output": "yes"},
+        {"content": "is it", "fields": {"input": "the sky"}},
+    ),
+    "chat": ({"messages": [SYSTEM, QUESTION, *LATER]}, {"content": (SYSTEM, QUESTION)}),
+    "text": ({"text": "the court"}, {"content": "the court"}),
+    "preference": (
+        {"prompt": "is it", "chosen": "yes", "rejected": "no"},
+        {"content": "is it"},
+    ),
+    "preference of turns": (
+        {"chosen": [QUESTION, LATER[0]], "rejected": [QUESTION, SYSTEM | LATER[0]]},
+        {"content": (QUESTION,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("forms", [("task", "chat"), ("chat", "chat"), (None, None)])
+def test_a_source_is_read_as_prompts_are_when_the_router_chooses(
+    tiny_tokenizer, tmp_path, asked, forms
+):
+    bos = (tiny_tokenizer.bos_token, tiny_tokenizer.bos_token_id)
+    process = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tiny_tokenizer.backend_tokenizer.post_processor = process
+    turn = "<{{ m.role }}>{{ m.content }}"
+    tiny_tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    host = tiny_host("llama", LORAS, torch.float32, vocab_size=300)
+    for name, form in zip(LORAS, forms, strict=True):
+        host.adapters[name].prompt = form and PromptForm(format=form)
+    host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
+    row, expected = ASKED[asked]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    source = {"dataset": str(tmp_path / "rows.jsonl"), "format": asked.split()[0]}
+    if forms[0] != forms[1] and not isinstance(expected["content"], str):
+        # the adapter that is chosen has a system message of its own
+        expected = {"content": tuple(m for m in expected["content"] if m != SYSTEM)}
+    prompt = encode_for_choice(host, tiny_tokenizer, Prompt(adapter="auto", **expected))
+    assert prompt_ids(host, tiny_tokenizer, source, "auto", None) == [prompt] * 2
+
+
 def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
     tiny_tokenizer, tmp_path
 ):
@@ -332,18 +379,6 @@ def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
     file.write_text("\n".join(map(json.dumps, rows)))
     math = {"dataset": str(file), "format": "instruction"}
     fit_router(host, tiny_tokenizer, "auto", {"law": texts["law"] * 4, "math": math})
-    read = host.adapters["auto"].tensors()
-    # what comes after a prompt changes nothing, however long it is
-    turns = [[{"role": "user", "content": text}] for text in texts["math"] * 4]
-    answer = {"role": "assistant", "content": "x " * 600}
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("\n".join(json.dumps({"messages": [*turn, answer]}) for turn in turns))
-    chat = {"dataset": str(chats), "format": "chat"}
-    fit_router(host, tiny_tokenizer, "auto", {"law": texts["law"] * 4, "math": chat})
-    assert all(torch.equal(read[n], t) for n, t in host.adapters["auto"].tensors().items())
-    other = math | {"format": "preference"}
-    with pytest.raises(DataError, match="require plain strings"):
-        fit_router(host, tiny_tokenizer, "auto", {"law": other, "math": math})
     prompts = ["the court is", ({"role": "user", "content": "two one"},)]
     answers = []
     for names in (("auto", "auto"), ("law", "math")):

@@ -427,7 +427,7 @@ class Adapter(nn.Module, ABC):
 
     def _no_moe(self, found: str) -> AdapterError:
         names = [f"{self.name}/{name}" for name in self.part_names]
-        found += f"; export one of its experts, {', '.join(names)}" if names else ""
+        found += f"; from Python, export one of its experts, {', '.join(names)}" if names else ""
         return AdapterError(
             f"adapter {self.name!r} must be a mixture whose routers choose top_k whole FFN experts "
             f"for each token to have the form of an MoE checkpoint, got {found}"

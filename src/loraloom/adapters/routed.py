@@ -104,8 +104,7 @@ class RoutedConfig(AdapterConfig):
     def with_experts(self, more: Mapping[str, str | Expert]) -> RoutedConfig:
         if taken := (self.experts.keys() - self.sources.keys()) & more.keys():
             raise AdapterError(f"expert {min(taken)!r} exists already; choose another name")
-        settings = {**dict(self), "top_k": self.experts_per_token}  # as many as before
-        return checked(RoutedConfig, settings | {"experts": {**self.experts, **more}})
+        return checked(RoutedConfig, {**dict(self), "experts": {**self.experts, **more}})
 
     def check_begins(self) -> None:
         if not self.train_experts:
@@ -253,8 +252,9 @@ class _Routed(SumProjection):
     def begin(self) -> None:
         """Take Arrow's prototypes: the first right singular vector of each update."""
         for row, (part, _) in zip(self.router if self._is_arrow else (), self._parts, strict=False):
+            dtype = torch.promote_types(self.router.dtype, torch.float32)
             # float64 on the CPU, which some devices lack
-            A, B = (m(torch.float32).cpu().double() for m in (part.compute_A, part.compute_B))
+            A, B = (weight(dtype).cpu().double() for weight in (part.compute_A, part.compute_B))
             triangle = torch.linalg.qr(B.T).R
             row.copy_(torch.linalg.svd(triangle @ A, full_matrices=False).Vh[0])
 

@@ -13,6 +13,7 @@ from loraloom.adapters.routed import of_experts
 from loraloom.cli.init import column_settings, find_columns, first_rows
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
+from loraloom.data.sources import find_location
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
 from loraloom.generation.loading import check_sources, load_host
@@ -105,6 +106,8 @@ def combine(
         host.add(combined, of_experts(experts, router=options.by, **settings))
         if options.by == "prompt":
             sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
+            if options.scoring and not any("task" in source for source in sources.values()):
+                raise ConfigError("--scoring requires a task in --prompts, got data sets")
             fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
             _tell(console, fit)
     else:
@@ -121,13 +124,12 @@ def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mappin
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
         return {"task": data} | ({"scoring": scoring} if scoring else {})
-    if scoring:
-        raise ConfigError(f"--scoring requires tasks as prompts, got {name}={data}")
     form = host.adapter(name).prompt
     if form is not None and form.format != "task":
         return {"dataset": data, **form.model_dump(exclude_none=True, exclude={"system"})}
     # files of other programs don't say how prompts were written
-    found, columns = find_columns(Path(data), first_rows(Path(data)), None, {})
+    rows = first_rows(find_location(data, "train"))
+    found, columns = find_columns(data, rows, advice="Rename the columns, or name a task")
     if found == "choices":
         raise ConfigError(f"--prompts {name}=DATA must name the task of choices, got {data}")
     return {"dataset": data, "format": found, **column_settings(columns)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -18,7 +19,7 @@ from loraloom.config.data import DataFormat, SourceConfig
 from loraloom.config.fields import checked, suggestion
 from loraloom.config.text import local_path, read_settings, read_text, to_yaml
 from loraloom.data.encoding import SourceEncoder
-from loraloom.data.sources import Row, RowStream, check_faults, fields_of
+from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of
 from loraloom.data.tasks import answer_options
 from loraloom.data.templates import compile_template, render
 from loraloom.durable import prepare_output, write_output
@@ -31,6 +32,7 @@ RowFormat = DataFormat | Literal["choices"]
 _OPTIONAL = {"prompt", "tools", "system", "input"}
 # Rows that show which columns there are; tokens of a row.
 _FIRST_ROWS, _MAX_LENGTH = 1000, 2048
+_ADVICE = "Name the format with --format, and the columns of its roles with --column ROLE=COLUMN"
 
 
 def init(
@@ -66,8 +68,10 @@ def init(
     prepare_output(output, "--output")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists. Pass --overwrite to replace it, or --output FILE.")
+    if local_path(file, "FILE", DataError).is_dir():
+        raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
     rows, console = first_rows(file), make_console(soft_wrap=True)
-    found, columns = find_columns(file, rows, row_format, given)
+    found, columns = find_columns(file, rows, row_format, given, advice=_ADVICE)
     named = ", ".join(f"{name} ({role})" for role, name in columns.items())
     unused = {name for row in rows for name in row} - {*columns.values()}
     read = f"columns: {named}\nnot used: {', '.join(sorted(unused)) or 'none'}"
@@ -120,25 +124,28 @@ def init(
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
 
 
-def first_rows(file: Path) -> list[Row]:
-    if local_path(file, "FILE", DataError).is_dir():
-        raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
-    rows = list(islice(RowStream(file, "", streaming=False).rows(), _FIRST_ROWS))
+def first_rows(location: Path | HubSource) -> list[Row]:
+    rows = list(islice(RowStream(location, "train", streaming=False).rows(), _FIRST_ROWS))
     if all(row.fault for row in rows):
         check_faults([(row.origin, row.fault) for row in rows], len(rows))
     return [row for row in rows if not row.fault]
 
 
 def find_columns(
-    file: Path, rows: Sequence[Row], wanted: RowFormat | None, given: Mapping[str, str]
+    file: object,
+    rows: Sequence[Row],
+    wanted: RowFormat | None = None,
+    given: Mapping[str, str] = MappingProxyType({}),
+    *,
+    advice: str,
 ) -> tuple[RowFormat, dict[str, str]]:
     """Find the first format, or the wanted one, whose columns most rows have."""
     counts = Counter(name for row in rows for name in row)
     # an optional role's own column is read in the rows that have it
     rare = _OPTIONAL - {"prompt"}
     if lacking := [n for role, n in given.items() if role not in rare and n not in counts]:
-        advice = f"{suggestion(lacking[0], counts)}its columns are {fields_of(counts)}"
-        raise DataError(f"{file} has no column {lacking[0]!r}, which --column names; {advice}")
+        hint = f"{suggestion(lacking[0], counts)}its columns are {fields_of(counts)}"
+        raise DataError(f"{file} has no column {lacking[0]!r}, which --column names; {hint}")
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
     kinds: list[Any] = [wanted] if wanted else [*formats]
@@ -153,9 +160,8 @@ def find_columns(
             return row_format, columns
     needed = (f"\n  {name}: {', '.join(formats[name])}" for name in kinds)
     raise DataError(
-        f"{file}: no format fits the columns {fields_of(counts)}. Name the format with --format, "
-        "and the columns of its roles with --column ROLE=COLUMN. The roles of each format "
-        f"({', '.join(sorted(_OPTIONAL))} are optional):{''.join(needed)}"
+        f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
+        f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(needed)}"
     )
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,6 +106,35 @@ class SourceEncoder:
         settings = [config.format, config.fields, template, self.max_length]
         encode = partial(self.encode, first=sources.fields_of_all(rows))
         return rows, _encode_once(rows, encode, self.tokenizer, settings)
+
+    def prompts(self, split: str, limit: int | None = None) -> list[tuple[Any, dict[str, Any]]]:
+        """Read what rows ask, a text or messages, with further fields for a prompt template."""
+        config, split = self.config, self.config.split or split
+        if config.task is not None:
+            task = find_task(config.task)
+            scoring = config.scoring or task.config.scoring
+            rows = enumerate(task.load_rows(split, config.path)[:limit])
+            texts = (task.training_texts(row, n, scoring) for n, row in rows)
+            return [(prompt, {}) for (prompt, _), _ in texts]
+        rows = list(islice(self.open(split, streaming=False).rows(), limit))
+        sources.check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
+        columns = self._columns(sources.fields_of_all(rows))
+        asked = [(self._asked(row, columns), row) for row in rows]
+        name = columns.get("input", "")
+        return [(one, {**row, "input": row.get(name)}) for one, row in asked if one]
+
+    def _asked(self, row: Row, columns: Mapping[str, str]) -> Any:
+        """The text of a prompt, or the messages before the first answer."""
+        match self.config.format:
+            case "chat":
+                messages = read_conversation(row, self.config.fields).messages
+            case "preference" if isinstance(row.get(columns["chosen"]), list):
+                prompt = columns["prompt"] if isinstance(row.get(columns["prompt"]), list) else ""
+                messages = read_messages(row, prompt or columns["chosen"])
+            case kind:
+                roles = {"instruction": "instruction", "preference": "prompt"}
+                return row.text(columns[roles.get(kind or "text", "text")])
+        return tuple(takewhile(lambda one: one["role"] != "assistant", messages))
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
         split = self.config.split or split

@@ -21,8 +21,6 @@ from loraloom.models.host import Host
 
 # The share of each expert's prompts by which a router is judged before it is fitted to all.
 HELD_OUT = 0.2
-# A conversation as `encode_for_choice` reads it where forms differ.
-_PLAIN_CHAT = "{% for m in messages %}{{ '' if loop.first else '\n' }}{{ m.content }}{% endfor %}"
 
 # Of an expert: texts, token ids, or where a source has them.
 Prompts = Sequence[str | Sequence[int]] | SourceConfig | Mapping[str, object]
@@ -116,7 +114,7 @@ def fit_router(
 def prompt_ids(
     host: Host, tokenizer: PreTrainedTokenizerBase, given: Prompts, adapter: str, limit: int | None
 ) -> Sequence[Sequence[int]]:
-    """Token ids of prompts; of a source they are what stands before what is learned."""
+    """Token ids of prompts, as they are read when the router chooses."""
     if isinstance(given, str):
         raise DataError(
             "prompts must be a list of texts or of token ids, or a source, {'task': 'arc_easy'}, "
@@ -125,29 +123,14 @@ def prompt_ids(
     encode = partial(encode_for_choice, host, tokenizer)
     if not isinstance(given, SourceConfig | Mapping):
         return [encode(Prompt(one, adapter)) if isinstance(one, str) else one for one in given]
-    source, own = checked(SourceConfig, given), host.adapter(adapter)
-    if own.forms_differ and source.format == "preference":
-        raise DataError(
-            "experts with different prompt forms require plain strings as prompts, got a source "
-            "with format: preference; use format: chat, or pass the prompts as a list of strings"
-        )
-    is_plain = source.format == "instruction" and own.prompt is None
-    if is_plain or (own.forms_differ and source.format == "chat"):
-        form = {"template": "plain"} if is_plain else {"chat_template": _PLAIN_CHAT}
-        source = source.model_copy(update=form)
-    # long answers must not push prompts out, of which `choose` reads the end
-    length = min(MAX_LENGTH, host.config.max_position_embeddings)
-    length = length if source.format == "text" else 2**31
-    rows = SourceEncoder(source, tokenizer, length).load(source.split or "train", limit)
-    examples = [one.rows[0] for row in rows for one in row.pieces if any(one.rows[0].is_learnt)]
-    starts = [one.is_learnt.index(True) for one in examples]
-    # plain text has no prompt: all of it is read
-    pairs = zip(examples, starts, strict=True)
-    read = [[*one.input_ids][: start if start > 1 else None] for one, start in pairs]
-    if not is_plain:
-        return read
-    texts = tokenizer.batch_decode(read, skip_special_tokens=True)
-    return [encode(Prompt(one, adapter)) for one in texts]
+    source, differ = checked(SourceConfig, given), host.adapter(adapter).forms_differ
+    encoder, read = SourceEncoder(source, tokenizer, MAX_LENGTH), []
+    for content, fields in encoder.prompts("train", limit):
+        if differ and not isinstance(content, str):  # the chosen adapter's own comes later
+            content = tuple(one for one in content if one["role"] != "system")
+        if content:
+            read.append(encode(Prompt(content, adapter, encoder.name, fields=fields)))
+    return read
 
 
 def _read(

@@ -34,8 +34,10 @@ def told(choice: Choice, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         return {}
     parts = str(name_and_scale(choice.adapter)[0]).split("+")
     names = "+".join(part.rpartition("/")[2] for part in parts)
-    because = tokenizer.decode([choice.telling_token])
-    return {"chosen": {"adapter": names, "probabilities": choice.probabilities, "because": because}}
+    chosen = {"adapter": names, "probabilities": choice.probabilities}
+    if len(choice.probabilities) > 1:
+        chosen["because"] = tokenizer.decode([choice.telling_token])
+    return {"chosen": chosen}
 
 
 class _Enough(Exception):  # noqa: N818, it is none

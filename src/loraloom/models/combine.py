@@ -72,10 +72,10 @@ def check_merges(adapter: Adapter) -> None:
 
 
 Combination = Literal["linear", "svd", "cat"]
-# Settings in which adapters that are combined may differ: what only scales updates, and where they
-# began. Ranks and projections are compared as shapes.
 # An expert's number in the names of a routed adapter's tensors.
 _EXPERT = re.compile(r"(.*?(?:experts\.|router_|offset_))(\d+)(.*)")
+# Settings in which adapters that are combined may differ: what only scales updates, and where they
+# began. Ranks and projections are compared as shapes.
 _FREE = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
 
 
@@ -135,7 +135,7 @@ def prune(
             f"experts must be different ones of 0 to {size - 1}, at least one, got {list(experts)}"
         )
     if names:  # of a routed adapter, whose tensors are each of one expert
-        tensors, settings = {}, {**dict(config), "top_k": config.experts_per_token}
+        tensors, settings = {}, dict(config)
         settings["experts"] = {names[e]: settings["experts"][names[e]] for e in experts}
         for name, value in adapter.tensors().items():
             before, number, after = _EXPERT.findall(name)[0]

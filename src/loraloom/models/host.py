@@ -184,7 +184,8 @@ class Host:
             name: Name of the new adapter.
         """
         source = self._registry.get(adapter)
-        extended = self.add(name, source.config.with_experts(experts))
+        kept = {"top_k": source.config.experts_per_token}  # by default more would be more
+        extended = self.add(name, source.config.model_copy(update=kept).with_experts(experts))
         extended.load_tensors({**extended.tensors(), **source.tensors()})
         if not extended.forms_differ:
             extended.prompt = source.prompt
@@ -290,6 +291,9 @@ class Host:
     def prune(self, adapter: str, experts: Sequence[int], *, name: str) -> Adapter:
         """Make a new mixture from some experts of an existing one.
 
+        If a routed adapter's experts had different prompt forms, and those left share one, call
+        `fit_router` again: the router then reads prompts in this form.
+
         Args:
             adapter: Name of the existing mixture, which stays.
             experts: Numbers of the experts to keep, in their new order.
@@ -301,7 +305,10 @@ class Host:
         """
         source = self._registry.get(adapter)
         config, tensors = prune(source, experts, self.base)
-        return self._register(name, config, tensors, source.prompt)
+        pruned = self._register(name, config, tensors, source.prompt)
+        if source.forms_differ and not pruned.forms_differ:
+            pruned.prompt = pruned.parts[1].prompt
+        return pruned
 
     @property
     def merged(self) -> str | None:
