@@ -321,7 +321,7 @@ def test_experts_go_with_their_adapter():
 
 QUESTION = {"role": "user", "content": "who is it?"}
 LATER = [{"role": "assistant", "content": "x " * 600}, {"role": "user", "content": "and?"}]
-SYSTEM = {"role": "system", "content": "one two"}
+SYSTEM, EMPTY = {"role": "system", "content": "one two"}, {"content": ""}
 ASKED = {  # in rows of a format, and of a router
     "instruction": (
         {"instruction": "is it", "input": "the sky", "output": "yes"},
@@ -334,7 +334,11 @@ ASKED = {  # in rows of a format, and of a router
         {"content": "is it"},
     ),
     "preference of turns": (
-        {"chosen": [QUESTION, LATER[0]], "rejected": [QUESTION, SYSTEM | LATER[0]]},
+        {"chosen": [QUESTION, *LATER, LATER[0]], "rejected": [QUESTION, *LATER, QUESTION]},
+        {"content": (QUESTION, *LATER)},
+    ),
+    "preference after turns": (
+        {"prompt": [QUESTION], "chosen": None, "rejected": LATER[:1]},
         {"content": (QUESTION,)},
     ),
 }
@@ -354,14 +358,17 @@ def test_a_source_is_read_as_prompts_are_when_the_router_chooses(
     for name, form in zip(LORAS, forms, strict=True):
         host.adapters[name].prompt = form and PromptForm(format=form)
     host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
-    row, expected = ASKED[asked]
-    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    (row, expected), empty = ASKED[asked], {"text": None, "messages": [QUESTION, LATER[0] | EMPTY]}
+    rows = [row, row | {key: empty[key] for key in row.keys() & empty}, row]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows))
     source = {"dataset": str(tmp_path / "rows.jsonl"), "format": asked.split()[0]}
-    if forms[0] != forms[1] and not isinstance(expected["content"], str):
-        # the adapter that is chosen has a system message of its own
-        expected = {"content": tuple(m for m in expected["content"] if m != SYSTEM)}
     prompt = encode_for_choice(host, tiny_tokenizer, Prompt(adapter="auto", **expected))
-    assert prompt_ids(host, tiny_tokenizer, source, "auto", None) == [prompt] * 2
+    num_rows = 3 - any(key in row for key in empty)  # of which one asks nothing
+    assert prompt_ids(host, tiny_tokenizer, source, "auto", None) == [prompt] * num_rows
+    if asked == "chat" and forms[0] != forms[1]:  # an expert's own system message comes later
+        host.adapter("auto/math").prompt = PromptForm(format="chat", system=SYSTEM["content"])
+        prompt = encode_for_choice(host, tiny_tokenizer, Prompt((QUESTION,), "auto"))
+        assert prompt_ids(host, tiny_tokenizer, source, "auto", 1) == [prompt]
 
 
 def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(

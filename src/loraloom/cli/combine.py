@@ -18,7 +18,6 @@ from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.router import RouterFit, fit_router
-from loraloom.models.host import Host
 from loraloom.terminal import make_console, make_table, print_tables
 
 COMBINATION = Parameter(group=Group("Combination", sort_key=-1))
@@ -105,7 +104,7 @@ def combine(
         experts = {name: name for name in names}
         host.add(combined, of_experts(experts, router=options.by, **settings))
         if options.by == "prompt":
-            sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
+            sources = {name: _source(name, prompts[name], options.scoring) for name in names}
             if options.scoring and not any("task" in source for source in sources.values()):
                 raise ConfigError("--scoring requires a task in --prompts, got data sets")
             fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
@@ -120,16 +119,12 @@ def combine(
     console.print(f"wrote {output}: {', '.join(names)} combined by {options.by}")
 
 
-def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mapping[str, Any]:
+def _source(name: str, data: str, scoring: Scoring | None) -> Mapping[str, Any]:
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
         return {"task": data} | ({"scoring": scoring} if scoring else {})
-    form = host.adapter(name).prompt
-    if form is not None and form.format != "task":
-        return {"dataset": data, **form.model_dump(exclude_none=True, exclude={"system"})}
-    # files of other programs don't say how prompts were written
     rows = first_rows(find_location(data, "train"))
-    found, columns = find_columns(data, rows, advice="Rename the columns, or name a task")
+    found, columns = find_columns(data, rows, None, {}, "Rename the columns, or name a task")
     if found == "choices":
         raise ConfigError(f"--prompts {name}=DATA must name the task of choices, got {data}")
     return {"dataset": data, "format": found, **column_settings(columns)}

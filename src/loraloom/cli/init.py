@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -71,7 +70,7 @@ def init(
     if local_path(file, "FILE", DataError).is_dir():
         raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
     rows, console = first_rows(file), make_console(soft_wrap=True)
-    found, columns = find_columns(file, rows, row_format, given, advice=_ADVICE)
+    found, columns = find_columns(file, rows, row_format, given, _ADVICE)
     named = ", ".join(f"{name} ({role})" for role, name in columns.items())
     unused = {name for row in rows for name in row} - {*columns.values()}
     read = f"columns: {named}\nnot used: {', '.join(sorted(unused)) or 'none'}"
@@ -132,12 +131,7 @@ def first_rows(location: Path | HubSource) -> list[Row]:
 
 
 def find_columns(
-    file: object,
-    rows: Sequence[Row],
-    wanted: RowFormat | None = None,
-    given: Mapping[str, str] = MappingProxyType({}),
-    *,
-    advice: str,
+    file: object, rows: Sequence[Row], wanted: RowFormat | None, given: dict[str, str], advice: str
 ) -> tuple[RowFormat, dict[str, str]]:
     """Find the first format, or the wanted one, whose columns most rows have."""
     counts = Counter(name for row in rows for name in row)

@@ -107,34 +107,40 @@ class SourceEncoder:
         encode = partial(self.encode, first=sources.fields_of_all(rows))
         return rows, _encode_once(rows, encode, self.tokenizer, settings)
 
-    def prompts(self, split: str, limit: int | None = None) -> list[tuple[Any, dict[str, Any]]]:
-        """Read what rows ask, a text or messages, with further fields for a prompt template."""
+    def prompts(self, split: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield what rows ask: content, a text or messages, fields of templates, tools, origin."""
         config, split = self.config, self.config.split or split
         if config.task is not None:
             task = find_task(config.task)
             scoring = config.scoring or task.config.scoring
-            rows = enumerate(task.load_rows(split, config.path)[:limit])
-            texts = (task.training_texts(row, n, scoring) for n, row in rows)
-            return [(prompt, {}) for (prompt, _), _ in texts]
+            for n, row in enumerate(task.load_rows(split, config.path)[:limit]):
+                content = task.training_texts(row, n, scoring)[0][0]
+                yield {"content": content, "origin": row.origin}
+            return
         rows = list(islice(self.open(split, streaming=False).rows(), limit))
         sources.check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
-        columns = self._columns(sources.fields_of_all(rows))
-        asked = [(self._asked(row, columns), row) for row in rows]
-        name = columns.get("input", "")
-        return [(one, {**row, "input": row.get(name)}) for one, row in asked if one]
+        columns = self._columns(sources.fields_of_all(rows), asks=True)
+        for row in rows:
+            with suppress(EmptyAnswerError):  # nobody needs the answer
+                yield {**self._asked(row, columns), "origin": row.origin}
 
-    def _asked(self, row: Row, columns: Mapping[str, str]) -> Any:
-        """The text of a prompt, or the messages before the first answer."""
-        match self.config.format:
-            case "chat":
-                messages = read_conversation(row, self.config.fields).messages
-            case "preference" if isinstance(row.get(columns["chosen"]), list):
-                prompt = columns["prompt"] if isinstance(row.get(columns["prompt"]), list) else ""
-                messages = read_messages(row, prompt or columns["chosen"])
-            case kind:
-                roles = {"instruction": "instruction", "preference": "prompt"}
-                return row.text(columns[roles.get(kind or "text", "text")])
-        return tuple(takewhile(lambda one: one["role"] != "assistant", messages))
+    def _asked(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+        data_format = self.config.format or "text"
+        if data_format == "chat":
+            whole = read_conversation(row, self.config.fields)
+            messages = list(takewhile(lambda one: one["role"] != "assistant", whole.messages))
+            return {"content": tuple(messages), "tools": whole.tools}
+        column = columns[{"preference": "prompt"}.get(data_format, data_format)]
+        if isinstance(row.get(column), list):
+            content = read_messages(row, column)
+        elif isinstance(row.get(columns.get("chosen", "")), list):
+            both = [read_messages(row, columns[answer]) for answer in ("chosen", "rejected")]
+            content = both[0][: tokens.count_shared(*both)]
+        else:
+            text = row.answer(column) if data_format == "text" else row.text(column)
+            given = row.get(columns["input"]) if "input" in columns else None
+            return {"content": text, "fields": {**row, "input": given}}
+        return {"content": tuple(content), "tools": read_tools(row, "tools")}
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
         split = self.config.split or split
@@ -168,12 +174,12 @@ class SourceEncoder:
                 return _encode_each(rows, read, list)
         return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))
 
-    def _columns(self, first: Row) -> dict[str, str]:
+    def _columns(self, first: Row, *, asks: bool = False) -> dict[str, str]:
         data_format, given = self.config.format or "text", self.config.fields or {}
         columns = {role: given.get(role, role) for role in FIELD_ROLES[data_format]}
         if data_format == "instruction":
             columns = templates.instruction_columns(first, given)
-        needed = {"instruction", "output", "text", "chosen", *given}
+        needed = {"instruction", "text", *given} | (set() if asks else {"output", "chosen"})
         for role, column in columns.items():
             if role in needed and column not in first and not first.fault:
                 first.reject(

@@ -5,7 +5,7 @@ Axes: T tokens of all prompts, D hidden.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -58,7 +58,8 @@ def fit_router(
         tokenizer: Tokenizer of the base model.
         name: Name of the routed adapter.
         prompts: Prompts of each expert: strings, which are written in the adapter's form, lists of
-            token IDs, or a source as under `data:` in a run file, of which `train` is read.
+            token IDs, or a source as under `data:` in a run file, of which `train` is read: what
+            its rows ask, in the adapter's form, not by templates of the source.
         only: Experts whose part of the router is fitted; the rest is unchanged.
         limit: Maximum number of rows of a source, from its beginning.
         seed: Random seed for the held-out prompts.
@@ -123,13 +124,20 @@ def prompt_ids(
     encode = partial(encode_for_choice, host, tokenizer)
     if not isinstance(given, SourceConfig | Mapping):
         return [encode(Prompt(one, adapter)) if isinstance(one, str) else one for one in given]
-    source, differ = checked(SourceConfig, given), host.adapter(adapter).forms_differ
-    encoder, read = SourceEncoder(source, tokenizer, MAX_LENGTH), []
-    for content, fields in encoder.prompts("train", limit):
-        if differ and not isinstance(content, str):  # the chosen adapter's own comes later
-            content = tuple(one for one in content if one["role"] != "system")
-        if content:
-            read.append(encode(Prompt(content, adapter, encoder.name, fields=fields)))
+    source, own = checked(SourceConfig, given), host.adapter(adapter)
+    systems = {part.prompt.system for part in own.parts[1:] if part.prompt}
+    read = []
+    for asked in SourceEncoder(source, tokenizer, MAX_LENGTH).prompts("train", limit):
+        prompt = Prompt(adapter=adapter, **asked)
+        texts = [prompt.content, prompt.fields.get("input")]
+        if not isinstance(prompt.content, str):
+            # what an expert's form has anyway is not in prompts where forms differ
+            hidden = systems if own.forms_differ else ()
+            kept = [one for one in prompt.content if one.get("content") not in hidden]
+            texts = [one.get("content") for one in kept if one["role"] == "user"]
+            prompt = replace(prompt, content=tuple(kept))
+        if any(texts):
+            read.append(encode(prompt))
     return read
 
 

@@ -184,8 +184,10 @@ class Host:
             name: Name of the new adapter.
         """
         source = self._registry.get(adapter)
-        kept = {"top_k": source.config.experts_per_token}  # by default more would be more
-        extended = self.add(name, source.config.model_copy(update=kept).with_experts(experts))
+        config, count = source.config.with_experts(experts), source.config.experts_per_token
+        if config.experts_per_token != count:  # by default more would be more
+            config = config.model_copy(update={"top_k": count})
+        extended = self.add(name, config)
         extended.load_tensors({**extended.tensors(), **source.tensors()})
         if not extended.forms_differ:
             extended.prompt = source.prompt
