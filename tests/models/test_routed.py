@@ -322,6 +322,7 @@ def test_experts_go_with_their_adapter():
 QUESTION = {"role": "user", "content": "who is it?"}
 LATER = [{"role": "assistant", "content": "x " * 600}, {"role": "user", "content": "and?"}]
 SYSTEM, EMPTY = {"role": "system", "content": "one two"}, {"content": ""}
+TOOL = {"type": "function", "function": {"name": "look"}}
 ASKED = {  # in rows of a format, and of a router
     "instruction": (
         {"instruction": "is it", "input": "the sky", "output": "yes"},
@@ -341,6 +342,18 @@ ASKED = {  # in rows of a format, and of a router
         {"prompt": [QUESTION], "chosen": None, "rejected": LATER[:1]},
         {"content": (QUESTION,)},
     ),
+    "preference of equals": (
+        {"chosen": [QUESTION, LATER[0]], "rejected": [QUESTION, LATER[0]]},
+        {"content": (QUESTION,)},
+    ),
+    "instruction alone": (
+        {"instruction": "is it", "context": "the sky"},
+        {"content": "is it", "fields": {"input": "the sky"}},
+    ),
+    "chat with tools": (
+        {"messages": [QUESTION], "system": "one two", "tools": [TOOL]},
+        {"content": (SYSTEM, QUESTION), "tools": [TOOL]},
+    ),
 }
 
 
@@ -352,8 +365,8 @@ def test_a_source_is_read_as_prompts_are_when_the_router_chooses(
     bos = (tiny_tokenizer.bos_token, tiny_tokenizer.bos_token_id)
     process = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tiny_tokenizer.backend_tokenizer.post_processor = process
-    turn = "<{{ m.role }}>{{ m.content }}"
-    tiny_tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tiny_tokenizer.chat_template = "{{ tools }}" + turns
     host = tiny_host("llama", LORAS, torch.float32, vocab_size=300)
     for name, form in zip(LORAS, forms, strict=True):
         host.adapters[name].prompt = form and PromptForm(format=form)
@@ -363,7 +376,7 @@ def test_a_source_is_read_as_prompts_are_when_the_router_chooses(
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows))
     source = {"dataset": str(tmp_path / "rows.jsonl"), "format": asked.split()[0]}
     prompt = encode_for_choice(host, tiny_tokenizer, Prompt(adapter="auto", **expected))
-    num_rows = 3 - any(key in row for key in empty)  # of which one asks nothing
+    num_rows = 3 - any(key in row for key in empty)  # as in training
     assert prompt_ids(host, tiny_tokenizer, source, "auto", None) == [prompt] * num_rows
     if asked == "chat" and forms[0] != forms[1]:  # an expert's own system message comes later
         host.adapter("auto/math").prompt = PromptForm(format="chat", system=SYSTEM["content"])

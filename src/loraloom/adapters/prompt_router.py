@@ -37,11 +37,12 @@ class PromptRouter(Weights):
         """Compute [B, E] of all tokens' states, [T, D], and the numbers of their prompts, [T]."""
         if len(self.router) > 1 and not self.router.any(1).all():
             raise AdapterError("a router by prompt must be fitted first to all; call fit_router")
-        return _logits(states, owners, self.router, self.offsets) / self.temperature
+        return _logits(self.scores(states), owners) / self.temperature
 
     def scores(self, states: Tensor) -> Tensor:
         """Compute w·h + b, [T, E]."""
-        return _scores(states, self.router, self.offsets)
+        chunks = [part.to(self.router.dtype) @ self.router.T for part in states.split(CHUNK)]
+        return torch.cat(chunks) + self.offsets
 
     @torch.enable_grad()
     def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
@@ -54,12 +55,13 @@ class PromptRouter(Weights):
         offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
         with torch.no_grad():
-            fixed = _logits(states, owners, self.router, self.offsets).float()
+            fixed = _logits(self.scores(states), owners).float()
         places = torch.tensor(rows, device=states.device)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
             scaled = weight / (std * BREADTH)
-            own = _logits(states, owners, scaled, offset / BREADTH - scaled @ mean)
+            scores = torch.cat([part.float() @ scaled.T for part in chunks])
+            own = _logits(scores + offset / BREADTH - scaled @ mean, owners)
             optimizer.zero_grad()
             cross_entropy(fixed.index_copy(1, places, own), targets).backward()
             optimizer.step()
@@ -74,14 +76,10 @@ class PromptRouter(Weights):
             yield f"shared.router_offset_{expert}", self.offsets.detach()[expert]
 
 
-def _scores(states: Tensor, router: Tensor, offsets: Tensor) -> Tensor:
-    return torch.cat([part.to(router.dtype) @ router.T for part in states.split(CHUNK)]) + offsets
-
-
-def _logits(states: Tensor, owners: Tensor, router: Tensor, offsets: Tensor) -> Tensor:
-    scores = _scores(states, router, offsets)
+def _logits(scores: Tensor, owners: Tensor) -> Tensor:
     counts = owners.bincount()
-    index, empty = owners.unsqueeze(1).expand_as(scores), scores.new_zeros(len(counts), len(router))
+    index = owners.unsqueeze(1).expand_as(scores)
+    empty = scores.new_zeros(len(counts), scores.shape[1])
     most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
     sums = empty.index_add(0, owners, (scores - most[owners]).exp())
     return BREADTH * (sums.log() + most - counts.unsqueeze(1).log())

@@ -10,7 +10,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from loraloom.adapters.routed import of_experts
-from loraloom.cli.init import column_settings, find_columns, first_rows
+from loraloom.cli.init import ROW_FORMATS, column_settings, find_columns, first_rows
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
 from loraloom.data.sources import find_location
@@ -18,6 +18,7 @@ from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.router import RouterFit, fit_router
+from loraloom.models.host import Host
 from loraloom.terminal import make_console, make_table, print_tables
 
 COMBINATION = Parameter(group=Group("Combination", sort_key=-1))
@@ -37,8 +38,8 @@ class CombineOptions(HostOptions):
     """Keep all adapters and choose one by a router for each prompt (prompt) or mix several for each
     token, without training (arrow); or write their weighted sum (cat, linear, svd)."""
     prompts: Annotated[tuple[str, ...], Section.DATA] = ()
-    """Fit the prompt router on NAME=DATA, one per adapter: a task, a task's .yaml file, or a data
-    set in the adapter's training format. Repeatable."""
+    """Fit the prompt router on NAME=DATA, one per adapter: a task, a task's .yaml file, or rows
+    of any format, best the adapter's own. Repeatable."""
     scoring: Annotated[Scoring | None, Section.DATA] = None
     """Write prompts of choices by label or text. Default: label, or the task file's."""
     limit: Annotated[int, Section.DATA] = Field(default=200, ge=2)
@@ -104,7 +105,7 @@ def combine(
         experts = {name: name for name in names}
         host.add(combined, of_experts(experts, router=options.by, **settings))
         if options.by == "prompt":
-            sources = {name: _source(name, prompts[name], options.scoring) for name in names}
+            sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
             if options.scoring and not any("task" in source for source in sources.values()):
                 raise ConfigError("--scoring requires a task in --prompts, got data sets")
             fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
@@ -119,12 +120,13 @@ def combine(
     console.print(f"wrote {output}: {', '.join(names)} combined by {options.by}")
 
 
-def _source(name: str, data: str, scoring: Scoring | None) -> Mapping[str, Any]:
+def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mapping[str, Any]:
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
         return {"task": data} | ({"scoring": scoring} if scoring else {})
-    rows = first_rows(find_location(data, "train"))
-    found, columns = find_columns(data, rows, None, {}, "Rename the columns, or name a task")
+    rows, form = first_rows(find_location(data, "train")), host.adapter(name).prompt
+    wanted = (*([form.format] if form else ()), *ROW_FORMATS)
+    found, columns = find_columns(data, rows, wanted, {}, "Rename the columns, or name a task")
     if found == "choices":
         raise ConfigError(f"--prompts {name}=DATA must name the task of choices, got {data}")
     return {"dataset": data, "format": found, **column_settings(columns)}

@@ -27,6 +27,8 @@ from loraloom.models.loading import load_tokenizer
 from loraloom.terminal import make_console
 
 RowFormat = DataFormat | Literal["choices"]
+# one comes before those whose columns its rows may have as well
+ROW_FORMATS = ("preference", "chat", "choices", "instruction", "text")
 
 _OPTIONAL = {"prompt", "tools", "system", "input"}
 # Rows that show which columns there are; tokens of a row.
@@ -70,7 +72,8 @@ def init(
     if local_path(file, "FILE", DataError).is_dir():
         raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
     rows, console = first_rows(file), make_console(soft_wrap=True)
-    found, columns = find_columns(file, rows, row_format, given, _ADVICE)
+    wanted = [row_format] if row_format else ROW_FORMATS
+    found, columns = find_columns(file, rows, wanted, given, _ADVICE)
     named = ", ".join(f"{name} ({role})" for role, name in columns.items())
     unused = {name for row in rows for name in row} - {*columns.values()}
     read = f"columns: {named}\nnot used: {', '.join(sorted(unused)) or 'none'}"
@@ -131,9 +134,9 @@ def first_rows(location: Path | HubSource) -> list[Row]:
 
 
 def find_columns(
-    file: object, rows: Sequence[Row], wanted: RowFormat | None, given: dict[str, str], advice: str
+    file: object, rows: Sequence[Row], wanted: Sequence[str], given: dict[str, str], advice: str
 ) -> tuple[RowFormat, dict[str, str]]:
-    """Find the first format, or the wanted one, whose columns most rows have."""
+    """Find the first format, of those wanted, whose columns most rows have."""
     counts = Counter(name for row in rows for name in row)
     # an optional role's own column is read in the rows that have it
     rare = _OPTIONAL - {"prompt"}
@@ -142,7 +145,7 @@ def find_columns(
         raise DataError(f"{file} has no column {lacking[0]!r}, which --column names; {hint}")
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
-    kinds: list[Any] = [wanted] if wanted else [*formats]
+    kinds: list[Any] = [name for name in wanted if name in formats]
     for row_format in kinds:
         roles: dict[str, list[str]] = formats[row_format]
         columns = dict(given)

@@ -114,14 +114,13 @@ class SourceEncoder:
             task = find_task(config.task)
             scoring = config.scoring or task.config.scoring
             for n, row in enumerate(task.load_rows(split, config.path)[:limit]):
-                content = task.training_texts(row, n, scoring)[0][0]
-                yield {"content": content, "origin": row.origin}
+                yield {"content": task.training_texts(row, n, scoring)[0][0], "origin": row.origin}
             return
         rows = list(islice(self.open(split, streaming=False).rows(), limit))
         sources.check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
         columns = self._columns(sources.fields_of_all(rows), asks=True)
         for row in rows:
-            with suppress(EmptyAnswerError):  # nobody needs the answer
+            with suppress(EmptyAnswerError):
                 yield {**self._asked(row, columns), "origin": row.origin}
 
     def _asked(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -131,11 +130,16 @@ class SourceEncoder:
             messages = list(takewhile(lambda one: one["role"] != "assistant", whole.messages))
             return {"content": tuple(messages), "tools": whole.tools}
         column = columns[{"preference": "prompt"}.get(data_format, data_format)]
+        answers = [
+            columns[role] for role in ("chosen", "rejected") if row.get(columns.get(role, ""))
+        ]
         if isinstance(row.get(column), list):
             content = read_messages(row, column)
-        elif isinstance(row.get(columns.get("chosen", "")), list):
-            both = [read_messages(row, columns[answer]) for answer in ("chosen", "rejected")]
-            content = both[0][: tokens.count_shared(*both)]
+        elif any(isinstance(row[answer], list) for answer in answers):
+            both = [read_messages(row, answer) for answer in answers]
+            content = both[0][: tokens.count_shared(both[0], both[-1])]
+            while content and content[-1]["role"] == "assistant":
+                content.pop()  # the same in both
         else:
             text = row.answer(column) if data_format == "text" else row.text(column)
             given = row.get(columns["input"]) if "input" in columns else None
@@ -179,7 +183,7 @@ class SourceEncoder:
         columns = {role: given.get(role, role) for role in FIELD_ROLES[data_format]}
         if data_format == "instruction":
             columns = templates.instruction_columns(first, given)
-        needed = {"instruction", "text", *given} | (set() if asks else {"output", "chosen"})
+        needed = {"instruction", "text"} | (set() if asks else {"output", "chosen", *given})
         for role, column in columns.items():
             if role in needed and column not in first and not first.fault:
                 first.reject(

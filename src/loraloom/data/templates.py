@@ -132,7 +132,7 @@ def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, s
     given = mapping or {}
     merged = [{**columns, **given} for columns in _INSTRUCTION_COLUMNS]
     telling = "input" if given.get("output") == "response" else "output"
-    found = next((columns for columns in merged if columns[telling] in row), merged[0])
+    found = next((of for key in (telling, "input") for of in merged if of[key] in row), merged[0])
     # another role's column is not the input too, unless the mapping says so
     if "input" not in given and found["input"] in (found["instruction"], found["output"]):
         del found["input"]

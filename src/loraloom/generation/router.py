@@ -125,15 +125,14 @@ def prompt_ids(
     if not isinstance(given, SourceConfig | Mapping):
         return [encode(Prompt(one, adapter)) if isinstance(one, str) else one for one in given]
     source, own = checked(SourceConfig, given), host.adapter(adapter)
-    systems = {part.prompt.system for part in own.parts[1:] if part.prompt}
+    forms = [part.prompt for part in own.parts[1:] if part.prompt and own.forms_differ]
     read = []
     for asked in SourceEncoder(source, tokenizer, MAX_LENGTH).prompts("train", limit):
         prompt = Prompt(adapter=adapter, **asked)
         texts = [prompt.content, prompt.fields.get("input")]
         if not isinstance(prompt.content, str):
-            # what an expert's form has anyway is not in prompts where forms differ
-            hidden = systems if own.forms_differ else ()
-            kept = [one for one in prompt.content if one.get("content") not in hidden]
+            systems = {form.system for form in forms}  # which are written later
+            kept = [one for one in prompt.content if one.get("content") not in systems]
             texts = [one.get("content") for one in kept if one["role"] == "user"]
             prompt = replace(prompt, content=tuple(kept))
         if any(texts):

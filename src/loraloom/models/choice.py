@@ -74,18 +74,15 @@ def choose(
             by_prompt = scores.squeeze(1).split(owners.bincount().tolist())
             rows = zip(part, by_prompt, *(one.tolist() for one in columns), strict=True)
             for at, scored, weights, numbers, shares in rows:
-                row = _row([f"{name}/{experts[number]}" for number in numbers], weights)
+                # of hundredths, so that rows share sums
+                rounded = zip(numbers, (round(weight, 2) for weight in weights), strict=True)
+                parts = [(f"{name}/{experts[number]}", w) for number, w in rounded if w]
+                row = parts[0][0] if len(parts) == 1 else write_sum(parts)
                 _, scale = name_and_scale(adapters[own[at]])
                 row = row if scale == 1 else (row, scale)
                 token = read[at][-MAX_PROMPT:][int(scored.argmax())]
                 choices[own[at]] = Choice(row, dict(zip(experts, shares, strict=True)), token)
     return choices
-
-
-def _row(names: Sequence[str], weights: Sequence[float]) -> str:
-    """Name an expert, or a sum; of hundredths, so that rows share sums."""
-    rounded = [(n, round(w, 2)) for n, w in zip(names, weights, strict=True) if w >= 0.005]
-    return names[0] if len(rounded) == 1 else write_sum(rounded)
 
 
 def batches_of(

@@ -184,9 +184,9 @@ class Host:
             name: Name of the new adapter.
         """
         source = self._registry.get(adapter)
-        config, count = source.config.with_experts(experts), source.config.experts_per_token
-        if config.experts_per_token != count:  # by default more would be more
-            config = config.model_copy(update={"top_k": count})
+        config = source.config.with_experts(experts)
+        if config.experts_per_token != (count := source.config.experts_per_token):
+            config = config.model_copy(update={"top_k": count})  # its default is another
         extended = self.add(name, config)
         extended.load_tensors({**extended.tensors(), **source.tensors()})
         if not extended.forms_differ:
@@ -293,8 +293,7 @@ class Host:
     def prune(self, adapter: str, experts: Sequence[int], *, name: str) -> Adapter:
         """Make a new mixture from some experts of an existing one.
 
-        If a routed adapter's experts had different prompt forms, and those left share one, call
-        `fit_router` again: the router then reads prompts in this form.
+        Call `fit_router` again if a routed adapter's experts only now share a prompt form.
 
         Args:
             adapter: Name of the existing mixture, which stays.
