@@ -15,8 +15,8 @@ from loraloom.errors import AdapterError
 
 # Of the fit: AdamW's.
 STEPS, RATE, DECAY = 200, 0.03, 0.01
-# Near 0, a prompt's most telling token decides, with more, all tokens do alike. One word must be
-# enough where it names the source, and style where none does.
+# Near 0 the most telling token of a prompt decides; the larger, the more all tokens count alike.
+# One word must be enough where it names the source, and style where none does.
 BREADTH = 10.0
 # Tokens whose states are in the router's dtype at once.
 CHUNK = 2**15
