@@ -108,8 +108,7 @@ def combine(
             sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
             if options.scoring and not any("task" in source for source in sources.values()):
                 raise ConfigError("--scoring requires a task in --prompts, got data sets")
-            fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
-            _tell(console, fit)
+            _tell(console, fit_router(host, tokenizer, combined, sources, limit=options.limit))
     else:
         try:
             factors = [float(weights.get(name, 1)) for name in names]
@@ -128,7 +127,7 @@ def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mappin
     wanted = (*([form.format] if form else ()), *ROW_FORMATS)
     found, columns = find_columns(data, rows, wanted, {}, "Rename the columns, or name a task")
     if found == "choices":
-        raise ConfigError(f"--prompts {name}=DATA must name the task of choices, got {data}")
+        raise ConfigError(f"--prompts {name} must name a task or init's task file, got {data}")
     return {"dataset": data, "format": found, **column_settings(columns)}
 
 

@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from os.path import relpath
 from pathlib import Path
 from statistics import median
 from string import ascii_uppercase
@@ -82,7 +83,8 @@ def init(
     task, task_text = output.with_name(f"{name}-task.yaml"), ""
     if found == "choices":
         data = {"task": str(task), "path": str(file), "scoring": "text"}
-        task_text = to_yaml(_task_settings(rows, **columns))
+        where = {"data": {"files": {"train": relpath(file, output.parent)}}}
+        task_text = to_yaml(where | _task_settings(rows, **columns))
         if task.exists() and not overwrite and read_text(task) != task_text:
             raise ConfigError(f"{task} has other settings. Pass --overwrite to replace the file.")
     else:
@@ -171,9 +173,8 @@ def column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
 def _task_settings(rows: Sequence[Row], question: str, choices: str, answer: str) -> dict[str, Any]:
     """Make the settings of a task's file from all rows' questions, choices and answers."""
     if not question.isidentifier():
-        advice = "Rename the column with letters, digits and _."
         raise ConfigError(
-            f"question must be a column with a plain name, got {question!r}. {advice}"
+            f"question must be letters, digits and _, got {question!r}. Rename the column"
         )
     pairs = [(row[choices], row[answer]) for row in rows if {choices, answer} <= row.keys()]
     asked = {"template": f"Question: {{{{ {question} }}}}\nAnswer:", "answer": answer}
