@@ -103,8 +103,7 @@ class LoraloomConfig(PeftConfig):
 def _shared_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Take PEFT's own fields of a file; MoE-PEFT has another word for choice tasks."""
     shared = {name: fields[name] for name in _FIELDS if name in fields}
-    is_choice = shared.get("task_type") == "QUESTION_ANS"
-    return shared | ({"task_type": _TASK} if is_choice else {})
+    return shared | ({"task_type": _TASK} if shared.get("task_type") == "QUESTION_ANS" else {})
 
 
 def _files(fields: dict[str, Any], tensors: dict[str, Tensor], source: str) -> AdapterFiles:
@@ -148,8 +147,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.host = Host(model)
-        layers = model.modules()
-        is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
         self.host.enable_gradient_checkpointing(is_on)
         self.loraloom = HostedAdapters()
         self.host.outer_forward.default_rows = self._active_rows

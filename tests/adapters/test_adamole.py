@@ -146,8 +146,7 @@ def test_a_mixture_of_whole_blocks_may_choose_in_its_own_way():
             return ChoosingAdapter(name, self, base_layers, dtype, seed)
 
     host, ids = tiny_host(configs={"a": ALL_METHODS["mixlora"]}), tiny_ids(2)
-    config = ChoosingConfig(**ALL_METHODS["mixlora"].model_dump())
-    randomise(host.add("b", config))
+    randomise(host.add("b", ChoosingConfig(**ALL_METHODS["mixlora"].model_dump())))
     host.adapters["b"].load_tensors(host.adapters["a"].tensors())
     with torch.no_grad():
         out = host(ids, adapters=["a", "b"])

@@ -63,8 +63,7 @@ def test_logits_and_gradients_are_those_of_a_loop_over_the_experts(family):
 
 @pytest.mark.parametrize("delta", [0.0, 0.4])
 def test_the_constraint_is_the_papers_for_samples_of_two_groups(delta):
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(9, 4, dtype=torch.float64, generator=generator)
+    weights = torch.rand(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     samples = [(4, 0), (3, 1), (2, 0)]
     actual = balancing_constraint(weights, [SampleTokens(*sample) for sample in samples], delta)
     torch.testing.assert_close(actual, constraint(weights, samples, delta))

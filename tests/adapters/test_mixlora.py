@@ -20,8 +20,7 @@ OF_FFN = ".mlp."
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
 def test_a_shared_expert_is_a_lora_merged_into_the_base_models_ffn(family):
     host = loraloom.attach(tiny_model(family))
-    adapter = randomise(host.add("a", CONFIG))
-    tensors = adapter.tensors()
+    tensors = randomise(host.add("a", CONFIG)).tensors()
     changed_base = copy.deepcopy(tiny_model(family))
     for name, lora_B in tensors.items():
         if OF_FFN in name and "experts" not in name and name.endswith("lora_B"):

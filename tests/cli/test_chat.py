@@ -5,6 +5,8 @@ from unittest.mock import Mock
 import pytest
 
 from loraloom.cli.main import main
+from loraloom.config.data import PromptForm
+from loraloom.generation.loading import load_host
 from tests.generation.saved import save_tiny
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -80,3 +82,14 @@ def test_a_system_prompt_needs_a_chat_template(saved, monkeypatch, capsys):
     assert chat(saved, monkeypatch, options=["--system", "Be brief."]) == 2
     template.write_text(text)
     assert "--system requires a chat template" in capsys.readouterr().err
+
+
+def test_adapters_of_texts_do_not_see_a_system_message(saved, monkeypatch, capsys):
+    def load(*asked):
+        host, tokenizer = load_host(*asked)
+        host.adapters["lora"].prompt = PromptForm(format="text")
+        return host, tokenizer
+
+    monkeypatch.setattr("loraloom.cli.chat.load_host", load)
+    assert chat(saved, monkeypatch, options=["--system", "Be brief."]) == 0
+    assert "note: lora will not see --system" in capsys.readouterr().out

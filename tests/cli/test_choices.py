@@ -58,8 +58,7 @@ def run(saved, words, tmp_path):
 
     def run(*more, task=data, adapters=adapters, code=0):
         output = tmp_path / "result.json"
-        given = [*words, *task, *adapters, "--output", str(output), *more]
-        assert main(given) == code
+        assert main([*words, *task, *adapters, "--output", str(output), *more]) == code
         return json.loads(output.read_text()) if code == 0 else None
 
     return run
@@ -194,8 +193,7 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
     written = run(task=["--task", str(saved / "data" / "quiz.yaml")])
     assert written["results"]["a"]["quiz"] == built_in
     assert written["num_cached_scores"] == 36  # the same tokens
-    source = written["tasks"]["quiz"]["source"]
-    assert Path(source["task_file"]).name == "quiz.yaml"
+    assert Path(written["tasks"]["quiz"]["source"]["task_file"]).name == "quiz.yaml"
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,7 @@ def test_other_ways_need_no_prompts(saved, tmp_path, capsys, by):
 )
 def test_options_that_dont_fit_are_an_error_of_one_line(saved, tmp_path, capsys, words, message):
     assert combine(saved, tmp_path / "one", *words.split()) == 2
-    error = capsys.readouterr().err
-    assert message in error
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "one").exists()
 
 

@@ -26,8 +26,7 @@ def run_file(tmp_path):
 
 def test_the_schema_is_json(capsys):
     assert main(["config", "schema"]) == 0
-    schema = json.loads(capsys.readouterr().out)
-    assert {"base_model", "output_dir"} == set(schema["required"])
+    assert {"base_model", "output_dir"} == set(json.loads(capsys.readouterr().out)["required"])
 
 
 def test_a_run_is_shown_with_its_defaults(run_file, capsys):

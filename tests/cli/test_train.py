@@ -53,8 +53,7 @@ def stopping(monkeypatch):
 
 
 def test_adapters_are_written_and_remember_how_prompts_were(inputs, run_file, tmp_path, capsys):
-    words = ["--set", "jobs.0.data.template=plain"]
-    assert cli.main(["train", run_file, *words]) == 0
+    assert cli.main(["train", run_file, "--set", "jobs.0.data.template=plain"]) == 0
     printed, _, command = capsys.readouterr().out.partition("Evaluate with:")
     assert "mixture: step 4, eval/arc_easy/accuracy" in printed
     assert "finished" in printed
@@ -197,8 +196,7 @@ def test_a_sweep_prints_its_ranking_and_leaves_a_table(inputs, tmp_path, capsys)
         "parameters": {"adapter.method": ["lora", "mixlora"], "train.learning_rate": [1e-5, 1e-2]},
         "early_stopping": {"asha": {"min_steps": 2}},
     }
-    run_file = write_run_file(tmp_path / "run.yaml", settings)
-    assert cli.main(["train", str(run_file)]) == 0
+    assert cli.main(["train", str(write_run_file(tmp_path / "run.yaml", settings))]) == 0
     printed = capsys.readouterr().out
     assert "is not among the best after step 2" in printed
     assert printed.count(" finished") == 1

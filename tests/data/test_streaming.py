@@ -93,6 +93,14 @@ def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
     assert len(made.take(made.start, 12)[0]) == 12
 
 
+def test_columns_are_those_of_the_first_rows(tiny_tokenizer, tmp_path):
+    row = {"prompt": "one", "response": "two"}
+    write_rows(tmp_path / "rows.jsonl", [row, row | {"context": "yes"}])
+    data = {"format": "instruction", "fields": {"instruction": "prompt", "output": "response"}}
+    made = stream(tiny_tokenizer, dataset=tmp_path / "rows.jsonl", **data)
+    assert "yes" in "".join(texts(tiny_tokenizer, made.take(made.start, 2)[0]))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

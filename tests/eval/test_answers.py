@@ -12,7 +12,7 @@ from loraloom.eval.answers import is_right, load_answer_set
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets
 from loraloom.eval.results import write_lines
-from loraloom.eval.statistics import compare_paired
+from loraloom.eval.statistics import compare_paired, read_answers
 from tests.data.encoded import write_rows
 from tests.eval.scoring import scoring_host
 
@@ -82,6 +82,9 @@ def test_what_a_judge_scored_is_compared(tiny_tokenizer, task, tmp_path):
     assert (compared.metric, compared.num_first_better) == ("score", 2)
     with pytest.raises(DataError, match="got no score of mixdora; its adapters are base, lora"):
         evaluate(host, tiny_tokenizer, file, NAMES)
+    write_lines(path, [line | {"prompt": f"{9 - n % 3}?"} for n, line in enumerate(lines)])
+    (read,) = read_answers(path)
+    assert (read.questions, read.right["lora"]) == ((0, 1, 2), (2.5, 3, 4))
     write_lines(path, lines[:-1])
     with pytest.raises(DataError, match="but 'lora' and 'base' differ"):
         load_answer_set(file)

@@ -73,8 +73,7 @@ def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = tmp_path / "cache" / FILE_NAME
-    killed = subprocess.run([sys.executable, "-c", code, str(path)])
-    assert killed.returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
     keep(reopen(), 5)
     assert kept(reopen(), 4, 5) == [4, 5]
 

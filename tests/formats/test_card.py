@@ -41,8 +41,7 @@ def test_the_code_of_a_card_loads_the_adapter(tmp_path, tiny_tokenizer):
     host = loraloom.attach(model)
     randomise(host.add("a", LoraConfig(rank=2)))
     host.save("a", tmp_path / "a")
-    card = (tmp_path / "a/README.md").read_text()
-    code = card.split("```python\n")[1].partition("```")[0]
+    code = (tmp_path / "a/README.md").read_text().split("```python\n")[1].partition("```")[0]
     known = {}
     exec(code.replace("path-or-hub-id", str(tmp_path / "a")), known)
     ids = tiny_ids(2)

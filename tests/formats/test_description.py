@@ -6,8 +6,7 @@ from tests.formats.tiny import write
 
 
 def test_a_plain_adapter_is_described(base, tmp_path):
-    config = LoraConfig(rank=4, alpha=8, target_modules=("q_proj",))
-    write(tmp_path, base, config)
+    write(tmp_path, base, LoraConfig(rank=4, alpha=8, target_modules=("q_proj",)))
     description = describe(tmp_path)
     assert (description["method"], description["settings"]["rank"]) == ("LoRA", 4)
     assert description["target_modules"] == ["q_proj"]

@@ -228,8 +228,7 @@ def test_results(tmp_path, data):
     evaluated = write_evaluation(tmp_path / "e.json", evaluation(["mix"], ["piqa"]))
     answers = tmp_path / "answers.jsonl"
     answers.write_text(json.dumps(ANSWER | {"index": 0, "adapter": "base"}))
-    files = [evaluated, run / "mix/result.json", answers]
-    break_json(data, data.draw(st.sampled_from(files)))
+    break_json(data, data.draw(st.sampled_from([evaluated, run / "mix/result.json", answers])))
     survives(lambda: read_runs([run]))
     survives(lambda: read_evaluation(evaluated))
     survives(lambda: read_answers(answers))

@@ -141,8 +141,7 @@ def test_weights_that_changed_meet_no_states_of_before(tiny_tokenizer):
     with torch.no_grad():
         for parameter in host.adapters["a"].parameters():
             parameter.mul_(2)
-    after = answers(engine, asked)
-    assert after == alone(engine, tiny_tokenizer, asked) != before
+    assert answers(engine, asked) == alone(engine, tiny_tokenizer, asked) != before
 
 
 def test_an_adapter_that_goes_takes_what_was_made_of_it_along(tiny_tokenizer):
@@ -274,6 +273,13 @@ def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokeniz
         submit(engine, replace(request(tiny_tokenizer, "one"), prompt_ids=[1, beyond]))
     with pytest.raises(DataError, match="below 200, got 300"):
         check_token_ids([1, 300], 200, "prompt")
+
+
+def test_longrope_ends_where_earlier_keys_change(make_engine, host, tiny_tokenizer, monkeypatch):
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 6}
+    monkeypatch.setattr(host.config, "rope_parameters", host.config.rope_parameters | rope)
+    with pytest.raises(RequestError, match="must have at most 6 tokens together"):
+        submit(make_engine(), request(tiny_tokenizer, "one", max_new_tokens=6))
 
 
 def test_a_full_queue_refuses(make_engine, tiny_tokenizer):

@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+from unittest.mock import create_autospec
+
 import pytest
 
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import load_template, render
 from loraloom.data.tokens import learn_completions
 from loraloom.errors import ConfigError, DataError
-from loraloom.generation.prompts import Prompt, encode_prompt
+from loraloom.generation.prompts import Prompt, encode_prompt, form_for
+from loraloom.models.host import Host
 
 TEMPLATE = (
     "{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}"
@@ -63,6 +67,12 @@ def test_a_prompt_is_written_as_the_adapters_training_data_was(tiny_tokenizer):
     for is_text in ("text", "task", "preference"):
         assert decoded(tiny_tokenizer, "one", PromptForm(format=is_text)) == "one"
     assert decoded(tiny_tokenizer, "one", PLAIN, raw=True) == "one"
+
+
+def test_another_default_chat_template_is_not_that_of_adapters():
+    host = create_autospec(Host, own_chat_template="x")
+    host.adapter.return_value = SimpleNamespace(prompt=PromptForm(format="chat", system="two"))
+    assert form_for(host, "law") == PromptForm(format="chat", system="two", chat_template="x")
 
 
 def test_turns_of_instructions_are_joined_as_examples_are(tiny_tokenizer):

@@ -23,8 +23,7 @@ def draw(logits, rows, **settings):
 def test_draws_follow_the_softmax():
     logits = [0.0, 1.0, 2.0, -1.0]
     counts = draw(logits, range(4000), temperature=1.0).bincount(minlength=4)
-    expected = torch.tensor(logits).softmax(-1)
-    assert counts / 4000 == pytest.approx(expected, abs=0.03)
+    assert counts / 4000 == pytest.approx(torch.tensor(logits).softmax(-1), abs=0.03)
 
 
 def test_draws_are_from_the_likeliest_only():

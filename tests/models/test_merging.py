@@ -53,8 +53,7 @@ def test_base_rows_are_the_merged_adapters(family, method):
 def test_the_cost_of_rounding_is_measured_and_undone(dtype):
     host = tiny_host(configs={"law": MERGEABLE["lora"]}, dtype=dtype)
     before = weights(host)
-    adapter = host.adapters["law"]
-    exact, base = adapter.ffn_block(0)["up_proj"].merged(torch.float64), host.base
+    exact, base = host.adapters["law"].ffn_block(0)["up_proj"].merged(torch.float64), host.base
     lost = host.merge("law")
     merged = host.model.get_parameter(f"{base.layers_path}.0.mlp.up_proj.weight").double()
     start = before[f"{base.layers_path}.0.mlp.up_proj.weight"].double()

@@ -43,8 +43,7 @@ def fitted(configs=RANKS, dtype=torch.float64, **settings):
     """A router that tells prompts by their first token."""
     host = routed(configs, "prompt", dtype, **settings)
     prompts = {name: prompts_of(number) for number, name in enumerate(configs)}
-    fit = fit_router(host, build_tokenizer(), "auto", prompts)
-    return host, fit
+    return host, fit_router(host, build_tokenizer(), "auto", prompts)
 
 
 def prompts_of(number, count=12):
@@ -121,8 +120,7 @@ def test_equal_weights_are_constant_forward_and_the_softmaxs_backward():
 def test_only_routers_learn_in_the_same_steps_as_others():
     host, ids = routed(), tiny_ids(2)
     before = {name: t.clone() for name, t in host.adapters["auto"].tensors().items()}
-    out = host(ids, adapters=["auto", "law"], training=True)
-    out.logits.square().mean().backward()
+    host(ids, adapters=["auto", "law"], training=True).logits.square().mean().backward()
     trained = {n for n, p in host.adapters["auto"].named_parameters() if p.grad is not None}
     assert len(trained) == 2 * 7
     assert all(name.endswith("router") for name in trained)
@@ -188,6 +186,7 @@ def test_a_layer_may_have_no_projections(tmp_path):
 def test_a_single_expert_needs_no_fit():
     host = routed({"law": LORAS["law"]}, "prompt")
     assert host.choose([[5]], ["auto"])[0].adapter == "auto/law"
+    assert host.choose([[5]], [[("law", 0.7)]])[0].adapter == (("law", 0.7),)
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma3", "mistral3", "mixtral", "lfm2"])
@@ -233,8 +232,7 @@ def test_files_hold_all_of_it(tmp_path, router):
         "two", RoutedConfig(experts={"a": str(tmp_path / "chem"), "b": "chem"}, router="arrow")
     )
     with torch.no_grad():
-        two = other(ids, adapters=["two"]).logits
-        torch.testing.assert_close(two, chem)
+        torch.testing.assert_close(other(ids, adapters=["two"]).logits, chem)
 
 
 def test_a_further_expert_leaves_the_others_bit_by_bit():

@@ -18,8 +18,7 @@ def noise(spans, num_tokens: int, layer: int = 0) -> SampleNoise:
 
 
 def alone(key: int = KEY, tokens: int = 5, site: int = Site.FFN_INPUT, layer: int = 0, dropout=0.5):
-    spans = [SampleSpan(key, slice(0, tokens))]
-    return noise(spans, tokens, layer).keep_mask(site, N, dropout)
+    return noise([SampleSpan(key, slice(0, tokens))], tokens, layer).keep_mask(site, N, dropout)
 
 
 def test_mix64_is_what_splitmix64_gives():
@@ -74,8 +73,7 @@ def test_a_share_of_one_minus_dropout_is_kept(dropout):
 def test_jitter_is_uniform_around_one_and_leaves_padding_alone(request):
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.float16)
-    spans = [SampleSpan(KEY, slice(1, 200))]
-    factors = noise(spans, 201).jitter(Site.ROUTER_JITTER, N, 0.1)
+    factors = noise([SampleSpan(KEY, slice(1, 200))], 201).jitter(Site.ROUTER_JITTER, N, 0.1)
     real = factors[1:200]
     assert factors.dtype == torch.float32
     assert (factors[[0, 200]] == 1).all()

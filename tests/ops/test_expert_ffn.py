@@ -122,8 +122,7 @@ def test_a_second_derivative_is_refused():
 
 @both
 def test_no_tokens_give_no_output(ffn):
-    case = make_case("gated", num_tokens=0)
-    assert run(ffn, case).shape == (0, 5)
+    assert run(ffn, make_case("gated", num_tokens=0)).shape == (0, 5)
 
 
 def test_the_base_sees_each_token_once_whatever_top_k_is():

@@ -96,8 +96,7 @@ def test_dora_norms_are_those_of_the_dense_weight(num_experts):
 def test_dora_norms_of_a_cancelled_row_are_zero_not_nan():
     weight = torch.randn(1, 4)
     lora_A, lora_B = weight[None], -torch.ones(1, 1, 1)
-    norms = norms_of(weight, lora_A, lora_B, 1.0)
-    assert norms.item() == pytest.approx(0, abs=1e-3)
+    assert norms_of(weight, lora_A, lora_B, 1.0).item() == pytest.approx(0, abs=1e-3)
 
 
 def test_dora_norms_of_a_bfloat16_base_are_near_the_exact_ones():

@@ -100,8 +100,7 @@ def test_so_they_are_with_dropout_and_jitter(family, method):
     changes = {"dropout": 0.3}
     if isinstance(METHODS[method], MixLoraConfig):
         changes["router_jitter"] = 0.2
-    config = heavy_balance(changed(METHODS[method], **changes))
-    compare(family, config, train=True)
+    compare(family, heavy_balance(changed(METHODS[method], **changes)), train=True)
 
 
 ROUTINGS = {

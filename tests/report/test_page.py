@@ -234,7 +234,6 @@ def test_evaluations_whose_files_have_one_name_are_all_shown(run, tmp_path):
 def test_bad_input_is_one_error_and_nothing_is_written(run, tmp_path, capsys, words, message):
     empty = tmp_path / "empty"
     empty.mkdir()
-    given = [word.format(run=run, tmp=empty) for word in words]
-    assert cli.main(["report", *given]) == 2
+    assert cli.main(["report", *[word.format(run=run, tmp=empty) for word in words]]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert list(empty.iterdir()) == []

@@ -72,8 +72,7 @@ def test_a_file_that_has_changed_is_read_again(builder, rows, tmp_path, monkeypa
     assert asked != new
     quiz.write_text(quiz.read_text().replace("Question:", "Q:"))
     assert [new] != list(builder.build(config(rows, "d", eval=[task])).questions.values())
-    measured = builder.measure([first, same, other])
-    assert measured.keys() == {"a", "b", "c"}
+    assert builder.measure([first, same, other]).keys() == {"a", "b", "c"}
 
 
 def test_rows_longer_than_the_models_positions_are_refused(builder, rows):

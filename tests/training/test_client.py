@@ -54,8 +54,7 @@ def test_a_loop_of_ones_own_adds_the_auxiliary_loss_that_training_adds(method):
     client = TrainingClient(host, toy_tokenizer(), "a", ALL_METHODS[method])
     randomise(client.adapter)
     ids, mask, _ = padded(examples)
-    output = host.hidden(ids, mask, ["a"] * 4, training=True)
-    added = host.auxiliary_loss(output)
+    added = host.auxiliary_loss(host.hidden(ids, mask, ["a"] * 4, training=True))
     expected = client.forward_backward(examples).aux_loss
     assert (expected > 0) is (method != "lora")
     assert added.item() == pytest.approx(expected)
@@ -242,8 +241,7 @@ def test_texts_become_data():
     ids = client.tokenizer("ab cd").input_ids
     assert example.input_ids == (*ids, 2)
     assert example.labels == (-100, -100, *ids[2:], 2)
-    pair = client.pair("ab", " c", " d")
-    assert pair.rejected == client.example("ab", " d")
+    assert client.pair("ab", " c", " d").rejected == client.example("ab", " d")
 
 
 def test_samples_are_drawn_anew_and_are_data():

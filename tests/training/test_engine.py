@@ -73,8 +73,7 @@ def held_out_set():
 
 
 def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatch):
-    task = [{"task": "skills", "limit": 5}]
-    config = toy_config("a", max_steps=3, eval_steps=1, eval=task)
+    config = toy_config("a", max_steps=3, eval_steps=1, eval=[{"task": "skills", "limit": 5}])
     accuracies = iter([0.2, 0.6, 0.4])
     monkeypatch.setattr(builder, "score_accuracy", lambda *_: {"a": next(accuracies)})
     engine = toy_engine(tmp_path, [config], dtype=torch.float32)
@@ -233,8 +232,7 @@ def test_a_stopped_job_keeps_its_weights_and_says_why(tmp_path):
 
     def stop(engine):
         if engine.round == 3:
-            result = engine.stop("a", "the other one is better")
-            assert result == engine.results["a"]
+            assert engine.stop("a", "the other one is better") == engine.results["a"]
 
     results = engine.run(stop)
     assert [(result.status, result.steps) for result in results] == [

@@ -70,8 +70,7 @@ def _overflow(rank: int, directory: Path) -> None:
             hook = weight.register_hook(lambda gradient: hook.remove() or gradient * torch.inf)
 
     loraloom.train(directory.with_suffix(".yaml"), between_steps=between_steps)
-    file = directory.with_name(f"{directory.name}-{rank}.json")
-    file.write_text(json.dumps(scales))
+    directory.with_name(f"{directory.name}-{rank}.json").write_text(json.dumps(scales))
 
 
 def _talk(rank: int, directory: Path) -> dict[str, Any]:

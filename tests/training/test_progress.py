@@ -107,8 +107,7 @@ def test_output_that_fails_raises_nothing(error):
 
 def test_output_without_the_letters_of_a_message_escapes_them():
     taken = io.BytesIO()
-    screen = Console(file=io.TextIOWrapper(taken, encoding="ascii"))
-    Progress(screen).message("größer \ud800")
+    Progress(Console(file=io.TextIOWrapper(taken, encoding="ascii"))).message("größer \ud800")
     assert taken.getvalue() == b"gr\\xf6\\xdfer \\ud800\n"
 
 

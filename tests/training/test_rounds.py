@@ -176,8 +176,7 @@ def test_a_resumed_run_chooses_the_same_steps(tmp_path):
     configs, sets = matrix(max_steps=8)
     options = {"max_tokens_per_step": LIMIT}
     toy_engine(tmp_path / "unbroken", configs, sets, **options).run()
-    broken = toy_engine(tmp_path / "broken", configs, sets, **options)
-    interrupted(broken, after_round=11)
+    interrupted(toy_engine(tmp_path / "broken", configs, sets, **options), after_round=11)
     resumed(tmp_path / "broken", configs, sets, **options).run()
     assert_same_files(tmp_path / "broken", tmp_path / "unbroken", list(sets))
 
@@ -197,6 +196,13 @@ def test_shares_of_computed_tokens_follow_priorities(tmp_path, steps):
     levels = [computed[name] / priority for name, priority in priorities.items()]
     assert max(levels) - min(levels) <= 2 * 48
     assert min(levels) > 5 * 48
+
+
+def test_a_job_that_joins_begins_at_the_least_level(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a", max_steps=9)], max_tokens_per_step=48)
+    engine.step()
+    engine.add(add_job(engine.host, toy_config("b")))
+    assert engine.jobs["b"].position.level == engine.jobs["a"].position.level > 0
 
 
 def test_a_limit_without_room_for_what_is_loaded_is_refused_before_anything_is_written(tmp_path):

@@ -288,8 +288,7 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
         patch.setattr(CheckpointStore, "write", dying)
         with pytest.raises(KeyboardInterrupt):
             train(run)
-    result = read_result(tmp_path / "out/plain")
-    assert result.best["step"] == 4, "written before the kill"
+    assert read_result(tmp_path / "out/plain").best["step"] == 4, "written before the kill"
     seen = []
 
     def stop(engine, _):
@@ -300,8 +299,7 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
 
     snapshot, _ = RunDirectory(run.output_dir).checkpoints.newest()
     assert snapshot.round < 4
-    results = train(run, resume=True, between_steps=stop)
-    assert results[0].best["step"] == 2
+    assert train(run, resume=True, between_steps=stop)[0].best["step"] == 2
     for place in ("", "checkpoints/best"):
         assert_same_files(tmp_path / "out/plain" / place, tmp_path / "first", ["."])
 

@@ -143,10 +143,13 @@ def test_a_run_killed_while_it_overwrites_leaves_no_checkpoint_to_resume(tmp_pat
     assert directory.checkpoints.newest() == (None, [])
 
 
-@pytest.mark.parametrize("file", ["result.json", "adapter_config.json", "adapter_model.bin"])
+BEST = "checkpoints/best/adapter_config.json"
+
+
+@pytest.mark.parametrize("file", ["result.json", "adapter_config.json", "adapter_model.bin", BEST])
 def test_a_job_that_joins_replaces_no_adapter_unasked(tmp_path, file):
     directory = RunDirectory(tmp_path)
-    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / file).parent.mkdir(parents=True)
     (tmp_path / "a" / file).write_text("mine")
     with pytest.raises(ConfigError, match=rf"job a must be new in .*there is .*{file}"):
         directory.prepare_job("a")

@@ -161,8 +161,7 @@ class BusyRay(PlayedRay):
 def test_workers_that_have_not_begun_are_named_each_minute(inputs, tmp_path, monkeypatch):
     ray, spoken = BusyRay(""), Spoken()
     monkeypatch.setattr(workers, "connected", lambda _: nullcontext(ray))
-    clock = SimpleNamespace(monotonic=lambda: 60 * ray.minutes)
-    monkeypatch.setattr(workers, "time", clock)
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: 60 * ray.minutes))
     loraloom.train(run_settings(inputs, tmp_path), ray="auto", ray_workers=2, progress=spoken)
     told = [text for text in spoken.messages if text.startswith("waiting for worker")]
     assert told[:2] == [f"waiting for worker 1, 2 of 2 ({s} s)" for s in (60, 120)]

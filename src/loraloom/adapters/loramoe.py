@@ -95,5 +95,4 @@ def balancing_constraint(
     is_own = groups.unsqueeze(0) == of_samples.unsqueeze(1).bool()
     values = torch.where(is_own, (1 + delta) * sums, (1 - delta) * sums)  # (M, N)
     # No tokens cost nothing: 0 / tiny in place of 0 / 0.
-    mean = values.mean().clamp_min(torch.finfo(values.dtype).tiny)
-    return values.var(correction=0) / mean
+    return values.var(correction=0) / values.mean().clamp_min(torch.finfo(values.dtype).tiny)

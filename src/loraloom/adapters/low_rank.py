@@ -150,7 +150,6 @@ def ffn_weights(
     # The specification has a gate and an up, each with its own part of the B side.
     if shape.fused:
         sides = _halves(sides[0])
-    any_module = next(iter(block.values()))
     return FfnWeights(
         input_A=input_A,
         gate=sides[0],
@@ -158,7 +157,7 @@ def ffn_weights(
         down_A=down_A,
         down=down,
         num_experts=num_experts,
-        rank=any_module.num_columns // num_experts,
+        rank=next(iter(block.values())).num_columns // num_experts,
         base_combines=layer.ffn[shape.output].is_linear_over_rows,
     )
 

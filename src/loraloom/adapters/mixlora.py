@@ -102,8 +102,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         """The experts as a plain LoRA's configuration, with what they inherit filled in."""
         own = {} if self.experts is None else self.experts.model_dump(exclude_none=True)
         names = DecomposedConfig.model_fields.keys() - {"method"}
-        shared = {name: getattr(self, name) for name in names}
-        return LoraConfig(**{**shared, **own})
+        return LoraConfig(**{name: getattr(self, name) for name in names} | own)
 
     @property
     def shared_config(self) -> LoraConfig | None:

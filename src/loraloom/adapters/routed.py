@@ -255,8 +255,7 @@ class _Routed(SumProjection):
             dtype = torch.promote_types(self.router.dtype, torch.float32)
             # float64 on the CPU, which some devices lack
             A, B = (weight(dtype).cpu().double() for weight in (part.compute_A, part.compute_B))
-            triangle = torch.linalg.qr(B.T).R
-            row.copy_(torch.linalg.svd(triangle @ A, full_matrices=False).Vh[0])
+            row.copy_(torch.linalg.svd(torch.linalg.qr(B.T).R @ A, full_matrices=False).Vh[0])
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh each expert's columns by the token's routing."""

@@ -61,8 +61,8 @@ def convert(
             (reference).
         overrides: Set a setting that the files lack or that you want to change, PATH=VALUE:
             top_k=2 or experts.alpha=32. Repeatable.
-        base_model: Check that the adapter fits this base model. Required for VeRA, and for a DoRA
-            whose files contain no magnitudes.
+        base_model: Check that the adapter fits this base model. Required for VeRA, extra modules
+            and tokens, and for a DoRA whose files contain no magnitudes.
     """
     settings: dict[str, Any] = reduce(apply_override, overrides, {})
     host = None

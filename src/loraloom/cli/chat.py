@@ -61,6 +61,9 @@ def chat(
     has_turns = tokenizer.chat_template or any(form and not form.is_text for form in forms)
     if options.system and (options.raw or not has_turns):
         raise ConfigError("--system requires a chat template; remove --system or --raw")
+    deaf = [name for name, one in host.adapters.items() if one.prompt and one.prompt.is_text]
+    if options.system and deaf:
+        print(f"note: {', '.join(deaf)} will not see --system, as trained on texts without turns")
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
     known = [BASE, *host.adapters, *options.derived]

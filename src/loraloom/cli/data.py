@@ -99,8 +99,7 @@ def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) ->
         yield f"\n{name}: {row.fault or 'dropped, because the answer exceeds max_length'}"
     for number, piece in enumerate(row.pieces, start=1):
         part = f", text {number} of {len(row.pieces)}" if len(row.pieces) > 1 else ""
-        learnt = sum(piece.is_learnt)
-        yield f"\n{name}{part}: {len(piece.input_ids)} tokens, {learnt} in the loss"
+        yield f"\n{name}{part}: {len(piece.input_ids)} tokens, {sum(piece.is_learnt)} in the loss"
         yield from token_lines(tokenizer, piece.input_ids, piece.is_learnt, WIDTH)
 
 

@@ -141,7 +141,7 @@ def find_columns(
     """Find the first format, of those wanted, whose columns most rows have."""
     counts = Counter(name for row in rows for name in row)
     # an optional role's own column is read in the rows that have it
-    rare = _OPTIONAL - {"prompt"}
+    rare = {*_OPTIONAL, "context"} - {"prompt"}
     if lacking := [n for role, n in given.items() if role not in rare and n not in counts]:
         hint = f"{suggestion(lacking[0], counts)}its columns are {fields_of(counts)}"
         raise DataError(f"{file} has no column {lacking[0]!r}, which --column names; {hint}")

@@ -145,6 +145,8 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     """Load what is served, and say what and where that is."""
     model, tokenizer = loading.load_host(options, {})
     if options.chat_template is not None:
+        if tokenizer.chat_template:
+            model.own_chat_template = load_chat_template(tokenizer).source()
         tokenizer.chat_template = load_chat_template(tokenizer, options.chat_template).source()
     limits = EngineLimits(
         options.max_rows,

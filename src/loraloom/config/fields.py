@@ -112,8 +112,7 @@ def checked(
     try:
         return model.model_validate(settings)
     except ValidationError as fault:
-        lines = "\n  ".join(describe_faults(fault, settings, other_names))
-        raise error(origin + lines) from None
+        raise error(origin + "\n  ".join(describe_faults(fault, settings, other_names))) from None
 
 
 def describe_faults(

@@ -203,8 +203,7 @@ def _read_parquet(file: Any) -> _Read:
     records = (record for batch in batches for record in batch.to_pylist())
     for number, record in enumerate(records, start=1):
         # what JSON has no form for, dates and decimals, as texts; NaN is pandas' nothing
-        text = json.dumps(record, default=str)
-        fields = json.loads(text, parse_constant=lambda _: None)
+        fields = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
         yield f"row {number}", {name: without_nulls(value) for name, value in fields.items()}
 
 
@@ -273,7 +272,8 @@ def find_named(path: Path, name: str, split: str) -> Path:
         raise DataError(f"{path} has no data set {name!r}; {hint}")
     named = path.name.split(".")[0]
     if named in ("train", "validation", "test") and named != split:
-        raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
+        hint = f"as the file's name says, got {split!r}; rename the file, or name another split"
+        raise DataError(f"{path}: split must be {named} {hint}")
     return path
 
 

@@ -199,8 +199,7 @@ class ChatTemplate:
 def load_chat_template(
     tokenizer: PreTrainedTokenizerBase, given: str | None = None, day: date | None = None
 ) -> ChatTemplate:
-    source = None if given is None else given_source(tokenizer, given)
-    return ChatTemplate(tokenizer, source, day)
+    return ChatTemplate(tokenizer, None if given is None else given_source(tokenizer, given), day)
 
 
 def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:

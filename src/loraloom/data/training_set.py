@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SHUFFLE_BUFFER, DataConfig
 from loraloom.data.encoding import SourceEncoder
-from loraloom.data.sources import Row, StreamState
+from loraloom.data.sources import Row, StreamState, fields_of_all
 from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
 from loraloom.errors import DataError
 
@@ -276,14 +276,15 @@ class StreamedSet:
 
 @final
 class _Source:
-    """A stream with its first row, and an iterator where it was read last."""
+    """A stream with its first rows' fields, and an iterator where it was read last."""
 
     def __init__(self, encoder: SourceEncoder, rows_per_block: int):
         self._encoder, self.rows_per_block = encoder, rows_per_block
         self.name = encoder.config.dataset
         self._stream = encoder.open("train", streaming=True)
         self.sizes = self._stream.sizes
-        self._first, self._rows = next(self._stream.rows()), iter(())
+        begins = [*islice(self._stream.rows(), rows_per_block)]
+        self._first, self._rows = fields_of_all(begins), iter(())
         self._place: SourcePlace | None = None
 
     def read(self, place: SourcePlace) -> tuple[list[Row], SourcePlace]:

@@ -147,8 +147,7 @@ def _check_finite(
     for name, of_name in scores.items():
         for values, place in zip(of_name, places, strict=True):
             if not all(map(math.isfinite, values)):
-                shown = values[0] if len(values) == 1 else values
-                raise not_finite(what, shown, [name], place)
+                raise not_finite(what, values[0] if len(values) == 1 else values, [name], place)
 
 
 def evaluate(

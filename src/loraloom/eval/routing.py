@@ -173,8 +173,7 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
     texts = [str(tokenizer.decode([token_id])) for token_id in token_ids]
     both = [str(tokenizer.decode([*pair])) for pair in pairwise(token_ids)]
     texts = texts[:1] + [pair[len(text) :] for pair, text in zip(both, texts, strict=False)]
-    names = map(str, tokenizer.convert_ids_to_tokens(list(token_ids)))
-    pairs = zip(texts, names, strict=True)
+    pairs = zip(texts, map(str, tokenizer.convert_ids_to_tokens(list(token_ids))), strict=True)
     return [name if "\ufffd" in text or not text else text for text, name in pairs]
 
 

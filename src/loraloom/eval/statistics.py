@@ -280,8 +280,7 @@ def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, An
         for stem, members in seed_groups(list(by_adapter)).items():
             values = [by_adapter[name] for name in members]
             spread = {"mean": fmean(values), "sd": stdev(values), "num_seeds": len(values)}
-            group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
-            group["tasks"][task] = spread
+            summary.setdefault(stem, {"adapters": members, "tasks": {}})["tasks"][task] = spread
     return summary
 
 
@@ -298,6 +297,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
             a task have different questions, or an adapter has two answers to a question.
     """
     tasks: dict[str, dict[str, _Marks]] = {}
+    places: dict[str, dict[tuple[int, str], int]] = {}
     names: dict[str, str] = {}  # by task, what all of its rows must have
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
         chosen_filter, name = row.get("filter", "none"), row["adapter"]
@@ -309,7 +309,10 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
         # what `loraloom generate` wrote has no index, and may have been sorted
         asked = next((row[key] for key in ("question", "prompt", "messages") if key in row), "")
         question = asked if isinstance(asked, str) else json.dumps(asked)
-        number = next(n for n in count() if (n, question) not in answers) if asked else len(answers)
+        number, known = len(answers), places.setdefault(task, {})
+        if asked:  # the first place of this question that the adapter has not answered
+            tried = (known.setdefault((n, question), len(known)) for n in count())
+            number = next(place for place in tried if (place, question) not in answers)
         name = "score" if "score" in row else "correct"
         if name != (wanted := names.setdefault(task, name)):
             row.reject(f"score all rows of {task} or none; earlier ones have {wanted!r}")

@@ -276,13 +276,16 @@ def model_card(
     settings = config.model_dump(mode="json", exclude_none=True)
     settings = {name: value for name, value in settings.items() if value not in ([], {})}
     template = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
-    jinja = Environment(trim_blocks=True, keep_trailing_newline=True)
-    return jinja.from_string(template).render(
-        {"config": config, "base": base, "name": name, "data": data, "results": results},
-        base_model=repr(base_name or "base-model"),
-        front=yaml.safe_dump(front, sort_keys=False),
-        settings=_as_yaml({"adapter": settings}),
-        prompt=prompt and _as_yaml(prompt.model_dump(exclude_none=True)),
+    return (
+        Environment(trim_blocks=True, keep_trailing_newline=True)
+        .from_string(template)
+        .render(
+            {"config": config, "base": base, "name": name, "data": data, "results": results},
+            base_model=repr(base_name or "base-model"),
+            front=yaml.safe_dump(front, sort_keys=False),
+            settings=_as_yaml({"adapter": settings}),
+            prompt=prompt and _as_yaml(prompt.model_dump(exclude_none=True)),
+        )
     )
 
 

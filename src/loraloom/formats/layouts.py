@@ -266,8 +266,7 @@ def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[st
     names = files.config.get("modules_to_save") or []
     whole = [key.removeprefix(MODULES) for key in tensors if key.startswith(MODULES)]
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in whole))
-    unnamed = [path for path in paths if not any(is_meant(name, path) for name in names)]
-    if unnamed:
+    if not all(any(is_meant(name, path) for name in names) for path in paths):
         # PEFT's names may be the ends of words
         names = [*paths, *(n for n in names if not any(path.endswith(n) for path in paths))]
     settings = {name: files.config.get(name) for name in OWN_FIELDS} | {"modules_to_save": names}

@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        return min(self.host.config.max_position_embeddings, self.limits.cache_tokens)
+        return min(self.host.max_positions, self.limits.cache_tokens)
 
     @property
     def is_idle(self) -> bool:
@@ -268,8 +268,7 @@ class Engine:
             logits = self._runner.session.logits  # (B, V)
             # read from the device once for all rows, not once for each
             most_likely = logits.argmax(-1).tolist()
-            is_broken = logits.isnan().any(-1).tolist()
-            columns = zip(logits, most_likely, is_broken, strict=True)
+            columns = zip(logits, most_likely, logits.isnan().any(-1).tolist(), strict=True)
             rows = zip(self._runner.rows, columns, strict=True)
             self._leave([row for row, column in rows if self._ends_now(row, *column)])
         self._fit_prefixes()
@@ -356,7 +355,6 @@ def _tell_routing(rows: Sequence[Row], record: Record) -> None:
     for name, places in rows_in_record([row.request.adapter for row in rows]).items():
         routing = record.get(name)  # none of other adapters than mixtures
         if routing and any(rows[place].request.tells_routing for place in places):
-            choices = choices_by_token(join_routing(routing))
-            for place, choice in zip(places, choices, strict=True):
+            for place, choice in zip(places, choices_by_token(join_routing(routing)), strict=True):
                 if rows[place].request.tells_routing:
                     rows[place].was_read(choice)

@@ -83,7 +83,7 @@ def make_requests(
     prompt_form: PromptForm | None = None,
 ) -> list[GenerationRequest]:
     """Encode and check prompts; what is drawn for one follows from its place."""
-    length, num_new = host.config.max_position_embeddings, sampling.max_new_tokens
+    length, num_new = host.max_positions, sampling.max_new_tokens
     requests = []
     read = read_prompts(host, tokenizer, prompts, prompt_form, raw=raw)
     for place, (prompt, (ids, continues, choice)) in enumerate(zip(prompts, read, strict=True)):
@@ -109,7 +109,7 @@ def complete(
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     limits = EngineLimits(
         max_rows=batch_size,
-        cache_tokens=batch_size * host.config.max_position_embeddings,
+        cache_tokens=batch_size * host.max_positions,
         prefill_tokens=2**62,
         max_waiting=len(requests) + 1,
         max_request_s=math.inf,

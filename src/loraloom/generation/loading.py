@@ -70,4 +70,4 @@ def default_cache_tokens(host: Host, max_rows: int) -> int:
     affordable -= max_rows * SPARE_TOKENS
     if affordable < max_rows:
         raise ConfigError("a quarter of free memory is too small for the cache; lower --max-rows")
-    return min(max_rows * host.config.max_position_embeddings, affordable)
+    return min(max_rows * host.max_positions, affordable)

@@ -39,7 +39,10 @@ class Prompt:
 
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
     name, _ = name_and_scale(adapter)
-    return None if name is None else host.adapter(name).prompt
+    form = None if name is None else host.adapter(name).prompt
+    if form is not None and form.format == "chat" and form.chat_template is None:
+        return form.model_copy(update={"chat_template": host.own_chat_template})
+    return form
 
 
 def encode_prompt(

@@ -168,7 +168,7 @@ class Runner:
         return rows
 
     def bound_prepared(self, served: Sequence[Row]) -> None:
-        adapters = {row.request.adapter for row in served}
+        adapters = {row.request.adapter for row in served}  # pyright: ignore[reportUnhashable]
         self._prepared_for |= adapters
         if len(self._prepared_for) > max(MAX_PREPARED, len(adapters)):
             self._prepare_anew(served, adapters)

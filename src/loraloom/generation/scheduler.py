@@ -109,8 +109,7 @@ class Scheduler:
             theirs, ours = other.share, row.share
             if theirs.tenant != ours.tenant:
                 theirs, ours = theirs.tenant, ours.tenant
-            tokens = self._used[theirs] - self._used[ours]
-            return rows[theirs] - rows[ours], tokens, other.arrival
+            return rows[theirs] - rows[ours], self._used[theirs] - self._used[ours], other.arrival
 
         leads = {lead(other): other for other in movable}
         allowed = [one for one in leads if one[0] > 1 and one[1] > 0]

@@ -54,7 +54,7 @@ def is_routed(host: Any, adapter: RowAdapter) -> bool:
 def choose(
     host: Any, prompts: Sequence[Sequence[int]], adapters: Sequence[RowAdapter]
 ) -> list[Choice]:
-    choices = [Choice(adapter) for adapter in adapters]
+    choices = [Choice(tuple(one) if isinstance(one, list) else one) for one in adapters]
     places: dict[str, list[int]] = {}
     for place, (adapter, _) in enumerate(zip(adapters, prompts, strict=True)):
         if is_routed(host, adapter):

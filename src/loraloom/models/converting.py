@@ -45,8 +45,8 @@ def convert(
         destination: New directory.
         to: Layout to write: `native` as `Host.save`, `peft`, or `reference` for MoE-PEFT.
         settings: Settings of the method, as in `Host.load`.
-        host: Base model of the adapter, to check that they fit. Required if files lack the
-            magnitudes of a DoRA.
+        host: Base model of the adapter, to check that they fit. Required for VeRA,
+            for extra modules and tokens, and if files lack the magnitudes of a DoRA.
 
     Raises:
         FormatError: If the files cannot be read.

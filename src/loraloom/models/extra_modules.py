@@ -61,8 +61,7 @@ class OwnTokens(OwnModule):
         outputs = type(module).forward(module, inputs)
         rows, tokens = weights["rows"], self.get_buffer("tokens")
         if self.is_linear:
-            bias = None if module.bias is None else module.bias[tokens]
-            logits = linear(inputs, rows, bias)
+            logits = linear(inputs, rows, None if module.bias is None else module.bias[tokens])
             return outputs.index_copy(-1, tokens, logits.to(outputs.dtype))
         is_token = inputs.unsqueeze(-1).eq(tokens)  # (B, L, N)
         vectors = embedding(is_token.int().argmax(-1), rows)  # (B, L, D)

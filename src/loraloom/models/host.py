@@ -102,6 +102,7 @@ class Host:
         self.base = self._registry.base
         self.adapters = self._registry.adapters
         self.ranks: Ranks = Alone()
+        self.own_chat_template: str | None = None  # the tokenizer's, if another is in its place
         self._inside = threading.RLock()
         self._here = threading.local()
         self._decoder = decoder_of(model)
@@ -125,6 +126,14 @@ class Host:
     def config(self) -> Any:
         """The configuration of the base model, or of its text part if it has others."""
         return text_config(self.model)
+
+    @property
+    def max_positions(self) -> int:
+        """The length to which rows are decoded: of LongRoPE, beyond which earlier keys change."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+        return self.config.max_position_embeddings
 
     @property
     def device(self) -> torch.device:
@@ -519,8 +528,7 @@ class Host:
 
     def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
         """Append tokens to each row of a session, [B, L]; return the next logits, [B, V]."""
-        ones = session.attention_mask.new_ones(input_ids.shape)
-        self._advance(session, input_ids, ones, record)
+        self._advance(session, input_ids, session.attention_mask.new_ones(input_ids.shape), record)
         return session.logits
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from loraloom.ops.dropout import SampleSpan
 SampleLengths = Sequence[Sequence[int]]
 # A row's adapter: its name, its name and a factor of what it adds, several of these whose updates
 # are added up, which is `law:0.7+math:0.3` as a name too, or None, the base model.
-RowAdapter = str | tuple[str, float] | Weighted | None
+RowAdapter = str | tuple[str, float] | Weighted | list[tuple[str, float]] | None
 # A batch's adapters; None: the base model for all rows.
 RowAdapters = Sequence[RowAdapter] | None
 

@@ -324,9 +324,8 @@ def make_plan(
     if orders and cohorts[0].put is None:
         return StackedPlan(tuple(cohorts), 1, device, length)
     ffn_put[is_left] = torch.arange(int(is_left.sum())) + sum(map(len, orders))
-    ffn_take = torch.cat([*orders, is_left.nonzero().flatten()])
-    places = (ffn_take.to(device), ffn_put.to(device))
-    return StackedPlan(tuple(cohorts), len(orders), device, length, *places)
+    ffn_take = torch.cat([*orders, is_left.nonzero().flatten()]).to(device)
+    return StackedPlan(tuple(cohorts), len(orders), device, length, ffn_take, ffn_put.to(device))
 
 
 class StackedForward:
@@ -396,8 +395,7 @@ class StackedForward:
         with outside_autocast(gate):
             outputs = [finish(part) for (_, finish), part in zip(steps, base_outputs, strict=False)]
         outputs += base_outputs[len(steps) :]
-        is_in_place = all(map(operator.is_, outputs, base_outputs))
-        rows = output if is_in_place else torch.cat(outputs)
+        rows = output if all(map(operator.is_, outputs, base_outputs)) else torch.cat(outputs)
         if plan.ffn_put is not None:
             rows = rows.index_select(0, plan.ffn_put)
         return rows.view(*hidden_states.shape[:-1], rows.shape[-1])

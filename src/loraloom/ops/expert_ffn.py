@@ -48,8 +48,7 @@ class FfnWeights:
     @property
     def apart(self) -> bool:
         """Whether each slot goes through the base's output projection by itself."""
-        decomposed = self.down is not None and self.down.row_scale is not None
-        return decomposed or not self.base_combines
+        return (self.down is not None and self.down.row_scale is not None) or not self.base_combines
 
     @property
     def is_plain(self) -> bool:

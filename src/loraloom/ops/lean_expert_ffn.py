@@ -112,8 +112,7 @@ class _Side:
         if projection is None:
             return None
         place = projection.columns.start // (slots.num_experts * slots.rank)
-        columns = slice(place * slots.columns, (place + 1) * slots.columns)
-        return _Side(columns, projection.bias)
+        return _Side(slice(place * slots.columns, (place + 1) * slots.columns), projection.bias)
 
 
 @dataclass(frozen=True)

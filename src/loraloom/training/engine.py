@@ -130,6 +130,9 @@ class Engine:
         except Exception:
             self.discard(job)
             raise
+        if checkpoint is None:
+            levels = (other.position.level for other in self.jobs.values())
+            job.position.level = min(levels, default=0.0)
         self._enter(job, joined_later=True)
         self._is_checkpoint_due = True
         self._reporter.add(job)

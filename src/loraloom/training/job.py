@@ -34,6 +34,7 @@ class Position:
     micro_batches: int = 0  # all that were done
     tokens: int = 0  # real tokens learned from
     computed_tokens: int = 0  # the same with padding
+    level: float = 0.0  # those, each by its priority, from the least level when the job joined
     loss: MicroBatchLoss = field(default_factory=partial(MicroBatchLoss, 0.0))  # of the next step
     evaluated_step: int = -1  # steps before the last evaluation; -1 before the first one
     metrics: dict[str, float] = field(default_factory=dict)  # of that evaluation
@@ -129,6 +130,7 @@ class Job:
         position.micro_batches += 1
         position.tokens += micro_batch.num_tokens
         position.computed_tokens += loss.computed_tokens
+        position.level += loss.computed_tokens / self.config.priority
         position.loss += loss
         if position.micro_step < self.window.num_micro_batches:
             return None

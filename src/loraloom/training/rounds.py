@@ -186,9 +186,7 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
     if max_tokens is None:
         return list(turns)
     chosen: list[Turn] = []
-    for job, batch in sorted(
-        turns, key=lambda turn: turn[0].position.computed_tokens / turn[0].config.priority
-    ):
+    for job, batch in sorted(turns, key=lambda turn: turn[0].position.level):
         together = [other for _, other in chosen] + [batch]
         if not chosen or sum(lay_out(together).computed_tokens) <= max_tokens:
             chosen.append((job, batch))

@@ -33,7 +33,7 @@ from loraloom.config.text import read_json
 from loraloom.data.sources import sha256
 from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.errors import ConfigError, TrainingError, plain
-from loraloom.formats.disk import SAVED_FILES
+from loraloom.formats.disk import CONFIG_FILE, SAVED_FILES
 from loraloom.formats.files import model_card, write_adapter
 from loraloom.models.host import Host
 from loraloom.training.job import RESULT_FILE, Job, JobResult
@@ -166,8 +166,7 @@ def describe_base(host: Host) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict[str, Any]) -> None:
-    saved_base = {name: checkpoint.base.get(name) for name in base}
-    changed = describe_changes(saved_base, base, "base")
+    changed = describe_changes({name: checkpoint.base.get(name) for name in base}, base, "base")
     for job in jobs:
         if job.name in checkpoint.jobs:
             saved = as_of_now(checkpoint.jobs[job.name].settings)
@@ -341,7 +340,8 @@ class RunDirectory:
 
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
-        for file in () if overwrite else (RESULT_FILE, *SAVED_FILES):
+        kept = (RESULT_FILE, *SAVED_FILES, f"checkpoints/best/{CONFIG_FILE}")
+        for file in () if overwrite else kept:
             if (self.job(name) / file).exists():
                 raise ConfigError(
                     f"job {name} must be new in {self.path}, but there is "

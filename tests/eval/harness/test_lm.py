@@ -82,8 +82,7 @@ def test_a_greedy_continuation_is_known(host, tiny_tokenizer):
     lm = HostLM(host, tiny_tokenizer, "lora")
     context = tiny_tokenizer("The sky")["input_ids"]
     how = {"adapters": ["lora"], "max_new_tokens": 3, "do_sample": False}
-    out = host.generate(torch.tensor([context]), **how)
-    best = out[0, len(context) :].tolist()
+    best = host.generate(torch.tensor([context]), **how)[0, len(context) :].tolist()
     worse = [*best[:2], (best[2] + 1) % 300]
     scores = lm._loglikelihood_tokens([(("", ""), context, best), (("", ""), context, worse)])
     assert [greedy for _, greedy in scores] == [True, False]

@@ -53,8 +53,7 @@ def test_clients_of_a_replica_that_ends_are_answered_by_the_other(host, tokenize
         config = tmp_path / "nginx.conf"
         config.write_text(proxy_file(port, [address for address, _ in replicas]))
         command = [str(NGINX), "-p", str(tmp_path), "-c", str(config), "-e", "stderr"]
-        nginx = stack.enter_context(subprocess.Popen(command))
-        stack.callback(nginx.terminate)
+        stack.callback(stack.enter_context(subprocess.Popen(command)).terminate)
         transport = httpx2.HTTPTransport(retries=5)  # until nginx listens
         client = httpx2.Client(base_url=f"http://127.0.0.1:{port}/llm", transport=transport)
         assert statuses(stack.enter_context(client)) == [200] * 8

@@ -78,8 +78,7 @@ def error_of(response, status):
     ids=str,
 )
 def test_bodies_that_can_not_be_read_are_refused(http, body, message):
-    error = error_of(post(http, body), 400)
-    assert message in error["message"]
+    assert message in error_of(post(http, body), 400)["message"]
 
 
 def test_a_body_that_is_too_large_is_refused(http):
@@ -177,8 +176,7 @@ def test_loading_needs_an_admins_key(host, tokenizer, saved):
     options = ApiOptions(api_keys=["user"], admin_keys=["admin"], allow_loading=True)
     with serving(host, tokenizer, options=options) as (url, _):
         assert load(url, "nobody", saved / "lazy-lora").status_code == 401
-        refused = load(url, "user", saved / "lazy-lora")
-        assert error_of(refused, 403)["code"] == "not_an_admin"
+        assert error_of(load(url, "user", saved / "lazy-lora"), 403)["code"] == "not_an_admin"
         assert load(url, "admin", saved / "lazy-lora").status_code == 200
         headers = {"Authorization": "Bearer admin"}
         assert httpx2.get(f"{url}/v1/models", headers=headers).status_code == 200

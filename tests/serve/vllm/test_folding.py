@@ -139,8 +139,7 @@ def make_ffn(served, slots=3, own=slice(None)):
     ]
     weight = torch.cat([getattr(block, name).weight.detach() for name in inputs])[both]
     ffn = MixtureFfn()
-    outputs = [B.shape[1] for _, B in loras]
-    ffn.gate_up_proj = StackedLinear(weight, loras, adapters, outputs)
+    ffn.gate_up_proj = StackedLinear(weight, loras, adapters, [B.shape[1] for _, B in loras])
     down_A, down_B = kept["down_proj"]
     down = block.down_proj.weight.detach()[:, own]
     ffn.down_proj = StackedLinear(down, [(down_A[..., own], down_B)], adapters, [32])

@@ -18,8 +18,7 @@ def run_window(host: Host, jobs: list[Job]) -> dict[str, MicroBatchLoss]:
     totals = {job.name: MicroBatchLoss(0.0) for job in jobs}
     waiting = list(jobs)
     while waiting:
-        parts = [job.micro_batch() for job in waiting]
-        losses = forward_backward(host, parts, PAD_ID)
+        losses = forward_backward(host, [job.micro_batch() for job in waiting], PAD_ID)
         for job, loss in zip(waiting, losses, strict=True):
             totals[job.name] += loss
             job.position.micro_step += 1

@@ -120,6 +120,11 @@ def test_linear_schedule_warms_up_and_comes_down_to_zero():
     assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
 
 
+def test_greedy_rates_can_fall_as_well():
+    config = toy_config("a", lr_scheduler="greedy", eval_steps=1, eval=[{"task": "skills"}])
+    assert add_job(toy_host(), config).scheduler.min_lrs == [0.0]
+
+
 REFUSED = [
     ({"optimizer_args": {"differentiable": True}}, "optimizer adamw"),
     ({"optimizer_args": {"fused": True, "foreach": True}}, "optimizer adamw"),

@@ -9,8 +9,7 @@ def first_step(configs, sets=None):
     """Run the first step of jobs together."""
     host = toy_host()
     jobs = [add_job(host, config, (sets or {}).get(config.name), random=True) for config in configs]
-    losses = run_window(host, jobs)
-    return losses, {job.name: gradients_of(job) for job in jobs}
+    return run_window(host, jobs), {job.name: gradients_of(job) for job in jobs}
 
 
 @pytest.mark.parametrize(("method", "objective"), CUT)

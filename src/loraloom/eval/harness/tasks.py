@@ -127,8 +127,7 @@ def _result(found: Mapping[str, Any], task: str) -> Fields:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None: lm-eval says N/A where there is no standard error."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if is_number else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def question_lines(found: Results) -> Iterator[dict[str, Any]]:

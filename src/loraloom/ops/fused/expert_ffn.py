@@ -69,9 +69,8 @@ def fused_hidden(
     masks = [mask for mask in dropout.keep_slots if mask is not None]
     sides = (weights.gate, weights.up)
     starts = [side.columns.start if side else 0 for side in sides]
-    num_columns = weights.num_experts * weights.rank
     return _FusedHidden.apply(  # pyright: ignore[reportReturnType]
-        (starts, weights.rank, num_columns, dropout.scale),
+        (starts, weights.rank, weights.num_experts * weights.rank, dropout.scale),
         _with_rows(gate),
         None if up is None else _with_rows(up),
         low_rank,
@@ -98,8 +97,7 @@ class _FusedHidden(torch.autograd.Function):
             if experts is not None:
                 weights = routing_weights.T.unsqueeze(-1).to(gate.dtype)
                 weighed = own_experts(experts, num_columns // rank) * weights
-            slot_rank = (slots if with_slots else hidden) @ down_A.T
-            down_rank = over_slots(slot_rank, weighed, rank)
+            down_rank = over_slots((slots if with_slots else hidden) @ down_A.T, weighed, rank)
         ctx.settings = settings
         ctx.save_for_backward(*tensors, down_A, weighed)
         return hidden, down_rank
@@ -202,8 +200,7 @@ def expert_hidden_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @expert_hidden.register_fake
 def _hidden_results(gate, up, low_rank, experts, *others) -> tuple[Tensor, Tensor]:
-    with_slots = others[-1]
-    rows = len(gate) * _num_slots(experts) * with_slots
+    rows = len(gate) * _num_slots(experts) * others[-1]  # which is with_slots
     return gate.new_empty(gate.shape), gate.new_empty(rows, gate.shape[1])
 
 

@@ -90,8 +90,7 @@ class Backend:
                     raise unknown_model(model)
                 row.append((f"{used.host_name}{part}", weight))
             if served.members:  # a large one takes longer than the event loop may
-                add_up = partial(host.adapter, write_sum(row))
-                await asyncio.wrap_future(start_apart(add_up))
+                await asyncio.wrap_future(start_apart(partial(host.adapter, write_sum(row))))
         except BaseException as error:
             adapters.release(served)
             if isinstance(error, AdapterError):  # not of a kind that can be added up

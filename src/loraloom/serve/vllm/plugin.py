@@ -67,8 +67,7 @@ def _refusal(model: nn.Module, blocks: dict[str, nn.Module], vllm_config: Any) -
 def _router(block: Any, prefix: str, vllm_config: Any) -> nn.Module:
     """A layer that computes nothing, so that vLLM keeps a LoRA for it."""
     down = block.down_proj
-    device = next(down.parameters()).device
-    with set_current_vllm_config(vllm_config), torch.device(device):
+    with set_current_vllm_config(vllm_config), torch.device(next(down.parameters()).device):
         router = linear.ReplicatedLinear(
             down.output_size,
             2,

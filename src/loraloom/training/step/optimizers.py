@@ -145,8 +145,7 @@ def clip_gradients(
     if loss_scale is not None:
         loss_scale.unscale(parameters)
     drop_frozen_gradients(config, adapter)
-    bound = math.inf if max_grad_norm is None else max_grad_norm
-    return float(clip_grad_norm_(parameters, bound))
+    return float(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm))
 
 
 def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Any]:
@@ -184,6 +183,8 @@ def build_scheduler(
     arguments = dict(config.lr_scheduler_args)
     if config.lr_scheduler in SCHEDULERS_ON_METRIC:
         arguments["mode"] = metric_mode
+    if config.lr_scheduler == "greedy":  # whose own bound, 1e-3, is above most rates
+        arguments.setdefault("min_lr", 0.0)
     with _raised_as_config_error(config, "lr_scheduler", name):
         return transformers.get_scheduler(
             config.lr_scheduler,
