@@ -161,7 +161,7 @@ def soak(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         result["exit_code"] = asyncio.run(state.stop_under_load())
     result["passed"] = (
         not result["unexpected"]
-        and abs(result["memory_growth"]) <= 0.03
+        and result["memory_growth"] <= 0.03
         and result["cache_tokens_used"] == 0
         and result["exit_code"] == 0
     )

@@ -33,7 +33,7 @@ def test_trainers_of_others_learn(capsys):
 
 @pytest.mark.parametrize("name", ["train_and_look", "serve_and_compare"])
 def test_notebooks_run_and_show_results(name, tmp_path, monkeypatch):
-    (tmp_path / "examples").symlink_to(EXAMPLES)
+    (tmp_path / "support.jsonl").symlink_to(EXAMPLES / "support.jsonl")
     monkeypatch.chdir(save_tiny(tmp_path, max_position_embeddings=1024))
     cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
     assert len(cells) <= 12

@@ -50,12 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told = [fmean(tell(args, base, seed)) for seed in seeds]
     print(f"training questions that the routed model has right: {_mean(told)} %")
     for name in args.runs:
-        if not (args.output / name / "done").exists():
+        done = args.output / name / f"done-{args.seeds}"
+        if not done.exists():
             jobs = [job_of(args, name, seed) for seed in seeds]
             run = {"base_model": args.base_model, "dtype": "float32", "jobs": jobs}
             run["output_dir"] = str(args.output / name)
             loraloom.train(run, overwrite=True, base=base)
-            (args.output / name / "done").touch()
+            done.touch()
     found = [ask(args, base, seed) for seed in seeds]
     for name in found[0]:
         below = [one["prompt"] - one[name] for one in found]

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     args.of = yaml.safe_load(args.settings.read_text())
     args.base_model = args.base_model or args.of["base_model"]
+    check_study(args)
     model, tokenizer = loraloom.load_base_model(args.base_model, dtype=args.of["dtype"])
     base, kinds = (loraloom.attach(model), tokenizer), ["apart", *args.of["jobs"]]
     rates = {}
@@ -59,6 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(table(found)))
 
 
+def check_study(args: argparse.Namespace) -> None:
+    """Hold an output to its settings: what is done is not done again."""
+    path = args.output / "study.json"
+    asked = {
+        name: str(getattr(args, name)) for name in ("base_model", "joint", "prompts", "layers")
+    }
+    asked["settings"] = args.of
+    if not path.exists():
+        path.write_text(json.dumps(asked, indent=1))
+    elif (old := json.loads(path.read_text())) != asked:
+        changed = ", ".join(name for name in asked if old.get(name) != asked[name])
+        raise SystemExit(f"{args.output} is a study with other {changed}; choose another --output")
+
+
 def jobs_of(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, Any]]:
     """Of a seed, a job for each source, or one for all sources together."""
     sources = args.of["sources"]
@@ -68,7 +83,9 @@ def jobs_of(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, An
         adapter["experts"] = {
             name: str(args.output / "apart" / f"{name}@{seed}") for name in sources
         }
-    data = sources if kind == "apart" else {kind: own.get("data", {"mix": [*sources.values()]})}
+    shares = args.of.get("shares", {})  # of a source's rows that are mixed, all by default
+    mixed = [source | {"weight": shares.get(name, 1)} for name, source in sources.items()]
+    data = sources if kind == "apart" else {kind: own.get("data", {"mix": mixed})}
     held_out = args.of.get("held_out")  # by default the same source's validation rows
     is_searched = len(own["rates"]) > 1
     return [
@@ -91,37 +108,47 @@ def best_rate(args: argparse.Namespace, base: Any, kind: str, rates: Sequence[fl
     if not path.exists():
         # a router by token learns on adapters that are there, those of the first seed
         seed = 0 if kind in args.of["jobs"] else 100
-        tried = [
-            {**job, "name": f"{job['name']}-{rate:g}"}
-            | {"train": {**job["train"], "learning_rate": rate}}
+        tried = {
+            rate: [
+                {**job, "name": f"{job['name']}-{rate:g}"}
+                | {"train": {**job["train"], "learning_rate": rate}}
+                for job in jobs_of(args, kind, seed)
+            ]
             for rate in rates
-            for job in jobs_of(args, kind, seed)
-        ]
-        losses: dict[str, list[float]] = {}
-        for result in train(args, base, f"search-{kind}", tried):
-            rate = result.job.partition("-")[2]
-            losses.setdefault(rate, []).append(result.metrics["eval/loss"])
-        path.write_text(json.dumps({rate: fmean(values) for rate, values in losses.items()}))
+        }
+        train(args, base, f"search-{kind}", [job for jobs in tried.values() for job in jobs])
+        losses = {
+            f"{rate:g}": fmean(
+                loss_of(args.output / f"search-{kind}" / job["name"]) for job in jobs
+            )
+            for rate, jobs in tried.items()
+        }
+        path.write_text(json.dumps(losses))
     means = json.loads(path.read_text())
     print(kind, "loss by rate:", means, flush=True)
     return float(min(means, key=means.get))
 
 
-def train(args: argparse.Namespace, base: Any, name: str, jobs: list[Any]) -> list[Any]:
+def loss_of(directory: Path) -> float:
+    """Read a job's last loss on held-out rows; of one that diverged, infinity."""
+    result = json.loads((directory / "result.json").read_text())
+    return result["metrics"].get("eval/loss", math.inf)
+
+
+def train(args: argparse.Namespace, base: Any, name: str, jobs: list[Any]) -> None:
     directory = args.output / name
     done, path = {}, directory / "trained.json"
     if path.exists():
         done = json.loads(path.read_text())
     if not (jobs := [job for job in jobs if job["name"] not in done]):
-        return []
+        return
     resume, began = (directory / ".checkpoints").exists(), time.monotonic()
     run = {"base_model": args.base_model, "dtype": args.of["dtype"], "jobs": jobs}
     run |= {"output_dir": str(directory), **args.of.get("run", {})}
-    results = loraloom.train(run, resume=resume, overwrite=not resume, base=base)
+    loraloom.train(run, resume=resume, overwrite=not resume, base=base)
     seconds = (time.monotonic() - began) / len(jobs)
     path.write_text(json.dumps(done | {job["name"]: seconds for job in jobs}))
     shutil.rmtree(directory / ".checkpoints", ignore_errors=True)  # more seeds are another run
-    return results
 
 
 def ask_seed(args: argparse.Namespace, base: Any, seed: int) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def draw(maps: Sequence[Map]) -> Figure:
                 (found,) = (one for one in study["comparisons"] if one["second"] == second)
                 value = found["over_seeds"]["accuracy"]
                 points[line][column] = 100 * value["mean"]
-                text = f"{100 * value['mean']:+.1f}\n± {100 * value['stderr']:.1f}"
+                text = f"{100 * value['mean']:+.1f}"
+                if value["stderr"] is not None:  # of several seeds
+                    text += f"\n± {100 * value['stderr']:.1f}"
                 panel.text(column, line, text, ha="center", va="center")
             panel.imshow(points, cmap="RdBu", vmin=-12, vmax=12, origin="lower", aspect="auto")
             panel.set_title(f"LoRA with {LORAS[second]}", fontsize=10)

@@ -24,8 +24,7 @@ def test_generated_pages_are_current(name):
 
 
 def test_the_navigation_has_every_page():
-    settings = (ROOT / "mkdocs.yml").read_text()
-    listed = re.findall(r"^ +- .*: (\S+\.md)$", settings, re.MULTILINE)
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 

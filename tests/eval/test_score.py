@@ -112,8 +112,7 @@ def test_batches_stay_within_their_tokens(tiny_tokenizer, monkeypatch):
 
 
 def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(tiny_tokenizer):
-    config = METHODS["lora"].model_copy(update={"dropout": 0.5})
-    host = scoring_host(configs={"lora": config})
+    host = scoring_host(configs={"lora": METHODS["lora"].model_copy(update={"dropout": 0.5})})
     quiet = scored(host, tiny_tokenizer, ["lora"])
     host.train()
     assert scored(host, tiny_tokenizer, ["lora"]) == quiet

@@ -70,9 +70,13 @@ def test_a_prompt_is_written_as_the_adapters_training_data_was(tiny_tokenizer):
 
 
 def test_another_default_chat_template_is_not_that_of_adapters():
-    host = create_autospec(Host, own_chat_template="x")
-    host.adapter.return_value = SimpleNamespace(prompt=PromptForm(format="chat", system="two"))
-    assert form_for(host, "law") == PromptForm(format="chat", system="two", chat_template="x")
+    host = create_autospec(Host, default_form=PromptForm(format="chat", chat_template="x"))
+    own = PromptForm(format="chat", system="two")
+    for form, expected in ((own, own), (None, host.default_form)):
+        host.adapter.return_value = SimpleNamespace(prompt=form)
+        assert form_for(host, "law") == expected
+    host.adapter.return_value = SimpleNamespace(prompt=PromptForm(format="text"))
+    assert form_for(host, "law").chat_template == "x"
 
 
 def test_turns_of_instructions_are_joined_as_examples_are(tiny_tokenizer):

@@ -154,8 +154,7 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
         # in one batch, padded, decoded on
         ids = torch.tensor([[*prompts[0], 0, 0], [*prompts[1], 30, 31]])
-        mask = padded_mask([5, 7])
-        out = host(ids, mask, adapters=["auto", "auto"])
+        out = host(ids, padded_mask([5, 7]), adapters=["auto", "auto"])
         alone = host(ids[:1, :5], adapters=["dora"]).logits
         torch.testing.assert_close(out.logits[:1, :5], alone)
         both = torch.tensor(prompts[:2])

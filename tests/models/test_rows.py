@@ -124,8 +124,7 @@ def test_a_session_and_generate_continue_rows_at_their_scales():
     host, ids = tiny_host(), tiny_ids(len(MIXED), 5)
     session = host.prefill(ids, None, MIXED)
     tokens = session.logits.argmax(-1)
-    longer = torch.cat([ids, tokens.unsqueeze(1)], dim=1)
-    expected = host(longer, None, MIXED).logits[:, -1]
+    expected = host(torch.cat([ids, tokens.unsqueeze(1)], dim=1), None, MIXED).logits[:, -1]
     torch.testing.assert_close(host.decode(session, tokens), expected, rtol=1e-9, atol=1e-9)
     new = host.generate(ids, torch.ones_like(ids), MIXED, max_new_tokens=1, do_sample=False)
     assert new[:, -1].equal(tokens)

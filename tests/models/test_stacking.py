@@ -133,8 +133,7 @@ def test_an_adapter_is_brought_into_compute_form_once(monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "mixdora", "hydralora"])
 def test_like_adapters_that_have_no_rows_change_nothing(method):
     """Not while they lie between the others, and not when they are too many and go."""
-    configs = dict.fromkeys("abcdef", ALL_METHODS[method])
-    host, ids = tiny_host(configs=configs), tiny_ids(6, 1)
+    host, ids = tiny_host(configs=dict.fromkeys("abcdef", ALL_METHODS[method])), tiny_ids(6, 1)
     batches = [[*"abcdef"], [*"acf", None, *"ca"], [*"afa", None, *"fa"], [*"bbbbbb"], [*"fedcba"]]
     with host.prepared():
         served = [host(ids, None, rows) for rows in batches]

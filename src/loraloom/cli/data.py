@@ -89,8 +89,7 @@ def _count(rows: Sequence[EncodedRow], num_with_tools: int) -> tuple[int, ...]:
     empty = sum(row.is_empty for row in rows)
     faulty = sum(bool(row.fault) for row in rows) - empty
     cut, dropped = sum(row.is_cut for row in rows), len(rows) - len(learnt) - empty - faulty
-    repeats = len(learnt) - len(set(learnt))
-    return len(rows), empty, cut, dropped, repeats, num_with_tools, faulty
+    return len(rows), empty, cut, dropped, len(learnt) - len(set(learnt)), num_with_tools, faulty
 
 
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

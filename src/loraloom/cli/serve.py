@@ -13,7 +13,7 @@ from pydantic import DirectoryPath, Field
 from typing_extensions import override
 
 from loraloom.cli.options import HostOptions, Section, Text, tell_unknown_prompts
-from loraloom.data.templates import load_chat_template
+from loraloom.data.encoding import given_form
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import CONFIG_FILE
 from loraloom.generation import loading
@@ -144,10 +144,7 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
 def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, ServedAdapters, Any]:
     """Load what is served, and say what and where that is."""
     model, tokenizer = loading.load_host(options, {})
-    if options.chat_template is not None:
-        if tokenizer.chat_template:
-            model.own_chat_template = load_chat_template(tokenizer).source()
-        tokenizer.chat_template = load_chat_template(tokenizer, options.chat_template).source()
+    model.default_form = given_form(tokenizer, None, options.chat_template)
     limits = EngineLimits(
         options.max_rows,
         options.cache_tokens or loading.default_cache_tokens(model, options.max_rows),

@@ -19,7 +19,7 @@ from typing import Any, final
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SHUFFLE_BUFFER, DataConfig
-from loraloom.data.encoding import SourceEncoder
+from loraloom.data.encoding import STREAM_ROWS, SourceEncoder
 from loraloom.data.sources import Row, StreamState, fields_of_all
 from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
 from loraloom.errors import DataError
@@ -283,7 +283,7 @@ class _Source:
         self.name = encoder.config.dataset
         self._stream = encoder.open("train", streaming=True)
         self.sizes = self._stream.sizes
-        begins = [*islice(self._stream.rows(), rows_per_block)]
+        begins = [*islice(self._stream.rows(), max(rows_per_block, STREAM_ROWS))]
         self._first, self._rows = fields_of_all(begins), iter(())
         self._place: SourcePlace | None = None
 

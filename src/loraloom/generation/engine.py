@@ -130,8 +130,7 @@ class Engine:
         self.counts["steps",] += 1
         self._drop_ended()
         reading = self._schedule()
-        failures = [*self._decode(), *self._read(reading)]
-        self._postprocess(failures)
+        self._postprocess([*self._decode(), *self._read(reading)])
         self._regrow()
         return not self.is_idle
 

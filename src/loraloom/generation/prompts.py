@@ -40,9 +40,9 @@ class Prompt:
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
     name, _ = name_and_scale(adapter)
     form = None if name is None else host.adapter(name).prompt
-    if form is not None and form.format == "chat" and form.chat_template is None:
-        return form.model_copy(update={"chat_template": host.own_chat_template})
-    return form
+    if form is None or host.default_form is None or not form.is_text:
+        return form or host.default_form
+    return form.model_copy(update={"chat_template": host.default_form.chat_template})  # of messages
 
 
 def encode_prompt(
@@ -91,7 +91,7 @@ def encode_prompt(
             template = ChatTemplate(tokenizer, source or None)
             chat = template.render(Conversation(messages, prompt.tools), for_answer=True)
             if prompt.tools and chat == template.render(Conversation(messages), for_answer=True):
-                raise DataError("the chat template ignores tools; pass another --chat-template")
+                raise DataError("the chat template ignores tools; train or serve with another")
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None
         except TemplateError as error:

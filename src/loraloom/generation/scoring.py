@@ -247,9 +247,10 @@ def score_rows(
     nothing = torch.zeros(0, 2 + 2 * num_top, dtype=torch.float64)
     scores = [_scores_of(nothing, num_top)] * len(requests)
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
-    # what a router chose goes apart, as it is counted as the router's and not as the expert's
-    is_asked = [one is other for one, other in zip(asked, requests, strict=True)]
-    parts = [[place for place in scored if is_asked[place] == own] for own in (True, False)]
+    # apart go what a router chose, counted as the router's, and rows that turn others' keys
+    is_long = [len(row.input_ids) > host.max_positions for _, row in requests]
+    kinds = [(one is asked[place], is_long[place]) for place, one in enumerate(requests)]
+    parts = [[at for at in scored if kinds[at] == kind] for kind in sorted({*kinds}, reverse=True)]
     order = {name: number for number, (name, _) in enumerate(requests)}
     size = max_tokens or tokens_per_batch(host)
     batches = [
@@ -260,7 +261,7 @@ def score_rows(
     ]
 
     def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        tell = on_routing if is_asked[places[0]] else None
+        tell = on_routing if kinds[places[0]][0] else None
         forward = partial(_forward, host, requests, on_routing=tell, num_top=num_top)
         with host.prepared():  # of a batch alone: each of many routed rows may have its own sum
             # ranks send one another tensors and no classes, which unpickling would have to trust

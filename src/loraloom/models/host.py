@@ -21,6 +21,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from loraloom.adapters.base import Records, Samples, SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
@@ -102,7 +103,7 @@ class Host:
         self.base = self._registry.base
         self.adapters = self._registry.adapters
         self.ranks: Ranks = Alone()
-        self.own_chat_template: str | None = None  # the tokenizer's, if another is in its place
+        self.default_form: PromptForm | None = None  # of rows whose adapter has none
         self._inside = threading.RLock()
         self._here = threading.local()
         self._decoder = decoder_of(model)

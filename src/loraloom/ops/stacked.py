@@ -213,8 +213,7 @@ class _Step:
         if side.row_scale is None:
             # Added to the update, which is the step's own: slots share the base's rows.
             return update.add_(output)
-        factors = self._factors(side.row_scale)
-        return decompose(output.expand_as(update), update, factors, side.bias)
+        return decompose(output.expand_as(update), update, self._factors(side.row_scale), side.bias)
 
     def _factors(self, row_scale: Tensor) -> Tensor:
         if self.masks is None or row_scale.shape[:2].numel() == 1:

@@ -9,7 +9,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -130,12 +130,13 @@ class Engine:
         except Exception:
             self.discard(job)
             raise
-        if checkpoint is None:
-            levels = (other.position.level for other in self.jobs.values())
-            job.position.level = min(levels, default=0.0)
+        job.position.level = self._least_level(self.jobs)
         self._enter(job, joined_later=True)
         self._is_checkpoint_due = True
         self._reporter.add(job)
+
+    def _least_level(self, names: Iterable[str]) -> float:
+        return min((self.jobs[name].position.level for name in names), default=0.0)
 
     def stop(self, name: str, reason: str) -> JobResult:
         job = self.jobs[name]
@@ -270,6 +271,8 @@ class Engine:
                 self._records[name] = replace(self._records[name], joined_later=joined_later)
             elif self._is_first:
                 self._directory.prepare_job(name)
+        for name in self.jobs.keys() - saved.keys():
+            self.jobs[name].position.level = self._least_level(self.jobs.keys() & saved.keys())
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
 

@@ -177,10 +177,11 @@ class HostLM(_HFLM):
 
     def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> tuple[Any, ...]:
         sampling = parse_generation(settings, self.max_gen_toks)
-        room = self.max_length - sampling.max_new_tokens
+        length = min(self.max_length, self.host.max_positions)
+        room = length - sampling.max_new_tokens
         if room < 1:
             raise DataError(
-                f"max_gen_toks must leave room for a prompt in the model's {self.max_length} "
+                f"max_gen_toks must leave room for a prompt in the model's {length} "
                 f"tokens, got {sampling.max_new_tokens}"
             )
         ids = self.tok_encode(text) or [self.prefix_token_id]
