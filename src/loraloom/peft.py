@@ -264,6 +264,9 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     ) -> dict[str, Tensor]:
         """Lay an adapter's tensors out as in its files, with the values of a state dict."""
         tuner, own = model.base_model, f"{_PREFIX}adapters.{adapter_name}."
+        # of a resized base, PEFT would put its tables in the place of the adapter's own
+        for name in [name for name in state_dict if not name.startswith(_PREFIX)]:
+            del state_dict[name]
         values = {k.removeprefix(_PREFIX): v for k, v in state_dict.items() if k.startswith(own)}
         tensors = torch.func.functional_call(
             tuner.loraloom, values, adapter_name, tie_weights=False

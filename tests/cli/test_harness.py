@@ -17,10 +17,9 @@ from tests.eval.harness.toy import write_tasks
 def run(saved, monkeypatch, tmp_path):
     """Run `loraloom eval` on the tiny model and the toy tasks."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    given = ["--base-model", str(saved / "base"), "--device", "cpu"]
+    given = ["--base-model", str(saved / "base"), "--device=cpu", f"--harness-include={tmp_path}"]
     write_tasks(tmp_path)
-    include = ["--harness-include", str(tmp_path)]
-    return lambda *words: main(["eval", *given, *include, *words])
+    return lambda *words: main(["eval", *given, *words])
 
 
 def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
@@ -33,8 +32,7 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     assert list(written["results"]) == ["base", "a", "b"]
     summary = written["results"]["b"]["toy_choice"]
     assert (summary["num_examples"], summary["num_fewshot"], summary["split"]) == (5, 1, "test")
-    own = written["lm_eval"]["b"]["results"]["toy_choice"]
-    assert summary["accuracy"] == own["acc_norm,none"]
+    assert summary["accuracy"] == written["lm_eval"]["b"]["results"]["toy_choice"]["acc_norm,none"]
     assert summary["interval"] == list(wilson_interval(summary["accuracy"], 5))
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5

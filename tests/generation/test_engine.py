@@ -118,16 +118,14 @@ def test_layers_with_running_states_are_served_without_remembering_prompts(tiny_
     limits = EngineLimits(max_rows=8, cache_tokens=1024, prefill_tokens=16)
     engine = Engine(host, tiny_tokenizer, limits)
     asked = [request(tiny_tokenizer, TEXTS[2], name) for name in (*METHODS, None, "mixlora")]
-    expected = alone(engine, tiny_tokenizer, asked)
-    assert answers(engine, asked) == expected
+    assert answers(engine, asked) == alone(engine, tiny_tokenizer, asked)
     assert engine.gauges()["cache_tokens_kept"] == 0
 
 
 def test_prompts_that_begin_alike_are_read_once_for_each_adapter(make_engine, tiny_tokenizer):
     engine = make_engine()
     asked = [request(tiny_tokenizer, TEXTS[2], name) for name in ("lora", "lora", "dora")]
-    expected = alone(engine, tiny_tokenizer, asked)
-    assert answers(engine, asked) == expected
+    assert answers(engine, asked) == alone(engine, tiny_tokenizer, asked)
     length = len(asked[0].prompt_ids)
     assert length - 16 <= engine.counts["prompt_tokens_cached", "lora"] < length
     assert engine.counts["prompt_tokens_cached", "dora"] == 0

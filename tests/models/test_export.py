@@ -214,8 +214,7 @@ def values(reader: GGUFReader, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("stabilized", [False, True])
 def test_a_gguf_adapter_has_llama_cpps_names_and_alpha(tmp_path, stabilized):
-    config = LoraConfig(rank=4, alpha=6, rank_stabilized=stabilized)
-    host = host_of("qwen2", {"a": config})
+    host = host_of("qwen2", {"a": LoraConfig(rank=4, alpha=6, rank_stabilized=stabilized)})
     reader = gguf_of(host, "a", tmp_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     names = ("general.architecture", "general.type", "adapter.type")

@@ -82,8 +82,7 @@ def test_jitter_is_uniform_around_one_and_leaves_padding_alone(request):
 
 
 def test_normal_draws_belong_to_a_sample_and_to_a_site_by_name():
-    spans = [SampleSpan(KEY, slice(1, 2001))]
-    draws = noise(spans, 2002).normal("up_proj.noise", N)
+    draws = noise([SampleSpan(KEY, slice(1, 2001))], 2002).normal("up_proj.noise", N)
     assert (draws[[0, 2001]] == 0).all()
     assert abs(draws[1:2001].mean()) < 0.02
     assert abs(draws[1:2001].std() - 1) < 0.02
@@ -94,8 +93,7 @@ def test_normal_draws_belong_to_a_sample_and_to_a_site_by_name():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_mask_is_ones_and_zeros_and_the_same_in_every_dtype(dtype):
-    source = noise([SampleSpan(KEY, slice(0, 5))], 5)
-    mask = source.keep_mask(Site.FFN_INPUT, N, 0.3, dtype)
+    mask = noise([SampleSpan(KEY, slice(0, 5))], 5).keep_mask(Site.FFN_INPUT, N, 0.3, dtype)
     assert mask.dtype == dtype
     assert set(mask.flatten().tolist()) == {0.0, 1.0}
     assert torch.equal(mask.double(), alone(dropout=0.3).double())

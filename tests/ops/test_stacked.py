@@ -53,8 +53,7 @@ def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], Tensor, li
     else:
         gate, up = project("gate"), project("up") if cases[0].shape == "gated" else None
     recorders = [Recorder() for _ in cases]
-    weights = stack(cases, routed=routed)
-    rows, finish = weights.step(x, gate, up, silu, recorders.__getitem__)
+    rows, finish = stack(cases, routed=routed).step(x, gate, up, silu, recorders.__getitem__)
     hidden = bend(rows) if cases[0].rounds_rows else rows
     output = finish(hidden @ base["down"].T + bias["down"])
     return list(output.view(*x.shape[:2], output.shape[-1])), rows, recorders

@@ -187,6 +187,24 @@ def test_modules_that_are_tied_are_saved_by_peft_and_by_a_view(choice, tmp_path)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in view.state_dict().items())
 
 
+def test_the_bases_tables_do_not_take_the_place_of_own_ones(tmp_path):
+    model, own = model_of(UNTIED), LoraConfig(rank=2, modules_to_save=BOTH)
+    wrapped = move(get_peft_model(model, LoraloomConfig(adapter=own))).eval()
+    wrapped.save_pretrained(tmp_path / "ours", save_embedding_layers=True)
+    theirs = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=BOTH)
+    theirs = move(get_peft_model(model_of(UNTIED), theirs)).eval()
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    host = loraloom.attach(model_of(UNTIED))
+    for name, expected in (("ours", wrapped), ("theirs", theirs)):
+        host.load(name, tmp_path / name)
+        found = host(IDS, adapters=[name] * 3).logits.detach()
+        assert relative_error(found, logits(expected).detach()) < 1e-6
+    view = host.as_model("ours")
+    assert view._get_name() == "LlamaForCausalLM"
+    with pytest.raises(AdapterError, match="trl's loss reads the base model's head"):
+        view(IDS, fused_lm_head=True)
+
+
 @pytest.mark.parametrize("choice", OURS)
 def test_losses_are_those_of_each_rows_head_with_its_gradient(choice):
     host = mixed_host(choice)

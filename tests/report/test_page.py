@@ -95,8 +95,7 @@ def test_names_and_texts_from_files_are_escaped(tmp_path):
     (run / "mix/result.json").write_text(json.dumps(result))
     (run / "mix").rename(run / "<b onclick=x>")
     content = evaluation([f"mix {bad}"], [bad, "piqa"])
-    routing = content["routing"][f"mix {bad}"]
-    routing["tasks"][bad]["example"]["tokens"][0] = bad
+    content["routing"][f"mix {bad}"]["tasks"][bad]["example"]["tokens"][0] = bad
     page = make_page([run], [write_evaluation(tmp_path / "result.json", content)])
     checked = Checked(page)
     assert "<script" not in page

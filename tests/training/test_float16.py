@@ -55,8 +55,7 @@ def test_the_scale_moves_and_steps_are_skipped_as_torch_does_it(monkeypatch):
 
 
 def test_the_overflow_of_one_job_leaves_its_neighbour_alone(tmp_path):
-    calm = toy_engine(tmp_path / "calm")
-    expected = trained_weights(calm)["mixlora"]
+    expected = trained_weights(toy_engine(tmp_path / "calm"))["mixlora"]
     wild = toy_engine(tmp_path / "wild", scales={"lora": TOO_MUCH})
     jobs = dict(wild.jobs)
     start = {name: p.detach().clone() for name, p in jobs["lora"].parameters.items()}

@@ -109,8 +109,7 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
 @pytest.fixture
 def sharing(inputs, tmp_path):
     """Two workers' sweeps, which train nothing."""
-    search = {"tpe": 11, "seed": 2**32 - 1}
-    run = sweep_run(inputs, tmp_path, **{**TPE, "search": search})
+    run = sweep_run(inputs, tmp_path, **{**TPE, "search": {"tpe": 11, "seed": 2**32 - 1}})
     directory = RunDirectory(tmp_path, by_job=True)
     directory.checkpoints.directory.mkdir()
     engine = toy_engine(tmp_path, [])

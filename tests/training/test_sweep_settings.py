@@ -60,8 +60,7 @@ def test_a_parameter_may_be_a_whole_section_or_a_place_in_a_list():
         "adapter": [{"method": "lora"}, {"method": "mixlora", "top_k": 1}],
         "eval.0.limit": [5],
     }
-    template = {**TEMPLATE, "eval": [{"task": "skills"}]}
-    trials = run(parameters=parameters, job=template).trials
+    trials = run(parameters=parameters, job={**TEMPLATE, "eval": [{"task": "skills"}]}).trials
     assert [job.adapter.method for job in trials] == ["lora", "mixlora"]
     assert trials[1].eval[0].limit == 5
     assert TEMPLATE["adapter"]["rank"] == 8

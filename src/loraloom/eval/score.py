@@ -26,8 +26,7 @@ from loraloom.models.host import Host
 LogLikelihoods = tuple[float, ...]
 
 # What MoE-PEFT asks for in each task, whether a question has such a choice or not; from its
-# `moe_peft/tasks/qa_tasks.py`. (It also cuts long prompts on the right, where the answer's cue is;
-# that is not repeated.)
+# `moe_peft/tasks/qa_tasks.py`. (That it cuts long prompts on the right isn't repeated.)
 MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("arc_easy", "arc_challenge"), tuple("1234ABCDE")),
     **dict.fromkeys(("openbookqa", "hellaswag"), tuple("ABCD")),

@@ -89,7 +89,7 @@ class AdapterFiles:
         return FormatError(f"{self.source}: {message}")
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        return {names[old]: tensor for old, tensor in self.tensors.items()}
+        return {names[old]: tensor for old, tensor in self.tensors.items() if old in names}
 
     def section(self, name: str) -> dict[str, Any]:
         """Take a field that holds fields, {} where it is missing."""

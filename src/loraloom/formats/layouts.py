@@ -59,6 +59,8 @@ _ENDINGS: dict[str, dict[str, str]] = {
 }
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _TABLE = ".token_adapter.base_layer.weight"
+# PEFT saves these beside a resized table's own name.
+_COPY = re.compile(r"\.(?:original_module|modules_to_save)\.(?:weight|bias)$")
 _WHOLE = re.compile(r"(?:\w+\.)*(?!lora_|vera_)\w+\.(?:weight|bias)", re.ASCII)
 
 
@@ -197,9 +199,11 @@ def _our_tensors(
             keys[name] = f"shared.{parts.get(of_all, of_all)}"
         elif name.startswith(_PREFIX) and name.endswith(_TOKENS):
             keys[name] = f"{TOKENS}{name.removeprefix(_PREFIX).removesuffix(_TOKENS)}"
+        elif _COPY.search(name):
+            continue
         elif name.startswith(_PREFIX) and _WHOLE.fullmatch(name.removeprefix(_PREFIX)):
             keys[name] = f"{MODULES}{name.removeprefix(_PREFIX)}"
-    unknown = [name for name in files.tensors if name not in keys]
+    unknown = [name for name in files.tensors if name not in keys and not _COPY.search(name)]
     if unknown:
         raise files.error(
             f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} "

@@ -307,8 +307,7 @@ class Engine:
 
     def _recover(self, error: Exception) -> list[Failed]:
         """After rows failed together, read them again, adapter by adapter."""
-        # Rows of one adapter that failed without others have failed for good. Where memory ran out,
-        # half as many are read.
+        # Rows of one adapter that failed alone failed for good. Without memory, half are read.
         rows = self._runner.take_apart(self._served)
         if isinstance(error, torch.OutOfMemoryError) and len(self._served) > 1:
             self._make_do_with(max(len(rows) // 2, 1))

@@ -121,6 +121,4 @@ class Scheduler:
         return len(served) * max((row.length + added for row in served), default=0)
 
     def _next(self) -> Row | None:
-        if not self._waiting:
-            return None
-        return self._waiting[min(self._waiting, key=self.used)][0]
+        return None if not self._waiting else self._waiting[min(self._waiting, key=self.used)][0]

@@ -351,8 +351,7 @@ def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) 
 
 def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[TokenRow]]:
     """Make each group's rows; continuations share one where attention takes a mask of our own."""
-    # FlashAttention takes none, a sliding window would be missing from it, and running states and
-    # ALiBi take no notice of it.
+    # FlashAttention takes none, it lacks sliding windows, and running states and ALiBi ignore it.
     rows = [make_rows(pairs, shared=True) for pairs in groups]
     longest = max((len(row.input_ids) for group in rows for row in group), default=0)
     window = host.config.to_dict().get("sliding_window")

@@ -190,8 +190,7 @@ class AdapterRegistry:
         base = self.model.get_output_embeddings()
 
         def linear(states: Tensor) -> Tensor:
-            # In training for each piece of the states anew: its gradient is then added up in the
-            # dtype of the weights.
+            # In training for each piece anew: gradients are then added up in the weights' dtype.
             weights = forms_of(prepared).own(own, states.dtype)
             return own_outputs(own, weights, base, states, scale)
 

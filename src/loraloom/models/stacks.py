@@ -431,6 +431,4 @@ class StackedForward:
 
 def cut_rows(rows: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
     """Cut rows into parts; views cost as much as small products do."""
-    if rows is None or len(sizes) == 1:
-        return [rows] * len(sizes)
-    return rows.split(list(sizes))
+    return [rows] * len(sizes) if rows is None or len(sizes) == 1 else rows.split(list(sizes))

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.errors import ModelError
-from loraloom.models.layout import RowAdapter
+from loraloom.errors import AdapterError, ModelError
+from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.models.stacks import outside_autocast
 
 # The argument by which trl asks a model for `aux_loss`.
@@ -84,6 +84,13 @@ class OuterForward:
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]  # what has the tokens' shape
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        named = [name for name, _ in map(name_and_scale, rows.adapters) if name is not None]
+        head = self._host.base.head
+        if kwargs.get("fused_lm_head") and any(self._host.adapter(n).own_at(head) for n in named):
+            raise AdapterError(
+                "trl's loss reads the base model's head, so adapters with a head or tied tokens of "
+                "their own need transformers' Trainer or a run"
+            )
         inputs = {name: value for name, value in kwargs.items() if name != _REQUEST}
         visit = self._host.visit(tokens, mask, rows, inputs)
         visit[0].__enter__()
@@ -146,8 +153,7 @@ def with_auxiliary_loss(config: Any) -> Any:
     def constant(value: object) -> property:
         return property(lambda self: value, lambda self, other: None)
 
-    # The loss comes with its own coefficient. A model that reads `output_router_logits` would look
-    # for routers of its own.
+    # The loss has its coefficient. With `output_router_logits`, models look for own routers.
     fields = {_REQUEST: constant(False), "router_aux_loss_coef": constant(1.0)}
     view = object.__new__(type(type(config).__name__, (type(config),), fields))
     view.__dict__ = config.__dict__
@@ -247,6 +253,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
     device: Any = property(lambda self: self.host.device)
     generation_config: Any = property(lambda self: self.base.generation_config)
     loss_type: Any = property(lambda self: self.base.loss_type)
+    _get_name: Any = property(lambda self: self.base._get_name)  # by which Trainer shifts labels
     get_input_embeddings: Any = property(lambda self: self.base.get_input_embeddings)
     get_output_embeddings: Any = property(lambda self: self.base.get_output_embeddings)
     add_model_tags: Any = property(lambda self: self.base.add_model_tags)

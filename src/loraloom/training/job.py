@@ -144,8 +144,7 @@ class Job:
         grad_norm = optimizers.clip_gradients(train, self.adapter, train.max_grad_norm, scale)
         if scale is None or scale.takes(grad_norm):
             self._check_finite("gradient norm", grad_norm, position.step + 1)
-            # Until a finite loss proves the new weights, the old ones take the place of the
-            # gradients in memory.
+            # Until a finite loss proves new weights, the old take the gradients' place in memory.
             self._proven = [parameter.detach().clone() for parameter in self.parameters.values()]
             with optimizers.rates_of_their_own(train, self.adapter):
                 self.optimizer.step()

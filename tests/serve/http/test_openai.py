@@ -50,8 +50,7 @@ def chat(client, model="lora", **settings):
 
 
 def expected(host, tokenizer, model, **settings):
-    content = tuple(MESSAGES)
-    prompt = Prompt(content, None if model == BASE else model)
+    prompt = Prompt(tuple(MESSAGES), None if model == BASE else model)
     sampling = SamplingConfig(**{"max_new_tokens": 12} | settings)
     return generate(host, tokenizer, [prompt], sampling)[0]
 
@@ -113,8 +112,7 @@ def test_several_answers_are_streamed_side_by_side(client):
 
 
 def test_chats_tell_log_probabilities(client, host, tokenizer):
-    answer = chat(client, logprobs=True, top_logprobs=2)
-    entries = answer.choices[0].logprobs.content
+    entries = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert len(entries) == 12
     for entry in entries:
         assert len(entry.top_logprobs) == 2

@@ -302,8 +302,7 @@ def test_addresses_that_can_not_be_used_are_errors():
 
 
 def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypatch):
-    tool = {"type": "function", "function": {"name": "paint"}}
-    body = CHAT | {"tools": [tool]}
+    body = CHAT | {"tools": [{"type": "function", "function": {"name": "paint"}}]}
     assert encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
     with pytest.raises(DataError, match="train or serve with another"):

@@ -36,8 +36,7 @@ def test_jobs_that_pack_and_jobs_that_do_not_share_a_forward():
     losses, gradients = first_step(configs)
     for config in configs:
         train = config.train.model_copy(update={"packing": False})
-        alone = config.model_copy(update={"train": train})
-        alone_losses, alone_gradients = first_step([alone])
+        alone_losses, alone_gradients = first_step([config.model_copy(update={"train": train})])
         assert losses[config.name].loss == pytest.approx(alone_losses[config.name].loss, rel=1e-6)
         assert_same(gradients[config.name], alone_gradients[config.name], 1e-6)
 

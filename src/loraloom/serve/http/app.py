@@ -91,7 +91,8 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     handle_errors(app)
     for path, name in PAGES.items():
-        app.add_route(path, partial(_page, name))
+        page = partial(FileResponse, _STATIC / name, headers=_PAGE_HEADERS)
+        app.add_route(path, lambda _, page=page: page())
 
     base = adapters.base_name
     model: dict[str, Any] = {"object": "model", "created": int(time.time()), "root": base}
@@ -135,10 +136,6 @@ def create_app(
     if options.allow_loading:
         _add_loading(app, adapters, options.adapter_root)
     return app
-
-
-def _page(name: str, request: Request) -> Response:
-    return FileResponse(_STATIC / name, headers=_PAGE_HEADERS)
 
 
 def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> None:

@@ -43,8 +43,7 @@ class Backend:
     loop: asyncio.AbstractEventLoop = field(init=False)
 
     def __post_init__(self) -> None:
-        # Truncation and padding of tokenizer.json end with the first call, which no other thread's
-        # may meet.
+        # tokenizer.json's truncation and padding end with the first call, alone in its thread
         self.tokenizer("a")
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
