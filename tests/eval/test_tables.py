@@ -32,8 +32,7 @@ def compared(p_value=0.0312):
 
 
 def tables_of(*scores, **details) -> list[Table]:
-    results = summarise(scores, []).results
-    return Evaluation(schema_version=1, results=results, **details).tables()
+    return Evaluation(schema_version=1, results=summarise(scores, []).results, **details).tables()
 
 
 def test_the_table_has_accuracies_and_marks_those_that_a_constant_answer_reaches():

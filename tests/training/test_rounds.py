@@ -203,6 +203,10 @@ def test_a_job_that_joins_begins_at_the_least_level(tmp_path):
     engine.step()
     engine.add(add_job(engine.host, toy_config("b")))
     assert engine.jobs["b"].position.level == engine.jobs["a"].position.level > 0
+    engine.save_state()
+    again = toy_engine(tmp_path, [toy_config("b"), toy_config("c")], max_tokens_per_step=48)
+    again.begin(again._directory.checkpoints.newest()[0])
+    assert again.jobs["c"].position.level == again.jobs["b"].position.level > 0
 
 
 def test_a_limit_without_room_for_what_is_loaded_is_refused_before_anything_is_written(tmp_path):

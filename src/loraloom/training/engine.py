@@ -231,7 +231,7 @@ class Engine:
         states = {
             name: job.state_dict()
             for name, job in self.jobs.items()
-            if job.position.tokens > 0 or job.position.evaluated_step >= 0
+            if job.position.tokens or job.position.level or job.position.evaluated_step >= 0
         }
         with self.host.ranks.together():
             if self._is_first:
