@@ -32,8 +32,7 @@ def assert_is_what_a_forward_does(host, asked):
         for choice, record in zip(choices, records, strict=True):
             assert choice.num_experts == record.num_experts
             assert choice.experts == record.selected_experts[place].tolist()
-            expected = record.routing_weights[place].tolist()
-            assert choice.weights == pytest.approx(expected, abs=1e-4)
+            assert choice.weights == pytest.approx(record.routing_weights[place].tolist(), abs=1e-4)
 
 
 def test_tokens_are_told_as_a_forward_routes_them_whatever_shares_the_batch(
