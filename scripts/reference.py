@@ -77,10 +77,10 @@ loraloom serve --base-model smollm2-135m --adapter-dir runs/skills \\
 ```
 
 Requests and answers have OpenAI's form, and fields without a description are
-[OpenAI's](https://platform.openai.com/docs/api-reference). Unknown fields are errors, except in messages. In
-completions, `null` counts as not set. If the server has keys, send
-`-H "Authorization: Bearer KEY"`; only `/health`, `/ready` and the playground's page need none. For programs,
-`GET /openapi.json` returns this page as an OpenAPI document.
+[OpenAI's](https://platform.openai.com/docs/api-reference). Unknown fields are errors,
+except in messages. In completions, `null` counts as not set. If the server has keys, send
+`-H "Authorization: Bearer KEY"`; only `/health`, `/ready` and the playground's page need none. For
+programs, `GET /openapi.json` returns this page as an OpenAPI document.
 """
 BODIES = {
     "/v1/chat/completions": {
