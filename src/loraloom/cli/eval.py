@@ -58,7 +58,7 @@ class EvalRun(HostOptions):
     data: Annotated[Path | None, Section.DATA] = None
     """Read task data from this directory. Default: the Hub."""
     split: Annotated[str | None, Section.DATA] = None
-    """Score this split. Default: test for ARC, OpenBookQA and task files; else validation."""
+    """Score this split. Default: test or validation, as the task says."""
     scoring: Annotated[Scoring | None, Section.DATA] = None
     """Score the choice's label or its text. Default: label, or the task file's."""
     compat: Annotated[Literal["moe-peft"] | None, Section.DATA] = None
@@ -68,7 +68,7 @@ class EvalRun(HostOptions):
     no_base: Annotated[bool, Section.RESULTS] = False
     """Skip the base model without adapters."""
     batch_tokens: Annotated[int | None, Section.DATA] = Field(default=None, ge=1)
-    """Score at most N tokens at once. Default: 1024 on a CPU, otherwise 16384."""
+    """Score N tokens at once. Default: 1024 on a CPU, otherwise 16384."""
     compare: Annotated[tuple[str, ...], Section.RESULTS] = ()
     """Compare FIRST:SECOND: adapters, base, or NAME for the seeds NAME@0, NAME@1, ... Repeatable.
     Default: each with base, and all pairs of up to four."""
