@@ -174,7 +174,7 @@ def _task_settings(rows: Sequence[Row], question: str, choices: str, answer: str
     """Make the settings of a task's file from all rows' questions, choices and answers."""
     if not question.isidentifier():
         raise ConfigError(
-            f"question must be letters, digits and _, got {question!r}. Rename the column"
+            f"question must be a name of letters, digits and _, got {question!r}. Rename the column"
         )
     pairs = [(row[choices], row[answer]) for row in rows if {choices, answer} <= row.keys()]
     asked = {"template": f"Question: {{{{ {question} }}}}\nAnswer:", "answer": answer}

@@ -43,7 +43,7 @@ class Backend:
     loop: asyncio.AbstractEventLoop = field(init=False)
 
     def __post_init__(self) -> None:
-        # tokenizer.json's truncation and padding end with the first call, alone in its thread
+        # the first call ends tokenizer.json's truncation and padding, before other threads call
         self.tokenizer("a")
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
