@@ -15,8 +15,7 @@ FFN = {"gate_proj", "up_proj", "down_proj"}
 
 
 def adapted_projections(adapter) -> set[str]:
-    names = adapter.tensors()
-    return {name.split(".")[3] for name in names if not name.endswith("router")}
+    return {name.split(".")[3] for name in adapter.tensors() if not name.endswith("router")}
 
 
 @pytest.mark.parametrize(

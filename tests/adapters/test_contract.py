@@ -335,8 +335,7 @@ def test_each_router_is_recorded_once_and_has_its_loss(method, family):
         assert not isinstance(adapter.config, RouterLossConfig)
         return
     loss.backward()
-    last = {layer.router: layer.router_logits for layer in routing}[routers[-1]]
-    assert last.requires_grad
+    assert {layer.router: layer.router_logits for layer in routing}[routers[-1]].requires_grad
     grads = parameter_grads(adapter)
     assert {name for name, grad in grads.items() if "router" in name and grad.any()}
 

@@ -38,8 +38,7 @@ class Paper:
     def update(self, x: Tensor, own: dict[str, Tensor], key: str) -> Tensor:
         config, logits = self.config, x @ own["router"].T
         self.logits.append(logits[MASK.bool()])
-        weights = top_k_softmax(logits, config.top_k)
-        return config.alpha / config.rank * sum_experts(x, own, weights)
+        return config.alpha / config.rank * sum_experts(x, own, top_k_softmax(logits, config.top_k))
 
     def added_loss(self) -> Tensor:
         groups = self.logits

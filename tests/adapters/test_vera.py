@@ -32,8 +32,7 @@ each_way = pytest.mark.parametrize("saved", [True, False], ids=["saved", "drawn-
 
 
 def theirs_of(model: nn.Module, config: VeraConfig, base: BaseInfo) -> nn.Module:
-    fields = write_fields(config, base)
-    return peft.get_peft_model(model, peft.VeraConfig(**fields)).to(model.dtype)
+    return peft.get_peft_model(model, peft.VeraConfig(**write_fields(config, base))).to(model.dtype)
 
 
 def attached(model: nn.Module, config: VeraConfig) -> Host:

@@ -63,6 +63,5 @@ def test_the_quickstart_makes_one_model_of_adapters(made, tmp_path, capsys, monk
     assert cli.main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*words, "--overwrite"]) == 0
-    again = capsys.readouterr().out
-    assert f"Using the tiny base model in {output / 'base'}" in again
+    assert f"Using the tiny base model in {output / 'base'}" in capsys.readouterr().out
     assert made == [quickstart.BASE_STEPS]

@@ -81,8 +81,7 @@ def test_faults_of_a_job_file_are_in_one_message(tmp_path):
 
 def test_later_overrides_win_and_a_number_in_quotes_is_a_number(tmp_path):
     path = "jobs.0.train.learning_rate"
-    config = load(tmp_path, RUN, f"{path}=1e-3", f"{path}='1e-4'")
-    assert config.jobs[0].train.learning_rate == 1e-4
+    assert load(tmp_path, RUN, f"{path}=1e-3", f"{path}='1e-4'").jobs[0].train.learning_rate == 1e-4
 
 
 def test_all_faults_are_in_one_message(tmp_path):

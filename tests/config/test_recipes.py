@@ -13,7 +13,7 @@ from loraloom.eval.statistics import choose_pairs
 from loraloom.training.settings import JobConfig, load_run_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SOURCES = [RECIPES / "apart" / name for name in ("halves.yaml", "lands.yaml", "tasks.yaml")]
+SOURCES = [RECIPES / "apart" / f"{name}.yaml" for name in ("halves", "lands", "quarter", "tasks")]
 OF_PLUG_INS = RECIPES / "methods" / "recent.yaml"
 RUN_FILES = {p for p in RECIPES.rglob("*.yaml") if p.parent.name != "tasks"}
 RUN_FILES = sorted(RUN_FILES - {*SOURCES, OF_PLUG_INS})

@@ -61,8 +61,7 @@ def test_what_follows_a_position_is_the_same_in_another_process(tiny_tokenizer, 
     _, position = made.take(made.start, taken)
     expected, _ = made.take(position, 40)
     stored = json.loads(json.dumps(asdict(position)))
-    other = stream(tiny_tokenizer, dataset=file)
-    assert other.take(StreamPosition.of(stored), 40)[0] == expected
+    assert stream(tiny_tokenizer, dataset=file).take(StreamPosition.of(stored), 40)[0] == expected
 
 
 def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp_path):

@@ -64,8 +64,7 @@ def test_the_right_answer_is_learnt_over_wrong_ones_in_turn(task, scoring):
 @pytest.mark.parametrize(("answer", "gold"), [(1, 1), (0, 0), ("True", 1), ("false", 0)])
 def test_boolq_reads_superglues_labels_and_csv_words(answer, gold):
     row = {key: value for key, value in TASKS["boolq"]["row"].items() if key != "answer"}
-    asked = find_task("boolq").question(Row({**row, "label": answer}, "f"), 0, "text")
-    assert asked.gold == gold
+    assert find_task("boolq").question(Row({**row, "label": answer}, "f"), 0, "text").gold == gold
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,13 @@ def test_other_programs_do_not_train_on_a_float16_base():
         host.as_model("a").train()(input_ids=tiny_ids(1))
 
 
+def test_a_replaced_ffn_block_is_told():
+    host = tiny_host()
+    host.model.model.layers[1].mlp.forward = torch.zeros_like  # as Liger kernels do
+    with pytest.raises(ModelError, match="train with use_liger_kernel=False"):
+        host.as_model("mixlora")(input_ids=tiny_ids(1))
+
+
 def test_what_is_mistaken_for_a_model_is_told():
     attach = inspect.unwrap(loraloom.attach)  # without the tests' own checks of types
     with pytest.raises(ModelError, match="requires a causal LM of transformers, got Host"):

@@ -244,10 +244,9 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
 
 def split_files(directory: Path) -> dict[str, Path]:
     """The file of each split of a data set; where it has several, the plainest kind's."""
-    endings = [f"{suffix}{gz}" for suffix in reversed(_READERS) for gz in (".gz", "")]
     return {
         file.name.removesuffix(ending): file
-        for ending in endings
+        for ending in [f"{suffix}{gz}" for suffix in reversed(_READERS) for gz in (".gz", "")]
         for file in directory.glob(f"*{ending}")
     }
 

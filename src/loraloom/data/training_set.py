@@ -252,8 +252,7 @@ class StreamedSet:
                 raise DataError(f"{names}: {what}; raise max_length, or fill in empty answers")
             stop = position.taken + number - len(examples)
             examples += block.examples[position.taken : stop]
-            is_left = stop < len(block.examples)
-            position = replace(position, taken=stop) if is_left else block.next
+            position = replace(position, taken=stop) if stop < len(block.examples) else block.next
         return examples, position
 
     def longest(self, number: int) -> list[tuple[int, ...]]:

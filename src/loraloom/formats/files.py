@@ -275,10 +275,9 @@ def model_card(
         front["tags"].append(f"base_model:adapter:{base_name}")
     settings = config.model_dump(mode="json", exclude_none=True)
     settings = {name: value for name, value in settings.items() if value not in ([], {})}
-    template = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
     return (
         Environment(trim_blocks=True, keep_trailing_newline=True)
-        .from_string(template)
+        .from_string(Path(__file__).with_name("card.md.jinja").read_text("utf-8"))
         .render(
             {"config": config, "base": base, "name": name, "data": data, "results": results},
             base_model=repr(base_name or "base-model"),

@@ -129,10 +129,9 @@ def complete(
         rows[place] = engine.submit(requests[place], partial(take, place))
     while engine.step():
         pass
-    done = [rows[place] for place in range(len(texts))]
     return [
         Completion(list(row.request.prompt_ids), row.new_ids, text, row.request.choice)
-        for row, text in zip(done, texts, strict=True)
+        for row, text in zip([rows[place] for place in range(len(texts))], texts, strict=True)
     ]
 
 

@@ -685,6 +685,7 @@ class Host:
         self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
     ) -> Visit:
         """Open the context of a forward that another program makes with `inputs`, by name."""
+        self._registry.wiring.check_blocks()
         keys, record = None, None
         if rows.training:
             # Nobody can tell whether the trainer scales its loss.

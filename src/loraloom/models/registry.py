@@ -191,7 +191,6 @@ class AdapterRegistry:
 
         def linear(states: Tensor) -> Tensor:
             # In training for each piece anew: gradients are then added up in the weights' dtype.
-            weights = forms_of(prepared).own(own, states.dtype)
-            return own_outputs(own, weights, base, states, scale)
+            return own_outputs(own, forms_of(prepared).own(own, states.dtype), base, states, scale)
 
         return lambda states: self.head(states, linear)

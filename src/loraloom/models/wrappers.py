@@ -193,6 +193,7 @@ class Wiring:
         for name, weight in quantised.items():
             quantization.check_computes(name, weight)
         self._model = model
+        self._blocks: dict[nn.Module, FfnBlock] = {}
         self.undo = ExitStack()
         for module in model.modules():
             self.undo.callback(setattr, module, "training", module.training)
@@ -215,10 +216,19 @@ class Wiring:
             if family.ffn_shape != EXPERTS:
                 ffn = layer.get_submodule(family.ffn)
                 act = getattr(ffn, family.activation, None) or ACT2FN[family.activation]
-                self._replace_forward(ffn, FfnBlock(self, index, ffn, family.ffn_shape, act))
+                self._blocks[ffn] = FfnBlock(self, index, ffn, family.ffn_shape, act)
+                self._replace_forward(ffn, self._blocks[ffn])
             self._replace_forward(layer, DecoderLayer(self, layer))
         head = model.get_output_embeddings()
         self.undo.callback(head.register_forward_pre_hook(_contiguous_input).remove)
+
+    def check_blocks(self) -> None:
+        """Raise a ModelError if others took an FFN block's forward, as Liger kernels do."""
+        if any(block.__dict__.get("forward") is not own for block, own in self._blocks.items()):
+            raise ModelError(
+                "FFN blocks must keep the forward that adapters need, but another program replaced "
+                "it; train with use_liger_kernel=False, or patch the model before it is attached"
+            )
 
     def lead_through(self, path: str) -> None:
         """Let adapters that have a module of their own in place of one compute their rows."""

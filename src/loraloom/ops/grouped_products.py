@@ -138,8 +138,7 @@ class RankGradients:
         self._weight, self.low_rank, self.lora_B = lora_B, low_rank, zeros_for_gradient(lora_B)
 
     def add(self, piece: Piece, rank_input: Tensor, grad_rows: Tensor) -> None:
-        kept = piece.keep_rank(grad_rows @ piece.of_experts(self._weight).T)
-        piece.add_rank(self.low_rank, kept)
+        piece.add_rank(self.low_rank, piece.keep_rank(grad_rows @ piece.of_experts(self._weight).T))
         add_product_over_tokens_(piece.of_experts(self.lora_B), rank_input, grad_rows)
 
 

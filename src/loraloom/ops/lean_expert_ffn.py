@@ -321,8 +321,7 @@ class _Gradients:
         self.row_scale: Any = None if scale is None else zeros_for_gradient(scale)
         self.rank: Any = None
         if projection.low_rank is not None:
-            grad_rank = grad_low_rank[:, projection.side.columns]
-            self.rank = RankGradients(projection.lora_B, grad_rank)
+            self.rank = RankGradients(projection.lora_B, grad_low_rank[:, projection.side.columns])
 
     @property
     def output(self) -> Tensor:

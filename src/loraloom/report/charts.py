@@ -69,8 +69,7 @@ def line_chart(title: str, curves: dict[str, Curve], styles: dict[str, Style]) -
         for label, curve in drawn.items():
             points = curve[:: -math.ceil(len(curve) / MAX_POINTS)]  # from the last one
             look = {"color": styles[label].color, "linestyle": (0, styles[label].dashes or None)}
-            marker = "o" if len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True), marker=marker, **look)
+            axes.plot(*zip(*points, strict=True), marker="o" if len(points) == 1 else None, **look)
         axes.set_xlabel("step")
 
     return _draw(title, words, 3, draw) if drawn else None

@@ -105,10 +105,9 @@ def _warnings(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> list[tuple
 
 
 def _lay_out(name: str, content: Evaluation) -> dict[str, Any]:
-    tasks = dict.fromkeys(task for by_task in content.results.values() for task in by_task)
     charts = (
         interval_chart(task, {n: by_task.get(task, {}) for n, by_task in content.results.items()})
-        for task in tasks
+        for task in dict.fromkeys(task for by_task in content.results.values() for task in by_task)
     )
     return {
         "name": name,

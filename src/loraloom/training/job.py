@@ -342,9 +342,8 @@ class CollapseWatch:
         if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
             return ()
         collapses = find_collapse(self.tokens_per_expert, config.experts_per_token)
-        first = step - self.num_steps + 1
         new = {
-            kind: f"steps {first} to {step}: {text}; {config.collapse_advice}"
+            kind: f"steps {step - self.num_steps + 1} to {step}: {text}; {config.collapse_advice}"
             for kind, text in collapses.items()
             if kind not in self.warnings
         }

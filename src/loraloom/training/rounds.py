@@ -133,8 +133,7 @@ class RoundRunner:
                 return
             seen.append(free_bytes(self.memory_limit))
             taken = max(0, seen[0] - seen[-1]) // max(1, index)
-            needed = reserve + host.ranks.local_size * taken * (len(layers) - index)
-            if seen[-1] < needed:
+            if seen[-1] < reserve + host.ranks.local_size * taken * (len(layers) - index):
                 raise torch.OutOfMemoryError
 
         with ExitStack() as hooks:
