@@ -203,7 +203,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     def train(self, mode: bool = True) -> LoraloomModel:
         super().train(mode)
-        self.model.eval()  # so that it drops nothing
+        self.model.eval().get_input_embeddings().train(mode)  # by it NEFTune adds noise
         return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -35,8 +35,7 @@ def test_goat_computes_its_formula_and_starts_from_parts_of_the_spectrum(methods
 
     compare(config, update, "llama")
     host = tiny_host(configs={})
-    adapter = host.add("a", config.model_copy(update={"top_k": 3}))
-    for projection in adapter.projections():
+    for projection in host.add("a", config.model_copy(update={"top_k": 3})).projections():
         torch.nn.init.zeros_(projection.router.weight)  # which then prefers nobody
         left, values, right = torch.linalg.svd(projection.base.weight, full_matrices=False)
         part = slice(len(values) // 3, len(values) // 3 + 2)

@@ -37,8 +37,7 @@ def test_a_file_is_completed_row_by_row(run, saved, tmp_path):
     rows[1] |= {"messages": None, "adapter": None}  # as a table has it
     path = write_rows(tmp_path / "in.jsonl", *rows)
     output = tmp_path / "out" / "completions.jsonl"
-    adapter = ["--adapter", f"a={saved / 'lora'}"]
-    assert run("--input", path, "--output", str(output), *adapter) == 0
+    assert run("--input", path, "--output", str(output), *["--adapter", f"a={saved / 'lora'}"]) == 0
     written = read_rows(output)
     assert [row["adapter"] for row in written] == ["a", "a", "base"]
     assert [row["prompt"] for row in written] == ["the sky", "one", "one"]

@@ -190,9 +190,8 @@ def test_watch_trains_job_files_beside_a_run_file_without_jobs(inputs, stopping,
 
 def test_a_sweep_prints_its_ranking_and_leaves_a_table(inputs, tmp_path, capsys):
     settings = run_settings(inputs, tmp_path / "out")
-    plain = settings.pop("jobs")[0]
     settings["sweep"] = {
-        "job": plain,
+        "job": settings.pop("jobs")[0],
         "parameters": {"adapter.method": ["lora", "mixlora"], "train.learning_rate": [1e-5, 1e-2]},
         "early_stopping": {"asha": {"min_steps": 2}},
     }

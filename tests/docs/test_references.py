@@ -16,8 +16,7 @@ from tests.docs.test_blocks import DOCUMENTS, ROOT
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_links_lead_to_files_and_headings_that_exist(document):
-    text = (ROOT / document).read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
         path, _, heading = target.partition("#")
         if "://" in path:
             continue

@@ -52,8 +52,7 @@ def test_everybody_is_compared_with_the_base_model_and_few_with_each_other():
 
 
 def test_pairs_can_be_asked_for():
-    wanted = ["mix@0:mix@1", "lora:mix"]
-    assert choose_pairs(NAMES, wanted) == [("mix@0", "mix@1"), ("lora", "mix")]
+    assert choose_pairs(NAMES, ["mix@0:mix@1", "lora:mix"]) == [("mix@0", "mix@1"), ("lora", "mix")]
     # a single seed by the name of its group
     assert choose_pairs(["base", "mix@0", "lora"], ["mix:base"]) == [("mix", "base")]
 

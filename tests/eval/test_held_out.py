@@ -84,8 +84,7 @@ def test_the_loss_is_that_of_a_plain_forward(host, tiny_tokenizer, data_of, rows
         assert result["interval"][0] <= result["loss"] <= result["interval"][1]
         assert result["num_examples"] == len(rows)
     assert list(evaluation.routing) == ["mixlora", "mixdora"]
-    task = evaluation.routing["mixlora"]["tasks"]["held_out"]
-    assert task["num_questions_covered"] == len(rows)
+    assert evaluation.routing["mixlora"]["tasks"]["held_out"]["num_questions_covered"] == len(rows)
     json.dumps(evaluation.to_json(), allow_nan=False)
 
 

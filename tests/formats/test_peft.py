@@ -15,8 +15,7 @@ def test_magnitudes_are_read_with_and_without_the_suffix(base, tmp_path):
     tensors = write(tmp_path, base, LoraConfig(rank=2, weight_decomposition=True))
     path = tmp_path / "adapter_model.safetensors"
     suffix = "lora_magnitude_vector"
-    renamed = {k + ".weight" * k.endswith(suffix): v for k, v in load_file(path).items()}
-    save_file(renamed, path)
+    save_file({k + ".weight" * k.endswith(suffix): v for k, v in load_file(path).items()}, path)
     assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
 
 

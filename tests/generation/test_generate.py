@@ -65,8 +65,7 @@ def test_a_prompt_may_scale_its_adapter(host, tiny_tokenizer):
         Prompt("the sky", adapter) for adapter in ("lora", ("lora", 0.25), ("lora", 0.0), None)
     ]
     texts = completed(host, tiny_tokenizer, asked)
-    alone = [completed(host, tiny_tokenizer, [prompt])[0] for prompt in asked]
-    assert texts == alone
+    assert texts == [completed(host, tiny_tokenizer, [prompt])[0] for prompt in asked]
     assert texts[2] == texts[3]
     assert len(set(texts)) == 3
 

@@ -26,8 +26,7 @@ NAMES = [*METHODS]
 
 
 def noisy_host(**changes) -> Host:
-    configs = {n: changed(c, dropout=0.3) for n, c in METHODS.items()}
-    return tiny_host(configs=configs, **changes)
+    return tiny_host(configs={n: changed(c, dropout=0.3) for n, c in METHODS.items()}, **changes)
 
 
 def states_of(host: Host) -> Tensor:

@@ -65,8 +65,7 @@ def test_a_sum_is_what_pefts_active_adapters_compute():
         for name, weight in weighted:
             layer.set_scale(name, weight)
     expected = theirs.eval()(input_ids=IDS).logits
-    found = host(IDS, adapters=["x:0.7+y:-0.4", weighted]).logits
-    assert relative_error(found, expected) < 1e-6
+    assert relative_error(host(IDS, adapters=["x:0.7+y:-0.4", weighted]).logits, expected) < 1e-6
 
 
 @torch.no_grad()

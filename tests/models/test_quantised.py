@@ -266,8 +266,7 @@ def test_a_format_that_nobody_knows_is_read_by_what_the_layer_computes():
         if isinstance(linear, nn.Linear) and "layers" in name:
             coded = Coded(linear)
             model.set_submodule(name, coded)
-            weight = coded.codes.float() * coded.scale
-            dense.get_submodule(name).weight.data.copy_(weight)
+            dense.get_submodule(name).weight.data.copy_(coded.codes.float() * coded.scale)
     hosts = [loraloom.attach(one) for one in (model, dense)]
     results = []
     for host in hosts:

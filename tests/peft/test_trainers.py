@@ -182,6 +182,19 @@ def test_a_resumed_run_ends_as_an_unbroken_one(trainer, way, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_neftune_disturbs_training_but_no_evaluation(way, tmp_path):
+    losses = {}
+    for noise in (None, 50.0):
+        settings = {"neftune_noise_alpha": noise, "eval_strategy": "steps", "eval_steps": 1}
+        runs = trainer_of(model_of(way)[0], tmp_path, max_steps=1, learning_rate=0.0, **settings)
+        runs.train()
+        trained, evaluated, *_ = runs.state.log_history
+        losses[noise] = (trained["loss"], evaluated["eval_loss"])
+    assert losses[None][0] != pytest.approx(losses[50.0][0], rel=0.01)
+    assert losses[None][1] == losses[50.0][1]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_an_adapters_files_are_saved(way, tmp_path):
     model, adapter = model_of(way)
     trainer = trainer_of(model, tmp_path, max_steps=1)

@@ -239,7 +239,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
 
     def train(self, mode: bool = True) -> AdapterModel:
         super().train(mode)
-        self.base.eval()
+        self.base.eval().get_input_embeddings().train(mode)  # by it NEFTune adds noise
         return self
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
