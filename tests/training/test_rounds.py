@@ -44,11 +44,11 @@ def memory(monkeypatch):
     return room
 
 
-def one_step(*configs, sets=None, runner=None):
+def one_step(*configs, sets=None, runner=None, **limits):
     """Run the first micro-batches of jobs, twice so that gradients add up."""
     host = toy_host()
     jobs = [add_job(host, config, (sets or {}).get(config.name), random=True) for config in configs]
-    runner = runner or RoundRunner(host, PAD_ID)
+    runner = runner or RoundRunner(host, PAD_ID, **limits)
     for _ in range(2):
         outcomes = runner.run([job.micro_batch() for job in jobs])
     return outcomes, [gradients_of(job) for job in jobs], runner
@@ -73,6 +73,14 @@ def test_a_step_in_parts_gives_the_losses_and_gradients_of_a_whole_one(memory, m
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     assert parts.metrics == pytest.approx(whole.metrics, rel=1e-6)
     assert_same(gradients, expected, 1e-6)
+
+
+def test_a_job_alone_is_not_parted_because_jobs_together_were():
+    config = toy_config("a", ADAPTERS["mixlora"], batch_size=8)
+    (whole,), (expected,), _ = one_step(config)
+    _, (gradients,), _ = one_step(config, max_tokens=10)
+    assert_same(gradients, expected, 1e-12)
+    assert one_step(config, max_alone=10)[0][0].aux_loss != whole.aux_loss
 
 
 def test_a_job_of_which_one_example_does_not_fit_fails_and_the_others_go_on(memory):

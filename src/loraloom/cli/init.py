@@ -100,12 +100,12 @@ def init(
         encoder = SourceEncoder(checked(SourceConfig, source), tokenizer, most)
         encoded = encoder.load("train")
     place, first = next((place, row) for place, row in enumerate(encoded, 1) if row.pieces)
-    console.print(*row_lines(f"row {place}", first, tokenizer), sep="\n")
+    console.print(*islice(row_lines(f"row {place}", first, tokenizer), 100), sep="\n")
     lengths = [len(piece.input_ids) for row in encoded for piece in row.pieces]
     sizes = f"{min(lengths)} to {max(lengths)} tokens, {median(lengths):.0f} in the median"
     learned = [row.pieces for row in encoded if row.pieces]
-    num_distinct = len({*learned})
-    repeats = len(learned) - num_distinct
+    distinct = {*learned}
+    repeats = len(learned) - len(distinct)
     notes = [*([f"{repeats} duplicates"] if repeats else []), *encoder.notes(encoded)]
     console.print(plain("; ".join([f"\n{len(encoded)} rows of {sizes}", *notes])))
     settings = {
@@ -115,7 +115,8 @@ def init(
         "job": to_yaml({"name": name}).strip(),
         "data": to_yaml(data).strip(),
         "num_rows": len(encoded),
-        "num_distinct": num_distinct,
+        "num_distinct": len(distinct),
+        "num_examples": sum(map(len, distinct)) // (2 if found == "preference" else 1),
         "longest": f"{'at least ' if any(row.is_cut for row in encoded) else ''}{max(lengths)}",
         "median": f"{median(lengths):.0f}",
         "max_length": min(max(1 << (max(lengths) - 1).bit_length(), 512), most),

@@ -74,8 +74,7 @@ def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
     places: dict[str, list[str]] = {}
     for origin, fault in faults:
         places.setdefault(fault, []).append(origin.rpartition(", ")[2])
-    source = faults[0][0].rpartition(", ")[0]
-    lines = [f"{source}: {len(faults)} of {num_rows} rows can't be used:"]
+    lines = [f"{faults[0][0].rpartition(', ')[0]}: {len(faults)} of {num_rows} rows can't be used:"]
     for fault, rows in list(places.items())[:_MAX_NAMES]:
         word = rows[0].partition(" ")[0]  # line or row
         numbers = _listed([row.removeprefix(f"{word} ") for row in rows])
@@ -203,8 +202,12 @@ def _read_parquet(file: Any) -> _Read:
     records = (record for batch in batches for record in batch.to_pylist())
     for number, record in enumerate(records, start=1):
         # what JSON has no form for, dates and decimals, as texts; NaN is pandas' nothing
-        fields = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
+        fields = json.loads(json.dumps(record, default=_text_of), parse_constant=lambda _: None)
         yield f"row {number}", {name: without_nulls(value) for name, value in fields.items()}
+
+
+def _text_of(value: object) -> str:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def without_nulls(value: Any) -> Any:

@@ -171,8 +171,20 @@ class TrainingClient:
         self, data: Sequence[TrainingExample], loss_fn: LossFunction
     ) -> ForwardBackwardOutput:
         """Add the gradient of your own loss, in one forward."""
-        key, objective = self._next_sample_key(), custom_objective(data, loss_fn)
-        request = Request(self.adapter, data, objective, key, loss_scale=self._loss_scale)
+
+        def terms(
+            scored: objectives.ScoredSamples, totals: objectives.StepTotals
+        ) -> objectives.ObjectiveTerms:
+            loss, metrics = loss_fn(data, scored.by_sample)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise TrainingError(
+                    "loss_fn must return a scalar tensor that depends on the log-probabilities, "
+                    f"and metrics; got {loss!r}"
+                )
+            return objectives.ObjectiveTerms(loss.reshape(()), metrics)
+
+        key = self._next_sample_key()
+        request = Request(self.adapter, data, terms, key, loss_scale=self._loss_scale)
         return run_requests(self.host, [request], self.pad_id)[0]
 
     def request(
@@ -319,23 +331,6 @@ class TrainingClient:
             "optimizer": self._optimizer_config.model_dump(mode="json"),
             "seed": self.seed,
         }
-
-
-def custom_objective(
-    data: Sequence[TrainingExample], loss_fn: LossFunction
-) -> objectives.Objective:
-    def terms(
-        scored: objectives.ScoredSamples, totals: objectives.StepTotals
-    ) -> objectives.ObjectiveTerms:
-        loss, metrics = loss_fn(data, scored.by_sample)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise TrainingError(
-                "loss_fn must return a scalar tensor that depends on the log-probabilities, and "
-                f"metrics; got {loss!r}"
-            )
-        return objectives.ObjectiveTerms(loss.reshape(()), metrics)
-
-    return terms
 
 
 def run_requests(

@@ -246,7 +246,7 @@ class Engine:
         }
         journal_bytes = journal.stat().st_size if journal.exists() else 0
         base = store.describe_base(self.host)
-        sizes = journal_bytes, self._runner.max_tokens
+        sizes = journal_bytes, self._runner.max_tokens, self._runner.max_alone
         checkpoint = store.Checkpoint(self.round, self.seconds, base, records, *sizes)
         keep = self._run.keep_snapshots if states else 1
         self._directory.write_checkpoint(checkpoint, states, keep=keep)
@@ -263,6 +263,7 @@ class Engine:
         saved = checkpoint.jobs
         self._check_inputs(checkpoint, list(self.jobs.values()))
         self.round, self._runner.max_tokens = checkpoint.round, checkpoint.max_tokens
+        self._runner.max_alone = checkpoint.max_alone
         self._started_at = time.monotonic() - checkpoint.seconds
         for name, job in self.jobs.items():
             if name in saved:

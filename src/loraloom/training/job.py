@@ -193,12 +193,13 @@ class Job:
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
         position, train = self.position, self.config.train
-        is_best = self.selection.update(position.step, metrics)
+        is_due = position.step % (train.eval_steps or 1) == 0  # rungs of a sweep change nothing
+        is_best = self.selection.update(position.step, metrics, is_counted=is_due)
         position.evaluated_step, position.metrics = position.step, metrics
         if train.early_stopping is not None:
             patience = train.early_stopping.patience
             position.stopped_early = self.selection.evaluations_since >= patience
-        if train.lr_scheduler in SCHEDULERS_ON_METRIC:
+        if is_due and train.lr_scheduler in SCHEDULERS_ON_METRIC:
             self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
         if is_best:
             # Checkpoints have these weights too: the files may be those of a later moment.
@@ -308,12 +309,12 @@ class Selection:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations_since: int = 0
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> bool:
+    def update(self, step: int, metrics: Mapping[str, float], *, is_counted: bool) -> bool:
         if self.metric is None:
             return False
         value, sign = metrics[self.metric], 1 if metric_mode(self.metric) == "min" else -1
         if self.value is not None and sign * value >= sign * self.value:
-            self.evaluations_since += 1
+            self.evaluations_since += is_counted
             return False
         self.value, self.step, self.metrics = value, step, dict(metrics)
         self.evaluations_since = 0

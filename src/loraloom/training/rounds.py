@@ -42,6 +42,7 @@ class RoundRunner:
     memory_limit: int | None = None  # of the process; None: what the device has
     say: Callable[[str], None] = _log.warning
     max_tokens: int | None = None  # of a forward, with padding, since memory ran out
+    max_alone: int | None = None  # of a forward of one job, since memory ran out in one
 
     def __post_init__(self) -> None:
         host, limit = self.host, self.memory_limit
@@ -71,7 +72,8 @@ class RoundRunner:
             if not group:
                 continue
             halves, tokens = _halves(group), _count_tokens(group)
-            if halves and self.max_tokens is not None and tokens > self.max_tokens:
+            limit = self.max_alone if len(group) == 1 else self.max_tokens
+            if halves and limit is not None and tokens > limit:
                 waiting += halves[::-1]
                 continue
             batches = [batch for _, batch in group]
@@ -92,6 +94,8 @@ class RoundRunner:
                     losses[place] += loss
             elif outcome is None and halves:
                 self.max_tokens = max(map(_count_tokens, halves))
+                if len(group) == 1:
+                    self.max_alone = self.max_tokens
                 self.say(
                     f"warning: out of memory in a step of {tokens} tokens; training continues in "
                     f"parts of at most {self.max_tokens} tokens"

@@ -34,12 +34,12 @@ from loraloom.errors import ConfigError, shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
 # fmt: off
-# The optimizers of torch.optim, in lower case, and bitsandbytes' as transformers calls them. Three
+# The optimizers of torch.optim, in lower case, and bitsandbytes' as transformers calls them. Four
 # can't be used: lbfgs evaluates the loss several times a step, muon takes matrices only (a
-# mixture's experts are stacked), sparseadam takes sparse gradients only.
+# mixture's experts are stacked), rprop reads no schedule, sparseadam takes sparse gradients only.
 OptimizerName = Literal[
     "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam",
-    "rmsprop", "rprop", "sgd", "adamw_8bit", "ademamix_8bit", "lion_8bit", "paged_adamw_8bit",
+    "rmsprop", "sgd", "adamw_8bit", "ademamix_8bit", "lion_8bit", "paged_adamw_8bit",
     "paged_adamw_32bit", "paged_ademamix_8bit", "paged_lion_8bit",
 ]
 # The schedulers of transformers (SchedulerType).
@@ -151,8 +151,6 @@ class OptimizerConfig(StrictModel):
     def contradictions(self) -> Iterator[str]:
         if taken := {"lr", "weight_decay", "params"} & self.optimizer_args.keys():
             yield f"optimizer_args must not set {', '.join(sorted(taken))}; set train's own keys"
-        if self.weight_decay and self.optimizer == "rprop":
-            yield "weight_decay is not supported by rprop; remove weight_decay"
 
 
 class EarlyStoppingConfig(StrictModel):
@@ -300,8 +298,9 @@ class JobConfig(StrictModel):
         tasks = [task_name(evaluation.task) for evaluation in self.eval]
         if len(set(tasks)) < len(tasks):
             yield f"eval must name each task once, got {', '.join(tasks)}"
-        evaluates = train.eval_steps or train.eval_on_start
-        if evaluates and not (self.data.has_validation or self.eval):
+        if (train.eval_steps or train.eval_on_start) and not (
+            self.data.has_validation or self.eval
+        ):
             yield f"train.eval_steps requires data to evaluate; {_GIVE}"
         if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
             yield f"train.lr_scheduler {train.lr_scheduler} requires train.eval_steps; {_GIVE} too"

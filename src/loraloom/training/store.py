@@ -74,6 +74,7 @@ class Checkpoint:
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     sweep_bytes: int = 0  # length of a sweep's journal
     max_tokens: int | None = None  # of a forward, where memory ran out; see `RoundRunner`
+    max_alone: int | None = None
     files: dict[str, Path] = field(default_factory=dict)  # of the jobs, where it was read
     __pydantic_config__ = _CHECKED
 

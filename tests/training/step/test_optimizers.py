@@ -103,6 +103,29 @@ def test_every_optimizer_steps_and_goes_on_after_a_save(tmp_path, name: Optimize
     assert all(map(torch.equal, tensors.values(), again.jobs["a"].adapter.tensors().values()))
 
 
+def test_adafactor_moves_what_begins_as_zero(tmp_path):
+    config = toy_config("a", optimizer="adafactor", learning_rate=0.01, max_steps=2)
+    engine = toy_engine(tmp_path, [config], dtype=torch.float32)
+    engine.step()
+    tensors = engine.jobs["a"].adapter.tensors()
+    assert max(float(one.abs().max()) for n, one in tensors.items() if "lora_B" in n) > 1e-3
+
+
+STOPPING = {"patience": 2, "metric": "eval/skills/accuracy"}
+
+
+def test_rungs_of_a_sweep_change_neither_rate_nor_patience():
+    settings = {"lr_scheduler": "reduce_lr_on_plateau", "lr_scheduler_args": {"patience": 0}}
+    settings |= {"eval_steps": 4, "eval": [{"task": "skills"}], "early_stopping": STOPPING}
+    job = add_job(toy_host(), toy_config("a", learning_rate=1.0, max_steps=9, **settings))
+    rates = []
+    for job.position.step in (0, 2, 3, 4):
+        job.take_evaluation({job.selection.metric: 0.5})
+        rates.append(job.optimizer.param_groups[0]["lr"])
+    assert rates == [1.0, 1.0, 1.0, pytest.approx(0.1)]
+    assert job.selection.evaluations_since == 1
+
+
 def learning_rates(**train) -> list[float]:
     """Return a job's learning rate at each of its steps."""
     job = add_job(toy_host(), toy_config("a", **train))

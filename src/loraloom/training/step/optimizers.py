@@ -55,6 +55,8 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
         # An adapter has hundreds of small tensors.
         arguments.setdefault("fused", True)
+    if config.optimizer == "adafactor":  # torch's own, 1e-3, leaves B, which begins as 0, there
+        arguments.setdefault("eps", (None, 1.0))
     with _raised_as_config_error(config, "optimizer", adapter.name):
         kind = classes[config.optimizer.replace("_", "")]
         return kind(parameter_groups(config, adapter), **arguments)
@@ -66,10 +68,9 @@ def _raised_as_config_error(config: OptimizerConfig, setting: str, name: str) ->
     try:
         yield
     except Exception as error:
-        arguments = getattr(config, f"{setting}_args")
         raise ConfigError(
             f"job {name}: {setting} {getattr(config, setting)} does not accept {setting}_args "
-            f"{shown(arguments)}: {type(error).__name__}: {error}"
+            f"{shown(getattr(config, f'{setting}_args'))}: {type(error).__name__}: {error}"
         ) from error
 
 
