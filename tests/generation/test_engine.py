@@ -281,11 +281,20 @@ def test_longrope_ends_where_earlier_keys_change(make_engine, host, tiny_tokeniz
 
 
 def test_a_full_queue_refuses(make_engine, tiny_tokenizer):
-    engine = make_engine(max_waiting=2)
-    submit(engine, *(request(tiny_tokenizer, "one") for _ in range(2)))
+    engine = make_engine(max_waiting=2, max_rows=1)
+    submit(engine, *(request(tiny_tokenizer, "one") for _ in range(3)))
     with pytest.raises(RequestError, match=r"queue is full \(2 completions"):
         submit(engine, request(tiny_tokenizer, "one"))
     finish(engine)
+
+
+def test_an_answer_ends_with_its_turn(make_engine, tiny_tokenizer):
+    engine, says = make_engine(), {"logit_bias": {1: 100.0}, "turn_end": "<bos>"}
+    requests = [request(tiny_tokenizer, "one", ignore_end=one, **says) for one in (False, True)]
+    ended, ignored = submit(engine, *requests)
+    finish(engine)
+    assert (ended.text, ended.pieces[-1].finish_reason, ended.row.new_ids) == ("", "stop", [1])
+    assert len(ignored.row.new_ids) == 8
 
 
 def test_an_engine_that_is_stopped_ends_what_it_has(make_engine, tiny_tokenizer):

@@ -28,11 +28,25 @@ def test_what_can_not_be_written_is_an_error(tiny_tokenizer):
         encode_prompt(tiny_tokenizer, Prompt("", origin="--prompt"))
     tiny_tokenizer.chat_template = TEMPLATE
     tools = [{"type": "function", "function": {"name": "paint"}}]
-    with pytest.raises(DataError, match="line 3: the chat template ignores tools"):
+    with pytest.raises(DataError, match="line 3: the chat template drops the tools"):
         encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3", tools=tools))
     for prompt in (Prompt(TURNS), Prompt("one", tools=tools)):
         with pytest.raises(DataError, match="messages and tools require a template; remove raw"):
             encode_prompt(tiny_tokenizer, prompt, raw=True)
+    calls = (TURNS[0], {"role": "assistant", "tool_calls": tools}, TURNS[0])
+    with pytest.raises(DataError, match="the chat template drops the tool_calls of message 2"):
+        encode_prompt(tiny_tokenizer, Prompt(calls))
+    with pytest.raises(DataError, match="prompt template does not support tools"):
+        encode_prompt(tiny_tokenizer, Prompt(calls), PLAIN)
+
+
+def test_an_answer_ends_with_the_token_that_the_chat_template_puts_behind_it(tiny_tokenizer):
+    tiny_tokenizer.add_tokens(["<|im", "<|im_end|>"], special_tokens=True)
+    tiny_tokenizer.chat_template = TEMPLATE.replace("\n", "<|im_end|>\n")
+    assert encode_prompt(tiny_tokenizer, Prompt(TURNS))[1] == "<|im_end|>"
+    assert encode_prompt(tiny_tokenizer, Prompt("one"), raw=True)[1] is None
+    tiny_tokenizer.eos_token = "<|im_end|>"
+    assert encode_prompt(tiny_tokenizer, Prompt(TURNS))[1] == ""
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])

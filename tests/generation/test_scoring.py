@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loraloom.data.tokens import NO_LOSS, Example
+from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.generation import scoring
 from loraloom.generation.scoring import example_row, label_log_probs, score_rows, token_batches
@@ -32,6 +32,20 @@ def test_scores_come_in_the_order_of_the_requests(requests, monkeypatch):
     monkeypatch.setattr(scoring, "tokens_per_batch", lambda host: 24)
     for values, (name, example) in zip(label_log_probs(host, requests), requests, strict=True):
         torch.testing.assert_close(values, scores_alone(host, name, example)[0])
+
+
+def test_with_longrope_rows_lie_apart_by_their_positions(monkeypatch):
+    host, seen = tiny_host(configs={}), []
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 6}
+    monkeypatch.setattr(host.config, "rope_parameters", host.config.rope_parameters | rope)
+    counted = lambda self, ids, *rest, hidden=Host.hidden, **more: (  # noqa: E731
+        seen.append(ids.shape) or hidden(self, ids, *rest, **more)
+    )
+    monkeypatch.setattr(Host, "hidden", counted)
+    choices = scoring.make_rows([TokenPair([1] * 3, [n, 4, 5, 6]) for n in (2, 3)], shared=True)
+    others = [example_row(one) for one in (Example((5,) * n, (5,) * n, 1) for n in (6, 7))]
+    score_rows(host, [(None, row) for row in (*choices, *others)])
+    assert sorted(seen) == [(1, 7), (2, 9)]
 
 
 def test_batches_have_like_lengths_and_stay_within_their_tokens():

@@ -170,7 +170,7 @@ def learn_answers(
     if places[0] == 0:
         row.reject("a conversation must not start with an assistant message; add a user message")
     try:
-        for what, one, other in _omissions(conversation, first):
+        for what, one, other in omissions(conversation, first):
             with suppress(TemplateError):
                 if template.render(one) == template.render(other):
                     row.reject(f"the chat template drops {what}; set another chat_template")
@@ -239,7 +239,7 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 
-def _omissions(
+def omissions(
     conversation: Conversation, first: int
 ) -> Iterator[tuple[str, Conversation, Conversation]]:
     """What a template may leave out, a conversation with it and one without."""
@@ -251,7 +251,7 @@ def _omissions(
         # of earlier answers, templates leave out reasoning and what is beside calls on purpose
         within = conversation.until(place + 1) if is_answer else conversation
         other = within.changed(place, content=f"{content}?")
-        if "tool_calls" in message:
+        if message.get("tool_calls"):
             yield f"the tool_calls {name}", conversation, conversation.changed(place, tool_calls=[])
             if content.strip():
                 yield f"the content {name}, next to its tool_calls", within, other

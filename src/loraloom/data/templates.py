@@ -7,6 +7,7 @@ fields. transformers' sandbox keeps it away from Python; it does not bound time 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
@@ -34,6 +35,7 @@ Marked = tuple[str, list[tuple[int, int]]]
 # `role` and `content`; `tool_calls` and `reasoning_content` where an assistant's turn has them.
 Message = dict[str, Any]
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_RENDERING = threading.Lock()  # in transformers 5.18, two threads' renders disturb each other
 _ENVIRONMENT.filters["regex_replace"] = lambda text, pattern, new="": re.sub(pattern, new, text)
 # Alpaca's and Dolly's names for the parts of an instruction row.
 _INSTRUCTION_COLUMNS = (
@@ -174,7 +176,7 @@ class ChatTemplate:
             else message
             for message in conversation.messages
         ]
-        with template_errors():
+        with _RENDERING, template_errors():
             text, marks = chat_template_utils._render_with_assistant_indices(
                 template, messages, tools, None, for_answer, **self._fields
             )
@@ -190,6 +192,17 @@ class ChatTemplate:
         except TemplateError:
             return ""
         return end if question.endswith(end) else ""
+
+    def turn_end(self) -> str:
+        """The token that the template puts behind an answer, if it is none that ends texts."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        try:
+            behind = self.render(Conversation(turns)).rpartition("!")[2].lstrip()
+        except TemplateError:
+            return ""
+        added = self.tokenizer.added_tokens_decoder.values()
+        ends = [str(one) for one in added if one.special and behind.startswith(str(one))]
+        return "".join({max(ends, key=len, default="")} - {self.tokenizer.eos_token})
 
     def _compile(self, tools: list[dict[str, Any]] | None) -> Template:
         read = chat_template_utils._compile_jinja_template

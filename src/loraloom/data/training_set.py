@@ -233,8 +233,7 @@ class StreamedSet:
 
     def block(self, position: StreamPosition) -> Block:
         block = self._blocks.pop(position.block, None) or self._read_block(position)
-        latest = list(self._blocks.items())[1 - MAX_BLOCKS :]
-        self._blocks = {**dict(latest), position.block: block}
+        self._blocks = {**dict(list(self._blocks.items())[1 - MAX_BLOCKS :]), position.block: block}
         return block
 
     def take(

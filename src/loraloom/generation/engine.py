@@ -89,7 +89,8 @@ class Engine:
             request = replace(request, choice=choice)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
-            if len(self._scheduler) >= self.limits.max_waiting:
+            most = self.limits.max_waiting + max(0, self._scheduler.max_rows - len(self._served))
+            if len(self._scheduler) >= most:
                 raise RequestError(
                     f"the request queue is full ({self.limits.max_waiting} completions); retry "
                     "later, or request fewer completions at once",

@@ -86,7 +86,7 @@ def make_requests(
     length, num_new = host.max_positions, sampling.max_new_tokens
     requests = []
     read = read_prompts(host, tokenizer, prompts, prompt_form, raw=raw)
-    for place, (prompt, (ids, continues, choice)) in enumerate(zip(prompts, read, strict=True)):
+    for place, (prompt, (ids, turn_end, choice)) in enumerate(zip(prompts, read, strict=True)):
         if len(ids) > length - num_new:
             raise DataError(
                 f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
@@ -94,7 +94,7 @@ def make_requests(
                 "or lower max_new_tokens"
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
-        requests.append(GenerationRequest(ids, choice, "", sampling, place, continues=continues))
+        requests.append(GenerationRequest(ids, choice, "", sampling, place, turn_end=turn_end))
     return requests
 
 
@@ -185,13 +185,13 @@ class Conversation:
         adapter = None if model == self.base_name else model
         prompt = Prompt(self._turns(model, text), adapter, last_alone=True)
         read = read_prompts(self.engine.host, self.tokenizer, [prompt], raw=self.raw)
-        ((ids, continues, choice),) = read
+        ((ids, turn_end, choice),) = read
         if telling := told(choice, self.tokenizer):
             self.chosen[model] = telling["chosen"]["adapter"]
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
         sampling = sampling.model_copy(update=shortened)
-        return GenerationRequest(ids, choice, model, sampling, continues=continues)
+        return GenerationRequest(ids, choice, model, sampling, turn_end=turn_end)
 
     def _turns(self, model: str, text: str) -> tuple[Message, ...]:
         system = {"role": "system", "content": self.system}

@@ -1,6 +1,7 @@
 """Prompts, and the tokens that a model reads of them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
+from loraloom.data.chat import omissions
 from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
@@ -51,8 +53,8 @@ def encode_prompt(
     form: PromptForm | None = None,
     *,
     raw: bool = False,
-) -> tuple[list[int], bool]:
-    """Token ids of a prompt, and whether its completion continues the same text."""
+) -> tuple[list[int], str | None]:
+    """Token ids of a prompt, and what ends an answer; None: it continues the prompt's text."""
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     content, more = prompt.content, prompt.fields.get("input")
@@ -83,15 +85,19 @@ def encode_prompt(
         text = _render_instructions(tokenizer, messages, prompt, form)
     elif form is not None and form.is_text and len(messages) == 1 and not prompt.tools:
         text = messages[0]["content"] if messages[0]["role"] == "user" else None
+    turn_end = None
     if text is not None:
         ids = encode_texts(tokenizer, [text])[0]
     else:
         source = None if form is None else form.chat_template  # files name no file of ours
         try:
             template = ChatTemplate(tokenizer, source or None)
-            chat = template.render(Conversation(messages, prompt.tools), for_answer=True)
-            if prompt.tools and chat == template.render(Conversation(messages), for_answer=True):
-                raise DataError("the chat template ignores tools; train or serve with another")
+            conversation, turn_end = Conversation(messages, prompt.tools), template.turn_end()
+            chat = template.render(conversation, for_answer=True)
+            for what, one, other in omissions(conversation, len(messages)):
+                with suppress(TemplateError):
+                    if what[:8] == "the tool" and template.render(one) == template.render(other):
+                        raise DataError(f"the chat template drops {what}; take another template")
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None
         except TemplateError as error:
@@ -101,7 +107,7 @@ def encode_prompt(
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
-    return ids, text is not None
+    return ids, turn_end
 
 
 def encode_for_choice(
@@ -124,7 +130,7 @@ def read_prompts(
     form: PromptForm | None = None,
     *,
     raw: bool = False,
-) -> list[tuple[list[int], bool, Choice]]:
+) -> list[tuple[list[int], str | None, Choice]]:
     """Choose what answers prompts, and encode them in its form, or one that is given."""
     ids = [  # none are needed where nothing is chosen
         encode_for_choice(host, tokenizer, one, raw=raw) if is_routed(host, one.adapter) else []
@@ -146,7 +152,7 @@ def _render_instructions(
 ) -> str:
     """Each user's turn in the prompt template; EOS joins turns, as it does training examples."""
     # Training reads spaces at a prompt's end with the answer, so a model's own begins with them.
-    if prompt.tools or any(message["role"] == "tool" for message in messages):
+    if prompt.tools or any(one["role"] == "tool" or one.get("tool_calls") for one in messages):
         raise DataError(f"{prompt.origin}: the adapter's prompt template does not support tools")
     template = compile_template(form.prompt_template, "the prompt template")
     written, system, space = "", "", ""

@@ -248,7 +248,7 @@ def score_rows(
     scores = [_scores_of(nothing, num_top)] * len(requests)
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
     # apart go what a router chose, counted as the router's, and rows that turn others' keys
-    is_long = [len(row.input_ids) > host.max_positions for _, row in requests]
+    is_long = [max(row.position_ids, default=0) >= host.max_positions for _, row in requests]
     kinds = [(one is asked[place], is_long[place]) for place, one in enumerate(requests)]
     parts = [[at for at in scored if kinds[at] == kind] for kind in sorted({*kinds}, reverse=True)]
     order = {name: number for number, (name, _) in enumerate(requests)}

@@ -76,8 +76,9 @@ class GenerationRequest:
     constraint: Constraint | None = None
     """What tokens may follow; it belongs to this request alone."""
     tells_routing: bool = False
-    continues: bool = False
-    """The text goes on where the prompt's ends, with the space between them."""
+    turn_end: str | None = ""
+    """What ends the answer as a stop text does, perhaps nothing; None: it continues the prompt's
+    text, with the space between them."""
     scores_prompt: bool = False
     """Tell the log-probabilities of the prompt's own tokens before those of new ones."""
     tenant: str = ""
@@ -156,8 +157,9 @@ class Row:
         self.num_known = 0  # of the tokens that were read, those that needed no computation
         # how long it must be before it gives way to others, so that it was worth the reading
         self.settled_length = 0
-        before = request.prompt_ids[-NUM_BEFORE:] if request.continues else ()
-        self._text = TextStream(tokenizer, request.sampling.stop, before)
+        before = request.prompt_ids[-NUM_BEFORE:] if request.turn_end is None else ()
+        own = () if request.ignore_end or not request.turn_end else (request.turn_end,)
+        self._text = TextStream(tokenizer, (*request.sampling.stop, *own), before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
         self._chooser = TokenChooser(request.sampling, request.place, device)
         self._untold = Piece()

@@ -277,7 +277,8 @@ class ServedAdapters:
             check_name(name)
         except ConfigError:
             return False
-        return self._directory is not None and (self._directory / name / CONFIG_FILE).is_file()
+        is_adapter = self._directory and (self._directory / name / CONFIG_FILE).is_file()
+        return bool(is_adapter) and name != self.base_name
 
 
 def unknown_model(name: str) -> RequestError:

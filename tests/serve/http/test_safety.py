@@ -232,11 +232,12 @@ def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
 
 def test_a_full_queue_answers_when_to_come_back(host, tokenizer):
     with serving(host, tokenizer, max_waiting=0) as (url, engine):
-        response = httpx2.post(f"{url}/v1/chat/completions", json=CHAT)
-        assert error_of(response, 429)["type"] == "rate_limit_error"
+        bodies = [{"model": "lora", "prompt": ["one"] * num, "n": 2} for num in (4, 5)]
+        allowed, response = [httpx2.post(f"{url}/v1/completions", json=body) for body in bodies]
+        assert len(allowed.json()["choices"]) == 8
+        refused = error_of(response, 429)
         assert response.headers["retry-after"] == "5"
-        many = {"model": "lora", "prompt": ["one"] * 5, "n": 2}
-        refused = error_of(httpx2.post(f"{url}/v1/completions", json=many), 429)
+        assert refused["type"] == "rate_limit_error"
         assert "at most 8 completions, got 10" in refused["message"]
         assert engine.is_idle
 

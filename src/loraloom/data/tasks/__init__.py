@@ -189,8 +189,7 @@ class ChoiceTask:
         """Prompt and completion of the right answer, and of a wrong one: these take turns."""
         asked = self.question(row, index, scoring)
         texts = list(zip(asked.contexts, asked.continuations, strict=True))
-        right = texts.pop(asked.gold)
-        return right, texts[index % len(texts)]
+        return texts.pop(asked.gold), texts[index % len(texts)]
 
     def _choices(self, row: Row, config: TaskConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
         texts = _as_texts(row, config.choices, self._read(row, "choices", config.choices))

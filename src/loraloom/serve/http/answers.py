@@ -34,11 +34,11 @@ class ChatExchange(Exchange):
         grammar = json_grammar(body)
         constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
         prompt = chat_prompt(body, adapter)
-        ((ids, continues, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
+        ((ids, turn_end, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
-            ids, choice, owner, num_logprobs=num_logprobs, continues=continues
+            ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
         return self.several(request, max_tokens, constraint or None)
@@ -103,7 +103,7 @@ class TextExchange(Exchange):
                 choice,
                 owner,
                 num_logprobs=body.logprobs,
-                continues=True,
+                turn_end=None,
                 scores_prompt=body.echo and body.logprobs is not None,
             )
             requests += self.several(request, body.max_tokens)
