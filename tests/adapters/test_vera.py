@@ -19,11 +19,9 @@ from loraloom.models.host import Host
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients, loss_of
 from tests.tiny import changed, gradients, randomise, relative_error, tiny_model
 
-# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A and vera_B:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning"
+)
 
 CONFIG = VeraConfig(rank=5, d_initial=0.5, projection_seed=7)
 TARGETS = {"all": "all-linear", "some": ("k_proj", "down_proj"), "attention": "attention"}

@@ -16,9 +16,9 @@ def run(saved, tmp_path):
     """Run `loraloom eval --dataset` on the tiny model, with an adapter, and read what it wrote."""
     rows = write_rows(tmp_path / "held_out.jsonl", *ROWS)
 
-    def verb(*words, code=0):
+    def verb(*words, dataset=rows, form="instruction", code=0):
         given = ["--base-model", str(saved / "base"), "--device", "cpu"]
-        given += ["--dataset", rows, "--format", "instruction"]
+        given += ["--dataset", dataset, "--format", form]
         given += ["--adapter", f"a={saved / 'lora'}", "--output", str(tmp_path / "r.json")]
         assert cli.main(["eval", *given, *words]) == code
         path = tmp_path / "r.json"
@@ -84,21 +84,16 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, 
     assert message in refused(run, words, code=2)
 
 
-def test_preference_pairs_are_evaluated(saved, tmp_path, capsys):
+def test_preference_pairs_are_evaluated(run, tmp_path, capsys):
     pairs = [{"prompt": "Say ", "chosen": word, "rejected": "no"} for word in ("blue", "yes", "")]
-    given = ["eval", "--base-model", str(saved / "base"), "--device", "cpu"]
-    given += ["--dataset", write_rows(tmp_path / "pairs.jsonl", *pairs), "--format", "preference"]
-    given += ["--adapter", f"a={saved / 'lora'}", "--output", str(tmp_path / "r.json")]
-    assert cli.main(given) == 2
+    file = write_rows(tmp_path / "pairs.jsonl", *pairs)
+    run(dataset=file, form="preference", code=2)
     assert "line 3: field 'chosen' is empty" in capsys.readouterr().err
-    source = {"dataset": str(tmp_path / "pairs.jsonl"), "on_empty": "skip"}
-    source["format"] = "preference"
-    given[given.index("--dataset") + 1] = json.dumps(source)
-    assert cli.main([*given, "--no-base"]) == 0
+    source = {"dataset": file, "on_empty": "skip", "format": "preference"}
+    written = run("--no-base", dataset=json.dumps(source), form="preference")
     shown = capsys.readouterr()
     assert "reward margin" in shown.out
     assert "pairs: 2 pairs" in shown.err
     assert "1 skipped because of empty answers" in shown.err
-    written = json.loads((tmp_path / "r.json").read_text())
     assert list(written["results"]) == ["a"]
     assert written["tasks"]["pairs"]["beta"] == 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,20 +47,13 @@ def question(
 
 def some_questions() -> list[ChoiceQuestion]:
     """Several lengths, numbers of choices, single tokens, and contexts that differ."""
+    apart = question("The red", ["is one", "is one"], gold=1, index=4)
     return [
         question("Question: What color is the sky?\nAnswer:", ["blue", "no", "yes and no"]),
         question("Answer:", ["a", "the", "c", "answer"], gold=2, index=1),
         question("Please choose the correct one", ["a, b and c", "two"], gold=1, index=2),
         question("The sky is", ["blue and green", "blue and red, a sea"], index=3),
-        ChoiceQuestion(
-            task="toy",
-            index=4,
-            contexts=("The red", "The green one"),
-            continuations=(" is one", " is one"),
-            labels=("A", "B"),
-            gold=1,
-            normalizers=(1.0, 1.0),
-        ),
+        replace(apart, contexts=("The red", "The green one")),
     ]
 
 

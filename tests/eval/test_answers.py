@@ -62,9 +62,12 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
     assert f"{metric.replace('_', ' ')} %</td>" in found._repr_html_()
     assert "<p>* significant: p (Holm), of all comparisons, &lt; 0.05<br>" in found._repr_html_()
     assert found.tasks["support"]["split"] is None
-    monkeypatch.setattr(answers, "complete", lambda *few, **_: few[2])
-    again = evaluate(host, tiny_tokenizer, file, NAMES, **options)  # generates nothing
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "complete", lambda *few, **_: few[2])
+        again = evaluate(host, tiny_tokenizer, file, NAMES, **options)  # generates nothing
     assert (again.results, again.num_cached_scores) == (found.results, 12)
+    next(iter(host.adapters["lora"].parameters())).data.add_(1)
+    assert evaluate(host, tiny_tokenizer, file, NAMES, **options).num_cached_scores == 8
 
 
 def test_what_a_judge_scored_is_compared(tiny_tokenizer, task, tmp_path):

@@ -34,13 +34,15 @@ def test_everybody_is_scored_and_compared_by_default(host, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("tasks", ["arc_easy", [Path("arc_easy")]])
-def test_tasks_have_names(host, tiny_tokenizer, tmp_path, tasks):
+def test_tasks_have_names_and_generated_ones_read_no_data(host, tiny_tokenizer, tmp_path, tasks):
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "test.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
     options = {"data": tmp_path, "limit": 2, "scoring": "text"}
     evaluation = evaluate(host, tiny_tokenizer, tasks, ["lora"], **options)
     assert evaluation.results["lora"]["arc_easy"]["num_examples"] == 2
     assert evaluation.tasks["arc_easy"]["scoring"] == "text"
+    sets = load_question_sets(["skills", "arc_easy"], "text", data=tmp_path, limit=1)
+    assert [len(one.questions) for one in sets] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -80,13 +82,6 @@ def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
         parameter.data.fill_(float("nan"))
     with pytest.raises(AdapterError, match="from adapter 'dora' in toy, question 0"):
         evaluate(host, tiny_tokenizer, [TOY])
-
-
-def test_generated_tasks_read_no_data_beside_others(tmp_path):
-    (tmp_path / "arc_easy").mkdir()
-    (tmp_path / "arc_easy" / "test.jsonl").write_text(f"{json.dumps(ROW)}\n")
-    sets = load_question_sets(["skills", "arc_easy"], "text", data=tmp_path, limit=1)
-    assert [len(one.questions) for one in sets] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -21,25 +21,6 @@ def saved(request, base, tmp_path):
 
 
 @pytest.fixture
-def phi_base() -> BaseInfo:
-    """The base model of the fixtures' phi case."""
-    return llama_base(
-        model_type="phi",
-        attention_projections=("q_proj", "k_proj", "v_proj", "dense"),
-        ffn_projections=("fc1", "fc2"),
-        activation="gelu_new",
-        shapes={
-            "self_attn.q_proj": (64, 64),
-            "self_attn.k_proj": (32, 64),
-            "self_attn.v_proj": (32, 64),
-            "self_attn.dense": (64, 64),
-            "mlp.fc1": (100, 64),
-            "mlp.fc2": (64, 100),
-        },
-    )
-
-
-@pytest.fixture
 def shared_fixtures() -> Path:
     """Checkpoints that MoE-PEFT itself has written."""
     root = Path(os.environ.get("LORALOOM_SHARED", "../shared")) / "fixtures"

@@ -103,9 +103,13 @@ def test_another_shape_is_an_error_that_names_the_tensor(saved):
         read_adapter(saved, llama_base(shapes=shapes))
 
 
-def test_other_modules_are_another_base_model(saved, phi_base):
+def test_other_modules_are_another_base_model(saved, base):
+    shapes = {f"self_attn.{name}_proj": base.shapes[f"self_attn.{name}_proj"] for name in "qkv"}
+    shapes |= {"self_attn.dense": (64, 64), "mlp.fc1": (100, 64), "mlp.fc2": (64, 100)}
+    phi = {"attention_projections": ("q_proj", "k_proj", "v_proj", "dense"), "shapes": shapes}
+    phi |= {"ffn_projections": ("fc1", "fc2"), "activation": "gelu_new"}
     with pytest.raises(AdapterError, match="doesn't fit the base model"):
-        read_adapter(saved, phi_base)
+        read_adapter(saved, replace(base, model_type="phi", **phi))
 
 
 def test_other_weights_of_the_same_shape_are_a_warning(saved, base):

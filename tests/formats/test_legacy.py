@@ -15,21 +15,9 @@ OLD_PROJECTIONS = {"gate_proj": "w1_proj", "down_proj": "w2_proj", "up_proj": "w
 def write_legacy(directory, tensors, rename, **fields):
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     torch.save(renamed, directory / "adapter_model.bin")
-    config = {
-        "bias": "none",
-        "r": 2,
-        "lora_alpha": 4,
-        "lora_dropout": 0.05,
-        "base_model_name_or_path": "some-org/tiny-llama",
-        "task_type": "CAUSAL_LM",
-    }
+    config = {"bias": "none", "r": 2, "lora_alpha": 4, "lora_dropout": 0.05}
+    config |= {"base_model_name_or_path": "some-org/tiny-llama", "task_type": "CAUSAL_LM"}
     (directory / "adapter_config.json").write_text(json.dumps(config | fields))
-
-
-def old_mixture_name(name: str) -> str:
-    name = name.replace(".mlp.router", ".gate")
-    name = re.sub(r"mlp\.(\w+)\.(experts\.\d+)", r"\2.\1", name)
-    return f"mixlora.{name}.weight"
 
 
 def old_projection(name: str) -> str:
@@ -38,26 +26,24 @@ def old_projection(name: str) -> str:
     return name
 
 
+def old_mixture_name(name: str) -> str:
+    name = old_projection(name).replace(".mlp.router", ".gate")
+    name = re.sub(r"mlp\.(\w+)\.(experts\.\d+)", r"\2.\1", name)
+    return f"mixlora.{name}.weight"
+
+
+def old_plain_name(name: str) -> str:
+    return f"base_model.model.model.{old_projection(name).replace('mlp', 'self_attn')}.weight"
+
+
 def test_legacy_mixtures_are_read(base, tmp_path):
-    config = MixLoraConfig(
-        rank=2,
-        alpha=4,
-        dropout=0.05,
-        num_experts=2,
-        target_modules=base.attention_projections + base.ffn_projections,
-    )
+    targets = base.attention_projections + base.ffn_projections
+    settings = {"rank": 2, "alpha": 4, "dropout": 0.05, "num_experts": 2}
+    config = MixLoraConfig(**settings, target_modules=targets)
     tensors = make_tensors(config, base)
-    write_legacy(
-        tmp_path,
-        tensors,
-        lambda name: old_projection(old_mixture_name(name)),
-        peft_type="MIXLORA",
-        routing_strategy="mixtral",
-        num_experts=2,
-        act_fn="silu",
-        top_k=2,
-        target_modules=[OLD_PROJECTIONS.get(name, name) for name in config.target_modules],
-    )
+    fields = {"routing_strategy": "mixtral", "num_experts": 2, "act_fn": "silu", "top_k": 2}
+    fields |= {"peft_type": "MIXLORA", "target_modules": [*map(old_projection, targets)]}
+    write_legacy(tmp_path, tensors, old_mixture_name, **fields)
     read, read_tensors = read_adapter(tmp_path, base)
     assert read == config
     assert_same_tensors(read_tensors, tensors)
@@ -66,15 +52,8 @@ def test_legacy_mixtures_are_read(base, tmp_path):
 def test_legacy_plain_adapters_kept_the_ffn_under_attention(base, tmp_path):
     config = LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "gate_proj", "down_proj"))
     tensors = make_tensors(config, base)
-    write_legacy(
-        tmp_path,
-        tensors,
-        lambda name: old_projection(
-            f"base_model.model.model.{name.replace('mlp', 'self_attn')}.weight"
-        ),
-        peft_type="LORA",
-        target_modules=["q_proj", "w1_proj", "w2_proj"],
-    )
+    fields = {"peft_type": "LORA", "target_modules": ["q_proj", "w1_proj", "w2_proj"]}
+    write_legacy(tmp_path, tensors, old_plain_name, **fields)
     read, read_tensors = read_adapter(tmp_path, base)
     assert read.target_modules == ("q_proj", "gate_proj", "down_proj")
     assert_same_tensors(read_tensors, tensors)

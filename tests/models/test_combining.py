@@ -34,8 +34,7 @@ def in_both() -> tuple[Host, peft.PeftModel]:
     model = tiny_model(dtype=torch.float32)
     host = loraloom.attach(copy.deepcopy(model))
     theirs = wrapped_by_peft(model, FIRST, host.base)
-    copied = {"x": FIRST, "y": SECOND}
-    for seed, (name, config) in enumerate(copied.items()):
+    for seed, (name, config) in enumerate({"x": FIRST, "y": SECOND}.items()):
         randomise(host.add(name, config), seed)
         own = copy.deepcopy(theirs.peft_config["default"])
         own.r, own.lora_alpha = config.rank, int(config.alpha)
@@ -96,9 +95,7 @@ def test_experts_are_combined_one_by_one_and_routers_averaged(method):
         expected = (left[:, : len(values)] * values) @ right[: len(values)]
         update = combined[f"{place}.lora_B"] @ combined[f"{place}.lora_A"]
         torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-5)
-    averaged = ["layers.0.mlp.router"]
-    averaged += [name for name in a if name.endswith("magnitude")]
-    for name in averaged:
+    for name in ("layers.0.mlp.router", *(name for name in a if name.endswith("magnitude"))):
         torch.testing.assert_close(combined[name], 0.75 * a[name] + 0.25 * b[name])
     assert host.adapters["c"].config.top_k == config.top_k
 
@@ -153,11 +150,8 @@ def test_what_cannot_be_combined_is_refused(names, options, error, message):
     assert "c" not in host.adapters
 
 
-PRUNABLE = ["mixlora", "mixdora", "hydralora", "loramoe", "dynmole"]
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("method", PRUNABLE)
+@pytest.mark.parametrize("method", ["mixlora", "mixdora", "hydralora", "loramoe", "dynmole"])
 def test_experts_in_another_order_compute_the_same(method):
     config = ALL_METHODS[method]
     host = tiny_host(configs={"a": config})

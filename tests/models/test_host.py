@@ -151,8 +151,9 @@ def test_other_programs_do_not_train_on_a_float16_base():
 def test_a_replaced_ffn_block_is_told():
     host = tiny_host()
     host.model.model.layers[1].mlp.forward = torch.zeros_like  # as Liger kernels do
-    with pytest.raises(ModelError, match="train with use_liger_kernel=False"):
-        host.as_model("mixlora")(input_ids=tiny_ids(1))
+    for forward in (host, host.as_model("mixlora")):
+        with pytest.raises(ModelError, match="train with use_liger_kernel=False"):
+            forward(input_ids=tiny_ids(1))
 
 
 def test_what_is_mistaken_for_a_model_is_told():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -79,6 +79,14 @@ def loss_of(logits: Tensor) -> Tensor:
 def test_weights_are_those_that_peft_dequantises(host):
     for projection in projections(host):
         assert projection.weight.equal(dequantize_module_weight(projection.linear))
+
+
+@torch.no_grad()
+def test_autocast_changes_rounding_alone(host):
+    exact = host(IDS, adapters=ROWS).logits
+    for context in (host.prepared(), nullcontext()):
+        with torch.autocast("cpu", torch.bfloat16), context:
+            assert relative_error(host(IDS, adapters=ROWS).logits.float(), exact) < 0.1
 
 
 @contextmanager

@@ -326,10 +326,7 @@ ASKED = {  # in rows of a format, and of a router
     ),
     "chat": ({"messages": [SYSTEM, QUESTION, *LATER]}, {"content": (SYSTEM, QUESTION)}),
     "text": ({"text": "the court"}, {"content": "the court"}),
-    "preference": (
-        {"prompt": "is it", "chosen": "yes", "rejected": "no"},
-        {"content": "is it"},
-    ),
+    "preference": ({"prompt": "is it", "chosen": "yes", "rejected": "no"}, {"content": "is it"}),
     "preference of turns": (
         {"chosen": [QUESTION, *LATER, LATER[0]], "rejected": [QUESTION, *LATER, QUESTION]},
         {"content": (QUESTION, *LATER)},
@@ -401,16 +398,11 @@ def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
         asked = [Prompt(one, of) for one, of in zip(prompts, names, strict=True)]
         answers.append(generate(host, tiny_tokenizer, asked, SamplingConfig(max_new_tokens=6)))
     assert answers[0] == answers[1]
-    row = Prompt("the", "auto", fields={"input": "court"})
-    ids = encode_for_choice(host, tiny_tokenizer, row)
+    ids = encode_for_choice(host, tiny_tokenizer, Prompt("the", "auto", fields={"input": "court"}))
     assert ids == encode_for_choice(host, tiny_tokenizer, Prompt("the\ncourt", "auto"))
     text = Example((5, 6, 7), (5, 6, 7))  # a text has no prompt: all of it is read
-    assert torch.equal(
-        *(
-            label_log_probs(host, [(name, text)])[0]
-            for name in ("auto", host.choose([text.input_ids], ["auto"])[0].adapter)
-        )
-    )
+    names = ("auto", host.choose([text.input_ids], ["auto"])[0].adapter)
+    assert torch.equal(*(label_log_probs(host, [(name, text)])[0] for name in names))
 
 
 @pytest.mark.parametrize(
@@ -469,4 +461,3 @@ def test_what_cant_be_routed_says_why():
         fit_router(host, build_tokenizer(), "auto", {})
     with pytest.raises(AdapterError, match="in one forward, without a cache"):
         host(tiny_ids(1, 1), torch.ones(1, 3), adapters=["auto"])
-    assert loraloom.RoutedConfig is RoutedConfig

@@ -11,9 +11,6 @@ import loraloom
 from loraloom import AdapterError, LoraConfig
 from tests.tiny import parameter_grads, randomise, relative_error, tiny_ids, tiny_model
 
-# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 IDS = tiny_ids(3)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHOICES = {

@@ -24,8 +24,6 @@ from tests.tiny import (
 )
 
 pytestmark = [
-    # peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]

@@ -21,9 +21,6 @@ from tests.tiny import (
     tiny_model,
 )
 
-# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 MIX = ALL_METHODS["mixlora"]
 IDS = tiny_ids(3)
 BY_PEFT_ITSELF = ("lora", "dora", "vera")

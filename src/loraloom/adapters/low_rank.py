@@ -143,10 +143,12 @@ def ffn_weights(
 ) -> FfnWeights:
     """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart."""
     # In each projection's A those of `num_experts` experts lie behind one another.
-    shape = layer.ffn_shape
-    (input_A, sides), (down_A, (down,)) = (
-        _sides(block, names, dtype) for names in (shape.inputs, (shape.output,))
-    )
+    shape, parts = layer.ffn_shape, []
+    for names in (shape.inputs, (shape.output,)):
+        modules = [block[name] for name in names if name in block]
+        group = input_group(modules, dtype) if modules else None
+        parts.append((group and group.A, [group and group.projections.get(n) for n in names]))
+    (input_A, sides), (down_A, (down,)) = parts
     # The specification has a gate and an up, each with its own part of the B side.
     if shape.fused:
         sides = _halves(sides[0])
@@ -160,17 +162,6 @@ def ffn_weights(
         rank=next(iter(block.values())).num_columns // num_experts,
         base_combines=layer.ffn[shape.output].is_linear_over_rows,
     )
-
-
-def _sides(
-    block: Mapping[str, Projection], names: Sequence[str], dtype: torch.dtype
-) -> tuple[Tensor | None, list[UpProjection | None]]:
-    """Return the A of projections with one input, and the B side of each; None if not adapted."""
-    modules = [block[name] for name in names if name in block]
-    if not modules:
-        return None, [None] * len(names)
-    group = input_group(modules, dtype)
-    return group.A, [group.projections.get(name) for name in names]
 
 
 def _halves(fused: UpProjection | None) -> list[UpProjection | None]:

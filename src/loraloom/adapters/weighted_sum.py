@@ -135,8 +135,8 @@ class SumProjection(Projection):
             return None
         factor = 1 + torch.stack(excess).sum(0)
         # Updates are divided by it, and rounded; see scale_update.
-        dtype: Any = self.base.linear.weight.dtype
-        least = torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps ** 0.5
+        dtype = self.base.linear.weight.dtype if self.base.quantised is None else torch.bfloat16
+        least = torch.finfo(dtype).eps ** 0.5
         return torch.where(factor.abs() < least, least, factor)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:

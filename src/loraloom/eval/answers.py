@@ -166,7 +166,7 @@ def generate_answers(
     prompts = [replace(prompt, adapter=adapter) for _, prompt, _ in asked.rows]
     requests = make_requests(host, tokenizer, prompts, sampling, prompt_form=form)
     how = [sampling.model_dump_json(), end_tokens(host, tokenizer)]
-    wanted = [(adapter, [*how, one.prompt_ids, one.place, one.continues]) for one in requests]
+    wanted = [(adapter, [*how, one.prompt_ids, one.place, one.turn_end]) for one in requests]
     longest = max(len(one.prompt_ids) for one in requests) + sampling.max_new_tokens
     size = max(1, (scorer.max_tokens_per_batch or BATCH_SIZE * longest) // longest)
 

@@ -28,7 +28,7 @@ from loraloom.models.host import Host
 from loraloom.models.quantization import stored_weights
 
 # Raise it with every change of the code that may change a log-likelihood or an answer.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 
 FILE_NAME = "log_likelihoods.sqlite3"
 
@@ -45,17 +45,21 @@ Tokens = Sequence[Any]
 
 
 class ScoreCache:
-    """Scores of adapters on one base model (None); weights must not change while it is used."""
+    """Scores of adapters on one base model (None), whose own weights must not change."""
 
     def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):
         self.directory = directory
-        self.num_found = self.num_added = 0
         self._host, self._key = host, computation_key(host)
+        self.begin(adapters)
+        with self._open():
+            pass
+
+    def begin(self, adapters: Sequence[str | None]) -> None:
+        """Begin an evaluation: count anew, and look at adapters' weights again."""
+        self.num_found = self.num_added = 0
         self._ids: dict[str | None, str] = {}
         for name in adapters:
             self._id(name, ())
-        with self._open():
-            pass
 
     def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[Any, ...] | None]:
         select = "SELECT log_likelihoods FROM kept WHERE id = ?"

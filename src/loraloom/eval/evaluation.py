@@ -83,6 +83,8 @@ class _Pass:
         self.names = [None, *self.host.adapters] if names is None else list(names)
         self.compared = choose_pairs(self.names) if self.pairs is None else self.pairs
         check_scored(self.names, self.compared)
+        if self.cache is not None:
+            self.cache.begin(self.names)
         self.scorer = Scorer(self.host, self.names, self.max_tokens_per_batch, self.cache)
         # as they are now: while a job trains, checkpoints are replaced
         self.described = describe_adapters(self.sources or {})

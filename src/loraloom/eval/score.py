@@ -127,8 +127,14 @@ def score_questions(
     choices = [pair for x in questions for pair in zip(x.contexts, x.continuations, strict=True)]
     pairs = iter(encode_pairs(tokenizer, choices))
     encoded = [[next(pairs) for _ in question.contexts] for question in questions]
-    if last_tokens:
-        encoded = _encode_last_tokens(tokenizer, questions)
+    if last_tokens:  # of each label, with its prompt apart: as MoE-PEFT's `moe_peft/evaluator.py`
+        prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
+        texts = sorted({text for question in questions for text in question.continuations})
+        ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
+        encoded = [
+            [TokenPair(prompt, ids[text][-1:]) for text in question.continuations]
+            for prompt, question in zip(prompts, questions, strict=True)
+        ]
     max_length = scorer.host.config.max_position_embeddings
     fitted = [
         [fit_pair(pair, max_length, f"{one.task}, question {one.index}: a choice") for pair in of]
@@ -140,22 +146,6 @@ def score_questions(
         name: [QuestionScore(*one) for one in zip(questions, values, truncated, strict=True)]
         for name, values in scores.items()
     }
-
-
-def _encode_last_tokens(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
-) -> list[list[TokenPair]]:
-    """Prompts and labels by themselves, and of each label the last token.
-
-    Source: MoE-PEFT `moe_peft/evaluator.py`.
-    """
-    prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
-    texts = sorted({text for question in questions for text in question.continuations})
-    ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-    return [
-        [TokenPair(prompt, ids[text][-1:]) for text in question.continuations]
-        for prompt, question in zip(prompts, questions, strict=True)
-    ]
 
 
 def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, count
+from itertools import accumulate, chain, combinations, count
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -77,12 +77,9 @@ def score_fields(scores: Sequence[float]) -> Fields:
 def mcnemar_p_value(num_first: int, num_second: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test (1947), min(1, 2 P[X ≤ min(b, c)])."""
     # X is binomial with b + c trials of 1/2; integers keep it exact for any number of questions
-    trials = num_first + num_second
-    term = tail = 1
-    for successes in range(min(num_first, num_second)):
-        term = term * (trials - successes) // (successes + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**trials)
+    trials, fewer = num_first + num_second, min(num_first, num_second)
+    terms = accumulate(range(fewer), lambda term, x: term * (trials - x) // (x + 1), initial=1)
+    return min(1.0, 2 * sum(terms) / 2**trials)
 
 
 def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:

@@ -211,7 +211,10 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     norms: dict[str, list[float]] = defaultdict(list)
     for name, tensor in tensors.items():
         if key := keys.get(name):
-            parameters[_kind(key)] += tensor.numel()
+            # counted as a router's, a LoRA's or an expert's, or by its own name
+            own = "experts" if key.expert is not None else key.part
+            own = f"{key.block} {'LoRA' if own in ('lora_A', 'lora_B') else own}"
+            parameters[_KINDS.get(key.part, own)] += tensor.numel()
             kind = str(replace(key, layer=0, expert=None)).removeprefix("layers.0.")
             norms[kind].append(torch.linalg.vector_norm(tensor, dtype=torch.float64).item())
         elif name.startswith((MODULES, TOKENS)):
@@ -245,12 +248,6 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
         "num_non_finite": sum(not tensor.isfinite().all() for tensor in tensors.values()),
         "file_bytes": {path.name: path.stat().st_size for path in files if path.exists()},
     }
-
-
-def _kind(key: TensorKey) -> str:
-    """What a tensor is counted as: a router's, a LoRA's or an expert's, or by its own name."""
-    own = "experts" if key.expert is not None else key.part
-    return _KINDS.get(key.part, f"{key.block} {'LoRA' if own in ('lora_A', 'lora_B') else own}")
 
 
 def model_card(

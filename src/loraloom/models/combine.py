@@ -101,8 +101,7 @@ def combine(
             scalings = [adapter.config.scaling_of(place) for adapter in adapters]
             strengths = [w * s for w, s in zip(weights, scalings, strict=True)]
             pair = (values, [source[other] for source in sources], strengths)
-            by = _by_svd if combination == "svd" else _by_matrix
-            tensors[name], tensors[other] = by(*pair)
+            tensors[name], tensors[other] = _combined(*pair, by_svd=combination == "svd")
         elif part in ("router", "magnitude"):
             if (total := sum(weights)) <= 0:
                 raise ConfigError(
@@ -193,19 +192,14 @@ def _sum(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     return torch.stack([t * factor for t, factor in zip(tensors, factors, strict=True)]).sum(0)
 
 
-def _by_matrix(
-    lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float]
+def _combined(
+    lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float], *, by_svd: bool
 ) -> tuple[Tensor, Tensor]:
-    """Add up all A and all B, each by the root of the strength; its sign goes to A."""
-    roots = [abs(strength) ** 0.5 for strength in strengths]
-    signed = [math.copysign(root, sign) for root, sign in zip(roots, strengths, strict=True)]
-    return _sum(lora_A, signed), _sum(lora_B, roots)
-
-
-def _by_svd(
-    lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Compute the best approximation of Σ s_i B_i A_i of their rank."""
+    """Add up all A and all B, or take the best approximation of Σ s_i B_i A_i of their rank."""
+    if not by_svd:  # each by the root of the strength, whose sign goes to A
+        roots = [abs(strength) ** 0.5 for strength in strengths]
+        signed = [math.copysign(root, sign) for root, sign in zip(roots, strengths, strict=True)]
+        return _sum(lora_A, signed), _sum(lora_B, roots)
     rank = len(lora_A[0])
     total = _sum([b @ a for a, b in zip(lora_A, lora_B, strict=True)], strengths)
     left, values, right = torch.linalg.svd(total, full_matrices=False)

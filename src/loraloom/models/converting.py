@@ -16,7 +16,7 @@ from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import refuse_own_parts, tensor_shapes
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.formats.disk import AdapterFiles, find_adapter, write_new
+from loraloom.formats.disk import find_adapter, write_new
 from loraloom.formats.fields import check_reference_holds
 from loraloom.formats.files import fit_to_base, model_card, read_stored, seen_base
 from loraloom.formats.layouts import render
@@ -67,7 +67,12 @@ def convert(
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
         check_reference_holds(config)
-        files = _for_reference(files, config.dropout)
+        fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
+        expert = fields.get("expert_lora")
+        if expert and "lora_dropout" in expert:
+            dropout = max(expert["lora_dropout"], _LEAST_DROPOUT)
+            fields["expert_lora"] = {**expert, "lora_dropout": dropout}
+        files = replace(files, config=fields, metadata={})
     write_new(path, files, model_card(config, base, prompt=prompt), pickled=to == "reference")
     return config
 
@@ -89,12 +94,3 @@ def _read(
     if tensors.keys() != tensor_shapes(config, base).keys():
         raise AdapterError(f"{stored.source} contains no magnitudes; pass --base-model")
     return config, tensors, base, stored.prompt
-
-
-def _for_reference(files: AdapterFiles, dropout: float) -> AdapterFiles:
-    fields = {**files.config, "lora_dropout": max(dropout, _LEAST_DROPOUT)}
-    expert = fields.get("expert_lora")
-    if expert and "lora_dropout" in expert:
-        dropout = max(expert["lora_dropout"], _LEAST_DROPOUT)
-        fields["expert_lora"] = {**expert, "lora_dropout": dropout}
-    return replace(files, config=fields, metadata={})

@@ -68,13 +68,12 @@ class ForwardContext:
         self, place: AttentionPlace, segment: Segment, rows: Tensor, dtype: torch.dtype
     ) -> tuple[Any, ...]:
         """Return a segment's weights, its product with A, its input and its tokens."""
-        if segment.row is None:
-            return (None,)
-        group = self.forms.attention(segment.row, place.layer, place.group, dtype)
-        if group is None:
+        row = segment.row
+        group = row and self.forms.attention(row, place.layer, place.group, dtype)
+        if row is None or group is None:
             return (None,)
         tokens = self.tokens(segment, place.layer, rows.device)
-        low_rank = segment.row[0].attention_low_rank(group, rows, place.site, tokens)
+        low_rank = row[0].attention_low_rank(group, rows, place.site, tokens)
         return group, low_rank, rows, tokens
 
     def recomputing(self) -> ForwardContext:

@@ -588,6 +588,7 @@ class Host:
         prepared: PreparedWeights | None = None,
     ) -> ForwardContext:
         """Open a forward's context; `inputs` are the base model's other ones, which it changes."""
+        self._registry.wiring.check_blocks()
         batch_size, length = input_ids.shape
         training = self.training if training is None else training
         checkpointing = training and self.gradient_checkpointing
@@ -633,6 +634,8 @@ class Host:
         prepared = self._prepared_here() if prepared is None else prepared
         has_padding = any(segment.real is not None for segment in layout.segments)
         is_plain = not (training or torch.is_grad_enabled() or has_padding)
+        # a quantized layer's outputs have its inputs' dtype, whatever autocast's is
+        is_plain = is_plain and not (self.base.quantization and is_autocast_on(self.device.type))
         plan = None
         if prepared is not None and is_plain and any(rows):
             place = self.device.type
@@ -685,7 +688,6 @@ class Host:
         self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
     ) -> Visit:
         """Open the context of a forward that another program makes with `inputs`, by name."""
-        self._registry.wiring.check_blocks()
         keys, record = None, None
         if rows.training:
             # Nobody can tell whether the trainer scales its loss.

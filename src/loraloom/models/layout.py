@@ -120,10 +120,9 @@ class Layout:
 
     def sample_tokens(self, adapter_name: str) -> list[SampleTokens] | None:
         """Return an adapter's samples in the order of their tokens; None outside training."""
-        own = [s for s in self.segments if s.row is not None and s.row[0].name == adapter_name]
-        own = [segment for segment in own if segment.spans is not None]
-        spans = [span for segment in own for span in segment.spans or ()]
-        return [SampleTokens(span.num_tokens) for span in spans] if own else None
+        spans = [s.spans for s in self.segments if s.row and s.row[0].name == adapter_name]
+        own = [of_segment for of_segment in spans if of_segment is not None]
+        return [SampleTokens(span.num_tokens) for one in own for span in one] if own else None
 
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, L, N] into each segment's tokens, [T, N]."""

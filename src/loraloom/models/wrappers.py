@@ -122,7 +122,7 @@ class FfnBlock:
             parts = [self._segment(forward, *segment) for segment in segments]
         sizes = [len(part.hidden) for part in parts]
         hidden = parts[0].hidden if len(parts) == 1 else torch.cat([p.hidden for p in parts])
-        output = _outputs(self.output, hidden)
+        output = _outputs(self.output, hidden).to(gate.dtype)  # int8's may have autocast's
         # A view of rows can't be added to in place where there are several.
         outputs = [output] if len(parts) == 1 else output.split(sizes)
         with outside_autocast(gate):

@@ -163,8 +163,7 @@ class _Step:
     def finish(self, output: Tensor) -> Tensor:
         weights, down = self.weights, self.weights.down
         if weights.unweighted_bias is not None:
-            excess = sum(self.slot_weights).flatten(0, 1) - 1  # pyright: ignore
-            output = output + excess * weights.unweighted_bias
+            output = output + (sum(self.slot_weights).flatten(0, 1) - 1) * weights.unweighted_bias
         if down is not None and self.down_rank is not None:
             if down.row_scale is None:
                 # In place: whoever gets the same tensor back need not join the cohorts' rows.
@@ -213,12 +212,10 @@ class _Step:
         if side.row_scale is None:
             # Added to the update, which is the step's own: slots share the base's rows.
             return update.add_(output)
-        return decompose(output.expand_as(update), update, self._factors(side.row_scale), side.bias)
-
-    def _factors(self, row_scale: Tensor) -> Tensor:
-        if self.masks is None or row_scale.shape[:2].numel() == 1:
-            return row_scale
-        return embedding(self._factors_of, row_scale.flatten(0, 1))
+        factors = side.row_scale
+        if self.masks is not None and factors.shape[:2].numel() != 1:
+            factors = embedding(self._factors_of, factors.flatten(0, 1))
+        return decompose(output.expand_as(update), update, factors, side.bias)
 
     @cached_property
     def _factors_of(self) -> Tensor:

@@ -75,8 +75,7 @@ def _chunk_tokens(vocab_size: int) -> int:
 
 
 def _chunks(vocab_size: int, *rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    size = _chunk_tokens(vocab_size)
-    return zip(*(values.split(size) for values in rows), strict=True)
+    return zip(*(values.split(_chunk_tokens(vocab_size)) for values in rows), strict=True)
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:

@@ -57,16 +57,14 @@ def _is_job(path: Path) -> bool:
 
 
 def _read_job(directory: Path, run: str) -> Job:
+    """Read a job's two files; a last line of metrics that is being written is passed over."""
     file, name = directory / RESULT_FILE, directory.resolve().name
     result = read_json(file, DataError) if file.is_file() else None
-    return Job(name, run, _read_metrics(directory / METRICS_FILE), result, name)
-
-
-def _read_metrics(file: Path) -> list[Fields]:
-    """Read metrics.jsonl; a last line that is being written is passed over."""
+    file = directory / METRICS_FILE
     *lines, last = read_text(file, DataError).split("\n") if file.is_file() else [""]
     numbered = enumerate(lines, start=1)
     metrics = [parse_json(line or "{}", f"{file}, line {n}", DataError) for n, line in numbered]
     with suppress(DataError):
         metrics.append(parse_json(last, str(file), DataError))
-    return [line for line in metrics if isinstance(line, dict) and "step" in line]
+    metrics = [line for line in metrics if isinstance(line, dict) and "step" in line]
+    return Job(name, run, metrics, result, name)
