@@ -135,7 +135,9 @@ class SumProjection(Projection):
             return None
         factor = 1 + torch.stack(excess).sum(0)
         # Updates are divided by it, and rounded; see scale_update.
-        dtype = self.base.linear.weight.dtype if self.base.quantised is None else torch.bfloat16
+        dtype: Any = torch.bfloat16
+        if self.base.quantised is None:
+            dtype = self.base.linear.weight.dtype
         least = torch.finfo(dtype).eps ** 0.5
         return torch.where(factor.abs() < least, least, factor)
 

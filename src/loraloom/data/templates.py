@@ -202,7 +202,8 @@ class ChatTemplate:
             return ""
         added = self.tokenizer.added_tokens_decoder.values()
         ends = [str(one) for one in added if one.special and behind.startswith(str(one))]
-        return "".join({max(ends, key=len, default="")} - {self.tokenizer.eos_token})
+        end = max(ends, key=len, default="")
+        return "" if end == self.tokenizer.eos_token else end
 
     def _compile(self, tools: list[dict[str, Any]] | None) -> Template:
         read = chat_template_utils._compile_jinja_template

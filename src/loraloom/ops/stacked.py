@@ -163,7 +163,8 @@ class _Step:
     def finish(self, output: Tensor) -> Tensor:
         weights, down = self.weights, self.weights.down
         if weights.unweighted_bias is not None:
-            output = output + (sum(self.slot_weights).flatten(0, 1) - 1) * weights.unweighted_bias
+            excess = sum(self.slot_weights).flatten(0, 1) - 1  # pyright: ignore
+            output = output + excess * weights.unweighted_bias
         if down is not None and self.down_rank is not None:
             if down.row_scale is None:
                 # In place: whoever gets the same tensor back need not join the cohorts' rows.
