@@ -97,7 +97,7 @@ def encode_prompt(
             for what, one, other in omissions(conversation, len(messages)):
                 with suppress(TemplateError):
                     if what[:8] == "the tool" and template.render(one) == template.render(other):
-                        raise DataError(f"the chat template drops {what}; take another template")
+                        raise DataError(f"the chat template drops {what}; serve with another")
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None
         except TemplateError as error:

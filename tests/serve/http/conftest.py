@@ -12,7 +12,8 @@ from tests.tiny import tiny_host
 
 TEMPLATE = (
     "{% for tool in tools or [] %}tool {{ tool['function']['name'] }}\n{% endfor %}"
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for one in message['tool_calls'] %}{{ one['function']['name'] }}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 

@@ -306,7 +306,7 @@ def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypa
     body = CHAT | {"tools": [{"type": "function", "function": {"name": "paint"}}]}
     assert encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
-    with pytest.raises(DataError, match="train or serve with another"):
+    with pytest.raises(DataError, match="drops the tools; serve with another"):
         encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     assert encode_prompt(
         tokenizer, chat_prompt(ChatBody.model_validate(body | {"tool_choice": "none"}))
