@@ -298,9 +298,8 @@ class JobConfig(StrictModel):
         tasks = [task_name(evaluation.task) for evaluation in self.eval]
         if len(set(tasks)) < len(tasks):
             yield f"eval must name each task once, got {', '.join(tasks)}"
-        if (train.eval_steps or train.eval_on_start) and not (
-            self.data.has_validation or self.eval
-        ):
+        evaluates = train.eval_steps or train.eval_on_start
+        if evaluates and not (self.data.has_validation or self.eval):
             yield f"train.eval_steps requires data to evaluate; {_GIVE}"
         if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
             yield f"train.lr_scheduler {train.lr_scheduler} requires train.eval_steps; {_GIVE} too"
