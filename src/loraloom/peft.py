@@ -23,7 +23,7 @@ from loraloom.adapters import CONFIGS, LISTENERS, parse_adapter_config
 from loraloom.adapters.method import Adapter, AdapterConfig, check_config
 from loraloom.durable import write_json
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.formats.disk import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterFiles
+from loraloom.formats.disk import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterFiles, find_adapter
 from loraloom.formats.files import fit_to_base, parse_files, read_stored
 from loraloom.formats.layouts import render
 from loraloom.models.host import Host
@@ -70,6 +70,8 @@ class LoraloomConfig(PeftConfig):
     ) -> LoraloomConfig:
         """Read an adapter's configuration; of a directory with what its tensors say of patterns."""
         directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if not (directory.exists() or subfolder or kwargs):
+            directory = find_adapter(str(directory))
         files = {path.name for path in directory.glob("adapter_*")}
         if CONFIG_FILE not in files or not files & {WEIGHTS_FILE, PICKLE_FILE}:
             name = str(pretrained_model_name_or_path)
@@ -188,12 +190,16 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(
-        self, *_: Any, adapter_names: Sequence[str] | None = None, **__: Any
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Iterator[None]:
         if adapter_names is None:
             yield
             return
         names = [None if name == "__base__" else name for name in adapter_names]
+        inputs = (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds")), names)
+        rows = next(one for one in inputs if one is not None)
+        if len(names) != len(rows):
+            raise AdapterError(f"adapter_names must name one per row, {len(rows)}, got {names}")
         with self.host.outer_forward.of_rows(self._rows(names)):
             yield
 

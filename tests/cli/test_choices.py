@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -107,6 +108,13 @@ def test_a_cache_that_can_not_be_used_is_an_error(run, tmp_path, monkeypatch, ca
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     run(code=2)
     assert capsys.readouterr().err.startswith("error: scores cannot be cached in")
+
+
+def test_results_are_written_before_they_are_printed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("loraloom.cli.eval.print_tables", Mock(side_effect=BrokenPipeError))
+    run("--per-question", str(tmp_path / "q.jsonl"), code=1)
+    assert (tmp_path / "q.jsonl").exists()
+    assert (tmp_path / "result.json").exists()
 
 
 def test_the_file_says_how_results_were_got(run, saved):
@@ -223,5 +231,4 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, saved, line, message):
-    data = ["--data", str(saved / "data")]
-    assert message in refused(run, line, task=data, adapters=[], code=2)
+    assert message in refused(run, line, task=["--data", str(saved / "data")], adapters=[], code=2)

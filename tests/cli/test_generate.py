@@ -181,6 +181,7 @@ def test_other_rows_are_not_continued(job, tmp_path, capsys, rows):
 
 def test_the_input_is_never_overwritten(run, tmp_path):
     path = write_rows(tmp_path / "in.jsonl", {"prompt": "one"})
+    (tmp_path / "in.jsonl").write_text('{"prompt": "one"}')  # no line of it is whole
     for more in ([], ["--resume"]):
         assert run("--input", path, "--output", path, *more) == 2
     assert read_rows(tmp_path / "in.jsonl") == [{"prompt": "one"}]

@@ -98,8 +98,7 @@ def test_loss_is_on_the_completion_and_a_closing_eos(tiny_tokenizer):
 
 
 def test_a_long_prompt_loses_its_beginning_and_the_answer_stays_or_is_dropped(tiny_tokenizer):
-    prompt = "one two one two one two Answer:"
-    (row,) = encode_completions(tiny_tokenizer, [(prompt, " blue")], 10)
+    (row,) = encode_completions(tiny_tokenizer, [("one two one two one two Answer:", " blue")], 10)
     (piece,) = row.pieces
     assert row.is_cut
     assert len(piece.input_ids) == 10

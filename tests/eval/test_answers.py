@@ -50,7 +50,7 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
     rows = [{"instruction": x, "output": of} for x, of in zip(ASKED, right, strict=True)]
     data = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "format": "instruction"}
     file = task(metric=metric, data=data | {"template": "plain"}, sampling={"max_new_tokens": 6})
-    options = {"cache": ScoreCache(tmp_path, host, NAMES)}
+    options = {"cache": ScoreCache(tmp_path, host)}
     found = evaluate(host, tiny_tokenizer, file, NAMES, **options)
     given = [line["answer"] for line in found.lines()]
     assert given == [text for name in NAMES for text in texts[name]]

@@ -27,7 +27,7 @@ def base():
 @pytest.fixture
 def reopen(tmp_path, base):
     """Open the cache of the base model."""
-    return lambda: ScoreCache(tmp_path / "cache", base, [None])
+    return lambda: ScoreCache(tmp_path / "cache", base)
 
 
 def encoded(*continuations):
@@ -81,7 +81,7 @@ def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path, base):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"scores cannot be cached in .*, or pass --no-cache"):
-        ScoreCache(tmp_path / "file" / "cache", base, [None])
+        ScoreCache(tmp_path / "file" / "cache", base)
 
 
 def test_what_is_kept_is_shared_and_may_be_deleted_at_any_time(tmp_path, reopen):
@@ -106,7 +106,7 @@ def calls(monkeypatch):
 
 
 def score(host, tokenizer, directory, adapters=ADAPTERS, questions=None, max_tokens=None, **rest):
-    cache = ScoreCache(directory, host, adapters)
+    cache = ScoreCache(directory, host)
     asked = some_questions() if questions is None else questions
     scorer = Scorer(host, adapters, max_tokens, cache)
     return score_questions(scorer, tokenizer, asked, **rest), cache

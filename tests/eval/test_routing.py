@@ -102,7 +102,7 @@ def test_batches_padding_neighbours_and_lost_memory_change_nothing(tiny_tokenize
 
 def test_questions_whose_scores_were_kept_are_not_covered(tiny_tokenizer, tmp_path):
     host = scoring_host()
-    cache = ScoreCache(tmp_path, host, NAMES)
+    cache = ScoreCache(tmp_path, host)
     score_questions(Scorer(host, NAMES, cache=cache), tiny_tokenizer, some_questions()[1:3])
     task = tallied(host, tiny_tokenizer, cache=cache)["mixlora"]["tasks"]["toy"]
     assert (task["num_questions"], task["num_questions_covered"]) == (5, 3)

@@ -256,8 +256,7 @@ def test_a_row_that_memory_has_no_room_for_beside_others_waits(
 def test_requests_that_take_too_long_end_and_let_their_adapters_go(make_engine, tiny_tokenizer):
     events, gone = [], []
     engine = make_engine(max_request_s=0.0)
-    asked = request(tiny_tokenizer, "the sky", "lora")
-    engine.submit(asked, events.append, lambda: gone.append(1))
+    engine.submit(request(tiny_tokenizer, "the sky", "lora"), events.append, lambda: gone.append(1))
     finish(engine)
     assert events[0].code == "timeout"
     assert gone == [1]

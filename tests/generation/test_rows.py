@@ -80,6 +80,5 @@ def test_contexts_are_cut_from_the_left():
 
 @pytest.mark.parametrize("num_tokens", [0, 2])
 def test_a_continuation_that_does_not_fit_is_an_error(num_tokens):
-    message = f"a choice must have 1 to 1 tokens, got {num_tokens}"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"a choice must have 1 to 1 tokens, got {num_tokens}"):
         fit_pair(TokenPair([1, 2, 3], [4] * num_tokens), 1, "a choice")

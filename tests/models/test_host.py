@@ -9,7 +9,7 @@ import torch
 
 import loraloom
 from loraloom.adapters import LoraConfig
-from loraloom.errors import AdapterError, ConfigError, ModelError
+from loraloom.errors import AdapterError, ConfigError, DataError, ModelError
 from tests.tiny import METHODS, changed, padded_mask, tiny_host, tiny_ids, tiny_model
 
 
@@ -60,6 +60,8 @@ def test_adapters_are_one_a_row(names):
     host = tiny_host()
     with pytest.raises(AdapterError, match=f"each of the 2 rows, got {len(names)}"):
         host(tiny_ids(2), adapters=names)
+    with pytest.raises(DataError, match="attention_mask must have 6 columns, got 3"):
+        host(tiny_ids(2, 6), torch.ones(2, 3))
     with pytest.raises(AdapterError, match="each of the 2 rows, got 'ab'"):
         host.generate(tiny_ids(2), adapters="ab")
 
@@ -123,6 +125,8 @@ def test_attach_freezes_and_detach_restores_gradients_modes_hooks_and_forwards()
     host.hidden(tiny_ids(1), adapters=["a"], sample_keys=[1]).last_hidden_state.sum().backward()
     host.eval()
     assert host.detach() is model
+    with pytest.raises(AdapterError, match="is detached from its model"):
+        host(tiny_ids(1))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes

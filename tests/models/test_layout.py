@@ -42,20 +42,14 @@ def packed_and_alone(family: str, **changes):
     names, keys, length = ["mixlora", "dora"], [11, 12, 13, 14, 15], 9
     host.train()
     ids = tiny_ids(2, length)
-    mask = torch.ones_like(ids)  # has no effect
-    packed = host.hidden(ids, mask, names, keys, sample_lengths=LENGTHS)
-    alone, places = [], []
-    rest = iter(keys)
+    packed = host.hidden(ids, torch.ones_like(ids), names, keys, sample_lengths=LENGTHS)
+    states, alone, rest = packed.last_hidden_state.detach(), [], iter(keys)
     for row, lengths in enumerate(LENGTHS):
-        start = 0
-        for count in lengths:
-            own = ids[row : row + 1, start : start + count]
-            out = host.hidden(own, adapters=[names[row]], sample_keys=[next(rest)])
+        for own in ids[row, : sum(lengths)].split(lengths):
+            out = host.hidden(own[None], adapters=[names[row]], sample_keys=[next(rest)])
             alone.append(out.last_hidden_state[0].detach())
-            places.append((row, slice(start, start + count)))
-            start += count
-    states = packed.last_hidden_state.detach()
-    return [states[place] for place in places], alone
+    parts = [state[: sum(own)].split(own) for state, own in zip(states, LENGTHS, strict=True)]
+    return [*parts[0], *parts[1]], alone
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

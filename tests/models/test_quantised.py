@@ -282,8 +282,9 @@ def test_a_format_that_nobody_knows_is_read_by_what_the_layer_computes():
 
 def test_what_cant_be_had_is_an_error_before_anything_is_loaded(saved, monkeypatch):
     monkeypatch.setattr("loraloom.models.loading._read_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ModelError, match="nf4 does not support dtype: float64"):
-        loraloom.load_base_model(str(saved / "base"), quantization="nf4", dtype="float64")
+    for one in ("nf4", "torchao-int8"):
+        with pytest.raises(ModelError, match=f"{one} does not support dtype: float64"):
+            loraloom.load_base_model(str(saved / "base"), quantization=one, dtype="float64")
     with pytest.raises(ConfigError, match="got 'nf5'; did you mean 'nf4'"):
         loraloom.load_base_model(str(saved / "base"), quantization="nf5")
 

@@ -11,18 +11,8 @@ import torch
 from loraloom.models.host import Host, HostOutput
 from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids
 
-ROWS = [
-    "lora",
-    None,
-    "mixlora-b",
-    "lora-b",
-    "mixlora",
-    "mixlora-b",
-    "dora",
-    None,
-    "mixdora",
-    "lora",
-]
+ROWS = ["lora", None, "mixlora-b", "lora-b", "mixlora", "mixlora-b", "dora", None, "mixdora"]
+ROWS += ["lora"]
 
 
 def host_with_pairs(family: str) -> Host:

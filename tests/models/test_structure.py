@@ -58,8 +58,7 @@ def double_logits(model: nn.Module) -> None:
 
 
 def fail(model: nn.Module) -> None:
-    mlp = model.model.layers[0].mlp
-    mlp.register_forward_pre_hook(lambda module, args: module.no_such_thing)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: module.no_such_thing)
 
 
 @pytest.mark.parametrize(

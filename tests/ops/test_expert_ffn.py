@@ -69,8 +69,7 @@ def test_output_and_gradients_are_those_of_a_dense_loop(ffn, shape, kind, top_k,
 @pytest.mark.parametrize(("shape", "targets"), PARTS)
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_projections_without_experts_keep_their_base_output(ffn, shape, targets, decomposed):
-    case = make_case(shape, targets=targets, dropout=0.4, decomposed=decomposed)
-    assert_equals_loop(ffn, case)
+    assert_equals_loop(ffn, make_case(shape, targets=targets, dropout=0.4, decomposed=decomposed))
 
 
 @lean_ways

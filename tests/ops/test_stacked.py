@@ -98,8 +98,7 @@ def test_projections_without_experts_keep_their_base_output(shape, targets, deco
 @decomposed_or_not
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
-    cases = cases_of_two_adapters(shape, top_k=1, num_experts=1, decomposed=decomposed)
-    check(cases, routed=False)
+    check(cases_of_two_adapters(shape, top_k=1, num_experts=1, decomposed=decomposed), routed=False)
 
 
 @decomposed_or_not

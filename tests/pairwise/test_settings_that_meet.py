@@ -254,8 +254,7 @@ def test_texts_of_one_batch_are_those_of_a_loop_without_cache(directory, base):
     texts = loraloom.generate(
         host, tokenizer, [loraloom.Prompt(*prompt) for prompt in prompts], sampling, raw=True
     )
-    expected = [_slow_text(host, tokenizer, text, name) for text, name in prompts]
-    assert texts == expected
+    assert texts == [_slow_text(host, tokenizer, text, name) for text, name in prompts]
 
 
 def _slow_text(host: Any, tokenizer: Any, text: str, name: str | None) -> str:

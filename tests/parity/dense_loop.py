@@ -95,8 +95,7 @@ class DenseAdapter:
         if f"{key}.lora_A" not in self.tensors:
             return
         if block == self.base.ffn:
-            is_output = name == self.base.ffn_projections[-1]
-            site = Site.FFN_SLOT if is_output else Site.FFN_INPUT
+            site = Site.FFN_SLOT if name == self.base.ffn_projections[-1] else Site.FFN_INPUT
         else:
             site = Site.ATTENTION_OUTPUT if name in OUTPUT_PROJECTIONS else Site.ATTENTION_INPUT
         module.forward = lambda x: self._dense(

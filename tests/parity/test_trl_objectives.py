@@ -130,8 +130,7 @@ def assert_equals(ours: MicroBatchLoss, job: Job, loss: Tensor, metrics: dict) -
 )
 def test_dpo_is_that_of_trl(dpo_trainer, objective, method):
     host, job = pair_job(objective, method)
-    ours = run_window(host, [job])["a"]
-    assert_equals(ours, job, *trl_dpo(dpo_trainer, host, job, objective))
+    assert_equals(run_window(host, [job])["a"], job, *trl_dpo(dpo_trainer, host, job, objective))
 
 
 def trl_cpo(trainer_class, host: Host, job: Job, objective: dict) -> tuple[Tensor, dict]:

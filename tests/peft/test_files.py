@@ -68,6 +68,15 @@ def test_what_peft_saves_gives_its_logits_and_goes_back(choice, safe, tmp_path):
     assert host.adapter("b").config == host.adapter("a").config
 
 
+def test_places_are_found_by_peft_where_layers_have_another_name(tmp_path):
+    base = [tiny_model("gptj", torch.float32, rotary_dim=4) for _ in range(2)]
+    host = loraloom.attach(base[0])
+    randomise(host.add("a", LoraConfig(target_modules=("layers.1.attn.q_proj", "fc_in"))))
+    host.save("a", tmp_path)
+    again = PeftModel.from_pretrained(base[1], tmp_path)
+    assert relative_error(logits(again), logits(host, adapters=["a"] * 3)) < 1e-5
+
+
 OURS = {
     "layers": LoraConfig(rank=3, layers=(1,)),
     "places": LoraConfig(rank=3, target_modules=("layers.0.mlp.up_proj", "o_proj")),
@@ -102,6 +111,7 @@ def test_gradients_are_those_of_peft(choice, tmp_path):
         ({"rank_pattern": {"nope": 3}}, "pattern must match adapted projections.*got nope"),
         ({"alpha_pattern": {"q_proj": 3}, "target_modules": "ffn"}, "alpha_pattern must match"),
         ({"target_modules": ("layers.9.mlp.up_proj",)}, "target_modules must name projections"),
+        ({"target_modules": ("layers.1.mlp.up_proj", "q_proj"), "layers": (0,)}, "got layers.1"),
     ],
 )
 def test_choices_without_effect_are_refused(settings, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import peft
 import pytest
 import torch
@@ -75,19 +77,19 @@ def test_a_router_by_prompt_goes_to_peft_and_back(tmp_path):
     host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
     host.adapter("auto").chooser.router.normal_()
     host.save("auto", tmp_path / "ours")
-    base = tiny_model(dtype=torch.float32)
-    wrapped = PeftModel.from_pretrained(base, tmp_path / "ours", "auto")
+    wrapped = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path / "ours", "auto")
     wrapped.save_pretrained(tmp_path / "theirs")
     host.load("theirs", tmp_path / "theirs" / "auto")
     assert torch.equal(logits(wrapped), logits(host, adapters=["theirs"] * 3))
 
 
 @pytest.mark.parametrize("method", BY_PEFT_ITSELF)
-def test_files_of_pefts_own_methods_load_as_either(method, tmp_path):
+def test_files_of_pefts_own_methods_load_as_either(method, tmp_path, monkeypatch):
     peft_model(ALL_METHODS[method]).save_pretrained(tmp_path)
     theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path)
     assert not isinstance(theirs.peft_config["default"], LoraloomConfig)
-    config = LoraloomConfig.from_pretrained(tmp_path)
+    monkeypatch.setattr("loraloom.formats.disk.snapshot_download", lambda *_, **__: tmp_path)
+    config = LoraloomConfig.from_pretrained("owner/name")
     ours = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path, config=config)
     assert relative_error(logits(ours), logits(theirs)) < 1e-6
 
@@ -157,6 +159,7 @@ def test_in_training_the_loss_has_the_auxiliary_loss(checkpointing):
     (expected.loss + aux).backward()
     assert aux > 0
     assert torch.equal(out.aux_loss, aux)
+    assert pickle.loads(pickle.dumps(wrapped.config)).router_aux_loss_coef == 1.0
     theirs = parameter_grads(host.adapter("default"))
     ours = parameter_grads(wrapped.base_model.host.adapter("default"))
     assert all(relative_error(ours[name], theirs[name]) < 1e-6 for name in theirs)
@@ -205,5 +208,7 @@ def test_what_can_not_be_used_is_refused_and_leaves_the_base_model_alone(tmp_pat
     wrapped = peft_model(model=base)
     with pytest.raises(AdapterError, match="for each of the 4 rows, got 2"):
         wrapped(tiny_ids(4), adapter_names=["default", "__base__"])
+    with pytest.raises(AdapterError, match="adapter_names must name one per row, 4, got"):
+        wrapped.generate(input_ids=tiny_ids(4), adapter_names=["default", "__base__"])
     with pytest.raises(AdapterError, match="one adapter can be active at a time"):
         wrapped.base_model.set_adapter(["default", "other"])

@@ -20,11 +20,9 @@ from loraloom.peft import LoraloomConfig
 from tests.conftest import build_tokenizer
 from tests.tiny import ALL_METHODS, changed, relative_error, tiny_ids, tiny_model
 
-# peft 0.21 and trl 1.16 use names that transformers 5.24 calls deprecated
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
-]
+# trl 1.16 uses a name that transformers 5.24 calls deprecated
+deprecated = "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
+pytestmark = pytest.mark.filterwarnings(deprecated)
 
 MIX = changed(ALL_METHODS["mixlora"], router_aux_loss_coef=0.5)
 IDS = tiny_ids(4, 9)

@@ -21,8 +21,7 @@ def write_run(path: Path, jobs: Sequence[str] = ("mix", "lora"), num_steps: int 
         directory = path / name
         directory.mkdir(parents=True)
         lines = [*_steps(num_steps, place), {"step": num_steps, "eval/arc_easy/accuracy": 0.5}]
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        (directory / "metrics.jsonl").write_text(text)
+        (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         (directory / "result.json").write_text(json.dumps(job_result(name, num_steps)))
     return path
 

@@ -192,8 +192,10 @@ def test_a_fault_is_one_message_before_anything_is_loaded(
 def test_auto_in_the_environment_is_the_cluster_of_this_machine_too(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     services = SimpleNamespace(canonicalize_bootstrap_address=Mock(side_effect=ConnectionError))
-    ray = SimpleNamespace(init=Mock(), _private=SimpleNamespace(services=services))
-    workers._connect(ray, "auto")
+    init = Mock(side_effect=Exception("timed out"))
+    ray = SimpleNamespace(init=init, _private=SimpleNamespace(services=services))
+    with pytest.raises(ConfigError, match="can be reached, got 'local': timed out"):
+        workers._connect(ray, "auto")
     assert ray.init.call_args.args == ("local",)
 
 

@@ -139,8 +139,8 @@ class AdapterConfig(StrictModel, ABC):
         """Raise an AdapterError if a setting means nothing on a base model."""
         keys, odd = [base.key for layer in base_layers for base in layer.projections], []
         if not isinstance(self.target_modules, str):
-            names = {key.rpartition(".")[2] for key in keys}
-            known = {t for t in self.target_modules if any(is_meant(t, key) for key in keys)}
+            names, adapted = {key.rpartition(".")[2] for key in keys}, self.adapted(base_layers)
+            known = {t for t in self.target_modules if any(is_meant(t, b.key) for b in adapted)}
             odd = sorted({*self.target_modules} - (known if self.targets_places else names))
         if odd or not self.adapted(base_layers):
             raise AdapterError(
@@ -453,8 +453,7 @@ class Adapter(nn.Module, ABC):
             if weight.requires_grad and held[weight.untyped_storage().data_ptr()] < weight.numel():
                 raise AdapterError(
                     f"tensors() of {self.config.title} must yield views of all trained parameters, "
-                    f"got none or a part of {name}; yield {name}, or freeze the parameter with "
-                    "requires_grad_(False)"
+                    f"got none or a part of {name}; yield {name}, or freeze it"
                 )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -467,8 +466,7 @@ class Adapter(nn.Module, ABC):
         if odd:
             raise AdapterError(
                 f"tensors don't match adapter {self.name!r}: {', '.join(sorted(odd)[:3])} (of "
-                f"{len(odd)}) are missing, unexpected or of another shape; check that config and "
-                "weights belong together"
+                f"{len(odd)}) are missing, unexpected or of another shape; use one adapter's files"
             )
         with torch.no_grad():
             for name, tensor in tensors.items():

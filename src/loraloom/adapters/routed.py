@@ -123,10 +123,8 @@ class RoutedConfig(AdapterConfig):
             refuse_own_parts(one.adapter, "an expert", "be routed to")
             one.adapter.check_fits(base_layers)
         if self.num_layers_read > len(base_layers):
-            raise AdapterError(
-                f"num_layers_read must be at most the base model's {len(base_layers)} layers, got "
-                f"{self.num_layers_read}"
-            )
+            most = f"num_layers_read must be at most the base model's {len(base_layers)} layers"
+            raise AdapterError(f"{most}, got {self.num_layers_read}")
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int

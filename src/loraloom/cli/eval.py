@@ -126,11 +126,11 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
     for name, routing in found.routing.items():
         for warning in routing.get("warnings", ()):
             messages.print(f"warning: adapter {name}: {warning}")
-    print_tables(make_console(), found.tables())
     for path in run.output:
         found.write(path)
     if run.per_question is not None:
         write_lines(run.per_question, lines)
+    print_tables(make_console(), found.tables())  # last: its reader may be gone
 
 
 def _names(values: Sequence[str]) -> list[str]:
@@ -165,7 +165,7 @@ def _score(run: EvalRun) -> Evaluation:
     host, tokenizer = load_host(run, run.adapters)
     options: dict[str, Any] = {
         "pairs": choose_pairs(run.names, run.compare),
-        "cache": None if run.no_cache else ScoreCache(cache_directory() / "eval", host, run.names),
+        "cache": None if run.no_cache else ScoreCache(cache_directory() / "eval", host),
         "max_tokens_per_batch": run.batch_tokens,
         "console": make_console(stderr=True, soft_wrap=True),
         "sources": run.adapters,

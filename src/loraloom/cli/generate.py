@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from loraloom.adapters.weighted_sum import is_sum
 from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
-from loraloom.config.text import parse_json, read_text
+from loraloom.config.text import parse_json
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
@@ -157,10 +157,12 @@ def _count_done(options: GenerateOptions, rows: Rows) -> int:
         return 0
     if not options.resume:
         raise ConfigError(f"--output {path} exists; pass --resume to continue, or delete the file")
-    cut_torn_line(path)
-    done = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
+    *lines, torn = path.read_bytes().split(b"\n")
+    done = [parse_json(line.decode(errors="replace"), str(path)) for line in lines]
     answered = [row for row in done if isinstance(row, dict) and "completion" in row]
     answers = [{n: row[n] for n in ("completion", "chosen") if n in row} for row in answered]
-    if [{**row, **one} for row, one in zip(rows, answers, strict=False)] != done:
+    is_ours = torn[:1] in (b"", b"{") and torn[-1:] != b"}"
+    if not is_ours or [{**row, **one} for row, one in zip(rows, answers, strict=False)] != done:
         raise ConfigError(f"--output {path} contains rows of another command; choose another file")
+    cut_torn_line(path)
     return len(done)

@@ -86,6 +86,7 @@ def quickstart(
     found = evaluate(
         host, tokenizer, tasks, asked, scoring="text", split="test", pairs=[(ROUTED, together)]
     )
+    found.write(output_dir / "eval.json")
     console.print(_findings(found, dict(zip(lands, tasks, strict=True)), together))
     table = make_table("questions of", values=lands)
     for land, of_task in zip(lands, found.routing[ROUTED]["tasks"].values(), strict=True):
@@ -93,7 +94,6 @@ def quickstart(
     console.print("\nAdapters that the router chooses:")
     print_tables(console, [table])
     console.print(CAUTION)
-    found.write(output_dir / "eval.json")
     page = make_page([run.output_dir], [output_dir / "eval.json"])
     write_output(output_dir / "report.html", page)
     console.print(f"\nAdapters are in {run.output_dir}, a page in {output_dir}/report.html")

@@ -22,6 +22,8 @@ from loraloom.data.templates import ChatTemplate, Conversation, Marked, Message
 from loraloom.data.tokens import NO_LOSS, Example, count_shared
 from loraloom.errors import DataError, shown
 
+# What a template may leave out, a conversation with it and one without.
+_Omission = tuple[str, Conversation, Conversation]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_KEYS = ("role", "content", "name")
@@ -170,7 +172,7 @@ def learn_answers(
     if places[0] == 0:
         row.reject("a conversation must not start with an assistant message; add a user message")
     try:
-        for what, one, other in omissions(conversation, first):
+        for what, one, other in _omissions(conversation, first):
             with suppress(TemplateError):
                 if template.render(one) == template.render(other):
                     row.reject(f"the chat template drops {what}; set another chat_template")
@@ -239,22 +241,25 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 
-def omissions(
-    conversation: Conversation, first: int
-) -> Iterator[tuple[str, Conversation, Conversation]]:
-    """What a template may leave out, a conversation with it and one without."""
+def omitted_tools(conversation: Conversation) -> Iterator[_Omission]:
     if conversation.tools:
         yield "the tools", conversation, conversation._replace(tools=None)
+    for place, message in enumerate(conversation.messages):
+        if message.get("tool_calls"):
+            without = conversation.changed(place, tool_calls=[])
+            yield f"the tool_calls of message {place + 1}", conversation, without
+
+
+def _omissions(conversation: Conversation, first: int) -> Iterator[_Omission]:
+    yield from omitted_tools(conversation)
     for place, message in enumerate(conversation.messages):
         name, content = f"of message {place + 1}", message["content"]
         is_answer = message["role"] == "assistant"
         # of earlier answers, templates leave out reasoning and what is beside calls on purpose
         within = conversation.until(place + 1) if is_answer else conversation
         other = within.changed(place, content=f"{content}?")
-        if message.get("tool_calls"):
-            yield f"the tool_calls {name}", conversation, conversation.changed(place, tool_calls=[])
-            if content.strip():
-                yield f"the content {name}, next to its tool_calls", within, other
+        if message.get("tool_calls") and content.strip():
+            yield f"the content {name}, next to its tool_calls", within, other
         elif message["role"] not in ("user", "assistant"):
             yield f"the content {name}, of role {message['role']!r}", within, other
         if is_answer and place >= first and "reasoning_content" in message:

@@ -47,19 +47,17 @@ Tokens = Sequence[Any]
 class ScoreCache:
     """Scores of adapters on one base model (None), whose own weights must not change."""
 
-    def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):
+    def __init__(self, directory: Path, host: Host):
         self.directory = directory
         self._host, self._key = host, computation_key(host)
-        self.begin(adapters)
+        self.begin()
         with self._open():
             pass
 
-    def begin(self, adapters: Sequence[str | None]) -> None:
+    def begin(self) -> None:
         """Begin an evaluation: count anew, and look at adapters' weights again."""
         self.num_found = self.num_added = 0
         self._ids: dict[str | None, str] = {}
-        for name in adapters:
-            self._id(name, ())
 
     def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[Any, ...] | None]:
         select = "SELECT log_likelihoods FROM kept WHERE id = ?"

@@ -84,7 +84,7 @@ class _Pass:
         self.compared = choose_pairs(self.names) if self.pairs is None else self.pairs
         check_scored(self.names, self.compared)
         if self.cache is not None:
-            self.cache.begin(self.names)
+            self.cache.begin()
         self.scorer = Scorer(self.host, self.names, self.max_tokens_per_batch, self.cache)
         # as they are now: while a job trains, checkpoints are replaced
         self.described = describe_adapters(self.sources or {})

@@ -206,10 +206,11 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     keys = [one.key for one in config.adapted(base.layers_without_weights())]
     names = {key: key.replace("layers", base.layers_path, 1) for key in keys}
     targets: Any = list(known_targets(config, base))
-    if not base.has_own_names:  # names alone would mean other modules too
-        places = config.layers is not None or any("." in target for target in targets)
+    places = any("." in target for target in targets)  # "layers.1.", whatever the model's path
+    is_found = base.has_own_names and (base.layers_path.endswith("layers") or not places)
+    if not is_found:  # names would mean other modules too, or none
         every = "|".join(map(re.escape, names.values()))
-        targets = every if places else _target_pattern(config, base)
+        targets = every if places or config.layers is not None else _target_pattern(config, base)
     by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
     alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {

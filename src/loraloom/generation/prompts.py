@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
-from loraloom.data.chat import omissions
+from loraloom.data.chat import omitted_tools
 from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
@@ -94,9 +94,9 @@ def encode_prompt(
             template = ChatTemplate(tokenizer, source or None)
             conversation, turn_end = Conversation(messages, prompt.tools), template.turn_end()
             chat = template.render(conversation, for_answer=True)
-            for what, one, other in omissions(conversation, len(messages)):
+            for what, one, other in omitted_tools(conversation):
                 with suppress(TemplateError):
-                    if what[:8] == "the tool" and template.render(one) == template.render(other):
+                    if template.render(one) == template.render(other):
                         raise DataError(f"the chat template drops {what}; serve with another")
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None

@@ -192,8 +192,7 @@ def free_memory() -> None:
 
 def too_large(item: str) -> DataError:
     return DataError(
-        f"{item} does not fit into memory, even alone; free memory on the device, or load the base "
-        "model in bfloat16"
+        f"{item} does not fit into memory, even alone; free memory, or load the base in bfloat16"
     )
 
 

@@ -197,8 +197,7 @@ class _ExportedModel(ABC):
             coarse = "" if most == _EXACT else ", or rounding moves it too far (export in float32)"
             raise AdapterError(
                 f"the files' logits must be the adapter's within {most:g}, they differ by "
-                f"{error:.2g}: {self.architecture} doesn't compute this model{coarse}; serve the "
-                "adapter with loraloom"
+                f"{error:.2g}: {self.architecture} computes differently{coarse}; serve the adapter"
             )
         return num_bytes, error
 

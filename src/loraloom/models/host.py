@@ -588,7 +588,7 @@ class Host:
         prepared: PreparedWeights | None = None,
     ) -> ForwardContext:
         """Open a forward's context; `inputs` are the base model's other ones, which it changes."""
-        self._registry.wiring.check_blocks()
+        self._registry.check_attached()
         batch_size, length = input_ids.shape
         training = self.training if training is None else training
         checkpointing = training and self.gradient_checkpointing

@@ -71,7 +71,7 @@ def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
     """Split a row's adapter; the base model has no name, and the scale 1."""
     if adapter is None or isinstance(adapter, str):
         return adapter, 1.0
-    if adapter and isinstance(adapter[0], str):
+    if not isinstance(adapter, list | tuple) or (adapter and isinstance(adapter[0], str)):
         return adapter  # pyright: ignore[reportReturnType]
     return write_sum(adapter), 1.0  # pyright: ignore[reportArgumentType]
 
@@ -155,6 +155,8 @@ def make_layout(
     """Lay rows out; of a padding mask, [B, …], the last columns are this forward's tokens."""
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     mask = None if mask is None else mask[:, -length:].cpu().bool()
+    if mask is not None and mask.shape[1] != length:
+        raise DataError(f"attention_mask must have {length} columns, got {mask.shape[1]}")
     mask = None if mask is None or bool(mask.all()) else mask
     order = _grouped(adapters)
     samples = None

@@ -54,10 +54,10 @@ def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str
 
 
 def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationConfigMixin:
+    if dtype == torch.float64 and quantization != "int8":
+        raise ModelError(f"{quantization} does not support dtype: float64; use float32")
     match quantization:
         case "nf4" | "fp4":
-            if dtype == torch.float64:
-                raise ModelError(f"{quantization} does not support dtype: float64; use float32")
             return BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=quantization,

@@ -73,8 +73,7 @@ class AdapterRegistry:
 
     def build(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
         check_name(name)
-        if self._detached:
-            raise AdapterError("the host is detached from its model; call attach() again")
+        self.check_attached()
         if name in self.adapters:
             raise AdapterError(f"adapter name {name!r} is taken; choose another name")
         dtype = torch.promote_types(torch.float32, self.model.dtype)
@@ -108,6 +107,11 @@ class AdapterRegistry:
             self.merged.undo()
             self.merged = None
 
+    def check_attached(self) -> None:
+        if self._detached:
+            raise AdapterError("the host is detached from its model; call attach() again")
+        self.wiring.check_blocks()
+
     def detach(self) -> None:
         self._detached = True
         self.unmerge()
@@ -122,14 +126,12 @@ class AdapterRegistry:
                 f"{self.merged.name!r} in its weights; unmerge it first"
             )
 
-    def rows(self, adapters: RowAdapters, batch_size: int) -> list[ScaledAdapter | None]:
+    def rows(self, adapters: RowAdapters, num_rows: int) -> list[ScaledAdapter | None]:
         """Find the adapters of a batch's rows."""
-        names = [None] * batch_size if adapters is None else list(adapters)
-        if isinstance(adapters, str) or len(names) != batch_size:
-            found = shown(adapters) if isinstance(adapters, str) else len(names)
-            raise AdapterError(
-                f"adapters must have one for each of the {batch_size} rows, got {found}"
-            )
+        names = [None] * num_rows if adapters is None else list(adapters)
+        if isinstance(adapters, str) or len(names) != num_rows:
+            got = shown(adapters) if isinstance(adapters, str) else len(names)
+            raise AdapterError(f"adapters must have one for each of the {num_rows} rows, got {got}")
         return [self._row(adapter) for adapter in names]
 
     def _row(self, adapter: RowAdapter) -> ScaledAdapter | None:

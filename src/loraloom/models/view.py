@@ -154,7 +154,8 @@ def with_auxiliary_loss(config: Any) -> Any:
         return property(lambda self: value, lambda self, other: None)
 
     # The loss has its coefficient. With `output_router_logits`, models look for own routers.
-    fields = {_REQUEST: constant(False), "router_aux_loss_coef": constant(1.0)}
+    fields: dict[str, Any] = {_REQUEST: constant(False), "router_aux_loss_coef": constant(1.0)}
+    fields["__reduce_ex__"] = lambda self, protocol: (with_auxiliary_loss, (config,))
     view = object.__new__(type(type(config).__name__, (type(config),), fields))
     view.__dict__ = config.__dict__
     return view

@@ -369,10 +369,8 @@ def run_requests(
         value = total.loss + total.aux_loss
         if not math.isfinite(value):
             request.adapter.zero_grad(set_to_none=True)
-            faults.append(
-                f"adapter {request.adapter.name}: loss must be finite, got {value}; the gradients "
-                "are dropped"
-            )
+            fault = f"loss must be finite, got {value}; the gradients are dropped"
+            faults.append(f"adapter {request.adapter.name}: {fault}")
     if faults:
         raise TrainingError("\n".join(faults))
     return [

@@ -245,7 +245,7 @@ def _connect(ray: Any, address: str) -> None:
         options["object_store_memory"] = _OBJECT_STORE_BYTES
     try:
         ray.init(address if address == "local" else _reached(address), **options)
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # a plain one if its start takes too long
         raise ConfigError(
             f"--ray must be auto or HOST:PORT of a cluster that can be reached, got "
             f"{shown(address)}: {error}; start one with `ray start --head`"
