@@ -80,8 +80,7 @@ def test_scripts_import_from_the_public_face(path):
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loraloom")
     ]
-    outside = [name for name in imported if name != "loraloom" and not name.startswith(allowed)]
-    assert outside == []
+    assert [name for name in imported if name != "loraloom" and not name.startswith(allowed)] == []
 
 
 def test_type_checkers_may_read_the_annotations():

@@ -1,5 +1,6 @@
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_a_run_file_trains_as_it_was_written(init, tmp_path, row, settings):
     assert json.loads((tmp_path / "runs/my-rows/my-rows/result.json").read_text())["steps"] == 2
     assert "run.yaml exists. Pass --overwrite" in init("my rows.jsonl", code=2)
     init("my rows.jsonl", *words, "--overwrite")
+
+
+def test_the_run_file_is_written_before_rows_are_shown(init, tmp_path, monkeypatch):
+    monkeypatch.setattr("loraloom.cli.init.row_lines", Mock(side_effect=OSError("full")))
+    init(write_rows(tmp_path / "rows.jsonl", ROWS[1][0]), code=2)
+    assert (tmp_path / "run.yaml").exists()
 
 
 def test_columns_may_have_any_names_and_one_row_is_enough(init, tmp_path):

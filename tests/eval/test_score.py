@@ -148,8 +148,7 @@ def test_what_does_not_fit_into_memory_is_scored_in_parts(tiny_tokenizer, monkey
 
 
 def toy_score(log_likelihoods, gold=0, normalizers=None, group=None):
-    answers = ["x"] * len(log_likelihoods)
-    asked = question("?", answers, gold, group=group, normalizers=normalizers)
+    asked = question("?", ["x"] * len(log_likelihoods), gold, group=group, normalizers=normalizers)
     return QuestionScore(asked, tuple(log_likelihoods))
 
 

@@ -80,8 +80,7 @@ def trained_weights(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Read a job's metrics.jsonl."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_metrics(directory: Path, expected: Path, jobs: Sequence[str]) -> None:

@@ -453,7 +453,7 @@ class Adapter(nn.Module, ABC):
             if weight.requires_grad and held[weight.untyped_storage().data_ptr()] < weight.numel():
                 raise AdapterError(
                     f"tensors() of {self.config.title} must yield views of all trained parameters, "
-                    f"got none or a part of {name}; yield {name}, or freeze it"
+                    f"got none or a part of {name}; yield or freeze {name}"
                 )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -100,14 +100,12 @@ def init(
         encoder = SourceEncoder(checked(SourceConfig, source), tokenizer, most)
         encoded = encoder.load("train")
     place, first = next((place, row) for place, row in enumerate(encoded, 1) if row.pieces)
-    console.print(*islice(row_lines(f"row {place}", first, tokenizer), 100), sep="\n")
     lengths = [len(piece.input_ids) for row in encoded for piece in row.pieces]
     sizes = f"{min(lengths)} to {max(lengths)} tokens, {median(lengths):.0f} in the median"
     learned = [row.pieces for row in encoded if row.pieces]
     distinct = {*learned}
     repeats = len(learned) - len(distinct)
     notes = [*([f"{repeats} duplicates"] if repeats else []), *encoder.notes(encoded)]
-    console.print(plain("; ".join([f"\n{len(encoded)} rows of {sizes}", *notes])))
     settings = {
         "base_model": to_yaml({"base_model": base_model}).strip(),
         "format": found,
@@ -125,6 +123,8 @@ def init(
     if task_text:
         write_output(task, task_text)
     write_output(output, render(compile_template(read_text(template), template.name), settings))
+    console.print(*islice(row_lines(f"row {place}", first, tokenizer), 100), sep="\n")
+    console.print(plain("; ".join([f"\n{len(encoded)} rows of {sizes}", *notes])))
     path = shlex.quote(str(output))
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
 

@@ -115,8 +115,7 @@ class StackedLinear(torch.nn.Module):
 
     def _add_shrink(self, buffer, x, stacked, scale):
         adapters = self.punica_wrapper._token_lora_indices.clamp_min(0)
-        own = torch.cat(stacked, 1)[adapters]  # (T, P, S, I)
-        buffer += scale * torch.einsum("ti,tpsi->pts", x, own)
+        buffer += scale * torch.einsum("ti,tpsi->pts", x, torch.cat(stacked, 1)[adapters])
 
 
 BLOCKS: dict[str, MixtureFfn] = {}

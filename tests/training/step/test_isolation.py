@@ -69,6 +69,5 @@ def test_weights_are_those_of_each_job_alone(tmp_path, alone, margins, dtype, op
     together = trained_weights(engine)
     for job, expected in alone[dtype].items():
         for name, weight in expected.items():
-            error = relative_error(together[job][name], weight)
-            assert error < TOLERANCES[dtype], f"{job} {name}"
+            assert relative_error(together[job][name], weight) < TOLERANCES[dtype], f"{job} {name}"
     assert min(margins) > 3e-5, "too near to a tie for float32; take other seeds"
