@@ -199,7 +199,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         inputs = (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds")), names)
         rows = next(one for one in inputs if one is not None)
         if len(names) != len(rows):
-            raise AdapterError(f"adapter_names must name one per row, {len(rows)}, got {names}")
+            raise AdapterError(f"adapter_names must have one per row ({len(rows)}), got {names}")
         with self.host.outer_forward.of_rows(self._rows(names)):
             yield
 

@@ -64,9 +64,9 @@ def fail(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (swap_gate_and_up, "ffn with a LoRA must be what the model itself computes within 1e-05"),
+        (swap_gate_and_up, "ffn with a LoRA must equal what the model computes within 1e-05"),
         (ask_twice, r"layers\.0\.self_attn\.q_proj computes 2 times in a forward, not 1"),
-        (double_logits, "its head's logits, scaled as its config says must be"),
+        (double_logits, "its head's logits, scaled as its config says must equal"),
         (fail, "a forward with adapters fails: AttributeError"),
     ],
 )

@@ -104,8 +104,8 @@ def combine(
             tensors[name], tensors[other] = _combined(*pair, by_svd=combination == "svd")
         elif part in ("router", "magnitude"):
             if (total := sum(weights)) <= 0:
-                averaged = "weights must have a positive sum to average routers or magnitudes"
-                raise ConfigError(f"{averaged}, got {list(weights)}")
+                what = "weights must have a positive sum to average routers or magnitudes"
+                raise ConfigError(f"{what}, got {list(weights)}")
             tensors[name] = _sum(values, [weight / total for weight in weights])
         elif part != "lora_B":
             raise AdapterError(

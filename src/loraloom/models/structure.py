@@ -234,5 +234,5 @@ def _compare(host: Any, what: str, actual: Tensor, expected: Tensor) -> None:
     if not error <= most:
         raise unsupported(
             host.model,
-            f"{what} must be what the model itself computes within {most:g}, is off by {error:.2g}",
+            f"{what} must equal what the model computes within {most:g}, the error is {error:.2g}",
         )

@@ -189,7 +189,7 @@ def choose_device(
     if launch.local_size > count:
         raise ConfigError(
             f"each rank requires a separate {kind} device, got {launch.local_size} ranks and "
-            f"{count} devices on this machine; start as many as devices, or set device: cpu"
+            f"{count} devices on this machine; start fewer ranks, or set device: cpu"
         )
     return f"{kind}:{launch.local_rank}"
 
