@@ -97,8 +97,7 @@ def test_a_study_of_a_data_set_is_by_loss(words, tmp_path):
     assert compared["over_questions"]["metric"] == "loss"
     means = [method["loss"]["mean"] for method in study["methods"].values()]
     assert compared["over_seeds"]["loss"]["mean"] == pytest.approx(means[0] - means[1])
-    table_rows = list(table["table"]([study]))
-    assert len({row.count("|") for row in table_rows}) == 1
+    assert len({row.count("|") for row in list(table["table"]([study]))}) == 1
 
     with pytest.raises(SystemExit, match="without eval"):
         recipe["main"]([str(run_file), *options, "--each=data.validation=null"])

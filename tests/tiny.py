@@ -154,8 +154,7 @@ def tiny_model(
     """Make a model whose weights, biases and norms are random: none is zero or one."""
     config = _tiny_config(family, changes)
     auto = AutoModelForImageTextToText if family in _COMPOSITES else AutoModelForCausalLM
-    attention = "eager" if family in _EAGER else "sdpa"
-    model = auto.from_config(config, attn_implementation=attention)
+    model = auto.from_config(config, attn_implementation="eager" if family in _EAGER else "sdpa")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -188,8 +187,7 @@ def randomise(adapter: Adapter, seed: int = 0) -> Adapter:
             if "lora_B" in name or "router" in name or "lambda_b" in name:
                 parameter.normal_(std=0.3, generator=generator)
             elif "magnitude" in name:
-                factors = torch.empty_like(parameter).uniform_(0.5, 2, generator=generator)
-                parameter.mul_(factors)
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 2, generator=generator))
     return adapter
 
 

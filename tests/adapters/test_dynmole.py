@@ -38,8 +38,7 @@ class Paper:
 
     def update(self, x: Tensor, own: dict[str, Tensor], key: str) -> Tensor:
         config, p = self.config, torch.softmax(x @ own["router"].T, -1)
-        kept = torch.tensor([[self._kept(token) for token in row] for row in p.tolist()])
-        weights = p * kept
+        weights = p * torch.tensor([[self._kept(token) for token in row] for row in p.tolist()])
         self.probabilities.append(p[MASK.bool()])
         self.weights.append(weights[MASK.bool()])
         return config.alpha / config.rank * sum_experts(x, own, weights)

@@ -55,13 +55,12 @@ def test_run_files_take_a_registered_method(registered):
 
 def test_a_method_may_be_registered_before_anything_else_is_imported():
     source = Path(__file__).read_text()
-    method = source[source.index("class HalfConfig") : source.index("@pytest.fixture")]
     script = f"""
 from typing import Literal
 import loraloom
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
-{method}
+{source[source.index("class HalfConfig") : source.index("@pytest.fixture")]}
 loraloom.register_method(HalfConfig)
 print(loraloom.RunConfig.model_validate({run_settings("half")!r}).jobs[0].adapter.method)
 """

@@ -144,7 +144,7 @@ def test_an_expert_goes_wherever_an_adapters_name_does(saved, tmp_path, capsys, 
     assert main([*ask, law, "--input", write_rows(tmp_path / "in.jsonl", *rows)]) == 0
     written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["completion"] + "\n" for row in written} == {*alike}
-    for name, message in [("two/law", "add --adapter two=PATH"), ("one/x", "(law, math)")]:
+    for name, message in [("two/law", "Hub ID as --adapter NAME=PATH"), ("one/x", "(law, math)")]:
         assert main([*ask, "--prompt", "a", "--adapter", name]) == 2
         assert message in capsys.readouterr().err
     words = ["--task", "skills@1of2", "--limit", "3", "--compare", "one:one/law", "--no-cache"]
@@ -170,6 +170,9 @@ def test_forms_are_unknown_where_no_expert_has_one(saved, capsys):
     host.adapter("one/law").prompt = PromptForm(format="chat")
     tell_unknown_prompts(host, tokenizer)
     assert capsys.readouterr().err == ""
+    host.adapter("one").chooser = None  # of a router by token, whose experts' forms differ
+    tell_unknown_prompts(host, tokenizer)
+    assert "note: the files of one do not" in capsys.readouterr().err
 
 
 def test_rows_tell_whom_a_router_chose(saved, tmp_path):

@@ -35,7 +35,6 @@ def directory(tmp_path_factory):
 def show(directory, tmp_path, monkeypatch, capsys):
     """Run `data show` on two jobs, and return what it prints."""
     monkeypatch.chdir(directory)
-    sources = {"chats": "chat", "texts": "text"}
     run = {
         "base_model": "base",
         "output_dir": str(tmp_path / "out"),
@@ -46,7 +45,7 @@ def show(directory, tmp_path, monkeypatch, capsys):
                 "data": {"dataset": f"{data_format}.jsonl", "format": data_format},
                 "train": {"max_length": 64, "num_epochs": 1},
             }
-            for name, data_format in sources.items()
+            for name, data_format in {"chats": "chat", "texts": "text"}.items()
         ],
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
@@ -125,8 +124,7 @@ def test_marks_stand_under_the_marked_tokens(tiny_tokenizer):
 
 
 def test_no_line_is_wider_than_the_width(tiny_tokenizer):
-    text = "色は? the sky is blue, no? " * 20
-    lines = lines_of(tiny_tokenizer, text, set(range(0, 900, 2)), 40)
+    lines = lines_of(tiny_tokenizer, "色は? the sky is blue, no? " * 20, set(range(0, 900, 2)), 40)
     assert max(map(cell_len, lines)) <= 40
     assert len(lines) > 20
 

@@ -156,8 +156,7 @@ def test_report_shows_a_run_and_its_evaluation(copies):
 @pytest.mark.parametrize("name", METHODS)
 def test_inspect_describes_an_adapter(name, capsys):
     assert loraloom_command(["inspect", str(COPIES / "runs" / name), "--json"]) == 0
-    described = json.loads(capsys.readouterr().out)
     assert (
-        described["num_parameters"]
+        json.loads(capsys.readouterr().out)["num_parameters"]
         == json.loads((COPIES / "runs" / name / "result.json").read_text())["num_parameters"]
     )

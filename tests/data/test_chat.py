@@ -74,8 +74,7 @@ def test_a_long_conversation_keeps_its_last_answer_if_that_fits(tiny_tokenizer):
 def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer(tiny_tokenizer):
     (row,) = encode(tiny_tokenizer, FORGETFUL, TWO_TURNS)
     assert [spans(tiny_tokenizer, piece) for piece in row.pieces] == [["blue<eos>"], ["yes<eos>"]]
-    texts = [tiny_tokenizer.decode(piece.input_ids) for piece in row.pieces]
-    assert texts == [
+    assert [tiny_tokenizer.decode(piece.input_ids) for piece in row.pieces] == [
         "[user]color?<eos>[assistant]blue<eos>",
         "[user]color?<eos>[assistant]<eos>[user]true?<eos>[assistant]yes<eos>",
     ]

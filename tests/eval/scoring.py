@@ -98,8 +98,7 @@ def plain_score(
 ) -> tuple[float, bool]:
     """Score a continuation by itself: no batch, no padding, all logits."""
     ids = torch.tensor([context + continuation])
-    log_probs = host(ids[:, :-1], adapters=[adapter]).logits[0].log_softmax(-1)
-    scored = log_probs[-len(continuation) :]
+    scored = host(ids[:, :-1], adapters=[adapter]).logits[0].log_softmax(-1)[-len(continuation) :]
     picked = scored.gather(1, torch.tensor(continuation)[:, None])
     return float(picked.sum()), scored.argmax(-1).tolist() == continuation
 

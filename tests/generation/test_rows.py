@@ -55,8 +55,7 @@ def test_a_mask_of_its_own_is_made_for_branches_only():
     assert collate(single, torch.float32, CPU).attention_mask.tolist() == [[1, 1, 1]]
     mask = collate(single + branching, torch.float32, CPU).attention_mask
     assert mask.shape == (2, 1, 5, 5)
-    visible = (mask[1, 0] == 0).long()
-    assert visible.tolist() == [
+    assert (mask[1, 0] == 0).long().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],

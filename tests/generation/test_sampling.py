@@ -90,9 +90,8 @@ def test_text_ends_before_the_first_stop_text(tiny_tokenizer):
         stop = tuple(
             "".join(draw.choice("abc ") for _ in range(draw.randrange(1, 4))) for _ in "xy"
         )
-        pieces = streamed(tiny_tokenizer, tiny_tokenizer(text)["input_ids"], stop)
         assert (
-            "".join(pieces)
+            "".join(streamed(tiny_tokenizer, tiny_tokenizer(text)["input_ids"], stop))
             == text[: min([text.index(one) for one in stop if one in text], default=None)]
         )
 

@@ -132,6 +132,7 @@ def test_a_rank_above_the_projections_size_is_combined():
         (["hydralora"], {"weights": [1.0]}, AdapterError, "HydraLoRA adapters cannot be"),
         (["lora", "dora"], {"combination": "cat"}, AdapterError, "must be LoRAs, got DoRA"),
         (["lora", "attention"], {"combination": "cat"}, AdapterError, "the same projections"),
+        (["own"], {"weights": [1.0]}, AdapterError, "'own' must be without modules_to_save"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (
             ["mixlora"] * 2,
@@ -143,6 +144,7 @@ def test_a_rank_above_the_projections_size_is_combined():
 )
 def test_what_cannot_be_combined_is_refused(names, options, error, message):
     more = {"attention": LoraConfig(rank=3, target_modules="attention")}
+    more["own"] = LoraConfig(rank=3, modules_to_save=["lm_head"])
     host = tiny_host(configs=ALL_METHODS | more, dtype=torch.float32)
     weights = options.pop("weights", [1.0, 1.0])
     with pytest.raises(error, match=message):

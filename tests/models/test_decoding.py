@@ -114,6 +114,5 @@ def test_beams_and_returned_sequences_take_their_rows_adapter(returned):
     together = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY | kwargs)
     assert len(together) == 6 * returned
     for row in range(6):
-        start = 7 - LENGTHS[row]
-        rows = together[row * returned : (row + 1) * returned, start:]
+        rows = together[row * returned : (row + 1) * returned, 7 - LENGTHS[row] :]
         assert torch.equal(rows, alone(host, row, **kwargs))

@@ -85,8 +85,7 @@ def merge(linear: Any, config: Any, tensors: dict[str, Tensor], place: str) -> N
     """Put an update into a weight: W + s·BA, or m ∘ (W + s·BA) / ‖W + s·BA‖."""
     linear.weight += config.scaling * tensors[f"{place}.lora_B"] @ tensors[f"{place}.lora_A"]
     if config.weight_decomposition:
-        norms = linear.weight.norm(dim=1)
-        linear.weight *= (tensors[f"{place}.magnitude"] / norms).unsqueeze(1)
+        linear.weight *= (tensors[f"{place}.magnitude"] / linear.weight.norm(dim=1)).unsqueeze(1)
 
 
 def mixed(

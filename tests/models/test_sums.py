@@ -46,7 +46,7 @@ def test_sums_decode_side_by_side_and_scaled_as_alone():
         None,
         (SUMS[1], 0.5),
         "lora",
-        (("vera", 1.0), ("dora", 0.5)),
+        [["vera", 1.0], ["dora", 0.5]],
     ]
     with torch.no_grad():
         session = host.prefill(ids[:, :4], None, rows)
@@ -79,6 +79,9 @@ def test_sums_go_with_their_members():
         ("lora+lora:2", "must be written as law:0.7.*, of 1 to 16 different ones"),
         ("lora:nan+dora", "finite weights"),
         ("lora+law", "got 'law'"),
+        ("mixlora:0.5", r"scale it alone: \(name, scale\)"),
+        ([("lora", 1.0), "dora"], "a row's adapter must be a name"),
+        (["lora"], "a row's adapter must be a name"),
     ],
 )
 def test_what_is_no_sum_says_why(row, message):
@@ -90,9 +93,8 @@ def test_what_is_no_sum_says_why(row, message):
 
 def test_a_sum_has_no_files_and_is_not_trained(tmp_path):
     host = tiny_host("llama", MEMBERS)
-    for use in (lambda: host.save(SUMS[0], tmp_path), lambda: host.merge(SUMS[0])):
-        with pytest.raises(AdapterError, match=r"one of those on this host .*, got 'lora:0.7\+sm"):
-            use()
+    with pytest.raises(AdapterError, match=r"one of those on this host .*, got 'lora:0.7\+sm"):
+        host.save(SUMS[0], tmp_path)
     with pytest.raises(AdapterError, match="is not trained"):
         host(tiny_ids(1), adapters=["lora+dora"], training=True)
     with pytest.raises(AdapterError, match="is not trained"):
@@ -113,4 +115,14 @@ def test_a_sum_reads_its_members_forms_of_prompts():
     total, host.adapters["lora"].prompt = host.adapter("lora+dora"), form
     assert total.prompt is None
     host.adapters["dora"].prompt = form
-    assert total.prompt == form
+    assert host.adapter("lora+dora").prompt == form
+
+
+@torch.no_grad()
+def test_a_sum_is_merged_and_unmerged():
+    host, ids = tiny_host("llama", MEMBERS), tiny_ids(1)
+    expected = [host(ids, adapters=[row]).logits for row in (SUMS[1], None)]
+    assert host.merge(SUMS[1]) < 1e-9
+    torch.testing.assert_close(host(ids).logits, expected[0])
+    host.unmerge(host.merged)
+    assert torch.equal(host(ids).logits, expected[1])

@@ -61,8 +61,7 @@ PARTS = [
     ("top_k", "padding", "dropout"), [(1, [], 0.4), (2, [1, 4], 0.0), (2, [2], 0.4), (3, [], 0.4)]
 )
 def test_output_and_gradients_are_those_of_a_dense_loop(ffn, shape, kind, top_k, padding, dropout):
-    case = make_case(shape, top_k=top_k, padding=padding, dropout=dropout, **kind)
-    assert_equals_loop(ffn, case)
+    assert_equals_loop(ffn, make_case(shape, top_k=top_k, padding=padding, dropout=dropout, **kind))
 
 
 @both

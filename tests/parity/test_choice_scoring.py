@@ -73,8 +73,7 @@ def test_a_tiny_model_answers_as_in_plain_transformers(arc_easy, tmp_path, scori
     base = save_tiny(tmp_path, max_position_embeddings=1024) / "base"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    lines = (arc_easy / "test.jsonl").read_text().splitlines()[:12]
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in (arc_easy / "test.jsonl").read_text().splitlines()[:12]]
     plain = [score(model, tokenizer, row, scoring) for row in rows]
     answers = evaluated(str(base), arc_easy, scoring, 12, tmp_path / "lines.jsonl")
     assert_same_answers(answers, rows, plain)

@@ -54,8 +54,7 @@ def logits_of(host: Host, job: Job, name: str | None) -> tuple[Tensor, Tensor]:
 
 def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
     """log p of each label in its place, 0 elsewhere."""
-    targets = labels[:, 1:].clamp_min(0)
-    log_p = logits[:, :-1].log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    log_p = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:].clamp_min(0)[..., None])[..., 0]
     return log_p * (labels[:, 1:] != NO_LOSS)
 
 

@@ -177,8 +177,7 @@ def test_every_metric_has_a_chart(run):
 def test_loads_are_compared_with_an_even_share_and_measured_as_routing_does():
     assert [level(x) for x in (0, 0.2, 0.5, 1, 2, 4)] == [0, 1, 2, 3, 4, 5]
     load = torch.tensor([[0.5, 0.25, 0.25, 0.0]], dtype=torch.float64)
-    expected = tally.effective_number(load).tolist()
-    assert 2 ** entropy_bits(load.numpy()) == pytest.approx(expected)
+    assert 2 ** entropy_bits(load.numpy()) == pytest.approx(tally.effective_number(load).tolist())
 
 
 def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():

@@ -26,8 +26,7 @@ def by_hand(logits: Tensor, top_k: int) -> float:
     probability = [0.0] * num_experts
     for row in logits.tolist():
         exponentials = [math.exp(value) for value in row]
-        chosen = sorted(range(num_experts), key=lambda n: -row[n])[:top_k]
-        for slot, expert in enumerate(chosen):
+        for slot, expert in enumerate(sorted(range(num_experts), key=lambda n: -row[n])[:top_k]):
             share[slot][expert] += 1 / num_tokens
         for expert, value in enumerate(exponentials):
             probability[expert] += value / sum(exponentials) / num_tokens

@@ -199,8 +199,7 @@ def test_a_job_that_joins_trains_as_it_does_from_the_start(tmp_path):
                 jobs[config.name] = add_job(engine.host, config, sets[config.name])
                 engine.add(jobs[config.name])
 
-    results = engine.run(join)
-    assert [result.job for result in results] == [config.name for config in configs]
+    assert [result.job for result in engine.run(join)] == [config.name for config in configs]
     for name, job in jobs.items():
         assert_same(weights_of(job), together[name], 1e-9)
     assert [line["step"] for line in read_metrics(tmp_path / "joined/mixdora")] == [1]

@@ -91,8 +91,7 @@ def test_a_best_adapter_that_can_not_be_written_for_a_while_fails_no_job(tmp_pat
     full.__cause__ = NO_SPACE
     is_hit = lambda directory, *_: directory.parts[-3] == "hit" and not hit.is_complete  # noqa: E731
     monkeypatch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, full))
-    results = engine.run()
-    assert [result.status for result in results] == ["finished", "finished"]
+    assert [result.status for result in engine.run()] == ["finished", "finished"]
     assert any(
         "warning: job hit: its best weights can't be written yet" in text
         for text in spoken.messages

@@ -47,8 +47,7 @@ def test_a_run_writes_adapters_metrics_and_results(inputs, tmp_path):
     run = settings(inputs, tmp_path / "out")
     plain, mixture = train(run, progress=spoken, command="loraloom train run.yaml")
     for name in JOBS:
-        files = {path.name for path in (tmp_path / "out" / name).iterdir()}
-        assert files == {
+        assert {path.name for path in (tmp_path / "out" / name).iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
             "README.md",
@@ -160,8 +159,7 @@ def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
     store.write(replace(checkpoint, jobs=jobs), {})
     with pytest.raises(ConfigError, match="--resume: job joined: adapter must have a 'method' of"):
         train(settings(inputs, tmp_path / "other"), resume=True)
-    results = train(run, resume=True)
-    steps = {result.job: result.steps for result in results}
+    steps = {result.job: result.steps for result in train(run, resume=True)}
     assert steps == {"plain": 4, "mixture": 4, "joined": 4}
     assert_same_files(tmp_path / "out", tmp_path / "unbroken", list(steps))
 
@@ -238,8 +236,7 @@ def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
     run = preference_settings(inputs, tmp_path / "out", reference=start).model_dump(mode="json")
     run["jobs"][0]["start_from"] = start
     train(RunConfig.model_validate(run))
-    lines = read_metrics(tmp_path / "out/plain")
-    first, second = (line["rewards/margins"] for line in lines[:2])
+    first, second = (line["rewards/margins"] for line in read_metrics(tmp_path / "out/plain")[:2])
     assert first == pytest.approx(0, abs=1e-5)
     assert abs(second) > 1e-4
 

@@ -65,8 +65,7 @@ def test_rows_that_changed_where_the_stream_stands_are_refused(inputs, tmp_path)
     interrupt(run, 4)
     lines = text.splitlines(keepends=True)
     file.write_text("".join([*lines[:8], *reversed(lines[8:])]))
-    message = "job plain: .*the stream has changed"
-    with pytest.raises(loraloom.ConfigError, match=message):
+    with pytest.raises(loraloom.ConfigError, match=r"job plain: .*the stream has changed"):
         loraloom.train(run, resume=True)
     file.write_text(text + lines[0])
     with pytest.raises(loraloom.ConfigError, match="job plain: examples"):

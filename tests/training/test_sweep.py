@@ -223,8 +223,7 @@ def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
         parameters={"train.learning_rate": RATES[:2], "data.dataset": files},
         max_concurrent=1,
     )
-    results = train(run, progress=shown)
-    assert [result.job[:9] for result in results] == ["plain-000", "plain-002"]
+    assert [result.job[:9] for result in train(run, progress=shown)] == ["plain-000", "plain-002"]
     told = [text for text in shown.messages if text.startswith("error: sweep: plain-00")]
     assert len(told) == 2
     assert all("nowhere.jsonl" in text for text in told)

@@ -110,8 +110,7 @@ def test_tpe_begins_with_ten_random_jobs_that_are_known_beforehand():
     few = config.sweep.model_copy(update={"max_concurrent": 4})
     assert [few.share_of_concurrent(worker, 3) for worker in range(3)] == [2, 1, 1]
     assert RunConfig.model_validate(config.model_dump(mode="json")).all_jobs == config.all_jobs
-    combination = config.sweep.combinations()[0] | {"seed": "2"}
-    later = config.trial(29, combination)
+    later = config.trial(29, config.sweep.combinations()[0] | {"seed": "2"})
     assert later.name.startswith("sweep-029-")
     assert later.seed == 2
 

@@ -140,8 +140,7 @@ def toy_config(
     name: str, adapter: AdapterConfig | None = None, seed: int = 0, **settings: Any
 ) -> JobConfig:
     """Make a job's configuration: `eval`, `data`, `priority` and settings of `train`."""
-    own = ("eval", "data", "priority")
-    sections = {key: settings.pop(key) for key in own if key in settings}
+    sections = {key: settings.pop(key) for key in ("eval", "data", "priority") if key in settings}
     train = {"batch_size": 4, "max_steps": 4, "lr_scheduler": "constant", "learning_rate": 1e-2}
     return JobConfig.model_validate(
         {
@@ -185,8 +184,7 @@ def toy_engine(
     """Set up jobs on a new tiny model."""
     host = toy_host(dtype)
     jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
-    tokenizer = toy_tokenizer()
-    builder = JobBuilder(host, tokenizer)
+    builder = JobBuilder(host, toy_tokenizer())
     run = RunConfig(base_model="tiny", output_dir=directory, **options)
     return Engine(host, jobs, builder, RunDirectory(directory), progress or Progress(), run)
 

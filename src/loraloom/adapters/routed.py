@@ -6,7 +6,7 @@ Axes: T tokens, I in_features, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -120,7 +120,7 @@ class RoutedConfig(AdapterConfig):
         for name, one in zip(self.experts, self._read(), strict=True):
             if isinstance(one.adapter, RoutedConfig):
                 raise AdapterError(f"expert {name} must not be routed itself; name its own experts")
-            refuse_own_parts(one.adapter, "an expert", "be routed to")
+            refuse_own_parts(one.adapter, f"expert {name!r}", "be routed to")
             one.adapter.check_fits(base_layers)
         if self.num_layers_read > len(base_layers):
             most = f"num_layers_read must be at most the base model's {len(base_layers)} layers"
@@ -129,23 +129,17 @@ class RoutedConfig(AdapterConfig):
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
-        experts = [
-            one.adapter.build(f"{name}/{own}", base_layers, dtype, seed)
-            for own, one in zip(self.experts, self._read(), strict=True)
-        ]
-        for expert, one in zip(experts, self._read(), strict=True):
-            expert.prompt, expert.is_trained = one.prompt, False
+        experts = list[Adapter]()
+        for own, one in zip(self.experts, self._read(), strict=True):
+            drawn = generator_for(seed, own).initial_seed()  # what it begins with, by its name
+            experts.append(one.adapter.build(f"{name}/{own}", base_layers, dtype, drawn))
+            experts[-1].prompt, experts[-1].is_trained = one.prompt, False
         return RoutedAdapter(name, self, base_layers, experts, dtype, seed)
 
     def _read(self) -> list[Expert]:
         if self.sources:
             raise AdapterError(f"experts must have been read, got {', '.join(self.sources)}")
         return [one for one in self.experts.values() if isinstance(one, Expert)]
-
-
-def of_experts(experts: Mapping[str, str], **settings: Any) -> RoutedConfig:
-    """Give the settings of an adapter of others: directories, Hub IDs, or names on the host."""
-    return checked(RoutedConfig, {"experts": experts, **settings})
 
 
 class RoutedAdapter(LowRankAdapter):

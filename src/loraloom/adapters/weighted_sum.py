@@ -26,7 +26,6 @@ from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
-from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, shown
 
@@ -76,15 +75,6 @@ class WeightedSum(LowRankAdapter):
         self.add_module("shared", None)
         self.members = nn.ModuleList(members)
         self.is_trained = False
-
-    @property
-    def prompt(self) -> PromptForm | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The form that all members' training data has; None if they differ."""
-        return None if self.forms_differ else self.parts[1].prompt
-
-    @prompt.setter
-    def prompt(self, form: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        assert form is None  # it is the members'
 
     def stack_key(self) -> Hashable:
         return (WeightedSum, *(type(one.config) for one in self.parts), self._shapes)
@@ -181,7 +171,11 @@ def check_adds_up(member: Adapter) -> None:
         what = "experts" if member.config.experts_per_router else "a separate FFN block"
         what = "extra trainable modules" if len(member.own_modules) else what
         parts = [f"{member.name}/{part}" for part in member.part_names]
-        hint = f"; use its experts instead, {', '.join(parts)}" if parts else ""
+        hint = (
+            f"; use its experts instead, {', '.join(parts)}"
+            if parts
+            else "; scale it alone: (name, scale)"
+        )
         raise AdapterError(
             "a sum supports adapters on single projections, without routers and extra trainable "
             f"modules, got {member.name!r} ({member.config.title}) with {what}{hint}"

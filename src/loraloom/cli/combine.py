@@ -9,10 +9,11 @@ from pydantic import Field
 from rich.console import Console
 from typing_extensions import override
 
-from loraloom.adapters.routed import of_experts
+from loraloom.adapters.routed import RoutedConfig
 from loraloom.cli.init import ROW_FORMATS, column_settings, find_columns, first_rows
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
+from loraloom.config.fields import checked
 from loraloom.data.sources import find_location
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
@@ -93,29 +94,31 @@ def combine(
     weights = options.of_adapters("weight", options.weight)
     if options.by == "prompt" and (missing := adapters.keys() - prompts.keys()):
         raise ConfigError(f"--prompts {min(missing)}=DATA is missing; pass --prompts per adapter")
+    try:
+        factors = [float(weights.get(name, 1)) for name in adapters]
+    except ValueError as error:
+        raise ConfigError(f"--weight must be NAME=NUMBER: {error}") from None
     if not options.overwrite:
         refuse_to_overwrite(output)
     check_sources(options, adapters)
     host, tokenizer = load_host(options, adapters)
-    names, combined = list(adapters), "combined"
+    names, combined, fit = list(adapters), "combined", None
     while combined in adapters:
         combined += "-"
     if options.by in ("prompt", "arrow"):
         settings = options.model_dump(include={"top_k", "num_layers_read"})
-        experts = {name: name for name in names}
-        host.add(combined, of_experts(experts, router=options.by, **settings))
+        settings |= {"router": options.by, "experts": {name: name for name in names}}
+        host.add(combined, checked(RoutedConfig, settings))
         if options.by == "prompt":
             sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
             if options.scoring and not any("task" in source for source in sources.values()):
                 raise ConfigError("--scoring requires a task in --prompts, got data sets")
-            _tell(console, fit_router(host, tokenizer, combined, sources, limit=options.limit))
+            fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
     else:
-        try:
-            factors = [float(weights.get(name, 1)) for name in names]
-        except ValueError as error:
-            raise ConfigError(f"--weight must be NAME=NUMBER: {error}") from None
         host.combine(names, factors, options.by, name=combined)
     host.save(combined, output, overwrite=options.overwrite)
+    if fit:
+        _tell(console, fit)
     console.print(f"wrote {output}: {', '.join(names)} combined by {options.by}")
 
 

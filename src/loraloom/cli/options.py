@@ -77,15 +77,16 @@ class HostOptions(BaseModelConfig):
         wholes = [one.partition("/")[0] for one, _ in parse_sum(name)]
         if missing := [whole for whole in wholes if whole not in self.adapters]:
             raise ConfigError(
-                f"adapter {missing[0]!r} of {name!r} is not loaded; add --adapter {missing[0]}=PATH"
+                f"adapter {missing[0]!r} of {name!r} is not loaded; load a directory or Hub ID as "
+                "--adapter NAME=PATH"
             )
         return name
 
 
 def tell_unknown_prompts(host: Any, tokenizer: Any) -> None:
     """Say which adapters don't record the form of their prompts, if that makes a difference."""
-    # a routed adapter's experts are read each in its own form
-    parts = {name: one.parts[1:] or one.parts for name, one in host.adapters.items()}
+    # a routed adapter's experts are read each in its own form, where one is chosen by prompt
+    parts = {name: one.parts[1:] if one.chooser else [one] for name, one in host.adapters.items()}
     names = [name for name, own in parts.items() if all(part.prompt is None for part in own)]
     if names and tokenizer.chat_template:
         print(

@@ -85,10 +85,11 @@ def fit_router(
             f"others, got {len(read.get(odd[0], ()))} for {odd[0]}"
         )
     unfitted = (one for one, row in zip(experts, chooser.router, strict=True) if not row.any())
-    if missing := [one for one in unfitted if one not in fitted]:
+    missing = [one for one in unfitted if one not in fitted]
+    if missing or not fitted:
         raise DataError(
-            f"only must include experts whose part is not fitted yet, got {', '.join(fitted)} "
-            f"without {', '.join(missing)}; add these names to only"
+            "only must name experts, among them those whose part is not fitted yet "
+            f"({', '.join(missing) or 'none'}), got {', '.join(fitted) or 'none'}"
         )
     labels = [number for number, expert in enumerate(experts) for _ in read[expert]]
     ids = [prompt for expert in experts for prompt in read[expert]]

@@ -54,11 +54,12 @@ def is_routed(host: Any, adapter: RowAdapter) -> bool:
 def choose(
     host: Any, prompts: Sequence[Sequence[int]], adapters: Sequence[RowAdapter]
 ) -> list[Choice]:
-    choices = [Choice(tuple(one) if isinstance(one, list) else one) for one in adapters]
+    rows = [name_and_scale(one) for one in adapters]
+    choices = [Choice(n if n is None or scale == 1 else (n, scale)) for n, scale in rows]
     places: dict[str, list[int]] = {}
-    for place, (adapter, _) in enumerate(zip(adapters, prompts, strict=True)):
-        if is_routed(host, adapter):
-            places.setdefault(str(name_and_scale(adapter)[0]), []).append(place)
+    for place, ((name, _), _) in enumerate(zip(rows, prompts, strict=True)):
+        if name is not None and is_routed(host, name):
+            places.setdefault(name, []).append(place)
     for name, own in places.items():
         router, read = host.adapter(name), [prompts[place] for place in own]
         experts, count = router.part_names, router.config.experts_per_token
@@ -72,14 +73,14 @@ def choose(
             scores = scores.gather(1, chosen[owners, :1]) - scores.mean(1, keepdim=True)
             columns = (top.softmax(-1), chosen, logits.softmax(-1))
             by_prompt = scores.squeeze(1).split(owners.bincount().tolist())
-            rows = zip(part, by_prompt, *(one.tolist() for one in columns), strict=True)
-            for at, scored, weights, numbers, shares in rows:
-                # of hundredths, so that rows share sums
-                rounded = zip(numbers, (round(weight, 2) for weight in weights), strict=True)
+            found = zip(part, by_prompt, *(one.tolist() for one in columns), strict=True)
+            for at, scored, weights, numbers, shares in found:
+                # of hundredths, so that rows share sums; the largest is the rest of 1
+                others = [round(weight, 2) for weight in weights[1:]]
+                rounded = zip(numbers, (round(1 - sum(others), 2), *others), strict=True)
                 parts = [(f"{name}/{experts[number]}", w) for number, w in rounded if w]
                 row = parts[0][0] if len(parts) == 1 else write_sum(parts)
-                _, scale = name_and_scale(adapters[own[at]])
-                row = row if scale == 1 else (row, scale)
+                row = row if (scale := rows[own[at]][1]) == 1 else (row, scale)
                 token = read[at][-MAX_PROMPT:][int(scored.argmax())]
                 choices[own[at]] = Choice(row, dict(zip(experts, shares, strict=True)), token)
     return choices

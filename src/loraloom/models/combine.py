@@ -169,6 +169,8 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: s
             f"weights must be a finite number for each of the adapters, at least one, "
             f"got {list(weights)} for {len(adapters)}"
         )
+    for one in adapters:
+        refuse_own_parts(one.config, f"adapter {one.name!r}", "be combined")
     if combination == "cat":
         return
     first, *others = ((one.name, one.config.title, _decisive(one)) for one in adapters)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from loraloom.adapters.base import Records, Samples, SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
 from loraloom.config.data import PromptForm
+from loraloom.data.tokens import NO_LOSS
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
@@ -116,6 +118,8 @@ class Host:
         self.training = False
         self.gradient_checkpointing = False
         self._forwards = 0
+        # For each cache, whose adapters are chosen by prompt, and which were.
+        self._choices = WeakKeyDictionary[Any, tuple[list[RowAdapter], list[RowAdapter]]]()
         if self.base.model_type not in FAMILIES:
             try:
                 try_adapters(self)
@@ -223,7 +227,7 @@ class Host:
         if num_layers:
             module = self.model.get_submodule(self.base.layers_path)[num_layers - 1]
         for places, ids, mask in batches_of(prompts, self.config.vocab_size):
-            with self._inside, running(None), output_of(module) as found:
+            with self._inside, running(None), output_of(module) as found, recovering(self.model):
                 inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
                 self._decoder(**inputs, use_cache=False)
             owners, columns = (one.to(self.device) for one in mask.nonzero(as_tuple=True))
@@ -337,7 +341,7 @@ class Host:
             AdapterError: If the adapter has routers, another is merged, or the base model is
                 quantized. The base model is unchanged then.
         """
-        adapter = self._registry.get(name)
+        adapter = self._registry.find(name)
         self._registry.check_unmerged("merge another")
         with self._inside:
             merged = self._registry.merged = Merged(adapter)
@@ -596,7 +600,7 @@ class Host:
         caches = [inputs.get(name) for name in ("cache", "past_key_values")]
         caches = [cache for cache in caches if cache is not None]
         if not training:
-            begun = {"caches": caches, "is_packed": is_packed}
+            begun = {"caches": caches, "is_packed": is_packed, "labels": inputs.get("labels")}
             adapters = self._chosen(input_ids, attention_mask, adapters, **begun)
         # With a cache, layers that are recomputed would fill it twice, and transformers would let
         # the samples of a packed row see each other.
@@ -658,6 +662,7 @@ class Host:
         *,
         caches: Sequence[Any] = (),
         is_packed: bool = False,
+        labels: Tensor | None = None,
     ) -> list[RowAdapter]:
         """Name rows' adapters; those that are chosen by prompt, by the row's tokens here."""
         rows = self._registry.rows(adapters, len(input_ids))  # a text is no list of names
@@ -666,13 +671,21 @@ class Host:
             return names
         real = torch.ones(input_ids.shape) if mask is None else mask.cpu()
         is_part = is_packed or any(cache.get_seq_length() for cache in caches)
+        before = self._choices.get(caches[0]) if is_part and caches else None
+        if before and before[0] == names:
+            return before[1]
         if is_part or input_ids.is_floating_point() or real.shape != input_ids.shape:
             raise AdapterError(
                 "an adapter that is chosen by prompt needs a row's tokens in one forward, without "
                 "a cache; call host.choose first and pass its choice, or call host.generate"
             )
+        if labels is not None:  # a prompt is what precedes them, and a text without one all of it
+            asked = real.bool() & ((labels.cpu() != NO_LOSS).cumsum(1) == 0)
+            real = torch.where(asked.sum(1, keepdim=True) > 1, asked, real)
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids.cpu(), real, strict=True)]
-        return [one.adapter for one in choose(self, prompts, names)]
+        chosen = [one.adapter for one in choose(self, prompts, names)]
+        self._choices.update(dict.fromkeys(caches, (names, chosen)))
+        return chosen
 
     @contextmanager
     def _run(self, forward: ForwardContext) -> Iterator[None]:

@@ -11,6 +11,7 @@ that alone transformers makes the masks of every kind of layer: a token sees its
 left at a row's end is padding, a sample of its own to the attention, so that no token sees nothing.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.weighted_sum import Weighted, write_sum
-from loraloom.errors import DataError, ModelError
+from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.models.families import keeps_running_states
 from loraloom.models.stacks import ScaledAdapter, cut_rows
 from loraloom.ops.dropout import SampleSpan
@@ -29,8 +30,8 @@ from loraloom.ops.dropout import SampleSpan
 # Tokens of the samples in each row, from its left.
 SampleLengths = Sequence[Sequence[int]]
 # A row's adapter: its name, its name and a factor of what it adds, several of these whose updates
-# are added up, which is `law:0.7+math:0.3` as a name too, or None, the base model.
-RowAdapter = str | tuple[str, float] | Weighted | list[tuple[str, float]] | None
+# are added up, which is `law:0.7+math:0.3` as a name too, or None, the base model. JSON has lists.
+RowAdapter = str | tuple[str, float] | Weighted | list[Any] | None
 # A batch's adapters; None: the base model for all rows.
 RowAdapters = Sequence[RowAdapter] | None
 
@@ -69,11 +70,19 @@ def packed_rows(
 
 def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
     """Split a row's adapter; the base model has no name, and the scale 1."""
-    if adapter is None or isinstance(adapter, str):
-        return adapter, 1.0
-    if not isinstance(adapter, list | tuple) or (adapter and isinstance(adapter[0], str)):
-        return adapter  # pyright: ignore[reportReturnType]
-    return write_sum(adapter), 1.0  # pyright: ignore[reportArgumentType]
+    match adapter:
+        case None | str():
+            return adapter, 1.0
+        case [str(name), float() | int() as scale] if math.isfinite(scale):
+            return name, float(scale)
+        case [list() | tuple(), *_] if all(isinstance(one, list | tuple) for one in adapter):
+            pairs: Any = [name_and_scale(one) for one in adapter]  # pyright: ignore
+            if pairs == [tuple(one) for one in adapter]:  # pyright: ignore[reportArgumentType]
+                return write_sum(pairs), 1.0
+    raise AdapterError(
+        "a row's adapter must be a name, (name, scale) with a finite scale, a sum as "
+        f"'law:0.7+math:0.3', or None, got {adapter!r}"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Axes: N states, D hidden, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,6 +68,7 @@ class AdapterRegistry:
             if len(self._sums) >= MAX_SUMS:
                 self._sums.pop(next(iter(self._sums)), None)  # the least recently used
         self._sums[weighted] = known
+        known.prompt = None if known.forms_differ else members[0].prompt
         return known
 
     def build(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
@@ -135,22 +135,16 @@ class AdapterRegistry:
         return [self._row(adapter) for adapter in names]
 
     def _row(self, adapter: RowAdapter) -> ScaledAdapter | None:
-        match name_and_scale(adapter):
-            case (None, _):
-                return None
-            case (str(name), float() | int() as scale) if math.isfinite(scale):
-                found = self.find(name)
-            case _:
-                raise AdapterError(
-                    "a row's adapter must be a name, (name, scale) with a finite scale, a sum as "
-                    f"'law:0.7+math:0.3', or None, got {adapter!r}"
-                )
+        name, scale = name_and_scale(adapter)
+        if name is None:
+            return None
+        found = self.find(name)
         if self.merged is not None and self.merged.name in [part.name for part in found.parts]:
             raise AdapterError(
                 f"adapter {self.merged.name!r} is merged into the base model; use None for its "
                 f"rows, or call unmerge({self.merged.name!r})"
             )
-        return found, float(scale)
+        return found, scale
 
     def logits(
         self, states: Tensor, adapters: RowAdapters, prepared: PreparedWeights | None

@@ -216,15 +216,10 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         labels: Tensor | None = None,
         **model_inputs: Any,
     ) -> Any:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
         try:
-            return self.base(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                **model_inputs,
-            )
+            return self.base(**inputs, **model_inputs)
         except KeyboardInterrupt:
             self._outer_forward.close()
             raise

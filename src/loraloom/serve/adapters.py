@@ -134,9 +134,8 @@ class ServedAdapters:
 
     async def acquire_sum(self, names: Sequence[str]) -> ServedAdapter:
         """Begin to use several adapters, all of them or none, until `release` of what they make."""
-        for name in names:
-            if name not in self._served:
-                self._source_of(name)  # what does not exist loads no other
+        for name in [one for one in names if one not in self._served]:
+            self._source_of(name)  # what does not exist loads no other
         whole = dict.fromkeys(names)  # of which a sum may have several parts
         held = (self._served.get(name) for name in whole if name not in self._sources)
         if sum(one is None or one.is_lazy for one in held) > self._max_lazy:
@@ -252,10 +251,7 @@ class ServedAdapters:
 
     def _let_go(self, adapter: ServedAdapter) -> None:
         adapter.is_leaving = adapter.num_users > 0
-        if adapter.is_leaving:
-            self._leaving.append(adapter)
-        else:
-            self._remove(adapter)
+        (self._leaving.append if adapter.is_leaving else self._remove)(adapter)
 
     def _remove(self, adapter: ServedAdapter) -> None:
         assert adapter.host_name is not None

@@ -200,8 +200,7 @@ class TrainingClient:
             raise ConfigError(f"objective must be {' or '.join(known)}, got {objective!r}")
         config = known[objective]() if isinstance(objective, str) else objective
         wanted = (PreferencePair if config.learns_from_pairs else Example).__name__
-        given = ", ".join(sorted({type(example).__name__ for example in data} - {wanted}))
-        if given:
+        if given := ", ".join(sorted({type(one).__name__ for one in data} - {wanted})):
             raise ConfigError(f"data for {config.name} must be of {wanted}, got {given}")
         reference = objectives.load_reference(self.host, config)
         if reference is not None:
@@ -279,13 +278,9 @@ class TrainingClient:
 
     def save_state(self, directory: str | Path) -> None:
         """Write the state that `load_state` resumes from; replace an earlier one."""
-        state = {
-            **optimizers.learning_state(self.parameters, self._optimizer),
-            "step": self.step,
-            "forwards": self._forwards,
-            "draws": self._draws,
-            "loss_scale": None if self._loss_scale is None else asdict(self._loss_scale),
-        }
+        state = optimizers.learning_state(self.parameters, self._optimizer)
+        state |= {"step": self.step, "forwards": self._forwards, "draws": self._draws}
+        state["loss_scale"] = None if self._loss_scale is None else asdict(self._loss_scale)
         records = {_STATE: store.JobRecord(self._settings())}
         checkpoint = store.Checkpoint(self.step, 0.0, store.describe_base(self.host), records)
         states = store.CheckpointStore(Path(os.path.expanduser(directory)))

@@ -87,7 +87,6 @@ def test_there_is_a_line_for_each_question(results):
     assert choice["adapter"] == "base"
     scores = [score for score, _ in choice["responses"]]
     assert len(scores) == len(ROWS[choice["index"]]["choices"])
-    is_best = scores.index(max(scores)) == choice["correct_label"]
-    assert choice["metrics"]["acc"] == float(is_best)
+    assert choice["metrics"]["acc"] == float(scores.index(max(scores)) == choice["correct_label"])
     words = next(line for line in lines if line["task"] == "toy_generate")
     assert isinstance(words["responses"][0], str)

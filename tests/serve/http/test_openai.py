@@ -128,8 +128,7 @@ def test_completions_continue_texts_and_tokens(client, host, tokenizer):
     sampling = SamplingConfig(max_new_tokens=6)
     asked = [Prompt(prompt, "lora") for prompt in prompts]
     texts = generate(host, tokenizer, asked, sampling, raw=True)
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    for prompt in (prompts, ids):
+    for prompt in (prompts, [tokenizer(prompt)["input_ids"] for prompt in prompts]):
         answer = client.completions.create(model="lora", prompt=prompt, max_tokens=6, temperature=0)
         assert [choice.text for choice in answer.choices] == texts
         assert answer.usage.completion_tokens == 12
@@ -224,10 +223,9 @@ def test_an_answer_may_have_to_be_a_call_of_a_tool(client, named):
 def test_metrics_count_by_model(client, served):
     for _ in range(3):
         chat(client, "mixlora", max_tokens=20)
-    text = httpx2.get(f"{served[0]}/metrics").text
     samples = {
         (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(httpx2.get(f"{served[0]}/metrics").text)
         for sample in family.samples
     }
     assert samples["loraloom_requests_total", "mixlora", "length"] >= 3

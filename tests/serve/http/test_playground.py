@@ -78,8 +78,7 @@ def test_models_answer_side_by_side_with_coloured_tokens(served, visit, client):
     spans.first.focus()
     page.keyboard.press("ArrowRight")
     tip = page.locator("#tip").inner_text()
-    weights = choice.routing[1]["routers"][1]["weights"]
-    assert all(f"{weight:.3f}" in tip for weight in weights)
+    assert all(f"{weight:.3f}" in tip for weight in choice.routing[1]["routers"][1]["weights"])
 
 
 def test_a_server_with_keys_is_asked_with_one(locked, visit):

@@ -89,8 +89,7 @@ def test_a_body_that_is_too_large_is_refused(http):
         for _ in range(10):
             yield b" " * 1_000_000
 
-    response = http.post("/v1/chat/completions", content=chunks(), headers=JSON)
-    error_of(response, 413)
+    error_of(http.post("/v1/chat/completions", content=chunks(), headers=JSON), 413)
 
 
 def test_paths_can_not_be_used_to_load_from_elsewhere(http, tmp_path):
@@ -110,8 +109,7 @@ def test_a_local_server_answers_to_its_own_names_alone(http):
         assert http.get("/v1/models", headers={"Host": name}).status_code == 200
     for name in ("evil.example", "evil.example:80", "127.0.0.1.evil", "", "[::2]"):
         assert http.get("/v1/models", headers={"Host": name}).status_code == 400
-    counted = 'loraloom_http_responses_total{path="other",status="400"}'
-    assert counted in http.get("/metrics").text
+    assert 'loraloom_http_responses_total{path="other",status="400"}' in http.get("/metrics").text
 
 
 def test_a_local_server_answers_to_the_address_that_it_listens_on(host, tokenizer):
@@ -249,8 +247,7 @@ def test_a_client_that_goes_away_is_not_worked_for(host, tokenizer, stream):
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     with serving(host, tokenizer) as (url, engine):
-        port = int(url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
             connection.sendall(head.encode() + body)
             wait_until(lambda: engine.gauges()["requests_running"] > 0)
         wait_until(lambda: engine.is_idle)

@@ -49,8 +49,7 @@ def served(request, tmp_path_factory):
 
 def test_each_adapter_keeps_its_own_rank_and_top_k(served):
     ranks = {name: one.rank for name, one in served.folded.items()}
-    mixtures = {"small": 12, "large": 12, "one": 15, "shared": 12}
-    assert ranks == mixtures | {"lora": 5, "mixed": 4}
+    assert ranks == {"small": 12, "large": 12, "one": 15, "shared": 12} | {"lora": 5, "mixed": 4}
     assert [one.top_k for one in served.folded.values()] == [2, 3, 1, 2, None, None]
 
 

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from loraloom.cli.main import main
-from loraloom.errors import ConfigError
+from loraloom.errors import AdapterError, ConfigError
 from loraloom.serve import vllm
 from loraloom.serve.vllm import serve_with_vllm, vllm_command
 from loraloom.serve.vllm.folding import FoldedAdapter
@@ -67,6 +67,16 @@ def test_options_that_vllm_can_not_honour_are_refused(capsys, monkeypatch):
     monkeypatch.setenv("LORALOOM_MAX_TOP_K", "two")
     with pytest.raises(ConfigError, match="LORALOOM_MAX_TOP_K must be a whole number of 1 or more"):
         vllm_command(options(), [], [], {})
+
+
+def test_an_adapter_of_the_directory_that_is_left_out_is_told(monkeypatch, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/adapter_config.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock())
+    fold = Mock(side_effect=AdapterError("no"))
+    monkeypatch.setattr("loraloom.serve.vllm.folding.Folder", Mock(return_value=Mock(fold=fold)))
+    assert vllm._fold_all(options(adapters={}, adapter_dir=tmp_path)) == ([], {})
+    assert "bad is not served: no" in capsys.readouterr().err
 
 
 def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):

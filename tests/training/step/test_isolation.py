@@ -65,8 +65,7 @@ def alone(tmp_path_factory, margins) -> dict[torch.dtype, Weights]:
 def test_weights_are_those_of_each_job_alone(tmp_path, alone, margins, dtype, options):
     configs, sets = matrix(gradient_checkpointing=options.get("checkpointing", False))
     options = {name: value for name, value in options.items() if name != "checkpointing"}
-    engine = toy_engine(tmp_path, configs[::-1], sets, dtype=dtype, **options)
-    together = trained_weights(engine)
+    together = trained_weights(toy_engine(tmp_path, configs[::-1], sets, dtype=dtype, **options))
     for job, expected in alone[dtype].items():
         for name, weight in expected.items():
             assert relative_error(together[job][name], weight) < TOLERANCES[dtype], f"{job} {name}"

@@ -77,8 +77,7 @@ def test_a_registered_objective_is_one_of_run_files(methods_as_before):
     assert isinstance(train.objective, FocalConfig)
     assert not train.objective.learns_from_pairs
     terms = build_objective(train.objective)(scored(), WHOLE)
-    expected = -((1 - LOG_PROBS.exp()) ** 2 * LOG_PROBS).sum() / 7
-    torch.testing.assert_close(terms.loss, expected)
+    torch.testing.assert_close(terms.loss, -((1 - LOG_PROBS.exp()) ** 2 * LOG_PROBS).sum() / 7)
     assert terms.metrics.keys() == {"weight"}
     again = type("FocalConfig", (FocalConfig,), {"__doc__": "New.", "__module__": __name__})
     loraloom.register_objective(again)  # a notebook's cell that runs once more

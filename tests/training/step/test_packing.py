@@ -52,7 +52,6 @@ def test_no_row_is_longer_than_its_job_allows():
         toy_config("long", batch_size=16, packing=True, max_length=60),
     ]
     parts = parts_of(configs, {"short": toy_set(16), "long": toy_set(16, longest=40)})
-    layout = lay_out(parts)
-    for part, rows, longest in zip(parts, layout.rows, (10, 60), strict=True):
+    for part, rows, longest in zip(parts, lay_out(parts).rows, (10, 60), strict=True):
         lengths = [sum(len(part.examples[place].input_ids) for place in row) for row in rows]
         assert max(lengths) <= longest

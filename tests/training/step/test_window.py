@@ -16,8 +16,7 @@ def ids(window) -> list[int]:
 
 
 def test_an_epoch_has_every_example_once_in_windows_of_batch_size():
-    order = order_of(10, batch_size=4)
-    windows = [order.window(step) for step in range(3)]
+    windows = [order_of(10, batch_size=4).window(step) for step in range(3)]
     assert [len(window.examples) for window in windows] == [4, 4, 2]
     assert sorted(i for window in windows for i in ids(window)) == list(range(10))
 

@@ -21,7 +21,7 @@ class SamplingBody(StrictModel):
     """Fields of both kinds of completion."""
 
     model: _Name
-    """Name of an adapter or the base model, `name:0.5` (half its strength), or a sum of these."""
+    """Base model, adapter, `name:0.5` (half its strength), expert (`auto/law`), or sum."""
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)

@@ -127,7 +127,9 @@ def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
     folded = [folder.fold(path) for path in options.adapters.values()]
     directory: Path | None = options.adapter_dir
     for path in sorted(directory.glob(f"*/{CONFIG_FILE}")) if directory else ():
-        with suppress(LoraloomError):  # told to who asks for it
+        try:
             folded.append(folder.fold(path.parent))
             found[check_name(path.parent.name)] = str(path.parent)
+        except LoraloomError as error:
+            print(f"note: {path.parent} is not served: {error}", file=sys.stderr)
     return folded, found

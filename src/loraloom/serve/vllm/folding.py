@@ -66,7 +66,7 @@ class Folder:
                 "weights, which no LoRA can, so vLLM cannot serve this adapter; use the embedded "
                 "engine, or export the adapter merged (a mixture as an MoE checkpoint)"
             )
-        adapter = config.build("folded", self._layers, torch.float32, seed=0)
+        adapter = config.build(stored.source, self._layers, torch.float32, seed=0)
         adapter.load_tensors(tensors)
         with torch.no_grad():
             return _fold(adapter, self._base.layers_path, stored.source)
