@@ -61,7 +61,7 @@ jobs:
 
 `loraloom config show RUN.yaml` prints your file with all defaults, `loraloom config schema` the
 JSON Schema for your editor. `--set jobs.0.train.learning_rate=1e-4` changes a setting on the
-command line. Settings that do not exist, or that have no effect, are errors.
+command line. Settings that do not exist are errors.
 """
 
 HTTP = """\

@@ -14,18 +14,10 @@ from loraloom.errors import FormatError
 from tests.adapters.plain import MASK, compare, sum_experts
 from tests.tiny import changed, tiny_host
 
-CONFIG = DynMoleConfig(
-    rank=2,
-    alpha=5,
-    num_experts=4,
-    keep_top_k=1,
-    top_p=0.6,
-    entropy_threshold=0.9,
-    entropy_index=1.3,
-    entropy_eps=1e-3,
-    router_entropy_loss_coef=3.0,
-    router_aux_loss_coef=2.0,
-)
+ENTROPY = {"entropy_threshold": 0.9, "entropy_index": 1.3, "entropy_eps": 1e-3}
+LOSSES = {"router_entropy_loss_coef": 3.0, "router_aux_loss_coef": 2.0}
+ROUTES = {"num_experts": 4, "keep_top_k": 1, "top_p": 0.6, **ENTROPY}
+CONFIG = DynMoleConfig(rank=2, alpha=5, **ROUTES, **LOSSES)
 
 
 class Paper:

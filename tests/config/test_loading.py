@@ -122,7 +122,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("base_model=null", "base_model must be a valid string, got None"),
         ("jobs.1.train.gradient_checkpointing=maybe", "checkpointing must be a valid boolean"),
         ("jobs.0.data={task: piqa, dataset: a}", "jobs.0.data: dataset and task exclude each"),
-        ("jobs.1.train.eval_steps=5", "train.eval_steps requires data to evaluate; set data."),
+        ("jobs.1.train.eval_steps=5", "eval_on_start requires data to evaluate; set data."),
         ("jobs.1.train.objective={name: dpoo}", "must have a 'name' of 'sft', 'dpo', 'cpo', got"),
         ("jobs.0.train.objective={name: dpo, beta: 0}", "objective.beta must be greater than 0"),
         ("jobs.1.train.objective={name: dpo}", "objective dpo requires pairs of answers"),

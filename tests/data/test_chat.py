@@ -1,3 +1,4 @@
+import json
 import sys
 from itertools import groupby
 
@@ -104,6 +105,7 @@ def test_a_conversation_and_its_template_must_fit(tiny_tokenizer, template, row,
     ("messages", "message"),
     [
         ([], "line 3: field 'messages' must be a list of messages"),
+        ("hello", "line 3: field 'messages' must be a list of messages, got str"),
         (["hello"], "line 3: message 1 must be an object, got str"),
         ([{"role": "user"}], "line 3: message 1: the row has no field 'content'"),
         ([{"role": "usr", "content": ""}], r"message 1: role must be .* did you mean 'user'"),
@@ -131,6 +133,7 @@ def test_turns_of_sharegpt_become_messages():
     row = {"conversations": turns, "system": "Be brief.", "tools": '[{"name": "f", "a": null}]'}
     read = read_conversation(Row(row, "row"))
     called = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert read_conversation(Row(row | {"conversations": json.dumps(turns)}, "row")) == read
     assert read.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "color?"},

@@ -90,6 +90,9 @@ def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
         stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
     made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=512)
     assert len(made.take(made.start, 12)[0]) == 12
+    write_rows(path, [row, row | {"response": "blue"}] * 4)
+    made = stream(tiny_tokenizer, dataset=path, format="instruction", max_length=16)
+    assert "of the first, 4 dropped because their answers do not fit" in made.report[0]
 
 
 def test_columns_are_those_of_the_first_rows(tiny_tokenizer, tmp_path):

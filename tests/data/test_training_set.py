@@ -130,6 +130,10 @@ def test_equal_rows_are_held_out_together(tiny_tokenizer, tmp_path):
     assert learnt
     assert measured
     assert not learnt & measured
+    write_rows(tmp_path / "a.jsonl", [{"text": f"row {min(n, 40)}"} for n in range(100)])
+    for seed in range(3):  # sixty equal rows
+        part = load(tiny_tokenizer, seed=seed, dataset=path, format="text", validation_fraction=0.1)
+        assert len(part.validation) == 10
     write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
     with pytest.raises(DataError, match=r"validation_fraction=0.3 of 1 rows leaves nothing"):
         load(tiny_tokenizer, dataset=path, format="text", validation_fraction=0.3)
@@ -236,5 +240,5 @@ def test_a_chat_template_of_ones_own_is_taken_for_pairs_too(tiny_tokenizer, tmp_
     loaded = load(tiny_tokenizer, as_pairs=True, **data)
     assert tiny_tokenizer.decode(loaded.examples[0].rejected.input_ids) == "sky?;green;"
     write_rows(tmp_path / "a.jsonl", [{"chosen": [TURN, BAD], "rejected": [TURN, BAD]}])
-    with pytest.raises(DataError, match="line 1: the conversation has no assistant message"):
+    with pytest.raises(DataError, match="line 1: chosen and rejected are the same"):
         load(tiny_tokenizer, as_pairs=True, **data)

@@ -51,6 +51,13 @@ def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
     other = builder.build(config(rows, "c", seed=1))
     assert first.training_set is same.training_set
     assert first.training_set is not other.training_set
+    streamed, paces = {"dataset": str(rows), "format": "text", "streaming": True}, []
+    for size in (1, 2):
+        train = {"max_steps": 9, "batch_size": size, "max_length": 32}
+        paces.append(builder.build(config(rows, f"s{size}", data=streamed, train=train)))
+    assert paces[0].training_set is not paces[1].training_set
+    assert all(paces[1].order.window(step) for step in range(3))
+    assert paces[1].order.epochs_after(1) == 0.0  # of a step that is undone
     held_out = builder.build(config(rows, "e", data=data | {"validation_fraction": 0.5}))
     held_out.objective = lambda *_: ObjectiveTerms(torch.tensor(1.5), {"loss": 9.0, "x": torch.nan})
     assert builder.measure([held_out])["e"] == {"eval/loss": 1.5}

@@ -133,7 +133,7 @@ def test_a_task_file_is_measured_under_its_name():
 
 JOB_FAULTS = [
     ({"name": "a/b"}, "name must be a safe file name"),
-    ({"train": WATCHED}, "train.eval_steps requires data to evaluate"),
+    ({"train": WATCHED}, "train.eval_steps or eval_on_start requires data"),
     (
         {"train": {**WATCHED, "early_stopping": {"metric": "loss"}}, "eval": [{"task": "piqa"}]},
         r"must be one that the job measures outside test splits \(eval/piqa/accuracy\), got 'loss'",

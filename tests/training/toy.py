@@ -33,27 +33,13 @@ from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
 PAD_ID = 0
 
+_MIXED = {"alpha": 4, "dropout": 0.1, "top_k": 2, "router_init_std": 1.0}
 ADAPTERS: dict[str, LoraConfig] = {
     "lora": LoraConfig(rank=3, alpha=6, dropout=0.1),
     "dora": LoraConfig(rank=2, alpha=6, dropout=0.2, weight_decomposition=True),
-    "mixlora": MixLoraConfig(
-        rank=2,
-        alpha=4,
-        dropout=0.1,
-        num_experts=4,
-        top_k=2,
-        router_init_std=1.0,
-        router_jitter=0.05,
-    ),
+    "mixlora": MixLoraConfig(rank=2, num_experts=4, router_jitter=0.05, **_MIXED),
     "mixdora": MixLoraConfig(
-        rank=4,
-        alpha=4,
-        dropout=0.1,
-        num_experts=3,
-        top_k=2,
-        weight_decomposition=True,
-        router_init_std=1.0,
-        router_jitter=0.02,
+        rank=4, num_experts=3, router_jitter=0.02, weight_decomposition=True, **_MIXED
     ),
 }
 """Methods of different ranks, dropout and jitter on; routers that are far from ties."""

@@ -57,11 +57,11 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
 
 def read_messages(row: Row, field: str) -> list[Message]:
     turns = row[field]
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # as CSV has them
+        turns = _parse(row, f"field {field!r}", turns)
     if not isinstance(turns, list) or not turns:
         got = type(turns).__name__
-        row.reject(
-            f"field {field!r} must be a list of messages, got {got}; name its column with fields"
-        )
+        row.reject(f"field {field!r} must be a list of messages, got {got}; set its name in fields")
     return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 

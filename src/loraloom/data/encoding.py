@@ -208,6 +208,8 @@ class SourceEncoder:
         if isinstance(row.get(columns["prompt"]), list):
             prompt = read_messages(row, columns["prompt"])
             first, both = len(prompt), [[*prompt, *one] for one in both]
+        elif both[0] == both[1]:
+            row.reject("chosen and rejected are the same; remove the row, or name its prompt")
         tools, learnt = read_tools(row, "tools"), []
         for one in both:
             texts = learn_answers(template, row, Conversation(one, tools), first)

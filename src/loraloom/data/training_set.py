@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from heapq import nlargest
 from itertools import count, islice
 from typing import Any, final
 
@@ -60,9 +60,9 @@ class TrainingSet:
     def digest(self) -> str:
         return examples_digest(self.examples, self.validation)
 
-    def longest(self, number: int) -> list[tuple[int, ...]]:
-        lengths = (tuple(len(row.input_ids) for row in one.rows) for one in self.examples)
-        return nlargest(number, lengths, key=max)
+    @property
+    def longest(self) -> int:
+        return max((len(row.input_ids) for one in self.examples for row in one.rows), default=0)
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices into `examples`; in each epoch another order, and another part of a source."""
@@ -94,8 +94,7 @@ def load_training_set(
     *,
     as_pairs: bool = False,
 ) -> TrainingSet:
-    examples: list[TrainingExample] = []
-    validation: list[TrainingExample] = []
+    examples, validation = list[TrainingExample](), list[TrainingExample]()
     portions, report, sample_ids = [], [], count()
     for settings in config.sources:
         source = SourceEncoder(settings, tokenizer, max_length, as_pairs)
@@ -131,16 +130,18 @@ def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed
     if fraction == 0:
         return set()
     # equal rows have equal hashes and stay together, so that none is both learned and measured
-    hashes = {}
+    equals, chosen = defaultdict[bytes, list[int]](list), set[int]()
     for index, row in enumerate(rows):
         tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)
         if row.pieces:
-            hashes[index] = hashlib.sha256(f"{seed}: {tokens}".encode()).digest()
-    ordered = sorted(hashes.values())
-    threshold = ordered[max(round(fraction * len(ordered)), 1) - 1]
-    chosen = {index for index, value in hashes.items() if value <= threshold}
-    if len(chosen) == len(hashes):
-        what = f"validation_fraction={fraction} of {len(hashes)} rows leaves nothing to learn from"
+            equals[hashlib.sha256(f"{seed}: {tokens}".encode()).digest()].append(index)
+    num_rows = sum(map(len, equals.values()))
+    most = max(round(fraction * num_rows), 1)
+    for _, group in sorted(equals.items(), key=lambda item: (len(item[1]) > most, item[0])):
+        if not chosen or len(chosen) + len(group) <= most:
+            chosen |= {*group}
+    if len(chosen) == num_rows:
+        what = f"validation_fraction={fraction} of {num_rows} rows leaves nothing to learn from"
         raise DataError(f"{name}: {what}; add rows, lower validation_fraction, or set validation")
     return chosen
 
@@ -211,20 +212,21 @@ class StreamedSet:
             held_out = encoder.load("validation")
             self.validation += [one for row in held_out for one in number_row(row, sample_ids)]
         self.warnings: tuple[str, ...] = ()
-        self._max_length, self._rows_per_example = max_length, 1 + as_pairs
+        self.longest = max_length
         rows_of_block = config.shuffle_buffer or SHUFFLE_BUFFER  # null may be written too
         total = sum(source.weight for source in config.sources)
         self._sources = []
         for source in config.sources:
             num_rows = max(round(rows_of_block * source.weight / total), 1)
             self._sources.append(_Source(SourceEncoder(source, tokenizer, max_length), num_rows))
-        self.report = tuple(
-            f"{source.name}: a stream, read {source.rows_per_block} rows at a time"
-            for source in self._sources
-        )
         self.start = StreamPosition(0, 0, next(sample_ids), (SourcePlace(),) * len(self._sources))
         self._blocks: dict[int, Block] = {}
         self.take(self.start, 1)
+        self.report = tuple(
+            f"{source.name}: a stream, read {source.rows_per_block} rows at a time"
+            + "".join(f"; of the first, {note}" for note in source.notes)
+            for source in self._sources
+        )
 
     @property
     def digest(self) -> str:
@@ -247,21 +249,17 @@ class StreamedSet:
                 last_passes = block.next.passes
             elif block.next.passes > last_passes + 1:
                 names = ", ".join(source.name for source in self._sources)
-                what = f"no row has an answer that fits max_length={self._max_length}"
+                what = f"no row has an answer that fits max_length={self.longest}"
                 raise DataError(f"{names}: {what}; raise max_length, or fill in empty answers")
             stop = position.taken + number - len(examples)
             examples += block.examples[position.taken : stop]
             position = replace(position, taken=stop) if stop < len(block.examples) else block.next
         return examples, position
 
-    def longest(self, number: int) -> list[tuple[int, ...]]:
-        return [(self._max_length,) * self._rows_per_example] * number
-
     def _read_block(self, position: StreamPosition) -> Block:
         # ids go up for ever, as a sample's dropout is drawn by its id
         sample_ids = count(position.first_id)
-        examples: list[TrainingExample] = []
-        places: list[SourcePlace] = []
+        examples, places = list[TrainingExample](), list[SourcePlace]()
         for source, place in zip(self._sources, position.sources, strict=True):
             rows, after = source.read(place)
             examples += source.encode(rows, sample_ids)
@@ -282,7 +280,7 @@ class _Source:
         self._stream = encoder.open("train", streaming=True)
         self.sizes = self._stream.sizes
         begins = [*islice(self._stream.rows(), max(rows_per_block, STREAM_ROWS))]
-        self._first, self._rows = fields_of_all(begins), iter(())
+        self._first, self._rows, self.notes = fields_of_all(begins), iter(()), list[str]()
         self._place: SourcePlace | None = None
 
     def read(self, place: SourcePlace) -> tuple[list[Row], SourcePlace]:
@@ -301,5 +299,6 @@ class _Source:
     def encode(self, rows: list[Row], sample_ids: Iterator[int]) -> list[TrainingExample]:
         encoded = self._encoder.encode(rows, self._first)
         self._encoder.check(rows, encoded)
+        self.notes = self.notes or self._encoder.notes(encoded)
         group = self._encoder.config.expert_group
         return [one for row in encoded for one in number_row(row, sample_ids, group)]

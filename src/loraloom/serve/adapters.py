@@ -83,8 +83,7 @@ class ServedAdapters:
 
     def names(self) -> list[str]:
         """Every adapter that may be asked for."""
-        directory = self._directory
-        paths = directory.iterdir() if directory is not None and directory.is_dir() else ()
+        paths = self._directory.iterdir() if self._directory and self._directory.is_dir() else ()
         found = [name for name in sorted(path.name for path in paths) if self._is_found(name)]
         named = [name for name, source in self._sources.items() if _files_of(source)]
         served = [a.name for a in self._served.values() if not a.files or _files_of(a.source)]
@@ -261,8 +260,7 @@ class ServedAdapters:
         self._released.set()
 
     def _source_of(self, name: str) -> str:
-        named = self._sources.get(name)
-        if named is not None and _files_of(named):
+        if (named := self._sources.get(name)) and _files_of(named):
             return named
         if self._directory is not None and self._is_found(name):
             return str(self._directory / name)

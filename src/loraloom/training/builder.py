@@ -37,7 +37,7 @@ Base = tuple[Host, PreTrainedTokenizerBase]
 
 
 class JobData:
-    """Reads the data of jobs; those with the same data and seed share it while files stay so."""
+    """Reads the data of jobs; those with the same data and seed (and pace, in streams) share it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -51,7 +51,8 @@ class JobData:
         files = [state for source in data.sources for state in _file_states(source, "train")]
         if data.validation is not None:
             files += _file_states(data.validation, "validation")
-        key = repr((data, length, config.seed, as_pairs, files))
+        pace = data.streaming and config.train.batch_size
+        key = repr((data, length, config.seed, as_pairs, files, pace))
         if key not in self._sets:
             load = StreamedSet if data.streaming else load_training_set
             training_set = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
@@ -187,7 +188,7 @@ class JobBuilder:
 def _check_lengths(
     config: JobConfig, training_set: TrainingSet | StreamedSet, positions: int
 ) -> None:
-    longest = training_set.longest(1)
+    longest = training_set.longest
     missing = "measure eval/loss on" if longest else "learn from"
     if not longest or (config.data.has_validation and not training_set.validation):
         raise DataError(
@@ -195,7 +196,7 @@ def _check_lengths(
             "add rows, or raise max_length"
         )
     held_out = (len(row.input_ids) for one in training_set.validation for row in one.rows)
-    most = max([*longest[0], *held_out])
+    most = max([longest, *held_out])
     if most > positions:
         has = "one may have" if isinstance(training_set, StreamedSet) else "the longest has"
         raise DataError(

@@ -327,7 +327,8 @@ class Engine:
         if not isinstance(error, LoraloomError | OSError):
             _log.error("job %s failed", job.name, exc_info=error)
         self._reporter.message(f"error: {reason}")
-        job.restore_proven_weights()
+        # another error says nothing about the last step
+        (job.restore_proven_weights if isinstance(error, TrainingError) else job.release)()
         self.close(job, error=reason)
 
     def _result(self, job: Job, error: str | None, stop_reason: str | None) -> JobResult:
@@ -337,7 +338,7 @@ class Engine:
         last_metrics = position.metrics if position.evaluated_step == position.step else {}
         has_best = best.step is not None
         num_frozen = sum(one.numel() for one in frozen_tensors(job.config.train, job.adapter))
-        num_parameters = sum(p.numel() for p in job.parameters.values() if p.requires_grad)
+        num_parameters = sum(parameter.numel() for parameter in job.parameters.values())
         return JobResult(
             job=job.name,
             status=status if error is None else "failed",

@@ -31,7 +31,6 @@ class Position:
 
     step: int = 0  # steps done
     micro_step: int = 0  # micro-batches done of the next step
-    micro_batches: int = 0  # all that were done
     tokens: int = 0  # real tokens learned from
     computed_tokens: int = 0  # the same with padding
     level: float = 0.0  # those, each by its priority, from the least level when the job joined
@@ -72,7 +71,7 @@ class Job:
         self.milestones: frozenset[int] = frozenset()  # evaluated after these steps as well
         self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
-        self.parameters = dict(self.adapter.named_parameters())
+        self.parameters = {n: p for n, p in self.adapter.named_parameters() if p.requires_grad}
         self._window: tuple[int, batch.Window] | None = None
         self._proven: list[Tensor] | None = None
 
@@ -127,7 +126,6 @@ class Job:
         self._proven = None
         position = self.position
         position.micro_step += 1
-        position.micro_batches += 1
         position.tokens += micro_batch.num_tokens
         position.computed_tokens += loss.computed_tokens
         position.level += loss.computed_tokens / self.config.priority
@@ -164,9 +162,7 @@ class Job:
             for row in (row for example in self.window.examples for row in example.rows):
                 self.reference.log_probs.pop(row.sample_id, None)
         position.step += 1
-        position.micro_step = 0
-        position.loss = MicroBatchLoss(0.0)
-        position.last_loss = loss.loss
+        position.micro_step, position.loss, position.last_loss = 0, MicroBatchLoss(0.0), loss.loss
         metrics: dict[str, Any] = {
             "step": position.step,
             "epoch": round(self.order.epochs_after(position.step), 4),
@@ -180,8 +176,10 @@ class Job:
         if scale is not None:
             metrics |= {"loss_scale": scale.scale, "skipped_steps": scale.skipped_steps}
         if loss.router_entropy is not None:
-            metrics["router/entropy"] = loss.router_entropy
-            metrics["router/load_cv"] = loss.router_load_cv
+            metrics |= {
+                "router/entropy": loss.router_entropy,
+                "router/load_cv": loss.router_load_cv,
+            }
         chosen = loss.tokens_per_expert
         if warnings := self.collapse.take(position.step, chosen, self.config.adapter):
             metrics["warnings"] = list(warnings)
@@ -194,7 +192,7 @@ class Job:
             self._check_finite(name, value, self.position.step)
         position, train = self.position, self.config.train
         is_due = position.step % (train.eval_steps or 1) == 0  # rungs of a sweep change nothing
-        is_best = self.selection.update(position.step, metrics, is_counted=is_due)
+        is_best = (is_due or self.is_complete) and self.selection.update(position.step, metrics)
         position.evaluated_step, position.metrics = position.step, metrics
         if train.early_stopping is not None:
             patience = train.early_stopping.patience
@@ -216,8 +214,9 @@ class Job:
         # They are the present ones, unless no micro-batch went through them since the last step.
         if self._proven is not None:
             optimizers.copy_all(self.parameters.values(), self._proven)
-            # What was measured is of the weights that are gone.
+            # What was measured is of the weights that are gone, and so is their step.
             self.position.evaluated_step = -1
+            self.position.step -= 1
         self.release()
 
     def release(self) -> None:
@@ -242,6 +241,7 @@ class Job:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         optimizers.load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
+        state["position"].pop("micro_batches", None)  # of earlier versions
         self.best = state["best"]
         self.scheduler.load_state_dict(state["scheduler"])
         loss = MicroBatchLoss(**state["position"]["loss"])
@@ -309,12 +309,12 @@ class Selection:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations_since: int = 0
 
-    def update(self, step: int, metrics: Mapping[str, float], *, is_counted: bool) -> bool:
+    def update(self, step: int, metrics: Mapping[str, float]) -> bool:
         if self.metric is None:
             return False
         value, sign = metrics[self.metric], 1 if metric_mode(self.metric) == "min" else -1
         if self.value is not None and sign * value >= sign * self.value:
-            self.evaluations_since += is_counted
+            self.evaluations_since += 1
             return False
         self.value, self.step, self.metrics = value, step, dict(metrics)
         self.evaluations_since = 0

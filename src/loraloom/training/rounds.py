@@ -203,4 +203,4 @@ def free_bytes(limit: int | None) -> int:
 
 
 def num_bytes(adapters: Iterable[Adapter]) -> int:
-    return sum(weight.nbytes for adapter in adapters for weight in adapter.parameters())
+    return sum(one.nbytes for own in adapters for one in own.parameters() if one.requires_grad)

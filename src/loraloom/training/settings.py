@@ -180,7 +180,7 @@ class TrainConfig(OptimizerConfig):
     batch_size: int = Field(default=16, ge=1)
     """Rows in a step; with preference data, pairs of rows."""
     micro_batch_size: int = Field(default_factory=lambda fields: fields["batch_size"], ge=1)
-    """Rows per forward pass. The gradient is the same. Default: batch_size."""
+    """Rows or pairs in a forward; only load-balance losses depend on it. Default: batch_size."""
     num_epochs: int | None = Field(default=None, ge=1)
     """Number of passes over the data; or set max_steps."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -300,7 +300,7 @@ class JobConfig(StrictModel):
             yield f"eval must name each task once, got {', '.join(tasks)}"
         evaluates = train.eval_steps or train.eval_on_start
         if evaluates and not (self.data.has_validation or self.eval):
-            yield f"train.eval_steps requires data to evaluate; {_GIVE}"
+            yield f"train.eval_steps or eval_on_start requires data to evaluate; {_GIVE}"
         if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
             yield f"train.lr_scheduler {train.lr_scheduler} requires train.eval_steps; {_GIVE} too"
         if train.early_stopping is not None and train.early_stopping.metric not in selecting:

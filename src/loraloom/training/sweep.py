@@ -143,12 +143,11 @@ class Sweep:
 
     def _own(self) -> list[tuple[FrozenTrial, str]]:
         number, size = self.place
-        own = list[tuple[FrozenTrial, str]]()
-        for trial in self._study.get_trials(deepcopy=False):
-            worker = trial.user_attrs.get("worker")
-            if worker is not None and worker % size == number:
-                own.append((trial, self._sweep.job_name(trial.number, trial.params)))
-        return own
+        trials = [
+            one for one in self._study.get_trials(deepcopy=False) if "worker" in one.user_attrs
+        ]
+        own = (one for one in trials if one.user_attrs["worker"] % size == number)
+        return [(one, self._sweep.job_name(one.number, one.params)) for one in own]
 
     def _handle(self, trial: FrozenTrial) -> optuna.Trial:
         return optuna.Trial(self._study, trial._trial_id)

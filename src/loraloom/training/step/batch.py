@@ -114,7 +114,7 @@ class StreamOrder:
 
     def epochs_after(self, step: int) -> float:
         """Return how often the data was read to its end; parts of a pass can't be known."""
-        return float(self._positions[step].passes)
+        return float(self._positions[max(step, min(self._positions))].passes)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         position = self._positions[step]

@@ -160,7 +160,7 @@ def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) ->
 def load_learning_state(
     parameters: Mapping[str, Parameter], optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    copy_all(parameters.values(), state["weights"].values())
+    copy_all(parameters.values(), (state["weights"][name] for name in parameters))
     for name, parameter in parameters.items():
         gradient = state["gradients"].get(name)
         parameter.grad = None if gradient is None else gradient.to(parameter).view_as(parameter)
@@ -183,7 +183,7 @@ def build_scheduler(
 ) -> Scheduler:
     arguments = dict(config.lr_scheduler_args)
     if config.lr_scheduler in SCHEDULERS_ON_METRIC:
-        arguments["mode"] = metric_mode
+        arguments.setdefault("mode", metric_mode)
     if config.lr_scheduler == "greedy":  # whose own bound, 1e-3, is above most rates
         arguments.setdefault("min_lr", 0.0)
     with _raised_as_config_error(config, "lr_scheduler", name):
