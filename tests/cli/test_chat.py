@@ -39,9 +39,10 @@ def test_commands_switch_compare_and_forget(saved, monkeypatch, capsys):
 def test_the_same_seed_gives_the_same_answers(saved, monkeypatch, capsys):
     outputs = []
     for _ in range(2):
-        chat(saved, monkeypatch, "one", options=["--temperature", "1"])
+        chat(saved, monkeypatch, "one", "/reset", "one", options=["--temperature", "1"])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
+    assert len({*outputs[0].split("mixlora> ")}) == 5  # two answers among them
 
 
 @pytest.mark.parametrize(

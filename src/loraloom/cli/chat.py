@@ -71,11 +71,11 @@ def chat(
         host.adapter(name)  # an error if there is none
     room = default_cache_tokens(host, len(known))
     engine = Engine(host, tokenizer, EngineLimits(len(known), room, max_request_s=math.inf))
-    conversation = Conversation(engine, tokenizer, BASE, options.system, raw=options.raw)
+    conversation = Conversation(engine, tokenizer, options.system, raw=options.raw)
     models = known[-1:]
     print(f"models: {', '.join(known)}; /help for commands")
-    while (line := _read_line(f"{' '.join(models)}> ")) not in (None, "/quit"):
-        command, *words = str(line).split() or [""]
+    while (line := _read_line(f"{' '.join(models)}> ")) is not None and line.strip() != "/quit":
+        command, *words = line.split() or [""]
         try:
             if command in ("/adapter", "/compare"):
                 for word in filter(is_derived, words):
@@ -89,7 +89,7 @@ def chat(
             elif command.startswith("/"):
                 print(HELP)
             elif command:
-                _answer(conversation, str(line), models, sampling)
+                _answer(conversation, line if options.raw else line.strip(), models, sampling)
         except LoraloomError as error:
             print(f"error: {error}")
 
@@ -99,7 +99,7 @@ def _read_line(prompt: str) -> str | None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     try:
-        return input(prompt).strip()
+        return input(prompt)
     except (EOFError, KeyboardInterrupt):
         print()
         return None

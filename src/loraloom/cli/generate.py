@@ -145,8 +145,7 @@ def _adapter_of(row: Row, options: GenerateOptions) -> RowAdapter:
                 return options.check_derived(name)
             except LoraloomError as error:
                 row.reject(str(error))
-    known = ", ".join([BASE, *adapters])
-    got = shown(row["adapter"])
+    known, got = ", ".join([BASE, *adapters]), shown(row["adapter"])
     row.reject(f"field 'adapter' must be one of {known}, or [name, scale], got {got}")
 
 

@@ -56,7 +56,7 @@ class ScoreCache:
 
     def begin(self) -> None:
         """Begin an evaluation: count anew, and look at adapters' weights again."""
-        self.num_found = self.num_added = 0
+        self.num_found = 0
         self._ids: dict[str | None, str] = {}
 
     def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[Any, ...] | None]:
@@ -75,7 +75,6 @@ class ScoreCache:
         with self._open() as file:
             # another process may have kept the same scores since
             file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
-        self.num_added += len(rows)
 
     def _id(self, adapter: str | None, tokens: Tokens) -> str:
         # pairs are scored by the base model too, whether or not it is evaluated

@@ -100,7 +100,7 @@ def load_held_out(
         "num_dropped": len(rows) - len(kept) - sum(row.is_empty for row in encoded),
         "max_length": longest,
         "examples_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-        "source": describe(found) if isinstance(found, Path) else {"dataset": name},
+        "source": describe(found) if found else {"dataset": name},
     }
     if source.format == "preference":  # whose answers are rows of their own
         kept = [[answer] for pair in kept for answer in pair]

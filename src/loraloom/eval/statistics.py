@@ -297,10 +297,11 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
     places: dict[str, dict[tuple[int, str], int]] = {}
     names: dict[str, str] = {}  # by task, what all of its rows must have
     for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
-        chosen_filter, name = row.get("filter", "none"), row["adapter"]
+        own = {} if "completion" in row else row  # others are users' columns
+        chosen_filter, name = own.get("filter", "none"), row["adapter"]
         adapter = json.dumps(name) if isinstance(name, list) else row.text("adapter")  # of weights
         # files of `loraloom generate` with a judge's scores have no task and count no rows
-        task = next((row.text(name) for name in ("task", "dataset") if name in row), "judged")
+        task = next((row.text(name) for name in ("task", "dataset") if name in own), "judged")
         task += "" if chosen_filter == "none" else f",{chosen_filter}"
         answers = tasks.setdefault(task, {}).setdefault(adapter, {})
         # what `loraloom generate` wrote has no index, and may have been sorted
@@ -315,7 +316,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
             row.reject(f"score all rows of {task} or none; earlier ones have {wanted!r}")
         kind, what = (int | float, "a number") if name == "score" else (bool, "true or false")
         correct: Any = row.get(name)
-        if not isinstance(index := row.get("index", number), int):
+        if not isinstance(index := own.get("index", number), int):
             row.reject(f"field 'index' must be an integer, got {shown(index)}")
         if not isinstance(correct, kind):
             row.reject(f"field {name!r} must be {what}, got {correct!r}")

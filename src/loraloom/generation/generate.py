@@ -141,7 +141,6 @@ class Conversation:
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
-    base_name: str = "base"
     system: str | None = None
     raw: bool = False
     turns: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -182,7 +181,7 @@ class Conversation:
 
     def _request(self, model: str, text: str, sampling: SamplingConfig) -> GenerationRequest:
         """What a model reads: all turns, or the last one alone where its prompts have no turns."""
-        adapter = None if model == self.base_name else model
+        adapter = None if model == "base" else model
         prompt = Prompt(self._turns(model, text), adapter, last_alone=True)
         read = read_prompts(self.engine.host, self.tokenizer, [prompt], raw=self.raw)
         ((ids, turn_end, choice),) = read
@@ -191,7 +190,8 @@ class Conversation:
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
         sampling = sampling.model_copy(update=shortened)
-        return GenerationRequest(ids, choice, model, sampling, turn_end=turn_end)
+        place = self.engine.counts["steps",]  # another draw for each turn
+        return GenerationRequest(ids, choice, model, sampling, place, turn_end=turn_end)
 
     def _turns(self, model: str, text: str) -> tuple[Message, ...]:
         system = {"role": "system", "content": self.system}

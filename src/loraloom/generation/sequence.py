@@ -189,7 +189,8 @@ class Row:
         if request.constraint is not None:
             allowed = request.constraint.allowed(len(logits)).to(logits.device)
             logits = logits.masked_fill(~allowed, -torch.inf)
-        return self._chooser.choose(self.tokens, logits)
+        read = self.tokens if request.sampling.repetition_penalty != 1 else ()
+        return self._chooser.choose(read, logits)
 
     def take(self, token: int, logits: Tensor) -> FinishReason | None:
         request, piece = self.request, self._untold
