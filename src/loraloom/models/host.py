@@ -23,7 +23,6 @@ from loraloom.adapters.base import Records, Samples, SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
 from loraloom.config.data import PromptForm
-from loraloom.data.tokens import NO_LOSS
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
@@ -680,7 +679,7 @@ class Host:
                 "a cache; call host.choose first and pass its choice, or call host.generate"
             )
         if labels is not None:  # a prompt is what precedes them, and a text without one all of it
-            asked = real.bool() & ((labels.cpu() != NO_LOSS).cumsum(1) == 0)
+            asked = real.bool() & ((labels.cpu() != -100).cumsum(1) == 0)
             real = torch.where(asked.sum(1, keepdim=True) > 1, asked, real)
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids.cpu(), real, strict=True)]
         chosen = [one.adapter for one in choose(self, prompts, names)]
