@@ -6,7 +6,7 @@ Axes: T tokens, I in_features, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -140,6 +140,10 @@ class RoutedConfig(AdapterConfig):
         if self.sources:
             raise AdapterError(f"experts must have been read, got {', '.join(self.sources)}")
         return [one for one in self.experts.values() if isinstance(one, Expert)]
+
+
+def of_experts(experts: Mapping[str, str], **settings: Any) -> RoutedConfig:
+    return checked(RoutedConfig, {"experts": experts, **settings})
 
 
 class RoutedAdapter(LowRankAdapter):

@@ -9,11 +9,10 @@ from pydantic import Field
 from rich.console import Console
 from typing_extensions import override
 
-from loraloom.adapters.routed import RoutedConfig
+from loraloom.adapters.routed import of_experts
 from loraloom.cli.init import ROW_FORMATS, column_settings, find_columns, first_rows
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
-from loraloom.config.fields import checked
 from loraloom.data.sources import find_location
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
@@ -107,8 +106,9 @@ def combine(
         combined += "-"
     if options.by in ("prompt", "arrow"):
         settings = options.model_dump(include={"top_k", "num_layers_read"})
-        settings |= {"router": options.by, "experts": {name: name for name in names}}
-        host.add(combined, checked(RoutedConfig, settings))
+        host.add(
+            combined, of_experts({name: name for name in names}, router=options.by, **settings)
+        )
         if options.by == "prompt":
             sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
             if options.scoring and not any("task" in source for source in sources.values()):

@@ -48,7 +48,7 @@ class EvalRun(HostOptions):
     harness_include: Annotated[Path | None, Section.DATA] = None
     """Add --harness tasks from this directory's YAML files, which can run code."""
     num_fewshot: Annotated[int | None, Section.DATA] = Field(default=None, ge=0)
-    """Show N examples per --harness question; a task's own 0 stays. Default: the task's number."""
+    """Show N examples per --harness question. Default: the task's number."""
     apply_chat_template: Annotated[bool, Section.DATA] = False
     """Use adapters' prompt form, or else the chat template, for --harness."""
     format: Annotated[DataFormat | None, Section.DATA] = None

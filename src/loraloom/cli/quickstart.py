@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from loraloom.adapters.routed import RoutedConfig
+from loraloom.adapters.routed import of_experts
 from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
 from loraloom.config.fields import checked
@@ -77,7 +77,7 @@ def quickstart(
     raise_failures(results)
     for name in (*lands, together):
         host.load(name, run.output_dir / name)
-    host.add(ROUTED, RoutedConfig(experts={land: land for land in lands}))
+    host.add(ROUTED, of_experts({land: land for land in lands}))
     fit_router(host, tokenizer, ROUTED, {job.name: job.data.sources[0] for job in run.jobs[:-1]})
     host.save(ROUTED, run.output_dir / ROUTED, overwrite=True)
     console.print(f"\nCombined the {len(lands)} adapters, with a router by prompt; evaluating")

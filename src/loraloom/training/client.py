@@ -408,9 +408,8 @@ def _micro_batches(request: Request, log_probs: list[Tensor]) -> list[MicroBatch
 
 def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:
     """Make a training example from token IDs and a loss mask."""
-    labels = (
-        token if learnt else tokens.NO_LOSS for token, learnt in zip(ids, is_learnt, strict=True)
-    )
+    pairs = zip(ids, is_learnt, strict=True)
+    labels = (token if learnt else tokens.NO_LOSS for token, learnt in pairs)
     return Example(tuple(ids), tuple(labels), sample_id=0)
 
 
