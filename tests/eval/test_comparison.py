@@ -141,9 +141,8 @@ def test_filters_of_generated_answers_are_tasks_of_their_own(tmp_path):
 
 def test_a_judge_may_sort_its_rows(tmp_path):
     rows = [{"prompt": p, "adapter": a, "score": ord(p)} for a, p in ("ax", "ay", "by", "bx")]
-    write_lines(
-        tmp_path / "q.jsonl", [{"completion": "", "task": 3, "index": "q"} | r for r in rows]
-    )
+    users = {"completion": "", "task": 3, "index": ""}
+    write_lines(tmp_path / "q.jsonl", [users | row for row in rows])
     (task,) = read_answers(tmp_path / "q.jsonl")
     assert task.right["a"] == task.right["b"] == (ord("x"), ord("y"))
 

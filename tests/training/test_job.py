@@ -64,7 +64,7 @@ def test_weights_are_proven_by_a_finite_loss():
     restored = new_job(batch_size=4, micro_batch_size=2)
     restored.load_state_dict(job.state_dict())
     restored.restore_proven_weights()
-    assert (job.position.step, restored.position.step) == (1, 0)
+    assert restored.position.step == 0
     assert all(torch.equal(p, first[name]) for name, p in restored.parameters.items())
     job.accept(job.micro_batch(), MicroBatchLoss(1.0))
     job.restore_proven_weights()

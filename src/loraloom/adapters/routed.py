@@ -143,6 +143,7 @@ class RoutedConfig(AdapterConfig):
 
 
 def of_experts(experts: Mapping[str, str], **settings: Any) -> RoutedConfig:
+    """Give the settings of an adapter of others: directories, Hub IDs, or names on the host."""
     return checked(RoutedConfig, {"experts": experts, **settings})
 
 

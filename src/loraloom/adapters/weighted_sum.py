@@ -171,14 +171,10 @@ def check_adds_up(member: Adapter) -> None:
         what = "experts" if member.config.experts_per_router else "a separate FFN block"
         what = "extra trainable modules" if len(member.own_modules) else what
         parts = [f"{member.name}/{part}" for part in member.part_names]
-        hint = (
-            f"; use its experts instead, {', '.join(parts)}"
-            if parts
-            else "; scale it alone: (name, scale)"
-        )
+        hint = f"use its experts, {', '.join(parts)}" if parts else "scale it alone: (name, scale)"
         raise AdapterError(
             "a sum supports adapters on single projections, without routers and extra trainable "
-            f"modules, got {member.name!r} ({member.config.title}) with {what}{hint}"
+            f"modules, got {member.name!r} ({member.config.title}) with {what}; {hint}"
         )
 
 

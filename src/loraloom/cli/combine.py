@@ -106,9 +106,8 @@ def combine(
         combined += "-"
     if options.by in ("prompt", "arrow"):
         settings = options.model_dump(include={"top_k", "num_layers_read"})
-        host.add(
-            combined, of_experts({name: name for name in names}, router=options.by, **settings)
-        )
+        experts = {name: name for name in names}
+        host.add(combined, of_experts(experts, router=options.by, **settings))
         if options.by == "prompt":
             sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
             if options.scoring and not any("task" in source for source in sources.values()):

@@ -61,7 +61,9 @@ def read_messages(row: Row, field: str) -> list[Message]:
         turns = _parse(row, f"field {field!r}", turns)
     if not isinstance(turns, list) or not turns:
         got = type(turns).__name__
-        row.reject(f"field {field!r} must be a list of messages, got {got}; set its name in fields")
+        row.reject(
+            f"field {field!r} must be a list of messages, got {got}; name its column with fields"
+        )
     return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 

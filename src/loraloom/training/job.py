@@ -176,10 +176,8 @@ class Job:
         if scale is not None:
             metrics |= {"loss_scale": scale.scale, "skipped_steps": scale.skipped_steps}
         if loss.router_entropy is not None:
-            metrics |= {
-                "router/entropy": loss.router_entropy,
-                "router/load_cv": loss.router_load_cv,
-            }
+            metrics["router/entropy"] = loss.router_entropy
+            metrics["router/load_cv"] = loss.router_load_cv
         chosen = loss.tokens_per_expert
         if warnings := self.collapse.take(position.step, chosen, self.config.adapter):
             metrics["warnings"] = list(warnings)
