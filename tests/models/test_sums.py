@@ -122,7 +122,7 @@ def test_a_sum_reads_its_members_forms_of_prompts():
 def test_a_sum_is_merged_and_unmerged():
     host, ids = tiny_host("llama", MEMBERS), tiny_ids(1)
     expected = [host(ids, adapters=[row]).logits for row in (SUMS[1], None)]
-    assert host.merge(SUMS[1]) < 1e-9
+    host.merge(SUMS[1])
     torch.testing.assert_close(host(ids).logits, expected[0])
     host.unmerge(host.merged)
     assert torch.equal(host(ids).logits, expected[1])

@@ -219,7 +219,8 @@ def test_a_job_that_can_not_join_leaves_nothing_on_the_host(tmp_path, name):
 def test_a_job_that_joins_is_not_made_of_one_that_trains(tmp_path):
     engine = toy_engine(tmp_path, [toy_config("law")])
     routed = toy_config("auto", RoutedConfig(experts={"law": "law"}, router="token"))
-    assert all(name.endswith("router") for name in (job := add_job(engine.host, routed)).parameters)
+    job = add_job(engine.host, routed)
+    assert all(name.endswith("router") for name in job.parameters)
     engine.discard(job)
     with pytest.raises(ConfigError, match=r"adapter.experts must not be in .* where job law goes"):
         engine.add(add_job(engine.host, routed))
