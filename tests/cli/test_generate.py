@@ -85,6 +85,7 @@ def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
     [
         ({"text": "x"}, "line 1: a row must have either 'prompt' or 'messages'"),
         ({"prompt": 3}, "line 1: field 'prompt' must be a string"),
+        ({"prompt": "x", "tools": 3}, "field 'tools' must be"),
         ({"prompt": "x", "adapter": "c"}, "must be one of base, a, b, or [name, scale], got 'c'"),
         ({"prompt": "x", "adapter": ["a"]}, "field 'adapter' must be one of base, a, b, or [name"),
         ({"prompt": "x", "adapter": ["a", 10**400]}, "or [name, scale], got ['a', 1"),

@@ -1,8 +1,11 @@
 import json
+from unittest.mock import Mock
 
 import pytest
 
+from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
+from loraloom.config.data import PromptForm, SourceConfig
 from tests.generation.saved import write_rows
 
 ROWS = [
@@ -57,6 +60,19 @@ def test_settings_of_data_may_be_given_as_in_a_run_file(run, tmp_path, capsys):
     assert "the tokenizer must have a chat template for messages" in capsys.readouterr().err
     source["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert run("--dataset", json.dumps(source))["tasks"]["chats"]["num_examples"] == 3
+
+
+def test_rows_have_the_adapters_template_where_formats_agree(monkeypatch, tmp_path):
+    plain = {"format": "instruction", "template": "plain"}
+    chat, pairs = ({"format": one, "chat_template": "x"} for one in ("chat", "preference"))
+    rows = {"dataset": write_rows(tmp_path / "rows.jsonl", *ROWS)}
+    options = {"base_model": "m", "adapter": ["a=b"], "dataset": [*rows.values()]}
+    monkeypatch.setattr(verb, "find_adapter", str)
+    for own, read in ((plain, plain), (plain, {"format": "text"}), (chat, pairs)):
+        stored = Mock(prompt=PromptForm(**own))
+        monkeypatch.setattr(verb, "read_stored", lambda _, stored=stored: stored)
+        run = verb.EvalRun(**options, format=read["format"])
+        assert verb._held_out(run) == [SourceConfig(**rows, **read)]
 
 
 def test_options_of_rows_are_those_of_settings_without_them(run, tmp_path):

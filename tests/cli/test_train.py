@@ -96,12 +96,12 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
     job["eval"] = [{"task": "arc_easy", "path": __file__}]
     assert next_words(run, [done])["Evaluate"][-3:] == [__file__, "--split", "validation"]
     job["data"] = {"dataset": "pairs.jsonl", "format": "preference"}
-    job["train"] |= {"objective": {"name": "dpo"}}
+    job["train"] |= {"objective": {"name": "dpo"}, "max_length": 64}
     del job["eval"]
-    asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference"
+    asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference --max-length 64"
     assert next_words(run, [done])["Evaluate"] == shlex.split(asked)
     job["data"]["fields"] = {"prompt": "question"}
-    data = next_words(run, [done])["Evaluate"][-3]
+    data = next_words(run, [done])["Evaluate"][-5]
     assert data == '{"dataset": "HELD_OUT.jsonl", "fields": {"prompt": "question"}}'
     done.job = "base"  # a name that --adapter has for the base model
     assert "base-adapter=out/a" in next_words(run, [done])["Generate"]

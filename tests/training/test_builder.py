@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig, RoutedConfig, VeraConfig
 from loraloom.data import tasks
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.training.builder import JobBuilder, load_start
@@ -112,6 +112,16 @@ def test_a_new_adapter_gets_the_weights_of_the_old_one(method, tmp_path):
     assert all(torch.equal(own[name], tensor) for name, tensor in old.tensors().items())
 
 
+def test_a_routed_job_starts_from_files_whose_experts_are_written_otherwise(tmp_path):
+    host = toy_host()
+    host.add("law", LoraConfig(rank=2, target_modules="all-linear"))
+    host.add("auto", RoutedConfig(experts={"law": "law"}, router="token"))
+    for name in ("law", "auto"):
+        host.save(name, tmp_path / name)
+    again = RoutedConfig(experts={"law": str(tmp_path / "law")}, router="token", train_experts=True)
+    load_start(host, host.add("new", again), str(tmp_path / "auto"))
+
+
 def test_a_job_starts_from_a_sum_of_loras(tmp_path):
     host, ids = toy_host(), torch.arange(6)[None]
     for name, rank in (("a", 2), ("b", 3)):
@@ -134,6 +144,7 @@ def test_a_job_starts_from_a_sum_of_loras(tmp_path):
     [
         (LoraConfig(rank=2, alpha_pattern={"q_proj": 7.0}), LoraConfig(rank=2), "alpha_pattern"),
         (TOP_P, changed(TOP_P, temperature=2.0), "temperature"),
+        (VeraConfig(rank=4), VeraConfig(rank=4, save_projection=False), "save_projection"),
     ],
 )
 def test_settings_that_leave_no_trace_in_shapes_must_agree_too(tmp_path, old, new, setting):

@@ -206,6 +206,8 @@ def test_what_a_call_can_not_use_is_one_error():
         (lambda: client.forward_backward([example_of([], [])]), "examples, got one without tokens"),
         (lambda: client.forward_backward_custom(data, lambda _, log_p: (log_p[0], {})), lossless),
         (lambda: client.forward_backward_custom(data, lambda _, __: (1.0, {})), lossless),
+        (lambda: client.forward_backward_custom(data, lambda _, log_p: sum(log_p[0])), lossless),
+        (lambda: client.sample("one"), "prompts must be a list of texts"),
         (lambda: run_requests(client.host, [request] * 2, PAD_ID), "requests must each be of anot"),
         (lambda: TrainingClient(toy_host(), toy_tokenizer(), "a"), "one of those on this host"),
         (lambda: new_client(client.host), "'a' has another TrainingClient"),
@@ -251,7 +253,7 @@ def test_samples_are_drawn_anew_and_are_data():
     assert [len(one) for one in first] == [3, 3]
     assert len({tuple(one.ids) for one in first[0] + second[0]}) > 3
     assert twin.sample(["ab", "c"], drawn, num_samples=3) == first
-    with pytest.raises(ConfigError, match="num_samples must be 1 or more, got 0"):
+    with pytest.raises(ConfigError, match="num_samples 1 or more"):
         twin.sample(["ab"], num_samples=0)
     completion = first[0][0]
     assert completion.prompt_ids == client.tokenizer("ab").input_ids
@@ -291,7 +293,6 @@ def test_a_loaded_state_goes_on_as_if_unbroken(tmp_path, monkeypatch):
 def test_a_state_of_an_older_version_is_loaded(tmp_path, monkeypatch):
     client = new_client()
     settings = client._settings()
-    settings["adapter"] |= {"eva": None, "router_bias": False}
     del settings["optimizer"]["router_lr_ratio"], settings["adapter"]["alpha_pattern"]
     with monkeypatch.context() as patch:
         patch.setattr(client, "_settings", lambda: settings)

@@ -51,19 +51,13 @@ def test_a_job_that_is_done_leaves_and_the_others_go_on(tmp_path):
     assert engine.host.adapters == {}
 
 
-def with_validation(name: str = "a", **settings):
-    return toy_config(name, data={"task": "skills", "validation_fraction": 0.5}, **settings)
-
-
-def measured_steps(directory):
-    return [line["step"] for line in read_metrics(directory) if "eval/loss" in line]
-
-
 @pytest.mark.parametrize("eval_on_start", [True, False])
 def test_a_job_may_be_measured_before_its_first_step(tmp_path, eval_on_start):
-    config = with_validation(max_steps=2, eval_on_start=eval_on_start)
+    data = {"task": "skills", "validation_fraction": 0.5}
+    config = toy_config("a", data=data, max_steps=2, eval_on_start=eval_on_start)
     toy_engine(tmp_path, [config], {"a": held_out_set()}).run()
-    assert measured_steps(tmp_path / "a") == ([0, 2] if eval_on_start else [2])
+    steps = [line["step"] for line in read_metrics(tmp_path / "a") if "eval/loss" in line]
+    assert steps == ([0, 2] if eval_on_start else [2])
 
 
 def held_out_set():
@@ -209,8 +203,10 @@ def test_a_job_that_joins_trains_as_it_does_from_the_start(tmp_path):
 def test_a_job_that_can_not_join_leaves_nothing_on_the_host(tmp_path, name):
     toy_engine(tmp_path, [toy_config("earlier", max_steps=1)]).run()
     engine = toy_engine(tmp_path, [toy_config("a"), toy_config("done")])
-    engine.stop("done", "no longer wanted")
+    assert engine.stop("done", "no longer wanted") is engine.stop("done", "again")
     before = dict(engine.host.adapters)
+    with pytest.raises(ConfigError, match="'gone' must be the name of a job"):
+        engine.stop("gone", "by mistake")
     with pytest.raises(ConfigError, match="must be new in"):
         engine.add(add_job(engine.host, toy_config(name)))
     assert engine.host.adapters == before

@@ -241,11 +241,6 @@ def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
     assert abs(second) > 1e-4
 
 
-def own_inputs(inputs, tmp_path):
-    """Inputs that a test may change."""
-    return shutil.copytree(inputs, tmp_path / "inputs")
-
-
 @pytest.mark.parametrize(
     ("file", "old", "new", "what"),
     [
@@ -255,7 +250,7 @@ def own_inputs(inputs, tmp_path):
     ],
 )
 def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch, file, old, new, what):
-    inputs = own_inputs(inputs, tmp_path)
+    inputs = shutil.copytree(inputs, tmp_path / "inputs")
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3)
     data = inputs / file

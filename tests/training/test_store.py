@@ -30,10 +30,6 @@ def write(store: CheckpointStore, round_number: int, **options) -> None:
     store.write(Checkpoint(round_number, 1.5, BASE, records), states, **options)
 
 
-def newest_directory(store: CheckpointStore):
-    return sorted(store.directory.iterdir())[-1]
-
-
 def test_a_snapshot_comes_back_as_it_was(tmp_path):
     store = CheckpointStore(tmp_path / "snapshots")
     write(store, 7)
@@ -65,7 +61,7 @@ def test_a_damaged_snapshot_is_passed_over_and_named(tmp_path, damage):
     store = CheckpointStore(tmp_path)
     write(store, 1)
     write(store, 2)
-    directory = newest_directory(store)
+    directory = sorted(store.directory.iterdir())[-1]
     state, manifest = directory / "a.pt", directory / "manifest.json"
     if damage == "torn":
         state.write_bytes(state.read_bytes()[:-10])

@@ -59,8 +59,7 @@ class HydraLoraProjection(LoraProjection):
         if tokens.record is not None:
             best_first = weights.sort(-1, descending=True)
             tokens.record_routing(logits, best_first.indices, best_first.values, self.path)
-        weighted = weights.to(low_rank.dtype).unsqueeze(2) * low_rank.unsqueeze(1)  # (T, E, R)
-        return weighted.flatten(1)
+        return (weights.to(low_rank.dtype).unsqueeze(2) * low_rank.unsqueeze(1)).flatten(1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.key}.lora_A", self.lora_A.detach()[0]

@@ -16,7 +16,7 @@ from typing_extensions import override
 from loraloom.adapters.base import BaseLayer, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.low_rank import LowRankAdapter, generator_for
-from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Expert, Projection
+from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Expert, Free, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.adapters.prompt_router import PromptRouter
 from loraloom.adapters.weighted_sum import MAX_MEMBERS, SumProjection, check_adds_up, sum_blocks
@@ -54,7 +54,7 @@ class RoutedConfig(AdapterConfig):
     """Number of experts used at once. Default: one per prompt, three per token."""
     temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER)
     """Divisor of the logits before the softmax."""
-    train_experts: bool = False
+    train_experts: Free[bool] = False
     """With router: token, whether the experts are trained further too."""
     equal_weights: bool = False
     """With router: token, whether chosen experts weigh 1 / top_k each in place of their softmax,
@@ -135,6 +135,11 @@ class RoutedConfig(AdapterConfig):
             experts.append(one.adapter.build(f"{name}/{own}", base_layers, dtype, drawn))
             experts[-1].prompt, experts[-1].is_trained = one.prompt, False
         return RoutedAdapter(name, self, base_layers, experts, dtype, seed)
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        own = zip(self.experts, self._read(), strict=True)
+        return super().summary() | {"experts": {name: one.adapter.summary() for name, one in own}}
 
     def _read(self) -> list[Expert]:
         if self.sources:

@@ -39,7 +39,7 @@ class VeraConfig(AdapterConfig):
     """Initial value of d; b starts at 0."""
     projection_seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of A and B, as PEFT's projection_prng_key."""
-    save_projection: Free[bool] = True
+    save_projection: bool = True
     """Save A and B too, so that the files don't depend on the random generator."""
 
     def build(

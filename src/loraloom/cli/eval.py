@@ -140,17 +140,19 @@ def _names(values: Sequence[str]) -> list[str]:
 
 
 def _held_out(run: EvalRun) -> list[SourceConfig]:
-    given = asked = run.model_dump(include={"format", "split"}, exclude_none=True)
-    # without --format, rows are written as those that all adapters were trained on
+    asked = run.model_dump(include={"format", "split"}, exclude_none=True)
+    # rows are written as those that all adapters were trained on, if their format allows it
     forms = [read_stored(find_adapter(path)).prompt for path in run.adapters.values()]
     form = forms[0] if forms and all(one == forms[0] for one in forms) else None
-    if run.format is None and form is not None and form.format in ("instruction", "chat", "text"):
-        given = form.model_dump(exclude={"system"}, exclude_none=True) | given
+    kind = form.format if form else "task"
+    alike = (None, kind, "preference" if kind == "chat" else kind)
     sources = []
     for text in dict.fromkeys(run.dataset):
         own = parse_yaml(text, "--dataset") if text.startswith("{") else {"dataset": text}
-        defaults = asked if {"format", "task"} & own.keys() else given
-        source = checked(SourceConfig, {**defaults, **own})
+        given = {**asked, **own}
+        if form and kind != "task" and "task" not in own and given.get("format") in alike:
+            given = form.model_dump(exclude={"system"}, exclude_none=True) | given
+        source = checked(SourceConfig, given)
         split = source.split or "validation"
         if source.dataset is not None:  # what is broken is an error before the model is loaded
             read_rows(find_location(source.dataset, split, source.config), split, run.limit)

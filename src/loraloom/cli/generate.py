@@ -117,10 +117,8 @@ def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
         # tables put a null where a row lacks a field of others
         if (row.get("prompt") is None) == (row.get("messages") is None):
             row.reject("a row must have either 'prompt' or 'messages', not both or neither")
-        if row.get("prompt") is not None:
-            content, tools = row.text("prompt"), None
-        else:
-            content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")
+        is_plain, tools = row.get("prompt") is not None, read_tools(row, "tools")
+        content = row.text("prompt") if is_plain else tuple(read_messages(row, "messages"))
         wanted = answering if row.get("adapter") is None else [_adapter_of(row, options)]
         fields = {name: value for name, value in row.items() if name != "prompt"}
         for adapter in wanted:

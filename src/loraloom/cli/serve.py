@@ -166,5 +166,6 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     rows = f"{limits.max_rows} rows of {engine.max_length:,} tokens"
     print(f"cache: {limits.cache_tokens:,} tokens; at most {rows}")
     print(f"listening on http://{address}:{port}/v1", flush=True)
-    tell_unknown_prompts(model, tokenizer)
+    if options.chat_template is None:
+        tell_unknown_prompts(model, tokenizer)
     return engine, adapters, tokenizer

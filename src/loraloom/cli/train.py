@@ -14,6 +14,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from loraloom.cli.options import BASE, Sets
+from loraloom.config.data import MAX_LENGTH
 from loraloom.config.fields import StrictModel
 from loraloom.errors import TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
@@ -139,6 +140,8 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         data = "HELD_OUT.jsonl" if held_out is None else held_out.dataset
         asked = {"--dataset": json.dumps({"dataset": data, **own}) if own else data}
         asked |= {"--format": source.format} if source and source.format == "preference" else {}
+        length = max((job.train.max_length for job in run.all_jobs), default=MAX_LENGTH)
+        asked |= {"--max-length": str(length)} if length != MAX_LENGTH else {}
     questions = [(option, value) for option, value in asked.items() if value]
     fewer = f" ({MAX_ADAPTERS} of {len(good)} adapters)" if len(good) > MAX_ADAPTERS else ""
     return {

@@ -79,7 +79,7 @@ class _Pass:
     compat: Literal["moe-peft"] | None = None
 
     def __post_init__(self) -> None:
-        names = self.adapters
+        names = [self.adapters] if isinstance(self.adapters, str) else self.adapters
         self.names = [None, *self.host.adapters] if names is None else list(names)
         self.compared = choose_pairs(self.names) if self.pairs is None else self.pairs
         check_scored(self.names, self.compared)

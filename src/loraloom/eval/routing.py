@@ -184,8 +184,7 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor
     texts = tokenizer.batch_decode([[token_id] for token_id in ids])
     # WordPiece marks the rest of a word, others its start; these may have a few ## as text.
     num_rests = sum(name.startswith("##") and name[2:].isalpha() for name in names)
-    num_starts = sum(name[:1] in _SPACES and name[1:].isalpha() for name in names)
-    marks_rests = num_rests > num_starts
+    marks_rests = num_rests > sum(name[:1] in _SPACES and name[1:].isalpha() for name in names)
     kinds = [class_of(*pair, marks_rests=marks_rests) for pair in zip(names, texts, strict=True)]
     kinds += ["sign"] * (vocab_size - len(kinds))
     return torch.tensor([TOKEN_CLASSES.index(kind) for kind in kinds])

@@ -72,8 +72,7 @@ def read_settings(
         "target_modules": targets,
         **{ours: files.config[name] for ours, name in table.names.items() if name in files.config},
         **table.read(files),
-        # Mixtures once had `router_bias`, always false.
-        **{n: value for n, value in elsewhere.items() if (n, value) != ("router_bias", False)},
+        **elsewhere,
     }
 
 

@@ -185,7 +185,4 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:
     """Refuse what the embedding has no row for, which a GPU would not get over."""
     largest = max(ids, default=0)
     if largest >= vocab_size:
-        raise DataError(
-            f"{origin}: the text must have tokens of the model, whose ids are below {vocab_size}, "
-            f"got {largest}; remove the special token with this ID"
-        )
+        raise DataError(f"{origin}: token ids must be below {vocab_size}, got {largest}")

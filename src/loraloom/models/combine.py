@@ -123,10 +123,8 @@ def prune(
     config, names = adapter.config, [*adapter.part_names]
     size = len(names) or getattr(config, "num_experts", None)
     if not isinstance(size, int):
-        raise AdapterError(
-            f"adapter {adapter.name!r} must be a mixture with as many experts in all layers to be "
-            f"pruned, got {config.title}"
-        )
+        got = f"got {adapter.name!r} ({config.title})"
+        raise AdapterError(f"only mixtures whose num_experts is one number can be pruned, {got}")
     if not experts or {*experts} - {*range(size)} or len({*experts}) < len(experts):
         raise ConfigError(
             f"experts must be different ones of 0 to {size - 1}, at least one, got {list(experts)}"

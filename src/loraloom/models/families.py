@@ -156,9 +156,9 @@ def _other_modules(model: nn.Module, family: Family) -> dict[str, dict[str, tupl
     found = {}
     for path, module in model.named_modules():
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-        is_leaf = path.startswith(f"{text_model}.") and not any(module.children())
         is_norm = (
-            is_leaf
+            path.startswith(f"{text_model}.")
+            and not any(module.children())
             and all(len(shape) == 1 for shape in shapes.values())
             # A gated norm takes its gate too.
             and len(signature(type(module).forward).parameters) == 2

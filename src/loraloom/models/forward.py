@@ -73,8 +73,7 @@ class ForwardContext:
         if row is None or group is None:
             return (None,)
         tokens = self.tokens(segment, place.layer, rows.device)
-        low_rank = row[0].attention_low_rank(group, rows, place.site, tokens)
-        return group, low_rank, rows, tokens
+        return group, row[0].attention_low_rank(group, rows, place.site, tokens), rows, tokens
 
     def recomputing(self) -> ForwardContext:
         """Return the context in which a layer is recomputed: its routing is recorded already."""

@@ -236,7 +236,8 @@ class ServedAdapters:
         former = self._served.get(new.name)  # goes at once if nobody uses it
         goes = {former.host_name} if former is not None and not former.num_users else ()
         held = self._host.adapters if self._max_bytes < math.inf else {}  # adding up takes long
-        while sum(_bytes_of(held[name]) for name in held if name not in goes) > self._max_bytes:
+        sizes = {n: sum(x.nbytes for x in one.state_dict().values()) for n, one in held.items()}
+        while sum(sizes[name] for name in held if name not in goes) > self._max_bytes:
             others = [one for one in self._served.values() if one is not former]
             unused = [one for one in others if one.is_lazy and not one.num_users]
             if not unused:
@@ -292,7 +293,3 @@ def _files_of(source: str) -> Files:
     except (OSError, ValueError):  # loading says what is wrong with it
         return frozenset()
     return frozenset((name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in stats)
-
-
-def _bytes_of(adapter: Adapter) -> int:
-    return sum(one.numel() * one.element_size() for one in adapter.state_dict().values())

@@ -24,7 +24,7 @@ from loraloom.adapters.method import Adapter
 from loraloom.config.data import PromptForm
 from loraloom.data import tokens
 from loraloom.data.tokens import Example, PreferencePair, TrainingExample
-from loraloom.errors import AdapterError, ConfigError, TrainingError
+from loraloom.errors import AdapterError, ConfigError, TrainingError, shown
 from loraloom.generation.generate import Completion, complete, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
@@ -175,11 +175,17 @@ class TrainingClient:
         def terms(
             scored: objectives.ScoredSamples, totals: objectives.StepTotals
         ) -> objectives.ObjectiveTerms:
-            loss, metrics = loss_fn(data, scored.by_sample)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found: Any = loss_fn(data, scored.by_sample)
+            loss, metrics = found if isinstance(found, tuple) else (found, None)
+            if (
+                metrics is None
+                or not isinstance(loss, Tensor)
+                or loss.numel() != 1
+                or not loss.requires_grad
+            ):
                 raise TrainingError(
                     "loss_fn must return a scalar tensor that depends on the log-probabilities, "
-                    f"and metrics; got {loss!r}"
+                    f"and metrics; got {found!r}"
                 )
             return objectives.ObjectiveTerms(loss.reshape(()), metrics)
 
@@ -258,8 +264,9 @@ class TrainingClient:
         raw: bool = False,
     ) -> list[list[Completion]]:
         """Complete each prompt `num_samples` times, greedily by default."""
-        if num_samples < 1:
-            raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
+        if num_samples < 1 or isinstance(prompts, str):
+            wanted = "prompts must be a list of texts, and num_samples 1 or more"
+            raise ConfigError(f"{wanted}, got {shown(prompts)} and {num_samples}")
         # A prompt is the user's turn of the chat template where there is one; with `raw` it is read
         # as it stands. Each call has another seed: equal calls would draw the same completions.
         sampling = sampling or SamplingConfig()

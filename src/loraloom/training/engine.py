@@ -139,10 +139,12 @@ class Engine:
         return min((self.jobs[name].position.level for name in names), default=0.0)
 
     def stop(self, name: str, reason: str) -> JobResult:
-        job = self.jobs[name]
-        if self._has_sound_weights(job):
+        job = self.jobs.get(name)
+        if job is not None and self._has_sound_weights(job):
             self.close(job, stop_reason=reason)
             self._reporter.message(f"{name}: stopped after step {job.position.step}: {reason}")
+        if name not in self.results:
+            raise ConfigError(f"{name!r} must be the name of a job of this run")
         return self.results[name]
 
     def discard(self, job: Job) -> None:

@@ -64,7 +64,7 @@ class Job:
         self.total_steps = self.order.total_steps
         self.optimizer = optimizers.build_optimizer(train, self.adapter)
         self.scheduler = optimizers.build_scheduler(
-            train, self.optimizer, self.total_steps, metric_mode(metric), self.name
+            train, self.optimizer, self.total_steps, metric_mode(metric)
         )
         self.position = Position()
         self.selection = Selection(metric)
@@ -189,7 +189,9 @@ class Job:
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
         position, train = self.position, self.config.train
-        is_due = position.step % (train.eval_steps or 1) == 0  # rungs of a sweep change nothing
+        is_due = (
+            position.step % (train.eval_steps or math.inf) == 0
+        )  # rungs of a sweep change nothing
         is_best = (is_due or self.is_complete) and self.selection.update(position.step, metrics)
         position.evaluated_step, position.metrics = position.step, metrics
         if train.early_stopping is not None:
@@ -239,7 +241,6 @@ class Job:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         optimizers.load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
-        state["position"].pop("micro_batches", None)  # of earlier versions
         self.best = state["best"]
         self.scheduler.load_state_dict(state["scheduler"])
         loss = MicroBatchLoss(**state["position"]["loss"])

@@ -183,16 +183,11 @@ def check_same_run(checkpoint: Checkpoint, jobs: Sequence[JobConfig], base: dict
 
 def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
     """What is now made of a job's or client's settings that an older version saved."""
-    # They are gone, and did nothing unless they were set to something else.
-    gone = {"eva": None, "router_bias": False, "ensure_weight_tying": False}
-    old = settings["adapter"].items()
-    adapter = {k: v for k, v in old if k not in gone or (k != "eva" and v != gone[k])}
     try:
         if "optimizer" not in settings:
-            job = JobConfig.model_validate({**settings, "adapter": adapter})
-            return job.model_dump(mode="json")
-        sections = parse_adapter_config(adapter), OptimizerConfig(**settings["optimizer"])
-        adapter, optimizer = (section.model_dump(mode="json") for section in sections)
+            return JobConfig.model_validate(settings).model_dump(mode="json")
+        adapter = parse_adapter_config(settings["adapter"]).model_dump(mode="json")
+        optimizer = OptimizerConfig(**settings["optimizer"]).model_dump(mode="json")
         return {**settings, "adapter": adapter, "optimizer": optimizer}
     except ValidationError:
         return settings

@@ -160,7 +160,7 @@ def test_chat_templates_are_as_in_lm_evals_own_class(host, tiny_tokenizer):
         HostLM(host, tiny_tokenizer).apply_chat_template([user])
     tiny_tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-        "<bos>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "<bos>{{ m.role }}: {{ m.content }}<bos>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     ours, theirs = HostLM(host, tiny_tokenizer), hf_lm(host, tiny_tokenizer)
@@ -170,6 +170,7 @@ def test_chat_templates_are_as_in_lm_evals_own_class(host, tiny_tokenizer):
         assert text == theirs.apply_chat_template(messages, add_generation_prompt=with_prompt)
     assert ours.chat_template(True) == theirs.chat_template(True)
     assert ours.tokenizer_name == theirs.tokenizer_name
+    assert ours._completion("one", UNTIL, 0)[1].stop == ("e", "\n\n", "<bos>")  # of a turn
 
 
 def test_an_adapter_is_asked_as_its_training_data_asked(host, tiny_tokenizer, monkeypatch):

@@ -41,6 +41,7 @@ PAINT = {
 }
 FORMAT = {"type": "json_schema"}
 NO_SCHEMA = {"name": "a", "schema": {"type": 3}}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}
 TOOL: Any = {"type": "function", "function": {"name": "paint", "parameters": PAINT}}
 
 
@@ -147,9 +148,9 @@ def test_completions_stream_and_stop(client):
 def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(client, host, tokenizer):
     rows = [tokenizer(text)["input_ids"] for text in ("the sky is blue", "Please choose one", "a")]
     answer = client.completions.create(
-        model="mixlora", prompt=rows, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+        model="mixlora", prompt=rows, max_tokens=1, temperature=0, logprobs=1, echo=True, n=2
     )
-    for choice, ids in zip(answer.choices, rows, strict=True):
+    for choice, ids in zip(answer.choices, [ids for ids in rows for _ in range(2)], strict=True):
         told = choice.logprobs
         logits = host(torch.tensor([ids]), adapters=["mixlora"]).logits[0].detach()
         expected = logits.log_softmax(-1)
@@ -251,9 +252,10 @@ def test_metrics_count_by_model(client, served):
             "response_format must be text if tool_choice requires a call",
         ),
         ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
-        ({"logit_bias": {"5000": 1}}, "logit_bias: the text must have tokens of the model"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias: token ids must be below"),
         ({"n": 0}, "n"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": ["", "b"]}, "stop.0: String should have at least 1 character"),
+        ({"messages": [IMAGE]}, "messages.0.content.0"),
         ({"response_format": FORMAT | {"json_schema": NO_SCHEMA}}, "JSON schema can't be used"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -321,7 +323,7 @@ def test_an_answer_says_which_adapter_a_router_chose(client, served, host, token
     pieces = [*chat(client, "auto", messages=messages, stream=True)]
     assert [hasattr(piece.choices[0], "chosen") for piece in pieces][:2] == [True, False]
     assert pieces[0].choices[0].chosen["adapter"] == "math"
-    with pytest.raises(openai.BadRequestError, match="its experts instead, auto/law, auto/math"):
+    with pytest.raises(openai.BadRequestError, match="its experts, auto/law, auto/math"):
         chat(client, "lora+auto:0.5")
     for model in ("auto/x", "auto/law+lora/y", "auto/"):
         with pytest.raises(openai.NotFoundError):

@@ -62,9 +62,5 @@ def test_streams_say_what_whole_answers_do(text, size):
 
 def test_text_is_told_as_it_comes():
     stream = CallStream(NAMES)
-    assert [stream.push(piece) for piece in ("Hel", "lo <", "b> <tool", "_call>{")] == [
-        "Hel",
-        "lo ",
-        "<b> ",
-        "",
-    ]
+    pieces = ("<think>Hel", "lo <", "b> <tool", "_call>{")
+    assert [stream.push(piece) for piece in pieces] == ["<think>Hel", "lo ", "<b> ", ""]

@@ -19,8 +19,6 @@ from loraloom.training.settings import (
 from loraloom.training.step.optimizers import (
     build_optimizer,
     drop_frozen_gradients,
-    learning_state,
-    load_learning_state,
     parameter_groups,
     rates_of_their_own,
 )
@@ -124,8 +122,12 @@ def test_rungs_of_a_sweep_change_neither_rate_nor_patience():
         rates.append(job.optimizer.param_groups[0]["lr"])
     assert rates == [1.0, 1.0, 1.0, pytest.approx(0.1)]
     assert job.selection.evaluations_since == 1
-    job.position.step = 6
-    assert not job.take_evaluation({job.selection.metric: 0.9})
+    for other in (
+        job,
+        add_job(toy_host(), toy_config("b", max_steps=9, eval=[{"task": "skills"}])),
+    ):
+        other.position.step = 6
+        assert not other.take_evaluation({other.selection.metric: 0.9})
 
 
 def learning_rates(**train) -> list[float]:
@@ -172,7 +174,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("settings", "what"), REFUSED, ids=str)
 def test_arguments_that_torch_refuses_are_told(settings, what):
-    with pytest.raises(ConfigError, match=f"job a: {what} does not accept .*_args"):
+    with pytest.raises(ConfigError, match=f"^{what} does not accept .*_args"):
         add_job(toy_host(), toy_config("a", **settings))
 
 
@@ -228,16 +230,3 @@ def test_a_pattern_that_no_tensor_has_is_refused():
     for odd in ("(", "(?i)Q_PROJ"):
         with pytest.raises(ValidationError, match="is not a regular expression"):
             OptimizerConfig(lr_ratios={odd: 0.5})
-
-
-def test_states_of_weights_that_had_an_axis_less_are_read():
-    states = []
-    for shape in ((2, 3), (1, 2, 3)):
-        weight = torch.nn.Parameter(torch.ones(shape))
-        optimizer = torch.optim.AdamW([weight], lr=0.1)
-        if states:
-            load_learning_state({"A": weight}, optimizer, states[0])
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-        states.append(learning_state({"A": weight}, optimizer))
-    assert optimizer.state[weight]["exp_avg"].shape == (1, 2, 3)

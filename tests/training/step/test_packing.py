@@ -41,17 +41,14 @@ def test_jobs_that_pack_and_jobs_that_do_not_share_a_forward():
         assert_same(gradients[config.name], alone_gradients[config.name], 1e-6)
 
 
-def parts_of(configs, sets):
-    host = toy_host()
-    return [add_job(host, config, sets[config.name]).micro_batch() for config in configs]
-
-
 def test_no_row_is_longer_than_its_job_allows():
     configs = [
         toy_config("short", batch_size=16, packing=True, max_length=10),
         toy_config("long", batch_size=16, packing=True, max_length=60),
     ]
-    parts = parts_of(configs, {"short": toy_set(16), "long": toy_set(16, longest=40)})
+    host, sets = toy_host(), (toy_set(16), toy_set(16, longest=40))
+    jobs = [add_job(host, *pair) for pair in zip(configs, sets, strict=True)]
+    parts = [job.micro_batch() for job in jobs]
     for part, rows, longest in zip(parts, lay_out(parts).rows, (10, 60), strict=True):
         lengths = [sum(len(part.examples[place].input_ids) for place in row) for row in rows]
         assert max(lengths) <= longest

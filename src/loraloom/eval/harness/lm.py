@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.fields import checked
+from loraloom.data.templates import load_chat_template
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
 from loraloom.generation import scoring
@@ -132,6 +133,7 @@ class HostLM(_HFLM):
         self.backend, self.add_bos_token, self.enable_thinking = "causal", add_bos_token, None
         self.custom_prefix_token_id, self.batch_size_per_gpu = prefix_token_id, batch_size
         self.chat_template_args: dict[str, Any] = {}
+        self._ends: tuple[str, ...] = ()  # of turns, in a template that is applied
         self._max_length = max_length or longest
         self._model, self._config, self._device = host.model, host.config, host.device
         self._rank, self._world_size = 0, 1
@@ -153,6 +155,8 @@ class HostLM(_HFLM):
             self.chat_template_args["chat_template"] = template
         if not template:
             raise ConfigError("apply_chat_template needs a tokenizer with a chat template")
+        end = load_chat_template(self.tokenizer, template).turn_end()
+        self._ends = (end,) if end else ()
         return super().apply_chat_template(chat_history, add_generation_prompt)
 
     def _loglikelihood_tokens(
@@ -177,6 +181,7 @@ class HostLM(_HFLM):
 
     def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> tuple[Any, ...]:
         sampling = parse_generation(settings, self.max_gen_toks)
+        sampling = sampling.model_copy(update={"stop": (*sampling.stop, *self._ends)})
         length = min(self.max_length, self.host.max_positions)
         room = length - sampling.max_new_tokens
         if room < 1:

@@ -1,7 +1,7 @@
 """`/v1/chat/completions` and `/v1/completions`: what is asked, whole answers and pieces of them."""
 
 import secrets
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import Request
@@ -90,7 +90,7 @@ class TextExchange(Exchange):
         num, most = len(body.prompts) * body.n, limits.max_rows + limits.max_waiting
         if num > most:  # before they take up memory
             text = f"a request may have at most {most} completions, got {num}; request fewer"
-            raise RequestError(f"{text} at once", "queue_full")
+            raise RequestError(f"{text} at once")
         tokenizer, host = self.backend.tokenizer, self.backend.engine.host
         self._prompts = [
             encode_prompt(tokenizer, Prompt(one), raw=True)[0] if isinstance(one, str) else one
@@ -106,7 +106,8 @@ class TextExchange(Exchange):
                 turn_end=None,
                 scores_prompt=body.echo and body.logprobs is not None,
             )
-            requests += self.several(request, body.max_tokens)
+            first, *others = self.several(request, body.max_tokens)
+            requests += [first, *(replace(one, scores_prompt=False) for one in others)]
         self.num_prompt = sum(map(len, self._prompts))
         return requests
 
@@ -118,6 +119,8 @@ class TextExchange(Exchange):
             if body.echo:
                 decoded = str(self.backend.tokenizer.decode(prompt_ids))
                 answer.text = (prompt if isinstance(prompt, str) else decoded) + answer.text
+                if place := index % body.n:  # the prompt was scored once
+                    answer.log_probs[:0] = answers[index - place].log_probs[: len(prompt_ids) - 1]
             choices.append(self._choice(index, answer, prompt_ids[:1] if body.echo else []))
         return choices
 

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraloom.errors import AdapterError, FormatError, LoraloomError, plain
+from loraloom.errors import AdapterError, LoraloomError, plain
 from loraloom.generation.sequence import RequestError
 
 # Pages of the playground and health hold nothing of the server's, and need no key.
@@ -76,8 +76,6 @@ def answer_to(error: Exception) -> JSONResponse:
             return error_response(_STATUS.get(code or "", 400), str(error), code, param)
         case AdapterError():  # its weights have diverged
             return error_response(500, str(error), "broken_adapter")
-        case FormatError():  # no client's fault
-            pass
         case LoraloomError():
             return error_response(400, str(error))
     return error_response(500, "the server failed at this request; see its log", "internal")
@@ -89,8 +87,9 @@ def handle_errors(app: FastAPI) -> None:
         return error_response(error.status_code, str(error.detail), headers=error.headers)
 
     def of_body(request: Request, error: Any) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(step) for step in first["loc"][1:])
+        # of a union, the kind that the body is most like; kinds are no names of fields
+        first = max(error.errors(), key=lambda one: len(one["loc"]))
+        param = ".".join(str(x) for x in first["loc"][1:] if f"_{x}".isidentifier())
         if first["type"] == "json_invalid":
             return error_response(400, f"the body must be JSON: {first['ctx']['error']}")
         message = first["msg"].removeprefix("Value error, ")
@@ -137,7 +136,10 @@ class AccessGuard:
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = _digest(key.strip()) if kind.lower() == b"bearer" else b""
-        is_user, is_admin = _matches(given, self._users), _matches(given, self._admins)
+        is_user, is_admin = (
+            True in [hmac.compare_digest(given, digest) for digest in digests]
+            for digests in (self._users, self._admins)
+        )
         if is_user:
             scope[TENANT] = given.hex()
         if not (is_user or self._is_open or scope["path"] in _OPEN):
@@ -148,11 +150,6 @@ class AccessGuard:
             message = "only an admin's key of this server may load adapters"
             return error_response(403, message, "not_an_admin")
         return None
-
-
-def _matches(given: bytes, digests: Sequence[bytes]) -> bool:
-    matches = [hmac.compare_digest(given, digest) for digest in digests]
-    return any(matches)
 
 
 def _digest(key: bytes) -> bytes:

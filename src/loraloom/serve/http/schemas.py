@@ -28,11 +28,11 @@ class SamplingBody(StrictModel):
     """Draw from the N most likely tokens; 0 for all."""
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    """The same seed gives the same text."""
+    """The same seed gives the same text, except for rounding in 16 bits."""
     stop: _Text | list[_Text] | None = Field(None, max_length=1000)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=1000
     )

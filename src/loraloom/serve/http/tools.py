@@ -29,9 +29,9 @@ from loraloom.serve.http.schemas import ChatBody
 
 _OPENING = "<tool_call>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-# Where a call may begin: at the start of an answer, and anywhere in it.
-_START = re.compile(r"\s*(?:[\[{<]|\Z)")
+# Where a call may begin: anywhere in an answer, and at its start.
 _BEGINNING = re.compile(r"<tool_call>|<\w*\Z")
+_START = re.compile(rf"\s*(?:[\[{{]|<\||{_BEGINNING.pattern}|\Z)")
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
 # Python's own way of writing JSON; where any space is allowed, small models never end.
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

@@ -33,17 +33,17 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     device, title = next(adapter.parameters()).device, adapter.config.title
     names = [name for name, weight in adapter.named_parameters() if weight.requires_grad]
     if config.loraplus_lr_ratio and not any(name.endswith("lora_B") for name in names):
-        raise ConfigError(f"job {adapter.name}: {title} does not support loraplus_lr_ratio")
+        raise ConfigError(f"{title} does not support loraplus_lr_ratio")
     for pattern in config.lr_ratios:
         trained = _trained_tensors(adapter)
         if not any(matches(pattern, name) for name in trained):
             raise ConfigError(
-                f"job {adapter.name}: lr_ratios must match names of the adapter's trained tensors, "
+                f"lr_ratios must match names of the adapter's trained tensors, "
                 f"such as {[*trained][-1]}, got {shown(pattern)}"
             )
     if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
         raise ConfigError(
-            f"job {adapter.name}: optimizer {config.optimizer} requires a CUDA or XPU device, "
+            f"optimizer {config.optimizer} requires a CUDA or XPU device, "
             f"whose memory it pages, got {device}; use "
             f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
         )
@@ -57,19 +57,19 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
         arguments.setdefault("fused", True)
     if config.optimizer == "adafactor":  # torch's own, 1e-3, leaves B, which begins as 0, there
         arguments.setdefault("eps", (None, 1.0))
-    with _raised_as_config_error(config, "optimizer", adapter.name):
+    with _raised_as_config_error(config, "optimizer"):
         kind = classes[config.optimizer.replace("_", "")]
         return kind(parameter_groups(config, adapter), **arguments)
 
 
 @contextmanager
-def _raised_as_config_error(config: OptimizerConfig, setting: str, name: str) -> Iterator[None]:
+def _raised_as_config_error(config: OptimizerConfig, setting: str) -> Iterator[None]:
     """Name the arguments that don't work: torch and transformers raise whatever comes of them."""
     try:
         yield
     except Exception as error:
         raise ConfigError(
-            f"job {name}: {setting} {getattr(config, setting)} does not accept {setting}_args "
+            f"{setting} {getattr(config, setting)} does not accept {setting}_args "
             f"{shown(getattr(config, f'{setting}_args'))}: {type(error).__name__}: {error}"
         ) from error
 
@@ -163,13 +163,8 @@ def load_learning_state(
     copy_all(parameters.values(), (state["weights"][name] for name in parameters))
     for name, parameter in parameters.items():
         gradient = state["gradients"].get(name)
-        parameter.grad = None if gradient is None else gradient.to(parameter).view_as(parameter)
+        parameter.grad = None if gradient is None else gradient.to(parameter)
     optimizer.load_state_dict(state["optimizer"])
-    # Checkpoints of earlier versions have no first axis in A of a HydraLoRA or a MoSLoRA.
-    for parameter, own in optimizer.state.items():
-        for name, value in own.items():
-            if isinstance(value, Tensor) and value.dim() and (1, *value.shape) == parameter.shape:
-                own[name] = value.view_as(parameter)
 
 
 def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
@@ -179,14 +174,14 @@ def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def build_scheduler(
-    config: TrainConfig, optimizer: Optimizer, total_steps: int, metric_mode: str, name: str
+    config: TrainConfig, optimizer: Optimizer, total_steps: int, metric_mode: str
 ) -> Scheduler:
     arguments = dict(config.lr_scheduler_args)
     if config.lr_scheduler in SCHEDULERS_ON_METRIC:
         arguments.setdefault("mode", metric_mode)
     if config.lr_scheduler == "greedy":  # whose own bound, 1e-3, is above most rates
         arguments.setdefault("min_lr", 0.0)
-    with _raised_as_config_error(config, "lr_scheduler", name):
+    with _raised_as_config_error(config, "lr_scheduler"):
         return transformers.get_scheduler(
             config.lr_scheduler,
             optimizer,
