@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = {}
     for kind in kinds:
         tried = args.of["jobs"].get(kind, args.of["apart"])["rates"]
-        rates[kind] = best_rate(args, base, kind, tried)
+        rates[kind] = best_rates(args, base, kind, tried)
         jobs = [one for seed in range(args.seeds) for one in jobs_of(args, kind, seed)]
         for job in jobs:
-            job["train"]["learning_rate"] = rates[kind]
+            job["train"]["learning_rate"] = rates[kind][job["name"].partition("@")[0]]
         train(args, base, kind, jobs)
     found = [ask_seed(args, base, seed) for seed in range(args.seeds)]
     (args.output / "result.json").write_text(json.dumps({"rates": rates, "seeds": found}, indent=1))
@@ -100,33 +100,40 @@ def jobs_of(args: argparse.Namespace, kind: str, seed: int) -> list[dict[str, An
     ]
 
 
-def best_rate(args: argparse.Namespace, base: Any, kind: str, rates: Sequence[float]) -> float:
-    """Train jobs at each rate; give the one with the least loss on held-out rows, their mean."""
+def best_rates(
+    args: argparse.Namespace, base: Any, kind: str, rates: Sequence[float]
+) -> dict[str, float]:
+    """Train jobs at each rate; give the one with the least loss on held-out rows.
+
+    It is that of the mean of losses, or each job's own if the settings have `rate_by_source`.
+    """
     path = args.output / f"rates-{kind}.json"
+    # a router by token learns on adapters that are there, those of the first seed
+    seed = 0 if kind in args.of["jobs"] else 100
+    jobs = {job["name"].partition("@")[0]: job for job in jobs_of(args, kind, seed)}
     if len(rates) == 1:
-        return rates[0]
+        return dict.fromkeys(jobs, rates[0])
     if not path.exists():
-        # a router by token learns on adapters that are there, those of the first seed
-        seed = 0 if kind in args.of["jobs"] else 100
-        tried = {
-            rate: [
-                {**job, "name": f"{job['name']}-{rate:g}"}
-                | {"train": {**job["train"], "learning_rate": rate}}
-                for job in jobs_of(args, kind, seed)
-            ]
+        tried = [
+            {**job, "name": f"{name}-{rate:g}"} | {"train": {**job["train"], "learning_rate": rate}}
             for rate in rates
-        }
-        train(args, base, f"search-{kind}", [job for jobs in tried.values() for job in jobs])
+            for name, job in jobs.items()
+        ]
+        train(args, base, f"search-{kind}", tried)
+        directory = args.output / f"search-{kind}"
         losses = {
-            f"{rate:g}": fmean(
-                loss_of(args.output / f"search-{kind}" / job["name"]) for job in jobs
-            )
-            for rate, jobs in tried.items()
+            name: {f"{rate:g}": loss_of(directory / f"{name}-{rate:g}") for rate in rates}
+            for name in jobs
         }
         path.write_text(json.dumps(losses))
-    means = json.loads(path.read_text())
-    print(kind, "loss by rate:", means, flush=True)
-    return float(min(means, key=means.get))
+    losses = json.loads(path.read_text())
+    print(kind, "losses by rate:", losses, flush=True)
+    means = {
+        rate: fmean(of[rate] for of in losses.values()) for rate in next(iter(losses.values()))
+    }
+    by_source = args.of.get(kind, {}).get("rate_by_source", False)
+    best = {name: losses[name] if by_source else means for name in jobs}
+    return {name: float(min(of, key=of.get)) for name, of in best.items()}
 
 
 def loss_of(directory: Path) -> float:
