@@ -265,7 +265,7 @@ def test_requests_that_take_too_long_end_and_let_their_adapters_go(make_engine, 
 def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokenizer):
     """Some checkpoints have special tokens of images there."""
     engine, beyond = make_engine(), SIZES["vocab_size"]
-    message = f"whose ids are below {beyond}, got {beyond}; remove the special token"
+    message = f"prompt: token ids must be below {beyond}, got {beyond}"
     with pytest.raises(DataError, match=message):
         submit(engine, replace(request(tiny_tokenizer, "one"), prompt_ids=[1, beyond]))
     with pytest.raises(DataError, match="below 200, got 300"):

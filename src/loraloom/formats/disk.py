@@ -192,7 +192,7 @@ def refuse_to_overwrite(directory: Path) -> None:
     present = [name for name in SAVED_FILES if (directory / name).exists()]
     if present:
         raise AdapterError(
-            f"{directory} already contains {names_in(present)}; save elsewhere, or delete the files"
+            f"{directory} already contains {names_in(present)}; save elsewhere, or pass overwrite"
         )
 
 
