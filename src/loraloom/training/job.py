@@ -189,9 +189,8 @@ class Job:
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
         position, train = self.position, self.config.train
-        is_due = (
-            position.step % (train.eval_steps or math.inf) == 0
-        )  # rungs of a sweep change nothing
+        # rungs of a sweep change nothing
+        is_due = position.step % (train.eval_steps or math.inf) == 0
         is_best = (is_due or self.is_complete) and self.selection.update(position.step, metrics)
         position.evaluated_step, position.metrics = position.step, metrics
         if train.early_stopping is not None:

@@ -122,10 +122,8 @@ def test_rungs_of_a_sweep_change_neither_rate_nor_patience():
         rates.append(job.optimizer.param_groups[0]["lr"])
     assert rates == [1.0, 1.0, 1.0, pytest.approx(0.1)]
     assert job.selection.evaluations_since == 1
-    for other in (
-        job,
-        add_job(toy_host(), toy_config("b", max_steps=9, eval=[{"task": "skills"}])),
-    ):
+    unmeasured = toy_config("b", max_steps=9, eval=[{"task": "skills"}])
+    for other in (job, add_job(toy_host(), unmeasured)):
         other.position.step = 6
         assert not other.take_evaluation({other.selection.metric: 0.9})
 

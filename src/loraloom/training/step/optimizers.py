@@ -38,7 +38,7 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
         trained = _trained_tensors(adapter)
         if not any(matches(pattern, name) for name in trained):
             raise ConfigError(
-                f"lr_ratios must match names of the adapter's trained tensors, "
+                "lr_ratios must match names of the adapter's trained tensors, "
                 f"such as {[*trained][-1]}, got {shown(pattern)}"
             )
     if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
