@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from loraloom.adapters import AdapterConfig, parse_adapter_config
-from loraloom.models.loading import load_base_model
+from loraloom.base.loading import load_base_model
 
 PEFT_CASES = ("peft-lora", "peft-lora-tuned")
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,7 @@ from benchmarks.cases import (
     chosen_setting,
     print_figures,
 )
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from benchmarks.cases import (
     load_setting,
     print_figures,
 )
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 
 _PROMPT_LENGTH = 32
 _SUMMED = ("lora-0", "lora-1", "lora-2", "lora-3")

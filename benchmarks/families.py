@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from loraloom import ModelError, attach
-from loraloom.models.structure import FAMILIES
+from loraloom.base.families import FAMILIES
 
 SMALL = {
     "vocab_size": 97,
@@ -81,8 +81,7 @@ def tell(model_type: str) -> tuple[str, str]:
         return "refused", reason or str(error)
     except TimeoutError:
         return "refused", f"not done after {MAX_SECONDS} s"
-    paths = [*base.attention_projections, *base.ffn_projections]
-    return "taken", " ".join(paths)
+    return "taken", " ".join(dict.fromkeys(name for b in base.blocks for name in b.shapes))
 
 
 @contextmanager

@@ -32,12 +32,11 @@ from benchmarks.cases import (
     fill_B,
     print_figures,
 )
-from loraloom.adapters.base import BaseLayer, BaseProjection, FfnShape
-from loraloom.models.forward import ForwardContext, running
-from loraloom.models.layout import make_layout
-from loraloom.models.wrappers import FfnBlock
-
-_SHAPE = FfnShape(("gate_proj", "up_proj"), "down_proj")
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block
+from loraloom.host.forward import ForwardContext, running
+from loraloom.host.layout import make_layout
+from loraloom.host.wiring import FfnBlock
+from loraloom.ops.gating import ActivationGating
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _forward_of(
     for adapter in adapters.values():
         fill_B(adapter)
     owner = object()
-    block = FfnBlock(owner, 0, mlp, _SHAPE, mlp.act_fn)
+    block = FfnBlock(owner, layers[0].blocks[0], mlp)
 
     def forward(hidden_states: Tensor) -> Tensor:
         rows = [(adapter, 1.0) for adapter in adapters.values()]
@@ -165,7 +164,16 @@ def _base_layer(mlp: LlamaMLP, setting: LayerSetting) -> BaseLayer:
         for name, linear in mlp.named_children()
         if isinstance(linear, nn.Linear)
     }
-    return BaseLayer(0, "self_attn", {}, "mlp", projections, _SHAPE, setting.hidden_size)
+    block = Block(
+        layer=0,
+        path="mlp",
+        kind="ffn",
+        groups=(("gate_proj", "up_proj"), ("down_proj",)),
+        projections=projections,
+        hidden_size=setting.hidden_size,
+        gating=ActivationGating(mlp.act_fn),
+    )
+    return BaseLayer(0, (block,), setting.hidden_size)
 
 
 def _peft(

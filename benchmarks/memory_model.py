@@ -20,10 +20,10 @@ import torch
 
 from benchmarks.cases import StepSetting, adapter_config, peak_rss_bytes, reset_peak_rss
 from benchmarks.memory_prediction import predict_memory
+from loraloom.base.loading import load_base_model
 from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
-from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
+from loraloom.host.host import Host
 from loraloom.training.job import Job
 from loraloom.training.rounds import RoundRunner
 from loraloom.training.settings import JobConfig

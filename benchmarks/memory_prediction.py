@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from loraloom.adapters.method import Adapter
+from loraloom.base.quantization import stored_weights
 from loraloom.data.tokens import first_fit
-from loraloom.models.host import Host
-from loraloom.models.quantization import stored_weights
+from loraloom.host.host import Host
 from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.ranks import own_part
 from loraloom.training.job import Job
@@ -242,7 +242,7 @@ def _loss_bytes(host: Host, num_tokens: int, adapters: Sequence[Adapter]) -> int
     """Logits, or gradients of a layer: three of the FFN's width, eight of the model's."""
     vocabulary = (host.config.hidden_size, host.config.vocab_size)
     logits = loss_workspace_bytes(num_tokens, *vocabulary, host.dtype)
-    shapes = host.base.shapes.values()
+    shapes = [shape for block in host.base.blocks for shape in block.shapes.values()]
     elements = num_tokens * (3 * max(rows for rows, _ in shapes) + 8 * host.base.hidden_size)
     if host.base.quantization is not None:  # its widest weight, dequantized
         elements += max(map(math.prod, shapes))

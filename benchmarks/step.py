@@ -36,9 +36,8 @@ from benchmarks.cases import (
     reset_peak_rss,
 )
 from loraloom.adapters.method import Adapter
-from loraloom.models.families import head_of
-from loraloom.models.host import Host
-from loraloom.models.structure import family_of
+from loraloom.base.structure import read_structure
+from loraloom.host.host import Host
 from loraloom.ops.token_loss import token_losses
 
 Step = Callable[[], object]
@@ -182,7 +181,7 @@ def _peft_step(setting: StepSetting, *, tuned: bool) -> Step:
 
     model = load_setting(setting)
     tokens = _random_tokens(model, setting)
-    head = head_of(model, family_of(model))
+    head = read_structure(model).head
     config = peft.LoraConfig(
         r=setting.rank,
         lora_alpha=2 * setting.rank,

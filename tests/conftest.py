@@ -67,7 +67,7 @@ def _quick_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory) -> Iterator[Path]:
-    """Keep away from the user's cache; a GGUF file is dequantised once in a session."""
+    """Keep away from the user's cache; a GGUF file is dequantized once in a session."""
     home = tmp_path_factory.mktemp("session-cache")
     (home / "loraloom" / "gguf").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:

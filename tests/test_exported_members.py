@@ -11,7 +11,7 @@ import loraloom
 from loraloom import adapters, errors
 
 ROOT = Path(__file__).parent.parent
-INSIDE = ("loraloom.data.skills", "loraloom.eval.harness", "loraloom.models.families")
+INSIDE = ("loraloom.data.skills", "loraloom.eval.harness", "loraloom.base.families")
 """What needs an extra, generated rows and the table of families have modules of their own."""
 OF_METHODS = ("loraloom.adapters", "loraloom.routing.routes")
 """What docs/add_a_method.md builds methods of."""

@@ -36,7 +36,7 @@ from loraloom.adapters import (
     VeraConfig,
 )
 from loraloom.adapters.method import Adapter, Expert
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 
 VOCAB_SIZE = 97
 LAYERS = 2

@@ -42,7 +42,7 @@ class ComolConfig(MixtureConfig):
     def combined(self):
         return AdapterConfig.combined(self)  # its update isn't BA
 
-    def projection(self, base, layer, dtype, seed):
+    def projection(self, base, block, dtype, seed):
         return ComolProjection(base, self, dtype, seed)
 
 

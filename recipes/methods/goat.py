@@ -61,7 +61,7 @@ class GoatConfig(RoutingConfig):
                 f"projection, got {self.num_experts} × {self.rank}"
             )
 
-    def projection(self, base, layer, dtype, seed):
+    def projection(self, base, block, dtype, seed):
         return GoatProjection(base, self, dtype, seed)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loraloom.adapters import *  # noqa: F403
     from loraloom.adapters import register_method as register_method
+    from loraloom.base.loading import load_base_model as load_base_model
     from loraloom.config.data import PromptForm as PromptForm
     from loraloom.errors import AdapterError as AdapterError
     from loraloom.errors import ConfigError as ConfigError
@@ -25,19 +26,18 @@ if TYPE_CHECKING:
     from loraloom.eval.statistics import compare_paired as compare_paired
     from loraloom.eval.statistics import read_answers as read_answers
     from loraloom.eval.statistics import summarise_seeds as summarise_seeds
+    from loraloom.exports.converting import convert as convert
+    from loraloom.exports.model import Export as Export
+    from loraloom.exports.model import export as export
     from loraloom.generation.generate import Completion as Completion
     from loraloom.generation.generate import generate as generate
     from loraloom.generation.prompts import Prompt as Prompt
     from loraloom.generation.router import RouterFit as RouterFit
     from loraloom.generation.router import fit_router as fit_router
     from loraloom.generation.sampling import SamplingConfig as SamplingConfig
-    from loraloom.models.converting import convert as convert
-    from loraloom.models.export import Export as Export
-    from loraloom.models.export import export as export
-    from loraloom.models.host import Host as Host
-    from loraloom.models.host import HostOutput as HostOutput
-    from loraloom.models.host import attach as attach
-    from loraloom.models.loading import load_base_model as load_base_model
+    from loraloom.host.host import Host as Host
+    from loraloom.host.host import HostOutput as HostOutput
+    from loraloom.host.host import attach as attach
     from loraloom.training.client import TrainingClient as TrainingClient
     from loraloom.training.client import example_of as example_of
     from loraloom.training.client import example_of_completion as example_of_completion
@@ -56,20 +56,20 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": "register_method",
+    "base.loading": "load_base_model",
     "config.data": "PromptForm",
     "errors": "AdapterError ConfigError DataError FormatError LoraloomError ModelError "
     "TrainingError",
     "eval.evaluation": "evaluate evaluate_loss",
     "eval.results": "Evaluation",
     "eval.statistics": "compare compare_paired read_answers summarise_seeds",
+    "exports.converting": "convert",
+    "exports.model": "Export export",
     "generation.generate": "Completion generate",
     "generation.prompts": "Prompt",
     "generation.router": "RouterFit fit_router",
     "generation.sampling": "SamplingConfig",
-    "models.converting": "convert",
-    "models.export": "Export export",
-    "models.host": "Host HostOutput attach",
-    "models.loading": "load_base_model",
+    "host.host": "Host HostOutput attach",
     "training.client": "TrainingClient example_of example_of_completion run_requests",
     "training.job": "JobResult",
     "training.run": "train",

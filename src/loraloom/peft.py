@@ -26,8 +26,8 @@ from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.disk import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterFiles, find_adapter
 from loraloom.formats.files import fit_to_base, parse_files, read_stored
 from loraloom.formats.layouts import render
-from loraloom.models.host import Host
-from loraloom.models.view import Rows, TakesCheckpointing, with_auxiliary_loss
+from loraloom.host.host import Host
+from loraloom.host.outer_forward import Rows, TakesCheckpointing, with_auxiliary_loss
 
 _TYPE, _TASK = "LORALOOM", "CAUSAL_LM"
 # Of the tensors of adapters in a PEFT model's state.

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import loraloom
-from loraloom.adapters.base import SegmentTokens
 from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.segment import SegmentTokens
+from tests.blocks import shapes_of
 from tests.tiny import (
     gradients,
     padded_mask,
@@ -51,7 +52,7 @@ def compare(
     adapter = randomise(host.add("a", config))
     tensors = {name: t.clone().requires_grad_() for name, t in adapter.tensors().items()}
     for layer in range(host.base.num_layers):
-        for path in host.base.shapes:
+        for path in shapes_of(host.base):
             module = plain.get_submodule(f"{host.base.layers_path}.{layer}.{path}")
             replace_forward(module, f"layers.{layer}.{path}", tensors, update)
     expected = plain(input_ids=IDS, attention_mask=MASK).logits
@@ -123,7 +124,8 @@ def check_ffn_gradients(config: AdapterConfig) -> None:
 
 def ffn_output(adapter: Adapter, mlp: torch.nn.Module, hidden_states: Tensor) -> Tensor:
     """Run an adapted FFN block of the first layer."""
-    gate, up = mlp.gate_proj(hidden_states), mlp.up_proj(hidden_states)
-    weights = adapter.ffn_weights(0, gate.dtype)
-    rows = adapter.ffn(0, weights, hidden_states, gate, up, mlp.act_fn, SegmentTokens(0))
+    block = adapter.base_layers[0].blocks[1]
+    outputs = [mlp.gate_proj(hidden_states), mlp.up_proj(hidden_states)]
+    weights = adapter.ffn_weights(block, hidden_states.dtype)
+    rows = adapter.ffn(block, weights, hidden_states, outputs, SegmentTokens(0))
     return rows.finish(mlp.down_proj(rows.hidden))

@@ -133,8 +133,8 @@ class ChoosingAdapter(MixLoraAdapter):
 
     share = 1.0
 
-    def choose(self, layer, logits, hidden_states, tokens):
-        selected, weights, _ = super().choose(layer, logits, hidden_states, tokens)
+    def choose(self, block, logits, hidden_states, tokens):
+        selected, weights, _ = super().choose(block, logits, hidden_states, tokens)
         return selected, self.share * weights, {"first": weights[:, 0]}
 
 
@@ -158,7 +158,7 @@ def test_a_mixture_of_whole_blocks_may_choose_in_its_own_way():
     for record in out.routing["b"]:
         assert torch.equal(record.extra["first"], record.routing_weights[:, 0])
     with pytest.raises(AdapterError, match=r"whole FFN experts for each token .*, got MixLoRA"):
-        host.adapters["b"].as_moe(0)
+        host.adapters["b"].as_moe(host.adapters["b"].base_layers[0].blocks[1])
     host.adapters["b"].share = 0.0  # no token uses an expert
     with torch.no_grad():
         assert host(ids, padded_mask([3, 7]), ["b", "b"]).logits.isfinite().all()
@@ -169,8 +169,8 @@ def test_an_ffn_block_of_its_own_decodes_as_in_full_forwards(method):
     host, ids = tiny_host(configs={"a": ALL_METHODS[method]}), tiny_ids(1)
 
     class OwnAdapter(type(host.adapters["a"])):
-        def ffn(self, layer, weights, hidden_states, *others):
-            return super().ffn(layer, weights, 2 * hidden_states, *others)
+        def ffn(self, block, weights, hidden_states, *others):
+            return super().ffn(block, weights, 2 * hidden_states, *others)
 
     host.adapters["a"].__class__ = OwnAdapter
     with torch.no_grad(), host.prepared():

@@ -17,10 +17,11 @@ from loraloom.adapters import CONFIGS
 from loraloom.adapters.experts import RouterLossConfig
 from loraloom.adapters.method import AdapterConfig
 from loraloom.formats.files import describe
-from loraloom.models.host import HiddenOutput, Host
-from loraloom.models.stacks import StackedForward
+from loraloom.host.host import HiddenOutput, Host
+from loraloom.host.prepared_weights import StackedForward
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
+from tests.blocks import names_of, shapes_of
 from tests.tiny import (
     ALL_METHODS,
     VOCAB_SIZE,
@@ -107,9 +108,9 @@ def stacked_layers(monkeypatch) -> list[int]:
     """The layers whose FFN blocks were computed by cohorts."""
     layers, ffn = [], StackedForward.ffn
 
-    def spy(self, layer, *arguments):
-        layers.append(layer)
-        return ffn(self, layer, *arguments)
+    def spy(self, block, *arguments):
+        layers.append(block.layer)
+        return ffn(self, block, *arguments)
 
     monkeypatch.setattr(StackedForward, "ffn", spy)
     return layers
@@ -149,7 +150,7 @@ def test_a_saved_adapter_is_read_back_as_it_was(tmp_path, method, family):
     host, ids = tiny_host(family, {"a": ALL_METHODS[method]}), tiny_ids(2)
     host.save("a", tmp_path)
     loaded = host.load("b", tmp_path)
-    targets = (*host.base.attention_projections, *host.base.ffn_projections)
+    targets = names_of(host.base)
     assert loaded.config == changed(ALL_METHODS[method], target_modules=targets)
     with torch.no_grad():
         logits = [host(ids, adapters=[name] * 2).logits for name in ("a", "b")]
@@ -164,7 +165,7 @@ def test_a_saved_adapter_is_described_without_a_base_model(tmp_path, method):
     parameters = host.adapters["a"].parameters()
     assert (description["method"], description["settings"]["rank"]) == (config.title, config.rank)
     assert description["num_parameters"] == sum(parameter.numel() for parameter in parameters)
-    assert len(description["target_modules"]) == len(host.base.shapes)
+    assert len(description["target_modules"]) == len(shapes_of(host.base))
 
 
 @each_side
@@ -191,7 +192,7 @@ def test_all_ways_through_a_forward_agree(monkeypatch, stacked_layers, method, f
     with torch.no_grad():
         outputs = [host(ids, adapters=names)]
         with monkeypatch.context() as patch, host.prepared():
-            patch.setattr("loraloom.models.stacks.MAX_HIDDEN_BYTES", 0)
+            patch.setattr("loraloom.host.prepared_weights.MAX_HIDDEN_BYTES", 0)
             outputs.append(host(ids, adapters=names))
         assert stacked_layers == []
         with host.prepared():

@@ -12,6 +12,7 @@ from torch import Tensor
 from loraloom.adapters import DynMoleConfig
 from loraloom.errors import FormatError
 from tests.adapters.plain import MASK, compare, sum_experts
+from tests.blocks import names_of
 from tests.tiny import changed, tiny_host
 
 ENTROPY = {"entropy_threshold": 0.9, "entropy_index": 1.3, "entropy_eps": 1e-3}
@@ -78,7 +79,7 @@ def test_files_are_its_authors_and_are_read_back(tmp_path):
     assert (fields["peft_type"], fields["routing_strategy"]) == ("DYNMOLE", "dynmole")
     assert (fields["keep_top_k"], fields["entropy_type"]) == (1, "tsallis")
     assert fields["entropy_eps"] == 1e-3
-    targets = (*host.base.attention_projections, *host.base.ffn_projections)
+    targets = names_of(host.base)
     assert host.load("b", tmp_path).config == changed(CONFIG, target_modules=targets)
     path.write_text(json.dumps(fields | {"entropy_type": "renyi"}))
     with pytest.raises(FormatError, match="`entropy_type` must be tsallis, got 'renyi'"):

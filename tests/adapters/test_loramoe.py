@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters import LoraMoeConfig
-from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.loramoe import balancing_constraint
+from loraloom.adapters.segment import SampleTokens
 from loraloom.data.tokens import Example
 from loraloom.training.client import Request, run_requests
 from loraloom.training.settings import SftConfig

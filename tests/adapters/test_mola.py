@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from loraloom.adapters import MolaConfig
 from loraloom.routing.record import LayerRouting
 from tests.adapters.plain import MASK, compare, sum_experts, top_k_softmax
+from tests.blocks import names_of
 from tests.tiny import changed, tiny_host, tiny_ids
 
 CONFIG = MolaConfig(
@@ -108,5 +109,5 @@ def test_files_are_the_references_and_are_read_back(tmp_path, config):
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (fields["peft_type"], fields["routing_strategy"]) == ("MOLA", "mola")
     assert (fields["r"], fields["lora_alpha"], fields["top_k"]) == (2, 5, config.top_k)
-    targets = (*host.base.attention_projections, *host.base.ffn_projections)
+    targets = names_of(host.base)
     assert host.load("b", tmp_path).config == changed(config, target_modules=targets)

@@ -32,7 +32,7 @@ class HalfConfig(LowRankConfig):
     share: float | None = 0.5
     bias: bool = False
 
-    def projection(self, base, layer, dtype, seed):
+    def projection(self, base, block, dtype, seed):
         return LoraProjection(base, self, None, dtype, seed)
 
 
@@ -119,7 +119,7 @@ def test_what_files_would_not_hold_is_refused(part, message):
 
         title = "Odd"
 
-        def projection(self, base, layer, dtype, seed):
+        def projection(self, base, block, dtype, seed):
             projection = OddProjection(base, self, None, dtype, seed)
             projection.part = part
             return projection

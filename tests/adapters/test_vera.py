@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import loraloom
 from loraloom.adapters import VeraConfig
-from loraloom.adapters.base import BaseInfo
+from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError
 from loraloom.formats.fields import write_fields
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients, loss_of
 from tests.tiny import changed, gradients, randomise, relative_error, tiny_model
 

@@ -13,7 +13,7 @@ from loraloom.cli.main import main
 from loraloom.data.sources import sha256
 from loraloom.data.tasks import load_question_set, questions_digest
 from loraloom.eval.statistics import compare, read_answers
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from tests.generation.saved import save_tiny, write_rows
 
 ROWS = [

@@ -5,7 +5,7 @@ import pytest
 from loraloom.cli import generate as verb
 from loraloom.cli.main import main
 from loraloom.generation.generate import Completion
-from loraloom.models.choice import Choice
+from loraloom.host.choice import Choice
 from tests.generation.saved import write_rows
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import loraloom
+from loraloom.base.loading import load_base_model
 from loraloom.cli.main import main as loraloom_command
 from loraloom.eval.statistics import read_answers
-from loraloom.models.loading import load_base_model
 
 COPIES = Path(__file__).parent / "v0"
 METHODS = ("lora", "dora", "mixlora", "mixdora")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraloom.base import loading
 from loraloom.data import skills
-from loraloom.models import loading
 from tests.conftest import build_tokenizer
 from tests.tiny import tiny_model
 

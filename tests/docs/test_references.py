@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from loraloom.base.families import FAMILIES
 from loraloom.generation.engine import Engine
-from loraloom.models.structure import FAMILIES
 from tests.docs.test_blocks import DOCUMENTS, ROOT
 
 

@@ -12,7 +12,7 @@ import torch
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet
 from loraloom.data.tokens import encode_pairs
 from loraloom.eval.score import QuestionScore, Scores, task_scores
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from tests.tiny import METHODS, tiny_host
 
 VOCAB_SIZE = 300

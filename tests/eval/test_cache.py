@@ -11,7 +11,7 @@ from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, computation_key, describe_adapters
 from loraloom.eval.score import Scorer, score_questions
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from tests.eval import scoring
 from tests.eval.scoring import question, scoring_host, some_questions
 from tests.tiny import METHODS

@@ -21,7 +21,7 @@ from loraloom.eval.score import (
     with_all_labels,
 )
 from loraloom.eval.statistics import wilson_interval
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from tests.eval.scoring import (
     limit_rows,
     plain_log_likelihoods,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.adapters.base import BaseInfo
+from loraloom.base.blocks import BaseInfo
 from tests.formats.tiny import LORA, MIXTURE, llama_base, write
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from loraloom.adapters import ExpertsConfig, MixLoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import describe, read_adapter
+from tests.blocks import names_of
 from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
 CONFIG = MixLoraConfig(
@@ -20,7 +21,7 @@ CONFIG = MixLoraConfig(
         rank=2, alpha=6, dropout=0.1, rank_stabilized=False, weight_decomposition=False
     ),
     router_aux_loss_coef=0.02,
-    target_modules=(*llama_base().attention_projections, *llama_base().ffn_projections),
+    target_modules=names_of(llama_base()),
 )
 RUN = {
     "adapter": "mixlora",

@@ -9,7 +9,7 @@ from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import describe, disk, read_adapter
 from loraloom.formats.files import read_stored
-from tests.formats.tiny import LORA, MIXTURE, llama_base, write
+from tests.formats.tiny import ATTENTION, FFN, LORA, MIXTURE, llama_base, write
 
 
 def test_an_adapter_is_not_overwritten_unasked(saved, base, monkeypatch):
@@ -95,17 +95,19 @@ def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
 
 
 def test_another_shape_is_an_error_that_names_the_tensor(saved):
-    shapes = llama_base().shapes | {"self_attn.k_proj": (16, 64)}
+    attention = replace(ATTENTION, shapes={**ATTENTION.shapes, "k_proj": (16, 64)})
     message = r"other shapes: layers\.0\.self_attn\.k_proj\.lora_B \(32, 2\), not \(16, 2\)"
     with pytest.raises(AdapterError, match=message):
-        read_adapter(saved, llama_base(shapes=shapes))
+        read_adapter(saved, llama_base(blocks=(attention, FFN)))
 
 
 def test_other_modules_are_another_base_model(saved, base):
-    shapes = {f"self_attn.{name}_proj": base.shapes[f"self_attn.{name}_proj"] for name in "qkv"}
-    shapes |= {"self_attn.dense": (64, 64), "mlp.fc1": (100, 64), "mlp.fc2": (64, 100)}
-    phi = {"attention_projections": ("q_proj", "k_proj", "v_proj", "dense"), "shapes": shapes}
-    phi |= {"ffn_projections": ("fc1", "fc2"), "activation": "gelu_new"}
+    shapes = {name: ATTENTION.shapes[name] for name in ("q_proj", "k_proj", "v_proj")}
+    groups = (("q_proj", "k_proj", "v_proj"), ("dense",))
+    attention = replace(ATTENTION, groups=groups, shapes=shapes | {"dense": (64, 64)})
+    shapes = {"fc1": (100, 64), "fc2": (64, 100)}
+    ffn = replace(FFN, groups=(("fc1",), ("fc2",)), shapes=shapes)
+    phi = {"blocks": (attention, ffn), "activation": "gelu_new"}
     with pytest.raises(AdapterError, match="doesn't fit the base model"):
         read_adapter(saved, replace(base, model_type="phi", **phi))
 

@@ -7,6 +7,7 @@ import torch
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.formats import read_adapter
+from tests.blocks import names_of
 from tests.formats.tiny import assert_same_tensors, make_tensors
 
 OLD_PROJECTIONS = {"gate_proj": "w1_proj", "down_proj": "w2_proj", "up_proj": "w3_proj"}
@@ -37,7 +38,7 @@ def old_plain_name(name: str) -> str:
 
 
 def test_legacy_mixtures_are_read(base, tmp_path):
-    targets = base.attention_projections + base.ffn_projections
+    targets = names_of(base)
     settings = {"rank": 2, "alpha": 4, "dropout": 0.05, "num_experts": 2}
     config = MixLoraConfig(**settings, target_modules=targets)
     tensors = make_tensors(config, base)

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from loraloom.adapters import ExpertsConfig, MixLoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
-from tests.formats.tiny import MIXTURE, assert_same_tensors, edit_config, write
+from tests.blocks import names_of
+from tests.formats.tiny import ATTENTION, FFN, MIXTURE, assert_same_tensors, edit_config, write
 from tests.tiny import changed
 
 CONFIG = MixLoraConfig(
@@ -37,9 +38,9 @@ def test_what_is_written_is_read_back(base, tmp_path):
 
 @pytest.mark.parametrize(("case", "width"), [("llama-mixlora", 96), ("qwen2-mixlora", 88)])
 def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
-    ffn = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
-    shapes = base.shapes | {f"mlp.{name}": size for name, size in ffn.items()}
-    base = replace(base, shapes=shapes, name_or_path="/models/base")
+    shapes = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
+    blocks = (ATTENTION, replace(FFN, shapes=shapes))
+    base = replace(base, blocks=blocks, name_or_path="/models/base")
     directory = shared_fixtures / case / "adapter"
     config, tensors = read_adapter(directory, base)
     assert config == MixLoraConfig(
@@ -48,7 +49,7 @@ def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
         dropout=0.05,
         num_experts=4,
         top_k=2,
-        target_modules=base.attention_projections + base.ffn_projections,
+        target_modules=names_of(base),
     )
     raw = torch.load(directory / "adapter_model.bin", weights_only=True)
     assert len(tensors) == len(raw)
@@ -80,7 +81,7 @@ def test_all_routings_of_the_reference_are_read(fields, settings, base, tmp_path
     tensors = write(tmp_path, base, MIXTURE)
     edit_config(tmp_path, loraloom=None, top_k=None, **fields)
     read, read_tensors = read_adapter(tmp_path, base)
-    targets = base.attention_projections + base.ffn_projections
+    targets = names_of(base)
     assert read == changed(MIXTURE, target_modules=targets, **settings)
     assert_same_tensors(read_tensors, tensors)
 

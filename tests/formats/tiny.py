@@ -10,10 +10,26 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
-from loraloom.adapters.base import BaseInfo
+from loraloom.base.blocks import BaseInfo, BlockInfo
 from loraloom.formats import write_adapter
 
 LORA, MIXTURE = LoraConfig(rank=2), MixLoraConfig(rank=2, num_experts=2)
+
+
+ATTENTION = BlockInfo(
+    path="self_attn",
+    kind="attention",
+    groups=(("q_proj", "k_proj", "v_proj"), ("o_proj",)),
+    shapes={"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64)},
+    layers=(0, 1),
+)
+FFN = BlockInfo(
+    path="mlp",
+    kind="ffn",
+    groups=(("gate_proj", "up_proj"), ("down_proj",)),
+    shapes={"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)},
+    layers=(0, 1),
+)
 
 
 def llama_base(**changes) -> BaseInfo:
@@ -22,22 +38,10 @@ def llama_base(**changes) -> BaseInfo:
         "name_or_path": "some-org/tiny-llama",
         "model_type": "llama",
         "layers_path": "model.layers",
-        "attention": "self_attn",
-        "ffn": "mlp",
-        "attention_projections": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "ffn_projections": ("gate_proj", "up_proj", "down_proj"),
+        "blocks": (ATTENTION, FFN),
         "activation": "silu",
         "num_layers": 2,
         "hidden_size": 64,
-        "shapes": {
-            "self_attn.q_proj": (64, 64),
-            "self_attn.k_proj": (32, 64),
-            "self_attn.v_proj": (32, 64),
-            "self_attn.o_proj": (64, 64),
-            "mlp.gate_proj": (96, 64),
-            "mlp.up_proj": (96, 64),
-            "mlp.down_proj": (64, 96),
-        },
         "num_parameters": 100_000,
         "fingerprint": "0123456789abcdef",
         "modules": {"model.embed_tokens": {"weight": (97, 64)}, "lm_head": {"weight": (97, 64)}},

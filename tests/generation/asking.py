@@ -9,8 +9,8 @@ from loraloom.generation.engine import Engine
 from loraloom.generation.generate import complete
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.sequence import Event, GenerationRequest, Piece
-from loraloom.models.choice import Choice
-from loraloom.models.layout import RowAdapter
+from loraloom.host.choice import Choice
+from loraloom.host.layout import RowAdapter
 
 TEXTS = (
     "one",

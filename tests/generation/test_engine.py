@@ -15,7 +15,7 @@ from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
-from loraloom.models.decoding import Decoding
+from loraloom.host.decoding import Decoding
 from tests.generation.asking import TEXTS, Asked, alone, answers, finish, request, submit
 from tests.generation.conftest import NAMES, SIZES
 from tests.tiny import METHODS, tiny_host

@@ -8,7 +8,7 @@ from loraloom.data.templates import load_template, render
 from loraloom.data.tokens import learn_completions
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.prompts import Prompt, encode_prompt, form_for
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 
 TEMPLATE = (
     "{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}"

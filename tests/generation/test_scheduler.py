@@ -9,7 +9,7 @@ import torch
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import Scheduler
 from loraloom.generation.sequence import GenerationRequest, Row, Share
-from loraloom.models.choice import Choice
+from loraloom.host.choice import Choice
 from tests.conftest import build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -5,7 +5,7 @@ from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.generation import scoring
 from loraloom.generation.scoring import example_row, label_log_probs, score_rows, token_batches
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from tests.eval.scoring import limit_rows
 from tests.tiny import METHODS, tiny_host
 from tests.training.toy import toy_examples, toy_host

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import loraloom
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.ops.fused.expert_ffn import SWITCH
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.training.settings import SftConfig

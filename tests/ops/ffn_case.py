@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.gating import ActivationGating
 from loraloom.ops.low_rank import UpProjection
 
 D, F, R = 5, 6, 2
@@ -24,6 +25,11 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "gated": ("gate", "up", "down"),
     "ungated": ("gate", "down"),
     "fused": ("gate_up", "down"),
+}
+GATINGS = {
+    "gated": ActivationGating(silu),
+    "ungated": ActivationGating(silu),
+    "fused": ActivationGating(silu, is_fused=True),
 }
 FfnFunction = Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
 
@@ -143,13 +149,9 @@ def make_case(
 def run(ffn: FfnFunction, case: FfnCase) -> Tensor:
     """Compute the block's output with the code that ships, around the base's own products."""
     x, weights = case.leaves["x"], compute_form(case)
-    if case.shape == "fused":
-        gate, up = _base(case, "gate_up", x).chunk(2, dim=-1)
-    else:
-        gate = _base(case, "gate", x)
-        up = _base(case, "up", x) if case.shape == "gated" else None
+    outputs = [_base(case, name, x) for name in SHAPES[case.shape][:-1]]
     routing = Routing(case.selected, case.routing_weights)
-    hidden, finish = ffn(x, gate, up, weights, routing, silu, case.dropout)
+    hidden, finish = ffn(x, outputs, weights, routing, GATINGS[case.shape], case.dropout)
     return finish(_base(case, "down", hidden, case.rounds_rows))
 
 
@@ -189,19 +191,8 @@ def compute_form(case: FfnCase) -> FfnWeights:
     for position, name in enumerate(present):
         columns = slice(position * size, (position + 1) * size)
         stacked.append(leaves[f"{name}.A"].flatten(0, 1))
-        scale = row_scale(case, name)
-        bias = case.bias[name]
-        if name == "gate_up":
-            halves = zip(
-                ("gate", "up"),
-                _compute_B(leaves["gate_up.B"]).chunk(2, dim=1),
-                (None, None) if scale is None else scale.chunk(2, dim=1),
-                bias.chunk(2),
-                strict=True,
-            )
-            sides |= {half: UpProjection(columns, *rest) for half, *rest in halves}
-        else:
-            sides[name] = UpProjection(columns, _compute_B(leaves[f"{name}.B"]), scale, bias)
+        lora_B = _compute_B(leaves[f"{name}.B"])
+        sides[name] = UpProjection(columns, lora_B, row_scale(case, name), case.bias[name])
     down_A = down = None
     if "down" in case.adapted:
         down_A, down_B = leaves["down.A"].flatten(0, 1), _compute_B(leaves["down.B"])
@@ -209,13 +200,13 @@ def compute_form(case: FfnCase) -> FfnWeights:
         down = UpProjection(slice(0, size), down_B, scale, bias)
     return FfnWeights(
         input_A=torch.cat(stacked) if stacked else None,
-        gate=sides.get("gate"),
-        up=sides.get("up"),
+        inputs=[sides.get(name) for name in SHAPES[case.shape][:-1]],
         down_A=down_A,
         down=down,
         num_experts=case.num_experts,
         base_combines=not case.rounds_rows,
         rank=case.rank,
+        width=case.base["down"].shape[1],
     )
 
 

@@ -8,12 +8,19 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import silu
 
 from loraloom.ops import slot_pieces
 from loraloom.ops.expert_ffn import FfnDropout, Routing, expert_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
-from tests.ops.ffn_case import SHAPES, FfnFunction, assert_equals_loop, compute_form, make_case, run
+from tests.ops.ffn_case import (
+    GATINGS,
+    SHAPES,
+    FfnFunction,
+    assert_equals_loop,
+    compute_form,
+    make_case,
+    run,
+)
 
 
 def in_groups_of(size, arguments):
@@ -34,8 +41,8 @@ def sorted_expert_ffn(*arguments):
     return in_groups_of(1, arguments)
 
 
-def without_routing(ffn, x, gate, up, weights, routing, act, dropout):
-    return ffn(x, gate, up, weights, None, act, dropout)
+def without_routing(ffn, x, outputs, weights, routing, gating, dropout):
+    return ffn(x, outputs, weights, None, gating, dropout)
 
 
 LEAN_WAYS = [lean_expert_ffn, grouped_expert_ffn, sorted_expert_ffn]
@@ -81,10 +88,9 @@ def test_pieces_do_not_change_the_result(ffn, shape, decomposed, num_tokens, mon
         shape, num_tokens=num_tokens, dropout=0.4, padding=padding, decomposed=decomposed
     )
     monkeypatch.setattr(slot_pieces, "PIECE_BYTES", 1)
-    gate = torch.empty(num_tokens, 6)
-    blocks = list(slot_pieces.masked_pieces(case.selected.T, None, 8, 2, gate))
+    blocks = list(slot_pieces.masked_pieces(case.selected.T, None, 8, 2, 64))
     assert len(blocks) == 2 * -(-num_tokens // 64)
-    _, groups = slot_pieces.sorted_pieces(case.selected.T, 4, 2, 2, gate)
+    _, groups = slot_pieces.sorted_pieces(case.selected.T, 4, 2, 2, 64)
     assert sum(len(piece.rows) for piece in groups) == 2 * num_tokens
     assert max(len(piece.rows) for piece in groups) <= 64
     assert_equals_loop(ffn, case)
@@ -129,7 +135,7 @@ def test_the_base_sees_each_token_once_whatever_top_k_is():
         x = case.leaves["x"]
         gate = torch.randn(5, 6, dtype=x.dtype)
         routing = Routing(case.selected, case.routing_weights)
-        arguments = (x, gate, gate, compute_form(case), routing, silu, case.dropout)
+        arguments = (x, [gate, gate], compute_form(case), routing, GATINGS["gated"], case.dropout)
         assert [len(ffn(*arguments)[0]) for ffn in (expert_ffn, lean_expert_ffn)] == [5, 5]
 
 
@@ -153,7 +159,7 @@ def kept_numbers(ffn: FfnFunction, top_k: int) -> int:
         return kept
 
     with saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        outputs = ffn(x, gate, up, weights, routing, silu, FfnDropout.none(top_k))
+        outputs = ffn(x, [gate, up], weights, routing, GATINGS["gated"], FfnDropout.none(top_k))
     storages = {
         kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes()
         for ref in refs

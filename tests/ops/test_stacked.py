@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 from loraloom.routing.routes import TopK
-from tests.ops.ffn_case import SHAPES, FfnCase, bend, compute_form, dense_loop, make_case
+from tests.ops.ffn_case import (
+    GATINGS,
+    SHAPES,
+    FfnCase,
+    bend,
+    compute_form,
+    dense_loop,
+    make_case,
+)
 from tests.ops.test_expert_ffn import PARTS
 
 decomposed_or_not = pytest.mark.parametrize("decomposed", [False, True])
@@ -48,12 +55,10 @@ def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], Tensor, li
     base, bias = cases[0].base, cases[0].bias
     x = torch.stack([case.leaves["x"] for case in cases])
     project = lambda name: x @ base[name].T + bias[name]  # noqa: E731
-    if cases[0].shape == "fused":
-        gate, up = project("gate_up").chunk(2, dim=-1)
-    else:
-        gate, up = project("gate"), project("up") if cases[0].shape == "gated" else None
+    outputs = [project(name) for name in SHAPES[cases[0].shape][:-1]]
     recorders = [Recorder() for _ in cases]
-    rows, finish = stack(cases, routed=routed).step(x, gate, up, silu, recorders.__getitem__)
+    gating = GATINGS[cases[0].shape]
+    rows, finish = stack(cases, routed=routed).step(x, outputs, gating, recorders.__getitem__)
     hidden = bend(rows) if cases[0].rounds_rows else rows
     output = finish(hidden @ base["down"].T + bias["down"])
     return list(output.view(*x.shape[:2], output.shape[-1])), rows, recorders

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loraloom
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from tests.conftest import build_tokenizer
 from tests.pairwise.cases import Case, pairs_of, pairwise
 from tests.tiny import randomise, tiny_model

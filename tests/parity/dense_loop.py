@@ -18,8 +18,9 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.adapters.base import BaseInfo
+from loraloom.base.blocks import BaseInfo
 from loraloom.ops.dropout import SampleNoise, SampleSpan, Site
+from tests.blocks import block_of
 
 OUTPUT_PROJECTIONS = ("o_proj", "dense")
 
@@ -80,22 +81,30 @@ class DenseAdapter:
         base = self.base
         for index in range(base.num_layers):
             layer = model.get_submodule(f"{base.layers_path}.{index}")
-            for name in base.attention_projections:
-                self._replace(layer, index, base.attention, name)
+            for name in block_of(base, "attention").shapes:
+                self._replace(layer, index, block_of(base, "attention").path, name)
             if isinstance(self.config, MixLoraConfig):
-                block = layer.get_submodule(base.ffn)
+                block = layer.get_submodule(self.ffn_path)
                 block.forward = lambda x, i=index, b=block: self._mixture(i, b, x)
                 continue
-            for name in base.ffn_projections:
-                self._replace(layer, index, base.ffn, name)
+            for name in self.ffn_names:
+                self._replace(layer, index, self.ffn_path, name)
         return model
+
+    @property
+    def ffn_path(self) -> str:
+        return block_of(self.base, "ffn").path
+
+    @property
+    def ffn_names(self) -> list[str]:
+        return [*block_of(self.base, "ffn").shapes]
 
     def _replace(self, layer: nn.Module, index: int, block: str, name: str) -> None:
         module, key = layer.get_submodule(f"{block}.{name}"), f"layers.{index}.{block}.{name}"
         if f"{key}.lora_A" not in self.tensors:
             return
-        if block == self.base.ffn:
-            site = Site.FFN_SLOT if name == self.base.ffn_projections[-1] else Site.FFN_INPUT
+        if block == self.ffn_path:
+            site = Site.FFN_SLOT if name == self.ffn_names[-1] else Site.FFN_INPUT
         else:
             site = Site.ATTENTION_OUTPUT if name in OUTPUT_PROJECTIONS else Site.ATTENTION_INPUT
         module.forward = lambda x: self._dense(
@@ -162,7 +171,7 @@ class DenseAdapter:
 
     def _mixture(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
         """Run an FFN block token by token."""
-        config, names = self.config, self.base.ffn_projections
+        config, names = self.config, self.ffn_names
         act = ACT2FN[self.base.activation]
         routed, dropped = x, self._drop(x, index, Site.FFN_INPUT)
         if self.masks is not None and config.router_jitter > 0:
@@ -174,7 +183,7 @@ class DenseAdapter:
                 self.masks.keep(index, site, size, config.expert_config.dropout)
                 for site in self._slot_sites()
             ]
-        router, rows, logits = self.tensors[f"layers.{index}.{self.base.ffn}.router"], [], []
+        router, rows, logits = self.tensors[f"layers.{index}.{self.ffn_path}.router"], [], []
         for row in range(x.shape[0]):
             outputs = []
             for place in range(x.shape[1]):
@@ -205,10 +214,10 @@ class DenseAdapter:
         keep: Tensor | None,
     ) -> Tensor:
         """Compute one expert's FFN for one token; expert None is the base's."""
-        *inputs, output = self.base.ffn_projections
+        *inputs, output = self.ffn_names
 
         def project(name: str, values: Tensor, kept: Tensor) -> Tensor:
-            key = f"layers.{index}.{self.base.ffn}.{name}.experts.{expert}"
+            key = f"layers.{index}.{self.ffn_path}.{name}.experts.{expert}"
             module = block.get_submodule(name)
             return self._dense(module, key, self.config.expert_config, values, kept)
 

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from loraloom.adapters import LoraConfig
-from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.method import Adapter
+from loraloom.base.blocks import BaseInfo
+from tests.blocks import shapes_of
 
 PARTS = {"lora_A": "lora_A", "lora_B": "lora_B", "magnitude": "lora_magnitude_vector"}
 
 
 def wrapped_by_peft(model: nn.Module, config: LoraConfig, base: BaseInfo) -> nn.Module:
-    paths = [f"{base.attention}.{name}" for name in base.attention_projections]
-    if config.target_modules == "all-linear":
-        paths += [f"{base.ffn}.{name}" for name in base.ffn_projections]
+    is_whole = config.target_modules == "all-linear"
+    blocks = [block.path for block in base.blocks if is_whole or block.kind == "attention"]
+    paths = [path for path in shapes_of(base) if path.rpartition(".")[0] in blocks]
     theirs = peft.LoraConfig(
         r=config.rank,
         lora_alpha=int(config.alpha),

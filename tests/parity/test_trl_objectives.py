@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraloom.data.tokens import NO_LOSS
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatchLoss
 from tests.tiny import METHODS, parameter_grads

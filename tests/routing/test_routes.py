@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from loraloom.adapters.base import SegmentTokens
+from loraloom.adapters.segment import SegmentTokens
 from loraloom.ops.dropout import SampleNoise, SampleSpan
 from loraloom.routing.routes import (
     Dense,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion, run_requests
 from loraloom.training.settings import DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.fused import forward_backward

@@ -7,7 +7,7 @@ import torch
 
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.formats.files import read_adapter
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training import rounds, store
 from loraloom.training.engine import Engine
 from loraloom.training.store import CheckpointStore

@@ -1,4 +1,4 @@
-"""Runs on quantised bases from the command line: trained, saved, loaded, evaluated, decoded."""
+"""Runs on quantized bases from the command line: trained, saved, loaded, evaluated, decoded."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import loraloom
+from loraloom.base.loading import load_base_model
 from loraloom.errors import AdapterError, ConfigError, DataError, FormatError
-from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
+from loraloom.host.host import Host
 from loraloom.training import builder
 from loraloom.training import run as run_module
 from loraloom.training.engine import Engine

@@ -20,7 +20,7 @@ from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
 from loraloom.config.text import read_json
 from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job, JobResult

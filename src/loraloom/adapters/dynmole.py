@@ -10,9 +10,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
 from loraloom.adapters.method import MAX_NUMBER, Free, Projection
+from loraloom.adapters.segment import Records, Samples
+from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.routes import Hybrid, tsallis_entropy
 
@@ -53,7 +54,7 @@ class DynMoleConfig(MixtureConfig):
     _check_keep_top_k = field_validator("keep_top_k")(partial(check_at_most, "num_experts"))
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         entropy = (self.entropy_index, self.entropy_threshold, self.entropy_eps)
         route = Hybrid(self.top_p, self.keep_top_k, *entropy)

@@ -3,18 +3,19 @@
 Axes: T tokens, I in_features, E experts, K slots of a token, R rank, S = E·R.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, initial_weight
 from loraloom.adapters.method import MAX_NUMBER, AdapterConfig, Free
+from loraloom.adapters.segment import Records, Samples, SegmentTokens
+from loraloom.base.blocks import BaseLayer, BaseProjection
 from loraloom.config.fields import CheckInfo
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import AddUp, router_loss, whole
@@ -34,14 +35,17 @@ def check_at_most(limit: str, value: int, info: CheckInfo) -> int:
     return value
 
 
-def check_has_experts(config: AdapterConfig, layer: BaseLayer) -> None:
+def check_has_experts(config: AdapterConfig, base_layers: Sequence[BaseLayer]) -> None:
     """Raise an AdapterError if experts that are on FFN projections would be on none."""
-    targets = config.targets_in(layer)
-    if not targets & layer.ffn.keys():
-        known = ", ".join(layer.ffn) or "of which this base model has none"
+    blocks = [block for layer in base_layers for block in layer.blocks]
+    gated = [block for block in blocks if block.gating is not None]
+    if not any(config.targets_in(block) for block in gated):
+        names = dict.fromkeys(name for block in gated for name in block.projections)
+        targets = {name for block in blocks for name in config.targets_in(block)}
         raise AdapterError(
             f"{config.title} requires experts: target_modules must include a linear layer of the "
-            f"FFN ({known}), got {', '.join(sorted(targets))}; use a plain adapter for attention"
+            f"FFN ({', '.join(names) or 'of which this base model has none'}), "
+            f"got {', '.join(sorted(targets))}; use a plain adapter for attention"
         )
 
 

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.method import AdapterConfig, Projection
+from loraloom.adapters.segment import SegmentTokens
+from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.routes import router_logits
 
 
@@ -35,7 +36,7 @@ class HydraLoraConfig(MixtureConfig):
         return AdapterConfig.combined(self)  # its A has several B
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         return HydraLoraProjection(base, self, dtype, seed)
 

@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.keys import Pattern, TensorKey, matches
 from loraloom.adapters.low_rank import LowRankConfig, initial_A
 from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, AdapterConfig, Free, Projection
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.errors import AdapterError
 from loraloom.ops.low_rank import dora_norms
 
@@ -86,9 +86,9 @@ class LoraConfig(DecomposedConfig):
             raise AdapterError("adapters with a rank_pattern cannot be combined; use (name, scale)")
         return super(LoraConfig, self.model_copy(update={"alpha_pattern": {}})).combined()
 
-    def targets_in(self, layer: BaseLayer) -> frozenset[str]:
-        is_left_out = self.layers is not None and layer.index not in self.layers
-        return frozenset() if is_left_out else super().targets_in(layer)
+    def targets_in(self, block: Block) -> frozenset[str]:
+        is_left_out = self.layers is not None and block.layer not in self.layers
+        return frozenset() if is_left_out else super().targets_in(block)
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         if beyond := [layer for layer in self.layers or () if layer >= len(base_layers)]:
@@ -103,7 +103,7 @@ class LoraConfig(DecomposedConfig):
                 )
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         return LoraProjection(base, self.at(base.key), None, dtype, seed)
 

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, Records, Samples, SampleTokens
 from loraloom.adapters.experts import (
     ExpertCount,
     MixtureConfig,
@@ -20,6 +19,8 @@ from loraloom.adapters.experts import (
 )
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
 from loraloom.adapters.method import MAX_NUMBER, Free, Projection
+from loraloom.adapters.segment import Records, Samples, SampleTokens
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.routes import Dense
 
@@ -52,12 +53,12 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         super().check_fits(base_layers)
-        check_has_experts(self, base_layers[0])
+        check_has_experts(self, base_layers)
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
-        if base.key.split(".")[2] != layer.ffn_block:
+        if block.gating is None:
             return LoraProjection(base, self, None, dtype, seed)
         config = self.model_copy(update={"weight_decomposition": False})
         return RoutedProjection(base, config, self.num_experts, Dense(), dtype, seed)

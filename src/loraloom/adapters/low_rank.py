@@ -17,10 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection
-from loraloom.ops.expert_ffn import Activation, FfnWeights, expert_ffn
+from loraloom.adapters.segment import FfnRows, SegmentTokens
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block
+from loraloom.ops.expert_ffn import FfnWeights, expert_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -44,11 +45,11 @@ class LowRankConfig(AdapterConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         return LowRankAdapter(
-            name, self, base_layers, lambda base, layer: self.projection(base, layer, dtype, seed)
+            name, self, base_layers, lambda base, block: self.projection(base, block, dtype, seed)
         )
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         """Make the method's weights on a projection; a method without such overrides `build`."""
         raise NotImplementedError(f"{type(self).__name__} has no weights on single projections")
@@ -57,8 +58,8 @@ class LowRankConfig(AdapterConfig):
         return self.model_copy(update={"alpha": float(self.rank), "rank_stabilized": False})
 
 
-# From a projection of the base model and its layer to the weights on it.
-Build = Callable[[BaseProjection, BaseLayer], Projection]
+# From a projection of the base model and its block to the weights on it.
+Build = Callable[[BaseProjection, Block], Projection]
 
 
 class LowRankAdapter(Adapter):
@@ -76,48 +77,51 @@ class LowRankAdapter(Adapter):
         super().__init__(name, config, base_layers, layers)
         self.add_module("shared", shared)
 
-    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
-        return ffn_weights(self.ffn_block(layer), self.base_layers[layer], dtype)
+    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
+        return ffn_weights(self.weights_on(block), block, dtype)
 
     def ffn(
         self,
-        layer: int,
+        block: Block,
         weights: FfnWeights,
         hidden_states: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
-        act: Activation,
+        outputs: Sequence[Tensor],
         tokens: SegmentTokens,
     ) -> FfnRows:
         """Compute the block in the lean form where nothing lies between A and B."""
-        dropout = self.ffn_dropout(self.config.dropout, hidden_states.shape[-1], gate, 1, tokens)
-        hidden_states = hidden_states.to(gate.dtype)
+        dtype = outputs[0].dtype
+        dropout = self.ffn_dropout(block, self.config.dropout, 1, dtype, tokens)
+        hidden_states = hidden_states.to(dtype)
         if weights.is_plain:
-            return FfnRows(*lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout))
-        return FfnRows(*expert_ffn(hidden_states, gate, up, weights, None, act, dropout, tokens))
+            rows = lean_expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout)
+        else:
+            rows = expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout, tokens)
+        return FfnRows(*rows)
 
     def stack_key(self) -> Hashable:
-        computes = self.is_as_in(LowRankAdapter, "ffn", "attention_low_rank")
+        computes = self.is_as_in(LowRankAdapter, "ffn", "group_low_rank")
         return (type(self.config), self._shapes) if computes else None
 
     @classmethod
     def stack_ffn(
-        cls, adapters: Sequence[LowRankAdapter], layer: int, weights: Sequence[FfnWeights]
+        cls, adapters: Sequence[LowRankAdapter], block: Block, weights: Sequence[FfnWeights]
     ) -> StackedFfn:
         return stack_ffn_weights(weights)
 
 
 def projection_blocks(config: AdapterConfig, layer: BaseLayer, build: Build) -> nn.ModuleDict:
     """Make the weights on a layer's targeted projections, by the names of block and projection."""
-    targets = config.targets_in(layer)
-    return nn.ModuleDict(
-        {
-            block: nn.ModuleDict(
-                {name: build(base, layer) for name, base in bases.items() if name in targets}
-            )
-            for block, bases in layer.blocks.items()
-        }
-    )
+    blocks = nn.ModuleDict()
+    for block in layer.blocks:
+        targets = config.targets_in(block)
+        blocks[block.path] = nn.ModuleDict(
+            {
+                name: build(base, block)
+                for name, base in block.projections.items()
+                if name in targets
+            }
+        )
+    return blocks
 
 
 def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup:
@@ -139,42 +143,25 @@ def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup
 
 
 def ffn_weights(
-    block: Mapping[str, Projection], layer: BaseLayer, dtype: torch.dtype, num_experts: int = 1
+    projections: Mapping[str, Projection], block: Block, dtype: torch.dtype, num_experts: int = 1
 ) -> FfnWeights:
-    """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart."""
+    """Bring the weights on an FFN block's projections into compute form."""
     # In each projection's A those of `num_experts` experts lie behind one another.
-    shape, parts = layer.ffn_shape, []
-    for names in (shape.inputs, (shape.output,)):
-        modules = [block[name] for name in names if name in block]
-        group = input_group(modules, dtype) if modules else None
-        parts.append((group and group.A, [group and group.projections.get(n) for n in names]))
-    (input_A, sides), (down_A, (down,)) = parts
-    # The specification has a gate and an up, each with its own part of the B side.
-    if shape.fused:
-        sides = _halves(sides[0])
+    inputs = [projections[name] for name in block.groups[0] if name in projections]
+    siblings = input_group(inputs, dtype) if inputs else None
+    output = projections.get(block.output.name)
+    output_group = None if output is None else input_group([output], dtype)
+    input_sides = {} if siblings is None else siblings.projections
     return FfnWeights(
-        input_A=input_A,
-        gate=sides[0],
-        up=sides[1] if len(sides) > 1 else None,
-        down_A=down_A,
-        down=down,
+        input_A=None if siblings is None else siblings.A,
+        inputs=[input_sides.get(name) for name in block.groups[0]],
+        down_A=None if output_group is None else output_group.A,
+        down=None if output_group is None else output_group.projections[block.output.name],
         num_experts=num_experts,
-        rank=next(iter(block.values())).num_columns // num_experts,
-        base_combines=layer.ffn[shape.output].is_linear_over_rows,
+        rank=next(iter(projections.values())).num_columns // num_experts,
+        width=block.output.in_features,
+        base_combines=block.output.is_linear_over_rows,
     )
-
-
-def _halves(fused: UpProjection | None) -> list[UpProjection | None]:
-    """Cut a fused gate_up projection's B side into gate (first half) and up."""
-    if fused is None:
-        return [None, None]
-    scale, bias = fused.row_scale, fused.bias
-    scales = [None, None] if scale is None else scale.chunk(2, dim=1)
-    biases = [None, None] if bias is None else bias.chunk(2)
-    return [
-        UpProjection(fused.columns, lora_B, scale, bias, fused.between)
-        for lora_B, scale, bias in zip(fused.B.chunk(2, dim=1), scales, biases, strict=True)
-    ]
 
 
 def initial_A(

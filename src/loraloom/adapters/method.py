@@ -25,23 +25,15 @@ import torch
 from pydantic import Field, SerializeAsAny, TypeAdapter, WithJsonSchema, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.base import (
-    BaseInfo,
-    BaseLayer,
-    BaseProjection,
-    FfnRows,
-    MoeFfn,
-    Records,
-    Samples,
-    SegmentTokens,
-)
 from loraloom.adapters.keys import Shape, TensorKey, Weights, can_be_saved, is_meant
 from loraloom.adapters.prompt_router import PromptRouter
+from loraloom.adapters.segment import FfnRows, MoeFfn, Records, Samples, SegmentTokens
+from loraloom.base.blocks import BaseInfo, BaseLayer, BaseProjection, Block
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
 from loraloom.routing.losses import AddUp, whole
@@ -126,13 +118,16 @@ class AdapterConfig(StrictModel, ABC):
             adapter = self.build("shapes", layers, torch.float32, seed=0)
         return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
 
-    def targets_in(self, layer: BaseLayer) -> frozenset[str]:
-        """Name the projections that an adapter has in a layer, some of its targets or all."""
-        targets, both = self.target_modules, {**layer.attention, **layer.ffn}
+    def targets_in(self, block: Block) -> frozenset[str]:
+        """Name the projections that an adapter has in a block, some of its targets or all."""
+        targets = self.target_modules
         if isinstance(targets, str):
-            return frozenset({"attention": layer.attention, "ffn": layer.ffn}.get(targets, both))
+            is_targeted = targets in ("all-linear", block.kind)
+            return frozenset(block.projections if is_targeted else ())
         return frozenset(
-            name for name, base in both.items() if any(is_meant(t, base.key) for t in targets)
+            name
+            for name, base in block.projections.items()
+            if any(is_meant(target, base.key) for target in targets)
         )
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
@@ -152,11 +147,15 @@ class AdapterConfig(StrictModel, ABC):
     def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
         """List the projections that an adapter has."""
         return [
-            base
+            block.projections[name]
             for layer in base_layers
-            for base in layer.projections
-            if base.name in self.targets_in(layer)
+            for block in layer.blocks
+            for name in self._ordered_targets(block)
         ]
+
+    def _ordered_targets(self, block: Block) -> list[str]:
+        targets = self.targets_in(block)
+        return [name for name in block.projections if name in targets]
 
     @property
     def experts_per_token(self) -> int | None:
@@ -371,35 +370,31 @@ class Adapter(nn.Module, ABC):
         self.chooser: PromptRouter | None = None  # of one of its parts, for a whole prompt
         # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
-            {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
+            {block.path: dict(layer[block.path].items()) for block in base.blocks}  # pyright: ignore
             for base, layer in zip(base_layers, layers, strict=True)
         ]
 
     @abstractmethod
     def ffn(
         self,
-        layer: int,
+        block: Block,
         weights: FfnWeights,
         hidden_states: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
-        act: Activation,
+        outputs: Sequence[Tensor],
         tokens: SegmentTokens,
     ) -> FfnRows:
         """Compute the adapter's half of an FFN block.
 
         Args:
-            layer: Index of the decoder layer.
+            block: The base's block, with its gating.
             weights: What `ffn_weights` returned for it.
             hidden_states: The block's input, [T, D].
-            gate: Base output of the gate, or of the only input projection, [T, F].
-            up: Base output of up, [T, F], or None.
-            act: The base's activation.
+            outputs: What the base's input projections make of it, as gate and up, [T, F] each.
             tokens: Which tokens are real, and random numbers.
         """
 
     @abstractmethod
-    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
+    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
         """Bring the weights of an FFN block into compute form."""
 
     def stack_key(self) -> Hashable | None:
@@ -412,7 +407,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def stack_ffn(
-        cls, adapters: Sequence[Any], layer: int, weights: Sequence[FfnWeights]
+        cls, adapters: Sequence[Any], block: Block, weights: Sequence[FfnWeights]
     ) -> StackedFfn:
         """Put side by side what `ffn_weights` returned for adapters with the same `stack_key`."""
         raise NotImplementedError(f"{cls.__name__} has no stacked form")
@@ -421,7 +416,7 @@ class Adapter(nn.Module, ABC):
         """Whether functions are still those of a class, which a stack computes."""
         return all(getattr(type(self), name) is getattr(kind, name) for name in names)
 
-    def as_moe(self, layer: int) -> MoeFfn:
+    def as_moe(self, block: Block) -> MoeFfn:
         """See an FFN block as experts that each have whole weights, a few of them for a token."""
         raise self._no_moe(self.config.title)
 
@@ -518,23 +513,30 @@ class Adapter(nn.Module, ABC):
         maps = any(one.maps_rank_space for one in self.projections())
         return not maps and not self.config.experts_per_router
 
-    def attention_block(self, layer: int) -> Mapping[str, Projection]:
-        """Return the weights of a layer's attention, by projection."""
-        return self._blocks[layer][self.base_layers[layer].attention_block]
+    def weights_on(self, block: Block) -> Mapping[str, Projection]:
+        """Return the weights on a block's projections, by the projections' names."""
+        return self._blocks[block.layer][block.path]
 
-    def ffn_block(self, layer: int) -> Mapping[str, Projection]:
-        """Return the weights of a layer's FFN block, by projection."""
-        return self._blocks[layer][self.base_layers[layer].ffn_block]
+    def adapts(self, block: Block) -> bool:
+        return len(self.weights_on(block)) > 0
 
-    def adapts_ffn(self, layer: int) -> bool:
-        """Whether the adapter has weights in this layer's FFN block."""
-        return len(self.ffn_block(layer)) > 0
+    @cached_property
+    def widest_input(self) -> int:
+        """The most features that a projection of the base's blocks reads."""
+        return max(base.in_features for layer in self.base_layers for base in layer.projections)
+
+    @cached_property
+    def adapts_gated_blocks(self) -> bool | None:
+        """Whether the adapter has weights in all blocks with a gating (FFNs); None: in some."""
+        blocks = [block for layer in self.base_layers for block in layer.blocks]
+        adapted = {self.adapts(block) for block in blocks if block.gating is not None}
+        return None if len(adapted) > 1 else True in adapted
 
     def own_at(self, path: str) -> OwnModule | None:
         """Return what the adapter has in place of a module of the base model; None for nothing."""
         return next((own for own in self.own_modules if own.path == path), None)  # pyright: ignore
 
-    def attention_low_rank(
+    def group_low_rank(
         self, group: InputGroup, hidden_states: Tensor, site: Site, tokens: SegmentTokens
     ) -> Tensor:
         """Compute `dropout(x) Aᵀ` of projections that share their input, [T, P]."""
@@ -544,14 +546,21 @@ class Adapter(nn.Module, ABC):
         return down_project(hidden_states.to(group.A.dtype), group.A, keep, dropout)
 
     def ffn_dropout(
-        self, dropout: float, hidden_size: int, gate: Tensor, num_slots: int, tokens: SegmentTokens
+        self,
+        block: Block,
+        dropout: float,
+        num_slots: int,
+        dtype: torch.dtype,
+        tokens: SegmentTokens,
     ) -> FfnDropout:
         """Draw the masks of an FFN block: one for its input, one for each slot's hidden states."""
         if tokens.noise is None or dropout == 0:
             return FfnDropout.none(num_slots)
-        draw, dtype, width = tokens.noise.keep_mask, gate.dtype, gate.shape[-1]
+        draw = tokens.noise.keep_mask
+        width = block.output.in_features
+        inputs = draw(Site.FFN_INPUT, block.hidden_size, dropout, dtype)
         slots = [draw(Site.FFN_SLOT + slot, width, dropout, dtype) for slot in range(num_slots)]
-        return FfnDropout(dropout, draw(Site.FFN_INPUT, hidden_size, dropout, dtype), slots)
+        return FfnDropout(dropout, inputs, slots)
 
     @cached_property
     def _shapes(self) -> int:

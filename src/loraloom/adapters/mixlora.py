@@ -15,16 +15,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, MoeFfn, SegmentTokens
 from loraloom.adapters.experts import Choice, ExpertCount, Router, RoutingConfig, check_has_experts
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_blocks
 from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Free, Projection
+from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 from loraloom.routing.routes import Route, TopP, router_logits
@@ -141,7 +142,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         super().check_fits(base_layers)
-        check_has_experts(self, base_layers[0])
+        check_has_experts(self, base_layers)
 
     def summary(self) -> dict[str, Any]:
         shared = None if self.shared_config is None else self.shared_config.summary()
@@ -170,31 +171,28 @@ class MixLoraAdapter(Adapter):
         self._chooses_by_route = self.is_as_in(MixLoraAdapter, "choose")
         self._sums_to_one = self._chooses_by_route and self._routed.sums_to_one
 
-    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
-        base = self.base_layers[layer]
-        return ffn_weights(self.ffn_block(layer), base, dtype, self.config.num_experts)
+    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
+        return ffn_weights(self.weights_on(block), block, dtype, self.config.num_experts)
 
     def ffn(
         self,
-        layer: int,
+        block: Block,
         weights: FfnWeights,
         hidden_states: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
-        act: Activation,
+        outputs: Sequence[Tensor],
         tokens: SegmentTokens,
     ) -> FfnRows:
         """Route the real tokens and compute their experts; padding gets the base's output."""
-        routing = self._route(layer, hidden_states, tokens)
+        dtype = outputs[0].dtype
+        routing = self._route(block, hidden_states, tokens)
         if self._returns_input and tokens.noise is None:
-            return FfnRows(gate[:0], lambda output: hidden_states.to(output.dtype))
-        dropout = self.ffn_dropout(
-            self._expert_dropout, hidden_states.shape[-1], gate, routing.top_k, tokens
-        )
+            no_rows = outputs[0].new_empty(0, block.output.in_features)
+            return FfnRows(no_rows, lambda output: hidden_states.to(output.dtype))
+        dropout = self.ffn_dropout(block, self._expert_dropout, routing.top_k, dtype, tokens)
         hidden, finish = lean_expert_ffn(
-            hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
+            hidden_states.to(dtype), outputs, weights, routing, block.gating, dropout
         )
-        bias = self._unweighted_bias(layer, weights)
+        bias = self._unweighted_bias(block, weights)
         if bias is None:
             return FfnRows(hidden, finish)
         # Each slot has the bias, so that their sum has it times the sum of the weights.
@@ -202,53 +200,54 @@ class MixLoraAdapter(Adapter):
         return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
-        computes = self.is_as_in(MixLoraAdapter, "ffn", "attention_low_rank")
+        computes = self.is_as_in(MixLoraAdapter, "ffn", "group_low_rank")
         if self._returns_input or not self._chooses_by_route or not computes:
             return None
         return type(self.config), self._routed, self._shapes
 
     @classmethod
     def stack_ffn(
-        cls, adapters: Sequence[MixLoraAdapter], layer: int, weights: Sequence[FfnWeights]
+        cls, adapters: Sequence[MixLoraAdapter], block: Block, weights: Sequence[FfnWeights]
     ) -> StackedFfn:
         first = adapters[0]
-        routers = [adapter.router(layer).detach() for adapter in adapters]
-        bias = first._unweighted_bias(layer, weights[0])
+        routers = [adapter.router(block).detach() for adapter in adapters]
+        bias = first._unweighted_bias(block, weights[0])
         return stack_ffn_weights(weights, routers, first._routed, bias)
 
-    def as_moe(self, layer: int) -> MoeFfn:
+    def as_moe(self, block: Block) -> MoeFfn:
         if not self._sums_to_one:
             raise self._no_moe(
                 f"routing: {self.config.routing}" if self._chooses_by_route else self.config.title
             )
-        block, base = self.ffn_block(layer), self.base_layers[layer].ffn
+        projections = self.weights_on(block)
 
         def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
-            if name not in block:
-                return base[name].weight.to(dtype, copy=True)  # each expert has its own
-            return block[name].merged(dtype, expert, self.config.num_experts)
+            if name not in projections:
+                # a copy, as each expert has its own
+                return block.projections[name].weight.to(dtype, copy=True)
+            return projections[name].merged(dtype, expert, self.config.num_experts)
 
         top_k = self.config.experts_per_token or self.config.num_experts
-        return MoeFfn(self.router(layer).detach(), top_k, weight)
+        return MoeFfn(self.router(block).detach(), top_k, weight)
 
-    def router(self, layer: int) -> Tensor:
-        """The router's weight in a layer, [E, D]."""
-        return self.layers[layer]["router"].weight  # pyright: ignore
+    def router(self, block: Block) -> Tensor:
+        """The router's weight in a block, [E, D]."""
+        return self.layers[block.layer][_router_of(block)].weight  # pyright: ignore
 
     def choose(
-        self, layer: int, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens
+        self, block: Block, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens
     ) -> Choice:
         """Choose each token's experts; see `RoutedProjection.choose`."""
         return *self._routed(logits), {}
 
-    def _route(self, layer: int, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
+    def _route(self, block: Block, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
         jitter = None
         if tokens.noise is not None and self.config.router_jitter > 0:
             jitter = tokens.noise.jitter(
                 Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
             )
-        logits = router_logits(hidden_states, self.router(layer), jitter)
-        selected, weights, extra = self.choose(layer, logits, hidden_states, tokens)
+        logits = router_logits(hidden_states, self.router(block), jitter)
+        selected, weights, extra = self.choose(block, logits, hidden_states, tokens)
         tokens.record_routing(logits, selected, weights, extra=extra)
         # Slots that no token uses are left out, where the device need not be waited for.
         if not self._sums_to_one and weights.device.type == "cpu" and len(weights):
@@ -265,27 +264,40 @@ class MixLoraAdapter(Adapter):
         first_slot[:, 0] = 1
         return Routing(torch.where(real, selected, -1), torch.where(real, weights, first_slot))
 
-    def _unweighted_bias(self, layer: int, weights: FfnWeights) -> Tensor | None:
+    def _unweighted_bias(self, block: Block, weights: FfnWeights) -> Tensor | None:
         """The bias of the output, where it is added once and slots' weights don't sum to 1."""
         if self._sums_to_one or weights.apart:
             return None
-        base = self.base_layers[layer]
-        return base.ffn[base.ffn_shape.output].compute_bias(weights.sides[0].B.dtype)
+        return block.output.compute_bias(weights.sides[0].B.dtype)
 
 
 def _build_layer(
     config: MixLoraConfig, layer: BaseLayer, dtype: torch.dtype, seed: int
 ) -> nn.ModuleDict:
-    expert, shared, num_experts = config.expert_config, config.shared_config, config.num_experts
+    expert, shared = config.expert_config, config.shared_config
 
-    def build(base: BaseProjection, layer: BaseLayer) -> Projection:
-        if base.key.split(".")[2] != layer.ffn_block:
+    def build(base: BaseProjection, block: Block) -> Projection:
+        if block.gating is None:
             return LoraProjection(base, config, None, dtype, seed)
-        behind = shared and LoraProjection(base, shared, None, dtype, seed)
-        return LoraProjection(base, expert, num_experts, dtype, seed, behind)
+        behind = None
+        if shared is not None:
+            behind = LoraProjection(base, shared, None, dtype, seed)
+        return LoraProjection(base, expert, config.num_experts, dtype, seed, behind)
 
     weights = projection_blocks(config, layer, build)
-    name, shape = f"layers.{layer.index}.{layer.ffn_block}.router", (num_experts, layer.hidden_size)
-    options = {"dtype": dtype, "device": next(iter(layer.ffn.values())).device}
-    weights["router"] = Router(name, shape, seed, **options, std=config.router_init_std)
+    for block in layer.blocks:
+        if block.gating is not None:
+            weights[_router_of(block)] = Router(
+                f"layers.{layer.index}.{block.path}.router",
+                (config.num_experts, block.hidden_size),
+                seed,
+                dtype=dtype,
+                device=block.device,
+                std=config.router_init_std,
+            )
     return weights
+
+
+def _router_of(block: Block) -> str:
+    # optimizers know routers' rates by this ending
+    return f"{block.path}_router"

@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
-from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
 from loraloom.adapters.method import Free, Projection
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.errors import AdapterError
 
 
@@ -48,8 +48,8 @@ class MolaConfig(RoutingConfig):
             )
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         counts, route = self.num_experts, self.route
-        count = counts if isinstance(counts, int) else counts[layer.index]
+        count = counts if isinstance(counts, int) else counts[block.layer]
         return RoutedProjection(base, self, count, route, dtype, seed, self.expert_capacity)

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_weight
 from loraloom.adapters.method import Free, Projection
+from loraloom.base.blocks import BaseProjection, Block
 
 
 class MosLoraConfig(LowRankConfig):
@@ -33,7 +33,7 @@ class MosLoraConfig(LowRankConfig):
     """How M starts: Kaiming uniform with a = sqrt(5), or a random orthogonal matrix."""
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         return MosLoraProjection(base, self, dtype, seed)
 

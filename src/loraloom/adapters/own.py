@@ -14,9 +14,9 @@ Axes: N tokens with rows of their own, D hidden.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.keys import Shape, is_meant
 from loraloom.adapters.method import AdapterConfig
+from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError
 
 # What the names of such tensors begin with.

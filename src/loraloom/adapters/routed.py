@@ -13,13 +13,14 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from loraloom.adapters.base import BaseLayer, SegmentTokens
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.low_rank import LowRankAdapter, generator_for
 from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Expert, Free, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.adapters.prompt_router import PromptRouter
+from loraloom.adapters.segment import SegmentTokens
 from loraloom.adapters.weighted_sum import MAX_MEMBERS, SumProjection, check_adds_up, sum_blocks
+from loraloom.base.blocks import BaseLayer, Block
 from loraloom.config.fields import check_name, checked
 from loraloom.errors import AdapterError
 from loraloom.routing.routes import TopK, router_logits
@@ -113,8 +114,8 @@ class RoutedConfig(AdapterConfig):
                 "settings alone, without weights"
             )
 
-    def targets_in(self, layer: BaseLayer) -> frozenset[str]:
-        return frozenset[str]().union(*(one.adapter.targets_in(layer) for one in self._read()))
+    def targets_in(self, block: Block) -> frozenset[str]:
+        return frozenset[str]().union(*(one.adapter.targets_in(block) for one in self._read()))
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         for name, one in zip(self.experts, self._read(), strict=True):

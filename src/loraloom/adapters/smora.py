@@ -10,11 +10,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
 from loraloom.adapters.experts import Router, RouterLossConfig, check_at_most
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.adapters.method import AdapterConfig, Projection
+from loraloom.adapters.segment import SegmentTokens
+from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.routes import TopK, router_logits
 
 
@@ -49,7 +50,7 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
         return self.rank
 
     def projection(
-        self, base: BaseProjection, layer: BaseLayer, dtype: torch.dtype, seed: int
+        self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         return SmoraProjection(base, self, dtype, seed)
 

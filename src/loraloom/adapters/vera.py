@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.keys import Weights
 from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Free, Projection
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 
 
 class VeraConfig(AdapterConfig):
@@ -47,7 +47,7 @@ class VeraConfig(AdapterConfig):
     ) -> Adapter:
         shared = SharedProjections(self, base_layers, dtype)
 
-        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
+        def build(base: BaseProjection, block: Block) -> Projection:
             return VeraProjection(base, self, shared, dtype)
 
         return LowRankAdapter(name, self, base_layers, build, shared)

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseLayer, SegmentTokens
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.segment import SegmentTokens
+from loraloom.base.blocks import BaseLayer
 from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, shown
 
@@ -126,7 +127,7 @@ class SumProjection(Projection):
         factor = 1 + torch.stack(excess).sum(0)
         # Updates are divided by it, and rounded; see scale_update.
         dtype: Any = torch.bfloat16
-        if self.base.quantised is None:
+        if self.base.quantized is None:
             dtype = self.base.linear.weight.dtype
         least = torch.finfo(dtype).eps ** 0.5
         return torch.where(factor.abs() < least, least, factor)
@@ -157,15 +158,15 @@ def sum_blocks(
         for block in base.blocks:
             held = defaultdict[str, list[tuple[Projection, float]]](list)
             for member, weight in zip(members, weights, strict=True):
-                for name, projection in member.layers[base.index][block].items():  # pyright: ignore
+                for name, projection in member.weights_on(block).items():
                     held[name].append((projection, weight))
-            layer[block] = nn.ModuleDict({name: make(of) for name, of in held.items()})
+            layer[block.path] = nn.ModuleDict({name: make(pairs) for name, pairs in held.items()})
     return layers
 
 
 def check_adds_up(member: Adapter) -> None:
     computes = isinstance(member, LowRankAdapter) and member.is_as_in(
-        LowRankAdapter, "ffn", "ffn_weights", "attention_low_rank"
+        LowRankAdapter, "ffn", "ffn_weights", "group_low_rank"
     )
     if member.config.experts_per_router or len(member.own_modules) or not computes:
         what = "experts" if member.config.experts_per_router else "a separate FFN block"

@@ -11,8 +11,8 @@ from rich.table import Table
 from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.text import apply_override
+from loraloom.exports import converting
 from loraloom.formats.files import describe
-from loraloom.models import converting
 from loraloom.terminal import make_console, make_table, print_tables
 
 

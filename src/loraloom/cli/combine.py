@@ -18,7 +18,7 @@ from loraloom.errors import ConfigError
 from loraloom.formats.disk import refuse_to_overwrite
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.router import RouterFit, fit_router
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.terminal import make_console, make_table, print_tables
 
 COMBINATION = Parameter(group=Group("Combination", sort_key=-1))

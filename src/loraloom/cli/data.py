@@ -9,11 +9,11 @@ from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import CONFIGS
+from loraloom.base.loading import load_tokenizer
 from loraloom.cli.options import Sets
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import DataError, plain
-from loraloom.models.loading import load_tokenizer
 from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training.settings import load_run_config
 

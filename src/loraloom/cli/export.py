@@ -6,8 +6,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from loraloom.config.model import BaseModelConfig, Dtype
+from loraloom.exports import model as exporting
 from loraloom.generation.loading import check_sources, load_host
-from loraloom.models import export as exporting
 
 
 class ExportOptions(BaseModelConfig):

@@ -22,8 +22,8 @@ from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.models.choice import told
-from loraloom.models.layout import RowAdapter
+from loraloom.host.choice import told
+from loraloom.host.layout import RowAdapter
 from loraloom.terminal import make_console, printed, show_progress
 
 Rows = Sequence[dict[str, Any]]

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from loraloom.base.loading import load_tokenizer
 from loraloom.cli.data import row_lines
 from loraloom.config.data import DataFormat, SourceConfig
 from loraloom.config.fields import checked, suggestion
@@ -24,7 +25,6 @@ from loraloom.data.tasks import answer_options
 from loraloom.data.templates import compile_template, render
 from loraloom.durable import prepare_output, write_output
 from loraloom.errors import ConfigError, DataError, plain
-from loraloom.models.loading import load_tokenizer
 from loraloom.terminal import make_console
 
 RowFormat = DataFormat | Literal["choices"]

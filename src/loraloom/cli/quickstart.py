@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 from loraloom.adapters.routed import of_experts
+from loraloom.base.loading import find_device, load_base_model
 from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
 from loraloom.config.fields import checked
@@ -18,8 +19,7 @@ from loraloom.durable import write_output
 from loraloom.eval.evaluation import evaluate
 from loraloom.eval.results import Evaluation
 from loraloom.generation.router import fit_router
-from loraloom.models.host import attach
-from loraloom.models.loading import find_device, load_base_model
+from loraloom.host.host import attach
 from loraloom.report.page import make_page
 from loraloom.terminal import make_console, make_table, print_tables, show_progress
 from loraloom.training.progress import Progress

@@ -31,7 +31,7 @@ from loraloom.eval.routing import RoutingTally
 from loraloom.eval.score import Scorer, Scores, score_questions, task_scores, with_all_labels
 from loraloom.eval.statistics import Pair, check_scored, choose_pairs, holm, seed_means
 from loraloom.generation.scoring import example_row
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.terminal import show_progress
 
 Asked = QuestionSet | AnswerSet

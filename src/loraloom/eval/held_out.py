@@ -28,7 +28,7 @@ from loraloom.errors import ConfigError
 from loraloom.eval.results import Fields, check_limit
 from loraloom.eval.score import Scores
 from loraloom.eval.statistics import ratio_intervals, ratio_stderr, wilson_interval
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 
 _SUFFIXES = re.compile(r"(\.(json|jsonl|csv|txt|parquet))?(\.gz)?$", re.IGNORECASE)
 

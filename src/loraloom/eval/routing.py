@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.adapters.method import AdapterConfig
 from loraloom.eval.results import Fields
 from loraloom.generation.scoring import OnRouting, RoutedRows
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.routing import tally
 from loraloom.routing.record import LayerRouting, RouterName
 

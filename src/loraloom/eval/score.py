@@ -20,7 +20,7 @@ from loraloom.eval.results import Fields, Metric, PairedComparison
 from loraloom.eval.statistics import compare_losses, compare_paired, seed_values, share_fields
 from loraloom.generation import scoring
 from loraloom.generation.scoring import fit_pair
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 
 # Of a question's choices.
 LogLikelihoods = tuple[float, ...]

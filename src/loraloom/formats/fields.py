@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom import adapters
-from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.lora import matches, pattern_value
 from loraloom.adapters.method import AdapterConfig, Targets
 from loraloom.adapters.own import OWN_FIELDS
+from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError, shown
 from loraloom.formats.disk import CONFIG_FILE, AdapterFiles
 

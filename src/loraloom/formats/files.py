@@ -24,10 +24,10 @@ from jinja2 import Environment
 from torch import Tensor
 
 from loraloom.adapters import CONFIGS
-from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.keys import Shape, TensorKey, within
 from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import MODULES, TOKENS, has_own_parts, tensor_shapes
+from loraloom.base.blocks import BaseInfo, guess_blocks
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 from loraloom.formats import disk
@@ -171,30 +171,25 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
     used = {key.path for key in keys if key.projection is not None}
     if not used or used != outputs.keys() or used != inputs.keys() or has_own_parts(stored.config):
         raise FormatError(f"{stored.source} does not describe its base model; pass --base-model")
-    # The FFN block has the router of a block, or isn't called attention.
     routed = [key for key in keys if key.projection is None]
     rows = [t for name, t in stored.tensors.items() if name == "shared.router_0"]  # by prompt
-    ffn = next((key.block for key in [*routed, *keys] if "att" not in key.block), "mlp")
-    attention = next((key.block for key in keys if key.block != ffn), "self_attn")
-    order = [name.rpartition(".")[2] for name in stored.config.target_modules]
     num_layers = 1 + max(key.layer for key in keys)
-    attended = tuple(sorted({key.layer for key in keys if key.block == attention}))
+    names = [target.rpartition(".")[2] for target in stored.config.target_modules]
+    order = {name: number for number, name in enumerate(names)}
+    paths = sorted(used, key=lambda path: (order.get(path.rpartition(".")[2], len(order)), path))
+    shapes = {path: (outputs[path], inputs[path]) for path in paths}
+    layers = {path: sorted({key.layer for key in keys if key.path == path}) for path in paths}
     return BaseInfo(
         name_or_path=stored.base.name_or_path or "",
         model_type=stored.base.model_type or "",
         layers_path=stored.layers_path or "model.layers",
-        attention=attention,
-        ffn=ffn,
-        attention_projections=tuple(name for name in order if f"{attention}.{name}" in used),
-        ffn_projections=tuple(name for name in order if f"{ffn}.{name}" in used),
+        blocks=guess_blocks(shapes, layers, gated={key.block for key in routed}),
         activation=stored.activation or "",
         num_layers=num_layers,
         hidden_size=next((t.shape[-1] for t in [*rows, *(keys[key] for key in routed)]), 0),
-        shapes={path: (outputs[path], inputs[path]) for path in outputs},
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
         quantization=stored.base.quantization,
-        attention_layers=attended if 0 < len(attended) < num_layers else None,
         has_own_names=".language_model" not in (stored.layers_path or ""),
     )
 

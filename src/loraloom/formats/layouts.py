@@ -26,10 +26,10 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
-from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.keys import TensorKey, is_meant
 from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import MODULES, OWN_FIELDS, TOKENS, own_parts
+from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json

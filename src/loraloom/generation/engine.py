@@ -25,9 +25,9 @@ from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.generation.scoring import free_memory, make_rows, score_rows, too_large
 from loraloom.generation.sequence import GenerationRequest, RequestError, Row, Sink, log_failure
-from loraloom.models.forward import Record
-from loraloom.models.host import Host
-from loraloom.models.layout import rows_in_record
+from loraloom.host.forward import Record
+from loraloom.host.host import Host
+from loraloom.host.layout import rows_in_record
 from loraloom.routing.record import choices_by_token, join_routing
 
 # Tokens that a row generates at least before it gives way to others.

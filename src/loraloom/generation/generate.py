@@ -16,8 +16,8 @@ from loraloom.generation.prompts import Prompt, check_token_ids, read_prompts
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Event, GenerationRequest, Row
-from loraloom.models.choice import Choice, told
-from loraloom.models.host import Host
+from loraloom.host.choice import Choice, told
+from loraloom.host.host import Host
 
 
 @dataclass(frozen=True)

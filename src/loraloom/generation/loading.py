@@ -8,14 +8,14 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.base.loading import find_device, find_source, load_base_model
+from loraloom.base.quantization import check_quantization
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import read_stored
-from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
-from loraloom.models.host import Host, attach
-from loraloom.models.loading import find_device, find_source, load_base_model
-from loraloom.models.quantization import check_quantization
+from loraloom.host.decoding import SPARE_ROWS, SPARE_TOKENS
+from loraloom.host.host import Host, attach
 
 CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NUMBERS = ("max", "current")

@@ -13,9 +13,9 @@ from loraloom.data.chat import omitted_tools
 from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
-from loraloom.models.choice import Choice, is_routed
-from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter, name_and_scale
+from loraloom.host.choice import Choice, is_routed
+from loraloom.host.host import Host
+from loraloom.host.layout import RowAdapter, name_and_scale
 
 
 @dataclass(frozen=True)

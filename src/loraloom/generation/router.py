@@ -17,7 +17,7 @@ from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.errors import AdapterError, DataError, shown
 from loraloom.generation.prompts import Prompt, encode_for_choice
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 
 # The share of each expert's prompts by which a router is judged before it is fitted to all.
 HELD_OUT = 0.2

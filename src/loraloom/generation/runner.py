@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.method import Adapter
+from loraloom.base.structure import keeps_running_states
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Row, log_failure
-from loraloom.models.decoding import Decoding
-from loraloom.models.families import keeps_running_states
-from loraloom.models.forward import Record
-from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter, name_and_scale
-from loraloom.models.stacks import PreparedWeights
+from loraloom.host.decoding import Decoding
+from loraloom.host.forward import Record
+from loraloom.host.host import Host
+from loraloom.host.layout import RowAdapter, name_and_scale
+from loraloom.host.prepared_weights import PreparedWeights
 from loraloom.routing.record import choices_by_token
 
 # Most adapters, each in each scale, whose weights are kept in compute form.

@@ -17,7 +17,7 @@ from transformers.generation import logits_process as hf
 from typing_extensions import override
 
 from loraloom.config.fields import StrictModel
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.ops.dropout import sample_key
 
 MIN_TEMPERATURE = 0.001

@@ -26,11 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraloom.base.structure import keeps_running_states
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
-from loraloom.models.families import keeps_running_states
-from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter, name_and_scale
+from loraloom.host.host import Host
+from loraloom.host.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import widened
 

@@ -20,9 +20,9 @@ from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import LoraloomError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 from loraloom.generation.scoring import TokenScores
-from loraloom.models.choice import Choice
-from loraloom.models.decoding import Decoding
-from loraloom.models.layout import RowAdapter, name_and_scale
+from loraloom.host.choice import Choice
+from loraloom.host.decoding import Decoding
+from loraloom.host.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
 
 _log = logging.getLogger(__name__)

@@ -3,7 +3,8 @@
 Axes: T tokens, D hidden, F feed-forward, K top_k, E experts, R rank, S = E·R, P = S for each
 input projection that has its own A.
 
-`h_j = act(gate + Δgate_e(j)) ∘ (up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`. The
+`h_j = gating(gate + Δgate_e(j), up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`, where
+gating is `act(gate) ∘ up`, or another function of what the block's input projections make. The
 down-projection of the frozen base is linear, so `Σ_j g_j W_d h_j = W_d Σ_j g_j h_j`: the base sees
 T rows whatever K is, unless a DoRA on it scales its rows for each expert or it rounds rows.
 `lean_expert_ffn.py` (training, long prompts) and `stacked.py` (decoding) compute the same.
@@ -20,27 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraloom.ops.gating import Gating
 from loraloom.ops.low_rank import UpProjection, apply_update, decompose, down_project, slot_masks
-
-Activation = Callable[[Tensor], Tensor]
-
-
-def are_halves(gate: Any, up: Any) -> bool:
-    """Whether the B sides of gate and up are the halves of one projection."""
-    return gate is not None and up is not None and gate.columns == up.columns
 
 
 @dataclass(frozen=True)
 class FfnWeights:
     """An adapter's weights in one FFN block, in compute form; None where nothing is adapted."""
 
-    input_A: Tensor | None  # of gate and up stacked, [P, D]; a fused gate_up has one for both
-    gate: UpProjection | None  # of the only input projection in an ungated FFN
-    up: UpProjection | None
+    input_A: Tensor | None  # of the input projections stacked, [P, D]
+    inputs: Sequence[UpProjection | None]  # one for each input projection, as gate and up
     down_A: Tensor | None  # [S, F]
     down: UpProjection | None
     num_experts: int
     rank: int
+    width: int  # F
     # Whether the base's output projection is linear over rows, so that slots may be added up in
     # front of it. LLM.int8's is not: it rounds each row by its largest value.
     base_combines: bool = True
@@ -58,14 +53,15 @@ class FfnWeights:
 
     @property
     def sides(self) -> Sequence[UpProjection]:
-        return [side for side in (self.gate, self.up, self.down) if side is not None]
+        return [side for side in (*self.inputs, self.down) if side is not None]
 
     def scaled(self, scale: float) -> FfnWeights:
         """Return the weights of every projection's update times a scale; see `scale_update`."""
         if scale == 1:
             return self
-        gate, up, down = (side and side.scaled(scale) for side in (self.gate, self.up, self.down))
-        return replace(self, gate=gate, up=up, down=down)
+        inputs = [None if side is None else side.scaled(scale) for side in self.inputs]
+        down = None if self.down is None else self.down.scaled(scale)
+        return replace(self, inputs=inputs, down=down)
 
 
 @dataclass(frozen=True)
@@ -100,19 +96,19 @@ class FfnDropout:
 
 def expert_ffn(
     hidden_states: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
+    outputs: Sequence[Tensor],
     weights: FfnWeights,
     routing: Routing | None,
-    act: Activation,
+    gating: Gating,
     dropout: FfnDropout,
     tokens: Any = None,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Compute the rows that the base's down-projection has to see, and what to do with its output.
 
-    Gate and up are the base's, bias included, [T, F]. The rows are [T, F], or [K·T, F] where slots
-    stay apart; the function makes of the base's output for them the block's, [T, D]. Without
-    routing all tokens have one expert, and what lies between its A and B is computed of `tokens`.
+    Outputs are those of the base's input projections, bias included, as gate and up, [T, F]. The
+    rows are [T, F], or [K·T, F] where slots stay apart; the function makes of the base's output for
+    them the block's, [T, D]. Without routing all tokens have one expert, and what lies between its
+    A and B is computed of `tokens`.
     """
     # Plain autograd: h is kept for the backward pass, since a router of the output projection reads
     # it. Where nothing lies between A and B, `lean_expert_ffn` needs less memory.
@@ -126,19 +122,17 @@ def expert_ffn(
             return None
         return side.rank_input(low_rank, hidden_states, tokens)
 
-    gate_rank = rank_input(weights.gate)
-    up_rank = gate_rank if are_halves(weights.gate, weights.up) else rank_input(weights.up)
+    dtype = outputs[0].dtype
+    rank_inputs = [rank_input(side) for side in weights.inputs]
     by_slot: Sequence[Any] = [None]
     if routing is not None:
         experts = routing.selected_experts
-        masks = slot_masks(experts, weights.num_experts, weights.rank, gate.dtype)
+        masks = slot_masks(experts, weights.num_experts, weights.rank, dtype)
         by_slot = list(zip(masks, experts.T, strict=True))
     slots = []
     for slot in by_slot:
-        hidden = act(_adapted(gate, gate_rank, weights.gate, slot))
-        if up is not None:
-            hidden = hidden * _adapted(up, up_rank, weights.up, slot)
-        slots.append(hidden)
+        inputs = zip(outputs, rank_inputs, weights.inputs, strict=True)
+        slots.append(gating(*(_adapted(*projection, slot) for projection in inputs)))
     down, down_ranks = weights.down, [None] * len(slots)
     if down is not None and weights.down_A is not None:
         projected = [
@@ -148,7 +142,7 @@ def expert_ffn(
         down_ranks = [down.rank_input(rank, hidden, tokens) for hidden, rank in projected]
     if routing is None:
         return slots[0], lambda output: apply_update(output, down_ranks[0], down)
-    slot_weights = routing.routing_weights.to(gate.dtype).T.unsqueeze(-1)  # (K, T, 1)
+    slot_weights = routing.routing_weights.to(dtype).T.unsqueeze(-1)  # (K, T, 1)
 
     def finish(output: Tensor) -> Tensor:
         if weights.apart:

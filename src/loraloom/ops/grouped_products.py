@@ -84,9 +84,10 @@ class CombineSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
         excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
-        total, unscaled = Total(slots, output), torch.empty_like(output)
+        total = Total(slots, output.shape[1], output)
+        unscaled = torch.empty_like(output)
         ordered = slots.by_place(slot_weights)
-        for piece in slots.pieces(output):
+        for piece in slots.pieces(output.shape[1], output.dtype):
             rows, out = piece.take_slots(output), piece.take_slots(unscaled)
             if piece.columns is None or lora_B is None:
                 value = out.copy_(rows)
@@ -110,7 +111,7 @@ class CombineSlots(torch.autograd.Function):
         ordered = ctx.slots.by_place(slot_weights)
         grad_weights = None if ordered is None else torch.empty_like(ordered)
         grad_output = torch.empty_like(unscaled)
-        for piece in ctx.slots.pieces(grad):
+        for piece in ctx.slots.pieces(grad.shape[1], grad.dtype):
             rows, upstream = piece.take_slots(unscaled), piece.take(grad)
             weight = 1 if ordered is None else piece.take_slots(ordered)
             grad_rows, of_bias, is_adapted = upstream, None, piece.columns is not None

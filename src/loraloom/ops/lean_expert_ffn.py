@@ -1,15 +1,16 @@
 """`expert_ffn.py`'s FFN block of one adapter's tokens in the memory of a plain LoRA.
 
-Kept for the backward pass: the block's input, the base's gate and up, the rank-space activations
-and the routing. The hidden states of the slots, K·T·F wide, are computed again, in pieces.
+Kept for the backward pass: the block's input, the outputs of the base's input projections (gate
+and up), the rank-space activations and the routing. The hidden states of the slots, K·T·F wide, are
+computed again, in pieces.
 
-Numerics: products and sums over slots run in the dtype of `gate` (matrix products accumulate in
-float32 inside); gradients of weights are summed over pieces in float32 or better.
+Numerics: products and sums over slots run in the dtype of the outputs (matrix products accumulate
+in float32 inside); gradients of weights are summed over pieces in float32 or better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
 from loraloom.ops.fused.expert_ffn import fused_hidden, has_kernels, is_fused
+from loraloom.ops.gating import Gating, gate_with_gradients
 from loraloom.ops.grouped_products import (
     CombineSlots,
     GroupedDown,
@@ -40,18 +42,18 @@ from loraloom.ops.slot_pieces import Piece, Slots, Total
 
 def lean_expert_ffn(
     hidden_states: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
+    outputs: Sequence[Tensor],
     weights: FfnWeights,
     routing: Routing | None,
-    act: Activation,
+    gating: Gating,
     dropout: FfnDropout,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Compute what `expert_ffn` computes; it and the function returned write to the base's outputs.
 
-    Gate and up are written to where one expert has all tokens.
+    The outputs, as gate and up, are written to where one expert has all tokens.
     """
-    slots = Slots.of(weights, routing, gate)
+    dtype = outputs[0].dtype
+    slots = Slots.of(weights, routing, outputs[0])
     low_rank: Any = None
     if weights.input_A is not None:
         arguments = (hidden_states, weights.input_A, dropout.keep_input, dropout.probability)
@@ -60,21 +62,19 @@ def lean_expert_ffn(
         else:
             low_rank = GroupedDown.apply(*arguments, slots)
     slot_weights = None if routing is None else routing.routing_weights
-    if is_fused(gate) and has_kernels(weights, act):
+    if is_fused(outputs[0]) and has_kernels(weights, gating):
         experts = slots.experts if slots.routed else None
-        hidden, down_rank = fused_hidden(
-            gate, up, low_rank, weights, experts, slot_weights, dropout
-        )
+        hidden, down_rank = fused_hidden(outputs, low_rank, weights, experts, slot_weights, dropout)
     else:
         if slot_weights is not None:
-            slot_weights = slot_weights.to(gate.dtype)
-        sides = (weights.gate, weights.up)
+            slot_weights = slot_weights.to(dtype)
+        sides = [_Side.of(side, slots) for side in weights.inputs]
         hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            _Block(slots, act, dropout.scale, *(_Side.of(side, slots) for side in sides)),
-            gate,
-            up,
+            _Block(slots, gating, dropout.scale, weights.width, sides),
+            *outputs,
             low_rank,
-            *(weight for side in sides for weight in (side and side.B, side and side.row_scale)),
+            *(None if side is None else side.B for side in weights.inputs),
+            *(None if side is None else side.row_scale for side in weights.inputs),
             weights.down_A,
             None if slots.apart else slot_weights,
             *dropout.keep_slots,
@@ -120,17 +120,35 @@ class _Block:
     """What the function needs besides tensors that autograd is to save."""
 
     slots: Slots
-    act: Activation
+    gating: Gating
     dropout_scale: float
-    gate: _Side | None
-    up: _Side | None
+    width: int  # of the hidden states, F
+    sides: Sequence[_Side | None]  # one for each input projection
 
-    def projections(self, gate, up, low_rank, gate_B, gate_c, up_B, up_c) -> list[_Projection]:
-        def make(output, lora_B, row_scale, side):
-            return _Projection(output, low_rank, lora_B, row_scale, side, self.slots.routed)
+    def unpack(self, tensors: Sequence[Any]) -> _Tensors:
+        """Sort the function's tensors, in the order in which it takes them."""
+        count = len(self.sides)
+        outputs = tensors[:count]
+        low_rank = tensors[count]
+        matrices = tensors[count + 1 : 2 * count + 1]
+        scales = tensors[2 * count + 1 : 3 * count + 1]
+        down_A, slot_weights, *keep_slots = tensors[3 * count + 1 :]
+        projections = [
+            _Projection(output, low_rank, lora_B, row_scale, side, self.slots.routed)
+            for output, lora_B, row_scale, side in zip(
+                outputs, matrices, scales, self.sides, strict=True
+            )
+        ]
+        return _Tensors(projections, low_rank, down_A, slot_weights, keep_slots)
 
-        first = make(gate, gate_B, gate_c, self.gate)
-        return [first] if up is None else [first, make(up, up_B, up_c, self.up)]
+
+@dataclass(frozen=True)
+class _Tensors:
+    projections: Sequence[_Projection]
+    low_rank: Tensor | None
+    down_A: Tensor | None
+    slot_weights: Tensor | None
+    keep_slots: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -139,13 +157,6 @@ class _Rows:
     unscaled: Tensor  # before DoRA's row scale, without the bias
     rank_input: Tensor | None = None  # what B multiplied
     excess: Tensor | None = None  # DoRA's factors less 1
-    is_kept: bool = True  # what autograd saves, or the base's own output
-
-    def times(self, factor: Tensor, out: Tensor | None = None) -> Tensor:
-        """Multiply the value for the last time, in place if nobody needs it."""
-        if out is None and not self.is_kept:
-            return self.value.mul_(factor)
-        return torch.mul(self.value, factor, out=out)
 
 
 class _Projection:
@@ -170,52 +181,51 @@ class _Projection:
                 return _Rows(value, value, rank_input)
             add = output.addmm_ if piece.copies else partial(torch.addmm, output)
             value = add(rank_input, own_B)
-            return _Rows(value, value, rank_input, is_kept=False)
+            return _Rows(value, value, rank_input)
         excess, out = piece.of_rows(self.excess), output if piece.copies else None
         value, rows = decompose_rows(output, rank_input, own_B, excess, self.side.bias, out)
-        return _Rows(value, rows, rank_input, excess, is_kept=False)
+        return _Rows(value, rows, rank_input, excess)
 
 
 class _LeanFfn(torch.autograd.Function):
-    """(gate, up, rank-space input) -> (Σ_j g_j h_j, rank-space input of the down update).
+    """(outputs, rank-space input) -> (Σ_j g_j h_j, rank-space input of the down update).
 
-    With u = gate + z_g B_g, v = up + z_u B_u (z the rank-space input, masked to the slot's expert),
-    h = act(u) ∘ v and y = Σ_j g_j h_j, z_d = Σ_j g_j drop(h_j) A_dᵀ, the backward pass has for each
+    With u_i = output_i + z_i B_i (z the rank-space input, masked to the slot's expert),
+    h = gating(u), y = Σ_j g_j h_j and z_d = Σ_j g_j drop(h_j) A_dᵀ, the backward pass has for each
     slot, from ∂y [T, F] and ∂z_d [T, S]:
 
         ∂g_j = <∂y, h_j> + <∂z_d, drop(h_j) A_dᵀ>       by row
         ∂h_j = g_j (∂y + drop(∂z_d A_d))
-        ∂u   = act'(u) ∘ (∂h_j ∘ v),   ∂v = ∂h_j ∘ act(u)
-        ∂gate += ∂u,  ∂B_g += z_gᵀ ∂u,  ∂z_g += ∂u B_gᵀ;   the same for up with ∂v
+        ∂u_i = (∂h_j/∂u_i)ᵀ ∂h_j
+        ∂output_i += ∂u_i,  ∂B_i += z_iᵀ ∂u_i,  ∂z_i += ∂u_i B_iᵀ
         ∂A_d += (g_j ∂z_d)ᵀ drop(h_j)
 
-    Only act' needs autograd, whatever activation the family has: a graph over one piece and one
+    Only ∂h/∂u needs autograd, whatever gating the family has: a graph over one piece and one
     function. Where slots stay apart each has its own rows in y, and g is applied behind the base.
     """
 
     @staticmethod
-    def forward(ctx, block, gate, up, *others):
+    def forward(ctx, block, *inputs):
         # Segments are views of one tensor: with its version counter, each one's update would
         # invalidate what the others have saved.
-        tensors = (gate.data, up if up is None else up.data, *others)
-        *inputs, down_A, slot_weights = tensors[:9]
-        keep_slots, slots = tensors[9:], block.slots
-        projections = block.projections(*inputs)
+        count, slots = len(block.sides), block.slots
+        saved = (*(output.data for output in inputs[:count]), *inputs[count:])
+        like = saved[0]
+        tensors = block.unpack(saved)
+        down_A, keep_slots = tensors.down_A, tensors.keep_slots
         apart = None
         if slots.apart:
-            apart = gate.new_empty(slots.experts.numel(), gate.shape[1])
-        total = Total(slots, gate)
-        ordered = slots.by_place(slot_weights)
+            apart = like.new_empty(slots.experts.numel(), block.width)
+        total = Total(slots, block.width, like)
+        ordered = slots.by_place(tensors.slot_weights)
         # Both are kept, as they are narrow: a weight, which may be 0, can't be divided out again.
-        unweighted: Any = None if down_A is None else slots.new_rank_space(gate)
+        unweighted: Any = None if down_A is None else slots.new_rank_space(like)
         weighted = unweighted
-        if down_A is not None and slot_weights is not None:
+        if down_A is not None and ordered is not None:
             weighted = torch.zeros_like(unweighted)
-        for piece in slots.pieces(gate):
-            inner, *outer = (projection.rows(piece, is_forward=True) for projection in projections)
-            states = block.act(inner.value)
-            for rows in outer:
-                states = rows.times(states)
+        for piece in slots.pieces(block.width, like.dtype):
+            rows = [projection.rows(piece, is_forward=True) for projection in tensors.projections]
+            states = block.gating(*(row.value for row in rows))
             weight = None if ordered is None else piece.take_slots(ordered)
             if down_A is not None and piece.columns is not None:
                 down = piece.drop(states, keep_slots) @ piece.of_experts(down_A).T
@@ -231,15 +241,15 @@ class _LeanFfn(torch.autograd.Function):
             else:
                 total.add(piece, states, weight)
         ctx.block = block
-        ctx.save_for_backward(*tensors, unweighted)
+        ctx.save_for_backward(*saved, unweighted)
         hidden = total.value if apart is None else apart
-        return hidden, gate.new_empty(0) if weighted is None else weighted
+        return hidden, like.new_empty(0) if weighted is None else weighted
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
         backward = _Backward(ctx.block, *ctx.saved_tensors)
-        for piece in ctx.block.slots.pieces(grad_hidden):
+        for piece in ctx.block.slots.pieces(ctx.block.width, grad_hidden.dtype):
             backward.accumulate(piece, grad_hidden, grad_down)
         return None, *backward.gradients()
 
@@ -248,42 +258,41 @@ class _Backward:
     """Gradients of the function's tensors, summed up over pieces."""
 
     def __init__(self, block: _Block, *saved: Any):
-        inputs, self.down_A, weights = saved[:7], saved[7], saved[8]
-        self.block, self.keep_slots, self.unweighted = block, saved[9:-1], saved[-1]
-        self.projections = block.projections(*inputs)
-        self.grad_low_rank = None if inputs[2] is None else torch.zeros_like(inputs[2])
-        self.grads = [_Gradients(p, self.grad_low_rank, block.slots) for p in self.projections]
+        *inputs, self.unweighted = saved
+        tensors = block.unpack(inputs)
+        self.block = block
+        self.projections = tensors.projections
+        self.down_A: Any = tensors.down_A
+        self.keep_slots = tensors.keep_slots
+        low_rank, weights = tensors.low_rank, tensors.slot_weights
+        self.grad_low_rank = None if low_rank is None else torch.zeros_like(low_rank)
+        self.grads = [
+            _Gradients(projection, self.grad_low_rank, block.slots)
+            for projection in self.projections
+        ]
         self.adapts_down = self.down_A is not None
         self.grad_down_A: Any = zeros_for_gradient(self.down_A) if self.adapts_down else None
         self.slot_weights = block.slots.by_place(weights)
         self.grad_weights: Any = None if weights is None else torch.empty_like(self.slot_weights)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        gate, up = self.grads[0], self.grads[1] if len(self.grads) > 1 else None
-        grad_weights = self.block.slots.by_token(self.grad_weights)
         return (
-            gate.output, up and up.output, self.grad_low_rank, gate.lora_B, gate.row_scale,
-            up and up.lora_B, up and up.row_scale, self.grad_down_A, grad_weights,
+            *(grads.output for grads in self.grads),
+            self.grad_low_rank,
+            *(grads.lora_B for grads in self.grads),
+            *(grads.row_scale for grads in self.grads),
+            self.grad_down_A,
+            self.block.slots.by_token(self.grad_weights),
             *(None for _ in self.keep_slots),
-        )  # fmt: skip
+        )
 
     def accumulate(self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor) -> None:
-        inner, *outer = (projection.rows(piece) for projection in self.projections)
-        # A leaf of its own, so that the graph is as long as the activation.
-        with torch.enable_grad():
-            leaf = inner.value.detach().requires_grad_()
-            activated = self.block.act(leaf)
-        states = activated.detach()
-        for rows in outer:
-            states = states * rows.value
+        rows = [projection.rows(piece) for projection in self.projections]
+        values = [row.value for row in rows]
+        states, vector_jacobian = gate_with_gradients(self.block.gating, values)
         grad_states = self._grad_states(piece, grad_hidden, grad_down, states)
-        grad_activated = grad_states
-        for grads, rows in zip(self.grads[1:], outer, strict=True):
-            # The states' room is free; the gradient's is, where it is no view of the upstream's.
-            grad_activated = rows.times(grad_states, out=states)
-            out = None if grad_states._is_view() else grad_states
-            grads.add(piece, rows, torch.mul(grad_states, activated.detach(), out=out))
-        self.grads[0].add(piece, inner, torch.autograd.grad(activated, leaf, grad_activated)[0])
+        for grads, row, grad in zip(self.grads, rows, vector_jacobian(grad_states), strict=True):
+            grads.add(piece, row, grad)
 
     def _grad_states(
         self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor, states: Tensor
@@ -316,7 +325,7 @@ class _Backward:
 
 class _Gradients:
     def __init__(self, projection: _Projection, grad_low_rank: Any, slots: Slots):
-        self._output = Total(slots, projection.output)
+        self._output = Total(slots, projection.output.shape[1], projection.output)
         scale = projection.row_scale
         self.row_scale: Any = None if scale is None else zeros_for_gradient(scale)
         self.rank: Any = None

@@ -213,9 +213,9 @@ def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype)
 
 
 def sorted_pieces(
-    experts: Tensor, num_experts: int, rank: int, size: int, gate: Tensor
+    experts: Tensor, num_experts: int, rank: int, size: int, longest: int
 ) -> tuple[Tensor, list[RowsOfGroup]]:
-    """Cut slots, [K, T], into the rows of each group of `size` experts; expert -1 comes first.
+    """Cut slots, [K, T], into rows of groups of `size` experts, `longest` at once; -1 comes first.
 
     Returned are also the slots, of [K·T], in the order of the pieces.
     """
@@ -224,7 +224,6 @@ def sorted_pieces(
     counts = torch.bincount(groups, minlength=num_experts // size + 1).tolist()
     # Stable, so that a group's rows come slot after slot, by which `drop` splits them.
     order = groups.argsort(stable=True)
-    longest = _piece_rows(gate)
     cuts = [
         (group, min(longest, count - start))
         for group, count in enumerate(counts, start=-1)
@@ -241,11 +240,11 @@ def sorted_pieces(
 
 
 def masked_pieces(
-    experts: Tensor, masks: Tensor | None, num_columns: int, rank: int, gate: Tensor
+    experts: Tensor, masks: Tensor | None, num_columns: int, rank: int, longest: int
 ) -> Iterator[BlockOfSlot]:
     """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another."""
     num_slots, num_tokens = experts.shape
-    step = _piece_rows(gate) if experts.device.type == "cpu" else max(1, num_tokens)
+    step = longest if experts.device.type == "cpu" else max(1, num_tokens)
     for start in range(0, num_tokens, step):
         stop = min(start + step, num_tokens)
         rows = slice(start, stop)
@@ -256,9 +255,9 @@ def masked_pieces(
             yield BlockOfSlot(rows, slot, place, experts[slot, rows], columns, rank, mask, is_whole)
 
 
-def _piece_rows(gate: Tensor) -> int:
-    most_bytes = PIECE_BYTES if gate.element_size() <= 2 else 4 * PIECE_BYTES
-    return max(64, most_bytes // (gate.shape[1] * gate.element_size()) // 32 * 32)
+def _piece_rows(width: int, dtype: torch.dtype) -> int:
+    most_bytes = PIECE_BYTES if dtype.itemsize <= 2 else 4 * PIECE_BYTES
+    return max(64, most_bytes // (width * dtype.itemsize) // 32 * 32)
 
 
 @dataclass(frozen=True)
@@ -275,28 +274,30 @@ class Slots:
     by_group: Sequence[RowsOfGroup] = ()  # cut once for both passes
 
     @staticmethod
-    def of(weights: FfnWeights, routing: Routing | None, gate: Tensor) -> Slots:
+    def of(weights: FfnWeights, routing: Routing | None, output: Tensor) -> Slots:
         """Decide how the slots of a block are cut; without routing there is one of one expert."""
         sizes = weights.num_experts, weights.rank
         if routing is None:
-            experts = torch.zeros(1, len(gate), dtype=torch.long, device=gate.device)
+            experts = torch.zeros(1, len(output), dtype=torch.long, device=output.device)
             return Slots(experts, *sizes, routed=False, apart=weights.apart)
         experts = routing.selected_experts.T.contiguous()
         slots = Slots(experts, *sizes, routed=True, apart=weights.apart)
-        size = group_size(experts, *sizes, gate.dtype)
+        size = group_size(experts, *sizes, output.dtype)
         if size is None:
             return slots
-        order, pieces = sorted_pieces(experts, *sizes, size, gate)
+        longest = _piece_rows(weights.width, output.dtype)
+        order, pieces = sorted_pieces(experts, *sizes, size, longest)
         return replace(slots, group=size, order=order, by_group=pieces)
 
-    def pieces(self, gate: Tensor) -> Iterable[Piece]:
-        """Cut the slots, if they aren't sorted into blocks of rows as wide as the gate's."""
+    def pieces(self, width: int, dtype: torch.dtype) -> Iterable[Piece]:
+        """Cut the slots, if they aren't sorted, into blocks of rows of a width."""
         if self.group is not None:
             return self.by_group
         masks = None
         if self.routed:
-            masks = slot_masks(self.experts.T, self.num_experts, self.rank, gate.dtype)
-        return masked_pieces(self.experts, masks, self.columns, self.rank, gate)
+            masks = slot_masks(self.experts.T, self.num_experts, self.rank, dtype)
+        longest = _piece_rows(width, dtype)
+        return masked_pieces(self.experts, masks, self.columns, self.rank, longest)
 
     def by_place(self, weights: Any) -> Any:
         """Bring slots' weights, [T, K], if any, into the order of the pieces, [K·T, 1]."""
@@ -318,26 +319,28 @@ class Slots:
         """Columns of a projection in rank space: S, or W of a group."""
         return self.rank * (self.num_experts if self.group is None else self.group)
 
-    def new_rank_space(self, gate: Tensor) -> Tensor:
+    def new_rank_space(self, like: Tensor) -> Tensor:
         """Room for rank-space rows: [T, S], or [K·T, W] by groups."""
-        rows = len(gate) if self.group is None else self.experts.numel()
-        return gate.new_zeros(rows, self.columns)
+        rows = self.experts.shape[1] if self.group is None else self.experts.numel()
+        return like.new_zeros(rows, self.columns)
 
 
 class Total:
     """A sum over slots, [T, N], of [..., N]; what is not a sum at all isn't copied."""
 
-    def __init__(self, slots: Slots, like: Tensor):
-        self._slots, self._like = slots, like
+    def __init__(self, slots: Slots, width: int, like: Tensor):
+        self._slots = slots
+        self._width = width
+        self._like = like
         self._value: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
         if self._value is None:
-            shape, like = (self._slots.experts.shape[1], self._like.shape[1]), self._like
+            shape = (self._slots.experts.shape[1], self._width)
             # masked pieces write their first slot
             room = torch.empty if self._slots.group is None else torch.zeros
-            self._value = room(shape, dtype=like.dtype, device=like.device)
+            self._value = room(shape, dtype=self._like.dtype, device=self._like.device)
         return self._value
 
     def add(self, piece: Piece, values: Tensor, weight: Tensor | None = None) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from loraloom.ops.expert_ffn import Activation, FfnWeights, are_halves, combine_slots
+from loraloom.ops.expert_ffn import FfnWeights, combine_slots
+from loraloom.ops.gating import Gating
 from loraloom.ops.low_rank import Between, InputGroup, UpProjection, decompose
 from loraloom.routing.routes import Route
 
@@ -107,8 +108,7 @@ class StackedFfn(Entries):
     """An FFN block's weights of like adapters; those of mixtures have a router."""
 
     input_A: Tensor | None  # [N, D, P]
-    gate: StackedSide | None  # of the only input projection, if there is no up
-    up: StackedSide | None
+    inputs: Mapping[int, StackedSide]  # by the number of the input projection
     down_A: Tensor | None  # [N, F, P]
     down: StackedSide | None
     router: Tensor | None = None  # [N, D, E] float32; None where each projection works by itself
@@ -117,43 +117,51 @@ class StackedFfn(Entries):
     apart: bool = False  # slots are not added up in front of the base's output projection
     unweighted_bias: Tensor | None = None  # [O], to count once whatever weights sum to
 
-    by_entry = ("input_A", "gate", "up", "down_A", "down", "router")
+    by_entry = ("input_A", "inputs", "down_A", "down", "router")
 
     def step(
         self,
         hidden_states: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
-        act: Activation,
+        outputs: Sequence[Tensor],
+        gating: Gating,
         tokens: TokensOf,
     ) -> tuple[Tensor, Finish]:
         """Return rows for the base's output projection and what is to be done with its output.
 
         All inputs are [N, n, ...]; rows are [N·n, F], or [N·n·K, F] where slots stay apart.
         """
-        step = _Step(self, hidden_states, gate, up, act, tokens)
+        step = _Step(self, hidden_states, outputs, gating, tokens)
         return step.hidden, step.finish
 
 
 class _Step:
     """A pass through a block; a mixture's rows have an axis of slots behind that of tokens."""
 
-    def __init__(self, weights: StackedFfn, hidden_states, gate, up, act, tokens: TokensOf):
-        self.weights, self.tokens, self.masks = weights, tokens, None
+    def __init__(
+        self,
+        weights: StackedFfn,
+        hidden_states: Tensor,
+        outputs: Sequence[Tensor],
+        gating: Gating,
+        tokens: TokensOf,
+    ):
+        self.weights = weights
+        self.tokens = tokens
+        self.masks = None
+        dtype = outputs[0].dtype
         if weights.router is not None:
-            self._route(hidden_states, weights.router, gate.dtype)
-            gate, up = gate.unsqueeze(2), None if up is None else up.unsqueeze(2)
-        low_rank, hidden_states = None, hidden_states.to(gate.dtype)
+            self._route(hidden_states, weights.router, dtype)
+            outputs = [output.unsqueeze(2) for output in outputs]
+        low_rank, hidden_states = None, hidden_states.to(dtype)
         if weights.input_A is not None:
             low_rank = torch.bmm(hidden_states, weights.input_A)
-        gate_rank = self._rank_input(weights.gate, low_rank, hidden_states)
-        states = act(self._adapted(gate, gate_rank, weights.gate))
-        if up is not None:
-            up_rank = gate_rank
-            if not are_halves(weights.gate, weights.up):
-                up_rank = self._rank_input(weights.up, low_rank, hidden_states)
-            states = states * self._adapted(up, up_rank, weights.up)
-        if self.masks is not None and states.shape[2] == 1:  # neither gate nor up is adapted
+        adapted = []
+        for number, output in enumerate(outputs):
+            side = weights.inputs.get(number)
+            rank_input = self._rank_input(side, low_rank, hidden_states)
+            adapted.append(self._adapted(output, rank_input, side))
+        states = gating(*adapted)
+        if self.masks is not None and states.shape[2] == 1:  # no input projection is adapted
             states = states.expand(-1, -1, self.masks.shape[2], -1)
         self.rows_shape = states.shape[:-1]
         self.down_rank = None if weights.down_A is None else self._reduce(states, weights.down_A)
@@ -273,8 +281,7 @@ def stack_ffn_weights(
     experts = torch.eye(first.num_experts, dtype=some.dtype, device=some.device)
     return StackedFfn(
         input_A=_stacked([part.input_A for part in parts], transposed=True),
-        gate=_stacked_side([part.gate for part in parts]),
-        up=_stacked_side([part.up for part in parts]),
+        inputs=_stacked_inputs([part.inputs for part in parts]),
         down_A=_stacked([part.down_A for part in parts], transposed=True),
         down=_stacked_side([part.down for part in parts]),
         router=_stacked(routers, transposed=True),
@@ -291,6 +298,12 @@ def _stacked(tensors: Sequence[Tensor | None], *, transposed: bool = False) -> T
     if not present:
         return None
     return torch.stack([tensor.T for tensor in present] if transposed else present)
+
+
+def _stacked_inputs(parts: Sequence[Sequence[UpProjection | None]]) -> dict[int, StackedSide]:
+    """Stack the sides of each input projection that is adapted."""
+    sides = {number: _stacked_side(sides) for number, sides in enumerate(zip(*parts, strict=True))}
+    return {number: side for number, side in sides.items() if side is not None}
 
 
 def _stacked_side(parts: Sequence[UpProjection | None]) -> StackedSide | None:

@@ -22,7 +22,7 @@ from loraloom.errors import ConfigError, shown
 from loraloom.formats.disk import ADAPTER_FILES, CONFIG_FILE, find_adapter
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.serve.process import start_apart
 
 # What sums are counted as, whatever their members are.

@@ -14,6 +14,7 @@ from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts, refuse_own_parts
 from loraloom.adapters.weighted_sum import check_is_lora, concatenate
+from loraloom.base.loading import load_tokenizer
 from loraloom.config.data import PromptForm, SourceConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import find_location
@@ -25,9 +26,8 @@ from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import read_adapter
 from loraloom.generation.scoring import label_log_probs
-from loraloom.models.host import Host
-from loraloom.models.layout import check_takes_packed_rows
-from loraloom.models.loading import load_tokenizer
+from loraloom.host.host import Host
+from loraloom.host.layout import check_takes_packed_rows
 from loraloom.training.job import Job
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
 from loraloom.training.step import objectives, optimizers

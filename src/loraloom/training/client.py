@@ -29,7 +29,7 @@ from loraloom.generation.generate import Completion, complete, make_requests
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import label_log_probs
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.ops.dropout import sample_key
 from loraloom.training import store
 from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerConfig

@@ -19,7 +19,7 @@ import torch
 
 from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training import store
 from loraloom.training.builder import Base, JobBuilder, naming
 from loraloom.training.job import Job, JobResult, Status

@@ -16,7 +16,7 @@ import torch
 from loraloom.adapters.method import Adapter
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.generation.scoring import free_memory
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out

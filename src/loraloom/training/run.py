@@ -15,7 +15,7 @@ import torch.distributed as dist
 from loraloom.config.text import local_path
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.generation.loading import load_host
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.terminal import notebook_console
 from loraloom.training import store

@@ -35,7 +35,7 @@ from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_dire
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.disk import CONFIG_FILE, SAVED_FILES
 from loraloom.formats.files import model_card, write_adapter
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training.job import RESULT_FILE, Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, OptimizerConfig
 

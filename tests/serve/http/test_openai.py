@@ -286,7 +286,7 @@ def test_a_sum_of_adapters_answers_and_lets_them_go(client, host, tokenizer, mon
         assert asyncio._get_running_loop() is None  # which all others would wait for
         return WeightedSum(*arguments)
 
-    monkeypatch.setattr("loraloom.models.registry.WeightedSum", made)
+    monkeypatch.setattr("loraloom.host.registry.WeightedSum", made)
     for model in ("lora:0.5+dora:-1", "lazy-lora:0.5+dora:-1", "lora+dora:0"):
         answer = chat(client, model)
         assert answer.model == model

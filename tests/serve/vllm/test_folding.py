@@ -55,7 +55,8 @@ def test_each_adapter_keeps_its_own_rank_and_top_k(served):
 
 def test_attention_is_a_lora_with_the_scaling_in_its_B(served):
     adapter, folded = served.host.adapters["large"], served.folded["large"]
-    for name, projection in adapter.attention_block(1).items():
+    attention = adapter.base_layers[1].blocks[0]
+    for name, projection in adapter.weights_on(attention).items():
         place = f"base_model.model.model.layers.1.self_attn.{name}"
         update = folded.tensors[f"{place}.lora_B.weight"] @ folded.tensors[f"{place}.lora_A.weight"]
         weight = projection.base.weight
@@ -89,7 +90,7 @@ def tokens_of_all():
 @torch.no_grad()
 def alone(served, x, adapters):
     """Each token's FFN output by our own layers, of one at a time."""
-    from loraloom.models.forward import running
+    from loraloom.host.forward import running
 
     host, names, outputs = served.host, [*SERVED, None], []
     for row, at in zip(x, adapters.tolist(), strict=True):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatchLoss
 from loraloom.training.step.fused import forward_backward

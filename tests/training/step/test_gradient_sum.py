@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraloom.errors import TrainingError
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.ranks import Ranks
 from loraloom.training import rounds
 from loraloom.training.job import Job

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from loraloom.data.tokens import Example, PreferencePair
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
 from loraloom.training.step.batch import MicroBatch, Window
 from loraloom.training.step.fused import forward_backward

@@ -29,8 +29,8 @@ from loraloom.generation import scoring
 from loraloom.generation.generate import complete
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.sequence import GenerationRequest
-from loraloom.models.choice import Choice
-from loraloom.models.host import Host
+from loraloom.host.choice import Choice
+from loraloom.host.host import Host
 
 # Most tokens of continuations in one row; attention's cost is quadratic in a row.
 _TOKENS_BESIDE_CONTEXT = 512

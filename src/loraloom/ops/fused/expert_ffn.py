@@ -9,6 +9,7 @@ n parts of a sum, and a result that is not asked for is empty.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
+from loraloom.ops.gating import ActivationGating, Gating
 
 # SiLU's names in torch and transformers, of functions and classes.
 _ACTIVATIONS = ("silu", "SiLU", "SiLUActivation")
@@ -49,16 +51,17 @@ def is_fused(rows: Tensor) -> bool:
     return on_accelerator and rows.dtype in _DTYPES and os.environ.get(SWITCH) == "on"
 
 
-def has_kernels(weights: FfnWeights, act: Activation) -> bool:
+def has_kernels(weights: FfnWeights, gating: Gating) -> bool:
     """Whether kernels know a block: with SiLU, without DoRA, slots added up in front of down."""
-    name = getattr(act, "__name__", type(act).__name__)
+    if not isinstance(gating, ActivationGating) or gating.is_fused:
+        return False
+    name = getattr(gating.act, "__name__", type(gating.act).__name__)
     is_decomposed = any(side.row_scale is not None for side in weights.sides)
     return name in _ACTIVATIONS and not is_decomposed and not weights.apart
 
 
 def fused_hidden(
-    gate: Float[Tensor, "T F"],
-    up: Float[Tensor, "T F"] | None,
+    outputs: Sequence[Float[Tensor, "T F"]],
     low_rank: Float[Tensor, "T P"] | None,
     weights: FfnWeights,
     experts: Int[Tensor, "K T"] | None,
@@ -67,16 +70,17 @@ def fused_hidden(
 ) -> tuple[Float[Tensor, "T F"], Tensor]:
     """Compute Σ_j g_j h_j, and Σ_j g_j drop(h_j) A_dᵀ, [T, S], empty without an A_d."""
     masks = [mask for mask in dropout.keep_slots if mask is not None]
-    sides = (weights.gate, weights.up)
-    starts = [side.columns.start if side else 0 for side in sides]
+    gate, *ups = outputs
+    sides = [*weights.inputs, None][:2]  # there may be no up
+    starts = [0 if side is None else side.columns.start for side in sides]
     return _FusedHidden.apply(  # pyright: ignore[reportReturnType]
         (starts, weights.rank, weights.num_experts * weights.rank, dropout.scale),
         _with_rows(gate),
-        None if up is None else _with_rows(up),
+        _with_rows(ups[0]) if ups else None,
         low_rank,
         experts,
         routing_weights,
-        *(side and side.B for side in sides),
+        *(None if side is None else side.B for side in sides),
         torch.cat(masks) if masks else None,
         weights.down_A,
     )

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from loraloom.generation.prompts import Prompt, encode_prompt, read_prompts
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
-from loraloom.models.layout import RowAdapter
+from loraloom.host.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
 from loraloom.serve.http.schemas import ChatBody, CompletionBody

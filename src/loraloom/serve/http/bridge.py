@@ -24,8 +24,8 @@ from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.sampling import SamplingConfig, end_tokens
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError, Row, log_failure
-from loraloom.models.choice import told
-from loraloom.models.layout import RowAdapter
+from loraloom.host.choice import told
+from loraloom.host.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.guards import TENANT, USAGE, answer_to
 from loraloom.serve.http.schemas import SamplingBody

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
 from loraloom.adapters.method import Adapter, AdapterConfig, Projection
 from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.segment import MoeFfn
+from loraloom.base.blocks import BaseLayer, BaseProjection
+from loraloom.base.structure import read_structure
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored
-from loraloom.models.families import base_info, base_layers
-from loraloom.models.structure import family_of
 
 # The largest top_k of a mixture; FFN blocks compute this many experts of each token.
 MAX_TOP_K = "LORALOOM_MAX_TOP_K"
@@ -49,10 +49,9 @@ class Folder:
     def __init__(self, config: Any):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        family = family_of(model)
-        layers = base_layers(model, family)
-        self._base: BaseInfo = base_info(model, family, layers)
-        self._layers = [_weightless(layer) for layer in layers]
+        structure = read_structure(model)
+        self._base = structure.info
+        self._layers = [_weightless(layer) for layer in structure.layers]
 
     def fold(self, path: str | Path) -> FoldedAdapter:
         stored = read_stored(find_adapter(path))
@@ -78,17 +77,15 @@ def _fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
     for layer in adapter.base_layers:
         place = f"base_model.model.{layers_path}.{layer.index}"
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        for block, projections in (
-            (layer.attention_block, adapter.attention_block(layer.index)),
-            (layer.ffn_block, adapter.ffn_block(layer.index)),
-        ):
+        for block in layer.blocks:
+            projections = adapter.weights_on(block)
             for name, projection in projections.items():
-                pairs[f"{block}.{name}"] = _pair_of(projection, source)
-        if not adapter.is_mergeable:
-            moe = adapter.as_moe(layer.index)
-            columns = max(p.num_columns for p in adapter.ffn_block(layer.index).values())
-            pairs[f"{layer.ffn_block}.router"] = router_pair(moe, columns)
-            top_k = moe.top_k
+                pairs[f"{block.path}.{name}"] = _pair_of(projection, source)
+            if block.gating is not None and not adapter.is_mergeable:
+                moe = adapter.as_moe(block)
+                columns = max(projection.num_columns for projection in projections.values())
+                pairs[f"{block.path}.router"] = router_pair(moe, columns)
+                top_k = moe.top_k
         for name, (lora_A, lora_B) in pairs.items():
             rank = max(rank, len(lora_A), lora_B.shape[1])
             tensors[f"{place}.{name}.lora_A.weight"] = lora_A
@@ -143,11 +140,12 @@ class _Weightless(BaseProjection):
 
 
 def _weightless(layer: BaseLayer) -> BaseLayer:
-    attention, ffn = (
-        {name: _Weightless(one.linear, one.key) for name, one in projections.items()}
-        for projections in (layer.attention, layer.ffn)
-    )
-    return replace(layer, attention=attention, ffn=ffn)
+    blocks = []
+    for block in layer.blocks:
+        bases = block.projections.items()
+        projections = {name: _Weightless(base.linear, base.key) for name, base in bases}
+        blocks.append(replace(block, projections=projections))
+    return replace(layer, blocks=tuple(blocks))
 
 
 def max_top_k() -> int:

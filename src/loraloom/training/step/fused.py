@@ -13,12 +13,12 @@ from itertools import chain, islice
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter
+from loraloom.adapters.segment import SampleTokens
+from loraloom.base.sharding import recovering
 from loraloom.data.tokens import count_labels, join_samples
 from loraloom.generation.scoring import collate, example_row, owners
-from loraloom.models.host import Host
-from loraloom.models.sharding import recovering
+from loraloom.host.host import Host
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra, widened

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from loraloom.data.tokens import Example, TrainingExample, count_labels
 from loraloom.generation.scoring import label_log_probs
-from loraloom.models.host import Host
+from loraloom.host.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, ObjectiveConfig
 
 

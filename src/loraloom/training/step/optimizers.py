@@ -20,9 +20,9 @@ from transformers.optimization import GreedyLR
 from loraloom.adapters.keys import matches
 from loraloom.adapters.lora import pattern_value
 from loraloom.adapters.method import Adapter
+from loraloom.base.quantization import import_library
 from loraloom.errors import ConfigError, shown
-from loraloom.models.host import Host
-from loraloom.models.quantization import import_library
+from loraloom.host.host import Host
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, OptimizerConfig, TrainConfig
 
 Scheduler = LRScheduler | GreedyLR

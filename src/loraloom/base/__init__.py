@@ -1,0 +1,1 @@
+"""A transformers model, read once: its decoder layers, each a list of blocks."""

@@ -1,0 +1,284 @@
+"""A base model as adapters see it: decoder layers, each a list of blocks with projections.
+
+Axes: T tokens, I in_features, O out_features, F feed-forward, S columns of an A product.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loraloom.errors import AdapterError
+from loraloom.ranks import own_part, whole
+
+BlockKind = Literal["attention", "ffn"]
+# Names of a block's projections, grouped by the tensor that they read, in the order of computing.
+InputGroups = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A linear layer's W as a library keeps it, in fewer bits."""
+
+    linear: Any
+    kind: str
+    read: Callable[[Any], Tensor]  # from the layer to W in floating point, [O, I]
+    is_linear_over_rows: bool = True
+
+    def dequantized(self) -> Tensor:
+        return self.read(self.linear)
+
+
+class BaseProjection:
+    """A frozen linear layer of the base model, with what DoRA needs to know of it."""
+
+    def __init__(self, linear: Any, key: str, quantized: QuantizedWeight | None = None):
+        self.linear: nn.Module = linear
+        self.key = key
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+        self.quantized = quantized
+        self._squared_norms: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """W, [O, I]: the base's own, put together where it is sharded, or a dequantized copy."""
+        if self.quantized is not None:
+            return self.quantized.dequantized()
+        return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
+
+    def check_can_be_changed(self) -> None:
+        """Raise an AdapterError if the base stores the weight quantized, or only a part of it."""
+        if self.quantized is not None:
+            raise AdapterError(
+                f"merging changes the base's weights, which must be floating-point numbers, got "
+                f"{self.key} in {self.quantized.kind}; load the base model without quantization, "
+                "or let `loraloom export` write the merged model"
+            )
+        stored: Any = self.linear.weight
+        if own_part(stored) is not stored:
+            raise AdapterError(
+                f"merging requires the whole base model in each process, got a part of {self.key}; "
+                "load the base model without sharding"
+            )
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Put other values into W, rounded to its dtype."""
+        self.weight.copy_(weight)
+        self._squared_norms = None
+
+    @torch.no_grad()
+    def product(self, lora_A: Float[Tensor, "S I"]) -> Float[Tensor, "O S"]:
+        """Compute W Aᵀ in W's dtype."""
+        weight = self.weight
+        return weight @ lora_A.T.to(weight.dtype)
+
+    def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The layer's bias in the dtype of its output, [O]."""
+        bias: Any = self.linear.bias
+        return None if bias is None else bias.to(dtype)
+
+    @property
+    def name(self) -> str:
+        """The projection's name in its block."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.linear.parameters(), self.linear.buffers())).device
+
+    @property
+    def is_linear_over_rows(self) -> bool:
+        """Whether W(x + y) = Wx + Wy."""
+        return self.quantized is None or self.quantized.is_linear_over_rows
+
+    @property
+    def squared_norms(self) -> Tensor:
+        """‖W‖² of each output row, [O], in float32 or better; computed once on a device."""
+        if self._squared_norms is None or self._squared_norms.device != self.device:
+            # In bfloat16 a sum of thousands of squares would keep two digits.
+            weight = self.weight.detach()
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            self._squared_norms = wide.square().sum(1)
+        return self._squared_norms
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A module of a decoder layer whose projections adapters change."""
+
+    layer: int
+    """Index of the decoder layer."""
+    path: str
+    """The module's path in the layer: `self_attn`, `mlp`."""
+    kind: BlockKind
+    groups: InputGroups
+    projections: Mapping[str, BaseProjection]
+    """By their names in the block."""
+    hidden_size: int
+    """Features of what enters the block, D."""
+    gating: Any = None
+    """A `Gating`, from the outputs of the first group to what the second one, of one projection,
+    reads; None where other things lie between the groups, as in attention."""
+
+    @property
+    def output(self) -> BaseProjection:
+        """The projection that makes the block's output."""
+        return self.projections[self.groups[-1][-1]]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.projections.values())).device
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """One decoder layer, as an adapter sees it; blocks may differ from layer to layer."""
+
+    index: int
+    blocks: tuple[Block, ...]
+    hidden_size: int
+
+    @property
+    def projections(self) -> list[BaseProjection]:
+        return [base for block in self.blocks for base in block.projections.values()]
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """A block that some decoder layers have, without its weights."""
+
+    path: str
+    kind: BlockKind
+    groups: InputGroups
+    shapes: Mapping[str, tuple[int, int]]
+    """(out_features, in_features) of each projection."""
+    layers: tuple[int, ...]
+    """Indices of the decoder layers that have it."""
+
+    def without_weights(
+        self, layer: int, linears: Mapping[str, nn.Linear], hidden_size: int
+    ) -> Block:
+        """Describe it in a layer, with linear layers on the meta device."""
+        projections = {
+            name: BaseProjection(linear, f"layers.{layer}.{self.path}.{name}")
+            for name, linear in linears.items()
+        }
+        return Block(
+            layer=layer,
+            path=self.path,
+            kind=self.kind,
+            groups=self.groups,
+            projections=projections,
+            hidden_size=hidden_size,
+            gating=None if self.kind == "attention" else _no_gating,
+        )
+
+
+def _no_gating(*outputs: Tensor) -> Tensor:
+    raise NotImplementedError("blocks without weights compute nothing")
+
+
+def describe_blocks(layers: Sequence[BaseLayer]) -> tuple[BlockInfo, ...]:
+    """Describe the blocks of all layers, equal ones once, in the order of the layers."""
+    blocks: dict[Any, Block] = {}
+    indices: dict[Any, list[int]] = {}
+    for layer in layers:
+        for block in layer.blocks:
+            shapes = {
+                name: (base.out_features, base.in_features)
+                for name, base in block.projections.items()
+            }
+            key = (block.path, block.kind, block.groups, tuple(shapes.items()))
+            blocks.setdefault(key, block)
+            indices.setdefault(key, []).append(layer.index)
+    return tuple(
+        BlockInfo(
+            path=block.path,
+            kind=block.kind,
+            groups=block.groups,
+            shapes=dict(key[3]),
+            layers=tuple(indices[key]),
+        )
+        for key, block in blocks.items()
+    )
+
+
+def guess_blocks(
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, Sequence[int]],
+    gated: Collection[str],
+) -> tuple[BlockInfo, ...]:
+    """Describe blocks of a base model that isn't loaded, by the paths of adapted projections.
+
+    Args:
+        shapes: (out_features, in_features) by path in a layer, as `mlp.up_proj`.
+        layers: The decoder layers that have each projection.
+        gated: Paths of blocks that are known to be FFN blocks.
+    """
+    names: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for path in shapes:
+        block, _, name = path.rpartition(".")
+        names.setdefault((block, tuple(sorted(layers[path]))), []).append(name)
+    return tuple(
+        BlockInfo(
+            path=block,
+            kind="ffn" if block in gated or "att" not in block else "attention",
+            groups=(tuple(projections),),
+            shapes={name: shapes[f"{block}.{name}"] for name in projections},
+            layers=indices,
+        )
+        for (block, indices), projections in names.items()
+    )
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """A base model, as adapters' files see it."""
+
+    name_or_path: str
+    model_type: str
+    """Its family's name in transformers."""
+    layers_path: str
+    """Path of the decoder layers, `model.layers` for instance."""
+    blocks: tuple[BlockInfo, ...]
+    """Those of its decoder layers."""
+    activation: str
+    """Of the FFN, as the model's config names it."""
+    num_layers: int
+    hidden_size: int
+    num_parameters: int
+    fingerprint: str
+    """Hash of the shapes and of a few weights rounded to bfloat16."""
+    quantization: str | None = None
+    """How its projections are kept, `bitsandbytes nf4` for instance; None: in floating point."""
+    modules: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    """What adapters can have as their own: modules outside of the projections that have parameters,
+    by path, and the parameters' shapes."""
+    embedding: str = ""
+    head: str = ""
+    """Paths of the input and the output embeddings."""
+    ties_head: bool = False
+    """Whether the two have one weight."""
+    has_own_names: bool = True
+    """No other linear module of the model has a projection's name."""
+
+    def layers_without_weights(self) -> list[BaseLayer]:
+        """Describe the projections on the meta device, where an adapter's shapes are read off."""
+        layers: list[list[Block]] = [[] for _ in range(self.num_layers)]
+        for info in self.blocks:
+            # One module for all layers: thousands of projections would take seconds even on meta.
+            linears = {
+                name: nn.Linear(width, height, bias=False, device="meta")
+                for name, (height, width) in info.shapes.items()
+            }
+            for layer in info.layers:
+                layers[layer].append(info.without_weights(layer, linears, self.hidden_size))
+        return [
+            BaseLayer(index, tuple(blocks), self.hidden_size) for index, blocks in enumerate(layers)
+        ]

@@ -1,0 +1,70 @@
+"""How models of transformers usually name the modules that adapters change, and what some mean.
+
+Names only suggest what a model computes: a host tries a type that is not in `FAMILIES` on a few
+tokens before it takes it.
+"""
+
+from dataclasses import dataclass
+
+from loraloom.base.blocks import InputGroups
+
+# Types of models that tests compare with PEFT's layers and with their own blocks.
+FAMILIES = tuple(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 granite stablelm gpt_neox "
+    "smollm3 olmo olmo3 ministral ministral3 ernie4_5 exaone4 hunyuan_v1_dense seed_oss helium "
+    "hyperclovax glm glm4 starcoder2 nemotron arcee apertus jais2 cohere cohere2 nanochat lfm2 "
+    "qwen3_5_text mixtral qwen2_moe qwen3_moe olmoe gpt_oss gemma3 mistral3".split()
+)
+ATTENTION_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("Wqkv",),
+)
+ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+# Those of types whose FFN block calls a function, as transformers names them.
+ACTIVATION_FUNCTIONS = {"lfm2": "silu"}
+# Fields of a configuration that usually say what becomes of the head's logits.
+LOGIT_FIELDS = {
+    "divisor": "logits_scaling",
+    "factor": "logit_scale",
+    "softcap": "final_logit_softcapping",
+}
+# What else they mean in some types; gemma3 ignores its own. What structure can't tell of others.
+LOGIT_EXCEPTIONS = {
+    "hyperclovax": {"divisor": "", "factor": "logits_scaling"},
+    "gemma3": {"softcap": ""},
+}
+
+
+@dataclass(frozen=True)
+class FfnNames:
+    """How an FFN block names its projections."""
+
+    inputs: tuple[str, ...]
+    output: str
+    is_fused: bool = False
+    """One input projection makes gate and up behind one another."""
+
+    @property
+    def groups(self) -> InputGroups:
+        return self.inputs, (self.output,)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.inputs, self.output)
+
+
+FFNS = (
+    FfnNames(("gate_proj", "up_proj"), "down_proj"),
+    FfnNames(("fc1",), "fc2"),
+    FfnNames(("gate_up_proj",), "down_proj", is_fused=True),
+    FfnNames(("dense_h_to_4h",), "dense_4h_to_h"),
+    FfnNames(("c_fc",), "c_proj"),
+    FfnNames(("up_proj",), "down_proj"),
+    FfnNames(("w1", "w3"), "w2"),
+    FfnNames(("fc_in",), "fc_out"),
+)

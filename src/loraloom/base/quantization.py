@@ -1,0 +1,242 @@
+"""Base models in fewer bits: what this machine can do, and layers that a library keeps so.
+
+Axes: T tokens, I in_features, O out_features.
+
+Layers are recognized by their libraries' classes where these are loaded already; only a model that
+is to be quantized imports a library.
+
+Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Dettmers et al. 2023, QLoRA,
+arXiv:2305.14314.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loraloom.base.blocks import QuantizedWeight
+from loraloom.config.fields import did_you_mean
+from loraloom.config.model import Quantization
+from loraloom.errors import ConfigError, ModelError, shown
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Find out whether a model can be quantized so, before anything is loaded."""
+    if quantization is None:
+        return
+    if quantization not in (names := get_args(Quantization)):
+        raise ConfigError(
+            f"quantization must be one of {', '.join(names)}, got {shown(quantization)}"
+            f"{did_you_mean(str(quantization), names)}"
+        )
+    library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
+    import_library(library, "this quantization")
+
+
+def check_checkpoint(name: str, checkpoint: Mapping[str, Any], quantization: str | None) -> None:
+    """Hold a checkpoint that may be quantized already against what is asked for."""
+    own = checkpoint.get("quantization_config")
+    if not isinstance(own, dict):
+        return
+    method = str(own.get("quant_method", "a library that it doesn't name"))
+    if quantization is not None:
+        raise ConfigError(f"{name} is already quantized by {method}; remove quantization")
+    if method in ("bitsandbytes", "torchao"):
+        import_library(method, f"the quantized checkpoint {name}")
+
+
+def transformers_config(quantization: str, dtype: torch.dtype) -> QuantizationConfigMixin:
+    if dtype == torch.float64 and quantization != "int8":
+        raise ModelError(f"{quantization} does not support dtype: float64; use float32")
+    match quantization:
+        case "nf4" | "fp4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        case "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    # torchao would change settings of torch.compile for the whole process.
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+
+
+def import_library(name: str, purpose: str) -> ModuleType:
+    """Import a quantization library without its hints at faster kernels."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{purpose} needs {name}, which can't be imported ({error}); "
+            "run: pip install 'loraloom[quantization]'"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _from_4_bits(linear: Any) -> Tensor:
+    # W's rows lie one behind another, each 64 numbers have a scale.
+    packed = linear.weight.data.as_subclass(Tensor).view(torch.uint8)
+    # Where FSDP replaces parameters, it is lost to the weight, not to the layer.
+    state = getattr(linear.weight, "quant_state", None) or linear.quant_state
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
+
+
+def _from_8_bits(linear: Any) -> Tensor:
+    numbers = linear.weight.data.as_subclass(Tensor)
+    # A scale for each row of W; they move from the weight to the layer in the first forward.
+    scales = linear.weight.SCB
+    scales = linear.state.SCB if scales is None else scales
+    return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(numbers, scales)
+
+
+@torch.no_grad()
+def _probed(linear: Any) -> Tensor:
+    """Read W of a format of which nothing is known: what the layer makes of unit vectors."""
+    kept = [*linear.parameters(), *linear.buffers()]
+    dtypes = [tensor.dtype for tensor in kept if _is_computed_with(tensor)]
+    dtype = dtypes[0] if dtypes else torch.bfloat16
+    units = torch.eye(linear.in_features, dtype=dtype, device=kept[0].device)
+    products = type(linear).forward(linear, units)  # (I, O)
+    return (products if linear.bias is None else products - linear.bias.to(dtype)).T
+
+
+def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
+    """Return how a linear layer's weight is kept; None if in floating-point numbers."""
+    weight: Any = getattr(linear, "weight", None)
+    bitsandbytes, torchao = (sys.modules.get(name) for name in ("bitsandbytes", "torchao.utils"))
+    if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Params4bit):
+        kind = f"bitsandbytes {weight.quant_type}"
+        return None if weight.quant_state is None else QuantizedWeight(linear, kind, _from_4_bits)
+    if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Int8Params):
+        known = (linear, "bitsandbytes int8", _from_8_bits)
+        # Each row of the input has a scale too.
+        is_int8 = weight.dtype == torch.int8
+        return QuantizedWeight(*known, is_linear_over_rows=False) if is_int8 else None
+    is_torchao = torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
+    if is_torchao and hasattr(weight, "dequantize"):
+        rounds_rows = getattr(weight, "act_quant_kwargs", None) is not None
+        kind = f"torchao {type(weight).__name__}"
+        known = (linear, kind, lambda one: one.weight.detach().dequantize())
+        return QuantizedWeight(*known, is_linear_over_rows=not rounds_rows)
+    if isinstance(weight, Tensor) and _is_computed_with(weight) and not is_torchao:
+        return None
+    return QuantizedWeight(linear, type(getattr(linear, "weight", linear)).__name__, _probed)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, of whatever library."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedWeight]:
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    weights = {name: quantized_weight(linear) for name, linear in linears.items()}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count a model's weights, quantized ones as the numbers that they stand for."""
+    counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for weight in quantized_linears(model).values():
+        linear = weight.linear
+        counts[id(getattr(linear, "weight", linear))] = linear.in_features * linear.out_features
+    return sum(counts.values())
+
+
+def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's weights by name as they lie in memory, quantized ones in their parts."""
+    linears = quantized_linears(model)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in linears or name.endswith(".bias"):
+            yield name, parameter
+    for path, weight in linears.items():
+        for name, tensor in weight.linear.state_dict(prefix=f"{path}.").items():
+            # torchao's tensors have their numbers and scales inside.
+            inside = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()[0]
+            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in inside)
+            if not inside and name != f"{path}.bias":
+                yield name, tensor.as_subclass(Tensor)
+
+
+class QuantizedLinear:
+    """A quantized layer's forward; for the backward pass it keeps nothing but the layer."""
+
+    # As they come, LLM.int8 keeps its inputs, and torchao a dequantized copy of every weight.
+
+    def __init__(self, weight: QuantizedWeight):
+        self.weight = weight
+        self.base_forward = weight.linear.forward
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.base_forward(hidden_states)
+        if hidden_states.requires_grad:
+            return _ThroughWeight.apply(hidden_states, self)  # pyright: ignore
+        return self.output(hidden_states)
+
+    def output(self, hidden_states: Tensor) -> Tensor:
+        # LLM.int8 sets outliers in float16 to zero and back, which autograd would take for another
+        # input than others have kept; `data` has a version of its own. The output must be no view,
+        # as updates may change it in place, which autograd refuses of views made in functions.
+        output = self.base_forward(hidden_states.data)
+        return torch.ops.aten._unsafe_view(output, output.shape)
+
+
+class _ThroughWeight(torch.autograd.Function):
+    """y = layer(x) and ∂x = ∂y W, W being dequantized anew."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, layer):
+        ctx.weight = layer.weight
+        return layer.output(hidden_states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad @ ctx.weight.dequantized().to(grad.dtype), None
+
+
+def check_computes(name: str, weight: QuantizedWeight) -> None:
+    """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
+    # Its kernel there begins a block of 64 numbers with every row.
+    width, linear = weight.linear.in_features, weight.linear
+    if weight.read is _from_4_bits and linear.weight.is_cpu and width % linear.weight.blocksize:
+        raise ModelError(
+            f"rows of a 4-bit weight must be a multiple of {linear.weight.blocksize} on a CPU, "
+            f"where bitsandbytes computes others wrongly, got {width} in {name}; "
+            "use torchao-int8, or an accelerator"
+        )
+
+
+def keep_layout(linear: Any) -> Callable[[], object]:
+    """Keep bitsandbytes from packing a 4-bit layer anew, and from a warning in each forward."""
+    # On CPUs with AVX512-BF16 it does so before the first forward without gradients. The packed
+    # form has no backward pass, rounds scales to 16 bits, and takes multiples of 32 rows only.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if not hasattr(linear, "support_avx512bf16_for_cpu"):
+        return lambda: None
+    before = linear.support_avx512bf16_for_cpu
+    linear.support_avx512bf16_for_cpu = False
+    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+        linear.state_dict()  # unpacks the layer
+    return lambda: setattr(linear, "support_avx512bf16_for_cpu", before)
+
+
+def _is_computed_with(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers mean what they say: eight bits need a scale beside them."""
+    return tensor.is_floating_point() and tensor.element_size() >= 2

@@ -1,0 +1,293 @@
+"""A transformers model, read once: where its decoder layers are, and what their blocks are made of.
+
+Axes: N states, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as _CACHES
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from loraloom.base.blocks import (
+    BaseInfo,
+    BaseLayer,
+    BaseProjection,
+    Block,
+    InputGroups,
+    describe_blocks,
+)
+from loraloom.base.families import (
+    ACTIVATION_FUNCTIONS,
+    ACTIVATIONS,
+    ATTENTION_INPUTS,
+    ATTENTION_OUTPUTS,
+    FAMILIES,
+    FFNS,
+    LOGIT_EXCEPTIONS,
+    LOGIT_FIELDS,
+    FfnNames,
+)
+from loraloom.base.fingerprint import fingerprint
+from loraloom.base.quantization import is_linear, num_parameters, quantized_weight
+from loraloom.errors import ModelError, shown
+from loraloom.ops.gating import ActivationGating
+
+# From states after the final norm to logits, [N, V], scaled and soft-capped.
+Head = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a base model is made of, as far as adapters are concerned."""
+
+    info: BaseInfo
+    layers: Sequence[BaseLayer]
+    head: Head
+    """From final hidden states, maybe by another linear layer, to logits."""
+
+
+def read_structure(model: nn.Module) -> Structure:
+    """Read a causal LM's decoder layers, their blocks and its head.
+
+    Raises:
+        ModelError: If it is compiled, no causal LM, or built in a way that is not known.
+    """
+    layers_path = find_layers(model)
+    modules = list(model.get_submodule(layers_path).children())
+    attention_path, groups = _find_attention(model, modules)
+    hidden_size = text_config(model).hidden_size
+    layers = []
+    for index, module in enumerate(modules):
+        blocks = []
+        if _has_linears(module, attention_path, groups):
+            blocks.append(_attention_block(module, index, attention_path, groups, hidden_size))
+        ffn = _ffn_block(model, module, index, hidden_size)
+        if ffn is not None:
+            blocks.append(ffn)
+        layers.append(BaseLayer(index, tuple(blocks), hidden_size))
+    return Structure(_describe(model, layers_path, layers), layers, _head(model))
+
+
+def find_layers(model: nn.Module) -> str:
+    """Return the path of a causal LM's list of decoder layers, not of an encoder of images."""
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if is_compiled or hasattr(model, "_orig_mod"):
+        raise ModelError("model must not be compiled; attach the uncompiled model")
+    find_head = getattr(model, "get_output_embeddings", None)
+    if find_head is None or find_head() is None:  # a classifier has other heads
+        raise unsupported(model, "it has no head with logits of tokens")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise unsupported(model, "it has an encoder")
+    num_layers = getattr(text_config(model), "num_hidden_layers", None)
+    inside = {id(module) for module in model.get_decoder().modules()}  # pyright: ignore
+    for path, module in model.named_modules():
+        if id(module) not in inside or not isinstance(module, nn.ModuleList):
+            continue
+        if len(module) == num_layers:
+            return path
+    raise unsupported(model, f"no list of its modules has its {num_layers} decoder layers")
+
+
+def unsupported(model: nn.Module, reason: str) -> ModelError:
+    linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
+    return ModelError(
+        f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "
+        f"like them (as a causal LM), got {shown(_model_type(model))} ({type(model).__name__}): "
+        f"{reason}; its linear modules are {', '.join(linears) or 'none'}"
+    )
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's text part; most models are nothing else."""
+    return model.config.get_text_config()  # pyright: ignore
+
+
+def keeps_running_states(config: Any) -> bool:
+    """Whether some layers keep one state of all tokens before, in place of keys and values."""
+    caches = (_CACHES.get(kind, object) for kind in getattr(config, "layer_types", None) or ())
+    return any(issubclass(cache, LinearAttentionCacheLayerMixin) for cache in caches)
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def _linears(module: nn.Module) -> set[str]:
+    return {name for name, child in module.named_children() if is_linear(child)}
+
+
+def _find_attention(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[str, InputGroups]:
+    """Return the path of attention in a layer and its projections' names, by their input."""
+    kinds = [
+        (path, (inputs, (output,)))
+        for layer in layers
+        for path, child in layer.named_children()
+        for inputs, output in product(ATTENTION_INPUTS, ATTENTION_OUTPUTS)
+        if _linears(child).issuperset((*inputs, output))
+    ]
+    if not kinds:
+        raise unsupported(model, "no layer has attention with projections of q, k, v and output")
+    # Linear attention, which may have such projections too, comes last.
+    return min(kinds, key=lambda kind: "linear" in kind[0])
+
+
+def _has_linears(layer: nn.Module, path: str, groups: InputGroups) -> bool:
+    child = dict(layer.named_children()).get(path)
+    names = {name for group in groups for name in group}
+    return child is not None and _linears(child).issuperset(names)
+
+
+def _attention_block(
+    layer: nn.Module, index: int, path: str, groups: InputGroups, hidden_size: int
+) -> Block:
+    names = [name for group in groups for name in group]
+    return Block(
+        layer=index,
+        path=path,
+        kind="attention",
+        groups=groups,
+        projections=_projections(layer, index, path, names),
+        hidden_size=hidden_size,
+    )
+
+
+def _ffn_block(model: nn.Module, layer: nn.Module, index: int, hidden_size: int) -> Block | None:
+    """Find a layer's FFN block; None where it is a mixture of experts."""
+    for (path, child), names in product(layer.named_children(), FFNS):
+        if _linears(child).issuperset(names.all):
+            act = _activation(model, child, names)
+            return Block(
+                layer=index,
+                path=path,
+                kind="ffn",
+                groups=names.groups,
+                projections=_projections(layer, index, path, names.all),
+                hidden_size=hidden_size,
+                gating=ActivationGating(act, names.is_fused),
+            )
+    if any(_has_experts(child) for child in layer.children()):
+        return None
+    raise unsupported(
+        model, "its layers have no module with the FFN block's projections, gate, up and down"
+    )
+
+
+def _has_experts(block: nn.Module) -> bool:
+    """Whether weights of several experts are one tensor."""
+    modules = [module for module in block.modules() if not isinstance(module, nn.Conv1d)]
+    return any(weight.dim() == 3 for m in modules for weight in m.parameters(recurse=False))
+
+
+def _activation(model: nn.Module, ffn: nn.Module, names: FfnNames) -> Any:
+    function = ACTIVATION_FUNCTIONS.get(_model_type(model))
+    if function is not None:
+        return ACT2FN[function]
+    named = [name for name in ACTIVATIONS if callable(getattr(ffn, name, None))]
+    others = [name for name, _ in ffn.named_children() if name not in names.all]
+    if not named and len(others) != 1:
+        raise unsupported(model, "its FFN block has no module that is its activation")
+    return getattr(ffn, named[0] if named else others[0])
+
+
+def _projections(
+    layer: nn.Module, index: int, path: str, names: Sequence[str]
+) -> dict[str, BaseProjection]:
+    projections = {}
+    for name in names:
+        linear = layer.get_submodule(f"{path}.{name}")
+        key = f"layers.{index}.{path}.{name}"
+        projections[name] = BaseProjection(linear, key, quantized_weight(linear))
+    return projections
+
+
+def _head(model: nn.Module) -> Head:
+    config = text_config(model)
+    fields = LOGIT_FIELDS | LOGIT_EXCEPTIONS.get(_model_type(model), {})
+    values = {name: getattr(config, field, None) or None for name, field in fields.items()}
+    divisor = values["divisor"]
+    factor = values["factor"]
+    softcap = values["softcap"]
+    head_linear = model.get_output_embeddings()  # pyright: ignore
+
+    def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = head_linear) -> Tensor:
+        logits = linear(hidden_states)
+        logits = logits if divisor is None else logits / divisor
+        logits = logits if factor is None else logits * factor
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    return head
+
+
+def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -> BaseInfo:
+    """Describe a base model for the files of its adapters."""
+    config: Any = model.config
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
+    blocks = describe_blocks(layers)
+    projections = [projection for layer in layers for projection in layer.projections]
+    quantized = [base.quantized.kind for base in projections if base.quantized is not None]
+    paths = {id(module): path for path, module in model.named_modules()}
+    adapted = {id(projection.linear) for projection in projections}
+    other_names = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if is_linear(module) and id(module) not in adapted
+    }
+    return BaseInfo(
+        name_or_path=getattr(config, "_name_or_path", ""),
+        model_type=config.model_type,
+        layers_path=layers_path,
+        blocks=blocks,
+        activation=_name_of_activation(model),
+        num_layers=len(layers),
+        hidden_size=layers[0].hidden_size,
+        num_parameters=num_parameters(model),
+        fingerprint=fingerprint(config.model_type, blocks, layers),
+        # of the first; some may be left in floating point
+        quantization=quantized[0] if quantized else None,
+        modules=_other_modules(model, layers_path, layers),
+        embedding=paths[id(embedding)],
+        head=paths[id(head)],
+        ties_head=embedding.weight is head.weight,
+        has_own_names=other_names.isdisjoint(projection.name for projection in projections),
+    )
+
+
+def _name_of_activation(model: nn.Module) -> str:
+    """Name the FFN's activation as the configuration does."""
+    config = text_config(model)
+    for field in ("hidden_act", "hidden_activation"):
+        name = getattr(config, field, None)
+        if isinstance(name, str):
+            return name
+    return ACTIVATION_FUNCTIONS.get(_model_type(model), "")
+
+
+def _other_modules(
+    model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Find embeddings, norms of the text model and the head, with their parameters' shapes."""
+    text_model = layers_path.rpartition(".")[0]
+    gatings = [block.gating for layer in layers for block in layer.blocks]
+    activations = {id(gating.act) for gating in gatings if isinstance(gating, ActivationGating)}
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore
+    modules = {}
+    for path, module in model.named_modules():
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        is_norm = (
+            path.startswith(f"{text_model}.")
+            and not any(module.children())
+            and all(len(shape) == 1 for shape in shapes.values())
+            # A gated norm takes its gate too.
+            and len(signature(type(module).forward).parameters) == 2
+            and id(module) not in activations
+        )
+        if shapes and (module in tables or is_norm):
+            modules[path] = shapes
+    return modules

@@ -1,0 +1,1 @@
+"""Adapters as models and files of other programs."""

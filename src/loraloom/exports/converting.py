@@ -1,0 +1,96 @@
+"""An adapter's files in another program's form."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor
+
+from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.own import refuse_own_parts, tensor_shapes
+from loraloom.base.blocks import BaseInfo
+from loraloom.config.data import PromptForm
+from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.formats.disk import find_adapter, write_new
+from loraloom.formats.fields import check_reference_holds
+from loraloom.formats.files import fit_to_base, model_card, read_stored, seen_base
+from loraloom.formats.layouts import render
+
+if TYPE_CHECKING:
+    from loraloom.host.host import Host
+
+# Whose form: what `Host.save` writes, PEFT's, or MoE-PEFT's.
+Program = Literal["native", "peft", "reference"]
+
+_LEAST_DROPOUT = 1e-6  # MoE-PEFT refuses a dropout of 0, and drops at inference as well
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: Program,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    host: Host | None = None,
+) -> AdapterConfig:
+    """Write an adapter for another program, and return its configuration.
+
+    Args:
+        source: Directory or Hub ID, in any layout that `Host.load` reads.
+        destination: New directory.
+        to: Layout to write: `native` as `Host.save`, `peft`, or `reference` for MoE-PEFT.
+        settings: Settings of the method, as in `Host.load`.
+        host: Base model of the adapter, to check that they fit. Required for VeRA,
+            for extra modules and tokens, and if files lack the magnitudes of a DoRA.
+
+    Raises:
+        FormatError: If the files cannot be read.
+        AdapterError: If the other program has no such adapter, or the destination exists.
+    """
+    if to not in get_args(Program):
+        raise ConfigError(
+            f"an adapter is converted to one of {', '.join(get_args(Program))}, got {shown(to)}"
+        )
+    config, tensors, base, prompt = _read(source, settings, host)
+    path = Path(os.path.expanduser(destination))
+    if to == "peft" and config.layout != "peft":
+        raise AdapterError(
+            f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
+            "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
+        )
+    files = render(config, tensors, base, prompt)
+    if to == "reference":
+        refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")
+        check_reference_holds(config)
+        fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
+        expert = fields.get("expert_lora")
+        if expert and "lora_dropout" in expert:
+            dropout = max(expert["lora_dropout"], _LEAST_DROPOUT)
+            fields["expert_lora"] = {**expert, "lora_dropout": dropout}
+        files = replace(files, config=fields, metadata={})
+    write_new(path, files, model_card(config, base, prompt=prompt), pickled=to == "reference")
+    return config
+
+
+def _read(
+    source: str | Path, settings: Mapping[str, Any] | None, host: Host | None
+) -> tuple[AdapterConfig, dict[str, Tensor], BaseInfo, PromptForm | None]:
+    if host is not None:
+        name = f"converted-{secrets.token_hex(4)}"  # which none of the host's has
+        adapter = host.load(name, source, settings)
+        host.remove(name)
+        config = adapter.config
+        if getattr(config, "layers", None) == tuple(range(host.base.num_layers)):  # a pattern's
+            config = config.model_copy(update={"layers": None})
+        return config, adapter.tensors(), host.base, adapter.prompt
+    stored = read_stored(find_adapter(source), settings)
+    base = seen_base(stored)
+    config, tensors = fit_to_base(stored, base)
+    if tensors.keys() != tensor_shapes(config, base).keys():
+        raise AdapterError(f"{stored.source} contains no magnitudes; pass --base-model")
+    return config, tensors, base, stored.prompt

@@ -1,0 +1,1 @@
+"""The base model with its adapters: forwards whose rows have different adapters."""

@@ -1,0 +1,194 @@
+"""Prefill and decoding as steps over a key-value cache whose rows come and go.
+
+Axes: B rows, L tokens in the cache, V vocabulary.
+
+Rows end at the cache's last column, so that they are padded on the left and distances between
+columns are distances between tokens, whatever a row's length. A row's positions count its own
+tokens. Which tokens are real is known on the CPU, so that no step asks the device for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from loraloom.base.structure import keeps_running_states
+from loraloom.host.layout import RowAdapter
+from loraloom.host.prepared_weights import PreparedWeights
+
+# Most columns behind the last token that are not in use.
+SPARE_TOKENS = 64
+# Most rows that are not in use, as a share of those that are, when room for them is made.
+SPARE_ROWS = 0.25
+
+
+class _Room:
+    """Keys, or values, of one layer in a larger tensor: what comes or goes moves nothing else.
+
+    They are a window, [B, heads, L, head_dim], of the tensor's first rows. Tokens are added behind
+    it; when the longest row goes, columns before it are left, in which a longer one finds room.
+    """
+
+    def __init__(self, like: Tensor):
+        self._space = like.new_empty(len(like), like.shape[1], 0, like.shape[3])
+        self._num_rows = len(like)
+        self._start = self._stop = 0
+
+    @property
+    def window(self) -> Tensor:
+        return self._space[: self._num_rows, :, self._start : self._stop]
+
+    def append(self, added: Tensor) -> None:
+        if self._stop + added.shape[2] > self._space.shape[2]:
+            self._make_space(columns_after=added.shape[2])
+        self._stop += added.shape[2]
+        self.window[:, :, -added.shape[2] :] = added
+
+    def join(self, other: _Room) -> None:
+        first, added = self._num_rows, other.window
+        missing = max(0, added.shape[2] - (self._stop - self._start))
+        if first + len(added) > len(self._space) or missing > self._start:
+            self._make_space(rows=len(added), columns_before=missing)
+        self._start -= missing
+        self.window[:, :, :missing] = 0
+        self._num_rows += len(added)
+        rows = self.window[first:]
+        unused = rows.shape[2] - added.shape[2]
+        # What was there may be NaN, which attention's mask lets through.
+        rows[:, :, :unused] = 0
+        rows[:, :, unused:] = added
+
+    def keep(self, rows: Sequence[int], unused: int) -> None:
+        """Keep these rows in this order, without the first columns, which none of them uses."""
+        self._start += unused
+        if len(rows) > len(self._space):
+            self._make_space(rows=len(rows) - self._num_rows)
+        places = [place for place, row in enumerate(rows) if place != row]
+        if places:
+            moved = torch.tensor([rows[place] for place in places], device=self._space.device)
+            columns = self._space[:, :, self._start : self._stop]
+            columns[places] = columns.index_select(0, moved)
+        self._num_rows = len(rows)
+
+    def _make_space(self, rows: int = 0, columns_before: int = 0, columns_after: int = 0) -> None:
+        held = self.window
+        rows += self._num_rows
+        columns = columns_before + held.shape[2] + columns_after + SPARE_TOKENS
+        shape = (rows + int(rows * SPARE_ROWS), held.shape[1], columns, held.shape[3])
+        self._space = held.new_empty(shape)
+        self._start, self._stop = columns_before, columns_before + held.shape[2]
+        self.window.copy_(held)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room around them."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._rooms = _Room(key_states), _Room(value_states)
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room.append(states)
+        return self._show()
+
+    def join(self, other: _RoomyLayer) -> None:
+        for ours, theirs in zip(self._rooms, other._rooms, strict=True):
+            ours.join(theirs)
+        self._show()
+
+    def keep(self, rows: Sequence[int], unused: int) -> None:
+        for room in self._rooms:
+            room.keep(rows, unused)
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (room.window for room in self._rooms)
+        return self.keys, self.values
+
+
+def make_cache(config: Any) -> DynamicCache:
+    """Make a cache that keeps all tokens of every attention layer; masks see to windows."""
+    # Layers that keep running states in place of tokens are transformers' own.
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = _RoomyLayer
+    if keeps_running_states(config):
+        layers = DynamicCache(config=config).layers
+        cache.layers = [one if _is_running(one) else _RoomyLayer() for one in layers]
+    return cache
+
+
+def _is_running(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+@dataclass
+class Decoding:
+    """Rows that are being continued; made by `Host.prefill`. Weights must not change meanwhile."""
+
+    adapters: list[RowAdapter]
+    attention_mask: Tensor  # 1 at real tokens, [B, L]; on the CPU
+    cache: Any  # of make_cache: keys and values, [B, heads, L, head_dim], in attention layers
+    prepared: PreparedWeights = field(default_factory=PreparedWeights)
+    logits: Tensor = field(init=False)  # of the token after each row's last one, [B, V]
+
+    @classmethod
+    def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:
+        """Make a session of one row, without logits, from what `states` took out of another."""
+        mask = torch.ones(1, states.shape[3], dtype=torch.long)
+        session = cls([adapter], mask, make_cache(None), prepared)
+        for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
+            session.cache.update(keys, values, layer)
+        return session
+
+    def states(self, row: int, start: int, stop: int) -> Tensor:
+        """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim]."""
+        padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
+        columns = slice(padding + start, padding + stop)
+        layers = [layer for layer in self.cache.layers if not _is_running(layer)]
+        pairs = [[x[row, :, columns] for x in (layer.keys, layer.values)] for layer in layers]
+        return torch.stack([torch.stack(pair) for pair in pairs])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows; those that stay take this order, and are not moved in vain."""
+        self.adapters = [self.adapters[row] for row in rows]
+        index = torch.tensor(rows, device=self.logits.device)
+        self.logits = self.logits.index_select(0, index)
+        mask = self.attention_mask[list(rows)]
+        unused = mask.shape[1] - int(mask.sum(1).max())
+        self.attention_mask = mask[:, unused:]
+        for layer in self.cache.layers:
+            for states, place in _running_states(layer):
+                states[place] = states[place].index_select(0, index)
+            if not _is_running(layer):
+                layer.keep(rows, unused)
+
+    def join(self, other: Decoding) -> None:
+        """Add the rows of another session behind one's own; its weights are this one's."""
+        masks = (self.attention_mask, other.attention_mask)
+        length = max(mask.shape[1] for mask in masks)
+        for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            running = zip(_running_states(ours), _running_states(theirs), strict=True)
+            for (states, place), (others, _) in running:
+                states[place] = torch.cat([states[place], others[place]])
+            if not _is_running(ours):
+                ours.join(theirs)
+        self.attention_mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        self.logits = torch.cat([self.logits, other.logits])
+        self.adapters += other.adapters
+
+
+def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:
+    """Where a layer keeps one state of all tokens of a row, [B, ...]; nowhere for attention."""
+    if not _is_running(layer):
+        return []
+    kept = (layer.conv_states, layer.recurrent_states)
+    return [(states, place) for states in kept for place in states if states[place] is not None]

@@ -1,0 +1,105 @@
+"""Whether adapters compute right on a base model whose type no test knows.
+
+A layer is known by the names that its linear modules usually have. Names only suggest what a model
+computes, so a host tries one whose type is not in `FAMILIES` on a few tokens before it takes it: a
+LoRA on attention, and one on the FFN blocks, must give the logits that PEFT's would, those of the
+base model with `s·B(Ax)` added to each linear layer's output; a mixture whose experts do nothing
+must leave the logits as they are; hidden states through the head must give the logits, and so must
+a forward in two steps with a cache.
+"""
+
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapters import TRIALS
+from loraloom.adapters.method import Adapter
+from loraloom.base.structure import unsupported
+from loraloom.errors import LoraloomError
+
+_ROWS, _LENGTH, _READ_FIRST = 2, 8, 5
+# Most relative error of logits in float32.
+_EXACT = 1e-5
+# Most in 16 bits, or where weights have fewer; a wrong block is off by about 1.
+_ROUNDED = 0.1
+# Of B's numbers: with it an update is about as large as the projection's own output.
+_STD = 0.3
+_NAME = "trial"
+
+
+def try_adapters(host: Any) -> None:
+    """Try a host's base model with adapters; one without weights (on meta) is left alone."""
+    if host.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(host.config.vocab_size, 1000), (_ROWS, _LENGTH), generator=generator)
+    try:
+        with torch.no_grad():
+            _try_on(host, ids.to(host.device))
+    except LoraloomError:
+        raise
+    # Whatever a foreign model raises.
+    except Exception as error:
+        reason = f"a forward with adapters fails: {type(error).__name__}: {error}"
+        raise unsupported(host.model, reason) from error
+
+
+def _try_on(host: Any, ids: Tensor) -> None:
+    logits = host.model(input_ids=ids).logits
+    scaled = host.logits(host.hidden(ids).last_hidden_state)
+    _compare(host, "its head's logits, scaled as its config says", scaled, logits)
+    has_gating = any(block.kind != "attention" for block in host.base.blocks)
+    for part, config in TRIALS.items():
+        if part != "attention" and not has_gating:
+            continue
+        adapter = host.add(_NAME, config)
+        if part == "mixture":
+            what, expected = "the FFN block with a mixture that adds nothing", logits
+        else:
+            what, expected = f"{part} with a LoRA", _expected(host.model, ids, adapter)
+        actual = host(ids, adapters=[_NAME] * _ROWS).logits
+        host.remove(_NAME)
+        _compare(host, what, actual, expected)
+    decoded = host.extend(host.prefill(ids[:, :_READ_FIRST]), ids[:, _READ_FIRST:])
+    _compare(host, "decoding with a cache", decoded, logits[:, -1])
+
+
+def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
+    """Draw an adapter's B, and compute the logits that PEFT's LoRA layers would give."""
+    generator = torch.Generator().manual_seed(1)
+    tensors, num_calls = adapter.tensors(), Counter[str]()
+    for name, tensor in tensors.items():
+        if name.endswith("lora_B"):
+            tensor.copy_(torch.empty(tensor.shape).normal_(std=_STD, generator=generator))
+
+    def add_update(key: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        num_calls[key] += 1
+        A, B = (tensors[f"{key}.lora_{part}"] for part in "AB")
+        update = adapter.config.scaling * (args[0].to(A.dtype) @ A.T @ B.T)
+        return output + update.to(output.dtype)
+
+    with ExitStack() as hooks:
+        for projection in adapter.projections():
+            hook = partial(add_update, projection.key)
+            hooks.callback(projection.base.linear.register_forward_hook(hook).remove)
+        expected = model(input_ids=ids).logits
+    for key in (projection.key for projection in adapter.projections()):
+        if num_calls[key] != 1:
+            raise unsupported(model, f"{key} computes {num_calls[key]} times in a forward, not 1")
+    return expected
+
+
+def _compare(host: Any, what: str, actual: Tensor, expected: Tensor) -> None:
+    exact = host.dtype == torch.float32 and host.base.quantization is None
+    most = _EXACT if exact or host.dtype == torch.float64 else _ROUNDED
+    wanted = expected.cpu().double()
+    error = float((actual.cpu().double() - wanted).norm() / wanted.norm())
+    if not error <= most:
+        raise unsupported(
+            host.model,
+            f"{what} must equal what the model computes within {most:g}, the error is {error:.2g}",
+        )

@@ -1,1 +1,0 @@
-"""The base model: where adapters attach, and which rows of a batch are whose."""

@@ -1,0 +1,146 @@
+"""Every family of base models with every method: the table that `families.py` promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
+
+import loraloom
+from loraloom.base.families import FAMILIES
+from loraloom.errors import ModelError
+from tests.tiny import (
+    ALL_FAMILIES,
+    METHODS,
+    PADS_RIGHT_ONLY,
+    changed,
+    padded_mask,
+    parameter_grads,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
+
+every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
+every_method = pytest.mark.parametrize("method", METHODS)
+SMALL = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
+LENGTHS = [7, 5, 3, 7, 6, 4]
+
+
+def sides(family: str) -> list[str]:
+    return ["right"] if family in PADS_RIGHT_ONLY else ["right", "left"]
+
+
+@every_family
+def test_without_adapters_logits_are_the_base_models_bit_by_bit(family):
+    model = tiny_model(family)
+    with torch.no_grad():
+        expected = model(tiny_ids(3)).logits
+        host = loraloom.attach(model)
+        host.add("a", METHODS["mixdora"])
+        assert torch.equal(host(tiny_ids(3)).logits, expected)
+        assert torch.equal(host(tiny_ids(3), adapters=[None] * 3).logits, expected)
+
+
+@every_method
+@every_family
+def test_saved_and_loaded_adapters_give_the_same_logits(family, method, tmp_path):
+    host = tiny_host(family, {"a": METHODS[method]})
+    host.save("a", tmp_path / "a")
+    host.load("b", tmp_path / "a")
+    with torch.no_grad():
+        logits = [host(tiny_ids(2), adapters=[name] * 2).logits for name in "ab"]
+    assert relative_error(logits[1], logits[0]) < 1e-6
+
+
+@every_family
+def test_each_row_of_a_mixed_batch_is_as_alone(family):
+    host, ids = tiny_host(family), tiny_ids(6)
+    for side in sides(family):
+        mask = padded_mask(LENGTHS, side)
+        with torch.no_grad():
+            together = host(ids, mask, NAMES).logits
+            for row, name in enumerate(NAMES):
+                one, real = slice(row, row + 1), mask[row].bool()
+                alone = host(ids[one], mask[one], [name]).logits[0]
+                assert relative_error(together[row][real], alone[real]) < 1e-10, (side, name)
+
+
+@every_family
+def test_padding_does_not_change_a_row(family):
+    host, ids, names = tiny_host(family), tiny_ids(4, 5), [*METHODS]
+    atol = 1e-5 if family == "gemma2" else 1e-10  # its softmax is float32's, which some CPUs round
+    with torch.no_grad():
+        bare = host(ids, adapters=names).logits
+        for side in sides(family):
+            pads = torch.zeros(4, 3, dtype=torch.long)
+            parts = [ids, pads] if side == "right" else [pads, ids]
+            mask = padded_mask([5] * 4, side, length=8)
+            # what `generate` passes; otherwise transformers counts padding as positions
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            padded = host(torch.cat(parts, 1), mask, names, position_ids=positions).logits
+            torch.testing.assert_close(padded[mask.bool()].view_as(bare), bare, rtol=0, atol=atol)
+
+
+@every_family
+def test_checkpointing_gives_the_same_gradients(family):
+    noisy = {name: changed(config, dropout=0.2) for name, config in METHODS.items()}
+    host, ids, mask = tiny_host(family, noisy), tiny_ids(6), padded_mask(LENGTHS)
+    host.train()
+    results = []
+    for enabled in (False, True):
+        host.enable_gradient_checkpointing(enabled)
+        out = host.hidden(ids, mask, NAMES, sample_keys=range(6))
+        loss = host.token_losses(out.last_hidden_state.flatten(0, 1), ids.flatten()).sum()
+        loss = loss + sum(layer.router_logits.square().sum() for layer in out.routing["mixlora"])
+        loss.backward()
+        results.append({n: parameter_grads(a) for n, a in host.adapters.items()})
+    for name, plain in results[0].items():
+        for key, grad in plain.items():
+            torch.testing.assert_close(results[1][name][key], grad, rtol=1e-12, atol=1e-12, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@every_family
+def test_decoding_with_a_cache_is_a_full_forward(family):
+    host, ids, mask, names = tiny_host(family), tiny_ids(4), padded_mask([7] * 4), [*METHODS]
+    with torch.no_grad():
+        full = host(ids, mask, names).logits
+        out = host(ids[:, :4], mask[:, :4], names, use_cache=True)
+        pieces = [out.logits]
+        for start, stop in ((4, 5), (5, 7)):
+            past = out.past_key_values
+            out = host(ids[:, start:stop], mask[:, :stop], names, past_key_values=past)
+            pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=0, atol=1e-10)
+
+
+def test_the_fingerprint_tells_weights_apart_and_not_dtypes():
+    prints = [
+        tiny_host("llama", {}, seed=seed, dtype=dtype).base.fingerprint
+        for seed, dtype in ((0, torch.float32), (0, torch.bfloat16), (1, torch.float32))
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    ("model", "linears"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)), "lm_head"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "0"),
+        (
+            lambda: LlamaModel(LlamaConfig(num_hidden_layers=1, **SMALL)),
+            "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
+    ],
+    ids=["gpt2", "no transformer", "no causal LM"],
+)
+def test_an_unsupported_model_is_told_the_families_and_its_linear_modules(model, linears):
+    with pytest.raises(ModelError) as caught:
+        loraloom.attach(model())
+    message = str(caught.value)
+    assert all(family in message for family in FAMILIES)
+    assert message.endswith(f"its linear modules are {linears}")

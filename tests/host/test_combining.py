@@ -1,0 +1,198 @@
+"""Combined adapters are PEFT's for LoRA; a mixture's experts are combined one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import loraloom
+from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig, mixlora
+from loraloom.errors import AdapterError, ConfigError
+from loraloom.host.host import Host
+from tests.parity.peft_models import copy_to_peft, wrapped_by_peft
+from tests.tiny import (
+    ALL_METHODS,
+    METHODS,
+    randomise,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
+
+IDS = tiny_ids(2, 6)
+WEIGHTS = [0.7, -0.4]
+FIRST, SECOND = LoraConfig(rank=3, alpha=6), LoraConfig(rank=3, alpha=3)
+PATTERN = LoraConfig(rank=4, alpha=2, rank_pattern={"q_proj": 1}, alpha_pattern={"v_proj": 9.0})
+
+
+def in_both() -> tuple[Host, peft.PeftModel]:
+    """The adapters `x` and `y` on a host and on a model of PEFT's."""
+    model = tiny_model(dtype=torch.float32)
+    host = loraloom.attach(copy.deepcopy(model))
+    theirs = wrapped_by_peft(model, FIRST, host.base)
+    for seed, (name, config) in enumerate({"x": FIRST, "y": SECOND}.items()):
+        randomise(host.add(name, config), seed)
+        own = copy.deepcopy(theirs.peft_config["default"])
+        own.r, own.lora_alpha = config.rank, int(config.alpha)
+        theirs.add_adapter(name, own)
+        copy_to_peft(theirs, host.base, host.adapters[name], name)
+    return host, theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("combination", ["linear", "svd", "cat"])
+def test_a_combination_of_loras_is_pefts(combination):
+    host, theirs = in_both()
+    theirs.add_weighted_adapter(["x", "y"], WEIGHTS, "z", combination_type=combination)
+    theirs.set_adapter("z")
+    theirs.eval()
+    expected = theirs(input_ids=IDS).logits
+    host.combine(["x", "y"], WEIGHTS, combination, name="z")
+    assert relative_error(host(IDS, adapters=["z", "z"]).logits, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_sum_is_what_pefts_active_adapters_compute():
+    host, theirs = in_both()
+    theirs.base_model.set_adapter(["x", "y"])
+    weighted = tuple(zip("xy", WEIGHTS, strict=True))
+    for layer in filter(lambda module: hasattr(module, "set_scale"), theirs.modules()):
+        for name, weight in weighted:
+            layer.set_scale(name, weight)
+    expected = theirs.eval()(input_ids=IDS).logits
+    assert relative_error(host(IDS, adapters=["x:0.7+y:-0.4", weighted]).logits, expected) < 1e-6
+
+
+@torch.no_grad()
+def test_loras_of_several_ranks_behind_one_another_are_their_sum(tmp_path):
+    host = tiny_host(configs={"x": FIRST, "y": PATTERN})
+    host.combine(["x", "y"], WEIGHTS, "cat", name="z")
+    host.save("z", tmp_path)
+    host.load("again", tmp_path)
+    total, z, again = (
+        host(IDS, adapters=[name] * 2).logits for name in ("x:0.7+y:-0.4", "z", "again")
+    )
+    assert relative_error(z, total) < 1e-12
+    assert relative_error(again, total) < 1e-6  # files are in float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+def test_experts_are_combined_one_by_one_and_routers_averaged(method):
+    config = METHODS[method]
+    host = tiny_host(configs={"a": config, "b": config})
+    combined = host.combine(["a", "b"], [3.0, 1.0], "svd", name="c").tensors()
+    a, b = (host.adapters[name].tensors() for name in "ab")
+    for expert in range(config.num_experts):
+        place = f"layers.1.mlp.down_proj.experts.{expert}"
+        updates = [config.scaling * t[f"{place}.lora_B"] @ t[f"{place}.lora_A"] for t in (a, b)]
+        left, values, right = torch.linalg.svd(3 * updates[0] + updates[1])
+        values[config.rank :] = 0
+        expected = (left[:, : len(values)] * values) @ right[: len(values)]
+        update = combined[f"{place}.lora_B"] @ combined[f"{place}.lora_A"]
+        torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-5)
+    for name in ("layers.0.mlp.router", *(name for name in a if name.endswith("magnitude"))):
+        torch.testing.assert_close(combined[name], 0.75 * a[name] + 0.25 * b[name])
+    assert host.adapters["c"].config.top_k == config.top_k
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("experts", [None, ExpertsConfig(rank=3, alpha=5, rank_stabilized=True)])
+def test_a_mixture_combined_by_itself_is_the_same_also_from_files(experts, tmp_path):
+    config = MixLoraConfig(rank=4, alpha=8, num_experts=3, rank_stabilized=True, experts=experts)
+    host = tiny_host(configs={"a": config})
+    host.combine(["a"], [1.0], name="b")
+    host.save("b", tmp_path)
+    host.load("c", tmp_path)
+    a, b, c = (host(IDS, adapters=[name] * 2).logits for name in "abc")
+    assert relative_error(b, a) < 1e-12
+    assert relative_error(c, a) < 1e-6  # files are in float32
+
+
+@torch.no_grad()
+def test_a_rank_above_the_projections_size_is_combined():
+    host = tiny_host(configs={"a": LoraConfig(rank=40, target_modules=["k_proj"])})
+    host.combine(["a"], [1.0], "svd", name="b")
+    a, b = (host(IDS, adapters=[name] * 2).logits for name in "ab")
+    assert relative_error(b, a) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "message"),
+    [
+        (["lora", "mixlora"], {}, AdapterError, "must have the same method, .*`cat` for LoRAs"),
+        (["lora", "dora"], {}, AdapterError, r"'lora' \(LoRA\) and 'dora' \(DoRA\); use"),
+        (["vera"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
+        (["moslora"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
+        (["smora"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
+        (["hydralora"], {"weights": [1.0]}, AdapterError, "HydraLoRA adapters cannot be"),
+        (["lora", "dora"], {"combination": "cat"}, AdapterError, "must be LoRAs, got DoRA"),
+        (["lora", "attention"], {"combination": "cat"}, AdapterError, "the same projections"),
+        (["own"], {"weights": [1.0]}, AdapterError, "'own' must be without modules_to_save"),
+        (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
+        (
+            ["mixlora"] * 2,
+            {"weights": [1.0, -1.0]},
+            ConfigError,
+            "weights must have a positive sum",
+        ),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(names, options, error, message):
+    more = {"attention": LoraConfig(rank=3, target_modules="attention")}
+    more["own"] = LoraConfig(rank=3, modules_to_save=["lm_head"])
+    host = tiny_host(configs=ALL_METHODS | more, dtype=torch.float32)
+    weights = options.pop("weights", [1.0, 1.0])
+    with pytest.raises(error, match=message):
+        host.combine(names, weights, name="c", **options)
+    assert "c" not in host.adapters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["mixlora", "mixdora", "hydralora", "loramoe", "dynmole"])
+def test_experts_in_another_order_compute_the_same(method):
+    config = ALL_METHODS[method]
+    host = tiny_host(configs={"a": config})
+    host.prune("a", [*reversed(range(config.num_experts))], name="b")
+    ours, theirs = (host(IDS, adapters=[name] * 2).logits for name in "ba")
+    assert relative_error(ours, theirs) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+def test_a_pruned_mixture_is_one_whose_router_never_takes_the_others(method, monkeypatch):
+    host = tiny_host(configs={"a": METHODS[method]})
+    kept = [one for one in range(METHODS[method].num_experts) if one != 1]
+    pruned = host.prune("a", kept, name="b")
+    ours = host(IDS, adapters=["b"] * 2).logits
+    whole = mixlora.router_logits
+
+    def without_one(*arguments):
+        logits = whole(*arguments)
+        logits[..., 1] = -torch.inf
+        return logits
+
+    monkeypatch.setattr(mixlora, "router_logits", without_one)
+    assert relative_error(ours, host(IDS, adapters=["a"] * 2).logits) < 1e-12
+    assert pruned.config.num_experts == len(kept)
+
+
+@pytest.mark.parametrize(
+    ("method", "experts", "message"),
+    [
+        ("lora", [0], "only mixtures whose num_experts is one number can be pruned, got 'a'"),
+        ("mola", [0, 1], "only mixtures whose num_experts is one number can be pruned"),
+        ("mixlora", [0, 4], r"experts must be different ones of 0 to 3, .* got \[0, 4\]"),
+        ("mixlora", [1, 1], r"experts must be different ones of 0 to 3"),
+        ("mixlora", [1], r"top_k must be in \[1, num_experts=1\], got 2"),
+    ],
+)
+def test_what_can_not_be_pruned_is_refused_and_adds_nothing(method, experts, message):
+    host = tiny_host(configs={"a": ALL_METHODS[method]})
+    with pytest.raises((AdapterError, ConfigError), match=message):
+        host.prune("a", experts, name="b")
+    assert [*host.adapters] == ["a"]

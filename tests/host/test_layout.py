@@ -1,0 +1,79 @@
+"""Which rows of a batch belong to which adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.errors import DataError, ModelError
+from loraloom.host.layout import make_layout
+from loraloom.ops.dropout import mix64
+from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids
+
+
+def test_samples_are_spans_of_real_tokens():
+    mask = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]])
+    keys = [mix64(row) for row in range(3)]
+    rows = [(tiny_host().adapters["lora"], 1.0)] * 3
+    (segment,) = make_layout(rows, 3, mask, keys, mask.device).segments
+    first, second, third = segment.spans
+    assert [span.key for span in segment.spans] == keys
+    assert first.tokens == slice(1, 3)
+    assert second.tokens.tolist() == [3, 5]
+    assert third.tokens == slice(6, 6)
+
+
+LENGTHS = [[5, 4], [3, 2, 1]]
+WINDOWED = {
+    "mistral": {"sliding_window": 3},
+    "phi3": {"sliding_window": 3},
+    "gemma2": {"sliding_window": 3},
+    "gemma3_text": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2": {
+        "sliding_window": 3,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+def packed_and_alone(family: str, **changes):
+    host = tiny_host(family, **changes)
+    names, keys, length = ["mixlora", "dora"], [11, 12, 13, 14, 15], 9
+    host.train()
+    ids = tiny_ids(2, length)
+    packed = host.hidden(ids, torch.ones_like(ids), names, keys, sample_lengths=LENGTHS)
+    states, alone, rest = packed.last_hidden_state.detach(), [], iter(keys)
+    for row, lengths in enumerate(LENGTHS):
+        for own in ids[row, : sum(lengths)].split(lengths):
+            out = host.hidden(own[None], adapters=[names[row]], sample_keys=[next(rest)])
+            alone.append(out.last_hidden_state[0].detach())
+    parts = [state[: sum(own)].split(own) for state, own in zip(states, LENGTHS, strict=True)]
+    return [*parts[0], *parts[1]], alone
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_sample_in_a_packed_row_is_as_it_is_alone(family):
+    for packed, alone in zip(*packed_and_alone(family), strict=True):
+        assert relative_error(packed, alone) < 1e-5
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_are_kept_in_packed_rows(family):
+    for packed, alone in zip(*packed_and_alone(family, **WINDOWED[family]), strict=True):
+        assert relative_error(packed, alone) < 1e-5
+    whole = packed_and_alone(family)[1][0]
+    assert relative_error(packed_and_alone(family, **WINDOWED[family])[1][0], whole) > 1e-3
+
+
+@pytest.mark.parametrize("lengths", [[[3, 9]], [[3], [4]]])
+def test_samples_that_are_not_in_the_rows_are_refused(lengths):
+    with pytest.raises(DataError, match="sample_lengths must be of 1 rows with up to 7 tokens"):
+        tiny_host().hidden(tiny_ids(1), sample_lengths=lengths)
+
+
+def test_attention_without_masks_is_refused():
+    host = tiny_host()
+    host.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match=r"sdpa or eager, got 'flash_attention_2'; choose one"):
+        host.hidden(tiny_ids(1), sample_lengths=[[3, 4]])

@@ -1,0 +1,175 @@
+"""Rows of different adapters in one batch, in training as in evaluation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import loraloom
+from loraloom.host.host import Host
+from tests.parity.dense_loop import DenseAdapter
+from tests.tiny import (
+    ALL_METHODS,
+    METHODS,
+    padded_mask,
+    parameter_grads,
+    randomise,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
+
+
+@pytest.mark.parametrize("hooked", ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"])
+def test_hooks_have_the_bases_outputs_to_themselves(hooked):
+    seen, results, ids, names = [], [], tiny_ids(2), ["a", "a"]
+
+    def look(module, args, output):
+        seen.append((args[0] @ module.weight.T, output))
+
+    def tanh(module, args, output):
+        return output.tanh()  # which autograd keeps
+
+    def copied_tanh(module, args, output):
+        return output.tanh().clone()
+
+    for function in (tanh, copied_tanh, look):
+        model = tiny_model()
+        model.model.layers[0].get_submodule(hooked).register_forward_hook(function)
+        host = loraloom.attach(model)
+        adapter = randomise(host.add("a", METHODS["lora"]))
+        host(ids, adapters=names).logits.square().sum().backward()
+        with torch.no_grad(), host.prepared():
+            host(ids, adapters=names)
+        results.append(parameter_grads(adapter))
+    for expected, output in seen:
+        torch.testing.assert_close(output, expected)
+    assert all(torch.equal(grad, results[1][name]) for name, grad in results[0].items())
+
+
+def test_padding_rows_get_the_base_ffn():
+    """A mixture never routes padding: its FFN there is the base's own."""
+    host, ids = tiny_host(configs={"a": METHODS["mixlora"]}), tiny_ids(2)
+    outputs, inputs = [], []
+    mlp = host.model.model.layers[0].mlp
+    hooks = [
+        mlp.register_forward_hook(lambda module, args, output: outputs.append(output)),
+        mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0])),
+    ]
+    mask = padded_mask([7, 3])
+    with torch.no_grad():
+        host(ids, mask, ["a", "a"])
+        for hook in hooks:
+            hook.remove()
+        states, padding = inputs[0], ~mask.bool()
+        expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states))
+    torch.testing.assert_close(outputs[0][padding], expected[padding], rtol=0, atol=1e-12)
+    assert not torch.allclose(outputs[0][~padding], expected[~padding])
+
+
+IDS = tiny_ids(2, 6)
+MASK = padded_mask([6, 4], length=6)
+SCALES = [-1.5, 0.25, 1.75]
+MIXED = [("mixlora", 0.5), "lora", ("dora", 0.5), None, ("mixlora", 2.0), "mixlora", ("lora", -1.0)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
+def test_a_scale_is_a_factor_of_every_dense_update(family, method, scale):
+    plain = tiny_model(family)
+    host = loraloom.attach(copy.deepcopy(plain))
+    adapter = randomise(host.add("a", METHODS[method]))
+    oracle = DenseAdapter(METHODS[method], host.base, adapter.tensors(), MASK, scale=scale)
+    expected = oracle.attach(plain)(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    assert relative_error(host(IDS, MASK, [("a", scale)] * 2).logits[MASK.bool()], expected) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", sorted(ALL_METHODS.keys() - {"dora", "mixdora"}))
+def test_every_method_scales_as_if_its_last_factor_were_multiplied(method):
+    host = tiny_host(configs={"a": ALL_METHODS[method], "halved": ALL_METHODS[method]})
+    tensors = host.adapters["a"].tensors()
+    host.adapters["halved"].load_tensors(
+        {key: t * 0.5 if key.endswith(("lora_B", "lambda_b")) else t for key, t in tensors.items()}
+    )
+    out = host(IDS, MASK, [("a", 0.5), "halved"])
+    alone = host(IDS, MASK, ["halved", ("a", 0.5)])
+    torch.testing.assert_close(out.logits, alone.logits, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_scale_1_is_the_adapter_and_scale_0_the_base_model(method):
+    host = tiny_host(configs={"a": ALL_METHODS[method]})
+    assert torch.equal(host(IDS, MASK, [("a", 1.0)] * 2).logits, host(IDS, MASK, ["a"] * 2).logits)
+    nothing, base = host(IDS, MASK, [("a", 0.0)] * 2).logits, host(IDS, MASK).logits
+    torch.testing.assert_close(nothing, base, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_rows_of_different_scales_share_a_batch():
+    host, ids = tiny_host(), tiny_ids(len(MIXED))
+    alone = [host(ids[row : row + 1], None, [MIXED[row]]).logits for row in range(len(MIXED))]
+    torch.testing.assert_close(host(ids, None, MIXED).logits, torch.cat(alone), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_session_and_generate_continue_rows_at_their_scales():
+    host, ids = tiny_host(), tiny_ids(len(MIXED), 5)
+    session = host.prefill(ids, None, MIXED)
+    tokens = session.logits.argmax(-1)
+    expected = host(torch.cat([ids, tokens.unsqueeze(1)], dim=1), None, MIXED).logits[:, -1]
+    torch.testing.assert_close(host.decode(session, tokens), expected, rtol=1e-9, atol=1e-9)
+    new = host.generate(ids, torch.ones_like(ids), MIXED, max_new_tokens=1, do_sample=False)
+    assert new[:, -1].equal(tokens)
+
+
+GROUPED = [None, "lora", "lora", "dora", "mixlora", "mixdora", "mixdora"]
+UNGROUPED = ["mixdora", "lora", None, "mixlora", "lora", "dora", "mixdora"]
+LENGTHS_OF_SEVEN = [7, 4, 6, 7, 5, 3, 7]
+
+
+def diverge(host: Host, name: str, value: float) -> None:
+    with torch.no_grad():
+        for parameter in host.adapters[name].parameters():
+            parameter.fill_(value)
+
+
+@pytest.mark.parametrize("names", [GROUPED, UNGROUPED], ids=["grouped", "mixed"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("diverged", METHODS)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_logits_of_other_rows_are_bit_equal(family, diverged, value, names):
+    host, ids, mask = tiny_host(family), tiny_ids(7), padded_mask(LENGTHS_OF_SEVEN)
+    others = [row for row, name in enumerate(names) if name != diverged]
+    with torch.no_grad():
+        before = host(ids, mask, names).logits
+        diverge(host, diverged, value)
+        after = host(ids, mask, names).logits
+    assert not after[[row for row in range(7) if row not in others]].isfinite().all()
+    assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("names", [GROUPED, UNGROUPED], ids=["grouped", "mixed"])
+@pytest.mark.parametrize("diverged", METHODS)
+@pytest.mark.parametrize("family", ["phi3"])
+def test_gradients_of_other_adapters_are_bit_equal(family, diverged, names, checkpointing):
+    host, ids, mask = tiny_host(family), tiny_ids(7), padded_mask(LENGTHS_OF_SEVEN)
+    host.train().enable_gradient_checkpointing(checkpointing)
+    results = []
+    for value in (None, torch.nan):
+        if value is not None:
+            diverge(host, diverged, value)
+        states = host.hidden(ids, mask, names, sample_keys=range(7)).last_hidden_state
+        real = mask.bool()
+        host.token_losses(states[real], ids[real]).sum().backward()
+        results.append({name: parameter_grads(a) for name, a in host.adapters.items()})
+    assert all(grad.isnan().any() for grad in results[1].pop(diverged).values())
+    for name, grads in results[1].items():
+        assert all(torch.equal(grad, results[0][name][key]) for key, grad in grads.items()), name

@@ -1,0 +1,144 @@
+"""Small forwards without gradients: like adapters are computed together, and nobody notices."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+
+from loraloom.host.host import Host, HostOutput
+from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids
+
+ROWS = ["lora", None, "mixlora-b", "lora-b", "mixlora", "mixlora-b", "dora", None, "mixdora"]
+ROWS += ["lora"]
+
+
+def host_with_pairs(family: str) -> Host:
+    """A host with two like adapters of some methods; the second ones have other weights."""
+    host = tiny_host(family)
+    for name in ("lora", "mixlora"):
+        first = host.adapters[name]
+        second = host.add(f"{name}-b", METHODS[name], seed=5)
+        second.load_tensors({key: value.roll(1, 0) for key, value in first.tensors().items()})
+    return host
+
+
+def test_the_record_follows_the_rows_when_scales_come_and_go():
+    host, ids = tiny_host(configs={"mix": METHODS["mixlora"]}), tiny_ids(2, 3)
+    whole, half = "mix", ("mix", 0.5)
+    with torch.no_grad(), host.prepared():
+        host(ids, adapters=[whole, half])
+        swapped = host(ids, adapters=[half, whole]).routing["mix"]
+    with torch.no_grad():
+        alone = [
+            host(ids[[r]], adapters=[one]).routing["mix"] for r, one in enumerate((half, whole))
+        ]
+    for layer, record in enumerate(swapped):
+        expected = torch.cat([one[layer].router_logits for one in alone])
+        torch.testing.assert_close(record.router_logits, expected, rtol=0, atol=1e-10)
+
+
+def stacked(host: Host, ids: torch.Tensor, rows) -> HostOutput:
+    """Run a small forward on prepared weights."""
+    with torch.no_grad(), host.prepared():
+        return host(ids, None, rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_rows_get_what_the_way_with_gradients_gives_them(family, length):
+    host, ids = host_with_pairs(family), tiny_ids(len(ROWS), length)
+    with_gradients = host(ids, None, ROWS)
+    out = stacked(host, ids, ROWS)
+    torch.testing.assert_close(out.logits, with_gradients.logits.detach(), rtol=1e-9, atol=1e-9)
+    assert out.routing.keys() == with_gradients.routing.keys()
+    for name, layers in out.routing.items():
+        for ours, theirs in zip(layers, with_gradients.routing[name], strict=True):
+            assert ours.layer == theirs.layer
+            assert ours.selected_experts.equal(theirs.selected_experts)
+            torch.testing.assert_close(ours.router_logits, theirs.router_logits.detach())
+            torch.testing.assert_close(ours.routing_weights, theirs.routing_weights.detach())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("diverged", ["lora", "mixlora-b", "dora", "mixdora"])
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_diverged_adapter_leaves_its_companions_alone(family, diverged):
+    host, ids = host_with_pairs(family), tiny_ids(len(ROWS), 2)
+    before = stacked(host, ids, ROWS).logits
+    for parameter in host.adapters[diverged].parameters():
+        parameter.fill_(torch.nan)
+    after = stacked(host, ids, ROWS).logits
+    others = [row for row, name in enumerate(ROWS) if name != diverged]
+    assert torch.equal(after[others], before[others])
+    assert not after[ROWS.index(diverged)].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [
+        *((method, ("q_proj", "v_proj")) for method in ("lora", "dora", "mola")),
+        *((method, ("k_proj", "up_proj")) for method in ("lora", "mixdora", "hydralora")),
+        *((method, ("o_proj", "down_proj")) for method in ("dora", "mixlora", "mola")),
+        *((method, "ffn") for method in ("vera", "mixlora", "mola")),
+    ],
+)
+def test_adapters_of_some_projections_are_stacked_too(method, targets):
+    part = changed(ALL_METHODS[method], target_modules=targets)
+    host = tiny_host(configs={"part": part, "part-b": part, "whole": ALL_METHODS["lora"]})
+    ids, rows = tiny_ids(5, 2), ["part-b", "whole", None, "part", "part-b"]
+    expected = host(ids, None, rows).logits.detach()
+    torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_an_adapter_is_brought_into_compute_form_once(monkeypatch):
+    """Whoever decodes beside it, and whoever comes and goes."""
+    host, made = host_with_pairs("llama"), Counter()
+
+    def count(adapter):
+        whole = adapter.ffn_weights
+        monkeypatch.setattr(
+            adapter,
+            "ffn_weights",
+            lambda layer, dtype: (made.update([(adapter.name, layer)]), whole(layer, dtype))[1],
+        )
+
+    names = ("mixlora", "lora-b", "lora", "mixlora-b")
+    for name in names:
+        count(host.adapters[name])
+    session = host.prefill(tiny_ids(1), None, names[:1])
+    for name in names[1:] * 3:
+        session.join(host.prefill(tiny_ids(1), None, [name], session.prepared))
+        host.decode(session, session.logits.argmax(-1))
+    for _ in range(9):
+        session.keep([*range(1, len(session.adapters))])
+        host.decode(session, session.logits.argmax(-1))
+    assert len(made) == 2 * len(names)
+    assert set(made.values()) == {1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lora", "mixdora", "hydralora"])
+def test_like_adapters_that_have_no_rows_change_nothing(method):
+    """Not while they lie between the others, and not when they are too many and go."""
+    host, ids = tiny_host(configs=dict.fromkeys("abcdef", ALL_METHODS[method])), tiny_ids(6, 1)
+    batches = [[*"abcdef"], [*"acf", None, *"ca"], [*"afa", None, *"fa"], [*"bbbbbb"], [*"fedcba"]]
+    with host.prepared():
+        served = [host(ids, None, rows) for rows in batches]
+    for rows, out in zip(batches, served, strict=True):
+        expected = host(ids, None, rows)
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-9, atol=1e-9)
+        assert out.routing.keys() == expected.routing.keys()
+
+
+def test_what_was_made_of_a_forgotten_adapter_is_freed():
+    host = host_with_pairs("llama")
+    session = host.prefill(tiny_ids(3, 1), None, ["lora", "mixlora", "lora-b"])
+    session.keep([0, 1])
+    session.prepared.forget(host.adapters["lora-b"])
+    gone = weakref.ref(host.adapters["lora-b"])
+    host.remove("lora-b")
+    assert gone() is None
+    host.decode(session, session.logits.argmax(-1))
