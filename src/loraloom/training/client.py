@@ -74,7 +74,7 @@ class Request:
 class OptimStepOutput(NamedTuple):
     """What `optim_step` did."""
 
-    step: int  # steps done
+    step: int  # calls of `optim_step` so far, as steps of a job: skipped ones count
     grad_norm: float  # before clipping
     is_skipped: bool = False  # as the gradient overflowed float16; losses are scaled by less now
 
@@ -247,7 +247,7 @@ class TrainingClient:
         if not is_skipped:
             with optimizers.rates_of_their_own(*how):
                 self._optimizer.step()
-            self.step += 1
+        self.step += 1
         self.zero_grad()
         return OptimStepOutput(self.step, grad_norm, is_skipped)
 
