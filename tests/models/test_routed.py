@@ -256,7 +256,8 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     assert all(torch.equal(after[name], t) for name, t in before.items())
     assert len(after) > len(before)
     assert fit.accuracy == 1
-    assert {*fit.chosen} == {"chem"}  # the others' held-out prompts were seen before
+    assert fit.accuracies == dict.fromkeys(NAMES, 1.0)
+    assert fit.before.accuracies == dict.fromkeys(LORAS, 1.0)  # of the experts that it had
     with pytest.raises(AdapterError, match="expert 'chem' exists already"):
         host.add_experts("auto3", {"chem": "chem"}, name="auto4")
     chosen = host.choose([of[0] for of in prompts.values()], ["auto3"] * 3)
@@ -264,6 +265,21 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     host.prune("auto3", [2, 0], name="less")
     left = host.choose([prompts["law"][0], prompts["chem"][0]], ["less"] * 2)
     assert [one.adapter for one in left] == ["less/law", "less/chem"]
+
+
+def test_a_further_experts_fit_counts_the_prompts_that_it_takes_from_the_others():
+    host, fit = fitted(LORAS)
+    assert fit.before is None
+    host.add("chem", RANKS["chem"])
+    host.add_experts("auto", {"chem": "chem"}, name="auto3")
+    # half of the law's prompts have the new expert's word too
+    law = [[10, *[12] * 4 * (row % 2), *prompt[1:]] for row, prompt in enumerate(prompts_of(0, 30))]
+    prompts = {"law": law, "math": prompts_of(1), "chem": prompts_of(2, 90)}
+    fit = fit_router(host, build_tokenizer(), "auto3", prompts, only=["chem"])
+    assert fit.before.accuracies == {"law": 1, "math": 1}
+    assert fit.accuracies == {"law": 1, "math": 0, "chem": 1}
+    assert fit.chosen["math"] == {"chem": 2}
+    assert fit.accuracy == 24 / 26
 
 
 @pytest.mark.parametrize("router", ["token", "arrow"])
