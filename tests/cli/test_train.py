@@ -100,9 +100,13 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
     del job["eval"]
     asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference --max-length 64"
     assert next_words(run, [done])["Evaluate"] == shlex.split(asked)
-    job["data"]["fields"] = {"prompt": "question"}
-    data = next_words(run, [done])["Evaluate"][-5]
-    assert data == '{"dataset": "HELD_OUT.jsonl", "fields": {"prompt": "question"}}'
+    job["data"] |= {"fields": {"prompt": "question"}, "template": "plain"}
+    data = json.loads(next_words(run, [done])["Evaluate"][-5])
+    assert data == {
+        "dataset": "HELD_OUT.jsonl",
+        "template": "plain",
+        "fields": {"prompt": "question"},
+    }
     done.job = "base"  # a name that --adapter has for the base model
     assert "base-adapter=out/a" in next_words(run, [done])["Generate"]
 

@@ -136,6 +136,8 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         source = held_out or next(iter(trained_on), None)
         # what adapters don't tell: columns, and a format that is not that of the prompts
         names = {"fields"} if held_out is None else {"fields", "split", "config"}
+        if source is not None and source.format == "preference":
+            names.add("template")
         own = {} if source is None else source.model_dump(include=names, exclude_none=True)
         data = "HELD_OUT.jsonl" if held_out is None else held_out.dataset
         asked = {"--dataset": json.dumps({"dataset": data, **own}) if own else data}

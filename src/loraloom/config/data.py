@@ -203,7 +203,8 @@ class _SourceFields(StrictModel):
     format: DataFormat | None = None
     """Data set: whether rows are instructions, conversations, plain text or preferences."""
     template: str | None = Field(default=None, min_length=1)
-    """Instructions: prompt template, alpaca, plain, a Jinja string or a file. Default: alpaca."""
+    """Instructions, preferences between strings: prompt template, alpaca, plain, a Jinja string or
+    a file. Default: alpaca for instructions; preferences' prompts are used as they are."""
     chat_template: str | None = Field(default=None, min_length=1)
     """Conversations: chat template, a Jinja string or file; null: the tokenizer's.
     trl: the trl package's training version of the tokenizer's template."""
@@ -222,7 +223,7 @@ class _SourceFields(StrictModel):
             (self.task is not None, _OF_DATASETS, "a task, only for a dataset"),
             (self.dataset is not None, ["path", "scoring"], "a dataset, only for a task"),
             (_is_file(self.dataset), ["split", "config"], f"a file ({self.dataset})"),
-            (kind not in ("instruction", None), ["template"], f"format {kind}"),
+            (kind not in ("instruction", "preference", None), ["template"], f"format {kind}"),
             (kind in ("instruction", "text"), ["chat_template"], f"format {kind}"),
         ]
         for applies, names, what in rules:

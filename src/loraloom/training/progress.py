@@ -218,6 +218,8 @@ class Reporter:
             with self._noting_faults(name, job.name):
                 trackers.append(open_tracker(name, directory, job.position.step + 1, config))
         self._progress.add(job)
+        for warning in job.warnings:
+            self.message(f"warning: job {job.name}: {warning}")
 
     def step(self, job: Job, metrics: Mapping[str, Any], seconds: float) -> None:
         self._log(job.name, {**metrics, "seconds": round(seconds, 3)})
