@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.method import Adapter
 from loraloom.data.tokens import TokenPair
+from loraloom.devices import free_memory
 from loraloom.errors import DataError, not_finite
 from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
-from loraloom.generation.scoring import free_memory, make_rows, score_rows, too_large
+from loraloom.generation.scoring import make_rows, score_rows, too_large
 from loraloom.generation.sequence import GenerationRequest, RequestError, Row, Sink, log_failure
 from loraloom.models.forward import Record
 from loraloom.models.host import Host

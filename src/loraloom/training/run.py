@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from loraloom.config.text import local_path
+from loraloom.devices import restored_limit
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.generation.loading import load_host
 from loraloom.models.host import Host
@@ -220,15 +221,12 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
 def _borrowed(host: Host) -> Iterator[None]:
     """Give a host back as it was; after an error or a signal, without the run's adapters."""
     names, before = set(host.adapters), (host.ranks, host.gradient_checkpointing)
-    is_on_cuda = host.device.type == "cuda"  # whose memory `memory_limit` bounds for the process
-    share = torch.cuda.get_per_process_memory_fraction(host.device) if is_on_cuda else 1.0
     try:
-        yield
+        with restored_limit(host.device):
+            yield
     except BaseException:
         for name in host.adapters.keys() - names:
             host.remove(name)
         raise
     finally:
         host.ranks, host.gradient_checkpointing = before
-        if is_on_cuda:
-            torch.cuda.set_per_process_memory_fraction(share, host.device)
