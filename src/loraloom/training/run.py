@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from loraloom.config.text import local_path
 from loraloom.devices import restored_limit
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
 from loraloom.models.host import Host
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
@@ -149,9 +149,15 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"RANK and WORLD_SIZE must be set together, as torchrun does, got {given[0]} alone; "
             "start the run with torchrun, or unset both variables"
         )
-    get, size = environment.get, environment.get("WORLD_SIZE", 1)
-    numbers = get("RANK", 0), size, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", size)
-    return Launch(*map(int, numbers))
+    size = environment.get("WORLD_SIZE", "1")
+    defaults = {"RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
+    numbers = {name: environment.get(name, default) for name, default in defaults.items()}
+    if odd := [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]:
+        raise ConfigError(
+            f"{', '.join(defaults)} must be whole numbers, as torchrun sets them, got "
+            f"{shown(odd[0])}; start the run with torchrun, or unset these variables"
+        )
+    return Launch(*map(int, numbers.values()))
 
 
 def choose_device(

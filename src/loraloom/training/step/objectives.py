@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from loraloom.data.tokens import Example, TrainingExample, count_labels
+from loraloom.errors import ConfigError
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, ObjectiveConfig
@@ -109,9 +110,22 @@ def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
     return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
 
 
+def _own_terms(
+    config: ObjectiveConfig, scored: ScoredSamples, totals: StepTotals
+) -> ObjectiveTerms:
+    terms = ObjectiveTerms(*config.terms(scored, totals))
+    for name, value in {"loss": terms.loss, **terms.metrics}.items():
+        if shape := list(torch.as_tensor(value).shape):
+            raise ConfigError(
+                f"objective {config.name}: {name} must be a scalar, got a tensor of shape {shape}; "
+                f"return its sum or mean from {type(config).__name__}.terms"
+            )
+    return terms
+
+
 def build_objective(config: ObjectiveConfig) -> Objective:
     if type(config).terms is not ObjectiveConfig.terms:
-        return lambda scored, totals: ObjectiveTerms(*config.terms(scored, totals))
+        return partial(_own_terms, config)
     match config:
         case DpoConfig():
             return partial(dpo, config)
