@@ -96,9 +96,12 @@ def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
 
 def test_another_shape_is_an_error_that_names_the_tensor(saved):
     shapes = llama_base().shapes | {"self_attn.k_proj": (16, 64)}
-    message = r"other shapes: layers\.0\.self_attn\.k_proj\.lora_B \(32, 2\), not \(16, 2\)"
+    message = (
+        r"other \(llama\)\. Load the base model .* trained on, some-org/tiny-llama; .* other "
+        r"shapes: layers\.0\.self_attn\.k_proj\.lora_B \(32, 2\), not \(16, 2\)"
+    )
     with pytest.raises(AdapterError, match=message):
-        read_adapter(saved, llama_base(shapes=shapes))
+        read_adapter(saved, llama_base(name_or_path="other", shapes=shapes))
 
 
 def test_other_modules_are_another_base_model(saved, base):
@@ -124,7 +127,7 @@ def test_files_without_a_fingerprint_warn_of_a_base_model_of_another_name(base, 
     write(tmp_path, base)
     weights = tmp_path / "adapter_model.safetensors"
     save_file(load_file(weights), weights)  # as PEFT writes it
-    message = r"trained on some-org/tiny-llama \(.*the base model here is some-org/other"
+    message = "trained on some-org/tiny-llama, but the base model here is some-org/other. Loading"
     with pytest.warns(UserWarning, match=message):
         read_adapter(tmp_path, replace(base, name_or_path="some-org/other"))
     with warnings.catch_warnings():
