@@ -347,7 +347,8 @@ class ServedAdapters:
                 raise unknown_model(name)
             if name in self._served and files != await _in_thread(partial(files_of, source)):
                 self._remove(adapter)
-                raise RequestError("its files are being written")
+                fault = f"the files of adapter {shown(name)} are being written; retry later"
+                raise RequestError(fault, "queue_full")
             self._put(adapter, "its directory")
             return adapter
         except LoraloomError as error:

@@ -3,15 +3,11 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from loraloom.generation.sequence import RequestError
-
-
-def _future() -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().create_future()
 
 
 @dataclass(eq=False)
@@ -20,7 +16,7 @@ class Waiting:
 
     name: str
     tenant: str
-    served: asyncio.Future[Any] = field(default_factory=_future)
+    served: asyncio.Future[Any]
 
 
 class WaitingLine:
@@ -44,7 +40,7 @@ class WaitingLine:
         equal_part = self._max_waiting // len({*num_waiting, tenant})
         if len(self) >= self._max_waiting and num_waiting[tenant] >= equal_part:
             raise no_place(f"{num_waiting[tenant]} requests wait for adapters that are not loaded")
-        request = Waiting(name, tenant)
+        request = Waiting(name, tenant, asyncio.get_running_loop().create_future())
         self._requests.append(request)
         return request
 
