@@ -20,7 +20,7 @@ from loraloom.generation import loading
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.adapters import ServedAdapters
-from loraloom.serve.process import bound_memory, is_loopback, read_keys, start_apart
+from loraloom.serve.process import LineFormatter, bound_memory, is_loopback, read_keys, start_apart
 
 # Options that vLLM heeds too.
 _OF_BOTH = {
@@ -35,7 +35,8 @@ class ServeOptions(HostOptions):
     adapter_dir: DirectoryPath | None = None
     """Serve the adapters in this directory; load each at its first request."""
     max_adapters: Annotated[int, Section.LIMITS] = Field(default=8, ge=1)
-    """Keep at most N adapters of --adapter-dir loaded."""
+    """Keep at most N adapters of --adapter-dir loaded, and one more for each API key that would
+    otherwise have none while others use all."""
     max_adapter_bytes: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=1)
     """Keep at most N bytes of adapters loaded. Default: no limit."""
     host: Annotated[str, Section.SERVER] = "127.0.0.1"
@@ -133,10 +134,11 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
         engine, adapters, tokenizer = start_apart(lambda: _prepare(options, sock)).result()
         loads = (options.allow_loading, options.adapter_root)
         allowed = ApiOptions(keys, admin_keys, *loads, options.cors_origin, options.host)
-        server = Server(create_app(engine, tokenizer, adapters, allowed), engine)
+        app = create_app(engine, tokenizer, adapters, allowed)
+        server = Server(app, engine, adapters.end_downloads)
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.getLogger("loraloom").addHandler(handler)
+        handler.setFormatter(LineFormatter())
+        logging.getLogger().addHandler(handler)  # of others' errors too
         logging.getLogger("loraloom").setLevel(logging.INFO)
         server.run([sock])
 
@@ -158,7 +160,7 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
         asyncio.run(adapters.load(name, path, replace=True))
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
-    print(f"models: {', '.join([adapters.base_name, *adapters.names()])}")
+    print(f"models: {', '.join([adapters.base_name, *asyncio.run(adapters.names())])}")
     if (directory := options.adapter_dir) and not any(directory.glob(f"*/{CONFIG_FILE}")):
         deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)
         advice = f"; pass --adapter-dir {deeper.parents[1]}" if deeper else ""

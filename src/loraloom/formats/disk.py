@@ -56,7 +56,8 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
     if path.exists():
         return path
     if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(path_or_hub_id):
-        raise FormatError(f"an adapter must be an existing directory or a Hub ID, got {path}")
+        text = shown(str(path))
+        raise FormatError(f"an adapter must be an existing directory or a Hub ID, got {text}")
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
     except _HUB_ERRORS as error:

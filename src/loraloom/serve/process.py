@@ -2,6 +2,7 @@
 
 import ctypes
 import ipaddress
+import logging
 import os
 import platform
 import threading
@@ -10,10 +11,23 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from loraloom.errors import ConfigError
+from typing_extensions import override
+
+from loraloom.errors import ConfigError, plain
 
 _Value = TypeVar("_Value")
 _ARENA_MAX = -8  # of malloc.h
+
+
+class LineFormatter(logging.Formatter):
+    """Writes records so that no text in one looks like another, or steers a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record)).replace("\n", "\n    ")
 
 
 def is_loopback(host: str) -> bool:

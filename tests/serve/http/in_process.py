@@ -35,7 +35,7 @@ def serving(
     shelf = ServedAdapters(host, base, directory, max_adapters, engine.forget)
     app = create_app(engine, tokenizer, shelf, options)
     with listen("127.0.0.1", 0) as sock:
-        server = Server(app, engine)
+        server = Server(app, engine, shelf.end_downloads)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:

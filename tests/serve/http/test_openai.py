@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loraloom import Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router, generate
 from loraloom.adapters.weighted_sum import WeightedSum
+from loraloom.errors import shown
 from loraloom.serve.http.bridge import Backend
 from tests.serve.http.in_process import BASE
 from tests.tiny import METHODS
@@ -177,6 +180,34 @@ def test_models_are_the_base_and_its_adapters(client, saved):
     assert client.models.retrieve(BASE).parent is None
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")
+
+
+def test_models_have_revisions_once_they_are_loaded(client, host, saved):
+    shutil.copytree(saved / "lazy-lora", directory := saved / "revised")
+    model = client.models.retrieve("revised")
+    assert (model.loaded, model.revision) == (False, None)
+    revisions = set()
+    for name in ("lora", "mixlora"):
+        host.save(name, directory, overwrite=True)
+        chat(client, "revised", max_tokens=1)
+        model = client.models.retrieve("revised")
+        assert model.loaded
+        revisions.add(model.revision)
+    assert len(revisions - {None}) == 2
+    shutil.rmtree(directory)
+
+
+def test_metrics_forget_adapters_that_are_gone(client, served, saved):
+    load = {"lora_name": "gone", "lora_path": str(saved / "lazy-lora")}
+    client.post("/load_lora_adapter", body=load, cast_to=str)
+    with chat(client, "gone", stream=True, max_tokens=100) as stream:
+        next(iter(stream))
+        client.post("/unload_lora_adapter", body={"lora_name": "gone"}, cast_to=str)
+        assert 'model="gone"' in httpx2.get(f"{served[0]}/metrics").text  # it is in use
+    while 'model="gone"' in (text := httpx2.get(f"{served[0]}/metrics").text):
+        time.sleep(0.01)
+    assert 'loraloom_requests_total{model="lora"' in text
+    assert served[1].counts["requests", "gone", "cancelled"] == 0
 
 
 def test_adapters_come_and_go(client, saved):
@@ -348,8 +379,11 @@ def test_null_is_as_if_a_field_were_not_there(client):
     assert left_out.choices[0].message.content == given.choices[0].message.content
 
 
-@pytest.mark.parametrize("model", ["nobody", "../lora", "lora/../lora", "LORA", "a" * 300])
+@pytest.mark.parametrize(
+    "model", ["nobody", "meta-llama/Llama-3", "lora/../lora", "LORA", "a" * 300]
+)
 def test_an_unknown_model_is_not_found(client, model):
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, model)
     assert caught.value.body["code"] == "model_not_found"
+    assert shown(model) in caught.value.body["message"]

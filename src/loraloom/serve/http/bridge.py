@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
 from loraloom.config.fields import checked
 from loraloom.data.tokens import text_of_token
-from loraloom.errors import AdapterError, FormatError, shown
+from loraloom.errors import AdapterError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.sampling import SamplingConfig, end_tokens
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError, Row, log_failure
 from loraloom.models.choice import told
 from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
-from loraloom.serve.http.guards import TENANT, USAGE, answer_to
+from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.http.tools import JsonConstraint
 from loraloom.serve.process import start_apart
@@ -62,11 +62,11 @@ class Backend:
         ends = end_tokens(self.engine.host, self.tokenizer)
         return from_tokenizer(self.tokenizer, n_vocab=size, eos_token=ends)  # pyright: ignore
 
-    async def acquire(self, model: str) -> tuple[ServedAdapter, RowAdapter]:
+    async def acquire(self, model: str, tenant: str = "") -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
         adapters, host = self.adapters, self.engine.host
         if model == adapters.base_name:
-            return await adapters.acquire(model), None
+            return await adapters.acquire(model, tenant), None
         weighted = _weighted(model, adapters.base_name)
         # what is behind a slash is one of a routed adapter's own
         names = [name.partition("/")[0] for name, _ in weighted]
@@ -74,13 +74,11 @@ class Backend:
             raise unknown_model(model)
         one, several = adapters.acquire, adapters.acquire_sum
         try:
-            served = await (several(names) if len(names) > 1 else one(names[0]))
-        except (FormatError, AdapterError) as error:
-            log_failure(f"adapter {shown(model)} could not be loaded", error)
-            raise RequestError(
-                f"the adapter {shown(model)} cannot be loaded; see the server's log",
-                "broken_adapter",
-            ) from None
+            served = await (several(names, tenant) if len(names) > 1 else one(names[0], tenant))
+        except RequestError as error:
+            if error.code != "model_not_found" or len(names) > 1:
+                raise
+            raise unknown_model(model) from None  # all of what may be the name of a base model
         row: list[tuple[str, float]] = []
         try:
             for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
@@ -129,6 +127,7 @@ class Exchange(ABC):
         self._num_new = 0
         self._http = http
         http.scope[USAGE] = self.usage
+        http.scope[MODEL] = body.model
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
@@ -229,7 +228,7 @@ class Exchange(ABC):
         """Hand the engine what a model is asked for."""
         engine, adapters = self.backend.engine, self.backend.adapters
         tenant = self._http.scope.get(TENANT, "")
-        served, adapter = await self.backend.acquire(self.body.model)
+        served, adapter = await self.backend.acquire(self.body.model, tenant)
         release = partial(self.backend.call, adapters.release, served)
         try:
             requests = await run_in_threadpool(self.requests, adapter, served.name)

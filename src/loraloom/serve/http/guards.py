@@ -5,6 +5,7 @@ Errors are objects as OpenAI's clients expect them, with a status code that fits
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraloom.errors import AdapterError, LoraloomError, plain
+from loraloom.errors import AdapterError, LoraloomError, plain, shown
 from loraloom.generation.sequence import RequestError
+from loraloom.serve.process import is_loopback
 
 # Pages of the playground and health hold nothing of the server's, and need no key.
 PAGES = {
@@ -33,6 +35,8 @@ MAX_BODY_BYTES = 2 << 20
 TENANT = "loraloom.tenant"
 # And what gives its tokens, if it asks for completions.
 USAGE = "loraloom.usage"
+# And which model it names.
+MODEL = "loraloom.model"
 # Code of an error -> status; 400 for others.
 _STATUS = {
     "model_not_found": 404,
@@ -40,6 +44,7 @@ _STATUS = {
     "client_gone": 499,
     "broken_adapter": 500,
     "timeout": 504,
+    "stopping": 503,
     "adapter_memory": 507,
 }
 
@@ -109,6 +114,9 @@ class AccessGuard:
     def __init__(self, app: ASGIApp, options: ApiOptions):
         self._app = app
         self._is_open = not options.api_keys
+        # a web page may have its own name lead to this machine, which would be asked for by it
+        local = ("localhost", "127.0.0.1", "[::1]", options.host)
+        self._hosts = local if is_loopback(options.host) else ()
         self._admins = [_digest(key.encode()) for key in options.admin_keys]
         self._users = [*self._admins, *(_digest(key.encode()) for key in options.api_keys)]
 
@@ -134,6 +142,10 @@ class AccessGuard:
         await self._app(scope, counted, send)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
+        if self._hosts and host not in self._hosts:
+            names = ", ".join(self._hosts[:3])
+            return error_response(400, f"the Host header must be of {names}, got {shown(host)}")
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = _digest(key.strip()) if kind.lower() == b"bearer" else b""
         is_user, is_admin = (
