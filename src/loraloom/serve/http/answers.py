@@ -13,8 +13,9 @@ from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
+from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
-from loraloom.serve.http.tools import CallStream, compile_grammar, json_grammar
+from loraloom.serve.http.tools import CallStream
 
 
 class ChatExchange(Exchange):
@@ -29,10 +30,12 @@ class ChatExchange(Exchange):
         self._streams = [CallStream(names) for _ in range(body.n)] if names else []
 
     @override
+    def grammar(self) -> str | None:
+        return json_grammar(self.body)
+
+    @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        grammar = json_grammar(body)
-        constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
         prompt = chat_prompt(body, adapter)
         ((ids, turn_end, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
         self.num_prompt = len(ids)
@@ -41,7 +44,7 @@ class ChatExchange(Exchange):
             ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return self.several(request, max_tokens, constraint or None)
+        return self.several(request, max_tokens, self.constraint)
 
     @override
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
@@ -83,6 +86,10 @@ class TextExchange(Exchange):
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
     _prompts: list[list[int]]
+
+    @override
+    def grammar(self) -> None:
+        return None
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:

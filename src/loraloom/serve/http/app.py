@@ -72,6 +72,7 @@ def create_app(
         yield
         engine.stop()
         await run_in_threadpool(thread.join)
+        backend.grammars.close()
 
     metrics = Metrics(engine, adapters)
     # its pages of documents load scripts from elsewhere, its redirects know no proxy

@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
@@ -27,9 +26,9 @@ from loraloom.generation.sequence import GenerationRequest, Piece, RequestError,
 from loraloom.models.choice import told
 from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
+from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
 from loraloom.serve.http.guards import TENANT, USAGE, answer_to
 from loraloom.serve.http.schemas import SamplingBody
-from loraloom.serve.http.tools import JsonConstraint
 from loraloom.serve.process import start_apart
 
 
@@ -56,11 +55,10 @@ class Backend:
         return cache(partial(text_of_token, self.tokenizer))
 
     @cached_property
-    def grammar_tokenizer(self) -> Any:  # takes a second
+    def grammars(self) -> GrammarCompiler:
         # ids beyond the embedding are cut off
         size = max(self.engine.host.config.vocab_size, len(self.tokenizer))
-        ends = end_tokens(self.engine.host, self.tokenizer)
-        return from_tokenizer(self.tokenizer, n_vocab=size, eos_token=ends)  # pyright: ignore
+        return GrammarCompiler(self.tokenizer, size, end_tokens(self.engine.host, self.tokenizer))
 
     async def acquire(self, model: str) -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
@@ -129,12 +127,17 @@ class Exchange(ABC):
         self._num_new = 0
         self._http = http
         http.scope[USAGE] = self.usage
+        self.constraint: JsonConstraint | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
         # nothing else reads from the connection while the engine works
         self._gone = asyncio.create_task(self._until_disconnected())
         self._gone.add_done_callback(self._cancel_rows)
+
+    @abstractmethod
+    def grammar(self) -> str | None:
+        """What answers must keep to."""
 
     @abstractmethod
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -229,6 +232,9 @@ class Exchange(ABC):
         """Hand the engine what a model is asked for."""
         engine, adapters = self.backend.engine, self.backend.adapters
         tenant = self._http.scope.get(TENANT, "")
+        grammar = self.grammar()
+        if grammar is not None:
+            self.constraint = await self.backend.grammars.compile(grammar, tenant)
         served, adapter = await self.backend.acquire(self.body.model)
         release = partial(self.backend.call, adapters.release, served)
         try:

@@ -1,14 +1,10 @@
-"""Calls of tools, and answers that keep to a JSON schema.
-
-Models write calls in the notations of their families:
+"""Calls of tools, which models write in the notations of their families:
 
     <tool_call>{"name": …, "arguments": {…}}</tool_call>     Hermes, Qwen, SmolLM3; perhaps several
     [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]          Mistral
     {"name": …, "parameters": {…}}                           Llama 3
 
 A text that is none of these, or names a tool that wasn't offered, stays a text.
-
-Axes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
-import llguidance
-import torch
 from openai.types.chat.chat_completion_message_function_tool_call import Function
-from torch import Tensor
-
-from loraloom.errors import ConfigError
-from loraloom.serve.http.schemas import ChatBody
 
 _OPENING = "<tool_call>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -33,8 +22,6 @@ _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _BEGINNING = re.compile(r"<tool_call>|<\w*\Z")
 _START = re.compile(rf"\s*(?:[\[{{]|<\||{_BEGINNING.pattern}|\Z)")
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
-# Python's own way of writing JSON; where any space is allowed, small models never end.
-_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def parse_calls(text: str, names: Collection[str]) -> tuple[str, list[Function]]:
@@ -83,51 +70,3 @@ class CallStream:
 
     def finish(self) -> tuple[str, list[Function]]:
         return parse_calls(self._held, self._names)
-
-
-def json_grammar(body: ChatBody) -> str | None:
-    """Calls of tools or values of a schema, for llguidance; `$ref`s stay in their own schema."""
-    choices = []
-    if body.must_call:
-        for function in (tool["function"] for tool in body.callable_tools):
-            start = f'{{"name": {json.dumps(function["name"])}, "arguments": '
-            schema = {"type": "object", **(function.get("parameters") or {})}
-            choices.append(f'{json.dumps(start)} {_json(schema)} "}}"')
-    elif body.schema_of_answer is not None:
-        choices.append(_json(body.schema_of_answer))
-    return f"start: {' | '.join(choices)}" if choices else None
-
-
-def _json(schema: dict[str, Any]) -> str:
-    try:
-        return f"%json {json.dumps({**schema, 'x-guidance': _SPACING})}"
-    except RecursionError:
-        raise ConfigError("the JSON schema can't be used: it is nested too deeply") from None
-
-
-def compile_grammar(tokenizer: Any, grammar: str) -> JsonConstraint:
-    written = llguidance.LLMatcher.grammar_from_lark(grammar)
-    matcher = llguidance.LLMatcher(tokenizer, written, log_level=0)
-    if matcher.is_error():
-        raise ConfigError(f"the JSON schema can't be used: {matcher.get_error()}")
-    return JsonConstraint(matcher)
-
-
-@dataclass
-class JsonConstraint:
-    """The tokens that may follow in one completion."""
-
-    matcher: Any
-
-    def copy(self) -> JsonConstraint:
-        return JsonConstraint(self.matcher.deep_copy())
-
-    def allowed(self, num_tokens: int) -> Tensor:
-        biases = bytearray(self.matcher.compute_logit_bias())
-        known = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
-        return torch.nn.functional.pad(known, (0, num_tokens - len(known)))
-
-    def accept(self, token: int) -> bool:
-        if not self.matcher.consume_token(token):
-            raise ConfigError(f"the JSON schema can't be kept: {self.matcher.get_error()}")
-        return self.matcher.is_stopped()
