@@ -26,8 +26,9 @@ class ChatExchange(Exchange):
 
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
         super().__init__(backend, body, http)
-        names = [tool["function"]["name"] for tool in body.callable_tools]
-        self._streams = [CallStream(names) for _ in range(body.n)] if names else []
+        functions = [tool["function"] for tool in body.callable_tools]
+        tools = {function["name"]: function.get("parameters") for function in functions}
+        self._streams = [CallStream(tools) for _ in range(body.n)] if tools else []
 
     @override
     def grammar(self) -> str | None:
@@ -36,7 +37,7 @@ class ChatExchange(Exchange):
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        prompt = chat_prompt(body, adapter)
+        prompt = chat_prompt(body, adapter, is_foreign=not backend.allows_control_tokens)
         ((ids, turn_end, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -155,10 +156,10 @@ class TextExchange(Exchange):
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
 
 
-def chat_prompt(body: ChatBody, adapter: RowAdapter = None) -> Prompt:
+def chat_prompt(body: ChatBody, adapter: RowAdapter = None, *, is_foreign: bool = True) -> Prompt:
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
     tools: Any = None if body.tool_choice == "none" else body.tools
-    return Prompt(messages, adapter, origin="messages", tools=tools)
+    return Prompt(messages, adapter, origin="messages", tools=tools, is_foreign=is_foreign)
 
 
 def _called(calls: list[Function]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def create_app(
     options: ApiOptions | None = None,
 ) -> FastAPI:
     options = options or ApiOptions()
-    backend = Backend(engine, adapters, copy.deepcopy(tokenizer))
+    backend = Backend(engine, adapters, copy.deepcopy(tokenizer), options.allow_control_tokens)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -39,6 +39,7 @@ class Backend:
     engine: Engine
     adapters: ServedAdapters
     tokenizer: PreTrainedTokenizerBase
+    allows_control_tokens: bool = False
     loop: asyncio.AbstractEventLoop = field(init=False)
 
     def __post_init__(self) -> None:
