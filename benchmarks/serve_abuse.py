@@ -217,6 +217,44 @@ async def broken_adapter(server: Server) -> Outcome:
     return seen, answer.status_code == 500 and is_logged and not paths
 
 
+async def schemas(server: Server) -> Outcome:
+    """JSON schemas that overflow llguidance's stack, or take it minutes and gigabytes."""
+    links = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(10_000)}
+    anchors = {f"a{n}": {"$anchor": f"a{n}", "$ref": f"#a{n + 1}"} for n in range(3000)}
+    text = {"type": "string"}
+    bombs = [
+        {"$ref": "#/$defs/a0", "$defs": links | {"a10000": text}},
+        {"$ref": "#/$defs/a8000", "$defs": links | {"a10000": text}},
+        {"$ref": "#a0", "$defs": anchors},
+        {"type": "object", "properties": {f"p{n}": text for n in range(4500)}},
+        {"type": "integer", "multipleOf": 1234567},
+        {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
+        {"enum": [f"value number {n}" for n in range(50_000)]},
+    ]
+    messages = [{"role": "user", "content": "one"}]
+    body = {"model": "modest", "messages": messages, "max_tokens": 4}
+    kind = "json_schema"
+    async with server.client() as attacker, server.client("user-2") as http:
+        attacks = [
+            attacker.post(
+                "/v1/chat/completions",
+                json=body
+                | {"response_format": {"type": kind, kind: {"name": "a", "schema": bomb}}},
+            )
+            for bomb in bombs
+        ]
+        gathered = asyncio.gather(*attacks)
+        start = time.perf_counter()
+        answer = await http.post(
+            "/v1/chat/completions", json=body | {"response_format": {"type": "json_object"}}
+        )
+        waited = time.perf_counter() - start
+        answers = await gathered
+    statuses = Counter(one.status_code for one in answers)
+    seen = f"{dict(statuses)}; another key's {answer.status_code} after {waited:.2f} s"
+    return seen, answer.status_code == 200 and waited < 15 and statuses.keys() <= {200, 400}
+
+
 async def counts(server: Server) -> Outcome:
     """Every answer of /v1 so far, in the log."""
     async with server.client("nobody") as http:
@@ -259,6 +297,7 @@ ATTACKS: dict[str, Callable[[Server], Awaitable[Outcome]]] = {
         hub_out_of_reach,
         files_change,
         broken_adapter,
+        schemas,
         counts,
         sigterm,
     )

@@ -55,6 +55,8 @@ class ServeOptions(HostOptions):
     """Restrict loading to adapters below this directory, without the Hub."""
     cors_origin: Annotated[tuple[str, ...], Section.SERVER] = ()
     """Allow browser requests from this origin. Repeatable."""
+    allow_control_tokens: Annotated[bool, Section.SERVER] = False
+    """Read control tokens in chat messages, such as <|im_end|>, as such and not as text."""
     max_rows: Annotated[int, Section.LIMITS] = Field(default=32, ge=1)
     """Compute at most N completions at once."""
     cache_tokens: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=32)
@@ -133,7 +135,14 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
     with listen(options.host, options.port) as sock:
         engine, adapters, tokenizer = start_apart(lambda: _prepare(options, sock)).result()
         loads = (options.allow_loading, options.adapter_root)
-        allowed = ApiOptions(keys, admin_keys, *loads, options.cors_origin, options.host)
+        allowed = ApiOptions(
+            keys,
+            admin_keys,
+            *loads,
+            options.cors_origin,
+            options.host,
+            options.allow_control_tokens,
+        )
         app = create_app(engine, tokenizer, adapters, allowed)
         server = Server(app, engine, adapters.end_downloads)
         handler = logging.StreamHandler()

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
 from loraloom.data.chat import omitted_tools
+from loraloom.data.control_tokens import drop_marks, mark_control_tokens
 from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
@@ -29,6 +30,7 @@ class Prompt:
         tools: JSON schemas of functions that the answer to a conversation may call.
         fields: Further fields for the adapter's prompt template, for example `input`.
         last_alone: Whether only the last message is read if the form has no conversations.
+        is_foreign: Whether control tokens in its texts are read as plain text.
     """
 
     content: str | tuple[Message, ...]
@@ -37,6 +39,7 @@ class Prompt:
     tools: list[dict[str, Any]] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     last_alone: bool = False
+    is_foreign: bool = False
 
 
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
@@ -57,6 +60,12 @@ def encode_prompt(
     """Token ids of a prompt, and what ends an answer; None: it continues the prompt's text."""
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
+    if prompt.is_foreign:
+        (content, tools), mark = mark_control_tokens(tokenizer, (prompt.content, prompt.tools))
+        content = content if isinstance(content, str) else tuple(content)
+        marked = replace(prompt, content=content, tools=tools, is_foreign=False)
+        ids, turn_end = encode_prompt(tokenizer, marked, form, raw=raw)
+        return drop_marks(tokenizer, ids, mark) if mark else ids, turn_end
     content, more = prompt.content, prompt.fields.get("input")
     if more and isinstance(content, str) and not (raw or (form and form.format == "instruction")):
         content += f"\n\n{more}"  # which only a prompt template has a place for

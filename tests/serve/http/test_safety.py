@@ -72,6 +72,9 @@ def error_of(response, status):
         (json.dumps(CHAT | {"temperature": float("nan")}).encode(), "temperature"),
         (json.dumps(CHAT | {"seed": 10**30}).encode(), "seed"),
         (json.dumps(CHAT | {"max_tokens": -1}).encode(), "max_tokens"),
+        (json.dumps(CHAT | {"temperature": "1"}).encode(), "temperature"),
+        (json.dumps(CHAT | {"n": True}).encode(), "n"),
+        (json.dumps(CHAT | {"stream": "yes"}).encode(), "stream"),
         (json.dumps(CHAT | {"messages": [{"role": "wizard", "content": ""}]}).encode(), "role"),
         (json.dumps(CHAT | {"model": ["lora"]}).encode(), "model"),
         (json.dumps(CHAT | {"tools": [{"type": "x"}]}).encode(), "tools"),
@@ -372,3 +375,18 @@ def test_what_fails_in_a_stream_is_told_and_in_the_log(caplog):
     assert len(asyncio.run(events())) == 3
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert answer_to(not_finite("logits", "NaN", ["a"])).status_code == 500
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_control_tokens_of_messages_are_text_unless_the_server_allows_them(
+    host, tokenizer, is_allowed
+):
+    messages = [{"role": "user", "content": "one <eos> two"}]
+    with serving(host, tokenizer, options=ApiOptions(allow_control_tokens=is_allowed)) as (url, _):
+        chat = httpx2.post(f"{url}/v1/chat/completions", json=CHAT | {"messages": messages}).json()
+        raw = {"model": "lora", "prompt": "one <eos> two", "max_tokens": 1}
+        text = httpx2.post(f"{url}/v1/completions", json=raw).json()
+    rendered = "user: one <eos> two\nassistant:"
+    trusted = len(tokenizer(rendered)["input_ids"])
+    assert (chat["usage"]["prompt_tokens"] == trusted) == is_allowed
+    assert text["usage"]["prompt_tokens"] == len(tokenizer("one <eos> two")["input_ids"])

@@ -13,8 +13,9 @@ from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
+from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
-from loraloom.serve.http.tools import CallStream, compile_grammar, json_grammar
+from loraloom.serve.http.tools import CallStream
 
 
 class ChatExchange(Exchange):
@@ -25,15 +26,18 @@ class ChatExchange(Exchange):
 
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
         super().__init__(backend, body, http)
-        names = [tool["function"]["name"] for tool in body.callable_tools]
-        self._streams = [CallStream(names) for _ in range(body.n)] if names else []
+        functions = [tool["function"] for tool in body.callable_tools]
+        tools = {function["name"]: function.get("parameters") for function in functions}
+        self._streams = [CallStream(tools) for _ in range(body.n)] if tools else []
+
+    @override
+    def grammar(self) -> str | None:
+        return json_grammar(self.body)
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        grammar = json_grammar(body)
-        constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
-        prompt = chat_prompt(body, adapter)
+        prompt = chat_prompt(body, adapter, is_foreign=not backend.allows_control_tokens)
         ((ids, turn_end, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -41,7 +45,7 @@ class ChatExchange(Exchange):
             ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return self.several(request, max_tokens, constraint or None)
+        return self.several(request, max_tokens, self.constraint)
 
     @override
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
@@ -83,6 +87,10 @@ class TextExchange(Exchange):
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
     _prompts: list[list[int]]
+
+    @override
+    def grammar(self) -> None:
+        return None
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -148,10 +156,10 @@ class TextExchange(Exchange):
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
 
 
-def chat_prompt(body: ChatBody, adapter: RowAdapter = None) -> Prompt:
+def chat_prompt(body: ChatBody, adapter: RowAdapter = None, *, is_foreign: bool = True) -> Prompt:
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
     tools: Any = None if body.tool_choice == "none" else body.tools
-    return Prompt(messages, adapter, origin="messages", tools=tools)
+    return Prompt(messages, adapter, origin="messages", tools=tools, is_foreign=is_foreign)
 
 
 def _called(calls: list[Function]) -> list[dict[str, Any]]:

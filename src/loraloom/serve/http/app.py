@@ -70,7 +70,7 @@ def create_app(
     options: ApiOptions | None = None,
 ) -> FastAPI:
     options = options or ApiOptions()
-    backend = Backend(engine, adapters, copy.deepcopy(tokenizer))
+    backend = Backend(engine, adapters, copy.deepcopy(tokenizer), options.allow_control_tokens)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -80,6 +80,7 @@ def create_app(
         yield
         engine.stop()
         await run_in_threadpool(thread.join)
+        backend.grammars.close()
 
     metrics = Metrics(engine, adapters)
     # its pages of documents load scripts from elsewhere, its redirects know no proxy

@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
@@ -27,9 +26,9 @@ from loraloom.generation.sequence import GenerationRequest, Piece, RequestError,
 from loraloom.models.choice import told
 from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
+from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
 from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
 from loraloom.serve.http.schemas import SamplingBody
-from loraloom.serve.http.tools import JsonConstraint
 from loraloom.serve.process import start_apart
 
 
@@ -40,6 +39,7 @@ class Backend:
     engine: Engine
     adapters: ServedAdapters
     tokenizer: PreTrainedTokenizerBase
+    allows_control_tokens: bool = False
     loop: asyncio.AbstractEventLoop = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,11 +56,10 @@ class Backend:
         return cache(partial(text_of_token, self.tokenizer))
 
     @cached_property
-    def grammar_tokenizer(self) -> Any:  # takes a second
+    def grammars(self) -> GrammarCompiler:
         # ids beyond the embedding are cut off
         size = max(self.engine.host.config.vocab_size, len(self.tokenizer))
-        ends = end_tokens(self.engine.host, self.tokenizer)
-        return from_tokenizer(self.tokenizer, n_vocab=size, eos_token=ends)  # pyright: ignore
+        return GrammarCompiler(self.tokenizer, size, end_tokens(self.engine.host, self.tokenizer))
 
     async def acquire(self, model: str, tenant: str = "") -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
@@ -128,12 +127,17 @@ class Exchange(ABC):
         self._http = http
         http.scope[USAGE] = self.usage
         http.scope[MODEL] = body.model
+        self.constraint: JsonConstraint | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
         # nothing else reads from the connection while the engine works
         self._gone = asyncio.create_task(self._until_disconnected())
         self._gone.add_done_callback(self._cancel_rows)
+
+    @abstractmethod
+    def grammar(self) -> str | None:
+        """What answers must keep to."""
 
     @abstractmethod
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -228,6 +232,9 @@ class Exchange(ABC):
         """Hand the engine what a model is asked for."""
         engine, adapters = self.backend.engine, self.backend.adapters
         tenant = self._http.scope.get(TENANT, "")
+        grammar = self.grammar()
+        if grammar is not None:
+            self.constraint = await self.backend.grammars.compile(grammar, tenant)
         served, adapter = await self.backend.acquire(self.body.model, tenant)
         release = partial(self.backend.call, adapters.release, served)
         try:

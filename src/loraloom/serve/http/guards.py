@@ -59,6 +59,7 @@ class ApiOptions:
     adapter_root: Path | None = None  # load from below this directory alone, not from the Hub
     cors_origins: Sequence[str] = ()
     host: str = "127.0.0.1"  # listened on; perhaps an address that only this machine reaches
+    allow_control_tokens: bool = False  # in messages, where they are text otherwise
 
 
 def error_response(

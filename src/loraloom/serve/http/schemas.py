@@ -6,19 +6,22 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from openai.types import chat, shared_params
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from loraloom.config.fields import StrictModel
 
 Tool = chat.ChatCompletionFunctionToolParam
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_TokenKey = Annotated[int, Field(ge=0, lt=2**31, strict=False)]  # JSON's keys are texts
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 _NumTop = Annotated[int, Field(ge=0, le=20)]
 
 
 class SamplingBody(StrictModel):
-    """Fields of both kinds of completion."""
+    """Fields of both kinds of completion; "5" is no number, and "yes" no boolean."""
+
+    model_config = ConfigDict(strict=True)
 
     model: _Name
     """Base model, adapter, `name:0.5` (half its strength), expert (`auto/law`), or sum."""
@@ -33,7 +36,7 @@ class SamplingBody(StrictModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
-    logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[_TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=1000
     )
     stream: bool = False
