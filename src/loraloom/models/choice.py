@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.adapters.weighted_sum import write_sum
 from loraloom.errors import DataError, not_finite
 from loraloom.models.layout import RowAdapter, name_and_scale
+from loraloom.ops.token_loss import is_broken
 
 # Tokens of a forward, and of a prompt those that are read: its last ones.
 MAX_TOKENS, MAX_PROMPT = 8192, 512
@@ -65,7 +66,7 @@ def choose(
         experts, count = router.part_names, router.config.experts_per_token
         for part, states, owners in host.prompt_states(read, router.chooser.num_layers_read):
             logits = router.chooser(states, owners)  # (B, E)
-            if not logits.isfinite().all():
+            if is_broken(logits).any():
                 raise not_finite("logits of its router", "infinite ones or NaN", [name])
             top, chosen = logits.topk(count)
             # of each token, by how much it speaks for the first more than for all on average
