@@ -150,7 +150,9 @@ def test_text_that_does_not_settle_is_not_decoded_again_from_its_start(
         "bytes of no character": tiny_tokenizer.convert_tokens_to_ids(["\u00ac"]) * 2000,
         "halves of characters": tiny_tokenizer.convert_tokens_to_ids(["\u00e2", "\u0124"]) * 1000,
     }[kind]
-    stream, sizes, decode = TextStream(tiny_tokenizer), [], tiny_tokenizer.decode
+    stream = TextStream(tiny_tokenizer)
+    decode = tiny_tokenizer.decode
+    sizes = []
 
     def counted(tokens, **options):
         sizes.append(len(tokens))

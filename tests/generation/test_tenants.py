@@ -85,7 +85,7 @@ class CountingRunner:
 class Load:
     """An engine, and customers who keep requests in its queue."""
 
-    def __init__(self, host, tokenizer, **limits: int):
+    def __init__(self, host, tokenizer, **limits: Any):
         settings = {"max_rows": 4, "cache_tokens": 4096, "prefill_tokens": 32}
         self.engine = Engine(host, tokenizer, EngineLimits(**settings | limits))
         self.runner = CountingRunner()
@@ -155,7 +155,9 @@ def test_loads_of_all_kinds_get_as_much_in_little_room(host, tiny_tokenizer, see
 
 
 def test_who_comes_after_an_idle_moment_has_no_claim_to_what_others_had_before():
-    line, first, second = Line[Account](), Account(used=1_000_000), Account()
+    line: Line[Account] = Line()
+    first = Account(used=1_000_000)
+    second = Account()
     line.join(first)
     line.leave(first)
     line.join(second)

@@ -150,7 +150,7 @@ def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def name_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     r"""The text of a token alone; `bytes:\\xe2` or its id where it is no whole character."""
     text, name = text_of_token(tokenizer, token), str(tokenizer.convert_ids_to_tokens(token))
-    if "\N{REPLACEMENT CHARACTER}" not in text:
+    if text and "\N{REPLACEMENT CHARACTER}" not in text:
         return text
     if name.startswith("<0x"):
         return f"bytes:\\x{name[3:5].lower()}"

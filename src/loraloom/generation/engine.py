@@ -300,7 +300,8 @@ class Engine:
 
     def _next_routing(self) -> Routing | None:
         with self._wake:
-            for routing in sorted(self._routings, key=lambda one: self._scheduler.used(one.share)):
+            by_turns = sorted(self._routings, key=lambda item: self._scheduler.used(item.share))
+            for routing in by_turns:
                 if self._scheduler.readable(routing.share.tenant, self._runner.rows) > 0:
                     self._routings.remove(routing)
                     return routing

@@ -129,10 +129,10 @@ def encode_prompt(
 def _turn_end(template: ChatTemplate) -> str:
     tokenizer = template.tokenizer
     key = (template.source(), tokenizer.eos_token, len(tokenizer))
-    known = _TURN_ENDS.setdefault(tokenizer, {})
-    if key not in known:
-        known[key] = template.turn_end()
-    return known[key]
+    ends = _TURN_ENDS.setdefault(tokenizer, {})
+    if key not in ends:
+        ends[key] = template.turn_end()
+    return ends[key]
 
 
 def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
@@ -197,7 +197,7 @@ def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     if step is None:
         return []
     inner = step.get("normalizers") or step.get("pretokenizers")
-    return [step] if inner is None else [part for one in inner for part in _steps(one)]
+    return [step] if inner is None else [leaf for child in inner for leaf in _steps(child)]
 
 
 def _keeps_bytes(step: dict[str, Any]) -> bool:
