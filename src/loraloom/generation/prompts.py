@@ -1,11 +1,14 @@
 """Prompts, and the tokens that a model reads of them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
@@ -14,9 +17,19 @@ from loraloom.data.control_tokens import drop_marks, mark_control_tokens
 from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
+from loraloom.generation.sequence import RequestError
 from loraloom.models.choice import Choice, is_routed
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
+
+# A name that no text has, by which a tool is looked for in what the chat template made of it.
+_MARK = "loraloom-1b5ff3a2-"
+# Of each tokenizer, what ends an answer, by the chat template and the end-of-text token.
+_TURN_ENDS: WeakKeyDictionary[Any, dict[tuple[str, Any, int], str]] = WeakKeyDictionary()
+# Steps of tokenizers that keep all of a text, or make it longer.
+_KEEPING = ("ByteLevel", "Metaspace", "Digits", "Prepend", "Split", "NFC")
+# Normal form C of a character has at least a quarter of its bytes.
+_MAX_COMPOSED = 4
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,12 @@ def encode_prompt(
     form: PromptForm | None = None,
     *,
     raw: bool = False,
+    max_bytes: int | None = None,
 ) -> tuple[list[int], str | None]:
-    """Token ids of a prompt, and what ends an answer; None: it continues the prompt's text."""
+    """Token ids of a prompt, and what ends an answer; None: it continues the prompt's text.
+
+    A text of more than `max_bytes` is an error before its tokens are made.
+    """
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     if prompt.is_foreign:
@@ -96,31 +113,125 @@ def encode_prompt(
         text = messages[0]["content"] if messages[0]["role"] == "user" else None
     turn_end = None
     if text is not None:
+        _check_size(text, max_bytes)
         ids = encode_texts(tokenizer, [text])[0]
     else:
         source = None if form is None else form.chat_template  # files name no file of ours
         try:
             template = ChatTemplate(tokenizer, source or None)
-            conversation, turn_end = Conversation(messages, prompt.tools), template.turn_end()
+            conversation, turn_end = Conversation(messages, prompt.tools), _turn_end(template)
             chat = template.render(conversation, for_answer=True)
-            for what, one, other in omitted_tools(conversation):
-                with suppress(TemplateError):
-                    if template.render(one) == template.render(other):
-                        raise DataError(f"the chat template drops {what}; serve with another")
+            _check_tools(template, conversation)
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None
         except TemplateError as error:
             raise DataError(
                 f"{prompt.origin}: the chat template rejects the messages: {error}"
             ) from error
+        _check_size(chat, max_bytes)
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
     return ids, turn_end
 
 
+def _turn_end(template: ChatTemplate) -> str:
+    tokenizer = template.tokenizer
+    key = (template.source(), tokenizer.eos_token, len(tokenizer))
+    ends = _TURN_ENDS.setdefault(tokenizer, {})
+    if key not in ends:
+        ends[key] = template.turn_end()
+    return ends[key]
+
+
+def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
+    """Refuse a conversation whose tools, or calls of them, the chat template leaves out."""
+    omissions = [*omitted_tools(conversation)]
+    written = ""
+    if omissions:  # nearly always one text shows that all are there
+        with suppress(TemplateError):
+            written = template.render(_marked(conversation))
+    for number, (what, _, without) in enumerate(omissions):
+        if f"{_MARK}{number}-" in written:
+            continue
+        with suppress(TemplateError):
+            if template.render(conversation) == template.render(without):
+                raise DataError(f"the chat template drops {what}; serve with another")
+
+
+def _marked(conversation: Conversation) -> Conversation:
+    """Put a mark into the first name of the tools and of each message's calls, in their order."""
+    groups = [conversation.tools] if conversation.tools else []
+    marked = conversation._replace(messages=[{**message} for message in conversation.messages])
+    calling = [message for message in marked.messages if message.get("tool_calls")]
+    groups += [message["tool_calls"] for message in calling]
+    changed = []
+    for number, (first, *others) in enumerate(groups):
+        function = first.get("function")
+        if isinstance(function, dict):
+            name = f"{_MARK}{number}-{function.get('name')}"
+            first = {**first, "function": {**function, "name": name}}
+        changed.append([first, *others])
+    if conversation.tools:
+        marked = marked._replace(tools=changed.pop(0))
+    for message, calls in zip(calling, changed, strict=True):
+        message["tool_calls"] = calls
+    return marked
+
+
+def max_text_bytes(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> int | None:
+    """Bytes that no text of so many tokens exceeds; None if a token may stand for any number."""
+    if not tokenizer.is_fast:
+        return None
+    written = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+    model = written["model"]
+    steps = [*_steps(written["normalizer"]), *_steps(written["pre_tokenizer"])]
+    kinds = {step["type"] for step in steps}
+    added = written["added_tokens"]
+    all_bytes = {*pre_tokenizers.ByteLevel.alphabet()}
+    if "ByteLevel" not in kinds:
+        all_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
+    is_complete = "ByteLevel" in kinds or model.get("byte_fallback")
+    has_all_bytes = model["type"] == "BPE" and is_complete and all_bytes <= model["vocab"].keys()
+    strips = any(token["lstrip"] or token["rstrip"] for token in added)
+    if not has_all_bytes or strips or not all(map(_keeps_bytes, steps)):
+        return None
+    texts = [*model["vocab"], *(token["content"] for token in added)]
+    longest = max(len(text.encode()) for text in texts)
+    return max_tokens * longest * (_MAX_COMPOSED if "NFC" in kinds else 1)
+
+
+def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A normalizer's or pre-tokenizer's steps, if it is a sequence of them."""
+    if step is None:
+        return []
+    inner = step.get("normalizers") or step.get("pretokenizers")
+    return [step] if inner is None else [leaf for child in inner for leaf in _steps(child)]
+
+
+def _keeps_bytes(step: dict[str, Any]) -> bool:
+    if step["type"] == "Replace":
+        pattern = step["pattern"].get("String")
+        return pattern is not None and len(step["content"].encode()) >= len(pattern.encode())
+    return step["type"] in _KEEPING and step.get("behavior") != "Removed"
+
+
+def _check_size(text: str, max_bytes: int | None) -> None:
+    num_bytes = len(text.encode())
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise RequestError(
+            f"the prompt has {num_bytes:,} bytes, more than fit the model's context; shorten it",
+            "context_length_exceeded",
+        )
+
+
 def encode_for_choice(
-    host: Host, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool = False
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    max_bytes: int | None = None,
 ) -> list[int]:
     """Token ids by which a router chooses what answers a prompt."""
     name, _ = name_and_scale(prompt.adapter)
@@ -129,7 +240,8 @@ def encode_for_choice(
         turns = [content] if isinstance(content, str) else [one.get("content") for one in content]
         texts = map(str, filter(None, [*turns, prompt.fields.get("input")]))
         prompt, raw = replace(prompt, content="\n".join(texts), tools=None), True
-    return encode_prompt(tokenizer, prompt, form_for(host, prompt.adapter), raw=raw)[0]
+    form = form_for(host, prompt.adapter)
+    return encode_prompt(tokenizer, prompt, form, raw=raw, max_bytes=max_bytes)[0]
 
 
 def read_prompts(

@@ -18,6 +18,7 @@ from loraloom.adapters.method import Adapter
 from loraloom.adapters.weighted_sum import write_sum
 from loraloom.errors import DataError, not_finite
 from loraloom.models.layout import RowAdapter, name_and_scale
+from loraloom.ops.token_loss import is_broken
 
 # Tokens of a forward, and of a prompt those that are read: its last ones.
 MAX_TOKENS, MAX_PROMPT = 8192, 512
@@ -68,7 +69,7 @@ def score_prompts(adapter: Adapter, states: Tensor, owners: Tensor) -> list[Rout
     router = adapter.chooser
     assert router is not None
     logits = router(states, owners)  # (B, E)
-    if not logits.isfinite().all():
+    if is_broken(logits).any():
         raise not_finite("logits of its router", "infinite ones or NaN", [adapter.name])
     top, chosen = logits.topk(adapter.config.experts_per_token)  # (B, K)
     # A token speaks for an expert by how much its score exceeds that of all on average.

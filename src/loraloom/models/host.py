@@ -550,7 +550,7 @@ class Host:
         real = None if bool(mask.all()) else mask.to(self.device)
         with self._run(forward):
             out = self._decoder(input_ids=input_ids, attention_mask=real, use_cache=True, **inputs)
-        session.attention_mask = mask
+        session.attention_mask, session.hidden_states = mask, out.last_hidden_state
         states = out.last_hidden_state[:, -1].contiguous()
         session.logits = self._registry.logits(states, names, prepared)
 

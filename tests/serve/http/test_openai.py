@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loraloom import Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router, generate
 from loraloom.adapters.weighted_sum import WeightedSum
 from loraloom.errors import shown
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.http.bridge import Backend
 from tests.serve.http.in_process import BASE
 from tests.tiny import METHODS
@@ -81,7 +82,8 @@ def test_an_adapter_is_asked_as_its_training_data_asked(client, host, tokenizer,
 
 def test_a_tokenizer_is_not_changed_while_threads_share_it(tokenizer):
     tokenizer.backend_tokenizer.enable_truncation(4)
-    Backend.__post_init__(SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore
+    engine = SimpleNamespace(limits=EngineLimits(), max_length=8)
+    Backend.__post_init__(SimpleNamespace(tokenizer=tokenizer, engine=engine))  # pyright: ignore
     assert tokenizer.backend_tokenizer.truncation is None
 
 
@@ -164,6 +166,18 @@ def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(client, host, tokenizer):
         assert told.token_logprobs[1:-1] == pytest.approx(picked, abs=1e-4)
         best = expected.max(-1).values.tolist()
         assert [max(top.values()) for top in told.top_logprobs[1:]] == pytest.approx(best, abs=1e-4)
+
+
+def test_tokens_that_are_no_characters_are_all_told(client, tokenizer):
+    halves = tokenizer.convert_tokens_to_ids(["\u00e2", "\u00ac", "\u0124"])
+    settings = {"logprobs": 3, "max_tokens": 1, "logit_bias": dict.fromkeys(halves, 100)}
+    told = client.completions.create(model="lora", prompt="one", **settings).choices[0].logprobs
+    assert told.tokens[0] in {r"bytes:\xe2", r"bytes:\xac", r"bytes:\x82"}
+    bytes_of_all = tokenizer.convert_tokens_to_ids([*map(chr, range(174, 256))])
+    echoed = client.completions.create(
+        model="lora", prompt=bytes_of_all, logprobs=20, max_tokens=1, echo=True
+    )
+    assert {len(top) for top in echoed.choices[0].logprobs.top_logprobs[1:]} == {20}
 
 
 def test_echo_without_logprobs_is_the_text_alone(client):

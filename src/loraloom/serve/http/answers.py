@@ -1,15 +1,18 @@
 """`/v1/chat/completions` and `/v1/completions`: what is asked, whole answers and pieces of them."""
 
+import asyncio
 import secrets
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from openai.types.chat.chat_completion_message_function_tool_call import Function
 from typing_extensions import override
 
-from loraloom.generation.prompts import Prompt, encode_prompt, read_prompts
+from loraloom.generation.prompts import Prompt, encode_for_choice, encode_prompt, form_for
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
+from loraloom.models.choice import is_routed
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
@@ -35,10 +38,19 @@ class ChatExchange(Exchange):
         return json_grammar(self.body)
 
     @override
-    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+    async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        prompt = chat_prompt(body, adapter, is_foreign=not backend.allows_control_tokens)
-        ((ids, turn_end, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
+        host, tokenizer = backend.engine.host, backend.tokenizer
+        is_foreign = not backend.allows_control_tokens
+        prompt = await self.prepare(partial(chat_prompt, body, adapter, is_foreign=is_foreign))
+        read: list[int] = []
+        if is_routed(host, adapter):
+            encode = partial(encode_for_choice, host, tokenizer, prompt)
+            read = await self.prepare(partial(encode, max_bytes=backend.max_bytes))
+        choice = await self.choose(read, adapter, owner)
+        form = form_for(host, choice.adapter)
+        encode = partial(encode_prompt, tokenizer, prompt, form, max_bytes=backend.max_bytes)
+        ids, turn_end = await self.prepare(encode)
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
@@ -48,9 +60,9 @@ class ChatExchange(Exchange):
         return self.several(request, max_tokens, self.constraint)
 
     @override
-    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        told = [self.chunk(index, answer) for index, answer in enumerate(answers)]
-        return [{"message": {"content": None, **one.pop("delta")}, **one} for one in told]
+    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
+        choice = self.chunk(index, answers[index])
+        return {"message": {"content": None, **choice.pop("delta")}, **choice}
 
     @override
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -93,19 +105,17 @@ class TextExchange(Exchange):
         return None
 
     @override
-    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+    async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, requests, limits = self.body, [], self.backend.engine.limits
         num, most = len(body.prompts) * body.n, limits.max_rows + limits.max_waiting
         if num > most:  # before they take up memory
             text = f"a request may have at most {most} completions, got {num}; request fewer"
             raise RequestError(f"{text} at once")
-        tokenizer, host = self.backend.tokenizer, self.backend.engine.host
-        self._prompts = [
-            encode_prompt(tokenizer, Prompt(one), raw=True)[0] if isinstance(one, str) else one
-            for one in body.prompts
-        ]
-        choices = host.choose(self._prompts, [adapter] * len(self._prompts))
-        for prompt, choice in zip(self._prompts, choices, strict=True):
+        self._prompts = []
+        for text in body.prompts:
+            self._prompts.append(await self.prepare(partial(self._encode, text)))
+        choices = [self.choose(prompt, adapter, owner) for prompt in self._prompts]
+        for prompt, choice in zip(self._prompts, await asyncio.gather(*choices), strict=True):
             request = GenerationRequest(
                 prompt,
                 choice,
@@ -119,18 +129,22 @@ class TextExchange(Exchange):
         self.num_prompt = sum(map(len, self._prompts))
         return requests
 
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        tokenizer, max_bytes = self.backend.tokenizer, self.backend.max_bytes
+        return encode_prompt(tokenizer, Prompt(prompt), raw=True, max_bytes=max_bytes)[0]
+
     @override
-    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        choices, body = [], self.body
-        for index, answer in enumerate(answers):
-            prompt, prompt_ids = body.prompts[index // body.n], self._prompts[index // body.n]
-            if body.echo:
-                decoded = str(self.backend.tokenizer.decode(prompt_ids))
-                answer.text = (prompt if isinstance(prompt, str) else decoded) + answer.text
-                if place := index % body.n:  # the prompt was scored once
-                    answer.log_probs[:0] = answers[index - place].log_probs[: len(prompt_ids) - 1]
-            choices.append(self._choice(index, answer, prompt_ids[:1] if body.echo else []))
-        return choices
+    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
+        body, answer = self.body, answers[index]
+        prompt, prompt_ids = body.prompts[index // body.n], self._prompts[index // body.n]
+        if body.echo:
+            decoded = str(self.backend.tokenizer.decode(prompt_ids))
+            answer.text = (prompt if isinstance(prompt, str) else decoded) + answer.text
+            if place := index % body.n:  # the prompt was scored once
+                answer.log_probs[:0] = answers[index - place].log_probs[: len(prompt_ids) - 1]
+        return self._choice(index, answer, prompt_ids[:1] if body.echo else [])
 
     @override
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -180,5 +194,5 @@ def _routing(piece: Piece) -> list[dict[str, Any]]:
 
 
 def _finite(log_prob: float) -> float:
-    # A log-probability as JSON can write it, which has no infinity
-    return max(log_prob, -9999.0)
+    # A log-probability as JSON can write it, which has no infinity and no NaN
+    return log_prob if log_prob > -9999 else -9999.0

@@ -77,10 +77,12 @@ def create_app(
         backend.loop = asyncio.get_running_loop()
         thread = threading.Thread(target=engine.run, name="loraloom-engine", daemon=True)
         thread.start()
+        backend.preparations.start()
         yield
         engine.stop()
         await run_in_threadpool(thread.join)
         backend.grammars.close()
+        backend.preparations.stop()
 
     metrics = Metrics(engine, adapters)
     # its pages of documents load scripts from elsewhere, its redirects know no proxy

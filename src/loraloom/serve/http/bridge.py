@@ -9,27 +9,37 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
 from loraloom.config.fields import checked
-from loraloom.data.tokens import text_of_token
+from loraloom.data.tokens import name_of_token
 from loraloom.errors import AdapterError, shown
 from loraloom.generation.engine import Engine
+from loraloom.generation.prompts import max_text_bytes
 from loraloom.generation.sampling import SamplingConfig, end_tokens
-from loraloom.generation.sequence import GenerationRequest, Piece, RequestError, Row, log_failure
-from loraloom.models.choice import told
+from loraloom.generation.sequence import (
+    GenerationRequest,
+    Piece,
+    RequestError,
+    Row,
+    Share,
+    log_failure,
+)
+from loraloom.models.choice import Choice, is_routed, told
 from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
 from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
+from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.process import start_apart
+
+_Value = TypeVar("_Value")
 
 
 @dataclass
@@ -41,8 +51,14 @@ class Backend:
     tokenizer: PreTrainedTokenizerBase
     allows_control_tokens: bool = False
     loop: asyncio.AbstractEventLoop = field(init=False)
+    preparations: Preparations = field(init=False)
+    max_bytes: int | None = field(init=False)
+    """Bytes that no prompt exceeds which fits."""
 
     def __post_init__(self) -> None:
+        self.max_bytes = max_text_bytes(self.tokenizer, self.engine.max_length)
+        limits = self.engine.limits
+        self.preparations = Preparations(limits.max_rows + limits.max_waiting)
         # the first call ends tokenizer.json's truncation and padding, before other threads call
         self.tokenizer("a")
 
@@ -53,7 +69,7 @@ class Backend:
 
     @cached_property
     def token_text(self) -> Callable[[int], str]:
-        return cache(partial(text_of_token, self.tokenizer))
+        return cache(partial(name_of_token, self.tokenizer))
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -122,6 +138,7 @@ class Exchange(ABC):
         self.backend = backend
         self.body = body
         self.num_prompt = 0
+        self._tenant: str = http.scope.get(TENANT, "")
         self._arrived_s = time.monotonic()
         self._num_new = 0
         self._http = http
@@ -140,16 +157,28 @@ class Exchange(ABC):
         """What answers must keep to."""
 
     @abstractmethod
-    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
-        """What the engine is asked for; made in a thread."""
+    async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+        """What the engine is asked for, made in pieces by `prepare`."""
 
     @abstractmethod
-    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        """Whole answers; made in a thread."""
+    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
+        """A whole answer; made in a thread."""
 
     @abstractmethod
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The choice of the chunk in which a piece of an answer is told."""
+
+    async def prepare(self, work: Callable[[], _Value]) -> _Value:
+        """Do a piece of work in a thread, when it is the turn of who asks."""
+        return await self.backend.preparations.run(self._tenant, work)
+
+    async def choose(self, prompt_ids: list[int], adapter: RowAdapter, owner: str) -> Choice:
+        """Let the engine's thread, which alone computes, choose what answers, if a router does."""
+        engine = self.backend.engine
+        if not is_routed(engine.host, adapter):
+            return engine.host.choose([prompt_ids], [adapter])[0]
+        routing = engine.choose(prompt_ids, adapter, Share(self._tenant, owner))
+        return await asyncio.wrap_future(routing)
 
     def chosen(self, index: int) -> dict[str, Any]:
         """Tell once which adapter answers, where a router has chosen it, and why."""
@@ -225,22 +254,26 @@ class Exchange(ABC):
         answers = [Piece() for _ in self._rows]
         async for index, piece in self._pieces():
             answers[index].add(piece)
-        choices = await run_in_threadpool(self.choices, answers)
-        return JSONResponse({**frame, "choices": choices, "usage": self.usage()})
+        choices = [
+            await self.prepare(partial(self.choice, index, answers))
+            for index in range(len(answers))
+        ]
+        content = {**frame, "choices": choices, "usage": self.usage()}
+        return await self.prepare(partial(JSONResponse, content))
 
     async def _ask(self) -> None:
         """Hand the engine what a model is asked for."""
         engine, adapters = self.backend.engine, self.backend.adapters
-        tenant = self._http.scope.get(TENANT, "")
         grammar = self.grammar()
         if grammar is not None:
-            self.constraint = await self.backend.grammars.compile(grammar, tenant)
-        served, adapter = await self.backend.acquire(self.body.model, tenant)
+            self.constraint = await self.backend.grammars.compile(grammar, self._tenant)
+        served, adapter = await self.backend.acquire(self.body.model, self._tenant)
         release = partial(self.backend.call, adapters.release, served)
         try:
-            requests = await run_in_threadpool(self.requests, adapter, served.name)
+            with self.backend.preparations.preparing(self._tenant):
+                requests = await self.requests(adapter, served.name)
             for index, request in enumerate(requests):
-                request = replace(request, tenant=tenant, arrived_s=self._arrived_s)
+                request = replace(request, tenant=self._tenant, arrived_s=self._arrived_s)
                 self._rows.append(engine.submit(request, partial(self._tell, index), release))
                 served.num_users += 1  # each row lets it go once
         finally:
@@ -294,7 +327,7 @@ async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str
     """Write objects as server-sent events; an error is the last one."""
     try:
         async for value in objects:
-            yield f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+            yield f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
     except Exception as error:
         if not isinstance(error, RequestError):
             log_failure("a stream failed", error)

@@ -12,6 +12,7 @@ from loraloom.config.fields import StrictModel
 
 Tool = chat.ChatCompletionFunctionToolParam
 _Text = Annotated[str, StringConstraints(min_length=1)]
+_StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _TokenKey = Annotated[int, Field(ge=0, lt=2**31, strict=False)]  # JSON's keys are texts
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
@@ -32,7 +33,8 @@ class SamplingBody(StrictModel):
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """The same seed gives the same text, except for rounding in 16 bits."""
-    stop: _Text | list[_Text] | None = Field(None, max_length=1000)
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=64)] | None = None
+    """End the completion before any of up to 64 texts of up to 1,000 characters."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
