@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -38,10 +39,23 @@ class Prompt:
     fields: Mapping[str, Any] = field(default_factory=dict)
     last_alone: bool = False
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether there are tools, calls or results of calls."""
+        turns = () if isinstance(self.content, str) else self.content
+        is_call = any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
+        return bool(self.tools) or is_call
 
-def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
+
+def form_for(
+    host: Host, adapter: RowAdapter, tool_form: PromptForm | None = None
+) -> PromptForm | None:
+    """The form of prompts; `tool_form` is used instead of the base model's chat template."""
     name, _ = name_and_scale(adapter)
     form = None if name is None else host.adapter(name).prompt
+    has_template = form is not None and (form.chat_template or form.format == "instruction")
+    if tool_form is not None and not has_template:
+        return tool_form.model_copy(update={"system": None if form is None else form.system})
     if form is None or host.default_form is None or not form.is_text:
         return form or host.default_form
     return form.model_copy(update={"chat_template": host.default_form.chat_template})  # of messages
@@ -97,7 +111,10 @@ def encode_prompt(
             for what, one, other in omitted_tools(conversation):
                 with suppress(TemplateError):
                     if template.render(one) == template.render(other):
-                        raise DataError(f"the chat template drops {what}; serve with another")
+                        raise DataError(
+                            f"the chat template drops {what}; serve with --tool-template hermes, "
+                            "or use another chat template"
+                        )
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from None
         except TemplateError as error:
@@ -111,7 +128,12 @@ def encode_prompt(
 
 
 def encode_for_choice(
-    host: Host, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool = False
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    tool_form: PromptForm | None = None,
 ) -> list[int]:
     """Token ids by which a router chooses what answers a prompt."""
     name, _ = name_and_scale(prompt.adapter)
@@ -120,7 +142,8 @@ def encode_for_choice(
         turns = [content] if isinstance(content, str) else [one.get("content") for one in content]
         texts = map(str, filter(None, [*turns, prompt.fields.get("input")]))
         prompt, raw = replace(prompt, content="\n".join(texts), tools=None), True
-    return encode_prompt(tokenizer, prompt, form_for(host, prompt.adapter), raw=raw)[0]
+    form = form_for(host, prompt.adapter, tool_form if prompt.uses_tools else None)
+    return encode_prompt(tokenizer, prompt, form, raw=raw)[0]
 
 
 def read_prompts(
@@ -130,14 +153,17 @@ def read_prompts(
     form: PromptForm | None = None,
     *,
     raw: bool = False,
+    tool_form: PromptForm | None = None,
 ) -> list[tuple[list[int], str | None, Choice]]:
     """Choose what answers prompts, and encode them in its form, or one that is given."""
-    ids = [  # none are needed where nothing is chosen
-        encode_for_choice(host, tokenizer, one, raw=raw) if is_routed(host, one.adapter) else []
-        for one in prompts
-    ]
+    encode = partial(encode_for_choice, host, tokenizer, raw=raw, tool_form=tool_form)
+    # none are needed where nothing is chosen
+    ids = [encode(prompt) if is_routed(host, prompt.adapter) else [] for prompt in prompts]
     choices = host.choose(ids, [prompt.adapter for prompt in prompts])
-    forms = [form or form_for(host, choice.adapter) for choice in choices]
+    forms = [
+        form or form_for(host, choice.adapter, tool_form if prompt.uses_tools else None)
+        for prompt, choice in zip(prompts, choices, strict=True)
+    ]
     return [
         (*encode_prompt(tokenizer, prompt, own, raw=raw), choice)
         for prompt, own, choice in zip(prompts, forms, choices, strict=True)
@@ -152,7 +178,7 @@ def _render_instructions(
 ) -> str:
     """Each user's turn in the prompt template; EOS joins turns, as it does training examples."""
     # Training reads spaces at a prompt's end with the answer, so a model's own begins with them.
-    if prompt.tools or any(one["role"] == "tool" or one.get("tool_calls") for one in messages):
+    if prompt.uses_tools:
         raise DataError(f"{prompt.origin}: the adapter's prompt template does not support tools")
     template = compile_template(form.prompt_template, "the prompt template")
     written, system, space = "", "", ""

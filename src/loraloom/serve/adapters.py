@@ -62,8 +62,10 @@ class ServedAdapters:
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
         max_bytes: int | None = None,
         max_waiting: int = EngineLimits.max_waiting,
+        base_aliases: Sequence[str] = (),
     ):
         self.base_name = base_name
+        self.base_names = (base_name, *base_aliases)
         self.num_waiting = 0  # requests for adapters that are not loaded
         self._max_waiting = max_waiting
         self._host = host
@@ -214,7 +216,7 @@ class ServedAdapters:
             if replace is None and name in self._served:  # another load came first, perhaps newer
                 return
             taken = [*self._served, *self.names()] if replace is False else []
-            if name in (self.base_name, *taken):
+            if name in (*self.base_names, *taken):
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )
@@ -273,7 +275,7 @@ class ServedAdapters:
         except ConfigError:
             return False
         is_adapter = self._directory and (self._directory / name / CONFIG_FILE).is_file()
-        return bool(is_adapter) and name != self.base_name
+        return bool(is_adapter) and name not in self.base_names
 
 
 def unknown_model(name: str) -> RequestError:

@@ -1,6 +1,8 @@
 """`/v1/chat/completions` and `/v1/completions`: what is asked, whole answers and pieces of them."""
 
 import secrets
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +17,9 @@ from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
 from loraloom.serve.http.tools import CallStream, compile_grammar, json_grammar
+
+# Characters of whose tokens none has a whole one, before a token whose text is looked for.
+_MAX_LAG = 64
 
 
 class ChatExchange(Exchange):
@@ -34,7 +39,9 @@ class ChatExchange(Exchange):
         grammar = json_grammar(body)
         constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
         prompt = chat_prompt(body, adapter)
-        ((ids, turn_end, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
+        ((ids, turn_end, choice),) = read_prompts(
+            backend.engine.host, backend.tokenizer, [prompt], tool_form=backend.tool_form
+        )
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
@@ -83,6 +90,7 @@ class TextExchange(Exchange):
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
     _prompts: list[list[int]]
+    _lengths: Counter[int]  # of the texts that were told
 
     @override
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
@@ -92,6 +100,7 @@ class TextExchange(Exchange):
             text = f"a request may have at most {most} completions, got {num}; request fewer"
             raise RequestError(f"{text} at once")
         tokenizer, host = self.backend.tokenizer, self.backend.engine.host
+        self._lengths = Counter()
         self._prompts = [
             encode_prompt(tokenizer, Prompt(one), raw=True)[0] if isinstance(one, str) else one
             for one in body.prompts
@@ -105,6 +114,7 @@ class TextExchange(Exchange):
                 num_logprobs=body.logprobs,
                 turn_end=None,
                 scores_prompt=body.echo and body.logprobs is not None,
+                makes_tokens=body.max_tokens > 0,
             )
             first, *others = self.several(request, body.max_tokens)
             requests += [first, *(replace(one, scores_prompt=False) for one in others)]
@@ -140,12 +150,27 @@ class TextExchange(Exchange):
                 for entry in entries
             ]
             unknown = [None for _ in first]
+            tokens = [text_of(token) for token in (*first, *(entry.token for entry in entries))]
             choice["logprobs"] = {
-                "tokens": [text_of(token) for token in (*first, *(one.token for one in entries))],
+                "tokens": tokens,
+                "text_offset": text_offsets(tokens, piece.text, self._lengths[index]),
                 "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
                 "top_logprobs": [*unknown, *tops],
             }
+        self._lengths[index] += len(piece.text)
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
+
+
+def text_offsets(tokens: Sequence[str], text: str, start: int) -> list[int]:
+    """Where tokens begin in an answer, of which `start` characters came before this text."""
+    offsets, end = [], 0
+    for token in tokens:
+        # special tokens and parts of characters are not in the text, and have no length
+        is_part = "\N{REPLACEMENT CHARACTER}" in token
+        place = -1 if is_part else text.find(token, end, end + len(token) + _MAX_LAG)
+        offsets.append(start + max(place, end))
+        end = end if place < 0 else place + len(token)
+    return offsets
 
 
 def chat_prompt(body: ChatBody, adapter: RowAdapter = None) -> Prompt:

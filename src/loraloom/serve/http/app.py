@@ -62,7 +62,7 @@ def create_app(
     options: ApiOptions | None = None,
 ) -> FastAPI:
     options = options or ApiOptions()
-    backend = Backend(engine, adapters, copy.deepcopy(tokenizer))
+    backend = Backend(engine, adapters, copy.deepcopy(tokenizer), options.tool_form)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,9 +85,9 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"]
         )
-    if is_loopback(options.host):
+    if is_loopback(options.host) or options.allowed_hosts:
         # a web page may have its own name lead to this machine, which would be asked for by it
-        names = ["localhost", "127.0.0.1", "[::1]", options.host]
+        names = ["localhost", "127.0.0.1", "[::1]", options.host, *options.allowed_hosts]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     handle_errors(app)
     for path, name in PAGES.items():
@@ -101,8 +101,9 @@ def create_app(
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """List the base model and its adapters."""
+        bases = [model | {"id": name, "parent": None} for name in adapters.base_names]
         lower = [model | {"id": name, "parent": base} for name in adapters.names()]
-        return {"object": "list", "data": [model | {"id": base, "parent": None}, *lower]}
+        return {"object": "list", "data": [*bases, *lower]}
 
     @app.get("/v1/models/{model:path}", response_model=Model)
     async def retrieve_model(model: str) -> Response:
@@ -112,6 +113,8 @@ def create_app(
                 return JSONResponse(found)
         raise unknown_model(model)
 
+    @app.head("/ready", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     @app.get("/ready", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:  # needs no thread: those may all be busy
