@@ -275,7 +275,7 @@ def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokeniz
 def test_longrope_ends_where_earlier_keys_change(make_engine, host, tiny_tokenizer, monkeypatch):
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 6}
     monkeypatch.setattr(host.config, "rope_parameters", host.config.rope_parameters | rope)
-    with pytest.raises(RequestError, match="must have at most 6 tokens together"):
+    with pytest.raises(RequestError, match="maximum context length is 6 tokens"):
         submit(make_engine(), request(tiny_tokenizer, "one", max_new_tokens=6))
 
 

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from loraloom.config.data import PromptForm
-from loraloom.data.templates import ChatTemplate, load_template, render
+from loraloom.data.templates import ChatTemplate, given_source, load_template, render
 from loraloom.data.tokens import learn_completions
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.prompts import Prompt, encode_prompt, form_for, max_text_bytes
@@ -40,6 +40,51 @@ def test_what_can_not_be_written_is_an_error(tiny_tokenizer):
         encode_prompt(tiny_tokenizer, Prompt(calls))
     with pytest.raises(DataError, match="prompt template does not support tools"):
         encode_prompt(tiny_tokenizer, Prompt(calls), PLAIN)
+
+
+TOOLS = [{"type": "function", "function": {"name": "paint", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "paint", "arguments": {"color": "blue"}}}
+
+
+def test_hermes_writes_tools_calls_and_results(tiny_tokenizer):
+    with pytest.raises(DataError, match="hermes requires a tokenizer with the tokens"):
+        given_source(tiny_tokenizer, "hermes")
+    tiny_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    form = PromptForm(format="chat", chat_template=given_source(tiny_tokenizer, "hermes"))
+    system = {"role": "system", "content": "Be brief."}
+    call = {"role": "assistant", "content": "Sure.", "tool_calls": [CALL]}
+    turns = (system, TURNS[0], call, {"role": "tool", "content": "done"})
+    ids, turn_end = encode_prompt(tiny_tokenizer, Prompt(turns, tools=TOOLS), form)
+    text = tiny_tokenizer.decode(ids)
+    assert turn_end == "<|im_end|>"
+    assert text.startswith(
+        "<|im_start|>system\nBe brief.\n\nYou may call these functions:\n<tools>"
+    )
+    called = '<tool_call>\n{"name": "paint", "arguments": {"color": "blue"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\nSure.\n{called}<|im_end|>\n<|im_start|>user\n" in text
+    assert "user\n<tool_response>\ndone\n</tool_response><|im_end|>\n<|im_start|>as" in text
+
+
+def test_tools_are_written_in_their_form_unless_the_adapter_has_a_template():
+    tool_form = PromptForm(format="chat", chat_template="tools")
+    forms = {
+        None: None,
+        "base": PromptForm(format="chat", system="Be brief."),
+        "text": PromptForm(format="text"),
+        "chat": PromptForm(format="chat", chat_template="x"),
+        "plain": PLAIN,
+    }
+    host = create_autospec(Host, instance=True)
+    host.default_form = None
+    host.adapter = lambda name: SimpleNamespace(prompt=forms[name])
+    written = {name: form_for(host, name, tool_form) for name in forms}
+    assert written == {
+        None: tool_form,
+        "base": tool_form.model_copy(update={"system": "Be brief."}),
+        "text": tool_form,
+        "chat": forms["chat"],
+        "plain": PLAIN,
+    }
 
 
 def test_an_answer_ends_with_the_token_that_the_chat_template_puts_behind_it(tiny_tokenizer):

@@ -49,6 +49,8 @@ FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
 # Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`.
 _PROMPTS = {file.stem: file.read_text("utf-8") for file in Path(__file__).parent.glob("prompts/*")}
 PROMPT_TEMPLATES = {name: _PROMPTS[name] for name in ("alpaca", "plain")}
+# Of ChatML, with tools and calls as Hermes' models write them.
+TOOL_TEMPLATE = _PROMPTS["hermes"]
 
 _OF_DATASETS = ("config", "format", "template", "chat_template", "fields", "on_empty")
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
@@ -207,7 +209,8 @@ class _SourceFields(StrictModel):
     a file. Default: alpaca for instructions; preferences' prompts are used as they are."""
     chat_template: str | None = Field(default=None, min_length=1)
     """Conversations: chat template, a Jinja string or file; null: the tokenizer's.
-    trl: the trl package's training version of the tokenizer's template."""
+    trl: the trl package's training version of the tokenizer's template. hermes: ChatML with
+    tools."""
     fields: dict[str, str] | None = None
     """Data set: column of each role, if columns are named differently from the format."""
     on_empty: Literal["error", "skip"] | None = None

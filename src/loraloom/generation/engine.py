@@ -207,15 +207,18 @@ class Engine:
     def _check(self, request: GenerationRequest) -> None:
         if request.adapter_name is not None:
             self.host.adapter(request.adapter_name)  # an error if there is none
-        num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
+        num_prompt = len(request.prompt_ids)
+        num_new = request.sampling.max_new_tokens if request.makes_tokens else 0
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
         check_token_ids(request.prompt_ids, self.host.config.vocab_size, "prompt")
         check_token_ids([*request.logit_bias], self.host.config.vocab_size, "logit_bias")
         if num_prompt + num_new > self.max_length:
             raise RequestError(
-                f"the prompt and max_tokens must have at most {self.max_length} tokens together, "
-                f"got {num_prompt} and {num_new}; shorten the prompt or lower max_tokens",
+                # litellm recognizes the first five words
+                f"this model's maximum context length is {self.max_length} tokens, but the prompt "
+                f"has {num_prompt} and max_tokens is {num_new}; shorten the prompt or lower "
+                "max_tokens",
                 "context_length_exceeded",
             )
 
@@ -376,12 +379,15 @@ class Engine:
             if has_failed:
                 value = "NaN" if logits.isnan().any() else "infinity"
                 raise not_finite("logits", value, [row.adapter_title])
-            reason = row.take(row.choose(logits, most_likely), logits)
+            if row.request.makes_tokens:
+                reason = row.take(row.choose(logits, most_likely), logits)
+            else:
+                reason = row.end_after_prompt()
         except Exception as error:
             log_failure("a token could not be chosen", error)
             self._fail(row, error)
             return True
-        self.counts["generated_tokens", row.owner] += 1
+        self.counts["generated_tokens", row.owner] += row.request.makes_tokens
         if reason is not None:
             self._runner.remember(row)
             self._end(row, reason)

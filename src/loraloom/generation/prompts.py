@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,10 +55,23 @@ class Prompt:
     last_alone: bool = False
     is_foreign: bool = False
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether there are tools, calls or results of calls."""
+        turns = () if isinstance(self.content, str) else self.content
+        is_call = any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
+        return bool(self.tools) or is_call
 
-def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
+
+def form_for(
+    host: Host, adapter: RowAdapter, tool_form: PromptForm | None = None
+) -> PromptForm | None:
+    """The form of prompts; `tool_form` is used instead of the base model's chat template."""
     name, _ = name_and_scale(adapter)
     form = None if name is None else host.adapter(name).prompt
+    has_template = form is not None and (form.chat_template or form.format == "instruction")
+    if tool_form is not None and not has_template:
+        return tool_form.model_copy(update={"system": None if form is None else form.system})
     if form is None or host.default_form is None or not form.is_text:
         return form or host.default_form
     return form.model_copy(update={"chat_template": host.default_form.chat_template})  # of messages
@@ -156,7 +170,10 @@ def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
             continue
         with suppress(TemplateError):
             if template.render(conversation) == template.render(without):
-                raise DataError(f"the chat template drops {what}; serve with another")
+                raise DataError(
+                    f"the chat template drops {what}; serve with --tool-template hermes, or use "
+                    "another chat template"
+                )
 
 
 def _marked(conversation: Conversation) -> Conversation:
@@ -232,6 +249,7 @@ def encode_for_choice(
     *,
     raw: bool = False,
     max_bytes: int | None = None,
+    tool_form: PromptForm | None = None,
 ) -> list[int]:
     """Token ids by which a router chooses what answers a prompt."""
     name, _ = name_and_scale(prompt.adapter)
@@ -240,7 +258,7 @@ def encode_for_choice(
         turns = [content] if isinstance(content, str) else [one.get("content") for one in content]
         texts = map(str, filter(None, [*turns, prompt.fields.get("input")]))
         prompt, raw = replace(prompt, content="\n".join(texts), tools=None), True
-    form = form_for(host, prompt.adapter)
+    form = form_for(host, prompt.adapter, tool_form if prompt.uses_tools else None)
     return encode_prompt(tokenizer, prompt, form, raw=raw, max_bytes=max_bytes)[0]
 
 
@@ -251,14 +269,17 @@ def read_prompts(
     form: PromptForm | None = None,
     *,
     raw: bool = False,
+    tool_form: PromptForm | None = None,
 ) -> list[tuple[list[int], str | None, Choice]]:
     """Choose what answers prompts, and encode them in its form, or one that is given."""
-    ids = [  # none are needed where nothing is chosen
-        encode_for_choice(host, tokenizer, one, raw=raw) if is_routed(host, one.adapter) else []
-        for one in prompts
-    ]
+    encode = partial(encode_for_choice, host, tokenizer, raw=raw, tool_form=tool_form)
+    # none are needed where nothing is chosen
+    ids = [encode(prompt) if is_routed(host, prompt.adapter) else [] for prompt in prompts]
     choices = host.choose(ids, [prompt.adapter for prompt in prompts])
-    forms = [form or form_for(host, choice.adapter) for choice in choices]
+    forms = [
+        form or form_for(host, choice.adapter, tool_form if prompt.uses_tools else None)
+        for prompt, choice in zip(prompts, choices, strict=True)
+    ]
     return [
         (*encode_prompt(tokenizer, prompt, own, raw=raw), choice)
         for prompt, own, choice in zip(prompts, forms, choices, strict=True)
@@ -273,7 +294,7 @@ def _render_instructions(
 ) -> str:
     """Each user's turn in the prompt template; EOS joins turns, as it does training examples."""
     # Training reads spaces at a prompt's end with the answer, so a model's own begins with them.
-    if prompt.tools or any(one["role"] == "tool" or one.get("tool_calls") for one in messages):
+    if prompt.uses_tools:
         raise DataError(f"{prompt.origin}: the adapter's prompt template does not support tools")
     template = compile_template(form.prompt_template, "the prompt template")
     written, system, space = "", "", ""

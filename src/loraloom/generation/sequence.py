@@ -80,6 +80,8 @@ class GenerationRequest:
     text, with the space between them."""
     scores_prompt: bool = False
     """Tell the log-probabilities of the prompt's own tokens before those of new ones."""
+    makes_tokens: bool = True
+    """Whether tokens are generated; else the request ends when its prompt is read."""
     tenant: str = ""
     """Who asks, such as an API key; others share neither its turn nor its prompts."""
     arrived_s: float = field(default_factory=time.monotonic)
@@ -227,6 +229,12 @@ class Row:
             self._untold = Piece()
             self.sink(piece)
         return reason
+
+    def end_after_prompt(self) -> FinishReason:
+        piece = self._untold
+        piece.finish_reason = "length"
+        self.sink(piece)
+        return "length"
 
     def was_read(self, choices: list[RouterChoice]) -> None:
         """Note what routers did when they read the token that was chosen last, the first time."""

@@ -95,8 +95,10 @@ class ServedAdapters:
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
         max_bytes: int | None = None,
         max_waiting: int = EngineLimits.max_waiting,
+        base_aliases: Sequence[str] = (),
     ):
         self.base_name = base_name
+        self.base_names = (base_name, *base_aliases)
         self._host = host
         self._directory = directory
         self._max_lazy = max_lazy
@@ -124,7 +126,7 @@ class ServedAdapters:
         served = list(self._served.values())
 
         def scan() -> list[str]:
-            below = [name for name in names_below(self._directory) if name != self.base_name]
+            below = [name for name in names_below(self._directory) if name not in self.base_names]
             named = [name for name, source in sources.items() if files_of(source)]
             held = [a.name for a in served if not a.files or files_of(a.source) is not None]
             return list(dict.fromkeys([*below, *named, *held]))
@@ -206,7 +208,7 @@ class ServedAdapters:
         source = os.path.expanduser(source)  # as find_adapter does
         async with self._lock:
             taken = [] if replace else [*self._served, *await self.names()]
-            if name in (self.base_name, *taken):
+            if name in (*self.base_names, *taken):
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )
@@ -251,7 +253,7 @@ class ServedAdapters:
         if adapter is not None and not adapter.files:
             return adapter.source, adapter.files
         sources = [self._sources[name]] if name in self._sources else []
-        if self._directory is not None and name != self.base_name and is_name(name):
+        if self._directory is not None and name not in self.base_names and is_name(name):
             sources.append(str(self._directory / name))
         loaded_from = "" if adapter is None else adapter.source
         location = await _in_thread(partial(find_files, sources, loaded_from))

@@ -137,6 +137,15 @@ def test_deep_json_is_refused_and_other_paths_are_errors_with_an_object(http):
     assert http.get("/health").text == http.get("/ready").text == "ok"
 
 
+def test_a_server_answers_to_the_names_that_it_is_given(host, tokenizer):
+    options = ApiOptions(host="0.0.0.0", allowed_hosts=["llm.example", "*.in.example"])
+    names = {"llm.example:443": 200, "a.in.example": 200, "localhost": 200, "evil.example": 400}
+    with serving(host, tokenizer, options=options) as (url, _):
+        for name, status in names.items():
+            response = httpx2.get(f"{url}/v1/models", headers={"Host": name})
+            assert response.status_code == status, name
+
+
 def test_keys_are_asked_for(host, tokenizer):
     options = ApiOptions(api_keys=("secret-1", "secret-2"))
     with serving(host, tokenizer, options=options) as (url, _):
@@ -357,7 +366,7 @@ def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypa
     body = CHAT | {"tools": [{"type": "function", "function": {"name": "paint"}}]}
     assert encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
-    with pytest.raises(DataError, match="drops the tools; serve with another"):
+    with pytest.raises(DataError, match="drops the tools; serve with --tool-template hermes"):
         encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     assert encode_prompt(
         tokenizer, chat_prompt(ChatBody.model_validate(body | {"tool_choice": "none"}))

@@ -23,12 +23,15 @@ def options(**changes):
     settings: Any = {"base_model": "some/base", "adapters": {"mix": "runs/rank=8,16"}, "port": 8000}
     settings |= {"adapter_dir": None, "max_adapters": 8, "host": "127.0.0.1", "dtype": "float32"}
     settings |= {"allow_loading": False, "cors_origin": (), "max_rows": 32}
+    settings |= {"served_model_name": ()}
     return SimpleNamespace(**settings | changes)
 
 
 def test_options_are_said_in_vllms_words():
     words, settings = vllm_command(
-        options(cors_origin=["https://a.example"], allow_loading=True),
+        options(
+            cors_origin=["https://a.example"], allow_loading=True, served_model_name=("a", "b")
+        ),
         ["one", "two"],
         [FoldedAdapter({}, 48, 3), FoldedAdapter({}, 8, None)],
         {},
@@ -37,7 +40,8 @@ def test_options_are_said_in_vllms_words():
     for part in (
         "--model some/base",
         "--max-num-seqs 32 --max-loras 2 --max-lora-rank 64 --enable-lora",
-        '--lora-modules {"name": "mix", "path": "runs/rank=8,16"} --api-key one two',
+        '--lora-modules {"name": "mix", "path": "runs/rank=8,16"} --served-model-name a b',
+        "--api-key one two",
         '--allowed-origins ["https://a.example"]',
     ):
         assert part in said

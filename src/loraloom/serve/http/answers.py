@@ -2,6 +2,8 @@
 
 import asyncio
 import secrets
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -19,6 +21,9 @@ from loraloom.serve.http.bridge import Backend, Exchange
 from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
 from loraloom.serve.http.tools import CallStream
+
+# Characters of whose tokens none has a whole one, before a token whose text is looked for.
+_MAX_LAG = 64
 
 
 class ChatExchange(Exchange):
@@ -43,12 +48,13 @@ class ChatExchange(Exchange):
         host, tokenizer = backend.engine.host, backend.tokenizer
         is_foreign = not backend.allows_control_tokens
         prompt = await self.prepare(partial(chat_prompt, body, adapter, is_foreign=is_foreign))
+        tool_form = backend.tool_form if prompt.uses_tools else None
         read: list[int] = []
         if is_routed(host, adapter):
-            encode = partial(encode_for_choice, host, tokenizer, prompt)
+            encode = partial(encode_for_choice, host, tokenizer, prompt, tool_form=tool_form)
             read = await self.prepare(partial(encode, max_bytes=backend.max_bytes))
         choice = await self.choose(read, adapter, owner)
-        form = form_for(host, choice.adapter)
+        form = form_for(host, choice.adapter, tool_form)
         encode = partial(encode_prompt, tokenizer, prompt, form, max_bytes=backend.max_bytes)
         ids, turn_end = await self.prepare(encode)
         self.num_prompt = len(ids)
@@ -99,6 +105,7 @@ class TextExchange(Exchange):
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
     _prompts: list[list[int]]
+    _lengths: Counter[int]  # of the texts that were told
 
     @override
     def grammar(self) -> None:
@@ -111,6 +118,7 @@ class TextExchange(Exchange):
         if num > most:  # before they take up memory
             text = f"a request may have at most {most} completions, got {num}; request fewer"
             raise RequestError(f"{text} at once")
+        self._lengths = Counter()
         self._prompts = []
         for text in body.prompts:
             self._prompts.append(await self.prepare(partial(self._encode, text)))
@@ -123,6 +131,7 @@ class TextExchange(Exchange):
                 num_logprobs=body.logprobs,
                 turn_end=None,
                 scores_prompt=body.echo and body.logprobs is not None,
+                makes_tokens=body.max_tokens > 0,
             )
             first, *others = self.several(request, body.max_tokens)
             requests += [first, *(replace(one, scores_prompt=False) for one in others)]
@@ -162,12 +171,27 @@ class TextExchange(Exchange):
                 for entry in entries
             ]
             unknown = [None for _ in first]
+            tokens = [text_of(token) for token in (*first, *(entry.token for entry in entries))]
             choice["logprobs"] = {
-                "tokens": [text_of(token) for token in (*first, *(one.token for one in entries))],
+                "tokens": tokens,
+                "text_offset": text_offsets(tokens, piece.text, self._lengths[index]),
                 "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
                 "top_logprobs": [*unknown, *tops],
             }
+        self._lengths[index] += len(piece.text)
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
+
+
+def text_offsets(tokens: Sequence[str], text: str, start: int) -> list[int]:
+    """Where tokens begin in an answer, of which `start` characters came before this text."""
+    offsets, end = [], 0
+    for token in tokens:
+        # special tokens and parts of characters are not in the text, and have no length
+        is_part = "\N{REPLACEMENT CHARACTER}" in token or token.startswith("bytes:")
+        place = -1 if is_part else text.find(token, end, end + len(token) + _MAX_LAG)
+        offsets.append(start + max(place, end))
+        end = end if place < 0 else place + len(token)
+    return offsets
 
 
 def chat_prompt(body: ChatBody, adapter: RowAdapter = None, *, is_foreign: bool = True) -> Prompt:

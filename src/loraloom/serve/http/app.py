@@ -70,7 +70,13 @@ def create_app(
     options: ApiOptions | None = None,
 ) -> FastAPI:
     options = options or ApiOptions()
-    backend = Backend(engine, adapters, copy.deepcopy(tokenizer), options.allow_control_tokens)
+    backend = Backend(
+        engine,
+        adapters,
+        copy.deepcopy(tokenizer),
+        allows_control_tokens=options.allow_control_tokens,
+        tool_form=options.tool_form,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -108,7 +114,7 @@ def create_app(
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """List the base model and its adapters."""
-        models = [model | {"id": base, "parent": None}]
+        models = [model | {"id": name, "parent": None} for name in adapters.base_names]
         for name in await adapters.names():
             loaded = adapters.loaded(name)
             revision = None if loaded is None else loaded.revision
@@ -124,6 +130,8 @@ def create_app(
                 return JSONResponse(found)
         raise unknown_model(model)
 
+    @app.head("/ready", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     @app.get("/ready", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:  # needs no thread: those may all be busy

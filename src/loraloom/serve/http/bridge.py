@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
+from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.data.tokens import name_of_token
 from loraloom.errors import AdapterError, shown
@@ -39,6 +40,8 @@ from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.process import start_apart
 
+# Seconds without an event after which a stream sends a comment, as proxies end what is silent.
+COMMENT_S = 15.0
 _Value = TypeVar("_Value")
 
 
@@ -50,6 +53,8 @@ class Backend:
     adapters: ServedAdapters
     tokenizer: PreTrainedTokenizerBase
     allows_control_tokens: bool = False
+    tool_form: PromptForm | None = None
+    """How conversations with tools are written, unless an adapter has a template."""
     loop: asyncio.AbstractEventLoop = field(init=False)
     preparations: Preparations = field(init=False)
     max_bytes: int | None = field(init=False)
@@ -136,7 +141,9 @@ class Exchange(ABC):
 
     def __init__(self, backend: Backend, body: SamplingBody, http: Request):
         self.backend = backend
-        self.body = body
+        names = backend.adapters.base_names
+        # answers carry the base model's first name
+        self.body = body.model_copy(update={"model": names[0]}) if body.model in names else body
         self.num_prompt = 0
         self._tenant: str = http.scope.get(TENANT, "")
         self._arrived_s = time.monotonic()
@@ -253,7 +260,8 @@ class Exchange(ABC):
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         answers = [Piece() for _ in self._rows]
         async for index, piece in self._pieces():
-            answers[index].add(piece)
+            if piece is not None:
+                answers[index].add(piece)
         choices = [
             await self.prepare(partial(self.choice, index, answers))
             for index in range(len(answers))
@@ -284,22 +292,31 @@ class Exchange(ABC):
     def _tell(self, index: int, event: Piece | Exception) -> None:  # in the engine's thread
         self.backend.call(self._queue.put_nowait, (index, event))
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
+        """Yield pieces of answers, and None after each COMMENT_S without one."""
         num_open = len(self._rows)
         while num_open:
-            index, event = await self._queue.get()
+            try:
+                async with asyncio.timeout(COMMENT_S):
+                    index, event = await self._queue.get()
+            except TimeoutError:
+                yield 0, None
+                continue
             if isinstance(event, Exception):
                 raise event
             num_open -= event.finish_reason is not None
             self._num_new += event.num_tokens
             yield index, event
 
-    async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any] | None]:
         has_usage = (self.body.stream_options or {}).get("include_usage")
         frame |= {"usage": None} if has_usage else {}
         try:
             async for index, piece in self._pieces():
-                yield {**frame, "choices": [self.chunk(index, piece)]}
+                if piece is None:
+                    yield None
+                else:
+                    yield {**frame, "choices": [self.chunk(index, piece)]}
             if has_usage:
                 yield {**frame, "choices": [], "usage": self.usage()}
         finally:
@@ -323,11 +340,14 @@ class Exchange(ABC):
         self._queue.put_nowait((0, RequestError("the client has gone", "client_gone")))
 
 
-async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Write objects as server-sent events; an error is the last one."""
+async def as_events(objects: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[str]:
+    """Write objects as server-sent events, None as a comment; an error is the last one."""
     try:
         async for value in objects:
-            yield f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
+            if value is None:
+                yield ": waiting\n\n"
+            else:
+                yield f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
     except Exception as error:
         if not isinstance(error, RequestError):
             log_failure("a stream failed", error)

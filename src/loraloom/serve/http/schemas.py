@@ -152,8 +152,8 @@ class CompletionBody(SamplingBody):
 
     prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]] = Field(min_length=1)
     """Strings or token IDs."""
-    max_tokens: int = Field(16, ge=1)
-    """Generate at most N tokens per completion."""
+    max_tokens: int = Field(16, ge=0)
+    """Generate at most N tokens per completion; 0, with `echo`, scores the prompt alone."""
     logprobs: _NumTop | None = None
     """Return log-probabilities, also of the N most likely tokens."""
     echo: bool = False
@@ -163,6 +163,8 @@ class CompletionBody(SamplingBody):
     def _check_options(self):
         if self.echo and self.stream:
             raise ValueError("echo and stream exclude each other")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or echo true")
         return self
 
     @property

@@ -3,6 +3,7 @@ send a request; here both are, so that clients that send nothing leave room for 
 """
 
 import logging
+import os
 import re
 import secrets
 import socket
@@ -153,7 +154,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own would raise the signal again at the end, which is no success
         if self.should_exit:
-            raise KeyboardInterrupt
+            os._exit(130)  # Python's own end would meet the engine in the middle of a step
         self.should_exit = True
 
 

@@ -95,6 +95,8 @@ def vllm_command(
         # as JSON, for vLLM splits NAME=PATH at each = and takes a comma for JSON's
         named = [{"name": name, "path": path} for name, path in modules.items()]
         words += ["--lora-modules", *map(json.dumps, named)]
+    if options.served_model_name:
+        words += ["--served-model-name", *options.served_model_name]
     if keys:
         one, *more = keys
         if more and any(key.startswith("-") for key in keys):
