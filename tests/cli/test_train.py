@@ -111,6 +111,30 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
     assert "base-adapter=out/a" in next_words(run, [done])["Generate"]
 
 
+def test_a_sweep_over_data_sets_evaluates_those_of_the_best_jobs_data():
+    job = {"name": "a", "adapter": {"method": "lora"}, "train": {"max_steps": 4}}
+    job["data"] = {"task": "arc_easy", "scoring": "text", "validation_fraction": 0.1}
+    sweep = {"job": job, "parameters": {"data.task": ["arc_easy", "piqa"], "adapter.rank": [4, 8]}}
+    run = {"base_model": "m", "output_dir": "out", "sweep": sweep}
+    names = [trial.name for trial in RunConfig.model_validate(run).trials]
+    losses = dict(zip(names, (3, 4, 2, 1), strict=True))
+    results = [
+        Mock(
+            JobResult, job=name, directory=name, error=None, metrics={"eval/loss": loss}, status=""
+        )
+        for name, loss in losses.items()
+    ]
+    purpose = "Evaluate the jobs of piqa, and others on their data,"
+    asked = f"loraloom eval --base-model m --adapter {names[3]}={names[3]}"
+    asked += f" --adapter {names[2]}={names[2]} --task piqa --scoring text"
+    assert next_words(run, results)[purpose] == asked.split()
+    sweep["parameters"]["data.task"] = ["piqa"]
+    names[:] = [trial.name for trial in RunConfig.model_validate(run).trials]
+    for result, name in zip(results, names, strict=False):
+        result.job = name
+    assert "Evaluate" in next_words(run, results[:2])
+
+
 def next_words(run, results):
     commands = next_commands(RunConfig.model_validate(run), results).items()
     return {purpose: shlex.split(one.replace("\\\n", " ")) for purpose, one in commands}
