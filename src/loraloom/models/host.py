@@ -31,11 +31,18 @@ from loraloom.models.combine import Combination, Merged, combine, prune
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
 from loraloom.models.forward import ForwardContext, current_forward, running
-from loraloom.models.layout import RowAdapter, RowAdapters, SampleLengths, make_layout, packed_rows
+from loraloom.models.layout import (
+    RowAdapter,
+    RowAdapters,
+    SampleLengths,
+    check_uses_masks,
+    make_layout,
+    packed_rows,
+)
 from loraloom.models.registry import AdapterRegistry, Head
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacks import PreparedWeights, Record, StackedForward, forms_of, is_autocast_on
-from loraloom.models.structure import FAMILIES, try_adapters
+from loraloom.models.structure import FAMILIES, try_adapters, try_packing
 from loraloom.models.view import AdapterModel, OuterForward, Rows, Visit
 from loraloom.ops.dropout import sample_key
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
@@ -117,6 +124,7 @@ class Host:
         self.training = False
         self.gradient_checkpointing = False
         self._forwards = 0
+        self._packs_with: set[str] = set()  # implementations of attention
         # For each cache, whose adapters are chosen by prompt, and which were.
         self._choices = WeakKeyDictionary[Any, tuple[list[RowAdapter], list[RowAdapter]]]()
         if self.base.model_type not in FAMILIES:
@@ -427,7 +435,8 @@ class Host:
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
-            positions, real = packed_rows(self.config, sample_lengths, *input_ids.shape)
+            self.check_packing()
+            positions, real = packed_rows(sample_lengths, *input_ids.shape)
             # With a mask transformers would let samples see each other.
             attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
         model_inputs.setdefault("use_cache", False)
@@ -437,6 +446,16 @@ class Host:
         with self._run(forward):
             out = self._decoder(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HiddenOutput(out.last_hidden_state, _cache_of(out), *_routing_of(forward))
+
+    def check_packing(self) -> None:
+        """Raise a ModelError if samples of a packed row would see each other; tried once."""
+        check_uses_masks(self.config)
+        implementation = self.config._attn_implementation
+        if implementation in self._packs_with:
+            return
+        with self._inside, running(None), recovering(self.model):
+            try_packing(self, self._decoder)
+        self._packs_with.add(implementation)
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
         """Sum the auxiliary losses of the adapters in a forward with `training=True`.

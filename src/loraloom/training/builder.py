@@ -26,7 +26,6 @@ from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import read_adapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
-from loraloom.models.layout import check_takes_packed_rows
 from loraloom.models.loading import load_tokenizer
 from loraloom.training.job import Job
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
@@ -117,7 +116,7 @@ class JobBuilder:
         try:
             with naming(config):
                 if config.train.packing:
-                    check_takes_packed_rows(host.config)
+                    host.check_packing()
                 adapter = host.add(config.name, config.adapter, config.seed)
                 if config.start_from is not None:
                     load_start(host, adapter, config.start_from)
