@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -18,16 +18,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from transformers import GenerationConfig
 
 from loraloom.adapters.base import Records, Samples, SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
+from loraloom.adapters.weighted_sum import is_sum, parse_sum, write_sum
 from loraloom.config.data import PromptForm
-from loraloom.errors import AdapterError, DataError, ModelError
+from loraloom.errors import AdapterError, DataError, ModelError, names_in
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
 from loraloom.models.choice import Choice, batches_of, choose, output_of
-from loraloom.models.combine import Combination, Merged, combine, prune
+from loraloom.models.combine import Combination, combine, prune
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
 from loraloom.models.forward import ForwardContext, current_forward, running
@@ -43,7 +45,7 @@ from loraloom.models.registry import AdapterRegistry, Head
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacks import PreparedWeights, Record, StackedForward, forms_of, is_autocast_on
 from loraloom.models.structure import FAMILIES, try_adapters, try_packing
-from loraloom.models.view import AdapterModel, OuterForward, Rows, Visit
+from loraloom.models.view import AdapterModel, OuterForward, Rows
 from loraloom.ops.dropout import sample_key
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
 from loraloom.ranks import Alone, Ranks
@@ -93,14 +95,15 @@ class Host:
     """A base model with adapters, which runs rows of different adapters in one batch.
 
     Forwards run in eval mode unless you pass `training=True`. Threads may share a host: they take
-    turns in the base model, and no thread sees the adapters or the mode of another.
+    turns in the base model and in changing the host, and each has its own mode. A forward runs with
+    the adapters that are on the host when it starts.
 
     Attributes:
         model: The base model, a transformers causal LM.
         base: The description of the base model that adapter files contain.
-        adapters: The adapters on the base model, by name.
+        adapters: The adapters on the base model, by name; `add` and `remove` change them.
         ranks: The processes that share the rows in training; by default only this process.
-        training: Whether forwards train by default.
+        training: Whether forwards of this thread train by default.
         gradient_checkpointing: Whether training forwards recompute decoder layers in the backward
             pass.
     """
@@ -109,19 +112,17 @@ class Host:
         self._registry = AdapterRegistry(model)
         self.model: Any = model
         self.base = self._registry.base
-        self.adapters = self._registry.adapters
         self.ranks: Ranks = Alone()
         self.default_form: PromptForm | None = None  # of rows whose adapter has none
         self._inside = threading.RLock()
         self._here = threading.local()
-        self._decoder = decoder_of(model)
+        undo = self._registry.wiring.undo
+        self._decoder = decoder_of(model, undo)
         self.outer_forward = OuterForward(self, model)
-        for hook in self.outer_forward.hooks:
-            self._registry.wiring.undo.callback(hook.remove)
+        undo.callback(vars(model).pop, "_call_impl")
         # The argument for the cache changed its name within transformers 5.
         names = signature(self.model.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
-        self.training = False
         self.gradient_checkpointing = False
         self._forwards = 0
         self._packs_with: set[str] = set()  # implementations of attention
@@ -133,6 +134,20 @@ class Host:
             except BaseException:  # leaves a model as it was that adapters can't be added to
                 self.detach()
                 raise
+
+    def __repr__(self) -> str:
+        adapters = [_described(adapter) for adapter in self.adapters.values()]
+        merged = f", merged: {self.merged}" if self.merged else ""
+        base = f"{self.base.name_or_path or self.base.model_type}, {self.dtype}"
+        return f"Host({base}, adapters: {names_in(adapters, 8) or 'none'}{merged})"
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self._registry.hosted.adapters
+
+    @property
+    def training(self) -> bool:
+        return getattr(self._here, "training", False)
 
     @property
     def config(self) -> Any:
@@ -163,6 +178,10 @@ class Host:
             ConfigError: If the name is no safe file name, or the configuration is not loraloom's.
             AdapterError: If the name is taken, or the base model lacks a target module.
         """
+        with self._registry.changing:  # another thread must not merge meanwhile
+            return self._add(name, config, seed)
+
+    def _add(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
         self._registry.check_unmerged("start an adapter")
         found = {own: self._source(place) for own, place in check_config(config).sources.items()}
         if found:
@@ -178,7 +197,7 @@ class Host:
             warnings.warn(
                 f"adapter {name!r} adapts attention only, because the base model's FFN blocks are "
                 "mixtures of experts; work continues. Set target_modules: attention instead.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return self._registry.register(adapter)
 
@@ -254,9 +273,10 @@ class Host:
         """
         stored = read_stored(find_adapter(path_or_hub_id), settings)
         config, tensors = fit_to_base(stored, self.base)
-        if tensor_shapes(config, self.base).keys() - tensors.keys():
-            self._registry.check_unmerged("load what depends on its weights")
-        return self._register(name, config, tensors, stored.prompt)
+        with self._registry.changing:
+            if tensor_shapes(config, self.base).keys() - tensors.keys():
+                self._registry.check_unmerged("load what depends on its weights")
+            return self._register(name, config, tensors, stored.prompt)
 
     def _register(
         self, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor], prompt: Any
@@ -335,7 +355,8 @@ class Host:
     @property
     def merged(self) -> str | None:
         """The name of the adapter that is merged into the base model, or None."""
-        return self._registry.merged and self._registry.merged.name
+        merged = self._registry.hosted.merged
+        return None if merged is None else merged.name
 
     def merge(self, name: str) -> float:
         """Merge an adapter into the base model; return the share of the update lost to rounding.
@@ -348,33 +369,33 @@ class Host:
             AdapterError: If the adapter has routers, another is merged, or the base model is
                 quantized. The base model is unchanged then.
         """
-        adapter = self._registry.find(name)
-        self._registry.check_unmerged("merge another")
-        with self._inside:
-            merged = self._registry.merged = Merged(adapter)
-        return merged.lost
+        with self._registry.changing, self._inside:
+            adapter = self._registry.find(name)
+            self._registry.check_unmerged("merge another")
+            return self._registry.merge(adapter).lost
 
     def unmerge(self, name: str) -> None:
         """Restore the base model's original weights exactly."""
-        if name != self.merged:
-            raise AdapterError(f"the adapter to unmerge must be {self.merged}, got {name!r}")
-        with self._inside:
+        written = write_sum(parse_sum(name)) if is_sum(name) else name
+        with self._registry.changing, self._inside:
+            if written != self.merged:
+                raise AdapterError(f"the adapter to unmerge must be {self.merged}, got {name!r}")
             self._registry.unmerge()
 
     def detach(self) -> nn.Module:
         """Remove all adapters and return the base model as it was before `attach`."""
-        with self._inside:
+        with self._registry.changing, self._inside:
             self._registry.detach()
         return self.model
 
     def train(self, mode: bool = True) -> Host:
-        """Make forwards train by default, with dropout and jitter.
+        """Make this thread's forwards train by default, with dropout and jitter.
 
         If the base model is in float16, scale the loss (`torch.amp.GradScaler`).
         """
         if mode:
             self._registry.check_unmerged("train")
-        self.training = mode
+        self._here.training = mode
         return self
 
     def eval(self) -> Host:
@@ -407,9 +428,8 @@ class Host:
             **model_inputs: Further inputs of the base model: `past_key_values`, `position_ids`, …
         """
         rows = (input_ids, attention_mask, adapters, model_inputs, sample_keys)
-        forward = self._forward(*rows, training=training, record={})
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        with self._run(forward):
+        with self._run(*rows, training=training, record={}) as forward:
             out = self.model(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), *_routing_of(forward))
 
@@ -441,9 +461,8 @@ class Host:
             attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
         model_inputs.setdefault("use_cache", False)
         rows = (input_ids, real, adapters, model_inputs, sample_keys, sample_lengths)
-        forward = self._forward(*rows, training=training, record={})
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        with self._run(forward):
+        with self._run(*rows, training=training, record={}) as forward:
             out = self._decoder(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HiddenOutput(out.last_hidden_state, _cache_of(out), *_routing_of(forward))
 
@@ -564,10 +583,9 @@ class Host:
         names, prepared = session.adapters, session.prepared
         inputs = {"position_ids": positions.to(self.device), self._cache_argument: session.cache}
         options = {"training": False, "record": record, "prepared": prepared}
-        forward = self._forward(input_ids, mask, names, inputs, **options)
         # One of ones is left out, as transformers would ask the device for it, and then do so.
         real = None if bool(mask.all()) else mask.to(self.device)
-        with self._run(forward):
+        with self._run(input_ids, mask, names, inputs, **options):
             out = self._decoder(input_ids=input_ids, attention_mask=real, use_cache=True, **inputs)
         session.attention_mask = mask
         states = out.last_hidden_state[:, -1].contiguous()
@@ -586,7 +604,10 @@ class Host:
         Pad prompts, [B, L], on the left. Beams and returned sequences use the adapter of their
         row.
         """
-        names = self._chosen(input_ids, attention_mask, adapters)
+        read = attention_mask
+        if read is None:
+            read = _padding_mask(input_ids, self.model.generation_config, generate_kwargs)
+        names = self._chosen(input_ids, read, adapters)
         rows = Rows([None] if adapters is None else names)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.prepared(), self.outer_forward.of_rows(rows):
@@ -706,19 +727,27 @@ class Host:
         return chosen
 
     @contextmanager
-    def _run(self, forward: ForwardContext) -> Iterator[None]:
-        with self._inside, running(forward), recovering(self.model):
-            yield
+    def _run(self, *rows: Any, **options: Any) -> Iterator[ForwardContext]:
+        """Run a forward; within the lock nobody merges an adapter that its rows have."""
+        with self._inside:
+            forward = self._forward(*rows, **options)
+            with running(forward), recovering(self.model):
+                yield forward
 
     @property
     def is_running(self) -> bool:
         """Whether a forward of this host runs in this thread."""
         return current_forward(self._registry.wiring) is not None
 
+    @contextmanager
     def visit(
         self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
-    ) -> Visit:
-        """Open the context of a forward that another program makes with `inputs`, by name."""
+    ) -> Iterator[Callable[[], Tensor | None]]:
+        """Run a forward that another program makes with `inputs`, by name, which this may change.
+
+        Yields:
+            A function that returns the auxiliary loss when the forward is over.
+        """
         keys, record = None, None
         if rows.training:
             # Nobody can tell whether the trainer scales its loss.
@@ -737,8 +766,8 @@ class Host:
         if rows.training and self.gradient_checkpointing:
             inputs["use_cache"] = False
         options = {"training": rows.training, "record": record}
-        forward = self._forward(tokens, mask, names, inputs, keys, **options)
-        return self._run(forward), lambda: self._auxiliary_loss(*_routing_of(forward))
+        with self._run(tokens, mask, names, inputs, keys, **options) as forward:
+            yield lambda: self._auxiliary_loss(*_routing_of(forward))
 
     def _auxiliary_loss(
         self, routing: Mapping[str, Records], samples: Mapping[str, Samples]
@@ -754,6 +783,26 @@ class Host:
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""
         return getattr(self._here, "prepared", None)
+
+
+def _described(adapter: Adapter) -> str:
+    rank = getattr(adapter.config, "rank", None)
+    num_trained = sum(weight.numel() for weight in adapter.parameters() if weight.requires_grad)
+    title = adapter.config.title if rank is None else f"{adapter.config.title} of rank {rank}"
+    return f"{adapter.name} ({title}, {num_trained:,} trainable)"
+
+
+def _padding_mask(
+    input_ids: Tensor, defaults: GenerationConfig, settings: Mapping[str, Any]
+) -> Tensor | None:
+    """Infer the mask as transformers' `generate` does where it is passed none; None: all ones."""
+    configs = [settings.get("generation_config"), defaults]
+    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
+    for config in filter(None, configs):
+        pad = config.pad_token_id if pad is None else pad
+        eos = config.eos_token_id if eos is None else eos
+    ends = eos if isinstance(eos, list) else [eos]
+    return None if pad is None or pad in ends else input_ids.ne(pad).long()
 
 
 def _routing_of(
