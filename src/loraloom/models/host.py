@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from transformers import GenerationConfig
 
 from loraloom.adapters.base import Records, Samples, SampleTokens
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
@@ -28,7 +27,7 @@ from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, DataError, ModelError, names_in
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
-from loraloom.models.choice import Choice, batches_of, choose, output_of
+from loraloom.models.choice import Choice, batches_of, choose, output_of, padding_mask
 from loraloom.models.combine import Combination, combine, prune
 from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.families import text_config
@@ -41,7 +40,7 @@ from loraloom.models.layout import (
     make_layout,
     packed_rows,
 )
-from loraloom.models.registry import AdapterRegistry, Head
+from loraloom.models.registry import AdapterRegistry, Head, describe
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacks import PreparedWeights, Record, StackedForward, forms_of, is_autocast_on
 from loraloom.models.structure import FAMILIES, try_adapters, try_packing
@@ -136,7 +135,7 @@ class Host:
                 raise
 
     def __repr__(self) -> str:
-        adapters = [_described(adapter) for adapter in self.adapters.values()]
+        adapters = [describe(adapter) for adapter in self.adapters.values()]
         merged = f", merged: {self.merged}" if self.merged else ""
         base = f"{self.base.name_or_path or self.base.model_type}, {self.dtype}"
         return f"Host({base}, adapters: {names_in(adapters, 8) or 'none'}{merged})"
@@ -606,7 +605,7 @@ class Host:
         """
         read = attention_mask
         if read is None:
-            read = _padding_mask(input_ids, self.model.generation_config, generate_kwargs)
+            read = padding_mask(input_ids, self.model.generation_config, generate_kwargs)
         names = self._chosen(input_ids, read, adapters)
         rows = Rows([None] if adapters is None else names)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -783,26 +782,6 @@ class Host:
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""
         return getattr(self._here, "prepared", None)
-
-
-def _described(adapter: Adapter) -> str:
-    rank = getattr(adapter.config, "rank", None)
-    num_trained = sum(weight.numel() for weight in adapter.parameters() if weight.requires_grad)
-    title = adapter.config.title if rank is None else f"{adapter.config.title} of rank {rank}"
-    return f"{adapter.name} ({title}, {num_trained:,} trainable)"
-
-
-def _padding_mask(
-    input_ids: Tensor, defaults: GenerationConfig, settings: Mapping[str, Any]
-) -> Tensor | None:
-    """Infer the mask as transformers' `generate` does where it is passed none; None: all ones."""
-    configs = [settings.get("generation_config"), defaults]
-    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
-    for config in filter(None, configs):
-        pad = config.pad_token_id if pad is None else pad
-        eos = config.eos_token_id if eos is None else eos
-    ends = eos if isinstance(eos, list) else [eos]
-    return None if pad is None or pad in ends else input_ids.ne(pad).long()
 
 
 def _routing_of(

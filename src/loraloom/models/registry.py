@@ -228,3 +228,11 @@ def _get(name: str, adapters: Mapping[str, Adapter]) -> Adapter:
         known = ", ".join(adapters) or "none"
         raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
     return adapters[name]
+
+
+def describe(adapter: Adapter) -> str:
+    """Name an adapter with its method, rank and trainable weights."""
+    rank = getattr(adapter.config, "rank", None)
+    num_trained = sum(weight.numel() for weight in adapter.parameters() if weight.requires_grad)
+    title = adapter.config.title if rank is None else f"{adapter.config.title} of rank {rank}"
+    return f"{adapter.name} ({title}, {num_trained:,} trainable)"
