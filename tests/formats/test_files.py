@@ -122,6 +122,15 @@ def test_other_weights_of_the_same_shape_are_a_warning(saved, base):
         read_adapter(saved, replace(base, name_or_path="some-org/other", fingerprint="another"))
 
 
+def test_an_adapter_of_an_earlier_version_is_compared_by_its_form_of_the_fingerprint(saved, base):
+    recorded = base.fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_adapter(saved, replace(base, fingerprint="v2-now", first_fingerprint=recorded))
+    with pytest.warns(UserWarning, match="may be wrong otherwise"):
+        read_adapter(saved, replace(base, fingerprint="v2-now", first_fingerprint="another"))
+
+
 @pytest.mark.parametrize("name", ["some-org/tiny-llama", "/models/Tiny-Llama", ""])
 def test_files_without_a_fingerprint_warn_of_a_base_model_of_another_name(base, tmp_path, name):
     write(tmp_path, base)

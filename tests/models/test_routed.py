@@ -16,6 +16,7 @@ from loraloom.generation.generate import generate
 from loraloom.generation.prompts import encode_for_choice
 from loraloom.generation.router import prompt_ids
 from loraloom.generation.scoring import label_log_probs
+from loraloom.models import host as host_module
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     ALL_METHODS,
@@ -96,7 +97,6 @@ def test_a_router_of_tokens_weighs_what_experts_add(experts):
             return one.between(x @ A.T, x, SegmentTokens(0)) @ B
 
         assert gradcheck(added_by, one.router.detach().clone().requires_grad_())
-        return
 
 
 def test_equal_weights_are_constant_forward_and_the_softmaxs_backward():
@@ -176,6 +176,28 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
         cache = host(both, adapters=["auto", "auto"], use_cache=True).past_key_values
         with pytest.raises(AdapterError, match="without a cache"):
             host(both[:, :1], adapters=["auto", "auto"], cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads_padding"),
+    [({}, False), ({"eos_token_id": 0}, True), ({"pad_token_id": 1}, True)],
+)
+def test_generate_without_a_mask_chooses_by_the_tokens_that_transformers_reads(
+    settings, reads_padding, monkeypatch
+):
+    host, _ = fitted()
+    ids = torch.tensor([[0, 0, *prompts_of(1)[0]], [10, 0, *prompts_of(2)[0]]])
+    read = []
+    choose = host_module.choose
+    monkeypatch.setattr(
+        host_module, "choose", lambda host, *rows: read.append(rows[0]) or choose(host, *rows)
+    )
+    options = {"adapters": ["auto"] * 2, "max_new_tokens": 2, "do_sample": False, **settings}
+    generated = host.generate(ids, **options)
+    mask = torch.ones_like(ids) if reads_padding else ids.ne(0).long()
+    assert generated.tolist() == host.generate(ids, mask, **options).tolist()
+    assert read[0] == read[1]
+    assert (0 in read[0][0]) == reads_padding
 
 
 def test_a_layer_may_have_no_projections(tmp_path):

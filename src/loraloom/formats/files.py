@@ -148,8 +148,9 @@ def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
     then, here = stored.base, base
     names = [Path(one.name_or_path or "").name.lower() for one in (then, here)]
     # Other programs' files have no fingerprint but a name; paths differ from place to place.
-    is_same = then.fingerprint == here.fingerprint
-    if is_same or (then.fingerprint is None and ("" in names or names[0] == names[1])):
+    if here.has_fingerprint(then.fingerprint) or (
+        then.fingerprint is None and ("" in names or names[0] == names[1])
+    ):
         return
     models = [model.name_or_path or "a model without a name" for model in (then, here)]
     if then.fingerprint is not None:

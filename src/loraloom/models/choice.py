@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loraloom.adapters.method import Adapter
 from loraloom.adapters.weighted_sum import write_sum
@@ -146,6 +146,19 @@ def batches_of(
         cut = [torch.tensor([*prompts[place]][-MAX_PROMPT:]) for place in places]
         mask = (torch.tensor([*map(len, cut)])[:, None] > torch.arange(length)).long()
         yield places, pad_sequence(cut, batch_first=True), mask
+
+
+def padding_mask(
+    input_ids: Tensor, defaults: GenerationConfig, settings: Mapping[str, Any]
+) -> Tensor | None:
+    """Infer the mask as transformers' `generate` does where it is passed none; None: all ones."""
+    configs = [settings.get("generation_config"), defaults]
+    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
+    for config in filter(None, configs):
+        pad = config.pad_token_id if pad is None else pad
+        eos = config.eos_token_id if eos is None else eos
+    ends = eos if isinstance(eos, list) else [eos]
+    return None if pad is None or pad in ends else input_ids.ne(pad).long()
 
 
 @contextmanager

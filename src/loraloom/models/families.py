@@ -1,6 +1,5 @@
 """What an architecture is made of: where adapters attach, and what its files say of it."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -13,6 +12,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
 from loraloom.errors import ModelError
+from loraloom.models.fingerprint import fingerprint, first_fingerprint
 from loraloom.models.quantization import is_linear, num_parameters, quantised_weight
 
 # The FFN block is no dense one, but a mixture of experts.
@@ -137,7 +137,8 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
         hidden_size=layers[0].hidden_size,
         shapes=shapes,
         num_parameters=num_parameters(model),
-        fingerprint=_fingerprint(config.model_type, shapes, layers),
+        fingerprint=fingerprint(model, shapes, layers),
+        first_fingerprint=first_fingerprint(model, shapes, layers),
         quantization=next(kinds, None),  # of the first; some may be left in floating point
         modules=_other_modules(model, family),
         embedding=paths[id(embedding)],
@@ -167,16 +168,3 @@ def _other_modules(model: nn.Module, family: Family) -> dict[str, dict[str, tupl
         if shapes and (module in tables or is_norm):
             found[path] = shapes
     return found
-
-
-def _fingerprint(
-    model_type: str, shapes: dict[str, tuple[int, int]], layers: list[BaseLayer]
-) -> str:
-    digest = hashlib.sha256(f"{model_type} {len(layers)} {sorted(shapes.items())}".encode())
-    adapted = [layer for layer in layers if layer.projections]
-    for layer in (adapted[0], adapted[len(adapted) // 2], adapted[-1]):
-        for projection in layer.projections:
-            if projection.device.type != "meta":  # one without weights is known by its shapes
-                corner = projection.weight.detach().flatten()[:64]
-                digest.update(corner.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

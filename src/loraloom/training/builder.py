@@ -28,7 +28,6 @@ from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
-from loraloom.models.layout import check_takes_packed_rows
 from loraloom.models.loading import load_tokenizer
 from loraloom.training.job import Job
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
@@ -119,7 +118,7 @@ class JobBuilder:
         try:
             with naming(config):
                 if config.train.packing:
-                    check_takes_packed_rows(host.config)
+                    host.check_packing()
                 adapter = host.add(config.name, config.adapter, config.seed)
                 starts = list[StoredAdapter]()
                 if config.start_from is not None:

@@ -299,7 +299,8 @@ class TrainingClient:
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "no checkpoint was found"
             raise ConfigError(f"{directory} must contain a client's saved state: {reason}")
-        changed = store.describe_changes(snapshot.base, store.describe_base(self.host), "base")
+        base = store.describe_base(self.host, snapshot.base)
+        changed = store.describe_changes(snapshot.base, base, "base")
         saved = store.as_of_now(snapshot.jobs[_STATE].settings)
         changed += store.describe_changes(saved, self._settings())
         if changed:

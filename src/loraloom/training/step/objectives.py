@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from loraloom.data.tokens import Example, TrainingExample, count_labels
-from loraloom.errors import ConfigError
+from loraloom.errors import AdapterError, ConfigError
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, ObjectiveConfig
@@ -185,7 +185,11 @@ def load_reference(host: Host, config: ObjectiveConfig) -> Reference | None:
         return Reference()
     name = f"reference-{hashlib.sha256(config.reference.encode()).hexdigest()[:16]}"
     if name not in host.adapters:
-        host.load(name, config.reference)
+        try:
+            host.load(name, config.reference)
+        except AdapterError:
+            if name not in host.adapters:  # another thread has not loaded it meanwhile
+                raise
     return Reference(name)
 
 
@@ -195,7 +199,7 @@ def drop_reference(
     """Take a reference's adapter off the host, unless another job is held at it."""
     name = None if reference is None else reference.adapter_name
     needed = {other.adapter_name for other in others if other is not None}
-    if name in host.adapters and name not in needed:
+    if name is not None and name in host.adapters and name not in needed:
         host.remove(name)
 
 
