@@ -1,16 +1,18 @@
 """Attack `loraloom serve` from outside, and print a table of what came of it.
 
-    python -m benchmarks.serve_abuse [NAME ...]
+    python -m benchmarks.serve_abuse [--scale 1.0] [NAME ...]
 
 A tiny base model with random weights is served by a process of its own, with two API keys, an
 admin's key and at most 1,024 open files. Each attack is a function below; it returns what it saw,
 and whether the server held. The exit code is the number of attacks that it did not hold against.
+Attacks on the shares of keys are of `--scale` times their size.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import resource
 import shutil
@@ -21,24 +23,42 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx2
 import torch
 
+from loraloom.adapters import RoutedConfig
+from loraloom.generation.router import fit_router
 from tests.conftest import build_tokenizer
 from tests.tiny import tiny_host
 
 MAX_FILES = 1024
 MAX_LOADED = 15
 NUM_ADAPTERS = 40
+MAX_WAITING = 200
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 Outcome = tuple[str, bool]
+# Seconds that another key may wait for two tokens while a key attacks, in a process of its own.
+MAX_WAIT_S = 5.0
+
+
+class Result(NamedTuple):
+    """What came of an attack."""
+
+    name: str
+    attack: str
+    outcome: str
+    held: bool
 
 
 class Server:
     """A server under attack, in a directory with its base model, adapters, keys and log."""
+
+    scale = 1.0
 
     def __init__(self, directory: Path, hub: str, *options: str):
         self.directory, self.hub, self.log = directory, hub, directory / f"log{len(options)}"
@@ -46,17 +66,27 @@ class Server:
         command = [program, "serve", "--base-model", "base", "--port", "0", "--dtype", "float32"]
         command += ["--adapter", "greedy=lora", "--adapter", "modest=mixlora"]
         command += ["--adapter-dir", "cold", "--max-adapters", "8", "--max-rows", "4"]
-        command += ["--cache-tokens", "4096", "--api-key-file", "keys", "--max-waiting", "200"]
+        command += [
+            "--cache-tokens",
+            "4096",
+            "--api-key-file",
+            "keys",
+            "--max-waiting",
+            str(MAX_WAITING),
+        ]
         command += ["--allow-loading", "--admin-key-file", "admins", *options]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-            cwd=directory,
-            env=os.environ | {"HF_ENDPOINT": hub},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES)),
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=directory,
+                env=os.environ | {"HF_ENDPOINT": hub},
+                preexec_fn=lambda: resource.setrlimit(
+                    resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES)
+                ),
+            )
         assert self.process.stdout is not None
         lines = [self.process.stdout.readline() for _ in range(3)]
         self.port = int(lines[2].removesuffix("/v1\n").rpartition(":")[2])
@@ -80,6 +110,31 @@ class Server:
     ) -> httpx2.Response:
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         return await http.post("/v1/completions", json=body | {"ignore_eos": True})
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()  # which closes the pipe
+
+    def scaled(self, number: int) -> int:
+        return max(1, math.ceil(number * self.scale))
+
+    async def complete(self, http: httpx2.AsyncClient, **body: Any) -> httpx2.Response:
+        return await http.post("/v1/completions", json={"model": "base", **body})
+
+    async def waits_beside(self, attack: Awaitable[Any]) -> tuple[float, float, Any]:
+        """Seconds that another key and `/health` wait at most, and what came of the attack."""
+        task = asyncio.ensure_future(attack)
+        answers, healths = [0.0], [0.0]
+        async with self.client("user-2") as http:
+            await asyncio.sleep(0.05)
+            while not task.done():
+                start = time.perf_counter()
+                (await http.get("/health")).raise_for_status()
+                healths.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                (await self.ask(http, "base", 2)).raise_for_status()
+                answers.append(time.perf_counter() - start)
+        return max(answers), max(healths), await task
 
     async def metric(self, name: str) -> float:
         """The sum of all samples whose name and labels begin like this."""
@@ -181,8 +236,7 @@ async def hub_out_of_reach(server: Server) -> Outcome:
         answer = await other.ask(http, "cold-1")
         waited = time.perf_counter() - start
         task.cancel()
-    other.process.kill()
-    other.process.wait()
+    other.stop()
     return f"{answer.status_code} after {waited:.2f} s", answer.status_code == 200 and waited < 10
 
 
@@ -217,6 +271,44 @@ async def broken_adapter(server: Server) -> Outcome:
     return seen, answer.status_code == 500 and is_logged and not paths
 
 
+async def schemas(server: Server) -> Outcome:
+    """JSON schemas that overflow llguidance's stack, or take it minutes and gigabytes."""
+    links = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(10_000)}
+    anchors = {f"a{n}": {"$anchor": f"a{n}", "$ref": f"#a{n + 1}"} for n in range(3000)}
+    text = {"type": "string"}
+    bombs = [
+        {"$ref": "#/$defs/a0", "$defs": links | {"a10000": text}},
+        {"$ref": "#/$defs/a8000", "$defs": links | {"a10000": text}},
+        {"$ref": "#a0", "$defs": anchors},
+        {"type": "object", "properties": {f"p{n}": text for n in range(4500)}},
+        {"type": "integer", "multipleOf": 1234567},
+        {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
+        {"enum": [f"value number {n}" for n in range(50_000)]},
+    ]
+    messages = [{"role": "user", "content": "one"}]
+    body = {"model": "modest", "messages": messages, "max_tokens": 4}
+    kind = "json_schema"
+    async with server.client() as attacker, server.client("user-2") as http:
+        attacks = [
+            attacker.post(
+                "/v1/chat/completions",
+                json=body
+                | {"response_format": {"type": kind, kind: {"name": "a", "schema": bomb}}},
+            )
+            for bomb in bombs
+        ]
+        gathered = asyncio.gather(*attacks)
+        start = time.perf_counter()
+        answer = await http.post(
+            "/v1/chat/completions", json=body | {"response_format": {"type": "json_object"}}
+        )
+        waited = time.perf_counter() - start
+        answers = await gathered
+    statuses = Counter(one.status_code for one in answers)
+    seen = f"{dict(statuses)}; another key's {answer.status_code} after {waited:.2f} s"
+    return seen, answer.status_code == 200 and waited < 15 and statuses.keys() <= {200, 400}
+
+
 async def counts(server: Server) -> Outcome:
     """Every answer of /v1 so far, in the log."""
     async with server.client("nobody") as http:
@@ -248,6 +340,156 @@ async def sigterm(server: Server) -> Outcome:
     return f"exit code {code}, {dict(statuses)}", code == 0 and statuses.keys() == {"200"}
 
 
+async def history(server: Server) -> Outcome:
+    """A key that has worked alone, beside one that comes after a moment without requests."""
+    tokens: Counter[str] = Counter()
+
+    async def keep_asking(key: str, end: float) -> None:
+        async with server.client(key) as http:
+            while time.perf_counter() < end:
+                answer = await server.ask(http, "base", 20, prompt=f"{time.perf_counter()}")
+                tokens[key] += answer.json()["usage"]["total_tokens"]
+
+    seconds = 20 * server.scale
+    end = time.perf_counter() + seconds
+    await asyncio.gather(*(keep_asking("user-1", end) for _ in range(8)))
+    tokens.clear()
+    end = time.perf_counter() + seconds
+    newcomers = [asyncio.create_task(keep_asking("user-2", end)) for _ in range(8)]
+    while not tokens["user-2"]:  # which comes first, when nobody is there
+        await asyncio.sleep(0.01)
+    tokens.clear()
+    await asyncio.gather(*(keep_asking("user-1", end) for _ in range(8)), *newcomers)
+    share = tokens["user-1"] / tokens.total()
+    return f"then it gets {share:.0%} of all tokens", 0.35 < share < 0.65
+
+
+async def full_queue(server: Server) -> Outcome:
+    """A key that keeps the queue full."""
+    is_over = False
+
+    async def refill(http: httpx2.AsyncClient) -> None:
+        while not is_over:
+            await server.ask(http, "base", 8)
+            await asyncio.sleep(0.02)
+
+    async with server.client() as http, server.client("user-2") as other:
+        crowd = [asyncio.create_task(refill(http)) for _ in range(MAX_WAITING + 50)]
+        while await server.metric("requests_waiting") < MAX_WAITING - 20:
+            await asyncio.sleep(0.05)
+        statuses = [
+            (await server.ask(other, "base", 2)).status_code for _ in range(server.scaled(20))
+        ]
+        is_over = True
+        await asyncio.gather(*crowd)
+    return f"another key's statuses {dict(Counter(statuses))}", set(statuses) == {200}
+
+
+async def large_prompts(server: Server) -> Outcome:
+    """40 prompts of 1.9 MB at once, which fit no context."""
+
+    async def attack() -> set[int]:
+        async with server.client() as http:
+            asked = [
+                server.complete(http, prompt="the sky is blue " * 118_000)
+                for _ in range(server.scaled(40))
+            ]
+            return {answer.status_code for answer in await asyncio.gather(*asked)}
+
+    waited, health, statuses = await server.waits_beside(attack())
+    seen = f"{statuses}; another key waits {waited:.2f} s at most, /health {health:.2f} s"
+    return seen, statuses == {400} and max(waited, health) < MAX_WAIT_S
+
+
+async def many_messages(server: Server) -> Outcome:
+    """Ten chats of 40,000 messages at once."""
+    messages = [{"role": "user", "content": "a"}] * server.scaled(40_000)
+
+    async def attack() -> set[int]:
+        async with server.client() as http:
+            body = {"model": "base", "messages": messages}
+            asked = [http.post("/v1/chat/completions", json=body) for _ in range(10)]
+            return {answer.status_code for answer in await asyncio.gather(*asked)}
+
+    waited, health, statuses = await server.waits_beside(attack())
+    seen = f"{statuses}; another key waits {waited:.2f} s at most, /health {health:.2f} s"
+    return seen, statuses == {400} and max(waited, health) < MAX_WAIT_S
+
+
+async def long_prompts(server: Server) -> Outcome:
+    """16 prompts of 900 tokens at once, again and again, each for an answer of a token."""
+
+    async def attack() -> float:
+        async with server.client() as http:
+            start = time.perf_counter()
+            for number in range(server.scaled(4)):
+                bodies = [[3 + (number * 16 + at) % 290] * 900 for at in range(16)]
+                asked = [server.complete(http, prompt=ids, max_tokens=1) for ids in bodies]
+                await asyncio.gather(*asked)
+            return time.perf_counter() - start
+
+    waited, _, seconds = await server.waits_beside(attack())
+    seen = f"another key waits {waited:.2f} s at most, of {seconds:.1f} s"
+    return seen, waited < MAX_WAIT_S
+
+
+async def scored_prompts(server: Server) -> Outcome:
+    """Eight prompts of 1,000 tokens to be scored, whose sender goes away."""
+    body = {"model": "base", "max_tokens": 1, "echo": True, "logprobs": 1}
+    before = await server.metric("steps_total")
+
+    async def attack() -> None:
+        async with server.client() as http:
+            prompts = [[3 + number] * 1000 for number in range(8)]
+            asked = [http.post("/v1/completions", json=body | {"prompt": one}) for one in prompts]
+            tasks = [asyncio.ensure_future(one) for one in asked]
+            await asyncio.sleep(0.5 * server.scale)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    waited, _, _ = await server.waits_beside(attack())
+    async with server.client("user-2") as http:
+        start = time.perf_counter()
+        await server.ask(http, "base", 2)
+        after = time.perf_counter() - start
+        scored = await http.post("/v1/completions", json=body | {"prompt": [5] * 1000})
+    num_steps = await server.metric("steps_total") - before
+    num_scored = len(scored.json()["choices"][0]["logprobs"]["token_logprobs"])
+    seen = f"another key waits {waited:.2f} s, and {after:.2f} s afterwards; {num_steps:.0f} steps"
+    return seen, max(waited, after) < MAX_WAIT_S and num_scored == 1001
+
+
+async def routed_prompts(server: Server) -> Outcome:
+    """Prompts to an adapter whose router chooses by them, all in one request."""
+    prompts = [f"{number} " + "the sky is blue " * 20 for number in range(server.scaled(200))]
+
+    async def attack() -> int:
+        async with server.client() as http:
+            body = {"model": "auto", "prompt": prompts, "max_tokens": 1}
+            return (await http.post("/v1/completions", json=body)).status_code
+
+    waited, _, status = await server.waits_beside(attack())
+    return f"{status}; another key waits {waited:.2f} s at most", status == 200 and waited < 5
+
+
+async def text_that_does_not_settle(server: Server) -> Outcome:
+    """900 tokens without text, four at once; and 65 stop texts."""
+    end = str(build_tokenizer().eos_token_id)
+    body = {"prompt": "one", "max_tokens": server.scaled(900), "ignore_eos": True}
+
+    async def attack() -> set[int]:
+        async with server.client() as http:
+            asked = [server.complete(http, **body, logit_bias={end: 100}) for _ in range(4)]
+            return {answer.status_code for answer in await asyncio.gather(*asked)}
+
+    waited, _, statuses = await server.waits_beside(attack())
+    async with server.client() as http:
+        refused = await server.complete(http, prompt="one", stop=["ab"] * 65)
+    seen = f"{statuses}; another key waits {waited:.2f} s at most; 65: {refused.status_code}"
+    return seen, statuses == {200} and waited < MAX_WAIT_S and refused.status_code == 400
+
+
 ATTACKS: dict[str, Callable[[Server], Awaitable[Outcome]]] = {
     attack.__name__: attack
     for attack in (
@@ -259,6 +501,15 @@ ATTACKS: dict[str, Callable[[Server], Awaitable[Outcome]]] = {
         hub_out_of_reach,
         files_change,
         broken_adapter,
+        schemas,
+        history,
+        full_queue,
+        large_prompts,
+        many_messages,
+        long_prompts,
+        scored_prompts,
+        routed_prompts,
+        text_that_does_not_settle,
         counts,
         sigterm,
     )
@@ -269,6 +520,11 @@ ATTACKS: dict[str, Callable[[Server], Awaitable[Outcome]]] = {
 def prepare(directory: Path) -> None:
     """Write a base model, adapters and keys."""
     host = tiny_host(dtype=torch.float32, vocab_size=300, max_position_embeddings=1024)
+    tokenizer = build_tokenizer()
+    host.add("auto", RoutedConfig(experts={"law": "lora", "math": "mixlora"}))
+    fit_router(host, tokenizer, "auto", {"law": ["the court", "a court"], "math": ["one", "two"]})
+    host.save("auto", directory / "cold" / "auto")
+    host.remove("auto")
     for name in ("lora", "mixlora"):
         host.save(name, directory / name)
     for number in range(NUM_ADAPTERS):
@@ -276,21 +532,15 @@ def prepare(directory: Path) -> None:
         shutil.copytree(directory / name, directory / "cold" / f"cold-{number}")
     shutil.copytree(directory / "mixlora", directory / "wide")
     host.detach().save_pretrained(directory / "base")
-    tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory / "base")
     (directory / "keys").write_text("user-1\nuser-2\n")
     (directory / "admins").write_text("admin\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[[], *ATTACKS], help="all by default")
-    names = parser.parse_args().names or list(ATTACKS)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    )
-    num_failed = 0
+@contextmanager
+def served(scale: float = 1.0) -> Iterator[Server]:
+    """Serve what is attacked."""
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as hub:
         directory = Path(folder)
         prepare(directory)
@@ -298,20 +548,38 @@ def main() -> int:
         size = (directory / "wide" / "adapter_model.safetensors").stat().st_size
         options = ("--adapter-root", "cold", "--max-adapter-bytes", str(MAX_LOADED * size))
         server = Server(directory, hub_address, *options)
+        server.scale = scale
         try:
-            for name in names:
-                try:
-                    seen, held = asyncio.run(ATTACKS[name](server))
-                except Exception as error:
-                    seen, held = f"{type(error).__name__}: {error}", False
-                num_failed += not held
-                if not held:
-                    print(server.log.read_text()[-6000:], file=sys.stderr)
-                asked = (ATTACKS[name].__doc__ or "").strip()
-                print(f"| {name} | {asked} | {seen} | {'pass' if held else 'FAIL'} |", flush=True)
+            yield server
         finally:
-            server.process.kill()
-            server.process.wait()
+            server.stop()
+
+
+def attack(server: Server, names: Sequence[str]) -> Iterator[Result]:
+    for name in names:
+        try:
+            outcome, held = asyncio.run(ATTACKS[name](server))
+        except Exception as error:
+            outcome, held = f"{type(error).__name__}: {error}", False
+        if not held:
+            print(server.log.read_text()[-6000:], file=sys.stderr)
+        yield Result(name, (ATTACKS[name].__doc__ or "").strip(), outcome, held)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="size of attacks on shares")
+    parser.add_argument("names", nargs="*", choices=[[], *ATTACKS], help="all by default")
+    arguments = parser.parse_args()
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
+    num_failed = 0
+    with served(arguments.scale) as server:
+        for result in attack(server, arguments.names or list(ATTACKS)):
+            verdict = "pass" if result.held else "FAIL"
+            print(f"| {result.name} | {result.attack} | {result.outcome} | {verdict} |", flush=True)
+            num_failed += not result.held
     return num_failed
 
 

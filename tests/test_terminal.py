@@ -86,6 +86,22 @@ def test_progress_is_shown_now_and_then_and_disappears(monkeypatch):
     assert progress(quiet=True) == ""
 
 
+def test_the_time_left_is_estimated_without_the_first_items(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    stream = io.StringIO()
+    console = make_console(file=stream, width=80)
+    with show_progress(console, "toy", [1] * 1000) as advance:
+        now[0] = 64.0  # of a machine that warms up
+        advance([0])
+        assert "toy: 0 % |" in stream.getvalue()
+        assert "ETA" not in stream.getvalue()
+        for place in range(1, 31):
+            now[0] += 0.5
+            advance([place])
+    assert re.findall(r"ETA (\S+)", stream.getvalue()) == ["08:09"]  # 979 of half a second
+
+
 def test_every_console_is_made_in_one_place():
     sources = Path(loraloom.__file__).parent
     makers = [

@@ -19,6 +19,9 @@ from loraloom.errors import ConfigError
 
 _SUFFIX = ".writing"
 _NUM_CHARACTERS = 16
+_ASIDE = f".{_NUM_CHARACTERS * '?'}{_SUFFIX}"
+# Errors where a directory can't replace a file, or a directory with files.
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,22 +60,24 @@ def write_output(path: Path, text: str) -> None:
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a directory aside, sync it and put it in its place. Several processes may do so."""
-    # An old one with files is renamed before, so a kill in between leaves none: what can't be made
-    # again, as checkpoints, goes to a new name.
+    # An old one is renamed before and deleted last, so a kill in between leaves none: what can't be
+    # made again, as checkpoints, goes to a new name.
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging(path.parent) as aside:
         fill(aside)
         for file in (*aside.rglob("*"), aside):
             sync(file)
-        while True:
-            try:
-                os.replace(aside, path)
-                break
-            except OSError as error:  # no directory replaces a file or a directory with files
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-            with _aside(path.parent) as old, suppress(FileNotFoundError):
-                os.replace(path, old)
+        while aside.exists():
+            with _aside(path.parent) as old:
+                try:
+                    with suppress(FileNotFoundError):
+                        os.replace(path, old)
+                    os.replace(aside, path)
+                except BaseException as error:
+                    if os.path.lexists(old) and not os.path.lexists(path):
+                        os.replace(old, path)
+                    if getattr(error, "errno", None) not in _OCCUPIED:  # by a faster writer
+                        raise
     sync(path.parent)
 
 
@@ -132,10 +137,15 @@ def remove(path: Path) -> None:
 def remove_leftovers(directory: Path, older_than_s: float = 0.0) -> None:
     """Delete what killed writers left in a directory."""
     newest = time.time() - older_than_s
-    for path in directory.glob(f".{_NUM_CHARACTERS * '?'}{_SUFFIX}"):
+    for path in directory.glob(_ASIDE):
         with suppress(FileNotFoundError):
             if path.lstat().st_mtime <= newest:
                 remove(path)
+
+
+def is_being_written(directory: Path) -> bool:
+    """Whether files are on their way to a directory, or a killed writer left some."""
+    return any(directory.glob(_ASIDE))
 
 
 def sync(path: Path) -> None:

@@ -158,8 +158,9 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         try:
             self._put(adapter_name, self.peft_config[adapter_name])
         except Exception:
-            if adapter_name not in self.loraloom.adapters:
-                self.host.adapters.pop(adapter_name, None)  # PyTorch refuses names with a dot
+            is_known = adapter_name in self.loraloom.adapters
+            if adapter_name in self.host.adapters and not is_known:
+                self.host.remove(adapter_name)  # PyTorch refuses names with a dot
             if not self.host.adapters:
                 self.host.detach()
             raise

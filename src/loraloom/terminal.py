@@ -48,6 +48,7 @@ def show_progress(
     console = console or notebook_console()
     is_live = console is not None and (console.is_terminal or console.is_jupyter)
     interval_s = 0.1 if is_live else PLAIN_INTERVAL_S
+    form = "{desc}: {percentage:.0f} % |{bar}|"
     bar: Any = tqdm(
         total=sum(sizes),
         file=console and console.file,
@@ -55,11 +56,22 @@ def show_progress(
         leave=False,
         delay=interval_s,
         mininterval=interval_s,
+        smoothing=0,
         desc=name,
-        bar_format="{desc}: {percentage:.0f} % |{bar}| ETA {remaining}",
+        bar_format=form,
     )
+
+    def advance(places: Sequence[int]) -> None:
+        is_first = not (bar.disable or bar.n)
+        bar.update(sum(sizes[place] for place in places))
+        if is_first:  # The first items take longest; time left is estimated by those after them.
+            bar.unpause()
+            bar.initial = bar.n
+            bar.start_t = bar.last_print_t
+            bar.bar_format = f"{form} ETA {{remaining}}"
+
     with bar:
-        yield lambda places: bar.update(sum(sizes[place] for place in places))
+        yield advance
 
 
 def printed(text: str) -> str:

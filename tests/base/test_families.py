@@ -126,6 +126,61 @@ def test_the_fingerprint_tells_weights_apart_and_not_dtypes():
     assert prints[0] == prints[1] != prints[2]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_fingerprint_is_one_for_all_dtypes_that_a_checkpoint_is_read_in(dtype):
+    model = tiny_model("llama", torch.bfloat16)  # as it is stored
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)  # subnormal in float16
+    stored = loraloom.attach(model)
+    expected, first = stored.base.fingerprint, stored.base.first_fingerprint
+    base = loraloom.attach(stored.detach().to(dtype)).base
+    assert (base.fingerprint, base.first_fingerprint) == (expected, first)
+
+
+CHANGES = {
+    "llama": (
+        "model.embed_tokens",
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.3.mlp.up_proj",
+        "model.layers.2.input_layernorm",
+        "model.norm",
+        "lm_head",
+    ),
+    "qwen3_moe": ("model.layers.1.mlp.gate", "model.layers.2.mlp.experts", "model.norm"),
+    "gemma3": ("model.language_model.layers.1.mlp.up_proj", "lm_head"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "path"), [(family, path) for family, paths in CHANGES.items() for path in paths]
+)
+def test_the_fingerprint_tells_bases_apart_of_which_one_row_was_edited(family, path):
+    prints, firsts = set(), set()
+    for factor in (1.0, 1.3):
+        model = tiny_model(family, torch.float32, num_hidden_layers=5)
+        module = model.get_submodule(path)
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.view(-1, weight.shape[-1])[-1].mul_(factor)
+        base = loraloom.attach(model).base
+        prints.add(base.fingerprint)
+        firsts.add(base.first_fingerprint)
+    assert len(prints) == 2
+    assert len(firsts) == 1  # the form of earlier versions, in which nobody noticed
+
+
+def test_a_tied_head_and_an_equal_one_have_one_fingerprint():
+    prints = set()
+    for is_tied in (True, False):
+        model = tiny_model("llama", torch.float32, tie_word_embeddings=True)
+        if not is_tied:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        base = loraloom.attach(model).base
+        assert base.ties_head == is_tied
+        prints.add(base.fingerprint)
+    assert len(prints) == 1
+
+
 @pytest.mark.parametrize(
     ("model", "linears"),
     [

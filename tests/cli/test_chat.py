@@ -6,6 +6,7 @@ import pytest
 
 from loraloom.cli.main import main
 from loraloom.config.data import PromptForm
+from loraloom.generation.generate import Conversation
 from loraloom.generation.loading import load_host
 from tests.generation.saved import save_tiny
 
@@ -50,7 +51,7 @@ def test_the_same_seed_gives_the_same_answers(saved, monkeypatch, capsys):
     [
         ("/adapter nobody", "error: /adapter requires base or lora or mixlora, got ['nobody']"),
         ("/adapter", "error: /adapter requires base or lora or mixlora, got []"),
-        ("/nothing", "/reset             start a new conversation"),
+        ("/nothing here", "error: unknown command /nothing; type /help for the commands"),
         ("a " * 300, "error: the prompt and max_tokens must have at most"),
     ],
 )
@@ -59,6 +60,17 @@ def test_a_line_that_can_not_be_heeded_is_an_error_and_no_end(
 ):
     assert chat(saved, monkeypatch, line, "/quit") == 0
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["/etc/hosts is what?", "/x.txt", "/", " /nothing", " /quit"])
+def test_a_path_or_what_follows_a_space_is_a_message(saved, monkeypatch, capsys, line):
+    asked = []
+    ask = Conversation.ask
+    record = lambda self, text, *rest: asked.append(text) or ask(self, text, *rest)  # noqa: E731
+    monkeypatch.setattr(Conversation, "ask", record)
+    assert chat(saved, monkeypatch, line, "/quit") == 0
+    assert asked == [line.strip()]
+    assert "error" not in capsys.readouterr().out
 
 
 def test_what_a_model_says_can_not_steer_the_terminal(saved, monkeypatch, capsys):

@@ -35,6 +35,11 @@ def test_a_lora_becomes_a_model_or_a_gguf_adapter(saved, tmp_path, capsys):
     assert "lora.gguf: llama" in said
 
 
+def test_an_error_has_the_name_of_the_adapters_directory(saved, tmp_path, capsys):
+    assert run(saved, "mixlora", tmp_path / "out", "--to", "merged") == 2
+    assert "adapter 'mixlora' must be without routers" in capsys.readouterr().err
+
+
 def test_a_wrong_output_is_refused_before_anything_is_loaded(saved, tmp_path, capsys):
     assert run(saved, "lora", tmp_path / "lora", "--to", "gguf") == 2
     assert "must be a file ….gguf" in capsys.readouterr().err

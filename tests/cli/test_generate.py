@@ -113,7 +113,8 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--prompt x --output .", "--output must be a file"),
         ("--prompt x --raw --chat-template trl", "--chat-template exclude each other"),
         ("--prompt x --resume", "--resume requires --output FILE.jsonl"),
-        ("--prompt x --no-base", "--no-base requires --prompt and --adapter"),
+        ("--prompt x --no-base", "--no-base requires --adapter NAME=PATH"),
+        ("--input a.jsonl --no-base", "--no-base requires --prompt: of --input, the base model"),
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(run, refused, words, message):

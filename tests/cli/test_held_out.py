@@ -6,6 +6,7 @@ import pytest
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
 from loraloom.config.data import PromptForm, SourceConfig
+from loraloom.errors import DataError
 from tests.generation.saved import write_rows
 
 ROWS = [
@@ -73,6 +74,22 @@ def test_rows_have_the_adapters_template_where_formats_agree(monkeypatch, tmp_pa
         monkeypatch.setattr(verb, "read_stored", lambda _, stored=stored: stored)
         run = verb.EvalRun(**options, format=read["format"])
         assert verb._held_out(run) == [SourceConfig(**rows, **read)]
+
+
+def test_a_format_that_nothing_names_is_inferred_from_the_columns(tmp_path, capsys):
+    rows = [{"Question": word, "reply": word} for word in ("blue", "yes")]
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    fields = {"instruction": "Question", "output": "reply"}
+    read = SourceConfig(dataset=path, format="instruction", template="plain", fields=fields)
+    texts = (path, json.dumps({"dataset": path, "fields": {"output": "reply"}}))
+    for text in texts:
+        run = verb.EvalRun(base_model="m", dataset=(text,))
+        assert verb._held_out(run) == [read], text
+    note = f"note: reading {path} as instruction plain; --format overrides"
+    assert capsys.readouterr().err.splitlines() == [note] * 2
+    run = verb.EvalRun(base_model="m", dataset=(write_rows(tmp_path / "odd.jsonl", {"a": 1}),))
+    with pytest.raises(DataError, match="no format fits the columns 'a'"):
+        verb._held_out(run)
 
 
 def test_options_of_rows_are_those_of_settings_without_them(run, tmp_path):

@@ -75,6 +75,11 @@ def test_columns_may_have_any_names_and_one_row_is_enough(init, tmp_path):
     assert "has no column 'reponse', which --column names; did you mean 'Réponse'" in error
 
 
+@pytest.mark.parametrize(("num_rows", "text"), [(2, "; 1 duplicate\n"), (3, "; 2 duplicates\n")])
+def test_repeated_rows_are_counted(init, tmp_path, num_rows, text):
+    assert text in init(write_rows(tmp_path / "rows.jsonl", *[ROWS[1][0]] * num_rows))
+
+
 def test_all_faults_are_listed_and_no_run_file_is_written(init, tmp_path):
     rows = [{"prompt": "sky?", "reply": "" if n % 3 else "blue"} for n in range(300)]
     odd = [{"prompt": 5, "reply": "blue"}, {"text": "the sky"}]

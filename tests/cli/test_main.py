@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,9 @@ def test_output_that_nobody_reads_ends_quietly():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode in (0, 1)
+
+
+def test_a_warning_is_a_line_without_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert cli.main(["--version"]) == 0
+    assert warnings.formatwarning("two\x1b", UserWarning, "file.py", 1) == "warning: two\\x1b\n"

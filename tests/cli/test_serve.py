@@ -24,10 +24,11 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
     command += ["--cache-tokens", "640", "--max-rows", "5", "--dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(3)]
+        lines = [process.stdout.readline() for _ in range(4)]
         assert lines[0] == f"models: {saved / 'base'}, mix\n"
-        assert lines[1] == "cache: 640 tokens; at most 5 rows of 64 tokens\n"
-        address = lines[2].split()[-1].removesuffix("/v1")
+        assert lines[1] == "base model: float32 on cpu\n"
+        assert lines[2] == "cache: 640 tokens; at most 5 rows of 64 tokens\n"
+        address = lines[3].split()[-1].removesuffix("/v1")
         answers = []
         body = {"model": "mix", "prompt": "one", "max_tokens": 50, "ignore_eos": True}
         ask = partial(httpx2.post, f"{address}/v1/completions", json=body, timeout=60)
@@ -40,6 +41,55 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
         thread.join()
         assert process.wait(timeout=60) == 0
     assert answers[0]["usage"]["completion_tokens"] == 50
+
+
+@pytest.mark.slow
+def test_sighup_changes_the_keys_and_a_second_signal_ends_a_busy_server_at_once(saved, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("old")
+    code = "import sys; from loraloom.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--api-key-file", str(keys)]
+    command += ["--base-model", str(saved / "base")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ, **pipes) as process:
+        lines = [process.stdout.readline() for _ in range(4)]
+        url = lines[3].split()[-1]
+
+        def status(key):
+            headers = {"Authorization": f"Bearer {key}"}
+            return httpx2.get(f"{url}/models", headers=headers, timeout=60).status_code
+
+        assert [status("old"), status("new")] == [200, 401]
+        keys.write_text("new")
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 60
+        while status("new") != 200 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert [status("old"), status("new")] == [401, 200]
+        body = {"model": str(saved / "base"), "prompt": ["one"] * 280, "max_tokens": 50}
+        body["ignore_eos"] = True
+        headers = {"Authorization": "Bearer new"}
+        ask = partial(httpx2.post, f"{url}/completions", json=body, headers=headers, timeout=60)
+        failures = []
+
+        def ask_in_vain():
+            try:
+                ask()
+            except httpx2.HTTPError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=ask_in_vain)
+        thread.start()
+        metrics = partial(httpx2.get, f"{url[:-3]}/metrics", headers=headers, timeout=60)
+        while "loraloom_requests_running 0.0" in metrics().text:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 130
+        thread.join()
+        assert "terminate called" not in process.stderr.read()
+    assert len(failures) == 1
 
 
 @pytest.mark.parametrize(
@@ -63,6 +113,12 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
         (["--adapter-root", "."], "--adapter-root requires --allow-loading"),
         (["--api-key-file", "k", "--no-api-key"], "--api-key-file and --no-api-key exclude"),
         (["--adapter", "nothing"], "--adapter must be NAME=PATH"),
+        (["--allowed-host", "a.example:443"], "allowed_host"),
+        (["--allowed-host", "*"], "allowed_host"),
+        (["--served-model-name", ""], "served_model_name"),
+        (["--served-model-name", "m", "--adapter", "m=x"], "'m' names the base model and an"),
+        (["--tool-template", "hermes"], "requires a tokenizer with the tokens <|im_start|>"),
+        (["--tool-template", "missing"], "tool_template must be trl, hermes, a Jinja template"),
     ],
 )
 def test_options_that_can_not_be_heeded_are_errors(saved, capsys, options, message):

@@ -100,11 +100,39 @@ def test_the_next_commands_evaluate_and_ask_what_was_trained():
     del job["eval"]
     asked = f"loraloom eval {model} --dataset HELD_OUT.jsonl --format preference --max-length 64"
     assert next_words(run, [done])["Evaluate"] == shlex.split(asked)
-    job["data"]["fields"] = {"prompt": "question"}
-    data = next_words(run, [done])["Evaluate"][-5]
-    assert data == '{"dataset": "HELD_OUT.jsonl", "fields": {"prompt": "question"}}'
+    job["data"] |= {"fields": {"prompt": "question"}, "template": "plain"}
+    data = json.loads(next_words(run, [done])["Evaluate"][-5])
+    assert data == {
+        "dataset": "HELD_OUT.jsonl",
+        "template": "plain",
+        "fields": {"prompt": "question"},
+    }
     done.job = "base"  # a name that --adapter has for the base model
     assert "base-adapter=out/a" in next_words(run, [done])["Generate"]
+
+
+def test_a_sweep_over_data_sets_evaluates_those_of_the_best_jobs_data():
+    job = {"name": "a", "adapter": {"method": "lora"}, "train": {"max_steps": 4}}
+    job["data"] = {"task": "arc_easy", "scoring": "text", "validation_fraction": 0.1}
+    sweep = {"job": job, "parameters": {"data.task": ["arc_easy", "piqa"], "adapter.rank": [4, 8]}}
+    run = {"base_model": "m", "output_dir": "out", "sweep": sweep}
+    names = [trial.name for trial in RunConfig.model_validate(run).trials]
+    losses = dict(zip(names, (3, 4, 2, 1), strict=True))
+    results = [
+        Mock(
+            JobResult, job=name, directory=name, error=None, metrics={"eval/loss": loss}, status=""
+        )
+        for name, loss in losses.items()
+    ]
+    purpose = "Evaluate the jobs of piqa, and others on their data,"
+    asked = f"loraloom eval --base-model m --adapter {names[3]}={names[3]}"
+    asked += f" --adapter {names[2]}={names[2]} --task piqa --scoring text"
+    assert next_words(run, results)[purpose] == asked.split()
+    sweep["parameters"]["data.task"] = ["piqa"]
+    names[:] = [trial.name for trial in RunConfig.model_validate(run).trials]
+    for result, name in zip(results, names, strict=False):
+        result.job = name
+    assert "Evaluate" in next_words(run, results[:2])
 
 
 def next_words(run, results):

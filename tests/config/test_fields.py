@@ -5,7 +5,7 @@ from loraloom import LoraConfig, MixLoraConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.fields import check_name, checked
 from loraloom.errors import ConfigError, shown
-from loraloom.training.settings import JobConfig, TrainConfig
+from loraloom.training.settings import JobConfig, RunConfig, TrainConfig
 
 PEFT_NAMES = {
     "r": "rank",
@@ -21,6 +21,54 @@ PEFT_NAMES = {
 def test_pefts_names_lead_to_ours_in_python_as_in_a_file(config, name, ours):
     with pytest.raises(ValidationError, match=f"unknown key '{name}'; did you mean '{ours}'?"):
         config(**{name: 1})
+
+
+def test_an_error_in_python_shows_what_came():
+    with pytest.raises(ValidationError, match=r"input_value=\{'r': 4\}, input_type=dict\]$"):
+        LoraConfig(r=4)
+
+
+JOB = {
+    "name": "a",
+    "adapter": {"method": "lora"},
+    "data": {"task": "boolq"},
+    "train": {"max_steps": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            {"start_from": 5},
+            ["start_from must be a valid string, got 5", "start_from must be a mapping, got 5"],
+        ),
+        (
+            {"start_from": {"a": "x"}},
+            ["start_from must be a valid string, got", "start_from.a must be a valid number"],
+        ),
+        (
+            {"adapter": {"method": "lora", "target_modules": [5]}},
+            ["adapter.target_modules must be 'all-l", "adapter.target_modules.0 must be a valid"],
+        ),
+        ({"adapter": {}}, ["adapter requires 'method', which is missing"]),
+        ({"data": {"mix": [{"task": "boolq"}, {}]}}, ["data.mix.1: a source must be a task or"]),
+        ({"eval": [{}]}, ["eval.0.task is required, but missing"]),
+    ],
+)
+def test_paths_of_faults_have_no_tags_of_unions(changes, lines):
+    with pytest.raises(ConfigError) as caught:
+        checked(JobConfig, JOB | changes)
+    told = [line.strip() for line in str(caught.value).splitlines()]
+    assert len(told) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(told, lines, strict=True))
+
+
+@pytest.mark.parametrize("limit", ["3 parsecs", "lots", [1]])
+def test_a_memory_limit_that_is_no_size_says_what_is_one(limit):
+    run = {"base_model": "base", "output_dir": "out", "memory_limit": limit}
+    with pytest.raises(ConfigError, match=r'memory_limit must .* unit as in "20GB" or "512MiB", g'):
+        checked(RunConfig, run)
 
 
 def test_other_faults_are_told_beside_an_unknown_key():

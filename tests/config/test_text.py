@@ -123,10 +123,11 @@ def test_jobs_that_share_a_mapping_are_changed_one_by_one():
         ("=3", "--set must be path=value"),
         ("jobs.2.name=a", r"--set jobs.2.name: '2' must be an index in \[0, 1\]"),
         ("jobs.first.name=a", r"'first' must be an index in \[0, 1\]"),
+        ("empty.0.name=a", "--set empty.0.name: '0' must be in a list that has items"),
         ("dtype.x=1", "--set dtype.x: 'float32' contains no settings to change"),
         ("dtype=[1", "the value of --set dtype must be valid YAML"),
     ],
 )
 def test_an_override_that_leads_nowhere_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
-        apply_override(settings(), override)
+        apply_override(settings() | {"empty": []}, override)

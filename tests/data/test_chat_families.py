@@ -1,4 +1,4 @@
-"""What is learnt of every kind of conversation in the templates of twelve families.
+"""What is learnt of every kind of conversation in the templates of twelve families, and `hermes`.
 
 Where trl has a family's template it is taken from there; the others are in the family's format.
 """
@@ -14,6 +14,7 @@ import pytest
 import yaml
 from trl import chat_template_utils as trl
 
+from loraloom.config.data import TOOL_TEMPLATE
 from loraloom.data.chat import learn_answers, read_conversation
 from loraloom.data.sources import Row
 from loraloom.data.templates import load_chat_template
@@ -35,6 +36,7 @@ _TRL = {
 FAMILIES = _FILE["templates"] | {
     family: getattr(trl, f"{name}_chat_template") for family, name in _TRL.items()
 }
+FAMILIES["hermes"] = TOOL_TEMPLATE
 TRAINING = {family: getattr(trl, f"{name}_training_chat_template") for family, name in _TRL.items()}
 """What trl trains with, where it has something."""
 

@@ -165,3 +165,29 @@ def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, ca
     assert len(entries(cache)) == 1
     with pytest.raises(DataError, match="line 1: preferences between strings do not"):
         load(tiny_tokenizer, file, "preference", chat_template=PLAIN)
+
+
+def test_a_template_writes_the_prompts_of_preferences_between_strings(tiny_tokenizer, tmp_path):
+    rows = [
+        {"prompt": "Why?", "chosen": "yes", "rejected": "no", "topic": "sky"},
+        {"prompt": "How?", "chosen": "no", "rejected": "yes", "topic": "sea", "input": "Here."},
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    template = "{{ topic }}: {{ instruction }}{{ input }}\n"
+    written = [{**row, "prompt": prompt} for row, prompt in zip(rows, WRITTEN, strict=True)]
+    expected = load(tiny_tokenizer, write_rows(tmp_path / "written.jsonl", written), "preference")
+    assert load(tiny_tokenizer, file, "preference", template=template) == expected
+    missing = "{{ nothing }}"
+    with pytest.raises(
+        DataError, match="line 1: the prompt template can't be filled in: 'nothing'"
+    ):
+        load(tiny_tokenizer, file, "preference", template=missing)
+    messages = write_rows(tmp_path / "chat.jsonl", [{"chosen": chat(1), "rejected": chat(2)}])
+    with pytest.raises(
+        DataError, match="between messages do not support template; remove template"
+    ):
+        load(tiny_tokenizer, messages, "preference", template="plain")
+
+
+WRITTEN = ("sky: Why?\n", "sea: How?Here.\n")
+"""The prompts of that test, filled in."""

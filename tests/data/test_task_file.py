@@ -47,6 +47,27 @@ def write(tmp_path):
     return write
 
 
+@pytest.mark.parametrize(
+    ("changes", "answer", "options", "gold"),
+    [
+        ("answer_is: text", "one", ["one", " one"], None),
+        ("answer_is: text", "one", ["three", "one ", "three"], 1),
+        ("answer_is: index", 1, ["one", "one"], 1),
+        ('answer_is: label\nlabels: ["1", " 1"]', "1", ["one", "two"], None),
+    ],
+    ids=["the right one twice", "a wrong one twice", "by index", "labels but for a space"],
+)
+def test_an_answer_that_two_choices_have_is_rejected(write, changes, answer, options, gold):
+    path = write(
+        TASK.replace("answer_is: index", changes), ROW | {"options": options, "answer": answer}
+    )
+    if gold is None:
+        with pytest.raises(DataError, match=r"must be a single choice's .*, got 2 such choices"):
+            load_question_set(path)
+    else:
+        assert load_question_set(path).questions[0].gold == gold
+
+
 def test_a_row_becomes_a_question(write, tmp_path):
     path = write()
     found = load_question_set(path)

@@ -4,11 +4,13 @@ import string
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loraloom.config.task import load_task_config
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval import answers
-from loraloom.eval.answers import is_right, load_answer_set
+from loraloom.eval.answers import is_right, load_answer_set, normalize_answer
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets
 from loraloom.eval.results import write_lines
@@ -52,8 +54,8 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
     file = task(metric=metric, data=data | {"template": "plain"}, sampling={"max_new_tokens": 6})
     options = {"cache": ScoreCache(tmp_path, host)}
     found = evaluate(host, tiny_tokenizer, file, NAMES, **options)
-    given = [line["answer"] for line in found.lines()]
-    assert given == [text for name in NAMES for text in texts[name]]
+    answered = [line["answer"] for line in found.lines()]
+    assert answered == [text for name in NAMES for text in texts[name]]
     for name in NAMES:
         pairs = [[*map(squad, pair)] for pair in zip(texts[name], right, strict=True)]
         whole = [f" {b} " in f" {a} " if metric == "contains" else a == b for a, b in pairs]
@@ -101,7 +103,7 @@ def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
     ((index, prompt, reference),) = load_answer_set(task(metric="contains", data=data)).rows
     assert (index, list(prompt.content), reference) == (0, [*turns, turns[1]], "a")
     with pytest.raises(ConfigError, match="have no splits"):
-        load_question_sets([task(metric="contains", data=data)], split="test")
+        load_question_sets(["skills", task(metric="contains", data=data)], split="test")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,63 @@ def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
 )
 def test_words_are_compared_as_squad_does(metric, answer, reference, expected):
     assert is_right(metric, answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "reference", "expected"),
+    [
+        ("exact_match", "-5", "5", False),
+        ("exact_match", "1.5", "15", False),
+        ("exact_match", "1/2", "12", False),
+        ("exact_match", "1,000", "1000", True),
+        ("exact_match", "-$5.", "-5", True),
+        ("exact_match", "C++", "C", False),
+        ("exact_match", "x <= y", "x < y", False),
+        ("exact_match", "=> Paris", "Paris", True),
+        ("contains", "It is -5.", "5", False),
+        ("contains", "It is -5.", "-5", True),
+        ("contains", "It is 1.5", "5", False),
+        ("contains", "2+3=5", "5", True),
+        ("contains", "I like C.", "C++", False),
+        ("contains", "I like C++.", "C", False),
+        ("contains", "I like C++.", "C++", True),
+    ],
+)
+def test_signs_of_numbers_and_code_count(metric, answer, reference, expected):
+    assert is_right(metric, answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("The operator is +.", "+", True),
+        ("**+**", "+", True),
+        ("What?", "?", True),
+        ("use <= here", "<=", True),
+        ("use <= here", "<", False),
+        ("plus", "+", False),
+    ],
+)
+def test_a_reference_of_signs_alone_is_looked_for_as_written(answer, reference, expected):
+    assert is_right("contains", answer, reference) == expected
+    assert is_right("exact_match", f" {answer}\n", reference) == (answer == reference)
+
+
+@given(st.text(string.ascii_letters + " .,;:!?'\"()`_*-", max_size=30))
+def test_what_has_only_words_is_normalized_as_squad_does(text):
+    assert normalize_answer(text) == (squad(text) or text.lower().strip())
+
+
+@given(st.text(string.ascii_letters + string.digits + string.punctuation + " ", min_size=1))
+def test_an_answer_that_is_the_reference_is_right(text):
+    for metric in ("exact_match", "contains"):
+        assert is_right(metric, text, text), metric
+
+
+@given(st.decimals(-999, 999, places=2), st.decimals(-999, 999, places=2))
+def test_different_numbers_are_not_equal(first, second):
+    for metric in ("exact_match", "contains"):
+        assert is_right(metric, f"It is {first}."[6:], str(second)) == (str(first) == str(second))
 
 
 @pytest.mark.parametrize(

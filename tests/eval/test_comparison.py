@@ -32,6 +32,7 @@ WRONG = ((-1.0, -2.0), (-2.0, -1.0))  # other answers than the usual ones
 def test_adapters_with_an_at_are_seeds_of_what_stands_before_it():
     assert seed_groups(NAMES) == {"mix": ["mix@0", "mix@1"]}
     assert seed_groups(["mix@0", "lora"]) == {}  # a single seed is no group
+    assert seed_groups(["law@small", "law@large"]) == {}  # nor are other words numbers
     experts = ["mix@0/law", "mix@1/law"]
     assert seed_groups([*NAMES, *experts]) == {"mix": ["mix@0", "mix@1"], "mix/law": experts}
 

@@ -4,15 +4,16 @@ import csv
 import math
 import random
 from dataclasses import replace
-from itertools import count, product
-from statistics import NormalDist, fmean, stdev
+from itertools import product
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 from rich.table import Table
 
 from loraloom.eval.evaluation import summarise
 from loraloom.eval.results import Comparison, Evaluation
-from loraloom.eval.statistics import compare_losses
+from loraloom.eval.statistics import compare_losses, compare_paired
 from tests.eval.scoring import toy_scores
 from tests.test_terminal import printed
 
@@ -77,28 +78,64 @@ def test_differences_of_accuracies_and_of_losses_each_have_their_unit():
             assert cell in text
 
 
-def test_a_sentence_says_what_a_comparison_means_and_how_many_rows_it_takes():
+@pytest.fixture(scope="module")
+def undecided():
+    """Forty rows of losses that `mix` predicts a little better."""
     generator = random.Random(0)
     differences = [-generator.gauss(0.05, 0.3) for _ in range(40)]
-    found = compare_losses(differences, [0.0] * 40, [1] * 40)
-    mean, spread = fmean(differences), stdev(differences)
-    needed = next(n for n in count(1) if abs(mean) >= 2 * spread / math.sqrt(n))
+    paired = compare_losses(differences, [0.0] * 40, [1] * 40)
     names = {"task": "toy", "metric": "loss", "first": "mix", "second": "base"}
-    one = Comparison(**vars(found), **names, adjusted_p_value=found.p_value)
+    return Comparison(**vars(paired), **names, adjusted_p_value=paired.p_value)
+
+
+def caption_of(*comparisons) -> str:
+    return tables_of(toy_scores(), comparisons=comparisons)[-1].caption
+
+
+def test_a_sentence_says_what_a_comparison_means(undecided):
+    none = "toy: no difference in {} was found between {} on 40 examples."
     for other, text in [
-        (one, "toy: mix beats base in loss, not significantly: 40 rows, about 1,"),
-        (replace(one, difference=-mean), "toy: base beats mix in loss, not"),
-        (replace(one, adjusted_p_value=0.01), "toy: mix beats base in loss, significantly."),
-        (replace(one, difference=0.0), "toy: mix and base have the same loss."),
-        (replace(one, metric="accuracy"), "toy: base beats mix in accuracy, not"),
+        (undecided, none.format("loss", "mix and base")),
+        (replace(undecided, difference=-undecided.difference), none.format("loss", "base and mix")),
+        (replace(undecided, metric="accuracy"), none.format("accuracy", "base and mix")),
+        (replace(undecided, adjusted_p_value=0.01), "toy: mix beats base in loss, significantly."),
+        (replace(undecided, difference=0.0), "toy: mix and base have the same loss."),
     ]:
-        assert text in tables_of(toy_scores(), comparisons=[other])[-1].caption
-    said = tables_of(toy_scores(), comparisons=[one])[-1].caption.split("about ")[1]
-    assert int(said.split()[0].replace(",", "")) == pytest.approx(needed, rel=0.06)
-    ten = tables_of(toy_scores(), comparisons=[one] * 8)[-1].caption.split("about ")[1]
-    more = int(ten.split()[0].replace(",", "")) / needed
-    assert more == pytest.approx((NormalDist().inv_cdf(1 - 0.025 / 8) / 2) ** 2, rel=0.06)
-    assert "mix" not in tables_of(toy_scores(), comparisons=[one] * 9)[-1].caption
+        assert text in caption_of(other)
+    few = replace(undecided, num_first_better=5, num_second_better=4)
+    assert "takes about" not in caption_of(few)
+
+
+@pytest.mark.parametrize("num_compared", [1, 8])
+def test_so_many_examples_find_the_lead_in_four_of_five_tests(undecided, num_compared):
+    caption = caption_of(*[undecided] * num_compared)
+    stated = int(caption.split("of tests takes about ")[1].split(".")[0].replace(",", ""))
+    generator = np.random.default_rng(0)
+    spread = undecided.stderr * math.sqrt(undecided.num_examples)
+    means = generator.normal(undecided.difference, spread / math.sqrt(stated), size=20_000)
+    needed = NormalDist().inv_cdf(1 - 0.025 / num_compared) * spread / math.sqrt(stated)
+    assert (abs(means) > needed).mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_an_interval_that_contradicts_its_p_value_is_explained(undecided):
+    assert "trust p" not in caption_of(undecided)
+    wins = [1.0] * 9 + [-1.0] * 2 + [0.0] * 49
+    paired = compare_paired(wins, [0.0] * 60)
+    assert paired.interval[0] > 0
+    assert paired.p_value > 0.05
+    names = {"task": "toy", "first": "a006", "second": "base"}
+    caption = caption_of(Comparison(**vars(paired), **names, adjusted_p_value=paired.p_value))
+    assert "no difference in accuracy was found between a006 and base on 60 examples." in caption
+    assert "An interval without 0 whose p is 0.05 or more" in caption
+
+
+def test_of_many_comparisons_the_winners_of_each_task_are_named(undecided):
+    won = [replace(undecided, first=name, adjusted_p_value=0.01) for name in "abc"]
+    lost = replace(won[0], first="d", difference=1.0)
+    other = replace(undecided, task="other")
+    caption = caption_of(*won, lost, *[other] * 5)
+    assert "toy: a, b, c beat base significantly; base beats d significantly." in caption
+    assert "other: no difference was found." in caption
 
 
 def test_eight_adapters_with_long_names_fit_80_columns():

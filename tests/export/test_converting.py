@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loraloom.adapters import (
     DynMoleConfig,
@@ -18,6 +19,7 @@ from loraloom.adapters import (
 from loraloom.cli.main import main
 from loraloom.errors import AdapterError, FormatError
 from loraloom.exports.converting import convert
+from tests.formats.tiny import edit_config, forget_settings
 from tests.tiny import ALL_METHODS, METHODS, changed, relative_error, tiny_host, tiny_ids
 
 IDS = tiny_ids(2)
@@ -110,6 +112,16 @@ def test_the_reference_is_not_given_what_it_lacks(config, message, tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
+def test_a_tensor_that_is_a_single_number_is_named(tmp_path):
+    _, source = saved(tmp_path, METHODS["lora"])
+    path = source / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "q_proj.lora_B" in name)
+    save_file(tensors | {name: torch.tensor(1.0)}, path)
+    with pytest.raises(FormatError, match=r"single numbers: layers\.0\.self_attn\.q_proj\.lora_B"):
+        convert(source, tmp_path / "native", "native")
+
+
 def test_peft_is_not_given_a_mixture(tmp_path):
     _, source = saved(tmp_path, METHODS["mixlora"])
     with pytest.raises(
@@ -120,8 +132,8 @@ def test_peft_is_not_given_a_mixture(tmp_path):
 
 def test_the_base_model_gives_lost_magnitudes_and_checks_the_fit(tmp_path):
     host, source = saved(tmp_path, changed(METHODS["lora"], weight_decomposition=False))
-    path = source / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    forget_settings(source)
+    edit_config(source, use_dora=True)
     with (
         pytest.warns(UserWarning, match="a DoRA without magnitudes"),
         pytest.raises(AdapterError, match=r"contains no magnitudes.*--base-model"),

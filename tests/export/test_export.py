@@ -97,14 +97,15 @@ def test_a_merged_mixture_of_experts_has_its_checkpoints_names(tmp_path, family)
     host = host_of(family, {"a": LoraConfig(rank=2, target_modules="attention")})
     done = exported(host, "a", tmp_path / "out")
     host.model.save_pretrained(tmp_path / "theirs")
-    index = json.loads((done.path / "model.safetensors.index.json").read_text())
+    ours = load_file(done.path / "model.safetensors")
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
-    assert index["weight_map"].keys() == theirs.keys()
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in theirs.values())
+    assert ours.keys() == theirs.keys()
+    assert done.num_bytes == sum(tensor.nbytes for tensor in theirs.values())
     assert relative_error(load(done.path)(IDS).logits, host(IDS, adapters=["a", "a"]).logits) < 1e-4
 
 
-def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path):
+def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 1)  # less than any layer
     host = host_of("llama", tie_word_embeddings=True)
     done = exported(host, "mixlora", tmp_path / "out", dtype="bfloat16")
     names = {path.name for path in done.path.iterdir()}
@@ -119,6 +120,22 @@ def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path):
     assert config["architectures"] == ["MixtralForCausalLM"]
     assert config["dtype"] == "bfloat16"
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["lora", "mixlora"])
+def test_files_hold_as_many_layers_as_fit(tmp_path, monkeypatch, name):
+    host = host_of("llama", num_hidden_layers=5)
+    rows = [name, name]
+    done = exported(host, name, tmp_path / "one")
+    assert [path.name for path in done.path.glob("*model*")] == ["model.safetensors"]
+    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", done.num_bytes // 2)
+    several = exported(host, name, tmp_path / "several")
+    files = {path: path.stat().st_size for path in several.path.glob("*.safetensors")}
+    assert 2 <= len(files) <= 4
+    assert sum(files.values()) >= several.num_bytes == done.num_bytes
+    for path in (done.path, several.path):
+        assert relative_error(load(path)(IDS).logits, host(IDS, adapters=rows).logits) < 1e-4
 
 
 def test_of_several_chat_templates_the_default_becomes_the_adapters():

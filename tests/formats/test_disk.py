@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from loraloom.adapters import LoraConfig
+from loraloom.adapters import LoraConfig, SmoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import disk, read_adapter
-from tests.formats.tiny import assert_same_tensors, make_tensors, write
+from loraloom.formats.files import read_stored
+from tests.formats import test_axolotl
+from tests.formats.tiny import (
+    LORA,
+    MIXTURE,
+    assert_same_tensors,
+    edit_config,
+    forget_settings,
+    make_tensors,
+    write,
+)
 
+ROOT = Path(__file__).parents[2]
 OLD = LoraConfig(rank=2, alpha=2)
 SAME_SHAPES = LoraConfig(rank=2, alpha=4)
 
@@ -32,7 +49,7 @@ def kill_at(monkeypatch, module, function: str, call: int) -> None:
     monkeypatch.setattr(module, function, killed)
 
 
-@pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("sync", 0), ("sync", 2)])
+@pytest.mark.parametrize(("function", "call"), [("write_safetensors", 0), ("sync", 0), ("sync", 2)])
 def test_a_save_that_fails_aside_leaves_the_old_adapter(
     function, call, base, tmp_path, monkeypatch
 ):
@@ -64,6 +81,127 @@ def test_under_an_unchanged_config_there_is_always_an_adapter(renames, base, tmp
     assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
 
 
+def read_between(monkeypatch, read) -> list:
+    """Read an adapter before and after each rename and deletion of a writer: what comes of it."""
+    outcomes = []
+
+    def outcome():
+        try:
+            return read()
+        except FormatError as error:
+            return str(error).partition(" has ")[2].partition(" (")[0]
+
+    def observed(operation):
+        def observed_operation(*arguments, **options):
+            outcomes.append(outcome())
+            operation(*arguments, **options)
+            outcomes.append(outcome())
+
+        return observed_operation
+
+    monkeypatch.setattr(disk, "_WAITS_S", ())
+    monkeypatch.setattr(os, "replace", observed(os.replace))
+    monkeypatch.setattr(Path, "unlink", observed(Path.unlink))
+    return outcomes
+
+
+def test_a_reader_meets_the_old_adapter_the_new_one_or_none(base, tmp_path, monkeypatch):
+    old = write(tmp_path, base, LoraConfig(rank=2, alpha=4))
+    name = next(iter(old))
+
+    def read() -> float:
+        config, tensors = read_adapter(tmp_path, base)
+        assert config.alpha == (4 if torch.equal(tensors[name], old[name]) else 64)
+        return config.alpha
+
+    outcomes = read_between(monkeypatch, read)
+    write(tmp_path, base, LoraConfig(rank=2, alpha=64), 1, overwrite=True)
+    assert [*dict.fromkeys(outcomes)] == [4, "no adapter_config.json", 64]
+
+
+def test_files_that_are_replaced_between_two_reads_are_read_again(base, tmp_path, monkeypatch):
+    write(tmp_path, base, LoraConfig(rank=2, alpha=4))
+    read, news = disk._read_safetensors, []
+
+    def replaced_before(path):
+        if not news:
+            news.append(write(tmp_path, base, LoraConfig(rank=2, alpha=64), 1, overwrite=True))
+        return read(path)
+
+    monkeypatch.setattr(disk, "_read_safetensors", replaced_before)
+    config, tensors = read_adapter(tmp_path, base)
+    assert config.alpha == 64
+    assert_same_tensors(tensors, news[0])
+
+
+def test_what_lies_beside_a_new_adapter_is_not_read_with_it(base, tmp_path, monkeypatch):
+    def read() -> str:
+        return read_stored(tmp_path).config.title
+
+    test_axolotl.write(tmp_path)
+    outcomes = read_between(monkeypatch, read)
+    write(tmp_path, base, LoraConfig(rank=2), overwrite=True)
+    assert [*dict.fromkeys(outcomes)] == ["MixLoRA", "no adapter_config.json", "LoRA"]
+    monkeypatch.undo()
+    (tmp_path / disk.SIDECAR_WEIGHTS).write_text("of another adapter")
+    assert read() == "LoRA"
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (LORA, {"base_model_name_or_path": "elsewhere/tiny-llama", "revision": "main"}),
+        (LORA, {"lora_dropout": 0.3, "target_modules": ["down_proj", "q_proj"]}),
+        (LORA, {"peft_version": "0.21.2", "qalora_group_size": 16, "loftq_config": {}}),
+        (MIXTURE, {"base_model_name_or_path": None, "lora_dropout": 0.3}),
+    ],
+)
+def test_fields_that_change_no_result_may_be_edited(base, tmp_path, config, changes):
+    tensors = write(tmp_path, base, config)
+    edit_config(tmp_path, **changes)
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (LORA, "lora_alpha", 64),
+        (LORA, "use_rslora", True),
+        (LORA, "alpha_pattern", {"q_proj": 3}),
+        (MIXTURE, "top_k", 1),
+        (MIXTURE, "routing_strategy", "mixlora-dynamic"),
+        (SmoraConfig(rank=4, top_k=2), "top_k", 1),
+    ],
+)
+def test_weights_saved_with_other_settings_are_an_error(base, tmp_path, config, field, value):
+    write(tmp_path, base, config)
+    edit_config(tmp_path, **{field: value})
+    with pytest.raises(FormatError, match=f"was saved with `{field}` .* has .*both files again"):
+        read_adapter(tmp_path, base)
+    forget_settings(tmp_path)  # as files of other programs
+    read_stored(tmp_path)
+
+
+def test_equal_adapters_are_equal_files_in_every_process(base, tmp_path):
+    command = "from tests.formats.tiny import *; import sys; write(sys.argv[1], llama_base())"
+    subprocess.run([sys.executable, "-c", command, tmp_path / "a"], cwd=ROOT, check=True)
+    for name in "bcde":
+        write(tmp_path / name, base)
+        for path in (tmp_path / name).iterdir():
+            assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
+
+
+def test_what_is_written_is_what_the_library_reads(tmp_path):
+    tensors = {"wide": torch.randn(2, 3, dtype=torch.float64).T, "ä": torch.randn(7).bfloat16()}
+    tensors |= {"half": torch.ones(3).half(), "none": torch.zeros(0, 4), "one": torch.tensor(2.5)}
+    metadata = {"format": "pt", "z": '"', "a": "ß\n"}
+    path = tmp_path / "a.safetensors"
+    disk.write_safetensors(path, tensors, tensors.values(), metadata)
+    assert_same_tensors(load_file(path), tensors)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == metadata
+
+
 def test_what_a_killed_process_has_left_aside_is_cleared(base, tmp_path):
     aside, busy = tmp_path / ".0123456789abcdef.writing", tmp_path / ".123456789abcdef0.writing"
     for directory in (aside, busy):
@@ -80,6 +218,6 @@ def test_a_system_that_can_not_write_is_one_clear_error(base, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk, "save_file", full)
+    monkeypatch.setattr(disk, "write_safetensors", full)
     with pytest.raises(AdapterError, match=r"can't be written to .*No space left"):
         write(tmp_path / "a", base, OLD)

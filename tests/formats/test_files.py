@@ -96,9 +96,12 @@ def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
 
 def test_another_shape_is_an_error_that_names_the_tensor(saved):
     attention = replace(ATTENTION, shapes={**ATTENTION.shapes, "k_proj": (16, 64)})
-    message = r"other shapes: layers\.0\.self_attn\.k_proj\.lora_B \(32, 2\), not \(16, 2\)"
+    message = (
+        r"other \(llama\)\. Load the base model .* trained on, some-org/tiny-llama; .* other "
+        r"shapes: layers\.0\.self_attn\.k_proj\.lora_B \(32, 2\), not \(16, 2\)"
+    )
     with pytest.raises(AdapterError, match=message):
-        read_adapter(saved, llama_base(blocks=(attention, FFN)))
+        read_adapter(saved, llama_base(name_or_path="other", blocks=(attention, FFN)))
 
 
 def test_other_modules_are_another_base_model(saved, base):
@@ -121,12 +124,21 @@ def test_other_weights_of_the_same_shape_are_a_warning(saved, base):
         read_adapter(saved, replace(base, name_or_path="some-org/other", fingerprint="another"))
 
 
+def test_an_adapter_of_an_earlier_version_is_compared_by_its_form_of_the_fingerprint(saved, base):
+    recorded = base.fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_adapter(saved, replace(base, fingerprint="v2-now", first_fingerprint=recorded))
+    with pytest.warns(UserWarning, match="may be wrong otherwise"):
+        read_adapter(saved, replace(base, fingerprint="v2-now", first_fingerprint="another"))
+
+
 @pytest.mark.parametrize("name", ["some-org/tiny-llama", "/models/Tiny-Llama", ""])
 def test_files_without_a_fingerprint_warn_of_a_base_model_of_another_name(base, tmp_path, name):
     write(tmp_path, base)
     weights = tmp_path / "adapter_model.safetensors"
     save_file(load_file(weights), weights)  # as PEFT writes it
-    message = r"trained on some-org/tiny-llama \(.*the base model here is some-org/other"
+    message = "trained on some-org/tiny-llama, but the base model here is some-org/other. Loading"
     with pytest.warns(UserWarning, match=message):
         read_adapter(tmp_path, replace(base, name_or_path="some-org/other"))
     with warnings.catch_warnings():

@@ -8,7 +8,7 @@ from loraloom.adapters import LoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from loraloom.formats.files import read_stored
-from tests.formats.tiny import assert_same_tensors, edit_config, write
+from tests.formats.tiny import assert_same_tensors, edit_config, forget_settings, write
 
 
 def test_magnitudes_are_read_with_and_without_the_suffix(base, tmp_path):
@@ -31,6 +31,18 @@ def test_listed_modules_that_the_base_lacks_have_no_effect_as_in_peft(base, tmp_
     assert read_adapter(tmp_path, base)[0].target_modules == ("q_proj",)
 
 
+def test_two_tensors_of_one_meaning_are_an_error(base, tmp_path):
+    write(tmp_path, base, LoraConfig(rank=2, weight_decomposition=True))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("lora_magnitude_vector"))
+    save_file(tensors | {f"{name}.weight": tensors[name].clone()}, path)
+    with pytest.raises(
+        FormatError, match=r"only one tensor may be layers.*\.magnitude, got base_mo"
+    ):
+        read_adapter(tmp_path, base)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -43,6 +55,7 @@ def test_listed_modules_that_the_base_lacks_have_no_effect_as_in_peft(base, tmp_
 )
 def test_what_can_not_be_represented_is_an_error_that_names_the_field(field, value, base, tmp_path):
     write(tmp_path, base)
+    forget_settings(tmp_path)
     edit_config(tmp_path, **{field: value})
     with pytest.raises(FormatError, match=f"`{field}` (must|is not supported)"):
         read_adapter(tmp_path, base)

@@ -8,7 +8,15 @@ from loraloom.adapters import ExpertsConfig, MixLoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from tests.blocks import names_of
-from tests.formats.tiny import ATTENTION, FFN, MIXTURE, assert_same_tensors, edit_config, write
+from tests.formats.tiny import (
+    ATTENTION,
+    FFN,
+    MIXTURE,
+    assert_same_tensors,
+    edit_config,
+    forget_settings,
+    write,
+)
 from tests.tiny import changed
 
 CONFIG = MixLoraConfig(
@@ -79,6 +87,7 @@ def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
 )
 def test_all_routings_of_the_reference_are_read(fields, settings, base, tmp_path):
     tensors = write(tmp_path, base, MIXTURE)
+    forget_settings(tmp_path)
     edit_config(tmp_path, loraloom=None, top_k=None, **fields)
     read, read_tensors = read_adapter(tmp_path, base)
     targets = names_of(base)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
@@ -76,3 +78,13 @@ def edit_config(directory: Path, **changes) -> None:
     """Change fields of an adapter's configuration on disk."""
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def forget_settings(directory: Path) -> None:
+    """Take the settings out of the weights' header, as other programs' files have none."""
+    path = directory / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    record = json.loads(metadata["loraloom"])
+    del record["config"]
+    save_file(load_file(path), path, metadata | {"loraloom": json.dumps(record)})

@@ -47,7 +47,7 @@ def test_a_model_that_said_nothing_reads_no_answer_of_others(conversation, tiny_
 
 
 def test_a_conversation_that_has_no_room_is_an_error(conversation):
-    with pytest.raises(RequestError, match="must have at most 128 tokens together"):
+    with pytest.raises(RequestError, match="maximum context length is 128 tokens"):
         said(conversation, "one " * 200, ["lora"])
     assert conversation.turns == []
     assert said(conversation, "one", ["lora"])

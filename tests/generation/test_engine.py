@@ -14,7 +14,7 @@ from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import RequestError
+from loraloom.generation.sequence import RequestError, Share
 from loraloom.host.decoding import Decoding
 from tests.generation.asking import TEXTS, Asked, alone, answers, finish, request, submit
 from tests.generation.conftest import NAMES, SIZES
@@ -275,7 +275,7 @@ def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokeniz
 def test_longrope_ends_where_earlier_keys_change(make_engine, host, tiny_tokenizer, monkeypatch):
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 6}
     monkeypatch.setattr(host.config, "rope_parameters", host.config.rope_parameters | rope)
-    with pytest.raises(RequestError, match="must have at most 6 tokens together"):
+    with pytest.raises(RequestError, match="maximum context length is 6 tokens"):
         submit(make_engine(), request(tiny_tokenizer, "one", max_new_tokens=6))
 
 
@@ -329,6 +329,68 @@ def test_log_probs_are_those_of_the_model(make_engine, host, tiny_tokenizer):
         assert [token for token, _ in entry.top] == tokens.tolist()
         assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
         assert entry.log_prob == pytest.approx(float(expected[place, entry.token]), abs=1e-4)
+
+
+def test_a_prompt_is_scored_as_it_is_read_and_charged_once(make_engine, host, tiny_tokenizer):
+    engine = make_engine(prefill_tokens=8)
+    settings = {"scores_prompt": True, "num_logprobs": 2, "max_new_tokens": 1}
+    long = request(tiny_tokenizer, TEXTS[2] * 2, "mixlora", **settings)
+    answers(engine, [request(tiny_tokenizer, TEXTS[2] * 2, "mixlora", max_new_tokens=1)])
+    used = engine.tenant("").used
+    (asked,) = submit(engine, long)
+    finish(engine)
+    assert engine.tenant("").used - used == len(long.prompt_ids)  # though it is known
+    told = [entry for piece in asked.pieces for entry in piece.log_probs][:-1]
+    assert [entry.token for entry in told] == long.prompt_ids[1:]
+    expected = (
+        host(torch.tensor([long.prompt_ids]), adapters=["mixlora"])
+        .logits[0]
+        .detach()
+        .log_softmax(-1)
+    )
+    for place, entry in enumerate(told):
+        values, tokens = expected[place].topk(2)
+        assert entry.log_prob == pytest.approx(float(expected[place, entry.token]), abs=1e-4)
+        assert [token for token, _ in entry.top] == tokens.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_a_prompt_that_nobody_waits_for_is_scored_no_further(make_engine, tiny_tokenizer):
+    engine = make_engine(prefill_tokens=8)
+    long = request(tiny_tokenizer, TEXTS[2] * 2, scores_prompt=True, num_logprobs=0)
+    (asked,) = submit(engine, long)
+    engine.step()
+    asked.row.is_cancelled = True
+    finish(engine)
+    assert asked.row.num_scored == engine.tenant("").used == 8
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_logits_without_a_softmax_are_an_error_that_names_the_model_asked_for(
+    make_engine, host, tiny_tokenizer, monkeypatch, value
+):
+    engine, real = make_engine(), host.prefill
+
+    def broken(*arguments):
+        session = real(*arguments)
+        session.logits[0, 7] = value
+        return session
+
+    monkeypatch.setattr(host, "prefill", broken)
+    lora = replace(request(tiny_tokenizer, "one", "lora"), owner="public")
+    (asked,) = submit(engine, lora)
+    finish(engine)
+    assert "from adapter 'public'" in str(asked.error)
+
+
+def test_routers_choose_in_the_engines_steps_and_are_charged(make_engine, host, tiny_tokenizer):
+    engine = make_engine()
+    ids = tiny_tokenizer(TEXTS[2])["input_ids"]
+    choices = [engine.choose(ids, "lora", Share("a", "lora")) for _ in range(3)]
+    choices[1].cancel()
+    finish(engine)
+    assert [one.result().adapter for one in (choices[0], choices[2])] == ["lora", "lora"]
+    assert engine.tenant("a").used == 2 * len(ids)
 
 
 def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows(monkeypatch):

@@ -29,6 +29,14 @@ def test_completions_are_in_the_order_of_the_prompts(host, tiny_tokenizer):
     assert len(set(together)) == len(together)
 
 
+def test_a_string_is_a_prompt_of_the_base_model(host, tiny_tokenizer):
+    mixed = ["the sky", Prompt("the sky", "lora"), "one"]
+    asked = [Prompt("the sky"), mixed[1], Prompt("one")]
+    assert completed(host, tiny_tokenizer, mixed) == completed(host, tiny_tokenizer, asked)
+    with pytest.raises(ConfigError, match="prompts must be a list, got 'the sky'; put it into"):
+        completed(host, tiny_tokenizer, "the sky")
+
+
 def test_greedy_takes_the_most_likely_token(host, tiny_tokenizer):
     ids = tiny_tokenizer("the sky", return_tensors="pt")["input_ids"]
     for _ in range(8):

@@ -2,12 +2,14 @@ from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from loraloom.config.data import PromptForm
-from loraloom.data.templates import load_template, render
+from loraloom.data.templates import ChatTemplate, given_source, load_template, render
 from loraloom.data.tokens import learn_completions
 from loraloom.errors import ConfigError, DataError
-from loraloom.generation.prompts import Prompt, encode_prompt, form_for
+from loraloom.generation.prompts import Prompt, encode_prompt, form_for, max_text_bytes
+from loraloom.generation.sequence import RequestError
 from loraloom.host.host import Host
 
 TEMPLATE = (
@@ -38,6 +40,51 @@ def test_what_can_not_be_written_is_an_error(tiny_tokenizer):
         encode_prompt(tiny_tokenizer, Prompt(calls))
     with pytest.raises(DataError, match="prompt template does not support tools"):
         encode_prompt(tiny_tokenizer, Prompt(calls), PLAIN)
+
+
+TOOLS = [{"type": "function", "function": {"name": "paint", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "paint", "arguments": {"color": "blue"}}}
+
+
+def test_hermes_writes_tools_calls_and_results(tiny_tokenizer):
+    with pytest.raises(DataError, match="hermes requires a tokenizer with the tokens"):
+        given_source(tiny_tokenizer, "hermes")
+    tiny_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    form = PromptForm(format="chat", chat_template=given_source(tiny_tokenizer, "hermes"))
+    system = {"role": "system", "content": "Be brief."}
+    call = {"role": "assistant", "content": "Sure.", "tool_calls": [CALL]}
+    turns = (system, TURNS[0], call, {"role": "tool", "content": "done"})
+    ids, turn_end = encode_prompt(tiny_tokenizer, Prompt(turns, tools=TOOLS), form)
+    text = tiny_tokenizer.decode(ids)
+    assert turn_end == "<|im_end|>"
+    assert text.startswith(
+        "<|im_start|>system\nBe brief.\n\nYou may call these functions:\n<tools>"
+    )
+    called = '<tool_call>\n{"name": "paint", "arguments": {"color": "blue"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\nSure.\n{called}<|im_end|>\n<|im_start|>user\n" in text
+    assert "user\n<tool_response>\ndone\n</tool_response><|im_end|>\n<|im_start|>as" in text
+
+
+def test_tools_are_written_in_their_form_unless_the_adapter_has_a_template():
+    tool_form = PromptForm(format="chat", chat_template="tools")
+    forms = {
+        None: None,
+        "base": PromptForm(format="chat", system="Be brief."),
+        "text": PromptForm(format="text"),
+        "chat": PromptForm(format="chat", chat_template="x"),
+        "plain": PLAIN,
+    }
+    host = create_autospec(Host, instance=True)
+    host.default_form = None
+    host.adapter = lambda name: SimpleNamespace(prompt=forms[name])
+    written = {name: form_for(host, name, tool_form) for name in forms}
+    assert written == {
+        None: tool_form,
+        "base": tool_form.model_copy(update={"system": "Be brief."}),
+        "text": tool_form,
+        "chat": forms["chat"],
+        "plain": PLAIN,
+    }
 
 
 def test_an_answer_ends_with_the_token_that_the_chat_template_puts_behind_it(tiny_tokenizer):
@@ -152,3 +199,66 @@ def test_a_system_message_becomes_a_part_of_the_chat_template(tiny_tokenizer):
     assert written == "(developer) one\n(user) yes?\n"
     written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
     assert written == '(system) two \U0001f600 "{{ }}"\n(user) yes?\n'
+
+
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}{% endfor %}"
+)
+
+
+def test_a_chat_with_many_calls_is_rendered_twice(tiny_tokenizer, monkeypatch):
+    calls, rendered = [{"type": "function", "function": {"name": "paint"}}], []
+    answers = [{"role": "assistant", "content": "", "tool_calls": calls}] * 10
+    prompt = Prompt((TURNS[0], *answers), tools=calls)
+    render = ChatTemplate.render_with_marks
+
+    def counted(template, conversation, **options):
+        rendered.append(conversation)
+        return render(template, conversation, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render_with_marks", counted)
+    for template, num_more in ((WITH_TOOLS, 1), (WITH_TOOLS, 0)):
+        rendered.clear()
+        tiny_tokenizer.chat_template = template
+        encode_prompt(tiny_tokenizer, prompt)
+        assert len(rendered) == 2 + num_more
+    third = "{{ m.content }}{{ (m.tool_calls or []) | tojson if not loop.index == 3 }}"
+    tiny_tokenizer.chat_template = WITH_TOOLS.replace(
+        "{{ m.content }}{{ (m.tool_calls or []) | tojson }}", third
+    )
+    with pytest.raises(DataError, match="drops the tool_calls of message 3"):
+        encode_prompt(tiny_tokenizer, prompt)
+
+
+def test_a_text_that_fits_no_context_is_refused_before_its_tokens_are_made(tiny_tokenizer):
+    max_bytes = max_text_bytes(tiny_tokenizer, 10)
+    longest = max(map(len, tiny_tokenizer.get_vocab()))
+    assert longest * 10 <= max_bytes <= longest * 20
+    assert encode_prompt(tiny_tokenizer, Prompt("a" * max_bytes), max_bytes=max_bytes)
+    with pytest.raises(RequestError, match="more than fit the model's context") as caught:
+        encode_prompt(tiny_tokenizer, Prompt("a" * (max_bytes + 1)), max_bytes=max_bytes)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("change", "bounds"),
+    [
+        ({"normalizer": normalizers.NFC()}, True),
+        ({"normalizer": normalizers.Sequence([normalizers.Prepend("_")])}, True),
+        ({"normalizer": normalizers.Replace("aa", "a")}, False),
+        ({"normalizer": normalizers.Strip()}, False),
+        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, False),
+        ({"model": models.WordLevel({"a": 0}, unk_token="a")}, False),
+        ({"added": AddedToken("<a>", rstrip=True)}, False),
+    ],
+    ids=str,
+)
+def test_a_text_is_refused_by_its_bytes_only_where_no_token_stands_for_any_number(
+    tiny_tokenizer, change, bounds
+):
+    if "added" in change:
+        tiny_tokenizer.add_tokens([change.pop("added")])
+    for name, step in change.items():
+        setattr(tiny_tokenizer.backend_tokenizer, name, step)
+    assert (max_text_bytes(tiny_tokenizer, 10) is not None) == bounds

@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from loraloom.config.fields import checked
-from loraloom.data.tokens import NUM_BEFORE, text_of_token
+from loraloom.data.tokens import NUM_BEFORE, name_of_token, text_of_token
 from loraloom.errors import ConfigError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 
@@ -139,3 +139,41 @@ def test_a_special_token_ends_a_text_in_which_it_is_not_seen(tiny_tokenizer):
     pushed = "".join(stream.push(token) for token in [*one, tiny_tokenizer.bos_token_id])
     assert (pushed, stream.stopped, stream.finish()) == ("one", True, "")
     assert "".join(streamed(tiny_tokenizer, [*one, *two], ("<bos>",))) == "onetwo"
+
+
+@pytest.mark.parametrize("kind", ["end of text", "bytes of no character", "halves of characters"])
+def test_text_that_does_not_settle_is_not_decoded_again_from_its_start(
+    tiny_tokenizer, monkeypatch, kind
+):
+    ids = {
+        "end of text": [tiny_tokenizer.eos_token_id] * 2000,
+        "bytes of no character": tiny_tokenizer.convert_tokens_to_ids(["\u00ac"]) * 2000,
+        "halves of characters": tiny_tokenizer.convert_tokens_to_ids(["\u00e2", "\u0124"]) * 1000,
+    }[kind]
+    stream = TextStream(tiny_tokenizer)
+    decode = tiny_tokenizer.decode
+    sizes = []
+
+    def counted(tokens, **options):
+        sizes.append(len(tokens))
+        return decode(tokens, **options)
+
+    monkeypatch.setattr(tiny_tokenizer, "decode", counted)
+    pieces = [stream.push(token) for token in ids]
+    assert max(sizes, default=0) <= 16
+    text = "".join([*pieces, stream.finish()])
+    assert text == decode(ids, skip_special_tokens=True)
+
+
+def test_a_prompt_may_end_with_the_sign_of_an_unknown_character(tiny_tokenizer):
+    before = tiny_tokenizer("one \N{REPLACEMENT CHARACTER}")["input_ids"]
+    stream = TextStream(tiny_tokenizer, (), before[-NUM_BEFORE:])
+    pieces = [stream.push(token) for token in tiny_tokenizer("two")["input_ids"]]
+    assert "".join([*pieces, stream.finish()]) == "two"
+
+
+def test_tokens_that_are_no_whole_character_are_named_by_their_bytes(tiny_tokenizer):
+    tokens = tiny_tokenizer("\u20ac\u00e9", add_special_tokens=False)["input_ids"]
+    names = [name_of_token(tiny_tokenizer, token) for token in tokens]
+    assert names == [rf"bytes:\x{byte:02x}" for byte in "\u20ac\u00e9".encode()]
+    assert name_of_token(tiny_tokenizer, tiny_tokenizer("o")["input_ids"][0]) == "o"

@@ -23,7 +23,7 @@ def row(owner: str, length: int = 10, tenant: str = "") -> Row:
 
 def queue(scheduler: Scheduler, *rows: Row) -> None:
     for one in rows:
-        scheduler.add(one, [])
+        scheduler.add(one)
 
 
 def admitted(scheduler: Scheduler, served: Sequence[Row] = ()) -> list[str]:

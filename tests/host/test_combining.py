@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import peft
 import pytest
@@ -71,13 +72,53 @@ def test_a_sum_is_what_pefts_active_adapters_compute():
 def test_loras_of_several_ranks_behind_one_another_are_their_sum(tmp_path):
     host = tiny_host(configs={"x": FIRST, "y": PATTERN})
     host.combine(["x", "y"], WEIGHTS, "cat", name="z")
-    host.save("z", tmp_path)
-    host.load("again", tmp_path)
-    total, z, again = (
-        host(IDS, adapters=[name] * 2).logits for name in ("x:0.7+y:-0.4", "z", "again")
+    assert_is_sum(host, "z", tmp_path)
+
+
+def assert_is_sum(host: Host, name: str, directory: Path) -> None:
+    """Whether an adapter is the weighted sum of `x` and `y`, also when it is loaded."""
+    host.save(name, directory)
+    host.load("again", directory)
+    total, combined, again = (
+        host(IDS, adapters=[row] * 2).logits for row in ("x:0.7+y:-0.4", name, "again")
     )
-    assert relative_error(z, total) < 1e-12
+    assert relative_error(combined, total) < 1e-12
     assert relative_error(again, total) < 1e-6  # files are in float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("other", "targets"),
+    [
+        ({"target_modules": ("q_proj", "k_proj")}, ("q_proj", "v_proj", "k_proj")),
+        ({"target_modules": "ffn"}, ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")),
+        ({"target_modules": ("v_proj", "o_proj"), "layers": (1,)}, None),
+        ({"target_modules": ("layers.0.mlp.up_proj",), "rank_pattern": {"up_proj": 2}}, None),
+    ],
+)
+def test_loras_behind_one_another_are_on_all_projections_of_any(tmp_path, other, targets):
+    first = LoraConfig(rank=3, alpha=6, target_modules=["q_proj", "v_proj"])
+    host = tiny_host(configs={"x": first, "y": LoraConfig(rank=4, alpha=2, **other)})
+    combined = host.combine(["x", "y"], WEIGHTS, "cat", name="z")
+    assert targets in (None, combined.config.target_modules)
+    assert_is_sum(host, "z", tmp_path)
+
+
+@torch.no_grad()
+def test_a_union_of_projections_is_pefts(tmp_path):
+    host = tiny_host(configs={}, dtype=torch.float32)
+    for seed, (name, targets) in enumerate({"x": "attention", "y": "ffn"}.items()):
+        config = LoraConfig(rank=3, alpha=6, target_modules=targets)
+        randomise(host.add(name, config), seed)
+        host.save(name, tmp_path / name)
+    model = tiny_model(dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(model, str(tmp_path / "x"), "x")
+    theirs.load_adapter(str(tmp_path / "y"), "y")
+    theirs.add_weighted_adapter(["x", "y"], WEIGHTS, "z", combination_type="cat")
+    theirs.set_adapter("z")
+    host.combine(["x", "y"], WEIGHTS, "cat", name="z")
+    expected = theirs.eval()(input_ids=IDS).logits
+    assert relative_error(host(IDS, adapters=["z", "z"]).logits, expected) < 1e-5
 
 
 @torch.no_grad()
@@ -131,7 +172,6 @@ def test_a_rank_above_the_projections_size_is_combined():
         (["smora"], {"weights": [1.0]}, AdapterError, "updates are not of the form BA"),
         (["hydralora"], {"weights": [1.0]}, AdapterError, "HydraLoRA adapters cannot be"),
         (["lora", "dora"], {"combination": "cat"}, AdapterError, "must be LoRAs, got DoRA"),
-        (["lora", "attention"], {"combination": "cat"}, AdapterError, "the same projections"),
         (["own"], {"weights": [1.0]}, AdapterError, "'own' must be without modules_to_save"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (
@@ -143,9 +183,8 @@ def test_a_rank_above_the_projections_size_is_combined():
     ],
 )
 def test_what_cannot_be_combined_is_refused(names, options, error, message):
-    more = {"attention": LoraConfig(rank=3, target_modules="attention")}
-    more["own"] = LoraConfig(rank=3, modules_to_save=["lm_head"])
-    host = tiny_host(configs=ALL_METHODS | more, dtype=torch.float32)
+    own = LoraConfig(rank=3, modules_to_save=["lm_head"])
+    host = tiny_host(configs=ALL_METHODS | {"own": own}, dtype=torch.float32)
     weights = options.pop("weights", [1.0, 1.0])
     with pytest.raises(error, match=message):
         host.combine(names, weights, name="c", **options)

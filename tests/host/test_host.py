@@ -160,6 +160,19 @@ def test_a_replaced_ffn_block_is_told():
             forward(input_ids=tiny_ids(1))
 
 
+def test_a_host_shows_what_is_on_it():
+    host = tiny_host(configs={}, dtype=torch.float32)
+    assert repr(host) == "Host(llama, torch.float32, adapters: none)"
+    host.add("law", LoraConfig(rank=3, target_modules=("q_proj",)))
+    host.add("mix", METHODS["mixlora"])
+    host.adapters["mix"].requires_grad_(False)
+    law = "law (LoRA of rank 3, 384 trainable)"
+    mix = "mix (MixLoRA of rank 2, 0 trainable)"
+    assert repr(host) == f"Host(llama, torch.float32, adapters: {law}, {mix})"
+    host.merge("law")
+    assert repr(host).endswith("0 trainable), merged: law)")
+
+
 def test_what_is_mistaken_for_a_model_is_told():
     attach = inspect.unwrap(loraloom.attach)  # without the tests' own checks of types
     with pytest.raises(ModelError, match="requires a causal LM of transformers, got Host"):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import loraloom
 from loraloom.errors import DataError, ModelError
+from loraloom.host import host as host_module
 from loraloom.host.layout import make_layout
+from loraloom.host.trial import FAMILIES
 from loraloom.ops.dropout import mix64
-from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids
+from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids, tiny_model
 
 
 def test_samples_are_spans_of_real_tokens():
@@ -70,6 +73,60 @@ def test_windows_are_kept_in_packed_rows(family):
 def test_samples_that_are_not_in_the_rows_are_refused(lengths):
     with pytest.raises(DataError, match="sample_lengths must be of 1 rows with up to 7 tokens"):
         tiny_host().hidden(tiny_ids(1), sample_lengths=lengths)
+
+
+PACKS = [family for family in FAMILIES if family not in ("lfm2", "qwen3_5_text", "gpt_oss")]
+HYBRID = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 16,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
+LEAKS = {
+    "gpt_oss": {},
+    "lfm2": {},
+    "qwen3_5_text": {},
+    "granitemoehybrid": HYBRID | {"layer_types": ["attention", "attention"]},
+    "bamba": HYBRID | {"attn_layer_indices": [1]},
+}
+
+
+@pytest.mark.parametrize("family", PACKS)
+def test_families_whose_samples_are_apart_pack(family):
+    dtype = torch.bfloat16 if family in ("llama", "mixtral") else torch.float32
+    host = loraloom.attach(tiny_model(family, dtype))
+    implementations = ("eager",) if family == "gemma2" else ("sdpa", "eager")
+    for implementation in implementations:
+        host.model.set_attn_implementation(implementation)
+        host.check_packing()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", LEAKS)
+def test_models_whose_packed_samples_see_each_other_are_refused(family, dtype):
+    host = loraloom.attach(tiny_model(family, dtype, **LEAKS[family]))
+    with torch.no_grad(), pytest.raises(ModelError, match=f"'{family}'.*set packing: false"):
+        host.hidden(tiny_ids(1), sample_lengths=[[3, 4]])
+    assert not host.model.get_input_embeddings()._forward_hooks
+
+
+def test_packing_is_tried_once_for_each_implementation_of_attention(monkeypatch):
+    tried = []
+    monkeypatch.setattr(host_module, "try_packing", lambda host, run: tried.append(1))
+    host = tiny_host(configs={})
+    for implementation in ("sdpa", "sdpa", "eager", "eager", "sdpa"):
+        host.model.set_attn_implementation(implementation)
+        host.hidden(tiny_ids(1), sample_lengths=[[3, 4]])
+    assert len(tried) == 2
+
+
+def test_packing_is_tried_where_no_gradients_are_kept():
+    host = tiny_host(configs={})
+    with torch.inference_mode():
+        host.hidden(tiny_ids(1), sample_lengths=[[3, 4]])
 
 
 def test_attention_without_masks_is_refused():

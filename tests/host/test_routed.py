@@ -16,6 +16,7 @@ from loraloom.generation.generate import generate
 from loraloom.generation.prompts import encode_for_choice
 from loraloom.generation.router import prompt_ids
 from loraloom.generation.scoring import label_log_probs
+from loraloom.host import host as host_module
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     ALL_METHODS,
@@ -96,7 +97,6 @@ def test_a_router_of_tokens_weighs_what_experts_add(experts):
             return one.between(x @ A.T, x, SegmentTokens(0)) @ B
 
         assert gradcheck(added_by, one.router.detach().clone().requires_grad_())
-        return
 
 
 def test_equal_weights_are_constant_forward_and_the_softmaxs_backward():
@@ -178,6 +178,28 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
             host(both[:, :1], adapters=["auto", "auto"], cache=cache)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reads_padding"),
+    [({}, False), ({"eos_token_id": 0}, True), ({"pad_token_id": 1}, True)],
+)
+def test_generate_without_a_mask_chooses_by_the_tokens_that_transformers_reads(
+    settings, reads_padding, monkeypatch
+):
+    host, _ = fitted()
+    ids = torch.tensor([[0, 0, *prompts_of(1)[0]], [10, 0, *prompts_of(2)[0]]])
+    read = []
+    choose = host_module.choose
+    monkeypatch.setattr(
+        host_module, "choose", lambda host, *rows: read.append(rows[0]) or choose(host, *rows)
+    )
+    options = {"adapters": ["auto"] * 2, "max_new_tokens": 2, "do_sample": False, **settings}
+    generated = host.generate(ids, **options)
+    mask = torch.ones_like(ids) if reads_padding else ids.ne(0).long()
+    assert generated.tolist() == host.generate(ids, mask, **options).tolist()
+    assert read[0] == read[1]
+    assert (0 in read[0][0]) == reads_padding
+
+
 def test_a_layer_may_have_no_projections(tmp_path):
     with pytest.warns(UserWarning, match="adapts attention only"):
         host = tiny_host("qwen3_next", LORAS, torch.float32)
@@ -256,7 +278,8 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     assert all(torch.equal(after[name], t) for name, t in before.items())
     assert len(after) > len(before)
     assert fit.accuracy == 1
-    assert {*fit.chosen} == {"chem"}  # the others' held-out prompts were seen before
+    assert fit.accuracies == dict.fromkeys(NAMES, 1.0)
+    assert fit.before.accuracies == dict.fromkeys(LORAS, 1.0)  # of the experts that it had
     with pytest.raises(AdapterError, match="expert 'chem' exists already"):
         host.add_experts("auto3", {"chem": "chem"}, name="auto4")
     chosen = host.choose([of[0] for of in prompts.values()], ["auto3"] * 3)
@@ -264,6 +287,21 @@ def test_a_further_expert_leaves_the_others_bit_by_bit():
     host.prune("auto3", [2, 0], name="less")
     left = host.choose([prompts["law"][0], prompts["chem"][0]], ["less"] * 2)
     assert [one.adapter for one in left] == ["less/law", "less/chem"]
+
+
+def test_a_further_experts_fit_counts_the_prompts_that_it_takes_from_the_others():
+    host, fit = fitted(LORAS)
+    assert fit.before is None
+    host.add("chem", RANKS["chem"])
+    host.add_experts("auto", {"chem": "chem"}, name="auto3")
+    # half of the law's prompts have the new expert's word too
+    law = [[10, *[12] * 4 * (row % 2), *prompt[1:]] for row, prompt in enumerate(prompts_of(0, 30))]
+    prompts = {"law": law, "math": prompts_of(1), "chem": prompts_of(2, 90)}
+    fit = fit_router(host, build_tokenizer(), "auto3", prompts, only=["chem"])
+    assert fit.before.accuracies == {"law": 1, "math": 1}
+    assert fit.accuracies == {"law": 1, "math": 0, "chem": 1}
+    assert fit.chosen["math"] == {"chem": 2}
+    assert fit.accuracy == 24 / 26
 
 
 @pytest.mark.parametrize("router", ["token", "arrow"])

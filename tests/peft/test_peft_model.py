@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from transformers.integrations.peft import PeftAdapterMixin
 
 import loraloom
 from loraloom import AdapterError, ConfigError, MixLoraConfig, RoutedConfig
@@ -176,6 +178,46 @@ def test_a_micro_batchs_auxiliary_loss_has_its_share_of_the_steps_labels():
     base = wrapped.base_model.host(IDS, adapters=["default"] * 3, labels=labels).loss
     torch.testing.assert_close(out.loss, base * 9 / 36 + alone.aux_loss * 9 / 36)
     torch.testing.assert_close(alone.loss, base + alone.aux_loss)
+    view = host_of().as_model("default").train()
+    by_position = view(IDS, None, None, None, labels, num_items_in_batch=36)
+    torch.testing.assert_close(by_position.loss, out.loss)
+
+
+def test_an_interrupted_forward_leaves_the_model_to_other_threads():
+    wrapped = peft_model()
+    expected = logits(wrapped)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = wrapped.get_base_model().lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(wrapped)
+    hook.remove()
+    results = []
+    thread = threading.Thread(target=lambda: results.append(logits(wrapped)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert results
+    assert torch.equal(results[0], expected)
+
+
+def test_no_adapter_goes_through_transformers_own_methods(tmp_path, monkeypatch):
+    called = []
+    for name in ("load_adapter", "add_adapter", "set_adapter", "active_adapters"):
+        record = lambda *_, name=name, **__: called.append(name)  # noqa: E731
+        monkeypatch.setattr(PeftAdapterMixin, name, record)
+    wrapped = peft_model()
+    wrapped.add_adapter("other", LoraloomConfig(adapter=ALL_METHODS["lora"]))
+    wrapped.set_adapter("other")
+    wrapped.save_pretrained(tmp_path)
+    base = wrapped.unload()
+    PeftModel.from_pretrained(base, tmp_path / "other").unload()
+    host = loraloom.attach(base)
+    host.load("a", tmp_path / "other")
+    host.generate(IDS, adapters=["a"] * 3, max_new_tokens=2)
+    host.as_model("a").train()(IDS, labels=IDS).loss.backward()
+    assert called == []
 
 
 def test_a_mixture_is_not_merged_and_unload_gives_the_base_model_back():

@@ -49,7 +49,7 @@ def test_the_page_fits_with_everything_unfolded(browser, path, width, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         headings = page.locator("h1, h2").all_inner_texts()
     assert headings[0] == "seed0, seed1, seed2"
-    assert headings[1:] == ["Jobs", "Results", "Learning curves", "Where mixtures send tokens"]
+    assert headings[1:] == ["Results", "Jobs", "Learning curves", "Where mixtures send tokens"]
 
 
 def test_dark_mode_is_dark(browser, path):

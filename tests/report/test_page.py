@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -164,8 +165,38 @@ def test_seeds_share_a_color_and_differ_in_dashes(tmp_path):
     many = [f"job{number}" for number in range(7)]
     jobs = read_runs([write_run(tmp_path / f"many{seed}", many) for seed in range(2)])
     assert len(set(job_styles(jobs).values())) == 14
+    jobs = [replace(jobs[0], name=f"job{n}", label=str(n)) for n in range(200)]
+    assert len(set(job_styles(jobs).values())) == 200
     with pytest.raises(ConfigError, match="different names, got lora, mix more than once"):
         make_page([runs[0], runs[0]])
+
+
+def test_a_sweeps_settings_are_columns_and_its_jobs_are_ranked(tmp_path):
+    names = ["a-000-0.1-4", "a-001-0.01-4", "a-002-0.1-8"]
+    run = write_run(tmp_path / "sweep", names)
+    lines = ["name,rank,status,steps,train.learning_rate,adapter.rank,eval/loss"]
+    for rank, (name, rate, size) in enumerate([(names[2], 0.1, 8), (names[0], 0.1, 4)], start=1):
+        lines.append(f"{name},{rank},finished,40,{rate},{size},2.5")
+    (run / "sweep.csv").write_text("\n".join(lines))
+    page = Checked(make_page([run, write_run(tmp_path / "other", ["lora"])])).text
+    head = "job rank train.learning_rate adapter.rank eval/loss status steps"
+    rows = ["sweep/a-001-0.01-4 – – – 2.5000", "sweep/a-002-0.1-8 1 0.1 8 2.5000"]
+    rows += ["sweep/a-000-0.1-4 2 0.1 4 2.5000", "other/lora – – – 2.5000"]
+    places = [page.index(text) for text in (head, *rows)]
+    assert places == sorted(places)
+
+
+def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path):
+    content = evaluation(tasks=[f"task{n}" for n in range(21)])
+    path = write_evaluation(tmp_path / "r.json", content)
+    checked = Checked(make_page([run], [path], summary="\nbase  <33.9>\none    85.9\n"))
+    places = [
+        checked.text.index(text) for text in ("Summary", "<33.9>", "Results r.json", "Jobs job")
+    ]
+    assert places == sorted(places)
+    for title in ("Results, with 95 % intervals", "Differences on the same rows"):
+        assert f"{title}: 21 rows" in checked.text
+    assert "task3: mix beats base significantly." in checked.text
 
 
 def test_every_metric_has_a_chart(run):

@@ -1,10 +1,15 @@
 """Which adapters are on the host, and when they come and go."""
 
 import asyncio
+import hashlib
+import logging
+import os
 import shutil
 import threading
+from collections import Counter
 from contextlib import asynccontextmanager
 from functools import wraps
+from itertools import cycle
 
 import pytest
 
@@ -12,6 +17,8 @@ from loraloom.errors import ConfigError
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
+from loraloom.host.host import Host
+from loraloom.serve import adapters as adapters_module
 from loraloom.serve.adapters import ServedAdapters
 from loraloom.serve.http.bridge import Backend
 from tests.tiny import METHODS, tiny_host
@@ -42,16 +49,18 @@ def in_loop(test):
 
 
 @asynccontextmanager
-async def using(adapters, name):
-    adapter = await adapters.acquire(name)
+async def using(adapters, name, tenant=""):
+    adapter = await adapters.acquire(name, tenant)
     yield adapter.host_name
     adapters.release(adapter)
 
 
-async def asked(adapters, name):
+async def asked(adapters, name, tenant=""):
     """A request that waits."""
-    task = asyncio.create_task(adapters.acquire(name))
-    await asyncio.sleep(0)
+    num_waiting = adapters.num_waiting
+    task = asyncio.create_task(adapters.acquire(name, tenant))
+    while adapters.num_waiting == num_waiting and not task.done():
+        await asyncio.sleep(0.001)
     return task
 
 
@@ -59,7 +68,7 @@ async def asked(adapters, name):
 async def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     gone = []
     adapters = ServedAdapters(host, "base", saved, max_lazy=2, on_removed=gone.append)
-    assert set(adapters.names()) == {"own", *METHODS}
+    assert set(await adapters.names()) == {"own", *METHODS}
     assert list(host.adapters) == ["own"]
     for name in ("lora", "dora", "lora", "mixlora"):
         async with using(adapters, name) as host_name:
@@ -73,7 +82,7 @@ async def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved
     adapters = ServedAdapters(host, "base", saved, max_lazy=1, max_waiting=3)
     async with using(adapters, "lora"):
         first, second = await asked(adapters, "dora"), await asked(adapters, "mixlora")
-        assert adapters.take("lora") is None  # it is the next one's turn
+        assert await adapters.take("lora") is None  # it is the next one's turn
         third = await asked(adapters, "lora")
         assert set(host.adapters) == {"own", "lora"}
         with pytest.raises(RequestError, match="3 requests wait for adapters that are not loaded"):
@@ -98,6 +107,7 @@ async def test_requests_that_are_abandoned_take_no_place(host, saved, monkeypatc
     gone = await asked(adapters, "dora")
     await asyncio.sleep(0.05)  # until it is being loaded
     gone.cancel()
+    await asyncio.sleep(0)
     other = await asked(adapters, "lora")
     go_on.set()
     adapters.release(await other)
@@ -125,7 +135,7 @@ async def test_adapters_follow_their_files(host, saved, tmp_path, monkeypatch):
     for name in ("lora", "named"):
         with pytest.raises(RequestError, match=f"the model '{name}' does not exist"):
             await adapters.acquire(name)
-        assert name not in adapters.names()
+        assert name not in await adapters.names()
     assert set(host.adapters) == {"own"}
 
 
@@ -160,7 +170,7 @@ async def test_an_adapter_that_is_unloaded_or_loaded_again_stays_for_those_that_
         await adapters.load("a", str(saved / "mixlora"), replace=True)
         async with using(adapters, "a") as new:
             assert host.adapters[old].config != host.adapters[new].config
-            adapters.unload("a")
+            await adapters.unload("a")
             assert {old, new} < set(host.adapters)
         with pytest.raises(RequestError, match="the model 'a' does not exist"):
             await adapters.acquire("a")
@@ -202,7 +212,7 @@ async def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
         with pytest.raises(ConfigError, match=f"the name '{name}' is taken"):
             await adapters.load(name, str(saved / "lora"))
     with pytest.raises(ConfigError, match="'dora' is in --adapter-dir; to remove it, delete"):
-        adapters.unload("dora")
+        await adapters.unload("dora")
     with pytest.raises(ConfigError, match="safe file name"):
         await adapters.load("../x", str(saved / "lora"))
 
@@ -221,3 +231,196 @@ async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
     assert set(host.adapters) == {"own", "more", "late"}
     await adapters.load("late", str(saved / "lora"), replace=True)  # not counted beside itself
     assert set(host.adapters) == {"own", "more", "late.2"}
+
+
+class FakeHost(Host):
+    """A host that computes nothing."""
+
+    def __init__(self):
+        self.adapters = {}
+
+    def load(self, name, path_or_hub_id, settings=None):
+        self.adapters[name] = object()
+
+    def adapter(self, name):
+        return self.adapters[name]
+
+    def remove(self, name):
+        del self.adapters[name]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A directory of adapters that only a fake host can load."""
+    directory = tmp_path_factory.mktemp("many")
+    for number in range(64):
+        (directory / f"a{number}").mkdir()
+        (directory / f"a{number}" / "adapter_config.json").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize("milliseconds", [0, 8])
+@pytest.mark.parametrize("places", [2, 3, 8])
+@in_loop
+async def test_tenants_that_always_want_other_adapters_load_as_many(many, places, milliseconds):
+    adapters = ServedAdapters(FakeHost(), "base", many, max_lazy=places)
+    loads = Counter()
+    numbers = {"a": cycle(range(40)), "b": cycle(range(40, 64))}
+
+    async def ask(tenant):
+        while loads.total() < 200:
+            async with using(adapters, f"a{next(numbers[tenant])}", tenant):
+                loads[tenant] += loads.total() < 200
+                await asyncio.sleep(milliseconds / 1000)
+
+    await asyncio.gather(*(ask(tenant) for tenant in "a" * 30 + "b" * 12))
+    assert loads["a"] == pytest.approx(loads["b"], rel=0.1)
+
+
+@in_loop
+async def test_a_tenant_without_a_place_loads_one_adapter_more_than_there_are(many):
+    host = FakeHost()
+    adapters = ServedAdapters(host, "base", many, max_lazy=2)
+    held = [await adapters.acquire(f"a{number}", "greedy") for number in range(2)]
+    greedy = await asked(adapters, "a2", "greedy")
+    first = await adapters.acquire("a3", "modest")
+    second = await asked(adapters, "a4", "modest")
+    await asyncio.sleep(0.05)
+    assert set(host.adapters) == {"a0", "a1", "a3"}
+    for served in held:
+        assert {greedy.done(), second.done()} == {False}
+        adapters.release(served)
+        await asyncio.sleep(0.05)
+    assert set(host.adapters) == {"a2", "a3"}  # an equal part for each
+    adapters.release(first)
+    for task in (second, greedy):
+        adapters.release(await task)
+    assert len(host.adapters) == 2
+
+
+@in_loop
+async def test_a_tenant_whose_requests_fill_the_line_keeps_nobody_out(many):
+    adapters = ServedAdapters(FakeHost(), "base", many, max_lazy=1, max_waiting=4)
+    held = [await adapters.acquire(f"a{number}", str(number)) for number in range(2)]
+    tasks = [await asked(adapters, f"a{number}", "0") for number in range(2, 6)]
+    with pytest.raises(RequestError, match="4 requests wait for adapters"):
+        await adapters.acquire("a6", "0")
+    tasks += [await asked(adapters, f"a{number}", "1") for number in range(7, 9)]
+    with pytest.raises(RequestError, match="2 requests wait for adapters"):
+        await adapters.acquire("a9", "1")
+    for served in held:
+        adapters.release(served)
+    for task in asyncio.as_completed(tasks):
+        adapters.release(await task)
+    assert adapters.num_waiting == 0
+
+
+@in_loop
+async def test_an_old_adapter_answers_until_new_files_can_be_read(host, saved, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "loraloom")
+    shutil.copytree(saved / "lora", directory := tmp_path / "up")
+    adapters = ServedAdapters(host, "base", tmp_path)
+    config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+
+    async def name_on_host():
+        async with using(adapters, "up") as name:
+            return name
+
+    assert await name_on_host() == "up"
+    whole = weights.read_bytes()
+    for size in (100, 100, len(whole) // 2):
+        weights.write_bytes(whole[:size])
+        os.utime(weights, ns=(size, size))
+        assert await name_on_host() == "up"
+    assert caplog.text.count("adapter 'up' can't be loaded") == 2
+    text = config.read_text()
+    config.unlink()  # as a writer does for a moment
+    assert await name_on_host() == "up"
+    assert "up" in await adapters.names()
+    weights.write_bytes(whole)
+    config.write_text(text)
+    assert await name_on_host() != "up"
+    assert "adapter 'up': reloaded, revision" in caplog.text
+
+
+@in_loop
+async def test_an_adapter_that_is_broken_is_read_once_until_its_files_change(
+    host, saved, tmp_path, caplog
+):
+    shutil.copytree(saved / "lora", tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    adapters = ServedAdapters(host, "base", tmp_path)
+    for _ in range(3):
+        with pytest.raises(RequestError, match="'cut' cannot be loaded") as caught:
+            await adapters.acquire("cut")
+        assert caught.value.code == "broken_adapter"
+    (record,) = caplog.records
+    assert str(weights) in record.getMessage()
+    assert record.exc_info is None
+    weights.write_bytes(whole)
+    async with using(adapters, "cut") as name:
+        assert name in host.adapters
+
+
+@in_loop
+async def test_the_ways_to_upgrade_an_adapter_work(host, saved, tmp_path):
+    served, versions = tmp_path / "adapters", tmp_path / "versions"
+    served.mkdir()
+    for version in ("lora", "dora"):
+        shutil.copytree(saved / version, versions / version)
+    (served / "up").symlink_to(versions / "lora")
+    adapters = ServedAdapters(host, "base", served)
+
+    async def is_dora():
+        async with using(adapters, "up") as name:
+            return host.adapters[name].config.weight_decomposition
+
+    assert not await is_dora()
+    (served / ".new").symlink_to(versions / "dora")
+    shutil.copytree(versions / "lora", served / ".copy")
+    assert "up" in await adapters.names()
+    assert not {".new", ".copy"} & set(await adapters.names())
+    os.replace(served / ".new", served / "up")
+    assert await is_dora()
+    tiny_host().save("lora", served / "up", overwrite=True)
+    assert not await is_dora()
+
+
+@in_loop
+async def test_files_are_looked_at_in_threads(host, saved, monkeypatch):
+    for name in ("files_of", "find_files", "names_below", "digest_of"):
+        real = getattr(adapters_module, name)
+
+        def look(*arguments, real=real):
+            assert asyncio._get_running_loop() is None  # which all others would wait for
+            return real(*arguments)
+
+        monkeypatch.setattr(adapters_module, name, look)
+    adapters = ServedAdapters(host, "base", saved)
+    await adapters.load("named", str(saved / "dora"))
+    for name in ("lora", "lora", "named"):
+        async with using(adapters, name):
+            assert name in await adapters.names()
+    await adapters.unload("named")
+
+
+@in_loop
+async def test_the_log_says_which_adapters_come_and_go_and_by_whom(host, saved, caplog):
+    caplog.set_level(logging.INFO, "loraloom")
+    adapters = ServedAdapters(host, "base", saved, max_lazy=1)
+    for name in ("lora", "dora"):
+        async with using(adapters, name):
+            pass
+    await adapters.load("new", str(saved / "lora"), sender="key 1a2b3c4d")
+    await adapters.unload("new", "key 1a2b3c4d")
+    files = [saved / "lora" / f"adapter_{name}" for name in ("config.json", "model.safetensors")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if digest in line] == [
+        f"adapter 'lora': loaded, revision {digest}, by its directory",
+        f"adapter 'lora': evicted, revision {digest}, by others",
+        f"adapter 'new': loaded, revision {digest}, by key 1a2b3c4d",
+        f"adapter 'new': unloaded, revision {digest}, by key 1a2b3c4d",
+    ]

@@ -1,7 +1,9 @@
+import signal
+
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.serve.process import is_loopback, read_keys
+from loraloom.serve.process import KeyFiles, is_loopback, read_keys
 
 
 def test_loopback_is_known():
@@ -18,3 +20,27 @@ def test_keys_are_read_from_a_file(tmp_path):
         read_keys(path)
     with pytest.raises(ConfigError, match="can't be read"):
         read_keys(tmp_path / "missing")
+
+
+def test_keys_change_at_sighup_unless_a_file_is_bad(tmp_path, caplog):
+    api, admin = tmp_path / "api", tmp_path / "admin"
+    api.write_text("first")
+    admin.write_text("boss")
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        KeyFiles(None, None).watch()
+        assert signal.getsignal(signal.SIGHUP) is before
+        files = KeyFiles(api, admin)
+        files.watch()
+        keys, admin_keys = files.keys
+        api.write_text("second")
+        signal.raise_signal(signal.SIGHUP)
+        assert (keys, admin_keys) == (["second"], ["boss"])
+        api.write_text("third")
+        admin.write_text("# none")
+        signal.raise_signal(signal.SIGHUP)
+        assert (keys, admin_keys) == (["second"], ["boss"])
+        assert "the API keys have not changed" in caplog.text
+        assert "contains no API key" in caplog.text
+    finally:
+        signal.signal(signal.SIGHUP, before)

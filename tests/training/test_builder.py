@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loraloom.adapters import LoraConfig, MixLoraConfig, RoutedConfig, VeraConfig
+from loraloom.config.data import PromptForm
 from loraloom.data import tasks
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.training.builder import JobBuilder, load_start
@@ -137,6 +138,43 @@ def test_a_job_starts_from_a_sum_of_loras(tmp_path):
     ):
         with pytest.raises(LoraloomError, match=message):
             load_start(host, host.add(name, config), start)
+
+
+PLAIN, RAW = (PromptForm(format="instruction", template="plain"), PromptForm(format="preference"))
+CHAT = PromptForm(format="chat")
+PLAIN_PAIRS = {"format": "preference", "template": "plain"}
+
+
+@pytest.mark.parametrize(
+    ("learned", "data", "message"),
+    [
+        (
+            PLAIN,
+            {"format": "preference"},
+            "'template': 'plain'}, but this job's have {'format': 'p",
+        ),
+        (CHAT, {"format": "preference"}, "form {'format': 'chat'}, but this job's have"),
+        (RAW, PLAIN_PAIRS, "this job's have {'format': 'instruction', 'template': 'plain'}"),
+        (PLAIN, PLAIN_PAIRS, None),
+        (RAW, {"format": "preference"}, None),
+        (PromptForm(format="task"), {"format": "preference"}, None),
+        (PromptForm(format="text"), PLAIN_PAIRS, None),  # which has no prompts
+        (None, PLAIN_PAIRS, None),
+    ],
+)
+def test_a_start_from_another_form_of_prompts_is_a_warning(
+    builder, tmp_path, learned, data, message
+):
+    adapter = LoraConfig(rank=2, alpha=4)
+    builder._host.add("old", adapter).prompt = learned
+    builder._host.save("old", tmp_path / "old")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    train = {"max_steps": 1, "max_length": 32, "objective": {"name": "dpo"}}
+    data = {"dataset": str(pairs), **data}
+    job = builder.build(config(pairs, data=data, train=train, start_from=str(tmp_path / "old")))
+    assert len(job.warnings) == (message is not None)
+    assert all(message in warning for warning in job.warnings)
 
 
 @pytest.mark.parametrize(

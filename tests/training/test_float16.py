@@ -7,11 +7,20 @@ from collections.abc import Mapping
 import torch
 from torch.nn import Parameter
 
+from loraloom.training.client import TrainingClient
 from loraloom.training.engine import Engine
 from loraloom.training.step import optimizers
+from loraloom.training.step.batch import MicroBatchLoss
 from loraloom.training.step.optimizers import LossScale
 from tests.training.running import interrupted, read_metrics, resumed, trained_weights
-from tests.training.toy import ADAPTERS, toy_config
+from tests.training.toy import (
+    ADAPTERS,
+    add_job,
+    toy_config,
+    toy_host,
+    toy_tokenizer,
+    weights_of,
+)
 from tests.training.toy import toy_engine as engine_of
 
 TOO_MUCH = 2.0**40
@@ -72,6 +81,20 @@ def test_the_overflow_of_one_job_leaves_its_neighbour_alone(tmp_path):
     assert [line["loss_scale"] for line in lora] == [TOO_MUCH / 2**n for n in (1, 2, 3)]
     assert all("grad_norm" not in line for line in lora)
     assert all((line["skipped_steps"], line["grad_norm"] > 0) == (0, True) for line in mixlora)
+
+
+def test_a_skipped_step_counts_in_a_job_and_in_a_loop_of_ones_own():
+    host = toy_host(dtype=torch.float16)
+    client = TrainingClient(host, toy_tokenizer(), "client", ADAPTERS["lora"])
+    job = add_job(host, toy_config("job", ADAPTERS["lora"]))
+    before = weights_of(client)
+    for parameter in (*job.parameters.values(), *client.parameters.values()):
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    report = job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    step = client.optim_step()
+    assert (report["step"], report["skipped_steps"], job.scheduler.last_epoch) == (1, 1, 0)
+    assert (step.step, step.is_skipped, client.step) == (1, True, 1)
+    assert all(torch.equal(p, before[name]) for name, p in client.parameters.items())
 
 
 def test_a_resumed_run_has_the_scale_it_had(tmp_path):

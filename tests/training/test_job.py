@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loraloom.adapters import MixLoraConfig
+from loraloom.errors import TrainingError
 from loraloom.training.job import WINDOW_STEPS, CollapseWatch
 from loraloom.training.step.batch import MicroBatchLoss
 from tests.training.toy import ADAPTERS, add_job, toy_config, toy_host, weights_of
@@ -69,6 +70,30 @@ def test_weights_are_proven_by_a_finite_loss():
     job.accept(job.micro_batch(), MicroBatchLoss(1.0))
     job.restore_proven_weights()
     assert all(torch.equal(p, second[name]) for name, p in job.parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("metrics", "is_kept"),
+    [
+        ({"eval/loss": 1.5}, True),
+        ({"eval/a/accuracy": 0.5}, True),
+        ({"eval/a/accuracy": 0.0}, False),  # as if all scores were NaN
+        ({}, False),
+    ],
+)
+def test_weights_are_proven_by_an_evaluation(metrics, is_kept):
+    job = with_gradient(new_job(batch_size=4), 1.0)
+    first = weights_of(job)
+    job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    second = weights_of(job)
+    job.take_evaluation(metrics)
+    with pytest.raises(TrainingError, match="step 2: loss must be finite"):
+        job.accept(job.micro_batch(), MicroBatchLoss(math.nan))
+    job.restore_proven_weights()
+    assert job.position.step == (1 if is_kept else 0)
+    assert job.position.evaluated_step == (1 if is_kept else -1)
+    kept = second if is_kept else first
+    assert all(torch.equal(p, kept[name]) for name, p in job.parameters.items())
 
 
 CONFIG = MixLoraConfig(num_experts=4, top_k=1)

@@ -28,6 +28,14 @@ def test_half_of_what_torchrun_says_is_refused(name):
         read_launch({name: "1", "LOCAL_RANK": "0"})
 
 
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", ""])
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_a_rank_that_is_no_number_is_refused(name, value):
+    message = rf"RANK, WORLD_SIZE, .* must be whole numbers, .* got '{name}={value}'; start the run"
+    with pytest.raises(ConfigError, match=message):
+        read_launch(TORCHRUN | {name: value})
+
+
 def test_ranks_have_an_accelerator_each(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device(run_on("mps"), Launch()) == "mps"  # a single process takes any

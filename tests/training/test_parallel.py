@@ -91,8 +91,16 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
         "fault": _failure(ranks, ValueError("broken") if rank == 1 else None),
         "memory": _failure(ranks, torch.OutOfMemoryError("full") if rank == 0 else None),
         "backward": _fail_backward(rank, ranks),
+        "detached": _attach_and_detach(directory),
         "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
     }
+
+
+def _attach_and_detach(directory: Path) -> list[str]:
+    """Name the attributes that a host leaves on a sharded model."""
+    model, _ = loraloom.load_base_model(str(directory / "base"), sharded=True)
+    before = set(vars(model))
+    return sorted(set(vars(loraloom.attach(model).detach())) - before)
 
 
 def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
@@ -133,6 +141,10 @@ def test_ranks_hear_what_each_says(told):
         assert own["spread"] == [[3, 0], [4, 1], [5, 0]]
         assert own["sums"] == [[2.0, 1.0], [1.0, 1.0], None]
     assert [own["left"] for own in told] == [[True, True, False], [False] * 3]
+
+
+def test_a_sharded_model_is_as_it_was_after_a_host_is_detached(told):
+    assert [own["detached"] for own in told] == [[], []]
 
 
 def test_the_parts_that_ranks_read_of_a_base_model_are_the_whole(world):

@@ -76,6 +76,23 @@ def test_a_file_gets_a_line_of_all_jobs_first_last_and_each_interval(interval_s,
     assert measured == "law: step 5, eval/loss 1.5000"
 
 
+def test_a_line_of_many_jobs_names_four_and_evaluations_have_a_line_each():
+    screen = console()
+    progress, jobs = Progress(screen), [job(f"job-{n}", 5) for n in range(12)]
+    progress.start()
+    for joined in jobs:
+        progress.add(joined)
+        advance(joined, 100, 2.0)
+        progress.update(joined)
+        progress.measure(joined, {"eval/loss": 1.5})
+    progress.flush()
+    progress.stop()
+    *measured, line = printed(screen).splitlines()
+    assert measured == [f"job-{n}: step 1, eval/loss 1.5000" for n in range(12)]
+    assert "; job-3: step 1/5, loss 2.0000; 8 more jobs; " in line
+    assert len(line) < 200
+
+
 class Failing(io.StringIO):
     """Takes a line, and then nothing more."""
 

@@ -10,16 +10,14 @@ import torch
 import loraloom
 from loraloom.base.loading import load_base_model
 from loraloom.errors import AdapterError, ConfigError, DataError, FormatError
-from loraloom.host.host import Host
 from loraloom.training import builder
-from loraloom.training import run as run_module
 from loraloom.training.engine import Engine
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import CheckpointStore, RunDirectory
 from tests.training.running import Spoken, assert_same_files, read_metrics
 from tests.training.saved import run_settings, write_run_file
-from tests.training.toy import read_result, toy_host
+from tests.training.toy import read_result
 
 JOBS = ("plain", "mixture")
 
@@ -294,20 +292,6 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
     assert train(run, resume=True, between_steps=stop)[0].best["step"] == 2
     for place in ("", "checkpoints/best"):
         assert_same_files(tmp_path / "out/plain" / place, tmp_path / "first", ["."])
-
-
-def test_a_memory_limit_of_a_run_is_lifted_from_a_given_host(monkeypatch):
-    shares = {torch.device("cuda:0"): 0.9}
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", shares.get)
-    monkeypatch.setattr(
-        torch.cuda,
-        "set_per_process_memory_fraction",
-        lambda share, device: shares.update({device: share}),
-    )
-    monkeypatch.setattr(Host, "device", torch.device("cuda:0"))
-    with run_module._borrowed(toy_host()):
-        torch.cuda.set_per_process_memory_fraction(0.5, torch.device("cuda:0"))
-    assert shares == {torch.device("cuda:0"): 0.9}
 
 
 def test_a_run_that_ends_with_an_error_leaves_a_given_host_as_it_was(inputs, tmp_path, monkeypatch):

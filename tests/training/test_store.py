@@ -14,7 +14,15 @@ from loraloom.durable import remove
 from loraloom.errors import ConfigError
 from loraloom.training import store as store_module
 from loraloom.training.job import JobResult
-from loraloom.training.store import Checkpoint, CheckpointStore, JobRecord, RunDirectory
+from loraloom.training.store import (
+    Checkpoint,
+    CheckpointStore,
+    JobRecord,
+    RunDirectory,
+    check_same_run,
+    describe_base,
+)
+from tests.training.toy import toy_host
 
 KIND = {"job": "b", "status": "finished", "error": None, "method": "LoRA", "base_model": "tiny"}
 COUNTS = {"num_parameters": 1, "steps": 2, "epochs": 1.0, "tokens": 3, "computed_tokens": 4}
@@ -193,3 +201,14 @@ def test_what_a_killed_run_left_on_its_way_is_deleted(tmp_path):
     with RunDirectory(tmp_path / "out").opened(resume=False, overwrite=True):
         pass
     assert [*(tmp_path / "out").rglob("*.writing")] == []
+
+
+def test_a_run_that_an_earlier_version_began_resumes_on_its_base_model_alone():
+    host = toy_host()
+    first = host.base.first_fingerprint
+    for recorded in (first, host.base.fingerprint):
+        saved = describe_base(host) | {"fingerprint": recorded}
+        check_same_run(Checkpoint(1, 1.5, saved, {}), [], describe_base(host, saved))
+    saved = describe_base(host) | {"fingerprint": "0123456789abcdef"}
+    with pytest.raises(ConfigError, match=r"base\.fingerprint was '0123456789abcdef'"):
+        check_same_run(Checkpoint(1, 1.5, saved, {}), [], describe_base(host, saved))

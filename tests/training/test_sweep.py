@@ -260,8 +260,45 @@ def trial_of(curve: dict[int, float], state: str = "PRUNED") -> FrozenTrial:
     )
 
 
+def ranks_by_task(inputs, directory, **data):
+    """Rank jobs on two data sets, of which one is easier."""
+    files = {str(inputs / "rows.jsonl"): 1.0, str(directory / "easy.jsonl"): 0.1}
+    parameters = {"train.learning_rate": [1e-3, 1e-2], "data.dataset": [*files]}
+    run = sweep_run(inputs, directory, parameters=parameters, early_stopping=None)
+    run.sweep.job["data"].update(data)
+    study = optuna.create_study()
+    for combination in run.sweep.combinations():
+        loss = files[json.loads(combination["data.dataset"])]
+        study.add_trial(
+            create_trial(
+                value=loss + json.loads(combination["train.learning_rate"]),
+                params=combination,
+                distributions=run.sweep.distributions,
+            )
+        )
+    return run, study
+
+
+def test_jobs_that_are_measured_on_different_rows_are_ranked_apart(inputs, tmp_path):
+    run, study = ranks_by_task(inputs, tmp_path)
+    rows = rank_jobs(run, study)
+    assert [(row["rank"], row["eval/loss"]) for row in rows] == [
+        (1, 0.101), (2, 0.11), (1, 1.001), (2, 1.01)
+    ]  # fmt: skip
+    assert len({row["data.dataset"] for row in rows[:2]}) == 1
+    spoken = Spoken()
+    show_ranking(run, study, RunDirectory(tmp_path), spoken)
+    assert "are ranked separately for each data.dataset" in spoken.messages[1]
+
+
+def test_jobs_that_share_their_validation_data_are_ranked_together(inputs, tmp_path):
+    validation = {"dataset": str(inputs / "rows.jsonl"), "format": "text"}
+    run, study = ranks_by_task(inputs, tmp_path, validation=validation)
+    assert [row["rank"] for row in rank_jobs(run, study)] == [1, 2, 3, 4]
+
+
 def test_those_at_their_end_are_ahead_then_those_that_got_further(inputs, tmp_path):
-    sweep, study = sweep_run(inputs, tmp_path).sweep, optuna.create_study()
+    run, study = sweep_run(inputs, tmp_path), optuna.create_study()
     study.add_trials(
         [
             trial_of({}, "FAIL"),
@@ -272,10 +309,10 @@ def test_those_at_their_end_are_ahead_then_those_that_got_further(inputs, tmp_pa
             trial_of({2: 9.0}, "COMPLETE"),
         ]
     )
-    names = [row["name"][:9] for row in rank_jobs(sweep, study)]
+    names = [row["name"][:9] for row in rank_jobs(run, study)]
     assert names == [f"plain-00{number}" for number in (5, 3, 4, 1, 2, 0)]
     spoken = Spoken()
-    show_ranking(sweep, study, RunDirectory(tmp_path), spoken)
+    show_ranking(run, study, RunDirectory(tmp_path), spoken)
     assert [row["name"][:9] for row in read_csv(tmp_path)] == names
     header, first, *_ = spoken.messages[0].splitlines()
     assert header.split()[:4] == ["name", "rank", "status", "steps"]

@@ -19,6 +19,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -95,12 +96,15 @@ def is_meant(target: str, key: str) -> bool:
     return f".{key}".endswith(f".{target}")
 
 
+# What a pattern is made of: characters or classes of them and how often, brackets, alternatives and
+# anchors. Only characters repeat, so that each token is followed once: `re` may search for ever.
+_CHARACTER = r"\\[dDwWsS]|\\[^A-Za-z0-9]|\[\^?(?:\\?[\w.-])+\]|[\w. /-]"
+_TOKEN = re.compile(rf"(?P<character>{_CHARACTER})(?P<times>[*+?]?)\??|\((?:\?:)?|\)\??|[|^$]")
+_MAX_LENGTH, _MAX_GROUPS = 1000, 20
+
+
 def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-        matches(pattern, "")  # it stands in the midst of another one there, without flags
-    except re.error as error:
-        raise ValueError(f"{shown(pattern)} is not a regular expression: {error}") from None
+    _tokens(pattern)
     return pattern
 
 
@@ -110,6 +114,63 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern matches the end of a module's name, at a dot or as a whole.
 
+    Raises:
+        ValueError: If it is not a pattern that is supported.
+
     Source: peft 0.21.2, `peft/utils/other.py` (`get_pattern_key`).
     """
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    tokens = _tokens(pattern)
+    if not set(pattern) & set("*+?|("):  # no choice, so nothing to search
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    starts = {0, *(dot.end() for dot in re.finditer(r"\.", name))}
+    return len(name) in _ends(iter(tokens), name, starts)
+
+
+@lru_cache(maxsize=10_000)
+def _tokens(pattern: str) -> tuple[re.Match[str], ...]:
+    tokens = tuple(_TOKEN.finditer(pattern))
+    is_whole = "".join(token[0] for token in tokens) == pattern
+    if not is_whole or len(pattern) > _MAX_LENGTH or pattern.count("(") > _MAX_GROUPS:
+        raise ValueError(
+            f"{shown(pattern)} is not a regular expression of the supported kind: up to "
+            f"{_MAX_LENGTH} characters and {_MAX_GROUPS} groups, with names, `\\.`, `.`, `\\d`, "
+            "`\\w`, `[0-9]`, each with or without `*`, `+` or `?`, `(a|b)`, `(…)?`, `^` and `$`"
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{shown(pattern)} is not a regular expression: {error}") from None
+    return tokens
+
+
+def _ends(tokens: Iterator[re.Match[str]], name: str, starts: set[int]) -> set[int]:
+    """Find where a pattern, or a group of it, can end in a name."""
+    ends, positions = set[int](), starts
+    for token in tokens:
+        sign = token[0]
+        if token["character"] is not None:
+            positions = _ends_of_character(token["character"], token["times"], name, positions)
+        elif sign.startswith("("):
+            positions = _ends(tokens, name, positions)
+        elif sign == "|":
+            ends = ends | positions
+            positions = starts
+        elif sign == "^":
+            positions = positions & {0}
+        elif sign == "$":
+            positions = positions & {len(name)}
+        else:
+            skipped = starts if sign == ")?" else set[int]()
+            return ends | positions | skipped
+    return ends | positions
+
+
+def _ends_of_character(character: str, times: str, name: str, starts: set[int]) -> set[int]:
+    pattern = re.compile(character)
+    ends, positions = set[int](), starts
+    while positions:
+        positions = {position + 1 for position in positions if pattern.match(name, position)} - ends
+        ends = ends | positions
+        if times in ("", "?"):
+            break
+    return ends | starts if times in ("*", "?") else ends

@@ -37,7 +37,10 @@ class PromptRouter(Weights):
         """Compute [B, E] of all tokens' states, [T, D], and the numbers of their prompts, [T]."""
         if len(self.router) > 1 and not self.router.any(1).all():
             raise AdapterError("a router by prompt must be fitted first to all; call fit_router")
-        return _logits(self.scores(states), owners) / self.temperature
+        return self.logits(states, owners) / self.temperature
+
+    def logits(self, states: Tensor, owners: Tensor) -> Tensor:
+        return _logits(self.scores(states), owners)
 
     def scores(self, states: Tensor) -> Tensor:
         """Compute w·h + b, [T, E]."""
@@ -55,7 +58,7 @@ class PromptRouter(Weights):
         offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
         with torch.no_grad():
-            fixed = _logits(self.scores(states), owners).float()
+            fixed = self.logits(states, owners).float()
         places = torch.tensor(rows, device=states.device)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))

@@ -187,11 +187,6 @@ def concatenate(
     first, parts = sources[0][0], defaultdict[str, list[Tensor]](list)
     for (config, tensors), weight in zip(sources, weights, strict=True):
         check_is_lora(config, "adapters to concatenate must be LoRAs")
-        if tensors.keys() != sources[0][1].keys():
-            raise AdapterError(
-                "LoRAs to concatenate must have the same projections, got "
-                f"{min(tensors.keys() ^ sources[0][1].keys())} in only one LoRA"
-            )
         refuse_own_parts(config, "an adapter", "be put behind another one")
         for name, tensor in tensors.items():
             key = TensorKey.parse(name)
@@ -205,9 +200,23 @@ def concatenate(
     ranks = {re.escape(name.removesuffix(".lora_A")): len(own) for name, own in all_A.items()}
     rank = max(ranks.values())
     others = {place: own for place, own in ranks.items() if own != rank}
-    settings = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
+    settings: dict[str, Any] = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
     settings |= {"rank_pattern": others, "alpha_pattern": {k: float(r) for k, r in others.items()}}
+    if any(source.keys() != tensors.keys() for _, source in sources):
+        keys = [name.removesuffix(".lora_A") for name in all_A]
+        settings |= {"target_modules": _all_targets(sources, keys), "layers": None}
     return checked(LoraConfig, first.model_dump(exclude_unset=True) | settings), tensors
+
+
+def _all_targets(
+    sources: Sequence[tuple[AdapterConfig, Mapping[str, Tensor]]], keys: Sequence[str]
+) -> list[str]:
+    """Name the projections that any of several LoRAs adapts, one by one if need be."""
+    configs = [config for config, _ in sources if isinstance(config, LoraConfig)]
+    has_places = any("." in target for config in configs for target in config.target_modules)
+    if has_places or any(config.layers is not None for config in configs):
+        return [*keys]
+    return list(dict.fromkeys(key.rpartition(".")[2] for key in keys))
 
 
 def check_is_lora(config: AdapterConfig, reason: str) -> None:

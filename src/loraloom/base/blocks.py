@@ -254,7 +254,7 @@ class BaseInfo:
     hidden_size: int
     num_parameters: int
     fingerprint: str
-    """Hash of the shapes and of a few weights rounded to bfloat16."""
+    """Hash of the shapes and of some of each weight's numbers, rounded to bfloat16."""
     quantization: str | None = None
     """How its projections are kept, `bitsandbytes nf4` for instance; None: in floating point."""
     modules: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
@@ -267,6 +267,12 @@ class BaseInfo:
     """Whether the two have one weight."""
     has_own_names: bool = True
     """No other linear module of the model has a projection's name."""
+    first_fingerprint: str = ""
+    """The fingerprint in the form of earlier versions, whose adapters and checkpoints have it."""
+
+    def has_fingerprint(self, recorded: str | None) -> bool:
+        """Whether a recorded fingerprint, of either form, is this model's."""
+        return recorded in (self.fingerprint, self.first_fingerprint)
 
     def layers_without_weights(self) -> list[BaseLayer]:
         """Describe the projections on the meta device, where an adapter's shapes are read off."""

@@ -6,7 +6,7 @@ computed outside of the model's own forward.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -43,11 +43,15 @@ def shard(model: nn.Module, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def decoder_of(model: Any) -> Callable[..., Any]:
-    """Return the forward up to the final norm; a sharded model must be entered by its root."""
+def decoder_of(model: Any, undo: ExitStack) -> Callable[..., Any]:
+    """Return the forward up to the final norm; a sharded model must be entered by its root.
+
+    `undo` restores the model.
+    """
     if not isinstance(model, FSDPModule):
         return model.base_model
     root: Any = model
+    undo.callback(vars(model).pop, "run_decoder")
     root.run_decoder = MethodType(lambda self, **inputs: self.base_model(**inputs), root)
     register_fsdp_forward_method(root, "run_decoder")
     return root.run_decoder

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Annotated
@@ -21,7 +22,11 @@ from loraloom.terminal import printed
 HELP = """\
 /adapter NAME ...  answer with these adapters or `base`, one after the other
 /reset             start a new conversation
-/quit              quit, as does Ctrl-D; Ctrl-C stops an answer"""
+/quit              quit, as does Ctrl-D; Ctrl-C stops an answer
+A space before a slash sends it as a message."""
+
+# A word after a slash, unlike a path.
+_COMMAND = re.compile(r"/\w+(\s|$)")
 
 
 class ChatOptions(HostOptions):
@@ -74,8 +79,9 @@ def chat(
     conversation = Conversation(engine, tokenizer, options.system, raw=options.raw)
     models = known[-1:]
     print(f"models: {', '.join(known)}; /help for commands")
-    while (line := _read_line(f"{' '.join(models)}> ")) is not None and line.strip() != "/quit":
-        command, *words = line.split() or [""]
+    while (line := _read_line(f"{' '.join(models)}> ")) is not None and line.rstrip() != "/quit":
+        words = line.split()
+        command = words.pop(0) if line.startswith("/") else ""
         try:
             if command in ("/adapter", "/compare"):
                 for word in filter(is_derived, words):
@@ -86,9 +92,14 @@ def chat(
                 models = list(dict.fromkeys(words))
             elif command == "/reset":
                 conversation.turns.clear()
-            elif command.startswith("/"):
+            elif command == "/help":
                 print(HELP)
-            elif command:
+            elif _COMMAND.match(line):
+                raise ConfigError(
+                    f"unknown command {command}; type /help for the commands, or put a space "
+                    "before a message"
+                )
+            elif line.strip():
                 _answer(conversation, line if options.raw else line.strip(), models, sampling)
         except LoraloomError as error:
             print(f"error: {error}")

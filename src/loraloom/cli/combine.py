@@ -10,7 +10,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from loraloom.adapters.routed import of_experts
-from loraloom.cli.init import ROW_FORMATS, column_settings, find_columns, first_rows
+from loraloom.cli.init import ROW_FORMATS, first_rows, infer_source
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
 from loraloom.data.sources import find_location
@@ -125,12 +125,9 @@ def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mappin
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
         return {"task": data} | ({"scoring": scoring} if scoring else {})
-    rows, form = first_rows(find_location(data, "train")), host.adapter(name).prompt
+    form = host.adapter(name).prompt
     wanted = (*([form.format] if form else ()), *ROW_FORMATS)
-    found, columns = find_columns(data, rows, wanted, {}, "Rename the columns, or name a task")
-    if found == "choices":
-        raise ConfigError(f"--prompts {name} must name a task or init's task file, got {data}")
-    return {"dataset": data, "format": found, **column_settings(columns)}
+    return infer_source({"dataset": data}, first_rows(find_location(data, "train")), wanted)
 
 
 def _tell(console: Console, fit: RouterFit) -> None:

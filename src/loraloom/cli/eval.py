@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from pydantic import Field
 from typing_extensions import override
 
+from loraloom.cli.init import first_rows, infer_source
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import DataFormat, Scoring, SourceConfig
 from loraloom.config.fields import checked
@@ -52,7 +53,8 @@ class EvalRun(HostOptions):
     apply_chat_template: Annotated[bool, Section.DATA] = False
     """Use adapters' prompt form, or else the chat template, for --harness."""
     format: Annotated[DataFormat | None, Section.DATA] = None
-    """Read --dataset rows in this format. Default: the adapters' training format."""
+    """Read --dataset rows in this format. Default: the adapters' training format, or else the
+    first that fits the columns."""
     max_length: Annotated[int | None, Section.DATA] = Field(default=None, ge=2)
     """Truncate --dataset rows to N tokens. Default: 512."""
     data: Annotated[Path | None, Section.DATA] = None
@@ -152,6 +154,14 @@ def _held_out(run: EvalRun) -> list[SourceConfig]:
         given = {**asked, **own}
         if form and kind != "task" and "task" not in own and given.get("format") in alike:
             given = form.model_dump(exclude={"system"}, exclude_none=True) | given
+        if isinstance(given.get("dataset"), str) and "format" not in given:
+            split = given.get("split") or "validation"
+            location = find_location(given["dataset"], split, given.get("config"))
+            given = infer_source(given, first_rows(location, split))
+            read = " ".join(filter(None, (given["format"], given["template"])))
+            print(
+                f"note: reading {given['dataset']} as {read}; --format overrides", file=sys.stderr
+            )
         source = checked(SourceConfig, given)
         split = source.split or "validation"
         if source.dataset is not None:  # what is broken is an error before the model is loaded

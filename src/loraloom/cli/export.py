@@ -1,11 +1,14 @@
 """`loraloom export`: an adapter in a form that other engines read."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig, Dtype
+from loraloom.errors import ConfigError
 from loraloom.exports import model as exporting
 from loraloom.generation.loading import check_sources, load_host
 
@@ -30,12 +33,15 @@ def export(adapter: str, *, options: Annotated[ExportOptions, Parameter(name="*"
         adapter: Directory or Hub ID of the adapter.
     """
     exporting.check_target(options.output, options.to)
-    adapters = {"adapter": adapter}
+    name = "adapter"
+    with suppress(ConfigError):
+        name = check_name(Path(adapter).name)
+    adapters = {name: adapter}
     model = options.model_copy(update={"dtype": "float32"})
     check_sources(model, adapters)
     host, tokenizer = load_host(model, adapters)
     written = exporting.export(
-        host, tokenizer, "adapter", options.output, options.to, dtype=options.dtype
+        host, tokenizer, name, options.output, options.to, dtype=options.dtype
     )
     size = f"{written.num_bytes / 1e6:,.1f} MB in {options.dtype}"
     print(f"wrote {written.path}: {written.architecture}, {size}")

@@ -41,7 +41,8 @@ class GenerateOptions(HostOptions):
     template: Annotated[Text | None, Section.DATA] = None
     """Use this prompt template: alpaca, plain, a Jinja string or a file."""
     chat_template: Annotated[Text | None, Section.DATA] = None
-    """Use this chat template: a file, a Jinja string, or trl for trl's training template."""
+    """Use this chat template: a file, a Jinja string, trl for trl's training template, or hermes
+    for ChatML with tools."""
     output: Annotated[Path | None, Section.RESULTS] = None
     """Append rows to FILE.jsonl with `completion`, `adapter` and a router's `chosen`."""
     resume: Annotated[bool, Section.RESULTS] = False
@@ -57,8 +58,13 @@ class GenerateOptions(HostOptions):
             yield "--raw, --template and --chat-template exclude each other; pass only one option"
         if (self.prompt is None) == (self.input is None):
             yield "generate requires either --prompt or --input"
-        elif self.no_base and (self.input is not None or not self.adapter):
-            yield "--no-base requires --prompt and --adapter"
+        elif self.no_base and self.input is not None:
+            yield (
+                "--no-base requires --prompt: of --input, the base model completes only rows that "
+                "name it, if there are adapters; remove --no-base"
+            )
+        elif self.no_base and not self.adapter:
+            yield "--no-base requires --adapter NAME=PATH"
         if self.resume and self.output is None:
             yield "--resume requires --output FILE.jsonl"
 

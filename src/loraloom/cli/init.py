@@ -105,7 +105,9 @@ def init(
     learned = [row.pieces for row in encoded if row.pieces]
     distinct = {*learned}
     repeats = len(learned) - len(distinct)
-    notes = [*([f"{repeats} duplicates"] if repeats else []), *encoder.notes(encoded)]
+    notes = encoder.notes(encoded)
+    if repeats:
+        notes = [f"{repeats} duplicate{'s' if repeats > 1 else ''}", *notes]
     settings = {
         "base_model": to_yaml({"base_model": base_model}).strip(),
         "format": found,
@@ -129,8 +131,8 @@ def init(
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
 
 
-def first_rows(location: Path | HubSource) -> list[Row]:
-    rows = list(islice(RowStream(location, "train", streaming=False).rows(), _FIRST_ROWS))
+def first_rows(location: Path | HubSource, split: str = "train") -> list[Row]:
+    rows = list(islice(RowStream(location, split, streaming=False).rows(), _FIRST_ROWS))
     if all(row.fault for row in rows):
         check_faults([(row.origin, row.fault) for row in rows], len(rows))
     return [row for row in rows if not row.fault]
@@ -165,6 +167,18 @@ def find_columns(
     )
 
 
+def infer_source(
+    source: Mapping[str, Any], rows: Sequence[Row], wanted: Sequence[str] = ROW_FORMATS
+) -> dict[str, Any]:
+    """Add to a data set's settings its format, the first of those wanted that fits its columns."""
+    data, advice = source["dataset"], "Rename the columns, or name a task"
+    row_format, columns = find_columns(data, rows, wanted, dict(source.get("fields") or {}), advice)
+    if row_format == "choices":
+        raise ConfigError(f"{data} has choices. Name a task, or the task file that init writes.")
+    settings = column_settings(columns)
+    return {"format": row_format, **settings, **source, "fields": settings["fields"]}
+
+
 def column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
     templates = {None: None, "instruction": "alpaca"}
     fields = {role: name for role, name in columns.items() if role != name}
@@ -193,4 +207,4 @@ def _kinds_of_answer(choices: Any, right: Any) -> list[str]:
     options = answer_options([str(x) for x in listed], ascii_uppercase[: len(listed)])
     if not isinstance(right, str) and right not in listed:
         del options["text"]  # the number 1 is an index in a list of "1" and "2"
-    return [kind for kind, of in options.items() if str(right).strip() in of]
+    return [kind for kind, names in options.items() if names.count(str(right).strip()) == 1]

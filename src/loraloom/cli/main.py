@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # transformers imports them, and they warn of kernels for devices that aren't there
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Python's own form has a line of code, which is none of the user's.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {plain(str(message))}\n"
     words = [*(sys.argv[1:] if argv is None else argv)]
     try:
         _app(words)(words or ["--help"])

@@ -87,14 +87,15 @@ def quickstart(
         host, tokenizer, tasks, asked, scoring="text", split="test", pairs=[(ROUTED, together)]
     )
     found.write(output_dir / "eval.json")
-    console.print(_findings(found, dict(zip(lands, tasks, strict=True)), together))
+    findings = _findings(found, dict(zip(lands, tasks, strict=True)), together)
+    console.print(f"\n{findings}")
     table = make_table("questions of", values=lands)
     for land, of_task in zip(lands, found.routing[ROUTED]["tasks"].values(), strict=True):
         table.add_row(land, *(f"{share:.0%}" if share else "" for share in of_task["load"][0]))
     console.print("\nAdapters that the router chooses:")
     print_tables(console, [table])
     console.print(CAUTION)
-    page = make_page([run.output_dir], [output_dir / "eval.json"])
+    page = make_page([run.output_dir], [output_dir / "eval.json"], summary=findings)
     write_output(output_dir / "report.html", page)
     console.print(f"\nAdapters are in {run.output_dir}, a page in {output_dir}/report.html")
 
@@ -130,4 +131,4 @@ def _findings(found: Evaluation, tasks: Mapping[str, str], together: str) -> str
         "the adapter of the question's country": names,
     }
     lines = [f"  {label:44}{share(of):5.1f}" for label, of in rows.items()]
-    return "\n".join(["\nAccuracy on new questions of all countries, %", *lines])
+    return "\n".join(["Accuracy on new questions of all countries, %", *lines])

@@ -9,24 +9,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import DirectoryPath, Field
+from pydantic import DirectoryPath, Field, StringConstraints
 from typing_extensions import override
 
 from loraloom.cli.options import HostOptions, Section, Text, tell_unknown_prompts
+from loraloom.config.data import PromptForm
 from loraloom.data.encoding import given_form
+from loraloom.data.templates import given_source
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import CONFIG_FILE
 from loraloom.generation import loading
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.adapters import ServedAdapters
-from loraloom.serve.process import bound_memory, is_loopback, read_keys, start_apart
+from loraloom.serve.process import KeyFiles, LineFormatter, bound_memory, is_loopback, start_apart
 
 # Options that vLLM heeds too.
 _OF_BOTH = {
     *("base_model", "adapter", "adapter_dir", "max_adapters", "host", "port", "api_key_file"),
     *("no_api_key", "allow_loading", "cors_origin", "max_rows", "dtype", "engine"),
+    "served_model_name",
 }
+_HostName = Annotated[str, StringConstraints(pattern=r"^(\*\.)?[\w.-]+$|^\[[\da-fA-F:]+\]$")]
+_ModelName = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 
 
 class ServeOptions(HostOptions):
@@ -34,8 +39,12 @@ class ServeOptions(HostOptions):
 
     adapter_dir: DirectoryPath | None = None
     """Serve the adapters in this directory; load each at its first request."""
+    served_model_name: tuple[_ModelName, ...] = ()
+    """Call the base model NAME in requests. Repeatable: answers carry the first name. Default:
+    --base-model."""
     max_adapters: Annotated[int, Section.LIMITS] = Field(default=8, ge=1)
-    """Keep at most N adapters of --adapter-dir loaded."""
+    """Keep at most N adapters of --adapter-dir loaded, and one more for each API key that would
+    otherwise have none while others use all."""
     max_adapter_bytes: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=1)
     """Keep at most N bytes of adapters loaded. Default: no limit."""
     host: Annotated[str, Section.SERVER] = "127.0.0.1"
@@ -43,7 +52,7 @@ class ServeOptions(HostOptions):
     port: Annotated[int, Section.SERVER] = Field(default=8000, ge=0, le=65535)
     """Listen on this port; 0: any free port."""
     api_key_file: Annotated[Path | None, Section.SERVER] = None
-    """Accept the API keys in this file, one per line."""
+    """Accept the API keys in this file, one per line; reread at SIGHUP."""
     no_api_key: Annotated[bool, Section.SERVER] = False
     """Allow requests without an API key."""
     allow_loading: Annotated[bool, Section.SERVER] = False
@@ -52,8 +61,12 @@ class ServeOptions(HostOptions):
     """Accept the API keys in this file, one per line, for loading adapters."""
     adapter_root: Annotated[DirectoryPath | None, Section.SERVER] = None
     """Restrict loading to adapters below this directory, without the Hub."""
+    allowed_host: Annotated[tuple[_HostName, ...], Section.SERVER] = ()
+    """Accept requests for this host name, or *.NAME, as well as for this machine's. Repeatable."""
     cors_origin: Annotated[tuple[str, ...], Section.SERVER] = ()
     """Allow browser requests from this origin. Repeatable."""
+    allow_control_tokens: Annotated[bool, Section.SERVER] = False
+    """Read control tokens in chat messages, such as <|im_end|>, as such and not as text."""
     max_rows: Annotated[int, Section.LIMITS] = Field(default=32, ge=1)
     """Compute at most N completions at once."""
     cache_tokens: Annotated[int | None, Section.LIMITS] = Field(default=None, ge=32)
@@ -64,7 +77,11 @@ class ServeOptions(HostOptions):
     max_waiting: Annotated[int, Section.LIMITS] = Field(default=256, ge=1)
     """Queue at most N completions."""
     chat_template: Text | None = None
-    """Use this chat template for models without a prompt form: a file, a Jinja string, or trl."""
+    """Use this chat template for models without a prompt form: a file, a Jinja string, trl or
+    hermes."""
+    tool_template: Text | None = None
+    """Use this chat template for requests with tools: hermes (for ChatML), a file or a Jinja
+    string. Adapters trained with another template keep it."""
     engine: Annotated[Literal["embedded", "vllm"], Section.SERVER] = "embedded"
     """Serve with loraloom's engine, or with vLLM and loraloom's plug-in."""
 
@@ -100,8 +117,10 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*"), Section.MODEL
             f"--adapter must be NAME=PATH here, got {options.derived[0]}; clients of the embedded "
             "engine can request a sum or an expert as `model` without declaration"
         )
-    keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
-    admin_keys = [] if options.admin_key_file is None else read_keys(options.admin_key_file)
+    if names := {*options.served_model_name} & {*options.adapters}:
+        raise ConfigError(f"{min(names)!r} names the base model and an adapter; change one name")
+    key_files = KeyFiles(options.api_key_file, options.admin_key_file)
+    keys, admin_keys = key_files.keys
     is_vllm = options.engine == "vllm"  # which has one kind of key
     if options.allow_loading and not (keys if is_vllm else admin_keys) and (keys or not is_local):
         raise ConfigError(
@@ -114,6 +133,7 @@ def serve(*, options: Annotated[ServeOptions, Parameter(name="*"), Section.MODEL
         base = os.path.expanduser(options.base_model)
         serve_with_vllm(options.model_copy(update={"base_model": base}), keys)
         return
+    key_files.watch()
     _serve_embedded(options, keys, admin_keys)
 
 
@@ -130,21 +150,39 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
     loading.check_sources(options, options.adapters)
     # the socket comes first, so that a port in use is an error before minutes of loading
     with listen(options.host, options.port) as sock:
-        engine, adapters, tokenizer = start_apart(lambda: _prepare(options, sock)).result()
-        loads = (options.allow_loading, options.adapter_root)
-        allowed = ApiOptions(keys, admin_keys, *loads, options.cors_origin, options.host)
-        server = Server(create_app(engine, tokenizer, adapters, allowed), engine)
+        engine, adapters, tokenizer, tool_form = start_apart(
+            lambda: _prepare(options, sock)
+        ).result()
+        allowed = ApiOptions(
+            api_keys=keys,
+            admin_keys=admin_keys,
+            allow_loading=options.allow_loading,
+            adapter_root=options.adapter_root,
+            cors_origins=options.cors_origin,
+            host=options.host,
+            allow_control_tokens=options.allow_control_tokens,
+            allowed_hosts=[name.lower() for name in options.allowed_host],
+            tool_form=tool_form,
+        )
+        app = create_app(engine, tokenizer, adapters, allowed)
+        server = Server(app, engine, adapters.end_downloads)
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.getLogger("loraloom").addHandler(handler)
+        handler.setFormatter(LineFormatter())
+        logging.getLogger().addHandler(handler)  # of others' errors too
         logging.getLogger("loraloom").setLevel(logging.INFO)
         server.run([sock])
 
 
-def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, ServedAdapters, Any]:
+def _prepare(
+    options: ServeOptions, sock: socket.socket
+) -> tuple[Engine, ServedAdapters, Any, PromptForm | None]:
     """Load what is served, and say what and where that is."""
     model, tokenizer = loading.load_host(options, {})
     model.default_form = given_form(tokenizer, None, options.chat_template)
+    tool_form = None
+    if options.tool_template is not None:
+        source = given_source(tokenizer, options.tool_template, "tool_template")
+        tool_form = PromptForm(format="chat", chat_template=source)
     limits = EngineLimits(
         options.max_rows,
         options.cache_tokens or loading.default_cache_tokens(model, options.max_rows),
@@ -152,13 +190,24 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
         shares_prompts=options.shared_prompt_cache,
     )
     engine = Engine(model, tokenizer, limits)
-    found = (options.base_model, options.adapter_dir, options.max_adapters, engine.forget)
-    adapters = ServedAdapters(model, *found, options.max_adapter_bytes, options.max_waiting)
+    base_name, *aliases = options.served_model_name or (options.base_model,)
+    adapters = ServedAdapters(
+        model,
+        base_name,
+        options.adapter_dir,
+        options.max_adapters,
+        engine.forget,
+        max_bytes=options.max_adapter_bytes,
+        max_waiting=options.max_waiting,
+        base_aliases=aliases,
+    )
     for name, path in options.adapters.items():
         asyncio.run(adapters.load(name, path, replace=True))
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
-    print(f"models: {', '.join([adapters.base_name, *adapters.names()])}")
+    print(f"models: {', '.join([*adapters.base_names, *asyncio.run(adapters.names())])}")
+    quantization = f", quantized to {options.quantization}" if options.quantization else ""
+    print(f"base model: {str(model.dtype).removeprefix('torch.')} on {model.device}{quantization}")
     if (directory := options.adapter_dir) and not any(directory.glob(f"*/{CONFIG_FILE}")):
         deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)
         advice = f"; pass --adapter-dir {deeper.parents[1]}" if deeper else ""
@@ -168,4 +217,4 @@ def _prepare(options: ServeOptions, sock: socket.socket) -> tuple[Engine, Served
     print(f"listening on http://{address}:{port}/v1", flush=True)
     if options.chat_template is None:
         tell_unknown_prompts(model, tokenizer)
-    return engine, adapters, tokenizer
+    return engine, adapters, tokenizer, tool_form

@@ -22,7 +22,7 @@ from loraloom.training import run as training
 from loraloom.training.inbox import WatchOptions
 from loraloom.training.job import JobResult
 from loraloom.training.progress import Progress
-from loraloom.training.settings import RunConfig, load_run_config
+from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 
 MAX_ADAPTERS = 8
 
@@ -117,37 +117,60 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         # the best first; a job that was never measured goes last, whichever way is better
         sign = 1 if metric.endswith("loss") else -1
         good.sort(key=lambda one: sign * one.metrics.get(metric, sign * math.inf))
+    jobs, measured = run.all_jobs, good
+    purpose = "Evaluate"
+    if best := next((job for job in run.trials if job.name == good[0].job), None):
+        jobs = [job for job in run.trials if _data_names(job) == _data_names(best)]
+        names = {job.name for job in jobs}
+        others = [job.name for job in run.trials if job.name not in names]
+        if others:  # they are measured on other data
+            measured = [result for result in good if result.job in names]
+            purpose += f" the jobs of {_data_names(best)}, and others on their data,"
+    if len(measured) > MAX_ADAPTERS:
+        purpose += f" ({MAX_ADAPTERS} of {len(measured)} adapters)"
+    asked = [*_model_options(run, measured), *_questions(jobs)]
+    generated = [*_model_options(run, good), ("--prompt", "Hello!")]
+    return {purpose: _command("eval", asked), "Generate": _command("generate", generated)}
+
+
+def _data_names(job: JobConfig) -> str:
+    return ", ".join(str(source.task or source.dataset) for source in job.data.sources)
+
+
+def _model_options(run: RunConfig, results: Sequence[JobResult]) -> list[tuple[str, str]]:
     options = [("--base-model", run.base_model)]
     if run.quantization is not None:
         options.append(("--quantization", run.quantization))
-    for one in good[:MAX_ADAPTERS]:
-        name = one.job if one.job != BASE else f"{BASE}-adapter"
-        options.append(("--adapter", f"{name}={one.directory}"))
-    asked_of = [one for job in run.all_jobs for one in job.eval]
-    trained_on = [one for job in run.all_jobs for one in job.data.sources]
+    for result in results[:MAX_ADAPTERS]:
+        name = result.job if result.job != BASE else f"{BASE}-adapter"
+        options.append(("--adapter", f"{name}={result.directory}"))
+    return options
+
+
+def _questions(jobs: Sequence[JobConfig]) -> list[tuple[str, str]]:
+    """Options of `loraloom eval` for the first data on which jobs are measured."""
+    asked_of = [one for job in jobs for one in job.eval]
+    trained_on = [one for job in jobs for one in job.data.sources]
     if first := next((one for one in (*asked_of, *trained_on) if one.task), None):
         is_seen = first not in asked_of and Path(first.path or "").expanduser().is_file()
         data = "HELD_OUT.jsonl" if is_seen else first.path
         asked = {"--task": first.task, "--scoring": first.scoring, "--data": data}
         asked |= {"--split": first.split} if first in asked_of else {}
     else:
-        given = (job.data.validation for job in run.all_jobs)
+        given = (job.data.validation for job in jobs)
         held_out = next((one for one in given if one and one.dataset), None)
         source = held_out or next(iter(trained_on), None)
         # what adapters don't tell: columns, and a format that is not that of the prompts
         names = {"fields"} if held_out is None else {"fields", "split", "config"}
+        if source is not None and source.format == "preference":
+            names.add("template")
         own = {} if source is None else source.model_dump(include=names, exclude_none=True)
         data = "HELD_OUT.jsonl" if held_out is None else held_out.dataset
         asked = {"--dataset": json.dumps({"dataset": data, **own}) if own else data}
         asked |= {"--format": source.format} if source and source.format == "preference" else {}
-        length = max((job.train.max_length for job in run.all_jobs), default=MAX_LENGTH)
+        length = max((job.train.max_length for job in jobs), default=MAX_LENGTH)
         asked |= {"--max-length": str(length)} if length != MAX_LENGTH else {}
-    questions = [(option, value) for option, value in asked.items() if value]
-    fewer = f" ({MAX_ADAPTERS} of {len(good)} adapters)" if len(good) > MAX_ADAPTERS else ""
-    return {
-        f"Evaluate{fewer}": _command("eval", [*options, *questions]),
-        "Generate": _command("generate", [*options, ("--prompt", "Hello!")]),
-    }
+    return [(option, value) for option, value in asked.items() if value]
 
 
 def _command(verb: str, options: Sequence[tuple[str, str]]) -> str:

@@ -49,6 +49,8 @@ FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
 # Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`.
 _PROMPTS = {file.stem: file.read_text("utf-8") for file in Path(__file__).parent.glob("prompts/*")}
 PROMPT_TEMPLATES = {name: _PROMPTS[name] for name in ("alpaca", "plain")}
+# Of ChatML, with tools and calls as Hermes' models write them.
+TOOL_TEMPLATE = _PROMPTS["hermes"]
 
 _OF_DATASETS = ("config", "format", "template", "chat_template", "fields", "on_empty")
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
@@ -203,10 +205,12 @@ class _SourceFields(StrictModel):
     format: DataFormat | None = None
     """Data set: whether rows are instructions, conversations, plain text or preferences."""
     template: str | None = Field(default=None, min_length=1)
-    """Instructions: prompt template, alpaca, plain, a Jinja string or a file. Default: alpaca."""
+    """Instructions, preferences between strings: prompt template, alpaca, plain, a Jinja string or
+    a file. Default: alpaca for instructions; preferences' prompts are used as they are."""
     chat_template: str | None = Field(default=None, min_length=1)
     """Conversations: chat template, a Jinja string or file; null: the tokenizer's.
-    trl: the trl package's training version of the tokenizer's template."""
+    trl: the trl package's training version of the tokenizer's template. hermes: ChatML with
+    tools."""
     fields: dict[str, str] | None = None
     """Data set: column of each role, if columns are named differently from the format."""
     on_empty: Literal["error", "skip"] | None = None
@@ -222,7 +226,7 @@ class _SourceFields(StrictModel):
             (self.task is not None, _OF_DATASETS, "a task, only for a dataset"),
             (self.dataset is not None, ["path", "scoring"], "a dataset, only for a task"),
             (_is_file(self.dataset), ["split", "config"], f"a file ({self.dataset})"),
-            (kind not in ("instruction", None), ["template"], f"format {kind}"),
+            (kind not in ("instruction", "preference", None), ["template"], f"format {kind}"),
             (kind in ("instruction", "text"), ["chat_template"], f"format {kind}"),
         ]
         for applies, names, what in rules:

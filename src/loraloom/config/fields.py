@@ -35,6 +35,8 @@ HOMES: dict[str, str] = {}
 
 # In place of pydantic's messages.
 _MESSAGES = {
+    "byte_size": 'must be a number, perhaps with a unit as in "20GB" or "512MiB", got {got}',
+    "byte_size_unit": 'must have a unit as in "20GB" or "512MiB", got {got}',
     "missing": "is required, but missing",
     "union_tag_not_found": "requires {discriminator}, which is missing",
     "union_tag_invalid": "must have a {discriminator} of {expected_tags}, got {tag!r}",
@@ -66,12 +68,12 @@ class StrictModel(BaseModel):
                 for fault in error.errors()
                 if fault["type"] != "missing" or f"mean {fault['loc'][-1]!r}" not in hints
             ]
-        raise _error_of(reasons, others)
+        raise _error_of(settings, reasons, others)
 
     @model_validator(mode="after")
     def _check_together(self) -> StrictModel:
         if found := [*self.contradictions()]:
-            raise _error_of(found)
+            raise _error_of(self, found)
         return self
 
     def contradictions(self) -> Iterator[str]:
@@ -89,9 +91,11 @@ def _instead(key: str, known: Iterable[str]) -> str:
     return did_you_mean(key, known) or f"; known keys are {', '.join(sorted(known))}"
 
 
-def _error_of(reasons: Sequence[str], others: Sequence[ErrorDetails] = ()) -> ValidationError:
+def _error_of(
+    settings: Any, reasons: Sequence[str], others: Sequence[ErrorDetails] = ()
+) -> ValidationError:
     faults: list[InitErrorDetails] = [
-        {"type": PydanticCustomError("fault", "{text}", {"text": reason}), "input": None}
+        {"type": PydanticCustomError("settings", "{text}", {"text": reason}), "input": settings}
         for reason in reasons
     ]
     for other in others:
@@ -122,8 +126,8 @@ def describe_faults(
     lines = []
     for fault in error.errors():
         kind, context, message = fault["type"], fault.get("ctx", {}), fault["msg"]
-        path = _path_in_file(fault["loc"], settings)
-        if kind in ("fault", "value_error"):  # our own
+        path = _path_in_file(fault["loc"], settings, is_missing=kind == "missing")
+        if kind in ("settings", "value_error"):  # our own
             message = message.removeprefix("Value error, ")
             if path and re.match(rf"{re.escape(path[-1])}\b", message):  # not of a section
                 path.pop()
@@ -132,8 +136,8 @@ def describe_faults(
             given = str(context.get("tag", fault["input"]))
             message = re.sub(r"^\w+ should", "must", message).replace("tuple", "list")
             message = re.sub("valid dictionary.*", "mapping", message)
-            message += f", got {shown(fault['input'])}"
-            message = _MESSAGES.get(kind, "{}").format(message, **context)
+            got = shown(fault["input"])
+            message = _MESSAGES.get(kind, "{}, got {got}").format(message, got=got, **context)
             if other := (other_names or {}).get(given.lower()):
                 message += f"; write {other}"
             else:
@@ -143,18 +147,18 @@ def describe_faults(
     return lines
 
 
-def _path_in_file(loc: Sequence[int | str], settings: Any) -> list[str]:
-    """A place that pydantic reported, without the tags of unions."""
+def _path_in_file(loc: Sequence[int | str], settings: Any, *, is_missing: bool) -> list[str]:
+    """A place that pydantic reported, without the tags of unions, which settings don't have."""
+    if settings is None:  # they are not known
+        return [str(step) for step in loc]
     path = []
     for place, step in enumerate(loc):
-        is_known = not isinstance(settings, dict) or step in settings
-        # {method: lora} has no key lora: it is a tag
-        if is_known or (place == len(loc) - 1 and step not in settings.values()):
-            path.append(str(step))
         try:
-            settings = settings[step] if is_known else settings
+            settings = settings[step]
         except (LookupError, TypeError):
-            settings = None
+            if not (is_missing and place == len(loc) - 1):
+                continue
+        path.append(str(step))
     return path
 
 

@@ -38,7 +38,7 @@ class BaseModelConfig(StrictModel):
     """Load this base model: a Hub ID, a directory, a .gguf file or smollm2-135m."""
     dtype: BaseDtype = "auto"
     """Load the base model in this dtype. auto: the checkpoint's, or float32 for float64 and on CPUs
-    slow in 16 bits."""
+    slow in 16 bits. In 16 bits, rounding can change texts with the batch."""
     quantization: Quantization | None = None
     """Quantize the base model's weights to 4 or 8 bits."""
     device: Annotated[str, AfterValidator(check_device)] = "auto"

@@ -115,7 +115,8 @@ def set_setting(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
     key, *rest = keys
     if isinstance(node, list):
         if not (key.isdecimal() and int(key) < len(node)):
-            raise ConfigError(f"{origin}: {shown(key)} must be an index in [0, {len(node) - 1}]")
+            indices = f"an index in [0, {len(node) - 1}]" if node else "in a list that has items"
+            raise ConfigError(f"{origin}: {shown(key)} must be {indices}")
         index = int(key)
         return [*node[:index], set_setting(node[index], rest, value, origin), *node[index + 1 :]]
     if not isinstance(node, dict | None):

@@ -15,6 +15,7 @@ from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jinja2 import Template
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loraloom.config.data import FIELD_ROLES, PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
@@ -99,7 +100,7 @@ class SourceEncoder:
             return rows, self._encode_task(rows)
         rows = list(islice(self.open(split, streaming=streaming).rows(), limit))
         template = self.tokenizer.chat_template
-        if config.format == "instruction":
+        if config.format == "instruction" or config.template is not None:
             template = templates.template_source(config.template)
         elif config.chat_template is not None:
             template = templates.given_source(self.tokenizer, config.chat_template)
@@ -169,8 +170,16 @@ class SourceEncoder:
                     first.reject(
                         "preferences between strings do not support chat_template; remove the key"
                     )
-                read, encode = partial(_read_texts, columns), tokens.encode_completion_pairs
+                template = None
+                if config.template is not None:
+                    template = templates.load_template(config.template)
+                read = partial(_read_texts, columns, template)
+                encode = tokens.encode_completion_pairs
             case _:
+                if config.template is not None:
+                    first.reject(
+                        "preferences between messages do not support template; remove template"
+                    )
                 template = templates.load_chat_template(self.tokenizer, given, TRAINING_DAY)
                 read = partial(self._read_chat, template)
                 if config.format == "preference":
@@ -237,8 +246,13 @@ class SourceEncoder:
         return _encode_each(rows, read, once)
 
 
-def _read_texts(columns: Mapping[str, str], row: Row) -> tuple[TextPair, TextPair]:
+def _read_texts(
+    columns: Mapping[str, str], template: Template | None, row: Row
+) -> tuple[TextPair, TextPair]:
     prompt = row.text(columns["prompt"])
+    if template is not None:
+        parts = {"instruction": prompt, "input": templates.read_input(row, {"input": "input"})}
+        prompt = templates.fill_in(template, row, "the prompt template", parts)
     return (prompt, row.answer(columns["chosen"])), (prompt, row.answer(columns["rejected"]))
 
 
@@ -344,13 +358,12 @@ def given_form(
 def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
     """How a job's data writes prompts; of a mix, its first source, as all rows show."""
     source = data.sources[0]
-    match source.format:
-        case None | "text":
-            return PromptForm(format=source.format or "task")
-        case "instruction":
-            name = source.template or "alpaca"
-            template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
-            return PromptForm(format="instruction", template=template)
+    if source.format in (None, "text"):
+        return PromptForm(format=source.format or "task")
+    if source.format == "instruction" or source.template is not None:
+        name = source.template or "alpaca"
+        template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
+        return PromptForm(format="instruction", template=template)
     columns, systems = source.fields or {}, set()
     stream = SourceEncoder(source, tokenizer, 0).open("train", streaming=data.streaming)
     # of a stream only the beginning is known

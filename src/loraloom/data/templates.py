@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from loraloom.config.data import PROMPT_TEMPLATES
+from loraloom.config.data import PROMPT_TEMPLATES, TOOL_TEMPLATE
 from loraloom.config.fields import suggestion
 from loraloom.config.text import local_path, read_text
 from loraloom.data.sources import Row, fields_of
@@ -30,6 +30,9 @@ from loraloom.errors import DataError, shown
 TRAINING_DAY = date(2024, 7, 26)
 # In place of a template: the one that trl has for training with the tokenizer's.
 TRL = "trl"
+# And the one for base models of ChatML's turns whose template leaves tools out.
+HERMES = "hermes"
+_CHATML = ("<|im_start|>", "<|im_end|>")
 # A text, and where in it the answers begin and end, in characters.
 Marked = tuple[str, list[tuple[int, int]]]
 # `role` and `content`; `tool_calls` and `reasoning_content` where an assistant's turn has them.
@@ -216,9 +219,18 @@ def load_chat_template(
     return ChatTemplate(tokenizer, None if given is None else given_source(tokenizer, given), day)
 
 
-def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
+def given_source(
+    tokenizer: PreTrainedTokenizerBase, given: str, setting: str = "chat_template"
+) -> str:
+    if given == HERMES:
+        if not {*_CHATML} <= tokenizer.get_vocab().keys():
+            raise DataError(
+                f"the template {HERMES} requires a tokenizer with the tokens "
+                f"{' and '.join(_CHATML)}; write a template with the base model's own turns"
+            )
+        return TOOL_TEMPLATE
     if given != TRL:
-        return read_template(given, "chat_template", (TRL,))
+        return read_template(given, setting, (TRL, HERMES))
     own = ChatTemplate(tokenizer).source()
     try:
         from trl.chat_template_utils import get_training_chat_template

@@ -19,6 +19,11 @@ from loraloom.errors import DataError
 NO_LOSS = -100
 # Tokens of a prompt that decide how the text of its completion begins.
 NUM_BEFORE = 4
+# Characters by which byte-level vocabularies write bytes: printable ones by themselves.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
 # A context and what follows it: a prompt, say, and its completion.
 TextPair = tuple[str, str]
 
@@ -140,6 +145,18 @@ def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The text of a token alone, with the space that SentencePiece's decoders leave out."""
     text, name = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
     return f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def name_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    r"""The text of a token alone; `bytes:\\xe2` or its id where it is no whole character."""
+    text, name = text_of_token(tokenizer, token), str(tokenizer.convert_ids_to_tokens(token))
+    if text and "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    if name.startswith("<0x"):
+        return f"bytes:\\x{name[3:5].lower()}"
+    if all(character in _BYTES for character in name):
+        return "bytes:" + "".join(f"\\x{_BYTES[character]:02x}" for character in name)
+    return f"token_id:{token}"
 
 
 def learn_completions(tokenizer: PreTrainedTokenizerBase, texts: list[TextPair]) -> list[Example]:

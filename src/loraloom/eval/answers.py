@@ -43,7 +43,21 @@ AnswerRow = tuple[int, Prompt, str]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # 5 is not in 15, but words of scripts after Latin, Greek and Cyrillic may have no such borders.
 _OF_WORD = r"[^\W\u0530-\u1dff\u2e80-\U0010ffff]"
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Signs that numbers and code need; all other ASCII punctuation is left out.
+_KEPT = r"""
+    (?<![\w.)])-(?=\$?\.?\d)             # the sign of -5
+    | (?<![^\W\d_])(?<!\.)\.(?=\d)        # the point of 1.5 and .5
+    | (?<=\d),(?!\d{3}(?!\d))(?=\d)      # 1,5, but not 1,000
+    | (?<=\d)[^\w\s,](?=\d)              # 1/2, 12:30
+    | (?<=\w)[+\#]+                       # C++, C#
+    | (?<=[\w)])\s*[<=>^]+\s*(?=[\w(.-])  # x<=y
+"""
+_PUNCTUATION = re.compile(rf"({_KEPT})|[{re.escape(string.punctuation)}]", re.VERBOSE)
+# Of what is kept, marks inside a number, and signs at the end of a word.
+_OF_NUMBER = f"[{re.escape(re.sub('[+#<=>^]', '', string.punctuation))}]"
+_BEFORE = rf"(?<!{_OF_WORD})(?<!{_OF_NUMBER})"
+_AFTER = rf"(?!{_OF_WORD}|[+#]+(?!\w)|{_OF_NUMBER}\d)"
+_OPERATOR = r"[-+/%<=>!&|^~]"
 
 
 class AnswerTaskConfig(StrictModel):
@@ -135,21 +149,31 @@ def _read_row(
 def normalize_answer(text: str, *, keeps_articles: bool = False, keeps_case: bool = False) -> str:
     """Lower the case, and leave out punctuation, articles and repeated spaces.
 
-    Source: SQuAD, `evaluate-v1.1.py` (Rajpurkar et al. 2016). A text of nothing else is kept.
+    Source: SQuAD, `evaluate-v1.1.py` (Rajpurkar et al. 2016). A text of nothing else is kept, and
+    so are signs that numbers and code need: -5, 1.5, C++.
     """
-    plain = (text if keeps_case else text.lower()).translate(_NO_PUNCTUATION)
+    plain = text if keeps_case else text.lower()
+    plain = _PUNCTUATION.sub(lambda match: match[1] or "", plain)
     words = (plain if keeps_articles else _ARTICLES.sub(" ", plain)).split()
     return " ".join(words) or text.lower().strip()
 
 
 def is_right(metric: str, answer: str, reference: str) -> bool:
-    keeps = _ARTICLES.fullmatch(normalize_answer(reference, keeps_articles=True)) is not None
-    # answers contain a label, as A, in its own case
-    how = {"keeps_articles": keeps, "keeps_case": keeps and metric == "contains"}
-    answer, reference = (normalize_answer(x, **how) for x in (answer, reference))
+    if not any(map(str.isalnum, reference)):  # + or <=, which no normalized answer has
+        answer, reference = answer.strip(), reference.strip()
+        before, after = f"(?<!{_OPERATOR})", f"(?!{_OPERATOR})"
+    else:
+        is_article = _ARTICLES.fullmatch(normalize_answer(reference, keeps_articles=True))
+        # answers contain a label, as A, in its own case
+        kept = {
+            "keeps_articles": is_article is not None,
+            "keeps_case": is_article is not None and metric == "contains",
+        }
+        answer, reference = (normalize_answer(text, **kept) for text in (answer, reference))
+        before, after = _BEFORE, _AFTER
     if metric == "exact_match":
         return answer == reference
-    return bool(re.search(rf"(?<!{_OF_WORD}){re.escape(reference)}(?!{_OF_WORD})", answer))
+    return bool(re.search(f"{before}{re.escape(reference)}{after}", answer))
 
 
 def generate_answers(

@@ -247,9 +247,12 @@ def load_question_sets(
     check_limit(limit)
     _check_differ("tasks", [task_name(task) for task in tasks])
     answered = {task: one for task in tasks if (one := answers.load_answer_set(task, split, limit))}
-    has_splits = [one.details.get("split") is not None for one in answered.values()]
-    if split and answered and len(answered) == len(tasks) and not any(has_splits):
-        raise ConfigError(f"files of {', '.join(answered)} have no splits. Remove split={split}.")
+    without = [task for task, asked in answered.items() if asked.details.get("split") is None]
+    if split and without:
+        raise ConfigError(
+            f"files of {', '.join(without)} have no splits. Remove split={split}, or score other "
+            "tasks separately."
+        )
     if answered and (scoring or data):
         raise ConfigError(f"scoring and data are for choice tasks, got {', '.join(answered)}")
     choices = [find_task(task) for task in tasks if task not in answered]

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 CONSTANT = "majority class"
 MARK = "†"
 ACCURACY, LOSS, PAIR_LOSS = "accuracy %", "loss, nats a token", "loss, nats a pair"
+_DISAGREEMENT = (
+    "An interval without 0 whose p is 0.05 or more: such intervals are too narrow; trust p."
+)
 NOTE = f"{MARK} no better than the majority class: always the most frequent answer"
 
 # Of the data frame, those that there are.
@@ -41,8 +44,11 @@ _COLUMNS = (
     "perplexity", "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
 )  # fmt: skip
 
-# Comparisons that are told in a sentence each; of more, the table says enough.
+# Comparisons that are told in a sentence each; of more, a sentence for each task names the winners.
 MAX_MEANINGS = 8
+# Rows that must differ for an estimate of how many it takes, and the share of such tests that
+# would find the difference.
+MIN_DIFFERING, POWER = 10, 0.8
 
 # What results call the base model.
 BASE = "base"
@@ -298,26 +304,66 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
             f"{one.first} - {one.second}", one.task, f"{difference}{unit}", f"{low} to {high}", won,
             texts[0], f"{texts[1]}{star}",
         )  # fmt: skip
-    told = comparisons if len(comparisons) <= MAX_MEANINGS else ()
-    meanings = [_meaning(one, len(comparisons)) for one in told]
+    if len(comparisons) <= MAX_MEANINGS:
+        meanings = [_meaning(comparison, len(comparisons)) for comparison in comparisons]
+    else:
+        meanings = _winners(comparisons)
+    if any(map(_has_narrow_interval, comparisons)):
+        meanings.append(_DISAGREEMENT)
     table.caption = "\n".join(["* significant: p (Holm), of all comparisons, < 0.05", *meanings])
     return table
 
 
-def _meaning(one: Comparison, num_compared: int) -> str:
-    """Say who is better, whether that is significant, and how many items it would take."""
-    is_loss = one.metric == "loss"
-    better, worse = one.first, one.second
-    if one.difference == 0:
-        return f"{one.task}: {better} and {worse} have the same {one.metric}."
-    if (one.difference > 0) == is_loss:
-        better, worse = worse, better
-    text = f"{one.task}: {better} beats {worse} in {one.metric}"
-    if one.adjusted_p_value < 0.05:
-        return f"{text}, significantly."
-    text += f", not significantly: {one.num_examples:,} {'rows' if is_loss else 'questions'}"
-    # until it is so many standard errors, which fall with the root of the number of items
-    errors = NormalDist().inv_cdf(1 - 0.025 / num_compared)
-    needed = one.num_examples * (errors * (one.stderr or 0) / one.difference) ** 2
-    more = f", about {float(f'{needed:.2g}'):,.0f} needed"
-    return f"{text}{more if needed > one.num_examples else ''}."
+def _has_narrow_interval(comparison: Comparison) -> bool:
+    low, high = comparison.interval
+    return comparison.p_value >= 0.05 and not low <= 0 <= high
+
+
+def _better_first(comparison: Comparison) -> tuple[str, str]:
+    if (comparison.difference > 0) == (comparison.metric == "loss"):
+        return comparison.second, comparison.first
+    return comparison.first, comparison.second
+
+
+def _meaning(comparison: Comparison, num_compared: int) -> str:
+    """Say who is better, or that no difference was found, and how many examples it would take."""
+    task, metric = comparison.task, comparison.metric
+    count = comparison.num_examples
+    better, worse = _better_first(comparison)
+    if comparison.difference == 0:
+        return f"{task}: {better} and {worse} have the same {metric}."
+    if comparison.adjusted_p_value < 0.05:
+        return f"{task}: {better} beats {worse} in {metric}, significantly."
+    text = f"{task}: no difference in {metric} was found between {better} and {worse}"
+    text += f" on {count:,} example{'s' if count > 1 else ''}."
+    num_differing = comparison.num_first_better + comparison.num_second_better
+    if num_differing < MIN_DIFFERING or comparison.stderr is None:
+        return text
+    # as many standard errors, which fall with the root of the number of examples
+    normal = NormalDist()
+    errors = normal.inv_cdf(1 - 0.025 / num_compared) + normal.inv_cdf(POWER)
+    needed = count * (errors * comparison.stderr / comparison.difference) ** 2
+    rounded = float(f"{needed:.2g}")
+    return (
+        f"{text} To find this lead of {better} in {POWER:.0%} of tests takes about {rounded:,.0f}."
+    )
+
+
+def _winners(comparisons: Sequence[Comparison]) -> list[str]:
+    """Say for each task who beats whom significantly."""
+    beaten: dict[str, dict[str, list[str]]] = {comparison.task: {} for comparison in comparisons}
+    for comparison in comparisons:
+        if comparison.adjusted_p_value < 0.05:
+            better, worse = _better_first(comparison)
+            beaten[comparison.task].setdefault(better, []).append(worse)
+    sentences = []
+    for task, by_winner in beaten.items():
+        winners: dict[str, list[str]] = {}  # by whom they beat
+        for winner, losers in by_winner.items():
+            winners.setdefault(", ".join(losers), []).append(winner)
+        texts = [
+            f"{', '.join(names)} beat{'s' if len(names) == 1 else ''} {losers} significantly"
+            for losers, names in winners.items()
+        ]
+        sentences.append(f"{task}: {'; '.join(texts) or 'no difference was found'}.")
+    return sentences

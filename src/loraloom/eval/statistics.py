@@ -1,8 +1,8 @@
 """How sure an accuracy is, and whether two adapters differ on the same questions.
 
 Questions are the sample: intervals and p-values say how results would move with other questions.
-How they move with another training seed is another doubt. Adapters named `NAME@SEED` are seeds of
-NAME: together they count as one contestant, whose answer to a question is the share of them that
+How they move with another training seed is another doubt. Adapters named `NAME@NUMBER` are seeds
+of NAME: together they count as one contestant, whose answer to a question is the share of them that
 are right. Answers are those of an evaluation, or of files that `--per-question` wrote:
 
     >>> (task,) = read_answers("a.jsonl", "b.jsonl")
@@ -29,6 +29,11 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 # Of a resample, as right and wrong answers have: their counts are drawn, not the items.
 _FEW_VALUES = 32
+
+# Rows whose signs are all drawn; of more, the smallest take the normal limit, none of which may
+# have a larger share of their sum of squares: else a few long rows would decide.
+MAX_DRAWN = 1000
+_MAX_SHARE = 0.005
 
 # Contestants, besides the base model, of whom all pairs are compared without being asked for.
 MAX_FOR_ALL_PAIRS = 4
@@ -91,13 +96,29 @@ def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:
         return mcnemar_p_value(int((differences > 0).sum()), int((differences < 0).sum()))
     # a tie of thirds adds up to 1e-17
     found = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
-    if counts.sum() > 1000:  # with signs at random the sum is as good as normal
-        return min(1.0, math.erfc(found / math.sqrt(2 * np.square(differences).sum())))
+    num_normal = _count_normal(sizes, counts)
+    variance = (np.square(sizes) * counts)[:num_normal].sum()
+    if num_normal == len(sizes):
+        return min(1.0, math.erfc(found / math.sqrt(2 * variance)))
+    sizes, counts = sizes[num_normal:], counts[num_normal:]
     generator = np.random.default_rng(seed)
     shape = 100, len(counts)
     draws = (generator.binomial(counts, 0.5, shape) for _ in range(NUM_RESAMPLES // 100))
     sums = np.concatenate([(2 * draw - counts) @ sizes for draw in draws])
+    sums += generator.normal(scale=math.sqrt(variance), size=len(sums))
     return float(1 + (abs(sums) >= found).sum()) / (1 + NUM_RESAMPLES)
+
+
+def _count_normal(sizes: np.ndarray, counts: np.ndarray) -> int:
+    """Count the smallest sizes whose sum, with signs at random, is as good as normal."""
+    if counts.sum() <= MAX_DRAWN:
+        return 0
+    squares = np.square(sizes)
+    totals = np.cumsum(squares * counts)  # up to each size
+    small = np.flatnonzero(squares <= _MAX_SHARE * totals)
+    num_small = int(small[-1]) + 1 if len(small) else 0
+    # each size drawn takes over 0.5 % of the sum that is left: a thousand leave nothing of it
+    return max(num_small, len(sizes) - MAX_DRAWN)
 
 
 def compare_paired(first: Values, second: Values, seed: int = 0) -> PairedComparison:
@@ -187,8 +208,8 @@ def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
     stems: dict[str, list[str]] = {}
     for name in names:
         stem, at, seed = name.rpartition("@")
-        if at and not is_sum(name):
-            _, slash, expert = seed.partition("/")
+        number, slash, expert = seed.partition("/")
+        if at and number.isdecimal() and not is_sum(name):
             stems.setdefault(f"{stem}{slash}{expert}", []).append(name)
     if twice := [stem for stem in stems if stem in (*names, BASE)]:
         seeds = ", ".join(stems[twice[0]])

@@ -9,16 +9,14 @@ Source: transformers 5.24, the classes' `modeling_*.py`.
 
 import copy
 import os
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -33,9 +31,12 @@ from loraloom.config.model import Dtype
 from loraloom.durable import write_directory, write_file, write_json
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.exports.gguf import architecture_of, write_gguf_adapter
+from loraloom.formats.disk import write_safetensors
 from loraloom.host.host import Host
 
 ExportForm = Literal["moe", "merged", "gguf"]
+# Of a file of weights, as transformers' `save_pretrained` has it.
+MAX_FILE_BYTES = 50 * 10**9
 _PROBE_LENGTH = 48
 # Most relative error of logits where nothing is rounded to 16 bits.
 _EXACT = 1e-4
@@ -182,15 +183,7 @@ class _ExportedModel(ABC):
         # `save_pretrained` refuses settings without effect that base models are published with.
         host.model.generation_config.to_json_file(directory / "generation_config.json")
         tokenizer.save_pretrained(directory)
-        num_bytes, files = 0, {}
-        count = host.base.num_layers + 1
-        for number in range(count):
-            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
-            sizes = self._write_shard(number, directory / file, dtype)
-            num_bytes += sum(sizes.values())
-            files |= dict.fromkeys(sizes, file)
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": files}
-        write_json(directory / "model.safetensors.index.json", index)
+        num_bytes = self._write_weights(directory, dtype)
         error = self._logit_error(directory)
         is_exact = {dtype, host.dtype} <= {torch.float32, torch.float64}
         most = _EXACT if is_exact and host.base.quantization is None else _ROUNDED
@@ -202,15 +195,48 @@ class _ExportedModel(ABC):
             )
         return num_bytes, error
 
-    def _write_shard(self, number: int, file: Path, dtype: torch.dtype) -> dict[str, int]:
-        """Write a shard, and return its tensors' bytes; nothing is left of it in memory."""
+    def _write_weights(self, directory: Path, dtype: torch.dtype) -> int:
+        """Write the tensors, of which a layer is in memory at a time, and return their bytes."""
+        shapes = [self._described(index, dtype) for index in range(self.host.base.num_layers + 1)]
+        sizes = [sum(tensor.nbytes for tensor in group.values()) for group in shapes]
+        groups = _grouped(sizes, MAX_FILE_BYTES)
+        files: dict[str, str] = {}
+        for number, group in enumerate(groups, start=1):
+            name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+            if len(groups) == 1:
+                name = "model.safetensors"
+            described = {key: tensor for index in group for key, tensor in shapes[index].items()}
+            tensors = (t.to(dtype) for index in group for t in self._made(index, shapes[index]))
+            write_safetensors(directory / name, described, tensors, {"format": "pt"})
+            files |= dict.fromkeys(described, name)
+        if len(groups) > 1:
+            contents = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
+            write_json(directory / "model.safetensors.index.json", contents)
+        return sum(sizes)
+
+    def _described(self, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Give the tensors outside of the decoder layers (0), or a layer's, without numbers."""
+        if index == 0:
+            tensors = self._outside()
+        else:
+            path = f"{self.host.base.layers_path}.{index - 1}"
+            tensors = self.built.get_submodule(path).state_dict(prefix=f"{path}.")
+        empty = {n: torch.empty_like(t, dtype=dtype, device="meta") for n, t in tensors.items()}
+        return revert_weight_conversion(self.built, empty)
+
+    def _made(self, index: int, names: Collection[str]) -> Iterable[Tensor]:
+        """Make these tensors, in the order of their names in checkpoints."""
+        if index == 0:
+            tensors = self._outside()
+        else:
+            path = f"{self.host.base.layers_path}.{index - 1}"
+            layer = self.layer_tensors(index - 1, self.host.model.get_submodule(path))
+            tensors = {f"{path}.{name}": tensor for name, tensor in layer.items()}
+        tensors = {name: self._own(name, tensor) for name, tensor in tensors.items()}
         # Checkpoints have other names than models, and experts apart.
-        tensors = {name: self._own(name, t) for name, t in self._shard(number).items()}
         stored = revert_weight_conversion(self.built, tensors)
-        stored = {name: t.to("cpu", dtype).contiguous() for name, t in stored.items()}
-        save_file(stored, file, metadata={"format": "pt"})
-        shutil.copymode(file.with_name("config.json"), file)  # safetensors makes files 0600
-        return {name: tensor.nbytes for name, tensor in stored.items()}
+        assert stored.keys() == {*names}
+        return (stored[name] for name in names)
 
     def _logit_error(self, directory: Path) -> float:
         host = self.host
@@ -224,16 +250,12 @@ class _ExportedModel(ABC):
             actual = self.built.from_pretrained(directory, **options).eval()(ids).logits
         return float((actual - expected).norm() / expected.norm())
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
-        """Make the tensors outside of the decoder layers, shard 0, or those of a layer."""
-        model, path = self.host.model, self.host.base.layers_path
-        if number == 0:
-            tied = {} if self.unties_head else model.all_tied_weights_keys
-            tensors = _tensors_of(model, f"{path}.")
-            return {name: tensor for name, tensor in tensors.items() if name not in tied}
-        layer = f"{path}.{number - 1}"
-        tensors = self.layer_tensors(number - 1, model.get_submodule(layer))
-        return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+    def _outside(self) -> dict[str, Tensor]:
+        """Take the tensors outside of the decoder layers."""
+        model = self.host.model
+        tied = {} if self.unties_head else model.all_tied_weights_keys
+        tensors = _tensors_of(model, f"{self.host.base.layers_path}.")
+        return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
         """Put the adapter's own module in place of the base model's."""
@@ -250,6 +272,18 @@ class _ExportedModel(ABC):
             for projection in self.adapter.weights_on(block).values():
                 tensors[f"{projection.path}.weight"] = projection.merged(self.wide)
         return tensors
+
+
+def _grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Put neighbors in groups of a total size; what is larger is a group by itself."""
+    groups, total = [[0]], sizes[0]
+    for index, size in enumerate(sizes[1:], start=1):
+        total += size
+        if total > most:
+            groups.append([])
+            total = size
+        groups[-1].append(index)
+    return groups
 
 
 def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:

@@ -3,8 +3,10 @@
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +16,10 @@ import torch
 import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraloom.config.text import local_path, read_json
-from loraloom.durable import remove_leftovers, staging, sync, write_directory
+from loraloom.config.text import local_path, parse_json, read_json
+from loraloom.durable import is_being_written, remove_leftovers, staging, sync, write_directory
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,7 +38,12 @@ _STALE_FILES = (PICKLE_FILE, SIDECAR_WEIGHTS)
 SAVED_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
 # Age at which files that lie aside are no longer being written by anybody.
 _ABANDONED_S = 3600.0
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Between tries to read files that a process is replacing.
+_WAITS_S = (0.05, 0.1, 0.2)
+# By their names in safetensors files.
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# The metadata that loraloom writes: a record in JSON.
+RECORD = "loraloom"
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 # The first is that of the HTTP client, which huggingface_hub has changed: no connection, say.
@@ -50,7 +56,8 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
     if path.exists():
         return path
     if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(path_or_hub_id):
-        raise FormatError(f"an adapter must be an existing directory or a Hub ID, got {path}")
+        text = shown(str(path))
+        raise FormatError(f"an adapter must be an existing directory or a Hub ID, got {text}")
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
     except _HUB_ERRORS as error:
@@ -89,7 +96,13 @@ class AdapterFiles:
         return FormatError(f"{self.source}: {message}")
 
     def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        return {names[old]: tensor for old, tensor in self.tensors.items() if old in names}
+        """Rename tensors and leave out others; a FormatError if two have one meaning."""
+        renamed = {old: names[old] for old in self.tensors if old in names}
+        twice = [new for new, count in Counter(renamed.values()).items() if count > 1]
+        if twice:
+            same = [old for old, new in renamed.items() if new == twice[0]]
+            raise self.error(f"only one tensor may be {twice[0]}, got {names_in(same)}")
+        return {new: self.tensors[old] for old, new in renamed.items()}
 
     def section(self, name: str) -> dict[str, Any]:
         """Take a field that holds fields, {} where it is missing."""
@@ -107,7 +120,20 @@ class AdapterFiles:
 
 
 def read_files(directory: Path) -> AdapterFiles:
-    """Read adapter_config.json and the weights, from safetensors or else from a pickle."""
+    """Read adapter_config.json and the weights, from safetensors or else from a pickle.
+
+    Files that another process is replacing are read again, until they belong together.
+    """
+    for wait_s in _WAITS_S:
+        with suppress(FormatError):
+            return _read_once(directory)
+        if not is_being_written(directory):
+            break
+        time.sleep(wait_s)
+    return _read_once(directory)
+
+
+def _read_once(directory: Path) -> AdapterFiles:
     path = directory / CONFIG_FILE
     if not path.is_file():
         is_model = (directory / "config.json").is_file()
@@ -125,7 +151,35 @@ def read_files(directory: Path) -> AdapterFiles:
         tensors = _read_pickle(pickled)
     else:
         raise FormatError(f"{directory} contains neither {WEIGHTS_FILE} nor {PICKLE_FILE}")
-    return AdapterFiles(config, tensors, metadata, str(directory), _read_sidecar(directory))
+    _check_belong_together(directory, config, metadata)
+    # What lies beside weights of loraloom's is left of another adapter.
+    sidecar = None if RECORD in metadata else _read_sidecar(directory)
+    return AdapterFiles(config, tensors, metadata, str(directory), sidecar)
+
+
+def _check_belong_together(
+    directory: Path, config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Raise a FormatError if the weights were saved with other settings than a configuration's."""
+    origin = f"{directory}: `{RECORD}` in the weights' header"
+    record = parse_json(metadata.get(RECORD, "{}"), origin, FormatError)
+    saved = record.get("config") if isinstance(record, dict) else None
+    current = settings_in(config)
+    for name, value in saved.items() if isinstance(saved, dict) else ():
+        if current.get(name) != value:
+            raise FormatError(
+                f"{directory}: {WEIGHTS_FILE} was saved with `{name}` {shown(value)}, but "
+                f"{CONFIG_FILE} has {shown(current.get(name))}; copy or save both files again. If "
+                f"you edited {CONFIG_FILE}, undo that: pass `settings` to host.load, or --set to "
+                "loraloom convert, to change a setting"
+            )
+
+
+def settings_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the fields of adapter_config.json with the settings that stand under `loraloom`."""
+    section = config.get("loraloom")
+    settings = section.get("adapter") if isinstance(section, dict) else None
+    return {**config, **settings} if isinstance(settings, dict) else dict(config)
 
 
 def _read_sidecar(directory: Path) -> Sidecar | None:
@@ -145,9 +199,11 @@ def _read_sidecar(directory: Path) -> Sidecar | None:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        # At once, because another process may replace the file.
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return _plain_tensors(path, load_file(path)), metadata
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _plain_tensors(path, tensors), metadata
     except (safetensors.SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a safetensors file: {error}; download a copy") from error
 
@@ -201,7 +257,7 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
 
     They are written aside, synced to the disk and renamed, adapter_config.json last. If the
     process dies, the directory holds the old adapter, the new one, or no adapter_config.json
-    (never the new weights under another old configuration).
+    (never the new weights under another old configuration, which `read_files` refuses too).
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -211,7 +267,7 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
             for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
                 sync(aside / name)
             _publish(aside, directory)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
 
 
@@ -221,7 +277,7 @@ def write_new(directory: Path, files: AdapterFiles, card: str, *, pickled: bool 
         raise AdapterError(f"{directory} already exists; convert to a new directory")
     try:
         write_directory(directory, lambda aside: _fill(aside, files, card, pickled))
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
 
 
@@ -229,24 +285,59 @@ def _fill(aside: Path, files: AdapterFiles, card: str, pickled: bool = False) ->
     config = json.dumps(files.config, indent=2, ensure_ascii=False, allow_nan=False)
     (aside / CONFIG_FILE).write_text(config + "\n", "utf-8", "replace")
     (aside / CARD_FILE).write_text(card, "utf-8", "replace")
-    # Copied to the CPU, so that experts that are views of one tensor don't share storage.
-    tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in files.tensors.items()}
     if pickled:
+        # Copied, so that experts that are views of one tensor don't share storage.
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in files.tensors.items()
+        }
         torch.save(tensors, aside / PICKLE_FILE)
     else:
-        save_file(tensors, aside / WEIGHTS_FILE, metadata=files.metadata)
-        # safetensors makes files 0600, which a server's user could not read.
-        shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)
+        # Readers expect larger dtypes first, which keeps each tensor aligned.
+        tensors = dict(sorted(files.tensors.items(), key=lambda pair: (-pair[1].itemsize, pair[0])))
+        write_safetensors(aside / WEIGHTS_FILE, tensors, tensors.values(), files.metadata)
+
+
+def write_safetensors(
+    path: Path,
+    described: Mapping[str, Tensor],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a file of tensors, which may be made one by one: their shapes and dtypes come first.
+
+    Equal tensors make equal files. The library's own writer has metadata in an order of chance.
+
+    Source: safetensors 0.8, README (Format).
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    stop = 0
+    for name, tensor in described.items():
+        start = stop
+        stop = start + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": [*tensor.shape],
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for planned, tensor in zip(described.values(), tensors, strict=True):
+            assert (planned.shape, planned.dtype) == (tensor.shape, tensor.dtype)
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _publish(aside: Path, directory: Path) -> None:
     old, new = directory / CONFIG_FILE, aside / CONFIG_FILE
-    # While weights are renamed there is no configuration that they could be read under.
-    if old.exists() and old.read_bytes() != new.read_bytes():
+    stale = [directory / name for name in _STALE_FILES if (directory / name).exists()]
+    # While weights are renamed there is no configuration that another program could read them by.
+    if old.exists() and (stale or old.read_bytes() != new.read_bytes()):
         old.unlink()
         sync(directory)
+    for path in stale:
+        path.unlink(missing_ok=True)
     for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
         os.replace(aside / name, directory / name)
         sync(directory)
-    for name in _STALE_FILES:
-        (directory / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from loraloom.adapters.method import AdapterConfig, Targets
 from loraloom.adapters.own import OWN_FIELDS
 from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError, shown
-from loraloom.formats.disk import CONFIG_FILE, AdapterFiles
+from loraloom.formats.disk import CONFIG_FILE, AdapterFiles, settings_in
 
 Settings = dict[str, Any]
 
@@ -101,6 +101,15 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
     return kept | {"loraloom": {"adapter": own}}
 
 
+def decisive_fields(fields: Settings, config: AdapterConfig) -> Settings:
+    """Choose the fields that decide what an adapter's tensors compute."""
+    # Names of the base model and what only training reads may be edited. Which projections are
+    # adapted is told by the tensors; PEFT lists them in another order each time.
+    free = type(config).model_fields.keys() - config.summary().keys()
+    left_out = {*free, *_NO_EFFECT, *_TRAINING, "loraloom"}
+    return {n: value for n, value in settings_in(fields).items() if n not in left_out}
+
+
 def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
     """Name those of `target_modules` that a base model has, in its order; a LoRA's places stay."""
     targets = config.target_modules
@@ -134,6 +143,11 @@ _NO_EFFECT = frozenset(
     "exclude_modules inference_mode init_lora_weights loftq_config lora_ga_config megatron_core "
     "modules_to_save peft_type peft_version qalora_group_size revision task_type "
     "trainable_token_indices".split()
+)
+# Fields of the projections and of training, beyond these.
+_TRAINING = frozenset(
+    "bias fan_in_fan_out layers_pattern layers_to_transform lora_dropout target_modules "
+    "vera_dropout".split()
 )
 # Initialisations that leave the base model's weights as they are.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")

@@ -128,12 +128,13 @@ def _check_tensors(stored: StoredAdapter, shapes: Mapping[str, Shape], base: Bas
         "unexpected tensors": [name for name in tensors if name not in shapes],
         "tensors of other shapes": [f"{n} {(*tensors[n].shape,)}, not {shapes[n]}" for n in odd],
     }
-    if found := [f"{kind}: {names_in(names)}" for kind, names in faults.items() if names]:
+    if any(faults.values()):
+        details = [f"{kind}: {names_in(names, limit=2)}" for kind, names in faults.items() if names]
         raise AdapterError(
-            f"{stored.source} doesn't fit the base model {base.name_or_path} ({base.model_type}): "
-            f"{'; '.join(found)}. Load the base model that the adapter was trained on, "
+            f"{stored.source} doesn't fit the base model {base.name_or_path} ({base.model_type}). "
+            "Load the base model that the adapter was trained on, "
             f"{stored.base.name_or_path or 'whose name is not recorded'}; if tokens were added to "
-            "that model, resize its embeddings first"
+            f"that model, resize its embeddings first ({'; '.join(details)})"
         )
     if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise FormatError(
@@ -147,14 +148,15 @@ def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
     then, here = stored.base, base
     names = [Path(one.name_or_path or "").name.lower() for one in (then, here)]
     # Other programs' files have no fingerprint but a name; paths differ from place to place.
-    is_same = then.fingerprint == here.fingerprint
-    if is_same or (then.fingerprint is None and ("" in names or names[0] == names[1])):
+    if here.has_fingerprint(then.fingerprint) or (
+        then.fingerprint is None and ("" in names or names[0] == names[1])
+    ):
         return
-    models = [
-        f"{one.name_or_path or 'a model without a name'} ({one.quantization or 'floating point'}, "
-        f"fingerprint {one.fingerprint})"
-        for one in (then, here)
-    ]
+    models = [model.name_or_path or "a model without a name" for model in (then, here)]
+    if then.fingerprint is not None:
+        for index, model in enumerate((then, here)):
+            weights = model.quantization or "floating point"
+            models[index] += f" ({weights}, fingerprint {model.fingerprint})"
     warnings.warn(
         f"{stored.source} was trained on {models[0]}, but the base model here is {models[1]}. "
         "Loading continues; outputs differ by rounding if one model is the other quantized, and "
@@ -166,6 +168,11 @@ def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
 def seen_base(stored: StoredAdapter) -> BaseInfo:
     """Describe a base model that isn't loaded by the names and shapes of an adapter's tensors."""
     keys = {key: t for name, t in stored.tensors.items() if (key := TensorKey.parse(within(name)))}
+    shaped = {key: t for key, t in keys.items() if key.part in ("lora_A", "lora_B", "router")}
+    if scalars := [str(key) for key, tensor in shaped.items() if tensor.dim() == 0]:
+        raise FormatError(
+            f"{stored.source}: tensors must have axes, got single numbers: {names_in(scalars)}"
+        )
     outputs = {key.path: len(t) for key, t in keys.items() if key.part == "lora_B"}
     inputs = {key.path: t.shape[-1] for key, t in keys.items() if key.part == "lora_A"}
     used = {key.path for key in keys if key.projection is not None}

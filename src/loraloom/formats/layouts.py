@@ -34,8 +34,8 @@ from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
-from loraloom.formats.disk import CONFIG_FILE, AdapterFiles
-from loraloom.formats.fields import read_settings, write_fields
+from loraloom.formats.disk import CONFIG_FILE, RECORD, AdapterFiles
+from loraloom.formats.fields import decisive_fields, read_settings, write_fields
 
 # Version of what loraloom adds to files; those with a higher one are refused.
 RECORD_VERSION = 1
@@ -154,18 +154,22 @@ def render(
         "base_model_name_or_path": base.name_or_path or None,
         "task_type": "CAUSAL_LM",
     }
-    # transformers refuses a file without a format.
-    metadata = {"format": "pt"}
     if config.layout == "peft":
         fields |= {"inference_mode": True, "revision": None}
-        metadata["loraloom"] = json.dumps(record, sort_keys=True)
     fields |= write_fields(config, base)
     if config.layout != "peft":
         fields["loraloom"] = record | fields.get("loraloom", {})
     if config.layout == "reference" and not base.name_or_path:
         del fields["base_model_name_or_path"]
+    fields |= _own_fields(config, base)
+    # By these a reader notices weights under another configuration.
+    header = {"config": decisive_fields(fields, config)}
+    if config.layout == "peft":
+        header |= record
+    # transformers refuses a file without a format.
+    metadata = {"format": "pt", RECORD: json.dumps(header, sort_keys=True)}
     named = {_their_name(key, config, base): tensor for key, tensor in tensors.items()}
-    return AdapterFiles(fields | _own_fields(config, base), named, metadata)
+    return AdapterFiles(fields, named, metadata)
 
 
 def _our_tensors(
@@ -239,7 +243,7 @@ def _record(files: AdapterFiles, method: type[AdapterConfig]) -> AdapterRecord:
     origin, fields = f"{files.source}: `loraloom`", files.section("loraloom")
     if method.layout == "peft":
         origin = f"{origin} in the weights' header"
-        fields = parse_json(files.metadata.get("loraloom", "{}"), origin, FormatError)
+        fields = parse_json(files.metadata.get(RECORD, "{}"), origin, FormatError)
     record = checked(AdapterRecord, fields, FormatError, f"{origin}: ")
     if record.version != RECORD_VERSION:
         raise files.error(

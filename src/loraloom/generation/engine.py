@@ -8,7 +8,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 
@@ -17,27 +18,50 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.method import Adapter
-from loraloom.data.tokens import TokenPair
+from loraloom.devices import free_memory
 from loraloom.errors import DataError, not_finite
 from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
-from loraloom.generation.scoring import free_memory, make_rows, score_rows, too_large
-from loraloom.generation.sequence import GenerationRequest, RequestError, Row, Sink, log_failure
+from loraloom.generation.scoring import too_large
+from loraloom.generation.sequence import (
+    GenerationRequest,
+    RequestError,
+    Row,
+    Share,
+    Sink,
+    log_failure,
+)
+from loraloom.generation.tenants import Tenant
+from loraloom.host.choice import MAX_PROMPT, Choice
 from loraloom.host.forward import Record
 from loraloom.host.host import Host
-from loraloom.host.layout import rows_in_record
+from loraloom.host.layout import RowAdapter, rows_in_record
+from loraloom.ops.token_loss import is_broken
 from loraloom.routing.record import choices_by_token, join_routing
 
 # Tokens that a row generates at least before it gives way to others.
 MIN_TURN = 16
-# Tokens that are read in about the time in which one is generated.
+# Tokens that are read in about the time in which one is generated; a GPU reads more.
 READ_PER_TOKEN = 8
+READ_PER_TOKEN_ON_GPU = 128
+# Tokens of a prompt that are worth a forward.
+MIN_PIECE = 32
 # Steps with as many rows as memory had room for, after which one more is tried.
 GROWTH_STEPS = 256
 
 Failed = tuple[Row, Exception]
+
+
+@dataclass(eq=False)
+class Routing:
+    """A prompt for which a router is to choose."""
+
+    prompt_ids: Sequence[int]
+    adapter: RowAdapter
+    share: Share
+    choice: Future[Choice] = field(default_factory=Future)
 
 
 class Engine:
@@ -52,11 +76,15 @@ class Engine:
         self._tokenizer = tokenizer  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
         self._wake = threading.Condition()  # with a lock that its holder may take again
-        self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens)
+        self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens, limits.prefill_tokens)
+        on_cpu = host.device.type == "cpu"
+        self._read_per_token = READ_PER_TOKEN if on_cpu else READ_PER_TOKEN_ON_GPU
         self._arrivals = count(1)
         self._served: list[Row] = []  # in the order in which they were admitted
         self._runner = Runner(host, limits)
         self._gone: list[Adapter] = []
+        self._routings: list[Routing] = []
+        self._crowded_out: list[Row] = []  # of a queue that was full
         self._num_full_steps = 0
         self._is_stopping = False
 
@@ -66,7 +94,12 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not (self._scheduler or self._gone or self._served)
+        waiting = self._scheduler or self._routings or self._crowded_out
+        return not (waiting or self._gone or self._served)
+
+    def tenant(self, name: str) -> Tenant:
+        with self._wake:
+            return self._scheduler.tenant(name)
 
     def gauges(self) -> dict[str, int]:
         """What goes up and down, by a metric's name."""
@@ -89,17 +122,40 @@ class Engine:
             request = replace(request, choice=choice)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
-            most = self.limits.max_waiting + max(0, self._scheduler.max_rows - len(self._served))
-            if len(self._scheduler) >= most:
-                raise RequestError(
-                    f"the request queue is full ({self.limits.max_waiting} completions); retry "
-                    "later, or request fewer completions at once",
-                    "queue_full",
-                )
+            self._make_place(row.share.tenant)
             row.arrival = next(self._arrivals)
-            self._scheduler.add(row, self._served)
+            self._scheduler.add(row)
             self._wake.notify_all()
         return row
+
+    def _make_place(self, tenant: str) -> None:
+        """In a full queue, whoever has most of it gives way to whoever has less than their part."""
+        most = self.limits.max_waiting + max(0, self._scheduler.max_rows - len(self._served))
+        if len(self._scheduler) < most:
+            return
+        row = self._scheduler.crowding(tenant, most)
+        if row is None:
+            raise self._queue_is_full()
+        self._scheduler.remove(row)
+        self._crowded_out.append(row)
+
+    def _queue_is_full(self) -> RequestError:
+        return RequestError(
+            f"the request queue is full ({self.limits.max_waiting} completions); retry later, or "
+            "request fewer completions at once",
+            "queue_full",
+        )
+
+    def choose(
+        self, prompt_ids: Sequence[int], adapter: RowAdapter, share: Share
+    ) -> Future[Choice]:
+        """Let an adapter's router choose what answers a prompt, as a piece of work of a tenant."""
+        routing = Routing(prompt_ids, adapter, share)
+        with self._wake:
+            self._scheduler.lift(share.tenant)
+            self._routings.append(routing)
+            self._wake.notify_all()
+        return routing.choice
 
     def forget(self, adapter: Adapter) -> None:
         with self._wake:
@@ -131,7 +187,11 @@ class Engine:
         self.counts["steps",] += 1
         self._drop_ended()
         reading = self._schedule()
-        self._postprocess([*self._decode(), *self._read(reading)])
+        failures = self._decode()
+        with self._wake:
+            self._scheduler.give_credit(self._runner.rows, self._read_per_token)
+        budget = self._route(self.limits.prefill_tokens)
+        self._postprocess([*failures, *self._read(reading, budget)])
         self._regrow()
         return not self.is_idle
 
@@ -147,23 +207,29 @@ class Engine:
     def _check(self, request: GenerationRequest) -> None:
         if request.adapter_name is not None:
             self.host.adapter(request.adapter_name)  # an error if there is none
-        num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
+        num_prompt = len(request.prompt_ids)
+        num_new = request.sampling.max_new_tokens if request.makes_tokens else 0
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
         check_token_ids(request.prompt_ids, self.host.config.vocab_size, "prompt")
         check_token_ids([*request.logit_bias], self.host.config.vocab_size, "logit_bias")
         if num_prompt + num_new > self.max_length:
             raise RequestError(
-                f"the prompt and max_tokens must have at most {self.max_length} tokens together, "
-                f"got {num_prompt} and {num_new}; shorten the prompt or lower max_tokens",
+                # litellm recognizes the first five words
+                f"this model's maximum context length is {self.max_length} tokens, but the prompt "
+                f"has {num_prompt} and max_tokens is {num_new}; shorten the prompt or lower "
+                "max_tokens",
                 "context_length_exceeded",
             )
 
     def _drop_ended(self) -> None:
         with self._wake:
             gone, self._gone = self._gone, []
+            crowded_out, self._crowded_out = self._crowded_out, []
             for row in [row for row in self._scheduler if self._is_over(row)]:
                 self._scheduler.remove(row)
+        for row in crowded_out:
+            self._fail(row, self._queue_is_full())
         # here, as no forward uses what was prepared of them between two steps
         for adapter in gone:
             self._runner.prepared.forget(adapter)
@@ -210,25 +276,69 @@ class Engine:
             return self._recover(error)
         for row in rows:
             row.is_suspect = False  # they went well together
-            self._scheduler.charge(row.share, 1)
+        with self._wake:
+            for row in rows:
+                self._scheduler.charge(row.share, 1)
         self._num_full_steps += len(self._served) >= self._scheduler.max_rows
         if record:
             _tell_routing(rows, record)
         return []
 
-    def _read(self, reading: list[Row]) -> list[Failed]:
+    def _route(self, budget: int) -> int:
+        """Let routers choose by prompts; return how many tokens may still be read in this step."""
+        while budget > 0:
+            routing = self._next_routing()
+            if routing is None:
+                break
+            if not routing.choice.set_running_or_notify_cancel():
+                continue
+            try:
+                (choice,) = self.host.choose([routing.prompt_ids], [routing.adapter])
+                routing.choice.set_result(choice)
+            except Exception as error:
+                routing.choice.set_exception(error.with_traceback(None))
+            num_tokens = min(len(routing.prompt_ids), MAX_PROMPT)
+            self._charge_reading(routing.share, num_tokens)
+            budget -= num_tokens
+        return budget
+
+    def _next_routing(self) -> Routing | None:
+        with self._wake:
+            by_turns = sorted(self._routings, key=lambda item: self._scheduler.used(item.share))
+            for routing in by_turns:
+                if self._scheduler.readable(routing.share.tenant, self._runner.rows) > 0:
+                    self._routings.remove(routing)
+                    return routing
+        return None
+
+    def _charge_reading(self, share: Share, num_tokens: int) -> None:
+        with self._wake:
+            self._scheduler.charge_reading(share, num_tokens, self._runner.rows)
+
+    def _next_piece(self, reading: Sequence[Row], budget: int) -> tuple[Row | None, int]:
+        """Choose the prompt that is read next, of whoever was served least, and for how far."""
+        with self._wake:
+            for row in sorted(reading, key=lambda row: self._scheduler.used(row.share)):
+                num_left = row.length - row.num_read
+                credit = self._scheduler.readable(row.share.tenant, self._runner.rows)
+                size = min(budget, credit)
+                if size >= min(MIN_PIECE, num_left, self.limits.prefill_tokens):
+                    return row, size
+        return None, 0
+
+    def _read(self, reading: list[Row], budget: int) -> list[Failed]:
         """Read pieces of prompts, first of whoever was served least; rows then join the others."""
         failures = []
-        budget = self.limits.prefill_tokens
-        while reading and budget > 0:
-            row = min(reading, key=lambda row: self._scheduler.used(row.share))
+        while budget > 0:
+            row, size = self._next_piece(reading, budget)
+            if row is None:
+                break
             before, row.settled_length = row.num_read, row.length + 1  # until it has joined
             num_others = len(self._runner.rows) or len(self._served) - 1
-            error = _attempt("a prompt could not be read", partial(self._read_piece, row, budget))
+            error = _attempt("a prompt could not be read", partial(self._runner.read, row, size))
             num_tokens = row.num_read - (before or row.num_known)
             budget -= num_tokens
-            if not row.new_ids:  # what is read again is nobody's wish
-                self._scheduler.charge(row.share, num_tokens)
+            self._charge_reading(row.share, num_tokens)
             is_read = error is None and row.num_read == row.length
             if is_read and not row.new_ids:
                 self.counts["prompt_tokens", row.owner] += row.length
@@ -249,15 +359,6 @@ class Engine:
                 failures.append((row, error))
         return failures
 
-    def _read_piece(self, row: Row, max_tokens: int) -> None:
-        request = row.request
-        self._runner.read(row, max_tokens)
-        if request.scores_prompt and row.num_read == row.length and not row.new_ids:
-            first, *rest = request.prompt_ids
-            (text,) = make_rows([TokenPair([first], rest)], shared=False)
-            num_top = request.num_logprobs or 0
-            row.was_scored(*score_rows(self.host, [(request.adapter, text)], num_top=num_top))
-
     def _postprocess(self, failures: Sequence[Failed]) -> None:
         for row, error in failures:
             if isinstance(error, torch.OutOfMemoryError):
@@ -268,21 +369,25 @@ class Engine:
             logits = self._runner.session.logits  # (B, V)
             # read from the device once for all rows, not once for each
             most_likely = logits.argmax(-1).tolist()
-            columns = zip(logits, most_likely, logits.isnan().any(-1).tolist(), strict=True)
+            columns = zip(logits, most_likely, is_broken(logits).tolist(), strict=True)
             rows = zip(self._runner.rows, columns, strict=True)
             self._leave([row for row, column in rows if self._ends_now(row, *column)])
         self._fit_prefixes()
 
-    def _ends_now(self, row: Row, logits: Tensor, most_likely: int, is_broken: bool) -> bool:
+    def _ends_now(self, row: Row, logits: Tensor, most_likely: int, has_failed: bool) -> bool:
         try:
-            if is_broken:
-                raise not_finite("logits", "NaN", [row.request.adapter_name])
-            reason = row.take(row.choose(logits, most_likely), logits)
+            if has_failed:
+                value = "NaN" if logits.isnan().any() else "infinity"
+                raise not_finite("logits", value, [row.adapter_title])
+            if row.request.makes_tokens:
+                reason = row.take(row.choose(logits, most_likely), logits)
+            else:
+                reason = row.end_after_prompt()
         except Exception as error:
             log_failure("a token could not be chosen", error)
             self._fail(row, error)
             return True
-        self.counts["generated_tokens", row.owner] += 1
+        self.counts["generated_tokens", row.owner] += row.request.makes_tokens
         if reason is not None:
             self._runner.remember(row)
             self._end(row, reason)

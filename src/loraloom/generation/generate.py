@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError, DataError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import Prompt, check_token_ids, read_prompts
 from loraloom.generation.sampling import SamplingConfig
@@ -40,7 +40,7 @@ class Completion:
 def generate(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | str],
     sampling: SamplingConfig,
     *,
     batch_size: int = 16,
@@ -52,7 +52,7 @@ def generate(
     Args:
         host: Base model with the adapters that the prompts name.
         tokenizer: Tokenizer of the base model.
-        prompts: Prompts of any adapters, in any order.
+        prompts: Prompts of any adapters, in any order. A string is a prompt of the base model.
         sampling: Sampling settings.
         batch_size: Maximum number of prompts in a batch.
         raw: Whether to read prompts without a template.
@@ -64,12 +64,16 @@ def generate(
         The completions in the order of the prompts, without stop strings and special tokens.
 
     Raises:
+        ConfigError: If prompts is a single string, or batch_size is below 1.
         DataError: If a prompt is empty, leaves no room for `max_new_tokens`, or does not fit into
             memory even alone.
         AdapterError: If a prompt names an adapter that the host lacks, or whose weights are not
             finite.
     """
-    requests = make_requests(host, tokenizer, prompts, sampling, raw=raw, prompt_form=prompt_form)
+    if isinstance(prompts, str):
+        raise ConfigError(f"prompts must be a list, got {shown(prompts)}; put it into brackets")
+    read = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    requests = make_requests(host, tokenizer, read, sampling, raw=raw, prompt_form=prompt_form)
     return [one.text for one in complete(host, tokenizer, requests, batch_size=batch_size)]
 
 

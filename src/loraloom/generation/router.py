@@ -3,6 +3,8 @@
 Axes: T tokens of all prompts, D hidden.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,14 +30,25 @@ Prompts = Sequence[str | Sequence[int]] | SourceConfig | Mapping[str, object]
 
 @dataclass(frozen=True)
 class RouterFit:
-    """Results on held-out prompts: the chosen experts, by the expected one of those fitted."""
+    """Results on held-out prompts: the chosen experts, by the expected one.
+
+    `before` is of the experts that were fitted before, which may have learned these prompts.
+    """
 
     chosen: Mapping[str, Mapping[str, int]]
+    before: RouterFit | None = None
 
     @property
     def accuracy(self) -> float:
-        right = sum(of.get(name, 0) for name, of in self.chosen.items())
-        return right / sum(sum(of.values()) for of in self.chosen.values())
+        correct = sum(counts.get(expert, 0) for expert, counts in self.chosen.items())
+        return correct / sum(sum(counts.values()) for counts in self.chosen.values())
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy on the prompts of each expert."""
+        return {
+            name: counts.get(name, 0) / sum(counts.values()) for name, counts in self.chosen.items()
+        }
 
 
 def fit_router(
@@ -60,7 +73,8 @@ def fit_router(
         prompts: Prompts of each expert: strings, which are written in the adapter's form, lists of
             token IDs, or a source as under `data:` in a run file, of which `train` is read: what
             its rows ask, in the adapter's form, not by templates of the source.
-        only: Experts whose part of the router is fitted; the rest is unchanged.
+        only: Experts whose part of the router is fitted; the rest is unchanged, and may lose
+            prompts to these experts. Compare `accuracies` with `before.accuracies`.
         limit: Maximum number of rows of a source, from its beginning.
         seed: Random seed for the held-out prompts.
 
@@ -75,42 +89,57 @@ def fit_router(
             f"fit_router requires router: prompt, got adapter {name!r}, {adapter.config.title}"
         )
     experts = adapter.part_names
-    read = {own: prompt_ids(host, tokenizer, of, name, limit) for own, of in prompts.items()}
-    fitted = experts if only is None else [*only]
-    if odd := [one for one in experts if len(read.get(one, ())) < 2] + [
-        one for one in (*read, *fitted) if one not in experts
+    read = {expert: prompt_ids(host, tokenizer, of, name, limit) for expert, of in prompts.items()}
+    names = experts if only is None else [*only]
+    if odd := [expert for expert in experts if len(read.get(expert, ())) < 2] + [
+        expert for expert in (*read, *names) if expert not in experts
     ]:
         raise DataError(
             f"prompts must have two or more for each expert ({', '.join(experts)}) and none for "
             f"others, got {len(read.get(odd[0], ()))} for {odd[0]}"
         )
-    unfitted = (one for one, row in zip(experts, chooser.router, strict=True) if not row.any())
-    missing = [one for one in unfitted if one not in fitted]
-    if missing or not fitted:
+    fitted_before = [number for number, row in enumerate(chooser.router) if row.any()]
+    rows = [experts.index(expert) for expert in names]
+    missing = [experts[number] for number in range(len(experts)) if number not in fitted_before]
+    if not rows or not {*missing} <= {*names}:
         raise DataError(
             "only must name experts, among them those whose part is not fitted yet "
-            f"({', '.join(missing) or 'none'}), got {', '.join(fitted) or 'none'}"
+            f"({', '.join(missing) or 'none'}), got {', '.join(names) or 'none'}"
         )
     labels = [number for number, expert in enumerate(experts) for _ in read[expert]]
     ids = [prompt for expert in experts for prompt in read[expert]]
     places, states, owners = _read(host, ids, chooser.num_layers_read)
-    targets = torch.tensor([labels[place] for place in places], device=states.device)
-    generator, held_out = torch.Generator().manual_seed(seed), torch.zeros(len(ids)).bool()
-    for number in range(len(experts)):
-        own = (targets.cpu() == number).nonzero().squeeze(1)
-        own = own[torch.randperm(len(own), generator=generator)]
-        held_out[own[: max(1, round(HELD_OUT * len(own)))]] = True
-    held_out = held_out.to(states.device)
-    rows = [experts.index(one) for one in fitted]
+    targets = torch.tensor([labels[place] for place in places])
+    held_out = _hold_out(targets, seed).to(states.device)
+    targets = targets.to(states.device)
+    held_states, held_owners = _part(states, owners, held_out)
+
+    def measure(candidates: Sequence[int]) -> dict[str, Counter[str]]:
+        """Count what held-out prompts of some experts get, if the router chooses among these."""
+        with torch.no_grad():
+            choices = chooser.logits(held_states, held_owners)[:, candidates].argmax(1).tolist()
+        chosen = {experts[number]: Counter[str]() for number in candidates}
+        for target, choice in zip(targets[held_out].tolist(), choices, strict=True):
+            if target in candidates:
+                chosen[experts[int(target)]][experts[candidates[int(choice)]]] += 1
+        return chosen
+
+    before = RouterFit(measure(fitted_before)) if fitted_before else None
     chooser.fit(*_part(states, owners, ~held_out), targets[~held_out], rows)
-    with torch.no_grad():
-        found = chooser(*_part(states, owners, held_out)).argmax(1).tolist()
-    chosen = {expert: Counter[str]() for expert in fitted}
-    for label, choice in zip(targets[held_out].tolist(), found, strict=True):
-        if label in rows:  # the parts of others were fitted to their own before
-            chosen[experts[int(label)]][experts[int(choice)]] += 1
+    chosen = measure(range(len(experts)))
     chooser.fit(states, owners, targets, rows)
-    return RouterFit(chosen)
+    return RouterFit(chosen, before)
+
+
+def _hold_out(targets: Tensor, seed: int) -> Tensor:
+    """Choose a share of each expert's prompts, one or more: True in the mask, [B]."""
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros_like(targets, dtype=torch.bool)
+    for expert in targets.unique():
+        rows = (targets == expert).nonzero().squeeze(1)
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        held_out[rows[: max(1, round(HELD_OUT * len(rows)))]] = True
+    return held_out
 
 
 def prompt_ids(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraloom.adapters.method import Adapter
 from loraloom.base.structure import keeps_running_states
+from loraloom.errors import not_finite
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Row, log_failure
 from loraloom.host.decoding import Decoding
@@ -102,7 +103,8 @@ class Runner:
         adapter, tokens = row.request.adapter, row.tokens
         if row.session is None:
             row.salt = self._salt_of(row)
-            known = self.prefixes.find(row.salt, tokens)
+            # a prompt is scored by the states of all its tokens, and no others are kept
+            known = None if row.is_to_be_scored else self.prefixes.find(row.salt, tokens)
             if known is not None:
                 row.session = Decoding.resume(adapter, known, self.prepared)
                 row.num_read = row.num_known = known.shape[3]
@@ -115,9 +117,27 @@ class Runner:
         else:
             self._host.extend(row.session, input_ids, record)
         row.num_read += len(piece)
+        if row.is_to_be_scored:
+            self._score(row, row.num_read - len(piece))
         if record and row.num_read == row.length:
             for routing in filter(None, record.values()):
                 row.was_read(choices_by_token(routing)[-1])
+
+    def _score(self, row: Row, start: int) -> None:
+        """Score tokens of the prompt by the states, from `start` on, of those just read."""
+        assert row.session is not None
+        request, first = row.request, row.num_scored
+        stop = min(row.num_read, len(request.prompt_ids) - 1)
+        if stop <= first:  # it was scored before the row was sent back
+            return
+        states = row.session.hidden_states[0, first - start : stop - start]
+        targets = torch.tensor(request.prompt_ids[first + 1 : stop + 1], device=states.device)
+        adapters = [request.adapter] * len(targets)
+        num_top = request.num_logprobs or 0
+        log_probs, _, *tops = self._host.token_scores(states, targets, adapters, num_top)
+        if not log_probs.isfinite().all():
+            raise not_finite("log-probabilities", "NaN or infinite ones", [row.adapter_title])
+        row.was_scored(log_probs, *tops)
 
     def join(self, row: Row) -> None:
         self.remember(row)

@@ -22,6 +22,8 @@ from loraloom.ops.dropout import sample_key
 
 MIN_TEMPERATURE = 0.001
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Tokens that are decoded again until they make a text; no character has more bytes than half.
+_MAX_HELD = 8
 
 
 class SamplingConfig(StrictModel):
@@ -106,35 +108,61 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        added = tokenizer.added_tokens_decoder.items() if stop else ()
-        # special tokens that are stop texts, which the text leaves out
-        self._ends = {token for token, one in added if one.special and str(one) in stop}
-        self._ids = [*before]
+        special = {
+            token: str(added)
+            for token, added in tokenizer.added_tokens_decoder.items()
+            if added.special
+        }
+        # special tokens, which the text leaves out, and those of them that are stop texts
+        self._special = frozenset(special)
+        self._ends = {token for token, text in special.items() if text in stop}
         self._pending = ""
-        # Tokens before `_known` are in the text. Some in front of them are decoded again with what
-        # follows, as spaces and characters of several bytes depend on their neighbours.
-        self._start, self._known = 0, len(before)
-        self._known_text = self._decode().rstrip(_INCOMPLETE) if before else ""
+        # Tokens that are decoded together, as spaces and characters of several bytes depend on
+        # their neighbors. The first `_num_settled` are in the text already, as `_known_text`.
+        self._window = [*before]
+        self._num_settled = len(self._window)
+        self._known_text = self._text_before() if before else ""
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that is settled by it."""
-        self._ids.append(token)
         if token in self._ends:
             settled, self.stopped = self.finish(), True
             return settled
-        decoded = self._decode()
-        if decoded.endswith(_INCOMPLETE) or len(decoded) <= len(self._known_text):
+        if token in self._special:
             return ""
+        self._window.append(token)
+        decoded = self._decode()
+        is_open = decoded.endswith(_INCOMPLETE) or len(decoded) <= len(self._known_text)
+        if not is_open:
+            kept = self._window[self._num_settled :]
+        elif len(self._window) - self._num_settled < _MAX_HELD:
+            return ""
+        else:
+            # bytes that make no characters, of which the last may yet begin one
+            decoded = decoded.removesuffix(_INCOMPLETE)
+            kept = self._window[-_MAX_HELD // 2 :]
         fresh = decoded[len(self._known_text) :]
-        self._start, self._known = self._known, len(self._ids)
+        self._window, self._num_settled = kept, len(kept)
         self._known_text = self._decode()
+        if is_open:
+            self._known_text = self._known_text.removesuffix(_INCOMPLETE)
         return self._settle(fresh, is_last=False)
 
     def finish(self) -> str:
         return self._settle(self._decode()[len(self._known_text) :], is_last=True)
 
     def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True))
+        return str(self._tokenizer.decode(self._window, skip_special_tokens=True))
+
+    def _text_before(self) -> str:
+        """The text in front, without the beginning of a character that is not whole yet."""
+        text = self._decode()
+        if not text.endswith(_INCOMPLETE):
+            return text
+        sign = self._tokenizer(_INCOMPLETE, add_special_tokens=False)["input_ids"]
+        # the sign itself may be written there, as it is in texts that were decoded wrongly before
+        is_whole = self._window[-len(sign) :] == sign
+        return text if is_whole else text.rstrip(_INCOMPLETE)
 
     def _settle(self, fresh: str, *, is_last: bool) -> str:
         if self.stopped:

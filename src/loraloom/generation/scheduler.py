@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loraloom.generation.sequence import Row, Share
+from loraloom.generation.tenants import Line, Tenant
 
 # Tokens that a row must have room for when it joins others, so that it isn't sent back at once.
 _ROOM = 16
@@ -37,47 +38,71 @@ class EngineLimits:
 
 
 class Scheduler:
-    """Waiting requests, by virtual token counters (Sheng et al. 2024, arXiv:2401.00588)."""
+    """Waiting rows, and whose is the next to be admitted, read or sent back."""
 
-    def __init__(self, max_rows: int, max_tokens: int):
+    def __init__(self, max_rows: int, max_tokens: int, max_credit: int = 256):
         self.max_rows = max_rows
         self.max_tokens = max_tokens
-        self._waiting: dict[Share, deque[Row]] = {}
-        self._used: Counter[str | Share] = Counter()  # of customers, and of adapters of each
+        self.tenants: dict[str, Tenant] = {}
+        self._line: Line[Tenant] = Line()  # of tenants with rows that wait
+        self._max_credit = max_credit
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(tenant.num_waiting for tenant in self._line)
 
     def __iter__(self) -> Iterator[Row]:
-        for queue in self._waiting.values():
-            yield from queue
+        for tenant in self._line:
+            for turn in tenant.line:
+                yield from turn.waiting
 
-    def add(self, row: Row, served: Sequence[Row]) -> None:
-        shares = {*self._waiting, *(other.share for other in served)}
-        tenants = {share.tenant for share in shares}
-        mates = {share for share in shares if share.tenant == row.share.tenant}
-        for newcomer, busy in ((row.share.tenant, tenants), (row.share, mates)):
-            # who comes back after a while has no claim to what it did not use meanwhile
-            if busy and newcomer not in busy:
-                least = min(self._used[other] for other in busy)
-                self._used[newcomer] = max(self._used[newcomer], least)
-        self._waiting.setdefault(row.share, deque()).append(row)
+    def tenant(self, name: str) -> Tenant:
+        return self.tenants.setdefault(name, Tenant(credit=self._max_credit))
+
+    def lift(self, name: str) -> None:
+        """Let a tenant that comes for something other than a row have no claim from before."""
+        self._line.lift(self.tenant(name))
+
+    def add(self, row: Row) -> None:
+        self._join(row).append(row)
 
     def put_back(self, row: Row) -> None:
-        self._waiting.setdefault(row.share, deque()).appendleft(row)
+        self._join(row).appendleft(row)
+
+    def _join(self, row: Row) -> deque[Row]:
+        tenant = self.tenant(row.share.tenant)
+        turn = tenant.turn_of(row.share.owner)
+        self._line.join(tenant)
+        tenant.line.join(turn)
+        return turn.waiting
 
     def charge(self, share: Share, num_tokens: int) -> None:
-        self._used[share.tenant] += num_tokens
-        self._used[share] += num_tokens
+        tenant = self.tenant(share.tenant)
+        tenant.used += num_tokens
+        tenant.turn_of(share.owner).used += num_tokens
 
-    def used(self, share: Share) -> tuple[int, int]:
+    def used(self, share: Share) -> tuple[int | float, int | float]:
         """Tokens of the customer and of its adapter: who has least is the next."""
-        return self._used[share.tenant], self._used[share]
+        tenant = self.tenant(share.tenant)
+        return tenant.used, tenant.turn_of(share.owner).used
 
     def remove(self, row: Row) -> None:
-        self._waiting[row.share].remove(row)
-        if not self._waiting[row.share]:
-            del self._waiting[row.share]
+        tenant = self.tenant(row.share.tenant)
+        turn = tenant.turn_of(row.share.owner)
+        turn.waiting.remove(row)
+        if not turn.waiting:
+            tenant.line.leave(turn)
+        if not tenant.line:
+            self._line.leave(tenant)
+
+    def crowding(self, name: str, max_waiting: int) -> Row | None:
+        """The row that gives its place in a full queue to a tenant; None: it has its part of it."""
+        tenant = self.tenant(name)
+        num_tenants = len({*self._line, tenant})
+        if tenant.num_waiting * num_tenants >= max_waiting:
+            return None
+        largest = max(self._line, key=lambda other: other.num_waiting)
+        rows = [row for turn in largest.line for row in turn.waiting if not row.new_ids]
+        return max(rows, key=lambda row: row.arrival, default=None)
 
     def admit(self, served: Sequence[Row]) -> Row | None:
         """Take the next request out of the queue; nobody overtakes one that doesn't fit now."""
@@ -104,21 +129,48 @@ class Scheduler:
         rows: Counter[str | Share] = Counter(other.share for other in served)
         rows.update(other.share.tenant for other in served)
 
-        def lead(other: Row) -> tuple[int, int, int]:
+        def lead(other: Row) -> tuple[int, int | float, int]:
             """In rows and tokens, of the customers or of one customer's adapters."""
             theirs, ours = other.share, row.share
+            level = 1
             if theirs.tenant != ours.tenant:
-                theirs, ours = theirs.tenant, ours.tenant
-            return rows[theirs] - rows[ours], self._used[theirs] - self._used[ours], other.arrival
+                theirs, ours, level = theirs.tenant, ours.tenant, 0
+            num_tokens = self.used(other.share)[level] - self.used(row.share)[level]
+            return rows[theirs] - rows[ours], num_tokens, other.arrival
 
         leads = {lead(other): other for other in movable}
         allowed = [one for one in leads if one[0] > 1 and one[1] > 0]
         allowed += [one for one in leads if one[0] == 1 and one[1] > _QUANTUM]
         return leads[max(allowed)] if allowed else None
 
+    def give_credit(self, decoding: Sequence[Row], num_tokens: int) -> None:
+        """Let tenants read `num_tokens` more of prompts, or as many as another of them decodes."""
+        most = Counter(row.share.tenant for row in decoding).most_common(2)
+        for name, tenant in self.tenants.items():
+            added = max([num_tokens, *(count for other, count in most if other != name)])
+            tenant.credit = min(tenant.credit + added, self._max_credit)
+
+    def charge_reading(self, share: Share, num_tokens: int, decoding: Sequence[Row]) -> None:
+        self.charge(share, num_tokens)
+        if any(row.share.tenant != share.tenant for row in decoding):
+            self.tenant(share.tenant).credit -= num_tokens
+
+    def readable(self, name: str, decoding: Sequence[Row]) -> int:
+        """How many tokens of a tenant's prompts may be read while rows are decoded."""
+        tenant = self.tenant(name)
+        others = {self.tenant(row.share.tenant) for row in decoding} - {tenant}
+        if not others:
+            return self._max_credit
+        # who waits for a place, and has used less, comes up with its rows that are decoded
+        behind = [other for other in others if other.used + _QUANTUM < tenant.used]
+        is_ahead = any(other in behind for other in self._line)
+        return 0 if is_ahead else tenant.credit
+
     def cached_tokens(self, served: Sequence[Row], added: int = 0) -> int:
         """Tokens of the cache that rows take up when each has `added` more."""
         return len(served) * max((row.length + added for row in served), default=0)
 
     def _next(self) -> Row | None:
-        return None if not self._waiting else self._waiting[min(self._waiting, key=self.used)][0]
+        tenant = self._line.next()
+        turn = None if tenant is None else tenant.line.next()
+        return None if turn is None else turn.waiting[0]

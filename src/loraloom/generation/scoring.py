@@ -15,7 +15,6 @@ Tokens that all continuations begin with are part of the context; an example of 
 no branches.
 """
 
-import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from loraloom.base.structure import keeps_running_states
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair
+from loraloom.devices import free_memory
 from loraloom.errors import DataError
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, name_and_scale
@@ -181,13 +181,6 @@ class RoutedRows(NamedTuple):
 
 
 OnRouting = Callable[[RoutedRows], None]
-
-
-def free_memory() -> None:
-    # give back what is not used; the error that said so must be gone, it holds activations
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def too_large(item: str) -> DataError:

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import LoraloomError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
-from loraloom.generation.scoring import TokenScores
 from loraloom.host.choice import Choice
 from loraloom.host.decoding import Decoding
 from loraloom.host.layout import RowAdapter, name_and_scale
@@ -81,6 +80,8 @@ class GenerationRequest:
     text, with the space between them."""
     scores_prompt: bool = False
     """Tell the log-probabilities of the prompt's own tokens before those of new ones."""
+    makes_tokens: bool = True
+    """Whether tokens are generated; else the request ends when its prompt is read."""
     tenant: str = ""
     """Who asks, such as an API key; others share neither its turn nor its prompts."""
     arrived_s: float = field(default_factory=time.monotonic)
@@ -165,6 +166,7 @@ class Row:
         self._untold = Piece()
         self._last_text = ""
         self._num_routed = 0
+        self.num_scored = 0  # of the prompt's tokens
 
     @property
     def length(self) -> int:
@@ -173,6 +175,16 @@ class Row:
     @property
     def tokens(self) -> list[int]:
         return [*self.request.prompt_ids, *self.new_ids]
+
+    @property
+    def is_to_be_scored(self) -> bool:
+        num_targets = len(self.request.prompt_ids) - 1
+        return self.request.scores_prompt and self.num_scored < num_targets
+
+    @property
+    def adapter_title(self) -> str | None:
+        """The adapter's name as who asks has given it; None is the base model."""
+        return None if self.request.adapter_name is None else self.owner
 
     def choose(self, logits: Tensor, most_likely: int) -> int:
         request = self.request
@@ -218,19 +230,27 @@ class Row:
             self.sink(piece)
         return reason
 
+    def end_after_prompt(self) -> FinishReason:
+        piece = self._untold
+        piece.finish_reason = "length"
+        self.sink(piece)
+        return "length"
+
     def was_read(self, choices: list[RouterChoice]) -> None:
         """Note what routers did when they read the token that was chosen last, the first time."""
         if self._num_routed < len(self.new_ids):
             self._num_routed = len(self.new_ids)
             self._untold.routing.append((self._last_text, choices))
 
-    def was_scored(self, scores: TokenScores) -> None:
-        tops = zip(scores.top_ids.tolist(), scores.top_log_probs.tolist(), strict=True)
-        columns = zip(self.request.prompt_ids[1:], scores.log_probs.tolist(), tops, strict=True)
-        self._untold.log_probs = [
-            TokenLogProb(token, log_prob, list(zip(ids, values, strict=True)))
-            for token, log_prob, (ids, values) in columns
-        ]
+    def was_scored(self, log_probs: Tensor, top_log_probs: Tensor, top_ids: Tensor) -> None:
+        """Note log-probabilities of the next tokens of the prompt, which it has not told yet."""
+        start = self.num_scored + 1
+        self.num_scored += len(log_probs)
+        tokens = self.request.prompt_ids[start : start + len(log_probs)]
+        tops = zip(top_ids.tolist(), top_log_probs.tolist(), strict=True)
+        for token, log_prob, (ids, values) in zip(tokens, log_probs.tolist(), tops, strict=True):
+            top = list(zip(ids, values, strict=True))
+            self._untold.log_probs.append(TokenLogProb(token, log_prob, top))
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -3,18 +3,22 @@
 Axes: B prompts, E experts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from loraloom.adapters.method import Adapter
 from loraloom.adapters.weighted_sum import write_sum
 from loraloom.errors import DataError, not_finite
 from loraloom.host.layout import RowAdapter, name_and_scale
+from loraloom.ops.token_loss import is_broken
 
 # Tokens of a forward, and of a prompt those that are read: its last ones.
 MAX_TOKENS, MAX_PROMPT = 8192, 512
@@ -50,40 +54,82 @@ def is_routed(host: Any, adapter: RowAdapter) -> bool:
     return name is not None and host.adapter(name).chooser is not None
 
 
+@dataclass(frozen=True)
+class RouterScores:
+    """How a router by prompt judges one prompt."""
+
+    experts: Sequence[int]  # the chosen ones, the most probable first
+    weights: Sequence[float]  # of the chosen experts
+    probabilities: Sequence[float]  # of all experts
+    telling_token: int  # place of the token that speaks most for the first expert
+
+
+def score_prompts(adapter: Adapter, states: Tensor, owners: Tensor) -> list[RouterScores]:
+    """Judge prompts by their tokens' states, [T, D], and the numbers of their prompts, [T]."""
+    router = adapter.chooser
+    assert router is not None
+    logits = router(states, owners)  # (B, E)
+    if is_broken(logits).any():
+        raise not_finite("logits of its router", "infinite ones or NaN", [adapter.name])
+    top, chosen = logits.topk(adapter.config.experts_per_token)  # (B, K)
+    # A token speaks for an expert by how much its score exceeds that of all on average.
+    scores = router.scores(states)  # (T, E)
+    excess = scores.gather(1, chosen[owners, :1]).squeeze(1) - scores.mean(1)  # (T,)
+    experts = chosen.tolist()
+    weights = top.softmax(-1).tolist()
+    probabilities = logits.softmax(-1).tolist()
+    return [
+        RouterScores(
+            experts=experts[prompt],
+            weights=weights[prompt],
+            probabilities=probabilities[prompt],
+            telling_token=int(excess_of_prompt.argmax()),
+        )
+        for prompt, excess_of_prompt in enumerate(excess.split(owners.bincount().tolist()))
+    ]
+
+
 @torch.no_grad()
 def choose(
     host: Any, prompts: Sequence[Sequence[int]], adapters: Sequence[RowAdapter]
 ) -> list[Choice]:
-    rows = [name_and_scale(one) for one in adapters]
-    choices = [Choice(n if n is None or scale == 1 else (n, scale)) for n, scale in rows]
-    places: dict[str, list[int]] = {}
-    for place, ((name, _), _) in enumerate(zip(rows, prompts, strict=True)):
+    choices = list[Choice]()
+    rows_of: dict[str, list[int]] = {}
+    for row, (adapter, _) in enumerate(zip(adapters, prompts, strict=True)):
+        name, scale = name_and_scale(adapter)
+        choices.append(Choice(name if name is None or scale == 1 else (name, scale)))
         if name is not None and is_routed(host, name):
-            places.setdefault(name, []).append(place)
-    for name, own in places.items():
-        router, read = host.adapter(name), [prompts[place] for place in own]
-        experts, count = router.part_names, router.config.experts_per_token
-        for part, states, owners in host.prompt_states(read, router.chooser.num_layers_read):
-            logits = router.chooser(states, owners)  # (B, E)
-            if not logits.isfinite().all():
-                raise not_finite("logits of its router", "infinite ones or NaN", [name])
-            top, chosen = logits.topk(count)
-            # of each token, by how much it speaks for the first more than for all on average
-            scores = router.chooser.scores(states)  # (T, E)
-            scores = scores.gather(1, chosen[owners, :1]) - scores.mean(1, keepdim=True)
-            columns = (top.softmax(-1), chosen, logits.softmax(-1))
-            by_prompt = scores.squeeze(1).split(owners.bincount().tolist())
-            found = zip(part, by_prompt, *(one.tolist() for one in columns), strict=True)
-            for at, scored, weights, numbers, shares in found:
-                # of hundredths, so that rows share sums; the largest is the rest of 1
-                others = [round(weight, 2) for weight in weights[1:]]
-                rounded = zip(numbers, (round(1 - sum(others), 2), *others), strict=True)
-                parts = [(f"{name}/{experts[number]}", w) for number, w in rounded if w]
-                row = parts[0][0] if len(parts) == 1 else write_sum(parts)
-                row = row if (scale := rows[own[at]][1]) == 1 else (row, scale)
-                token = read[at][-MAX_PROMPT:][int(scored.argmax())]
-                choices[own[at]] = Choice(row, dict(zip(experts, shares, strict=True)), token)
+            rows_of.setdefault(name, []).append(row)
+    for name, rows in rows_of.items():
+        adapter, read = host.adapter(name), [prompts[row] for row in rows]
+        for part, states, owners in host.prompt_states(read, adapter.chooser.num_layers_read):
+            for index, scores in zip(part, score_prompts(adapter, states, owners), strict=True):
+                row = rows[index]
+                chosen = _chosen_adapter(adapter, scores, name_and_scale(adapters[row])[1])
+                shares = dict(zip(adapter.part_names, scores.probabilities, strict=True))
+                token = read[index][-MAX_PROMPT:][scores.telling_token]
+                choices[row] = Choice(chosen, shares, token)
     return choices
+
+
+def _chosen_adapter(adapter: Adapter, scores: RouterScores, scale: float) -> RowAdapter:
+    """Name the chosen experts as a row's adapter, in hundredths, so that rows share sums."""
+    names = [f"{adapter.name}/{adapter.part_names[expert]}" for expert in scores.experts]
+    weights = round_shares(scores.weights)
+    weighted = [pair for pair in zip(names, weights, strict=True) if pair[1]]
+    chosen = weighted[0][0] if len(weighted) == 1 else write_sum(weighted)
+    return chosen if scale == 1 else (chosen, scale)
+
+
+def round_shares(shares: Sequence[float]) -> list[float]:
+    """Round shares to hundredths that sum to 1, by largest remainders; their order stays."""
+    exact = [100 * share / sum(shares) for share in shares]
+    hundredths = [math.floor(value) for value in exact]
+    missing = 100 - sum(hundredths)
+    rank = lambda place: (hundredths[place] - exact[place], -shares[place])  # noqa: E731
+    for place in sorted(range(len(exact)), key=rank)[:missing]:
+        hundredths[place] += 1
+    return [number / 100 for number in hundredths]
 
 
 def batches_of(
@@ -100,6 +146,19 @@ def batches_of(
         cut = [torch.tensor([*prompts[place]][-MAX_PROMPT:]) for place in places]
         mask = (torch.tensor([*map(len, cut)])[:, None] > torch.arange(length)).long()
         yield places, pad_sequence(cut, batch_first=True), mask
+
+
+def padding_mask(
+    input_ids: Tensor, defaults: GenerationConfig, settings: Mapping[str, Any]
+) -> Tensor | None:
+    """Infer the mask as transformers' `generate` does where it is passed none; None: all ones."""
+    configs = [settings.get("generation_config"), defaults]
+    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
+    for config in filter(None, configs):
+        pad = config.pad_token_id if pad is None else pad
+        eos = config.eos_token_id if eos is None else eos
+    ends = eos if isinstance(eos, list) else [eos]
+    return None if pad is None or pad in ends else input_ids.ne(pad).long()
 
 
 @contextmanager

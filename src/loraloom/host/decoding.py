@@ -139,6 +139,7 @@ class Decoding:
     cache: Any  # of make_cache: keys and values, [B, heads, L, head_dim], in attention layers
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
     logits: Tensor = field(init=False)  # of the token after each row's last one, [B, V]
+    hidden_states: Tensor = field(init=False)  # of the tokens that were read last, [B, L, D]
 
     @classmethod
     def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -19,22 +19,30 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from loraloom.adapters.combining import Combination, Merged, combine, prune
+from loraloom.adapters.combining import Combination, combine, prune
 from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
 from loraloom.adapters.own import tensor_shapes
 from loraloom.adapters.segment import Records, Samples, SampleTokens
+from loraloom.adapters.weighted_sum import is_sum, parse_sum, write_sum
 from loraloom.base.families import FAMILIES
 from loraloom.base.sharding import decoder_of, recovering
 from loraloom.base.structure import Head, text_config
 from loraloom.config.data import PromptForm
-from loraloom.errors import AdapterError, DataError, ModelError
+from loraloom.errors import AdapterError, DataError, ModelError, names_in
 from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
-from loraloom.host.choice import Choice, batches_of, choose, output_of
+from loraloom.host.choice import Choice, batches_of, choose, output_of, padding_mask
 from loraloom.host.decoding import Decoding, make_cache
 from loraloom.host.forward import ForwardContext, current_forward, running
-from loraloom.host.layout import RowAdapter, RowAdapters, SampleLengths, make_layout, packed_rows
-from loraloom.host.outer_forward import AdapterModel, OuterForward, Rows, Visit
+from loraloom.host.layout import (
+    RowAdapter,
+    RowAdapters,
+    SampleLengths,
+    check_uses_masks,
+    make_layout,
+    packed_rows,
+)
+from loraloom.host.outer_forward import AdapterModel, OuterForward, Rows
 from loraloom.host.prepared_weights import (
     PreparedWeights,
     Record,
@@ -42,8 +50,8 @@ from loraloom.host.prepared_weights import (
     forms_of,
     is_autocast_on,
 )
-from loraloom.host.registry import AdapterRegistry
-from loraloom.host.trial import try_adapters
+from loraloom.host.registry import AdapterRegistry, describe
+from loraloom.host.trial import try_adapters, try_packing
 from loraloom.ops.dropout import sample_key
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
 from loraloom.ranks import Alone, Ranks
@@ -93,14 +101,15 @@ class Host:
     """A base model with adapters, which runs rows of different adapters in one batch.
 
     Forwards run in eval mode unless you pass `training=True`. Threads may share a host: they take
-    turns in the base model, and no thread sees the adapters or the mode of another.
+    turns in the base model and in changing the host, and each has its own mode. A forward runs with
+    the adapters that are on the host when it starts.
 
     Attributes:
         model: The base model, a transformers causal LM.
         base: The description of the base model that adapter files contain.
-        adapters: The adapters on the base model, by name.
+        adapters: The adapters on the base model, by name; `add` and `remove` change them.
         ranks: The processes that share the rows in training; by default only this process.
-        training: Whether forwards train by default.
+        training: Whether forwards of this thread train by default.
         gradient_checkpointing: Whether training forwards recompute decoder layers in the backward
             pass.
     """
@@ -109,21 +118,20 @@ class Host:
         self._registry = AdapterRegistry(model)
         self.model: Any = model
         self.base = self._registry.base
-        self.adapters = self._registry.adapters
         self.ranks: Ranks = Alone()
         self.default_form: PromptForm | None = None  # of rows whose adapter has none
         self._inside = threading.RLock()
         self._here = threading.local()
-        self._decoder = decoder_of(model)
+        undo = self._registry.wiring.undo
+        self._decoder = decoder_of(model, undo)
         self.outer_forward = OuterForward(self, model)
-        for hook in self.outer_forward.hooks:
-            self._registry.wiring.undo.callback(hook.remove)
+        undo.callback(vars(model).pop, "_call_impl")
         # The argument for the cache changed its name within transformers 5.
         names = signature(self.model.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
-        self.training = False
         self.gradient_checkpointing = False
         self._forwards = 0
+        self._packs_with: set[str] = set()  # implementations of attention
         # For each cache, whose adapters are chosen by prompt, and which were.
         self._choices = WeakKeyDictionary[Any, tuple[list[RowAdapter], list[RowAdapter]]]()
         if self.base.model_type not in FAMILIES:
@@ -132,6 +140,20 @@ class Host:
             except BaseException:  # leaves a model as it was that adapters can't be added to
                 self.detach()
                 raise
+
+    def __repr__(self) -> str:
+        adapters = [describe(adapter) for adapter in self.adapters.values()]
+        merged = f", merged: {self.merged}" if self.merged else ""
+        base = f"{self.base.name_or_path or self.base.model_type}, {self.dtype}"
+        return f"Host({base}, adapters: {names_in(adapters, 8) or 'none'}{merged})"
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self._registry.hosted.adapters
+
+    @property
+    def training(self) -> bool:
+        return getattr(self._here, "training", False)
 
     @property
     def config(self) -> Any:
@@ -162,6 +184,10 @@ class Host:
             ConfigError: If the name is no safe file name, or the configuration is not loraloom's.
             AdapterError: If the name is taken, or the base model lacks a target module.
         """
+        with self._registry.changing:  # another thread must not merge meanwhile
+            return self._add(name, config, seed)
+
+    def _add(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
         self._registry.check_unmerged("start an adapter")
         found = {own: self._source(place) for own, place in check_config(config).sources.items()}
         if found:
@@ -184,7 +210,7 @@ class Host:
                 f"adapter {name!r} adapts attention only{layers}, because the base model's FFN "
                 "blocks there are mixtures of experts; work continues. Set target_modules: "
                 "attention instead.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return self._registry.register(adapter)
 
@@ -260,9 +286,10 @@ class Host:
         """
         stored = read_stored(find_adapter(path_or_hub_id), settings)
         config, tensors = fit_to_base(stored, self.base)
-        if tensor_shapes(config, self.base).keys() - tensors.keys():
-            self._registry.check_unmerged("load what depends on its weights")
-        return self._register(name, config, tensors, stored.prompt)
+        with self._registry.changing:
+            if tensor_shapes(config, self.base).keys() - tensors.keys():
+                self._registry.check_unmerged("load what depends on its weights")
+            return self._register(name, config, tensors, stored.prompt)
 
     def _register(
         self, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor], prompt: Any
@@ -341,7 +368,8 @@ class Host:
     @property
     def merged(self) -> str | None:
         """The name of the adapter that is merged into the base model, or None."""
-        return self._registry.merged and self._registry.merged.name
+        merged = self._registry.hosted.merged
+        return None if merged is None else merged.name
 
     def merge(self, name: str) -> float:
         """Merge an adapter into the base model; return the share of the update lost to rounding.
@@ -354,33 +382,33 @@ class Host:
             AdapterError: If the adapter has routers, another is merged, or the base model is
                 quantized. The base model is unchanged then.
         """
-        adapter = self._registry.find(name)
-        self._registry.check_unmerged("merge another")
-        with self._inside:
-            merged = self._registry.merged = Merged(adapter)
-        return merged.lost
+        with self._registry.changing, self._inside:
+            adapter = self._registry.find(name)
+            self._registry.check_unmerged("merge another")
+            return self._registry.merge(adapter).lost
 
     def unmerge(self, name: str) -> None:
         """Restore the base model's original weights exactly."""
-        if name != self.merged:
-            raise AdapterError(f"the adapter to unmerge must be {self.merged}, got {name!r}")
-        with self._inside:
+        written = write_sum(parse_sum(name)) if is_sum(name) else name
+        with self._registry.changing, self._inside:
+            if written != self.merged:
+                raise AdapterError(f"the adapter to unmerge must be {self.merged}, got {name!r}")
             self._registry.unmerge()
 
     def detach(self) -> nn.Module:
         """Remove all adapters and return the base model as it was before `attach`."""
-        with self._inside:
+        with self._registry.changing, self._inside:
             self._registry.detach()
         return self.model
 
     def train(self, mode: bool = True) -> Host:
-        """Make forwards train by default, with dropout and jitter.
+        """Make this thread's forwards train by default, with dropout and jitter.
 
         If the base model is in float16, scale the loss (`torch.amp.GradScaler`).
         """
         if mode:
             self._registry.check_unmerged("train")
-        self.training = mode
+        self._here.training = mode
         return self
 
     def eval(self) -> Host:
@@ -413,9 +441,8 @@ class Host:
             **model_inputs: Further inputs of the base model: `past_key_values`, `position_ids`, …
         """
         rows = (input_ids, attention_mask, adapters, model_inputs, sample_keys)
-        forward = self._forward(*rows, training=training, record={})
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        with self._run(forward):
+        with self._run(*rows, training=training, record={}) as forward:
             out = self.model(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), *_routing_of(forward))
 
@@ -441,16 +468,26 @@ class Host:
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
-            positions, real = packed_rows(self.config, sample_lengths, *input_ids.shape)
+            self.check_packing()
+            positions, real = packed_rows(sample_lengths, *input_ids.shape)
             # With a mask transformers would let samples see each other.
             attention_mask, model_inputs["position_ids"] = None, positions.to(self.device)
         model_inputs.setdefault("use_cache", False)
         rows = (input_ids, real, adapters, model_inputs, sample_keys, sample_lengths)
-        forward = self._forward(*rows, training=training, record={})
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        with self._run(forward):
+        with self._run(*rows, training=training, record={}) as forward:
             out = self._decoder(input_ids=input_ids, attention_mask=mask, **model_inputs)
         return HiddenOutput(out.last_hidden_state, _cache_of(out), *_routing_of(forward))
+
+    def check_packing(self) -> None:
+        """Raise a ModelError if samples of a packed row would see each other; tried once."""
+        check_uses_masks(self.config)
+        implementation = self.config._attn_implementation
+        if implementation in self._packs_with:
+            return
+        with self._inside, running(None), recovering(self.model):
+            try_packing(self, self._decoder)
+        self._packs_with.add(implementation)
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
         """Sum the auxiliary losses of the adapters in a forward with `training=True`.
@@ -559,12 +596,11 @@ class Host:
         names, prepared = session.adapters, session.prepared
         inputs = {"position_ids": positions.to(self.device), self._cache_argument: session.cache}
         options = {"training": False, "record": record, "prepared": prepared}
-        forward = self._forward(input_ids, mask, names, inputs, **options)
         # One of ones is left out, as transformers would ask the device for it, and then do so.
         real = None if bool(mask.all()) else mask.to(self.device)
-        with self._run(forward):
+        with self._run(input_ids, mask, names, inputs, **options):
             out = self._decoder(input_ids=input_ids, attention_mask=real, use_cache=True, **inputs)
-        session.attention_mask = mask
+        session.attention_mask, session.hidden_states = mask, out.last_hidden_state
         states = out.last_hidden_state[:, -1].contiguous()
         session.logits = self._registry.logits(states, names, prepared)
 
@@ -581,7 +617,10 @@ class Host:
         Pad prompts, [B, L], on the left. Beams and returned sequences use the adapter of their
         row.
         """
-        names = self._chosen(input_ids, attention_mask, adapters)
+        read = attention_mask
+        if read is None:
+            read = padding_mask(input_ids, self.model.generation_config, generate_kwargs)
+        names = self._chosen(input_ids, read, adapters)
         rows = Rows([None] if adapters is None else names)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.prepared(), self.outer_forward.of_rows(rows):
@@ -701,19 +740,27 @@ class Host:
         return chosen
 
     @contextmanager
-    def _run(self, forward: ForwardContext) -> Iterator[None]:
-        with self._inside, running(forward), recovering(self.model):
-            yield
+    def _run(self, *rows: Any, **options: Any) -> Iterator[ForwardContext]:
+        """Run a forward; within the lock nobody merges an adapter that its rows have."""
+        with self._inside:
+            forward = self._forward(*rows, **options)
+            with running(forward), recovering(self.model):
+                yield forward
 
     @property
     def is_running(self) -> bool:
         """Whether a forward of this host runs in this thread."""
         return current_forward(self._registry.wiring) is not None
 
+    @contextmanager
     def visit(
         self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
-    ) -> Visit:
-        """Open the context of a forward that another program makes with `inputs`, by name."""
+    ) -> Iterator[Callable[[], Tensor | None]]:
+        """Run a forward that another program makes with `inputs`, by name, which this may change.
+
+        Yields:
+            A function that returns the auxiliary loss when the forward is over.
+        """
         keys, record = None, None
         if rows.training:
             # Nobody can tell whether the trainer scales its loss.
@@ -732,8 +779,8 @@ class Host:
         if rows.training and self.gradient_checkpointing:
             inputs["use_cache"] = False
         options = {"training": rows.training, "record": record}
-        forward = self._forward(tokens, mask, names, inputs, keys, **options)
-        return self._run(forward), lambda: self._auxiliary_loss(*_routing_of(forward))
+        with self._run(tokens, mask, names, inputs, keys, **options) as forward:
+            yield lambda: self._auxiliary_loss(*_routing_of(forward))
 
     def _auxiliary_loss(
         self, routing: Mapping[str, Records], samples: Mapping[str, Samples]

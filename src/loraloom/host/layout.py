@@ -7,8 +7,9 @@ scale form a segment; where a batch comes grouped by them, segments are views, o
 gathered by segment and put back.
 
 Packed rows hold several samples side by side. Positions restart at each sample's first token. From
-that alone transformers makes the masks of every kind of layer: a token sees its own sample. What is
-left at a row's end is padding, a sample of its own to the attention, so that no token sees nothing.
+that alone transformers makes the masks of most models: a token sees its own sample. `try_packing`
+finds the others, which ignore positions, or keep states that samples would share. What is left at
+a row's end is padding, a sample of its own to the attention, so that no token sees nothing.
 """
 
 import math
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from loraloom.adapters.segment import SampleTokens
 from loraloom.adapters.weighted_sum import Weighted, write_sum
-from loraloom.base.structure import keeps_running_states
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.host.prepared_weights import ScaledAdapter, cut_rows
 from loraloom.ops.dropout import SampleSpan
@@ -36,12 +36,8 @@ RowAdapter = str | tuple[str, float] | Weighted | list[Any] | None
 RowAdapters = Sequence[RowAdapter] | None
 
 
-def check_takes_packed_rows(config: Any) -> None:
-    if keeps_running_states(config):
-        raise ModelError(
-            "packing requires attention in all layers, got layers that keep running states, which "
-            "would go from sample to sample; set packing: false and group_by_length: true"
-        )
+def check_uses_masks(config: Any) -> None:
+    """Raise a ModelError if a base model's attention reads no mask, which keeps samples apart."""
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(
             f"packing requires attention with a mask, attn_implementation sdpa or eager, got "
@@ -50,11 +46,8 @@ def check_takes_packed_rows(config: Any) -> None:
         )
 
 
-def packed_rows(
-    config: Any, sample_lengths: SampleLengths, num_rows: int, length: int
-) -> tuple[Tensor, Tensor]:
+def packed_rows(sample_lengths: SampleLengths, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
     """Return tokens' places in samples or padding, and 1 at tokens of samples, [B, L] each."""
-    check_takes_packed_rows(config)
     if len(sample_lengths) != num_rows or any(sum(one) > length for one in sample_lengths):
         raise DataError(
             f"sample_lengths must be of {num_rows} rows with up to {length} tokens each, got "

@@ -1,7 +1,7 @@
 """Forwards that others make: transformers' generation, Trainer, trl and PEFT.
 
-They call the base model as if it were any model, with as many rows as they have. Hooks on it ask
-which adapters the rows have, open the forward's context and close it again. Adapters' auxiliary
+They call the base model as if it were any model, with as many rows as they have. A wrapper of the
+call asks which adapters the rows have, and runs it in the forward's context. Adapters' auxiliary
 losses reach those who compute the loss on the way out; a micro-batch adds its share, so that a step
 adds the loss once, however many micro-batches it has. `AdapterModel` shows one adapter on a host as
 a model that trainers take.
@@ -10,9 +10,10 @@ a model that trainers take.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,6 @@ class Rows:
 
 # Which rows this thread names, and for the forwards of which model.
 _given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
-# What a forward that others make runs in, and what computes its auxiliary loss.
-Visit = tuple[AbstractContextManager[None], Callable[[], Tensor | None]]
-# This thread's visit: through whose hooks, and whether its auxiliary loss is asked for.
-_inside: ContextVar[tuple[object, Visit, bool] | None] = ContextVar("loraloom_inside", default=None)
 
 
 class OuterForward:
@@ -56,11 +53,11 @@ class OuterForward:
     ):
         self._host = host
         self.default_rows = default_rows
-        # Hooks, as trl puts a forward of its own in place of a model's.
-        self.hooks = (
-            module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-        )
+        self._signature = signature(module.forward)
+        # The call is wrapped, as trl puts a forward of its own in place of a model's. Hooks would
+        # not do: after an interrupt torch calls none that could end what another one began.
+        self._call = module._call_impl
+        module._call_impl = self._run
 
     @contextmanager
     def of_rows(self, rows: Rows) -> Iterator[None]:
@@ -69,51 +66,34 @@ class OuterForward:
         try:
             yield
         finally:
-            self.close()
             _given.reset(token)
 
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.close()
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         given = _given.get()
         rows = given[1] if given is not None and given[0] is self else self.default_rows()
         if rows is None or self._host.is_running:
-            return None
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+            return self._call(*args, **kwargs)
+        inputs = {**self._signature.bind_partial(*args).arguments, **kwargs}
+        is_asked = bool(inputs.pop(_REQUEST, False))
+        self._check_head(rows, inputs)
+        tokens = inputs.get("input_ids")
         if tokens is None:
-            tokens = kwargs["inputs_embeds"][..., 0]  # what has the tokens' shape
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        named = [name for name, _ in map(name_and_scale, rows.adapters) if name is not None]
+            tokens = inputs["inputs_embeds"][..., 0]  # what has the tokens' shape
+        visit = self._host.visit(tokens, inputs.get("attention_mask"), rows, inputs)
+        with visit as auxiliary_loss:
+            output = self._call(**inputs)
+        return _add_loss(output, auxiliary_loss(), inputs, is_asked=is_asked)
+
+    def _check_head(self, rows: Rows, inputs: dict[str, Any]) -> None:
+        if not inputs.get("fused_lm_head"):
+            return
+        names = [name for name, _ in map(name_and_scale, rows.adapters) if name is not None]
         head = self._host.base.head
-        if kwargs.get("fused_lm_head") and any(self._host.adapter(n).own_at(head) for n in named):
+        if any(self._host.adapter(name).own_at(head) for name in names):
             raise AdapterError(
                 "trl's loss reads the base model's head, so adapters with a head or tied tokens of "
                 "their own need transformers' Trainer or a run"
             )
-        inputs = {name: value for name, value in kwargs.items() if name != _REQUEST}
-        visit = self._host.visit(tokens, mask, rows, inputs)
-        visit[0].__enter__()
-        _inside.set((self, visit, bool(kwargs.get(_REQUEST))))
-        return args, inputs
-
-    def _leave(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        inside = self.close()
-        if inside is None or output is None:  # without output, an error is on its way
-            return None
-        _, (_, auxiliary_loss), is_asked = inside
-        return _add_loss(output, auxiliary_loss(), kwargs, is_asked=is_asked)
-
-    def close(self) -> tuple[object, Visit, bool] | None:
-        """End this thread's visit. An interrupt leaves one open, as torch calls no hooks then."""
-        inside = _inside.get()
-        if inside is None or inside[0] is not self:
-            return None
-        _inside.set(None)
-        inside[1][0].__exit__(None, None, None)
-        return inside
 
 
 def _add_loss(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, is_asked: bool) -> Any:
@@ -218,11 +198,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
     ) -> Any:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        try:
-            return self.base(**inputs, **model_inputs)
-        except KeyboardInterrupt:
-            self._outer_forward.close()
-            raise
+        return self.base(**inputs, **model_inputs)
 
     def _rows(self) -> Rows:
         return Rows([self.name], training=self.training and torch.is_grad_enabled())

@@ -3,7 +3,10 @@
 Axes: N states, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +28,16 @@ from loraloom.host.wiring import Wiring
 MAX_SUMS = 256
 
 
+@dataclass(frozen=True)
+class Hosted:
+    """The adapters on a base model at a moment, by name, and which of them is in its weights."""
+
+    adapters: Mapping[str, Adapter] = field(default_factory=lambda: MappingProxyType({}))
+    merged: Merged | None = None
+
+
 class AdapterRegistry:
-    """The adapters on a base model, by name; `merged` is the one that is in its weights.
+    """What is on a base model. Changes take turns by `changing`; readers take `hosted` as it is.
 
     `head` is the base model's, in whose place adapters may have others.
     """
@@ -37,28 +48,27 @@ class AdapterRegistry:
         self.head = structure.head
         self.layers = structure.layers
         self.base = structure.info
-        self.adapters: dict[str, Adapter] = {}
-        self.merged: Merged | None = None
+        self.hosted = Hosted()
+        self.changing = threading.RLock()
         self._sums: dict[Weighted, WeightedSum] = {}
         self.wiring = Wiring(model, self.base.layers_path, self.layers)
         self._detached = False
 
     def find(self, name: str) -> Adapter:
         """Return an adapter, or the sum of several that a name is of."""
-        return self._sum(parse_sum(name)) if is_sum(name) else self.get(name)
+        return self._find(name, self.hosted.adapters)
 
     def get(self, name: str) -> Adapter:
-        whole, within, part = name.partition("/")
-        if within and whole in self.adapters:
-            return self.adapters[whole].part(part)
-        if name not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
-        return self.adapters[name]
+        return _get(name, self.hosted.adapters)
 
-    def _sum(self, weighted: Weighted) -> WeightedSum:
+    def _find(self, name: str, adapters: Mapping[str, Adapter]) -> Adapter:
+        if is_sum(name):
+            return self._sum(parse_sum(name), adapters)
+        return _get(name, adapters)
+
+    def _sum(self, weighted: Weighted, adapters: Mapping[str, Adapter]) -> WeightedSum:
         # one object for as long as its members are there, by which prepared weights are found
-        members = [self.get(name) for name, _ in weighted]
+        members = [_get(name, adapters) for name, _ in weighted]
         known = self._sums.pop(weighted, None)
         if known is None or [*known.members] != members:  # a thread was late with it
             known = WeightedSum(write_sum(weighted), members, [weight for _, weight in weighted])
@@ -71,8 +81,7 @@ class AdapterRegistry:
     def build(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
         check_name(name)
         self.check_attached()
-        if name in self.adapters:
-            raise AdapterError(f"adapter name {name!r} is taken; choose another name")
+        self._check_is_free(name)
         dtype = torch.promote_types(torch.float32, self.model.dtype)
         parts = own_parts(check_config(config), self.base)
         config.check_fits(self.layers)
@@ -83,26 +92,44 @@ class AdapterRegistry:
             adapter.own_modules.extend(build_own_modules(parts, self.model, dtype))
         return adapter
 
+    def _check_is_free(self, name: str) -> None:
+        if name in self.hosted.adapters:
+            raise AdapterError(f"adapter name {name!r} is taken; choose another name")
+
     def register(self, adapter: Adapter) -> Adapter:
-        for own in adapter.own_modules:
-            self.wiring.lead_through(own.path)  # pyright: ignore[reportArgumentType]
-        self.adapters[adapter.name] = adapter
+        with self.changing:
+            self.check_attached()
+            self._check_is_free(adapter.name)
+            for own in adapter.own_modules:
+                self.wiring.lead_through(own.path)  # pyright: ignore[reportArgumentType]
+            self._put({**self.hosted.adapters, adapter.name: adapter})
         return adapter
 
+    def _put(self, adapters: dict[str, Adapter]) -> None:
+        self.hosted = replace(self.hosted, adapters=MappingProxyType(adapters))
+
     def remove(self, name: str) -> None:
-        if self.get(name) is not self.adapters.get(name):
-            raise AdapterError(f"{name} is part of another adapter; remove the whole adapter")
-        if self.merged is not None and name == self.merged.name:
-            self.check_unmerged("remove it")
-        gone = self.adapters.pop(name)
-        for weighted, one in list(self._sums.items()):
-            if not {*gone.parts}.isdisjoint(one.parts):
+        with self.changing:
+            adapters, merged = dict(self.hosted.adapters), self.hosted.merged
+            if _get(name, adapters) is not adapters.get(name):
+                raise AdapterError(f"{name} is part of another adapter; remove the whole adapter")
+            if merged is not None and name == merged.name:
+                self.check_unmerged("remove it")
+            removed = adapters.pop(name)
+            self._put(adapters)
+        for weighted, adapter_sum in list(self._sums.items()):
+            if not {*removed.parts}.isdisjoint(adapter_sum.parts):
                 self._sums.pop(weighted, None)
 
+    def merge(self, adapter: Adapter) -> Merged:
+        merged = Merged(adapter)
+        self.hosted = replace(self.hosted, merged=merged)
+        return merged
+
     def unmerge(self) -> None:
-        if self.merged is not None:
-            self.merged.undo()
-            self.merged = None
+        if self.hosted.merged is not None:
+            self.hosted.merged.undo()
+            self.hosted = replace(self.hosted, merged=None)
 
     def check_attached(self) -> None:
         if self._detached:
@@ -113,14 +140,15 @@ class AdapterRegistry:
         self._detached = True
         self.unmerge()
         self.wiring.undo.close()
-        self.adapters.clear()
+        self._put({})
         self._sums.clear()
 
     def check_unmerged(self, purpose: str) -> None:
-        if self.merged is not None:
+        merged = self.hosted.merged
+        if merged is not None:
             raise AdapterError(
                 f"the base model must be without a merged adapter to {purpose}, it has "
-                f"{self.merged.name!r} in its weights; unmerge it first"
+                f"{merged.name!r} in its weights; unmerge it first"
             )
 
     def rows(self, adapters: RowAdapters, num_rows: int) -> list[ScaledAdapter | None]:
@@ -129,19 +157,20 @@ class AdapterRegistry:
         if isinstance(adapters, str) or len(names) != num_rows:
             got = shown(adapters) if isinstance(adapters, str) else len(names)
             raise AdapterError(f"adapters must have one for each of the {num_rows} rows, got {got}")
-        return [self._row(adapter) for adapter in names]
+        hosted = self.hosted
+        return [self._row(adapter, hosted) for adapter in names]
 
-    def _row(self, adapter: RowAdapter) -> ScaledAdapter | None:
-        name, scale = name_and_scale(adapter)
+    def _row(self, row: RowAdapter, hosted: Hosted) -> ScaledAdapter | None:
+        name, scale = name_and_scale(row)
         if name is None:
             return None
-        found = self.find(name)
-        if self.merged is not None and self.merged.name in [part.name for part in found.parts]:
+        adapter, merged = self._find(name, hosted.adapters), hosted.merged
+        if merged is not None and merged.name in [part.name for part in adapter.parts]:
             raise AdapterError(
-                f"adapter {self.merged.name!r} is merged into the base model; use None for its "
-                f"rows, or call unmerge({self.merged.name!r})"
+                f"adapter {merged.name!r} is merged into the base model; use None for its "
+                f"rows, or call unmerge({merged.name!r})"
             )
-        return found, scale
+        return adapter, scale
 
     def logits(
         self, states: Tensor, adapters: RowAdapters, prepared: PreparedWeights | None
@@ -158,8 +187,7 @@ class AdapterRegistry:
         """Call a function of a head and tensors, [N, …] each, with the heads of their adapters."""
         # Without adapters it is the base model's. Results are [N, …] each.
         path, groups, rows = self.base.head, {}, []
-        # A copy, as other threads may load and remove some.
-        hosted = tuple(self.adapters.values())
+        hosted = self.hosted.adapters.values()
         if adapters is not None and any(adapter.own_at(path) is not None for adapter in hosted):
             rows = self.rows(adapters, len(tensors[0]))
         for place, row in enumerate(rows):
@@ -187,3 +215,21 @@ class AdapterRegistry:
             return own_outputs(own, forms_of(prepared).own(own, states.dtype), base, states, scale)
 
         return lambda states: self.head(states, linear)
+
+
+def _get(name: str, adapters: Mapping[str, Adapter]) -> Adapter:
+    whole, within, part = name.partition("/")
+    if within and whole in adapters:
+        return adapters[whole].part(part)
+    if name not in adapters:
+        known = ", ".join(adapters) or "none"
+        raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
+    return adapters[name]
+
+
+def describe(adapter: Adapter) -> str:
+    """Name an adapter with its method, rank and trainable weights."""
+    rank = getattr(adapter.config, "rank", None)
+    num_trained = sum(weight.numel() for weight in adapter.parameters() if weight.requires_grad)
+    title = adapter.config.title if rank is None else f"{adapter.config.title} of rank {rank}"
+    return f"{adapter.name} ({title}, {num_trained:,} trainable)"

@@ -9,6 +9,7 @@ a forward in two steps with a cache.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from loraloom.adapters import TRIALS
 from loraloom.adapters.method import Adapter
 from loraloom.base.structure import unsupported
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, ModelError, shown
 
 _ROWS, _LENGTH, _READ_FIRST = 2, 8, 5
 # Most relative error of logits in float32.
@@ -93,11 +94,59 @@ def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
     return expected
 
 
-def _compare(host: Any, what: str, actual: Tensor, expected: Tensor) -> None:
+@torch.inference_mode(False)
+@torch.enable_grad()
+def try_packing(host: Any, run_decoder: Callable[..., Any]) -> None:
+    """Run a sample twice in one row of a host's base model; both must be as if they were alone.
+
+    The second one's states must equal the first one's, whatever precedes it, and their gradient for
+    the first one's embeddings must be exactly 0, in any dtype.
+    """
+    if host.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randint(min(host.config.vocab_size, 1000), (1, _LENGTH), generator=generator)
+    positions = torch.arange(_LENGTH).expand(1, _LENGTH)
+    embeddings: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    hook = host.model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        output = run_decoder(
+            input_ids=sample.repeat(1, 2).to(host.device),
+            position_ids=positions.repeat(1, 2).to(host.device),
+            use_cache=False,
+        )
+    finally:
+        hook.remove()
+    first, second = output.last_hidden_state.split(_LENGTH, dim=1)
+    weights = torch.randn(second.shape, generator=generator)  # the sum after a norm may be constant
+    (gradient,) = torch.autograd.grad((second * weights.to(second)).sum(), embeddings)
+    is_apart = not gradient[:, :_LENGTH].any()
+    if not (is_apart and _relative_error(second.detach(), first.detach()) <= _max_error(host)):
+        raise ModelError(
+            "packing requires a base model in which the samples of a row don't see each other, but "
+            f"in {shown(host.base.model_type)} (attn_implementation "
+            f"{host.config._attn_implementation}) they do; set packing: false and "
+            "group_by_length: true"
+        )
+
+
+def _max_error(host: Any) -> float:
     exact = host.dtype == torch.float32 and host.base.quantization is None
-    most = _EXACT if exact or host.dtype == torch.float64 else _ROUNDED
-    wanted = expected.cpu().double()
-    error = float((actual.cpu().double() - wanted).norm() / wanted.norm())
+    return _EXACT if exact or host.dtype == torch.float64 else _ROUNDED
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    expected = expected.cpu().double()
+    return float((actual.cpu().double() - expected).norm() / expected.norm())
+
+
+def _compare(host: Any, what: str, actual: Tensor, expected: Tensor) -> None:
+    most, error = _max_error(host), _relative_error(actual, expected)
     if not error <= most:
         raise unsupported(
             host.model,

@@ -146,3 +146,8 @@ def token_scores(
             columns.append((log_probs[:, 0], is_top[:, 0], tops[0] - total, tops[1]))
     log_probs, is_top, top_log_probs, top_ids = map(torch.cat, zip(*columns, strict=True))
     return log_probs, is_top, top_log_probs, top_ids
+
+
+def is_broken(logits: Float[Tensor, "... V"]) -> Bool[Tensor, "..."]:
+    """Whether logits have no softmax: one is NaN or +inf, or all are -inf."""
+    return ~logits.amax(-1).isfinite()

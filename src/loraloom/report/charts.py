@@ -20,8 +20,6 @@ from loraloom.report.jobs import Job
 Curve = Sequence[tuple[int | float, int | float]]
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
-# When colors are used up, lengths of lines and gaps.
-DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3), (12, 4))
 MAX_POINTS = 240
 # Characters of an adapter's name beside its interval; a longer one loses its middle.
 MAX_NAME = 26
@@ -103,9 +101,13 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
     styles = {}
     for job in jobs:
         repeat, color = divmod(names.index(job.name), len(COLORS))
-        dash = runs.index(job.run) + len(runs) * repeat
-        styles[job.label] = Style(COLORS[color], DASHES[dash % len(DASHES)])
+        styles[job.label] = Style(COLORS[color], _dashes(runs.index(job.run) + len(runs) * repeat))
     return styles
+
+
+def _dashes(number: int) -> tuple[int, ...]:
+    """Lengths of lines and gaps: solid, then a dash with ever more dots behind it."""
+    return (7, 3) + (1, 2) * (number - 1) if number else ()
 
 
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:

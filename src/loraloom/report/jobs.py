@@ -1,9 +1,10 @@
 """What `loraloom train` wrote: each job's result.json and metrics.jsonl, as JSON has them."""
 
+import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loraloom.config.text import parse_json, read_json, read_text
@@ -12,6 +13,7 @@ from loraloom.eval.results import Fields
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
+SWEEP_TABLE = "sweep.csv"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Job:
     result: Fields | None
     label: str
     """What the page calls it: its name, after its run's where there are several."""
+    drawn: Mapping[str, str] = field(default_factory=dict)
+    """A sweep's job: its rank, and the settings that the sweep varies."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[Job]:
@@ -42,13 +46,24 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
 
 def read_run(path: Path) -> list[Job]:
     if jobs := list(filter(_is_job, sorted(path.iterdir()) if path.is_dir() else [])):
-        return [_read_job(directory, path.resolve().name) for directory in jobs]
+        drawn = _read_sweep(path / SWEEP_TABLE)
+        read = [_read_job(directory, path.resolve().name) for directory in jobs]
+        read = [replace(job, drawn=drawn.get(job.name, {})) for job in read]
+        places = {name: place for place, name in enumerate(drawn)}
+        return sorted(read, key=lambda job: places.get(job.name, -1))
     if _is_job(path):
         return [_read_job(path, path.absolute().parent.resolve().name)]
     raise ConfigError(
         f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}, where no "
         f"directory of a job has {METRICS_FILE} or {RESULT_FILE}; pass the run's output_dir"
     )
+
+
+def _read_sweep(file: Path) -> dict[str, dict[str, str]]:
+    """By job, its rank and varied settings: the columns between its steps and the metric."""
+    lines = csv.DictReader(read_text(file, DataError).splitlines() if file.is_file() else [])
+    varied = list(lines.fieldnames or ())[4:-1]
+    return {line["name"]: {name: line[name] for name in ("rank", *varied)} for line in lines}
 
 
 def _is_job(path: Path) -> bool:

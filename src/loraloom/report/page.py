@@ -19,29 +19,35 @@ from loraloom.report.jobs import Job, read_runs
 # Where a cell's color changes: the load as a multiple of an even share.
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
 
+# Of a table of results; a longer one is folded.
+MAX_ROWS = 20
+
 # What comes of files that are damaged.
 _BAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError)
 
 _CLASSES = {"topics": "topic", "token_classes": "kind of token"}
 
 
-def make_page(runs: Sequence[Path], evaluations: Sequence[Path] = ()) -> str:
+def make_page(runs: Sequence[Path], evaluations: Sequence[Path] = (), *, summary: str = "") -> str:
     jobs = read_runs(runs)
     differ = len({path.name for path in evaluations}) == len(evaluations)
     read = {path.name if differ else str(path): read_evaluation(path) for path in evaluations}
     try:
-        return _render(jobs, read)
+        return _render(jobs, read, summary)
     except _BAD as error:
         files = ", ".join(map(str, [*runs, *evaluations]))
         raise DataError(f"{files} are damaged or incomplete: {error}") from error
 
 
-def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation]) -> str:
+def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], summary: str) -> str:
     trained = [job.result for job in jobs if job.result is not None]
     made_with = [*(one.get("environment", {}) for one in trained), *map(dict, read.values())]
     content = {
         "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
+        "summary": summary.strip(),
         "jobs": jobs,
+        "drawn": list(dict.fromkeys(name for job in jobs for name in job.drawn)),
+        "max_rows": MAX_ROWS,
         "facts": _facts(jobs, trained, made_with),
         "commands": list(dict.fromkeys(filter(None, (one.get("command") for one in made_with)))),
         "warnings": _warnings(jobs, read),

@@ -1,29 +1,46 @@
 """The adapters that requests may name, and which of them are on the host.
 
-An adapter follows its files. Rows that use an old one end with it, and it goes with the last. Loads
-are done one at a time, once files are found. If all places are in use, one takes no more for the
-first that waits, so that nobody waits for longer than requests take.
+An adapter follows its files: a request loads those that have changed, and the old adapter answers
+until the new one can be read. Adapters of the directory take places, which tenants (API keys) share
+evenly. Loads are done one at a time: the tenants that hold less than an equal part take turns. A
+tenant that holds none when all are in use loads one adapter more, so that nobody waits for others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from loraloom.adapters.method import Adapter
 from loraloom.config.fields import check_name
-from loraloom.errors import ConfigError, shown
-from loraloom.formats.disk import ADAPTER_FILES, CONFIG_FILE, find_adapter
+from loraloom.errors import ConfigError, LoraloomError, shown
+from loraloom.formats.disk import find_adapter
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
 from loraloom.host.host import Host
+from loraloom.serve.adapter_files import (
+    Files,
+    digest_of,
+    files_of,
+    find_files,
+    has_config,
+    is_name,
+    names_below,
+)
 from loraloom.serve.process import start_apart
+from loraloom.serve.waiting import WaitingLine, no_place
+
+_log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
 
 # What sums are counted as, whatever their members are.
 SUM = "(sum)"
@@ -32,26 +49,42 @@ NUM_TRIES = 8
 # Seconds in which an adapter must have come from the Hub.
 DOWNLOAD_S = 300.0
 
-# What an adapter's files are like: names, sizes, times and inodes. Others may be written meanwhile.
-Files = frozenset[tuple[str, int, int, int]]
-
 
 @dataclass(eq=False)
-class ServedAdapter:
+class LoadedAdapter:
     """An adapter on the host, or the base model."""
 
     name: str
     host_name: str | None  # None is the base model
     source: str = ""  # where it was loaded from, if not on the host already
     files: Files = frozenset()  # what they were like then; empty for what is no directory here
+    revision: str | None = None  # digest of the files
     is_lazy: bool = False  # loaded when it was first asked for, and may go when others are
-    num_users: int = 0
     is_leaving: bool = False  # takes no more requests
-    members: tuple[ServedAdapter, ...] = ()  # of a sum, which uses each of them
+    users: Counter[str] = field(default_factory=Counter)  # requests of each tenant
+
+
+@dataclass(eq=False)
+class ServedAdapter:
+    """What a request uses until each of its completions has ended."""
+
+    name: str
+    tenant: str
+    adapters: tuple[LoadedAdapter, ...]
+    num_users: int = 1
+
+    @property
+    def host_name(self) -> str | None:
+        return self.adapters[0].host_name
+
+    @property
+    def members(self) -> tuple[LoadedAdapter, ...]:
+        """The adapters that a sum adds up."""
+        return self.adapters if self.name == SUM else ()
 
 
 class ServedAdapters:
-    """Adapters by name; all is done in one event loop at a time."""
+    """Adapters by name; all is done in one event loop at a time, but threads read files."""
 
     def __init__(
         self,
@@ -62,130 +95,140 @@ class ServedAdapters:
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
         max_bytes: int | None = None,
         max_waiting: int = EngineLimits.max_waiting,
+        base_aliases: Sequence[str] = (),
     ):
         self.base_name = base_name
-        self.num_waiting = 0  # requests for adapters that are not loaded
-        self._max_waiting = max_waiting
+        self.base_names = (base_name, *base_aliases)
         self._host = host
         self._directory = directory
         self._max_lazy = max_lazy
         self._on_removed = on_removed
         self._max_bytes: float = math.inf if max_bytes is None else max_bytes
-        self._line = asyncio.Lock()  # of requests that wait for a place
-        self._turn = asyncio.Lock()  # held while files are read
-        self._loading: asyncio.Task[None] | None = None  # the last one's of that line
-        self._released = asyncio.Event()
+        self._line = WaitingLine(max_waiting)
+        self._loading: asyncio.Task[None] | None = None  # for those in line
+        self._lock = asyncio.Lock()  # held while files are read
         self._versions = count(2)
-        self._base = ServedAdapter(base_name, None)
-        self._served = {name: ServedAdapter(name, name) for name in host.adapters}
+        self._base = LoadedAdapter(base_name, None)
+        self._served = {name: LoadedAdapter(name, name) for name in host.adapters}
         self._sources: dict[str, str] = {}  # directories that were named, not found
-        self._leaving: list[ServedAdapter] = []
+        self._leaving: list[LoadedAdapter] = []
+        self._broken: dict[str, Files] = {}  # that can't be loaded as they are
+        self._downloads: set[asyncio.Future[Path]] = set()
 
-    def names(self) -> list[str]:
+    @property
+    def num_waiting(self) -> int:
+        """Requests for adapters that are not loaded."""
+        return len(self._line)
+
+    async def names(self) -> list[str]:
         """Every adapter that may be asked for."""
-        paths = self._directory.iterdir() if self._directory and self._directory.is_dir() else ()
-        found = [name for name in sorted(path.name for path in paths) if self._is_found(name)]
-        named = [name for name, source in self._sources.items() if _files_of(source)]
-        served = [a.name for a in self._served.values() if not a.files or _files_of(a.source)]
-        return list(dict.fromkeys([*found, *named, *served]))
+        sources = self._sources.copy()
+        served = list(self._served.values())
 
-    def take(self, name: str) -> ServedAdapter | None:
-        """Begin to use an adapter that is loaded, and whose files are what they were."""
-        adapter = self._base if name == self.base_name else self._served.pop(name, None)
-        if adapter is None:
-            return None
-        if adapter.files and adapter.files != _files_of(adapter.source):
-            self._let_go(adapter)
-            return None
-        if adapter is not self._base:
-            self._served[name] = adapter  # the last one is the one that was used last
-        adapter.num_users += 1
-        return adapter
+        def scan() -> list[str]:
+            below = [name for name in names_below(self._directory) if name not in self.base_names]
+            named = [name for name, source in sources.items() if files_of(source)]
+            held = [a.name for a in served if not a.files or files_of(a.source) is not None]
+            return list(dict.fromkeys([*below, *named, *held]))
 
-    async def acquire(self, name: str) -> ServedAdapter:
+        return await _in_thread(scan)
+
+    def loaded(self, name: str) -> LoadedAdapter | None:
+        return self._served.get(name)
+
+    def names_in_use(self) -> set[str]:
+        """The adapters that requests use now, whether they may still be asked for or not."""
+        return {a.name for a in (*self._served.values(), *self._leaving) if a.users}
+
+    async def acquire(self, name: str, tenant: str = "") -> ServedAdapter:
         """Begin to use an adapter, until `release`, as soon as it is loaded."""
-        if (adapter := self.take(name)) is not None:
-            return adapter
-        self._source_of(name)  # what does not exist waits for nothing
-        if self.num_waiting >= self._max_waiting:
-            raise _no_place(f"{self.num_waiting} requests wait for adapters that are not loaded")
-        self.num_waiting += 1
+        served = await self.take(name, tenant)
+        if served is not None:
+            return served
+        request = self._line.add(name, tenant)
+        self._advance()
         try:
-            async with self._line:
-                return await self._acquire_next(name)
-        finally:
-            self.num_waiting -= 1
+            return await request.served
+        except asyncio.CancelledError:
+            if request in self._line:
+                self._line.remove(request)
+            elif not request.served.cancelled() and request.served.exception() is None:
+                self.release(request.served.result())  # it came too late
+            raise
 
-    async def _acquire_next(self, name: str) -> ServedAdapter:
-        if self._loading is not None and not self._loading.done():
-            await asyncio.wait([self._loading])  # its request has gone, but it takes a place
-        while (adapter := self.take(name)) is None:
-            is_lazy = name not in self._sources  # others need no place
-            while is_lazy and not self._has_place():
-                self._released.clear()
-                await self._released.wait()
-            source = self._source_of(name)
-            # a client that goes away meanwhile leaves nothing half loaded
-            loading = self._load(name, source, Path(source), is_lazy=is_lazy)
-            self._loading = asyncio.create_task(loading)
-            await asyncio.shield(self._loading)
-        return adapter
+    async def take(self, name: str, tenant: str = "") -> ServedAdapter | None:
+        """Begin to use an adapter that is on the host, and need not be loaded again."""
+        if name == self.base_name:
+            return self._use(name, (self._base,), tenant)
+        _, files = await self._look(name)
+        adapter = self._current(name, files)
+        return None if adapter is None else self._use(name, (adapter,), tenant)
 
-    async def acquire_sum(self, names: Sequence[str]) -> ServedAdapter:
+    async def acquire_sum(self, names: Sequence[str], tenant: str = "") -> ServedAdapter:
         """Begin to use several adapters, all of them or none, until `release` of what they make."""
-        for name in [one for one in names if one not in self._served]:
-            self._source_of(name)  # what does not exist loads no other
-        whole = dict.fromkeys(names)  # of which a sum may have several parts
-        held = (self._served.get(name) for name in whole if name not in self._sources)
-        if sum(one is None or one.is_lazy for one in held) > self._max_lazy:
+        distinct = dict.fromkeys(names)  # a sum may have several parts of one
+        for name in distinct:
+            await self._look(name)  # what does not exist loads no other
+        held = (self._served.get(name) for name in distinct if name not in self._sources)
+        if sum(adapter is None or adapter.is_lazy for adapter in held) > self._max_lazy:
             raise RequestError(
                 f"a sum may have {self._max_lazy} adapters of --adapter-dir, as many as are loaded "
-                f"at once (--max-adapters), got {', '.join(whole)}",
+                f"at once (--max-adapters), got {', '.join(distinct)}",
                 param="model",
             )
         for _ in range(NUM_TRIES):
-            taken = [adapter for name in names if (adapter := self.take(name)) is not None]
-            if len(taken) == len(names):
-                return ServedAdapter(SUM, None, num_users=1, members=tuple(taken))
+            files = [(await self._look(name))[1] for name in names]
+            adapters = map(self._current, names, files)
+            members = tuple(adapter for adapter in adapters if adapter is not None)
+            if len(members) == len(names):
+                return self._use(SUM, members, tenant)
             # nobody holds one and waits for another's place
-            for adapter in taken:
-                self.release(adapter)
             for name in names:
-                self.release(await self.acquire(name))
+                self.release(await self.acquire(name, tenant))
         together = f"the adapters {', '.join(names)} must be loaded together"
-        raise _no_place(f"{together}, but others are in use")
+        raise no_place(f"{together}, but others are in use")
 
-    def release(self, adapter: ServedAdapter) -> None:
-        adapter.num_users -= 1
-        for member in adapter.members if adapter.num_users == 0 else ():
-            self.release(member)
-        if adapter.is_leaving and adapter.num_users == 0:
-            self._leaving.remove(adapter)
-            self._remove(adapter)
-        self._released.set()
+    def release(self, served: ServedAdapter) -> None:
+        served.num_users -= 1
+        if served.num_users:
+            return
+        for adapter in served.adapters:
+            adapter.users -= Counter([served.tenant])
+            if adapter.is_leaving and not adapter.users:
+                self._leaving.remove(adapter)
+                self._remove(adapter)
+        self._fit_places()
+        self._advance()
 
-    async def load(self, name: str, source: str, *, replace: bool = False) -> None:
+    async def load(
+        self, name: str, source: str, *, replace: bool = False, sender: str = "the command line"
+    ) -> None:
         check_name(name)
-        # apart from loads, whose threads slow downloads would take up
-        finding = asyncio.wrap_future(start_apart(partial(find_adapter, source)))
-        try:
-            directory = await asyncio.wait_for(finding, DOWNLOAD_S)
-        except TimeoutError:
-            raise RequestError(
-                f"the adapter {shown(source)} was not downloaded in {DOWNLOAD_S:g} seconds; "
-                "retry to continue the download",
-                "timeout",
-            ) from None
+        directory = await self._find(source)
         source = os.path.expanduser(source)  # as find_adapter does
-        await self._load(name, source, directory, is_lazy=False, replace=replace)
-        if _files_of(source):
-            self._sources[name] = source
+        async with self._lock:
+            taken = [] if replace else [*self._served, *await self.names()]
+            if name in (*self.base_names, *taken):
+                raise ConfigError(
+                    f"the name {shown(name)} is taken; unload that adapter, or choose another name"
+                )
+            files = await _in_thread(partial(files_of, source)) or frozenset()
+            adapter = await self._read(name, source, directory, files)
+            self._put(adapter, sender)
+            if files:
+                self._sources[name] = source
+        self._advance()
 
-    def unload(self, name: str) -> None:
+    def end_downloads(self) -> None:
+        """Let loads from the Hub fail, so that the server can stop."""
+        for download in self._downloads:
+            download.cancel()
+
+    async def unload(self, name: str, sender: str = "") -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
+        below = await _in_thread(partial(names_below, self._directory))
         served = self._served.get(name)
-        is_lazy = name not in self._sources and (served is None or served.is_lazy)
-        if is_lazy and self._is_found(name):
+        if name not in self._sources and (served is None or served.is_lazy) and name in below:
             raise ConfigError(
                 f"the adapter {shown(name)} is in --adapter-dir; to remove it, delete its directory"
             )
@@ -193,53 +236,189 @@ class ServedAdapters:
         if source is None and adapter is None:
             raise unknown_model(name)
         if adapter is not None:
+            _note("unloaded", adapter, sender)
             self._let_go(adapter)
+        self._advance()
 
-    def _has_place(self) -> bool:
-        """Make a place for an adapter of the directory, if one can go for it."""
-        lazy = [one for one in self._served.values() if one.is_lazy]
-        leaving = [one for one in self._leaving if one.is_lazy]
-        if len(lazy) + len(leaving) < self._max_lazy:
-            return True
-        idle = [one for one in lazy if one.num_users == 0]
-        # one in use stays for who uses it; who asks for it next waits in line
-        if idle or not leaving:
-            self._let_go(self._served.pop((idle or lazy)[0].name))
-        return bool(idle)
+    def _use(self, name: str, adapters: tuple[LoadedAdapter, ...], tenant: str) -> ServedAdapter:
+        for adapter in adapters:
+            adapter.users[tenant] += 1
+            if adapter is not self._base:  # the last is the one that was used last
+                self._served[adapter.name] = self._served.pop(adapter.name)
+        return ServedAdapter(name, tenant, adapters)
 
-    async def _load(
-        self, name: str, source: str, directory: Path, *, is_lazy: bool, replace: bool | None = None
-    ) -> None:
-        async with self._turn:
-            if replace is None and name in self._served:  # another load came first, perhaps newer
+    async def _look(self, name: str) -> tuple[str, Files]:
+        """Find an adapter's directory and describe its files as they are now."""
+        adapter = self._served.get(name)
+        if adapter is not None and not adapter.files:
+            return adapter.source, adapter.files
+        sources = [self._sources[name]] if name in self._sources else []
+        if self._directory is not None and name not in self.base_names and is_name(name):
+            sources.append(str(self._directory / name))
+        loaded_from = "" if adapter is None else adapter.source
+        location = await _in_thread(partial(find_files, sources, loaded_from))
+        if location is None:
+            self._broken.pop(name, None)
+            if adapter is not None and self._served.get(name) is adapter:
+                _note("removed", self._served.pop(name), "its directory, which is gone")
+                self._let_go(adapter)
+            raise unknown_model(name)
+        return location
+
+    def _current(self, name: str, files: Files) -> LoadedAdapter | None:
+        """Return the adapter that answers now; None if its files are to be loaded first."""
+        adapter = self._served.get(name)
+        if self._broken.get(name) == files:
+            if adapter is None:
+                raise _broken(name)
+            return adapter
+        # without adapter_config.json, they are being written
+        is_new = adapter is None or (files != adapter.files and has_config(files))
+        return None if is_new else adapter
+
+    def _advance(self) -> None:
+        """Begin the next load, if one is waited for and has a place."""
+        if self._loading is not None:
+            return
+        held = Counter(tenant for adapter in self._lazy() for tenant in adapter.users)
+        for request in self._line.in_turn(held, self._max_lazy):
+            if self._has_place(request.name, request.tenant, held):
+                self._line.take_turn(request)
+                self._loading = asyncio.create_task(self._load_for(request.name))
                 return
-            taken = [*self._served, *self.names()] if replace is False else []
-            if name in (self.base_name, *taken):
-                raise ConfigError(
-                    f"the name {shown(name)} is taken; unload that adapter, or choose another name"
-                )
-            files, host_name = _files_of(source), name
-            while host_name in self._host.adapters:
-                host_name = f"{name[:90]}.{next(self._versions)}"
-            await asyncio.wrap_future(start_apart(partial(self._host.load, host_name, directory)))
-            adapter = ServedAdapter(name, host_name, source, files, is_lazy)
-            if replace is None and not is_lazy and name not in self._sources:
-                return self._remove(adapter)  # it was unloaded meanwhile
-            self._make_room_for(adapter)
-            former = self._served.pop(name, None)
-            self._served[name] = adapter
-            if former is not None:
-                self._let_go(former)
 
-    def _make_room_for(self, new: ServedAdapter) -> None:
+    def _has_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
+        """Make a place for an adapter of the directory, if one can go for it."""
+        # one that is loaded again has its place, and one that was named needs none
+        if name in self._served or name in self._sources or len(self._lazy()) < self._max_lazy:
+            return True
+        idle = self._idle()
+        if idle:
+            self._evict(idle[0])
+            return True
+        if not held[tenant]:
+            return True
+        if not any(adapter.is_leaving for adapter in self._lazy()):
+            # one of those who hold most stays for who uses it; who asks for it next waits
+            def standing(adapter: LoadedAdapter) -> tuple[int, bool]:
+                return min(held[user] for user in adapter.users), tenant in adapter.users
+
+            self._evict(max(self._lazy(), key=standing))
+        return False
+
+    def _lazy(self) -> list[LoadedAdapter]:
+        return [a for a in (*self._served.values(), *self._leaving) if a.is_lazy]
+
+    def _idle(self) -> list[LoadedAdapter]:
+        return [a for a in self._served.values() if a.is_lazy and not a.users]
+
+    def _fit_places(self) -> None:
+        """Let the adapter go that had no place, or another that nobody uses."""
+        for adapter in self._idle():
+            if len(self._lazy()) > self._max_lazy:
+                self._evict(adapter)
+
+    async def _load_for(self, name: str) -> None:
+        """Load an adapter for all that wait for it."""
+        adapter, error = None, None
+        try:
+            async with self._lock:
+                source, files = await self._look(name)
+                # another load may have come first
+                adapter = self._current(name, files) or await self._follow(name, source, files)
+        except Exception as failure:
+            error = failure
+        self._loading = None
+        for request in self._line.pop(name):
+            if request.served.cancelled():
+                continue
+            if adapter is not None:
+                request.served.set_result(self._use(name, (adapter,), request.tenant))
+            elif error is not None:
+                request.served.set_exception(error)
+        self._fit_places()
+        self._advance()
+
+    async def _follow(self, name: str, source: str, files: Files) -> LoadedAdapter:
+        """Load files that are new or have changed; an old adapter stays until they can be read."""
+        is_lazy = name not in self._sources
+        try:
+            adapter = await self._read(name, source, Path(source), files, is_lazy=is_lazy)
+            if not is_lazy and name not in self._sources:  # it was unloaded meanwhile
+                self._remove(adapter)
+                raise unknown_model(name)
+            if name in self._served and files != await _in_thread(partial(files_of, source)):
+                self._remove(adapter)
+                fault = f"the files of adapter {shown(name)} are being written; retry later"
+                raise RequestError(fault, "queue_full")
+            self._put(adapter, "its directory")
+            return adapter
+        except LoraloomError as error:
+            former = self._served.get(name)
+            is_passing = isinstance(error, RequestError) or isinstance(error.__cause__, OSError)
+            if former is None and isinstance(error, RequestError):
+                raise
+            _log.warning("adapter %s can't be loaded: %s", shown(name), error)
+            if not is_passing:
+                self._broken[name] = files
+            if former is None:
+                raise _broken(name) from None
+            return former
+
+    async def _find(self, source: str) -> Path:
+        """Find an adapter's directory, from the Hub if need be."""
+        # apart from loads, whose threads slow downloads would take up
+        finding = asyncio.wrap_future(start_apart(partial(find_adapter, source)))
+        self._downloads.add(finding)
+        try:
+            await asyncio.wait([finding], timeout=DOWNLOAD_S)
+            if finding.cancelled():
+                raise RequestError("the server is stopping; load the adapter later", "stopping")
+            if not finding.done():
+                raise RequestError(
+                    f"the adapter {shown(source)} was not downloaded in {DOWNLOAD_S:g} seconds; "
+                    "retry to continue the download",
+                    "timeout",
+                )
+            return finding.result()
+        finally:
+            finding.cancel()
+            self._downloads.remove(finding)
+
+    async def _read(
+        self, name: str, source: str, directory: Path, files: Files, *, is_lazy: bool = False
+    ) -> LoadedAdapter:
+        """Read an adapter into the host, under a name that is free there."""
+        host_name = name
+        while host_name in self._host.adapters:
+            host_name = f"{name[:90]}.{next(self._versions)}"
+
+        def read() -> str:
+            revision = digest_of(directory)
+            self._host.load(host_name, directory)
+            return revision
+
+        revision = await _in_thread(read)
+        return LoadedAdapter(name, host_name, source, files, revision, is_lazy)
+
+    def _put(self, adapter: LoadedAdapter, sender: str) -> None:
+        """Let an adapter answer from now on, in place of the former one of its name."""
+        self._make_room_for(adapter)
+        former = self._served.pop(adapter.name, None)
+        self._served[adapter.name] = adapter
+        self._broken.pop(adapter.name, None)
+        _note("loaded" if former is None else "reloaded", adapter, sender)
+        if former is not None:
+            self._let_go(former)
+
+    def _make_room_for(self, new: LoadedAdapter) -> None:
         """Let unused adapters of the directory go until all fit the memory, or else the new one."""
         former = self._served.get(new.name)  # goes at once if nobody uses it
-        goes = {former.host_name} if former is not None and not former.num_users else ()
+        goes = {former.host_name} if former is not None and not former.users else ()
         held = self._host.adapters if self._max_bytes < math.inf else {}  # adding up takes long
         sizes = {n: sum(x.nbytes for x in one.state_dict().values()) for n, one in held.items()}
         while sum(sizes[name] for name in held if name not in goes) > self._max_bytes:
-            others = [one for one in self._served.values() if one is not former]
-            unused = [one for one in others if one.is_lazy and not one.num_users]
+            unused = [adapter for adapter in self._idle() if adapter is not former]
             if not unused:
                 self._remove(new)
                 raise RequestError(
@@ -247,49 +426,42 @@ class ServedAdapters:
                     f"all is {self._max_bytes:,} bytes; retry later, or raise --max-adapter-bytes",
                     "adapter_memory",
                 )
-            self._let_go(self._served.pop(unused[0].name))
+            self._evict(unused[0])
 
-    def _let_go(self, adapter: ServedAdapter) -> None:
-        adapter.is_leaving = adapter.num_users > 0
-        (self._leaving.append if adapter.is_leaving else self._remove)(adapter)
+    def _evict(self, adapter: LoadedAdapter) -> None:
+        _note("evicted", adapter, "others")
+        self._let_go(self._served.pop(adapter.name))
 
-    def _remove(self, adapter: ServedAdapter) -> None:
+    def _let_go(self, adapter: LoadedAdapter) -> None:
+        """Remove an adapter from the host as soon as nobody uses it."""
+        adapter.is_leaving = bool(adapter.users)
+        if adapter.is_leaving:
+            self._leaving.append(adapter)
+        else:
+            self._remove(adapter)
+
+    def _remove(self, adapter: LoadedAdapter) -> None:
         assert adapter.host_name is not None
         removed = self._host.adapter(adapter.host_name)
         self._host.remove(adapter.host_name)
         self._on_removed(removed)
-        self._released.set()
 
-    def _source_of(self, name: str) -> str:
-        if (named := self._sources.get(name)) and _files_of(named):
-            return named
-        if self._directory is not None and self._is_found(name):
-            return str(self._directory / name)
-        raise unknown_model(name)
 
-    def _is_found(self, name: str) -> bool:
-        try:
-            check_name(name)
-        except ConfigError:
-            return False
-        is_adapter = self._directory and (self._directory / name / CONFIG_FILE).is_file()
-        return bool(is_adapter) and name != self.base_name
+async def _in_thread(work: Callable[[], _Value]) -> _Value:
+    """Do what a slow disk may hold up, so that the event loop doesn't wait."""
+    return await asyncio.wrap_future(start_apart(work))
+
+
+def _note(event: str, adapter: LoadedAdapter, sender: str) -> None:
+    _log.info(
+        "adapter %s: %s, revision %s, by %s", shown(adapter.name), event, adapter.revision, sender
+    )
 
 
 def unknown_model(name: str) -> RequestError:
     return RequestError(f"the model {shown(name)} does not exist", "model_not_found", param="model")
 
 
-def _no_place(fault: str) -> RequestError:
-    advice = "retry later, or start the server with a larger --max-adapters"
-    return RequestError(f"{fault}; {advice}", "queue_full")
-
-
-def _files_of(source: str) -> Files:
-    """What an adapter's files are like; empty on the Hub, or where they can't be read."""
-    try:
-        files = [one for one in os.scandir(source) if one.name in ADAPTER_FILES] if source else []
-        stats = [(file.name, file.stat()) for file in files]
-    except (OSError, ValueError):  # loading says what is wrong with it
-        return frozenset()
-    return frozenset((name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in stats)
+def _broken(name: str) -> RequestError:
+    message = f"the adapter {shown(name)} cannot be loaded; see the server's log"
+    return RequestError(message, "broken_adapter")

@@ -2,18 +2,34 @@
 
 import ctypes
 import ipaddress
+import logging
 import os
 import platform
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from loraloom.errors import ConfigError
+from typing_extensions import override
 
+from loraloom.errors import ConfigError, plain
+
+_log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 _ARENA_MAX = -8  # of malloc.h
+
+
+class LineFormatter(logging.Formatter):
+    """Writes records so that no text in one looks like another, or steers a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record)).replace("\n", "\n    ")
 
 
 def is_loopback(host: str) -> bool:
@@ -33,6 +49,32 @@ def read_keys(path: Path) -> list[str]:
     if not keys:
         raise ConfigError(f"{path} contains no API key; write one key per line")
     return keys
+
+
+class KeyFiles:
+    """Keys of files, in lists that change at SIGHUP."""
+
+    def __init__(self, *paths: Path | None):
+        self._paths = paths
+        self.keys = self._read()
+
+    def watch(self) -> None:
+        """Reread the files at SIGHUP, which without files ends the process."""
+        if any(self._paths) and hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, self._reread)
+
+    def _read(self) -> list[list[str]]:
+        return [[] if path is None else read_keys(path) for path in self._paths]
+
+    def _reread(self, *_: object) -> None:
+        try:
+            read = self._read()
+        except ConfigError as error:  # then all keys stay as they were
+            _log.error("SIGHUP: the API keys have not changed: %s", plain(str(error)))
+            return
+        for keys, new in zip(self.keys, read, strict=True):
+            keys[:] = new
+        _log.info("SIGHUP: the files of API keys were read again")
 
 
 def bound_memory() -> None:

@@ -21,13 +21,14 @@ from loraloom.data.sources import find_location
 from loraloom.data.tasks import ChoiceQuestion, find_task, load_question_set, questions_digest
 from loraloom.data.tokens import pad_token
 from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_set
-from loraloom.errors import ConfigError, DataError, LoraloomError
+from loraloom.errors import ConfigError, DataError, LoraloomError, shown
 from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
-from loraloom.formats.files import read_adapter
+from loraloom.formats.disk import find_adapter
+from loraloom.formats.files import fit_to_base, read_stored
+from loraloom.formats.layouts import StoredAdapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
-from loraloom.host.layout import check_takes_packed_rows
 from loraloom.training.job import Job
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
 from loraloom.training.step import objectives, optimizers
@@ -117,16 +118,19 @@ class JobBuilder:
         try:
             with naming(config):
                 if config.train.packing:
-                    check_takes_packed_rows(host.config)
+                    host.check_packing()
                 adapter = host.add(config.name, config.adapter, config.seed)
+                starts = list[StoredAdapter]()
                 if config.start_from is not None:
-                    load_start(host, adapter, config.start_from)
+                    starts = load_start(host, adapter, config.start_from)
                 reference = objectives.load_reference(host, config.train.objective)
-                training_set, adapter.prompt = self._data.training_set(config)
+                training_set, form = self._data.training_set(config)
+                adapter.prompt = form
                 _check_lengths(config, training_set, host.config.max_position_embeddings)
                 questions = {one: self._data.questions(one) for one in config.eval}
                 scale = optimizers.make_loss_scale(host)
-                return Job(config, adapter, training_set, reference, scale, questions)
+                warnings = list(_form_warnings(starts, form))
+                return Job(config, adapter, training_set, reference, scale, questions, warnings)
         except BaseException:
             for name in host.adapters.keys() - before:
                 host.remove(name)
@@ -205,11 +209,31 @@ def _check_lengths(
         )
 
 
-def load_start(host: Host, adapter: Adapter, start: str | Mapping[str, float]) -> None:
+def _form_warnings(starts: Sequence[StoredAdapter], form: PromptForm) -> Iterator[str]:
+    for start in starts:
+        learned = start.prompt
+        if learned is None or "text" in (learned.format, form.format):  # no prompts
+            continue
+        is_equal = learned == form.model_copy(update={"system": learned.system})
+        if not (is_equal or (learned.is_text and form.is_text)):
+            forms = [shown(each.model_dump(exclude_none=True)) for each in (learned, form)]
+            yield (
+                f"start_from {start.source} learned prompts of form {forms[0]}, but this job's "
+                f"have {forms[1]}; training continues, far from what that adapter learned; write "
+                "the data in its form (data.template, data.chat_template)"
+            )
+
+
+def load_start(
+    host: Host, adapter: Adapter, start: str | Mapping[str, float]
+) -> list[StoredAdapter]:
+    """Load the weights of an adapter, or of a sum, and return what was read."""
+    paths = [start] if isinstance(start, str) else [*start]
+    stored = [read_stored(find_adapter(path)) for path in paths]
     if isinstance(start, str):
-        _load_whole(host, adapter, start)
-        return
-    sources = [read_adapter(path, host.base) for path in start]
+        _load_whole(host, adapter, stored[0], start)
+        return stored
+    sources = [fit_to_base(source, host.base) for source in stored]
     (config, tensors), wanted = concatenate(sources, list(start.values())), adapter.config
     given = ", ".join(start)
     check_is_lora(wanted, f"a sum to start_from, {given}, needs a job with method: lora")
@@ -227,10 +251,11 @@ def load_start(host: Host, adapter: Adapter, start: str | Mapping[str, float]) -
         if key is not None and key.part == "lora_B":
             tensor /= wanted.scaling_of(replace(key, part=""))
     adapter.load_tensors(tensors)
+    return stored
 
 
-def _load_whole(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
-    config, tensors = read_adapter(path_or_hub_id, host.base)
+def _load_whole(host: Host, adapter: Adapter, source: StoredAdapter, path_or_hub_id: str) -> None:
+    config, tensors = fit_to_base(source, host.base)
     # What decides how weights are used, and most of what decides their shapes.
     wanted, stored = (
         {**one.summary(), "tokens": own_parts(one, host.base).tokens}

@@ -74,7 +74,7 @@ class Request:
 class OptimStepOutput(NamedTuple):
     """What `optim_step` did."""
 
-    step: int  # steps done
+    step: int  # calls of `optim_step` so far, as steps of a job: skipped ones count
     grad_norm: float  # before clipping
     is_skipped: bool = False  # as the gradient overflowed float16; losses are scaled by less now
 
@@ -247,7 +247,7 @@ class TrainingClient:
         if not is_skipped:
             with optimizers.rates_of_their_own(*how):
                 self._optimizer.step()
-            self.step += 1
+        self.step += 1
         self.zero_grad()
         return OptimStepOutput(self.step, grad_norm, is_skipped)
 
@@ -299,7 +299,8 @@ class TrainingClient:
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "no checkpoint was found"
             raise ConfigError(f"{directory} must contain a client's saved state: {reason}")
-        changed = store.describe_changes(snapshot.base, store.describe_base(self.host), "base")
+        base = store.describe_base(self.host, snapshot.base)
+        changed = store.describe_changes(snapshot.base, base, "base")
         saved = store.as_of_now(snapshot.jobs[_STATE].settings)
         changed += store.describe_changes(saved, self._settings())
         if changed:

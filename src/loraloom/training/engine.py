@@ -121,7 +121,9 @@ class Engine:
                 # Another job that was held at it may have gone with it since this one was built.
                 objectives.load_reference(self.host, job.config.train.objective)
                 if checkpoint is not None:
-                    store.check_same_run(checkpoint, [job.config], store.describe_base(self.host))
+                    store.check_same_run(
+                        checkpoint, [job.config], store.describe_base(self.host, checkpoint.base)
+                    )
                     self._check_inputs(checkpoint, [job])
                     self._go_on(job, checkpoint)
                 elif self._is_first:
@@ -390,7 +392,9 @@ def set_up(
     if resume:
         checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
         if checkpoint is not None:
-            store.check_same_run(checkpoint, run.all_jobs, store.describe_base(host))
+            store.check_same_run(
+                checkpoint, run.all_jobs, store.describe_base(host, checkpoint.base)
+            )
         elif lines:
             raise ConfigError("\n".join([*lines, "--resume requires an undamaged checkpoint"]))
     done = set() if checkpoint is None else checkpoint.done

@@ -1,7 +1,7 @@
 """A job: an adapter with its data, optimizer, schedule, its best weights and where it stands."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class Job:
     reference: Reference | None = None
     loss_scale: optimizers.LossScale | None = None
     questions: dict[EvaluationConfig, list[ChoiceQuestion]] = field(default_factory=dict)
+    warnings: Sequence[str] = ()  # of what it starts from
 
     def __post_init__(self) -> None:
         train, metric = self.config.train, self.config.selection_metric
@@ -188,6 +189,9 @@ class Job:
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
+        # A loss proves the weights, and so does a right answer: scores of NaN are wrong answers.
+        if any(metrics.values()):
+            self._proven = None
         position, train = self.position, self.config.train
         # rungs of a sweep change nothing
         is_due = position.step % (train.eval_steps or math.inf) == 0
@@ -210,10 +214,10 @@ class Job:
         return self._error("weights must be finite, got inf or nan", self.position.step)
 
     def restore_proven_weights(self) -> None:
-        # They are the present ones, unless no micro-batch went through them since the last step.
+        # They are the present ones, unless nothing finite was computed since the last step.
         if self._proven is not None:
             optimizers.copy_all(self.parameters.values(), self._proven)
-            # What was measured is of the weights that are gone, and so is their step.
+            # Their step is gone, and so is an evaluation that came to nothing.
             self.position.evaluated_step = -1
             self.position.step -= 1
         self.release()

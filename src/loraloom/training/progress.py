@@ -38,6 +38,8 @@ from loraloom.training.settings import TRACKERS
 from loraloom.training.store import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 
 PLAIN_INTERVAL_S = 60.0
+# Jobs that a line of a log names.
+MAX_JOBS_OF_LINE = 4
 NOTICE = "saving a checkpoint after this step; press Ctrl-C again to stop at once"
 _HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
 
@@ -96,16 +98,18 @@ class Progress:
     def flush(self) -> None:
         """Print a line of all jobs that were measured, and one of all that train, if it is time."""
         if self._measured:
-            self.message("; ".join(self._measured))
+            self.message("\n".join(self._measured))
             self._measured.clear()
         now, tasks = time.monotonic(), [t for t in self._tasks.values() if t.fields["loss"] != "-"]
         if self._is_live or not (tasks and self._has_stepped) or now < self._due_at:
             return
         self._has_stepped, self._due_at = False, now + self._interval_s
-        steps = (
+        steps = [
             f"{t.description}: step {t.completed:.0f}/{t.total:.0f}, loss {t.fields['loss']}"
-            for t in tasks
-        )
+            for t in tasks[:MAX_JOBS_OF_LINE]
+        ]
+        if len(tasks) > MAX_JOBS_OF_LINE:
+            steps.append(f"{len(tasks) - MAX_JOBS_OF_LINE} more jobs")
         rate = sum(task.fields["rate"] for task in tasks)
         left = [seconds for t in tasks if (seconds := t.time_remaining) is not None]
         remaining = timedelta(seconds=round(max(left))) if left else "-"
@@ -218,6 +222,8 @@ class Reporter:
             with self._noting_faults(name, job.name):
                 trackers.append(open_tracker(name, directory, job.position.step + 1, config))
         self._progress.add(job)
+        for warning in job.warnings:
+            self.message(f"warning: job {job.name}: {warning}")
 
     def step(self, job: Job, metrics: Mapping[str, Any], seconds: float) -> None:
         self._log(job.name, {**metrics, "seconds": round(seconds, 3)})

@@ -10,20 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 
 from loraloom.adapters.method import Adapter
+from loraloom.devices import (
+    free_bytes,
+    free_memory,
+    has_separate_memory,
+    limit_memory,
+    used_bytes,
+)
 from loraloom.errors import ConfigError, TrainingError
-from loraloom.generation.scoring import free_memory
 from loraloom.host.host import Host
 from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
 from loraloom.training.step.fused import forward_backward, gradients_set_aside, sum_gradients
 
-# Left to others, and to what else is in the process.
-_RESERVE_BYTES = 100_000_000
 # Copies of weights to come: gradients, two optimizer states, the last sound ones, the best ones.
 _LEARNING_COPIES = 5
 _log = logging.getLogger(__name__)
@@ -48,13 +51,8 @@ class RoundRunner:
         host, limit = self.host, self.memory_limit
         if limit is None:
             return
-        used = _LEARNING_COPIES * num_bytes(host.adapters.values())
-        if host.device.type == "cuda":
-            total = torch.cuda.mem_get_info(host.device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), host.device)
-            used += torch.cuda.memory_allocated(host.device)
-        else:
-            used += psutil.Process().memory_info().rss
+        limit_memory(host.device, limit)
+        used = used_bytes(host.device) + _LEARNING_COPIES * num_bytes(host.adapters.values())
         if used >= limit:
             raise ConfigError(
                 "memory_limit must hold what is loaded and what optimizers keep, "
@@ -120,7 +118,7 @@ class RoundRunner:
         """Raise an OutOfMemoryError in a forward while its backward pass still has room."""
         host = self.host
         # Where a forward takes all ranks, one can't leave it.
-        if host.ranks.in_lockstep or host.device.type not in ("cpu", "mps"):
+        if host.ranks.in_lockstep or has_separate_memory(host.device):
             yield
             return
         # On a CPU no allocation fails: the system ends the process. So what is left is looked at
@@ -195,11 +193,6 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
             chosen.append((job, batch))
     names = {job.name for job, _ in chosen}
     return [(job, batch) for job, batch in turns if job.name in names]
-
-
-def free_bytes(limit: int | None) -> int:
-    free = psutil.virtual_memory().available - _RESERVE_BYTES
-    return free if limit is None else min(free, limit - psutil.Process().memory_info().rss)
 
 
 def num_bytes(adapters: Iterable[Adapter]) -> int:

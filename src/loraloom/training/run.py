@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from loraloom.config.text import local_path
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.devices import restored_limit
+from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
 from loraloom.host.host import Host
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
@@ -148,9 +149,15 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"RANK and WORLD_SIZE must be set together, as torchrun does, got {given[0]} alone; "
             "start the run with torchrun, or unset both variables"
         )
-    get, size = environment.get, environment.get("WORLD_SIZE", 1)
-    numbers = get("RANK", 0), size, get("LOCAL_RANK", 0), get("LOCAL_WORLD_SIZE", size)
-    return Launch(*map(int, numbers))
+    size = environment.get("WORLD_SIZE", "1")
+    defaults = {"RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
+    numbers = {name: environment.get(name, default) for name, default in defaults.items()}
+    if odd := [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]:
+        raise ConfigError(
+            f"{', '.join(defaults)} must be whole numbers, as torchrun sets them, got "
+            f"{shown(odd[0])}; start the run with torchrun, or unset these variables"
+        )
+    return Launch(*map(int, numbers.values()))
 
 
 def choose_device(
@@ -220,15 +227,12 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
 def _borrowed(host: Host) -> Iterator[None]:
     """Give a host back as it was; after an error or a signal, without the run's adapters."""
     names, before = set(host.adapters), (host.ranks, host.gradient_checkpointing)
-    is_on_cuda = host.device.type == "cuda"  # whose memory `memory_limit` bounds for the process
-    share = torch.cuda.get_per_process_memory_fraction(host.device) if is_on_cuda else 1.0
     try:
-        yield
+        with restored_limit(host.device):
+            yield
     except BaseException:
         for name in host.adapters.keys() - names:
             host.remove(name)
         raise
     finally:
         host.ranks, host.gradient_checkpointing = before
-        if is_on_cuda:
-            torch.cuda.set_per_process_memory_fraction(share, host.device)

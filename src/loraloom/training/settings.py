@@ -216,8 +216,13 @@ class TrainConfig(OptimizerConfig):
             yield "warmup_ratio and warmup_steps exclude each other; set only one setting"
         if self.batch_size % (size := self.micro_batch_size):
             yield f"micro_batch_size must divide batch_size={self.batch_size}, got {size}"
-        if (self.max_steps is None) == (self.num_epochs is None):
-            yield "train must set either max_steps or num_epochs"
+        if self.max_steps is None and self.num_epochs is None:
+            yield "train must set max_steps or num_epochs, got neither"
+        if self.max_steps is not None and self.num_epochs is not None:
+            yield (
+                "train must set max_steps or num_epochs, not both; remove one, on the command line "
+                "of the first job with --set jobs.0.train.num_epochs=null"
+            )
         if self.early_stopping is not None and self.eval_steps is None:
             yield "early_stopping requires eval_steps; set train.eval_steps"
 

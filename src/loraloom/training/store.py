@@ -157,10 +157,12 @@ def _json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def describe_base(host: Host) -> dict[str, Any]:
+def describe_base(host: Host, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describe a base model; its fingerprint has the form of a saved description of it."""
+    fingerprint, recorded = host.base.fingerprint, (saved or {}).get("fingerprint")
     return {
         "name": host.base.name_or_path,
-        "fingerprint": host.base.fingerprint,
+        "fingerprint": recorded if host.base.has_fingerprint(recorded) else fingerprint,
         "dtype": str(host.dtype).removeprefix("torch."),
         "quantization": host.base.quantization,
     }

@@ -25,7 +25,7 @@ from loraloom.training.job import Job, metric_mode
 from loraloom.training.progress import Progress
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory, describe_changes
-from loraloom.training.sweep_settings import SweepConfig, SweepStoppingConfig, format_drawn
+from loraloom.training.sweep_settings import SweepStoppingConfig, format_drawn
 
 _STATUS = {
     TrialState.RUNNING: "running",
@@ -65,8 +65,28 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
     return study
 
 
-def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
-    """Rank the jobs that have begun: those at their end first, then those that got further."""
+def data_parameters(run: RunConfig) -> list[str]:
+    """Parameters whose values decide on which rows the sweep's metric is measured."""
+    assert run.sweep is not None
+    template: Any = run.sweep.job
+    if isinstance(template, str):
+        template = next(job.model_dump() for job in run.jobs if job.name == template)
+    data = template.get("data", {})
+    section = "data"
+    if run.sweep.metric.endswith("/accuracy"):  # of a task under eval
+        section = "eval"
+    elif isinstance(data, dict) and data.get("validation") and "data" not in run.sweep.parameters:
+        section = "data.validation"
+    return [path for path in run.sweep.parameters if f"{path}.".startswith(f"{section}.")]
+
+
+def rank_jobs(run: RunConfig, study: optuna.Study) -> list[dict[str, Any]]:
+    """Rank the jobs that have begun: those at their end first, then those that got further.
+
+    Jobs that are measured on different rows are ranked separately.
+    """
+    assert run.sweep is not None
+    sweep = run.sweep
     rows = list[dict[str, Any]]()
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
@@ -85,16 +105,26 @@ def rank_jobs(sweep: SweepConfig, study: optuna.Study) -> list[dict[str, Any]]:
         worth = math.inf if value is None else sign * value
         return row["status"] == "failed", not is_finished, further, worth
 
-    return [row | {"rank": rank} for rank, row in enumerate(sorted(rows, key=standing), start=1)]
+    paths = data_parameters(run)
+    by_data: dict[tuple[str | None, ...], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=standing):
+        by_data.setdefault(tuple(row.get(path) for path in paths), []).append(row)
+    rankings = by_data.values()
+    return [row | {"rank": rank} for ranking in rankings for rank, row in enumerate(ranking, 1)]
 
 
 def show_ranking(
-    sweep: SweepConfig, study: optuna.Study, directory: RunDirectory, progress: Progress
+    run: RunConfig, study: optuna.Study, directory: RunDirectory, progress: Progress
 ) -> None:
-    table = DataFrame(rank_jobs(sweep, study))
+    table = DataFrame(rank_jobs(run, study))
     # Once more: of workers that wrote it at the same time, the last may have known less.
     write_output(directory.sweep_table, table.to_csv(index=False))
     progress.message(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
+    if paths := data_parameters(run):
+        progress.message(
+            f"note: jobs are ranked separately for each {', '.join(paths)}, because they are "
+            "measured on different rows; early stopping and tpe compared all jobs"
+        )
 
 
 @dataclass
@@ -133,13 +163,13 @@ class Sweep:
         for trial, name in own:
             self._judge(trial, name)
         self._fill()
-        rows = rank_jobs(self._sweep, self._study)
+        rows = rank_jobs(self.run, self._study)
         if rows != self._written:
             self._written = rows
             write_output(self.directory.sweep_table, DataFrame(rows).to_csv(index=False))
 
     def conclude(self) -> None:
-        show_ranking(self._sweep, self._study, self.directory, self.progress)
+        show_ranking(self.run, self._study, self.directory, self.progress)
 
     def _own(self) -> list[tuple[FrozenTrial, str]]:
         number, size = self.place

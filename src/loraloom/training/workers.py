@@ -134,7 +134,7 @@ def _train_shares(
         from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
         study = open_study(run, directory, None)  # before workers look for combinations in it
-        show = partial(show_ranking, run.sweep, study, directory, progress)
+        show = partial(show_ranking, run, study, directory, progress)
         jobs = [job for job in jobs if not run.sweep.owns(job.name)]
     size = min(size, most)
     progress.message(f"starting {size} workers")

@@ -180,6 +180,19 @@ def test_an_adapter_is_asked_as_its_training_data_asked(host, tiny_tokenizer, mo
     assert lm.apply_chat_template([{"role": "user", "content": "one"}]) == "one\n"
 
 
+def test_a_template_in_an_adapters_files_is_no_file_of_this_machine(
+    host, tiny_tokenizer, monkeypatch, tmp_path
+):
+    (tmp_path / "template").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<bos>\n{% endfor %}"
+    )
+    form = PromptForm(format="chat", chat_template=str(tmp_path / "template"))
+    monkeypatch.setattr(host.adapters["lora"], "prompt", form)
+    lm = HostLM(host, tiny_tokenizer, "lora")
+    text = lm.apply_chat_template([{"role": "user", "content": "one"}])
+    assert (text, lm._ends) == (form.chat_template, ())
+
+
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
     [

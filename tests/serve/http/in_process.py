@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,15 +27,18 @@ def serving(
     options: ApiOptions | None = None,
     base: str = BASE,
     max_adapters: int = 8,
+    base_aliases: Sequence[str] = (),
     **limits: Any,
 ) -> Iterator[tuple[str, Engine]]:
     """Serve a host in this process; gives the address, and the engine."""
     settings = {"max_rows": 8, "cache_tokens": 4096, "prefill_tokens": 64}
     engine = Engine(host, copy.deepcopy(tokenizer), EngineLimits(**settings | limits))
-    shelf = ServedAdapters(host, base, directory, max_adapters, engine.forget)
+    shelf = ServedAdapters(
+        host, base, directory, max_adapters, engine.forget, base_aliases=base_aliases
+    )
     app = create_app(engine, tokenizer, shelf, options)
     with listen("127.0.0.1", 0) as sock:
-        server = Server(app, engine)
+        server = Server(app, engine, shelf.end_downloads)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:

@@ -56,6 +56,23 @@ def test_slow_clients_are_let_go(host, tokenizer, start, dribble):
         assert closed_by_server(connection, dribble)
 
 
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(host, tokenizer):
+    both = HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with serving(host, tokenizer) as (url, _), connect(url) as connection:
+        connection.sendall(both + smuggled)
+        answers = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answers.startswith(b"HTTP/1.1 400 ")
+        assert answers.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_probe_may_ask_for_the_head_alone(host, tokenizer):
+    with serving(host, tokenizer) as (url, _):
+        for path in ("health", "ready"):
+            response = httpx2.head(f"{url}/{path}")
+            assert (response.status_code, response.content) == (200, b"")
+
+
 @pytest.mark.usefixtures("hurried")
 def test_clients_that_do_not_read_are_let_go(host, tokenizer):
     with serving(host, tokenizer) as (url, _), connect(url) as connection:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loraloom import Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router, generate
 from loraloom.adapters.weighted_sum import WeightedSum
+from loraloom.errors import shown
+from loraloom.generation.scheduler import EngineLimits
+from loraloom.serve.http import bridge
 from loraloom.serve.http.bridge import Backend
-from tests.serve.http.in_process import BASE
+from tests.serve.http.in_process import BASE, serving
 from tests.tiny import METHODS
 
 MESSAGES: Any = [{"role": "user", "content": "What color is the sky?"}]
@@ -78,7 +84,8 @@ def test_an_adapter_is_asked_as_its_training_data_asked(client, host, tokenizer,
 
 def test_a_tokenizer_is_not_changed_while_threads_share_it(tokenizer):
     tokenizer.backend_tokenizer.enable_truncation(4)
-    Backend.__post_init__(SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore
+    engine = SimpleNamespace(limits=EngineLimits(), max_length=8)
+    Backend.__post_init__(SimpleNamespace(tokenizer=tokenizer, engine=engine))  # pyright: ignore
     assert tokenizer.backend_tokenizer.truncation is None
 
 
@@ -92,6 +99,17 @@ def test_a_stream_is_the_same_text_in_pieces(client, host, tokenizer):
     assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
     assert last.choices == []
     assert last.usage.completion_tokens == 12
+
+
+def test_a_stream_that_waits_sends_comments_that_clients_ignore(client, served, monkeypatch):
+    text = chat(client).choices[0].message.content
+    monkeypatch.setattr(bridge, "COMMENT_S", 0.0001)
+    chunks = chat(client, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    body = {"model": "lora", "messages": MESSAGES, "max_tokens": 12, "stream": True}
+    lines = httpx2.post(f"{served[0]}/v1/chat/completions", json=body).text.split("\n\n")
+    assert ": waiting" in lines
+    assert lines[-2:] == ["data: [DONE]", ""]
 
 
 def test_a_seed_gives_the_draws_of_generate(client, host, tokenizer):
@@ -163,10 +181,75 @@ def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(client, host, tokenizer):
         assert [max(top.values()) for top in told.top_logprobs[1:]] == pytest.approx(best, abs=1e-4)
 
 
+def test_tokens_that_are_no_characters_are_all_told(client, tokenizer):
+    halves = tokenizer.convert_tokens_to_ids(["\u00e2", "\u00ac", "\u0124"])
+    settings = {"logprobs": 3, "max_tokens": 1, "logit_bias": dict.fromkeys(halves, 100)}
+    told = client.completions.create(model="lora", prompt="one", **settings).choices[0].logprobs
+    assert told.tokens[0] in {r"bytes:\xe2", r"bytes:\xac", r"bytes:\x82"}
+    bytes_of_all = tokenizer.convert_tokens_to_ids([*map(chr, range(174, 256))])
+    echoed = client.completions.create(
+        model="lora", prompt=bytes_of_all, logprobs=20, max_tokens=1, echo=True
+    )
+    assert {len(top) for top in echoed.choices[0].logprobs.top_logprobs[1:]} == {20}
+
+
+def test_echo_without_new_tokens_scores_the_prompt_alone(client):
+    settings: Any = {"model": "mixlora", "logprobs": 2, "echo": True, "temperature": 0}
+    for prompt in ("the sky is blue", [5] * 256):  # the latter as long as may be
+        (scored,) = client.completions.create(prompt=prompt, max_tokens=0, **settings).choices
+        assert scored.finish_reason == "length"
+        assert len(scored.logprobs.tokens) == len(scored.logprobs.top_logprobs)
+        assert scored.logprobs.token_logprobs[0] is None
+    answer = client.completions.create(prompt="the sky is blue", max_tokens=0, n=2, **settings)
+    longer = client.completions.create(prompt="the sky is blue", max_tokens=1, **settings)
+    assert answer.usage.completion_tokens == 0
+    for choice in answer.choices:
+        assert choice.text == "the sky is blue"
+        assert choice.logprobs.token_logprobs == longer.choices[0].logprobs.token_logprobs[:-1]
+    (unscored,) = client.completions.create(
+        model="lora", prompt="the sky", max_tokens=0, echo=True
+    ).choices
+    assert (unscored.text, unscored.logprobs) == ("the sky", None)
+    with pytest.raises(openai.BadRequestError, match="max_tokens must be at least 1, or echo true"):
+        client.completions.create(model="lora", prompt="the sky", max_tokens=0)
+
+
+def test_offsets_are_where_tokens_begin_in_the_text(client):
+    settings: Any = {"model": "lora", "max_tokens": 30, "temperature": 0, "logprobs": 0}
+    prompt = "the sky: blé 🐦 or red"
+    (echoed,) = client.completions.create(prompt=prompt, echo=True, **settings).choices
+    (plain,) = client.completions.create(prompt=prompt, **settings).choices
+    chunks = client.completions.create(prompt=prompt, stream=True, **settings)
+    pieces = [(plain.text, chunk.choices[0].logprobs) for chunk in chunks]
+    for parts in ([(echoed.text, echoed.logprobs)], [(plain.text, plain.logprobs)], pieces):
+        held = [
+            (text, token, place)
+            for text, logprobs in parts
+            for token, place in zip(logprobs.tokens, logprobs.text_offset, strict=True)
+            if not re.search("\ufffd|<.*>", token)  # parts of characters and special tokens
+        ]
+        assert len(held) > 10
+        assert all(text.startswith(token, place) for text, token, place in held)
+
+
 def test_echo_without_logprobs_is_the_text_alone(client):
     answer = client.completions.create(model="lora", prompt="the sky", max_tokens=2, echo=True, n=2)
     assert [one.text.startswith("the sky") for one in answer.choices] == [True, True]
     assert answer.choices[0].logprobs is None
+
+
+def test_the_base_model_has_the_names_that_it_is_served_by(host, tokenizer, saved, tmp_path):
+    shutil.copytree(saved / "lazy-lora", tmp_path / "second")
+    with (
+        serving(host, tokenizer, tmp_path, base="first", base_aliases=["second"]) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        assert [model.id for model in client.models.list()][:2] == ["first", "second"]
+        assert client.models.retrieve("second").parent is None
+        answers = [chat(client, model) for model in ("first", "second")]
+        assert [answer.model for answer in answers] == ["first", "first"]
+        (text,) = {answer.choices[0].message.content for answer in answers}
+        assert text == expected(host, tokenizer, BASE)
 
 
 def test_models_are_the_base_and_its_adapters(client, saved):
@@ -177,6 +260,34 @@ def test_models_are_the_base_and_its_adapters(client, saved):
     assert client.models.retrieve(BASE).parent is None
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")
+
+
+def test_models_have_revisions_once_they_are_loaded(client, host, saved):
+    shutil.copytree(saved / "lazy-lora", directory := saved / "revised")
+    model = client.models.retrieve("revised")
+    assert (model.loaded, model.revision) == (False, None)
+    revisions = set()
+    for name in ("lora", "mixlora"):
+        host.save(name, directory, overwrite=True)
+        chat(client, "revised", max_tokens=1)
+        model = client.models.retrieve("revised")
+        assert model.loaded
+        revisions.add(model.revision)
+    assert len(revisions - {None}) == 2
+    shutil.rmtree(directory)
+
+
+def test_metrics_forget_adapters_that_are_gone(client, served, saved):
+    load = {"lora_name": "gone", "lora_path": str(saved / "lazy-lora")}
+    client.post("/load_lora_adapter", body=load, cast_to=str)
+    with chat(client, "gone", stream=True, max_tokens=100) as stream:
+        next(iter(stream))
+        client.post("/unload_lora_adapter", body={"lora_name": "gone"}, cast_to=str)
+        assert 'model="gone"' in httpx2.get(f"{served[0]}/metrics").text  # it is in use
+    while 'model="gone"' in (text := httpx2.get(f"{served[0]}/metrics").text):
+        time.sleep(0.01)
+    assert 'loraloom_requests_total{model="lora"' in text
+    assert served[1].counts["requests", "gone", "cancelled"] == 0
 
 
 def test_adapters_come_and_go(client, saved):
@@ -239,9 +350,12 @@ def test_metrics_count_by_model(client, served):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 300}, "at most 256 tokens together"),
+        ({"max_tokens": 300}, "maximum context length is 256 tokens"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": "a " * 600}]}, "at most 256 tokens together"),
+        (
+            {"messages": [{"role": "user", "content": "a " * 600}]},
+            "maximum context length is 256 tokens",
+        ),
         ({"top_logprobs": 2}, "top_logprobs requires logprobs"),
         ({"tool_choice": "auto"}, "the body: tool_choice requires tools"),
         ({"stream_options": {"include_usage": True}}, "stream_options requires stream: true"),
@@ -348,8 +462,11 @@ def test_null_is_as_if_a_field_were_not_there(client):
     assert left_out.choices[0].message.content == given.choices[0].message.content
 
 
-@pytest.mark.parametrize("model", ["nobody", "../lora", "lora/../lora", "LORA", "a" * 300])
+@pytest.mark.parametrize(
+    "model", ["nobody", "meta-llama/Llama-3", "lora/../lora", "LORA", "a" * 300]
+)
 def test_an_unknown_model_is_not_found(client, model):
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, model)
     assert caught.value.body["code"] == "model_not_found"
+    assert shown(model) in caught.value.body["message"]

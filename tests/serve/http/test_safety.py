@@ -24,6 +24,7 @@ from loraloom.serve.http.bridge import as_events
 from loraloom.serve.http.guards import answer_to
 from loraloom.serve.http.schemas import ChatBody
 from loraloom.serve.http.server import listen
+from loraloom.serve.process import LineFormatter
 from tests.serve.http.in_process import BASE, serving
 
 CHAT: Any = {"model": "lora", "messages": [{"role": "user", "content": "one"}], "max_tokens": 4}
@@ -71,6 +72,9 @@ def error_of(response, status):
         (json.dumps(CHAT | {"temperature": float("nan")}).encode(), "temperature"),
         (json.dumps(CHAT | {"seed": 10**30}).encode(), "seed"),
         (json.dumps(CHAT | {"max_tokens": -1}).encode(), "max_tokens"),
+        (json.dumps(CHAT | {"temperature": "1"}).encode(), "temperature"),
+        (json.dumps(CHAT | {"n": True}).encode(), "n"),
+        (json.dumps(CHAT | {"stream": "yes"}).encode(), "stream"),
         (json.dumps(CHAT | {"messages": [{"role": "wizard", "content": ""}]}).encode(), "role"),
         (json.dumps(CHAT | {"model": ["lora"]}).encode(), "model"),
         (json.dumps(CHAT | {"tools": [{"type": "x"}]}).encode(), "tools"),
@@ -108,7 +112,8 @@ def test_a_local_server_answers_to_its_own_names_alone(http):
     for name in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"):
         assert http.get("/v1/models", headers={"Host": name}).status_code == 200
     for name in ("evil.example", "evil.example:80", "127.0.0.1.evil", "", "[::2]"):
-        assert http.get("/v1/models", headers={"Host": name}).status_code == 400
+        error = error_of(http.get("/v1/models", headers={"Host": name}), 400)
+        assert "the Host header must be of localhost, 127.0.0.1" in error["message"]
     assert 'loraloom_http_responses_total{path="other",status="400"}' in http.get("/metrics").text
 
 
@@ -132,6 +137,15 @@ def test_deep_json_is_refused_and_other_paths_are_errors_with_an_object(http):
     assert http.get("/health").text == http.get("/ready").text == "ok"
 
 
+def test_a_server_answers_to_the_names_that_it_is_given(host, tokenizer):
+    options = ApiOptions(host="0.0.0.0", allowed_hosts=["llm.example", "*.in.example"])
+    names = {"llm.example:443": 200, "a.in.example": 200, "localhost": 200, "evil.example": 400}
+    with serving(host, tokenizer, options=options) as (url, _):
+        for name, status in names.items():
+            response = httpx2.get(f"{url}/v1/models", headers={"Host": name})
+            assert response.status_code == status, name
+
+
 def test_keys_are_asked_for(host, tokenizer):
     options = ApiOptions(api_keys=("secret-1", "secret-2"))
     with serving(host, tokenizer, options=options) as (url, _):
@@ -149,18 +163,61 @@ def test_keys_are_asked_for(host, tokenizer):
             client.models.list()
 
 
-def test_the_log_says_who_asked_and_for_how_much(host, tokenizer, caplog):
+def test_the_log_says_who_asked_which_model_and_for_how_much(host, tokenizer, caplog):
     caplog.set_level(logging.INFO)
-    headers = {"Authorization": "Bearer secret-1"}
+    headers, request_ids = {"Authorization": "Bearer secret-1"}, []
     with serving(host, tokenizer, options=ApiOptions(api_keys=("secret-1",))) as (url, _):
-        for stream in (False, True):
-            body = CHAT | {"stream": stream, "ignore_eos": True}
-            assert httpx2.post(f"{url}/v1/chat/completions", json=body, headers=headers).text
+        path = f"{url}/v1/chat/completions"
+        for sent in ("trace-1:a", "no good", "a" * 65):
+            headers["X-Request-Id"] = sent
+            body = CHAT | {"stream": sent == "no good", "ignore_eos": True}
+            answer = httpx2.post(path, json=body, headers=headers)
+            request_ids.append(answer.headers["x-request-id"])
+        request_ids.append(httpx2.post(path).headers["x-request-id"])
         httpx2.get(f"{url}/health")
-    asked = r'127\.0\.0\.1:\d+ "POST /v1/chat/completions" 200, \d+\.\d\d s'
-    assert len(re.findall(rf"{asked}, key f7e7c36e, [1-9]\d* tokens in, 4 out", caplog.text)) == 2
-    assert re.search(r'"GET /health" 200, \d+\.\d\d s\n', caplog.text)
+    assert request_ids[0] == "trace-1:a"
+    assert all(name.startswith("req_") for name in request_ids[1:])
+    assert all(f"request {name}" in caplog.text for name in request_ids)
+    asked = r'127\.0\.0\.1:\d+ "POST /v1/chat/completions" 200, \d+\.\d\d s, request \S+'
+    usage = r"key f7e7c36e, model 'lora', [1-9]\d* tokens in, 4 out\n"
+    assert len(re.findall(f"{asked}, {usage}", caplog.text)) == 3
+    assert re.search(r'"GET /health" 200, \d+\.\d\d s, request req_\w{32}\n', caplog.text)
     assert "secret-1" not in caplog.text
+
+
+def test_no_text_of_a_client_makes_a_line_of_the_log(host, tokenizer, caplog):
+    forged = '2026-12-02 00:00:00,000 INFO 10.9.9.9:1 "POST /v1/unload_lora_adapter" 200'
+    with serving(host, tokenizer, options=ApiOptions(allow_loading=True)) as (url, _):
+        caplog.set_level(logging.INFO)
+        load(url, "none", f"no\n{forged}", name="new")
+        httpx2.post(f"{url}/v1/chat/completions", json=CHAT | {"model": f"no\r\n{forged}"})
+    try:
+        raise ValueError(f"\x1b[2J\n{forged}")
+    except ValueError:
+        logging.getLogger("loraloom").exception("a request failed\n%s", forged)
+    records = [record for record in caplog.records if record.name.startswith("loraloom")]
+    lines = [line for record in records for line in LineFormatter().format(record).split("\n")]
+    assert any(forged in line for line in lines)
+    assert not [line for line in lines if line.startswith(forged)]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_load_from_the_hub_does_not_keep_a_server_from_stopping(host, tokenizer, monkeypatch):
+    asked, is_over = threading.Event(), threading.Event()
+
+    def find(source):
+        asked.set()
+        return is_over.wait(60)
+
+    monkeypatch.setattr("loraloom.serve.adapters.find_adapter", find)
+    answers = []
+    with serving(host, tokenizer, options=ApiOptions(allow_loading=True)) as (url, _):
+        thread = threading.Thread(target=lambda: answers.append(load(url, "none", "far/away")))
+        thread.start()
+        assert asked.wait(30)
+    thread.join()
+    is_over.set()
+    assert error_of(answers[0], 503)["code"] == "stopping"
 
 
 def load(url, key, path, name="new"):
@@ -275,16 +332,22 @@ def test_a_stopping_server_lets_requests_end(host, tokenizer):
 def test_requests_for_more_adapters_than_fit_end_even_when_the_server_stops(host, tokenizer, saved):
     models = ["lazy-lora", "lazy-mixlora"] * 3
     answers = []
-    with serving(host, tokenizer, saved, max_adapters=1) as (url, engine):
+    with serving(host, tokenizer, saved, max_adapters=1) as (url, _):
 
         def ask(model):
             body = CHAT | {"model": model, "max_tokens": 50}
             answers.append(httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60))
 
         threads = [threading.Thread(target=ask, args=(model,)) for model in models]
+
+        def num_arrived():
+            text = httpx2.get(f"{url}/metrics").text
+            states = re.findall(r"^loraloom_requests_(?:running|waiting) ([\d.]+)", text, re.M)
+            return sum(map(float, states)) + len(answers)
+
         for thread in threads:
             thread.start()
-        wait_until(lambda: engine.gauges()["requests_running"] > 0)
+        wait_until(lambda: num_arrived() == len(threads))
     for thread in threads:
         thread.join()
     assert [answer.status_code for answer in answers] == [200] * len(models)
@@ -303,7 +366,7 @@ def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypa
     body = CHAT | {"tools": [{"type": "function", "function": {"name": "paint"}}]}
     assert encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
-    with pytest.raises(DataError, match="drops the tools; serve with another"):
+    with pytest.raises(DataError, match="drops the tools; serve with --tool-template hermes"):
         encode_prompt(tokenizer, chat_prompt(ChatBody.model_validate(body)))
     assert encode_prompt(
         tokenizer, chat_prompt(ChatBody.model_validate(body | {"tool_choice": "none"}))
@@ -321,3 +384,18 @@ def test_what_fails_in_a_stream_is_told_and_in_the_log(caplog):
     assert len(asyncio.run(events())) == 3
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert answer_to(not_finite("logits", "NaN", ["a"])).status_code == 500
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_control_tokens_of_messages_are_text_unless_the_server_allows_them(
+    host, tokenizer, is_allowed
+):
+    messages = [{"role": "user", "content": "one <eos> two"}]
+    with serving(host, tokenizer, options=ApiOptions(allow_control_tokens=is_allowed)) as (url, _):
+        chat = httpx2.post(f"{url}/v1/chat/completions", json=CHAT | {"messages": messages}).json()
+        raw = {"model": "lora", "prompt": "one <eos> two", "max_tokens": 1}
+        text = httpx2.post(f"{url}/v1/completions", json=raw).json()
+    rendered = "user: one <eos> two\nassistant:"
+    trusted = len(tokenizer(rendered)["input_ids"])
+    assert (chat["usage"]["prompt_tokens"] == trusted) == is_allowed
+    assert text["usage"]["prompt_tokens"] == len(tokenizer("one <eos> two")["input_ids"])

@@ -1,11 +1,32 @@
 """Calls in what models write, whole and in pieces of any size."""
 
+import json
+
 import pytest
 
 from loraloom.serve.http.tools import CallStream, parse_calls
 
-NAMES = ["paint", "wait"]
+NAMES = {
+    "paint": {
+        "properties": {
+            "color": {"type": "string"},
+            "layers": {"type": "integer"},
+            "is_wet": {"type": "boolean"},
+            "size": {"type": "object"},
+            "share": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+            "note": {"type": ["string", "null"]},
+        }
+    },
+    "wait": None,
+}
 CALL = '{"name": "paint", "arguments": {"color": "blé"}}'
+XML = """<tool_call>
+<function=paint>
+<parameter=color>
+blé
+</parameter>
+</function>
+</tool_call>"""
 WRITTEN = {
     f"<tool_call>\n{CALL}\n</tool_call>": ("", 1),
     f"Gladly. <tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>": ("Gladly.", 2),
@@ -14,6 +35,12 @@ WRITTEN = {
     f" [{CALL}]": ("", 1),
     CALL.replace("arguments", "parameters"): ("", 1),
     "<|python_tag|>" + CALL: ("", 1),
+    '[TOOL_CALLS]paint[ARGS]{"color": "blé"}': ("", 1),
+    'Gladly.[TOOL_CALLS]paint[CALL_ID]abcdef123[ARGS]{"color": "blé"}': ("Gladly.", 1),
+    'Now:\n[TOOL_CALLS]paint{"color": "blé"}[TOOL_CALLS]paint[ARGS]{"color": "blé"}': ("Now:", 2),
+    'paint{"color": "blé"}': ("", 1),  # the text of a tokenizer whose markers are special
+    f"{XML}\n{XML}": ("", 2),
+    f"Gladly.\n\n{XML}": ("Gladly.", 1),
 }
 TEXTS = [
     "",
@@ -27,6 +54,12 @@ TEXTS = [
     '{"name": "paint", "arguments": 3}',
     "[" * 5000,
     "<tool_",
+    "[TOOL_CALLS]paint[ARGS]{",
+    '[TOOL_CALLS]nobody[ARGS]{"color": "blue"}',
+    "[NOTE] The sky is [BLUE",
+    XML.replace("=paint", "=nobody"),
+    XML.replace("</parameter>", ""),
+    'paint{"color": "blue"} is how to call it',
 ]
 
 
@@ -64,3 +97,28 @@ def test_text_is_told_as_it_comes():
     stream = CallStream(NAMES)
     pieces = ("<think>Hel", "lo <", "b> <tool", "_call>{")
     assert [stream.push(piece) for piece in pieces] == ["<think>Hel", "lo ", "<b> ", ""]
+
+
+def test_parameters_in_tags_have_the_types_of_the_schema():
+    values = {
+        "color": "3",
+        "layers": "3",
+        "is_wet": "True",
+        "size": '{"x": [1, null]}',
+        "share": "null",
+        "note": "null",
+        "other": "a\n<b>\n\n",
+    }
+    tags = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in values.items())
+    _, calls = parse_calls(f"<tool_call>\n<function=paint>\n{tags}</function>\n</tool_call>", NAMES)
+    assert json.loads(calls[0].arguments) == {
+        "color": "3",
+        "layers": 3,
+        "is_wet": True,
+        "size": {"x": [1, None]},
+        "share": None,
+        "note": "null",
+        "other": "a\n<b>\n\n",
+    }
+    wrong = "<tool_call><function=paint><parameter=layers>many</parameter></function></tool_call>"
+    assert json.loads(parse_calls(wrong, NAMES)[1][0].arguments) == {"layers": "many"}

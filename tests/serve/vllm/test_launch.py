@@ -23,12 +23,15 @@ def options(**changes):
     settings: Any = {"base_model": "some/base", "adapters": {"mix": "runs/rank=8,16"}, "port": 8000}
     settings |= {"adapter_dir": None, "max_adapters": 8, "host": "127.0.0.1", "dtype": "float32"}
     settings |= {"allow_loading": False, "cors_origin": (), "max_rows": 32}
+    settings |= {"served_model_name": ()}
     return SimpleNamespace(**settings | changes)
 
 
 def test_options_are_said_in_vllms_words():
     words, settings = vllm_command(
-        options(cors_origin=["https://a.example"], allow_loading=True),
+        options(
+            cors_origin=["https://a.example"], allow_loading=True, served_model_name=("a", "b")
+        ),
         ["one", "two"],
         [FoldedAdapter({}, 48, 3), FoldedAdapter({}, 8, None)],
         {},
@@ -37,7 +40,8 @@ def test_options_are_said_in_vllms_words():
     for part in (
         "--model some/base",
         "--max-num-seqs 32 --max-loras 2 --max-lora-rank 64 --enable-lora",
-        '--lora-modules {"name": "mix", "path": "runs/rank=8,16"} --api-key one two',
+        '--lora-modules {"name": "mix", "path": "runs/rank=8,16"} --served-model-name a b',
+        "--api-key one two",
         '--allowed-origins ["https://a.example"]',
     ):
         assert part in said
@@ -53,7 +57,7 @@ def test_a_key_that_begins_with_a_dash_is_no_option_of_vllms():
 @pytest.mark.parametrize("found", [None, "0.31.0"])
 def test_a_version_that_is_not_known_is_refused(monkeypatch, found):
     monkeypatch.setattr("loraloom.serve.vllm.vllm_version", lambda: found)
-    with pytest.raises(ConfigError, match=f"needs vLLM 0.32, got {found}"):
+    with pytest.raises(ConfigError, match=f"needs vLLM 0.32 or 0.33, got {found}"):
         serve_with_vllm(options(), [])
 
 
@@ -79,10 +83,22 @@ def test_an_adapter_of_the_directory_that_is_left_out_is_told(monkeypatch, tmp_p
     assert "bad is not served: no" in capsys.readouterr().err
 
 
+def test_an_adapter_whose_name_can_not_be_served_needs_no_room(monkeypatch, tmp_path, capsys):
+    for name in ("a b", "good"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock())
+    folder = Mock(fold=lambda path: FoldedAdapter({}, {"a b": 512, "good": 8}[path.name], None))
+    monkeypatch.setattr("loraloom.serve.vllm.folding.Folder", Mock(return_value=folder))
+    folded, names = vllm._fold_all(options(adapters={}, adapter_dir=tmp_path))
+    assert ([adapter.rank for adapter in folded], [*names]) == ([8], ["good"])
+    assert "a b is not served" in capsys.readouterr().err
+
+
 def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(vllm, "vllm_version", lambda: "0.99.0")
     vllm.register()
-    assert "supports vLLM 0.32, got 0.99.0; vLLM serves no mixtures" in caplog.text
+    assert "supports vLLM 0.32 or 0.33, got 0.99.0; vLLM serves no mixtures" in caplog.text
 
 
 PYTHON = os.environ.get("LORALOOM_VLLM_PYTHON", "")

@@ -214,6 +214,12 @@ class ChoiceTask:
                 f"{', '.join(options)}, got {shown(answer)}; a split without published answers "
                 "can't be used"
             )
+        if options.count(answer) > 1:
+            row.reject(
+                f"answer {shown(answer)} must be a single choice's {config.answer_is}, got "
+                f"{options.count(answer)} such choices; remove the repeated choice, or set "
+                "answer_is: index"
+            )
         return options.index(answer)
 
     def _read(self, row: Row, setting: str, value: str | Sequence[str]) -> Any:
@@ -231,7 +237,9 @@ class ChoiceTask:
 def answer_options(texts: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
     """List the answers that a question accepts, by what its task's `answer_is` may be."""
     indices = [str(place) for place in range(len(texts))]
-    return {"index": indices, "text": [text.strip() for text in texts], "label": list(labels)}
+    stripped_texts = [text.strip() for text in texts]
+    stripped_labels = [label.strip() for label in labels]
+    return {"index": indices, "text": stripped_texts, "label": stripped_labels}
 
 
 def _find(row: Row, path: str) -> Any:

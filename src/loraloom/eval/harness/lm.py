@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.fields import checked
-from loraloom.data.templates import load_chat_template
+from loraloom.data.templates import ChatTemplate
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
 from loraloom.generation import scoring
@@ -155,7 +155,8 @@ class HostLM(_HFLM):
             self.chat_template_args["chat_template"] = template
         if not template:
             raise ConfigError("apply_chat_template needs a tokenizer with a chat template")
-        end = load_chat_template(self.tokenizer, template).turn_end()
+        # Not a file's name: the text may be from an adapter's files.
+        end = ChatTemplate(self.tokenizer, template).turn_end()
         self._ends = (end,) if end else ()
         return super().apply_chat_template(chat_history, add_generation_prompt)
 

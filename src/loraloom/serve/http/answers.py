@@ -1,20 +1,29 @@
 """`/v1/chat/completions` and `/v1/completions`: what is asked, whole answers and pieces of them."""
 
+import asyncio
 import secrets
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from openai.types.chat.chat_completion_message_function_tool_call import Function
 from typing_extensions import override
 
-from loraloom.generation.prompts import Prompt, encode_prompt, read_prompts
+from loraloom.generation.prompts import Prompt, encode_for_choice, encode_prompt, form_for
 from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
+from loraloom.host.choice import is_routed
 from loraloom.host.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
+from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
-from loraloom.serve.http.tools import CallStream, compile_grammar, json_grammar
+from loraloom.serve.http.tools import CallStream
+
+# Characters of whose tokens none has a whole one, before a token whose text is looked for.
+_MAX_LAG = 64
 
 
 class ChatExchange(Exchange):
@@ -25,28 +34,41 @@ class ChatExchange(Exchange):
 
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
         super().__init__(backend, body, http)
-        names = [tool["function"]["name"] for tool in body.callable_tools]
-        self._streams = [CallStream(names) for _ in range(body.n)] if names else []
+        functions = [tool["function"] for tool in body.callable_tools]
+        tools = {function["name"]: function.get("parameters") for function in functions}
+        self._streams = [CallStream(tools) for _ in range(body.n)] if tools else []
 
     @override
-    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+    def grammar(self) -> str | None:
+        return json_grammar(self.body)
+
+    @override
+    async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
-        grammar = json_grammar(body)
-        constraint = grammar and compile_grammar(backend.grammar_tokenizer, grammar)
-        prompt = chat_prompt(body, adapter)
-        ((ids, turn_end, choice),) = read_prompts(backend.engine.host, backend.tokenizer, [prompt])
+        host, tokenizer = backend.engine.host, backend.tokenizer
+        is_foreign = not backend.allows_control_tokens
+        prompt = await self.prepare(partial(chat_prompt, body, adapter, is_foreign=is_foreign))
+        tool_form = backend.tool_form if prompt.uses_tools else None
+        read: list[int] = []
+        if is_routed(host, adapter):
+            encode = partial(encode_for_choice, host, tokenizer, prompt, tool_form=tool_form)
+            read = await self.prepare(partial(encode, max_bytes=backend.max_bytes))
+        choice = await self.choose(read, adapter, owner)
+        form = form_for(host, choice.adapter, tool_form)
+        encode = partial(encode_prompt, tokenizer, prompt, form, max_bytes=backend.max_bytes)
+        ids, turn_end = await self.prepare(encode)
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
             ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return self.several(request, max_tokens, constraint or None)
+        return self.several(request, max_tokens, self.constraint)
 
     @override
-    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        told = [self.chunk(index, answer) for index, answer in enumerate(answers)]
-        return [{"message": {"content": None, **one.pop("delta")}, **one} for one in told]
+    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
+        choice = self.chunk(index, answers[index])
+        return {"message": {"content": None, **choice.pop("delta")}, **choice}
 
     @override
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -83,21 +105,25 @@ class TextExchange(Exchange):
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
     _prompts: list[list[int]]
+    _lengths: Counter[int]  # of the texts that were told
 
     @override
-    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+    def grammar(self) -> None:
+        return None
+
+    @override
+    async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, requests, limits = self.body, [], self.backend.engine.limits
         num, most = len(body.prompts) * body.n, limits.max_rows + limits.max_waiting
         if num > most:  # before they take up memory
             text = f"a request may have at most {most} completions, got {num}; request fewer"
             raise RequestError(f"{text} at once")
-        tokenizer, host = self.backend.tokenizer, self.backend.engine.host
-        self._prompts = [
-            encode_prompt(tokenizer, Prompt(one), raw=True)[0] if isinstance(one, str) else one
-            for one in body.prompts
-        ]
-        choices = host.choose(self._prompts, [adapter] * len(self._prompts))
-        for prompt, choice in zip(self._prompts, choices, strict=True):
+        self._lengths = Counter()
+        self._prompts = []
+        for text in body.prompts:
+            self._prompts.append(await self.prepare(partial(self._encode, text)))
+        choices = [self.choose(prompt, adapter, owner) for prompt in self._prompts]
+        for prompt, choice in zip(self._prompts, await asyncio.gather(*choices), strict=True):
             request = GenerationRequest(
                 prompt,
                 choice,
@@ -105,24 +131,29 @@ class TextExchange(Exchange):
                 num_logprobs=body.logprobs,
                 turn_end=None,
                 scores_prompt=body.echo and body.logprobs is not None,
+                makes_tokens=body.max_tokens > 0,
             )
             first, *others = self.several(request, body.max_tokens)
             requests += [first, *(replace(one, scores_prompt=False) for one in others)]
         self.num_prompt = sum(map(len, self._prompts))
         return requests
 
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        tokenizer, max_bytes = self.backend.tokenizer, self.backend.max_bytes
+        return encode_prompt(tokenizer, Prompt(prompt), raw=True, max_bytes=max_bytes)[0]
+
     @override
-    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        choices, body = [], self.body
-        for index, answer in enumerate(answers):
-            prompt, prompt_ids = body.prompts[index // body.n], self._prompts[index // body.n]
-            if body.echo:
-                decoded = str(self.backend.tokenizer.decode(prompt_ids))
-                answer.text = (prompt if isinstance(prompt, str) else decoded) + answer.text
-                if place := index % body.n:  # the prompt was scored once
-                    answer.log_probs[:0] = answers[index - place].log_probs[: len(prompt_ids) - 1]
-            choices.append(self._choice(index, answer, prompt_ids[:1] if body.echo else []))
-        return choices
+    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
+        body, answer = self.body, answers[index]
+        prompt, prompt_ids = body.prompts[index // body.n], self._prompts[index // body.n]
+        if body.echo:
+            decoded = str(self.backend.tokenizer.decode(prompt_ids))
+            answer.text = (prompt if isinstance(prompt, str) else decoded) + answer.text
+            if place := index % body.n:  # the prompt was scored once
+                answer.log_probs[:0] = answers[index - place].log_probs[: len(prompt_ids) - 1]
+        return self._choice(index, answer, prompt_ids[:1] if body.echo else [])
 
     @override
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -140,18 +171,33 @@ class TextExchange(Exchange):
                 for entry in entries
             ]
             unknown = [None for _ in first]
+            tokens = [text_of(token) for token in (*first, *(entry.token for entry in entries))]
             choice["logprobs"] = {
-                "tokens": [text_of(token) for token in (*first, *(one.token for one in entries))],
+                "tokens": tokens,
+                "text_offset": text_offsets(tokens, piece.text, self._lengths[index]),
                 "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
                 "top_logprobs": [*unknown, *tops],
             }
+        self._lengths[index] += len(piece.text)
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
 
 
-def chat_prompt(body: ChatBody, adapter: RowAdapter = None) -> Prompt:
+def text_offsets(tokens: Sequence[str], text: str, start: int) -> list[int]:
+    """Where tokens begin in an answer, of which `start` characters came before this text."""
+    offsets, end = [], 0
+    for token in tokens:
+        # special tokens and parts of characters are not in the text, and have no length
+        is_part = "\N{REPLACEMENT CHARACTER}" in token or token.startswith("bytes:")
+        place = -1 if is_part else text.find(token, end, end + len(token) + _MAX_LAG)
+        offsets.append(start + max(place, end))
+        end = end if place < 0 else place + len(token)
+    return offsets
+
+
+def chat_prompt(body: ChatBody, adapter: RowAdapter = None, *, is_foreign: bool = True) -> Prompt:
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
     tools: Any = None if body.tool_choice == "none" else body.tools
-    return Prompt(messages, adapter, origin="messages", tools=tools)
+    return Prompt(messages, adapter, origin="messages", tools=tools, is_foreign=is_foreign)
 
 
 def _called(calls: list[Function]) -> list[dict[str, Any]]:
@@ -172,5 +218,5 @@ def _routing(piece: Piece) -> list[dict[str, Any]]:
 
 
 def _finite(log_prob: float) -> float:
-    # A log-probability as JSON can write it, which has no infinity
-    return max(log_prob, -9999.0)
+    # A log-probability as JSON can write it, which has no infinity and no NaN
+    return log_prob if log_prob > -9999 else -9999.0

@@ -2,10 +2,11 @@
 
 import asyncio
 import copy
+import logging
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Set
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,20 +21,27 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import PreTrainedTokenizerBase
 
 import loraloom
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
-from loraloom.generation.sequence import RequestError, Row, log_failure
-from loraloom.serve.adapters import ServedAdapters, unknown_model
+from loraloom.generation.sequence import RequestError, Row
+from loraloom.serve.adapters import SUM, ServedAdapters, unknown_model
 from loraloom.serve.http.answers import ChatExchange, TextExchange
 from loraloom.serve.http.bridge import Backend
-from loraloom.serve.http.guards import LOADING, PAGES, AccessGuard, ApiOptions, handle_errors
+from loraloom.serve.http.guards import (
+    LOADING,
+    MODEL,
+    PAGES,
+    TENANT,
+    AccessGuard,
+    ApiOptions,
+    handle_errors,
+)
 from loraloom.serve.http.schemas import ChatBody, CompletionBody, LoadBody, UnloadBody
-from loraloom.serve.process import is_loopback
 
+_log = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent.parent / "static"
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
@@ -62,16 +70,25 @@ def create_app(
     options: ApiOptions | None = None,
 ) -> FastAPI:
     options = options or ApiOptions()
-    backend = Backend(engine, adapters, copy.deepcopy(tokenizer))
+    backend = Backend(
+        engine,
+        adapters,
+        copy.deepcopy(tokenizer),
+        allows_control_tokens=options.allow_control_tokens,
+        tool_form=options.tool_form,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         backend.loop = asyncio.get_running_loop()
         thread = threading.Thread(target=engine.run, name="loraloom-engine", daemon=True)
         thread.start()
+        backend.preparations.start()
         yield
         engine.stop()
         await run_in_threadpool(thread.join)
+        backend.grammars.close()
+        backend.preparations.stop()
 
     metrics = Metrics(engine, adapters)
     # its pages of documents load scripts from elsewhere, its redirects know no proxy
@@ -85,10 +102,6 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"]
         )
-    if is_loopback(options.host):
-        # a web page may have its own name lead to this machine, which would be asked for by it
-        names = ["localhost", "127.0.0.1", "[::1]", options.host]
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     handle_errors(app)
     for path, name in PAGES.items():
         page = partial(FileResponse, _STATIC / name, headers=_PAGE_HEADERS)
@@ -101,8 +114,13 @@ def create_app(
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """List the base model and its adapters."""
-        lower = [model | {"id": name, "parent": base} for name in adapters.names()]
-        return {"object": "list", "data": [model | {"id": base, "parent": None}, *lower]}
+        models = [model | {"id": name, "parent": None} for name in adapters.base_names]
+        for name in await adapters.names():
+            loaded = adapters.loaded(name)
+            revision = None if loaded is None else loaded.revision
+            status = {"loaded": loaded is not None, "revision": revision}
+            models.append(model | {"id": name, "parent": base} | status)
+        return {"object": "list", "data": models}
 
     @app.get("/v1/models/{model:path}", response_model=Model)
     async def retrieve_model(model: str) -> Response:
@@ -112,6 +130,8 @@ def create_app(
                 return JSONResponse(found)
         raise unknown_model(model)
 
+    @app.head("/ready", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     @app.get("/ready", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:  # needs no thread: those may all be busy
@@ -119,9 +139,10 @@ def create_app(
         return "ok"
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    def read_metrics() -> str:
+    async def read_metrics() -> str:
         """Return metrics for Prometheus."""
-        return generate_latest(metrics.registry).decode()
+        metrics.keep({base, SUM, *await adapters.names(), *adapters.names_in_use()})
+        return (await run_in_threadpool(generate_latest, metrics.registry)).decode()
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -142,7 +163,7 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
     load_path, unload_path = LOADING
 
     @app.post(load_path, response_class=PlainTextResponse)
-    async def load_lora_adapter(body: LoadBody) -> str:
+    async def load_lora_adapter(body: LoadBody, request: Request) -> str:
         """Load an adapter; requires --allow-loading."""
         source = body.lora_path if root is None else find_below(root, body.lora_path)
         if source is None:  # whatever is elsewhere
@@ -152,9 +173,10 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
                 param="lora_path",
             )
         try:
-            await adapters.load(body.lora_name, source, replace=body.load_inplace)
+            sender = _sender(request, body.lora_name)
+            await adapters.load(body.lora_name, source, replace=body.load_inplace, sender=sender)
         except (FormatError, AdapterError) as error:
-            log_failure(f"adapter {body.lora_name!r} could not be loaded", error)
+            _log.info("adapter %r can't be loaded: %s", body.lora_name, error)
             # where files are is the server's business
             message = str(error).replace(source, body.lora_path)
             message = re.sub(r"(?<![\w.])/(?:[^\s/:'\"`]+/)+", "…/", message)
@@ -162,10 +184,16 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     @app.post(unload_path, response_class=PlainTextResponse)
-    async def unload_lora_adapter(body: UnloadBody) -> str:
+    async def unload_lora_adapter(body: UnloadBody, request: Request) -> str:
         """Unload an adapter after the requests that use it."""
-        adapters.unload(body.lora_name)
+        await adapters.unload(body.lora_name, _sender(request, body.lora_name))
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+def _sender(request: Request, name: str) -> str:
+    """Say who loads or unloads an adapter, and which, for the log."""
+    request.scope[MODEL] = name
+    return f"key {request.scope[TENANT][:8]}" if TENANT in request.scope else "a client"
 
 
 def find_below(root: Path, text: str) -> str | None:
@@ -193,9 +221,22 @@ class Metrics(Collector):
             "loraloom_time_to_first_token_seconds", "From a request's arrival to its first token."
         )
         self._whole = histogram("loraloom_request_seconds", "From a request's arrival to its end.")
+        self._observed: set[str] = set()
         engine.on_end = self._observe
 
+    def keep(self, models: Set[str]) -> None:
+        """Drop the numbers of models that are gone."""
+        counts = self._engine.counts
+        for name, *labels in list(counts):
+            if "model" in _LABELS.get(name, ["model"]) and labels[0] not in models:
+                counts.pop((name, *labels), None)
+        for model in self._observed - models:
+            self._observed.remove(model)
+            self._whole.remove(model)
+            self._first_token.remove(model)
+
     def _observe(self, row: Row) -> None:
+        self._observed.add(row.owner)
         self._whole.labels(row.owner).observe(row.seconds)
         if row.first_token_s is not None:
             self._first_token.labels(row.owner).observe(row.first_token_s - row.request.arrived_s)

@@ -9,28 +9,40 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
+from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
-from loraloom.data.tokens import text_of_token
-from loraloom.errors import AdapterError, FormatError, shown
+from loraloom.data.tokens import name_of_token
+from loraloom.errors import AdapterError, shown
 from loraloom.generation.engine import Engine
+from loraloom.generation.prompts import max_text_bytes
 from loraloom.generation.sampling import SamplingConfig, end_tokens
-from loraloom.generation.sequence import GenerationRequest, Piece, RequestError, Row, log_failure
-from loraloom.host.choice import told
+from loraloom.generation.sequence import (
+    GenerationRequest,
+    Piece,
+    RequestError,
+    Row,
+    Share,
+    log_failure,
+)
+from loraloom.host.choice import Choice, is_routed, told
 from loraloom.host.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
-from loraloom.serve.http.guards import TENANT, USAGE, answer_to
+from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
+from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
+from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import SamplingBody
-from loraloom.serve.http.tools import JsonConstraint
 from loraloom.serve.process import start_apart
+
+# Seconds without an event after which a stream sends a comment, as proxies end what is silent.
+COMMENT_S = 15.0
+_Value = TypeVar("_Value")
 
 
 @dataclass
@@ -40,9 +52,18 @@ class Backend:
     engine: Engine
     adapters: ServedAdapters
     tokenizer: PreTrainedTokenizerBase
+    allows_control_tokens: bool = False
+    tool_form: PromptForm | None = None
+    """How conversations with tools are written, unless an adapter has a template."""
     loop: asyncio.AbstractEventLoop = field(init=False)
+    preparations: Preparations = field(init=False)
+    max_bytes: int | None = field(init=False)
+    """Bytes that no prompt exceeds which fits."""
 
     def __post_init__(self) -> None:
+        self.max_bytes = max_text_bytes(self.tokenizer, self.engine.max_length)
+        limits = self.engine.limits
+        self.preparations = Preparations(limits.max_rows + limits.max_waiting)
         # the first call ends tokenizer.json's truncation and padding, before other threads call
         self.tokenizer("a")
 
@@ -53,20 +74,19 @@ class Backend:
 
     @cached_property
     def token_text(self) -> Callable[[int], str]:
-        return cache(partial(text_of_token, self.tokenizer))
+        return cache(partial(name_of_token, self.tokenizer))
 
     @cached_property
-    def grammar_tokenizer(self) -> Any:  # takes a second
+    def grammars(self) -> GrammarCompiler:
         # ids beyond the embedding are cut off
         size = max(self.engine.host.config.vocab_size, len(self.tokenizer))
-        ends = end_tokens(self.engine.host, self.tokenizer)
-        return from_tokenizer(self.tokenizer, n_vocab=size, eos_token=ends)  # pyright: ignore
+        return GrammarCompiler(self.tokenizer, size, end_tokens(self.engine.host, self.tokenizer))
 
-    async def acquire(self, model: str) -> tuple[ServedAdapter, RowAdapter]:
+    async def acquire(self, model: str, tenant: str = "") -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
         adapters, host = self.adapters, self.engine.host
         if model == adapters.base_name:
-            return await adapters.acquire(model), None
+            return await adapters.acquire(model, tenant), None
         weighted = _weighted(model, adapters.base_name)
         # what is behind a slash is one of a routed adapter's own
         names = [name.partition("/")[0] for name, _ in weighted]
@@ -74,13 +94,11 @@ class Backend:
             raise unknown_model(model)
         one, several = adapters.acquire, adapters.acquire_sum
         try:
-            served = await (several(names) if len(names) > 1 else one(names[0]))
-        except (FormatError, AdapterError) as error:
-            log_failure(f"adapter {shown(model)} could not be loaded", error)
-            raise RequestError(
-                f"the adapter {shown(model)} cannot be loaded; see the server's log",
-                "broken_adapter",
-            ) from None
+            served = await (several(names, tenant) if len(names) > 1 else one(names[0], tenant))
+        except RequestError as error:
+            if error.code != "model_not_found" or len(names) > 1:
+                raise
+            raise unknown_model(model) from None  # all of what may be the name of a base model
         row: list[tuple[str, float]] = []
         try:
             for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
@@ -123,12 +141,17 @@ class Exchange(ABC):
 
     def __init__(self, backend: Backend, body: SamplingBody, http: Request):
         self.backend = backend
-        self.body = body
+        names = backend.adapters.base_names
+        # answers carry the base model's first name
+        self.body = body.model_copy(update={"model": names[0]}) if body.model in names else body
         self.num_prompt = 0
+        self._tenant: str = http.scope.get(TENANT, "")
         self._arrived_s = time.monotonic()
         self._num_new = 0
         self._http = http
         http.scope[USAGE] = self.usage
+        http.scope[MODEL] = body.model
+        self.constraint: JsonConstraint | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
@@ -137,16 +160,32 @@ class Exchange(ABC):
         self._gone.add_done_callback(self._cancel_rows)
 
     @abstractmethod
-    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
-        """What the engine is asked for; made in a thread."""
+    def grammar(self) -> str | None:
+        """What answers must keep to."""
 
     @abstractmethod
-    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        """Whole answers; made in a thread."""
+    async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+        """What the engine is asked for, made in pieces by `prepare`."""
+
+    @abstractmethod
+    def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
+        """A whole answer; made in a thread."""
 
     @abstractmethod
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The choice of the chunk in which a piece of an answer is told."""
+
+    async def prepare(self, work: Callable[[], _Value]) -> _Value:
+        """Do a piece of work in a thread, when it is the turn of who asks."""
+        return await self.backend.preparations.run(self._tenant, work)
+
+    async def choose(self, prompt_ids: list[int], adapter: RowAdapter, owner: str) -> Choice:
+        """Let the engine's thread, which alone computes, choose what answers, if a router does."""
+        engine = self.backend.engine
+        if not is_routed(engine.host, adapter):
+            return engine.host.choose([prompt_ids], [adapter])[0]
+        routing = engine.choose(prompt_ids, adapter, Share(self._tenant, owner))
+        return await asyncio.wrap_future(routing)
 
     def chosen(self, index: int) -> dict[str, Any]:
         """Tell once which adapter answers, where a router has chosen it, and why."""
@@ -221,20 +260,28 @@ class Exchange(ABC):
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         answers = [Piece() for _ in self._rows]
         async for index, piece in self._pieces():
-            answers[index].add(piece)
-        choices = await run_in_threadpool(self.choices, answers)
-        return JSONResponse({**frame, "choices": choices, "usage": self.usage()})
+            if piece is not None:
+                answers[index].add(piece)
+        choices = [
+            await self.prepare(partial(self.choice, index, answers))
+            for index in range(len(answers))
+        ]
+        content = {**frame, "choices": choices, "usage": self.usage()}
+        return await self.prepare(partial(JSONResponse, content))
 
     async def _ask(self) -> None:
         """Hand the engine what a model is asked for."""
         engine, adapters = self.backend.engine, self.backend.adapters
-        tenant = self._http.scope.get(TENANT, "")
-        served, adapter = await self.backend.acquire(self.body.model)
+        grammar = self.grammar()
+        if grammar is not None:
+            self.constraint = await self.backend.grammars.compile(grammar, self._tenant)
+        served, adapter = await self.backend.acquire(self.body.model, self._tenant)
         release = partial(self.backend.call, adapters.release, served)
         try:
-            requests = await run_in_threadpool(self.requests, adapter, served.name)
+            with self.backend.preparations.preparing(self._tenant):
+                requests = await self.requests(adapter, served.name)
             for index, request in enumerate(requests):
-                request = replace(request, tenant=tenant, arrived_s=self._arrived_s)
+                request = replace(request, tenant=self._tenant, arrived_s=self._arrived_s)
                 self._rows.append(engine.submit(request, partial(self._tell, index), release))
                 served.num_users += 1  # each row lets it go once
         finally:
@@ -245,22 +292,31 @@ class Exchange(ABC):
     def _tell(self, index: int, event: Piece | Exception) -> None:  # in the engine's thread
         self.backend.call(self._queue.put_nowait, (index, event))
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
+        """Yield pieces of answers, and None after each COMMENT_S without one."""
         num_open = len(self._rows)
         while num_open:
-            index, event = await self._queue.get()
+            try:
+                async with asyncio.timeout(COMMENT_S):
+                    index, event = await self._queue.get()
+            except TimeoutError:
+                yield 0, None
+                continue
             if isinstance(event, Exception):
                 raise event
             num_open -= event.finish_reason is not None
             self._num_new += event.num_tokens
             yield index, event
 
-    async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any] | None]:
         has_usage = (self.body.stream_options or {}).get("include_usage")
         frame |= {"usage": None} if has_usage else {}
         try:
             async for index, piece in self._pieces():
-                yield {**frame, "choices": [self.chunk(index, piece)]}
+                if piece is None:
+                    yield None
+                else:
+                    yield {**frame, "choices": [self.chunk(index, piece)]}
             if has_usage:
                 yield {**frame, "choices": [], "usage": self.usage()}
         finally:
@@ -284,11 +340,14 @@ class Exchange(ABC):
         self._queue.put_nowait((0, RequestError("the client has gone", "client_gone")))
 
 
-async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Write objects as server-sent events; an error is the last one."""
+async def as_events(objects: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[str]:
+    """Write objects as server-sent events, None as a comment; an error is the last one."""
     try:
         async for value in objects:
-            yield f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+            if value is None:
+                yield ": waiting\n\n"
+            else:
+                yield f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
     except Exception as error:
         if not isinstance(error, RequestError):
             log_failure("a stream failed", error)

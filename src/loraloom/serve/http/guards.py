@@ -5,6 +5,7 @@ Errors are objects as OpenAI's clients expect them, with a status code that fits
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraloom.errors import AdapterError, LoraloomError, plain
+from loraloom.config.data import PromptForm
+from loraloom.errors import AdapterError, LoraloomError, plain, shown
 from loraloom.generation.sequence import RequestError
+from loraloom.serve.process import is_loopback
 
 # Pages of the playground and health hold nothing of the server's, and need no key.
 PAGES = {
@@ -33,6 +36,8 @@ MAX_BODY_BYTES = 2 << 20
 TENANT = "loraloom.tenant"
 # And what gives its tokens, if it asks for completions.
 USAGE = "loraloom.usage"
+# And which model it names.
+MODEL = "loraloom.model"
 # Code of an error -> status; 400 for others.
 _STATUS = {
     "model_not_found": 404,
@@ -40,6 +45,7 @@ _STATUS = {
     "client_gone": 499,
     "broken_adapter": 500,
     "timeout": 504,
+    "stopping": 503,
     "adapter_memory": 507,
 }
 
@@ -48,12 +54,16 @@ _STATUS = {
 class ApiOptions:
     """What the API allows."""
 
-    api_keys: Sequence[str] = field(default=(), repr=False)  # none for no keys
+    # keys are looked up for each request, so that lists may change; none for no keys
+    api_keys: Sequence[str] = field(default=(), repr=False)
     admin_keys: Sequence[str] = field(default=(), repr=False)  # to load and unload adapters
     allow_loading: bool = False
     adapter_root: Path | None = None  # load from below this directory alone, not from the Hub
     cors_origins: Sequence[str] = ()
     host: str = "127.0.0.1"  # listened on; perhaps an address that only this machine reaches
+    allow_control_tokens: bool = False  # in messages, where they are text otherwise
+    allowed_hosts: Sequence[str] = ()  # further names by which clients may call the server
+    tool_form: PromptForm | None = None  # of conversations with tools
 
 
 def error_response(
@@ -108,9 +118,12 @@ class AccessGuard:
 
     def __init__(self, app: ASGIApp, options: ApiOptions):
         self._app = app
-        self._is_open = not options.api_keys
-        self._admins = [_digest(key.encode()) for key in options.admin_keys]
-        self._users = [*self._admins, *(_digest(key.encode()) for key in options.api_keys)]
+        self._options = options  # whose keys change when their files are read again
+        # a web page may have its own name lead to this machine, which would be asked for by it
+        self._hosts: tuple[str, ...] = ()
+        if is_loopback(options.host) or options.allowed_hosts:
+            local = ("localhost", "127.0.0.1", "[::1]", options.host)
+            self._hosts = (*local, *options.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -134,22 +147,39 @@ class AccessGuard:
         await self._app(scope, counted, send)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
+        if self._hosts and not any(_is_host(host, allowed) for allowed in self._hosts):
+            names = ", ".join(dict.fromkeys(self._hosts))
+            return error_response(400, f"the Host header must be of {names}, got {shown(host)}")
+        if {b"content-length", b"transfer-encoding"} <= headers.keys():
+            message = "a request must not have both Content-Length and Transfer-Encoding"
+            return error_response(400, message, headers={"Connection": "close"})
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = _digest(key.strip()) if kind.lower() == b"bearer" else b""
-        is_user, is_admin = (
-            True in [hmac.compare_digest(given, digest) for digest in digests]
-            for digests in (self._users, self._admins)
-        )
+        options = self._options
+        is_admin = _is_among(given, options.admin_keys)
+        is_user = _is_among(given, options.api_keys) or is_admin
         if is_user:
             scope[TENANT] = given.hex()
-        if not (is_user or self._is_open or scope["path"] in _OPEN):
+        if not (is_user or not options.api_keys or scope["path"] in _OPEN):
             message = "the request needs a header `Authorization: Bearer KEY` with a key of this "
             asks = {"WWW-Authenticate": "Bearer"}
             return error_response(401, f"{message}server", "invalid_api_key", headers=asks)
-        if scope["path"] in LOADING and self._admins and not is_admin:
+        if scope["path"] in LOADING and options.admin_keys and not is_admin:
             message = "only an admin's key of this server may load adapters"
             return error_response(403, message, "not_an_admin")
         return None
+
+
+def _is_host(host: str, allowed: str) -> bool:
+    """Whether a name is one that is allowed; `*.NAME` allows what ends by `.NAME`."""
+    if allowed.startswith("*."):
+        return host.endswith(allowed[1:])
+    return host == allowed
+
+
+def _is_among(given: bytes, keys: Sequence[str]) -> bool:
+    return True in [hmac.compare_digest(given, _digest(key.encode())) for key in keys]
 
 
 def _digest(key: bytes) -> bytes:

@@ -6,19 +6,23 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from openai.types import chat, shared_params
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from loraloom.config.fields import StrictModel
 
 Tool = chat.ChatCompletionFunctionToolParam
 _Text = Annotated[str, StringConstraints(min_length=1)]
+_StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_TokenKey = Annotated[int, Field(ge=0, lt=2**31, strict=False)]  # JSON's keys are texts
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 _NumTop = Annotated[int, Field(ge=0, le=20)]
 
 
 class SamplingBody(StrictModel):
-    """Fields of both kinds of completion."""
+    """Fields of both kinds of completion; "5" is no number, and "yes" no boolean."""
+
+    model_config = ConfigDict(strict=True)
 
     model: _Name
     """Base model, adapter, `name:0.5` (half its strength), expert (`auto/law`), or sum."""
@@ -29,11 +33,12 @@ class SamplingBody(StrictModel):
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """The same seed gives the same text, except for rounding in 16 bits."""
-    stop: _Text | list[_Text] | None = Field(None, max_length=1000)
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=64)] | None = None
+    """End the completion before any of up to 64 texts of up to 1,000 characters."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
-    logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[_TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=1000
     )
     stream: bool = False
@@ -147,8 +152,8 @@ class CompletionBody(SamplingBody):
 
     prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]] = Field(min_length=1)
     """Strings or token IDs."""
-    max_tokens: int = Field(16, ge=1)
-    """Generate at most N tokens per completion."""
+    max_tokens: int = Field(16, ge=0)
+    """Generate at most N tokens per completion; 0, with `echo`, scores the prompt alone."""
     logprobs: _NumTop | None = None
     """Return log-probabilities, also of the N most likely tokens."""
     echo: bool = False
@@ -158,6 +163,8 @@ class CompletionBody(SamplingBody):
     def _check_options(self):
         if self.echo and self.stream:
             raise ValueError("echo and stream exclude each other")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or echo true")
         return self
 
     @property

@@ -3,9 +3,13 @@ send a request; here both are, so that clients that send nothing leave room for 
 """
 
 import logging
+import os
+import re
+import secrets
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -16,9 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 from loraloom.generation.engine import Engine
-from loraloom.serve.http.guards import TENANT, USAGE
+from loraloom.serve.http.guards import MODEL, TENANT, USAGE
 
 _log = logging.getLogger(__name__)
 # Seconds in which headers, and then a body, must have come, and some of an answer be read.
@@ -82,6 +86,7 @@ class _AccessLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun_s, status = time.monotonic(), "unanswered"
+        request_id = _request_id(scope)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -89,6 +94,8 @@ class _AccessLog:
                 status = str(message["status"])
                 path = getattr(scope.get("route"), "path", "other")
                 self._counts["http_responses", path, status] += 1
+                header = (b"x-request-id", request_id.encode())
+                message = {**message, "headers": [*message["headers"], header]}
             await send(message)
 
         try:
@@ -97,8 +104,9 @@ class _AccessLog:
             if scope["type"] == "http":
                 path = get_path_with_query_string(scope)  # pyright: ignore
                 client = get_client_addr(scope)  # pyright: ignore
-                details = [f"{time.monotonic() - begun_s:.2f} s"]
+                details = [f"{time.monotonic() - begun_s:.2f} s", f"request {request_id}"]
                 details += [f"key {scope[TENANT][:8]}"] if TENANT in scope else []
+                details += [f"model {shown(scope[MODEL])}"] if MODEL in scope else []
                 if USAGE in scope:
                     text = "{prompt_tokens} tokens in, {completion_tokens} out"
                     details.append(text.format(**scope[USAGE]()))
@@ -106,10 +114,17 @@ class _AccessLog:
                 _log.info('%s "%s" %s, %s', client, what, status, ", ".join(details))
 
 
+def _request_id(scope: Scope) -> str:
+    """Take the ID that a client or proxy has given a request, if it is short and safe to log."""
+    sent = dict(scope.get("headers", ())).get(b"x-request-id", b"").decode("latin-1")
+    return sent if re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", sent) else f"req_{secrets.token_hex(16)}"
+
+
 class Server(uvicorn.Server):
     """Ends when the requests that it has accepted have ended; a second signal ends it at once."""
 
-    def __init__(self, app: FastAPI, engine: Engine):
+    def __init__(self, app: FastAPI, engine: Engine, on_stop: Callable[[], object] = lambda: None):
+        self._on_stop = on_stop
         connection = partial(_Connection, max_connections(), engine.counts)
         super().__init__(
             uvicorn.Config(
@@ -132,10 +147,14 @@ class Server(uvicorn.Server):
             connection.end_if_slow()  # pyright: ignore[reportAttributeAccessIssue]
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own would raise the signal again at the end, which is no success
         if self.should_exit:
-            raise KeyboardInterrupt
+            os._exit(130)  # Python's own end would meet the engine in the middle of a step
         self.should_exit = True
 
 

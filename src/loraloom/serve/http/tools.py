@@ -1,60 +1,92 @@
-"""Calls of tools, and answers that keep to a JSON schema.
-
-Models write calls in the notations of their families:
+"""Calls of tools, which models write in the notations of their families.
 
     <tool_call>{"name": …, "arguments": {…}}</tool_call>     Hermes, Qwen, SmolLM3; perhaps several
+    <tool_call><function=NAME><parameter=KEY>…               Qwen3-Coder, with closing tags
     [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]          Mistral
+    [TOOL_CALLS]NAME[ARGS]{…}                                newer Mistral; perhaps several
     {"name": …, "parameters": {…}}                           Llama 3
 
 A text that is none of these, or names a tool that wasn't offered, stays a text.
-
-Axes: V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import llguidance
-import torch
 from openai.types.chat.chat_completion_message_function_tool_call import Function
-from torch import Tensor
 
-from loraloom.errors import ConfigError
-from loraloom.serve.http.schemas import ChatBody
-
+# Of each tool, by its name, the JSON schema of its parameters.
+Tools = Mapping[str, Any]
 _OPENING = "<tool_call>"
+_LISTING = "[TOOL_CALLS]"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 # Where a call may begin: anywhere in an answer, and at its start.
-_BEGINNING = re.compile(r"<tool_call>|<\w*\Z")
+_BEGINNING = re.compile(r"<tool_call>|<\w*\Z|\[TOOL_CALLS\]|\[[A-Z_]*\Z")
 _START = re.compile(rf"\s*(?:[\[{{]|<\||{_BEGINNING.pattern}|\Z)")
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
-# Python's own way of writing JSON; where any space is allowed, small models never end.
-_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_FUNCTION = re.compile(r"<function=([^>\n]+)>")
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_NAMED = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 
 
-def parse_calls(text: str, names: Collection[str]) -> tuple[str, list[Function]]:
+def parse_calls(text: str, tools: Tools) -> tuple[str, list[Function]]:
     """Take an answer apart: the text around calls, and the calls."""
     if _OPENING in text:
-        parts, content = _BLOCK.findall(text), _BLOCK.sub("", text).strip()
+        parts = _BLOCK.findall(text)
+        content = _BLOCK.sub("", text).strip()
+    elif _LISTING in text:
+        content, *parts = text.split(_LISTING)
     else:
-        parts, content = [_MARKERS.sub("", text, count=1)], ""
+        parts = [_MARKERS.sub("", text, count=1)]
+        content = ""
     try:
-        values = [json.loads(part.strip()) for part in parts]
-        listed = [value if isinstance(value, list) else [value] for value in values]
-        calls = [_call(one, names) for part in listed for one in part]
+        calls = [_call(value, tools) for part in parts for value in _read_values(part, tools)]
     except (ValueError, RecursionError):
         return text, []
-    found = [call for call in calls if call is not None]
-    return (content, found) if found and len(found) == len(calls) else (text, [])
+    valid = [call for call in calls if call is not None]
+    is_complete = valid and len(valid) == len(calls)
+    return (content.strip(), valid) if is_complete else (text, [])
 
 
-def _call(value: Any, names: Collection[str]) -> Function | None:
-    if not isinstance(value, dict) or value.get("name") not in names:
+def _read_values(part: str, tools: Tools) -> Iterator[Any]:
+    """The objects of calls, from the text between the marks of a notation."""
+    part = part.strip()
+    function = _FUNCTION.match(part)
+    named = _NAMED.match(part)
+    if function is not None:
+        body = part[function.end() :].removesuffix("</function>")
+        schemas = (tools.get(function[1]) or {}).get("properties") or {}
+        parameters = _PARAMETER.findall(body)
+        arguments = {key: _convert(text, schemas.get(key)) for key, text in parameters}
+        is_complete = not _PARAMETER.sub("", body).strip()
+        yield {"name": function[1], "arguments": arguments} if is_complete else None
+    elif named is not None:
+        yield {"name": named[1], "arguments": json.loads(part[named.end() :])}
+    else:
+        value = json.loads(part)
+        yield from value if isinstance(value, list) else [value]
+
+
+def _convert(text: str, schema: Any) -> Any:
+    """The value of a parameter: its text, unless the schema has only other types."""
+    branches = [schema, *(schema.get("anyOf") or ())] if isinstance(schema, dict) else []
+    types: list[str] = []
+    for branch in branches:
+        kind = branch.get("type") or [] if isinstance(branch, dict) else []
+        types += [kind] if isinstance(kind, str) else kind
+    if not types or "string" in types:
+        return text
+    try:
+        return json.loads(text.lower() if types[0] == "boolean" else text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _call(value: Any, tools: Tools) -> Function | None:
+    if not isinstance(value, dict) or value.get("name") not in tools:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON within JSON
@@ -66,68 +98,29 @@ def _call(value: Any, names: Collection[str]) -> Function | None:
 class CallStream:
     """Holds text back from where a call may begin; at the end, it is one or it isn't."""
 
-    def __init__(self, names: Collection[str]):
-        self._names = names
+    def __init__(self, tools: Tools):
+        self._tools = tools
         self._is_begun = False
         self._held = ""
 
     def push(self, text: str) -> str:
         """Take more of the answer, and return what is text for certain."""
         self._held += text
-        start = None if self._is_begun else _START.match(self._held)
-        start = start or _BEGINNING.search(self._held)
-        settled = self._held[: start and start.start()]
-        self._is_begun |= bool(settled)
-        self._held = self._held[len(settled) :]
+        if not self._is_begun and self._may_be_named():
+            return ""
+        call = None if self._is_begun else _START.match(self._held)
+        if call is None:
+            call = _BEGINNING.search(self._held)
+        num_settled = len(self._held) if call is None else call.start()
+        settled = self._held[:num_settled]
+        self._held = self._held[num_settled:]
+        self._is_begun = self._is_begun or bool(settled)
         return settled
 
+    def _may_be_named(self) -> bool:
+        begun = self._held.lstrip()
+        starts = [f"{name}{{" for name in self._tools]
+        return any(begun.startswith(start) or start.startswith(begun) for start in starts)
+
     def finish(self) -> tuple[str, list[Function]]:
-        return parse_calls(self._held, self._names)
-
-
-def json_grammar(body: ChatBody) -> str | None:
-    """Calls of tools or values of a schema, for llguidance; `$ref`s stay in their own schema."""
-    choices = []
-    if body.must_call:
-        for function in (tool["function"] for tool in body.callable_tools):
-            start = f'{{"name": {json.dumps(function["name"])}, "arguments": '
-            schema = {"type": "object", **(function.get("parameters") or {})}
-            choices.append(f'{json.dumps(start)} {_json(schema)} "}}"')
-    elif body.schema_of_answer is not None:
-        choices.append(_json(body.schema_of_answer))
-    return f"start: {' | '.join(choices)}" if choices else None
-
-
-def _json(schema: dict[str, Any]) -> str:
-    try:
-        return f"%json {json.dumps({**schema, 'x-guidance': _SPACING})}"
-    except RecursionError:
-        raise ConfigError("the JSON schema can't be used: it is nested too deeply") from None
-
-
-def compile_grammar(tokenizer: Any, grammar: str) -> JsonConstraint:
-    written = llguidance.LLMatcher.grammar_from_lark(grammar)
-    matcher = llguidance.LLMatcher(tokenizer, written, log_level=0)
-    if matcher.is_error():
-        raise ConfigError(f"the JSON schema can't be used: {matcher.get_error()}")
-    return JsonConstraint(matcher)
-
-
-@dataclass
-class JsonConstraint:
-    """The tokens that may follow in one completion."""
-
-    matcher: Any
-
-    def copy(self) -> JsonConstraint:
-        return JsonConstraint(self.matcher.deep_copy())
-
-    def allowed(self, num_tokens: int) -> Tensor:
-        biases = bytearray(self.matcher.compute_logit_bias())
-        known = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
-        return torch.nn.functional.pad(known, (0, num_tokens - len(known)))
-
-    def accept(self, token: int) -> bool:
-        if not self.matcher.consume_token(token):
-            raise ConfigError(f"the JSON schema can't be kept: {self.matcher.get_error()}")
-        return self.matcher.is_stopped()
+        return parse_calls(self._held, self._tools)

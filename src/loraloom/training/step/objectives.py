@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from loraloom.data.tokens import Example, TrainingExample, count_labels
+from loraloom.errors import AdapterError, ConfigError
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, ObjectiveConfig
@@ -109,9 +110,22 @@ def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
     return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
 
 
+def _own_terms(
+    config: ObjectiveConfig, scored: ScoredSamples, totals: StepTotals
+) -> ObjectiveTerms:
+    terms = ObjectiveTerms(*config.terms(scored, totals))
+    for name, value in {"loss": terms.loss, **terms.metrics}.items():
+        if shape := list(torch.as_tensor(value).shape):
+            raise ConfigError(
+                f"objective {config.name}: {name} must be a scalar, got a tensor of shape {shape}; "
+                f"return its sum or mean from {type(config).__name__}.terms"
+            )
+    return terms
+
+
 def build_objective(config: ObjectiveConfig) -> Objective:
     if type(config).terms is not ObjectiveConfig.terms:
-        return lambda scored, totals: ObjectiveTerms(*config.terms(scored, totals))
+        return partial(_own_terms, config)
     match config:
         case DpoConfig():
             return partial(dpo, config)
@@ -171,7 +185,11 @@ def load_reference(host: Host, config: ObjectiveConfig) -> Reference | None:
         return Reference()
     name = f"reference-{hashlib.sha256(config.reference.encode()).hexdigest()[:16]}"
     if name not in host.adapters:
-        host.load(name, config.reference)
+        try:
+            host.load(name, config.reference)
+        except AdapterError:
+            if name not in host.adapters:  # another thread has not loaded it meanwhile
+                raise
     return Reference(name)
 
 
@@ -181,7 +199,7 @@ def drop_reference(
     """Take a reference's adapter off the host, unless another job is held at it."""
     name = None if reference is None else reference.adapter_name
     needed = {other.adapter_name for other in others if other is not None}
-    if name in host.adapters and name not in needed:
+    if name is not None and name in host.adapters and name not in needed:
         host.remove(name)
 
 

@@ -1,0 +1,203 @@
+"""Answers that keep to a JSON schema, or call a tool: grammars, checked before they are compiled.
+
+Axes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import unquote
+
+import llguidance
+import torch
+from fastapi.concurrency import run_in_threadpool
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.errors import ConfigError
+from loraloom.serve.http import trial
+from loraloom.serve.http.schemas import ChatBody
+
+MAX_DEPTH = 200
+MAX_CHARACTERS = 200_000
+# Seconds after which a process that compiles is killed, however little it could compute.
+_MAX_WAIT_S = 30
+# Grammars whose outcome is kept: clients send the same schema with each request.
+_NUM_KEPT = 64
+# Python's own way of writing JSON; where any space is allowed, small models never end.
+_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def json_grammar(body: ChatBody) -> str | None:
+    """Calls of tools or values of a schema, for llguidance; `$ref`s stay in their own schema."""
+    choices = []
+    if body.must_call:
+        for function in (tool["function"] for tool in body.callable_tools):
+            start = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+            schema = {"type": "object", **(function.get("parameters") or {})}
+            choices.append(f'{json.dumps(start)} {_json(schema)} "}}"')
+    elif body.schema_of_answer is not None:
+        choices.append(_json(body.schema_of_answer))
+    if not choices:
+        return None
+    grammar = f"start: {' | '.join(choices)}"
+    if len(grammar) > MAX_CHARACTERS:
+        raise ConfigError(
+            f"the JSON schema can't be used: it has {len(grammar):,} characters; a schema, or "
+            f"those of all tools together, may have at most {MAX_CHARACTERS:,}"
+        )
+    return grammar
+
+
+def _json(schema: dict[str, Any]) -> str:
+    try:
+        written = json.dumps({**schema, "x-guidance": _SPACING})
+    except RecursionError:
+        written = ""
+    if not written or (len(written) <= MAX_CHARACTERS and _is_deep(schema, schema, set(), 1)):
+        raise ConfigError(
+            "the JSON schema can't be used: it is nested too deeply; a schema may have at most "
+            f"{MAX_DEPTH} levels, those behind its $refs included"
+        )
+    return f"%json {written}"
+
+
+def _is_deep(value: Any, schema: Any, followed: set[str], depth: int) -> bool:
+    """Whether a part of a schema has too many levels; each `$ref` is followed once."""
+    if depth > MAX_DEPTH:
+        return True
+    children = value if isinstance(value, list) else []
+    if isinstance(value, dict):
+        children = list(value.values())
+        ref = value.get("$ref")
+        if isinstance(ref, str) and ref not in followed:
+            followed.add(ref)
+            children.insert(0, resolve_ref(schema, ref))
+    return any(_is_deep(child, schema, followed, depth + 1) for child in children)
+
+
+def resolve_ref(schema: Any, ref: str) -> Any:
+    """What a JSON pointer within a schema points to; None for what isn't there, or elsewhere."""
+    start, *steps = ref.split("/")
+    for step in steps:
+        key = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, list) and key.isdecimal():
+            schema = dict(enumerate(schema)).get(int(key))
+        else:
+            schema = schema.get(key) if isinstance(schema, dict) else None
+    return schema if start == "#" else None
+
+
+class GrammarCompiler:
+    """Compiles grammars that a process apart has compiled before, and survived.
+
+    Keys take turns, so none waits for more than one grammar of each other key.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int]):
+        self._hf_tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_tokens = end_tokens
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turn = asyncio.Lock()
+        self._outcomes: dict[str, JsonConstraint | str] = {}
+        self._process: subprocess.Popen[str] | None = None
+
+    async def compile(self, grammar: str, tenant: str) -> JsonConstraint:
+        outcome = self._outcomes.pop(grammar, None)
+        if outcome is None:
+            async with self._turns[tenant], self._turn:
+                outcome = self._outcomes.pop(grammar, None)
+                outcome = outcome or await run_in_threadpool(self._compile, grammar)
+        self._outcomes[grammar] = outcome  # as the latest
+        if len(self._outcomes) > _NUM_KEPT:
+            del self._outcomes[next(iter(self._outcomes))]
+        if isinstance(outcome, str):
+            raise ConfigError(f"the JSON schema can't be used: {outcome}")
+        return outcome
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        backend: Any = self._hf_tokenizer.backend_tokenizer  # pyright: ignore
+        return {
+            "tokenizer": backend.to_str(),
+            "n_vocab": self._vocab_size,
+            "eos_token": self._end_tokens,
+        }
+
+    @cached_property
+    def _tokenizer(self) -> Any:  # takes a second
+        return llguidance.LLTokenizer(**self._settings)
+
+    def _compile(self, grammar: str) -> JsonConstraint | str:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", trial.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C is the server's
+            )
+            if not self._ask(self._settings):
+                raise RuntimeError("the process that compiles grammars can't be started")
+        answer = self._ask(grammar)
+        if not answer:
+            return "it is too complex to compile; use fewer properties, or simpler patterns"
+        if answer != "\n":
+            return answer.strip()
+        return JsonConstraint(trial.compile_grammar(self._tokenizer, grammar))
+
+    def _ask(self, value: object) -> str:
+        """The process's answer to a line; none if it died."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(_MAX_WAIT_S, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(f"{json.dumps(value)}\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        timer.cancel()
+        if not answer:
+            self.close()
+        return answer
+
+
+@dataclass
+class JsonConstraint:
+    """The tokens that may follow in one completion."""
+
+    matcher: Any
+
+    def copy(self) -> JsonConstraint:
+        return JsonConstraint(self.matcher.deep_copy())
+
+    def allowed(self, num_tokens: int) -> Tensor:
+        biases = bytearray(self.matcher.compute_logit_bias())
+        known = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
+        return torch.nn.functional.pad(known, (0, num_tokens - len(known)))
+
+    def accept(self, token: int) -> bool:
+        if not self.matcher.consume_token(token):
+            raise ConfigError(f"the JSON schema can't be kept: {trial.reason(self.matcher)}")
+        return self.matcher.is_stopped()

@@ -1,0 +1,98 @@
+"""Work before the engine is done by turns of API keys."""
+
+import asyncio
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from loraloom.generation.sequence import RequestError
+from loraloom.serve.http.preparation import NUM_THREADS, Preparations
+
+
+@contextmanager
+def working():
+    preparations = Preparations(max_requests=8)
+    preparations.start()
+    try:
+        yield preparations
+    finally:
+        preparations.stop()
+
+
+def test_a_key_with_much_work_keeps_nobody_waiting():
+    done = []
+
+    async def ask(preparations, tenant, seconds):
+        await preparations.run(tenant, lambda: time.sleep(seconds))
+        done.append(tenant)
+
+    async def ask_all():
+        with working() as preparations:
+            crowd = [ask(preparations, "many", 0.05) for _ in range(20)]
+            late = [ask(preparations, "few", 0.01) for _ in range(5)]
+            await asyncio.gather(*crowd, *late)
+
+    asyncio.run(ask_all())
+    assert done.index("few") < 3
+    assert done[:12].count("few") == 5
+
+
+def test_one_piece_of_a_key_is_done_at_a_time():
+    running, most = threading.Semaphore(0), []
+
+    def work():
+        running.release()
+        most.append(running._value)
+        time.sleep(0.01)
+        running.acquire()
+
+    async def ask_all():
+        with working() as preparations:
+            await asyncio.gather(*(preparations.run("a", work) for _ in range(10)))
+
+    asyncio.run(ask_all())
+    assert (max(most), NUM_THREADS) == (1, 2)
+
+
+def test_work_that_nobody_waits_for_is_not_done():
+    done = []
+
+    async def ask_all():
+        with working() as preparations:
+            held = asyncio.create_task(preparations.run("a", lambda: time.sleep(0.1)))
+            await asyncio.sleep(0.02)
+            gone = asyncio.create_task(preparations.run("a", lambda: done.append("gone")))
+            await asyncio.sleep(0)
+            gone.cancel()
+            await held
+            await preparations.run("a", lambda: done.append("kept"))
+
+    asyncio.run(ask_all())
+    assert done == ["kept"]
+
+
+def test_errors_come_to_whoever_asked():
+    async def ask():
+        with working() as preparations:
+            await preparations.run("a", lambda: 1 // 0)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(ask())
+
+
+def test_a_key_prepares_as_many_requests_as_its_part_of_the_line():
+    preparations = Preparations(max_requests=8)
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(preparations.preparing("many"))
+        with pytest.raises(RequestError, match="8 requests of this key are being prepared"):
+            stack.enter_context(preparations.preparing("many"))
+        for _ in range(4):
+            stack.enter_context(preparations.preparing("few"))
+        with pytest.raises(RequestError) as caught:
+            stack.enter_context(preparations.preparing("few"))
+    assert caught.value.code == "queue_full"
+    with preparations.preparing("many"):
+        pass
