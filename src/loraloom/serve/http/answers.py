@@ -40,11 +40,12 @@ class ChatExchange(Exchange):
         read: list[int] = []
         if is_routed(host, adapter):
             encode = partial(encode_for_choice, host, tokenizer, prompt)
-            read = await self.prepare(partial(encode, max_bytes=backend.max_bytes))
+            read = await self.prepare(lambda: encode(max_bytes=backend.max_bytes))
         choice = await self.choose(read, adapter, owner)
         form = form_for(host, choice.adapter)
-        encode = partial(encode_prompt, tokenizer, prompt, form, max_bytes=backend.max_bytes)
-        ids, turn_end = await self.prepare(encode)
+        ids, turn_end = await self.prepare(
+            lambda: encode_prompt(tokenizer, prompt, form, max_bytes=backend.max_bytes)
+        )
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
