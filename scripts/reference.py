@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.cli import main as cli
 from loraloom.generation.engine import Engine
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.adapters import ServedAdapters
 from loraloom.serve.http import guards
 from loraloom.serve.http.app import ApiOptions, create_app
@@ -186,7 +187,9 @@ def fields(
 
 def http_api() -> Iterator[str]:
     yield HTTP
-    parts = mocked(Engine), mocked(PreTrainedTokenizerBase), mocked(ServedAdapters)
+    engine = mocked(Engine)
+    engine.limits = EngineLimits()
+    parts = engine, mocked(PreTrainedTokenizerBase), mocked(ServedAdapters)
     api = create_app(*parts, ApiOptions(allow_loading=True)).openapi()
     models, calls = api["components"]["schemas"], dict[str, tuple[str, Any]]()
     for path, methods in api["paths"].items():

@@ -237,7 +237,8 @@ def _check_size(text: str, max_bytes: int | None) -> None:
     num_bytes = len(text.encode())
     if max_bytes is not None and num_bytes > max_bytes:
         raise RequestError(
-            f"the prompt has {num_bytes:,} bytes, more than fit the model's context; shorten it",
+            f"the prompt has {num_bytes:,} bytes, more than fit the model's context; shorten the "
+            "prompt",
             "context_length_exceeded",
         )
 

@@ -134,7 +134,8 @@ class Scheduler:
             theirs, ours = other.share, row.share
             level = 1
             if theirs.tenant != ours.tenant:
-                theirs, ours, level = theirs.tenant, ours.tenant, 0
+                theirs, ours = theirs.tenant, ours.tenant
+                level = 0
             num_tokens = self.used(other.share)[level] - self.used(row.share)[level]
             return rows[theirs] - rows[ours], num_tokens, other.arrival
 

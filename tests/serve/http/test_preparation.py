@@ -7,13 +7,16 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
 from loraloom.serve.http.preparation import NUM_THREADS, Preparations
+
+LIMITS = EngineLimits(max_rows=2, max_waiting=6)
 
 
 @contextmanager
 def working():
-    preparations = Preparations(max_requests=8)
+    preparations = Preparations(LIMITS)
     preparations.start()
     try:
         yield preparations
@@ -83,7 +86,7 @@ def test_errors_come_to_whoever_asked():
 
 
 def test_a_key_prepares_as_many_requests_as_its_part_of_the_line():
-    preparations = Preparations(max_requests=8)
+    preparations = Preparations(LIMITS)
     with ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(preparations.preparing("many"))

@@ -51,12 +51,16 @@ class ChatExchange(Exchange):
         tool_form = backend.tool_form if prompt.uses_tools else None
         read: list[int] = []
         if is_routed(host, adapter):
-            encode = partial(encode_for_choice, host, tokenizer, prompt, tool_form=tool_form)
-            read = await self.prepare(partial(encode, max_bytes=backend.max_bytes))
+            read = await self.prepare(
+                lambda: encode_for_choice(
+                    host, tokenizer, prompt, tool_form=tool_form, max_bytes=backend.max_bytes
+                )
+            )
         choice = await self.choose(read, adapter, owner)
         form = form_for(host, choice.adapter, tool_form)
-        encode = partial(encode_prompt, tokenizer, prompt, form, max_bytes=backend.max_bytes)
-        ids, turn_end = await self.prepare(encode)
+        ids, turn_end = await self.prepare(
+            lambda: encode_prompt(tokenizer, prompt, form, max_bytes=backend.max_bytes)
+        )
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(

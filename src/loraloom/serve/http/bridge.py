@@ -57,13 +57,9 @@ class Backend:
     """How conversations with tools are written, unless an adapter has a template."""
     loop: asyncio.AbstractEventLoop = field(init=False)
     preparations: Preparations = field(init=False)
-    max_bytes: int | None = field(init=False)
-    """Bytes that no prompt exceeds which fits."""
 
     def __post_init__(self) -> None:
-        self.max_bytes = max_text_bytes(self.tokenizer, self.engine.max_length)
-        limits = self.engine.limits
-        self.preparations = Preparations(limits.max_rows + limits.max_waiting)
+        self.preparations = Preparations(self.engine.limits)
         # the first call ends tokenizer.json's truncation and padding, before other threads call
         self.tokenizer("a")
 
@@ -75,6 +71,11 @@ class Backend:
     @cached_property
     def token_text(self) -> Callable[[int], str]:
         return cache(partial(name_of_token, self.tokenizer))
+
+    @cached_property
+    def max_bytes(self) -> int | None:  # takes a moment
+        """Bytes that no prompt exceeds which fits."""
+        return max_text_bytes(self.tokenizer, self.engine.max_length)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

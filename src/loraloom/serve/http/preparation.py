@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import RequestError
 from loraloom.generation.tenants import Line, Turn
 from loraloom.serve.process import start_apart
@@ -23,8 +24,8 @@ _Piece = tuple[Callable[[], Any], Future[Any]]
 class Preparations:
     """Does pieces of work, first of the tenant that used least seconds, one of each at a time."""
 
-    def __init__(self, max_requests: int):
-        self._max_requests = max_requests
+    def __init__(self, limits: EngineLimits):
+        self._limits = limits
         self._num_requests: Counter[str] = Counter()  # that are being prepared, by tenant
         self._turns: dict[str, Turn[_Piece]] = {}
         self._line: Line[Turn[_Piece]] = Line()
@@ -45,7 +46,8 @@ class Preparations:
     def preparing(self, tenant: str) -> Iterator[None]:
         """Count a request, unless its tenant has as many as its part of the line."""
         num_tenants = len(self._num_requests.keys() | {tenant})
-        if self._num_requests[tenant] * num_tenants >= self._max_requests:
+        max_requests = self._limits.max_rows + self._limits.max_waiting
+        if self._num_requests[tenant] * num_tenants >= max_requests:
             raise RequestError(
                 f"{self._num_requests[tenant]} requests of this key are being prepared; retry "
                 "later, or send fewer at once",
