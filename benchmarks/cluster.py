@@ -26,7 +26,7 @@ from benchmarks.kills import ADAPTERS
 from benchmarks.parallel import difference
 from loraloom.terminal import make_console
 from loraloom.training.job import JobResult
-from loraloom.training.progress import Progress
+from loraloom.training.reporting import Progress
 from loraloom.training.workers import connected
 from tests.training.saved import run_settings, save_inputs
 

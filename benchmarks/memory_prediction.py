@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.base.quantization import stored_weights
 from loraloom.data.tokens import first_fit
+from loraloom.distributed import own_part
 from loraloom.host.host import Host
 from loraloom.ops.token_loss import loss_workspace_bytes
-from loraloom.ranks import own_part
 from loraloom.training.job import Job
 
 _TOKENS = 32

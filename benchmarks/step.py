@@ -35,7 +35,7 @@ from benchmarks.cases import (
     print_figures,
     reset_peak_rss,
 )
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.base.structure import read_structure
 from loraloom.host.host import Host
 from loraloom.ops.token_loss import token_losses

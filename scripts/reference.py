@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.cli import main as cli
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.serve.adapters import ServedAdapters
+from loraloom.serve.adapter_cache import ServedAdapters
 from loraloom.serve.http import guards
 from loraloom.serve.http.app import ApiOptions, create_app
 from loraloom.training.settings import RunConfig

@@ -35,7 +35,7 @@ from loraloom.adapters import (
     SmoraConfig,
     VeraConfig,
 )
-from loraloom.adapters.method import Adapter, Expert
+from loraloom.adapters.contract import Adapter, Expert
 from loraloom.host.host import Host
 
 VOCAB_SIZE = 97

@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import nn
 
 import loraloom
+from loraloom.adapters.contract import AdapterConfig, Projection
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
 from loraloom.adapters.low_rank import generator_for, initial_A
-from loraloom.adapters.method import AdapterConfig, Projection
 from loraloom.routing.routes import router_logits
 
 

@@ -20,12 +20,18 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 
 from loraloom.adapters import CONFIGS, LISTENERS, parse_adapter_config
-from loraloom.adapters.method import Adapter, AdapterConfig, check_config
-from loraloom.durable import write_json
+from loraloom.adapters.contract import Adapter, AdapterConfig, check_config
+from loraloom.atomic_io import write_json
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.formats.disk import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterFiles, find_adapter
 from loraloom.formats.files import fit_to_base, parse_files, read_stored
 from loraloom.formats.layouts import render
+from loraloom.formats.raw_files import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    find_adapter,
+)
 from loraloom.host.host import Host
 from loraloom.host.outer_forward import Rows, TakesCheckpointing, with_auxiliary_loss
 

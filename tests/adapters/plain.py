@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import loraloom
-from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.segment import SegmentTokens
 from tests.blocks import shapes_of
 from tests.tiny import (

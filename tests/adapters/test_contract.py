@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters import CONFIGS
+from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.experts import RouterLossConfig
-from loraloom.adapters.method import AdapterConfig
 from loraloom.formats.files import describe
 from loraloom.host.host import HiddenOutput, Host
 from loraloom.host.prepared_weights import StackedForward

@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_no_copy(gguf_file, cache, monkeypatch):
     def fail(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("loraloom.durable.sync", fail)
+    monkeypatch.setattr("loraloom.atomic_io.sync", fail)
     with pytest.raises(ModelError, match=r"No space left on device; .*the cache \(\$XDG_CACHE"):
         load_base_model(str(gguf_file))
     assert copies(cache) == []

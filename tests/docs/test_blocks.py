@@ -29,7 +29,7 @@ from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.task import load_task_config
 from loraloom.config.text import parse_yaml
-from loraloom.eval.answers import AnswerTaskConfig
+from loraloom.eval.generated_answers import AnswerTaskConfig
 from loraloom.generation.loading import load_host
 from loraloom.serve.http.app import ApiOptions
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import describe, disk, read_adapter
+from loraloom.formats import describe, raw_files, read_adapter
 from loraloom.formats.files import read_stored
 from tests.formats.tiny import ATTENTION, FFN, LORA, MIXTURE, llama_base, write
 
@@ -89,7 +89,7 @@ def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
     def offline(*args, **kwargs):
         raise OSError("outgoing traffic has been disabled")
 
-    monkeypatch.setattr(disk, "snapshot_download", offline)
+    monkeypatch.setattr(raw_files, "snapshot_download", offline)
     with pytest.raises(FormatError, match=r"not a local .*outgoing traffic.*check the name"):
         read_adapter("owner/adapter", base)
 

@@ -26,11 +26,11 @@ from loraloom.eval.results import read_evaluation
 from loraloom.eval.statistics import read_answers
 from loraloom.formats import describe, read_adapter, write_adapter
 from loraloom.report.jobs import read_runs
+from loraloom.training.checkpoints import MANIFEST
 from loraloom.training.engine import Engine
-from loraloom.training.progress import Progress
+from loraloom.training.reporting import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig, load_run_config
-from loraloom.training.store import MANIFEST
 from tests.conftest import build_tokenizer
 from tests.formats.tiny import forget_settings, llama_base, make_tensors
 from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives
@@ -213,7 +213,7 @@ def test_paths_of_adapters(path, monkeypatch):
     def no_hub(*args: Any, **options: Any) -> str:
         raise OSError("no hub here")
 
-    monkeypatch.setattr("loraloom.formats.disk.snapshot_download", no_hub)
+    monkeypatch.setattr("loraloom.formats.raw_files.snapshot_download", no_hub)
     monkeypatch.setenv("HOME", tempfile.gettempdir())
     assert survives(lambda: read_adapter(path, BASE)) is not None
 

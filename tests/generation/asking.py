@@ -7,8 +7,8 @@ from typing import Any
 
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import complete
+from loraloom.generation.request import Event, GenerationRequest, Piece
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.sequence import Event, GenerationRequest, Piece
 from loraloom.host.choice import Choice
 from loraloom.host.layout import RowAdapter
 

@@ -4,8 +4,8 @@ import pytest
 
 from loraloom.generation.generate import Conversation, generate
 from loraloom.generation.prompts import Prompt
+from loraloom.generation.request import RequestError
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.sequence import RequestError
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 GREEDY = SamplingConfig(max_new_tokens=6)

@@ -12,9 +12,9 @@ import loraloom.generation.engine as engine_module
 from loraloom.errors import DataError
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import check_token_ids
+from loraloom.generation.request import RequestError, Share
 from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import RequestError, Share
 from loraloom.host.decoding import Decoding
 from tests.generation.asking import TEXTS, Asked, alone, answers, finish, request, submit
 from tests.generation.conftest import NAMES, SIZES

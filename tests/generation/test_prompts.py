@@ -9,7 +9,7 @@ from loraloom.data.templates import ChatTemplate, given_source, load_template, r
 from loraloom.data.tokens import learn_completions
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.prompts import Prompt, encode_prompt, form_for, max_text_bytes
-from loraloom.generation.sequence import RequestError
+from loraloom.generation.request import RequestError
 from loraloom.host.host import Host
 
 TEMPLATE = (

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from loraloom.generation.request import GenerationRequest, Row, Share
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import Scheduler
-from loraloom.generation.sequence import GenerationRequest, Row, Share
 from loraloom.host.choice import Choice
 from tests.conftest import build_tokenizer
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from loraloom.generation.engine import READ_PER_TOKEN, Engine
+from loraloom.generation.request import Event, GenerationRequest, Piece, RequestError, Row
 from loraloom.generation.runner import PrefixCache
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import Event, GenerationRequest, Piece, RequestError, Row
 from loraloom.generation.tenants import Account, Line
 from loraloom.host.choice import Choice
 from tests.tiny import METHODS

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 
 import loraloom
 from loraloom import LoraConfig, Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router
-from loraloom.adapters.method import Expert
+from loraloom.adapters.contract import Expert
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.data.tokens import Example
 from loraloom.errors import AdapterError, ConfigError, DataError, FormatError

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraloom.adapters import LoraConfig
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.base.blocks import BaseInfo
 from tests.blocks import shapes_of
 

@@ -93,7 +93,7 @@ def test_files_of_pefts_own_methods_load_as_either(method, tmp_path, monkeypatch
     peft_model(ALL_METHODS[method]).save_pretrained(tmp_path)
     theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path)
     assert not isinstance(theirs.peft_config["default"], LoraloomConfig)
-    monkeypatch.setattr("loraloom.formats.disk.snapshot_download", lambda *_, **__: tmp_path)
+    monkeypatch.setattr("loraloom.formats.raw_files.snapshot_download", lambda *_, **__: tmp_path)
     config = LoraloomConfig.from_pretrained("owner/name")
     ours = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path, config=config)
     assert relative_error(logits(ours), logits(theirs)) < 1e-6

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from loraloom.cli.main import main
 from loraloom.data.training_set import TrainingSet
+from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import Engine
-from loraloom.training.progress import Progress
+from loraloom.training.reporting import Progress
 from loraloom.training.settings import JobConfig
-from loraloom.training.store import CheckpointStore
 from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
 
 

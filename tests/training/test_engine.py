@@ -11,8 +11,8 @@ from loraloom.formats.files import read_adapter
 from loraloom.routing import tally
 from loraloom.training import builder
 from loraloom.training import job as job_module
+from loraloom.training.checkpoints import CheckpointStore, RunDirectory
 from loraloom.training.settings import JobConfig
-from loraloom.training.store import CheckpointStore, RunDirectory
 from tests.training.running import (
     assert_same_files,
     assert_same_metrics,

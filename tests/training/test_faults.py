@@ -8,9 +8,9 @@ import torch
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.formats.files import read_adapter
 from loraloom.host.host import Host
-from loraloom.training import rounds, store
+from loraloom.training import checkpoints, rounds
+from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import Engine
-from loraloom.training.store import CheckpointStore
 from tests.training.running import Spoken, resumed
 from tests.training.step.test_fused import assert_same
 from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
@@ -90,7 +90,9 @@ def test_a_best_adapter_that_can_not_be_written_for_a_while_fails_no_job(tmp_pat
     hit, full = engine.jobs["hit"], AdapterError("the adapter can't be written to hit: No space")
     full.__cause__ = NO_SPACE
     is_hit = lambda directory, *_: directory.parts[-3] == "hit" and not hit.is_complete  # noqa: E731
-    monkeypatch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, full))
+    monkeypatch.setattr(
+        checkpoints, "write_adapter", failing(checkpoints.write_adapter, is_hit, full)
+    )
     assert [result.status for result in engine.run()] == ["finished", "finished"]
     assert any(
         "warning: job hit: its best weights can't be written yet" in text
@@ -138,7 +140,9 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
     assert again.round == 2
     is_hit = lambda directory, *_: directory.name == "hit"  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, NO_SPACE))
+        patch.setattr(
+            checkpoints, "write_adapter", failing(checkpoints.write_adapter, is_hit, NO_SPACE)
+        )
         with pytest.raises(ConfigError, match=r"output_dir must be writable.*No space left"):
             again.run()
     again = resumed(tmp_path / "run", CONFIGS, SETS, dtype=torch.float32)

@@ -14,7 +14,7 @@ from torch.nn import Parameter, ParameterList
 import loraloom
 from benchmarks.kills import ADAPTERS, check_kills
 from benchmarks.parallel import difference, resume_elsewhere, settings
-from loraloom.ranks import ProcessRanks
+from loraloom.distributed import ProcessRanks
 from loraloom.training.rounds import RoundRunner
 from loraloom.training.step.fused import sum_gradients
 from tests.training.running import pressing, read_metrics

@@ -11,10 +11,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from loraloom.training import progress
+from loraloom.training import reporting
 from loraloom.training import settings as training_settings
 from loraloom.training.engine import Engine
-from loraloom.training.progress import MetricsFile, open_tracker
+from loraloom.training.reporting import MetricsFile, open_tracker
 from tests.training.running import Spoken
 from tests.training.toy import toy_config, toy_engine, toy_set
 
@@ -177,6 +177,6 @@ def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeyp
     assert len(snapshots) >= 3
     for place, before in zip(snapshots, [0, *snapshots], strict=False):
         assert "metrics.jsonl" in names[before:place]
-    monkeypatch.setattr(progress, "sync", Mock(side_effect=OSError("quota")))
+    monkeypatch.setattr(reporting, "sync", Mock(side_effect=OSError("quota")))
     (result,) = tracked_engine(tmp_path / "full", "jsonl", max_steps=3, save_steps=1).run()
     assert result.status == "finished"

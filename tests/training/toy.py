@@ -22,13 +22,13 @@ from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.host.host import Host
 from loraloom.training.builder import JobBuilder
+from loraloom.training.checkpoints import RunDirectory
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job, JobResult
-from loraloom.training.progress import Progress
+from loraloom.training.reporting import Progress
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
-from loraloom.training.store import RunDirectory
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
 PAD_ID = 0

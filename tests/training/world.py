@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import loraloom
-from loraloom.ranks import own_part
+from loraloom.distributed import own_part
 from loraloom.training.engine import peak_memory_bytes
 
 _PROCESSES = multiprocessing.get_context("forkserver")

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 from pydantic import Field
 
+from loraloom.adapters.contract import CONFIGS as CONFIGS
+from loraloom.adapters.contract import AdapterConfig, any_method
+from loraloom.adapters.contract import parse_adapter_config as parse_adapter_config
 from loraloom.adapters.dynmole import DynMoleConfig
 from loraloom.adapters.hydralora import HydraLoraConfig
 from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.loramoe import LoraMoeConfig
-from loraloom.adapters.method import CONFIGS as CONFIGS
-from loraloom.adapters.method import AdapterConfig, any_method
-from loraloom.adapters.method import parse_adapter_config as parse_adapter_config
 from loraloom.adapters.mixlora import ExpertsConfig as ExpertsConfig
 from loraloom.adapters.mixlora import MixLoraConfig
 from loraloom.adapters.mixlora import SharedExpertConfig as SharedExpertConfig

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.method import Adapter, AdapterConfig, Projection
-from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
+from loraloom.adapters.extra_modules import refuse_own_parts
+from loraloom.adapters.tensor_names import TensorKey
 from loraloom.adapters.weighted_sum import concatenate
 from loraloom.base.blocks import BaseInfo, BaseProjection
 from loraloom.config.fields import checked

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from loraloom.adapters.contract import MAX_NUMBER, Free, Projection
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
-from loraloom.adapters.method import MAX_NUMBER, Free, Projection
 from loraloom.adapters.segment import Records, Samples
 from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.losses import AddUp, whole

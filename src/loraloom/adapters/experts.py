@@ -10,11 +10,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.keys import Weights
+from loraloom.adapters.contract import MAX_NUMBER, AdapterConfig, Free
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, initial_weight
-from loraloom.adapters.method import MAX_NUMBER, AdapterConfig, Free
 from loraloom.adapters.segment import Records, Samples, SegmentTokens
+from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection
 from loraloom.config.fields import CheckInfo
 from loraloom.errors import AdapterError

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from loraloom.adapters.contract import AdapterConfig, Projection
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
 from loraloom.adapters.lora import LoraProjection
-from loraloom.adapters.method import AdapterConfig, Projection
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.routes import router_logits

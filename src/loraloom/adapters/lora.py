@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loraloom.adapters.keys import Pattern, TensorKey, matches
+from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, AdapterConfig, Free, Projection
 from loraloom.adapters.low_rank import LowRankConfig, initial_A
-from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, AdapterConfig, Free, Projection
+from loraloom.adapters.tensor_names import Pattern, TensorKey, matches
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.errors import AdapterError
 from loraloom.ops.low_rank import dora_norms

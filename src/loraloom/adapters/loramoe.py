@@ -11,6 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from loraloom.adapters.contract import MAX_NUMBER, Free, Projection
 from loraloom.adapters.experts import (
     ExpertCount,
     MixtureConfig,
@@ -18,7 +19,6 @@ from loraloom.adapters.experts import (
     check_has_experts,
 )
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
-from loraloom.adapters.method import MAX_NUMBER, Free, Projection
 from loraloom.adapters.segment import Records, Samples, SampleTokens
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.routing.losses import AddUp, whole

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.keys import Weights
-from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection
+from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection
 from loraloom.adapters.segment import FfnRows, SegmentTokens
+from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.ops.expert_ffn import FfnWeights, expert_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn

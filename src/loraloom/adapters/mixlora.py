@@ -15,12 +15,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from loraloom.adapters.contract import (
+    MAX_NUMBER,
+    MAX_RANK,
+    Adapter,
+    AdapterConfig,
+    Free,
+    Projection,
+)
 from loraloom.adapters.experts import Choice, ExpertCount, Router, RoutingConfig, check_has_experts
-from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_blocks
-from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Free, Projection
 from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
+from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError

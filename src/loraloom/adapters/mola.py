@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
+from loraloom.adapters.contract import Free, Projection
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
-from loraloom.adapters.method import Free, Projection
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.errors import AdapterError
 

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from loraloom.adapters.contract import Free, Projection
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_weight
-from loraloom.adapters.method import Free, Projection
 from loraloom.base.blocks import BaseProjection, Block
 
 

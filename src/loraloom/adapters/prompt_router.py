@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from loraloom.adapters.keys import Weights
+from loraloom.adapters.tensor_names import Weights
 from loraloom.errors import AdapterError
 
 # Of the fit: AdamW's.

@@ -13,12 +13,12 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from loraloom.adapters.keys import Weights
+from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Expert, Free, Projection
+from loraloom.adapters.extra_modules import refuse_own_parts
 from loraloom.adapters.low_rank import LowRankAdapter, generator_for
-from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Expert, Free, Projection
-from loraloom.adapters.own import refuse_own_parts
 from loraloom.adapters.prompt_router import PromptRouter
 from loraloom.adapters.segment import SegmentTokens
+from loraloom.adapters.tensor_names import Weights
 from loraloom.adapters.weighted_sum import MAX_MEMBERS, SumProjection, check_adds_up, sum_blocks
 from loraloom.base.blocks import BaseLayer, Block
 from loraloom.config.fields import check_name, checked

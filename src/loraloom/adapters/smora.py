@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from loraloom.adapters.contract import AdapterConfig, Projection
 from loraloom.adapters.experts import Router, RouterLossConfig, check_at_most
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
-from loraloom.adapters.method import AdapterConfig, Projection
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.routes import TopK, router_logits

@@ -13,9 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.keys import Weights
+from loraloom.adapters.contract import (
+    MAX_NUMBER,
+    MAX_RANK,
+    Adapter,
+    AdapterConfig,
+    Free,
+    Projection,
+)
 from loraloom.adapters.low_rank import LowRankAdapter
-from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Free, Projection
+from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
+from loraloom.adapters.extra_modules import refuse_own_parts
 from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.low_rank import LowRankAdapter
-from loraloom.adapters.method import Adapter, AdapterConfig, Projection
-from loraloom.adapters.own import refuse_own_parts
 from loraloom.adapters.segment import SegmentTokens
+from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer
 from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, shown

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loraloom.distributed import own_part, whole
 from loraloom.errors import AdapterError
-from loraloom.ranks import own_part, whole
 
 BlockKind = Literal["attention", "ffn"]
 # Names of a block's projections, grouped by the tensor that they read, in the order of computing.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraloom.base.blocks import BaseLayer, BlockInfo
 from loraloom.base.quantization import quantized_linears
-from loraloom.ranks import whole
+from loraloom.distributed import whole
 
 _FORM = "v2-"
 # float16 has at least bfloat16's digits in numbers from here on, and fewer below.

@@ -21,11 +21,11 @@ from transformers import GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 from transformers.utils import logging
 
+from loraloom.atomic_io import cache_directory, write_directory
 from loraloom.base.quantization import check_checkpoint, check_quantization, transformers_config
 from loraloom.base.sharding import sharded_class
 from loraloom.config.model import AttnImplementation, BaseDtype, check_device
 from loraloom.config.text import local_path
-from loraloom.durable import cache_directory, write_directory
 from loraloom.errors import LoraloomError, ModelError, shown
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
 from loraloom.data.sources import find_location
 from loraloom.errors import ConfigError
-from loraloom.formats.disk import refuse_to_overwrite
+from loraloom.formats.raw_files import refuse_to_overwrite
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.router import RouterFit, fit_router
 from loraloom.host.host import Host

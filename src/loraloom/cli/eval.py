@@ -11,19 +11,19 @@ from cyclopts import Parameter
 from pydantic import Field
 from typing_extensions import override
 
+from loraloom.atomic_io import cache_directory, prepare_output
 from loraloom.cli.init import first_rows, infer_source
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import DataFormat, Scoring, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_yaml
 from loraloom.data.sources import find_location, read_rows
-from loraloom.durable import cache_directory, prepare_output
 from loraloom.eval import evaluation, held_out
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
 from loraloom.eval.statistics import choose_pairs
-from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import read_stored
+from loraloom.formats.raw_files import find_adapter
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.terminal import make_console, print_tables
 

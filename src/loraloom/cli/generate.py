@@ -11,12 +11,12 @@ from pydantic import Field
 from typing_extensions import override
 
 from loraloom.adapters.weighted_sum import is_sum
+from loraloom.atomic_io import append_text, cut_torn_line, prepare_output
 from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
 from loraloom.config.text import parse_json
 from loraloom.data.chat import read_messages, read_tools
 from loraloom.data.encoding import given_form
 from loraloom.data.sources import Row, read_rows
-from loraloom.durable import append_text, cut_torn_line, prepare_output
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from loraloom.atomic_io import prepare_output, write_output
 from loraloom.base.loading import load_tokenizer
 from loraloom.cli.data import row_lines
 from loraloom.config.data import DataFormat, SourceConfig
@@ -23,7 +24,6 @@ from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of
 from loraloom.data.tasks import answer_options
 from loraloom.data.templates import compile_template, render
-from loraloom.durable import prepare_output, write_output
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.terminal import make_console
 

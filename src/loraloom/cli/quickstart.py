@@ -9,23 +9,23 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 from loraloom.adapters.routed import of_experts
+from loraloom.atomic_io import write_output
 from loraloom.base.loading import find_device, load_base_model
 from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_yaml
 from loraloom.data import tiny_base
-from loraloom.durable import write_output
 from loraloom.eval.evaluation import evaluate
 from loraloom.eval.results import Evaluation
 from loraloom.generation.router import fit_router
 from loraloom.host.host import attach
 from loraloom.report.page import make_page
 from loraloom.terminal import make_console, make_table, print_tables, show_progress
-from loraloom.training.progress import Progress
+from loraloom.training.checkpoints import RunDirectory
+from loraloom.training.reporting import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
-from loraloom.training.store import RunDirectory
 
 NUM_LANDS = 8
 BASE_STEPS = 4000

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from loraloom.durable import prepare_output, write_output
+from loraloom.atomic_io import prepare_output, write_output
 from loraloom.errors import ConfigError
 from loraloom.report.page import make_page
 

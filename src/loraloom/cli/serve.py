@@ -17,11 +17,11 @@ from loraloom.config.data import PromptForm
 from loraloom.data.encoding import given_form
 from loraloom.data.templates import given_source
 from loraloom.errors import ConfigError
-from loraloom.formats.disk import CONFIG_FILE
+from loraloom.formats.raw_files import CONFIG_FILE
 from loraloom.generation import loading
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.serve.adapters import ServedAdapters
+from loraloom.serve.adapter_cache import ServedAdapters
 from loraloom.serve.process import KeyFiles, LineFormatter, bound_memory, is_loopback, start_apart
 
 # Options that vLLM heeds too.

@@ -19,10 +19,10 @@ from loraloom.config.fields import StrictModel
 from loraloom.errors import TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
 from loraloom.training import run as training
-from loraloom.training.inbox import WatchOptions
 from loraloom.training.job import JobResult
-from loraloom.training.progress import Progress
+from loraloom.training.reporting import Progress
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
+from loraloom.training.watched_directory import WatchOptions
 
 MAX_ADAPTERS = 8
 

@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loraloom.atomic_io import write_directory
 from loraloom.base.loading import quiet
 from loraloom.data.skills import FIRST_SYLLABLES, LAST_SYLLABLES, generate_skills, land_names
-from loraloom.durable import write_directory
 
 NUM_LANDS, FIRST_LAND = 600, 592
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.base.quantization import stored_weights
 from loraloom.data.sources import sha256
 from loraloom.errors import ConfigError, plain
-from loraloom.formats.disk import ADAPTER_FILES, find_adapter
+from loraloom.formats.raw_files import ADAPTER_FILES, find_adapter
 from loraloom.host.host import Host
 
 # Raise it with every change of the code that may change a log-likelihood or an answer.

@@ -22,9 +22,9 @@ from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, TokenPair
 from loraloom.errors import ConfigError, not_finite
-from loraloom.eval import answers
-from loraloom.eval.answers import AnswerSet
+from loraloom.eval import generated_answers
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
+from loraloom.eval.generated_answers import AnswerSet
 from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
 from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, check_limit
 from loraloom.eval.routing import RoutingTally
@@ -111,12 +111,16 @@ class _Pass:
 
     def _answer(self, asked: AnswerSet) -> Scores:
         if asked.judged is not None:
-            return answers.judged_scores(asked, asked.judged, [x or BASE for x in self.names])
+            return generated_answers.judged_scores(
+                asked, asked.judged, [x or BASE for x in self.names]
+            )
         sizes = [1] * len(asked.rows) * len(self.names)
         with show_progress(self.console, asked.task, sizes) as advance:
-            generate = partial(answers.generate_answers, self.scorer, self.tokenizer, asked)
+            generate = partial(
+                generated_answers.generate_answers, self.scorer, self.tokenizer, asked
+            )
             texts = {name or BASE: generate(name, advance) for name in self.names}
-        return answers.answer_scores(asked, texts)
+        return generated_answers.answer_scores(asked, texts)
 
     def measure(self, data: HeldOutSet) -> Scores:
         scorer = self.scorer
@@ -246,7 +250,11 @@ def load_question_sets(
 ) -> list[Asked]:
     check_limit(limit)
     _check_differ("tasks", [task_name(task) for task in tasks])
-    answered = {task: one for task in tasks if (one := answers.load_answer_set(task, split, limit))}
+    answered = {
+        task: one
+        for task in tasks
+        if (one := generated_answers.load_answer_set(task, split, limit))
+    }
     without = [task for task, asked in answered.items() if asked.details.get("split") is None]
     if split and without:
         raise ConfigError(

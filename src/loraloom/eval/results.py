@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
+from loraloom.atomic_io import write_output
 from loraloom.config.fields import checked
 from loraloom.config.text import read_json
-from loraloom.durable import write_output
 from loraloom.errors import ConfigError, DataError
 from loraloom.terminal import make_table
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.contract import AdapterConfig
 from loraloom.eval.results import Fields
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.host.host import Host

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
-from loraloom.adapters.method import AdapterConfig
-from loraloom.adapters.own import refuse_own_parts, tensor_shapes
+from loraloom.adapters.contract import AdapterConfig
+from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.formats.disk import find_adapter, write_new
 from loraloom.formats.fields import check_reference_holds
 from loraloom.formats.files import fit_to_base, model_card, read_stored, seen_base
 from loraloom.formats.layouts import render
+from loraloom.formats.raw_files import find_adapter, write_new
 
 if TYPE_CHECKING:
     from loraloom.host.host import Host

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import quantize
 from torch import Tensor
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError
 

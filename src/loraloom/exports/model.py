@@ -22,16 +22,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.core_model_loading import revert_weight_conversion
 
 from loraloom.adapters.combining import check_merges
-from loraloom.adapters.method import Adapter
-from loraloom.adapters.own import own_parts, refuse_own_parts
+from loraloom.adapters.contract import Adapter
+from loraloom.adapters.extra_modules import own_parts, refuse_own_parts
+from loraloom.atomic_io import write_directory, write_file, write_json
 from loraloom.base.blocks import Block
 from loraloom.base.loading import DTYPES, quiet
 from loraloom.base.quantization import quantized_linears
 from loraloom.config.model import Dtype
-from loraloom.durable import write_directory, write_file, write_json
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.exports.gguf import architecture_of, write_gguf_adapter
-from loraloom.formats.disk import write_safetensors
+from loraloom.formats.raw_files import write_safetensors
 from loraloom.host.host import Host
 
 ExportForm = Literal["moe", "merged", "gguf"]

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom import adapters
+from loraloom.adapters.contract import AdapterConfig, Targets
+from loraloom.adapters.extra_modules import OWN_FIELDS
 from loraloom.adapters.lora import matches, pattern_value
-from loraloom.adapters.method import AdapterConfig, Targets
-from loraloom.adapters.own import OWN_FIELDS
 from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError, shown
-from loraloom.formats.disk import CONFIG_FILE, AdapterFiles, settings_in
+from loraloom.formats.raw_files import CONFIG_FILE, AdapterFiles, settings_in
 
 Settings = dict[str, Any]
 
@@ -171,7 +171,7 @@ def _read_lora(files: AdapterFiles) -> Settings:
             f"{shown(start)}; save it from PEFT with path_initial_model_for_weight_conversion, "
             "which makes it a plain LoRA"
         )
-    modules = {  # those with tensors: as in the base model, and as keys.py has them
+    modules = {  # those with tensors: as in the base model, and as tensor_names.py has them
         match["module"]: f"layers.{match['layer']}.{match['path']}"
         for match in map(_MODULE.match, files.tensors)
         if match is not None

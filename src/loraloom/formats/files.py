@@ -24,13 +24,13 @@ from jinja2 import Environment
 from torch import Tensor
 
 from loraloom.adapters import CONFIGS
-from loraloom.adapters.keys import Shape, TensorKey, within
-from loraloom.adapters.method import AdapterConfig
-from loraloom.adapters.own import MODULES, TOKENS, has_own_parts, tensor_shapes
+from loraloom.adapters.contract import AdapterConfig
+from loraloom.adapters.extra_modules import MODULES, TOKENS, has_own_parts, tensor_shapes
+from loraloom.adapters.tensor_names import Shape, TensorKey, within
 from loraloom.base.blocks import BaseInfo, guess_blocks
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError, names_in, shown
-from loraloom.formats import disk
+from loraloom.formats import raw_files
 from loraloom.formats.fields import known_targets
 from loraloom.formats.foreign import of_axolotl, up_to_date
 from loraloom.formats.layouts import StoredAdapter, parse, render
@@ -41,15 +41,15 @@ _KINDS = {"router": "router", "magnitude": "magnitudes"}
 def read_adapter(
     path_or_hub_id: str | Path, base: BaseInfo, settings: Mapping[str, Any] | None = None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    return fit_to_base(read_stored(disk.find_adapter(path_or_hub_id), settings), base)
+    return fit_to_base(read_stored(raw_files.find_adapter(path_or_hub_id), settings), base)
 
 
 def read_stored(directory: Path, settings: Mapping[str, Any] | None = None) -> StoredAdapter:
     """Read an adapter as its files describe it, with no base model at hand."""
-    return parse_files(replace(disk.read_files(directory), given=settings or {}))
+    return parse_files(replace(raw_files.read_files(directory), given=settings or {}))
 
 
-def parse_files(files: disk.AdapterFiles) -> StoredAdapter:
+def parse_files(files: raw_files.AdapterFiles) -> StoredAdapter:
     """Find out the method from the configuration, and understand the files by its layout."""
     methods = {method.peft_type: method for method in CONFIGS}
     try:
@@ -62,11 +62,11 @@ def parse_files(files: disk.AdapterFiles) -> StoredAdapter:
         if peft_type in methods:
             return parse(files, methods[peft_type])
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, re.error) as error:
-        raise files.error(f"{disk.CONFIG_FILE} is not valid: {error}") from error
+        raise files.error(f"{raw_files.CONFIG_FILE} is not valid: {error}") from error
     package = files.section("loraloom").get("package")
     writer = f" of the package {shown(package)}" if package else ""
     raise files.error(
-        f"`peft_type` in {disk.CONFIG_FILE} must be one of {', '.join(methods)}, got "
+        f"`peft_type` in {raw_files.CONFIG_FILE} must be one of {', '.join(methods)}, got "
         f"{shown(peft_type)}{writer}; install a package that provides this method as an entry "
         "point of loraloom.methods, or call loraloom.register_method first"
     )
@@ -85,9 +85,9 @@ def write_adapter(
     """Save an adapter: adapter_config.json, adapter_model.safetensors and README.md."""
     directory = Path(os.path.expanduser(directory))
     if not overwrite:
-        disk.refuse_to_overwrite(directory)
+        raw_files.refuse_to_overwrite(directory)
     card = model_card(config, base, prompt=prompt) if card is None else card
-    disk.replace_files(directory, render(config, tensors, base, prompt), card)
+    raw_files.replace_files(directory, render(config, tensors, base, prompt), card)
 
 
 def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -205,7 +205,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     """Give an adapter's method, settings, sizes and norms, as `inspect --json` prints them."""
     # Parameters are the adapter's, by kind, without what all layers share. Norms are those of each
     # kind of tensor over all layers and experts, without tensors that have infinite values or NaN.
-    directory = disk.find_adapter(path_or_hub_id)
+    directory = raw_files.find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     config, tensors, base = stored.config, stored.tensors, stored.base
     keys = {name: key for name in tensors if (key := TensorKey.parse(within(name)))}
@@ -224,7 +224,7 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     finite = {kind: list(filter(math.isfinite, values)) for kind, values in norms.items()}
     used, targets = {key.projection for key in keys.values()}, config.target_modules
     names = [t for t in targets if t.rpartition(".")[2] in used]
-    files = [directory / name for name in disk.ADAPTER_FILES]
+    files = [directory / name for name in raw_files.ADAPTER_FILES]
     total = sum(parameters.values())
     return {
         "path": str(path_or_hub_id),
@@ -269,7 +269,7 @@ def model_card(
         "tags": ["loraloom", config.title.lower()],
     }
     # The Hub takes no local path.
-    if disk.HUB_ID.fullmatch(base_name) and not Path(base_name).exists():
+    if raw_files.HUB_ID.fullmatch(base_name) and not Path(base_name).exists():
         front = {"base_model": base_name, **front}
         front["tags"].append(f"base_model:adapter:{base_name}")
     settings = config.model_dump(mode="json", exclude_none=True)

@@ -24,11 +24,11 @@ import re
 from dataclasses import replace
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.adapters.own import OWN_FIELDS
+from loraloom.adapters.extra_modules import OWN_FIELDS
 from loraloom.errors import shown
-from loraloom.formats.disk import SIDECAR_SETTINGS, SIDECAR_WEIGHTS, AdapterFiles, Sidecar
 from loraloom.formats.fields import LORA_FIELDS
 from loraloom.formats.layouts import StoredAdapter, build_config, parse
+from loraloom.formats.raw_files import SIDECAR_SETTINGS, SIDECAR_WEIGHTS, AdapterFiles, Sidecar
 
 _STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
 _PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}

@@ -2,7 +2,7 @@
 
     peft        base_model.model.{layers_path}.{L}.{block}.{projection}.{part}         PEFT's
     reference   {method}.layers.{L}.{block}[.{projection}][.experts.{e}].{part}.weight MoE-PEFT's
-    native      base_model.model.{key of keys.py}      for methods that no other library has
+    native      base_model.model.{key of tensor_names.py}      for methods that no other library has
     all three   base_model.model.{path}.{parameter}    a module of modules_to_save
                 base_model.model.{path}.token_adapter.trainable_tokens_delta    some tokens' rows
 
@@ -26,16 +26,16 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
-from loraloom.adapters.keys import TensorKey, is_meant
-from loraloom.adapters.method import AdapterConfig
-from loraloom.adapters.own import MODULES, OWN_FIELDS, TOKENS, own_parts
+from loraloom.adapters.contract import AdapterConfig
+from loraloom.adapters.extra_modules import MODULES, OWN_FIELDS, TOKENS, own_parts
+from loraloom.adapters.tensor_names import TensorKey, is_meant
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
-from loraloom.formats.disk import CONFIG_FILE, RECORD, AdapterFiles
 from loraloom.formats.fields import decisive_fields, read_settings, write_fields
+from loraloom.formats.raw_files import CONFIG_FILE, RECORD, AdapterFiles
 
 # Version of what loraloom adds to files; those with a higher one are refused.
 RECORD_VERSION = 1
@@ -102,7 +102,7 @@ class StoredAdapter:
     config: AdapterConfig
     """`target_modules` holds all names that the configuration lists or the tensors use."""
     tensors: dict[str, Tensor]
-    """By our keys (keys.py)."""
+    """By our keys (tensor_names.py)."""
     base: BaseRecord
     source: str
     prompt: PromptForm | None = None

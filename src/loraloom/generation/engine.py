@@ -17,15 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.devices import free_memory
 from loraloom.errors import DataError, not_finite
 from loraloom.generation.prompts import check_token_ids
-from loraloom.generation.runner import Runner
-from loraloom.generation.sampling import end_tokens
-from loraloom.generation.scheduler import EngineLimits, Scheduler
-from loraloom.generation.scoring import too_large
-from loraloom.generation.sequence import (
+from loraloom.generation.request import (
     GenerationRequest,
     RequestError,
     Row,
@@ -33,6 +29,10 @@ from loraloom.generation.sequence import (
     Sink,
     log_failure,
 )
+from loraloom.generation.runner import Runner
+from loraloom.generation.sampling import end_tokens
+from loraloom.generation.scheduler import EngineLimits, Scheduler
+from loraloom.generation.scoring import too_large
 from loraloom.generation.tenants import Tenant
 from loraloom.host.choice import MAX_PROMPT, Choice
 from loraloom.host.forward import Record

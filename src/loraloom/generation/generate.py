@@ -13,9 +13,9 @@ from loraloom.data.templates import Message
 from loraloom.errors import ConfigError, DataError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import Prompt, check_token_ids, read_prompts
+from loraloom.generation.request import Event, GenerationRequest, Row
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import Event, GenerationRequest, Row
 from loraloom.host.choice import Choice, told
 from loraloom.host.host import Host
 

@@ -12,8 +12,8 @@ from loraloom.base.loading import find_device, find_source, load_base_model
 from loraloom.base.quantization import check_quantization
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
-from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import read_stored
+from loraloom.formats.raw_files import find_adapter
 from loraloom.host.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.host.host import Host, attach
 

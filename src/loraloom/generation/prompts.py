@@ -18,7 +18,7 @@ from loraloom.data.control_tokens import drop_marks, mark_control_tokens
 from loraloom.data.templates import ChatTemplate, Conversation, Message, compile_template, render
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
-from loraloom.generation.sequence import RequestError
+from loraloom.generation.request import RequestError
 from loraloom.host.choice import Choice, is_routed
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, name_and_scale

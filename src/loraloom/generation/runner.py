@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.base.structure import keeps_running_states
 from loraloom.errors import not_finite
+from loraloom.generation.request import Row, log_failure
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import Row, log_failure
 from loraloom.host.decoding import Decoding
 from loraloom.host.forward import Record
 from loraloom.host.host import Host

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from loraloom.generation.sequence import Row, Share
+from loraloom.generation.request import Row, Share
 from loraloom.generation.tenants import Line, Tenant
 
 # Tokens that a row must have room for when it joins others, so that it isn't sent back at once.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from loraloom.generation.sequence import Row
+from loraloom.generation.request import Row
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.adapters.weighted_sum import write_sum
 from loraloom.errors import DataError, not_finite
 from loraloom.host.layout import RowAdapter, name_and_scale

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from loraloom.adapters.method import OwnModule
-from loraloom.adapters.own import MODULES, TOKENS, OwnParts
+from loraloom.adapters.contract import OwnModule
+from loraloom.adapters.extra_modules import MODULES, TOKENS, OwnParts
 from loraloom.base.quantization import is_linear, quantized_weight
+from loraloom.distributed import whole
 from loraloom.errors import AdapterError
-from loraloom.ranks import whole
 
 
 class WholeModule(OwnModule):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.host.layout import Layout, Segment
 from loraloom.host.prepared_weights import (

@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from loraloom.adapters.combining import Combination, combine, prune
-from loraloom.adapters.method import Adapter, AdapterConfig, Expert, check_config
-from loraloom.adapters.own import tensor_shapes
+from loraloom.adapters.contract import Adapter, AdapterConfig, Expert, check_config
+from loraloom.adapters.extra_modules import tensor_shapes
 from loraloom.adapters.segment import Records, Samples, SampleTokens
 from loraloom.adapters.weighted_sum import is_sum, parse_sum, write_sum
 from loraloom.base.families import FAMILIES
 from loraloom.base.sharding import decoder_of, recovering
 from loraloom.base.structure import Head, text_config
 from loraloom.config.data import PromptForm
+from loraloom.distributed import Alone, Ranks
 from loraloom.errors import AdapterError, DataError, ModelError, names_in
-from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
+from loraloom.formats.raw_files import find_adapter
 from loraloom.host.choice import Choice, batches_of, choose, output_of, padding_mask
 from loraloom.host.decoding import Decoding, make_cache
 from loraloom.host.forward import ForwardContext, current_forward, running
@@ -54,7 +55,6 @@ from loraloom.host.registry import AdapterRegistry, describe
 from loraloom.host.trial import try_adapters, try_packing
 from loraloom.ops.dropout import sample_key
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
-from loraloom.ranks import Alone, Ranks
 from loraloom.routing.record import LayerRouting, join_routing
 
 

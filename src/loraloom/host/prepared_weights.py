@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loraloom.adapters.contract import Adapter, OwnModule
 from loraloom.adapters.low_rank import input_group
-from loraloom.adapters.method import Adapter, OwnModule
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import Block
 from loraloom.ops.dropout import Site

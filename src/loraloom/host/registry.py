@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.combining import Merged
-from loraloom.adapters.method import Adapter, AdapterConfig, check_config
-from loraloom.adapters.own import own_parts
+from loraloom.adapters.contract import Adapter, AdapterConfig, check_config
+from loraloom.adapters.extra_modules import own_parts
 from loraloom.adapters.weighted_sum import Weighted, WeightedSum, is_sum, parse_sum, write_sum
 from loraloom.base.structure import Head, read_structure
 from loraloom.config.fields import check_name

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters import TRIALS
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.base.structure import unsupported
 from loraloom.errors import LoraloomError, ModelError, shown
 

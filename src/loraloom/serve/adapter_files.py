@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError
-from loraloom.formats.disk import ADAPTER_FILES, CONFIG_FILE
+from loraloom.formats.raw_files import ADAPTER_FILES, CONFIG_FILE
 
 # What an adapter's files are like: names, sizes, times and inodes, of links those of their targets.
 Files = frozenset[tuple[str, int, int, int]]

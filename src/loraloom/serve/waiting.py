@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from loraloom.generation.sequence import RequestError
+from loraloom.generation.request import RequestError
 
 
 @dataclass(eq=False)

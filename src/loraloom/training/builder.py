@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.method import Adapter
-from loraloom.adapters.own import own_parts, refuse_own_parts
+from loraloom.adapters.contract import Adapter
+from loraloom.adapters.extra_modules import own_parts, refuse_own_parts
+from loraloom.adapters.tensor_names import TensorKey
 from loraloom.adapters.weighted_sum import check_is_lora, concatenate
 from loraloom.base.loading import load_tokenizer
 from loraloom.config.data import PromptForm, SourceConfig
@@ -24,9 +24,9 @@ from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_s
 from loraloom.errors import ConfigError, DataError, LoraloomError, shown
 from loraloom.eval.cache import adapter_digest
 from loraloom.eval.score import score_accuracy
-from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.layouts import StoredAdapter
+from loraloom.formats.raw_files import find_adapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.training.job import Job

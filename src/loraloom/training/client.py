@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import AdapterConfig
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.config.data import PromptForm
 from loraloom.data import tokens
 from loraloom.data.tokens import Example, PreferencePair, TrainingExample
@@ -31,7 +31,7 @@ from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.ops.dropout import sample_key
-from loraloom.training import store
+from loraloom.training import checkpoints
 from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerConfig
 from loraloom.training.step import objectives, optimizers
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window
@@ -288,21 +288,23 @@ class TrainingClient:
         state = optimizers.learning_state(self.parameters, self._optimizer)
         state |= {"step": self.step, "forwards": self._forwards, "draws": self._draws}
         state["loss_scale"] = None if self._loss_scale is None else asdict(self._loss_scale)
-        records = {_STATE: store.JobRecord(self._settings())}
-        checkpoint = store.Checkpoint(self.step, 0.0, store.describe_base(self.host), records)
-        states = store.CheckpointStore(Path(os.path.expanduser(directory)))
+        records = {_STATE: checkpoints.JobRecord(self._settings())}
+        checkpoint = checkpoints.Checkpoint(
+            self.step, 0.0, checkpoints.describe_base(self.host), records
+        )
+        states = checkpoints.CheckpointStore(Path(os.path.expanduser(directory)))
         states.write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
         """Resume from a saved state of this client, or of one with equal settings."""
-        snapshot, faults = store.CheckpointStore(Path(os.path.expanduser(directory))).newest()
+        snapshot, faults = checkpoints.CheckpointStore(Path(os.path.expanduser(directory))).newest()
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "no checkpoint was found"
             raise ConfigError(f"{directory} must contain a client's saved state: {reason}")
-        base = store.describe_base(self.host, snapshot.base)
-        changed = store.describe_changes(snapshot.base, base, "base")
-        saved = store.as_of_now(snapshot.jobs[_STATE].settings)
-        changed += store.describe_changes(saved, self._settings())
+        base = checkpoints.describe_base(self.host, snapshot.base)
+        changed = checkpoints.describe_changes(snapshot.base, base, "base")
+        saved = checkpoints.as_of_now(snapshot.jobs[_STATE].settings)
+        changed += checkpoints.describe_changes(saved, self._settings())
         if changed:
             raise ConfigError(f"settings must be those of the state: {'; '.join(changed)}")
         state: Any = snapshot.load_state(_STATE)

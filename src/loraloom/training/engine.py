@@ -20,10 +20,10 @@ import torch
 from loraloom.config.fields import checked
 from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
 from loraloom.host.host import Host
-from loraloom.training import store
+from loraloom.training import checkpoints
 from loraloom.training.builder import Base, JobBuilder, naming
 from loraloom.training.job import Job, JobResult, Status
-from loraloom.training.progress import Interruption, Progress, Reporter
+from loraloom.training.reporting import Interruption, Progress, Reporter
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step import batch, fused, objectives
@@ -44,7 +44,7 @@ class Engine:
         host: Host,
         jobs: Sequence[Job],
         builder: JobBuilder,
-        directory: store.RunDirectory,
+        directory: checkpoints.RunDirectory,
         progress: Progress,
         run: RunConfig,
         environment: Mapping[str, Any] | None = None,
@@ -52,7 +52,9 @@ class Engine:
         self.host = host
         self.jobs: dict[str, Job] = {}  # those that train, by name
         self.round = 0  # rounds done
-        self._records: dict[str, store.JobRecord] = {}  # of every job of the run, in their order
+        self._records: dict[
+            str, checkpoints.JobRecord
+        ] = {}  # of every job of the run, in their order
         self.builder = builder
         self._directory = directory
         self._environment = dict(environment or {})
@@ -121,8 +123,10 @@ class Engine:
                 # Another job that was held at it may have gone with it since this one was built.
                 objectives.load_reference(self.host, job.config.train.objective)
                 if checkpoint is not None:
-                    store.check_same_run(
-                        checkpoint, [job.config], store.describe_base(self.host, checkpoint.base)
+                    checkpoints.check_same_run(
+                        checkpoint,
+                        [job.config],
+                        checkpoints.describe_base(self.host, checkpoint.base),
                     )
                     self._check_inputs(checkpoint, [job])
                     self._go_on(job, checkpoint)
@@ -249,9 +253,9 @@ class Engine:
             for name, record in self._records.items()
         }
         journal_bytes = journal.stat().st_size if journal.exists() else 0
-        base = store.describe_base(self.host)
+        base = checkpoints.describe_base(self.host)
         sizes = journal_bytes, self._runner.max_tokens, self._runner.max_alone
-        checkpoint = store.Checkpoint(self.round, self.seconds, base, records, *sizes)
+        checkpoint = checkpoints.Checkpoint(self.round, self.seconds, base, records, *sizes)
         keep = self._run.keep_snapshots if states else 1
         self._directory.write_checkpoint(checkpoint, states, keep=keep)
 
@@ -259,7 +263,7 @@ class Engine:
         if self._is_checkpoint_due:
             self.save_state()
 
-    def begin(self, checkpoint: store.Checkpoint | None) -> None:
+    def begin(self, checkpoint: checkpoints.Checkpoint | None) -> None:
         """Go on from a checkpoint, whose done jobs are not on the host, or write the first one."""
         if checkpoint is None:
             return self.save_state()
@@ -281,10 +285,10 @@ class Engine:
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
 
-    def _own_checkpoint(self, name: str) -> store.Checkpoint | None:
+    def _own_checkpoint(self, name: str) -> checkpoints.Checkpoint | None:
         return self._directory.newest_checkpoint([name])[0] if self._directory.by_job else None
 
-    def _check_inputs(self, checkpoint: store.Checkpoint, jobs: Sequence[Job]) -> None:
+    def _check_inputs(self, checkpoint: checkpoints.Checkpoint, jobs: Sequence[Job]) -> None:
         changed = []
         for job in jobs:
             saved = checkpoint.jobs[job.name].inputs if job.name in checkpoint.jobs else {}
@@ -296,7 +300,7 @@ class Engine:
                 f"{'; '.join(changed)}; restore the data, or pass --overwrite to start again"
             )
 
-    def _go_on(self, job: Job, checkpoint: store.Checkpoint) -> None:
+    def _go_on(self, job: Job, checkpoint: checkpoints.Checkpoint) -> None:
         with naming(job.config):
             state = checkpoint.load_state(job.name)
             if state is not None:
@@ -372,7 +376,7 @@ class Engine:
         self.jobs[job.name] = job
         inputs = self.builder.input_digests(job)
         settings = job.config.model_dump(mode="json")
-        record = store.JobRecord(settings, joined_later=joined_later, inputs=inputs)
+        record = checkpoints.JobRecord(settings, joined_later=joined_later, inputs=inputs)
         self._records[job.name] = record
 
 
@@ -380,20 +384,20 @@ def set_up(
     run: RunConfig,
     configs: Sequence[JobConfig],
     base: Base,
-    directory: store.RunDirectory,
+    directory: checkpoints.RunDirectory,
     progress: Progress,
     command: str,
     *,
     resume: bool,
-) -> tuple[Engine, store.Checkpoint | None]:
+) -> tuple[Engine, checkpoints.Checkpoint | None]:
     """Build a run's jobs, those that had joined it too, and give the checkpoint to begin from."""
     host, tokenizer = base
     builder, checkpoint, lines = JobBuilder(host, tokenizer), None, list[str]()
     if resume:
         checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
         if checkpoint is not None:
-            store.check_same_run(
-                checkpoint, run.all_jobs, store.describe_base(host, checkpoint.base)
+            checkpoints.check_same_run(
+                checkpoint, run.all_jobs, checkpoints.describe_base(host, checkpoint.base)
             )
         elif lines:
             raise ConfigError("\n".join([*lines, "--resume requires an undamaged checkpoint"]))
@@ -411,7 +415,7 @@ def set_up(
                 continue
             kept[name] = record
             if name not in first and record.result is None:
-                settings = store.as_of_now(record.settings)
+                settings = checkpoints.as_of_now(record.settings)
                 config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
                 jobs.append(builder.build(config))
         checkpoint = replace(checkpoint, jobs=kept)

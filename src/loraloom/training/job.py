@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 from torch import Tensor
 
-from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.data.tasks import ChoiceQuestion
 from loraloom.data.training_set import StreamedSet, TrainingSet
 from loraloom.errors import TrainingError

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.devices import (
     free_bytes,
     free_memory,

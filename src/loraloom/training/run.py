@@ -14,18 +14,18 @@ import torch.distributed as dist
 
 from loraloom.config.text import local_path
 from loraloom.devices import restored_limit
+from loraloom.distributed import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
 from loraloom.host.host import Host
-from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.terminal import notebook_console
-from loraloom.training import store
+from loraloom.training import checkpoints
 from loraloom.training.builder import Base, JobBuilder
 from loraloom.training.engine import Engine, set_up
-from loraloom.training.inbox import Inbox, WatchOptions, lock_watched
 from loraloom.training.job import JobResult
-from loraloom.training.progress import Progress
+from loraloom.training.reporting import Progress
 from loraloom.training.settings import RunConfig, load_run_config
+from loraloom.training.watched_directory import Inbox, WatchOptions, lock_watched
 
 # Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
 BetweenSteps = Callable[[Engine, JobBuilder], None]
@@ -89,7 +89,7 @@ def train(
     if watch is not None:
         watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
-    directory = store.RunDirectory(run.output_dir, by_job=ray is not None)
+    directory = checkpoints.RunDirectory(run.output_dir, by_job=ray is not None)
     directory.check_sources(run.all_jobs)
     with ExitStack() as stack:
         if launch.rank == 0:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_val
 from typing_extensions import override
 
 from loraloom import adapters
-from loraloom.adapters.keys import Pattern
+from loraloom.adapters.tensor_names import Pattern
 from loraloom.config.data import (
     BETA,
     MAX_LENGTH,

@@ -18,13 +18,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from pandas import DataFrame
 
-from loraloom.durable import cut_torn_line, write_output
+from loraloom.atomic_io import cut_torn_line, write_output
 from loraloom.errors import ConfigError
+from loraloom.training.checkpoints import RunDirectory, describe_changes
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job, metric_mode
-from loraloom.training.progress import Progress
+from loraloom.training.reporting import Progress
 from loraloom.training.settings import RunConfig
-from loraloom.training.store import RunDirectory, describe_changes
 from loraloom.training.sweep_settings import SweepStoppingConfig, format_drawn
 
 _STATUS = {

@@ -12,7 +12,7 @@ from typing import Any
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.host.host import Host
-from loraloom.serve.adapters import ServedAdapters
+from loraloom.serve.adapter_cache import ServedAdapters
 from loraloom.serve.http.app import ApiOptions, create_app
 from loraloom.serve.http.server import Server, listen
 

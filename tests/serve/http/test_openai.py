@@ -20,8 +20,8 @@ from loraloom import Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_route
 from loraloom.adapters.weighted_sum import WeightedSum
 from loraloom.errors import shown
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.serve.http import bridge
-from loraloom.serve.http.bridge import Backend
+from loraloom.serve.http import exchange
+from loraloom.serve.http.exchange import Backend
 from tests.serve.http.in_process import BASE, serving
 from tests.tiny import METHODS
 
@@ -103,7 +103,7 @@ def test_a_stream_is_the_same_text_in_pieces(client, host, tokenizer):
 
 def test_a_stream_that_waits_sends_comments_that_clients_ignore(client, served, monkeypatch):
     text = chat(client).choices[0].message.content
-    monkeypatch.setattr(bridge, "COMMENT_S", 0.0001)
+    monkeypatch.setattr(exchange, "COMMENT_S", 0.0001)
     chunks = chat(client, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     body = {"model": "lora", "messages": MESSAGES, "max_tokens": 12, "stream": True}

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from loraloom.generation.request import RequestError
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import RequestError
 from loraloom.serve.http.preparation import NUM_THREADS, Preparations
 
 LIMITS = EngineLimits(max_rows=2, max_waiting=6)

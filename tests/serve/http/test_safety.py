@@ -18,9 +18,9 @@ import pytest
 
 from loraloom.errors import ConfigError, DataError, not_finite
 from loraloom.generation.prompts import encode_prompt
-from loraloom.serve.http.answers import chat_prompt
 from loraloom.serve.http.app import ApiOptions
-from loraloom.serve.http.bridge import as_events
+from loraloom.serve.http.completions import chat_prompt
+from loraloom.serve.http.exchange import as_events
 from loraloom.serve.http.guards import answer_to
 from loraloom.serve.http.schemas import ChatBody
 from loraloom.serve.http.server import listen
@@ -209,7 +209,7 @@ def test_a_load_from_the_hub_does_not_keep_a_server_from_stopping(host, tokenize
         asked.set()
         return is_over.wait(60)
 
-    monkeypatch.setattr("loraloom.serve.adapters.find_adapter", find)
+    monkeypatch.setattr("loraloom.serve.adapter_cache.find_adapter", find)
     answers = []
     with serving(host, tokenizer, options=ApiOptions(allow_loading=True)) as (url, _):
         thread = threading.Thread(target=lambda: answers.append(load(url, "none", "far/away")))

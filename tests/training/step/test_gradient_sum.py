@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraloom.distributed import Ranks
 from loraloom.errors import TrainingError
 from loraloom.host.host import Host
-from loraloom.ranks import Ranks
 from loraloom.training import rounds
 from loraloom.training.job import Job
 from loraloom.training.rounds import RoundRunner

@@ -27,8 +27,8 @@ from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
 from loraloom.generation import scoring
 from loraloom.generation.generate import complete
+from loraloom.generation.request import GenerationRequest
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.sequence import GenerationRequest
 from loraloom.host.choice import Choice
 from loraloom.host.host import Host
 

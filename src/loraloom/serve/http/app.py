@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerBase
 import loraloom
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
-from loraloom.generation.sequence import RequestError, Row
-from loraloom.serve.adapters import SUM, ServedAdapters, unknown_model
-from loraloom.serve.http.answers import ChatExchange, TextExchange
-from loraloom.serve.http.bridge import Backend
+from loraloom.generation.request import RequestError, Row
+from loraloom.serve.adapter_cache import SUM, ServedAdapters, unknown_model
+from loraloom.serve.http.completions import ChatExchange, TextExchange
+from loraloom.serve.http.exchange import Backend
 from loraloom.serve.http.guards import (
     LOADING,
     MODEL,

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, LoraloomError, plain, shown
-from loraloom.generation.sequence import RequestError
+from loraloom.generation.request import RequestError
 from loraloom.serve.process import is_loopback
 
 # Pages of the playground and health hold nothing of the server's, and need no key.

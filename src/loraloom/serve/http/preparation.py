@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from loraloom.generation.request import RequestError
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import RequestError
 from loraloom.generation.tenants import Line, Turn
 from loraloom.serve.process import start_apart
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, LoraloomError, ModelError
-from loraloom.formats.disk import CONFIG_FILE
+from loraloom.formats.raw_files import CONFIG_FILE
 
 if TYPE_CHECKING:
     from loraloom.serve.vllm.folding import FoldedAdapter

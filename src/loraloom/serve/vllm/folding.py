@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraloom.adapters.method import Adapter, AdapterConfig, Projection
-from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
+from loraloom.adapters.extra_modules import refuse_own_parts
 from loraloom.adapters.segment import MoeFfn
 from loraloom.base.blocks import BaseLayer, BaseProjection
 from loraloom.base.structure import read_structure
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import fit_to_base, read_stored
+from loraloom.formats.raw_files import find_adapter
 
 # The largest top_k of a mixture; FFN blocks compute this many experts of each token.
 MAX_TOP_K = "LORALOOM_MAX_TOP_K"

@@ -20,8 +20,8 @@ from vllm.model_executor.layers import linear  # pyright: ignore[reportMissingIm
 from vllm.model_executor.models import gemma2, llama, mistral, qwen2  # pyright: ignore
 
 from loraloom.errors import FormatError, LoraloomError
-from loraloom.formats.disk import find_adapter
 from loraloom.formats.files import read_stored
+from loraloom.formats.raw_files import find_adapter
 from loraloom.serve.vllm.folding import PIECES, Folder, fitting_rank, max_top_k, needs_folding
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.data.tokens import Example, TrainingExample, count_labels, first_fit, group_by_length
 from loraloom.data.training_set import StreamedSet, StreamPosition, TrainingSet, examples_digest
 from loraloom.errors import ConfigError

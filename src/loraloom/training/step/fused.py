@@ -13,13 +13,13 @@ from itertools import chain, islice
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.adapters.segment import SampleTokens
 from loraloom.base.sharding import recovering
 from loraloom.data.tokens import count_labels, join_samples
+from loraloom.distributed import Ranks
 from loraloom.generation.scoring import collate, example_row, owners
 from loraloom.host.host import Host
-from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra, widened
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out

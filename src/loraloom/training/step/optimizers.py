@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import GreedyLR
 
-from loraloom.adapters.keys import matches
+from loraloom.adapters.contract import Adapter
 from loraloom.adapters.lora import pattern_value
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.tensor_names import matches
 from loraloom.base.quantization import import_library
 from loraloom.errors import ConfigError, shown
 from loraloom.host.host import Host

@@ -18,8 +18,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from loraloom.atomic_io import is_being_written, remove_leftovers, staging, sync, write_directory
 from loraloom.config.text import local_path, parse_json, read_json
-from loraloom.durable import is_being_written, remove_leftovers, staging, sync, write_directory
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 
 CONFIG_FILE = "adapter_config.json"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import loraloom.training.inbox as inbox_module
+import loraloom.training.watched_directory as inbox_module
 from loraloom.errors import ConfigError
-from loraloom.training.inbox import WatchOptions, lock_watched
+from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.run import train
-from loraloom.training.store import CheckpointStore
+from loraloom.training.watched_directory import WatchOptions, lock_watched
 from tests.training.running import Spoken, assert_same_files, pressing
 from tests.training.toy import toy_host, toy_tokenizer
 

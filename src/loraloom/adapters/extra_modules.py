@@ -14,8 +14,8 @@ Axes: N tokens with rows of their own, D hidden.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraloom.adapters.keys import Shape, is_meant
-from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.contract import AdapterConfig
+from loraloom.adapters.tensor_names import Shape, is_meant
 from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError
 

@@ -25,9 +25,9 @@ import torch
 from pydantic import Field, SerializeAsAny, TypeAdapter, WithJsonSchema, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.keys import Shape, TensorKey, Weights, can_be_saved, is_meant
 from loraloom.adapters.prompt_router import PromptRouter
 from loraloom.adapters.segment import FfnRows, MoeFfn, Records, Samples, SegmentTokens
+from loraloom.adapters.tensor_names import Shape, TensorKey, Weights, can_be_saved, is_meant
 from loraloom.base.blocks import BaseInfo, BaseLayer, BaseProjection, Block
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
@@ -429,7 +429,7 @@ class Adapter(nn.Module, ABC):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor under its file-neutral name (keys.py), as views of the parameters."""
+        """Return every tensor under its file-neutral name (tensor_names.py), as views of the parameters."""
         holders = (module for module in self.modules() if isinstance(module, Weights))
         return {name: tensor for holder in holders for name, tensor in holder.tensors()}
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from filelock import BaseFileLock, FileLock
 
+from loraloom.atomic_io import write_json
 from loraloom.config.text import read_json
-from loraloom.durable import write_json
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.training.engine import Engine
 from loraloom.training.job import JobResult

@@ -20,12 +20,12 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from loraloom.adapters.method import Adapter
+from loraloom.adapters.contract import Adapter
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, LoraloomError, shown
-from loraloom.formats.disk import find_adapter
+from loraloom.formats.raw_files import find_adapter
+from loraloom.generation.request import RequestError
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import RequestError
 from loraloom.host.host import Host
 from loraloom.serve.adapter_files import (
     Files,

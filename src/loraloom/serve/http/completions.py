@@ -13,11 +13,11 @@ from openai.types.chat.chat_completion_message_function_tool_call import Functio
 from typing_extensions import override
 
 from loraloom.generation.prompts import Prompt, encode_for_choice, encode_prompt, form_for
-from loraloom.generation.sequence import GenerationRequest, Piece, RequestError
+from loraloom.generation.request import GenerationRequest, Piece, RequestError
 from loraloom.host.choice import is_routed
 from loraloom.host.layout import RowAdapter
 from loraloom.routing.record import describe_router
-from loraloom.serve.http.bridge import Backend, Exchange
+from loraloom.serve.http.exchange import Backend, Exchange
 from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
 from loraloom.serve.http.tools import CallStream

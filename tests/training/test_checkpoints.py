@@ -10,11 +10,10 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
-from loraloom.durable import remove
+from loraloom.atomic_io import remove
 from loraloom.errors import ConfigError
-from loraloom.training import store as store_module
-from loraloom.training.job import JobResult
-from loraloom.training.store import (
+from loraloom.training import checkpoints as store_module
+from loraloom.training.checkpoints import (
     Checkpoint,
     CheckpointStore,
     JobRecord,
@@ -22,6 +21,7 @@ from loraloom.training.store import (
     check_same_run,
     describe_base,
 )
+from loraloom.training.job import JobResult
 from tests.training.toy import toy_host
 
 KIND = {"job": "b", "status": "finished", "error": None, "method": "LoRA", "base_model": "tiny"}

@@ -28,13 +28,13 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraloom.adapters import parse_adapter_config
+from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.config.fields import check_name
 from loraloom.config.text import read_json
 from loraloom.data.sources import sha256
-from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.errors import ConfigError, TrainingError, plain
-from loraloom.formats.disk import CONFIG_FILE, SAVED_FILES
 from loraloom.formats.files import model_card, write_adapter
+from loraloom.formats.raw_files import CONFIG_FILE, SAVED_FILES
 from loraloom.host.host import Host
 from loraloom.training.job import RESULT_FILE, Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, OptimizerConfig

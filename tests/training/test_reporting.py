@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from loraloom.training.job import Job
-from loraloom.training.progress import NOTICE, Interruption, Progress
+from loraloom.training.reporting import NOTICE, Interruption, Progress
 from tests.training.toy import add_job, toy_config, toy_host
 
 

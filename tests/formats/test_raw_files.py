@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from loraloom.adapters import LoraConfig, SmoraConfig
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import disk, read_adapter
+from loraloom.formats import raw_files, read_adapter
 from loraloom.formats.files import read_stored
 from tests.formats import test_axolotl
 from tests.formats.tiny import (
@@ -99,7 +99,7 @@ def read_between(monkeypatch, read) -> list:
 
         return observed_operation
 
-    monkeypatch.setattr(disk, "_WAITS_S", ())
+    monkeypatch.setattr(raw_files, "_WAITS_S", ())
     monkeypatch.setattr(os, "replace", observed(os.replace))
     monkeypatch.setattr(Path, "unlink", observed(Path.unlink))
     return outcomes
@@ -121,14 +121,14 @@ def test_a_reader_meets_the_old_adapter_the_new_one_or_none(base, tmp_path, monk
 
 def test_files_that_are_replaced_between_two_reads_are_read_again(base, tmp_path, monkeypatch):
     write(tmp_path, base, LoraConfig(rank=2, alpha=4))
-    read, news = disk._read_safetensors, []
+    read, news = raw_files._read_safetensors, []
 
     def replaced_before(path):
         if not news:
             news.append(write(tmp_path, base, LoraConfig(rank=2, alpha=64), 1, overwrite=True))
         return read(path)
 
-    monkeypatch.setattr(disk, "_read_safetensors", replaced_before)
+    monkeypatch.setattr(raw_files, "_read_safetensors", replaced_before)
     config, tensors = read_adapter(tmp_path, base)
     assert config.alpha == 64
     assert_same_tensors(tensors, news[0])
@@ -143,7 +143,7 @@ def test_what_lies_beside_a_new_adapter_is_not_read_with_it(base, tmp_path, monk
     write(tmp_path, base, LoraConfig(rank=2), overwrite=True)
     assert [*dict.fromkeys(outcomes)] == ["MixLoRA", "no adapter_config.json", "LoRA"]
     monkeypatch.undo()
-    (tmp_path / disk.SIDECAR_WEIGHTS).write_text("of another adapter")
+    (tmp_path / raw_files.SIDECAR_WEIGHTS).write_text("of another adapter")
     assert read() == "LoRA"
 
 
@@ -196,7 +196,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path):
     tensors |= {"half": torch.ones(3).half(), "none": torch.zeros(0, 4), "one": torch.tensor(2.5)}
     metadata = {"format": "pt", "z": '"', "a": "ß\n"}
     path = tmp_path / "a.safetensors"
-    disk.write_safetensors(path, tensors, tensors.values(), metadata)
+    raw_files.write_safetensors(path, tensors, tensors.values(), metadata)
     assert_same_tensors(load_file(path), tensors)
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == metadata
@@ -218,6 +218,6 @@ def test_a_system_that_can_not_write_is_one_clear_error(base, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk, "write_safetensors", full)
+    monkeypatch.setattr(raw_files, "write_safetensors", full)
     with pytest.raises(AdapterError, match=r"can't be written to .*No space left"):
         write(tmp_path / "a", base, OLD)

@@ -8,7 +8,7 @@
 
 A part is `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,), `router` (E, I), or what else a method
 has: one word, and never `weight` or `bias`, which are parameters of a module that is trained whole.
-Modules of the base model that an adapter has as its own are in own.py.
+Modules of the base model that an adapter has as its own are in extra_modules.py.
 
 Axes: E experts, I in_features, O out_features, R rank.
 """

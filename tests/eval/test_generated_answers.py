@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from loraloom.config.task import load_task_config
 from loraloom.errors import ConfigError, DataError
-from loraloom.eval import answers
-from loraloom.eval.answers import is_right, load_answer_set, normalize_answer
+from loraloom.eval import generated_answers
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets
+from loraloom.eval.generated_answers import is_right, load_answer_set, normalize_answer
 from loraloom.eval.results import write_lines
 from loraloom.eval.statistics import compare_paired, read_answers
 from tests.data.encoded import write_rows
@@ -65,7 +65,7 @@ def test_answers_are_greedy_and_kept(tiny_tokenizer, task, tmp_path, monkeypatch
     assert "<p>* significant: p (Holm), of all comparisons, &lt; 0.05<br>" in found._repr_html_()
     assert found.tasks["support"]["split"] is None
     with monkeypatch.context() as patch:
-        patch.setattr(answers, "complete", lambda *few, **_: few[2])
+        patch.setattr(generated_answers, "complete", lambda *few, **_: few[2])
         again = evaluate(host, tiny_tokenizer, file, NAMES, **options)  # generates nothing
     assert (again.results, again.num_cached_scores) == (found.results, 12)
     next(iter(host.adapters["lora"].parameters())).data.add_(1)

@@ -22,8 +22,7 @@ from loraloom.data.tokens import name_of_token
 from loraloom.errors import AdapterError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import max_text_bytes
-from loraloom.generation.sampling import SamplingConfig, end_tokens
-from loraloom.generation.sequence import (
+from loraloom.generation.request import (
     GenerationRequest,
     Piece,
     RequestError,
@@ -31,9 +30,10 @@ from loraloom.generation.sequence import (
     Share,
     log_failure,
 )
+from loraloom.generation.sampling import SamplingConfig, end_tokens
 from loraloom.host.choice import Choice, is_routed, told
 from loraloom.host.layout import RowAdapter
-from loraloom.serve.adapters import ServedAdapter, ServedAdapters, unknown_model
+from loraloom.serve.adapter_cache import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
 from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
 from loraloom.serve.http.preparation import Preparations

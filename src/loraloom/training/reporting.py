@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from loraloom.durable import append_line, sync
+from loraloom.atomic_io import append_line, sync
 from loraloom.errors import plain
 from loraloom.terminal import make_console
+from loraloom.training.checkpoints import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.job import Job
 from loraloom.training.settings import TRACKERS
-from loraloom.training.store import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 
 PLAIN_INTERVAL_S = 60.0
 # Jobs that a line of a log names.

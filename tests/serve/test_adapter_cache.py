@@ -15,12 +15,12 @@ import pytest
 
 from loraloom.errors import ConfigError
 from loraloom.generation.engine import Engine
+from loraloom.generation.request import RequestError
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.sequence import RequestError
 from loraloom.host.host import Host
-from loraloom.serve import adapters as adapters_module
-from loraloom.serve.adapters import ServedAdapters
-from loraloom.serve.http.bridge import Backend
+from loraloom.serve import adapter_cache as adapters_module
+from loraloom.serve.adapter_cache import ServedAdapters
+from loraloom.serve.http.exchange import Backend
 from tests.tiny import METHODS, tiny_host
 
 
@@ -142,14 +142,16 @@ async def test_adapters_follow_their_files(host, saved, tmp_path, monkeypatch):
 @in_loop
 async def test_a_hub_out_of_reach_delays_nobody(host, saved, monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr("loraloom.serve.adapters.find_adapter", lambda source: released.wait(30))
+    monkeypatch.setattr(
+        "loraloom.serve.adapter_cache.find_adapter", lambda source: released.wait(30)
+    )
     adapters = ServedAdapters(host, "base", saved)
     loading = asyncio.create_task(adapters.load("a", "far/away"))
     async with using(adapters, "lora") as name:
         assert name in host.adapters
     assert not loading.done()
     loading.cancel()
-    monkeypatch.setattr("loraloom.serve.adapters.DOWNLOAD_S", 0.05)
+    monkeypatch.setattr("loraloom.serve.adapter_cache.DOWNLOAD_S", 0.05)
     # more than the event loop has threads
     far = [adapters.load(f"a{place}", "far/away") for place in range(40)]
     late = asyncio.gather(*far, return_exceptions=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.durable import (
+from loraloom.atomic_io import (
     append_line,
     cut_torn_line,
     prepare_output,

@@ -7,7 +7,7 @@ import signal
 import pytest
 from peft.utils.other import get_pattern_key
 
-from loraloom.adapters.keys import matches
+from loraloom.adapters.tensor_names import matches
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from tests.formats.tiny import edit_config, forget_settings, llama_base, write

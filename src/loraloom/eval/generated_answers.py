@@ -31,8 +31,8 @@ from loraloom.eval.score import Scorer, Scores
 from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
 from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.prompts import Prompt
+from loraloom.generation.request import GenerationRequest
 from loraloom.generation.sampling import SamplingConfig, end_tokens
-from loraloom.generation.sequence import GenerationRequest
 
 # Answers that are generated at once where no number of tokens is given.
 BATCH_SIZE = 16
