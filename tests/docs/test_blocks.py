@@ -40,7 +40,7 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT)
     for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "recipes/**/*.md")
     for path in ROOT.glob(pattern)
-    if path.name not in ("CHANGELOG.md", "LOG.md")
+    if path.name != "CHANGELOG.md"
 )
 RUN = {*"init train eval report generate inspect config data export convert".split()}
 """Verbs that run in README.md and docs/; `quickstart` takes long."""
