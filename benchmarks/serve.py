@@ -338,9 +338,9 @@ def running_server(args: Any, directory: Path, names: tuple[str, ...], options: 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        lines = [process.stdout.readline() for _ in range(3)]
+        lines = [process.stdout.readline() for _ in range(4)]
         tell("".join(lines).rstrip())
-        yield Server(process, lines[2].split()[-1].removesuffix("/v1"), args.tokens)
+        yield Server(process, lines[3].split()[-1].removesuffix("/v1"), args.tokens)
     finally:
         with suppress(ProcessLookupError):
             process.terminate()

@@ -88,8 +88,9 @@ class Server:
                 ),
             )
         assert self.process.stdout is not None
-        lines = [self.process.stdout.readline() for _ in range(3)]
-        self.port = int(lines[2].removesuffix("/v1\n").rpartition(":")[2])
+        while not (line := self.process.stdout.readline().rstrip()).endswith("/v1"):
+            assert self.process.poll() is None, "the server did not start"
+        self.port = int(line.removesuffix("/v1").rpartition(":")[2])
         self.statuses: Counter[int] = Counter()
 
     def client(self, key: str = "user-1") -> httpx2.AsyncClient:

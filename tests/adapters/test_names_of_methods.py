@@ -12,7 +12,10 @@ from loraloom.adapters import CONFIGS
 
 SOURCES = Path(loraloom.__file__).parent
 METHODS = (SOURCES / "adapters", SOURCES / "formats", SOURCES / "exports/gguf.py")
-_SHARED = {*"base experts keys low_rank method own prompt_router weighted_sum".split()}
+_SHARED = {
+    *"combining contract experts extra_modules low_rank prompt_router segment tensor_names "
+    "weighted_sum".split()
+}
 """Files in adapters/ that belong to no method."""
 NAMES = sorted(
     {config.model_fields["method"].default for config in CONFIGS}

@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_answers(saved, monkeypatch, capsys):
         ("/adapter nobody", "error: /adapter requires base or lora or mixlora, got ['nobody']"),
         ("/adapter", "error: /adapter requires base or lora or mixlora, got []"),
         ("/nothing here", "error: unknown command /nothing; type /help for the commands"),
-        ("a " * 300, "error: the prompt and max_tokens must have at most"),
+        ("a " * 300, "error: this model's maximum context length is 64 tokens"),
     ],
 )
 def test_a_line_that_can_not_be_heeded_is_an_error_and_no_end(

@@ -222,7 +222,7 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
         ("--task piqa", "has no data set 'piqa'"),
         ("--task arc_easy --split train", "has no split 'train'"),
         ("--task arc_easy --data nowhere", "nowhere"),
-        ("--task arc_easy --adapter a=nowhere", "or a Hub ID, got nowhere"),
+        ("--task arc_easy --adapter a=nowhere", "or a Hub ID, got 'nowhere'"),
         ("--task arc_easy --adapter nowhere", "--adapter must be NAME=PATH"),
         ("--task arc_easy --base-model ./nowhere", "./nowhere"),
         ("--task arc_easy --output .", "--output must end in .json, .csv, got ."),

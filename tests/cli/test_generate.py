@@ -107,7 +107,7 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("", "either --prompt or --input"),
         ("--prompt x --input y", "either --prompt or --input"),
         ("--input nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("--prompt x --adapter a=nowhere", "or a Hub ID, got nowhere"),
+        ("--prompt x --adapter a=nowhere", "or a Hub ID, got 'nowhere'"),
         ("--prompt x --top-p 0.5", "top_p requires temperature above 0"),
         ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be greater than"),
         ("--prompt x --output .", "--output must be a file"),

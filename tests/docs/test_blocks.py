@@ -48,7 +48,7 @@ SERVER = "http://127.0.0.1:8000"
 """Where documents have a server."""
 LAUNCHERS = {"torchrun", "accelerate"}
 """Programs that start `python -m loraloom` in several processes; here it runs in this one."""
-NOT_OURS = {"git", "cd", "for", "sed", "done", "vllm", "sudo", "openssl"}
+NOT_OURS = {*"git cd for sed done vllm sudo openssl ln mv cat".split()}
 """Programs whose options are not checked."""
 ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 """Options that wait for ever, and what ends it."""

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent.parent
 FILES = ("README.md", "CHANGELOG.md", "docs/*.md", "docs/experiments/*.md", "docs/decisions/*.md")
 MAX_WORDS = {"README.md": 650, "CHANGELOG.md": 1500, "docs/decisions/README.md": 400}
 PAGES = sorted(str(path.relative_to(ROOT)) for name in FILES for path in ROOT.glob(name))
-REFERENCE = "README known_limits api architecture experiments glossary index kernels models semantics versions"
+REFERENCE = (
+    "README known_limits api architecture experiments glossary index kernels models semantics "
+    "versions"
+)
 EXPLANATION = "choosing_a_method concepts faq mixtures troubleshooting when_a_mixture"
 """Pages that need no code; those to look something up in do not address readers either."""
 TO_DO: dict[str, str] = {}

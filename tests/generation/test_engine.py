@@ -159,11 +159,12 @@ def test_an_adapter_that_diverged_fails_alone(tiny_tokenizer):
         next(iter(host.adapters["mixlora"].parameters())).fill_(torch.nan)
     engine = Engine(host, tiny_tokenizer, EngineLimits(8, 1024, 16))
     names = [None, *METHODS]
-    asked = submit(engine, *(request(tiny_tokenizer, "one", name) for name in names))
+    requests = [request(tiny_tokenizer, "one", name) for name in names]
+    asked = submit(engine, *(replace(one, owner=f"public {one.owner}") for one in requests))
     finish(engine)
     failed = {name: one.error for name, one in zip(names, asked, strict=True) if one.error}
     assert list(failed) == ["mixlora"]
-    assert "must be finite, got NaN from adapter 'mixlora'" in str(failed["mixlora"])
+    assert "must be finite, got NaN from adapter 'public mixlora'" in str(failed["mixlora"])
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode"])

@@ -473,7 +473,7 @@ def test_prompts_are_judged_as_plain_texts_and_answered_in_the_chosen_form(
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValidationError, match=message):
         RoutedConfig(**settings)
 
 

@@ -173,3 +173,19 @@ def test_gradients_of_other_adapters_are_bit_equal(family, diverged, names, chec
     assert all(grad.isnan().any() for grad in results[1].pop(diverged).values())
     for name, grads in results[1].items():
         assert all(torch.equal(grad, results[0][name][key]) for key, grad in grads.items()), name
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_with_a_cache_the_record_has_the_new_tokens():
+    host, ids, mask = tiny_host(), tiny_ids(2), padded_mask([7, 5], "left")
+    names = ["mixlora", "mixlora"]
+    with torch.no_grad():
+        full = host(ids, mask, names).routing["mixlora"]
+        first = host(ids[:, :5], mask[:, :5], names, use_cache=True)
+        rest = host(ids[:, 5:], mask, names, past_key_values=first.past_key_values)
+    for layer in range(len(full)):
+        assert len(first.routing["mixlora"][layer].router_logits) == 5 + 3
+        expected = full[layer].router_logits[[5, 6, 10, 11]]
+        torch.testing.assert_close(
+            rest.routing["mixlora"][layer].router_logits, expected, rtol=0, atol=1e-10
+        )

@@ -239,16 +239,20 @@ class FakeHost(Host):
     """A host that computes nothing."""
 
     def __init__(self):
-        self.adapters = {}
+        self._fakes = {}
+
+    @property
+    def adapters(self):
+        return self._fakes
 
     def load(self, name, path_or_hub_id, settings=None):
-        self.adapters[name] = object()
+        self._fakes[name] = object()
 
     def adapter(self, name):
-        return self.adapters[name]
+        return self._fakes[name]
 
     def remove(self, name):
-        del self.adapters[name]
+        del self._fakes[name]
 
 
 @pytest.fixture(scope="module")

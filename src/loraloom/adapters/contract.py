@@ -429,7 +429,7 @@ class Adapter(nn.Module, ABC):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor under its file-neutral name (tensor_names.py), as views of the parameters."""
+        """Return every tensor under its name in tensor_names.py, as views of the parameters."""
         holders = (module for module in self.modules() if isinstance(module, Weights))
         return {name: tensor for holder in holders for name, tensor in holder.tensors()}
 

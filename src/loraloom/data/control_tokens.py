@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.errors import DataError
 
 _MARKS = range(0xE000, 0xF900)  # characters for private use
-_REFUSAL = "messages must not contain control tokens of this tokenizer; remove them"
+_REFUSAL = "messages must not contain control tokens of this tokenizer; remove those tokens"
 _SHAPE = re.compile(r"<[|\uff5c].+[|\uff5c]>")  # of those that some tokenizers don't call special
 
 

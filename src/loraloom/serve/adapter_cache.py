@@ -415,9 +415,13 @@ class ServedAdapters:
         """Let unused adapters of the directory go until all fit the memory, or else the new one."""
         former = self._served.get(new.name)  # goes at once if nobody uses it
         goes = {former.host_name} if former is not None and not former.users else ()
-        held = self._host.adapters if self._max_bytes < math.inf else {}  # adding up takes long
-        sizes = {n: sum(x.nbytes for x in one.state_dict().values()) for n, one in held.items()}
-        while sum(sizes[name] for name in held if name not in goes) > self._max_bytes:
+        if self._max_bytes == math.inf:  # adding up takes long
+            return
+        sizes = {
+            name: sum(weight.nbytes for weight in adapter.state_dict().values())
+            for name, adapter in self._host.adapters.items()
+        }
+        while sum(sizes[n] for n in self._host.adapters if n not in goes) > self._max_bytes:
             unused = [adapter for adapter in self._idle() if adapter is not former]
             if not unused:
                 self._remove(new)

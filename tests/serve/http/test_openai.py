@@ -226,7 +226,7 @@ def test_offsets_are_where_tokens_begin_in_the_text(client):
             (text, token, place)
             for text, logprobs in parts
             for token, place in zip(logprobs.tokens, logprobs.text_offset, strict=True)
-            if not re.search("\ufffd|<.*>", token)  # parts of characters and special tokens
+            if not re.search("\ufffd|<.*>|bytes:", token)  # parts of characters and special tokens
         ]
         assert len(held) > 10
         assert all(text.startswith(token, place) for text, token, place in held)
