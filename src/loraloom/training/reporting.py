@@ -33,8 +33,8 @@ from rich.progress import Progress as RichProgress
 from loraloom.atomic_io import append_line, sync
 from loraloom.errors import plain
 from loraloom.terminal import make_console
-from loraloom.training.checkpoints import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.job import Job
+from loraloom.training.run_directory import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.settings import TRACKERS
 
 PLAIN_INTERVAL_S = 60.0

@@ -20,10 +20,11 @@ from pandas import DataFrame
 
 from loraloom.atomic_io import cut_torn_line, write_output
 from loraloom.errors import ConfigError
-from loraloom.training.checkpoints import RunDirectory, describe_changes
+from loraloom.training.checkpoints import describe_changes
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job, metric_mode
 from loraloom.training.reporting import Progress
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig
 from loraloom.training.sweep_settings import SweepStoppingConfig, format_drawn
 

@@ -20,10 +20,11 @@ from typing_extensions import override
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
 from loraloom.training.builder import check_data
-from loraloom.training.checkpoints import RunDirectory, check_same_run
+from loraloom.training.checkpoints import check_same_run
 from loraloom.training.engine import set_up
 from loraloom.training.job import JobResult
 from loraloom.training.reporting import Interruption, Progress
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig
 
 # How often Ray itself starts a lost worker again.
