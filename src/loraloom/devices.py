@@ -15,7 +15,6 @@ import torch
 
 # What processes on several devices of a kind talk through; those kinds can train over ranks.
 RANK_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
-_KINDS_WITH_PAGED_MEMORY = ("cuda", "xpu")
 # Left to other processes, and to what else is in this one.
 _RESERVE_BYTES = 100_000_000
 
@@ -34,19 +33,12 @@ def select_device(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return an accelerator's product name; "" for the others."""
-    if not has_separate_memory(device):
-        return ""
-    return torch.get_device_module(device).get_device_name(device)
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if has_separate_memory(device) else ""
 
 
 def has_separate_memory(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
-
-
-def has_paged_memory(device: torch.device) -> bool:
-    """Whether bitsandbytes can page an optimizer's states out of a device's memory."""
-    return device.type in _KINDS_WITH_PAGED_MEMORY
 
 
 def has_float64(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -39,14 +39,8 @@ from loraloom.training.step.optimizers import make_loss_scale
 
 KEPT_TRAINING_SETS = 8
 Base = tuple[Host, PreTrainedTokenizerBase]
-
-
-class FileState(NamedTuple):
-    """A file on the disk; data are read again when it changes."""
-
-    path: Path
-    num_bytes: int
-    changed_ns: int
+# A file on the disk, its bytes and the time of its last change.
+FileState = tuple[Path, int, int]
 
 
 class JobData:
@@ -103,7 +97,7 @@ def _file_states(source: SourceConfig | EvaluationConfig, default_split: str) ->
     for location in locations:
         if isinstance(location, Path) and os.path.isfile(location):
             stat = os.stat(location)
-            states.append(FileState(location, stat.st_size, stat.st_mtime_ns))
+            states.append((location, stat.st_size, stat.st_mtime_ns))
     return states
 
 

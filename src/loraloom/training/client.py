@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import Tensor
-from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -133,14 +132,10 @@ class TrainingClient:
             if self._added:
                 host.remove(name)
             raise
+        self.parameters = self.learner.parameters
         if prompt_form is not None:
             self.adapter.prompt = prompt_form
         _OPEN.add(self)
-
-    @property
-    def parameters(self) -> dict[str, Parameter]:
-        """The adapter's trained weights by name."""
-        return self.learner.parameters
 
     def example(self, prompt: str, completion: str) -> Example:
         """Encode a prompt and a completion, whose tokens and EOS are in the loss."""
@@ -217,7 +212,7 @@ class TrainingClient:
             )
         if learning_rate is not None:
             self.learner.learning_rate = learning_rate
-        if not self.learner.has_gradients:
+        if all(weight.grad is None for weight in self.parameters.values()):
             raise TrainingError(
                 f"adapter {self.name}: optim_step() found no gradients; call forward_backward()"
             )
@@ -269,18 +264,11 @@ class TrainingClient:
 
     def save_state(self, directory: str | Path) -> None:
         """Write the state that `load_state` resumes from; replace an earlier one."""
-        state = {
-            **self.learner.state_dict(),
-            "step": self.step,
-            "forwards": self._num_forwards,
-            "draws": self._num_draws,
-        }
-        checkpoint = checkpoints.Checkpoint(
-            round=self.step,
-            seconds=0.0,
-            base=checkpoints.describe_base(self.host),
-            jobs={_STATE: checkpoints.JobRecord(self._settings())},
-        )
+        state = self.learner.state_dict()
+        state |= {"step": self.step, "forwards": self._num_forwards, "draws": self._num_draws}
+        base = checkpoints.describe_base(self.host)
+        records = {_STATE: checkpoints.JobRecord(self._settings())}
+        checkpoint = checkpoints.Checkpoint(self.step, seconds=0.0, base=base, jobs=records)
         store = checkpoints.CheckpointStore(Path(os.path.expanduser(directory)))
         store.write(checkpoint, {_STATE: state}, keep=1)
 

@@ -422,9 +422,13 @@ def set_up(
     done = set() if checkpoint is None else checkpoint.done
     jobs = [builder.build(config) for config in configs if config.name not in done]
     if checkpoint is not None:
-        checkpoint, warnings = _without_removed_jobs(checkpoint, run)
-        lines += warnings
-        jobs += [builder.build(config) for config in _joined_jobs(checkpoint, configs)]
+        checkpoint = _without_removed_jobs(checkpoint, run, lines)
+        first = {config.name for config in configs}
+        for name, record in checkpoint.jobs.items():
+            if name not in first and record.result is None:
+                settings = checkpoints.as_of_now(record.settings)
+                config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
+                jobs.append(builder.build(config))
     environment = _describe_environment(host, command)
     engine = Engine(host, jobs, builder, directory, progress, run, environment)
     for job in jobs:
@@ -436,31 +440,19 @@ def set_up(
 
 
 def _without_removed_jobs(
-    checkpoint: checkpoints.Checkpoint, run: RunConfig
-) -> tuple[checkpoints.Checkpoint, list[str]]:
+    checkpoint: checkpoints.Checkpoint, run: RunConfig, lines: list[str]
+) -> checkpoints.Checkpoint:
     in_file = {config.name for config in run.all_jobs}
     kept = {}
-    warnings = []
     for name, record in checkpoint.jobs.items():
         if name in in_file or record.joined_later:
             kept[name] = record
-        else:
-            warnings.append(
-                f"warning: job {name} is no longer in the run file and is left out; put it "
-                "back to go on with it, before its checkpoints are replaced"
-            )
-    return replace(checkpoint, jobs=kept), warnings
-
-
-def _joined_jobs(
-    checkpoint: checkpoints.Checkpoint, configs: Sequence[JobConfig]
-) -> Iterator[JobConfig]:
-    """Yield the jobs of a checkpoint that train besides those that a run begins with."""
-    first = {config.name for config in configs}
-    for name, record in checkpoint.jobs.items():
-        if name not in first and record.result is None:
-            settings = checkpoints.as_of_now(record.settings)
-            yield checked(JobConfig, settings, origin=f"--resume: job {name}: ")
+            continue
+        lines.append(
+            f"warning: job {name} is no longer in the run file and is left out; put it "
+            "back to go on with it, before its checkpoints are replaced"
+        )
+    return replace(checkpoint, jobs=kept)
 
 
 def _describe_environment(host: Host, command: str) -> dict[str, Any]:

@@ -74,12 +74,8 @@ class Job:
         else:
             self.order = batch.StepOrder(training_set, config.train)
         self.total_steps = self.order.total_steps
-        self.scheduler = build_scheduler(
-            config.train,
-            learner.optimizer,
-            self.total_steps,
-            metric_mode(config.selection_metric),
-        )
+        mode = metric_mode(config.selection_metric)
+        self.scheduler = build_scheduler(config.train, learner.optimizer, self.total_steps, mode)
         self.position = Position()
         self.selection = Selection(config.selection_metric)
         self.milestones: frozenset[int] = frozenset()  # evaluated after these steps as well
@@ -157,7 +153,8 @@ class Job:
         else:
             self._check_finite("gradient norm", grad_norm, self.position.step + 1)
             # Until a finite loss proves new weights, the old take the gradients' place in memory.
-            self._proven = self.learner.copy_weights()
+            weights = self.learner.parameters.values()
+            self._proven = [weight.detach().clone() for weight in weights]
             self.learner.apply()
             if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
                 self.scheduler.step()  # pyright: ignore[reportCallIssue]
@@ -218,7 +215,12 @@ class Job:
         # The job's metrics win against an objective's of the same name.
         for name, value in loss.metrics.items():
             metrics.setdefault(name, value)
-        return {name: value for name, value in metrics.items() if _is_json(value)}
+        # JSON has nothing for what is not finite.
+        return {
+            name: value
+            for name, value in metrics.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
 
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
         for name, value in metrics.items():
@@ -298,10 +300,6 @@ class Job:
             f"job {self.name}, step {step}: {fault}; its last good weights are kept; "
             "lower learning_rate, or look at the data"
         )
-
-
-def _is_json(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 @dataclass(frozen=True)

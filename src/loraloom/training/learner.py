@@ -8,20 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from loraloom.adapters.contract import Adapter
 from loraloom.training.settings import OptimizerConfig
-from loraloom.training.step.optimizers import (
-    LossScale,
-    build_optimizer,
-    copy_all,
-    drop_frozen_gradients,
-    frozen_tensors,
-    rates_of_their_own,
-)
+from loraloom.training.step import optimizers
+from loraloom.training.step.optimizers import LossScale
 
 
 class GradientNorm(NamedTuple):
@@ -40,17 +32,15 @@ class Learner:
         self.adapter = adapter
         self.config = config
         self.loss_scale = loss_scale
-        self.parameters: dict[str, Parameter] = {
-            name: parameter
-            for name, parameter in adapter.named_parameters()
-            if parameter.requires_grad
-        }
-        self.optimizer = build_optimizer(config, adapter)
+        parameters = adapter.named_parameters()
+        self.parameters = {name: weight for name, weight in parameters if weight.requires_grad}
+        self.optimizer = optimizers.build_optimizer(config, adapter)
 
     @property
     def num_trained(self) -> int:
-        num_frozen = sum(tensor.numel() for tensor in frozen_tensors(self.config, self.adapter))
-        return sum(parameter.numel() for parameter in self.parameters.values()) - num_frozen
+        frozen = optimizers.frozen_tensors(self.config, self.adapter)
+        num_parameters = sum(parameter.numel() for parameter in self.parameters.values())
+        return num_parameters - sum(tensor.numel() for tensor in frozen)
 
     @property
     def learning_rate(self) -> float:
@@ -68,15 +58,11 @@ class Learner:
         """The factor of the loss in a backward pass."""
         return 1.0 if self.loss_scale is None else self.loss_scale.scale
 
-    @property
-    def has_gradients(self) -> bool:
-        return any(parameter.grad is not None for parameter in self.parameters.values())
-
     def clip_gradients(self, max_grad_norm: float | None) -> GradientNorm:
         """Make gradients those that the optimizer is to see; without a maximum, only measure."""
         if self.loss_scale is not None:
             self.loss_scale.unscale(self.parameters.values())
-        drop_frozen_gradients(self.config, self.adapter)
+        optimizers.drop_frozen_gradients(self.config, self.adapter)
         max_norm = math.inf if max_grad_norm is None else max_grad_norm
         norm = float(clip_grad_norm_(self.parameters.values(), max_norm))
         overflows = self.loss_scale is not None and not self.loss_scale.takes(norm)
@@ -84,7 +70,7 @@ class Learner:
 
     def apply(self) -> None:
         """Let the optimizer make a step; each tensor has the learning rate of `lr_ratios`."""
-        with rates_of_their_own(self.config, self.adapter):
+        with optimizers.rates_of_their_own(self.config, self.adapter):
             self.optimizer.step()
 
     def zero_grad(self) -> None:
@@ -94,9 +80,6 @@ class Learner:
         """Free what training needs; the weights stay."""
         self.zero_grad()
         self.optimizer.state.clear()
-
-    def copy_weights(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters.values()]
 
     def state_dict(self) -> dict[str, Any]:
         gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
@@ -109,7 +92,9 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # Older states of clients have the weights that aren't trained, too.
-        copy_all(self.parameters.values(), [state["weights"][name] for name in self.parameters])
+        optimizers.copy_all(
+            self.parameters.values(), [state["weights"][name] for name in self.parameters]
+        )
         for name, parameter in self.parameters.items():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter)

@@ -12,14 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from loraloom import devices
 from loraloom.config.text import local_path
-from loraloom.devices import (
-    RANK_BACKENDS,
-    best_device,
-    count_devices,
-    restored_limit,
-    select_device,
-)
 from loraloom.distributed import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
@@ -161,12 +155,9 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if dist.is_initialized():
         rank = dist.get_rank()
         size = dist.get_world_size()
-        return Launch(
-            rank,
-            size,
-            local_rank=int(environment.get("LOCAL_RANK", rank)),
-            local_size=int(environment.get("LOCAL_WORLD_SIZE", size)),
-        )
+        local_rank = int(environment.get("LOCAL_RANK", rank))
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
+        return Launch(rank, size, local_rank, local_size)
     is_set = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
     if len(is_set) == 1:
         raise ConfigError(
@@ -208,15 +199,16 @@ def choose_device(
                 f"job {job.name}: method {job.adapter.method} requires a single process, because "
                 f"its router loss joins all tokens, got {launch.size} ranks; remove torchrun"
             )
-    kind = best_device().type if name == "auto" else torch.device(name).type
-    if kind not in RANK_BACKENDS or (kind != "cpu" and name not in ("auto", kind)):
+    kind = devices.best_device().type if name == "auto" else torch.device(name).type
+    kinds = devices.RANK_BACKENDS.keys()
+    if kind not in kinds or (kind != "cpu" and name not in ("auto", kind)):
         raise ConfigError(
-            f"device must be auto or one of {', '.join(RANK_BACKENDS)} for several ranks, because "
-            f"each rank uses a separate device, got {name if kind in RANK_BACKENDS else kind}"
+            f"device must be auto or one of {', '.join(kinds)} for several ranks, because "
+            f"each rank uses a separate device, got {name if kind in kinds else kind}"
         )
     if kind == "cpu":
         return kind
-    count = count_devices(kind)
+    count = devices.count_devices(kind)
     if launch.local_size > count:
         raise ConfigError(
             f"each rank requires a separate {kind} device, got {launch.local_size} ranks and "
@@ -230,8 +222,8 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     if launch.size == 1:
         yield Alone()
         return
-    backend = RANK_BACKENDS[torch.device(device).type]
-    select_device(torch.device(device))
+    backend = devices.RANK_BACKENDS[torch.device(device).type]
+    devices.select_device(torch.device(device))
     # A process group that is there is used, and left as it is.
     is_ours = not dist.is_initialized()
     if is_ours:
@@ -252,7 +244,7 @@ def _borrowed(host: Host) -> Iterator[None]:
     ranks = host.ranks
     gradient_checkpointing = host.gradient_checkpointing
     try:
-        with restored_limit(host.device):
+        with devices.restored_limit(host.device):
             yield
     except BaseException:
         for name in host.adapters.keys() - names:

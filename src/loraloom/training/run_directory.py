@@ -29,14 +29,8 @@ from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
-_JOB_ENTRIES = (
-    *SAVED_FILES,
-    METRICS_FILE,
-    RESULT_FILE,
-    "checkpoints",
-    TENSORBOARD_DIRECTORY,
-    "wandb",
-)
+_JOB_ENTRIES = [*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints"]
+_JOB_ENTRIES += [TENSORBOARD_DIRECTORY, "wandb"]
 
 
 class RunDirectory:
@@ -243,14 +237,9 @@ class RunDirectory:
 def _write_adapter(
     path: Path, host: Host, job: Job, tensors: dict[str, Any], card: str | None = None
 ) -> None:
+    adapter = job.adapter
     write_adapter(
-        path,
-        job.adapter.config,
-        tensors,
-        host.base,
-        card,
-        prompt=job.adapter.prompt,
-        overwrite=True,
+        path, adapter.config, tensors, host.base, card, prompt=adapter.prompt, overwrite=True
     )
 
 

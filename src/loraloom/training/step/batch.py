@@ -198,11 +198,9 @@ class MicroBatch:
 
     def _subset(self, starts: Sequence[int]) -> MicroBatch:
         indices = [start + row for start in starts for row in range(self._starts.step)]
-        return replace(
-            self,
-            examples=[self.examples[index] for index in indices],
-            sample_keys=[self.sample_keys[index] for index in indices],
-        )
+        examples = [self.examples[index] for index in indices]
+        sample_keys = [self.sample_keys[index] for index in indices]
+        return replace(self, examples=examples, sample_keys=sample_keys)
 
 
 @dataclass(frozen=True)

@@ -92,16 +92,14 @@ def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
     )
     states = inputs.predicting_states(output.last_hidden_state)  # (N, D)
     losses = host.token_losses(states, inputs.targets, owners(rows, adapters))  # (N,)
+    split_losses = layout.split_losses(losses)
+    num_tokens = layout.computed_tokens
     shares = []
-    for batch, batch_losses, batch_rows, num_tokens in zip(
-        layout.micro_batches,
-        layout.split_losses(losses),
-        layout.rows,
-        layout.computed_tokens,
-        strict=True,
-    ):
+    for index, batch in enumerate(layout.micro_batches):
         routing = output.routing.get(batch.adapter.name)
-        shares.append(_share(batch, batch_losses, batch_rows, routing, num_tokens))
+        shares.append(
+            _share(batch, split_losses[index], layout.rows[index], routing, num_tokens[index])
+        )
     return shares
 
 
@@ -128,14 +126,8 @@ def _share(
         computed_tokens = 0
     for name, total in sum_extra(routing or ()).items():
         metrics[f"router/{name}"] = (total / batch.window.num_tokens).to(loss)
-    return _Share(
-        loss=loss,
-        metrics=metrics,
-        routing=routing,
-        samples=samples,
-        computed_tokens=loss.new_full((), computed_tokens),
-        aux_loss=torch.zeros_like(loss),
-    )
+    num_computed = loss.new_full((), computed_tokens)
+    return _Share(loss, metrics, routing, samples, num_computed, aux_loss=torch.zeros_like(loss))
 
 
 def _fetch(
@@ -158,12 +150,8 @@ def _fetch(
         micro_batches, shares, scalars_by_share, routing_sums, strict=True
     ):
         loss, aux_loss, tokens, *metrics = values
-        report = MicroBatchLoss(
-            loss,
-            aux_loss,
-            metrics=dict(zip(share.metrics, metrics, strict=True)),
-            computed_tokens=round(tokens),
-        )
+        by_name = dict(zip(share.metrics, metrics, strict=True))
+        report = MicroBatchLoss(loss, aux_loss, metrics=by_name, computed_tokens=round(tokens))
         if share.routing is not None:
             routers = RoutingTotals.of(share.routing, list(islice(numbers, sums.numel())))
             report = replace(

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,8 +46,8 @@ class ScoredSamples:
     log_probs: Float[Tensor, " N"]
     num_labels: Sequence[int]
     references: Float[Tensor, " S"] | None = None  # log p under the reference policy
-    # `Example.extras` by name: a tensor [S], or a tensor for each sample where it has several.
-    extras: Mapping[str, Tensor | Sequence[Tensor]] = field(default_factory=dict)
+    # `Example.extras` by name, of each sample; None of one without.
+    extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def by_sample(self) -> tuple[Tensor, ...]:
@@ -185,27 +186,9 @@ def scored_samples(
 ) -> ScoredSamples:
     references = None if reference is None else log_probs.new_tensor(reference.of(examples))
     num_labels = [count_labels(example) for example in examples]
-    return ScoredSamples(log_probs, num_labels, references, _join_extras(log_probs, examples))
-
-
-def _join_extras(
-    log_probs: Tensor, examples: Sequence[Example]
-) -> dict[str, Tensor | Sequence[Tensor]]:
-    names = list(examples[0].extras) if examples else []
-    for example in examples:
-        if example.extras.keys() != set(names):
-            raise ConfigError(
-                "examples of a step must all have the same extras, got "
-                f"{names} and {list(example.extras)}; add those that are missing"
-            )
-    extras: dict[str, Tensor | Sequence[Tensor]] = {}
-    for name in names:
-        values = [example.extras[name] for example in examples]
-        if any(isinstance(value, tuple) for value in values):
-            extras[name] = [log_probs.new_tensor(value) for value in values]
-        else:
-            extras[name] = log_probs.new_tensor(values)
-    return extras
+    names = {name for example in examples for name in example.extras}
+    extras = {name: [example.extras.get(name) for example in examples] for name in names}
+    return ScoredSamples(log_probs, num_labels, references, extras)
 
 
 def load_reference(host: Host, config: ObjectiveConfig) -> Reference | None:

@@ -20,7 +20,7 @@ from loraloom.adapters.contract import Adapter
 from loraloom.adapters.lora import pattern_value
 from loraloom.adapters.tensor_names import matches
 from loraloom.base.quantization import import_library
-from loraloom.devices import has_paged_memory
+from loraloom.devices import has_separate_memory
 from loraloom.errors import ConfigError, shown
 from loraloom.host.host import Host
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, OptimizerConfig, TrainConfig
@@ -41,7 +41,7 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
                 "lr_ratios must match names of the adapter's trained tensors, "
                 f"such as {[*trained][-1]}, got {shown(pattern)}"
             )
-    if config.optimizer.startswith("paged_") and not has_paged_memory(device):
+    if config.optimizer.startswith("paged_") and not has_separate_memory(device):
         raise ConfigError(
             f"optimizer {config.optimizer} requires a CUDA or XPU device, "
             f"whose memory it pages, got {device}; use "
