@@ -21,7 +21,7 @@ from loraloom.config.data import PromptForm, SourceConfig
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import find_location
 from loraloom.data.tasks import ChoiceQuestion, find_task, load_question_set, questions_digest
-from loraloom.data.tokens import Example, TrainingExample, pad_token
+from loraloom.data.tokens import pad_token
 from loraloom.data.training_set import StreamedSet, TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError, shown
 from loraloom.eval.cache import adapter_digest
@@ -35,6 +35,7 @@ from loraloom.training.job import Job
 from loraloom.training.learner import Learner
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
 from loraloom.training.step import objectives
+from loraloom.training.step.batch import rows_of
 from loraloom.training.step.optimizers import make_loss_scale
 
 KEPT_TRAINING_SETS = 8
@@ -180,7 +181,7 @@ class JobBuilder:
     def _measure_held_out(
         self, jobs: Sequence[Job], metrics: Mapping[str, dict[str, float]]
     ) -> None:
-        rows = {job.name: _rows_of(job.training_set.validation) for job in jobs}
+        rows = {job.name: rows_of(job.training_set.validation) for job in jobs}
         objectives.score_references(self._host, [(job.reference, rows[job.name]) for job in jobs])
         requests = []
         for name, rows_of_job in rows.items():
@@ -210,10 +211,6 @@ class JobBuilder:
         return [measured[job.name] for job in jobs]
 
 
-def _rows_of(examples: Sequence[TrainingExample]) -> list[Example]:
-    return [row for example in examples for row in example.rows]
-
-
 def _check_lengths(
     config: JobConfig, training_set: TrainingSet | StreamedSet, max_positions: int
 ) -> None:
@@ -224,7 +221,7 @@ def _check_lengths(
             f"data must have examples to {purpose}, got none ({'; '.join(training_set.report)}); "
             "add rows, or raise max_length"
         )
-    held_out = [len(row.input_ids) for row in _rows_of(training_set.validation)]
+    held_out = [len(row.input_ids) for row in rows_of(training_set.validation)]
     num_tokens = max([longest, *held_out])
     if num_tokens > max_positions:
         has = "one may have" if isinstance(training_set, StreamedSet) else "the longest has"

@@ -34,7 +34,7 @@ from loraloom.training import checkpoints
 from loraloom.training.learner import Learner
 from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerConfig
 from loraloom.training.step import objectives
-from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window, rows_of
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
 from loraloom.training.step.optimizers import make_loss_scale
 
@@ -423,8 +423,7 @@ def _micro_batches(host: Host, request: Request, log_probs: list[Tensor]) -> lis
 
 
 def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
-    rows = [row for example in data for row in example.rows]
-    return [replace(row, sample_id=index) for index, row in enumerate(rows)]
+    return [replace(row, sample_id=index) for index, row in enumerate(rows_of(data))]
 
 
 def example_of(

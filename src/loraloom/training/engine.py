@@ -55,7 +55,7 @@ class Engine:
         # Of every job of the run, in their order.
         self._records: dict[str, checkpoints.JobRecord] = {}
         self.builder = builder
-        self._directory = directory
+        self.directory = directory
         self._environment = dict(environment or {})
         self._run = run
         self._is_checkpoint_due = False
@@ -104,7 +104,7 @@ class Engine:
         for job in [job for job in self.jobs.values() if job.is_complete]:
             if self._has_sound_weights(job):
                 self.close(job)
-                self._reporter.message(f"{job.name}: done, {self._directory.job(job.name)}")
+                self._reporter.message(f"{job.name}: done, {self.directory.job(job.name)}")
 
     def recall(self, name: str) -> bool:
         """Take over the result of a job that has ended on a worker that was lost since."""
@@ -130,8 +130,8 @@ class Engine:
                     self._check_inputs(checkpoint, [job])
                     self._resume(job, checkpoint)
                 elif self._is_first:
-                    self._directory.check_sources([job.config], self.jobs)
-                    self._directory.prepare_job(job.name, overwrite=overwrite)
+                    self.directory.check_sources([job.config], self.jobs)
+                    self.directory.prepare_job(job.name, overwrite=overwrite)
         except Exception:
             self.discard(job)
             raise
@@ -204,7 +204,7 @@ class Engine:
 
     def _write_best(self, job: Job) -> None:
         try:
-            self._directory.write_best(self.host, job)
+            self.directory.write_best(self.host, job)
         except (AdapterError, OSError) as error:
             if isinstance(error, AdapterError) and error.__cause__ is None:  # not of the disk
                 raise
@@ -221,7 +221,7 @@ class Engine:
         result = self._result(job, error, stop_reason)
         with self.host.ranks.together():
             if self._is_first:
-                self._directory.write_job(self.host, job, result)
+                self.directory.write_job(self.host, job, result)
         job.release()
         del self.jobs[name]
         self._records[name] = replace(self._records[name], result=result)
@@ -250,7 +250,7 @@ class Engine:
         for name, record in self._records.items():
             metrics_bytes = self._reporter.metrics_bytes(name)
             records[name] = replace(record, metrics_bytes=metrics_bytes, sha256=None)
-        journal = self._directory.sweep_journal
+        journal = self.directory.sweep_journal
         checkpoint = checkpoints.Checkpoint(
             round=self.round,
             seconds=self.seconds,
@@ -261,7 +261,7 @@ class Engine:
             max_alone=self._runner.max_alone,
         )
         keep = self._run.keep_snapshots if states else 1
-        self._directory.write_checkpoint(checkpoint, states, keep=keep)
+        self.directory.write_checkpoint(checkpoint, states, keep=keep)
 
     def save_if_due(self) -> None:
         if self._is_checkpoint_due:
@@ -284,16 +284,16 @@ class Engine:
                 joined_later = saved[name].joined_later
                 self._records[name] = replace(self._records[name], joined_later=joined_later)
             elif self._is_first:
-                self._directory.prepare_job(name)
+                self.directory.prepare_job(name)
         for name in self.jobs.keys() - saved.keys():
             self.jobs[name].position.level = self._least_level(self.jobs.keys() & saved.keys())
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
 
     def _checkpoint_of_job(self, name: str) -> checkpoints.Checkpoint | None:
-        if not self._directory.by_job:
+        if not self.directory.by_job:
             return None
-        checkpoint, _ = self._directory.newest_checkpoint([name])
+        checkpoint, _ = self.directory.newest_checkpoint([name])
         return checkpoint
 
     def _check_inputs(self, checkpoint: checkpoints.Checkpoint, jobs: Sequence[Job]) -> None:
@@ -316,7 +316,7 @@ class Engine:
                 job.load_state_dict(state)
                 self.host.ranks.keep_at_first(job.learner.parameters.values())
             if self._is_first:
-                self._directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
+                self.directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
 
     def _must_end(self) -> bool:
         # Signals come to the ranks one after the other.
@@ -385,7 +385,7 @@ class Engine:
             seconds=round(self.seconds, 3),
             peak_memory_bytes=peak_memory_bytes(),
             environment=self._environment,
-            directory=str(self._directory.job(job.name)),
+            directory=str(self.directory.job(job.name)),
             warnings=tuple(job.collapse.warnings.values()),
         )
 

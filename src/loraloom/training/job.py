@@ -159,8 +159,10 @@ class Job:
             if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
                 self.scheduler.step()  # pyright: ignore[reportCallIssue]
         self.learner.zero_grad()
-        self._forget_references()
         position = self.position
+        if self.reference is not None and isinstance(self.training_set, StreamedSet):
+            for row in self.window.rows:  # they never come again
+                self.reference.log_probs.pop(row.sample_id, None)
         position.step += 1
         position.micro_step = 0
         position.loss = MicroBatchLoss(0.0)
@@ -179,14 +181,6 @@ class Job:
                 f"overflow float16; the last one halved the loss scale to {scale.scale:g}; train "
                 "longer, or in bfloat16"
             )
-
-    def _forget_references(self) -> None:
-        """Drop the log-probabilities of a stream's samples, which never come again."""
-        if self.reference is None or not isinstance(self.training_set, StreamedSet):
-            return
-        for example in self.window.examples:
-            for row in example.rows:
-                self.reference.log_probs.pop(row.sample_id, None)
 
     def _step_metrics(
         self, loss: MicroBatchLoss, learning_rate: float, grad_norm: float

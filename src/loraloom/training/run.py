@@ -20,6 +20,7 @@ from loraloom.generation.loading import load_host
 from loraloom.host.host import Host
 from loraloom.terminal import notebook_console
 from loraloom.training.builder import Base, JobBuilder
+from loraloom.training.checkpoints import Checkpoint
 from loraloom.training.engine import Engine, set_up
 from loraloom.training.job import JobResult
 from loraloom.training.reporting import Progress
@@ -85,9 +86,7 @@ def train(
     if ray is not None:
         excluded = {"--watch": watch, "base": base, "between_steps": between_steps}
         excluded["torchrun"] = launch if launch.size > 1 else None
-        names = [name for name, value in excluded.items() if value is not None]
-        if names:
-            raise ConfigError(f"--ray and {', '.join(names)} exclude each other; remove --ray")
+        _check_ray_options(excluded)
     if watch is not None:
         watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
@@ -123,23 +122,40 @@ def train(
         )
         if checkpoint is None and ranks.is_first:
             directory.prepare([job.name for job in run.all_jobs])
-        engine.begin(checkpoint)
-        callbacks: list[Callable[[Engine], None]] = []
-        if between_steps is not None:
-            callbacks.append(lambda engine: between_steps(engine, engine.builder))
-        sweep = None
-        if run.sweep is not None:
-            from loraloom.training.sweep import Sweep  # it needs Optuna
+        return _run_engine(run, engine, checkpoint, progress, between_steps, watch)
 
-            journal_bytes = 0 if checkpoint is None else checkpoint.sweep_bytes
-            sweep = Sweep(run, engine, directory, progress, journal_bytes)
-            callbacks.append(sweep.between_steps)
-        if watch is not None:
-            callbacks.append(Inbox(watch, engine, progress.message).between_steps)
-        results = engine.run(*callbacks)
-        if sweep is not None:
-            sweep.conclude()
-        return results
+
+def _check_ray_options(excluded: Mapping[str, Any]) -> None:
+    names = [name for name, value in excluded.items() if value is not None]
+    if names:
+        raise ConfigError(f"--ray and {', '.join(names)} exclude each other; remove --ray")
+
+
+def _run_engine(
+    run: RunConfig,
+    engine: Engine,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+    between_steps: BetweenSteps | None,
+    watch: WatchOptions | None,
+) -> list[JobResult]:
+    engine.begin(checkpoint)
+    callbacks: list[Callable[[Engine], None]] = []
+    if between_steps is not None:
+        callbacks.append(lambda engine: between_steps(engine, engine.builder))
+    sweep = None
+    if run.sweep is not None:
+        from loraloom.training.sweep import Sweep  # it needs Optuna
+
+        journal_bytes = 0 if checkpoint is None else checkpoint.sweep_bytes
+        sweep = Sweep(run, engine, engine.directory, progress, journal_bytes)
+        callbacks.append(sweep.between_steps)
+    if watch is not None:
+        callbacks.append(Inbox(watch, engine, progress.message).between_steps)
+    results = engine.run(*callbacks)
+    if sweep is not None:
+        sweep.conclude()
+    return results
 
 
 class Launch(NamedTuple):

@@ -1,7 +1,6 @@
 """What a run file says: one base model and the jobs that share it.
 
-A field's docstring is its help text. Names are transformers' and trl's where they have them. A
-step is an optimizer step.
+A field's docstring is its help text. Names are transformers' and trl's. A step is the optimizer's.
 """
 
 import math
@@ -57,7 +56,6 @@ else:
     TrackerName = Literal[("jsonl", "tensorboard", "trackio", "wandb", *_further)]
 # They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
-# The reference that is the base model itself.
 BASE_REFERENCE = "base"
 _GIVE = "set data.validation_fraction, data.validation or eval"
 
@@ -251,8 +249,7 @@ class EvaluationConfig(StrictModel):
         return f"eval/{task_name(self.task)}/accuracy"
 
 
-for _config in adapters.CONFIGS:
-    HOMES |= dict.fromkeys(_config.model_fields, "adapter")
+HOMES |= dict.fromkeys((key for kind in adapters.CONFIGS for key in kind.model_fields), "adapter")
 HOMES |= dict.fromkeys(DataConfig.model_fields, "data")
 HOMES |= dict.fromkeys(TrainConfig.model_fields, "train")
 
@@ -293,8 +290,7 @@ class JobConfig(StrictModel):
                 f"{train.objective.name}; for the chosen answers alone: format instruction, fields "
                 "{output: chosen, ...}"
             )
-        unpaired = sorted(map(str, formats - {"preference", None}))
-        if has_pairs and unpaired:
+        if has_pairs and (unpaired := sorted(map(str, formats - {"preference", None}))):
             yield (
                 f"train.objective {train.objective.name} requires pairs of answers: a task, or a "
                 f"dataset of format preference, got format {unpaired[0]}"
@@ -337,8 +333,7 @@ class JobConfig(StrictModel):
 
 def _is_test(split: str | None) -> bool:
     """Whether a split has rows of a test split, `train+test[:100]` for instance."""
-    names = [term.partition("[")[0].strip() for term in (split or "").split("+")]
-    return "test" in names
+    return any(term.partition("[")[0].strip() == "test" for term in (split or "").split("+"))
 
 
 class ParallelConfig(StrictModel):

@@ -7,7 +7,7 @@ the shortest of several lengths with little padding, as attention takes the squa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -42,17 +42,27 @@ class Window:
         return math.ceil(len(self.examples) / self.micro_batch_size)
 
     @cached_property
+    def rows(self) -> list[Example]:
+        return rows_of(self.examples)
+
+    @cached_property
     def totals(self) -> StepTotals:
         return count_totals(self.examples)
 
     @cached_property
     def num_tokens(self) -> int:
-        return sum(len(row.input_ids) for example in self.examples for row in example.rows)
+        return sum(len(row.input_ids) for row in self.rows)
 
-    def micro_batch(self, index: int) -> tuple[Example, ...]:
+    def micro_batch(self, index: int) -> list[Example]:
         start = index * self.micro_batch_size
-        examples = self.examples[start : start + self.micro_batch_size]
-        return tuple(row for example in examples for row in example.rows)
+        return rows_of(self.examples[start : start + self.micro_batch_size])
+
+
+def rows_of(examples: Iterable[TrainingExample]) -> list[Example]:
+    rows: list[Example] = []
+    for example in examples:
+        rows += example.rows
+    return rows
 
 
 def longest_row(example: TrainingExample) -> int:
