@@ -1,18 +1,59 @@
-"""Memory of the device that a model is on: an accelerator's, or the machine's, as MPS uses it."""
+"""All that depends on the kind of device: memory, caches, names, dtypes, backends of ranks.
+
+A device has memory of its own, or takes the machine's, as a CPU and MPS do. What torch.accelerator
+lacks (in 2.10 free memory and a limit of memory) comes from the module of the device's kind.
+"""
 
 import gc
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import psutil
 import torch
 
-# Left to others, and to what else is in the process.
+# What processes on several devices of a kind talk through; those kinds can train over ranks.
+RANK_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+# Left to other processes, and to what else is in this one.
 _RESERVE_BYTES = 100_000_000
+
+
+def best_device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def count_devices(kind: str) -> int:
+    return torch.get_device_module(kind).device_count()
+
+
+def select_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
+
+
+def device_name(device: torch.device) -> str:
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if has_separate_memory(device) else ""
 
 
 def has_separate_memory(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return True
+    # On x86, oneDNN says yes to AVX-512 alone, where it emulates at half the speed of float32.
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def used_bytes(device: torch.device) -> int:
@@ -21,10 +62,33 @@ def used_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def free_device_bytes(device: torch.device) -> int:
+    """Count what is free in a memory of its own."""
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return free
+
+
 def free_bytes(limit: int | None) -> int:
     """Memory of the machine that this process may still take, within a limit of the process."""
     free = psutil.virtual_memory().available - _RESERVE_BYTES
-    return free if limit is None else min(free, limit - psutil.Process().memory_info().rss)
+    if limit is None:
+        return free
+    return min(free, limit - psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """Return the most that this process has held so far: resident, and on each kind of device."""
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device = best_device()
+    if has_separate_memory(device):
+        indices = range(torch.accelerator.device_count())
+        peak[device.type] = sum(torch.accelerator.max_memory_allocated(index) for index in indices)
+    return peak
 
 
 def limit_memory(device: torch.device, limit: int) -> None:

@@ -12,7 +12,6 @@ from loraloom.adapters.segment import SampleTokens
 from loraloom.data.tokens import Example
 from loraloom.training.client import Request, run_requests
 from loraloom.training.settings import SftConfig
-from loraloom.training.step.objectives import build_objective
 from tests.adapters.plain import MASK, compare, sum_experts
 from tests.tiny import changed, tiny_host, tiny_ids
 
@@ -88,6 +87,6 @@ def test_a_step_tells_whose_tokens_are_whose(monkeypatch):
         lambda _, routing, samples, add_up: seen.append((len(routing[0].router_logits), samples)),
     )
     data = [Example((5, 6, 7, 8), (5, 6, 7, 8), 0, expert_group=1), Example((9, 10), (9, 10), 1)]
-    request = Request(host.adapters["a"], data, build_objective(SftConfig()), lambda place: place)
+    request = Request("a", data, SftConfig())
     run_requests(host, [request], pad_id=0)
     assert seen == [(6, [SampleTokens(4, 1), SampleTokens(2, 0)])]

@@ -83,7 +83,7 @@ def test_weights_come_in_the_dtype_that_was_asked_for(directory, name, dtype):
     ],
 )
 def test_dtype_auto_is_the_checkpoints(directory, saved, loaded, monkeypatch):
-    monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(loading, "multiplies_in_bfloat16", lambda device: True)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "dtype": saved}))
     model, _ = load_base_model(str(directory))

@@ -12,16 +12,16 @@ from filelock import FileLock, Timeout
 
 from loraloom.atomic_io import remove
 from loraloom.errors import ConfigError
-from loraloom.training import checkpoints as store_module
+from loraloom.training import checkpoints, run_directory
 from loraloom.training.checkpoints import (
     Checkpoint,
     CheckpointStore,
     JobRecord,
-    RunDirectory,
     check_same_run,
     describe_base,
 )
 from loraloom.training.job import JobResult
+from loraloom.training.run_directory import RunDirectory
 from tests.training.toy import toy_host
 
 KIND = {"job": "b", "status": "finished", "error": None, "method": "LoRA", "base_model": "tiny"}
@@ -57,7 +57,7 @@ def test_the_newest_two_are_kept(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
     assert store.newest()[0].round == 9
     with monkeypatch.context() as patch:  # an old one can't be deleted, on NFS for example
-        patch.setattr(store_module, "remove", Mock(side_effect=OSError("busy")))
+        patch.setattr(checkpoints, "remove", Mock(side_effect=OSError("busy")))
         write(store, 10)
     assert len(list(tmp_path.iterdir())) == 3
     write(store, 11)
@@ -106,7 +106,7 @@ def test_a_manifest_of_something_else_is_passed_over(tmp_path, change):
     del body["checksum"]
     body = body | change if isinstance(change, dict) else change
     if isinstance(body, dict):
-        body["checksum"] = store_module._json_hash(body)
+        body["checksum"] = checkpoints._json_hash(body)
     manifest.write_text(json.dumps(body))
     snapshot, (fault,) = store.newest()
     assert snapshot is None
@@ -141,7 +141,7 @@ def test_a_run_killed_while_it_overwrites_leaves_no_checkpoint_to_resume(tmp_pat
     def dies(path):
         1 / 0 if path.parent.name == "a" else remove(path)
 
-    monkeypatch.setattr(store_module, "remove", dies)
+    monkeypatch.setattr(run_directory, "remove", dies)
     with pytest.raises(ZeroDivisionError):
         directory.prepare(["a"])
     assert directory.checkpoints.newest() == (None, [])
@@ -185,7 +185,7 @@ def test_the_lock_is_held_until_what_it_is_in_is_gone(tmp_path, monkeypatch):
         lock.release()
         remove(path)
 
-    monkeypatch.setattr(store_module, "remove", watched)
+    monkeypatch.setattr(run_directory, "remove", watched)
     with RunDirectory(tmp_path / "out").opened(resume=False, overwrite=False):
         pass
     assert locked == [True]

@@ -99,7 +99,7 @@ def test_calls_between_steps_add_up_and_micro_batches_change_nothing():
     whole = client.forward_backward(data)
     expected = grads_of(client)
     client.zero_grad()
-    client._forwards -= 1  # the same dropout again
+    client._num_forwards -= 1  # the same dropout again
     cut = client.forward_backward(data, micro_batch_size=2)
     assert cut.loss == pytest.approx(whole.loss)
     assert_same(grads_of(client), expected, 1e-6)

@@ -11,7 +11,8 @@ from loraloom.formats.files import read_adapter
 from loraloom.routing import tally
 from loraloom.training import builder
 from loraloom.training import job as job_module
-from loraloom.training.checkpoints import CheckpointStore, RunDirectory
+from loraloom.training.checkpoints import CheckpointStore
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig
 from tests.training.running import (
     assert_same_files,
@@ -126,7 +127,7 @@ def poison(job, step: int) -> None:
     def poisoned():
         if job.position.step == step - 1:
             with torch.no_grad():
-                job.parameters[next(iter(job.parameters))].fill_(float("nan"))
+                job.learner.parameters[next(iter(job.learner.parameters))].fill_(float("nan"))
         return take()
 
     job.micro_batch = poisoned
@@ -216,7 +217,7 @@ def test_a_job_that_joins_is_not_made_of_one_that_trains(tmp_path):
     engine = toy_engine(tmp_path, [toy_config("law")])
     routed = toy_config("auto", RoutedConfig(experts={"law": "law"}, router="token"))
     job = add_job(engine.host, routed)
-    assert all(name.endswith("router") for name in job.parameters)
+    assert all(name.endswith("router") for name in job.learner.parameters)
     engine.discard(job)
     with pytest.raises(ConfigError, match=r"adapter.experts must not be in .* where job law goes"):
         engine.add(add_job(engine.host, routed))
@@ -268,7 +269,7 @@ def test_a_collapsed_router_is_told_once_and_kept(tmp_path, monkeypatch):
     adapter = ADAPTERS["mixlora"].model_copy(update={"num_experts": 8, "router_jitter": 0.0})
     engine = toy_engine(tmp_path / "run", [toy_config("a", adapter, max_steps=8)])
     with torch.no_grad():  # all tokens to two experts
-        for name, parameter in engine.jobs["a"].parameters.items():
+        for name, parameter in engine.jobs["a"].learner.parameters.items():
             if "router" in name:
                 parameter.mul_(0).requires_grad_(False)
     result = engine.run()[0]

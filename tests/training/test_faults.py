@@ -8,7 +8,7 @@ import torch
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.formats.files import read_adapter
 from loraloom.host.host import Host
-from loraloom.training import checkpoints, rounds
+from loraloom.training import rounds, run_directory
 from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import Engine
 from tests.training.running import Spoken, resumed
@@ -91,7 +91,7 @@ def test_a_best_adapter_that_can_not_be_written_for_a_while_fails_no_job(tmp_pat
     full.__cause__ = NO_SPACE
     is_hit = lambda directory, *_: directory.parts[-3] == "hit" and not hit.is_complete  # noqa: E731
     monkeypatch.setattr(
-        checkpoints, "write_adapter", failing(checkpoints.write_adapter, is_hit, full)
+        run_directory, "write_adapter", failing(run_directory.write_adapter, is_hit, full)
     )
     assert [result.status for result in engine.run()] == ["finished", "finished"]
     assert any(
@@ -141,7 +141,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
     is_hit = lambda directory, *_: directory.name == "hit"  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(
-            checkpoints, "write_adapter", failing(checkpoints.write_adapter, is_hit, NO_SPACE)
+            run_directory, "write_adapter", failing(run_directory.write_adapter, is_hit, NO_SPACE)
         )
         with pytest.raises(ConfigError, match=r"output_dir must be writable.*No space left"):
             again.run()

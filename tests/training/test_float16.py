@@ -31,7 +31,7 @@ def toy_engine(directory, names=("lora", "mixlora"), scales: Mapping[str, float]
     configs = [toy_config(name, ADAPTERS[name], seed=1, max_steps=4) for name in names]
     engine = engine_of(directory, configs, dtype=torch.float16)
     for name, scale in (scales or {}).items():
-        engine.jobs[name].loss_scale.scale = scale
+        engine.jobs[name].learner.loss_scale.scale = scale
     return engine
 
 
@@ -67,11 +67,11 @@ def test_the_overflow_of_one_job_leaves_its_neighbour_alone(tmp_path):
     expected = trained_weights(toy_engine(tmp_path / "calm"))["mixlora"]
     wild = toy_engine(tmp_path / "wild", scales={"lora": TOO_MUCH})
     jobs = dict(wild.jobs)
-    start = {name: p.detach().clone() for name, p in jobs["lora"].parameters.items()}
+    start = {name: p.detach().clone() for name, p in jobs["lora"].learner.parameters.items()}
     weights = trained_weights(wild)
     assert all(torch.equal(weights["mixlora"][name], expected[name]) for name in expected)
     assert all(torch.equal(weights["lora"][name], start[name]) for name in start)
-    assert (jobs["lora"].loss_scale, jobs["mixlora"].loss_scale) == (
+    assert (jobs["lora"].learner.loss_scale, jobs["mixlora"].learner.loss_scale) == (
         LossScale(TOO_MUCH / 16, 0, 4),
         LossScale(2.0**16, 4, 0),
     )
@@ -88,7 +88,7 @@ def test_a_skipped_step_counts_in_a_job_and_in_a_loop_of_ones_own():
     client = TrainingClient(host, toy_tokenizer(), "client", ADAPTERS["lora"])
     job = add_job(host, toy_config("job", ADAPTERS["lora"]))
     before = weights_of(client)
-    for parameter in (*job.parameters.values(), *client.parameters.values()):
+    for parameter in (*job.learner.parameters.values(), *client.parameters.values()):
         parameter.grad = torch.full_like(parameter, torch.inf)
     report = job.accept(job.micro_batch(), MicroBatchLoss(1.0))
     step = client.optim_step()
@@ -108,5 +108,5 @@ def test_a_resumed_run_has_the_scale_it_had(tmp_path):
     engine = resumed(tmp_path / "broken", configs, dtype=torch.float16)
     other = engine.jobs["lora"]
     weights = trained_weights(engine)
-    assert other.loss_scale == job.loss_scale
+    assert other.learner.loss_scale == job.learner.loss_scale
     assert all(torch.equal(weights["lora"][n], w) for n, w in expected["lora"].items())

@@ -13,7 +13,7 @@ from tests.training.toy import ADAPTERS, add_job, toy_config, toy_host, weights_
 
 
 def with_gradient(job, value: float):
-    for parameter in job.parameters.values():
+    for parameter in job.learner.parameters.values():
         parameter.grad = torch.full_like(parameter, value)
     return job
 
@@ -31,7 +31,9 @@ def test_gradient_is_clipped_over_the_adapters_weights_alone():
     before = [weights_of(job) for job in jobs]
     reports = [job.accept(job.micro_batch(), MicroBatchLoss(1.0)) for job in jobs]
     moves = [
-        torch.stack([(old[name] - p.detach()).norm() for name, p in job.parameters.items()]).norm()
+        torch.stack(
+            [(old[name] - p.detach()).norm() for name, p in job.learner.parameters.items()]
+        ).norm()
         for job, old in zip(jobs, before, strict=True)
     ]
     assert float(moves[0]) == pytest.approx(0.5 * 1e-2, rel=1e-4)
@@ -41,10 +43,10 @@ def test_gradient_is_clipped_over_the_adapters_weights_alone():
 
 def test_a_step_is_made_after_the_last_micro_batch():
     job = with_gradient(new_job(batch_size=4, micro_batch_size=2, loraplus_lr_ratio=4.0), 1.0)
-    job.optimizer.param_groups.reverse()  # B first, as where A is frozen
+    job.learner.optimizer.param_groups.reverse()  # B first, as where A is frozen
     before = weights_of(job)
     assert job.accept(job.micro_batch(), MicroBatchLoss(0.25, 0.5, 0.125, 1.0, {"m": 2.0})) is None
-    assert all(torch.equal(p, before[name]) for name, p in job.parameters.items())
+    assert all(torch.equal(p, before[name]) for name, p in job.learner.parameters.items())
     own = {"loss": 9.0, "odd": math.nan}
     report = job.accept(job.micro_batch(), MicroBatchLoss(0.5, 0.25, 0.25, 1.0, own))
     assert (report["loss"], report["aux_loss"], report["m"]) == (0.75, 0.75, 2.0)
@@ -53,7 +55,7 @@ def test_a_step_is_made_after_the_last_micro_batch():
     assert (report["router/entropy"], report["router/load_cv"]) == (0.375, 2.0)
     assert (report["step"], job.position.micro_step) == (1, 0)
     assert report["tokens"] == job.order.window(0).num_tokens
-    assert all(parameter.grad is None for parameter in job.parameters.values())
+    assert all(parameter.grad is None for parameter in job.learner.parameters.values())
 
 
 def test_weights_are_proven_by_a_finite_loss():
@@ -66,10 +68,10 @@ def test_weights_are_proven_by_a_finite_loss():
     restored.load_state_dict(job.state_dict())
     restored.restore_proven_weights()
     assert restored.position.step == 0
-    assert all(torch.equal(p, first[name]) for name, p in restored.parameters.items())
+    assert all(torch.equal(p, first[name]) for name, p in restored.learner.parameters.items())
     job.accept(job.micro_batch(), MicroBatchLoss(1.0))
     job.restore_proven_weights()
-    assert all(torch.equal(p, second[name]) for name, p in job.parameters.items())
+    assert all(torch.equal(p, second[name]) for name, p in job.learner.parameters.items())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_weights_are_proven_by_an_evaluation(metrics, is_kept):
     assert job.position.step == (1 if is_kept else 0)
     assert job.position.evaluated_step == (1 if is_kept else -1)
     kept = second if is_kept else first
-    assert all(torch.equal(p, kept[name]) for name, p in job.parameters.items())
+    assert all(torch.equal(p, kept[name]) for name, p in job.learner.parameters.items())
 
 
 CONFIG = MixLoraConfig(num_experts=4, top_k=1)

@@ -66,7 +66,7 @@ def _overflow(rank: int, directory: Path) -> None:
         states = {name: job.state_dict() for name, job in engine.jobs.items()}
         scales.append({name: state["loss_scale"] for name, state in states.items()})
         if (rank, engine.round) == (1, 1):
-            weight = next(iter(engine.jobs["lora"].parameters.values()))
+            weight = next(iter(engine.jobs["lora"].learner.parameters.values()))
             hook = weight.register_hook(lambda gradient: hook.remove() or gradient * torch.inf)
 
     loraloom.train(directory.with_suffix(".yaml"), between_steps=between_steps)
@@ -118,7 +118,7 @@ def _fail_backward(rank: int, ranks: ProcessRanks) -> list[Any]:
     host = toy_host()
     host.ranks = ranks
     job = add_job(host, toy_config("a"))
-    weights = list(job.parameters.values())
+    weights = list(job.learner.parameters.values())
     if rank == 1:
         weights[0].register_hook(_fail)
     (outcome,) = RoundRunner(host, PAD_ID).run([job.micro_batch()])

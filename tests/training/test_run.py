@@ -11,9 +11,10 @@ import loraloom
 from loraloom.base.loading import load_base_model
 from loraloom.errors import AdapterError, ConfigError, DataError, FormatError
 from loraloom.training import builder
-from loraloom.training.checkpoints import CheckpointStore, RunDirectory
+from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.engine import Engine
 from loraloom.training.run import train
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig
 from tests.training.running import Spoken, assert_same_files, read_metrics
 from tests.training.saved import run_settings, write_run_file

@@ -15,11 +15,11 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraloom.errors import ConfigError
-from loraloom.training.checkpoints import RunDirectory
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job
 from loraloom.training.reporting import Progress
 from loraloom.training.run import train
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig
 from loraloom.training.sweep import Sweep, rank_jobs, show_ranking
 from tests.training.running import Spoken, assert_same_files, assert_same_metrics, pressing

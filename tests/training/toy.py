@@ -22,10 +22,11 @@ from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.host.host import Host
 from loraloom.training.builder import JobBuilder
-from loraloom.training.checkpoints import RunDirectory
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job, JobResult
+from loraloom.training.learner import Learner
 from loraloom.training.reporting import Progress
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
@@ -155,7 +156,8 @@ def add_job(
     make = toy_pairs if config.train.objective.learns_from_pairs else toy_examples
     reference = load_reference(host, config.train.objective)
     training_set = training_set or toy_set(seed=config.seed, make=make)
-    return Job(config, adapter, training_set, reference, make_loss_scale(host))
+    learner = Learner(adapter, config.train, make_loss_scale(host))
+    return Job(config, learner, training_set, reference)
 
 
 def toy_engine(
@@ -177,12 +179,12 @@ def toy_engine(
 
 def weights_of(job: Job) -> dict[str, Tensor]:
     """Copy an adapter's weights."""
-    return {name: parameter.detach().clone() for name, parameter in job.parameters.items()}
+    return {name: parameter.detach().clone() for name, parameter in job.learner.parameters.items()}
 
 
 def gradients_of(job: Job) -> dict[str, Tensor]:
     """Copy an adapter's gradients, zero where there is none."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in job.parameters.items()
+        for name, p in job.learner.parameters.items()
     }

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 import loraloom
+from loraloom.devices import peak_memory_bytes
 from loraloom.distributed import own_part
-from loraloom.training.engine import peak_memory_bytes
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["loraloom.training.run"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from loraloom.base.quantization import check_checkpoint, check_quantization, tra
 from loraloom.base.sharding import sharded_class
 from loraloom.config.model import AttnImplementation, BaseDtype, check_device
 from loraloom.config.text import local_path
+from loraloom.devices import best_device, count_devices, multiplies_in_bfloat16
 from loraloom.errors import LoraloomError, ModelError, shown
 
 if TYPE_CHECKING:
@@ -192,10 +192,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def find_device(name: str) -> torch.device:
     if check_device(name) == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return best_device()
     device = torch.device(name)
-    module = torch.get_device_module(device)
-    count = module.device_count() if module.is_available() else 0
+    count = count_devices(device.type)
     if (device.index or 0) >= count:
         raise ModelError(
             f"device must be one that this machine has, got {name} where it has {count} of type "
@@ -223,23 +222,12 @@ def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) 
         # A GGUF file has no config; its weights have few bits.
         if checkpoint and saved not in ("bfloat16", "float16"):
             return torch.float32
-        if _multiplies_in_bfloat16(device):
+        if multiplies_in_bfloat16(device):
             return torch.bfloat16
         return torch.float32 if device.type == "cpu" else torch.float16
     if name not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
     return DTYPES[name]
-
-
-def _multiplies_in_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return True
-    # On x86, oneDNN says yes to AVX-512 alone, where it emulates at half the speed of float32.
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _auto_class(checkpoint: Mapping[str, Any]) -> Any:

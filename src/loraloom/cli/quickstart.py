@@ -22,9 +22,9 @@ from loraloom.generation.router import fit_router
 from loraloom.host.host import attach
 from loraloom.report.page import make_page
 from loraloom.terminal import make_console, make_table, print_tables, show_progress
-from loraloom.training.checkpoints import RunDirectory
 from loraloom.training.reporting import Progress
 from loraloom.training.run import train
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig
 
 NUM_LANDS = 8

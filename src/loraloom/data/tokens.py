@@ -6,8 +6,8 @@ that is too long loses its beginning, and a row whose answer alone is too long i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -36,6 +36,8 @@ class Example:
     labels: tuple[int, ...]
     sample_id: int = 0  # the same in every epoch, whatever the order
     expert_group: int = 0  # its source's
+    # What an objective reads besides log p, by name: an advantage, or a value for each label.
+    extras: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def rows(self) -> tuple[Example, ...]:

@@ -23,6 +23,7 @@ import torch
 from loraloom.adapters.contract import Adapter
 from loraloom.base.quantization import stored_weights
 from loraloom.data.sources import sha256
+from loraloom.devices import device_name
 from loraloom.errors import ConfigError, plain
 from loraloom.formats.raw_files import ADAPTER_FILES, find_adapter
 from loraloom.host.host import Host
@@ -102,7 +103,7 @@ class ScoreCache:
 
 def describe_evaluation(host: Host, adapters: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Say how scores were computed; adapters as `describe_adapters` found them before scoring."""
-    device = torch.cuda.get_device_name(host.device) if host.device.type == "cuda" else ""
+    device = device_name(host.device)
     packages = {name: version(name) for name in ("loraloom", "torch", "transformers")}
     return {
         "base_model": plain(host.base.name_or_path),  # names of files may be no UTF-8

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.base.loading import find_device, find_source, load_base_model
 from loraloom.base.quantization import check_quantization
 from loraloom.config.model import BaseModelConfig
+from loraloom.devices import free_device_bytes, has_separate_memory
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_stored
 from loraloom.formats.raw_files import find_adapter
@@ -61,8 +62,8 @@ def available_memory() -> int:
 
 def default_cache_tokens(host: Host, max_rows: int) -> int:
     """Choose the size of the cache: rows of full length, as far as a quarter of the memory goes."""
-    if host.device.type in ("cuda", "xpu"):
-        free = torch.get_device_module(host.device).mem_get_info(host.device)[0]
+    if has_separate_memory(host.device):
+        free = free_device_bytes(host.device)
     else:
         free = available_memory()
     session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))

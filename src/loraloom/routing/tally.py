@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loraloom.devices import has_float64
 from loraloom.errors import names_in
 from loraloom.routing.record import LayerRouting, RouterName, describe_router
 
@@ -54,7 +55,7 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
 
 def widened(values: Tensor) -> Tensor:
     """Values in float64, on the CPU where their device has none."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
+    return (values if has_float64(values.device) else values.cpu()).double()
 
 
 def sum_extra(routing: Sequence[LayerRouting]) -> dict[str, Float[Tensor, ""]]:

@@ -2,15 +2,17 @@
 
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.contract import Adapter
+from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.extra_modules import own_parts, refuse_own_parts
 from loraloom.adapters.tensor_names import TensorKey
 from loraloom.adapters.weighted_sum import check_is_lora, concatenate
@@ -30,11 +32,16 @@ from loraloom.formats.raw_files import find_adapter
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.training.job import Job
+from loraloom.training.learner import Learner
 from loraloom.training.settings import EvaluationConfig, JobConfig, RunConfig
-from loraloom.training.step import objectives, optimizers
+from loraloom.training.step import objectives
+from loraloom.training.step.batch import rows_of
+from loraloom.training.step.optimizers import make_loss_scale
 
 KEPT_TRAINING_SETS = 8
 Base = tuple[Host, PreTrainedTokenizerBase]
+# A file on the disk, its bytes and the time of its last change.
+FileState = tuple[Path, int, int]
 
 
 class JobData:
@@ -42,14 +49,17 @@ class JobData:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self._sets: dict[str, tuple[TrainingSet | StreamedSet, PromptForm]] = {}
+        self._sets: OrderedDict[str, tuple[TrainingSet | StreamedSet, PromptForm]] = OrderedDict()
         self._questions: dict[str, list[ChoiceQuestion]] = {}
 
     def training_set(self, config: JobConfig) -> tuple[TrainingSet | StreamedSet, PromptForm]:
         """Return what a job learns from, and how that writes prompts."""
-        data, length = config.data, config.train.max_length
+        data = config.data
+        length = config.train.max_length
         as_pairs = config.train.objective.learns_from_pairs
-        files = [state for source in data.sources for state in _file_states(source, "train")]
+        files: list[FileState] = []
+        for source in data.sources:
+            files += _file_states(source, "train")
         if data.validation is not None:
             files += _file_states(data.validation, "validation")
         pace = data.streaming and config.train.batch_size
@@ -57,33 +67,39 @@ class JobData:
         if key not in self._sets:
             load = StreamedSet if data.streaming else load_training_set
             training_set = load(data, self._tokenizer, length, config.seed, as_pairs=as_pairs)
-            read = training_set, prompt_form(data, self._tokenizer)
-            self._sets = dict([*self._sets.items()][1 - KEPT_TRAINING_SETS :]) | {key: read}
+            self._sets[key] = (training_set, prompt_form(data, self._tokenizer))
+            if len(self._sets) > KEPT_TRAINING_SETS:
+                self._sets.popitem(last=False)
         return self._sets[key]
 
     def questions(self, config: EvaluationConfig) -> list[ChoiceQuestion]:
         key = repr((config, _file_states(config, config.split)))
         if key not in self._questions:
-            how = (config.task, config.scoring, config.split, config.path, config.limit)
-            self._questions[key] = load_question_set(*how).questions
+            question_set = load_question_set(
+                config.task, config.scoring, config.split, config.path, config.limit
+            )
+            self._questions[key] = question_set.questions
         return self._questions[key]
 
 
-def _file_states(
-    source: SourceConfig | EvaluationConfig, split: str
-) -> list[tuple[Path, int, int]]:
-    """Name the files on the disk that a source is read from, with their sizes and times."""
-    split, files = source.split or split, list[object]()
+def _file_states(source: SourceConfig | EvaluationConfig, default_split: str) -> list[FileState]:
+    """List the files on the disk that a source is read from."""
+    split = source.split or default_split
+    locations: list[object] = []
     if source.task is not None:
         task = find_task(source.task)
-        files += [task.path, task.find_data(split, source.path)]
+        locations += [task.path, task.find_data(split, source.path)]
     if isinstance(source, SourceConfig):
         if source.dataset is not None:
-            files.append(find_location(source.dataset, split, source.config))
-        texts = (source.template, source.chat_template)
-        files += [Path(os.path.expanduser(text)) for text in texts if text]
-    found = [(one, os.stat(one)) for one in files if isinstance(one, Path) and os.path.isfile(one)]
-    return [(file, state.st_size, state.st_mtime_ns) for file, state in found]
+            locations.append(find_location(source.dataset, split, source.config))
+        templates = (source.template, source.chat_template)
+        locations += [Path(os.path.expanduser(template)) for template in templates if template]
+    states = []
+    for location in locations:
+        if isinstance(location, Path) and os.path.isfile(location):
+            stat = os.stat(location)
+            states.append((location, stat.st_size, stat.st_mtime_ns))
+    return states
 
 
 def check_data(run: RunConfig) -> None:
@@ -92,8 +108,8 @@ def check_data(run: RunConfig) -> None:
     for config in run.first_jobs:
         with naming(config):
             data.training_set(config)
-            for one in config.eval:
-                data.questions(one)
+            for evaluation in config.eval:
+                data.questions(evaluation)
 
 
 @contextmanager
@@ -114,23 +130,24 @@ class JobBuilder:
         self._data = JobData(tokenizer)
 
     def build(self, config: JobConfig) -> Job:
-        host, before = self._host, set(self._host.adapters)
+        host = self._host
+        before = set(host.adapters)
         try:
             with naming(config):
                 if config.train.packing:
                     host.check_packing()
                 adapter = host.add(config.name, config.adapter, config.seed)
-                starts = list[StoredAdapter]()
+                starts: list[StoredAdapter] = []
                 if config.start_from is not None:
                     starts = load_start(host, adapter, config.start_from)
                 reference = objectives.load_reference(host, config.train.objective)
                 training_set, form = self._data.training_set(config)
                 adapter.prompt = form
                 _check_lengths(config, training_set, host.config.max_position_embeddings)
-                questions = {one: self._data.questions(one) for one in config.eval}
-                scale = optimizers.make_loss_scale(host)
+                questions = {task: self._data.questions(task) for task in config.eval}
+                learner = Learner(adapter, config.train, make_loss_scale(host))
                 warnings = list(_form_warnings(starts, form))
-                return Job(config, adapter, training_set, reference, scale, questions, warnings)
+                return Job(config, learner, training_set, reference, questions, warnings)
         except BaseException:
             for name in host.adapters.keys() - before:
                 host.remove(name)
@@ -139,7 +156,8 @@ class JobBuilder:
     def input_digests(self, job: Job) -> dict[str, str]:
         digests = {"examples": job.training_set.digest}
         if job.config.eval:
-            digests["questions"] = " ".join(map(questions_digest, job.questions.values()))
+            by_evaluation = [questions_digest(questions) for questions in job.questions.values()]
+            digests["questions"] = " ".join(by_evaluation)
         if job.reference is not None and job.reference.adapter_name is not None:
             digests["reference"] = adapter_digest(self._host.adapter(job.reference.adapter_name))
         return digests
@@ -147,36 +165,40 @@ class JobBuilder:
     def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
         """Measure jobs: `eval/loss` as a step would compute it, and `eval/<task>/accuracy`."""
         metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
-        held_out = [job for job in jobs if job.training_set.validation]
-        rows = {
-            job.name: [r for e in job.training_set.validation for r in e.rows] for job in held_out
-        }
-        objectives.ask_references(self._host, [(job.reference, rows[job.name]) for job in held_out])
-        scores = iter(label_log_probs(self._host, [(name, r) for name in rows for r in rows[name]]))
-        for job in held_out:
-            log_probs = [next(scores) for _ in rows[job.name]]
-            references = None
-            if job.reference is not None:
-                references = torch.tensor(job.reference.of(rows[job.name]), dtype=torch.float64)
-            scored = objectives.ScoredSamples(
-                torch.cat(log_probs), list(map(len, log_probs)), references
-            )
-            terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
-            values = [("loss", terms.loss), *terms.metrics.items(), ("loss", terms.loss)]
-            found = {f"eval/{name}": float(value) for name, value in values}
-            # others that are not finite are left out, as in a step's line
-            needed = ("eval/loss", job.selection.metric)
-            metrics[job.name] |= {k: v for k, v in found.items() if k in needed or math.isfinite(v)}
-        asked: dict[tuple[EvaluationConfig, int], list[Job]] = {}
+        self._measure_held_out([job for job in jobs if job.training_set.validation], metrics)
+        groups: dict[tuple[EvaluationConfig, int], list[Job]] = {}
         for job in jobs:
             for config, questions in job.questions.items():
-                asked.setdefault((config, id(questions)), []).append(job)
-        for (config, _), group in asked.items():
-            names, questions = [job.name for job in group], group[0].questions[config]
+                groups.setdefault((config, id(questions)), []).append(job)
+        for (config, _), group in groups.items():
+            names = [job.name for job in group]
+            questions = group[0].questions[config]
             accuracies = score_accuracy(self._host, self._tokenizer, questions, names)
             for name in names:
                 metrics[name][config.metric] = accuracies[name]
         return metrics
+
+    def _measure_held_out(
+        self, jobs: Sequence[Job], metrics: Mapping[str, dict[str, float]]
+    ) -> None:
+        rows = {job.name: rows_of(job.training_set.validation) for job in jobs}
+        objectives.score_references(self._host, [(job.reference, rows[job.name]) for job in jobs])
+        requests = []
+        for name, rows_of_job in rows.items():
+            requests += [(name, row) for row in rows_of_job]
+        log_probs = iter(label_log_probs(self._host, requests))
+        for job in jobs:
+            of_job = torch.cat([next(log_probs) for _ in rows[job.name]])
+            scored = objectives.scored_samples(of_job, rows[job.name], job.reference)
+            terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
+            # Values that are not finite are left out, as in a step's line, but for these.
+            needed = ("eval/loss", job.selection.metric)
+            values = {"eval/loss": float(terms.loss)}
+            for name, value in terms.metrics.items():
+                values.setdefault(f"eval/{name}", float(value))
+            for name, value in values.items():
+                if name in needed or math.isfinite(value):
+                    metrics[job.name][name] = value
 
     def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
         """Measure jobs together; if that fails, each alone, to find whose fault it is."""
@@ -190,22 +212,22 @@ class JobBuilder:
 
 
 def _check_lengths(
-    config: JobConfig, training_set: TrainingSet | StreamedSet, positions: int
+    config: JobConfig, training_set: TrainingSet | StreamedSet, max_positions: int
 ) -> None:
     longest = training_set.longest
-    missing = "measure eval/loss on" if longest else "learn from"
     if not longest or (config.data.has_validation and not training_set.validation):
+        purpose = "measure eval/loss on" if longest else "learn from"
         raise DataError(
-            f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
+            f"data must have examples to {purpose}, got none ({'; '.join(training_set.report)}); "
             "add rows, or raise max_length"
         )
-    held_out = (len(row.input_ids) for one in training_set.validation for row in one.rows)
-    most = max([longest, *held_out])
-    if most > positions:
+    held_out = [len(row.input_ids) for row in rows_of(training_set.validation)]
+    num_tokens = max([longest, *held_out])
+    if num_tokens > max_positions:
         has = "one may have" if isinstance(training_set, StreamedSet) else "the longest has"
         raise DataError(
-            f"examples must fit the model's {positions} positions, {has} {most} tokens; set "
-            f"train.max_length, {config.train.max_length}, to {positions} or less"
+            f"examples must fit the model's {max_positions} positions, {has} {num_tokens} tokens; "
+            f"set train.max_length, {config.train.max_length}, to {max_positions} or less"
         )
 
 
@@ -215,56 +237,71 @@ def _form_warnings(starts: Sequence[StoredAdapter], form: PromptForm) -> Iterato
         if learned is None or "text" in (learned.format, form.format):  # no prompts
             continue
         is_equal = learned == form.model_copy(update={"system": learned.system})
-        if not (is_equal or (learned.is_text and form.is_text)):
-            forms = [shown(each.model_dump(exclude_none=True)) for each in (learned, form)]
-            yield (
-                f"start_from {start.source} learned prompts of form {forms[0]}, but this job's "
-                f"have {forms[1]}; training continues, far from what that adapter learned; write "
-                "the data in its form (data.template, data.chat_template)"
-            )
+        if is_equal or (learned.is_text and form.is_text):
+            continue
+        yield (
+            f"start_from {start.source} learned prompts of form {_show_form(learned)}, but this "
+            f"job's have {_show_form(form)}; training continues, far from what that adapter "
+            "learned; write the data in its form (data.template, data.chat_template)"
+        )
+
+
+def _show_form(form: PromptForm) -> str:
+    return shown(form.model_dump(exclude_none=True))
 
 
 def load_start(
     host: Host, adapter: Adapter, start: str | Mapping[str, float]
 ) -> list[StoredAdapter]:
     """Load the weights of an adapter, or of a sum, and return what was read."""
-    paths = [start] if isinstance(start, str) else [*start]
-    stored = [read_stored(find_adapter(path)) for path in paths]
     if isinstance(start, str):
-        _load_whole(host, adapter, stored[0], start)
-        return stored
+        stored = read_stored(find_adapter(start))
+        _load_weights(host, adapter, stored, start)
+        return [stored]
+    stored = [read_stored(find_adapter(path)) for path in start]
+    _load_sum(host, adapter, stored, start)
+    return stored
+
+
+def _load_sum(
+    host: Host, adapter: Adapter, stored: Sequence[StoredAdapter], start: Mapping[str, float]
+) -> None:
     sources = [fit_to_base(source, host.base) for source in stored]
-    (config, tensors), wanted = concatenate(sources, list(start.values())), adapter.config
-    given = ", ".join(start)
-    check_is_lora(wanted, f"a sum to start_from, {given}, needs a job with method: lora")
-    refuse_own_parts(wanted, "a job", "start from a sum")
+    config, tensors = concatenate(sources, list(start.values()))
+    names = ", ".join(start)
+    check_is_lora(adapter.config, f"a sum to start_from, {names}, needs a job with method: lora")
+    refuse_own_parts(adapter.config, "a job", "start from a sum")
     shapes = {name: tensor.shape for name, tensor in adapter.tensors().items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         needed = config.model_dump(include={"rank_pattern"}, exclude_defaults=True)
         needed = {"rank": config.rank, **needed}
         raise ConfigError(
             f"start_from a sum requires a job with the adapters' projections and {needed}, got "
-            f"rank {wanted.rank} for {given}"
+            f"rank {adapter.config.rank} for {names}"
         )
     for name, tensor in tensors.items():
         key = TensorKey.parse(name)
         if key is not None and key.part == "lora_B":
-            tensor /= wanted.scaling_of(replace(key, part=""))
+            tensor /= adapter.config.scaling_of(replace(key, part=""))
     adapter.load_tensors(tensors)
-    return stored
 
 
-def _load_whole(host: Host, adapter: Adapter, source: StoredAdapter, path_or_hub_id: str) -> None:
-    config, tensors = fit_to_base(source, host.base)
-    # What decides how weights are used, and most of what decides their shapes.
-    wanted, stored = (
-        {**one.summary(), "tokens": own_parts(one, host.base).tokens}
-        for one in (adapter.config, config)
-    )
-    differences = (name for name, value in wanted.items() if stored.get(name) != value)
-    if changed := [
-        f"{name} is {wanted[name]!r} and that adapter's {stored.get(name)!r}"
-        for name in differences
-    ]:
-        raise ConfigError(f"start_from {path_or_hub_id} differs from the job: {'; '.join(changed)}")
+def _load_weights(host: Host, adapter: Adapter, source: StoredAdapter, path_or_hub_id: str) -> None:
+    stored_config, tensors = fit_to_base(source, host.base)
+    job = _compatible_settings(adapter.config, host)
+    stored = _compatible_settings(stored_config, host)
+    differences = [
+        f"{name} is {value!r} and that adapter's {stored.get(name)!r}"
+        for name, value in job.items()
+        if stored.get(name) != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"start_from {path_or_hub_id} differs from the job: {'; '.join(differences)}"
+        )
     adapter.load_tensors(tensors)
+
+
+def _compatible_settings(config: AdapterConfig, host: Host) -> dict[str, Any]:
+    """Return what decides how weights are used, and most of what decides their shapes."""
+    return {**config.summary(), "tokens": own_parts(config, host.base).tokens}

@@ -1,4 +1,4 @@
-"""The verbs of a training loop of one's own: forward_backward, optim_step, sample, save_state.
+"""The verbs of your own training loop: forward_backward, optim_step, sample, save_state.
 
 They are those of the Tinker API (tinker-docs.thinkingmachines.ai), but run in this process and are
 done when they return. Steps, objectives and optimizers are those of `loraloom train`.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,9 @@ from weakref import WeakSet
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from loraloom.adapters import AdapterConfig
-from loraloom.adapters.contract import Adapter
 from loraloom.config.data import PromptForm
 from loraloom.data import tokens
 from loraloom.data.tokens import Example, PreferencePair, TrainingExample
@@ -32,10 +31,12 @@ from loraloom.generation.scoring import label_log_probs
 from loraloom.host.host import Host
 from loraloom.ops.dropout import sample_key
 from loraloom.training import checkpoints
+from loraloom.training.learner import Learner
 from loraloom.training.settings import OBJECTIVES, ObjectiveConfig, OptimizerConfig
-from loraloom.training.step import objectives, optimizers
-from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window
+from loraloom.training.step import objectives
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Window, rows_of
 from loraloom.training.step.fused import forward_backward, gradients_set_aside
+from loraloom.training.step.optimizers import make_loss_scale
 
 # From data, and log p of each row's labels, differentiable, to a scalar loss of it, and metrics.
 LossFunction = Callable[
@@ -60,15 +61,13 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class Request:
-    """What an adapter is to learn from next."""
+    """What an adapter is to learn from next, and how: plain data."""
 
-    adapter: Adapter
-    data: Sequence[TrainingExample]
-    objective: objectives.Objective  # its means are over all of the data
-    sample_key: Callable[[int], int]  # from a row's place to the key of its dropout
-    reference: objectives.Reference | None = None
+    adapter_name: str
+    data: Sequence[TrainingExample]  # with their `extras`
+    objective: ObjectiveConfig  # its means are over all of the data
+    dropout_seeds: tuple[int, int] = (0, 0)  # with a row's index, the key of its dropout
     micro_batch_size: int | None = None  # examples in a forward; None for all
-    loss_scale: optimizers.LossScale | None = None  # in float16, as it is at the computation
 
 
 class OptimStepOutput(NamedTuple):
@@ -120,22 +119,22 @@ class TrainingClient:
         self.seed = seed
         self.step = 0
         self.references: dict[str | None, objectives.Reference] = {}
-        self._forwards = self._draws = 0
-        if any(client.host is host and client.name == name for client in _OPEN):
+        self._num_forwards = 0
+        self._num_draws = 0
+        if name in _open_clients(host):
             raise AdapterError(f"adapter {name!r} has another TrainingClient; close that client")
-        self._optimizer_config = optimizer or OptimizerConfig()
         self._added = adapter is not None
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
-        self.parameters = dict(self.adapter.named_parameters())
         try:
-            self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
+            loss_scale = make_loss_scale(host)
+            self.learner = Learner(self.adapter, optimizer or OptimizerConfig(), loss_scale)
         except BaseException:
             if self._added:
                 host.remove(name)
             raise
+        self.parameters = self.learner.parameters
         if prompt_form is not None:
             self.adapter.prompt = prompt_form
-        self._loss_scale = optimizers.make_loss_scale(host)
         _OPEN.add(self)
 
     def example(self, prompt: str, completion: str) -> Example:
@@ -171,26 +170,8 @@ class TrainingClient:
         self, data: Sequence[TrainingExample], loss_fn: LossFunction
     ) -> ForwardBackwardOutput:
         """Add the gradient of your own loss, in one forward."""
-
-        def terms(
-            scored: objectives.ScoredSamples, totals: objectives.StepTotals
-        ) -> objectives.ObjectiveTerms:
-            found: Any = loss_fn(data, scored.by_sample)
-            loss, metrics = found if isinstance(found, tuple) else (found, None)
-            if (
-                metrics is None
-                or not isinstance(loss, Tensor)
-                or loss.numel() != 1
-                or not loss.requires_grad
-            ):
-                raise TrainingError(
-                    "loss_fn must return a scalar tensor that depends on the log-probabilities, "
-                    f"and metrics; got {found!r}"
-                )
-            return objectives.ObjectiveTerms(loss.reshape(()), metrics)
-
-        key = self._next_sample_key()
-        request = Request(self.adapter, data, terms, key, loss_scale=self._loss_scale)
+        objective = _LossFunctionConfig(loss_fn=loss_fn, data=data)
+        request = Request(self.name, data, objective, self._next_dropout_seeds())
         return run_requests(self.host, [request], self.pad_id)[0]
 
     def request(
@@ -201,20 +182,21 @@ class TrainingClient:
         micro_batch_size: int | None = None,
     ) -> Request:
         """Prepare a `forward_backward` for `run_requests`, which runs several clients at once."""
-        known = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
-        if isinstance(objective, str) and objective not in known:
-            raise ConfigError(f"objective must be {' or '.join(known)}, got {objective!r}")
-        config = known[objective]() if isinstance(objective, str) else objective
-        wanted = (PreferencePair if config.learns_from_pairs else Example).__name__
-        if given := ", ".join(sorted({type(one).__name__ for one in data} - {wanted})):
-            raise ConfigError(f"data for {config.name} must be of {wanted}, got {given}")
-        reference = objectives.load_reference(self.host, config)
+        kinds = {kind.model_fields["name"].default: kind for kind in OBJECTIVES}
+        if isinstance(objective, str):
+            if objective not in kinds:
+                raise ConfigError(f"objective must be {' or '.join(kinds)}, got {objective!r}")
+            objective = kinds[objective]()
+        needed = (PreferencePair if objective.learns_from_pairs else Example).__name__
+        unfit = {type(example).__name__ for example in data} - {needed}
+        if unfit:
+            got = ", ".join(sorted(unfit))
+            raise ConfigError(f"data for {objective.name} must be of {needed}, got {got}")
+        reference = objectives.load_reference(self.host, objective)
         if reference is not None:
             self.references[reference.adapter_name] = reference
-        terms, keys = objectives.build_objective(config), self._next_sample_key()
-        return Request(
-            self.adapter, data, terms, keys, reference, micro_batch_size, self._loss_scale
-        )
+        seeds = self._next_dropout_seeds()
+        return Request(self.name, data, objective, seeds, micro_batch_size)
 
     def optim_step(
         self, learning_rate: float | None = None, max_grad_norm: float | None = None
@@ -229,31 +211,26 @@ class TrainingClient:
                 f"clipping), got {learning_rate} and {max_grad_norm}"
             )
         if learning_rate is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate * group["lr_ratio"]
-        scale = self._loss_scale
+            self.learner.learning_rate = learning_rate
         if all(weight.grad is None for weight in self.parameters.values()):
             raise TrainingError(
                 f"adapter {self.name}: optim_step() found no gradients; call forward_backward()"
             )
-        how = self._optimizer_config, self.adapter
-        grad_norm = optimizers.clip_gradients(*how, max_grad_norm, scale)
-        is_skipped = scale is not None and not scale.takes(grad_norm)
-        if not (is_skipped or math.isfinite(grad_norm)):
+        grad_norm, overflows = self.learner.clip_gradients(max_grad_norm)
+        if not (overflows or math.isfinite(grad_norm)):
             self.zero_grad()
             raise TrainingError(
                 f"adapter {self.name}: gradient norm must be finite, got {grad_norm}; skipped"
             )
-        if not is_skipped:
-            with optimizers.rates_of_their_own(*how):
-                self._optimizer.step()
+        if not overflows:
+            self.learner.apply()
         self.step += 1
         self.zero_grad()
-        return OptimStepOutput(self.step, grad_norm, is_skipped)
+        return OptimStepOutput(self.step, grad_norm, is_skipped=overflows)
 
     def zero_grad(self) -> None:
         """Drop the gradients since the last step."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self.learner.zero_grad()
 
     def sample(
         self,
@@ -265,13 +242,15 @@ class TrainingClient:
     ) -> list[list[Completion]]:
         """Complete each prompt `num_samples` times, greedily by default."""
         if num_samples < 1 or isinstance(prompts, str):
-            wanted = "prompts must be a list of texts, and num_samples 1 or more"
-            raise ConfigError(f"{wanted}, got {shown(prompts)} and {num_samples}")
+            raise ConfigError(
+                "prompts must be a list of texts, and num_samples 1 or more, got "
+                f"{shown(prompts)} and {num_samples}"
+            )
         # A prompt is the user's turn of the chat template where there is one; with `raw` it is read
         # as it stands. Each call has another seed: equal calls would draw the same completions.
         sampling = sampling or SamplingConfig()
-        self._draws += 1
-        seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
+        self._num_draws += 1
+        seed = sample_key(sampling.seed, self.seed, self._num_draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})
         copies = [Prompt(prompt, self.name) for prompt in prompts for _ in range(num_samples)]
         requests = make_requests(self.host, self.tokenizer, copies, drawn, raw=raw)
@@ -285,57 +264,81 @@ class TrainingClient:
 
     def save_state(self, directory: str | Path) -> None:
         """Write the state that `load_state` resumes from; replace an earlier one."""
-        state = optimizers.learning_state(self.parameters, self._optimizer)
-        state |= {"step": self.step, "forwards": self._forwards, "draws": self._draws}
-        state["loss_scale"] = None if self._loss_scale is None else asdict(self._loss_scale)
+        state = self.learner.state_dict()
+        state |= {"step": self.step, "forwards": self._num_forwards, "draws": self._num_draws}
+        base = checkpoints.describe_base(self.host)
         records = {_STATE: checkpoints.JobRecord(self._settings())}
-        checkpoint = checkpoints.Checkpoint(
-            self.step, 0.0, checkpoints.describe_base(self.host), records
-        )
-        states = checkpoints.CheckpointStore(Path(os.path.expanduser(directory)))
-        states.write(checkpoint, {_STATE: state}, keep=1)
+        checkpoint = checkpoints.Checkpoint(self.step, seconds=0.0, base=base, jobs=records)
+        store = checkpoints.CheckpointStore(Path(os.path.expanduser(directory)))
+        store.write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
         """Resume from a saved state of this client, or of one with equal settings."""
-        snapshot, faults = checkpoints.CheckpointStore(Path(os.path.expanduser(directory))).newest()
-        if snapshot is None or _STATE not in snapshot.jobs:
+        store = checkpoints.CheckpointStore(Path(os.path.expanduser(directory)))
+        checkpoint, faults = store.newest()
+        if checkpoint is None or _STATE not in checkpoint.jobs:
             reason = "; ".join(faults) or "no checkpoint was found"
             raise ConfigError(f"{directory} must contain a client's saved state: {reason}")
-        base = checkpoints.describe_base(self.host, snapshot.base)
-        changed = checkpoints.describe_changes(snapshot.base, base, "base")
-        saved = checkpoints.as_of_now(snapshot.jobs[_STATE].settings)
+        base = checkpoints.describe_base(self.host, checkpoint.base)
+        changed = checkpoints.describe_changes(checkpoint.base, base, "base")
+        saved = checkpoints.as_of_now(checkpoint.jobs[_STATE].settings)
         changed += checkpoints.describe_changes(saved, self._settings())
         if changed:
             raise ConfigError(f"settings must be those of the state: {'; '.join(changed)}")
-        state: Any = snapshot.load_state(_STATE)
-        optimizers.load_learning_state(self.parameters, self._optimizer, state)
-        self.step, self._forwards, self._draws = state["step"], state["forwards"], state["draws"]
-        if self._loss_scale is not None:
-            self._loss_scale = optimizers.LossScale(**state["loss_scale"])
+        state: Any = checkpoint.load_state(_STATE)
+        self.learner.load_state_dict(state)
+        self.step = state["step"]
+        self._num_forwards = state["forwards"]
+        self._num_draws = state["draws"]
 
     def close(self) -> None:
         """Free the optimizer and references, and remove the adapter if this client added it."""
-        self.zero_grad()
-        self._optimizer.state.clear()
+        self.learner.release()
         if self._added and self.host.adapters.get(self.name) is self.adapter:
             self.host.remove(self.name)
         _OPEN.discard(self)
-        clients = [client for client in _OPEN if client.host is self.host]
-        others = [one for client in clients for one in client.references.values()]
+        needed: list[objectives.Reference] = []
+        for client in _open_clients(self.host).values():
+            needed += client.references.values()
         for reference in self.references.values():
-            objectives.drop_reference(self.host, reference, others)
+            objectives.drop_reference(self.host, reference, needed)
         self.references.clear()
 
-    def _next_sample_key(self) -> Callable[[int], int]:
-        self._forwards += 1  # so that each call has other masks
-        return partial(sample_key, self.seed, self._forwards)
+    def _next_dropout_seeds(self) -> tuple[int, int]:
+        self._num_forwards += 1  # so that each call has other masks
+        return self.seed, self._num_forwards
 
     def _settings(self) -> dict[str, Any]:
         return {
             "adapter": self.adapter.config.model_dump(mode="json"),
-            "optimizer": self._optimizer_config.model_dump(mode="json"),
+            "optimizer": self.learner.config.model_dump(mode="json"),
             "seed": self.seed,
         }
+
+
+def _open_clients(host: Host) -> dict[str, TrainingClient]:
+    return {client.name: client for client in _OPEN if client.host is host}
+
+
+class _LossFunctionConfig(ObjectiveConfig):
+    loss_fn: Any
+    data: Any
+
+    @override
+    def terms(self, scored: objectives.ScoredSamples, totals: Any) -> tuple[Any, Mapping[str, Any]]:
+        output = self.loss_fn(self.data, scored.by_sample)
+        loss, metrics = output if isinstance(output, tuple) else (output, None)
+        if (
+            metrics is None
+            or not isinstance(loss, Tensor)
+            or loss.numel() != 1
+            or not loss.requires_grad
+        ):
+            raise TrainingError(
+                "loss_fn must return a scalar tensor that depends on the log-probabilities, "
+                f"and metrics; got {output!r}"
+            )
+        return loss.reshape(()), metrics
 
 
 def run_requests(
@@ -354,76 +357,87 @@ def run_requests(
         TrainingError: If losses are not finite. The gradients of the adapters in the message are
             dropped, those of the others are kept.
     """
-    names = [request.adapter.name for request in requests]
+    names = [request.adapter_name for request in requests]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"requests must each be of another adapter, got {', '.join(names)}; put an adapter's "
             "data into one request, or call run_requests again"
         )
     log_probs: list[list[Tensor]] = [[] for _ in requests]
-    queues = [_micro_batches(*pair) for pair in zip(requests, log_probs, strict=True)]
+    queues = [
+        _micro_batches(host, request, recorded)
+        for request, recorded in zip(requests, log_probs, strict=True)
+    ]
     totals = [MicroBatchLoss(0.0) for _ in requests]
-    with gradients_set_aside([request.adapter for request in requests]):
+    adapters = [host.adapter(name) for name in names]
+    with gradients_set_aside(adapters):
         for micro_batches in zip_longest(*queues):
-            places = [place for place, batch in enumerate(micro_batches) if batch is not None]
-            losses = forward_backward(host, [micro_batches[place] for place in places], pad_id)
-            for place, loss in zip(places, losses, strict=True):
-                totals[place] += loss
+            indices = [index for index, batch in enumerate(micro_batches) if batch is not None]
+            losses = forward_backward(host, [micro_batches[index] for index in indices], pad_id)
+            for index, loss in zip(indices, losses, strict=True):
+                totals[index] += loss
     faults = []
-    for request, total in zip(requests, totals, strict=True):
+    for adapter, total in zip(adapters, totals, strict=True):
         value = total.loss + total.aux_loss
         if not math.isfinite(value):
-            request.adapter.zero_grad(set_to_none=True)
+            adapter.zero_grad(set_to_none=True)
             fault = f"loss must be finite, got {value}; the gradients are dropped"
-            faults.append(f"adapter {request.adapter.name}: {fault}")
+            faults.append(f"adapter {adapter.name}: {fault}")
     if faults:
         raise TrainingError("\n".join(faults))
     return [
-        ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, own)
-        for total, own in zip(totals, log_probs, strict=True)
+        ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, recorded)
+        for total, recorded in zip(totals, log_probs, strict=True)
     ]
 
 
-def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
-    rows = [row for example in data for row in example.rows]
-    return [replace(row, sample_id=place) for place, row in enumerate(rows)]
+def _micro_batches(host: Host, request: Request, log_probs: list[Tensor]) -> list[MicroBatch]:
+    objective = objectives.build_objective(request.objective)
 
-
-def _micro_batches(request: Request, log_probs: list[Tensor]) -> list[MicroBatch]:
     def recorded(
         scored: objectives.ScoredSamples, totals: objectives.StepTotals
     ) -> objectives.ObjectiveTerms:
         log_probs.extend(values.detach().cpu() for values in scored.by_sample)
-        return request.objective(scored, totals)
+        return objective(scored, totals)
 
-    if not request.data or not all(row.input_ids for one in request.data for row in one.rows):
-        which = "one without tokens" if request.data else "none"
-        raise ConfigError(f"adapter {request.adapter.name}: data must have examples, got {which}")
+    rows = number_rows(request.data)
+    if not rows or not all(row.input_ids for row in rows):
+        fault = "one without tokens" if rows else "none"
+        raise ConfigError(f"adapter {request.adapter_name}: data must have examples, got {fault}")
     size = len(request.data) if request.micro_batch_size is None else request.micro_batch_size
     if size < 1:
         raise ConfigError(
-            f"adapter {request.adapter.name}: micro_batch_size must be 1 or more, got {size}"
+            f"adapter {request.adapter_name}: micro_batch_size must be 1 or more, got {size}"
         )
-    window = Window(0, tuple(request.data), size)
-    rows = iter(number_rows(request.data))
-    scale = 1.0 if request.loss_scale is None else request.loss_scale.scale
-    micro_batches = []
-    for index in range(window.num_micro_batches):
-        examples = [next(rows) for _ in window.micro_batch(index)]
-        keys = [request.sample_key(example.sample_id) for example in examples]
-        parts = (request.adapter, examples, keys, window, recorded, request.reference)
-        micro_batches.append(MicroBatch(*parts, loss_scale=scale))
-    return micro_batches
+    client = _open_clients(host).get(request.adapter_name)
+    batch = MicroBatch(
+        host.adapter(request.adapter_name),
+        rows,
+        [sample_key(*request.dropout_seeds, row.sample_id) for row in rows],
+        Window(0, tuple(request.data), size),
+        recorded,
+        objectives.load_reference(host, request.objective),
+        loss_scale=1.0 if client is None else client.learner.loss_factor,
+    )
+    return batch.divided()
 
 
-def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:
-    """Make a training example from token IDs and a loss mask."""
+def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
+    return [replace(row, sample_id=index) for index, row in enumerate(rows_of(data))]
+
+
+def example_of(
+    ids: Sequence[int],
+    is_learnt: Sequence[bool],
+    **extras: float | tuple[float, ...],
+) -> Example:
+    """Make a training example from token IDs and a loss mask; `extras` are for its objective."""
     pairs = zip(ids, is_learnt, strict=True)
-    labels = (token if learnt else tokens.NO_LOSS for token, learnt in pairs)
-    return Example(tuple(ids), tuple(labels), sample_id=0)
+    labels = tuple(token if learnt else tokens.NO_LOSS for token, learnt in pairs)
+    return Example(tuple(ids), labels, extras=extras)
 
 
-def example_of_completion(completion: Completion) -> Example:
+def example_of_completion(completion: Completion, **extras: float | tuple[float, ...]) -> Example:
     """Make a training example from a sample, whose tokens and end token are the labels."""
     prompt, ids = completion.prompt_ids, completion.ids
-    return example_of([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
+    return example_of([*prompt, *ids], [False] * len(prompt) + [True] * len(ids), **extras)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from loraloom.config.fields import checked
+from loraloom.devices import peak_memory_bytes
 from loraloom.errors import AdapterError, ConfigError, LoraloomError, TrainingError, plain
 from loraloom.host.host import Host
 from loraloom.training import checkpoints
@@ -25,9 +25,9 @@ from loraloom.training.builder import Base, JobBuilder, naming
 from loraloom.training.job import Job, JobResult, Status
 from loraloom.training.reporting import Interruption, Progress, Reporter
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig
 from loraloom.training.step import batch, fused, objectives
-from loraloom.training.step.optimizers import frozen_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Engine:
         host: Host,
         jobs: Sequence[Job],
         builder: JobBuilder,
-        directory: checkpoints.RunDirectory,
+        directory: RunDirectory,
         progress: Progress,
         run: RunConfig,
         environment: Mapping[str, Any] | None = None,
@@ -52,11 +52,10 @@ class Engine:
         self.host = host
         self.jobs: dict[str, Job] = {}  # those that train, by name
         self.round = 0  # rounds done
-        self._records: dict[
-            str, checkpoints.JobRecord
-        ] = {}  # of every job of the run, in their order
+        # Of every job of the run, in their order.
+        self._records: dict[str, checkpoints.JobRecord] = {}
         self.builder = builder
-        self._directory = directory
+        self.directory = directory
         self._environment = dict(environment or {})
         self._run = run
         self._is_checkpoint_due = False
@@ -64,16 +63,16 @@ class Engine:
         self._is_first = host.ranks.is_first
         trackers = ["jsonl", *run.trackers] if self._is_first else []
         self._reporter = Reporter(directory, progress, trackers)
-        say = self._reporter.message
-        self.interruption = Interruption(say)
-        self._runner = RoundRunner(host, builder.pad_id, run.memory_limit, say)
+        self.interruption = Interruption(self._reporter.message)
+        self._runner = RoundRunner(host, builder.pad_id, run.memory_limit, self._reporter.message)
         self._started_at = time.monotonic()
         for job in jobs:
             self._enter(job)
 
     @property
     def results(self) -> dict[str, JobResult]:
-        return {name: r.result for name, r in self._records.items() if r.result is not None}
+        results = {name: record.result for name, record in self._records.items()}
+        return {name: result for name, result in results.items() if result is not None}
 
     @property
     def joined(self) -> set[str]:
@@ -87,10 +86,7 @@ class Engine:
         with self._reporter.showing(self.jobs.values()), self.interruption:
             while not self._must_end():
                 self._evaluate_due()
-                for job in [job for job in self.jobs.values() if job.is_complete]:
-                    if self._has_sound_weights(job):
-                        self.close(job)
-                        self._reporter.message(f"{job.name}: done, {self._directory.job(job.name)}")
+                self._close_complete()
                 for callback in between_steps:
                     callback(self)
                 self.save_if_due()
@@ -104,35 +100,38 @@ class Engine:
                 self.interruption.end()
         return list(self.results.values())
 
+    def _close_complete(self) -> None:
+        for job in [job for job in self.jobs.values() if job.is_complete]:
+            if self._has_sound_weights(job):
+                self.close(job)
+                self._reporter.message(f"{job.name}: done, {self.directory.job(job.name)}")
+
     def recall(self, name: str) -> bool:
-        """Take over what became of a job that has ended on a worker that was lost since."""
-        checkpoint = self._own_checkpoint(name)
+        """Take over the result of a job that has ended on a worker that was lost since."""
+        checkpoint = self._checkpoint_of_job(name)
         if checkpoint is None or checkpoint.jobs[name].result is None:
             return False
         self._records[name] = checkpoint.jobs[name]
         return True
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
-        """Let a job join, from its own newest checkpoint where jobs have such."""
-        checkpoint = self._own_checkpoint(job.name)
+        """Let a job join, from its newest checkpoint where each job has its own."""
+        checkpoint = self._checkpoint_of_job(job.name)
         try:
             # What fails on one rank, the first one's files for example, fails on all.
             with self.host.ranks.together():
-                if job.name.casefold() in map(str.casefold, self._records):
+                if job.name.casefold() in {name.casefold() for name in self._records}:
                     raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
-                # Another job that was held at it may have gone with it since this one was built.
+                # Another job with the same reference may have ended since this job was built.
                 objectives.load_reference(self.host, job.config.train.objective)
                 if checkpoint is not None:
-                    checkpoints.check_same_run(
-                        checkpoint,
-                        [job.config],
-                        checkpoints.describe_base(self.host, checkpoint.base),
-                    )
+                    base = checkpoints.describe_base(self.host, checkpoint.base)
+                    checkpoints.check_same_run(checkpoint, [job.config], base)
                     self._check_inputs(checkpoint, [job])
-                    self._go_on(job, checkpoint)
+                    self._resume(job, checkpoint)
                 elif self._is_first:
-                    self._directory.check_sources([job.config], self.jobs)
-                    self._directory.prepare_job(job.name, overwrite=overwrite)
+                    self.directory.check_sources([job.config], self.jobs)
+                    self.directory.prepare_job(job.name, overwrite=overwrite)
         except Exception:
             self.discard(job)
             raise
@@ -156,9 +155,8 @@ class Engine:
     def discard(self, job: Job) -> None:
         """Free the adapter of a job that doesn't train, and its reference's if nobody needs it."""
         self.host.remove(job.name)
-        objectives.drop_reference(
-            self.host, job.reference, [other.reference for other in self.jobs.values()]
-        )
+        needed = [training.reference for training in self.jobs.values()]
+        objectives.drop_reference(self.host, job.reference, needed)
 
     def step(self) -> None:
         turns: list[Turn] = []
@@ -206,21 +204,24 @@ class Engine:
 
     def _write_best(self, job: Job) -> None:
         try:
-            self._directory.write_best(self.host, job)
+            self.directory.write_best(self.host, job)
         except (AdapterError, OSError) as error:
             if isinstance(error, AdapterError) and error.__cause__ is None:  # not of the disk
                 raise
             # Nothing is lost: the next checkpoint has them, and the job's end writes them again.
-            what = f"job {job.name}: its best weights can't be written yet: {error}"
-            self._reporter.message(f"warning: {what}; training continues; free disk space soon")
+            self._reporter.message(
+                f"warning: job {job.name}: its best weights can't be written yet: {error}; "
+                "training continues; free disk space soon"
+            )
 
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
     ) -> JobResult:
-        name, result = job.name, self._result(job, error, stop_reason)
+        name = job.name
+        result = self._result(job, error, stop_reason)
         with self.host.ranks.together():
             if self._is_first:
-                self._directory.write_job(self.host, job, result)
+                self.directory.write_job(self.host, job, result)
         job.release()
         del self.jobs[name]
         self._records[name] = replace(self._records[name], result=result)
@@ -237,9 +238,7 @@ class Engine:
                 self.host.ranks.keep_at_first(job.adapter.parameters())
         # Before a job has begun, the seed says it all.
         states = {
-            name: job.state_dict()
-            for name, job in self.jobs.items()
-            if job.position.tokens or job.position.level or job.position.evaluated_step >= 0
+            name: job.state_dict() for name, job in self.jobs.items() if job.position.has_begun
         }
         with self.host.ranks.together():
             if self._is_first:
@@ -247,76 +246,88 @@ class Engine:
         self._is_checkpoint_due = False
 
     def _write_checkpoint(self, states: Mapping[str, dict[str, Any]]) -> None:
-        journal, metrics_bytes = self._directory.sweep_journal, self._reporter.metrics_bytes
-        records = {
-            name: replace(record, metrics_bytes=metrics_bytes(name), sha256=None)
-            for name, record in self._records.items()
-        }
-        journal_bytes = journal.stat().st_size if journal.exists() else 0
-        base = checkpoints.describe_base(self.host)
-        sizes = journal_bytes, self._runner.max_tokens, self._runner.max_alone
-        checkpoint = checkpoints.Checkpoint(self.round, self.seconds, base, records, *sizes)
+        records = {}
+        for name, record in self._records.items():
+            metrics_bytes = self._reporter.metrics_bytes(name)
+            records[name] = replace(record, metrics_bytes=metrics_bytes, sha256=None)
+        journal = self.directory.sweep_journal
+        checkpoint = checkpoints.Checkpoint(
+            round=self.round,
+            seconds=self.seconds,
+            base=checkpoints.describe_base(self.host),
+            jobs=records,
+            sweep_bytes=journal.stat().st_size if journal.exists() else 0,
+            max_tokens=self._runner.max_tokens,
+            max_alone=self._runner.max_alone,
+        )
         keep = self._run.keep_snapshots if states else 1
-        self._directory.write_checkpoint(checkpoint, states, keep=keep)
+        self.directory.write_checkpoint(checkpoint, states, keep=keep)
 
     def save_if_due(self) -> None:
         if self._is_checkpoint_due:
             self.save_state()
 
     def begin(self, checkpoint: checkpoints.Checkpoint | None) -> None:
-        """Go on from a checkpoint, whose done jobs are not on the host, or write the first one."""
+        """Resume from a checkpoint, whose done jobs are not on the host, or write the first."""
         if checkpoint is None:
             return self.save_state()
         self._reporter.message(f"resuming after {checkpoint.round} steps")
         saved = checkpoint.jobs
         self._check_inputs(checkpoint, list(self.jobs.values()))
-        self.round, self._runner.max_tokens = checkpoint.round, checkpoint.max_tokens
+        self.round = checkpoint.round
+        self._runner.max_tokens = checkpoint.max_tokens
         self._runner.max_alone = checkpoint.max_alone
         self._started_at = time.monotonic() - checkpoint.seconds
         for name, job in self.jobs.items():
             if name in saved:
-                self._go_on(job, checkpoint)
+                self._resume(job, checkpoint)
                 joined_later = saved[name].joined_later
                 self._records[name] = replace(self._records[name], joined_later=joined_later)
             elif self._is_first:
-                self._directory.prepare_job(name)
+                self.directory.prepare_job(name)
         for name in self.jobs.keys() - saved.keys():
             self.jobs[name].position.level = self._least_level(self.jobs.keys() & saved.keys())
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
 
-    def _own_checkpoint(self, name: str) -> checkpoints.Checkpoint | None:
-        return self._directory.newest_checkpoint([name])[0] if self._directory.by_job else None
+    def _checkpoint_of_job(self, name: str) -> checkpoints.Checkpoint | None:
+        if not self.directory.by_job:
+            return None
+        checkpoint, _ = self.directory.newest_checkpoint([name])
+        return checkpoint
 
     def _check_inputs(self, checkpoint: checkpoints.Checkpoint, jobs: Sequence[Job]) -> None:
         changed = []
         for job in jobs:
             saved = checkpoint.jobs[job.name].inputs if job.name in checkpoint.jobs else {}
-            now = self.builder.input_digests(job)
-            changed += [f"job {job.name}: {k}" for k, v in now.items() if saved.get(k, v) != v]
+            for name, digest in self.builder.input_digests(job).items():
+                if saved.get(name, digest) != digest:
+                    changed.append(f"job {job.name}: {name}")
         if changed:
             raise ConfigError(
                 "--resume requires the data of the interrupted run, which has changed: "
                 f"{'; '.join(changed)}; restore the data, or pass --overwrite to start again"
             )
 
-    def _go_on(self, job: Job, checkpoint: checkpoints.Checkpoint) -> None:
+    def _resume(self, job: Job, checkpoint: checkpoints.Checkpoint) -> None:
         with naming(job.config):
             state = checkpoint.load_state(job.name)
             if state is not None:
                 job.load_state_dict(state)
-                self.host.ranks.keep_at_first(job.parameters.values())
+                self.host.ranks.keep_at_first(job.learner.parameters.values())
             if self._is_first:
-                self._directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
+                self.directory.reopen(self.host, job, checkpoint.jobs[job.name].metrics_bytes)
 
     def _must_end(self) -> bool:
         # Signals come to the ranks one after the other.
         return self.host.ranks.any(self.interruption.requested)
 
     def _has_sound_weights(self, job: Job) -> bool:
-        if (fault := job.find_fault_of_weights()) is not None:
-            self._fail(job, fault)
-        return fault is None
+        fault = job.find_fault_of_weights()
+        if fault is None:
+            return True
+        self._fail(job, fault)
+        return False
 
     @contextmanager
     def _failing_alone(self, job: Job) -> Iterator[None]:
@@ -335,40 +346,46 @@ class Engine:
         if not isinstance(error, LoraloomError | OSError):
             _log.error("job %s failed", job.name, exc_info=error)
         self._reporter.message(f"error: {reason}")
-        # another error says nothing about the last step
-        (job.restore_proven_weights if isinstance(error, TrainingError) else job.release)()
+        if isinstance(error, TrainingError):
+            job.restore_proven_weights()
+        else:  # which says nothing about the last step
+            job.release()
         self.close(job, error=reason)
 
     def _result(self, job: Job, error: str | None, stop_reason: str | None) -> JobResult:
-        position, best = job.position, job.selection
+        position = job.position
+        selection = job.selection
         status: Status = "finished" if position.step >= job.total_steps else "stopped early"
-        status = "stopped" if stop_reason is not None else status
+        if error is not None:
+            status = "failed"
+        elif stop_reason is not None:
+            status = "stopped"
         last_metrics = position.metrics if position.evaluated_step == position.step else {}
-        has_best = best.step is not None
-        num_frozen = sum(one.numel() for one in frozen_tensors(job.config.train, job.adapter))
-        num_parameters = sum(parameter.numel() for parameter in job.parameters.values())
+        best = None
+        if selection.step is not None:
+            best = {name: getattr(selection, name) for name in ("metric", "value", "step")}
         return JobResult(
             job=job.name,
-            status=status if error is None else "failed",
+            status=status,
             error=error and plain(error),
             stop_reason=stop_reason and plain(stop_reason),
             method=job.config.adapter.title,
             base_model=self.host.base.name_or_path,
-            num_parameters=num_parameters - num_frozen,
+            num_parameters=job.learner.num_trained,
             steps=position.step,
             epochs=round(job.order.epochs_after(position.step), 4),
             tokens=position.tokens,
             computed_tokens=position.computed_tokens,
             padding_share=round(batch.padding_share(position.tokens, position.computed_tokens), 4),
-            weights="best" if has_best else "last",
-            metrics=best.metrics if has_best else last_metrics,
-            best={k: getattr(best, k) for k in ("metric", "value", "step")} if has_best else None,
+            weights="last" if best is None else "best",
+            metrics=last_metrics if best is None else selection.metrics,
+            best=best,
             last_metrics=last_metrics,
             data=job.training_set.report,
             seconds=round(self.seconds, 3),
             peak_memory_bytes=peak_memory_bytes(),
             environment=self._environment,
-            directory=str(self._directory.job(job.name)),
+            directory=str(self.directory.job(job.name)),
             warnings=tuple(job.collapse.warnings.values()),
         )
 
@@ -384,7 +401,7 @@ def set_up(
     run: RunConfig,
     configs: Sequence[JobConfig],
     base: Base,
-    directory: checkpoints.RunDirectory,
+    directory: RunDirectory,
     progress: Progress,
     command: str,
     *,
@@ -392,36 +409,57 @@ def set_up(
 ) -> tuple[Engine, checkpoints.Checkpoint | None]:
     """Build a run's jobs, those that had joined it too, and give the checkpoint to begin from."""
     host, tokenizer = base
-    builder, checkpoint, lines = JobBuilder(host, tokenizer), None, list[str]()
+    builder = JobBuilder(host, tokenizer)
+    checkpoint = None
+    lines: list[str] = []
     if resume:
         checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
         if checkpoint is not None:
-            checkpoints.check_same_run(
-                checkpoint, run.all_jobs, checkpoints.describe_base(host, checkpoint.base)
-            )
+            described = checkpoints.describe_base(host, checkpoint.base)
+            checkpoints.check_same_run(checkpoint, run.all_jobs, described)
         elif lines:
             raise ConfigError("\n".join([*lines, "--resume requires an undamaged checkpoint"]))
     done = set() if checkpoint is None else checkpoint.done
     jobs = [builder.build(config) for config in configs if config.name not in done]
     if checkpoint is not None:
-        first, in_file = ({one.name for one in some} for some in (configs, run.all_jobs))
-        kept = {}
+        checkpoint = _without_removed_jobs(checkpoint, run, lines)
+        first = {config.name for config in configs}
         for name, record in checkpoint.jobs.items():
-            if name not in in_file and not record.joined_later:
-                lines.append(
-                    f"warning: job {name} is no longer in the run file and is left out; put it "
-                    "back to go on with it, before its checkpoints are replaced"
-                )
-                continue
-            kept[name] = record
             if name not in first and record.result is None:
                 settings = checkpoints.as_of_now(record.settings)
                 config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
                 jobs.append(builder.build(config))
-        checkpoint = replace(checkpoint, jobs=kept)
+    environment = _describe_environment(host, command)
+    engine = Engine(host, jobs, builder, directory, progress, run, environment)
+    for job in jobs:
+        for line in (*job.training_set.report, *job.training_set.warnings):
+            lines.append(f"{job.name}: {line}")
+    for line in lines:
+        progress.message(line)
+    return engine, checkpoint
+
+
+def _without_removed_jobs(
+    checkpoint: checkpoints.Checkpoint, run: RunConfig, lines: list[str]
+) -> checkpoints.Checkpoint:
+    in_file = {config.name for config in run.all_jobs}
+    kept = {}
+    for name, record in checkpoint.jobs.items():
+        if name in in_file or record.joined_later:
+            kept[name] = record
+            continue
+        lines.append(
+            f"warning: job {name} is no longer in the run file and is left out; put it "
+            "back to go on with it, before its checkpoints are replaced"
+        )
+    return replace(checkpoint, jobs=kept)
+
+
+def _describe_environment(host: Host, command: str) -> dict[str, Any]:
     packages = ("loraloom", "torch", "transformers", "safetensors")
-    environment = {
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+    versions = {package: version(package) for package in packages}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "device": str(host.device),
         "dtype": str(host.dtype).removeprefix("torch."),
@@ -429,22 +467,3 @@ def set_up(
         "ranks": host.ranks.size,
         "command": plain(command),  # manifests with half a surrogate pair can't be read
     }
-    engine = Engine(host, jobs, builder, directory, progress, run, environment)
-    for job in jobs:
-        read = job.training_set
-        lines += [f"{job.name}: {line}" for line in (*read.report, *read.warnings)]
-    for line in lines:
-        progress.message(line)
-    return engine, checkpoint
-
-
-def peak_memory_bytes() -> dict[str, int]:
-    peak = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available():
-        peak["cuda"] = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-    return peak

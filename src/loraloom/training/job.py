@@ -1,4 +1,4 @@
-"""A job: an adapter with its data, optimizer, schedule, its best weights and where it stands."""
+"""A job: a learner with its data, its schedule, its best weights and where it stands."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,19 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 from torch import Tensor
 
-from loraloom.adapters.contract import Adapter, AdapterConfig
+from loraloom.adapters.contract import AdapterConfig
 from loraloom.data.tasks import ChoiceQuestion
 from loraloom.data.training_set import StreamedSet, TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import RouterName
 from loraloom.routing.tally import Choices, find_collapse, has_enough_choices
+from loraloom.training.learner import Learner
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, EvaluationConfig, JobConfig
-from loraloom.training.step import batch, optimizers
+from loraloom.training.step import batch
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Reference, build_objective
+from loraloom.training.step.optimizers import build_scheduler, copy_all
 
 RESULT_FILE = "result.json"
 Status = Literal["finished", "stopped early", "stopped", "failed"]
@@ -40,39 +42,45 @@ class Position:
     stopped_early: bool = False
     last_loss: float | None = None  # of the last step that is done
 
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.tokens or self.level or self.evaluated_step >= 0)
 
-@dataclass(eq=False, repr=False)
+
 class Job:
-    """An adapter that learns."""
+    """A learner with data, a schedule and the best of its weights so far."""
 
-    config: JobConfig
-    adapter: Adapter
-    training_set: TrainingSet | StreamedSet
-    reference: Reference | None = None
-    loss_scale: optimizers.LossScale | None = None
-    questions: dict[EvaluationConfig, list[ChoiceQuestion]] = field(default_factory=dict)
-    warnings: Sequence[str] = ()  # of what it starts from
-
-    def __post_init__(self) -> None:
-        train, metric = self.config.train, self.config.selection_metric
-        self.name = self.config.name
-        self.objective = build_objective(train.objective)
-        self.order: batch.StepOrder | batch.StreamOrder = (
-            batch.StreamOrder(self.training_set, train)
-            if isinstance(self.training_set, StreamedSet)
-            else batch.StepOrder(self.training_set, train)
-        )
+    def __init__(
+        self,
+        config: JobConfig,
+        learner: Learner,
+        training_set: TrainingSet | StreamedSet,
+        reference: Reference | None = None,
+        questions: Mapping[EvaluationConfig, list[ChoiceQuestion]] | None = None,
+        warnings: Sequence[str] = (),  # of what it starts from
+    ):
+        self.config = config
+        self.name = config.name
+        self.learner = learner
+        self.adapter = learner.adapter
+        self.training_set = training_set
+        self.reference = reference
+        self.questions = questions or {}
+        self.warnings = warnings
+        self.objective = build_objective(config.train.objective)
+        self.order: batch.StepOrder | batch.StreamOrder
+        if isinstance(training_set, StreamedSet):
+            self.order = batch.StreamOrder(training_set, config.train)
+        else:
+            self.order = batch.StepOrder(training_set, config.train)
         self.total_steps = self.order.total_steps
-        self.optimizer = optimizers.build_optimizer(train, self.adapter)
-        self.scheduler = optimizers.build_scheduler(
-            train, self.optimizer, self.total_steps, metric_mode(metric)
-        )
+        mode = metric_mode(config.selection_metric)
+        self.scheduler = build_scheduler(config.train, learner.optimizer, self.total_steps, mode)
         self.position = Position()
-        self.selection = Selection(metric)
+        self.selection = Selection(config.selection_metric)
         self.milestones: frozenset[int] = frozenset()  # evaluated after these steps as well
         self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
-        self.parameters = {n: p for n, p in self.adapter.named_parameters() if p.requires_grad}
         self._window: tuple[int, batch.Window] | None = None
         self._proven: list[Tensor] | None = None
 
@@ -103,17 +111,19 @@ class Job:
         return is_milestone or (eval_steps is not None and position.step % eval_steps == 0)
 
     def micro_batch(self) -> MicroBatch:
-        window, train, seed = self.window, self.config.train, self.config.seed
+        window = self.window
+        train = self.config.train
         examples = window.micro_batch(self.position.micro_step)
+        sample_ids = [example.sample_id for example in examples]
         return MicroBatch(
             self.adapter,
             examples,
-            [sample_key(seed, window.epoch, example.sample_id) for example in examples],
+            [sample_key(self.config.seed, window.epoch, sample_id) for sample_id in sample_ids],
             window,
             self.objective,
             self.reference,
-            train.max_length if train.packing else None,
-            loss_scale=1.0 if self.loss_scale is None else self.loss_scale.scale,
+            max_row_length=train.max_length if train.packing else None,
+            loss_scale=self.learner.loss_factor,
             is_last=self.position.micro_step + 1 == window.num_micro_batches,
         )
 
@@ -136,34 +146,46 @@ class Job:
         return self._make_step(position.loss)
 
     def _make_step(self, loss: MicroBatchLoss) -> dict[str, Any]:
-        # The job's own, without LoRA+'s ratio.
-        group = self.optimizer.param_groups[0]
-        learning_rate = float(group["lr"] / group["lr_ratio"])
-        position, scale, train = self.position, self.loss_scale, self.config.train
-        grad_norm = optimizers.clip_gradients(train, self.adapter, train.max_grad_norm, scale)
-        if scale is None or scale.takes(grad_norm):
-            self._check_finite("gradient norm", grad_norm, position.step + 1)
+        learning_rate = self.learner.learning_rate
+        grad_norm, overflows = self.learner.clip_gradients(self.config.train.max_grad_norm)
+        if overflows:
+            self._check_skipped_steps()
+        else:
+            self._check_finite("gradient norm", grad_norm, self.position.step + 1)
             # Until a finite loss proves new weights, the old take the gradients' place in memory.
-            self._proven = [parameter.detach().clone() for parameter in self.parameters.values()]
-            with optimizers.rates_of_their_own(train, self.adapter):
-                self.optimizer.step()
-            if train.lr_scheduler not in SCHEDULERS_ON_METRIC:
+            weights = self.learner.parameters.values()
+            self._proven = [weight.detach().clone() for weight in weights]
+            self.learner.apply()
+            if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
                 self.scheduler.step()  # pyright: ignore[reportCallIssue]
-        elif scale.scale < 1:
-            raise self._error("gradients overflow float16 even without scaling", position.step + 1)
-        elif scale.skipped_steps == self.total_steps:
+        self.learner.zero_grad()
+        position = self.position
+        if self.reference is not None and isinstance(self.training_set, StreamedSet):
+            for row in self.window.rows:  # they never come again
+                self.reference.log_probs.pop(row.sample_id, None)
+        position.step += 1
+        position.micro_step = 0
+        position.loss = MicroBatchLoss(0.0)
+        position.last_loss = loss.loss
+        return self._step_metrics(loss, learning_rate, grad_norm)
+
+    def _check_skipped_steps(self) -> None:
+        scale = self.learner.loss_scale
+        assert scale is not None, "only float16 overflows"
+        if scale.scale < 1:
+            step = self.position.step + 1
+            raise self._error("gradients overflow float16 even without scaling", step)
+        if scale.skipped_steps == self.total_steps:
             raise TrainingError(
                 f"job {self.name}: all of its {self.total_steps} steps were skipped, as gradients "
                 f"overflow float16; the last one halved the loss scale to {scale.scale:g}; train "
                 "longer, or in bfloat16"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.reference is not None and isinstance(self.training_set, StreamedSet):
-            # They never come again.
-            for row in (row for example in self.window.examples for row in example.rows):
-                self.reference.log_probs.pop(row.sample_id, None)
-        position.step += 1
-        position.micro_step, position.loss, position.last_loss = 0, MicroBatchLoss(0.0), loss.loss
+
+    def _step_metrics(
+        self, loss: MicroBatchLoss, learning_rate: float, grad_norm: float
+    ) -> dict[str, Any]:
+        position = self.position
         metrics: dict[str, Any] = {
             "step": position.step,
             "epoch": round(self.order.epochs_after(position.step), 4),
@@ -174,17 +196,25 @@ class Job:
             "tokens": position.tokens,
             "computed_tokens": position.computed_tokens,
         }
+        scale = self.learner.loss_scale
         if scale is not None:
-            metrics |= {"loss_scale": scale.scale, "skipped_steps": scale.skipped_steps}
+            metrics["loss_scale"] = scale.scale
+            metrics["skipped_steps"] = scale.skipped_steps
         if loss.router_entropy is not None:
             metrics["router/entropy"] = loss.router_entropy
             metrics["router/load_cv"] = loss.router_load_cv
-        chosen = loss.tokens_per_expert
-        if warnings := self.collapse.take(position.step, chosen, self.config.adapter):
+        warnings = self.collapse.take(position.step, loss.tokens_per_expert, self.config.adapter)
+        if warnings:
             metrics["warnings"] = list(warnings)
-        # An objective's metric takes no other's place. JSON has nothing for what is not finite.
-        found = (metrics | loss.metrics | metrics).items()
-        return {k: v for k, v in found if not isinstance(v, float) or math.isfinite(v)}
+        # The job's metrics win against an objective's of the same name.
+        for name, value in loss.metrics.items():
+            metrics.setdefault(name, value)
+        # JSON has nothing for what is not finite.
+        return {
+            name: value
+            for name, value in metrics.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
 
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
         for name, value in metrics.items():
@@ -193,10 +223,11 @@ class Job:
         if any(metrics.values()):
             self._proven = None
         position, train = self.position, self.config.train
-        # rungs of a sweep change nothing
+        # Rungs of a sweep change nothing.
         is_due = position.step % (train.eval_steps or math.inf) == 0
         is_best = (is_due or self.is_complete) and self.selection.update(position.step, metrics)
-        position.evaluated_step, position.metrics = position.step, metrics
+        position.evaluated_step = position.step
+        position.metrics = metrics
         if train.early_stopping is not None:
             patience = train.early_stopping.patience
             position.stopped_early = self.selection.evaluations_since >= patience
@@ -209,27 +240,27 @@ class Job:
         return is_best
 
     def find_fault_of_weights(self) -> TrainingError | None:
-        if all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
+        weights = self.learner.parameters.values()
+        if all(bool(weight.isfinite().all()) for weight in weights):
             return None
         return self._error("weights must be finite, got inf or nan", self.position.step)
 
     def restore_proven_weights(self) -> None:
         # They are the present ones, unless nothing finite was computed since the last step.
         if self._proven is not None:
-            optimizers.copy_all(self.parameters.values(), self._proven)
+            copy_all(self.learner.parameters.values(), self._proven)
             # Their step is gone, and so is an evaluation that came to nothing.
             self.position.evaluated_step = -1
             self.position.step -= 1
         self.release()
 
     def release(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.state.clear()
+        self.learner.release()
         self._proven = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **optimizers.learning_state(self.parameters, self.optimizer),
+            **self.learner.state_dict(),
             "proven": self._proven,
             "best": self.best,
             "scheduler": self.scheduler.state_dict(),
@@ -238,11 +269,10 @@ class Job:
             "collapse": asdict(self.collapse),
             "reference": {} if self.reference is None else self.reference.log_probs,
             "order": self.order.state_dict(self.position.step),
-            "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        optimizers.load_learning_state(self.parameters, self.optimizer, state)
+        self.learner.load_state_dict(state)
         self._proven = state["proven"]
         self.best = state["best"]
         self.scheduler.load_state_dict(state["scheduler"])
@@ -252,14 +282,12 @@ class Job:
         self.collapse = CollapseWatch(**state["collapse"])
         if self.reference is not None:
             self.reference.log_probs = state["reference"]
-        if self.loss_scale is not None:
-            self.loss_scale = optimizers.LossScale(**state["loss_scale"])
         self.order.load_state_dict(self.position.step, state["order"])
         self._window = None
 
-    def _check_finite(self, what: str, value: float, step: int) -> None:
+    def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise self._error(f"{what} must be finite, got {value}", step)
+            raise self._error(f"{name} must be finite, got {value}", step)
 
     def _error(self, fault: str, step: int) -> TrainingError:
         return TrainingError(
@@ -314,16 +342,19 @@ class Selection:
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
         if self.metric is None:
             return False
-        value, sign = metrics[self.metric], 1 if metric_mode(self.metric) == "min" else -1
+        value = metrics[self.metric]
+        sign = 1 if metric_mode(self.metric) == "min" else -1
         if self.value is not None and sign * value >= sign * self.value:
             self.evaluations_since += 1
             return False
-        self.value, self.step, self.metrics = value, step, dict(metrics)
+        self.value = value
+        self.step = step
+        self.metrics = dict(metrics)
         self.evaluations_since = 0
         return True
 
 
-# Steps whose load is judged together, so that one odd step warns nobody.
+# Steps whose load is judged together, so that a single uneven step warns nobody.
 WINDOW_STEPS = 25
 
 
@@ -351,5 +382,6 @@ class CollapseWatch:
             if kind not in self.warnings
         }
         self.warnings |= new
-        self.num_steps, self.tokens_per_expert = 0, {}
+        self.num_steps = 0
+        self.tokens_per_expert = {}
         return tuple(new.values())

@@ -33,8 +33,8 @@ from rich.progress import Progress as RichProgress
 from loraloom.atomic_io import append_line, sync
 from loraloom.errors import plain
 from loraloom.terminal import make_console
-from loraloom.training.checkpoints import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.job import Job
+from loraloom.training.run_directory import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.settings import TRACKERS
 
 PLAIN_INTERVAL_S = 60.0
@@ -234,8 +234,8 @@ class Reporter:
 
     def evaluation(self, job: Job, metrics: Mapping[str, float], seconds: float) -> None:
         step = job.position.step
-        place = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
-        self._log(job.name, {**place, **metrics, "seconds": round(seconds, 3)})
+        position = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
+        self._log(job.name, {**position, **metrics, "seconds": round(seconds, 3)})
         if job.name in self._trackers:
             self._progress.measure(job, metrics)
 
@@ -261,8 +261,8 @@ class Reporter:
             yield
         except Exception as error:
             if (tracker_name, job_name) not in self._failing:
-                what = f"{tracker_name} cannot log metrics: {error}"
-                self.message(f"warning: job {job_name}: {what}; training continues without")
+                fault = f"{tracker_name} cannot log metrics: {error}"
+                self.message(f"warning: job {job_name}: {fault}; training continues without")
             self._failing.add((tracker_name, job_name))
 
     def _log(self, job_name: str, metrics: Mapping[str, Any]) -> None:

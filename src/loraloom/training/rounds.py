@@ -32,7 +32,7 @@ _LEARNING_COPIES = 5
 _log = logging.getLogger(__name__)
 # A job, and what it puts into the next round.
 Turn = tuple[Job, MicroBatch]
-# Micro-batches of one forward, with their places in the round.
+# Micro-batches of one forward, with their indices in the round.
 Group = list[tuple[int, MicroBatch]]
 
 
@@ -66,52 +66,63 @@ class RoundRunner:
         errors: dict[int, TrainingError] = {}
         waiting: list[Group] = [list(enumerate(micro_batches))]
         while waiting:
-            group = [item for item in waiting.pop() if item[0] not in errors]
+            group = [turn for turn in waiting.pop() if turn[0] not in errors]
             if not group:
                 continue
-            halves, tokens = _halves(group), _count_tokens(group)
+            halves = _halves(group)
+            num_tokens = _count_tokens(group)
             limit = self.max_alone if len(group) == 1 else self.max_tokens
-            if halves and limit is not None and tokens > limit:
+            if halves and limit is not None and num_tokens > limit:
                 waiting += halves[::-1]
                 continue
-            batches = [batch for _, batch in group]
-            adapters = [batch.adapter for batch in batches]
-            outcome: list[MicroBatchLoss] | Exception | None = None  # memory ran out
-            try:
-                with gradients_set_aside(adapters), self._watching(adapters, tokens):
-                    outcome = forward_backward(self.host, batches, self.pad_id)
-            except torch.OutOfMemoryError:
-                pass
-            except Exception as error:
-                outcome = error
+            outcome = self._compute([micro_batch for _, micro_batch in group], num_tokens)
             # Only now is the error gone, which held on to the activations.
             if outcome is None:
                 free_memory()
             if isinstance(outcome, list):
-                for (place, _), loss in zip(group, outcome, strict=True):
-                    losses[place] += loss
+                for (index, _), loss in zip(group, outcome, strict=True):
+                    losses[index] += loss
             elif outcome is None and halves:
-                self.max_tokens = max(map(_count_tokens, halves))
-                if len(group) == 1:
-                    self.max_alone = self.max_tokens
-                self.say(
-                    f"warning: out of memory in a step of {tokens} tokens; training continues in "
-                    f"parts of at most {self.max_tokens} tokens"
-                )
+                self._lower_limits(halves, num_tokens, is_alone=len(group) == 1)
                 waiting += halves[::-1]
             elif outcome is not None and len(group) > 1:
                 waiting += halves[::-1]
             else:
-                place, micro_batch = group[0]
+                index, micro_batch = group[0]
                 if outcome is not None:
                     faults.append(outcome)
-                errors[place] = _training_error(micro_batch, outcome)
+                errors[index] = _training_error(micro_batch, outcome)
         if faults and len(faults) == len(micro_batches):
             self.raise_if_general(faults[0])
         # Each rank has its own summand until a step's gradient is complete.
-        complete = [b.adapter for i, b in enumerate(micro_batches) if b.is_last and i not in errors]
+        complete = []
+        for index, micro_batch in enumerate(micro_batches):
+            if micro_batch.is_last and index not in errors:
+                complete.append(micro_batch.adapter)
         sum_gradients(self.host.ranks, complete)
-        return [errors.get(place, loss) for place, loss in enumerate(losses)]
+        return [errors.get(index, loss) for index, loss in enumerate(losses)]
+
+    def _compute(
+        self, micro_batches: Sequence[MicroBatch], num_tokens: int
+    ) -> list[MicroBatchLoss] | Exception | None:
+        """Return the losses or what was raised; None if memory ran out."""
+        adapters = [micro_batch.adapter for micro_batch in micro_batches]
+        try:
+            with gradients_set_aside(adapters), self._watching(adapters, num_tokens):
+                return forward_backward(self.host, micro_batches, self.pad_id)
+        except torch.OutOfMemoryError:
+            return None
+        except Exception as error:
+            return error
+
+    def _lower_limits(self, halves: Sequence[Group], num_tokens: int, *, is_alone: bool) -> None:
+        self.max_tokens = max(_count_tokens(half) for half in halves)
+        if is_alone:
+            self.max_alone = self.max_tokens
+        self.say(
+            f"warning: out of memory in a step of {num_tokens} tokens; training continues in "
+            f"parts of at most {self.max_tokens} tokens"
+        )
 
     @contextmanager
     def _watching(self, adapters: Sequence[Adapter], num_tokens: int) -> Iterator[None]:
@@ -124,18 +135,20 @@ class RoundRunner:
         # On a CPU no allocation fails: the system ends the process. So what is left is looked at
         # before each decoder layer, and what those to come will take follows from those before.
         layers = list(host.model.get_submodule(host.base.layers_path).children())
-        width, vocabulary = host.config.hidden_size, host.config.vocab_size
-        in_loss = loss_workspace_bytes(num_tokens, width, vocabulary, host.dtype)
-        reserve = _LEARNING_COPIES * num_bytes(adapters) + 2 * in_loss
-        seen: list[int] = []
+        workspace = loss_workspace_bytes(
+            num_tokens, host.config.hidden_size, host.config.vocab_size, host.dtype
+        )
+        reserve = _LEARNING_COPIES * num_bytes(adapters) + 2 * workspace
+        free: list[int] = []  # before each layer so far
 
         def look(index: int, *_: Any) -> None:
             # A checkpointed layer is computed again, and references are asked before.
-            if index < len(seen) or not torch.is_grad_enabled():
+            if index < len(free) or not torch.is_grad_enabled():
                 return
-            seen.append(free_bytes(self.memory_limit))
-            taken = max(0, seen[0] - seen[-1]) // max(1, index)
-            if seen[-1] < reserve + host.ranks.local_size * taken * (len(layers) - index):
+            free.append(free_bytes(self.memory_limit))
+            bytes_per_layer = max(0, free[0] - free[-1]) // max(1, index)
+            num_left = len(layers) - index
+            if free[-1] < reserve + host.ranks.local_size * bytes_per_layer * num_left:
                 raise torch.OutOfMemoryError
 
         with ExitStack() as hooks:
@@ -153,11 +166,12 @@ class RoundRunner:
 
 
 def _halves(group: Group) -> list[Group]:
-    # Jobs are parted first, which changes nothing for any of them.
+    # Jobs are separated first, which changes nothing for any of them.
     if len(group) > 1:
         middle = (len(group) + 1) // 2
         return [group[:middle], group[middle:]]
-    return [[(place, half)] for place, micro_batch in group for half in micro_batch.halves()]
+    index, micro_batch = group[0]
+    return [[(index, half)] for half in micro_batch.halves()]
 
 
 def _count_tokens(group: Group) -> int:
@@ -188,7 +202,7 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
         return list(turns)
     chosen: list[Turn] = []
     for job, batch in sorted(turns, key=lambda turn: turn[0].position.level):
-        together = [other for _, other in chosen] + [batch]
+        together = [chosen_batch for _, chosen_batch in chosen] + [batch]
         if not chosen or sum(lay_out(together).computed_tokens) <= max_tokens:
             chosen.append((job, batch))
     names = {job.name for job, _ in chosen}
@@ -196,4 +210,5 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
 
 
 def num_bytes(adapters: Iterable[Adapter]) -> int:
-    return sum(one.nbytes for own in adapters for one in own.parameters() if one.requires_grad)
+    weights = [weight for adapter in adapters for weight in adapter.parameters()]
+    return sum(weight.nbytes for weight in weights if weight.requires_grad)

@@ -12,24 +12,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from loraloom import devices
 from loraloom.config.text import local_path
-from loraloom.devices import restored_limit
 from loraloom.distributed import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
 from loraloom.host.host import Host
 from loraloom.terminal import notebook_console
-from loraloom.training import checkpoints
 from loraloom.training.builder import Base, JobBuilder
+from loraloom.training.checkpoints import Checkpoint
 from loraloom.training.engine import Engine, set_up
 from loraloom.training.job import JobResult
 from loraloom.training.reporting import Progress
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig, load_run_config
 from loraloom.training.watched_directory import Inbox, WatchOptions, lock_watched
 
 # Called between two rounds: may build jobs, and call the engine's `add` and `stop`.
 BetweenSteps = Callable[[Engine, JobBuilder], None]
-_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
 
 def train(
@@ -79,54 +79,83 @@ def train(
     if not run.jobs and run.sweep is None and watch is None:
         raise ConfigError("a run must set jobs (at least one) or sweep")
     launch = read_launch()
-    progress = (progress or Progress(notebook_console())) if launch.rank == 0 else Progress()
-    options = {"resume": resume, "overwrite": overwrite}
+    if launch.rank > 0:
+        progress = Progress()
+    elif progress is None:
+        progress = Progress(notebook_console())
     if ray is not None:
-        given = {"--watch": watch, "base": base, "between_steps": between_steps}
-        given["torchrun"] = launch if launch.size > 1 else None
-        if others := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"--ray and {', '.join(others)} exclude each other; remove --ray")
+        excluded = {"--watch": watch, "base": base, "between_steps": between_steps}
+        excluded["torchrun"] = launch if launch.size > 1 else None
+        _check_ray_options(excluded)
     if watch is not None:
         watch = watch._replace(path=local_path(watch.path, "--watch"))
     device = choose_device(run, launch, is_loaded=base is not None, is_watching=watch is not None)
-    directory = checkpoints.RunDirectory(run.output_dir, by_job=ray is not None)
+    directory = RunDirectory(run.output_dir, by_job=ray is not None)
     directory.check_sources(run.all_jobs)
     with ExitStack() as stack:
         if launch.rank == 0:
-            stack.enter_context(directory.opened(**options))
+            stack.enter_context(directory.opened(resume=resume, overwrite=overwrite))
         if ray is not None:
             from loraloom.training.workers import train_with_ray  # it needs Ray
 
-            how = {"progress": progress, "command": command}
-            return train_with_ray(run, directory, ray, ray_workers, **options, **how)
+            return train_with_ray(
+                run,
+                directory,
+                ray,
+                ray_workers,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+                command=command,
+            )
         is_sharded = launch.size > 1 and run.parallel.base == "fsdp"
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
-        host, tokenizer = base or load_host(run, {}, device=device, sharded=is_sharded)
+        if base is None:
+            base = load_host(run, {}, device=device, sharded=is_sharded)
+        host, _ = base
         stack.enter_context(_borrowed(host))
         host.ranks = ranks
-        parts = (run, run.first_jobs, (host, tokenizer), directory, progress, command)
-        engine, checkpoint = set_up(*parts, resume=resume)
+        engine, checkpoint = set_up(
+            run, run.first_jobs, base, directory, progress, command, resume=resume
+        )
         if checkpoint is None and ranks.is_first:
             directory.prepare([job.name for job in run.all_jobs])
-        engine.begin(checkpoint)
-        callbacks = list[Callable[[Engine], None]]()
-        if between_steps is not None:
-            callbacks.append(lambda engine: between_steps(engine, engine.builder))
-        sweep = None
-        if run.sweep is not None:
-            from loraloom.training.sweep import Sweep  # it needs Optuna
+        return _run_engine(run, engine, checkpoint, progress, between_steps, watch)
 
-            begun = 0 if checkpoint is None else checkpoint.sweep_bytes
-            sweep = Sweep(run, engine, directory, progress, begun)
-            callbacks.append(sweep.between_steps)
-        if watch is not None:
-            callbacks.append(Inbox(watch, engine, progress.message).between_steps)
-        results = engine.run(*callbacks)
-        if sweep is not None:
-            sweep.conclude()
-        return results
+
+def _check_ray_options(excluded: Mapping[str, Any]) -> None:
+    names = [name for name, value in excluded.items() if value is not None]
+    if names:
+        raise ConfigError(f"--ray and {', '.join(names)} exclude each other; remove --ray")
+
+
+def _run_engine(
+    run: RunConfig,
+    engine: Engine,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+    between_steps: BetweenSteps | None,
+    watch: WatchOptions | None,
+) -> list[JobResult]:
+    engine.begin(checkpoint)
+    callbacks: list[Callable[[Engine], None]] = []
+    if between_steps is not None:
+        callbacks.append(lambda engine: between_steps(engine, engine.builder))
+    sweep = None
+    if run.sweep is not None:
+        from loraloom.training.sweep import Sweep  # it needs Optuna
+
+        journal_bytes = 0 if checkpoint is None else checkpoint.sweep_bytes
+        sweep = Sweep(run, engine, engine.directory, progress, journal_bytes)
+        callbacks.append(sweep.between_steps)
+    if watch is not None:
+        callbacks.append(Inbox(watch, engine, progress.message).between_steps)
+    results = engine.run(*callbacks)
+    if sweep is not None:
+        sweep.conclude()
+    return results
 
 
 class Launch(NamedTuple):
@@ -140,22 +169,25 @@ class Launch(NamedTuple):
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if dist.is_initialized():
-        rank, size = dist.get_rank(), dist.get_world_size()
-        local = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
-        return Launch(rank, size, *map(int, local))
-    given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
-    if len(given) == 1:
+        rank = dist.get_rank()
+        size = dist.get_world_size()
+        local_rank = int(environment.get("LOCAL_RANK", rank))
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
+        return Launch(rank, size, local_rank, local_size)
+    is_set = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if len(is_set) == 1:
         raise ConfigError(
-            f"RANK and WORLD_SIZE must be set together, as torchrun does, got {given[0]} alone; "
+            f"RANK and WORLD_SIZE must be set together, as torchrun does, got {is_set[0]} alone; "
             "start the run with torchrun, or unset both variables"
         )
     size = environment.get("WORLD_SIZE", "1")
     defaults = {"RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
     numbers = {name: environment.get(name, default) for name, default in defaults.items()}
-    if odd := [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]:
+    faults = [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]
+    if faults:
         raise ConfigError(
             f"{', '.join(defaults)} must be whole numbers, as torchrun sets them, got "
-            f"{shown(odd[0])}; start the run with torchrun, or unset these variables"
+            f"{shown(faults[0])}; start the run with torchrun, or unset these variables"
         )
     return Launch(*map(int, numbers.values()))
 
@@ -183,16 +215,16 @@ def choose_device(
                 f"job {job.name}: method {job.adapter.method} requires a single process, because "
                 f"its router loss joins all tokens, got {launch.size} ranks; remove torchrun"
             )
-    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    kind = found.type if name == "auto" else torch.device(name).type
-    if kind not in _BACKENDS or (kind != "cpu" and name not in ("auto", kind)):
+    kind = devices.best_device().type if name == "auto" else torch.device(name).type
+    kinds = devices.RANK_BACKENDS.keys()
+    if kind not in kinds or (kind != "cpu" and name not in ("auto", kind)):
         raise ConfigError(
-            f"device must be auto or one of {', '.join(_BACKENDS)} for several ranks, because "
-            f"each rank uses a separate device, got {name if kind in _BACKENDS else kind}"
+            f"device must be auto or one of {', '.join(kinds)} for several ranks, because "
+            f"each rank uses a separate device, got {name if kind in kinds else kind}"
         )
     if kind == "cpu":
         return kind
-    count = torch.get_device_module(kind).device_count()
+    count = devices.count_devices(kind)
     if launch.local_size > count:
         raise ConfigError(
             f"each rank requires a separate {kind} device, got {launch.local_size} ranks and "
@@ -206,10 +238,8 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     if launch.size == 1:
         yield Alone()
         return
-    kind = torch.device(device)
-    backend = _BACKENDS[kind.type]
-    if kind.type != "cpu":
-        torch.get_device_module(kind).set_device(kind)
+    backend = devices.RANK_BACKENDS[torch.device(device).type]
+    devices.select_device(torch.device(device))
     # A process group that is there is used, and left as it is.
     is_ours = not dist.is_initialized()
     if is_ours:
@@ -226,13 +256,16 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
 @contextmanager
 def _borrowed(host: Host) -> Iterator[None]:
     """Give a host back as it was; after an error or a signal, without the run's adapters."""
-    names, before = set(host.adapters), (host.ranks, host.gradient_checkpointing)
+    names = set(host.adapters)
+    ranks = host.ranks
+    gradient_checkpointing = host.gradient_checkpointing
     try:
-        with restored_limit(host.device):
+        with devices.restored_limit(host.device):
             yield
     except BaseException:
         for name in host.adapters.keys() - names:
             host.remove(name)
         raise
     finally:
-        host.ranks, host.gradient_checkpointing = before
+        host.ranks = ranks
+        host.gradient_checkpointing = gradient_checkpointing

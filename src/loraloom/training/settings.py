@@ -1,7 +1,6 @@
 """What a run file says: one base model and the jobs that share it.
 
-A field's docstring is its help text. Names are transformers' and trl's where they have them. A
-step is an optimizer step.
+A field's docstring is its help text. Names are transformers' and trl's. A step is the optimizer's.
 """
 
 import math
@@ -57,7 +56,6 @@ else:
     TrackerName = Literal[("jsonl", "tensorboard", "trackio", "wandb", *_further)]
 # They move after each evaluation, by the metric that selects the weights.
 SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
-# The reference that is the base model itself.
 BASE_REFERENCE = "base"
 _GIVE = "set data.validation_fraction, data.validation or eval"
 
@@ -251,7 +249,7 @@ class EvaluationConfig(StrictModel):
         return f"eval/{task_name(self.task)}/accuracy"
 
 
-HOMES |= dict.fromkeys((key for one in adapters.CONFIGS for key in one.model_fields), "adapter")
+HOMES |= dict.fromkeys((key for kind in adapters.CONFIGS for key in kind.model_fields), "adapter")
 HOMES |= dict.fromkeys(DataConfig.model_fields, "data")
 HOMES |= dict.fromkeys(TrainConfig.model_fields, "train")
 
@@ -292,10 +290,10 @@ class JobConfig(StrictModel):
                 f"{train.objective.name}; for the chosen answers alone: format instruction, fields "
                 "{output: chosen, ...}"
             )
-        if has_pairs and (others := sorted(map(str, formats - {"preference", None}))):
+        if has_pairs and (unpaired := sorted(map(str, formats - {"preference", None}))):
             yield (
                 f"train.objective {train.objective.name} requires pairs of answers: a task, or a "
-                f"dataset of format preference, got format {others[0]}"
+                f"dataset of format preference, got format {unpaired[0]}"
             )
         if self.data.streaming and (train.max_steps is None or train.group_by_length):
             yield "data.streaming requires train.max_steps, and no num_epochs or group_by_length"
@@ -335,7 +333,7 @@ class JobConfig(StrictModel):
 
 def _is_test(split: str | None) -> bool:
     """Whether a split has rows of a test split, `train+test[:100]` for instance."""
-    return any(part.partition("[")[0].strip() == "test" for part in (split or "").split("+"))
+    return any(term.partition("[")[0].strip() == "test" for term in (split or "").split("+"))
 
 
 class ParallelConfig(StrictModel):
@@ -383,18 +381,18 @@ class RunConfig(BaseModelConfig):
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"job names must be unique, also in a sweep, got {name!r} again"
         if self.sweep is not None:
-            others = [job.name for job in self.jobs if job.name != self.sweep.job]
-            for name in filter(self.sweep.owns, others):
+            neighbours = [job.name for job in self.jobs if job.name != self.sweep.job]
+            for name in filter(self.sweep.owns, neighbours):
                 if names.count(name.casefold()) == 1:
                     yield f"job names must not start like the sweep's, got {name!r}; rename the job"
             stopping = self.sweep.early_stopping
             if stopping and stopping.median and any(not j.train.eval_steps for j in self.trials):
                 yield "sweep.early_stopping.median requires train.eval_steps"
-            known = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
-            if self.sweep.metric not in known:
+            common = set.intersection(*(set(job.selecting_metrics) for job in self.trials))
+            if self.sweep.metric not in common:
                 yield (
                     f"sweep.metric must be one that every job measures outside test splits "
-                    f"({', '.join(sorted(known)) or 'none'}), got {self.sweep.metric!r}; {_GIVE}"
+                    f"({', '.join(sorted(common)) or 'none'}), got {self.sweep.metric!r}; {_GIVE}"
                 )
 
     # Drawn once: the check of a run file has all of them built, and the run trains these.
@@ -402,7 +400,7 @@ class RunConfig(BaseModelConfig):
     def trials(self) -> tuple[JobConfig, ...]:
         """The jobs of the sweep that are known beforehand: all but TPE's later ones."""
         combinations = [] if self.sweep is None else self.sweep.combinations()
-        return tuple(self.trial(number, one) for number, one in enumerate(combinations))
+        return tuple(self.trial(number, drawn) for number, drawn in enumerate(combinations))
 
     def trial(self, number: int, combination: Mapping[str, Any]) -> JobConfig:
         assert self.sweep is not None

@@ -20,10 +20,11 @@ from pandas import DataFrame
 
 from loraloom.atomic_io import cut_torn_line, write_output
 from loraloom.errors import ConfigError
-from loraloom.training.checkpoints import RunDirectory, describe_changes
+from loraloom.training.checkpoints import describe_changes
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job, metric_mode
 from loraloom.training.reporting import Progress
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig
 from loraloom.training.sweep_settings import SweepStoppingConfig, format_drawn
 
@@ -129,14 +130,14 @@ def show_ranking(
 
 @dataclass
 class Sweep:
-    """A sweep whose jobs an engine trains: all, or its share as one of `place[1]` workers."""
+    """A sweep whose jobs an engine trains: all, or its share as worker `share[0]` of `share[1]`."""
 
     run: RunConfig
     engine: Engine
     directory: RunDirectory
     progress: Progress
     journal_bytes: int | None
-    place: tuple[int, int] = (0, 1)
+    share: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         assert self.run.sweep is not None
@@ -150,17 +151,17 @@ class Sweep:
         self._recalled = set[str]()
 
     def between_steps(self, engine: Engine) -> None:
-        for trial, name in self._own():
+        for trial, name in self._share_of_trials():
             if trial.state == TrialState.RUNNING:
                 self._report(trial, name)
             elif trial.state.is_finished() and name not in self._recalled | engine.results.keys():
                 self._recalled.add(name)  # looked for once
                 engine.recall(name)
-        own = self._own()
+        trials = self._share_of_trials()
         # Jobs of a fused step come to a rung together. Optuna judges each against those before it,
         # so in the order of a grid, where neighbours are alike, it would let too many go on.
-        random.Random(engine.round).shuffle(own)
-        for trial, name in own:
+        random.Random(engine.round).shuffle(trials)
+        for trial, name in trials:
             self._judge(trial, name)
         self._fill()
         rows = rank_jobs(self.run, self._study)
@@ -171,13 +172,13 @@ class Sweep:
     def conclude(self) -> None:
         show_ranking(self.run, self._study, self.directory, self.progress)
 
-    def _own(self) -> list[tuple[FrozenTrial, str]]:
-        number, size = self.place
-        trials = [
-            one for one in self._study.get_trials(deepcopy=False) if "worker" in one.user_attrs
-        ]
-        own = (one for one in trials if one.user_attrs["worker"] % size == number)
-        return [(one, self._sweep.job_name(one.number, one.params)) for one in own]
+    def _share_of_trials(self) -> list[tuple[FrozenTrial, str]]:
+        number, size = self.share
+        trials = []
+        for trial in self._study.get_trials(deepcopy=False):
+            if "worker" in trial.user_attrs and trial.user_attrs["worker"] % size == number:
+                trials.append((trial, self._sweep.job_name(trial.number, trial.params)))
+        return trials
 
     def _handle(self, trial: FrozenTrial) -> optuna.Trial:
         return optuna.Trial(self._study, trial._trial_id)
@@ -192,11 +193,14 @@ class Sweep:
             job.milestones = frozenset(stopping.rungs(job.total_steps))
 
     def _report(self, trial: FrozenTrial, name: str) -> None:
-        job, result = self.engine.jobs.get(name), self.engine.results.get(name)
+        job = self.engine.jobs.get(name)
+        result = self.engine.results.get(name)
         if result is not None:
-            step, metrics = result.steps, result.last_metrics
+            step = result.steps
+            metrics = result.last_metrics
         elif job is not None:
-            step, metrics = job.position.evaluated_step, job.position.metrics
+            step = job.position.evaluated_step
+            metrics = job.position.metrics
         else:
             return
         if self._sweep.metric in metrics and step not in trial.intermediate_values:
@@ -212,8 +216,9 @@ class Sweep:
             self._study.tell(trial.number, value)
 
     def _judge(self, trial: FrozenTrial, name: str) -> None:
-        job, step = self.engine.jobs.get(name), trial.last_step
-        if job is None or step is None or (job.position.step, job.at_boundary) != (step, True):
+        job = self.engine.jobs.get(name)
+        step = trial.last_step
+        if job is None or step is None or not job.at_boundary or job.position.step != step:
             return
         if trial.state == TrialState.RUNNING and self._handle(trial).should_prune():
             value = f"{self._sweep.metric} {trial.intermediate_values[step]:.4f}"
@@ -222,11 +227,11 @@ class Sweep:
 
     def _fill(self) -> None:
         """Let jobs join until as many train as may: first those that have begun already."""
-        for trial, name in self._own():
+        for trial, name in self._share_of_trials():
             if trial.state == TrialState.RUNNING and name not in self.engine.results:
                 self._start(trial, name)
-        most = self._sweep.share_of_concurrent(*self.place)
-        while sum(name in self.engine.jobs for _, name in self._own()) < most:
+        max_jobs = self._sweep.share_of_concurrent(*self.share)
+        while sum(name in self.engine.jobs for _, name in self._share_of_trials()) < max_jobs:
             with self._lock:  # of the workers, one looks, asks and signs at a time
                 trial = self._take()
             if trial is None:
@@ -234,7 +239,7 @@ class Sweep:
             self._start(trial, self._sweep.job_name(trial.number, trial.params))
 
     def _take(self) -> FrozenTrial | None:
-        trials, drawn = self._study.get_trials(deepcopy=False), self._sweep.distributions
+        trials = self._study.get_trials(deepcopy=False)
         unsigned = [trial for trial in trials if "worker" not in trial.user_attrs]
         # A worker that was killed before it signed leaves one, perhaps without all of its values.
         lost = next((trial for trial in unsigned if trial.state == TrialState.RUNNING), None)
@@ -245,10 +250,13 @@ class Sweep:
             # By number, so that a resumed run draws as an unbroken one.
             seed = self._sweep.search.seed + (lost.number if lost else len(trials))
             self._study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
-        taken = self._handle(lost) if lost else self._study.ask(drawn)
-        for path, distribution in drawn.items() if lost else ():
-            taken._suggest(path, distribution)
-        taken.set_user_attr("worker", self.place[0])
+        if lost is None:
+            taken = self._study.ask(self._sweep.distributions)
+        else:
+            taken = self._handle(lost)
+            for path, distribution in self._sweep.distributions.items():
+                taken._suggest(path, distribution)
+        taken.set_user_attr("worker", self.share[0])
         return self._study.get_trials(deepcopy=False)[taken.number]
 
     def _start(self, trial: FrozenTrial, name: str) -> None:

@@ -168,8 +168,8 @@ class SweepConfig(StrictModel):
 
     def owns(self, name: str) -> bool:
         """Whether a job of that name is one of the sweep's, also one that is not drawn yet."""
-        own = (self._numbered(number).casefold() for number in range(self.num_jobs))
-        return any(f"{name.casefold()}-".startswith(f"{one}-") for one in own)
+        prefixes = [f"{self._numbered(number).casefold()}-" for number in range(self.num_jobs)]
+        return f"{name.casefold()}-".startswith(tuple(prefixes))
 
     def _numbered(self, number: int) -> str:
         template = self.job if isinstance(self.job, str) else self.job.get("name") or "sweep"
@@ -207,7 +207,7 @@ class SweepConfig(StrictModel):
         """Those known beforehand, which TPE's later ones are not; a grid's last changes fastest."""
         if self.search == "grid":
             labels = [map(json.dumps, values) for values in self.parameters.values()]
-            return [dict(zip(self.parameters, one, strict=True)) for one in product(*labels)]
+            return [dict(zip(self.parameters, drawn, strict=True)) for drawn in product(*labels)]
         optuna, distributions = load_optuna(), self.distributions
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
         number = self.search.random or min(self.num_jobs, TPE_STARTUP_JOBS)

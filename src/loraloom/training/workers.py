@@ -20,10 +20,11 @@ from typing_extensions import override
 from loraloom.errors import ConfigError, TrainingError, shown
 from loraloom.generation.loading import load_host
 from loraloom.training.builder import check_data
-from loraloom.training.checkpoints import RunDirectory, check_same_run
+from loraloom.training.checkpoints import check_same_run
 from loraloom.training.engine import set_up
 from loraloom.training.job import JobResult
 from loraloom.training.reporting import Interruption, Progress
+from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import JobConfig, RunConfig
 
 # How often Ray itself starts a lost worker again.
@@ -57,31 +58,33 @@ class _Messages(Progress):
 def train_share(
     run: RunConfig,
     jobs: Sequence[JobConfig],
-    place: tuple[int, int],
+    share: tuple[int, int],
     directory: Path,
     command: str,
     queue: Any,
 ) -> list[JobResult]:
     progress = _Messages(queue)
-    progress.message(place[0])
+    progress.message(share[0])
     os.chdir(directory)
     if not run.output_dir.exists():  # the driver has made it
         raise ConfigError(
             f"output_dir must be visible to all workers, but {run.output_dir} is missing on "
             f"{socket.gethostname()}; choose a directory on a shared file system"
         )
-    base, where = load_host(run, {}), RunDirectory(run.output_dir, by_job=True)
+    base = load_host(run, {})
+    run_directory = RunDirectory(run.output_dir, by_job=True)
     # The sweep's jobs join later, from checkpoints of whichever worker had them.
-    begun, _ = where.newest_checkpoint([job.name for job in run.trials])
+    begun, _ = run_directory.newest_checkpoint([job.name for job in run.trials])
     if begun is not None:
         check_same_run(begun, run.trials, {})
-    engine, checkpoint = set_up(run, jobs, base, where, progress, command, resume=True)
+    engine, checkpoint = set_up(run, jobs, base, run_directory, progress, command, resume=True)
     engine.begin(checkpoint)
     if run.sweep is None:
         return engine.run()
     from loraloom.training.sweep import Sweep  # it needs Optuna
 
-    return engine.run(Sweep(run, engine, where, progress, None, place).between_steps)
+    sweep = Sweep(run, engine, run_directory, progress, None, share)
+    return engine.run(sweep.between_steps)
 
 
 def check_share(run: RunConfig, directory: Path) -> None:
@@ -112,8 +115,8 @@ def train_with_ray(
         if not (resume and directory.has_checkpoints(by_job=True)):
             directory.prepare([job.name for job in run.all_jobs])
         results = _train_shares(ray, run, num_workers, directory, progress, command)
-    places = {job.name: place for place, job in enumerate(run.all_jobs)}
-    return sorted(results, key=lambda result: (places.get(result.job, len(places)), result.job))
+    order = {job.name: index for index, job in enumerate(run.all_jobs)}
+    return sorted(results, key=lambda result: (order.get(result.job, len(order)), result.job))
 
 
 def _train_shares(
@@ -124,29 +127,50 @@ def _train_shares(
     progress: Progress,
     command: str,
 ) -> list[JobResult]:
-    jobs, show, sweep = list(run.all_jobs), None, run.sweep
-    most = len(run.jobs if sweep else jobs)
-    if sweep is not None:
-        most = max(most, sweep.max_concurrent or sweep.num_jobs)
-    asked = num_workers and min(num_workers, most)
-    size, resources = choose_resources(ray.nodes(), run.device, asked)
+    jobs = list(run.all_jobs)
+    max_workers = len(jobs)
+    if run.sweep is not None:
+        max_workers = max(len(run.jobs), run.sweep.max_concurrent or run.sweep.num_jobs)
+    if num_workers:
+        num_workers = min(num_workers, max_workers)
+    size, resources = choose_resources(ray.nodes(), run.device, num_workers)
+    show = None
     if run.sweep is not None:
         from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
         study = open_study(run, directory, None)  # before workers look for combinations in it
         show = partial(show_ranking, run, study, directory, progress)
         jobs = [job for job in jobs if not run.sweep.owns(job.name)]
-    size = min(size, most)
+    size = min(size, max_workers)
     progress.message(f"starting {size} workers")
     queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
     task = ray.remote(train_share).options(
         max_retries=RESTARTS, scheduling_strategy="SPREAD", **resources
     )
-    shares = [(jobs[number::size], (number, size)) for number in range(size)]
-    rest = Path.cwd(), command, queue
-    calls = {task.remote(run, *share, *rest): place for place, share in enumerate(shares)}
-    waiting, begun_at, told_s = set(calls.values()), time.monotonic(), 0
-    results, faults, is_ending = list[JobResult](), list[Exception](), False
+    calls = {}
+    for number in range(size):
+        share = (number, size)
+        call = task.remote(run, jobs[number::size], share, Path.cwd(), command, queue)
+        calls[call] = number
+    results, faults = _follow(ray, calls, queue, progress)
+    if show is not None:
+        show()
+    if faults:
+        raise faults[0]
+    return results
+
+
+def _follow(
+    ray: Any, calls: dict[Any, int], queue: Any, progress: Progress
+) -> tuple[list[JobResult], list[Exception]]:
+    """Wait for workers, by their numbers, and pass on what they say."""
+    size = len(calls)
+    waiting = set(calls.values())
+    begun_at = time.monotonic()
+    reported_s = 0
+    results: list[JobResult] = []
+    faults: list[Exception] = []
+    is_ending = False
     with Interruption(progress.message) as interruption:
         while calls:
             if interruption.requested and not is_ending:
@@ -172,17 +196,13 @@ def _train_shares(
                     if isinstance(news, str):
                         progress.message(news)
             waited_s = int(time.monotonic() - begun_at) // WAITING_S * WAITING_S
-            if waiting and waited_s > told_s:
+            if waiting and waited_s > reported_s:
                 numbers = ", ".join(str(number + 1) for number in sorted(waiting))
                 progress.message(f"waiting for worker {numbers} of {size} ({waited_s} s)")
-            told_s = waited_s
+            reported_s = waited_s
         if is_ending:
             interruption.end()
-    if show is not None:
-        show()
-    if faults:
-        raise faults[0]
-    return results
+    return results, faults
 
 
 def choose_resources(
@@ -190,10 +210,12 @@ def choose_resources(
 ) -> tuple[int, dict[str, int]]:
     """Choose how many workers to start, and what each takes; Ray lets them wait for it."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
-    num_gpus = 0 if device == "cpu" else sum(int(one.get("GPU", 0)) for one in alive)
+    num_gpus = 0
+    if device != "cpu":
+        num_gpus = sum(int(resources.get("GPU", 0)) for resources in alive)
     if num_gpus:
         return num_workers or num_gpus, {"num_cpus": 0, "num_gpus": 1}
-    cpus = [int(one["CPU"]) for one in alive if one.get("CPU")]
+    cpus = [int(resources["CPU"]) for resources in alive if resources.get("CPU")]
     if not cpus:
         raise ConfigError(
             "--ray requires a cluster with cores or accelerators; start a node with --num-cpus"

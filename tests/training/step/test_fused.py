@@ -63,7 +63,7 @@ def test_loss_that_is_not_finite_leaves_the_gradients_of_others_alone():
     host = toy_host()
     broken = add_job(host, toy_config("broken", ADAPTERS["lora"]), random=True)
     with torch.no_grad():
-        next(iter(broken.parameters.values())).fill_(float("nan"))
+        next(iter(broken.learner.parameters.values())).fill_(float("nan"))
     job = add_job(host, toy_config("a", ADAPTERS["mixlora"]), random=True)
     losses = run_window(host, [broken, job])
 

@@ -66,7 +66,7 @@ def test_a_steps_gradient_is_summed_once_and_earlier_micro_batches_with_it(metho
     train_round(host, [job])
     own = gradients_of(job)
     assert ranks.events == []
-    for weight in job.parameters.values():
+    for weight in job.learner.parameters.values():
         weight.grad = None
     train_round(host, [job])
     second = {name: gradient / 2 for name, gradient in gradients_of(job).items()}

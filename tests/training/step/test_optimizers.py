@@ -35,7 +35,7 @@ NEEDED_ARGS = {
 def rates_of(method: str, **train):
     """Take the learning rates and decays of the kinds of weights of an adapter."""
     job = add_job(toy_host(), toy_config("a", ADAPTERS[method], **train))
-    kinds = {id(one): name.rpartition(".")[2] for name, one in job.parameters.items()}
+    kinds = {id(one): name.rpartition(".")[2] for name, one in job.learner.parameters.items()}
     return {
         kinds[id(parameter)]: (group["lr"], group["weight_decay"])
         for group in parameter_groups(job.config.train, job.adapter)
@@ -119,7 +119,7 @@ def test_rungs_of_a_sweep_change_neither_rate_nor_patience():
     rates = []
     for job.position.step in (0, 2, 3, 4):
         job.take_evaluation({job.selection.metric: 0.5})
-        rates.append(job.optimizer.param_groups[0]["lr"])
+        rates.append(job.learner.optimizer.param_groups[0]["lr"])
     assert rates == [1.0, 1.0, 1.0, pytest.approx(0.1)]
     assert job.selection.evaluations_since == 1
     unmeasured = toy_config("b", max_steps=9, eval=[{"task": "skills"}])
@@ -133,8 +133,8 @@ def learning_rates(**train) -> list[float]:
     job = add_job(toy_host(), toy_config("a", **train))
     rates = []
     for _ in range(job.total_steps):
-        rates.append(job.optimizer.param_groups[0]["lr"])
-        job.optimizer.step()
+        rates.append(job.learner.optimizer.param_groups[0]["lr"])
+        job.learner.optimizer.step()
         if train["lr_scheduler"] not in SCHEDULERS_ON_METRIC:
             job.scheduler.step()
     return rates

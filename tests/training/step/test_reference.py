@@ -6,9 +6,9 @@ from loraloom.training.settings import DpoConfig
 from loraloom.training.step import objectives
 from loraloom.training.step.objectives import (
     Reference,
-    ask_references,
     drop_reference,
     load_reference,
+    score_references,
 )
 from tests.tiny import METHODS, randomise
 from tests.training.toy import toy_examples, toy_host
@@ -46,9 +46,9 @@ def test_a_sample_is_asked_for_once(start, monkeypatch):
     monkeypatch.setattr(objectives, "label_log_probs", counted)
     examples = toy_examples(4)
     host.train()
-    ask_references(host, [(base, examples[:2]), (None, examples), (adapter, examples[1:3])])
-    ask_references(host, [(base, examples[1:]), (adapter, examples[1:3])])
-    ask_references(host, [(base, examples)])
+    score_references(host, [(base, examples[:2]), (None, examples), (adapter, examples[1:3])])
+    score_references(host, [(base, examples[1:]), (adapter, examples[1:3])])
+    score_references(host, [(base, examples)])
     name = adapter.adapter_name
     assert asked == [[(None, 0), (None, 1), (name, 1), (name, 2)], [(None, 2), (None, 3)]]
     (expected,) = label_log_probs(host, [(name, examples[2])])

@@ -7,7 +7,7 @@ the shortest of several lengths with little padding, as attention takes the squa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -25,7 +25,7 @@ from loraloom.training.step.objectives import Objective, Reference, StepTotals, 
 
 _LENGTHS = 16
 _LITTLE_PADDING = 0.015
-# A job's rows; a row has the places of its samples among the micro-batch's examples.
+# A job's rows; a row has the indices of its samples among the micro-batch's examples.
 Rows = list[list[int]]
 
 
@@ -42,17 +42,27 @@ class Window:
         return math.ceil(len(self.examples) / self.micro_batch_size)
 
     @cached_property
+    def rows(self) -> list[Example]:
+        return rows_of(self.examples)
+
+    @cached_property
     def totals(self) -> StepTotals:
         return count_totals(self.examples)
 
     @cached_property
     def num_tokens(self) -> int:
-        return sum(len(row.input_ids) for example in self.examples for row in example.rows)
+        return sum(len(row.input_ids) for row in self.rows)
 
-    def micro_batch(self, index: int) -> tuple[Example, ...]:
+    def micro_batch(self, index: int) -> list[Example]:
         start = index * self.micro_batch_size
-        examples = self.examples[start : start + self.micro_batch_size]
-        return tuple(row for example in examples for row in example.rows)
+        return rows_of(self.examples[start : start + self.micro_batch_size])
+
+
+def rows_of(examples: Iterable[TrainingExample]) -> list[Example]:
+    rows: list[Example] = []
+    for example in examples:
+        rows += example.rows
+    return rows
 
 
 def longest_row(example: TrainingExample) -> int:
@@ -70,15 +80,16 @@ class StepOrder:
         self._order = lru_cache(maxsize=1)(self._make_order)
 
     def window(self, step: int) -> Window:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        start = place * self.config.batch_size
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        start = step_of_epoch * self.config.batch_size
         indices = self._order(epoch)[start : start + self.config.batch_size]
-        return _make_window(epoch, [self.training_set.examples[i] for i in indices], self.config)
+        examples = [self.training_set.examples[index] for index in indices]
+        return _make_window(epoch, examples, self.config)
 
     def epochs_after(self, step: int) -> float:
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         length = self.training_set.epoch_length
-        return epoch + min(place * self.config.batch_size, length) / length
+        return epoch + min(step_of_epoch * self.config.batch_size, length) / length
 
     def state_dict(self, step: int) -> dict[str, Any]:
         return {}
@@ -163,35 +174,43 @@ class MicroBatch:
     def token_share(self) -> float:
         return self.num_tokens / self.window.num_tokens
 
+    def divided(self) -> list[MicroBatch]:
+        """Divide a whole step into its micro-batches."""
+        starts = self._starts
+        size = self.window.micro_batch_size
+        firsts = range(0, len(starts), size)
+        return [self._subset(starts[first : first + size]) for first in firsts]
+
     def halves(self) -> list[MicroBatch]:
         """Cut it in two of about the same size, pairs of answers whole; nothing if it has one."""
         starts = self._starts
         if len(starts) < 2:
             return []
-        middle = (len(starts) + 1) // 2
-        cut = (starts[:middle], starts[middle:])
-        # The longest come first: of packed examples, every other one makes halves of equal size.
+        # The longest come first: of packed examples, every second makes halves of equal size.
         if self.max_row_length is not None:
-            cut = (starts[::2], starts[1::2])
-        return [self._subset(half) for half in cut]
+            return [self._subset(starts[::2]), self._subset(starts[1::2])]
+        middle = (len(starts) + 1) // 2
+        return [self._subset(starts[:middle]), self._subset(starts[middle:])]
 
     def share(self, rank: int, num_ranks: int) -> MicroBatch:
         """Return what one of several ranks computes: every so-many-th example."""
         if num_ranks == 1:
             return self
-        own = self._starts[rank::num_ranks]
+        starts = self._starts[rank::num_ranks]
+        if starts:
+            return self._subset(starts)
         # A rank that none is left for computes the shortest, so that all make the same forwards.
-        return self._subset(own) if own else replace(self._subset(self._starts[-1:]), counts=False)
+        return replace(self._subset(self._starts[-1:]), counts=False)
 
     @property
     def _starts(self) -> range:
         return range(0, len(self.examples), len(self.window.examples[0].rows))
 
     def _subset(self, starts: Sequence[int]) -> MicroBatch:
-        places = [start + row for start in starts for row in range(self._starts.step)]
-        examples = [self.examples[place] for place in places]
-        keys = [self.sample_keys[place] for place in places]
-        return replace(self, examples=examples, sample_keys=keys)
+        indices = [start + row for start in starts for row in range(self._starts.step)]
+        examples = [self.examples[index] for index in indices]
+        sample_keys = [self.sample_keys[index] for index in indices]
+        return replace(self, examples=examples, sample_keys=sample_keys)
 
 
 @dataclass(frozen=True)
@@ -206,9 +225,11 @@ class MicroBatchLoss:
     computed_tokens: int = 0  # padding included
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
 
-    def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
-        both, theirs = vars(self), vars(other)
-        return MicroBatchLoss(**{name: add_counts(both[name], theirs[name]) for name in both})
+    def __add__(self, addend: MicroBatchLoss) -> MicroBatchLoss:
+        sums = {
+            name: add_counts(value, getattr(addend, name)) for name, value in vars(self).items()
+        }
+        return MicroBatchLoss(**sums)
 
 
 def add_counts(first: Any, second: Any) -> Any:
@@ -216,7 +237,8 @@ def add_counts(first: Any, second: Any) -> Any:
     if first is None or second is None:
         return second if first is None else first
     if isinstance(first, Mapping):
-        return {k: add_counts(first.get(k), second.get(k)) for k in {**first, **second}}
+        keys = dict.fromkeys([*first, *second])
+        return {key: add_counts(first.get(key), second.get(key)) for key in keys}
     if isinstance(first, Sequence):
         return [a + b for a, b in zip(first, second, strict=True)]
     return first + second
@@ -235,17 +257,19 @@ class RowLayout:
 
     @cached_property
     def flat(self) -> list[tuple[MicroBatch, list[int]]]:
-        pairs = zip(self.micro_batches, self.rows, strict=True)
-        return [(batch, row) for batch, rows in pairs for row in rows]
+        flat = []
+        for batch, rows in zip(self.micro_batches, self.rows, strict=True):
+            flat += [(batch, row) for row in rows]
+        return flat
 
     @cached_property
     def samples(self) -> list[list[Example]]:
-        return [[batch.examples[place] for place in row] for batch, row in self.flat]
+        return [[batch.examples[index] for index in row] for batch, row in self.flat]
 
     @property
     def computed_tokens(self) -> list[int]:
-        length = max(sum(len(sample.input_ids) for sample in row) for row in self.samples)
-        return [len(rows) * length for rows in self.rows]
+        lengths = [sum(len(sample.input_ids) for sample in row) for row in self.samples]
+        return [len(rows) * max(lengths) for rows in self.rows]
 
     def split_losses(self, losses: Tensor) -> list[Tensor]:
         """Cut the losses of all labels, in row order, into those of each micro-batch's examples."""
@@ -253,27 +277,29 @@ class RowLayout:
         pieces = iter(losses.split(counts))
         split = []
         for rows in self.rows:
-            by_place = {place: next(pieces) for row in rows for place in row}
-            split.append(torch.cat([by_place[place] for place in range(len(by_place))]))
+            by_index = {index: next(pieces) for row in rows for index in row}
+            split.append(torch.cat([by_index[index] for index in range(len(by_index))]))
         return split
 
 
 def lay_out(micro_batches: Sequence[MicroBatch]) -> RowLayout:
-    least = max(len(sample.input_ids) for batch in micro_batches for sample in batch.examples)
-    most = max([least, *(batch.max_row_length or 0 for batch in micro_batches)])
-    step = (most - least) / (_LENGTHS - 1)
-    layouts = [
-        RowLayout(micro_batches, [_rows_of(batch, length) for batch in micro_batches])
-        for length in sorted({round(least + step * place) for place in range(_LENGTHS)})
-    ]
-    real = sum(batch.num_tokens for batch in micro_batches)
-    padding = [1 - real / sum(layout.computed_tokens) for layout in layouts]
-    little = max(min(padding), _LITTLE_PADDING)
-    return next(layout for layout, share in zip(layouts, padding, strict=True) if share <= little)
+    min_length = max(len(row.input_ids) for batch in micro_batches for row in batch.examples)
+    max_length = max([min_length, *(batch.max_row_length or 0 for batch in micro_batches)])
+    step = (max_length - min_length) / (_LENGTHS - 1)
+    lengths = sorted({round(min_length + step * number) for number in range(_LENGTHS)})
+    layouts = []
+    for length in lengths:
+        rows = [_rows_of(batch, length) for batch in micro_batches]
+        layouts.append(RowLayout(micro_batches, rows))
+    num_tokens = sum(batch.num_tokens for batch in micro_batches)
+    padding = [padding_share(num_tokens, sum(layout.computed_tokens)) for layout in layouts]
+    tolerated = max(min(padding), _LITTLE_PADDING)
+    shortest = next(index for index, share in enumerate(padding) if share <= tolerated)
+    return layouts[shortest]
 
 
 def _rows_of(batch: MicroBatch, length: int) -> Rows:
     if batch.max_row_length is None:
-        return [[place] for place in range(len(batch.examples))]
+        return [[index] for index in range(len(batch.examples))]
     lengths = [len(example.input_ids) for example in batch.examples]
     return first_fit(lengths, max(min(length, batch.max_row_length), *lengths))

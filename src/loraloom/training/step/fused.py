@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from loraloom.adapters.contract import Adapter
 from loraloom.adapters.segment import SampleTokens
 from loraloom.base.sharding import recovering
-from loraloom.data.tokens import count_labels, join_samples
+from loraloom.data.tokens import join_samples
 from loraloom.distributed import Ranks
 from loraloom.generation.scoring import collate, example_row, owners
 from loraloom.host.host import Host
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import RoutingTotals, measure_routing, sum_extra, widened
-from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, Rows, lay_out
-from loraloom.training.step.objectives import ScoredSamples, ask_references, has_fixed_metrics
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, RowLayout, Rows, lay_out
+from loraloom.training.step.objectives import (
+    has_fixed_metrics,
+    score_references,
+    scored_samples,
+)
 
 
 def forward_backward(
@@ -33,29 +37,10 @@ def forward_backward(
     # A loss is a share of the objective over the whole step: the cut changes no gradient. Each rank
     # computes its share of the rows and a summand, for `sum_gradients`; losses are those of all.
     ranks = host.ranks
-    ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
+    score_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
     layout = lay_out([batch.share(ranks.rank, ranks.size) for batch in micro_batches])
-    rows = [example_row(join_samples(samples)) for samples in layout.samples]
-    adapters = [batch.adapter.name for batch, _ in layout.flat]
-    is_packed = any(len(samples) > 1 for samples in layout.samples)
-    lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
     with ranks.together():
-        inputs = collate(rows, host.dtype, host.device, pad_id)
-        output = host.hidden(
-            inputs.input_ids,  # (B, L)
-            None if is_packed else inputs.attention_mask,
-            adapters=adapters,
-            sample_keys=[b.sample_keys[place] for b, row in layout.flat for place in row],
-            sample_lengths=lengths if is_packed else None,
-            training=True,
-        )
-        states = inputs.predicting_states(output.last_hidden_state)  # (N, D)
-        losses = host.token_losses(states, inputs.targets, owners(rows, adapters))  # (N,)
-        parts = (layout.micro_batches, layout.split_losses(losses), layout.rows)
-        shares = [
-            _share(batch, own, batch_rows, output.routing.get(batch.adapter.name), tokens)
-            for batch, own, batch_rows, tokens in zip(*parts, layout.computed_tokens, strict=True)
-        ]
+        shares = _forward(host, layout, pad_id)
     for share, batch in zip(shares, micro_batches, strict=True):
         if share.routing is None:
             continue
@@ -91,6 +76,33 @@ class _Share:
         return [self.loss, self.aux_loss, self.computed_tokens, *self.metrics.values()]
 
 
+def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
+    rows = [example_row(join_samples(samples)) for samples in layout.samples]
+    adapters = [batch.adapter.name for batch, _ in layout.flat]
+    is_packed = any(len(samples) > 1 for samples in layout.samples)
+    lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
+    inputs = collate(rows, host.dtype, host.device, pad_id)
+    output = host.hidden(
+        inputs.input_ids,  # (B, L)
+        None if is_packed else inputs.attention_mask,
+        adapters=adapters,
+        sample_keys=[batch.sample_keys[index] for batch, row in layout.flat for index in row],
+        sample_lengths=lengths if is_packed else None,
+        training=True,
+    )
+    states = inputs.predicting_states(output.last_hidden_state)  # (N, D)
+    losses = host.token_losses(states, inputs.targets, owners(rows, adapters))  # (N,)
+    split_losses = layout.split_losses(losses)
+    num_tokens = layout.computed_tokens
+    shares = []
+    for index, batch in enumerate(layout.micro_batches):
+        routing = output.routing.get(batch.adapter.name)
+        shares.append(
+            _share(batch, split_losses[index], layout.rows[index], routing, num_tokens[index])
+        )
+    return shares
+
+
 def _share(
     batch: MicroBatch,
     token_losses: Tensor,
@@ -98,24 +110,24 @@ def _share(
     routing: list[LayerRouting] | None,
     computed_tokens: int,
 ) -> _Share:
-    examples = [batch.examples[place] for row in rows for place in row]
-    samples = [SampleTokens(len(one.input_ids), one.expert_group) for one in examples]
-    references = None
-    if batch.reference is not None:
-        references = token_losses.new_tensor(batch.reference.of(batch.examples))
-    scored = ScoredSamples(-token_losses, list(map(count_labels, batch.examples)), references)
+    scored = scored_samples(-token_losses, batch.examples, batch.reference)
     terms = batch.objective(scored, batch.window.totals)
-    loss = terms.loss  # metrics of others' objectives may be plain numbers
+    loss = terms.loss
+    # Metrics of registered objectives may be plain numbers.
     metrics = {name: torch.as_tensor(value).to(loss) for name, value in terms.metrics.items()}
+    in_rows = [batch.examples[index] for row in rows for index in row]
+    samples = [SampleTokens(len(sample.input_ids), sample.expert_group) for sample in in_rows]
     if not batch.counts:
         # The graph stays, as a sharded base needs the same backward pass on all ranks.
-        loss, metrics = loss * 0, {name: value * 0 for name, value in metrics.items()}
+        loss = loss * 0
+        metrics = {name: value * 0 for name, value in metrics.items()}
         routing = None if routing is None else [record.emptied() for record in routing]
-        samples, computed_tokens = [], 0
-    tokens = loss.new_full((), computed_tokens)
+        samples = []
+        computed_tokens = 0
     for name, total in sum_extra(routing or ()).items():
-        metrics = {**metrics, f"router/{name}": (total / batch.window.num_tokens).to(loss)}
-    return _Share(loss, metrics, routing, samples, tokens, torch.zeros_like(loss))
+        metrics[f"router/{name}"] = (total / batch.window.num_tokens).to(loss)
+    num_computed = loss.new_full((), computed_tokens)
+    return _Share(loss, metrics, routing, samples, num_computed, aux_loss=torch.zeros_like(loss))
 
 
 def _fetch(
@@ -123,24 +135,25 @@ def _fetch(
 ) -> list[MicroBatchLoss]:
     """Add all numbers of a round up over the ranks, and read them from the device at once."""
     if ranks.size > 1 and not all(has_fixed_metrics(batch.objective) for batch in micro_batches):
-        # Other objectives may have a metric on some ranks only: the others add nothing to it.
-        by_rank = ranks.gather([list(share.metrics) for share in shares])
-        for share, *names in zip(shares, *by_rank, strict=True):
-            all_names, nothing = dict.fromkeys(chain(*names)), torch.zeros_like(share.aux_loss)
-            share.metrics = {name: share.metrics.get(name, nothing) for name in all_names}
+        _share_metric_names(shares, ranks)
     scalars = [value.detach() for share in shares for value in share.scalars()]
-    sums = [torch.empty(0) if s.routing is None else measure_routing(s.routing) for s in shares]
+    routing_sums = [
+        torch.empty(0) if share.routing is None else measure_routing(share.routing)
+        for share in shares
+    ]
     summands = widened(torch.stack(scalars))
-    summands = torch.cat([summands, *(part.to(summands).flatten() for part in sums)])
+    summands = torch.cat([summands, *(sums.to(summands).flatten() for sums in routing_sums)])
     numbers = iter(ranks.sum(summands).tolist())
-    heads = [list(islice(numbers, len(share.scalars()))) for share in shares]
+    scalars_by_share = [list(islice(numbers, len(share.scalars()))) for share in shares]
     reports = []
-    for batch, share, head, measured in zip(micro_batches, shares, heads, sums, strict=True):
-        loss, aux_loss, tokens, *values = head
-        metrics = dict(zip(share.metrics, values, strict=True))
-        report = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=round(tokens))
+    for batch, share, values, sums in zip(
+        micro_batches, shares, scalars_by_share, routing_sums, strict=True
+    ):
+        loss, aux_loss, tokens, *metrics = values
+        by_name = dict(zip(share.metrics, metrics, strict=True))
+        report = MicroBatchLoss(loss, aux_loss, metrics=by_name, computed_tokens=round(tokens))
         if share.routing is not None:
-            routers = RoutingTotals.of(share.routing, list(islice(numbers, measured.numel())))
+            routers = RoutingTotals.of(share.routing, list(islice(numbers, sums.numel())))
             report = replace(
                 report,
                 router_entropy=routers.entropy * batch.token_share,
@@ -149,6 +162,15 @@ def _fetch(
             )
         reports.append(report)
     return reports
+
+
+def _share_metric_names(shares: Sequence[_Share], ranks: Ranks) -> None:
+    """Give each share the metrics that it has on any rank: elsewhere they add nothing."""
+    by_rank = ranks.gather([list(share.metrics) for share in shares])
+    for share, *names in zip(shares, *by_rank, strict=True):
+        zero = torch.zeros_like(share.aux_loss)
+        all_names = dict.fromkeys(chain(*names))
+        share.metrics = {name: share.metrics.get(name, zero) for name in all_names}
 
 
 def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
@@ -163,9 +185,10 @@ def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
             counts = weights[0].new_tensor([float(w.grad is not None) for w in weights])
             buffer = torch.cat([*(gradient.flatten() for gradient in gradients), counts])
         ranks.start_sum(buffer)()
-        *pieces, counts = buffer.split([*map(Tensor.numel, weights), len(weights)])
-        for weight, piece, count in zip(weights, pieces, counts.tolist(), strict=True):
-            weight.grad = piece.view_as(weight) if count else None
+        sizes = [weight.numel() for weight in weights]
+        *sums, counts = buffer.split([*sizes, len(weights)])
+        for weight, gradient, count in zip(weights, sums, counts.tolist(), strict=True):
+            weight.grad = gradient.view_as(weight) if count else None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,8 @@ class ScoredSamples:
     log_probs: Float[Tensor, " N"]
     num_labels: Sequence[int]
     references: Float[Tensor, " S"] | None = None  # log p under the reference policy
+    # `Example.extras` by name, of each sample; None of one without.
+    extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def by_sample(self) -> tuple[Tensor, ...]:
@@ -110,7 +113,7 @@ def cpo(config: CpoConfig, scored: ScoredSamples, totals: StepTotals) -> Objecti
     return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
 
 
-def _own_terms(
+def _registered_terms(
     config: ObjectiveConfig, scored: ScoredSamples, totals: StepTotals
 ) -> ObjectiveTerms:
     terms = ObjectiveTerms(*config.terms(scored, totals))
@@ -125,7 +128,7 @@ def _own_terms(
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     if type(config).terms is not ObjectiveConfig.terms:
-        return partial(_own_terms, config)
+        return partial(_registered_terms, config)
     match config:
         case DpoConfig():
             return partial(dpo, config)
@@ -136,7 +139,8 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 
 
 def has_fixed_metrics(objective: Objective) -> bool:
-    return (objective.func if isinstance(objective, partial) else objective) in (sft, dpo, cpo)
+    function = objective.func if isinstance(objective, partial) else objective
+    return function in (sft, dpo, cpo)
 
 
 def _split_pairs(values: Float[Tensor, " S"]) -> tuple[Tensor, Tensor]:
@@ -168,13 +172,23 @@ def _pair_metrics(
 class Reference:
     """What a job is held at: the base model (None), or an adapter next to it."""
 
-    # No second model is loaded: the reference's rows go through the same base model. What it gives
-    # a sample never changes, so each sample is asked for once, when it is first needed.
+    # No second model is loaded: the reference's rows go through the same base model. Its log p of
+    # a sample never changes, so each sample is scored once, when it is first needed.
     adapter_name: str | None = None
     log_probs: dict[int, float] = field(default_factory=dict)  # summed over a sample's labels
 
     def of(self, examples: Sequence[Example]) -> list[float]:
         return [self.log_probs[example.sample_id] for example in examples]
+
+
+def scored_samples(
+    log_probs: Float[Tensor, " N"], examples: Sequence[Example], reference: Reference | None
+) -> ScoredSamples:
+    references = None if reference is None else log_probs.new_tensor(reference.of(examples))
+    num_labels = [count_labels(example) for example in examples]
+    names = {name for example in examples for name in example.extras}
+    extras = {name: [example.extras.get(name) for example in examples] for name in names}
+    return ScoredSamples(log_probs, num_labels, references, extras)
 
 
 def load_reference(host: Host, config: ObjectiveConfig) -> Reference | None:
@@ -194,26 +208,25 @@ def load_reference(host: Host, config: ObjectiveConfig) -> Reference | None:
 
 
 def drop_reference(
-    host: Host, reference: Reference | None, others: Iterable[Reference | None]
+    host: Host, reference: Reference | None, needed: Iterable[Reference | None]
 ) -> None:
-    """Take a reference's adapter off the host, unless another job is held at it."""
+    """Take a reference's adapter off the host, unless a needed reference has the same adapter."""
     name = None if reference is None else reference.adapter_name
-    needed = {other.adapter_name for other in others if other is not None}
-    if name is not None and name in host.adapters and name not in needed:
+    if name is None or name not in host.adapters:
+        return
+    if not any(kept is not None and kept.adapter_name == name for kept in needed):
         host.remove(name)
 
 
-def ask_references(
-    host: Host, wanted: Iterable[tuple[Reference | None, Sequence[Example]]]
+def score_references(
+    host: Host, samples: Iterable[tuple[Reference | None, Sequence[Example]]]
 ) -> None:
     """Let references score the samples that they haven't scored yet, all in the same forwards."""
-    missing = [
-        (reference, example)
-        for reference, examples in wanted
-        if reference is not None
-        for example in examples
-        if example.sample_id not in reference.log_probs
-    ]
+    missing: list[tuple[Reference, Example]] = []
+    for reference, examples in samples:
+        if reference is not None:
+            new = [row for row in examples if row.sample_id not in reference.log_probs]
+            missing += [(reference, row) for row in new]
     if not missing:
         return
     log_probs = label_log_probs(host, [(ref.adapter_name, example) for ref, example in missing])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import GreedyLR
@@ -21,6 +20,7 @@ from loraloom.adapters.contract import Adapter
 from loraloom.adapters.lora import pattern_value
 from loraloom.adapters.tensor_names import matches
 from loraloom.base.quantization import import_library
+from loraloom.devices import has_separate_memory
 from loraloom.errors import ConfigError, shown
 from loraloom.host.host import Host
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, OptimizerConfig, TrainConfig
@@ -30,10 +30,10 @@ Scheduler = LRScheduler | GreedyLR
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     adapter.check_is_trained()
-    device, title = next(adapter.parameters()).device, adapter.config.title
+    device = next(adapter.parameters()).device
     names = [name for name, weight in adapter.named_parameters() if weight.requires_grad]
     if config.loraplus_lr_ratio and not any(name.endswith("lora_B") for name in names):
-        raise ConfigError(f"{title} does not support loraplus_lr_ratio")
+        raise ConfigError(f"{adapter.config.title} does not support loraplus_lr_ratio")
     for pattern in config.lr_ratios:
         trained = _trained_tensors(adapter)
         if not any(matches(pattern, name) for name in trained):
@@ -41,16 +41,17 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
                 "lr_ratios must match names of the adapter's trained tensors, "
                 f"such as {[*trained][-1]}, got {shown(pattern)}"
             )
-    if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
+    if config.optimizer.startswith("paged_") and not has_separate_memory(device):
         raise ConfigError(
             f"optimizer {config.optimizer} requires a CUDA or XPU device, "
             f"whose memory it pages, got {device}; use "
             f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
         )
-    home = torch.optim
+    library = torch.optim
     if config.optimizer.endswith("bit"):
-        home = import_library("bitsandbytes", f"optimizer {config.optimizer}").optim
-    classes = {name.lower(): value for name, value in vars(home).items() if isinstance(value, type)}
+        library = import_library("bitsandbytes", f"optimizer {config.optimizer}").optim
+    members = vars(library).items()
+    classes = {name.lower(): member for name, member in members if isinstance(member, type)}
     arguments = {"lr": config.learning_rate, **config.optimizer_args}
     if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
         # An adapter has hundreds of small tensors.
@@ -58,8 +59,8 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     if config.optimizer == "adafactor":  # torch's own, 1e-3, leaves B, which begins as 0, there
         arguments.setdefault("eps", (None, 1.0))
     with _raised_as_config_error(config, "optimizer"):
-        kind = classes[config.optimizer.replace("_", "")]
-        return kind(parameter_groups(config, adapter), **arguments)
+        optimizer_class = classes[config.optimizer.replace("_", "")]
+        return optimizer_class(parameter_groups(config, adapter), **arguments)
 
 
 @contextmanager
@@ -101,17 +102,17 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
 def rates_of_their_own(config: OptimizerConfig, adapter: Adapter) -> Iterator[None]:
     """Let an optimizer's step be as long as `lr_ratios` say: a step is a multiple of its rate."""
     # Experts are slices of parameters, of which an optimizer knows one rate.
-    own = [(tensor, ratio, tensor.clone()) for tensor, ratio in _own_rates(config, adapter)]
+    scaled = [(tensor, tensor.clone(), ratio) for tensor, ratio in _scaled_tensors(config, adapter)]
     yield
-    for tensor, ratio, before in own:
+    for tensor, before, ratio in scaled:
         tensor.copy_(torch.lerp(before, tensor, ratio))
 
 
 def drop_frozen_gradients(config: OptimizerConfig, adapter: Adapter) -> None:
     """Set gradients to zero that would count in the norm and move nothing."""
-    parameters = {one.untyped_storage().data_ptr(): one for one in adapter.parameters()}
+    parameters = {_storage(parameter): parameter for parameter in adapter.parameters()}
     for tensor in frozen_tensors(config, adapter):
-        parameter = parameters[tensor.untyped_storage().data_ptr()]
+        parameter = parameters[_storage(tensor)]
         if parameter.grad is not None:
             frozen = torch.zeros_like(parameter, dtype=torch.bool)
             frozen.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
@@ -119,52 +120,30 @@ def drop_frozen_gradients(config: OptimizerConfig, adapter: Adapter) -> None:
 
 
 def frozen_tensors(config: OptimizerConfig, adapter: Adapter) -> list[Tensor]:
-    return [tensor for tensor, ratio in _own_rates(config, adapter) if ratio == 0]
+    return [tensor for tensor, ratio in _scaled_tensors(config, adapter) if ratio == 0]
 
 
 def _trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Those of its tensors that are parameters' parts; others are saved, as VeRA's A and B."""
-    own = {p.untyped_storage().data_ptr() for p in adapter.parameters() if p.requires_grad}
+    trained = {_storage(weight) for weight in adapter.parameters() if weight.requires_grad}
     tensors = adapter.tensors().items()
-    return {name: one for name, one in tensors if one.untyped_storage().data_ptr() in own}
+    return {name: tensor for name, tensor in tensors if _storage(tensor) in trained}
 
 
-def _own_rates(config: OptimizerConfig, adapter: Adapter) -> list[tuple[Tensor, float]]:
-    tensors = _trained_tensors(adapter) if config.lr_ratios else {}
-    rates = [(one, pattern_value(config.lr_ratios, name, 1.0)) for name, one in tensors.items()]
-    return [(tensor, ratio) for tensor, ratio in rates if ratio != 1]
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
-def clip_gradients(
-    config: OptimizerConfig,
-    adapter: Adapter,
-    max_grad_norm: float | None,
-    loss_scale: LossScale | None,
-) -> float:
-    """Make gradients those that the optimizer sees, and return their norm before clipping."""
-    parameters = list(adapter.parameters())
-    if loss_scale is not None:
-        loss_scale.unscale(parameters)
-    drop_frozen_gradients(config, adapter)
-    return float(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm))
-
-
-def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Any]:
-    return {
-        "weights": {name: p.detach() for name, p in parameters.items()},
-        "gradients": {name: p.grad for name, p in parameters.items() if p.grad is not None},
-        "optimizer": optimizer.state_dict(),
-    }
-
-
-def load_learning_state(
-    parameters: Mapping[str, Parameter], optimizer: Optimizer, state: Mapping[str, Any]
-) -> None:
-    copy_all(parameters.values(), (state["weights"][name] for name in parameters))
-    for name, parameter in parameters.items():
-        gradient = state["gradients"].get(name)
-        parameter.grad = None if gradient is None else gradient.to(parameter)
-    optimizer.load_state_dict(state["optimizer"])
+def _scaled_tensors(config: OptimizerConfig, adapter: Adapter) -> list[tuple[Tensor, float]]:
+    """The tensors whose learning rate `lr_ratios` changes, with their ratios."""
+    if not config.lr_ratios:
+        return []
+    scaled = []
+    for name, tensor in _trained_tensors(adapter).items():
+        ratio = pattern_value(config.lr_ratios, name, 1.0)
+        if ratio != 1:
+            scaled.append((tensor, ratio))
+    return scaled
 
 
 def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:

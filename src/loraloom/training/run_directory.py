@@ -1,0 +1,262 @@
+"""The directory of a run: each job's results, and the checkpoints that --resume goes on from.
+
+    <output_dir>/<job>/                     the adapter's files, metrics.jsonl, result.json
+    <output_dir>/<job>/checkpoints/         `last` and `best`: the adapter at its end, and its best
+    <output_dir>/.checkpoints/              checkpoints of all jobs at one moment
+    <output_dir>/.checkpoints/jobs/<job>/   the same where several workers train, for each job apart
+    <output_dir>/sweep.csv, .journal        the jobs of a sweep, compared; Optuna's record of them
+
+No job can be called .checkpoints: see `check_name`.
+"""
+
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_json
+from loraloom.errors import ConfigError
+from loraloom.formats.files import model_card, write_adapter
+from loraloom.formats.raw_files import CONFIG_FILE, SAVED_FILES
+from loraloom.host.host import Host
+from loraloom.training.checkpoints import Checkpoint, CheckpointStore
+from loraloom.training.job import RESULT_FILE, Job, JobResult
+from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIRECTORY = "tensorboard"
+_JOB_ENTRIES = [*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints"]
+_JOB_ENTRIES += [TENSORBOARD_DIRECTORY, "wandb"]
+
+
+class RunDirectory:
+    """Where a run's results go; with `by_job`, each job has checkpoints of its own."""
+
+    def __init__(self, path: Path, *, by_job: bool = False):
+        self.path = path
+        self.by_job = by_job
+        self.checkpoints = CheckpointStore(path / ".checkpoints")
+        self.sweep_table = path / "sweep.csv"
+        self.sweep_journal = path / "sweep.journal"
+        self.sweep_lock = self.checkpoints.directory / "sweep.lock"
+        self._by_job = self.checkpoints.directory / "jobs"
+        self._lock_file = self.checkpoints.directory / ".lock"
+        self._done: set[str] = set()  # with `by_job`, those whose last checkpoint is written
+
+    def job(self, name: str) -> Path:
+        return self.path / name
+
+    def best(self, name: str) -> Path:
+        return self.path / name / "checkpoints" / "best"
+
+    def metrics(self, name: str) -> Path:
+        return self.path / name / METRICS_FILE
+
+    def has_checkpoints(self, *, by_job: bool) -> bool:
+        return any(self._by_job.glob("*/")) if by_job else bool(self.checkpoints.newest_first())
+
+    def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
+        if not self.by_job:
+            return self.checkpoints.newest()
+        newest: dict[str, Checkpoint] = {}
+        faults: list[str] = []
+        for name in jobs:
+            checkpoint, faults_of_job = CheckpointStore(self._by_job / name).newest()
+            faults += faults_of_job
+            if checkpoint is not None and name in checkpoint.jobs:
+                newest[name] = checkpoint
+        if not newest:
+            return None, faults
+        latest = max(newest.values(), key=lambda checkpoint: checkpoint.seconds)
+        records = {name: checkpoint.jobs[name] for name, checkpoint in newest.items()}
+        files = {name: checkpoint.files[name] for name, checkpoint in newest.items()}
+        return replace(latest, jobs=records, files=files), faults
+
+    def write_checkpoint(
+        self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int
+    ) -> None:
+        """Write a checkpoint, or one of each job, but none of one that was done before."""
+        if not self.by_job:
+            self.checkpoints.write(checkpoint, states, keep=keep)
+            return
+        for name in [name for name in checkpoint.jobs if name not in self._done]:
+            alone = replace(checkpoint, jobs={name: checkpoint.jobs[name]})
+            state = {name: states[name]} if name in states else {}
+            store = CheckpointStore(self._by_job / name)
+            store.write(alone, state, keep=1 if alone.done else keep)
+            self._done |= alone.done
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other; pass only one option")
+        with self._writing():
+            entries = sorted(os.listdir(self.path)) if self.path.exists() else []
+        has_joint = self.has_checkpoints(by_job=False)
+        has_by_job = self.has_checkpoints(by_job=True)
+        # A lock, or a checkpoint on its way when its writer was killed, is no result.
+        has_results = has_joint or has_by_job or {*entries} - {".checkpoints"}
+        if overwrite or not has_results:
+            return
+        if not resume:
+            raise ConfigError(
+                f"output_dir must be new or empty, got {self.path}, which has "
+                f"{', '.join(entries[:3])}; pass --resume to continue the run, --overwrite "
+                "to replace the jobs' results, or choose another directory"
+            )
+        if not (has_by_job if self.by_job else has_joint):
+            raise ConfigError(
+                f"--resume requires checkpoints of a run {'with' if self.by_job else 'without'} "
+                f"--ray, got none in {self.path}; use --ray as in that run, choose another "
+                "output_dir, or pass --overwrite"
+            )
+
+    def check_sources(self, jobs: Sequence[JobConfig], running: Iterable[str] = ()) -> None:
+        names = {*running, *(job.name for job in jobs)}
+        jobs_by_path = {self.job(name).resolve(): name for name in names}
+        for job in jobs:
+            for setting, source in self._sources(job, names):
+                path = Path(os.path.expanduser(source)).resolve()
+                for replaced in (path, *path.parents):
+                    if replaced in jobs_by_path:
+                        raise ConfigError(
+                            f"job {job.name}: {setting} must not be in what the run writes, got "
+                            f"{source}, where job {jobs_by_path[replaced]} goes; choose another "
+                            "output_dir or name"
+                        )
+
+    def _sources(self, job: JobConfig, names: Container[str]) -> Iterator[tuple[str, str]]:
+        """Yield the adapters that a job reads, each with the setting that names it."""
+        starts = [job.start_from] if isinstance(job.start_from, str) else job.start_from or ()
+        for start in starts:
+            yield "start_from", start
+        for expert in job.adapter.sources.values():
+            yield "adapter.experts", str(self.job(expert)) if expert in names else expert
+        objective = job.train.objective
+        if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
+            yield "train.objective.reference", objective.reference
+
+    @contextmanager
+    def opened(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Keep other runs out; of a run that ends before it writes, no directory is left."""
+        aside = self.checkpoints.directory
+        lock = FileLock(self._lock_file, timeout=0)
+        is_new = not self.path.exists()
+        with self._writing():
+            aside.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise ConfigError(
+                    f"output_dir must not be in use by another run, got {self.path}; wait for that "
+                    "run, stop that run, or choose another directory"
+                ) from error
+        try:
+            self.check(resume=resume, overwrite=overwrite)
+            for directory in (self.path, aside, *self._by_job.glob("*/")):
+                remove_leftovers(directory)
+            yield
+        finally:
+            # Before the release: afterwards, the lock in there may be another run's.
+            with suppress(OSError):  # it has something else, or was deleted
+                if [*aside.iterdir()] == [self._lock_file]:
+                    remove(aside)
+                    if is_new:
+                        self.path.rmdir()
+            lock.release()
+
+    def prepare(self, jobs: Sequence[str]) -> None:
+        # Checkpoints first: --resume must not go on from some whose results are gone.
+        entries = [*self.checkpoints.newest_first(), self._by_job]
+        entries += [self.sweep_table, self.sweep_journal]
+        self._clear([self.job(name) for name in jobs], entries)
+
+    def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
+        """Make room for a job that begins; what a run that died left of it is deleted."""
+        results = (RESULT_FILE, *SAVED_FILES, f"checkpoints/best/{CONFIG_FILE}")
+        for file in results:
+            if not overwrite and (self.job(name) / file).exists():
+                raise ConfigError(
+                    f"job {name} must be new in {self.path}, but there is "
+                    f"{self.job(name) / file}; choose another name, or move that directory away"
+                )
+        self._clear([self.job(name)])
+
+    def _clear(self, jobs: Sequence[Path], files: Sequence[Path] = ()) -> None:
+        with self._writing():
+            for file in files:
+                remove(file)
+            for job in jobs:
+                for entry in _JOB_ENTRIES:
+                    remove(job / entry)
+            for job in jobs:
+                remove_leftovers(job)
+
+    def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
+        # A killed run may have got further: with better weights, or to the job's end.
+        name = job.name
+        with self._writing():
+            for directory in (self.job(name), *self.job(name).glob("checkpoints/*/")):
+                remove_leftovers(directory)
+            remove(self.job(name) / RESULT_FILE)
+            cut_torn_line(self.metrics(name), metrics_bytes)
+            if job.selection.step is None:
+                remove(self.best(name))
+                return
+        self.write_best(host, job)
+
+    def write_best(self, host: Host, job: Job) -> None:
+        assert job.best is not None, "an evaluation has chosen some"
+        _write_adapter(self.best(job.name), host, job, job.best)
+
+    def write_job(self, host: Host, job: Job, result: JobResult) -> None:
+        last = job.adapter.tensors()
+        with self._writing():
+            if job.best is not None:
+                # Again: what is there may be half of it.
+                self.write_best(host, job)
+            _write_adapter(self.best(job.name).with_name("last"), host, job, last)
+            card = _model_card(result, host, job)
+            kept = last if job.best is None else job.best
+            _write_adapter(self.job(job.name), host, job, kept, card)
+            write_json(self.job(job.name) / RESULT_FILE, asdict(result))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir must be writable, got {self.path}: {error}; choose another directory"
+            ) from error
+
+
+def _write_adapter(
+    path: Path, host: Host, job: Job, tensors: dict[str, Any], card: str | None = None
+) -> None:
+    adapter = job.adapter
+    write_adapter(
+        path, adapter.config, tensors, host.base, card, prompt=adapter.prompt, overwrite=True
+    )
+
+
+def _model_card(result: JobResult, host: Host, job: Job) -> str:
+    weights = f"{result.weights} weights of {result.steps} steps"
+    if result.best is not None:
+        weights += f", chosen by {result.best['metric']} after step {result.best['step']}"
+    training = f"{result.epochs:g} epochs, {result.tokens:,} tokens, seed {job.config.seed}"
+    lines = [f"The {weights} ({training})."]
+    if result.metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in result.metrics.items()]
+    return model_card(
+        job.adapter.config,
+        host.base,
+        name=result.job,
+        data="\n".join(f"- {line}" for line in result.data),
+        results="\n".join(lines),
+        prompt=job.adapter.prompt,
+    )
