@@ -387,7 +387,7 @@ def test_control_tokens_of_messages_are_text_unless_the_server_allows_them(
         chat = httpx2.post(f"{url}/v1/chat/completions", json=CHAT | {"messages": messages}).json()
         raw = {"model": "lora", "prompt": "one <eos> two", "max_tokens": 1}
         text = httpx2.post(f"{url}/v1/completions", json=raw).json()
-    rendered = "user: one <eos> two\nassistant:"
+    rendered = "user: one <eos> twoassistant:"  # the template ends lines with a block
     trusted = len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     assert (chat["usage"]["prompt_tokens"] == trusted) == is_allowed
     assert text["usage"]["prompt_tokens"] == len(tokenizer("one <eos> two")["input_ids"])
