@@ -14,8 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from loraloom import adapters
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read by the first import
-
 _ROOT = Path(__file__).resolve().parent.parent
 
 _CORPUS = [

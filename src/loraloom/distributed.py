@@ -33,8 +33,8 @@ class RankLost(BaseException):
     """The other ranks can't be reached any more, which is no fault of the job that ends here."""
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Put a tensor together of which each rank has a part; all of them call this."""
+def gather(tensor: Tensor) -> Tensor:
+    """Put a tensor together of which each rank has a shard; all of them call this."""
     return tensor.full_tensor() if _is_distributed(tensor) else tensor
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraloom.distributed import own_part, whole
+from loraloom.distributed import gather, own_part
 from loraloom.errors import AdapterError
 
 BlockKind = Literal["attention", "ffn"]
@@ -49,7 +49,7 @@ class BaseProjection:
         """W, [O, I]: the base's own, put together where it is sharded, or a dequantized copy."""
         if self.quantized is not None:
             return self.quantized.dequantized()
-        return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
+        return gather(self.linear.weight)  # pyright: ignore[reportArgumentType]
 
     def check_can_be_changed(self) -> None:
         """Raise an AdapterError if the base stores the weight quantized, or only a part of it."""

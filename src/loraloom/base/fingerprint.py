@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraloom.base.blocks import BaseLayer, BlockInfo
 from loraloom.base.quantization import quantized_linears
-from loraloom.distributed import whole
+from loraloom.distributed import gather
 
 _FORM = "v2-"
 # float16 has at least bfloat16's digits in numbers from here on, and fewer below.
@@ -56,7 +56,7 @@ def _weights(model: Any) -> Iterator[Tensor]:
     for module in (*decoder.modules(), head):
         for name, parameter in module.named_parameters(recurse=False):
             is_quantized = name == "weight" and id(module) in quantized and not parameter.is_meta
-            yield quantized[id(module)].dequantized() if is_quantized else whole(parameter)
+            yield quantized[id(module)].dequantized() if is_quantized else gather(parameter)
 
 
 def _sample(weight: Tensor) -> Tensor:

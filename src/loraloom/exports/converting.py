@@ -17,7 +17,7 @@ from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.fields import check_reference_holds
-from loraloom.formats.files import fit_to_base, model_card, read_stored, seen_base
+from loraloom.formats.files import base_of_tensors, fit_to_base, model_card, read_stored
 from loraloom.formats.layouts import render
 from loraloom.formats.raw_files import find_adapter, write_new
 
@@ -89,7 +89,7 @@ def _read(
             config = config.model_copy(update={"layers": None})
         return config, adapter.tensors(), host.base, adapter.prompt
     stored = read_stored(find_adapter(source), settings)
-    base = seen_base(stored)
+    base = base_of_tensors(stored)
     config, tensors = fit_to_base(stored, base)
     if tensors.keys() != tensor_shapes(config, base).keys():
         raise AdapterError(f"{stored.source} contains no magnitudes; pass --base-model")

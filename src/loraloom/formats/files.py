@@ -33,7 +33,7 @@ from loraloom.errors import AdapterError, FormatError, names_in, shown
 from loraloom.formats import raw_files
 from loraloom.formats.fields import known_targets
 from loraloom.formats.foreign import of_axolotl, up_to_date
-from loraloom.formats.layouts import StoredAdapter, parse, render
+from loraloom.formats.layouts import BaseRecord, StoredAdapter, parse, render
 
 _KINDS = {"router": "router", "magnitude": "magnitudes"}
 
@@ -115,28 +115,36 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
     _check_tensors(stored, shapes, base)
     _warn_if_another_base(stored, base)
     # Files may be in 16 bits, training is not: in bfloat16 small steps would be rounded away.
-    wide = {name: torch.promote_types(torch.float32, stored.tensors[name].dtype) for name in shapes}
-    return config, {name: stored.tensors[name].to(dtype) for name, dtype in wide.items()}
+    tensors = {}
+    for name in shapes:
+        tensor = stored.tensors[name]
+        tensors[name] = tensor.to(torch.promote_types(torch.float32, tensor.dtype))
+    return config, tensors
 
 
 def _check_tensors(stored: StoredAdapter, shapes: Mapping[str, Shape], base: BaseInfo) -> None:
     """Raise an AdapterError if an adapter's tensors aren't those that its settings mean here."""
-    tensors = stored.tensors
-    odd = [n for n, shape in shapes.items() if n in tensors and tuple(tensors[n].shape) != shape]
+    missing, misshapen = [], []
+    for name, shape in shapes.items():
+        if name not in stored.tensors:
+            missing.append(name)
+        elif (actual := tuple(stored.tensors[name].shape)) != shape:
+            misshapen.append(f"{name} {actual}, not {shape}")
     faults = {
-        "missing tensors": [name for name in shapes if name not in tensors],
-        "unexpected tensors": [name for name in tensors if name not in shapes],
-        "tensors of other shapes": [f"{n} {(*tensors[n].shape,)}, not {shapes[n]}" for n in odd],
+        "missing tensors": missing,
+        "unexpected tensors": [name for name in stored.tensors if name not in shapes],
+        "tensors of other shapes": misshapen,
     }
-    if any(faults.values()):
-        details = [f"{kind}: {names_in(names, limit=2)}" for kind, names in faults.items() if names]
+    details = [f"{kind}: {names_in(names, limit=2)}" for kind, names in faults.items() if names]
+    if details:
         raise AdapterError(
             f"{stored.source} doesn't fit the base model {base.name_or_path} ({base.model_type}). "
             "Load the base model that the adapter was trained on, "
             f"{stored.base.name_or_path or 'whose name is not recorded'}; if tokens were added to "
             f"that model, resize its embeddings first ({'; '.join(details)})"
         )
-    if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    infinite = [name for name, tensor in stored.tensors.items() if not tensor.isfinite().all()]
+    if infinite:
         raise FormatError(
             f"{stored.source}: weights must be finite, got infinite ones or NaN in "
             f"{names_in(infinite)}; training has diverged; use an earlier checkpoint"
@@ -145,60 +153,90 @@ def _check_tensors(stored: StoredAdapter, shapes: Mapping[str, Shape], base: Bas
 
 def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
     """Warn of a base model of the same shapes that isn't the adapter's own."""
-    then, here = stored.base, base
-    names = [Path(one.name_or_path or "").name.lower() for one in (then, here)]
-    # Other programs' files have no fingerprint but a name; paths differ from place to place.
-    if here.has_fingerprint(then.fingerprint) or (
-        then.fingerprint is None and ("" in names or names[0] == names[1])
-    ):
+    if base.has_fingerprint(stored.base.fingerprint):
         return
-    models = [model.name_or_path or "a model without a name" for model in (then, here)]
-    if then.fingerprint is not None:
-        for index, model in enumerate((then, here)):
-            weights = model.quantization or "floating point"
-            models[index] += f" ({weights}, fingerprint {model.fingerprint})"
+    with_fingerprint = stored.base.fingerprint is not None
+    if not with_fingerprint:
+        # Other programs' files have nothing but a name; paths differ from place to place.
+        trained_name = Path(stored.base.name_or_path or "").name.lower()
+        base_name = Path(base.name_or_path or "").name.lower()
+        if not trained_name or not base_name or trained_name == base_name:
+            return
+    trained_on = _describe_model(stored.base, with_fingerprint)
     warnings.warn(
-        f"{stored.source} was trained on {models[0]}, but the base model here is {models[1]}. "
+        f"{stored.source} was trained on {trained_on}, but the base model here is "
+        f"{_describe_model(base, with_fingerprint)}. "
         "Loading continues; outputs differ by rounding if one model is the other quantized, and "
-        f"may be wrong otherwise. Load {models[0]} instead.",
+        f"may be wrong otherwise. Load {trained_on} instead.",
         stacklevel=4,
     )
 
 
-def seen_base(stored: StoredAdapter) -> BaseInfo:
+def _describe_model(model: BaseRecord | BaseInfo, with_fingerprint: bool) -> str:
+    name = model.name_or_path or "a model without a name"
+    if not with_fingerprint:
+        return name
+    return f"{name} ({model.quantization or 'floating point'}, fingerprint {model.fingerprint})"
+
+
+def base_of_tensors(stored: StoredAdapter) -> BaseInfo:
     """Describe a base model that isn't loaded by the names and shapes of an adapter's tensors."""
-    keys = {key: t for name, t in stored.tensors.items() if (key := TensorKey.parse(within(name)))}
-    shaped = {key: t for key, t in keys.items() if key.part in ("lora_A", "lora_B", "router")}
-    if scalars := [str(key) for key, tensor in shaped.items() if tensor.dim() == 0]:
-        raise FormatError(
-            f"{stored.source}: tensors must have axes, got single numbers: {names_in(scalars)}"
-        )
-    outputs = {key.path: len(t) for key, t in keys.items() if key.part == "lora_B"}
-    inputs = {key.path: t.shape[-1] for key, t in keys.items() if key.part == "lora_A"}
-    used = {key.path for key in keys if key.projection is not None}
-    if not used or used != outputs.keys() or used != inputs.keys() or has_own_parts(stored.config):
-        raise FormatError(f"{stored.source} does not describe its base model; pass --base-model")
-    routed = [key for key in keys if key.projection is None]
-    rows = [t for name, t in stored.tensors.items() if name == "shared.router_0"]  # by prompt
-    num_layers = 1 + max(key.layer for key in keys)
-    names = [target.rpartition(".")[2] for target in stored.config.target_modules]
-    order = {name: number for number, name in enumerate(names)}
-    paths = sorted(used, key=lambda path: (order.get(path.rpartition(".")[2], len(order)), path))
-    shapes = {path: (outputs[path], inputs[path]) for path in paths}
-    layers = {path: sorted({key.layer for key in keys if key.path == path}) for path in paths}
+    keys = _tensor_shapes(stored)
+    shapes = _projection_shapes(stored, keys)
+    layers = {path: sorted({key.layer for key in keys if key.path == path}) for path in shapes}
+    routers = {key: shape for key, shape in keys.items() if key.projection is None}
+    router_shapes = [*routers.values()]
+    if "shared.router_0" in stored.tensors:  # by prompt
+        router_shapes.insert(0, tuple(stored.tensors["shared.router_0"].shape))
     return BaseInfo(
         name_or_path=stored.base.name_or_path or "",
         model_type=stored.base.model_type or "",
         layers_path=stored.layers_path or "model.layers",
-        blocks=guess_blocks(shapes, layers, gated={key.block for key in routed}),
+        blocks=guess_blocks(shapes, layers, gated={key.block for key in routers}),
         activation=stored.activation or "",
-        num_layers=num_layers,
-        hidden_size=next((t.shape[-1] for t in [*rows, *(keys[key] for key in routed)]), 0),
+        num_layers=1 + max(key.layer for key in keys),
+        hidden_size=router_shapes[0][-1] if router_shapes else 0,
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
         quantization=stored.base.quantization,
         has_own_names=".language_model" not in (stored.layers_path or ""),
     )
+
+
+def _tensor_shapes(stored: StoredAdapter) -> dict[TensorKey, Shape]:
+    shapes = {}
+    scalars = []
+    for name, tensor in stored.tensors.items():
+        key = TensorKey.parse(within(name))
+        if key is None:
+            continue
+        shapes[key] = tuple(tensor.shape)
+        if tensor.dim() == 0 and key.part in ("lora_A", "lora_B", "router"):
+            scalars.append(str(key))
+    if scalars:
+        raise FormatError(
+            f"{stored.source}: tensors must have axes, got single numbers: {names_in(scalars)}"
+        )
+    return shapes
+
+
+def _projection_shapes(
+    stored: StoredAdapter, keys: Mapping[TensorKey, Shape]
+) -> dict[str, tuple[int, int]]:
+    """Return the [O, I] of each adapted projection, in the order of the targets."""
+    outputs = {key.path: shape[0] for key, shape in keys.items() if key.part == "lora_B"}
+    inputs = {key.path: shape[-1] for key, shape in keys.items() if key.part == "lora_A"}
+    paths = {key.path for key in keys if key.projection is not None}
+    is_complete = paths and paths == outputs.keys() and paths == inputs.keys()
+    if not is_complete or has_own_parts(stored.config):
+        raise FormatError(f"{stored.source} does not describe its base model; pass --base-model")
+    names = [target.rpartition(".")[2] for target in stored.config.target_modules]
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def order(path: str) -> tuple[int, str]:
+        return numbers.get(path.rpartition(".")[2], len(numbers)), path
+
+    return {path: (outputs[path], inputs[path]) for path in sorted(paths, key=order)}
 
 
 def describe(path_or_hub_id: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, linear
 from loraloom.adapters.contract import OwnModule
 from loraloom.adapters.extra_modules import MODULES, TOKENS, OwnParts
 from loraloom.base.quantization import is_linear, quantized_weight
-from loraloom.distributed import whole
+from loraloom.distributed import gather
 from loraloom.errors import AdapterError
 
 
@@ -103,7 +103,7 @@ def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> 
                 "a module that an adapter has as its own must be in floating point, got "
                 f"{path} in {quantized.kind}; load the base model without quantization"
             )
-        weights = {name: whole(w).detach() for name, w in module.named_parameters(recurse=False)}
+        weights = {name: gather(w).detach() for name, w in module.named_parameters(recurse=False)}
         kinds = {"is_linear": is_linear(module), "is_tied": path in parts.tied}
         if table in parts.tokens:
             tokens = torch.tensor(parts.tokens[table], device=weights["weight"].device)

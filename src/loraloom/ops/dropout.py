@@ -4,6 +4,7 @@ A mask is a function of (sample key, layer, site) and of the place among the sam
 so padding, micro-batches, neighbours and recomputation don't change it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -77,12 +78,13 @@ class SampleNoise:
         # eight times as fast to apply as a boolean one (two CPU cores, bfloat16).
         threshold = min(round(dropout * 65536), 65535) - 32768
 
-        def draw(part: Tensor, generator: torch.Generator) -> Tensor:
-            words = torch.empty(-(-part.numel() // 4), dtype=torch.int64, device=self.device)
+        def draw(rows: Tensor, generator: torch.Generator) -> Tensor:
+            num_words = math.ceil(rows.numel() / 4)
+            words = torch.empty(num_words, dtype=torch.int64, device=self.device)
             # All of int64's range, so that each of its four parts has all of int16's.
             words.random_(-(2**63), None, generator=generator)
-            bits = words.view(torch.int16)[: part.numel()].view(part.shape)
-            return torch.ge(bits, threshold, out=part)
+            bits = words.view(torch.int16)[: rows.numel()].view(rows.shape)
+            return torch.ge(bits, threshold, out=rows)
 
         mask = torch.ones(self.num_tokens, num_features, dtype=dtype, device=self.device)
         return self._fill(mask, site, draw)
@@ -91,13 +93,13 @@ class SampleNoise:
         """Return float32 factors, uniform in [1 - amount, 1 + amount]."""
         ones = torch.ones(self.num_tokens, num_features, dtype=torch.float32, device=self.device)
         return self._fill(
-            ones, site, lambda part, rng: part.uniform_(1 - amount, 1 + amount, generator=rng)
+            ones, site, lambda rows, rng: rows.uniform_(1 - amount, 1 + amount, generator=rng)
         )
 
     def normal(self, site: int | str, num_features: int) -> Float[Tensor, "T N"]:
         """Return float32 draws of the standard normal distribution."""
         zeros = torch.zeros(self.num_tokens, num_features, dtype=torch.float32, device=self.device)
-        return self._fill(zeros, site, lambda part, rng: part.normal_(generator=rng))
+        return self._fill(zeros, site, lambda rows, rng: rows.normal_(generator=rng))
 
     def _fill(
         self, values: Tensor, site: int | str, draw: Callable[[Tensor, torch.Generator], Tensor]
@@ -110,8 +112,8 @@ class SampleNoise:
             if isinstance(span.tokens, slice):
                 draw(values[span.tokens], generator)
             else:
-                part = values.new_empty(len(span.tokens), values.shape[1])
-                values[span.tokens] = draw(part, generator)
+                rows = values.new_empty(len(span.tokens), values.shape[1])
+                values[span.tokens] = draw(rows, generator)
         return values
 
 

@@ -48,8 +48,9 @@ class FfnWeights:
     @property
     def is_plain(self) -> bool:
         """Whether nothing lies between A and B, and all projections have the same columns."""
-        sizes = {len(part.B) for part in self.sides}
-        return all(part.between is None for part in self.sides) and len(sizes) == 1
+        if any(side.between is not None for side in self.sides):
+            return False
+        return len({len(side.B) for side in self.sides}) == 1
 
     @property
     def sides(self) -> Sequence[UpProjection]:
@@ -112,68 +113,87 @@ def expert_ffn(
     """
     # Plain autograd: h is kept for the backward pass, since a router of the output projection reads
     # it. Where nothing lies between A and B, `lean_expert_ffn` needs less memory.
-    low_rank = None
-    if weights.input_A is not None:
-        keep = dropout.keep_input
-        low_rank = down_project(hidden_states, weights.input_A, keep, dropout.probability)
 
-    def rank_input(side: UpProjection | None) -> Tensor | None:
-        if side is None or low_rank is None:
-            return None
-        return side.rank_input(low_rank, hidden_states, tokens)
-
-    dtype = outputs[0].dtype
-    rank_inputs = [rank_input(side) for side in weights.inputs]
-    by_slot: Sequence[Any] = [None]
-    if routing is not None:
-        experts = routing.selected_experts
-        masks = slot_masks(experts, weights.num_experts, weights.rank, dtype)
-        by_slot = list(zip(masks, experts.T, strict=True))
-    slots = []
-    for slot in by_slot:
-        inputs = zip(outputs, rank_inputs, weights.inputs, strict=True)
-        slots.append(gating(*(_adapted(*projection, slot) for projection in inputs)))
-    down, down_ranks = weights.down, [None] * len(slots)
-    if down is not None and weights.down_A is not None:
-        projected = [
-            (hidden, down_project(hidden, weights.down_A, keep, dropout.probability))
-            for hidden, keep in zip(slots, dropout.keep_slots, strict=True)
+    low_rank = _down_project(hidden_states, weights.input_A, dropout.keep_input, dropout)
+    rank_inputs = [_rank_input(side, low_rank, hidden_states, tokens) for side in weights.inputs]
+    slots = _slots_of(routing, weights, outputs[0].dtype)
+    states = []  # h_j, K times (T, F)
+    for slot in slots:
+        adapted = [
+            _adapted(output, rank_input, side, slot)
+            for output, rank_input, side in zip(outputs, rank_inputs, weights.inputs, strict=True)
         ]
-        down_ranks = [down.rank_input(rank, hidden, tokens) for hidden, rank in projected]
+        states.append(gating(*adapted))
+    down_inputs = []  # h_j A_dᵀ, K times (T, S)
+    for hidden, keep in zip(states, dropout.keep_slots, strict=True):
+        low_rank = _down_project(hidden, weights.down_A, keep, dropout)
+        down_inputs.append(_rank_input(weights.down, low_rank, hidden, tokens))
     if routing is None:
-        return slots[0], lambda output: apply_update(output, down_ranks[0], down)
-    slot_weights = routing.routing_weights.to(dtype).T.unsqueeze(-1)  # (K, T, 1)
+        return states[0], lambda output: apply_update(output, down_inputs[0], weights.down)
+    slot_weights = routing.routing_weights.to(outputs[0].dtype).T.unsqueeze(-1)  # (K, T, 1)
 
-    def finish(output: Tensor) -> Tensor:
-        if weights.apart:
-            outputs = output.chunk(len(slots))
-        else:  # the update is linear too, and has the output added once
-            outputs = [torch.zeros_like(output)] * len(slots)
-        rows = [
-            _adapted(rows, down_rank, down, slot)
-            for rows, down_rank, slot in zip(outputs, down_ranks, by_slot, strict=True)
+    def combine_adapted(outputs: Sequence[Tensor]) -> Tensor:
+        adapted = [
+            _adapted(output, down_input, weights.down, slot)
+            for output, down_input, slot in zip(outputs, down_inputs, slots, strict=True)
         ]
-        combined = combine_slots(rows, slot_weights)
-        return combined if weights.apart else output + combined
+        return combine_slots(adapted, slot_weights)
 
-    return torch.cat(slots) if weights.apart else combine_slots(slots, slot_weights), finish
+    if weights.apart:
+        return torch.cat(states), lambda output: combine_adapted(output.chunk(len(slots)))
+
+    def add_updates(output: Tensor) -> Tensor:
+        # The update is linear too, so that the output is added once.
+        zeros = torch.zeros_like(output)
+        return output + combine_adapted([zeros for _ in slots])
+
+    return combine_slots(states, slot_weights), add_updates
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Who computes the tokens of one slot."""
+
+    experts: Tensor  # [T]; -1 for the base's own output
+    mask: Tensor  # 1 at the columns of a token's expert, [T, S]
+
+
+def _slots_of(
+    routing: Routing | None, weights: FfnWeights, dtype: torch.dtype
+) -> Sequence[_Slot | None]:
+    if routing is None:
+        return [None]
+    experts = routing.selected_experts
+    masks = slot_masks(experts, weights.num_experts, weights.rank, dtype)
+    return [_Slot(*slot) for slot in zip(experts.T, masks, strict=True)]
+
+
+def _down_project(
+    values: Tensor, lora_A: Tensor | None, keep: Tensor | None, dropout: FfnDropout
+) -> Tensor | None:
+    return None if lora_A is None else down_project(values, lora_A, keep, dropout.probability)
+
+
+def _rank_input(
+    side: UpProjection | None, low_rank: Tensor | None, values: Tensor, tokens: Any
+) -> Tensor | None:
+    if side is None or low_rank is None:
+        return None
+    return side.rank_input(low_rank, values, tokens)
 
 
 def _adapted(
-    output: Tensor,
-    rank_input: Tensor | None,
-    side: UpProjection | None,
-    slot: tuple[Tensor, Tensor] | None,
+    output: Tensor, rank_input: Tensor | None, side: UpProjection | None, slot: _Slot | None
 ) -> Tensor:
     """Add a slot's update; expert -1 leaves the base's output."""
     if side is None or rank_input is None or slot is None:
         return apply_update(output, rank_input, side)
-    mask, experts = slot
-    update = (rank_input * mask) @ side.B
+    update = (rank_input * slot.mask) @ side.B
     if side.row_scale is None:
         return output + update
-    scaled = decompose(output, update, side.row_scale[experts.clamp_min(0)], side.bias)
-    return torch.where((experts >= 0).unsqueeze(-1), scaled, output)
+    row_scale = side.row_scale[slot.experts.clamp_min(0)]
+    decomposed = decompose(output, update, row_scale, side.bias)
+    return torch.where((slot.experts >= 0).unsqueeze(-1), decomposed, output)
 
 
 def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor | Sequence[Tensor]) -> Tensor:

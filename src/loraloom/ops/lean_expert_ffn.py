@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
-from loraloom.ops.fused.expert_ffn import fused_hidden, has_kernels, is_fused
 from loraloom.ops.gating import Gating, gate_with_gradients
 from loraloom.ops.grouped_products import (
     CombineSlots,
@@ -61,24 +60,18 @@ def lean_expert_ffn(
             low_rank = down_project(*arguments)
         else:
             low_rank = GroupedDown.apply(*arguments, slots)
-    slot_weights = None if routing is None else routing.routing_weights
-    if is_fused(outputs[0]) and has_kernels(weights, gating):
-        experts = slots.experts if slots.routed else None
-        hidden, down_rank = fused_hidden(outputs, low_rank, weights, experts, slot_weights, dropout)
-    else:
-        if slot_weights is not None:
-            slot_weights = slot_weights.to(dtype)
-        sides = [_Side.of(side, slots) for side in weights.inputs]
-        hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            _Block(slots, gating, dropout.scale, weights.width, sides),
-            *outputs,
-            low_rank,
-            *(None if side is None else side.B for side in weights.inputs),
-            *(None if side is None else side.row_scale for side in weights.inputs),
-            weights.down_A,
-            None if slots.apart else slot_weights,
-            *dropout.keep_slots,
-        )
+    slot_weights = None if routing is None else routing.routing_weights.to(dtype)
+    sides = [_Side.of(side, slots) for side in weights.inputs]
+    hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        _Block(slots, gating, dropout.scale, weights.width, sides),
+        *outputs,
+        low_rank,
+        *(None if side is None else side.B for side in weights.inputs),
+        *(None if side is None else side.row_scale for side in weights.inputs),
+        weights.down_A,
+        None if slots.apart else slot_weights,
+        *dropout.keep_slots,
+    )
     return hidden, partial(_finish, down_rank, weights.down, slot_weights, slots)
 
 

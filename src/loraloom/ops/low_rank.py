@@ -18,9 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
 
-# Parts of the tokens that a gradient's sum over them is cut into, of so many tokens and more, in
-# float32 and wider; a product with more columns is shared by threads anyway.
-NUM_PARTS, MIN_SPLIT_TOKENS, MAX_SPLIT_COLUMNS = 4, 512, 64
+# In float32 and wider, a gradient's sum over tokens is cut into parts, if there are many tokens; a
+# product with more columns is shared by threads anyway.
+NUM_PARTS = 4
+MIN_SPLIT_TOKENS = 512
+MAX_SPLIT_COLUMNS = 64
 
 # From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S].
 Between = Callable[[Tensor, Tensor, Any], Tensor]
@@ -38,8 +40,10 @@ class UpProjection:
 
     def rank_input(self, low_rank: Tensor, hidden_states: Tensor, tokens: Any) -> Tensor:
         """Return what B multiplies, from the product with all A of a group."""
-        own = low_rank[:, self.columns]
-        return own if self.between is None else self.between(own, hidden_states, tokens)
+        low_rank = low_rank[:, self.columns]
+        if self.between is None:
+            return low_rank
+        return self.between(low_rank, hidden_states, tokens)
 
     def scaled(self, scale: float) -> UpProjection:
         lora_B, row_scale = scale_update(self.B, self.row_scale, scale)
@@ -54,8 +58,10 @@ class InputGroup:
     projections: dict[str, UpProjection]
 
     def rank_inputs(self, low_rank: Tensor, hidden_states: Tensor, tokens: Any) -> Tensor:
-        sides = self.projections.values()
-        return torch.cat([side.rank_input(low_rank, hidden_states, tokens) for side in sides], 1)
+        rank_inputs = [
+            side.rank_input(low_rank, hidden_states, tokens) for side in self.projections.values()
+        ]
+        return torch.cat(rank_inputs, dim=1)
 
     def scaled(self, scale: float) -> InputGroup:
         if scale == 1:
@@ -73,10 +79,13 @@ def product_over_tokens(
     if not _is_split(left):
         return left.T @ right
     num_tokens = len(left)
-    split = num_tokens // NUM_PARTS * NUM_PARTS
-    lefts, rights = (one[:split].unflatten(0, (NUM_PARTS, -1)) for one in (left, right))
-    total = torch.bmm(lefts.transpose(1, 2), rights).sum(0)
-    return torch.addmm(total, left[split:].T, right[split:]) if split < num_tokens else total
+    num_split = num_tokens // NUM_PARTS * NUM_PARTS
+    left_parts = left[:num_split].unflatten(0, (NUM_PARTS, -1))
+    right_parts = right[:num_split].unflatten(0, (NUM_PARTS, -1))
+    total = torch.bmm(left_parts.transpose(1, 2), right_parts).sum(0)
+    if num_split == num_tokens:
+        return total
+    return torch.addmm(total, left[num_split:].T, right[num_split:])
 
 
 def add_product_over_tokens_(
@@ -107,7 +116,8 @@ class _DownProject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_states, lora_A, keep = ctx.saved_tensors
-        grad = grad * (1 / (1 - ctx.dropout)) if keep is not None else grad
+        if keep is not None:
+            grad = grad * (1 / (1 - ctx.dropout))
         grad_hidden = grad_A = None
         if ctx.needs_input_grad[0]:
             grad_hidden = apply_keep_mask(grad @ lora_A, keep)
@@ -130,23 +140,26 @@ class _AddLowRank(torch.autograd.Function):
     """`output[span] += low_rank @ B` in place, for several spans of rows at once."""
 
     @staticmethod
-    def forward(ctx, output, spans, *pairs):
+    def forward(ctx, output, spans, *factors):  # of all spans, low_rank first, then lora_B
         rows = output.view(-1, output.shape[-1])
-        for span, low_rank, lora_B in zip(spans, pairs[::2], pairs[1::2], strict=True):
+        low_ranks, up_projections = factors[: len(spans)], factors[len(spans) :]
+        for span, low_rank, lora_B in zip(spans, low_ranks, up_projections, strict=True):
             rows[span].addmm_(low_rank, lora_B)
         ctx.mark_dirty(output)
-        ctx.save_for_backward(*pairs)
+        ctx.save_for_backward(*factors)
         ctx.spans = spans
         return output
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows = grad.reshape(-1, grad.shape[-1])
-        grads = []
-        pairs = ctx.saved_tensors
-        for span, low_rank, lora_B in zip(ctx.spans, pairs[::2], pairs[1::2], strict=True):
-            grads += [rows[span] @ lora_B.T, product_over_tokens(low_rank, rows[span])]
-        return grad, None, *grads
+        num_spans = len(ctx.spans)
+        low_ranks, up_projections = ctx.saved_tensors[:num_spans], ctx.saved_tensors[num_spans:]
+        grads_low_rank, grads_B = [], []
+        for span, low_rank, lora_B in zip(ctx.spans, low_ranks, up_projections, strict=True):
+            grads_low_rank.append(rows[span] @ lora_B.T)
+            grads_B.append(product_over_tokens(low_rank, rows[span]))
+        return grad, None, *grads_low_rank, *grads_B
 
 
 def add_low_rank_(
@@ -156,8 +169,7 @@ def add_low_rank_(
     lora_B: list[Tensor],
 ) -> Float[Tensor, "*batch O"]:
     """Add `low_rank[i] @ lora_B[i]` to the token rows `spans[i]` of `output`, in place."""
-    pairs = [tensor for pair in zip(low_rank, lora_B, strict=True) for tensor in pair]
-    return _AddLowRank.apply(output, spans, *pairs)  # pyright: ignore[reportReturnType]
+    return _AddLowRank.apply(output, spans, *low_rank, *lora_B)  # pyright: ignore
 
 
 class _Decompose(torch.autograd.Function):
@@ -227,7 +239,9 @@ def decompose_rows(
     """`c ∘ (Wx + Δ) + b` and `Wx + Δ`, for which `out` has room; that may be the output itself."""
     if output.dtype.itemsize <= 2:  # what is rounded so far can't be scaled by factors near 1
         value, rows = scale_rows(output, rank_input @ lora_B, excess, bias)
-        return value, rows if out is None or out is output else out.copy_(rows)
+        if out is None or out is output:
+            return value, rows
+        return value, out.copy_(rows)
     rows = torch.addmm(output, rank_input, lora_B, out=out)
     if bias is None:
         return torch.addcmul(rows, excess, rows), rows
@@ -248,8 +262,9 @@ def scale_update(
     # rounding c' - 1 costs Δ are alike at √eps.
     least = torch.finfo(lora_B.dtype).eps ** 0.5
     factors = torch.where(factors.abs() < least, least, factors)
-    of_update = (scale * row_scale / factors).repeat_interleave(len(lora_B) // len(factors), dim=0)
-    return (lora_B * of_update).to(lora_B.dtype), factors
+    rank = len(lora_B) // len(factors)
+    update_scale = (scale * row_scale / factors).repeat_interleave(rank, dim=0)
+    return (lora_B * update_scale).to(lora_B.dtype), factors
 
 
 def dora_norms(
@@ -267,7 +282,8 @@ def dora_norms(
     num_experts, rank, _ = lora_A.shape
     cross = products.to(lora_A.dtype).unflatten(1, (num_experts, rank)).transpose(0, 1)  # (E, O, R)
     gram = lora_A @ lora_A.transpose(1, 2)  # (E, R, R)
-    squared = squared_norms + (lora_B * (2 * scaling * cross + scaling**2 * lora_B @ gram)).sum(-1)
+    factor = 2 * scaling * cross + scaling**2 * lora_B @ gram  # (E, O, R)
+    squared = squared_norms + (lora_B * factor).sum(-1)
     # Where an update cancels a row of W, rounding may leave less than nothing of it.
     return squared.clamp_min(0).sqrt()
 
@@ -277,5 +293,5 @@ def slot_masks(
 ) -> Float[Tensor, "K T S"]:
     """Return for each slot 1 at the columns of its expert and 0 elsewhere; expert -1 has none."""
     experts = torch.arange(num_experts, device=selected_experts.device)
-    chosen = selected_experts.T[..., None] == experts  # (K, T, E)
-    return chosen.to(dtype).repeat_interleave(rank, dim=-1)
+    is_selected = selected_experts.T[..., None] == experts  # (K, T, E)
+    return is_selected.to(dtype).repeat_interleave(rank, dim=-1)

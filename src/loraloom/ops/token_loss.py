@@ -24,9 +24,12 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, labels, head, vocab_size):
-        with_grad, chunks = ctx.needs_input_grad[0], _chunks(vocab_size, hidden_states, labels)
-        parts = [_chunk(states, targets, head, with_grad) for states, targets in chunks]
-        losses, grads = zip(*parts, strict=True)
+        with_grad = ctx.needs_input_grad[0]
+        losses, grads = [], []
+        for states, chunk_labels in _chunks(vocab_size, hidden_states, labels):
+            chunk_losses, grad = _chunk_losses(states, chunk_labels, head, with_grad)
+            losses.append(chunk_losses)
+            grads.append(grad)
         if with_grad:
             ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
@@ -38,9 +41,10 @@ class _TokenLosses(torch.autograd.Function):
         return (unit_grad * grad[:, None]).to(unit_grad.dtype), None, None, None
 
 
-def _chunk(
+def _chunk_losses(
     states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """Compute losses, and where asked the gradient of their sum to the states."""
     with torch.set_grad_enabled(with_grad):
         states = states.detach().requires_grad_(with_grad)
         logits = head(states)
@@ -109,17 +113,17 @@ def trained_token_losses(
     vocab_size: int,
 ) -> Float[Tensor, " N"]:
     """Compute what `token_losses` does, where the head's weights get a gradient too."""
+
     # It is a sum over tokens whose weights are known in the backward pass alone, so that logits are
     # made there again, a chunk at a time.
+    def compute(states: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(head(states).to(_wide_dtype(states)), labels, reduction="none")
+
     losses = [
-        checkpoint(_cross_entropy, states, own, head, use_reentrant=False, preserve_rng_state=False)
-        for states, own in _chunks(vocab_size, hidden_states, labels)
+        checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in _chunks(vocab_size, hidden_states, labels)
     ]
     return torch.cat(losses)
-
-
-def _cross_entropy(states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    return cross_entropy(head(states).to(_wide_dtype(states)), labels, reduction="none")
 
 
 @torch.no_grad()
@@ -135,17 +139,22 @@ def token_scores(
     Between them, whether argmax gives the label, of equally likely tokens the first; last, the ids
     of the most likely. Their log p are, to the bit, those of labels that are among them.
     """
-    columns = []
+    log_probs, is_top, top_log_probs, top_ids = [], [], [], []
     for states, chunk_labels in _chunks(vocab_size, hidden_states, labels):
         logits = head(states)
         for rows in _blocks(logits):
-            wide, targets = logits[rows].to(_wide_dtype(logits)), chunk_labels[rows, None]
+            wide = logits[rows].to(_wide_dtype(logits))
+            targets = chunk_labels[rows, None]
             total = wide.logsumexp(-1, keepdim=True)
-            tops = wide.topk(num_top) if num_top else (wide[:, :0], targets[:, :0])
-            log_probs, is_top = wide.gather(1, targets) - total, wide.argmax(-1, True) == targets
-            columns.append((log_probs[:, 0], is_top[:, 0], tops[0] - total, tops[1]))
-    log_probs, is_top, top_log_probs, top_ids = map(torch.cat, zip(*columns, strict=True))
-    return log_probs, is_top, top_log_probs, top_ids
+            if num_top:
+                top_logits, ids = wide.topk(num_top)
+            else:
+                top_logits, ids = wide[:, :0], targets[:, :0]
+            log_probs.append((wide.gather(1, targets) - total)[:, 0])
+            is_top.append((wide.argmax(-1, True) == targets)[:, 0])
+            top_log_probs.append(top_logits - total)
+            top_ids.append(ids)
+    return torch.cat(log_probs), torch.cat(is_top), torch.cat(top_log_probs), torch.cat(top_ids)
 
 
 def is_broken(logits: Float[Tensor, "... V"]) -> Bool[Tensor, "..."]:

@@ -43,14 +43,19 @@ def router_loss(
     widest = max(record.num_experts for record in routing)
     counts = add_up(torch.stack([_counts(record, widest) for record in routing]))
     if scope == "pooled":
-        balance = _balance(torch.cat([r.router_logits for r in routing]), counts.sum(0))
+        logits = torch.cat([record.router_logits for record in routing])
+        balance = _balance(logits, counts.sum(0))
     else:
-        pairs = zip(routing, counts, strict=True)
-        balance = torch.stack([_balance(r.router_logits, own) for r, own in pairs]).mean()
+        balances = [
+            _balance(record.router_logits, layer_counts)
+            for record, layer_counts in zip(routing, counts, strict=True)
+        ]
+        balance = torch.stack(balances).mean()
     loss = aux_loss_coef * balance
     if z_loss_coef > 0:
-        squares = torch.stack([one.router_logits.logsumexp(-1).square().sum() for one in routing])
-        loss = loss + z_loss_coef * (squares / counts[:, -1].clamp_min(1)).mean()
+        squares = [record.router_logits.logsumexp(-1).square().sum() for record in routing]
+        num_tokens = counts[:, -1].clamp_min(1)
+        loss = loss + z_loss_coef * (torch.stack(squares) / num_tokens).mean()
     return loss
 
 

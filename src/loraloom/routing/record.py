@@ -46,7 +46,7 @@ class LayerRouting:
 
     def emptied(self) -> LayerRouting:
         """Leave all tokens out; logits stay in their graph."""
-        return with_tensors([self], lambda parts: parts[0][:0])
+        return with_tensors([self], lambda tensors: tensors[0][:0])
 
     @property
     def router(self) -> RouterName:
@@ -66,31 +66,38 @@ class RouterChoice:
 def choices_by_token(routing: Sequence[LayerRouting]) -> list[list[RouterChoice]]:
     """Turn the records of routers that saw the same tokens into what each token met."""
     by_router = []
-    for one in routing:
-        rows = zip(one.selected_experts.tolist(), one.routing_weights.tolist(), strict=True)
-        by_router.append([RouterChoice(one.router, one.num_experts, *row) for row in rows])
+    for record in routing:
+        experts_by_token = record.selected_experts.tolist()
+        weights_by_token = record.routing_weights.tolist()
+        choices = []
+        for experts, weights in zip(experts_by_token, weights_by_token, strict=True):
+            choices.append(RouterChoice(record.router, record.num_experts, experts, weights))
+        by_router.append(choices)
     return [list(choices) for choices in zip(*by_router, strict=True)]
 
 
-def join_routing(entries: Iterable[LayerRouting]) -> list[LayerRouting]:
+def join_routing(records: Iterable[LayerRouting]) -> list[LayerRouting]:
     """Put what each router did in several segments of a batch together."""
     by_router: dict[RouterName, list[LayerRouting]] = {}
-    for entry in entries:
-        by_router.setdefault(entry.router, []).append(entry)
+    for record in records:
+        by_router.setdefault(record.router, []).append(record)
     return [
-        parts[0] if len(parts) == 1 else with_tensors(parts, torch.cat)
-        for parts in by_router.values()
+        segments[0] if len(segments) == 1 else with_tensors(segments, torch.cat)
+        for segments in by_router.values()
     ]
 
 
 def with_tensors(
-    parts: Sequence[LayerRouting], change: Callable[[list[Tensor]], Tensor]
+    records: Sequence[LayerRouting], change: Callable[[list[Tensor]], Tensor]
 ) -> LayerRouting:
-    """Make one record of a router's, by a function of what they have in each place."""
+    """Make one record of a router's, by a function of the tensors that they have in each field."""
+    extra = {}
+    for name in records[0].extra:
+        extra[name] = change([record.extra[name] for record in records])
     return replace(
-        parts[0],
-        router_logits=change([part.router_logits for part in parts]),
-        selected_experts=change([part.selected_experts for part in parts]),
-        routing_weights=change([part.routing_weights for part in parts]),
-        extra={name: change([part.extra[name] for part in parts]) for name in parts[0].extra},
+        records[0],
+        router_logits=change([record.router_logits for record in records]),
+        selected_experts=change([record.selected_experts for record in records]),
+        routing_weights=change([record.routing_weights for record in records]),
+        extra=extra,
     )

@@ -35,8 +35,8 @@ class TopK(Route):
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
         # Softmax keeps the order of the logits; its renormalized part is the softmax of that part.
-        chosen, selected = logits.topk(self.top_k, dim=-1)
-        return selected, chosen.softmax(-1)
+        top_logits, selected = logits.topk(self.top_k, dim=-1)
+        return selected, top_logits.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class TopP(Route):
         else:
             probabilities = (logits / self.temperature).softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
-        before = weights.detach().cumsum(-1).roll(1, -1)
-        before[..., 0] = 0
-        return selected, weights.masked_fill(before > self.top_p, 0)
+        sum_before = weights.detach().cumsum(-1).roll(1, -1)
+        sum_before[..., 0] = 0
+        return selected, weights.masked_fill(sum_before > self.top_p, 0)
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,13 @@ class Hybrid(Route):
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
         probabilities = logits.softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
-        kept = weights.detach().cumsum(-1) <= self.top_p
+        is_kept = weights.detach().cumsum(-1) <= self.top_p
         if self.entropy_threshold < 1:  # with entropy_eps the entropy may be above 1
             entropy = tsallis_entropy(probabilities.detach(), self.entropy_index, self.entropy_eps)
-            kept |= (entropy > self.entropy_threshold).unsqueeze(-1)
-        kept[..., : self.keep_top_k] = True
-        return selected, weights.masked_fill(~kept, 0)
+            is_undecided = entropy > self.entropy_threshold
+            is_kept |= is_undecided.unsqueeze(-1)
+        is_kept[..., : self.keep_top_k] = True
+        return selected, weights.masked_fill(~is_kept, 0)
 
 
 def tsallis_entropy(
@@ -119,7 +120,8 @@ def tsallis_entropy(
     probabilities = (probabilities + eps).clamp_min(torch.finfo(probabilities.dtype).tiny)
     if abs(index - 1) < 1e-4:  # of powers so close, float32 tells no difference
         return -(probabilities * probabilities.log()).sum(-1) / math.log(num_experts)
-    return (1 - probabilities.pow(index).sum(-1)) / (1 - num_experts ** (1 - index))
+    most = 1 - num_experts ** (1 - index)
+    return (1 - probabilities.pow(index).sum(-1)) / most
 
 
 class _RouterLogits(torch.autograd.Function):

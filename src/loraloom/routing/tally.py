@@ -43,19 +43,22 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
     """Compute the sums that `RoutingTotals` has, where `widened` is."""
     loads = expert_loads(routing)
     sums = torch.cat([loads.new_zeros(len(loads), 2), loads, torch.zeros_like(loads)], dim=1)
+    start = 2 + loads.shape[1]
     for row, record in zip(sums, routing, strict=True):
         probabilities = record.router_logits.detach().softmax(-1)  # (T, E)
         row[0] = len(probabilities)
         # Widened once experts are summed up: over many tokens float32 would lose digits.
-        row[1] = widened(torch.special.entr(probabilities).sum(-1)).sum() / math.log(2)
-        start = 2 + loads.shape[1]
+        entropies = widened(torch.special.entr(probabilities).sum(-1))
+        row[1] = entropies.sum() / math.log(2)
         row[start : start + record.num_experts] = probabilities.sum(0)
     return sums
 
 
 def widened(values: Tensor) -> Tensor:
     """Values in float64, on the CPU where their device has none."""
-    return (values if has_float64(values.device) else values.cpu()).double()
+    if not has_float64(values.device):
+        values = values.cpu()
+    return values.double()
 
 
 def sum_extra(routing: Sequence[LayerRouting]) -> dict[str, Float[Tensor, ""]]:
@@ -63,7 +66,8 @@ def sum_extra(routing: Sequence[LayerRouting]) -> dict[str, Float[Tensor, ""]]:
     sums: dict[str, list[Tensor]] = {}
     for record in routing:
         for name, values in record.extra.items():
-            total = widened(values.detach()).sum() / values.shape[1:].numel()
+            numbers_per_token = values.shape[1:].numel()
+            total = widened(values.detach()).sum() / numbers_per_token
             sums.setdefault(name, []).append(total)
     return {name: torch.stack(totals).mean() for name, totals in sums.items()}
 
@@ -86,9 +90,11 @@ class RoutingTotals:
         """Sum up one forward's record; `sums` are those of such records where they are known."""
         if sums is None:
             sums = measure_routing(routing).cpu()
-        routers, num_experts = zip(*((one.router, one.num_experts) for one in routing), strict=True)
-        sums = torch.as_tensor(sums, dtype=torch.float64).view(len(routing), -1)
-        return RoutingTotals(routers, num_experts, sums)
+        return RoutingTotals(
+            routers=tuple(record.router for record in routing),
+            num_experts=tuple(record.num_experts for record in routing),
+            sums=torch.as_tensor(sums, dtype=torch.float64).view(len(routing), -1),
+        )
 
     def __add__(self, other: RoutingTotals) -> RoutingTotals:
         return replace(self, sums=self.sums + other.sums)
@@ -101,15 +107,21 @@ class RoutingTotals:
     @property
     def tokens_per_expert(self) -> Tensor:
         """How often each expert was chosen, [N, E]."""
-        return self.sums[:, 2:].chunk(2, dim=1)[0]
+        loads, _ = self.sums[:, 2:].chunk(2, dim=1)
+        return loads
+
+    @property
+    def _counts(self) -> list[list[float]]:
+        """How often each router chose each of its experts."""
+        rows = zip(self.num_experts, self.tokens_per_expert.tolist(), strict=True)
+        return [counts[:num_experts] for num_experts, counts in rows]
 
     @property
     def choices(self) -> dict[RouterName, list[int]]:
-        rows = zip(self.routers, self.num_experts, self.tokens_per_expert.tolist(), strict=True)
-        return {
-            router: [round(count) if math.isfinite(count) else 0 for count in row[:size]]
-            for router, size, row in rows
-        }
+        choices = {}
+        for router, counts in zip(self.routers, self._counts, strict=True):
+            choices[router] = [round(count) if math.isfinite(count) else 0 for count in counts]
+        return choices
 
     @property
     def load(self) -> Tensor:
@@ -119,8 +131,7 @@ class RoutingTotals:
     @property
     def load_cv(self) -> float:
         """Deviation of the load over its mean: 0 if balanced, at most sqrt(E - 1)."""
-        rows = zip(self.num_experts, self.tokens_per_expert.tolist(), strict=True)
-        return fmean(_spread(row[:size]) for size, row in rows)
+        return fmean(map(_spread, self._counts))
 
     @property
     def effective_experts(self) -> Tensor:
@@ -130,7 +141,8 @@ class RoutingTotals:
     @property
     def mean_probabilities(self) -> Tensor:
         """The router's probabilities, averaged over tokens, [N, E]."""
-        return load_shares(self.sums[:, 2:].chunk(2, dim=1)[1])
+        _, probabilities = self.sums[:, 2:].chunk(2, dim=1)
+        return load_shares(probabilities)
 
     @property
     def mean_entropy_bits(self) -> Tensor:
@@ -145,9 +157,12 @@ class RoutingTotals:
     @property
     def entropy(self) -> float:
         """The same in parts of ln E, averaged over routers: 1 is uniform, 0 is certain."""
-        bits = zip(self.token_entropy_bits.tolist(), self.num_experts, strict=True)
-        parts = [value / math.log2(size) if size > 1 else 1.0 for value, size in bits]
-        return fmean(parts) if self.num_tokens else 1.0
+        if self.num_tokens == 0:
+            return 1.0
+        entropies = []
+        for bits, size in zip(self.token_entropy_bits.tolist(), self.num_experts, strict=True):
+            entropies.append(bits / math.log2(size) if size > 1 else 1.0)
+        return fmean(entropies)
 
 
 def expert_loads(routing: Sequence[LayerRouting]) -> Float[Tensor, "N E"]:
@@ -165,14 +180,14 @@ def loads_by_class(
 
 def _loads(routing: Sequence[LayerRouting], classes: Tensor | int, num_classes: int) -> Tensor:
     size = max(record.num_experts for record in routing)
-    places = [
-        ((classes * len(routing) + index) * size + record.selected_experts).flatten()
-        for index, record in enumerate(routing)
-    ]
+    indices = []  # of each choice in the flat loads
+    for number, record in enumerate(routing):
+        row = classes * len(routing) + number
+        indices.append((row * size + record.selected_experts).flatten())
     shares = widened(torch.cat([record.shares.flatten() for record in routing]))
     loads = shares.new_zeros(num_classes * len(routing) * size)
     # bincount would read the largest first
-    loads.scatter_add_(0, torch.cat(places).to(shares.device), shares)
+    loads.scatter_add_(0, torch.cat(indices).to(shares.device), shares)
     return loads.view(num_classes, len(routing), size)
 
 
@@ -184,7 +199,10 @@ def load_shares(counts: Tensor) -> Tensor:
 
 def _spread(load: Sequence[float]) -> float:
     mean = fmean(load)
-    return math.sqrt(fmean((count - mean) ** 2 for count in load)) / mean if mean else 0.0
+    if not mean:
+        return 0.0
+    variance = fmean((count - mean) ** 2 for count in load)
+    return math.sqrt(variance) / mean
 
 
 def entropy_bits(shares: Tensor) -> Tensor:
@@ -199,14 +217,17 @@ def effective_number(shares: Tensor) -> Tensor:
 
 def specialisation_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, "C N"]:
     """KL(p(e | c) ‖ p(e)) in bits, from 0 for a class that goes where all go to log2(1 / p(c))."""
-    of_class, of_all = load_shares(loads), load_shares(loads.sum(0))
-    logs = torch.special.xlogy(of_class, of_class) - torch.special.xlogy(of_class, of_all)
+    class_shares = load_shares(loads)
+    shares = load_shares(loads.sum(0))
+    logs = torch.special.xlogy(class_shares, class_shares)
+    logs = logs - torch.special.xlogy(class_shares, shares)
     return (logs.sum(-1) / math.log(2)).clamp_min(0)
 
 
 def mutual_information_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, " N"]:
     """I(expert; class) = Σ_c p(c) KL(p(e | c) ‖ p(e)) in bits; 0 where classes go alike."""
-    return (load_shares(loads.sum(-1).T).T * specialisation_bits(loads)).sum(0)
+    class_probabilities = load_shares(loads.sum(-1).T).T  # (C, N)
+    return (class_probabilities * specialisation_bits(loads)).sum(0)
 
 
 def has_enough_choices(choices: Choices) -> bool:
@@ -218,26 +239,29 @@ def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
     choices = {router: counts for router, counts in choices.items() if len(counts) > top_k}
     if not choices or not has_enough_choices(choices):
         return {}
-    unused, collapsed, num_unused = [], [], 0
+    num_experts = sum(map(len, choices.values()))
+    num_unused = 0
+    unused, collapsed = [], []
     for router, counts in choices.items():
-        load, name = load_shares(torch.tensor(counts)), describe_router(router)
+        name = describe_router(router)
+        load = load_shares(torch.tensor(counts))
         experts = torch.nonzero(load < UNUSED_SHARE / len(load)).flatten().tolist()
         if experts:
             num_unused += len(experts)
-            names = ", ".join(map(str, experts))
-            unused.append(f"{name} (expert{'s' * (len(experts) > 1)} {names})")
+            plural = "s" if len(experts) > 1 else ""
+            unused.append(f"{name} (expert{plural} {', '.join(map(str, experts))})")
         number = float(effective_number(load))
         if number <= top_k + COLLAPSED_PART * (len(counts) - top_k):
             collapsed.append(f"{name} ({number:.1f} of {len(counts)})")
-    found, num_experts = {}, sum(map(len, choices.values()))
+    descriptions = {}
     if num_unused >= UNUSED_PART * num_experts:
-        found["unused experts"] = (
+        descriptions["unused experts"] = (
             f"{num_unused} of {num_experts} experts are almost unused "
             f"(below {100 * UNUSED_SHARE:g} % of an even share): {names_in(unused, _MAX_NAMED)}"
         )
     if collapsed:
-        found["collapsed layers"] = (
+        descriptions["collapsed layers"] = (
             f"layers that send nearly all tokens to the same experts (by their effective number, "
             f"top_k is {top_k}): {names_in(collapsed, _MAX_NAMED)}"
         )
-    return found
+    return descriptions
