@@ -1,7 +1,5 @@
 """Tests for a GPU, with kernels as they run there: `pytest tests/gpu`, apart from the others."""
 
-from __future__ import annotations
-
 import os
 import sys
 

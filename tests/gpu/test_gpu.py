@@ -1,7 +1,5 @@
 """Rounds and decoding on a GPU against the CPU's, and kernels against PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

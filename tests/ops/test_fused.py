@@ -1,7 +1,5 @@
 """Kernels, interpreted on the CPU in float32, against a dense loop in float64."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

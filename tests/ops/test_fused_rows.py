@@ -1,13 +1,11 @@
 """Where kernels compute, and what they leave to PyTorch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
 from transformers.activations import SiLUActivation
 
-from loraloom.ops.fused.expert_ffn import SWITCH, by_slot, has_kernels, is_fused, over_slots
+from loraloom.ops.fused.expert_ffn import SWITCH, has_kernels, is_fused
 from loraloom.ops.gating import ActivationGating
 from tests.ops.ffn_case import compute_form, make_case
 
@@ -34,10 +32,3 @@ def test_blocks_whose_slots_stay_apart_are_left_to_pytorch(options):
         assert has_kernels(plain, ActivationGating(act))
         assert not has_kernels(apart, ActivationGating(act))
     assert not has_kernels(plain, torch.tanh)
-
-
-def test_slots_have_the_columns_of_their_expert_and_add_up():
-    low_rank = torch.tensor([[1.0, 2.0, 3.0, 4.0]])  # one token, two experts of rank 2
-    own = torch.tensor([[[0.0, 0.5]], [[2.0, 0.0]]])  # expert 1 with weight 0.5, then 0 with 2
-    assert by_slot(low_rank, own, 2).tolist() == [[0, 0, 1.5, 2], [2, 4, 0, 0]]
-    assert over_slots(torch.ones(2, 4), own, 2).tolist() == [[2, 2, 0.5, 0.5]]

@@ -10,7 +10,6 @@ from loraloom.training.settings import (
     LrScheduler,
     OptimizerName,
     RunConfig,
-    SftConfig,
     TrainConfig,
 )
 
@@ -43,16 +42,6 @@ def test_every_optimizer_of_torch_and_every_scheduler_of_transformers_is_known()
     ours = {name for name in get_args(OptimizerName) if not name.endswith("bit")}
     assert {*ours, "lbfgs", "muon", "rprop", "sparseadam", "optimizer"} == in_torch
     assert set(get_args(LrScheduler)) == {scheduler.value for scheduler in SchedulerType}
-
-
-def test_defaults_are_those_that_the_documentation_names():
-    config = TrainConfig(num_epochs=1)
-    assert (config.optimizer, config.weight_decay, config.lr_scheduler) == ("adamw", 0.0, "linear")
-    assert (config.max_length, config.max_grad_norm) == (512, 1.0)
-    assert config.objective == SftConfig()
-    assert not config.objective.learns_from_pairs
-    assert TrainConfig(num_epochs=1, batch_size=12).micro_batch_size == 12
-    assert TrainConfig(num_epochs=1, optimizer="AdamW").optimizer == "adamw"
 
 
 def test_a_warmup_ratio_is_rounded_up_to_steps():

@@ -1,7 +1,5 @@
 """What `loraloom serve --engine vllm` hands on, and vLLM itself where a Python has both."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -73,26 +71,25 @@ def test_options_that_vllm_can_not_honour_are_refused(capsys, monkeypatch):
         vllm_command(options(), [], [], {})
 
 
-def test_an_adapter_of_the_directory_that_is_left_out_is_told(monkeypatch, tmp_path, capsys):
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad/adapter_config.json").write_text("{}")
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock())
-    fold = Mock(side_effect=AdapterError("no"))
-    monkeypatch.setattr("loraloom.serve.vllm.folding.Folder", Mock(return_value=Mock(fold=fold)))
-    assert vllm._fold_all(options(adapters={}, adapter_dir=tmp_path)) == ([], {})
-    assert "bad is not served: no" in capsys.readouterr().err
-
-
-def test_an_adapter_whose_name_can_not_be_served_needs_no_room(monkeypatch, tmp_path, capsys):
-    for name in ("a b", "good"):
+def test_adapters_of_the_directory_that_are_left_out_are_told_and_need_no_room(
+    monkeypatch, tmp_path, capsys
+):
+    for name in ("a b", "bad", "good"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
+
+    def fold(path):
+        if path.name == "bad":
+            raise AdapterError("no")
+        return FoldedAdapter({}, {"a b": 512, "good": 8}[path.name], None)
+
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock())
-    folder = Mock(fold=lambda path: FoldedAdapter({}, {"a b": 512, "good": 8}[path.name], None))
-    monkeypatch.setattr("loraloom.serve.vllm.folding.Folder", Mock(return_value=folder))
+    monkeypatch.setattr("loraloom.serve.vllm.folding.Folder", Mock(return_value=Mock(fold=fold)))
     folded, names = vllm._fold_all(options(adapters={}, adapter_dir=tmp_path))
     assert ([adapter.rank for adapter in folded], [*names]) == ([8], ["good"])
-    assert "a b is not served" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "bad is not served: no" in told
+    assert "a b is not served" in told
 
 
 def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):
