@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import loraloom
+from loraloom.base.families import FAMILIES
 from loraloom.errors import DataError, ModelError
 from loraloom.host import host as host_module
-from loraloom.host.trial import FAMILIES
 from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids, tiny_model
 
 LENGTHS = [[5, 4], [3, 2, 1]]

@@ -6,6 +6,8 @@ The loop materialises `W + s·B_e·A_e` and goes through tokens and slots. It sh
 code that it judges but the masks of dropout.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

@@ -139,11 +139,7 @@ PLAIN_PAIRS = {"format": "preference", "template": "plain"}
 @pytest.mark.parametrize(
     ("learned", "data", "message"),
     [
-        (
-            PLAIN,
-            {"format": "preference"},
-            "'template': 'plain'}, but this job's have {'format': 'p",
-        ),
+        (PLAIN, {"format": "preference"}, "'template': 'plain'}, but this job's have {'format': '"),
         (CHAT, {"format": "preference"}, "form {'format': 'chat'}, but this job's have"),
         (RAW, PLAIN_PAIRS, "this job's have {'format': 'instruction', 'template': 'plain'}"),
         (PLAIN, PLAIN_PAIRS, None),

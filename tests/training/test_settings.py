@@ -53,10 +53,7 @@ def test_a_warmup_ratio_is_rounded_up_to_steps():
 SMOOTHED = {"label_smoothing": 0.1}
 CONTRADICTIONS = [
     ({"num_epochs": None}, "train must set max_steps or num_epochs, got neither"),
-    (
-        {"max_steps": 5},
-        "max_steps or num_epochs, not both; .* with --set jobs.0.train.num_epochs=null",
-    ),
+    ({"max_steps": 5}, "max_steps or num_epochs, not both; .* with --set jobs.0.train.num_epochs="),
     ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio and warmup_steps exclude each other"),
     ({"lr_scheduler": "constant", "warmup_steps": 5}, "use constant_with_warmup"),
     ({"lr_scheduler": "constant", "lr_scheduler_args": {"num_cycles": 2}}, "supported by constant"),
