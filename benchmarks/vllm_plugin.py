@@ -27,10 +27,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.vllm_export import ask, decode, fill, start, tiny_model
 from loraloom import LoraConfig, MixLoraConfig, attach, load_base_model
 
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 VOCAB_SIZE = 256
 CHECKED = {
@@ -161,6 +173,66 @@ def lora_requests(models: list[str | None], names: list[str], directory: Path) -
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def tiny_model(family: str, vocab_size: int) -> Any:
+    """A model whose weights are random, so that no two tokens are nearly as likely."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=vocab_size, **TINY)
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "bias" in name:
+                parameter.normal_(std=0.15, generator=generator)
+            elif family == "gemma2" and "post_" in name:
+                # its blocks add normed outputs to embeddings that are the head, too: were these the
+                # larger part, each token would be followed by itself, whoever adapts the blocks
+                parameter.fill_(4.0)
+    return model.float().eval()
+
+
+def fill(adapter: torch.nn.Module, std: float, seed: int = 1) -> None:
+    """Give an adapter weights that change what is said."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name or "router" in name:
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+
+
+def decode(host: Any, prompt: list[int], name: str | None, num_tokens: int) -> list[int]:
+    """Loraloom's greedy tokens."""
+    options = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
+    ids = torch.tensor([prompt])
+    answer = host.generate(ids, torch.ones_like(ids), [name], eos_token_id=None, **options)
+    return answer[0, len(prompt) :].tolist()
+
+
+def start(path: Path, **settings: Any) -> Any:
+    """Start vLLM on a model directory."""
+    from vllm import LLM  # pyright: ignore[reportMissingImports]
+
+    defaults = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+    return LLM(str(path), **defaults | settings)
+
+
+def ask(
+    served: Any,
+    prompts: list[list[int]],
+    num_tokens: int,
+    lora_request: Any = None,
+    **settings: Any,
+) -> list[list[int]]:
+    """Ask everything at once; the greedy tokens of each answer."""
+    from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+
+    answers = served.generate(
+        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+        SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **settings),
+        lora_request=lora_request,
+        use_tqdm=False,
+    )
+    return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The blocks of a base model, as tests ask for them."""
 
-from __future__ import annotations
-
 from loraloom.base.blocks import BaseInfo, BlockInfo
 
 

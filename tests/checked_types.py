@@ -8,8 +8,6 @@ jaxtyping's own import hook has all modules compiled anew that loraloom's module
 they load. Here compiled files of other names are for loraloom's modules alone.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util

@@ -1,7 +1,5 @@
 """What tests of several packages share: a tiny tokenizer and the directory of real data."""
 
-from __future__ import annotations
-
 import gc
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The way from the verb to the formula is short, and docs/architecture.md draws it as it is."""
 
-from __future__ import annotations
-
 import re
 import traceback
 from pathlib import Path

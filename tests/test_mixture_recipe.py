@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import loraloom
 from tests.generation.saved import save_tiny
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mixture"
@@ -101,25 +100,3 @@ def test_a_study_of_a_data_set_is_by_loss(words, tmp_path):
 
     with pytest.raises(SystemExit, match="without eval"):
         recipe["main"]([str(run_file), *options, "--each=data.validation=null"])
-
-
-@pytest.mark.parametrize(("capacity", "num_experts"), [(1, None), (3, None), (2, 4)])
-def test_ranks_on_a_map_keep_size_and_compute(words, tmp_path, capacity, num_experts):
-    recipe, maps = (runpy.run_path(str(RECIPE / name)) for name in ("run.py", "maps.py"))
-    asked = recipe["parse"]([*words, f"--output={tmp_path}"])
-    asked.only = None
-    run = recipe["read_run"](asked)
-    model, _ = loraloom.load_base_model(run.base_model)
-    host = loraloom.attach(model)
-    changes = maps["sized"](run, host.base, capacity, num_experts)
-    asked.set += [f"jobs.{path}={value:g}" for path, value in changes.items()]
-    adapters = {job.name: job.adapter for job in recipe["read_run"](asked).jobs}
-    mixture, compute, size = (adapters[n] for n in ("mixlora", "lora-compute", "lora-size"))
-    assert mixture.num_experts * mixture.expert_config.rank == 8 * capacity
-    assert compute.rank == mixture.rank == 2 * mixture.expert_config.rank
-    smaller = size.model_copy(update={"rank": size.rank - 1})
-    counts = [
-        sum(weight.numel() for weight in host.add(f"{place}", adapter).parameters())
-        for place, adapter in enumerate((smaller, mixture, size))
-    ]
-    assert counts[0] < counts[1] <= counts[2]

@@ -6,8 +6,6 @@ Models are in float64 unless asked otherwise. (transformers' norms, rotary embed
 softmax round to float32 inside, for everybody alike.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

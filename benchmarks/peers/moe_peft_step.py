@@ -4,18 +4,17 @@ The setting of `benchmarks/step.py`: 4 x 256 tokens, rank 8 on all linear layers
 loss on all tokens, AdamW. MoE-PEFT refuses dropout 0, so it is 0.05. See README.md for its own
 environment.
 
-    python benchmarks/peers/moe_peft_step.py MODEL_DIRECTORY [--adapters 4 --rows 2]
+    python benchmarks/peers/moe_peft_step.py DIRECTORY --export   # by a Python that has loraloom
+    python benchmarks/peers/moe_peft_step.py DIRECTORY [--adapters 4 --rows 2]
 """
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
 
-import moe_peft
-import moe_peft.adapters
 import torch
-from moe_peft.common import LLMBatchConfig, LLMModelInput
 from torch.nn.functional import cross_entropy
 
 LENGTH, STEPS = 256, 6
@@ -27,7 +26,29 @@ def main() -> None:
     parser.add_argument("directory", help="of the base model")
     parser.add_argument("--adapters", type=int, default=1, help="that share a step")
     parser.add_argument("--rows", type=int, default=4, help="sequences of each adapter")
+    parser.add_argument("--export", action="store_true", help="write the base model there")
     args = parser.parse_args()
+    if args.export:
+        export_base_model(args.directory)
+    else:
+        measure(args)
+
+
+def export_base_model(directory: str) -> None:
+    """Write SmolLM2-135M as a bfloat16 model directory that transformers 4 reads too."""
+    from loraloom import load_base_model
+
+    for part in load_base_model("smollm2-135m", dtype="bfloat16"):
+        part.save_pretrained(directory)
+    path = Path(directory, "config.json")
+    config = json.loads(path.read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where transformers 4 looks
+    path.write_text(json.dumps(config, indent=2))
+
+
+def measure(args: argparse.Namespace) -> None:
+    import moe_peft
+
     torch.set_num_threads(2)
     model = moe_peft.LLMModel.from_pretrained(
         args.directory, device="cpu", load_dtype=torch.bfloat16, attn_impl="eager"
@@ -44,6 +65,8 @@ def main() -> None:
 
 
 def add_mixture(model, name: str) -> list[torch.Tensor]:
+    import moe_peft
+
     config = moe_peft.adapter_factory(
         peft_type="MIXLORA",
         adapter_name=name,
@@ -77,7 +100,9 @@ def loss_of(output, rows: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits, rows[:, 1:].flatten()) + output.aux_loss
 
 
-def batch(names: list[str], tokens: torch.Tensor) -> LLMModelInput:
+def batch(names: list[str], tokens: torch.Tensor):
+    from moe_peft.common import LLMBatchConfig, LLMModelInput
+
     rows = tokens.tolist()
     share = len(rows) // len(names)
     return LLMModelInput(

@@ -3,8 +3,6 @@
 Axes: B batch, L sequence, I in_features, O out_features.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

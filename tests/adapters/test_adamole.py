@@ -36,10 +36,6 @@ def config(methods_as_before, tmp_path):
     return module.AdaMoleConfig(**settings, target_modules=("q_proj", "down_proj"))
 
 
-def test_the_example_has_at_most_a_hundred_lines(config):
-    assert DOCUMENT.read_text().split("# adamole.py")[1].split("```")[0].count("\n") <= 100
-
-
 def test_the_record_has_real_tokens_thresholds_too(config):
     host, ids, mask = tiny_host(configs={"a": config}), tiny_ids(3), padded_mask(LENGTHS)
     together = host.hidden(ids, mask, ["a"] * 3).routing["a"]

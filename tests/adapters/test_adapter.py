@@ -1,7 +1,5 @@
 """What an adapter holds: targets, tensors by name, and compute forms that follow its weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

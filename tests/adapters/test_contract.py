@@ -4,8 +4,6 @@ A new method in `adapters.CONFIGS` gets an entry in `tests.tiny.ALL_METHODS`, an
 this.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """DynMoLE against the formulas of its paper and its authors' code, arXiv:2504.00661."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

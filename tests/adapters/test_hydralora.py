@@ -1,7 +1,5 @@
 """HydraLoRA against the formula of its paper, arXiv:2404.19245, eq. 4-5."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """LoRAMoE against the formulas of its paper, arXiv:2312.09979, eq. 4-7; see tests/parity too."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """MoSLoRA against the formula of its paper, arXiv:2406.11909."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A method of somebody else's package is a method like ours."""
 
-from __future__ import annotations
-
 import runpy
 import subprocess
 import sys

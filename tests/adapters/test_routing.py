@@ -3,8 +3,6 @@
 The formulas are held by tests/parity/test_dense_loop.py and tests/routing/test_routes.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -39,17 +37,6 @@ def test_like_mixtures_decode_at_once_as_alone(mixture):
             stacked = host(ids, adapters=names).logits
     torch.testing.assert_close(stacked, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.cat(alone), expected, rtol=1e-9, atol=1e-9)
-
-
-@each_mixture
-def test_what_is_saved_computes_the_same(mixture, tmp_path):
-    host, ids = tiny_host(configs={"a": MIXTURES[mixture]}), tiny_ids(2)
-    host.save("a", tmp_path)
-    loaded = host.load("b", tmp_path)
-    assert loaded.config == changed(MIXTURES[mixture], target_modules=loaded.config.target_modules)
-    with torch.no_grad():
-        logits = [host(ids, adapters=[name] * 2).logits for name in ("a", "b")]
-    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(

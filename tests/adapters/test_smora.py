@@ -1,7 +1,5 @@
 """SMoRA against a loop over its ranks, arXiv:2501.15103."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pydantic import ValidationError

@@ -1,7 +1,5 @@
 """Patterns of names: PEFT's own answers, and none that takes for ever."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

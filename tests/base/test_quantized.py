@@ -1,7 +1,5 @@
 """Adapters on quantized bases, as the libraries themselves have them."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterator

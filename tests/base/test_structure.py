@@ -1,7 +1,5 @@
 """Models are found by their structure, and taken if they compute what adapters need."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """A tiny Llama as a GGUF file, its matrices quantized to Q8_0."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf

@@ -1,7 +1,5 @@
 """`loraloom eval` with its cache, comparisons and files."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -84,30 +82,11 @@ def forwards(monkeypatch):
     return Forwards
 
 
-def test_an_evaluation_goes_on_after_ctrl_c(run, forwards, tmp_path, capsys):
-    unbroken = run("--no-cache")
-    num_batches, forwards.count, forwards.stop_at = forwards.count, 0, 3
-    run(code=130)
-    forwards.count, forwards.stop_at = 0, None
-    resumed = run()
-    assert forwards.count == num_batches - 2
-    assert resumed["results"] == unbroken["results"]
-    assert resumed["num_cached_scores"] > 0
-    assert "cached scores of an earlier evaluation" in capsys.readouterr().err
-
-
 def test_without_a_cache_nothing_is_kept(run, tmp_path, forwards):
     run("--no-cache")
     forwards.stop_at = forwards.count + 2
     run("--no-cache", code=130)
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_cache_that_can_not_be_used_is_an_error(run, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    run(code=2)
-    assert capsys.readouterr().err.startswith("error: scores cannot be cached in")
 
 
 def test_results_are_written_before_they_are_printed(run, tmp_path, monkeypatch):
@@ -171,19 +150,6 @@ def test_split_limit_and_base_can_be_chosen(run):
 def test_a_sum_is_scored_beside_its_adapters(run):
     results = run("--adapter", "a:1", "--adapter", "a:0")["results"]
     assert (results["a:1"], results["a:0"]) == (results["a"], results["base"])
-
-
-def test_seeds_are_reported_together(run, saved, capsys):
-    seeds = [
-        f"--adapter=mix@{seed}={saved / name}" for seed, name in enumerate(("lora", "mixlora"))
-    ]
-    written = run(adapters=seeds)
-    accuracies = [written["results"][f"mix@{seed}"]["arc_easy"]["accuracy"] for seed in (0, 1)]
-    group = written["seeds"]["mix"]
-    assert group["adapters"] == ["mix@0", "mix@1"]
-    assert group["tasks"]["arc_easy"]["mean"] == pytest.approx(sum(accuracies) / 2)
-    assert [(one["first"], one["second"]) for one in written["comparisons"]] == [("mix", "base")]
-    assert "Means of seeds" in capsys.readouterr().out
 
 
 def test_results_are_written_as_a_table(run, tmp_path):

@@ -32,7 +32,7 @@ def combine(saved, output, *options):
     return main(["combine", str(output), *base, *adapters, *options])
 
 
-def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
+def test_adapters_become_one_that_is_asked(saved, tmp_path, capsys):
     one = tmp_path / "one"
     prompts = [f"--prompts={name}=skills@{n}of2" for n, name in enumerate(("law", "math"), start=1)]
     assert combine(saved, one, *prompts, "--limit", "10", "--num-layers-read", "1") == 0
@@ -49,37 +49,35 @@ def test_adapters_become_one_that_is_asked_and_trained(saved, tmp_path, capsys):
     assert sum(routing["tasks"]["skills@1of2"]["load"][0]) == pytest.approx(1, abs=1e-5)
     assert routing["warnings"] == []
     assert main(["inspect", str(one)]) == 0
-    # routers by token are trained in a run, and the experts stay
+
+
+def test_routers_by_token_are_trained_in_a_run_and_the_experts_stay(saved, tmp_path):
     sources = {name: str(saved / name) for name in ("law", "math")}
-    run = {
-        "base_model": str(saved / "base"),
-        "output_dir": str(tmp_path / "run"),
-        "device": "cpu",
-        "jobs": [
-            {
-                "name": router,
-                "adapter": {"method": "routed", "router": router, "experts": sources},
-                "data": {"task": "skills@2"},
-                "train": {"max_steps": 2, "batch_size": 4, "max_length": 128},
-            }
-            for router in ("token", "arrow")
-        ],
-    }
-    trained, failed = loraloom.train({**run, "jobs": run["jobs"][:1]}), run["jobs"][1]
-    assert trained[0].num_parameters == 2 * (2 * 6 * 32 + 2 * 48)
+
+    def train(output, **routers):
+        settings = {
+            "data": {"task": "skills@2"},
+            "train": {"max_steps": 2, "batch_size": 4, "max_length": 128},
+        }
+        jobs = [
+            {"name": name, "adapter": {"method": "routed", "experts": sources, **router}} | settings
+            for name, router in routers.items()
+        ]
+        run = {"base_model": str(saved / "base"), "output_dir": str(tmp_path / output)}
+        return loraloom.train({**run, "device": "cpu", "jobs": jobs})
+
+    token = {"router": "token"}
+    assert train("run", token=token)[0].num_parameters == 2 * (2 * 6 * 32 + 2 * 48)
     host = loraloom.attach(loraloom.load_base_model(str(saved / "base"))[0])
     host.load("token", tmp_path / "run" / "token")
     host.load("law", saved / "law")
     held = host.adapter("token/law").tensors()
     assert all(torch.equal(held[n], t) for n, t in host.adapters["law"].tensors().items())
-    stale = {**run["jobs"][0], "name": "other"}
-    stale["adapter"] = {**stale["adapter"], "experts": {"law": "token", "math": sources["math"]}}
+    stale = token | {"experts": sources | {"law": "token"}}
     with pytest.raises(loraloom.ConfigError, match=r"adapter\.experts must not be in what the run"):
-        loraloom.train(
-            {**run, "jobs": [*run["jobs"][:1], stale], "output_dir": str(tmp_path / "x")}
-        )
+        train("x", token=token, other=stale)
     with pytest.raises(loraloom.AdapterError, match="'arrow' is not trained"):
-        loraloom.train({**run, "jobs": [failed], "output_dir": str(tmp_path / "other")})
+        train("other", arrow={"router": "arrow"})
 
 
 def test_rows_of_adapters_that_record_no_form_are_told_by_their_columns(saved, tmp_path, capsys):

@@ -74,12 +74,6 @@ def test_a_sum_answers_beside_its_adapters(run, saved, capsys):
     assert "adapter 'law' of 'a+law' is not loaded" in capsys.readouterr().err
 
 
-def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
-    assert run("--input", write_rows(tmp_path / "in.jsonl", {"prompt": "one"})) == 0
-    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
-    assert set(row) == {"prompt", "completion", "adapter"}
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -2,7 +2,6 @@ import json
 import os
 import shlex
 import signal
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -140,14 +139,6 @@ def next_words(run, results):
     return {purpose: shlex.split(one.replace("\\\n", " ")) for purpose, one in commands}
 
 
-def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
-    words = ["--set", "jobs.0.train.max_steps=1", "--set", "jobs.1.train.max_steps=2"]
-    assert cli.main(["train", run_file, *words, "--set", "dtype=bfloat16"]) == 0
-    results = results_in(tmp_path / "out")
-    assert [result["steps"] for result in results] == [1, 2]
-    assert results[0]["environment"]["dtype"] == "bfloat16"
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -167,19 +158,6 @@ def test_a_fault_is_one_message_and_code_2_and_nothing_is_written(
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
-
-
-def test_training_goes_on_when_nobody_reads_its_output_any_more(
-    run_file, tmp_path, monkeypatch, capsys
-):
-    """As in `loraloom train run.yaml | head -3`."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        assert cli.main(["train", run_file]) in (0, 1)
-    assert (tmp_path / "out/plain/result.json").exists()
-    assert capsys.readouterr().err == ""
 
 
 def test_a_job_that_fails_gives_code_2_and_the_others_are_trained(run_file, tmp_path, capsys):

@@ -7,8 +7,6 @@ by `loraloom eval` and the logits of all adapters are made here. Copies that are
 are never made again: they stand for what users have on their disks.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

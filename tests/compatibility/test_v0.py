@@ -1,7 +1,5 @@
 """What version 0.1.0 wrote is read and run by this one; `make.py` made the copies."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -65,20 +65,6 @@ def test_a_job_file_is_the_settings_of_one_job(tmp_path):
     assert load_job_config(path).name == "law"
 
 
-def test_faults_of_a_job_file_are_in_one_message(tmp_path):
-    path = tmp_path / "math.yaml"
-    path.write_text(
-        JOB.replace("rank: 8", "rank: 0").replace("max_steps", "batch_sizes: 3, max_steps")
-    )
-    with pytest.raises(ConfigError) as error:
-        load_job_config(path)
-    assert str(error.value).splitlines() == [
-        f"{path}:",
-        "  adapter.rank must be greater than or equal to 1, got 0",
-        "  train: unknown key 'batch_sizes'; did you mean 'batch_size'?",
-    ]
-
-
 def test_later_overrides_win_and_a_number_in_quotes_is_a_number(tmp_path):
     path = "jobs.0.train.learning_rate"
     assert load(tmp_path, RUN, f"{path}=1e-3", f"{path}='1e-4'").jobs[0].train.learning_rate == 1e-4

@@ -1,7 +1,5 @@
 """The run files and scripts that come with loraloom are ones that it takes."""
 
-from __future__ import annotations
-
 import runpy
 from argparse import Namespace
 from pathlib import Path
@@ -9,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loraloom.eval.statistics import choose_pairs
 from loraloom.training.settings import JobConfig, load_run_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -31,18 +28,3 @@ def test_sources_make_jobs(path, tmp_path):
     for kind in ("apart", *of["jobs"]):
         for job in recipe["jobs_of"](args, kind, 0):
             assert JobConfig.model_validate(job).name
-
-
-@pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])
-def test_the_small_recipe_compares_adapters_that_it_scores(seeds, tmp_path, monkeypatch):
-    recipe = runpy.run_path(str(RECIPES / "small" / "run.py"))
-    command: list[str] = []
-    monkeypatch.setitem(recipe["evaluate"].__globals__, "run", lambda *args: command.extend(args))
-    methods = list(recipe["JOBS"])
-    args = Namespace(output=tmp_path, base_model="base", data=tmp_path, methods=methods)
-    recipe["evaluate"](args, seeds, tmp_path / "scores")
-    names, pairs = (
-        [part.split("=")[1] for part in command if part.startswith(option)]
-        for option in ("--adapter=", "--compare=")
-    )
-    assert len(choose_pairs([None, *names], pairs)) == len(pairs)

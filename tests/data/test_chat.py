@@ -19,11 +19,6 @@ MARKED = (
     "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}<eos>{% endgeneration %}{% else %}{{ m.content }}<eos>{% endif %}\n{% endfor %}"
 )
-FORGETFUL = (  # writes an answer in full only where it is the last turn, as reasoning templates do
-    "{% for m in messages %}[{{ m.role }}]{% if loop.last or m.role == 'user' %}{{ m.content }}"
-    "{% endif %}<eos>"
-    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 CALLS_ALONE = (
     "{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}"
     "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
@@ -53,16 +48,6 @@ def spans(tokenizer, piece):
     return [tokenizer.decode(list(run)) for is_learnt, run in runs if is_learnt]
 
 
-@pytest.mark.parametrize(
-    ("template", "end"),
-    [(PLAIN, "<eos>\n"), (MARKED, "<eos>"), (FORGETFUL.replace("loop.last", "true"), "<eos>")],
-)
-def test_loss_is_on_what_the_assistant_says_or_the_template_marks(tiny_tokenizer, template, end):
-    (row,) = encode(tiny_tokenizer, template, TWO_TURNS)
-    assert spans(tiny_tokenizer, row.pieces[0]) == [f"blue{end}", f"yes{end}"]
-    assert tiny_tokenizer.decode(row.pieces[0].input_ids).startswith("[user]color?<eos>")
-
-
 def test_a_long_conversation_keeps_its_last_answer_if_that_fits(tiny_tokenizer):
     (whole,) = encode(tiny_tokenizer, PLAIN, TWO_TURNS)
     (cut,) = encode(tiny_tokenizer, PLAIN, TWO_TURNS, max_length=12)
@@ -70,15 +55,6 @@ def test_a_long_conversation_keeps_its_last_answer_if_that_fits(tiny_tokenizer):
     assert cut.pieces[0].input_ids == whole.pieces[0].input_ids[-12:]
     assert spans(tiny_tokenizer, cut.pieces[0]) == ["yes<eos>\n"]
     assert encode(tiny_tokenizer, PLAIN, TWO_TURNS, max_length=3) == [DROPPED]
-
-
-def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer(tiny_tokenizer):
-    (row,) = encode(tiny_tokenizer, FORGETFUL, TWO_TURNS)
-    assert [spans(tiny_tokenizer, piece) for piece in row.pieces] == [["blue<eos>"], ["yes<eos>"]]
-    assert [tiny_tokenizer.decode(piece.input_ids) for piece in row.pieces] == [
-        "[user]color?<eos>[assistant]blue<eos>",
-        "[user]color?<eos>[assistant]<eos>[user]true?<eos>[assistant]yes<eos>",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 Where trl has a family's template it is taken from there; the others are in the family's format.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path

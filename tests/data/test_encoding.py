@@ -1,7 +1,5 @@
 """Preferences, and long data, which is encoded once: what is read again is what encoding gives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import datasets

@@ -1,7 +1,5 @@
 """The questions of each task: the strings written out are the paper's and lm-eval's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import get_args
 

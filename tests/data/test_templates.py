@@ -135,11 +135,7 @@ MESSAGES = {"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:
         ({"format": "chat"}, [{"messages": SYSTEM + CHAT}] * 101 + [{"messages": CHAT}], {}),
         ({"format": "chat", "chat_template": "{{ messages }}"}, [{"messages": CHAT}], {}),
         ({"format": "preference"}, [TEXTS], {}),
-        (
-            {"format": "preference", "template": "plain"},
-            [TEXTS],
-            {"format": "instruction"},
-        ),
+        ({"format": "preference", "template": "plain"}, [TEXTS], {"format": "instruction"}),
         ({"format": "preference"}, [{"chosen": None}, {"chosen": CHAT}], {"format": "chat"}),
         ({"format": "preference"}, [MESSAGES], {"format": "chat", "system": "Be kind."}),
     ],

@@ -5,8 +5,6 @@ section of one. JSON is read. Of console blocks, `loraloom` runs where it is qui
 options are read; scripts must exist and know their options.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

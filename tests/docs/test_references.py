@@ -1,7 +1,5 @@
 """Links lead somewhere, and pages name all that is public, and all families."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

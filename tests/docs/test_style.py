@@ -1,7 +1,5 @@
 """Documents and messages read as the project writes, as far as that can be counted."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

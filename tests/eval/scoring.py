@@ -1,7 +1,5 @@
 """Questions on a tiny model, and the plain way to score them: one sequence at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -115,10 +115,7 @@ LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": Tru
         ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
         ([LINE | {"index": "0"}], "line 1: field 'index' must be an integer, got '0'"),
         ([LINE, LINE | {"correct": False}], "line 2: 'a' must answer question 0 of t once, got"),
-        (
-            [LINE | {"score": 8}, LINE | {"index": 1}],
-            "line 2: score all rows of t or none; earlier ones",
-        ),
+        ([LINE | {"score": 8}, LINE | {"index": 1}], "line 2: score all rows of t or none; earlie"),
         ([LINE, LINE | {"adapter": "b", "question": "g"}], "'b' and 'a' differ; use"),
         ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "but 'b' and"),
     ],

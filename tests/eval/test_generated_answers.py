@@ -137,9 +137,7 @@ def test_the_last_answer_of_a_chat_is_the_reference(tmp_path, task):
         ("contains", "I like C++.", "C++", True),
     ],
 )
-def test_words_are_compared_as_squad_does_but_for_signs_of_numbers_and_code(
-    metric, answer, reference, expected
-):
+def test_words_are_compared_as_squad_does_but_for_signs(metric, answer, reference, expected):
     assert is_right(metric, answer, reference) == expected
 
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -9,7 +7,7 @@ import torch
 
 from loraloom.config.data import TaskName
 from loraloom.data.tasks import QuestionSet
-from loraloom.errors import AdapterError, ConfigError, DataError
+from loraloom.errors import ConfigError, DataError
 from loraloom.eval.score import (
     MOE_PEFT_LABELS,
     QuestionScore,
@@ -23,7 +21,6 @@ from loraloom.eval.score import (
 from loraloom.eval.statistics import wilson_interval
 from loraloom.host.host import Host
 from tests.eval.scoring import (
-    limit_rows,
     plain_log_likelihoods,
     question,
     scoring_host,
@@ -111,17 +108,6 @@ def test_batches_stay_within_their_tokens(tiny_tokenizer, monkeypatch):
     assert sorted(place for places in told for place in places) == list(range(12))
 
 
-def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(tiny_tokenizer):
-    host = scoring_host(configs={"lora": METHODS["lora"].model_copy(update={"dropout": 0.5})})
-    quiet = scored(host, tiny_tokenizer, ["lora"])
-    host.train()
-    assert scored(host, tiny_tokenizer, ["lora"]) == quiet
-    assert all(parameter.grad is None for parameter in host.adapters["lora"].parameters())
-    with pytest.raises(AdapterError, match="got 'nobody'"):
-        scored(host, tiny_tokenizer, ["nobody"])
-    assert host.training
-
-
 def test_a_long_context_is_cut_from_the_left(tiny_tokenizer):
     host = scoring_host(max_position_embeddings=16)
     long, short = question("yes no " * 20 + "Answer:", ["no", "yes"]), question("?", ["no", "yes"])
@@ -134,17 +120,6 @@ def test_a_long_context_is_cut_from_the_left(tiny_tokenizer):
     assert scores[0].log_likelihoods[0] == pytest.approx(float(chosen.sum()), abs=1e-8)
     with pytest.raises(DataError, match="toy, question 7: a choice must have 1 to 16 tokens, got"):
         scored(host, tiny_tokenizer, [None], [question("?", ["one " * 30], index=7)])
-
-
-def test_what_does_not_fit_into_memory_is_scored_in_parts(tiny_tokenizer, monkeypatch):
-    host = scoring_host()
-    expected = scored(host, tiny_tokenizer)
-    seen = limit_rows(monkeypatch, 1)
-    assert_equals(scored(host, tiny_tokenizer), expected)
-    assert set(seen) == {1}
-    limit_rows(monkeypatch, 0)
-    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored does not fit"):
-        scored(scoring_host(), tiny_tokenizer)
 
 
 def toy_score(log_likelihoods, gold=0, normalizers=None, group=None):

@@ -1,7 +1,5 @@
 """Adapters' files in other programs' forms: what is written, and what is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

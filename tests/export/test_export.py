@@ -1,7 +1,5 @@
 """Exports are loaded by others, transformers' own classes and gguf's reader, and give the same."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Whatever stands in an adapter's files: it is loaded, or one clear error names file and field."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Tiny base models and adapters with random weights, for tests of formats."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

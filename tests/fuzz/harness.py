@@ -5,8 +5,6 @@ through `survives`. `scripts/fuzz` runs them with thousands of examples; the tes
 each, the same ones each time.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import signal

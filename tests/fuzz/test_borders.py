@@ -1,7 +1,5 @@
 """What comes in is read or refused in one clear message, however it is broken."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Asking an engine without HTTP."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

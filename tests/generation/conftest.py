@@ -1,7 +1,5 @@
 """Hosts and engines that the tests of serving share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A tiny base model and adapters on the disk."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -280,14 +280,6 @@ def test_longrope_ends_where_earlier_keys_change(make_engine, host, tiny_tokeniz
         submit(make_engine(), request(tiny_tokenizer, "one", max_new_tokens=6))
 
 
-def test_a_full_queue_refuses(make_engine, tiny_tokenizer):
-    engine = make_engine(max_waiting=2, max_rows=1)
-    submit(engine, *(request(tiny_tokenizer, "one") for _ in range(3)))
-    with pytest.raises(RequestError, match=r"queue is full \(2 completions"):
-        submit(engine, request(tiny_tokenizer, "one"))
-    finish(engine)
-
-
 def test_an_answer_ends_with_its_turn(make_engine, tiny_tokenizer):
     engine, says = make_engine(), {"logit_bias": {1: 100.0}, "turn_end": "<bos>"}
     requests = [request(tiny_tokenizer, "one", ignore_end=one, **says) for one in (False, True)]
@@ -364,24 +356,6 @@ def test_a_prompt_that_nobody_waits_for_is_scored_no_further(make_engine, tiny_t
     asked.row.is_cancelled = True
     finish(engine)
     assert asked.row.num_scored == engine.tenant("").used == 8
-
-
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_logits_without_a_softmax_are_an_error_that_names_the_model_asked_for(
-    make_engine, host, tiny_tokenizer, monkeypatch, value
-):
-    engine, real = make_engine(), host.prefill
-
-    def broken(*arguments):
-        session = real(*arguments)
-        session.logits[0, 7] = value
-        return session
-
-    monkeypatch.setattr(host, "prefill", broken)
-    lora = replace(request(tiny_tokenizer, "one", "lora"), owner="public")
-    (asked,) = submit(engine, lora)
-    finish(engine)
-    assert "from adapter 'public'" in str(asked.error)
 
 
 def test_routers_choose_in_the_engines_steps_and_are_charged(make_engine, host, tiny_tokenizer):

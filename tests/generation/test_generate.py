@@ -68,16 +68,6 @@ def test_rows_of_a_batch_are_asked_as_their_adapters_were_trained(
     assert tiny_tokenizer.decode(raw[1].prompt_ids) == "yes"
 
 
-def test_a_prompt_may_scale_its_adapter(host, tiny_tokenizer):
-    asked = [
-        Prompt("the sky", adapter) for adapter in ("lora", ("lora", 0.25), ("lora", 0.0), None)
-    ]
-    texts = completed(host, tiny_tokenizer, asked)
-    assert texts == [completed(host, tiny_tokenizer, [prompt])[0] for prompt in asked]
-    assert texts[2] == texts[3]
-    assert len(set(texts)) == 3
-
-
 def test_drawing_leaves_torchs_own_numbers_alone(host, tiny_tokenizer):
     state = torch.random.get_rng_state()
     completed(host, tiny_tokenizer, temperature=1.0)

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from loraloom.config.data import PromptForm
-from loraloom.data.templates import ChatTemplate, given_source, load_template, render
+from loraloom.data.templates import given_source, load_template, render
 from loraloom.data.tokens import learn_completions
 from loraloom.errors import ConfigError, DataError
 from loraloom.generation.prompts import Prompt, encode_prompt, form_for, max_text_bytes
@@ -199,36 +199,6 @@ def test_a_system_message_becomes_a_part_of_the_chat_template(tiny_tokenizer):
     assert written == "(developer) one\n(user) yes?\n"
     written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
     assert written == '(system) two \U0001f600 "{{ }}"\n(user) yes?\n'
-
-
-WITH_TOOLS = (
-    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
-    "{% for m in messages %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}{% endfor %}"
-)
-
-
-def test_a_chat_with_many_calls_is_rendered_twice(tiny_tokenizer, monkeypatch):
-    calls, rendered = [{"type": "function", "function": {"name": "paint"}}], []
-    answers = [{"role": "assistant", "content": "", "tool_calls": calls}] * 10
-    prompt = Prompt((TURNS[0], *answers), tools=calls)
-    render = ChatTemplate.render_with_marks
-
-    def counted(template, conversation, **options):
-        rendered.append(conversation)
-        return render(template, conversation, **options)
-
-    monkeypatch.setattr(ChatTemplate, "render_with_marks", counted)
-    for template, num_more in ((WITH_TOOLS, 1), (WITH_TOOLS, 0)):
-        rendered.clear()
-        tiny_tokenizer.chat_template = template
-        encode_prompt(tiny_tokenizer, prompt)
-        assert len(rendered) == 2 + num_more
-    third = "{{ m.content }}{{ (m.tool_calls or []) | tojson if not loop.index == 3 }}"
-    tiny_tokenizer.chat_template = WITH_TOOLS.replace(
-        "{{ m.content }}{{ (m.tool_calls or []) | tojson }}", third
-    )
-    with pytest.raises(DataError, match="drops the tool_calls of message 3"):
-        encode_prompt(tiny_tokenizer, prompt)
 
 
 def test_a_text_that_fits_no_context_is_refused_before_its_tokens_are_made(tiny_tokenizer):

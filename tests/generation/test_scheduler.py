@@ -1,12 +1,10 @@
 """Who comes next."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 
-from loraloom.generation.request import GenerationRequest, Row, Share
+from loraloom.generation.request import GenerationRequest, Row
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import Scheduler
 from loraloom.host.choice import Choice
@@ -68,15 +66,6 @@ def test_adapters_of_one_customer_drive_nobody_elses_out():
     scheduler.charge(served[1].share, 950)
     assert scheduler.victim(served, served[:1]) is None
     assert scheduler.victim(served, served) in served[1:]
-
-
-def test_who_was_away_has_no_claim_to_what_others_used():
-    scheduler = Scheduler(max_rows=4, max_tokens=1000)
-    queue(scheduler, *(row("busy") for _ in range(5)))
-    for _ in range(3):
-        scheduler.charge(Share("", "busy"), 100)
-    queue(scheduler, *(row("late") for _ in range(4)))
-    assert admitted(scheduler)[:4] == ["busy", "late", "busy", "late"]
 
 
 def test_suspects_are_served_apart():

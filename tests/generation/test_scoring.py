@@ -4,7 +4,7 @@ import torch
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.generation import scoring
-from loraloom.generation.scoring import example_row, label_log_probs, score_rows, token_batches
+from loraloom.generation.scoring import example_row, label_log_probs, score_rows
 from loraloom.host.host import Host
 from tests.eval.scoring import limit_rows
 from tests.tiny import METHODS, tiny_host
@@ -46,16 +46,6 @@ def test_with_longrope_rows_lie_apart_by_their_positions(monkeypatch):
     others = [example_row(one) for one in (Example((5,) * n, (5,) * n, 1) for n in (6, 7))]
     score_rows(host, [(None, row) for row in (*choices, *others)])
     assert sorted(seen) == [(1, 7), (2, 9)]
-
-
-def test_batches_have_like_lengths_and_stay_within_their_tokens():
-    rows = [[example_row(example)] for example in toy_examples(20, longest=30)]
-    lengths = [len(group[0].input_ids) for group in rows]
-    batches = list(token_batches(rows, 64))
-    assert sorted(place for batch in batches for place in batch) == list(range(20))
-    for batch, following in zip(batches, [*batches[1:], []], strict=True):
-        assert len(batch) * max(lengths[place] for place in batch) <= 64
-        assert all(lengths[one] >= lengths[other] for one in batch for other in following)
 
 
 @pytest.mark.parametrize("others", [0, 1])

@@ -1,7 +1,5 @@
 """Two customers who always want more get as much, whatever they ask for and whatever was before."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -16,7 +14,6 @@ from loraloom.generation.request import Event, GenerationRequest, Piece, Request
 from loraloom.generation.runner import PrefixCache
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.tenants import Account, Line
 from loraloom.host.choice import Choice
 from tests.tiny import METHODS
 
@@ -152,16 +149,6 @@ def test_loads_of_all_kinds_get_as_much_in_little_room(host, tiny_tokenizer, see
     load.run(800)
     assert load.engine.counts["preemptions",] > 0
     assert load.share("second") == pytest.approx(0.5, rel=0.1)
-
-
-def test_who_comes_after_an_idle_moment_has_no_claim_to_what_others_had_before():
-    line: Line[Account] = Line()
-    first = Account(used=1_000_000)
-    second = Account()
-    line.join(first)
-    line.leave(first)
-    line.join(second)
-    assert second.used == first.used
 
 
 def test_a_key_that_reads_long_prompts_leaves_time_to_those_who_write(host, tiny_tokenizer):

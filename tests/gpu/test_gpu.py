@@ -1,7 +1,5 @@
 """Rounds and decoding on a GPU against the CPU's, and FFN blocks in float16 against float32."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

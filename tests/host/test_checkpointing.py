@@ -1,7 +1,5 @@
 """Gradient checkpointing: less memory, the same numbers."""
 
-from __future__ import annotations
-
 import weakref
 
 import pytest

@@ -30,19 +30,6 @@ def test_rounded_shares_sum_to_one_in_their_order_each_within_a_hundredth(shares
     assert hundredths[shares.index(max(shares))] == max(hundredths) > 0
 
 
-@pytest.mark.parametrize(
-    ("shares", "rounded"),
-    [
-        ([1 / 3] * 3, [0.34, 0.33, 0.33]),
-        ([0.0656, *[0.0655] * 14, 0.0174], [0.07, *[0.07] * 7, *[0.06] * 7, 0.02]),
-        ([0.999, 0.001], [1.0, 0.0]),
-        ([3.0, 1.0], [0.75, 0.25]),
-    ],
-)
-def test_missing_hundredths_go_to_the_largest_remainders(shares, rounded):
-    assert round_shares(shares) == rounded
-
-
 @pytest.mark.parametrize("num_experts", [6, 15, MAX_MEMBERS])
 def test_the_most_probable_of_many_experts_weighs_most(num_experts):
     host = tiny_host("llama", {"law": LoraConfig(rank=1)}, torch.float32)

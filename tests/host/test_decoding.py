@@ -1,7 +1,5 @@
 """Prefill and decoding: rows of their own lengths come and go, and nobody notices."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Which rows of a batch belong to which adapter."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -9,22 +7,7 @@ import loraloom
 from loraloom.base.families import FAMILIES
 from loraloom.errors import DataError, ModelError
 from loraloom.host import host as host_module
-from loraloom.host.layout import make_layout
-from loraloom.ops.dropout import mix64
 from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids, tiny_model
-
-
-def test_samples_are_spans_of_real_tokens():
-    mask = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]])
-    keys = [mix64(row) for row in range(3)]
-    rows = [(tiny_host().adapters["lora"], 1.0)] * 3
-    (segment,) = make_layout(rows, 3, mask, keys, mask.device).segments
-    first, second, third = segment.spans
-    assert [span.key for span in segment.spans] == keys
-    assert first.tokens == slice(1, 3)
-    assert second.tokens.tolist() == [3, 5]
-    assert third.tokens == slice(6, 6)
-
 
 LENGTHS = [[5, 4], [3, 2, 1]]
 WINDOWED = {

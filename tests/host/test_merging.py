@@ -1,7 +1,5 @@
 """An adapter in the base model's weights: its rows are the base's, and the way back is exact."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
+from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 from torch.autograd import gradcheck
 
@@ -477,41 +478,54 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
         RoutedConfig(**settings)
 
 
-def test_what_cant_be_routed_says_why():
-    whole = changed(LORAS["law"], modules_to_save=["lm_head"])
-    more = METHODS | {"whole": whole, "part": changed(LORAS["law"], target_modules="attention")}
-    host = tiny_host("llama", RANKS | more)
-    for names, router, message in [
+@pytest.mark.parametrize(
+    ("names", "router", "message"),
+    [
         (["dora", "law"], "arrow", "got weight_decomposition; router: prompt accepts others"),
         (["part", "law"], "token", "got some not on layers.0.mlp.gate_proj"),
         (["mixlora", "law"], "token", "supports adapters on single projections"),
         (["whole", "law"], "prompt", "expert 'whole' must be without modules_to_save"),
-    ]:
-        with pytest.raises(AdapterError, match=message):
-            host.add("auto", RoutedConfig(experts={n: n for n in names}, router=router))
+    ],
+)
+def test_experts_that_cant_be_routed_are_refused(names, router, message):
+    whole = changed(LORAS["law"], modules_to_save=["lm_head"])
+    part = changed(LORAS["law"], target_modules="attention")
+    host = tiny_host("llama", RANKS | METHODS | {"whole": whole, "part": part})
+    with pytest.raises(AdapterError, match=message):
+        host.add("auto", RoutedConfig(experts={name: name for name in names}, router=router))
+
+
+def route_to(name):
+    return lambda host: host.add("two", RoutedConfig(experts={"a": name}))
+
+
+def fit_to(prompts, name="auto"):
+    return lambda host: fit_router(host, build_tokenizer(), name, prompts)
+
+
+def ask(name, *mask):
+    return lambda host: host(tiny_ids(1, 1), *mask, adapters=[name])
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (route_to("auto"), AdapterError, "expert a must not be routed itself"),
+        (route_to("law/final"), FormatError, "law/final"),  # no part of one that has none
+        (route_to("auto/x"), AdapterError, r"one of its experts \(law, math, chem\)"),
+        (ask("auto/x"), AdapterError, r"one of its experts \(law, math, chem\)"),
+        (ask("law/x"), AdapterError, r"one of its experts \(none\)"),
+        (ask("auto", torch.ones(1, 3)), AdapterError, "in one forward, without a cache"),
+        (lambda host: host.choose([[5]], ["auto"]), AdapterError, "must be fitted first"),
+        (lambda host: host.choose([[97]], ["auto"]), DataError, "tokens from 0 to 96"),
+        (lambda host: host.add("b", host.adapters["auto"].config), AdapterError, "settings alone"),
+        (fit_to({"law": "arc_easy"}), DataError, "got the text 'arc_easy'"),
+        (fit_to({}, "law"), AdapterError, "requires router: prompt"),
+        (fit_to({}), DataError, r"two or more for each expert .*, got 0 for law"),
+    ],
+)
+def test_what_cant_be_done_with_a_router_says_why(use, error, message):
+    host = tiny_host("llama", RANKS)
     host.add("auto", RoutedConfig(experts=NAMES))
-    with pytest.raises(AdapterError, match="expert a must not be routed itself"):
-        host.add("two", RoutedConfig(experts={"a": "auto"}))
-    with pytest.raises(FormatError, match="law/final"):  # no part of one that has none
-        host.add("two", RoutedConfig(experts={"a": "law/final"}))
-    with pytest.raises(AdapterError, match=r"one of its experts \(law, math, chem\)"):
-        host.add("two", RoutedConfig(experts={"a": "auto/x"}))
-    for row, message in [
-        ("auto/x", r"one of its experts \(law, math, chem\)"),
-        ("law/x", r"one of its experts \(none\)"),
-    ]:
-        with pytest.raises(AdapterError, match=message):
-            host(tiny_ids(1), adapters=[row])
-    for row, message in [([5], "must be fitted first"), ([97], "tokens from 0 to 96")]:
-        with pytest.raises((AdapterError, DataError), match=message):
-            host.choose([row], ["auto"])
-    with pytest.raises(AdapterError, match="settings alone, without weights"):
-        host.add("copy", host.adapters["auto"].config)
-    with pytest.raises(DataError, match="got the text 'arc_easy'"):
-        fit_router(host, build_tokenizer(), "auto", {"law": "arc_easy"})
-    with pytest.raises(AdapterError, match="requires router: prompt"):
-        fit_router(host, build_tokenizer(), "law", {})
-    with pytest.raises(DataError, match=r"two or more for each expert .*, got 0 for law"):
-        fit_router(host, build_tokenizer(), "auto", {})
-    with pytest.raises(AdapterError, match="in one forward, without a cache"):
-        host(tiny_ids(1, 1), torch.ones(1, 3), adapters=["auto"])
+    with pytest.raises(error, match=message):
+        use(host)

@@ -1,7 +1,5 @@
 """Each row of the table of families: computing what PEFT and its own blocks do."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

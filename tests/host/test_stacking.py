@@ -1,10 +1,5 @@
 """Small forwards without gradients: like adapters are computed together, and nobody notices."""
 
-from __future__ import annotations
-
-import weakref
-from collections import Counter
-
 import pytest
 import torch
 
@@ -46,22 +41,6 @@ def stacked(host: Host, ids: torch.Tensor, rows) -> HostOutput:
         return host(ids, None, rows)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
-@pytest.mark.parametrize("length", [1, 5])
-def test_rows_get_what_the_way_with_gradients_gives_them(family, length):
-    host, ids = host_with_pairs(family), tiny_ids(len(ROWS), length)
-    with_gradients = host(ids, None, ROWS)
-    out = stacked(host, ids, ROWS)
-    torch.testing.assert_close(out.logits, with_gradients.logits.detach(), rtol=1e-9, atol=1e-9)
-    assert out.routing.keys() == with_gradients.routing.keys()
-    for name, layers in out.routing.items():
-        for ours, theirs in zip(layers, with_gradients.routing[name], strict=True):
-            assert ours.layer == theirs.layer
-            assert ours.selected_experts.equal(theirs.selected_experts)
-            torch.testing.assert_close(ours.router_logits, theirs.router_logits.detach())
-            torch.testing.assert_close(ours.routing_weights, theirs.routing_weights.detach())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("diverged", ["lora", "mixlora-b", "dora", "mixdora"])
 @pytest.mark.parametrize("family", ["llama", "phi"])
@@ -93,32 +72,6 @@ def test_adapters_of_some_projections_are_stacked_too(method, targets):
     torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_an_adapter_is_brought_into_compute_form_once(monkeypatch):
-    """Whoever decodes beside it, and whoever comes and goes."""
-    host, made = host_with_pairs("llama"), Counter()
-
-    def count(adapter):
-        whole = adapter.ffn_weights
-        monkeypatch.setattr(
-            adapter,
-            "ffn_weights",
-            lambda layer, dtype: (made.update([(adapter.name, layer)]), whole(layer, dtype))[1],
-        )
-
-    names = ("mixlora", "lora-b", "lora", "mixlora-b")
-    for name in names:
-        count(host.adapters[name])
-    session = host.prefill(tiny_ids(1), None, names[:1])
-    for name in names[1:] * 3:
-        session.join(host.prefill(tiny_ids(1), None, [name], session.prepared))
-        host.decode(session, session.logits.argmax(-1))
-    for _ in range(9):
-        session.keep([*range(1, len(session.adapters))])
-        host.decode(session, session.logits.argmax(-1))
-    assert len(made) == 2 * len(names)
-    assert set(made.values()) == {1}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["lora", "mixdora", "hydralora"])
 def test_like_adapters_that_have_no_rows_change_nothing(method):
@@ -131,14 +84,3 @@ def test_like_adapters_that_have_no_rows_change_nothing(method):
         expected = host(ids, None, rows)
         torch.testing.assert_close(out.logits, expected.logits, rtol=1e-9, atol=1e-9)
         assert out.routing.keys() == expected.routing.keys()
-
-
-def test_what_was_made_of_a_forgotten_adapter_is_freed():
-    host = host_with_pairs("llama")
-    session = host.prefill(tiny_ids(3, 1), None, ["lora", "mixlora", "lora-b"])
-    session.keep([0, 1])
-    session.prepared.forget(host.adapters["lora-b"])
-    gone = weakref.ref(host.adapters["lora-b"])
-    host.remove("lora-b")
-    assert gone() is None
-    host.decode(session, session.logits.argmax(-1))

@@ -1,7 +1,5 @@
 """Threads that share a host: changes take turns, and no forward sees half of one."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Random numbers that belong to a sample."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import pytest

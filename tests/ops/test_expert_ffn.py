@@ -1,7 +1,5 @@
 """The FFN block of a mixture: specification and lean twin against a dense loop, in float64."""
 
-from __future__ import annotations
-
 import weakref
 from functools import partial
 
@@ -177,28 +175,6 @@ def test_the_lean_twin_keeps_no_hidden_states_of_slots():
     rank_space = 200 * 4 * 4  # of a slot: gate, up, down and weighted down, of two experts
     more = kept_numbers(grouped_expert_ffn, 3) - kept_numbers(grouped_expert_ffn, 1)
     assert more < 2 * (rank_space + 200 * 3)
-
-
-@pytest.mark.parametrize(
-    ("num_experts", "rank", "num_slots", "dtype", "size"),
-    [
-        (8, 8, 4096, torch.bfloat16, None),  # masks over all experts are as fast
-        (64, 8, 511, torch.bfloat16, None),  # too few slots to gather
-        (32, 8, 512, torch.bfloat16, 8),
-        (64, 16, 4096, torch.bfloat16, 4),
-        (31, 16, 4096, torch.bfloat16, 1),  # a prime number has no groups
-        (4, 128, 4096, torch.bfloat16, 1),
-        (8, 8, 4096, torch.float32, 1),  # every column costs
-        (64, 8, 4096, torch.float32, 2),  # 64 rows of an expert
-        (64, 8, 512, torch.float32, 8),
-        (8, 8, 511, torch.float32, None),
-        (1, 8, 4096, torch.float32, None),
-    ],
-)
-def test_groups_have_few_columns(num_experts, rank, num_slots, dtype, size):
-    experts = torch.zeros(1, num_slots, dtype=torch.long)
-    assert slot_pieces.group_size(experts, num_experts, rank, dtype) == size
-    assert slot_pieces.group_size(experts.to("meta"), num_experts, rank, dtype) is None
 
 
 @both

@@ -1,7 +1,5 @@
 """Low-rank updates of a linear layer, in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

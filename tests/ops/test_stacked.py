@@ -1,7 +1,5 @@
 """Like adapters' FFN blocks in one batched pass, against each alone in a dense loop, in float64."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import pytest

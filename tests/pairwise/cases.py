@@ -1,7 +1,5 @@
 """Cases in which every two values of any two settings meet at least once."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations

@@ -5,8 +5,6 @@ against those of the same job trained alone, unbroken, in whole batches without 
 checkpointing; the texts of all adapters, decoded in one batch, against a loop without a cache.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

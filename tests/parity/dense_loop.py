@@ -7,8 +7,6 @@ blocks. Every weight is materialised as `W + s·B·A`; experts are called one to
 shares no arithmetic with loraloom, only the names of tensors and, in training, the random masks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """PEFT's own model of an adapter of ours."""
 
-from __future__ import annotations
-
 import re
 
 import peft

@@ -1,7 +1,5 @@
 """LoRA and DoRA are PEFT's, with the same weights: logits and gradients."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

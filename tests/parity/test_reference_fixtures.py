@@ -3,8 +3,6 @@
 They are not in the repository: LORALOOM_SHARED names the folder that has `fixtures`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Losses, metrics and gradients against trl's own code on the same logits, in float32."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """PEFT's files with every way of choosing modules, ranks and alphas: read, computed, written."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """loraloom's methods under PEFT's API: what a PeftModel does is what a host does."""
 
-from __future__ import annotations
-
 import pickle
 import threading
 

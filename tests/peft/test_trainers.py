@@ -1,7 +1,5 @@
 """Trainer and trl train what loraloom trains: a PEFT model, or a host's view of an adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A page in Chromium, where the machine has one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A run and its evaluation as files, made up: no model is needed."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """Counts of where tokens go, and what they say about a router."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

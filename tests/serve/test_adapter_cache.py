@@ -18,7 +18,6 @@ from loraloom.generation.engine import Engine
 from loraloom.generation.request import RequestError
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.host.host import Host
-from loraloom.serve import adapter_cache as adapters_module
 from loraloom.serve.adapter_cache import ServedAdapters
 from loraloom.serve.http.exchange import Backend
 from tests.tiny import METHODS, tiny_host
@@ -392,24 +391,6 @@ async def test_the_ways_to_upgrade_an_adapter_work(host, saved, tmp_path):
     assert await is_dora()
     tiny_host().save("lora", served / "up", overwrite=True)
     assert not await is_dora()
-
-
-@in_loop
-async def test_files_are_looked_at_in_threads(host, saved, monkeypatch):
-    for name in ("files_of", "find_files", "names_below", "digest_of"):
-        real = getattr(adapters_module, name)
-
-        def look(*arguments, real=real):
-            assert asyncio._get_running_loop() is None  # which all others would wait for
-            return real(*arguments)
-
-        monkeypatch.setattr(adapters_module, name, look)
-    adapters = ServedAdapters(host, "base", saved)
-    await adapters.load("named", str(saved / "dora"))
-    for name in ("lora", "lora", "named"):
-        async with using(adapters, name):
-            assert name in await adapters.names()
-    await adapters.unload("named")
 
 
 @in_loop

@@ -1,7 +1,5 @@
 """Running engines in tests: a matrix of jobs, to the end, to a Ctrl-C, and on from there."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

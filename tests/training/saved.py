@@ -1,7 +1,5 @@
 """A run file for a tiny model and tiny data on the disk."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

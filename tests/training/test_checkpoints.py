@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -160,18 +158,6 @@ def test_a_job_that_joins_replaces_no_adapter_unasked(tmp_path, file):
     assert (tmp_path / "a" / file).read_text() == "mine"
     directory.prepare_job("a", overwrite=True)
     assert not (tmp_path / "a" / file).exists()
-
-
-def test_links_in_the_way_are_deleted_and_what_they_point_to_stays(tmp_path):
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "a.txt").write_text("")
-    (tmp_path / "out/a").mkdir(parents=True)
-    (tmp_path / "out/a/checkpoints").symlink_to(mine)
-    (tmp_path / "out/a/metrics.jsonl").symlink_to(mine / "a.txt")
-    RunDirectory(tmp_path / "out").prepare(["a"])
-    assert list((tmp_path / "out/a").iterdir()) == []
-    assert (mine / "a.txt").exists()
 
 
 def test_the_lock_is_held_until_what_it_is_in_is_gone(tmp_path, monkeypatch):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -290,16 +288,6 @@ def test_a_loaded_state_goes_on_as_if_unbroken(tmp_path, monkeypatch):
     assert again.step == 3
 
 
-def test_a_state_of_an_older_version_is_loaded(tmp_path, monkeypatch):
-    client = new_client()
-    settings = client._settings()
-    del settings["optimizer"]["router_lr_ratio"], settings["adapter"]["alpha_pattern"]
-    with monkeypatch.context() as patch:
-        patch.setattr(client, "_settings", lambda: settings)
-        client.save_state(tmp_path)
-    client.load_state(tmp_path)
-
-
 def test_a_state_that_is_of_something_else_is_one_error(tmp_path):
     client = new_client()
     client.save_state(tmp_path)
@@ -311,17 +299,6 @@ def test_a_state_that_is_of_something_else_is_one_error(tmp_path):
             other.load_state(tmp_path)
     with pytest.raises(ConfigError, match="must contain a client's saved state: no checkpoint"):
         client.load_state(tmp_path / "gone")
-
-
-def test_saved_files_are_an_adapter_and_a_closed_client_leaves_the_host(tmp_path):
-    client = new_client()
-    client.save(tmp_path / "adapter")
-    host = client.host
-    client.close()
-    assert host.adapters == {}
-    host.load("a", tmp_path / "adapter")
-    client.close()
-    assert list(host.adapters) == ["a"]
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A fault of one job ends that job; the others end with the weights that they would have had."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

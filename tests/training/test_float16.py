@@ -1,7 +1,5 @@
 """Jobs on a base model in float16: each scales its own loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,13 +1,9 @@
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 
-from loraloom.adapters import MixLoraConfig
 from loraloom.errors import TrainingError
-from loraloom.training.job import WINDOW_STEPS, CollapseWatch
 from loraloom.training.step.batch import MicroBatchLoss
 from tests.training.toy import ADAPTERS, add_job, toy_config, toy_host, weights_of
 
@@ -58,22 +54,6 @@ def test_a_step_is_made_after_the_last_micro_batch():
     assert all(parameter.grad is None for parameter in job.learner.parameters.values())
 
 
-def test_weights_are_proven_by_a_finite_loss():
-    job = with_gradient(new_job(batch_size=4, micro_batch_size=2), 1.0)
-    first = weights_of(job)
-    for _ in range(2):
-        job.accept(job.micro_batch(), MicroBatchLoss(1.0))
-    second = weights_of(job)
-    restored = new_job(batch_size=4, micro_batch_size=2)
-    restored.load_state_dict(job.state_dict())
-    restored.restore_proven_weights()
-    assert restored.position.step == 0
-    assert all(torch.equal(p, first[name]) for name, p in restored.learner.parameters.items())
-    job.accept(job.micro_batch(), MicroBatchLoss(1.0))
-    job.restore_proven_weights()
-    assert all(torch.equal(p, second[name]) for name, p in job.learner.parameters.items())
-
-
 @pytest.mark.parametrize(
     ("metrics", "is_kept"),
     [
@@ -96,26 +76,3 @@ def test_weights_are_proven_by_an_evaluation(metrics, is_kept):
     assert job.position.evaluated_step == (1 if is_kept else -1)
     kept = second if is_kept else first
     assert all(torch.equal(p, kept[name]) for name, p in job.learner.parameters.items())
-
-
-CONFIG = MixLoraConfig(num_experts=4, top_k=1)
-EVEN = {(0, None): [100] * 4, (3, None): [100] * 4}
-COLLAPSED = {(0, None): [100] * 4, (3, None): [398, 2, 0, 0]}
-
-
-def take(watch: CollapseWatch, counts, steps: int, first: int = 1) -> list[str]:
-    return [w for step in range(first, first + steps) for w in watch.take(step, counts, CONFIG)]
-
-
-def test_a_collapse_is_told_once_after_a_window():
-    watch = CollapseWatch()
-    assert take(watch, COLLAPSED, WINDOW_STEPS - 1) == []
-    unused, collapsed = take(watch, COLLAPSED, 1, WINDOW_STEPS)
-    assert unused.startswith(f"steps 1 to {WINDOW_STEPS}: 2 of 8 experts are almost unused")
-    assert "layer 3 (experts 2, 3)" in unused
-    assert "layer 3 (1.0 of 4)" in collapsed
-    assert collapsed.endswith("_coef, set router_loss_scope: per_layer, or lower learning_rate")
-    by_layer = CONFIG.model_copy(update={"router_loss_scope": "per_layer"})
-    assert by_layer.collapse_advice == "raise router_aux_loss_coef or lower learning_rate"
-    assert take(watch, COLLAPSED, 4 * WINDOW_STEPS, WINDOW_STEPS + 1) == []
-    assert list(watch.warnings.values()) == [unused, collapsed]

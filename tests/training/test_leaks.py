@@ -1,7 +1,5 @@
 """What runs and evaluations leave in memory: nothing."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 import weakref

@@ -1,7 +1,5 @@
 """Two processes that train together, started once; what they found is judged here."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs on quantized bases from the command line: trained, saved, loaded, evaluated, decoded."""
 
-from __future__ import annotations
-
 import json
 import warnings
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections import Counter
 from types import SimpleNamespace
 
@@ -152,15 +150,6 @@ def test_a_step_is_parted_before_the_system_kills_the_process(small_machine, che
     ]
     alone = [one_step(config, runner=RoundRunner(host, PAD_ID))[0] for config in configs[:1]]
     assert losses[0].loss == pytest.approx(alone[0][0].loss)
-
-
-def test_the_forward_that_learns_is_watched_after_that_of_a_reference(monkeypatch):
-    host, learns = toy_host(), []
-    job = add_job(host, toy_config("a", objective={"name": "dpo"}))
-    free = lambda _: learns.append(torch.is_grad_enabled()) or 10**9  # noqa: E731
-    monkeypatch.setattr(rounds, "free_bytes", free)
-    RoundRunner(host, PAD_ID).run([job.micro_batch()])
-    assert learns == [True] * len(host.model.model.layers)
 
 
 LIMIT = 80

@@ -1,7 +1,5 @@
 """Jobs that learn from streams: they go on where they were, and refuse other data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,11 +1,6 @@
-from __future__ import annotations
-
 import csv
 import json
 import shutil
-import threading
-from contextlib import suppress
-from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -16,15 +11,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraloom.errors import ConfigError
 from loraloom.training.engine import Engine
-from loraloom.training.job import Job
-from loraloom.training.reporting import Progress
 from loraloom.training.run import train
 from loraloom.training.run_directory import RunDirectory
 from loraloom.training.settings import RunConfig
-from loraloom.training.sweep import Sweep, rank_jobs, show_ranking
+from loraloom.training.sweep import rank_jobs, show_ranking
 from tests.training.running import Spoken, assert_same_files, assert_same_metrics, pressing
 from tests.training.saved import run_settings
-from tests.training.toy import read_result, toy_engine
+from tests.training.toy import read_result
 
 RATES = [1e-5, 3e-2, 1e-3, 1e-2, 1e-4, 3e-3]
 
@@ -104,52 +97,6 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path):
     names = [trial.name for trial in sweep_run(inputs, tmp_path).trials]
     assert_same_files(tmp_path, halved, names)
     assert_same_metrics(tmp_path, halved, names)
-
-
-@pytest.fixture
-def sharing(inputs, tmp_path):
-    """Two workers' sweeps, which train nothing."""
-    run = sweep_run(inputs, tmp_path, **{**TPE, "search": {"tpe": 11, "seed": 2**32 - 1}})
-    directory = RunDirectory(tmp_path, by_job=True)
-    directory.checkpoints.directory.mkdir()
-    engine = toy_engine(tmp_path, [])
-    return [Sweep(run, engine, directory, Progress(), None, (number, 2)) for number in range(2)]
-
-
-def test_a_job_whose_worker_was_killed_as_it_asked_is_taken_up(sharing):
-    study = sharing[0]._study
-    study.ask()
-    trial = sharing[1]._take()
-    assert (trial.number, trial.user_attrs["worker"]) == (0, 1)
-    assert trial.params.keys() == TPE["parameters"].keys()
-    assert sharing[0]._take().number == 1
-    for sweep, num_steps in zip(sharing, (9, 3), strict=True):
-        sweep._prepare(Mock(Job, total_steps=num_steps))
-    assert study.user_attrs["longest"] == 9  # of all jobs, those that have ended included
-
-
-def test_workers_take_no_more_jobs_than_there_are(sharing, monkeypatch):
-    ask, started, both = optuna.Study.ask, [], threading.Barrier(2)
-
-    def ask_together(study, *args):
-        with suppress(threading.BrokenBarrierError):  # one alone has asked
-            both.wait(timeout=0.1)
-        return ask(study, *args)
-
-    def start(sweep, trial, name):
-        started.append(trial.number)
-        sweep.engine.jobs[name] = None
-
-    monkeypatch.setattr(optuna.Study, "ask", ask_together)
-    monkeypatch.setattr(Sweep, "_start", start)
-    for sweep in sharing:
-        monkeypatch.setattr(type(sweep._sweep), "num_concurrent", 99)
-    threads = [threading.Thread(target=sweep._fill) for sweep in sharing]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(started) == [*range(11)]
 
 
 def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):

@@ -8,7 +8,7 @@ from loraloom.adapters import LoraConfig
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError
 from loraloom.training.settings import JobConfig, RunConfig, SftConfig, load_run_config
-from loraloom.training.sweep_settings import SweepConfig, SweepStoppingConfig, parameter_value
+from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
 RATES = [1e-4, 3e-4]
 TEMPLATE = {
@@ -113,15 +113,6 @@ def test_tpe_begins_with_ten_random_jobs_that_are_known_beforehand():
     later = config.trial(29, config.sweep.combinations()[0] | {"seed": "2"})
     assert later.name.startswith("sweep-029-")
     assert later.seed == 2
-
-
-def test_rungs_are_powers_below_the_last_step():
-    def rungs(total_steps, **stopping):
-        return SweepStoppingConfig.model_validate(stopping).rungs(total_steps)
-
-    assert rungs(40, asha={"min_steps": 4, "reduction_factor": 3}) == [4, 12, 36]
-    assert rungs(36, hyperband={"min_steps": 4, "reduction_factor": 3}) == [4, 12]
-    assert rungs(36, median={}) == []
 
 
 def test_every_fault_of_the_values_is_told(tmp_path):

@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import contextvars
-import json
 import os
 import runpy
 import sys
@@ -14,7 +11,7 @@ import pytest
 from loraloom.training import reporting
 from loraloom.training import settings as training_settings
 from loraloom.training.engine import Engine
-from loraloom.training.reporting import MetricsFile, open_tracker
+from loraloom.training.reporting import open_tracker
 from tests.training.running import Spoken
 from tests.training.toy import toy_config, toy_engine, toy_set
 
@@ -122,11 +119,6 @@ def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(fakes, tmp_path, 
     assert warning.startswith("warning: job a: trackio cannot log metrics: no route to the host")
 
 
-def read_curve(path, name):
-    lines = map(json.loads, filter(None, path.read_text().splitlines()))
-    return [(line["step"], line[name]) for line in lines if name in line]
-
-
 def test_a_package_brings_a_tracker(tmp_path, monkeypatch):
     (tmp_path / "notes.py").write_text(
         "class Notes(list):\n"
@@ -152,18 +144,6 @@ def test_a_package_brings_a_tracker(tmp_path, monkeypatch):
     assert settings.model_validate(run).trackers == ("notes",)
     with pytest.raises(ValueError, match="'wandb' or 'notes'"):
         settings.model_validate({**run, "trackers": ["note"]})
-
-
-def test_a_line_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "a/metrics.jsonl"
-    tracker = MetricsFile(path)
-    tracker.log({"step": 1, "loss": 0.5})
-    with path.open("a") as file:
-        file.write('{"step": 2, "lo')
-    tracker.log({"step": 3, "eval/loss": 0.5})
-    tracker.log({"step": 3, "loss": 1.5})
-    assert read_curve(path, "loss") == [(1, 0.5), (3, 1.5)]
-    assert read_curve(path, "eval/loss") == [(3, 0.5)]
 
 
 def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Training on a Ray cluster that is played, and on one of this machine."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys
@@ -9,7 +7,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 
@@ -187,16 +184,6 @@ def test_a_fault_is_one_message_before_anything_is_loaded(
     assert cli.main(["train", str(run_file), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_auto_in_the_environment_is_the_cluster_of_this_machine_too(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    services = SimpleNamespace(canonicalize_bootstrap_address=Mock(side_effect=ConnectionError))
-    init = Mock(side_effect=Exception("timed out"))
-    ray = SimpleNamespace(init=init, _private=SimpleNamespace(services=services))
-    with pytest.raises(ConfigError, match="can be reached, got 'local': timed out"):
-        workers._connect(ray, "auto")
-    assert ray.init.call_args.args == ("local",)
 
 
 def test_without_ray_the_message_names_the_extra(run_file, capsys, monkeypatch):

@@ -1,7 +1,5 @@
 """Tiny jobs on a tiny model: data that can be learnt, and engines that are set up in one call."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ranks in processes of their own, as torchrun would start them."""
 
-from __future__ import annotations
-
 import gc
 import json
 import multiprocessing

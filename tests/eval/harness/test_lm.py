@@ -1,7 +1,5 @@
 """Answers of HostLM: those of a plain loop, and of lm-eval's own class for transformers models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lm_eval
@@ -210,11 +208,3 @@ def test_a_template_in_an_adapters_files_is_no_file_of_this_machine(
 def test_what_can_not_be_is_an_error(host, tiny_tokenizer, ask, error, message):
     with pytest.raises(error, match=message):
         log_likelihoods(ask(host, tiny_tokenizer))
-
-
-def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
-    host = scoring_host(configs={"lora": METHODS["lora"]})
-    for parameter in host.adapters["lora"].parameters():
-        parameter.data.fill_(torch.nan)
-    with pytest.raises(AdapterError, match="got nan from adapter 'lora'"):
-        log_likelihoods(HostLM(host, tiny_tokenizer, "lora"))

@@ -1,7 +1,5 @@
 """Local tasks of every kind that lm-eval asks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

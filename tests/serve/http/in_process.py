@@ -1,7 +1,5 @@
 """A server in a thread of the test's own process."""
 
-from __future__ import annotations
-
 import copy
 import threading
 import time

@@ -1,7 +1,5 @@
 """Two servers behind nginx, with the files of docs/deployment.md."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,13 +1,10 @@
 """What the official client asks, and gets."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re
 import shutil
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -19,9 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loraloom import Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router, generate
 from loraloom.adapters.weighted_sum import WeightedSum
 from loraloom.errors import shown
-from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.http import exchange
-from loraloom.serve.http.exchange import Backend
 from tests.serve.http.in_process import BASE, serving
 from tests.tiny import METHODS
 
@@ -80,13 +75,6 @@ def test_an_adapter_is_asked_as_its_training_data_asked(client, host, tokenizer,
     assert chat(client).choices[0].message.content == text
     chunks = chat(client, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
-
-
-def test_a_tokenizer_is_not_changed_while_threads_share_it(tokenizer):
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    engine = SimpleNamespace(limits=EngineLimits(), max_length=8)
-    Backend.__post_init__(SimpleNamespace(tokenizer=tokenizer, engine=engine))  # pyright: ignore
-    assert tokenizer.backend_tokenizer.truncation is None
 
 
 def test_a_stream_is_the_same_text_in_pieces(client, host, tokenizer):
@@ -232,12 +220,6 @@ def test_offsets_are_where_tokens_begin_in_the_text(client):
         assert all(text.startswith(token, place) for text, token, place in held)
 
 
-def test_echo_without_logprobs_is_the_text_alone(client):
-    answer = client.completions.create(model="lora", prompt="the sky", max_tokens=2, echo=True, n=2)
-    assert [one.text.startswith("the sky") for one in answer.choices] == [True, True]
-    assert answer.choices[0].logprobs is None
-
-
 def test_the_base_model_has_the_names_that_it_is_served_by(host, tokenizer, saved, tmp_path):
     shutil.copytree(saved / "lazy-lora", tmp_path / "second")
     with (
@@ -288,18 +270,6 @@ def test_metrics_forget_adapters_that_are_gone(client, served, saved):
         time.sleep(0.01)
     assert 'loraloom_requests_total{model="lora"' in text
     assert served[1].counts["requests", "gone", "cancelled"] == 0
-
-
-def test_adapters_come_and_go(client, saved):
-    load = {"lora_name": "late", "lora_path": str(saved / "lazy-lora")}
-    client.post("/load_lora_adapter", body=load, cast_to=str)
-    with pytest.raises(openai.BadRequestError, match="the name 'late' is taken"):
-        client.post("/load_lora_adapter", body=load, cast_to=str)
-    late, eager = chat(client, "late"), chat(client, "lora")
-    assert late.choices[0].message.content == eager.choices[0].message.content
-    client.post("/unload_lora_adapter", body={"lora_name": "late"}, cast_to=str)
-    with pytest.raises(openai.NotFoundError, match="'late' does not exist"):
-        chat(client, "late")
 
 
 def test_an_answer_keeps_to_a_json_schema(client):

@@ -1,7 +1,5 @@
 """What clients do wrong, by mistake or on purpose, and what the server makes of it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -4,8 +4,6 @@ pip download --no-deps vllm==0.33.0; unzip vllm-0.33.0-*.whl 'vllm/*.py' -d sour
 LORALOOM_VLLM_SOURCE=source pytest tests/serve/vllm/test_contract.py
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import tomllib

@@ -1,7 +1,5 @@
 """Adapters as LoRAs for vLLM, and FFN blocks that compute them, against our own layers."""
 
-from __future__ import annotations
-
 import shutil
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """What `loraloom serve --engine vllm` hands on, and vLLM itself where a Python has both."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

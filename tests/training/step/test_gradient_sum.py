@@ -1,7 +1,5 @@
 """One of two ranks that do the same: every sum is twice what it was."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

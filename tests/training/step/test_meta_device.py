@@ -4,8 +4,6 @@ Its tensors have no data: to join them with the CPU's fails, and so does reading
 What a round may read, once, is answered here; so are transformers' own looks at a mask.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils

@@ -1,6 +1,6 @@
 """Pictures of a page for the documentation: two widths, light and dark.
 
-python -m tests.report.screenshots runs/arc/report.html --output docs/images
+python -m scripts.screenshots runs/arc/report.html --output docs/images
 """
 
 from __future__ import annotations
