@@ -231,8 +231,8 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
     """Tell by the tensors which projections are adapted, where files leave some out."""
     # PEFT chooses them by patterns, layers and exclusions, and saves just those.
     targets = files.config.get("target_modules")
-    layers = files.config.get("layers_to_transform") or []
-    if isinstance(layers, int):
+    layers = files.config.get("layers_to_transform", [])
+    if isinstance(layers, int):  # which may be 0
         layers = [layers]
     has_names = not isinstance(targets, str) and not any("." in str(n) for n in targets or ())
     if has_names and not layers and not files.config.get("exclude_modules"):

@@ -140,6 +140,14 @@ class _Block:
     def by_name(self, tensors: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(self.names, tensors, strict=True))
 
+    @property
+    def output_names(self) -> list[str]:
+        return [name for name in self.names if name.startswith("output")]
+
+    def scale(self, values: Tensor) -> Tensor:
+        """Divide what dropout kept by the probability to be kept."""
+        return values if self.dropout_scale == 1 else values * self.dropout_scale
+
     def projections(self, tensors: Mapping[str, Any]) -> list[_Projection]:
         return [
             _Projection(
@@ -218,12 +226,11 @@ class _LeanFfn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block, *inputs):
+        # Segments are views of one tensor: with its version counter, each one's update would
+        # invalidate what the others have saved.
         tensors = block.by_name(inputs)
-        for name in tensors:
-            # Segments are views of one tensor: with its version counter, each one's update would
-            # invalidate what the others have saved.
-            if name.startswith("output"):
-                tensors[name] = tensors[name].data
+        for name in block.output_names:
+            tensors[name] = tensors[name].data
         slots = block.slots
         projections = block.projections(tensors)
         keep_slots = block.keep_slots(tensors)
@@ -242,10 +249,8 @@ class _LeanFfn(torch.autograd.Function):
             states = block.gating(*(row.value for row in rows))
             weight = None if slot_weights is None else piece.take_slots(slot_weights)
             if down_A is not None and piece.columns is not None:
-                down_rank = piece.drop(states, keep_slots) @ piece.of_experts(down_A).T
-                down_rank = piece.keep_rank(down_rank)
-                if block.dropout_scale != 1:
-                    down_rank = down_rank * block.dropout_scale
+                dropped = piece.drop(states, keep_slots)
+                down_rank = block.scale(piece.keep_rank(dropped @ piece.of_experts(down_A).T))
                 piece.add_rank(unweighted, down_rank)
                 if weight is not None:
                     piece.add_rank(weighted, down_rank * weight)
@@ -339,8 +344,7 @@ class _Backward:
             upstream = upstream.mul_(weight) if piece.owns_rows else upstream * weight
         if not is_adapted:
             return upstream
-        if self._block.dropout_scale != 1:
-            grad_rank = grad_rank * self._block.dropout_scale
+        grad_rank = self._block.scale(grad_rank)
         dropped = piece.drop(states, self._keep_slots)
         down_A = piece.of_experts(self._down_A)
         add_product_over_tokens_(piece.of_experts(self._grad_down_A), grad_rank, dropped)

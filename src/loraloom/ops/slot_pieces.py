@@ -43,7 +43,7 @@ class Piece:
 
     rows: Any  # their tokens, a slice; [t] where they are gathered
     slots: Any  # theirs, one or [t]
-    place: slice  # among the rows of all slots, [K·T, ...]
+    slot_rows: slice  # among the rows of all slots, [K·T, ...]
     experts: Tensor  # of each, [t]; -1 for the base's own output
     columns: Any  # a slice, those of their experts among all, S; None without an expert
     rank: int
@@ -105,7 +105,7 @@ class Piece:
     @property
     def _rank_rows(self) -> slice:
         """Rows of rank space: [T, S], all slots' in one, or [K·T, W] where they are gathered."""
-        return self.place if self.owns_rows else self.rows
+        return self.slot_rows if self.owns_rows else self.rows
 
     def take_rank(self, values: Tensor) -> Tensor:
         """Rank-space rows, with zeros outside of their expert's columns."""
@@ -127,7 +127,7 @@ class Piece:
 
     def take_slots(self, values: Tensor) -> Tensor:
         """See the piece's rows of [K·T, ...]."""
-        return values[self.place]
+        return values[self.slot_rows]
 
     def of_experts(self, weights: Tensor) -> Tensor:
         """See the rows of [S, N] that belong to the piece's experts."""
@@ -195,11 +195,11 @@ def sorted_pieces(
     row_experts = flat[order].split(lengths)
     pieces, start = [], 0
     for number, group in enumerate(group_of_piece):
-        place = slice(start, start + lengths[number])
+        slot_rows = slice(start, start + lengths[number])
         columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
-        piece = Piece(rows[number], slots[number], place, row_experts[number], columns, rank)
+        piece = Piece(rows[number], slots[number], slot_rows, row_experts[number], columns, rank)
         pieces.append(piece)
-        start = place.stop
+        start = slot_rows.stop
     return order, pieces
 
 
@@ -216,7 +216,7 @@ def masked_pieces(
             yield Piece(
                 rows=rows,
                 slots=slot,
-                place=slice(first + rows.start, first + rows.stop),
+                slot_rows=slice(first + rows.start, first + rows.stop),
                 experts=experts[slot, rows],
                 columns=slice(0, num_columns),
                 rank=rank,
