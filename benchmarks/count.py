@@ -29,7 +29,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from benchmarks.cases import (
@@ -148,22 +148,6 @@ class Count:
             extended(self.peak_bytes, more.peak_bytes),
             {card: extended(self.seconds[card], more.seconds[card]) for card in self.seconds},
         )
-
-
-@register_flop_formula(torch.ops.loraloom.expert_hidden)
-def _hidden_flops(gate, up, low_rank, experts, weights, gate_B, up_B, *_, **__):
-    return _slot_flops(gate, experts, gate_B, up_B)
-
-
-@register_flop_formula(torch.ops.loraloom.expert_hidden_backward)
-def _hidden_backward_flops(grad, grad_rank, down_A, gate, up, low_rank, experts, *others, **_):
-    return _slot_flops(gate, experts, down_A, others[1], others[2])
-
-
-def _slot_flops(rows: Any, experts: Any, *weights: Any) -> int:
-    """Products of each slot's rows of rank space with weights, by shapes; None for no weight."""
-    num_slots = 1 if experts is None else experts[0]
-    return 2 * num_slots * rows[0] * sum(w[0] * w[1] for w in weights if w is not None)
 
 
 def count_step(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:

@@ -110,16 +110,17 @@ class Ranks(ABC):
         if self.size == 1 or self._is_apart:
             yield from map(compute, items)
             return
-        own = items if self.in_lockstep else items[self.rank :: self.size]
+        share = items if self.in_lockstep else items[self.rank :: self.size]
         with self.together():
             self._is_apart = True
             try:
-                results = [compute(item) for item in own]
+                results = [compute(item) for item in share]
             finally:
                 self._is_apart = False
-        parts = [iter(part) for part in self.gather(results)]
-        for place in range(len(items)):
-            yield next(parts[0 if self.in_lockstep else place % self.size])
+        by_rank = [iter(sent) for sent in self.gather(results)]
+        for number in range(len(items)):
+            rank = 0 if self.in_lockstep else number % self.size
+            yield next(by_rank[rank])
 
     def keep_at_first(self, parameters: Iterable[Parameter]) -> None:
         """Drop gradients that all ranks have, except on the first: they count once."""
@@ -165,16 +166,16 @@ class ProcessRanks(Ranks):
         # torch's own gather of objects unpickles whatever comes
         file = io.BytesIO()
         torch.save(value, file)
-        own = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+        sent = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         with self._reaching_others():
-            dist.all_gather(lengths, torch.tensor([len(own)]), group=self._group)
-            padded = torch.cat([own, own.new_zeros(int(max(lengths)) - len(own))])
-            parts = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(parts, padded, group=self._group)
+            dist.all_gather(lengths, torch.tensor([len(sent)]), group=self._group)
+            padded = torch.cat([sent, sent.new_zeros(int(max(lengths)) - len(sent))])
+            received = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(received, padded, group=self._group)
         return [
-            torch.load(io.BytesIO(part[: int(length)].numpy().tobytes()), weights_only=True)
-            for part, length in zip(parts, lengths, strict=True)
+            torch.load(io.BytesIO(data[: int(length)].numpy().tobytes()), weights_only=True)
+            for data, length in zip(received, lengths, strict=True)
         ]
 
     @contextmanager

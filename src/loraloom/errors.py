@@ -31,14 +31,17 @@ def shown(value: object) -> str:
 
 def plain(text: str) -> str:
     """Escape characters that can't be printed (controls, lone surrogates), but not line ends."""
-    kept = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    return text if text.isprintable() else "".join(kept)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def names_in(names: Sequence[str], limit: int = 3) -> str:
     """Join the first few names, and count the rest."""
     first = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in names[:limit])
-    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
+    if len(names) <= limit:
+        return first
+    return f"{first} and {len(names) - limit} more"
 
 
 class LoraloomError(Exception):
@@ -74,11 +77,12 @@ class TrainingError(LoraloomError):
 
 
 def not_finite(
-    what: str, value: object, adapters: Iterable[str | None], place: str = ""
+    name: str, value: object, adapters: Iterable[str | None], location: str = ""
 ) -> AdapterError:
     """Make the error of numbers that are not finite, of adapters or the base model (None)."""
     owners = ", ".join("the base model" if a is None else f"adapter {a!r}" for a in adapters)
+    source = f"{owners} {location}".strip()
     return AdapterError(
-        f"{what} must be finite, got {value} from {' '.join(filter(None, (owners, place)))}; the "
+        f"{name} must be finite, got {value} from {source}; the "
         "weights have diverged, or exceed the range of float16 (use bfloat16)"
     )

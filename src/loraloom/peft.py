@@ -92,8 +92,9 @@ class LoraloomConfig(PeftConfig):
         return cls(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {"adapter": self.adapter.model_dump(mode="json"), "seed": self.seed}
-        return {"peft_type": _TYPE} | {name: getattr(self, name) for name in _FIELDS} | own
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        adapter = self.adapter.model_dump(mode="json")
+        return {"peft_type": _TYPE, **fields, "adapter": adapter, "seed": self.seed}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write adapter_config.json in the method's layout."""
@@ -115,8 +116,8 @@ def _shared_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(fields: dict[str, Any], tensors: dict[str, Tensor], source: str) -> AdapterFiles:
-    known = {name: value for name, value in fields.items() if value is not None}
-    return AdapterFiles(known, tensors, source=source)
+    config = {name: value for name, value in fields.items() if value is not None}
+    return AdapterFiles(config, tensors, source=source)
 
 
 class HostedAdapters(nn.Module, BaseTunerLayer):
@@ -180,8 +181,11 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
             adapter = registry.register(registry.build(name, config.adapter, seed))
         else:
             adapter = self.host.add(name, config.adapter, seed)
-        parameters = adapter.named_parameters()
-        self.loraloom.frozen[name] = {own for own, one in parameters if not one.requires_grad}
+        self.loraloom.frozen[name] = {
+            parameter_name
+            for parameter_name, parameter in adapter.named_parameters()
+            if not parameter.requires_grad
+        }
         self.set_requires_grad(name, name in self.active_adapters and not config.inference_mode)
         self.loraloom.adapters[name] = adapter
         if not config.is_from_file:
@@ -204,7 +208,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
             return
         names = [None if name == "__base__" else name for name in adapter_names]
         inputs = (*args[:1], *map(kwargs.get, ("input_ids", "inputs", "inputs_embeds")), names)
-        rows = next(one for one in inputs if one is not None)
+        rows = next(values for values in inputs if values is not None)
         if len(names) != len(rows):
             raise AdapterError(f"adapter_names must have one per row ({len(rows)}), got {names}")
         with self.host.outer_forward.of_rows(self._rows(names)):
@@ -238,8 +242,9 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for own, parameter in self.host.adapter(name).named_parameters():
-                parameter.requires_grad_(requires_grad and own not in self.loraloom.frozen[name])
+            frozen = self.loraloom.frozen[name]
+            for parameter_name, parameter in self.host.adapter(name).named_parameters():
+                parameter.requires_grad_(requires_grad and parameter_name not in frozen)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.loraloom._disable_adapters = not enabled
@@ -276,11 +281,12 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         """Lay an adapter's tensors out as in its files, with the values of a state dict."""
-        tuner, own = model.base_model, f"{_PREFIX}adapters.{adapter_name}."
+        tuner = model.base_model
+        prefix = f"{_PREFIX}adapters.{adapter_name}."
         # of a resized base, PEFT would put its tables in the place of the adapter's own
         for name in [name for name in state_dict if not name.startswith(_PREFIX)]:
             del state_dict[name]
-        values = {k.removeprefix(_PREFIX): v for k, v in state_dict.items() if k.startswith(own)}
+        values = {k.removeprefix(_PREFIX): v for k, v in state_dict.items() if k.startswith(prefix)}
         tensors = torch.func.functional_call(
             tuner.loraloom, values, adapter_name, tie_weights=False
         )
@@ -295,19 +301,20 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         """Copy an adapter's tensors in, named as in its files, and return its state."""
-        tuner, name = model.base_model, adapter_name
+        tuner = model.base_model
+        name = adapter_name
         config: Any = tuner.peft_config[name]
         files = _files(config.file_fields, state_dict, f"adapter {name!r}")
-        settings, own = fit_to_base(parse_files(files), tuner.host.base)
+        settings, tensors = fit_to_base(parse_files(files), tuner.host.base)
         adapter = tuner.host.adapter(name)
         without_memory = any(parameter.is_meta for parameter in adapter.parameters())
-        others = own.keys() ^ adapter.tensors().keys()
+        unmatched = tensors.keys() ^ adapter.tensors().keys()
         # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says.
-        if without_memory or any(not other.endswith(".magnitude") for other in others):
+        if without_memory or any(not key.endswith(".magnitude") for key in unmatched):
             config.adapter = settings
             tuner.host.remove(name)
             adapter = tuner._put(name, config)
-        adapter.load_tensors(own)
+        adapter.load_tensors(tensors)
         state = adapter.state_dict()
         return {f"{_PREFIX}adapters.{name}.{key}": value for key, value in state.items()}
 

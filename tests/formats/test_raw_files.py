@@ -53,7 +53,7 @@ def test_a_save_that_fails_aside_leaves_the_old_adapter(
 ):
     write(tmp_path, base, OLD)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    kill_at(monkeypatch, disk, function, call)
+    kill_at(monkeypatch, raw_files, function, call)
     with pytest.raises(KilledError):
         write(tmp_path, base, SAME_SHAPES, 1, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

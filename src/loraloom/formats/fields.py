@@ -60,54 +60,80 @@ def read_settings(
     # here and dropped when the adapter meets a base model without such a module.
     listed = [name.rpartition(".")[2] for name in files.targets()]
     targets = tuple(dict.fromkeys([*listed, *projections]))
-    table, elsewhere = TABLES.get(method.peft_type), files.section("loraloom").get("adapter", {})
+    extra = files.section("loraloom").get("adapter", {})
+    table = TABLES.get(method.peft_type)
     if table is None:
-        known = {name: files.config[name] for name in method.model_fields if name in files.config}
-        return known | elsewhere | ({"target_modules": targets} if targets else {})
-    theirs = set(table.names.values())
-    missing = [name for name in _REQUIRED if name in theirs and name not in files.config]
-    if missing:
-        raise files.error(f"{CONFIG_FILE} lacks the required field `{missing[0]}`")
-    return {
-        "target_modules": targets,
-        **{ours: files.config[name] for ours, name in table.names.items() if name in files.config},
-        **table.read(files),
-        **elsewhere,
-    }
+        names = {name: name for name in method.model_fields}
+        settings = _renamed(files.config, names) | extra
+        return settings | {"target_modules": targets} if targets else settings
+    for name in _REQUIRED:
+        if name in table.names.values() and name not in files.config:
+            raise files.error(f"{CONFIG_FILE} lacks the required field `{name}`")
+    settings = {"target_modules": targets} | _renamed(files.config, table.names)
+    return settings | table.read(files) | extra
+
+
+def _renamed(fields: Settings, names: Mapping[str, str]) -> Settings:
+    """Take the fields that are there, under new names."""
+    return {new: fields[old] for new, old in names.items() if old in fields}
 
 
 def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
     settings = config.model_dump(mode="json")
     table = TABLES.get(config.peft_type)
     if table is None:
-        # In files, null is as good as no field, which would mean the default.
-        known = type(config).model_fields
-        nulls = {n: v for n, v in settings.items() if v is None and known[n].default is not None}
-        return settings | ({"loraloom": {"adapter": nulls}} if nulls else {})
-    fields: Settings = {theirs: settings[ours] for ours, theirs in table.names.items()}
-    fields |= {"bias": "none", **table.constants}
-    fields |= {"target_modules": list(known_targets(config, base)), **table.write(config, base)}
-    if "lora_alpha" in fields:
-        fields["lora_alpha"] = _whole(fields["lora_alpha"])
+        return _write_own(config, settings)
+    fields = _write_as_peft(table, config, settings, base)
     if config.layout != "reference":
         return fields
-    elsewhere = {*table.names, *table.written(config), *OWN_FIELDS, "method", "target_modules"}
-    own = {name: value for name, value in settings.items() if name not in elsewhere}
-    # Null has a meaning in the capacity of switch routing alone.
-    nulls = {"expert_capacity"} if settings.get("routing") == "switch" else set()
-    own = {name: value for name, value in own.items() if value is not None or name in nulls}
-    flags = {name for name in ("use_dora", "use_rslora") if not fields.get(name)}
-    kept = {name: value for name, value in fields.items() if name not in flags}
-    return kept | {"loraloom": {"adapter": own}}
+    for flag in ("use_dora", "use_rslora"):
+        if not fields.get(flag):
+            fields.pop(flag, None)
+    return fields | {"loraloom": {"adapter": _without_fields(table, config, settings)}}
+
+
+def _write_own(config: AdapterConfig, settings: Settings) -> Settings:
+    """Write settings under our names."""
+    # In files, null is as good as no field, which would mean the default.
+    nulls = {}
+    for name, setting in type(config).model_fields.items():
+        if settings.get(name, 0) is None and setting.default is not None:
+            nulls[name] = None
+    return settings | {"loraloom": {"adapter": nulls}} if nulls else settings
+
+
+def _write_as_peft(
+    table: _Table, config: AdapterConfig, settings: Settings, base: BaseInfo
+) -> Settings:
+    """Write the settings of a method that another library stores, under its names."""
+    fields = {theirs: settings[ours] for ours, theirs in table.names.items()}
+    fields |= {"bias": "none", **table.constants}
+    fields["target_modules"] = list(known_targets(config, base))
+    fields |= table.write(config, base)
+    if "lora_alpha" in fields:
+        fields["lora_alpha"] = _without_point(fields["lora_alpha"])
+    return fields
+
+
+def _without_fields(table: _Table, config: AdapterConfig, settings: Settings) -> Settings:
+    """Choose the settings that a table's library has no field for."""
+    written = {*table.names, *table.written(config), *OWN_FIELDS, "method", "target_modules"}
+    extra = {}
+    for name, value in settings.items():
+        # Null has a meaning in the capacity of switch routing alone.
+        has_meaning = name == "expert_capacity" and settings.get("routing") == "switch"
+        if name not in written and (value is not None or has_meaning):
+            extra[name] = value
+    return extra
 
 
 def decisive_fields(fields: Settings, config: AdapterConfig) -> Settings:
     """Choose the fields that decide what an adapter's tensors compute."""
     # Names of the base model and what only training reads may be edited. Which projections are
     # adapted is told by the tensors; PEFT lists them in another order each time.
-    free = type(config).model_fields.keys() - config.summary().keys()
-    left_out = {*free, *_NO_EFFECT, *_TRAINING, "loraloom"}
-    return {n: value for n, value in settings_in(fields).items() if n not in left_out}
+    training_only = type(config).model_fields.keys() - config.summary().keys()
+    left_out = {*training_only, *_NO_EFFECT, *_TRAINING, "loraloom"}
+    return {name: value for name, value in settings_in(fields).items() if name not in left_out}
 
 
 def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
@@ -115,17 +141,18 @@ def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
     targets = config.target_modules
     if not isinstance(targets, str) and any("." in target for target in targets):
         return targets
-    return tuple(dict.fromkeys(one.name for one in config.adapted(base.layers_without_weights())))
+    adapted = config.adapted(base.layers_without_weights())
+    return tuple(dict.fromkeys(projection.name for projection in adapted))
 
 
 def _target_pattern(config: AdapterConfig, base: BaseInfo) -> str:
     """Name what is adapted by a pattern that matches nothing else in the base model."""
-    keys = [one.key for one in config.adapted(base.layers_without_weights())]
-    paths = "|".join(dict.fromkeys(re.escape(key.split(".", 2)[2]) for key in keys))
-    return rf"{re.escape(base.layers_path)}\.\d+\.({paths})"
+    adapted = config.adapted(base.layers_without_weights())
+    paths = dict.fromkeys(re.escape(projection.key.split(".", 2)[2]) for projection in adapted)
+    return rf"{re.escape(base.layers_path)}\.\d+\.({'|'.join(paths)})"
 
 
-def _whole(alpha: float) -> float | int:
+def _without_point(alpha: float) -> float | int:
     """Write a whole alpha without a point: MoE-PEFT takes no other."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
@@ -190,42 +217,54 @@ def _carried_over(
 ) -> dict[str, Any]:
     """Make patterns that say of modules under new names what others say under the old ones."""
     # They are the same ones if these will do, without those that match nothing; else names.
-    used = {key: value for key, value in patterns.items() if any(matches(key, n) for n in names)}
-    meant = {new: pattern_value(used, old, default) for old, new in names.items()}
-    if all(pattern_value(used, new, default) == value for new, value in meant.items()):
+    used = {}
+    for key, value in patterns.items():
+        if any(matches(key, name) for name in names):
+            used[key] = value
+    values = {new: pattern_value(used, old, default) for old, new in names.items()}
+    if all(pattern_value(used, new, default) == value for new, value in values.items()):
         return used
-    return {re.escape(new): value for new, value in meant.items() if value != default}
+    return {re.escape(new): value for new, value in values.items() if value != default}
 
 
 def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
     """Tell by the tensors which projections are adapted, where files leave some out."""
     # PEFT chooses them by patterns, layers and exclusions, and saves just those.
-    targets, layers = files.config.get("target_modules"), files.config.get("layers_to_transform")
-    chosen = [layers] if isinstance(layers, int) else layers or []
+    targets = files.config.get("target_modules")
+    layers = files.config.get("layers_to_transform", [])
+    if isinstance(layers, int):  # which may be 0
+        layers = [layers]
     has_names = not isinstance(targets, str) and not any("." in str(n) for n in targets or ())
-    if has_names and not chosen and not files.config.get("exclude_modules"):
+    if has_names and not layers and not files.config.get("exclude_modules"):
         return {}
     if not keys:
-        return {"layers": chosen} if chosen else {}
-    places = [(int(layer), path) for _, layer, path in (key.split(".", 2) for key in keys)]
-    numbers, paths = {layer for layer, _ in places}, {path for _, path in places}
-    if len(places) < len(numbers) * len(paths):
-        return {"target_modules": [f"layers.{layer}.{path}" for layer, path in sorted(places)]}
+        return {"layers": layers} if layers else {}
+    adapted = []
+    for key in keys:
+        _, layer, path = key.split(".", 2)
+        adapted.append((int(layer), path))
+    layers = {layer for layer, _ in adapted}
+    paths = {path for _, path in adapted}
+    if len(adapted) < len(layers) * len(paths):
+        return {"target_modules": [f"layers.{layer}.{path}" for layer, path in sorted(adapted)]}
     names = [path.rpartition(".")[2] for path in sorted(paths)]
-    return {"target_modules": names, "layers": sorted(numbers)}
+    return {"target_modules": names, "layers": sorted(layers)}
 
 
 def _write_lora(config: Any, base: BaseInfo) -> Settings:
-    keys = [one.key for one in config.adapted(base.layers_without_weights())]
-    names = {key: key.replace("layers", base.layers_path, 1) for key in keys}
+    names = {}  # in the base model, by key
+    for projection in config.adapted(base.layers_without_weights()):
+        names[projection.key] = projection.key.replace("layers", base.layers_path, 1)
     targets: Any = list(known_targets(config, base))
-    places = any("." in target for target in targets)  # "layers.1.", whatever the model's path
-    is_found = base.has_own_names and (base.layers_path.endswith("layers") or not places)
-    if not is_found:  # names would mean other modules too, or none
-        every = "|".join(map(re.escape, names.values()))
-        targets = every if places or config.layers is not None else _target_pattern(config, base)
+    has_paths = any("." in target for target in targets)  # "layers.1.", whatever the model's path
+    is_clear = base.has_own_names and (base.layers_path.endswith("layers") or not has_paths)
+    if not is_clear:  # names would mean other modules too, or none
+        if has_paths or config.layers is not None:
+            targets = "|".join(map(re.escape, names.values()))
+        else:
+            targets = _target_pattern(config, base)
     by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
-    alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
+    alphas = {key: _without_point(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
         "alpha_pattern": _carried_over(alphas, config.alpha, names),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
@@ -251,26 +290,27 @@ def _read_mixlora(files: AdapterFiles) -> Settings:
         raise files.error(
             f"`routing_strategy` must be one of {', '.join(_ROUTINGS)}, got {shown(strategy)}"
         )
-    own = {ours: expert[theirs] for ours, theirs in LORA_FIELDS.items() if theirs in expert}
-    routing = {
-        "top_k": {"top_k": fields.get("top_k", 2)},
-        "top_p": {
-            "top_p": fields.get("top_p", 0.8),
-            "temperature": fields.get("temperature") or 1.0,  # 0 stands for none
-        },
-        "switch": {"expert_capacity": fields.get("expert_capacity", 32)},
+    settings = {
+        "routing": _ROUTINGS[strategy],
+        "experts": _renamed(expert, LORA_FIELDS) or None,
     }
-    name = _ROUTINGS[strategy]
-    return {"routing": name, **routing[name], "experts": own or None}
+    if settings["routing"] == "top_k":
+        settings["top_k"] = fields.get("top_k", 2)
+    elif settings["routing"] == "top_p":
+        settings["top_p"] = fields.get("top_p", 0.8)
+        settings["temperature"] = fields.get("temperature") or 1.0  # 0 stands for none
+    else:
+        settings["expert_capacity"] = fields.get("expert_capacity", 32)
+    return settings
 
 
 def _write_mixlora(config: Any, base: BaseInfo) -> Settings:
     fields: Settings = {"act_fn": base.activation} if base.activation else {}
     if config.experts is not None:
-        own = config.experts.model_dump(exclude_none=True)
-        expert = {LORA_FIELDS[ours]: value for ours, value in own.items()}
+        settings = config.experts.model_dump(exclude_none=True)
+        expert = {LORA_FIELDS[ours]: value for ours, value in settings.items()}
         if "lora_alpha" in expert:
-            expert["lora_alpha"] = _whole(expert["lora_alpha"])
+            expert["lora_alpha"] = _without_point(expert["lora_alpha"])
         fields["expert_lora"] = {"bias": "none", **expert}
     if config.routing == "top_p":
         temperature = 0.0 if config.temperature == 1 else config.temperature
@@ -284,8 +324,8 @@ def _write_mixlora(config: Any, base: BaseInfo) -> Settings:
 
 
 def _written_by_mixlora(config: Any) -> set[str]:
-    named = {"top_p", "temperature", "experts"}
-    return named if config.routing == "dense" else named | {"routing", "top_k"}
+    names = {"top_p", "temperature", "experts"}
+    return names if config.routing == "dense" else names | {"routing", "top_k"}
 
 
 # DynMoLE. In experts of a MoLA, MoE-PEFT ignores `use_dora`, and so does its table here.
@@ -348,25 +388,28 @@ TABLES: dict[str, _Table] = {
 
 def check_reference_holds(config: AdapterConfig) -> None:
     """Raise an AdapterError if MoE-PEFT 2.0.2 has no such adapter."""
-    table, settings, hint = TABLES.get(config.peft_type), config.model_dump(), ""
+    table = TABLES.get(config.peft_type)
+    settings = config.model_dump()
+    hint = ""
     if table is None or table.moe_peft is None:
         raise AdapterError(f"MoE-PEFT does not support {config.title}")
     faults = {n: settings[n] for n, value in table.moe_peft.items() if settings[n] != value}
     if settings.get("compat", "") is None:  # of methods that can be computed as MoE-PEFT does
-        temperature, routing = settings["temperature"], settings["routing"]
-        differs = {"temperature": temperature != 1, "routing": routing == "switch"}
-        if any(differs.values()):
-            faults |= {name: settings[name] for name in filter(differs.get, differs)}
+        if settings["temperature"] != 1:
+            faults["temperature"] = settings["temperature"]
+        if settings["routing"] == "switch":
+            faults["routing"] = settings["routing"]
+        if faults.keys() & {"temperature", "routing"}:
             hint = "; --set compat=moe-peft makes it the adapter that MoE-PEFT computes"
-    for own in (settings, settings.get("experts") or {}):
-        if not float(own.get("alpha") or 1).is_integer():
-            faults["alpha"] = own["alpha"]
-        if own.get("weight_decomposition"):  # its files have no place for magnitudes
+    for loras in (settings, settings.get("experts") or {}):
+        if not float(loras.get("alpha") or 1).is_integer():
+            faults["alpha"] = loras["alpha"]
+        if loras.get("weight_decomposition"):  # its files have no place for magnitudes
             faults["weight_decomposition"] = True
     if not isinstance(settings.get("num_experts", 0), int):
         faults["num_experts"] = settings["num_experts"]
     if any("." in target for target in config.target_modules):
         faults["target_modules"] = config.target_modules
     if faults:
-        found = ", ".join(f"{name}: {shown(value)}" for name, value in faults.items())
-        raise AdapterError(f"MoE-PEFT 2.0.2 does not support {config.title} with {found}{hint}")
+        text = ", ".join(f"{name}: {shown(value)}" for name, value in faults.items())
+        raise AdapterError(f"MoE-PEFT 2.0.2 does not support {config.title} with {text}{hint}")

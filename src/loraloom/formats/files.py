@@ -46,7 +46,7 @@ def read_adapter(
 
 def read_stored(directory: Path, settings: Mapping[str, Any] | None = None) -> StoredAdapter:
     """Read an adapter as its files describe it, with no base model at hand."""
-    return parse_files(replace(raw_files.read_files(directory), given=settings or {}))
+    return parse_files(replace(raw_files.read_files(directory), overrides=settings or {}))
 
 
 def parse_files(files: raw_files.AdapterFiles) -> StoredAdapter:
@@ -245,16 +245,18 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     # kind of tensor over all layers and experts, without tensors that have infinite values or NaN.
     directory = raw_files.find_adapter(path_or_hub_id)
     stored = read_stored(directory)
-    config, tensors, base = stored.config, stored.tensors, stored.base
+    config, base = stored.config, stored.base
+    tensors = stored.tensors
     keys = {name: key for name in tensors if (key := TensorKey.parse(within(name)))}
     parameters: dict[str, int] = defaultdict(int)
     norms: dict[str, list[float]] = defaultdict(list)
     for name, tensor in tensors.items():
         if key := keys.get(name):
             # counted as a router's, a LoRA's or an expert's, or by its own name
-            own = "experts" if key.expert is not None else key.part
-            own = f"{key.block} {'LoRA' if own in ('lora_A', 'lora_B') else own}"
-            parameters[_KINDS.get(key.part, own)] += tensor.numel()
+            kind = "LoRA" if key.part in ("lora_A", "lora_B") else key.part
+            if key.expert is not None:
+                kind = "experts"
+            parameters[_KINDS.get(key.part, f"{key.block} {kind}")] += tensor.numel()
             kind = str(replace(key, layer=0, expert=None)).removeprefix("layers.0.")
             norms[kind].append(torch.linalg.vector_norm(tensor, dtype=torch.float64).item())
         elif name.startswith((MODULES, TOKENS)):
@@ -281,9 +283,14 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
         "num_base_parameters": base.num_parameters,
         "percent_of_base": 100 * total / base.num_parameters if base.num_parameters else None,
         "norms": {
-            kind: {"count": len(own), "min": min(own), "median": median(own), "max": max(own)}
-            for kind, own in finite.items()
-            if own
+            kind: {
+                "count": len(values),
+                "min": min(values),
+                "median": median(values),
+                "max": max(values),
+            }
+            for kind, values in finite.items()
+            if values
         },
         "num_non_finite": sum(not tensor.isfinite().all() for tensor in tensors.values()),
         "file_bytes": {path.name: path.stat().st_size for path in files if path.exists()},

@@ -76,15 +76,15 @@ def up_to_date(files: AdapterFiles) -> AdapterFiles:
 
 def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
     """Understand a mixture of axolotl's: PEFT's files of a LoRA, and what lies beside them."""
-    attention = parse(replace(files, given={}), LoraConfig)
+    attention = parse(replace(files, overrides={}), LoraConfig)
     experts = {}
     for name, tensor in sidecar.tensors.items():
         if match := _ROUTER.fullmatch(name):
             experts[f"layers.{match[1]}.mlp.router"] = tensor
         elif match := _EXPERT.fullmatch(name):
-            layer, expert, projection, part = match.groups()
-            place = f"layers.{layer}.mlp.{projection}_proj.experts.{expert}"
-            experts[f"{place}.lora_{part.upper()}"] = tensor
+            layer, expert, projection, side = match.groups()
+            prefix = f"layers.{layer}.mlp.{projection}_proj.experts.{expert}"
+            experts[f"{prefix}.lora_{side.upper()}"] = tensor
         else:
             raise files.error(f"{SIDECAR_WEIGHTS}: `{name}` is not a tensor of a router or expert")
     router = next((t for key, t in experts.items() if key.endswith("router")), None)
@@ -94,21 +94,27 @@ def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
     # The directory may hold the settings of another run, of a LoRA for instance.
     run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
     alpha = run.get("mixlora_expert_lora_alpha") or run.get("lora_alpha")
-    lacks_alpha = alpha is None and "alpha" not in (files.given.get("experts") or {})
-    if lacks_alpha or (not run and "top_k" not in files.given):
+    lacks_alpha = alpha is None and "alpha" not in (files.overrides.get("experts") or {})
+    if lacks_alpha or (not run and "top_k" not in files.overrides):
         raise files.error(
             f"top_k and the experts' alpha are not in {SIDECAR_WEIGHTS}, and {SIDECAR_SETTINGS[0]} "
             f"of the axolotl run is missing; add {SIDECAR_SETTINGS[0]}, or pass both values: "
             "host.load(name, path, settings={'top_k': 2, 'experts': {'alpha': 32}}), or "
             "loraloom convert PATH NEW --to native --set top_k=2 --set experts.alpha=32"
         )
-    own = {"rank": len(lora_A), "alpha": alpha, "dropout": run.get("mixlora_expert_lora_dropout")}
+    expert_settings = {
+        "rank": len(lora_A),
+        "alpha": alpha,
+        "dropout": run.get("mixlora_expert_lora_dropout"),
+        "weight_decomposition": False,
+        "rank_stabilized": False,
+    }
     settings = {
         **attention.config.model_dump(include={*LORA_FIELDS, *OWN_FIELDS}),
         "target_modules": (*attention.config.target_modules, *_FFN),
         "num_experts": len(router),
         "top_k": run.get("mixlora_top_k", 2),
-        "experts": own | {"weight_decomposition": False, "rank_stabilized": False},
+        "experts": expert_settings,
         **{ours: run[theirs] for theirs, ours in _TRAINING_FIELDS.items() if theirs in run},
     }
     config = build_config(files, MixLoraConfig, settings)

@@ -18,7 +18,7 @@ moe-peft 2.0.2, `moe_peft/adapters/`, `moe_peft/model.py`.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -48,8 +48,10 @@ _LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _ENDINGS: dict[str, dict[str, str]] = {
     "peft": {**_LORA, "magnitude": "lora_magnitude_vector"},
     "VERA": {
-        **{part: f"vera_{part}" for part in ("lambda_b", "lambda_d")},
-        **{part: part for part in ("vera_A", "vera_B")},
+        "lambda_b": "vera_lambda_b",
+        "lambda_d": "vera_lambda_d",
+        "vera_A": "vera_A",
+        "vera_B": "vera_B",
     },
     "reference": {
         **_LORA,
@@ -57,6 +59,8 @@ _ENDINGS: dict[str, dict[str, str]] = {
         "router": "moe_gate.weight",
     },
 }
+# Before what all layers share.
+_SHARED = {"peft": "base_model.", "reference": "shared.", "native": f"{_PREFIX}shared."}
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _TABLE = ".token_adapter.base_layer.weight"
 # PEFT saves these beside a resized table's own name.
@@ -125,17 +129,18 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
     projections = [key.projection for key in keys if key.projection is not None]
     settings = read_settings(files, method, projections) | _own_settings(files, tensors)
-    record, activation = _record(files, method), files.config.get("act_fn")
+    record = _record(files, method)
+    activation = files.config.get("act_fn")
     name = str(files.config.get("base_model_name_or_path") or "")
     return StoredAdapter(
-        LABELS[method.layout],
-        build_config(files, method, settings),
-        tensors,
-        record.base.model_copy(update={"name_or_path": plain(name) or None}),
-        files.source,
-        record.prompt,
-        layers_path,
-        None if activation is None else str(activation),
+        layout=LABELS[method.layout],
+        config=build_config(files, method, settings),
+        tensors=tensors,
+        base=record.base.model_copy(update={"name_or_path": plain(name) or None}),
+        source=files.source,
+        prompt=record.prompt,
+        layers_path=layers_path,
+        activation=None if activation is None else str(activation),
     )
 
 
@@ -145,10 +150,7 @@ def render(
     base: BaseInfo,
     prompt: PromptForm | None = None,
 ) -> AdapterFiles:
-    known = {name: getattr(base, name) or None for name in BaseRecord.model_fields}
-    package, left_out = config.package or None, {"adapter": True, "base": {"name_or_path"}}
-    record = AdapterRecord(base=BaseRecord(**known), prompt=prompt, package=package)
-    record = record.model_dump(mode="json", exclude_none=True, exclude=left_out)
+    record = _describe(config, base, prompt)
     fields: dict[str, Any] = {
         "peft_type": config.peft_type,
         "base_model_name_or_path": base.name_or_path or None,
@@ -172,35 +174,39 @@ def render(
     return AdapterFiles(fields, named, metadata)
 
 
+def _describe(config: AdapterConfig, base: BaseInfo, prompt: PromptForm | None) -> dict[str, Any]:
+    """Make what loraloom adds to the files."""
+    fields = {name: getattr(base, name) or None for name in BaseRecord.model_fields}
+    package = config.package or None
+    record = AdapterRecord(base=BaseRecord(**fields), prompt=prompt, package=package)
+    # Both have a field of their own in the files.
+    left_out = {"adapter": True, "base": {"name_or_path"}}
+    return record.model_dump(mode="json", exclude_none=True, exclude=left_out)
+
+
 def _our_tensors(
     files: AdapterFiles, method: type[AdapterConfig]
 ) -> tuple[str | None, dict[str, Tensor]]:
     """Name tensors by our keys; give the path of the layers too, where names have it."""
     endings = _ENDINGS.get(method.peft_type, _ENDINGS.get(method.layout, {}))
-    parts = {ending.removesuffix(".weight"): part for part, ending in endings.items()}
-    prefix, shared = {
-        "peft": (r"base_model\.model\.(?P<path>(?:\w+\.)*?\w+)", "base_model."),
-        "reference": (rf"{re.escape(method.peft_type.lower())}\.layers", "shared."),
-        "native": (r"base_model\.model\.layers", f"{_PREFIX}shared."),
-    }[method.layout]
-    # Our own names end in no `.weight`; there that is a module's parameter.
-    ending = rf"(?P<part>{'|'.join(parts)})(?:\.weight)?" if parts else r"(?P<part>\w+)"
-    place = r"(?P<place>\d{1,5}\.\w+\.(?:\w+\.)??(?:experts\.\d{1,5}\.)?)"
-    pattern = re.compile(rf"{prefix}\.{place}{ending}", re.ASCII)
+    our_parts = {theirs.removesuffix(".weight"): ours for ours, theirs in endings.items()}
+    shared = _SHARED[method.layout]
+    pattern = _tensor_pattern(method, list(our_parts))
     keys: dict[str, str] = {}
     paths: set[str] = set()
     for name in files.tensors:
         if method.layout == "native" and name.startswith(f"{_PREFIX}experts."):
             keys[name] = name.removeprefix(_PREFIX)
             continue
-        of_all = name.removeprefix(shared)
+        shared_part = name.removeprefix(shared)
         match = pattern.fullmatch(name)
-        part = match and parts.get(match["part"], match["part"])
-        if match and (key := TensorKey.parse(f"layers.{match['place']}{part}")):
+        key = None if match is None else _layer_key(match, our_parts)
+        if match is not None and key is not None:
             keys[name] = str(key)
-            paths.update([match["path"]] if method.layout == "peft" else [])
-        elif of_all != name and (of_all in parts or not parts):
-            keys[name] = f"shared.{parts.get(of_all, of_all)}"
+            if method.layout == "peft":
+                paths.add(match["path"])
+        elif shared_part != name and (shared_part in our_parts or not our_parts):
+            keys[name] = f"shared.{our_parts.get(shared_part, shared_part)}"
         elif name.startswith(_PREFIX) and name.endswith(_TOKENS):
             keys[name] = f"{TOKENS}{name.removeprefix(_PREFIX).removesuffix(_TOKENS)}"
         elif _COPY.search(name):
@@ -219,6 +225,24 @@ def _our_tensors(
             "adapters of several parts of a model are not supported"
         )
     return next(iter(paths), None), files.renamed(keys)
+
+
+def _tensor_pattern(method: type[AdapterConfig], parts: Sequence[str]) -> re.Pattern[str]:
+    """Match the names of a layer's tensors, with what they end by in a method's files."""
+    prefix = {
+        "peft": r"base_model\.model\.(?P<path>(?:\w+\.)*?\w+)",
+        "reference": rf"{re.escape(method.peft_type.lower())}\.layers",
+        "native": r"base_model\.model\.layers",
+    }[method.layout]
+    block = r"(?P<block>\d{1,5}\.\w+\.(?:\w+\.)??(?:experts\.\d{1,5}\.)?)"
+    # Our own names end in no `.weight`; there that is a module's parameter.
+    ending = rf"(?P<part>{'|'.join(parts)})(?:\.weight)?" if parts else r"(?P<part>\w+)"
+    return re.compile(rf"{prefix}\.{block}{ending}", re.ASCII)
+
+
+def _layer_key(match: re.Match[str], our_parts: Mapping[str, str]) -> TensorKey | None:
+    our_part = our_parts.get(match["part"], match["part"])
+    return TensorKey.parse(f"layers.{match['block']}{our_part}")
 
 
 def _their_name(name: str, config: AdapterConfig, base: BaseInfo) -> str:
@@ -257,12 +281,12 @@ def build_config(
     files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
 ) -> AdapterConfig:
     """Make a method's configuration of settings in files, and of those that the user gives."""
-    origin = f"{CONFIG_FILE} with the given settings" if files.given else CONFIG_FILE
+    origin = f"{CONFIG_FILE} with the given settings" if files.overrides else CONFIG_FILE
     origin = f"{files.source}: {origin} is not valid: "
-    merged = {**settings, **files.given}
-    for name in settings.keys() & files.given.keys():  # sections are merged key by key
-        if isinstance(settings[name], dict) and isinstance(files.given[name], Mapping):
-            merged[name] = {**settings[name], **files.given[name]}
+    merged = {**settings, **files.overrides}
+    for name in settings.keys() & files.overrides.keys():  # sections are merged key by key
+        if isinstance(settings[name], dict) and isinstance(files.overrides[name], Mapping):
+            merged[name] = {**settings[name], **files.overrides[name]}
     return checked(method, merged, FormatError, origin)
 
 
@@ -272,8 +296,8 @@ def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[st
     PEFT saves embeddings and head without their being named where they were resized.
     """
     names = files.config.get("modules_to_save") or []
-    whole = [key.removeprefix(MODULES) for key in tensors if key.startswith(MODULES)]
-    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in whole))
+    parameters = [key.removeprefix(MODULES) for key in tensors if key.startswith(MODULES)]
+    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     if not all(any(is_meant(name, path) for name in names) for path in paths):
         # PEFT's names may be the ends of words
         names = [*paths, *(n for n in names if not any(path.endswith(n) for path in paths))]
@@ -283,11 +307,11 @@ def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[st
 
 def _own_fields(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
     """Write these settings; PEFT takes every module whose path ends so, even within a word."""
-    parts, names = own_parts(config, base), []
-    for path in parts.modules:
+    names = []
+    for path in own_parts(config, base).modules:
         last = path.rpartition(".")[2]
-        is_alone = sum(other.endswith(last) for other in base.modules) == 1
-        names.append(last if path in (base.embedding, base.head) and is_alone else path)
+        is_only = sum(module.endswith(last) for module in base.modules) == 1
+        names.append(last if path in (base.embedding, base.head) and is_only else path)
     fields = config.model_dump(mode="json", include={*OWN_FIELDS}) | {"modules_to_save": names}
     return {name: value for name, value in fields.items() if value}
 
@@ -297,16 +321,16 @@ def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:
     tables = [name.removesuffix(_TABLE) for name in files.tensors if name.endswith(_TABLE)]
     if not tables:
         return files
-    given = files.config.get("trainable_token_indices") or []
+    indices = files.config.get("trainable_token_indices") or []
+    all_rows = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
     tensors = {n: t for n, t in files.tensors.items() if not n.endswith((_TABLE, _TOKENS))}
     for path in tables:
         table = files.tensors[f"{path}{_TABLE}"]
-        by_name = given if isinstance(given, dict) else {path: given}
-        named = [own for name, own in by_name.items() if is_meant(name, path)]
-        tokens = next(iter([*named, *by_name.values()]), [])
+        by_name = indices if isinstance(indices, dict) else {path: indices}
+        meant = [tokens for name, tokens in by_name.items() if is_meant(name, path)]
+        tokens = next(iter([*meant, *by_name.values()]), [])
         # A table that is tied to another one has no rows of its own.
-        found = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
-        rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(found), None))
+        rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(all_rows), None))
         if rows is None:
             raise files.error(f"the tensor {path}{_TOKENS} is missing")
         tensors[f"{path}.weight"] = table.index_copy(0, torch.tensor(tokens), rows.to(table.dtype))

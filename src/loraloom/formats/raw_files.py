@@ -89,7 +89,7 @@ class AdapterFiles:
     source: str = "the adapter"
     """Where they came from, for messages."""
     sidecar: Sidecar | None = None
-    given: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method that the user gives: what files lack, or in place of theirs."""
 
     def error(self, message: str) -> FormatError:
@@ -144,7 +144,9 @@ def _read_once(directory: Path) -> AdapterFiles:
         raise FormatError(f"{path} must contain a JSON object, got {type(config).__name__}")
     # PEFT writes null for what is unset.
     config = {name: value for name, value in config.items() if value is not None}
-    weights, pickled, metadata = directory / WEIGHTS_FILE, directory / PICKLE_FILE, {}
+    weights = directory / WEIGHTS_FILE
+    pickled = directory / PICKLE_FILE
+    metadata = {}
     if weights.is_file():
         tensors, metadata = _read_safetensors(weights)
     elif pickled.is_file():
@@ -186,9 +188,10 @@ def _read_sidecar(directory: Path) -> Sidecar | None:
     """Read what axolotl has beside the weights; its settings may be above a checkpoint of a run."""
     if not (directory / SIDECAR_WEIGHTS).is_file():
         return None
-    places = [directory, *([directory.parent] if directory.name.startswith("checkpoint-") else [])]
-    files = [place / name for place in places for name in SIDECAR_SETTINGS]
-    path = next((path for path in files if path.is_file()), None)
+    candidates = [directory / name for name in SIDECAR_SETTINGS]
+    if directory.name.startswith("checkpoint-"):
+        candidates += [directory.parent / name for name in SIDECAR_SETTINGS]
+    path = next((path for path in candidates if path.is_file()), None)
     try:
         settings = path and yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
@@ -227,7 +230,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _plain_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors as they came; a FormatError if some are no numbers in memory."""
     # A pickle may hold a tensor whose numbers are all one place in memory: copied, it fills it.
-    odd = [
+    unsupported = [
         name
         for name, tensor in tensors.items()
         if tensor.dtype not in _DTYPES
@@ -235,10 +238,10 @@ def _plain_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         or tensor.is_meta
         or tensor.nbytes > tensor.untyped_storage().nbytes()
     ]
-    if odd:
+    if unsupported:
         raise FormatError(
             f"{path}: tensors must be floating point (float64, float32, float16 or bfloat16), "
-            f"dense and stored in full, got others in {names_in(odd)}"
+            f"dense and stored in full, got others in {names_in(unsupported)}"
         )
     return tensors
 

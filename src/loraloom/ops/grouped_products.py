@@ -23,11 +23,11 @@ class GroupedDown(torch.autograd.Function):
         ctx.save_for_backward(hidden_states, lora_A, keep)
         ctx.dropout, ctx.slots = dropout, slots
         dropped = apply_keep_mask(hidden_states, keep)
-        parts = _by_group(lora_A, slots)
-        low_rank = hidden_states.new_zeros(slots.experts.numel(), parts.shape[1])
+        groups_A = _by_group(lora_A, slots)
+        low_rank = hidden_states.new_zeros(slots.experts.numel(), groups_A.shape[1])
         for piece in slots.by_group:
             if piece.columns is not None:
-                rows = piece.take(dropped) @ parts[piece.group].T
+                rows = piece.take(dropped) @ groups_A[piece.group].T
                 piece.add_rank(low_rank, piece.keep_rank(rows))
         return low_rank if keep is None else low_rank * (1 / (1 - dropout))
 
@@ -36,22 +36,22 @@ class GroupedDown(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_states, lora_A, keep = ctx.saved_tensors
         dropped = apply_keep_mask(hidden_states, keep)
-        grad = grad if keep is None else grad * (1 / (1 - ctx.dropout))
-        parts = _by_group(lora_A, ctx.slots)
+        if keep is not None:
+            grad = grad * (1 / (1 - ctx.dropout))
+        groups_A = _by_group(lora_A, ctx.slots)
         grad_hidden = torch.zeros_like(hidden_states) if ctx.needs_input_grad[0] else None
-        grad_parts = zeros_for_gradient(parts)
+        grad_groups_A = zeros_for_gradient(groups_A)
         for piece in ctx.slots.by_group:
             if piece.columns is None:
                 continue
             rows = piece.keep_rank(piece.take_rank(grad))
             if grad_hidden is not None:
-                piece.add(grad_hidden, rows @ parts[piece.group])
-            add_product_over_tokens_(grad_parts[piece.group], rows, piece.take(dropped))
+                piece.add(grad_hidden, rows @ groups_A[piece.group])
+            add_product_over_tokens_(grad_groups_A[piece.group], rows, piece.take(dropped))
         if grad_hidden is not None:
             grad_hidden = apply_keep_mask(grad_hidden, keep)
-        width = ctx.slots.columns
-        grad_A = grad_parts.unflatten(1, (-1, width)).transpose(0, 1).reshape(lora_A.shape)
-        return grad_hidden, grad_A, None, None, None
+        grad_A = grad_groups_A.unflatten(1, (-1, ctx.slots.columns)).transpose(0, 1)
+        return grad_hidden, grad_A.reshape(lora_A.shape), None, None, None
 
 
 class GroupedUp(torch.autograd.Function):
@@ -88,15 +88,18 @@ class CombineSlots(torch.autograd.Function):
         unscaled = torch.empty_like(output)
         ordered = slots.by_place(slot_weights)
         for piece in slots.pieces(output.shape[1], output.dtype):
-            rows, out = piece.take_slots(output), piece.take_slots(unscaled)
+            rows = piece.take_slots(output)
+            out = piece.take_slots(unscaled)
             if piece.columns is None or lora_B is None:
                 value = out.copy_(rows)
             else:
-                factors = piece.take_rank(low_rank), piece.of_experts(lora_B)
+                rank_input = piece.take_rank(low_rank)
+                piece_B = piece.of_experts(lora_B)
                 if excess is None:
-                    value = torch.addmm(rows, *factors, out=out)
+                    value = torch.addmm(rows, rank_input, piece_B, out=out)
                 else:
-                    value, _ = decompose_rows(rows, *factors, piece.of_rows(excess), bias, out)
+                    row_excess = piece.of_rows(excess)
+                    value, _ = decompose_rows(rows, rank_input, piece_B, row_excess, bias, out)
             total.add(piece, value, None if ordered is None else piece.take_slots(ordered))
         ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights)
         ctx.slots = slots
@@ -112,34 +115,42 @@ class CombineSlots(torch.autograd.Function):
         grad_weights = None if ordered is None else torch.empty_like(ordered)
         grad_output = torch.empty_like(unscaled)
         for piece in ctx.slots.pieces(grad.shape[1], grad.dtype):
-            rows, upstream = piece.take_slots(unscaled), piece.take(grad)
+            rows = piece.take_slots(unscaled)
+            upstream = grad_rows = piece.take(grad)
             weight = 1 if ordered is None else piece.take_slots(ordered)
-            grad_rows, of_bias, is_adapted = upstream, None, piece.columns is not None
+            grad_bias = None
+            is_adapted = piece.columns is not None
             if grad_scale is not None and is_adapted:
                 # The bias is in what g multiplies, and not in what c does.
                 grad_rows = torch.addcmul(upstream, piece.of_rows(excess), upstream)
-                of_bias = None if bias is None else upstream @ bias[:, None]
+                if bias is not None:
+                    grad_bias = upstream @ bias[:, None]
                 piece.add_row_scale(grad_scale, upstream * rows * weight)
             if grad_weights is not None:
-                of_rows = (grad_rows * rows).sum(-1, keepdim=True)
-                of_rows = of_rows if of_bias is None else of_rows + of_bias
-                piece.take_slots(grad_weights).copy_(of_rows)
+                grad_weight = (grad_rows * rows).sum(-1, keepdim=True)
+                if grad_bias is not None:
+                    grad_weight = grad_weight + grad_bias
+                piece.take_slots(grad_weights).copy_(grad_weight)
             grad_rows = torch.mul(grad_rows, weight, out=piece.take_slots(grad_output))
             if grads is not None and is_adapted:
                 grads.add(piece, piece.take_rank(low_rank), grad_rows)
-        of_rank = (None, None) if grads is None else (grads.low_rank, grads.lora_B)
+        grad_low_rank = None if grads is None else grads.low_rank
+        grad_B = None if grads is None else grads.lora_B
         grad_weights = ctx.slots.by_token(grad_weights)
-        return grad_output, *of_rank, grad_scale, None, grad_weights, None
+        return grad_output, grad_low_rank, grad_B, grad_scale, None, grad_weights, None
 
 
 class RankGradients:
     """Gradients of `rank_input @ B_e`, summed up over pieces; `low_rank` is room for the first."""
 
     def __init__(self, lora_B: Tensor, low_rank: Tensor):
-        self._weight, self.low_rank, self.lora_B = lora_B, low_rank, zeros_for_gradient(lora_B)
+        self._weight = lora_B
+        self.low_rank = low_rank
+        self.lora_B = zeros_for_gradient(lora_B)
 
     def add(self, piece: Piece, rank_input: Tensor, grad_rows: Tensor) -> None:
-        piece.add_rank(self.low_rank, piece.keep_rank(grad_rows @ piece.of_experts(self._weight).T))
+        grad_rank = grad_rows @ piece.of_experts(self._weight).T
+        piece.add_rank(self.low_rank, piece.keep_rank(grad_rank))
         add_product_over_tokens_(piece.of_experts(self.lora_B), rank_input, grad_rows)
 
 
@@ -155,5 +166,5 @@ def zeros_for_gradient(weight: Tensor) -> Tensor:
 
 def _by_group(lora_A: Tensor, slots: Slots) -> Tensor:
     """Copy A, [C·S, D], to where each group's rows lie together, [S / W, C·W, D]."""
-    sizes = (-1, slots.num_experts * slots.rank // slots.columns, slots.columns)
-    return lora_A.unflatten(0, sizes).transpose(0, 1).flatten(1, 2)
+    num_groups = slots.num_experts * slots.rank // slots.columns
+    return lora_A.unflatten(0, (-1, num_groups, slots.columns)).transpose(0, 1).flatten(1, 2)

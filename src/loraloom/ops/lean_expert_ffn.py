@@ -4,13 +4,21 @@ Kept for the backward pass: the block's input, the outputs of the base's input p
 and up), the rank-space activations and the routing. The hidden states of the slots, K·T·F wide, are
 computed again, in pieces.
 
+Who may write to which tensor:
+- Outputs of the base's input projections: the forward pass, where one expert has all tokens. It
+  adds the update in place, and the backward pass finds it there. With routing nobody does.
+- The base's output of the down-projection: `finish`, unless it is a view.
+- Rows that a piece has gathered (`Piece.owns_rows`): whoever took them. Rows that are views of what
+  all pieces share, gradients from above among them, are read only.
+- What was added to a `Total`: nobody, as it may be the total itself.
+
 Numerics: products and sums over slots run in the dtype of the outputs (matrix products accumulate
 in float32 inside); gradients of weights are summed over pieces in float32 or better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,28 +59,35 @@ def lean_expert_ffn(
 
     The outputs, as gate and up, are written to where one expert has all tokens.
     """
-    dtype = outputs[0].dtype
     slots = Slots.of(weights, routing, outputs[0])
-    low_rank: Any = None
+    low_rank = None
     if weights.input_A is not None:
-        arguments = (hidden_states, weights.input_A, dropout.keep_input, dropout.probability)
-        if slots.group is None:
-            low_rank = down_project(*arguments)
-        else:
-            low_rank = GroupedDown.apply(*arguments, slots)
-    slot_weights = None if routing is None else routing.routing_weights.to(dtype)
+        low_rank = _project_input(hidden_states, weights.input_A, dropout, slots)
+    slot_weights = None if routing is None else routing.routing_weights.to(outputs[0].dtype)
+    tensors = {
+        "low_rank": low_rank,
+        "down_A": weights.down_A,
+        "slot_weights": None if slots.apart else slot_weights,
+    }
+    for number, (output, side) in enumerate(zip(outputs, weights.inputs, strict=True)):
+        tensors[f"output {number}"] = output
+        tensors[f"B {number}"] = None if side is None else side.B
+        tensors[f"row_scale {number}"] = None if side is None else side.row_scale
+    for slot, keep in enumerate(dropout.keep_slots):
+        tensors[f"keep {slot}"] = keep
     sides = [_Side.of(side, slots) for side in weights.inputs]
-    hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        _Block(slots, gating, dropout.scale, weights.width, sides),
-        *outputs,
-        low_rank,
-        *(None if side is None else side.B for side in weights.inputs),
-        *(None if side is None else side.row_scale for side in weights.inputs),
-        weights.down_A,
-        None if slots.apart else slot_weights,
-        *dropout.keep_slots,
-    )
+    block = _Block(slots, gating, dropout.scale, weights.width, sides, list(tensors))
+    hidden, down_rank = _LeanFfn.apply(block, *tensors.values())  # pyright: ignore
     return hidden, partial(_finish, down_rank, weights.down, slot_weights, slots)
+
+
+def _project_input(
+    hidden_states: Tensor, input_A: Tensor, dropout: FfnDropout, slots: Slots
+) -> Tensor:
+    keep, p = dropout.keep_input, dropout.probability
+    if slots.group is None:
+        return down_project(hidden_states, input_A, keep, p)
+    return GroupedDown.apply(hidden_states, input_A, keep, p, slots)  # pyright: ignore
 
 
 def _finish(
@@ -82,10 +97,12 @@ def _finish(
     slots: Slots,
     output: Tensor,
 ) -> Any:
-    parts = (None, None, None) if down is None else (down.B, down.row_scale, down.bias)
-    if slots.apart and (slots.routed or parts[1] is not None):
-        weights = None if slot_weights is None else slot_weights.to(output.dtype)
-        return CombineSlots.apply(output, down_rank, *parts, weights, slots)
+    row_scale = None if down is None else down.row_scale
+    if slots.apart and (slots.routed or row_scale is not None):
+        lora_B, bias = (None, None) if down is None else (down.B, down.bias)
+        if slot_weights is not None:
+            slot_weights = slot_weights.to(output.dtype)
+        return CombineSlots.apply(output, down_rank, lora_B, row_scale, bias, slot_weights, slots)
     if down is None:
         return output
     # Autograd lets nobody write to one of several views, as the rows of a segment are.
@@ -104,8 +121,9 @@ class _Side:
     def of(projection: UpProjection | None, slots: Slots) -> _Side | None:
         if projection is None:
             return None
-        place = projection.columns.start // (slots.num_experts * slots.rank)
-        return _Side(slice(place * slots.columns, (place + 1) * slots.columns), projection.bias)
+        number = projection.columns.start // (slots.num_experts * slots.rank)
+        start = number * slots.columns
+        return _Side(slice(start, start + slots.columns), projection.bias)
 
 
 @dataclass(frozen=True)
@@ -117,31 +135,34 @@ class _Block:
     dropout_scale: float
     width: int  # of the hidden states, F
     sides: Sequence[_Side | None]  # one for each input projection
+    names: Sequence[str]  # of the function's tensors, in the order in which it takes them
 
-    def unpack(self, tensors: Sequence[Any]) -> _Tensors:
-        """Sort the function's tensors, in the order in which it takes them."""
-        count = len(self.sides)
-        outputs = tensors[:count]
-        low_rank = tensors[count]
-        matrices = tensors[count + 1 : 2 * count + 1]
-        scales = tensors[2 * count + 1 : 3 * count + 1]
-        down_A, slot_weights, *keep_slots = tensors[3 * count + 1 :]
-        projections = [
-            _Projection(output, low_rank, lora_B, row_scale, side, self.slots.routed)
-            for output, lora_B, row_scale, side in zip(
-                outputs, matrices, scales, self.sides, strict=True
+    def by_name(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.names, tensors, strict=True))
+
+    @property
+    def output_names(self) -> list[str]:
+        return [name for name in self.names if name.startswith("output")]
+
+    def scale(self, values: Tensor) -> Tensor:
+        """Divide what dropout kept by the probability to be kept."""
+        return values if self.dropout_scale == 1 else values * self.dropout_scale
+
+    def projections(self, tensors: Mapping[str, Any]) -> list[_Projection]:
+        return [
+            _Projection(
+                output=tensors[f"output {number}"],
+                low_rank=None if side is None else tensors["low_rank"],
+                lora_B=tensors[f"B {number}"],
+                row_scale=tensors[f"row_scale {number}"],
+                side=side,
+                is_routed=self.slots.routed,
             )
+            for number, side in enumerate(self.sides)
         ]
-        return _Tensors(projections, low_rank, down_A, slot_weights, keep_slots)
 
-
-@dataclass(frozen=True)
-class _Tensors:
-    projections: Sequence[_Projection]
-    low_rank: Tensor | None
-    down_A: Tensor | None
-    slot_weights: Tensor | None
-    keep_slots: Sequence[Tensor | None]
+    def keep_slots(self, tensors: Mapping[str, Any]) -> list[Tensor | None]:
+        return [tensors[f"keep {slot}"] for slot in range(len(self.slots.experts))]
 
 
 @dataclass(frozen=True)
@@ -156,28 +177,34 @@ class _Projection:
     def __init__(
         self, output: Tensor, low_rank: Any, lora_B: Any, row_scale: Any, side: Any, is_routed: bool
     ):
-        self.output, self.lora_B, self.row_scale, self.side = output, lora_B, row_scale, side
+        self.output = output
+        self.lora_B = lora_B
+        self.row_scale = row_scale
+        self.side = side
         self.is_routed = is_routed
-        self.low_rank = None if side is None or low_rank is None else low_rank[:, side.columns]
+        self.low_rank = None if low_rank is None else low_rank[:, side.columns]
         self.excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
 
     def rows(self, piece: Piece, *, is_forward: bool = False) -> _Rows:
         output = piece.take(self.output)
         if self.low_rank is None or piece.columns is None:
             return _Rows(output, output)
-        rank_input, own_B = piece.take_rank(self.low_rank), piece.of_experts(self.lora_B)
-        if self.excess is None:
-            # One expert's update stays in the base's output, which is all that has to be kept. Of
-            # several, each has a copy of its own to add to, or makes one.
-            if not self.is_routed:
-                value = output.addmm_(rank_input, own_B) if is_forward else output
-                return _Rows(value, value, rank_input)
-            add = output.addmm_ if piece.copies else partial(torch.addmm, output)
-            value = add(rank_input, own_B)
-            return _Rows(value, value, rank_input)
-        excess, out = piece.of_rows(self.excess), output if piece.copies else None
-        value, rows = decompose_rows(output, rank_input, own_B, excess, self.side.bias, out)
-        return _Rows(value, rows, rank_input, excess)
+        rank_input = piece.take_rank(self.low_rank)
+        lora_B = piece.of_experts(self.lora_B)
+        if self.excess is not None:
+            excess = piece.of_rows(self.excess)
+            out = output if piece.owns_rows else None
+            value, unscaled = decompose_rows(
+                output, rank_input, lora_B, excess, self.side.bias, out
+            )
+            return _Rows(value, unscaled, rank_input, excess)
+        if not self.is_routed:  # the update stays in the base's output
+            value = output.addmm_(rank_input, lora_B) if is_forward else output
+        elif piece.owns_rows:
+            value = output.addmm_(rank_input, lora_B)
+        else:
+            value = torch.addmm(output, rank_input, lora_B)
+        return _Rows(value, value, rank_input)
 
 
 class _LeanFfn(torch.autograd.Function):
@@ -201,129 +228,145 @@ class _LeanFfn(torch.autograd.Function):
     def forward(ctx, block, *inputs):
         # Segments are views of one tensor: with its version counter, each one's update would
         # invalidate what the others have saved.
-        count, slots = len(block.sides), block.slots
-        saved = (*(output.data for output in inputs[:count]), *inputs[count:])
-        like = saved[0]
-        tensors = block.unpack(saved)
-        down_A, keep_slots = tensors.down_A, tensors.keep_slots
-        apart = None
-        if slots.apart:
-            apart = like.new_empty(slots.experts.numel(), block.width)
+        tensors = block.by_name(inputs)
+        for name in block.output_names:
+            tensors[name] = tensors[name].data
+        slots = block.slots
+        projections = block.projections(tensors)
+        keep_slots = block.keep_slots(tensors)
+        down_A = tensors["down_A"]
+        slot_weights = slots.by_place(tensors["slot_weights"])
+        like = projections[0].output
         total = Total(slots, block.width, like)
-        ordered = slots.by_place(tensors.slot_weights)
+        apart = like.new_empty(slots.experts.numel(), block.width) if slots.apart else None
         # Both are kept, as they are narrow: a weight, which may be 0, can't be divided out again.
-        unweighted: Any = None if down_A is None else slots.new_rank_space(like)
+        unweighted = None if down_A is None else slots.new_rank_space(like)
         weighted = unweighted
-        if down_A is not None and ordered is not None:
+        if unweighted is not None and slot_weights is not None:
             weighted = torch.zeros_like(unweighted)
         for piece in slots.pieces(block.width, like.dtype):
-            rows = [projection.rows(piece, is_forward=True) for projection in tensors.projections]
+            rows = [projection.rows(piece, is_forward=True) for projection in projections]
             states = block.gating(*(row.value for row in rows))
-            weight = None if ordered is None else piece.take_slots(ordered)
+            weight = None if slot_weights is None else piece.take_slots(slot_weights)
             if down_A is not None and piece.columns is not None:
-                down = piece.drop(states, keep_slots) @ piece.of_experts(down_A).T
-                down = piece.keep_rank(down)
-                down = down if block.dropout_scale == 1 else down * block.dropout_scale
-                piece.add_rank(unweighted, down)
+                dropped = piece.drop(states, keep_slots)
+                down_rank = block.scale(piece.keep_rank(dropped @ piece.of_experts(down_A).T))
+                piece.add_rank(unweighted, down_rank)
                 if weight is not None:
-                    piece.add_rank(weighted, down * weight)
+                    piece.add_rank(weighted, down_rank * weight)
             if apart is not None:
                 piece.take_slots(apart).copy_(states)
-            elif weight is not None and piece.copies:
+            elif weight is not None and piece.owns_rows:
                 total.add(piece, states.mul_(weight))
             else:
                 total.add(piece, states, weight)
         ctx.block = block
-        ctx.save_for_backward(*saved, unweighted)
+        ctx.save_for_backward(*tensors.values(), unweighted)
         hidden = total.value if apart is None else apart
         return hidden, like.new_empty(0) if weighted is None else weighted
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
-        backward = _Backward(ctx.block, *ctx.saved_tensors)
-        for piece in ctx.block.slots.pieces(ctx.block.width, grad_hidden.dtype):
+        *inputs, unweighted = ctx.saved_tensors
+        block = ctx.block
+        backward = _Backward(block, block.by_name(inputs), unweighted)
+        for piece in block.slots.pieces(block.width, grad_hidden.dtype):
             backward.accumulate(piece, grad_hidden, grad_down)
-        return None, *backward.gradients()
+        gradients = backward.gradients()
+        return None, *(gradients.get(name) for name in block.names)
 
 
 class _Backward:
     """Gradients of the function's tensors, summed up over pieces."""
 
-    def __init__(self, block: _Block, *saved: Any):
-        *inputs, self.unweighted = saved
-        tensors = block.unpack(inputs)
-        self.block = block
-        self.projections = tensors.projections
-        self.down_A: Any = tensors.down_A
-        self.keep_slots = tensors.keep_slots
-        low_rank, weights = tensors.low_rank, tensors.slot_weights
-        self.grad_low_rank = None if low_rank is None else torch.zeros_like(low_rank)
-        self.grads = [
-            _Gradients(projection, self.grad_low_rank, block.slots)
-            for projection in self.projections
+    def __init__(self, block: _Block, tensors: Mapping[str, Any], unweighted: Any):
+        self._block = block
+        self._unweighted = unweighted
+        self._projections = block.projections(tensors)
+        self._keep_slots = block.keep_slots(tensors)
+        self._down_A: Any = tensors["down_A"]
+        low_rank, slot_weights = tensors["low_rank"], tensors["slot_weights"]
+        self._grad_low_rank = None if low_rank is None else torch.zeros_like(low_rank)
+        self._grads = [
+            _Gradients(projection, self._grad_low_rank, block.slots)
+            for projection in self._projections
         ]
-        self.adapts_down = self.down_A is not None
-        self.grad_down_A: Any = zeros_for_gradient(self.down_A) if self.adapts_down else None
-        self.slot_weights = block.slots.by_place(weights)
-        self.grad_weights: Any = None if weights is None else torch.empty_like(self.slot_weights)
+        self._grad_down_A: Any = None
+        self._adapts_down = self._down_A is not None
+        if self._adapts_down:
+            self._grad_down_A = zeros_for_gradient(self._down_A)
+        self._slot_weights = block.slots.by_place(slot_weights)
+        self._grad_slot_weights: Any = None
+        if slot_weights is not None:
+            self._grad_slot_weights = torch.empty_like(self._slot_weights)
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        return (
-            *(grads.output for grads in self.grads),
-            self.grad_low_rank,
-            *(grads.lora_B for grads in self.grads),
-            *(grads.row_scale for grads in self.grads),
-            self.grad_down_A,
-            self.block.slots.by_token(self.grad_weights),
-            *(None for _ in self.keep_slots),
-        )
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Return the gradients by the names of the function's tensors."""
+        gradients = {
+            "low_rank": self._grad_low_rank,
+            "down_A": self._grad_down_A,
+            "slot_weights": self._block.slots.by_token(self._grad_slot_weights),
+        }
+        for number, grads in enumerate(self._grads):
+            gradients[f"output {number}"] = grads.output
+            gradients[f"B {number}"] = grads.lora_B
+            gradients[f"row_scale {number}"] = grads.row_scale
+        return gradients
 
     def accumulate(self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor) -> None:
-        rows = [projection.rows(piece) for projection in self.projections]
+        rows = [projection.rows(piece) for projection in self._projections]
         values = [row.value for row in rows]
-        states, vector_jacobian = gate_with_gradients(self.block.gating, values)
+        states, vector_jacobian = gate_with_gradients(self._block.gating, values)
         grad_states = self._grad_states(piece, grad_hidden, grad_down, states)
-        for grads, row, grad in zip(self.grads, rows, vector_jacobian(grad_states), strict=True):
+        for grads, row, grad in zip(self._grads, rows, vector_jacobian(grad_states), strict=True):
             grads.add(piece, row, grad)
 
     def _grad_states(
         self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor, states: Tensor
     ) -> Tensor:
         """Gradient of the hidden states; adds to those of the routing weights and down's A."""
-        take = piece.take_slots if self.block.slots.apart else piece.take
-        upstream, is_adapted = take(grad_hidden), self.adapts_down and piece.columns is not None
+        if self._block.slots.apart:
+            upstream = piece.take_slots(grad_hidden)
+        else:
+            upstream = piece.take(grad_hidden)
+        is_adapted = self._adapts_down and piece.columns is not None
         grad_rank: Any = piece.take_rank(grad_down) if is_adapted else None
-        add: Any = partial(torch.addmm, upstream)
-        if self.slot_weights is not None:
-            weight = piece.take_slots(self.slot_weights)
+        is_weighted = self._slot_weights is not None
+        if is_weighted:
+            weight = piece.take_slots(self._slot_weights)
             grad_weight = (upstream * states).sum(-1, keepdim=True)
             if is_adapted:
-                grad_weight += (grad_rank * piece.take_rank(self.unweighted)).sum(-1, keepdim=True)
+                grad_weight += (grad_rank * piece.take_rank(self._unweighted)).sum(-1, keepdim=True)
                 grad_rank = grad_rank * weight
-            piece.take_slots(self.grad_weights).copy_(grad_weight)
-            # Slots don't stay apart where they are weighted here, so a piece's copy is its own.
-            upstream = upstream.mul_(weight) if piece.copies else upstream * weight
-            add = upstream.addmm_
+            piece.take_slots(self._grad_slot_weights).copy_(grad_weight)
+            # Slots don't stay apart where they are weighted here, so that `take` took the rows.
+            upstream = upstream.mul_(weight) if piece.owns_rows else upstream * weight
         if not is_adapted:
             return upstream
-        if self.block.dropout_scale != 1:
-            grad_rank = grad_rank * self.block.dropout_scale
-        dropped, own_A = piece.drop(states, self.keep_slots), piece.of_experts(self.down_A)
-        add_product_over_tokens_(piece.of_experts(self.grad_down_A), grad_rank, dropped)
-        if dropped is states:
-            return add(grad_rank, own_A)
-        return upstream + piece.drop(grad_rank @ own_A, self.keep_slots)
+        grad_rank = self._block.scale(grad_rank)
+        dropped = piece.drop(states, self._keep_slots)
+        down_A = piece.of_experts(self._down_A)
+        add_product_over_tokens_(piece.of_experts(self._grad_down_A), grad_rank, dropped)
+        if dropped is not states:
+            return upstream + piece.drop(grad_rank @ down_A, self._keep_slots)
+        if is_weighted:
+            return upstream.addmm_(grad_rank, down_A)
+        return torch.addmm(upstream, grad_rank, down_A)
 
 
 class _Gradients:
+    """Gradients of an input projection's tensors."""
+
     def __init__(self, projection: _Projection, grad_low_rank: Any, slots: Slots):
         self._output = Total(slots, projection.output.shape[1], projection.output)
-        scale = projection.row_scale
-        self.row_scale: Any = None if scale is None else zeros_for_gradient(scale)
-        self.rank: Any = None
+        self._rank: Any = None
+        self.row_scale: Any = None
+        if projection.row_scale is not None:
+            self.row_scale = zeros_for_gradient(projection.row_scale)
         if projection.low_rank is not None:
-            self.rank = RankGradients(projection.lora_B, grad_low_rank[:, projection.side.columns])
+            grad_low_rank = grad_low_rank[:, projection.side.columns]
+            self._rank = RankGradients(projection.lora_B, grad_low_rank)
 
     @property
     def output(self) -> Tensor:
@@ -331,7 +374,7 @@ class _Gradients:
 
     @property
     def lora_B(self) -> Tensor | None:
-        return self.rank and self.rank.lora_B
+        return None if self._rank is None else self._rank.lora_B
 
     def add(self, piece: Piece, rows: _Rows, grad: Tensor) -> None:
         if rows.excess is not None:
@@ -339,4 +382,4 @@ class _Gradients:
             grad = torch.addcmul(grad, rows.excess, grad)
         self._output.add(piece, grad)
         if rows.rank_input is not None:
-            self.rank.add(piece, rows.rank_input, grad)
+            self._rank.add(piece, rows.rank_input, grad)

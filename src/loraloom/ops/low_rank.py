@@ -153,8 +153,8 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows = grad.reshape(-1, grad.shape[-1])
-        num_spans = len(ctx.spans)
-        low_ranks, up_projections = ctx.saved_tensors[:num_spans], ctx.saved_tensors[num_spans:]
+        factors = ctx.saved_tensors  # read once, which is all that checkpointing allows
+        low_ranks, up_projections = factors[: len(ctx.spans)], factors[len(ctx.spans) :]
         grads_low_rank, grads_B = [], []
         for span, low_rank, lora_B in zip(ctx.spans, low_ranks, up_projections, strict=True):
             grads_low_rank.append(rows[span] @ lora_B.T)

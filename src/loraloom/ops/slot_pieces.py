@@ -3,18 +3,17 @@
 Axes: T tokens, K top_k, D hidden, F feed-forward, E experts, R rank, S = E·R, G experts of a group,
 W = G·R, t rows of a piece, few enough that their hidden states stay in the processor's cache.
 
-`BlockOfSlot` is a block of tokens in one slot. A mask between all experts' A and B keeps each
-token's own: nothing is gathered, nothing waits for the host, and work grows with E·R. `RowsOfGroup`
-are the rows of a group of experts, whatever their slots, gathered and added back: masks keep a
-row's own expert within the group, and work grows with K, not with E.
+A masked piece is a block of tokens in one slot. A mask between all experts' A and B keeps each
+token's own: nothing is gathered, nothing waits for the host, and work grows with E·R. A gathered
+piece has rows of a group of experts, whatever their slots, which are added back: masks keep a row's
+own expert within the group, and work grows with K, not with E.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,47 +38,83 @@ MIN_SORTED_SLOTS = 512
 
 
 @dataclass(frozen=True)
-class Piece(ABC):
+class Piece:
     """Rows that go through an FFN block at once."""
 
-    rows: Any  # their tokens, a slice or [t]
+    rows: Any  # their tokens, a slice; [t] where they are gathered
     slots: Any  # theirs, one or [t]
-    place: slice  # among the rows of all slots, [K·T, ...]
+    slot_rows: slice  # among the rows of all slots, [K·T, ...]
     experts: Tensor  # of each, [t]; -1 for the base's own output
-    columns: slice | None  # of their experts among all, S
+    columns: Any  # a slice, those of their experts among all, S; None without an expert
     rank: int
-
-    copies: ClassVar[bool]
-    """Whether `take` returns a copy."""
+    slot_mask: Tensor | None = None  # of a masked piece with several experts, [t, S]
+    has_all_rows: bool = False  # all tokens, in their only slot
 
     @property
-    @abstractmethod
+    def owns_rows(self) -> bool:
+        """Whether rows are gathered, so that `take` returns a copy, which may be written to."""
+        return isinstance(self.rows, Tensor)
+
+    @property
+    def group(self) -> int:
+        return self.columns.start // (self.columns.stop - self.columns.start)
+
+    @property
     def is_masked(self) -> bool:
         """Whether its rows have different experts."""
+        if self.owns_rows:
+            return self._expert_rows.stop - self._expert_rows.start > 1
+        return self.slot_mask is not None
 
-    @abstractmethod
     def mask(self, dtype: torch.dtype) -> Any:
         """1 at the columns of a row's expert among the piece's, [t, W], where it is masked."""
+        if not self.owns_rows:
+            return self.slot_mask
+        first = self._expert_rows.start
+        num_experts = self._expert_rows.stop - first
+        return slot_masks((self.experts - first)[:, None], num_experts, self.rank, dtype)[0]
 
-    @abstractmethod
     def take(self, values: Tensor) -> Tensor:
-        """Rows of [T, ...]."""
+        """Rows of [T, ...]; a view of a masked piece's."""
+        return values.index_select(0, self.rows) if self.owns_rows else values[self.rows]
 
-    @abstractmethod
     def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
         """Add to rows of [T, ...], which `Total` made, times a weight, [t, 1]."""
+        if self.owns_rows:
+            total.index_add_(0, self.rows, values if weight is None else values * weight)
+            return
+        rows = total[self.rows]
+        if self.slots > 0:
+            rows.add_(values) if weight is None else rows.addcmul_(values, weight)
+        elif weight is None:  # the first slot's values are written, not added
+            rows.copy_(values)
+        else:
+            torch.mul(values, weight, out=rows)
 
-    @abstractmethod
     def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
         """Zero what each slot's dropout drops."""
+        if keep_slots[0] is None:
+            return values
+        if not self.owns_rows:
+            return apply_keep_mask(values, keep_slots[self.slots][self.rows])  # pyright: ignore
+        sizes = torch.bincount(self.slots, minlength=len(keep_slots)).tolist()
+        by_slot = zip(keep_slots, self.rows.split(sizes), strict=True)
+        keep = [mask.index_select(0, rows) for mask, rows in by_slot if mask is not None]
+        return apply_keep_mask(values, torch.cat(keep))
 
-    @abstractmethod
+    @property
+    def _rank_rows(self) -> slice:
+        """Rows of rank space: [T, S], all slots' in one, or [K·T, W] where they are gathered."""
+        return self.slot_rows if self.owns_rows else self.rows
+
     def take_rank(self, values: Tensor) -> Tensor:
         """Rank-space rows, with zeros outside of their expert's columns."""
+        values = values[self._rank_rows]
+        return values if self.owns_rows else self.keep_rank(values)
 
-    @abstractmethod
     def add_rank(self, total: Tensor, values: Tensor) -> None:
         """Add rank-space rows that `keep_rank` kept."""
+        total[self._rank_rows].add_(values)
 
     def keep_rank(self, values: Tensor) -> Tensor:
         """Zero what is outside of a row's expert's columns, in each of [t, C·W]."""
@@ -91,7 +126,8 @@ class Piece(ABC):
         return (values.unflatten(1, (-1, mask.shape[1])) * mask.unsqueeze(1)).flatten(1)
 
     def take_slots(self, values: Tensor) -> Tensor:
-        return values[self.place]
+        """See the piece's rows of [K·T, ...]."""
+        return values[self.slot_rows]
 
     def of_experts(self, weights: Tensor) -> Tensor:
         """See the rows of [S, N] that belong to the piece's experts."""
@@ -100,121 +136,46 @@ class Piece(ABC):
     def of_rows(self, table: Tensor) -> Tensor:
         """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
         if not self.is_masked:
-            return table[self._places]
+            return table[self._expert_rows]
         # `table[self.experts]` is much slower on a CPU both ways.
         return embedding(self.experts.remainder(len(table)), table)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
-        own = total[self._places]
+        """Add to the rows of [E, N] that belong to the piece's experts."""
+        expert_rows = total[self._expert_rows]
         if self.is_masked:
-            own += self.mask(values.dtype)[:, :: self.rank].T @ values
+            expert_rows += self.mask(values.dtype)[:, :: self.rank].T @ values
         else:
-            own += values.sum(0, keepdim=True)
+            expert_rows += values.sum(0, keepdim=True)
 
     @property
-    def _places(self) -> slice:
-        columns: slice = self.columns  # pyright: ignore[reportAssignmentType]
-        return slice(columns.start // self.rank, columns.stop // self.rank)
-
-
-@dataclass(frozen=True)
-class BlockOfSlot(Piece):
-    """A block of tokens in one slot; rows of rank space are [T, S], all slots' in one."""
-
-    slot_mask: Tensor | None = None
-    is_whole: bool = False  # all tokens, in their only slot
-    copies = False
-
-    @property
-    def is_masked(self) -> bool:
-        return self.slot_mask is not None
-
-    def mask(self, dtype: torch.dtype) -> Any:
-        return self.slot_mask
-
-    def take(self, values: Tensor) -> Tensor:
-        return values[self.rows]
-
-    def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
-        rows = total[self.rows]
-        if self.slots > 0:
-            rows.add_(values) if weight is None else rows.addcmul_(values, weight)
-        elif weight is None:
-            rows.copy_(values)
-        else:
-            torch.mul(values, weight, out=rows)
-
-    def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
-        keep = keep_slots[self.slots]
-        return values if keep is None else apply_keep_mask(values, keep[self.rows])
-
-    def take_rank(self, values: Tensor) -> Tensor:
-        return self.keep_rank(values[self.rows])
-
-    def add_rank(self, total: Tensor, values: Tensor) -> None:
-        total[self.rows].add_(values)
-
-
-@dataclass(frozen=True)
-class RowsOfGroup(Piece):
-    """Rows of a group of experts, in the order of their slots; rows of rank space are [K·T, W]."""
-
-    copies = True
-
-    @property
-    def group(self) -> int:
-        columns: slice = self.columns  # pyright: ignore[reportAssignmentType]
-        return columns.start // (columns.stop - columns.start)
-
-    @property
-    def is_masked(self) -> bool:
-        return self._places.stop - self._places.start > 1
-
-    def mask(self, dtype: torch.dtype) -> Any:
-        first, num_experts = self._places.start, self._places.stop - self._places.start
-        return slot_masks((self.experts - first)[:, None], num_experts, self.rank, dtype)[0]
-
-    def take(self, values: Tensor) -> Tensor:
-        return values.index_select(0, self.rows)
-
-    def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
-        total.index_add_(0, self.rows, values if weight is None else values * weight)
-
-    def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
-        if keep_slots[0] is None:
-            return values
-        sizes = torch.bincount(self.slots, minlength=len(keep_slots)).tolist()
-        parts = zip(keep_slots, self.rows.split(sizes), strict=True)
-        keep = [mask.index_select(0, rows) for mask, rows in parts if mask is not None]
-        return apply_keep_mask(values, torch.cat(keep))
-
-    def take_rank(self, values: Tensor) -> Tensor:
-        return values[self.place]
-
-    def add_rank(self, total: Tensor, values: Tensor) -> None:
-        total[self.place].add_(values)
+    def _expert_rows(self) -> slice:
+        """The piece's experts among all, E."""
+        return slice(self.columns.start // self.rank, self.columns.stop // self.rank)
 
 
 def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype) -> int | None:
     """How many experts a group has; None where masks over all experts do as well."""
     # In 16 bits, groups are as wide as multiplies for the price of one column, and pay where all
     # experts are much wider. In 32 every column costs: groups are as narrow as their rows allow.
-    columns, num_slots = num_experts * rank, experts.numel()
+    num_slots = experts.numel()
     is_narrow = dtype.itemsize <= 2
     if experts.device.type != "cpu" or num_slots < MIN_SORTED_SLOTS:
         return None  # on an accelerator, nothing may wait for the counts
-    if num_experts == 1 or (is_narrow and columns < 4 * GROUP_COLUMNS):
+    if num_experts == 1 or (is_narrow and num_experts * rank < 4 * GROUP_COLUMNS):
         return None
-    sizes = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
-    fitting = [size for size in sizes if size * rank <= GROUP_COLUMNS] or [1]
-    if is_narrow:
-        return fitting[-1]
-    return next((s for s in fitting if num_slots * s >= MIN_GROUP_ROWS * num_experts), fitting[-1])
+    largest = 1
+    for size in range(1, num_experts + 1):
+        if num_experts % size == 0 and size * rank <= GROUP_COLUMNS:
+            largest = size
+            if not is_narrow and num_slots * size >= MIN_GROUP_ROWS * num_experts:
+                return size
+    return largest
 
 
 def sorted_pieces(
     experts: Tensor, num_experts: int, rank: int, size: int, longest: int
-) -> tuple[Tensor, list[RowsOfGroup]]:
+) -> tuple[Tensor, list[Piece]]:
     """Cut slots, [K, T], into rows of groups of `size` experts, `longest` at once; -1 comes first.
 
     Returned are also the slots, of [K·T], in the order of the pieces.
@@ -224,35 +185,44 @@ def sorted_pieces(
     counts = torch.bincount(groups, minlength=num_experts // size + 1).tolist()
     # Stable, so that a group's rows come slot after slot, by which `drop` splits them.
     order = groups.argsort(stable=True)
-    cuts = [
-        (group, min(longest, count - start))
-        for group, count in enumerate(counts, start=-1)
-        for start in range(0, count, longest)
-    ]
-    by_slot = order % num_tokens, order.div(num_tokens, rounding_mode="floor"), flat[order]
-    parts = zip(*(one.split([rows for _, rows in cuts]) for one in by_slot), strict=True)
+    group_of_piece, lengths = [], []
+    for group, count in enumerate(counts, start=-1):
+        for start in range(0, count, longest):
+            group_of_piece.append(group)
+            lengths.append(min(longest, count - start))
+    rows = (order % num_tokens).split(lengths)
+    slots = order.div(num_tokens, rounding_mode="floor").split(lengths)
+    row_experts = flat[order].split(lengths)
     pieces, start = [], 0
-    for (group, num_rows), (rows, slots, own) in zip(cuts, parts, strict=True):
-        place = slice(start, start := start + num_rows)
+    for number, group in enumerate(group_of_piece):
+        slot_rows = slice(start, start + lengths[number])
         columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
-        pieces.append(RowsOfGroup(rows, slots, place, own, columns, rank))
+        piece = Piece(rows[number], slots[number], slot_rows, row_experts[number], columns, rank)
+        pieces.append(piece)
+        start = slot_rows.stop
     return order, pieces
 
 
 def masked_pieces(
     experts: Tensor, masks: Tensor | None, num_columns: int, rank: int, longest: int
-) -> Iterator[BlockOfSlot]:
+) -> Iterator[Piece]:
     """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another."""
     num_slots, num_tokens = experts.shape
     step = longest if experts.device.type == "cpu" else max(1, num_tokens)
     for start in range(0, num_tokens, step):
-        stop = min(start + step, num_tokens)
-        rows = slice(start, stop)
+        rows = slice(start, min(start + step, num_tokens))
         for slot in range(num_slots):
-            place = slice(slot * num_tokens + start, slot * num_tokens + stop)
-            mask, columns = None if masks is None else masks[slot, rows], slice(0, num_columns)
-            is_whole = (num_slots, stop - start) == (1, num_tokens)
-            yield BlockOfSlot(rows, slot, place, experts[slot, rows], columns, rank, mask, is_whole)
+            first = slot * num_tokens
+            yield Piece(
+                rows=rows,
+                slots=slot,
+                slot_rows=slice(first + rows.start, first + rows.stop),
+                experts=experts[slot, rows],
+                columns=slice(0, num_columns),
+                rank=rank,
+                slot_mask=None if masks is None else masks[slot, rows],
+                has_all_rows=num_slots == 1 and rows == slice(0, num_tokens),
+            )
 
 
 def _piece_rows(width: int, dtype: torch.dtype) -> int:
@@ -271,22 +241,23 @@ class Slots:
     apart: bool  # not added up in front of the base's output projection
     group: int | None = None  # experts of a group that slots are sorted by
     order: Any = None  # of the slots among all pieces, [K·T]; None is slot after slot
-    by_group: Sequence[RowsOfGroup] = ()  # cut once for both passes
+    by_group: Sequence[Piece] = ()  # cut once for both passes
 
     @staticmethod
     def of(weights: FfnWeights, routing: Routing | None, output: Tensor) -> Slots:
         """Decide how the slots of a block are cut; without routing there is one of one expert."""
-        sizes = weights.num_experts, weights.rank
+        num_experts, rank = weights.num_experts, weights.rank
         if routing is None:
             experts = torch.zeros(1, len(output), dtype=torch.long, device=output.device)
-            return Slots(experts, *sizes, routed=False, apart=weights.apart)
-        experts = routing.selected_experts.T.contiguous()
-        slots = Slots(experts, *sizes, routed=True, apart=weights.apart)
-        size = group_size(experts, *sizes, output.dtype)
+        else:
+            experts = routing.selected_experts.T.contiguous()
+        is_routed = routing is not None
+        slots = Slots(experts, num_experts, rank, routed=is_routed, apart=weights.apart)
+        size = group_size(experts, num_experts, rank, output.dtype) if is_routed else None
         if size is None:
             return slots
         longest = _piece_rows(weights.width, output.dtype)
-        order, pieces = sorted_pieces(experts, *sizes, size, longest)
+        order, pieces = sorted_pieces(experts, num_experts, rank, size, longest)
         return replace(slots, group=size, order=order, by_group=pieces)
 
     def pieces(self, width: int, dtype: torch.dtype) -> Iterable[Piece]:
@@ -339,13 +310,13 @@ class Total:
         if self._value is None:
             shape = (self._slots.experts.shape[1], self._width)
             # masked pieces write their first slot
-            room = torch.empty if self._slots.group is None else torch.zeros
-            self._value = room(shape, dtype=self._like.dtype, device=self._like.device)
+            create = torch.empty if self._slots.group is None else torch.zeros
+            self._value = create(shape, dtype=self._like.dtype, device=self._like.device)
         return self._value
 
     def add(self, piece: Piece, values: Tensor, weight: Tensor | None = None) -> None:
         """Add a piece's rows, which nobody may write to afterwards, times a weight, [t, 1]."""
-        if isinstance(piece, BlockOfSlot) and piece.is_whole and weight is None:
+        if piece.has_all_rows and weight is None:
             self._value = values
         else:
             piece.add(self.value, values, weight)

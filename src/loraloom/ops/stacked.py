@@ -172,11 +172,7 @@ class StackedFfn(StackedWeights):
     stacked_fields = ("input_A", "inputs", "down_A", "down", "router")
 
     def step(
-        self,
-        hidden_states: Tensor,
-        outputs: Sequence[Tensor],
-        gating: Gating,
-        tokens: TokensOf,
+        self, hidden_states: Tensor, outputs: Sequence[Tensor], gating: Gating, tokens: TokensOf
     ) -> tuple[Tensor, Finish]:
         """Return rows for the base's output projection and what is to be done with its output.
 
@@ -241,11 +237,7 @@ class StackedFfn(StackedWeights):
         return down_rank if self.apart else slots.combine(down_rank)
 
     def _finish(
-        self,
-        down_rank: Tensor | None,
-        slots: _Slots | None,
-        rows_shape: torch.Size,
-        output: Tensor,
+        self, down_rank: Tensor | None, slots: _Slots | None, rows_shape: torch.Size, output: Tensor
     ) -> Tensor:
         down = self.down
         if self.unweighted_bias is not None and slots is not None:

@@ -139,7 +139,8 @@ def token_scores(
     Between them, whether argmax gives the label, of equally likely tokens the first; last, the ids
     of the most likely. Their log p are, to the bit, those of labels that are among them.
     """
-    log_probs, is_top, top_log_probs, top_ids = [], [], [], []
+    log_probs, is_top = [], []
+    top_log_probs, top_ids = [], []
     for states, chunk_labels in _chunks(vocab_size, hidden_states, labels):
         logits = head(states)
         for rows in _blocks(logits):

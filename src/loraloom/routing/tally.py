@@ -96,8 +96,8 @@ class RoutingTotals:
             sums=torch.as_tensor(sums, dtype=torch.float64).view(len(routing), -1),
         )
 
-    def __add__(self, other: RoutingTotals) -> RoutingTotals:
-        return replace(self, sums=self.sums + other.sums)
+    def __add__(self, more: RoutingTotals) -> RoutingTotals:
+        return replace(self, sums=self.sums + more.sums)
 
     @property
     def num_tokens(self) -> int:
