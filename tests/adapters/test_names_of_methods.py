@@ -12,7 +12,9 @@ from loraloom.adapters import CONFIGS
 
 SOURCES = Path(loraloom.__file__).parent
 METHODS = (SOURCES / "adapters", SOURCES / "formats", SOURCES / "exports/gguf.py")
-_SHARED = {*"base experts keys low_rank method own prompt_router weighted_sum".split()}
+_SHARED = {*"contract experts low_rank projection segment tensor_names extra_modules".split()} | {
+    *"weighted_sum combining choice fitting prompt_router".split()
+}
 """Files in adapters/ that belong to no method."""
 NAMES = sorted(
     {config.model_fields["method"].default for config in CONFIGS}
@@ -22,7 +24,7 @@ NAMES = sorted(
 CLASSES = sorted(
     {
         name
-        for path in METHODS[0].glob("*.py")
+        for path in METHODS[0].rglob("*.py")
         if path.stem not in _SHARED
         for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
     }

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraloom.adapters import parse_adapter_config
+from loraloom.adapters.routed.method import sources_of
 from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.config.fields import check_name
 from loraloom.config.text import read_json
@@ -288,7 +289,7 @@ class RunDirectory:
             start = job.start_from
             starts = [start] if isinstance(start, str) else start or ()
             sources = [("start_from", source) for source in starts]
-            experts = job.adapter.sources.values()
+            experts = sources_of(job.adapter).values()
             sources += [("adapter.experts", str(self.job(n)) if n in names else n) for n in experts]
             if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
                 sources.append(("train.objective.reference", objective.reference))
