@@ -152,16 +152,12 @@ class AdapterConfig(StrictModel, ABC):
 
     def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
         """List the projections that an adapter has."""
-        return [
-            block.projections[name]
-            for layer in base_layers
-            for block in layer.blocks
-            for name in self._ordered_targets(block)
-        ]
-
-    def _ordered_targets(self, block: Block) -> list[str]:
-        targets = self.targets_in(block)
-        return [name for name in block.projections if name in targets]
+        adapted = list[BaseProjection]()
+        for layer in base_layers:
+            for block in layer.blocks:
+                targets = self.targets_in(block)
+                adapted += [base for name, base in block.projections.items() if name in targets]
+        return adapted
 
     @property
     def experts_per_token(self) -> int | None:

@@ -298,13 +298,12 @@ class RoutedUpdates(SumProjection):
         seed: int,
     ):
         super().__init__(updates)
-        num_experts = len(config.experts)
         self.config = config
         self._is_arrow = config.router == "arrow"
         self._maps = super().maps_rank_space
         self._route = TopK(config.experts_per_token)
         self._check_can_be_weighed()
-        rows = torch.zeros(num_experts, self.base.in_features, dtype=torch.float32)
+        rows = torch.zeros(len(updates), self.base.in_features, dtype=torch.float32)
         if not self._is_arrow:
             for expert, row in enumerate(rows):
                 row.normal_(std=0.02, generator=generator_for(seed, self._name(expert)))
