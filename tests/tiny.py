@@ -33,7 +33,8 @@ from loraloom.adapters import (
     SmoraConfig,
     VeraConfig,
 )
-from loraloom.adapters.contract import Adapter, Expert
+from loraloom.adapters.contract import Adapter
+from loraloom.adapters.routed.method import Expert
 from loraloom.host.host import Host
 
 VOCAB_SIZE = 97

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 import loraloom
-from loraloom.adapters.prompt_router import PromptRouter
+from loraloom.adapters.routed.prompt_router import PromptRouter
 from loraloom.generation.router import prompt_ids
 
 COUNTS = (8, 16, 32, 64, 200)

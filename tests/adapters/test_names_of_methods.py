@@ -8,9 +8,8 @@ from loraloom.adapters import CONFIGS
 
 SOURCES = Path(loraloom.__file__).parent
 METHODS = (SOURCES / "adapters", SOURCES / "formats", SOURCES / "exports/gguf.py")
-_SHARED = {
-    *"combining contract experts extra_modules low_rank prompt_router segment tensor_names "
-    "weighted_sum".split()
+    *"choice combining contract experts extra_modules fitting low_rank projection prompt_router "
+    "segment tensor_names weighted_sum".split()
 }
 """Files in adapters/ that belong to no method."""
 NAMES = sorted(
@@ -21,7 +20,7 @@ NAMES = sorted(
 CLASSES = sorted(
     {
         name
-        for path in METHODS[0].glob("*.py")
+        for path in METHODS[0].rglob("*.py")
         if path.stem not in _SHARED
         for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
     }

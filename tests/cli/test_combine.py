@@ -168,7 +168,7 @@ def test_forms_are_unknown_where_no_expert_has_one(saved, capsys):
     host.adapter("one/law").prompt = PromptForm(format="chat")
     tell_unknown_prompts(host, tokenizer)
     assert capsys.readouterr().err == ""
-    host.adapter("one").chooser = None  # of a router by token, whose experts' forms differ
+    host.adapter("one").prompt_router = None  # of a router by token, whose experts' forms differ
     tell_unknown_prompts(host, tokenizer)
     assert "note: the files of one do not" in capsys.readouterr().err
 

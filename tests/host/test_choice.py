@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraloom import LoraConfig, RoutedConfig
+from loraloom.adapters.routed.choice import round_shares
 from loraloom.adapters.weighted_sum import MAX_MEMBERS, parse_sum
-from loraloom.host.choice import round_shares
 from tests.tiny import tiny_host
 
 
@@ -36,7 +36,7 @@ def test_the_most_probable_of_many_experts_weighs_most(num_experts):
     names = [f"e{number}" for number in range(num_experts)]
     experts = dict.fromkeys(names, "law")
     host.add("auto", RoutedConfig(experts=experts, top_k=num_experts))
-    chooser = host.adapters["auto"].chooser
+    chooser = host.adapters["auto"].prompt_router
     chooser.router.data.fill_(1e-6)
     chooser.offsets.data.copy_(torch.linspace(0, 1e-3, num_experts))
     (choice,) = host.choose([[5, 6, 7]], ["auto"])

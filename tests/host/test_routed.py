@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 import loraloom
 from loraloom import LoraConfig, Prompt, PromptForm, RoutedConfig, SamplingConfig, fit_router
-from loraloom.adapters.contract import Expert
+from loraloom.adapters.routed.method import Expert
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.data.tokens import Example
 from loraloom.errors import AdapterError, ConfigError, DataError, FormatError
@@ -147,7 +147,7 @@ def test_a_prompt_gets_the_expert_that_its_router_chooses(layers):
     assert [one.adapter for one in choices] == ["auto/dora", ("auto/law", 0.5), None]
     assert max(choices[0].probabilities, key=choices[0].probabilities.get) == "dora"
     # the formula, from the base model's states
-    head = host.adapters["auto"].chooser
+    head = host.adapters["auto"].prompt_router
     with torch.no_grad():
         states = host.model(torch.tensor([prompts[0]]), output_hidden_states=True).hidden_states
         scores = states[layers][0] @ head.router.T + head.offsets
@@ -318,7 +318,7 @@ def test_experts_come_and_go_and_the_others_routers_stay(router):
         )
     host.prune("three", [2, 0], name="other")
     before, after = (host.adapters[name].tensors() for name in ("three", "other"))
-    assert {*host.adapters["other"].part_names} == {"chem", "law"}
+    assert {*host.adapters["other"].members} == {"chem", "law"}
     for name, tensor in after.items():
         old = name.replace("experts.0.", "experts.2.", 1)
         old = name.replace("experts.1.", "experts.0.", 1) if old == name else old
@@ -353,7 +353,7 @@ def test_new_experts_begin_apart():
 
 def test_a_router_that_has_diverged_says_so():
     host, _ = fitted(num_layers_read=1)
-    host.adapters["auto"].chooser.router.data[0] = torch.nan
+    host.adapters["auto"].prompt_router.router.data[0] = torch.nan
     with pytest.raises(AdapterError, match="logits of its router must be finite"):
         host.choose([prompts_of(0)[0]], ["auto"])
 

@@ -75,7 +75,7 @@ def test_a_router_by_prompt_goes_to_peft_and_back(tmp_path):
     host = host_of(ALL_METHODS["lora"], "law")
     randomise(host.add("math", ALL_METHODS["dora"]), 1)
     host.add("auto", RoutedConfig(experts={"law": "law", "math": "math"}))
-    host.adapter("auto").chooser.router.normal_()
+    host.adapter("auto").prompt_router.router.normal_()
     host.save("auto", tmp_path / "ours")
     wrapped = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path / "ours", "auto")
     wrapped.save_pretrained(tmp_path / "theirs")

@@ -19,7 +19,7 @@ from loraloom.adapters.mixlora import MixLoraConfig
 from loraloom.adapters.mixlora import SharedExpertConfig as SharedExpertConfig
 from loraloom.adapters.mola import MolaConfig
 from loraloom.adapters.moslora import MosLoraConfig
-from loraloom.adapters.routed import RoutedConfig
+from loraloom.adapters.routed.method import RoutedConfig
 from loraloom.adapters.smora import SmoraConfig
 from loraloom.adapters.vera import VeraConfig
 from loraloom.errors import ConfigError, shown
@@ -70,16 +70,16 @@ def register_method(config: _METHOD) -> _METHOD:
     if lacking := ", ".join(_lacking(config)):
         raise ConfigError(f"a method's configuration must have {lacking}, got {shown(config)}")
     name = config.model_fields["method"].default
-    for known in list(CONFIGS):
-        names = {known.model_fields["method"].default, *known.aliases}
-        if known is config or (name not in names and config.peft_type != known.peft_type):
+    for existing in list(CONFIGS):
+        names = {existing.model_fields["method"].default, *existing.aliases}
+        if existing is config or (name not in names and config.peft_type != existing.peft_type):
             continue
-        if (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
+        if (existing.__module__, existing.__qualname__) != (config.__module__, config.__qualname__):
             raise ConfigError(
                 f"method {name!r} or peft_type {config.peft_type!r} is already registered for "
-                f"{known.__name__}; choose other names"
+                f"{existing.__name__}; choose other names"
             )
-        CONFIGS.remove(known)  # a notebook's cell that defines it is run again
+        CONFIGS.remove(existing)  # a notebook's cell that defines it is run again
     if config not in CONFIGS:
         config.package = config.__module__.partition(".")[0].replace("__main__", "")
         CONFIGS.append(config)

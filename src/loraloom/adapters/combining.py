@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loraloom.adapters.contract import Adapter, AdapterConfig, Projection
 from loraloom.adapters.extra_modules import refuse_own_parts
@@ -52,9 +53,11 @@ class Merged:
         for projection in projections:
             base = projection.base
             wide = torch.float32 if base.device.type == "mps" else torch.float64
-            merged, original = projection.merged(wide), base.weight.detach()
+            merged = projection.merged(wide)
+            original = base.weight.detach()
             self._originals.append((base, original.to("cpu", copy=True)))
-            lost += float((merged.to(original.dtype).to(wide) - merged).square().sum())
+            rounded = merged.to(original.dtype).to(wide)
+            lost += float((rounded - merged).square().sum())
             changed += float((merged - original.to(wide)).square().sum())
             base.set_weight(merged)
         return (lost / changed) ** 0.5 if changed else 0.0
@@ -76,7 +79,7 @@ Combination = Literal["linear", "svd", "cat"]
 _EXPERT = re.compile(r"(.*?(?:experts\.|router_|offset_))(\d+)(.*)")
 # Settings in which adapters that are combined may differ: what only scales updates, and where they
 # began. Ranks and projections are compared as shapes.
-_FREE = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
+_MAY_DIFFER = {"rank", "alpha", "rank_stabilized", "init", "experts", "layers", "alpha_pattern"}
 
 
 @torch.no_grad()
@@ -94,20 +97,29 @@ def combine(
     sources = [adapter.tensors() for adapter in adapters]
     tensors: dict[str, Tensor] = {}
     for name in sources[0]:
-        key, values = TensorKey.parse(name), [source[name] for source in sources]
-        part = None if key is None else key.part
-        if key is not None and part == "lora_A":
-            place, other = replace(key, part=""), str(replace(key, part="lora_B"))
-            scalings = [adapter.config.scaling_of(place) for adapter in adapters]
-            strengths = [w * s for w, s in zip(weights, scalings, strict=True)]
-            pair = (values, [source[other] for source in sources], strengths)
-            tensors[name], tensors[other] = _combined(*pair, by_svd=combination == "svd")
-        elif part in ("router", "magnitude"):
-            if (total := sum(weights)) <= 0:
-                what = "weights must have a positive sum to average routers or magnitudes"
-                raise ConfigError(f"{what}, got {list(weights)}")
+        key = TensorKey.parse(name)
+        values = [source[name] for source in sources]
+        if key is not None and key.part == "lora_A":
+            update = replace(key, part="")
+            name_of_B = str(replace(key, part="lora_B"))
+            tensors[name], tensors[name_of_B] = _combine_updates(
+                lora_A=values,
+                lora_B=[source[name_of_B] for source in sources],
+                strengths=[
+                    weight * adapter.config.scaling_of(update)
+                    for weight, adapter in zip(weights, adapters, strict=True)
+                ],
+                by_svd=combination == "svd",
+            )
+        elif key is not None and key.part in ("router", "magnitude"):
+            total = sum(weights)
+            if total <= 0:
+                raise ConfigError(
+                    "weights must have a positive sum to average routers or magnitudes, "
+                    f"got {list(weights)}"
+                )
             tensors[name] = _sum(values, [weight / total for weight in weights])
-        elif part != "lora_B":
+        elif key is None or key.part != "lora_B":
             raise AdapterError(
                 f"{adapters[0].config.title} adapters with {name} cannot be combined, because "
                 "their updates are not of the form BA; scale each row's adapter: (name, scale)"
@@ -120,78 +132,92 @@ def prune(
     adapter: Adapter, experts: Sequence[int], base: BaseInfo
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Take the tensors of some experts, and their part of what has an axis of experts."""
-    config, names = adapter.config, [*adapter.part_names]
-    size = len(names) or getattr(config, "num_experts", None)
+    config = adapter.config
+    size = len(adapter.members) or getattr(config, "num_experts", None)
     if not isinstance(size, int):
-        got = f"got {adapter.name!r} ({config.title})"
-        raise AdapterError(f"only mixtures whose num_experts is one number can be pruned, {got}")
+        raise AdapterError(
+            "only mixtures whose num_experts is one number can be pruned, "
+            f"got {adapter.name!r} ({config.title})"
+        )
     if not experts or {*experts} - {*range(size)} or len({*experts}) < len(experts):
         raise ConfigError(
             f"experts must be different ones of 0 to {size - 1}, at least one, got {list(experts)}"
         )
-    if names:  # of a routed adapter, whose tensors are each of one expert
-        tensors, settings = {}, dict(config)
-        settings["experts"] = {names[e]: settings["experts"][names[e]] for e in experts}
-        for name, value in adapter.tensors().items():
-            before, number, after = _EXPERT.findall(name)[0]
-            if int(number) in experts:
-                tensors[f"{before}{experts.index(int(number))}{after}"] = value
-        return checked(type(config), settings), tensors
+    if adapter.members:
+        return _prune_members(adapter, experts)
     # Axes of experts are those that one more would make longer.
     longer = config.model_copy(update={"num_experts": size + 1}).tensor_shapes(base)
     tensors: dict[str, Tensor] = {}
-    for name, value in adapter.tensors().items():
+    for name, tensor in adapter.tensors().items():
+        new_name = name
         key = TensorKey.parse(name)
         if key is not None and key.expert is not None:
             if key.expert not in experts:
                 continue
-            name = str(replace(key, expert=experts.index(key.expert)))
-        shape = longer.get(name, value.shape)  # a module of its own is none of the method's
-        for axis in range(value.ndim):
-            if shape[axis] != value.shape[axis]:
-                value = value.index_select(axis, torch.tensor(experts, device=value.device))
-        tensors[name] = value
+            new_name = str(replace(key, expert=experts.index(key.expert)))
+        indices = torch.tensor(experts, device=tensor.device)
+        shape = longer.get(new_name, tensor.shape)  # a module of its own is none of the method's
+        for axis in range(tensor.ndim):
+            if shape[axis] != tensor.shape[axis]:
+                tensor = tensor.index_select(axis, indices)
+        tensors[new_name] = tensor
     settings = config.model_dump(exclude_unset=True) | {"num_experts": len(experts)}
     return checked(type(config), settings), tensors
 
 
+def _prune_members(
+    adapter: Adapter, experts: Sequence[int]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Take some experts of a routed adapter, whose tensors are each of one expert."""
+    names = list(adapter.members)
+    settings = dict(adapter.config)
+    settings["experts"] = {names[e]: settings["experts"][names[e]] for e in experts}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in adapter.tensors().items():
+        before, number, after = _EXPERT.findall(name)[0]
+        if int(number) in experts:
+            tensors[f"{before}{experts.index(int(number))}{after}"] = tensor
+    return checked(type(adapter.config), settings), tensors
+
+
 def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: str) -> None:
     if combination not in get_args(Combination):
-        known = ", ".join(get_args(Combination))
         raise ConfigError(
-            f"a combination must be one of {known}, got {combination!r}; PEFT's "
-            "add_weighted_adapter has others for LoRA"
+            f"a combination must be one of {', '.join(get_args(Combination))}, got "
+            f"{combination!r}; PEFT's add_weighted_adapter has others for LoRA"
         )
     if not adapters or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ConfigError(
             f"weights must be a finite number for each of the adapters, at least one, "
             f"got {list(weights)} for {len(adapters)}"
         )
-    for one in adapters:
-        refuse_own_parts(one.config, f"adapter {one.name!r}", "be combined")
+    for adapter in adapters:
+        refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be combined")
     if combination == "cat":
         return
-    first, *others = ((one.name, one.config.title, _decisive(one)) for one in adapters)
-    for other in others:
-        if other[1:] != first[1:]:
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        is_alike = adapter.config.title == first.config.title
+        if not is_alike or _decisive(adapter) != _decisive(first):
             raise AdapterError(
                 "adapters to combine must have the same method, routing, rank and projections, "
-                f"got {first[0]!r} ({first[1]}) and {other[0]!r} ({other[1]}); use `cat` for LoRAs "
-                "of different ranks"
+                f"got {first.name!r} ({first.config.title}) and {adapter.name!r} "
+                f"({adapter.config.title}); use `cat` for LoRAs of different ranks"
             )
 
 
 def _decisive(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Size]]:
-    settings = {name: one for name, one in adapter.config.summary().items() if name not in _FREE}
-    return settings, {name: tensor.shape for name, tensor in adapter.tensors().items()}
+    settings = adapter.config.summary()
+    decisive = {name: settings[name] for name in settings if name not in _MAY_DIFFER}
+    return decisive, {name: tensor.shape for name, tensor in adapter.tensors().items()}
 
 
 def _sum(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     return torch.stack([t * factor for t, factor in zip(tensors, factors, strict=True)]).sum(0)
 
 
-def _combined(
-    lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float], *, by_svd: bool
+def _combine_updates(
+    *, lora_A: list[Tensor], lora_B: list[Tensor], strengths: Sequence[float], by_svd: bool
 ) -> tuple[Tensor, Tensor]:
     """Add up all A and all B, or take the best approximation of Σ s_i B_i A_i of their rank."""
     if not by_svd:  # each by the root of the strength, whose sign goes to A
@@ -199,8 +225,9 @@ def _combined(
         signed = [math.copysign(root, sign) for root, sign in zip(roots, strengths, strict=True)]
         return _sum(lora_A, signed), _sum(lora_B, roots)
     rank = len(lora_A[0])
-    total = _sum([b @ a for a, b in zip(lora_A, lora_B, strict=True)], strengths)
-    left, values, right = torch.linalg.svd(total, full_matrices=False)
-    beyond = max(rank - len(values), 0)  # of its size, a matrix has no more rows to give
-    A, B = right[:rank], left[:, :rank] * values[:rank]
-    return torch.nn.functional.pad(A, (0, 0, 0, beyond)), torch.nn.functional.pad(B, (0, beyond))
+    updates = [B @ A for A, B in zip(lora_A, lora_B, strict=True)]
+    left, values, right = torch.linalg.svd(_sum(updates, strengths), full_matrices=False)
+    A = right[:rank]
+    B = left[:, :rank] * values[:rank]
+    num_missing = max(rank - len(values), 0)  # of its size, a matrix has no more rows to give
+    return pad(A, (0, 0, 0, num_missing)), pad(B, (0, num_missing))

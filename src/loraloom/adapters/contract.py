@@ -1,4 +1,4 @@
-"""The contract of a method: its settings, its weights on a projection, and the adapter they make.
+"""The contract of a method: its settings, and the adapter that they make.
 
 A method is a file beside this one with a subclass of `AdapterConfig`, whose `build` makes an
 `Adapter`. Most methods differ in rank space alone: their `Projection` has an A, a B, perhaps a row
@@ -8,24 +8,24 @@ scale c, and something `between` the two, and `LowRankAdapter` does the rest (lo
 
 `docs/add_a_method.md` adds a method step by step.
 
-Axes: T tokens of one segment, I in_features, O out_features, D hidden, F feed-forward, P columns of
-the A product, S rows of B.
+Axes: T tokens of one segment, D hidden, F feed-forward, P columns of the A product.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args
 
 import torch
-from pydantic import Field, SerializeAsAny, TypeAdapter, WithJsonSchema, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.prompt_router import PromptRouter
+from loraloom.adapters.projection import OwnModule as OwnModule
+from loraloom.adapters.projection import Projection as Projection
 from loraloom.adapters.segment import FfnRows, MoeFfn, Records, Samples, SegmentTokens
 from loraloom.adapters.tensor_names import Shape, TensorKey, Weights, can_be_saved, is_meant
 from loraloom.base.blocks import BaseInfo, BaseLayer, BaseProjection, Block
@@ -36,15 +36,16 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
-from loraloom.routing.losses import AddUp, whole
+from loraloom.routing.losses import AddUp, keep
 
 # Bounds far from what anybody trains, so that a slip or malice ends in a message.
-MAX_RANK, MAX_NUMBER = 2**16, 1e6
+MAX_RANK = 2**16
+MAX_NUMBER = 1e6
 
-_FREE = "may differ"
+_ADJUSTABLE = "adjustable"
 _Setting = TypeVar("_Setting")
 # A setting that tensors tell, or that matters in training alone: `start_from` lets it differ.
-Free = Annotated[_Setting, _FREE]
+Adjustable = Annotated[_Setting, _ADJUSTABLE]
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 TargetGroup = Literal["all-linear", "attention", "ffn"]
@@ -74,14 +75,14 @@ class AdapterConfig(StrictModel, ABC):
     method: str
     rank: int = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the update."""
-    dropout: Free[float] = Field(default=0.0, ge=0, lt=1)
+    dropout: Adjustable[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update, in training only."""
-    target_modules: Free[Targets] = "all-linear"
+    target_modules: Adjustable[Targets] = "all-linear"
     """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
-    modules_to_save: Free[tuple[str, ...]] = ()
+    modules_to_save: Adjustable[tuple[str, ...]] = ()
     """Modules outside of the projections that the adapter trains whole, as a separate copy:
     `embed_tokens`, `lm_head`, norms; names or the ends of paths, in whole words."""
-    trainable_token_indices: Free[TokenIds | dict[str, TokenIds]] = ()
+    trainable_token_indices: Adjustable[TokenIds | dict[str, TokenIds]] = ()
     """Tokens whose embeddings the adapter trains, as separate rows; where the base model ties its
     head to the embeddings, the head has them too. By the name of the embedding or the head:
     `{embed_tokens: [7], lm_head: [7, 8]}`."""
@@ -132,40 +133,36 @@ class AdapterConfig(StrictModel, ABC):
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         """Raise an AdapterError if a setting means nothing on a base model."""
-        keys, odd = [base.key for layer in base_layers for base in layer.projections], []
-        if not isinstance(self.target_modules, str):
-            names, adapted = {key.rpartition(".")[2] for key in keys}, self.adapted(base_layers)
-            known = {t for t in self.target_modules if any(is_meant(t, b.key) for b in adapted)}
-            odd = sorted({*self.target_modules} - (known if self.targets_places else names))
-        if odd or not self.adapted(base_layers):
+        adapted = self.adapted(base_layers)
+        names = dict.fromkeys(base.name for layer in base_layers for base in layer.projections)
+        unknown = list[str]()
+        for target in () if isinstance(self.target_modules, str) else self.target_modules:
+            if self.targets_places:
+                is_known = any(is_meant(target, base.key) for base in adapted)
+            else:
+                is_known = target in names
+            if not is_known:
+                unknown.append(target)
+        if unknown or not adapted:
             raise AdapterError(
                 "target_modules must name projections of the base model's layers that are adapted "
-                f"({', '.join(dict.fromkeys(key.rpartition('.')[2] for key in keys))}) or be "
-                f"all-linear, attention or ffn; got {', '.join(odd) or self.target_modules}"
+                f"({', '.join(names)}) or be all-linear, attention or ffn; "
+                f"got {', '.join(sorted({*unknown})) or self.target_modules}"
             )
 
     def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
         """List the projections that an adapter has."""
-        return [
-            block.projections[name]
-            for layer in base_layers
-            for block in layer.blocks
-            for name in self._ordered_targets(block)
-        ]
-
-    def _ordered_targets(self, block: Block) -> list[str]:
-        targets = self.targets_in(block)
-        return [name for name in block.projections if name in targets]
+        adapted = list[BaseProjection]()
+        for layer in base_layers:
+            for block in layer.blocks:
+                targets = self.targets_in(block)
+                adapted += [base for name, base in block.projections.items() if name in targets]
+        return adapted
 
     @property
     def experts_per_token(self) -> int | None:
         """How many experts a router chooses for a token; None where it chooses none."""
         return None
-
-    @property
-    def expert_names(self) -> Sequence[str]:
-        """Names of the experts of a router in their order; by default their numbers."""
-        return [str(number) for number in range(self.experts_per_router)]
 
     @property
     def experts_per_router(self) -> int:
@@ -178,7 +175,7 @@ class AdapterConfig(StrictModel, ABC):
         return "lower learning_rate"
 
     def auxiliary_loss(
-        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
+        self, routing: Records, samples: Samples = None, add_up: AddUp = keep
     ) -> Tensor | None:
         """Compute what the method adds to the objective, with its coefficient; None for nothing.
 
@@ -197,18 +194,6 @@ class AdapterConfig(StrictModel, ABC):
         )
 
     @property
-    def sources(self) -> Mapping[str, str]:
-        """Adapters that it is to be made of: names on the host, directories or Hub IDs, by name."""
-        return {}
-
-    def with_experts(self, more: Mapping[str, str | Expert]) -> AdapterConfig:
-        """Give the settings with further adapters, or with what `sources` have named."""
-        raise AdapterError(f"{self.title} does not contain other adapters; use method: routed")
-
-    def check_begins(self) -> None:
-        """Raise an AdapterError if a new adapter would lack what it is to be made of."""
-
-    @property
     def scaling(self) -> float:
         """The factor of an update BA."""
         return 1.0
@@ -219,8 +204,11 @@ class AdapterConfig(StrictModel, ABC):
 
     def summary(self) -> dict[str, Any]:
         """The settings that decide what the weights compute, which `start_from` compares."""
-        fields = type(self).model_fields.items()
-        return {name: getattr(self, name) for name, one in fields if _FREE not in one.metadata}
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if _ADJUSTABLE not in field.metadata
+        }
 
 
 CONFIGS: list[type[AdapterConfig]] = []
@@ -234,22 +222,8 @@ def any_method() -> Any:
 
 def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
     """Check the settings of an adapter, as in the `adapter:` section of a run file."""
-    known: Any = Annotated[any_method(), Field(discriminator="method")]
-    return TypeAdapter(known).validate_python(dict(settings))
-
-
-class Expert(StrictModel):
-    """Adapter inside a routed adapter."""
-
-    adapter: Annotated[SerializeAsAny[AdapterConfig], WithJsonSchema({"type": "object"})]
-    """The settings of its method."""
-    prompt: PromptForm | None = None
-    """How its training data wrote prompts."""
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _parse(cls, settings: Any) -> Any:
-        return parse_adapter_config(settings) if isinstance(settings, Mapping) else settings
+    any_config: Any = Annotated[any_method(), Field(discriminator="method")]
+    return TypeAdapter(any_config).validate_python(dict(settings))
 
 
 def check_config(config: object) -> AdapterConfig:
@@ -261,84 +235,6 @@ def check_config(config: object) -> AdapterConfig:
         "an adapter's configuration must be one of loraloom's, as LoraConfig(rank=8, alpha=16), "
         f"got {kind.__module__}.{kind.__qualname__}"
     )
-
-
-class Projection(Weights):
-    """The trained weights on one projection of the base model."""
-
-    def __init__(self, base: BaseProjection):
-        super().__init__()
-        self.base = base
-        self.key, self.name = base.key, base.name
-        self.path = self.key.split(".", 2)[2]  # in its layer: `self_attn.q_proj`, for instance
-
-    @property
-    def maps_rank_space(self) -> bool:
-        """Whether `between` does anything; what doesn't goes through faster forms."""
-        return type(self).between is not Projection.between
-
-    @property
-    @abstractmethod
-    def num_columns(self) -> int:
-        """P."""
-
-    @abstractmethod
-    def compute_A(self, dtype: torch.dtype) -> Tensor:
-        """A in the products' dtype, [P, I]."""
-
-    @abstractmethod
-    def compute_B(self, dtype: torch.dtype) -> Tensor:
-        """B times scaling, transposed, in the products' dtype, [S, O]."""
-
-    def row_scale(self) -> Tensor | None:
-        """DoRA's factor c of each output row, [1, O] float32 or better; None without."""
-        return None
-
-    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        """Go from the A product to what B multiplies.
-
-        Args:
-            low_rank: dropout(x) Aᵀ, [T, P].
-            hidden_states: x, [T, I].
-            tokens: Which of them are real; takes the record of a router.
-
-        Returns:
-            [T, S], in the dtype of `low_rank`.
-        """
-        return low_rank
-
-    @torch.no_grad()
-    def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
-        """Compute the weight that does what the base's and an expert's update do, c ∘ (W + BA)."""
-        # In each projection's A those of `num_experts` experts lie behind one another.
-        rank = self.num_columns // num_experts
-        own = slice(expert * rank, (expert + 1) * rank)
-        update = self.compute_B(dtype)[own].T @ self.compute_A(dtype)[own]
-        merged = update.add_(self.base.weight.to(dtype))
-        row_scale = self.row_scale()
-        return merged if row_scale is None else merged.mul_(row_scale[expert].to(dtype)[:, None])
-
-
-class OwnModule(Weights):
-    """What an adapter has in place of a module of the base model, at a path in it."""
-
-    def __init__(self, path: str, *, is_linear: bool):
-        super().__init__()
-        self.path = path
-        self.is_linear = is_linear
-
-    def compute_form(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """Bring the weights into the form in which `outputs` takes them: a head's, the base's."""
-        weights = dict(self.named_parameters())
-        return {n: w.to(dtype) for n, w in weights.items()} if self.is_linear else weights
-
-    @abstractmethod
-    def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """Compute what the adapter's rows, the inputs, get in place of the module's own forward."""
-
-    @abstractmethod
-    def stored(self, name: str, weight: Tensor) -> Tensor:
-        """Give a parameter, here the base's, with which the module itself computes the same."""
 
 
 class Adapter(nn.Module, ABC):
@@ -367,7 +263,7 @@ class Adapter(nn.Module, ABC):
         self.own_modules = nn.ModuleList()
         self.prompt: PromptForm | None = None  # how its training data writes prompts
         self.is_trained = True  # what isn't is refused in training
-        self.chooser: PromptRouter | None = None  # of one of its parts, for a whole prompt
+        self.members: Mapping[str, Adapter] = {}  # the adapters that it is made of, by name
         # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
             {block.path: dict(layer[block.path].items()) for block in base.blocks}  # pyright: ignore
@@ -420,32 +316,31 @@ class Adapter(nn.Module, ABC):
         """See an FFN block as experts that each have whole weights, a few of them for a token."""
         raise self._no_moe(self.config.title)
 
-    def _no_moe(self, found: str) -> AdapterError:
-        names = [f"{self.name}/{name}" for name in self.part_names]
-        found += f"; from Python, export one of its experts, {', '.join(names)}" if names else ""
+    def _no_moe(self, variant: str) -> AdapterError:
         return AdapterError(
             f"adapter {self.name!r} must be a mixture whose routers choose top_k whole FFN experts "
-            f"for each token to have the form of an MoE checkpoint, got {found}"
+            f"for each token to have the form of an MoE checkpoint, got {variant}"
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor under its name in tensor_names.py, as views of the parameters."""
-        holders = (module for module in self.modules() if isinstance(module, Weights))
-        return {name: tensor for holder in holders for name, tensor in holder.tensors()}
+        """Return views of all trained weights, by their names (tensor_names.py)."""
+        return tensors_of(self.modules())
 
     def check_can_be_saved(self) -> None:
         """Raise an AdapterError if the method's tensors would not all come back from files."""
-        held, tensors = defaultdict[int, int](int), self.tensors()
-        if odd := [name for name in tensors if not can_be_saved(name)]:
-            raise AdapterError(
-                f"tensors of {self.config.title} must be called shared.PART, layers.L.BLOCK.PART, "
-                "layers.L.BLOCK.PROJECTION.PART or …PROJECTION.experts.E.PART, where PART is one "
-                f"word, neither weight nor bias, got {odd[0]}; rename that tensor in tensors()"
-            )
-        for tensor in tensors.values():
-            held[tensor.untyped_storage().data_ptr()] += tensor.numel()
+        num_saved = defaultdict[int, int](int)  # numbers, by their storage
+        for name, tensor in self.tensors().items():
+            if not can_be_saved(name):
+                raise AdapterError(
+                    f"tensors of {self.config.title} must be called shared.PART, "
+                    "layers.L.BLOCK.PART, layers.L.BLOCK.PROJECTION.PART or "
+                    "…PROJECTION.experts.E.PART, where PART is one word, neither weight nor bias, "
+                    f"got {name}; rename that tensor in tensors()"
+                )
+            num_saved[tensor.untyped_storage().data_ptr()] += tensor.numel()
         for name, weight in self.named_parameters():
-            if weight.requires_grad and held[weight.untyped_storage().data_ptr()] < weight.numel():
+            storage = weight.untyped_storage().data_ptr()
+            if weight.requires_grad and num_saved[storage] < weight.numel():
                 raise AdapterError(
                     f"tensors() of {self.config.title} must yield views of all trained parameters, "
                     f"got none or a part of {name}; yield or freeze {name}"
@@ -453,24 +348,43 @@ class Adapter(nn.Module, ABC):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names of `tensors()`; magnitudes that are missing stay."""
-        own = self.tensors()
+        views = self.tensors()
         # All is checked before the first value is copied.
-        names = {name for name in own if not name.endswith(".magnitude")} | tensors.keys()
-        odd = names - (own.keys() & tensors.keys())
-        odd |= {name for name in names - odd if own[name].shape != tensors[name].shape}
-        if odd:
+        required = {name for name in views if not name.endswith(".magnitude")}
+        faulty = [
+            name
+            for name in sorted(required | tensors.keys())
+            if name not in views or name not in tensors or views[name].shape != tensors[name].shape
+        ]
+        if faulty:
             raise AdapterError(
-                f"tensors don't match adapter {self.name!r}: {', '.join(sorted(odd)[:3])} (of "
-                f"{len(odd)}) are missing, unexpected or of another shape; use one adapter's files"
+                f"tensors don't match adapter {self.name!r}: {', '.join(faulty[:3])} (of "
+                f"{len(faulty)}) are missing, unexpected or of another shape; use one adapter's "
+                "files"
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                views[name].copy_(tensor)
 
     @property
     def parts(self) -> Sequence[Adapter]:
         """Itself, and the adapters that it is made of."""
-        return (self,)
+        return [self, *self.members.values()]
+
+    def member(self, name: str) -> Adapter:
+        """Return one of the adapters that it is made of, which is called `ADAPTER/NAME`."""
+        if name not in self.members:
+            names = ", ".join(self.members) or "none"
+            raise AdapterError(
+                f"{self.name!r} has no expert {name!r}; choose one of its experts ({names})"
+            )
+        return self.members[name]
+
+    @property
+    def forms_differ(self) -> bool:
+        """Whether the adapters that it is made of have different forms of prompts."""
+        prompts = [member.prompt for member in self.members.values()]
+        return any(prompt != prompts[0] for prompt in prompts)
 
     def check_is_trained(self) -> None:
         if not self.is_trained:
@@ -479,27 +393,6 @@ class Adapter(nn.Module, ABC):
                 "part of one; train those adapters, or a LoRA made by `combine`; fit_router or "
                 "`loraloom combine` fits a router by prompt"
             )
-
-    def begin(self) -> None:
-        """Compute initial weights of those of `sources`, which are there now."""
-
-    @property
-    def part_names(self) -> Sequence[str]:
-        """Names of the adapters that it is made of, which go by `ADAPTER/NAME`."""
-        return ()
-
-    @property
-    def forms_differ(self) -> bool:
-        """Whether the adapters that it is made of have different forms of prompts."""
-        return any(one.prompt != self.parts[1].prompt for one in self.parts[1:])
-
-    def part(self, name: str) -> Adapter:
-        if name not in self.part_names:
-            known = ", ".join(self.part_names) or "none"
-            raise AdapterError(
-                f"{self.name!r} has no expert {name!r}; choose one of its experts ({known})"
-            )
-        return self.parts[1 + self.part_names.index(name)]
 
     def projections(self) -> Iterator[Projection]:
         """Yield the weights on all projections, layer after layer."""
@@ -510,8 +403,9 @@ class Adapter(nn.Module, ABC):
     @property
     def is_mergeable(self) -> bool:
         """Whether a weight for each projection computes the same, the same for all tokens."""
-        maps = any(one.maps_rank_space for one in self.projections())
-        return not maps and not self.config.experts_per_router
+        if self.config.experts_per_router:
+            return False
+        return not any(projection.maps_rank_space for projection in self.projections())
 
     def weights_on(self, block: Block) -> Mapping[str, Projection]:
         """Return the weights on a block's projections, by the projections' names."""
@@ -528,22 +422,31 @@ class Adapter(nn.Module, ABC):
     @cached_property
     def adapts_gated_blocks(self) -> bool | None:
         """Whether the adapter has weights in all blocks with a gating (FFNs); None: in some."""
-        blocks = [block for layer in self.base_layers for block in layer.blocks]
-        adapted = {self.adapts(block) for block in blocks if block.gating is not None}
+        adapted = {
+            self.adapts(block)
+            for layer in self.base_layers
+            for block in layer.blocks
+            if block.gating is not None
+        }
         return None if len(adapted) > 1 else True in adapted
 
     def own_at(self, path: str) -> OwnModule | None:
         """Return what the adapter has in place of a module of the base model; None for nothing."""
-        return next((own for own in self.own_modules if own.path == path), None)  # pyright: ignore
+        for module in self.own_modules:
+            if module.path == path:
+                return module  # pyright: ignore[reportReturnType]
+        return None
 
     def group_low_rank(
         self, group: InputGroup, hidden_states: Tensor, site: Site, tokens: SegmentTokens
     ) -> Tensor:
         """Compute `dropout(x) Aᵀ` of projections that share their input, [T, P]."""
-        dropout, keep = self.config.dropout, None
+        dropout = self.config.dropout
+        dtype = group.A.dtype
+        keep_mask = None
         if tokens.noise is not None and dropout > 0:
-            keep = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, group.A.dtype)
-        return down_project(hidden_states.to(group.A.dtype), group.A, keep, dropout)
+            keep_mask = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, dtype)
+        return down_project(hidden_states.to(dtype), group.A, keep_mask, dropout)
 
     def ffn_dropout(
         self,
@@ -567,3 +470,12 @@ class Adapter(nn.Module, ABC):
         """A hash of what it has; asked for when it decodes, as buffers may come after building."""
         weights = [*self.named_parameters(), *self.named_buffers()]
         return hash(tuple((name, tuple(weight.shape)) for name, weight in weights))
+
+
+def tensors_of(modules: Iterable[nn.Module | None]) -> dict[str, Tensor]:
+    """Return the tensors of those modules that have trained weights, under their names."""
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        if isinstance(module, Weights):
+            tensors.update(module.tensors())
+    return tensors

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from loraloom.adapters.contract import MAX_NUMBER, Free, Projection
+from loraloom.adapters.contract import MAX_NUMBER, Adjustable, Projection
 from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
 from loraloom.adapters.segment import Records, Samples
 from loraloom.base.blocks import BaseProjection, Block
-from loraloom.routing.losses import AddUp, whole
+from loraloom.routing.losses import AddUp, keep
 from loraloom.routing.routes import Hybrid, tsallis_entropy
 
 
@@ -46,9 +46,9 @@ class DynMoleConfig(MixtureConfig):
     """q of the Tsallis entropy; 1 is Shannon's."""
     entropy_eps: float = Field(default=1e-5, gt=0, le=1)
     """Added to each probability in the entropy."""
-    router_entropy_loss_coef: Free[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
+    router_entropy_loss_coef: Adjustable[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
     """Weight of the mean entropy, which makes routers decide."""
-    router_aux_loss_coef: Free[float] = Field(default=0.001, ge=0, le=MAX_NUMBER)
+    router_aux_loss_coef: Adjustable[float] = Field(default=0.001, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss."""
 
     _check_keep_top_k = field_validator("keep_top_k")(partial(check_at_most, "num_experts"))
@@ -61,7 +61,7 @@ class DynMoleConfig(MixtureConfig):
         return RoutedProjection(base, self, self.num_experts, route, dtype, seed)
 
     def auxiliary_loss(
-        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
+        self, routing: Records, samples: Samples = None, add_up: AddUp = keep
     ) -> Tensor | None:
         """Compute the losses on entropy and load, over the tokens of all routers together."""
         if not routing:

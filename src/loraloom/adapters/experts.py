@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import MAX_NUMBER, AdapterConfig, Free
+from loraloom.adapters.contract import MAX_NUMBER, AdapterConfig, Adjustable
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, initial_weight
 from loraloom.adapters.segment import Records, Samples, SegmentTokens
@@ -18,7 +18,7 @@ from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection
 from loraloom.config.fields import CheckInfo
 from loraloom.errors import AdapterError
-from loraloom.routing.losses import AddUp, router_loss, whole
+from loraloom.routing.losses import AddUp, keep, router_loss
 from loraloom.routing.routes import Dense, Route, Switch, TopK, TopP, router_logits
 
 ExpertCount = Annotated[int, Field(ge=1, le=2**10)]
@@ -62,11 +62,11 @@ class MixtureConfig(LowRankConfig):
 class RouterLossConfig(AdapterConfig):
     """Losses on routers that choose a few experts for each token."""
 
-    router_aux_loss_coef: Free[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
+    router_aux_loss_coef: Adjustable[float] = Field(default=0.01, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss; with equal shares it is coefficient × top_k."""
-    router_z_loss_coef: Free[float] = Field(default=0.0, ge=0, le=MAX_NUMBER)
+    router_z_loss_coef: Adjustable[float] = Field(default=0.0, ge=0, le=MAX_NUMBER)
     """Weight of the mean squared logsumexp of the router's logits."""
-    router_loss_scope: Free[Literal["pooled", "per_layer"]] = "pooled"
+    router_loss_scope: Adjustable[Literal["pooled", "per_layer"]] = "pooled"
     """Load over all routers together, as the reference has it, or the mean of each one's loss."""
 
     @property
@@ -75,7 +75,7 @@ class RouterLossConfig(AdapterConfig):
         return f"raise router_aux_loss_coef{scope} or {super().collapse_advice}"
 
     def auxiliary_loss(
-        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
+        self, routing: Records, samples: Samples = None, add_up: AddUp = keep
     ) -> Tensor | None:
         if not routing:
             return None
@@ -104,7 +104,7 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     """Probability that a token's experts must exceed together, with routing: top_p."""
     temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER, validate_default=True)
     """Divisor of the logits, with routing: top_p."""
-    expert_capacity: Free[int | None] = Field(default=None, ge=1, validate_default=True)
+    expert_capacity: Adjustable[int | None] = Field(default=None, ge=1, validate_default=True)
     """Tokens of a sample that an expert accepts in training, with routing: switch. Further tokens
     skip the experts. null: no limit."""
 

@@ -49,7 +49,8 @@ def refuse_own_parts(config: AdapterConfig, adapter: str, purpose: str) -> None:
 
 def tensor_shapes(config: AdapterConfig, base: BaseInfo) -> dict[str, Shape]:
     """Give the name and shape of every tensor of an adapter, its method's and its own modules'."""
-    parts, shapes = own_parts(config, base), config.tensor_shapes(base)
+    parts = own_parts(config, base)
+    shapes = config.tensor_shapes(base)
     for path in parts.modules:
         shapes |= {f"{MODULES}{path}.{name}": size for name, size in base.modules[path].items()}
     for path, tokens in parts.tokens.items():
@@ -61,7 +62,8 @@ def own_parts(config: AdapterConfig, base: BaseInfo) -> OwnParts:
     """Find what a configuration means in a base model."""
     if not has_own_parts(config):
         return OwnParts()
-    modules, tokens = _modules(config, base), _tokens(config, base)
+    modules = _modules(config, base)
+    tokens = _tokens(config, base)
     tied: dict[str, str] = {}
     if base.ties_head and base.embedding in tokens:
         # As in the base, the head has the embedding's rows, unless it has tokens of its own.
@@ -83,19 +85,20 @@ def _modules(config: AdapterConfig, base: BaseInfo) -> list[str]:
     names = config.modules_to_save
     unknown = [name for name in names if not any(is_meant(name, path) for path in base.modules)]
     if unknown:
-        known = dict.fromkeys(path.rpartition(".")[2] for path in base.modules)
+        last_words = dict.fromkeys(path.rpartition(".")[2] for path in base.modules)
         raise AdapterError(
             "modules_to_save must name modules outside of the base model's projections, which "
-            f"target_modules adapts ({', '.join(known)}), got {', '.join(unknown)}"
+            f"target_modules adapts ({', '.join(last_words)}), got {', '.join(unknown)}"
         )
     return [path for path in base.modules if any(is_meant(name, path) for name in names)]
 
 
 def _tokens(config: AdapterConfig, base: BaseInfo) -> dict[str, tuple[int, ...]]:
-    given = config.trainable_token_indices
+    indices = config.trainable_token_indices
+    by_name = indices if isinstance(indices, dict) else {base.embedding: indices}
     tables = [path for path in (base.embedding, base.head) if path in base.modules]
     rows: dict[str, tuple[int, ...]] = {}
-    for name, tokens in (given if isinstance(given, dict) else {base.embedding: given}).items():
+    for name, tokens in by_name.items():
         path = next((path for path in tables if is_meant(name, path)), None)
         if path is None and tokens:
             raise AdapterError(

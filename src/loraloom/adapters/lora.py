@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, AdapterConfig, Free, Projection
+from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, AdapterConfig, Adjustable, Projection
 from loraloom.adapters.low_rank import LowRankConfig, initial_A
 from loraloom.adapters.tensor_names import Pattern, TensorKey, matches
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
@@ -60,7 +60,7 @@ class LoraConfig(DecomposedConfig):
 
     method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Low-rank adaptation of linear layers."""
-    layers: Free[tuple[_Index, ...] | None] = Field(default=None, min_length=1)
+    layers: Adjustable[tuple[_Index, ...] | None] = Field(default=None, min_length=1)
     """Decoder layers to adapt, counted from 0; null: all."""
     rank_pattern: dict[Pattern, _Rank] = Field(default_factory=dict)
     """Other ranks, by regular expressions of which the first counts that matches the end of
@@ -72,11 +72,11 @@ class LoraConfig(DecomposedConfig):
         """Return the settings of one projection, `layers.{layer}.{block}.{projection}`."""
         if not self.rank_pattern and not self.alpha_pattern:
             return self
-        own = {
+        values = {
             "rank": pattern_value(self.rank_pattern, key, self.rank),
             "alpha": pattern_value(self.alpha_pattern, key, self.alpha),
         }
-        return self.model_copy(update=own | {"rank_pattern": {}, "alpha_pattern": {}})
+        return self.model_copy(update=values | {"rank_pattern": {}, "alpha_pattern": {}})
 
     def scaling_of(self, key: TensorKey) -> float:
         return self.at(f"layers.{key.layer}.{key.path}").scaling
@@ -87,19 +87,21 @@ class LoraConfig(DecomposedConfig):
         return super(LoraConfig, self.model_copy(update={"alpha_pattern": {}})).combined()
 
     def targets_in(self, block: Block) -> frozenset[str]:
-        is_left_out = self.layers is not None and block.layer not in self.layers
-        return frozenset() if is_left_out else super().targets_in(block)
+        if self.layers is not None and block.layer not in self.layers:
+            return frozenset()
+        return super().targets_in(block)
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
-        if beyond := [layer for layer in self.layers or () if layer >= len(base_layers)]:
-            raise AdapterError(f"layers must be in [0, {len(base_layers)}), got {beyond[0]}")
+        for layer in self.layers or ():
+            if layer >= len(base_layers):
+                raise AdapterError(f"layers must be in [0, {len(base_layers)}), got {layer}")
         super().check_fits(base_layers)
-        places = [base.key for base in self.adapted(base_layers)]
+        keys = [base.key for base in self.adapted(base_layers)]
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            if not any(matches(pattern, place) for place in places):
+            if not any(matches(pattern, key) for key in keys):
                 raise AdapterError(
                     "rank_pattern and alpha_pattern must match adapted projections, such as "
-                    f"{places[0]}, got {pattern}"
+                    f"{keys[0]}, got {pattern}"
                 )
 
     def projection(
@@ -110,7 +112,10 @@ class LoraConfig(DecomposedConfig):
 
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
     """Return the value of the first pattern that matches a module's name."""
-    return next((value for key, value in patterns.items() if matches(key, name)), default)
+    for pattern, value in patterns.items():
+        if matches(pattern, name):
+            return value
+    return default
 
 
 class _ScaledTranspose(torch.autograd.Function):
@@ -120,7 +125,9 @@ class _ScaledTranspose(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, lora_B, scaling, dtype):
-        ctx.scaling, ctx.dtype, ctx.rank = scaling, lora_B.dtype, lora_B.shape[-1]
+        ctx.scaling = scaling
+        ctx.dtype = lora_B.dtype
+        ctx.rank = lora_B.shape[-1]
         num_experts, out_features, rank = lora_B.shape
         scaled = lora_B.new_empty(num_experts, rank, out_features, dtype=dtype)
         torch.mul(lora_B.transpose(1, 2), scaling, out=scaled)
@@ -191,7 +198,8 @@ class LoraProjection(Projection):
         # The paper takes the norm as a constant; its gradient would need W + sBA in full.
         with torch.no_grad():
             lora_A = self._all_A()
-            product, squares = self.base.product(lora_A.flatten(0, 1)), self.base.squared_norms
+            product = self.base.product(lora_A.flatten(0, 1))
+            squares = self.base.squared_norms
             norms = dora_norms(product, squares, lora_A, self._all_B(), self.config.scaling)
         # A zero row of W has the norm and the magnitude 0: 0 / tiny in place of 0 / 0.
         return self.lora_magnitude_vector / norms.clamp_min(torch.finfo(norms.dtype).tiny)
@@ -200,14 +208,16 @@ class LoraProjection(Projection):
         """A, [E, R, I]; behind each expert's what all share, where there is such."""
         if self.shared is None:
             return self.lora_A
-        return torch.cat([self.lora_A, self.shared.lora_A.expand(len(self.lora_A), -1, -1)], 1)
+        shared = self.shared.lora_A.expand(len(self.lora_A), -1, -1)
+        return torch.cat([self.lora_A, shared], 1)
 
     def _all_B(self) -> Tensor:
         """B, [E, O, R]; behind each expert's what all share, in the experts' scaling."""
         if self.shared is None:
             return self.lora_B
         rescaled = self.shared.lora_B * (self.shared.config.scaling / self.config.scaling)
-        return torch.cat([self.lora_B, rescaled.expand(len(self.lora_B), -1, -1)], 2)
+        shared = rescaled.expand(len(self.lora_B), -1, -1)
+        return torch.cat([self.lora_B, shared], 2)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor under its name, experts apart."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from loraloom.adapters.contract import MAX_NUMBER, Free, Projection
+from loraloom.adapters.contract import MAX_NUMBER, Adjustable, Projection
 from loraloom.adapters.experts import (
     ExpertCount,
     MixtureConfig,
@@ -21,7 +21,7 @@ from loraloom.adapters.experts import (
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
 from loraloom.adapters.segment import Records, Samples, SampleTokens
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
-from loraloom.routing.losses import AddUp, whole
+from loraloom.routing.losses import AddUp, keep
 from loraloom.routing.routes import Dense
 
 
@@ -43,11 +43,11 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
     """Mixture of LoRA experts on each FFN projection, all used by every token."""
     num_experts: ExpertCount = 6  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each FFN projection."""
-    balance_coef: Free[float] = Field(default=0.1, ge=0, le=MAX_NUMBER)
+    balance_coef: Adjustable[float] = Field(default=0.1, ge=0, le=MAX_NUMBER)
     """Weight of the localized balancing constraint, σ²(Z) / μ(Z): Z are the sums of the experts'
     weights in each sample, times 1 + balance_delta where expert and sample are of one group and
     1 - balance_delta elsewhere."""
-    balance_delta: Free[float] = Field(default=0.1, ge=0, lt=1)
+    balance_delta: Adjustable[float] = Field(default=0.1, ge=0, lt=1)
     """How far the two groups of experts are to differ; samples have theirs from `expert_group` of
     their data, and the second half of the experts is group 1."""
 
@@ -64,7 +64,7 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
         return RoutedProjection(base, config, self.num_experts, Dense(), dtype, seed)
 
     def auxiliary_loss(
-        self, routing: Records, samples: Samples = None, add_up: AddUp = whole
+        self, routing: Records, samples: Samples = None, add_up: AddUp = keep
     ) -> Tensor | None:
         """Compute the balancing constraint, the mean over routers."""
         if not routing or self.balance_coef == 0:
@@ -89,7 +89,8 @@ def balancing_constraint(
 
     Source: Dou et al. 2023, LoRAMoE, arXiv:2312.09979, eq. 5-7.
     """
-    sums = torch.stack([part.sum(0) for part in weights.split([s.num_tokens for s in samples])])
+    by_sample = weights.split([sample.num_tokens for sample in samples])
+    sums = torch.stack([weights_of_sample.sum(0) for weights_of_sample in by_sample])
     num_experts = weights.shape[1]
     groups = torch.arange(num_experts, device=weights.device) >= (num_experts + 1) // 2
     of_samples = torch.tensor([s.expert_group for s in samples], device=weights.device)

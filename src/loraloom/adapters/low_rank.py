@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Free, Projection
+from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Adjustable, Projection
 from loraloom.adapters.segment import FfnRows, SegmentTokens
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
@@ -34,12 +34,14 @@ class LowRankConfig(AdapterConfig):
     """Numerator of the scaling s = alpha / rank (alpha / sqrt(rank) when rank_stabilized)."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank), as rsLoRA does."""
-    init: Free[Literal["kaiming", "gaussian"]] = "kaiming"
+    init: Adjustable[Literal["kaiming", "gaussian"]] = "kaiming"
     """Start of A: Kaiming uniform with a = sqrt(5), or normal with std 1 / rank. B starts at 0."""
 
     @property
     def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        if self.rank_stabilized:
+            return self.alpha / math.sqrt(self.rank)
+        return self.alpha / self.rank
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -128,7 +130,8 @@ def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup
     """Stack the A of projections that share an input; keep the B side of each by name."""
     # One product with all A reads the input once.
     matrices = [module.compute_A(dtype) for module in modules]
-    projections, start = {}, 0
+    projections: dict[str, UpProjection] = {}
+    start = 0
     for module, lora_A in zip(modules, matrices, strict=True):
         columns = slice(start, start + len(lora_A))
         start = columns.stop
@@ -139,7 +142,8 @@ def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup
             module.base.compute_bias(dtype),
             module.between if module.maps_rank_space else None,
         )
-    return InputGroup(matrices[0] if len(matrices) == 1 else torch.cat(matrices), projections)
+    stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    return InputGroup(stacked, projections)
 
 
 def ffn_weights(
@@ -168,7 +172,8 @@ def initial_A(
     shape: tuple[int, int], init: Literal["kaiming", "gaussian"], seed: int, name: str
 ) -> Tensor:
     """Draw an A, [R, I], by a configuration's `init`; see `initial_weight`."""
-    return initial_weight(shape, seed, name, 1 / shape[0] if init == "gaussian" else None)
+    std = 1 / shape[0] if init == "gaussian" else None
+    return initial_weight(shape, seed, name, std)
 
 
 def initial_weight(
@@ -176,7 +181,8 @@ def initial_weight(
 ) -> Tensor:
     """Draw [out, in] by a seed and a tensor's name: normal, or as linear layers begin (None)."""
     # On the CPU in float32 whatever trains, so that a job starts alike on every device.
-    initial, generator = torch.empty(shape, dtype=torch.float32), generator_for(seed, name)
+    initial = torch.empty(shape, dtype=torch.float32)
+    generator = generator_for(seed, name)
     if std is not None:
         return initial.normal_(std=std, generator=generator)
     bound = 1 / math.sqrt(shape[1])  # Kaiming uniform with a = sqrt(5)

@@ -20,7 +20,7 @@ from loraloom.adapters.contract import (
     MAX_RANK,
     Adapter,
     AdapterConfig,
-    Free,
+    Adjustable,
     Projection,
 )
 from loraloom.adapters.experts import Choice, ExpertCount, Router, RoutingConfig, check_has_experts
@@ -88,9 +88,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     Each expert's W' is then W + sBA + s'B'A', with B' and A' the same in all of them, so that the
     experts need not learn apart what all tokens have in common (after Dai et al. 2024, DeepSeekMoE,
     arXiv:2401.06066)."""
-    router_init_std: Free[float] = Field(default=0.02, gt=0, le=MAX_NUMBER)
+    router_init_std: Adjustable[float] = Field(default=0.02, gt=0, le=MAX_NUMBER)
     """Standard deviation of the router's initial weights."""
-    router_jitter: Free[float] = Field(default=0.0, ge=0, lt=1)
+    router_jitter: Adjustable[float] = Field(default=0.0, ge=0, lt=1)
     """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
 
     def contradictions(self) -> Iterator[str]:
@@ -108,17 +108,19 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     @property
     def expert_config(self) -> LoraConfig:
         """The experts as a plain LoRA's configuration, with what they inherit filled in."""
-        own = {} if self.experts is None else self.experts.model_dump(exclude_none=True)
         names = DecomposedConfig.model_fields.keys() - {"method"}
-        return LoraConfig(**{name: getattr(self, name) for name in names} | own)
+        settings = {name: getattr(self, name) for name in names}
+        if self.experts is not None:
+            settings |= self.experts.model_dump(exclude_none=True)
+        return LoraConfig(**settings)
 
     @property
     def shared_config(self) -> LoraConfig | None:
         """The shared expert as a plain LoRA's configuration; None without one."""
         if self.shared_expert is None:
             return None
-        own = self.shared_expert.model_dump(exclude_none=True)
-        return LoraConfig(**{**self.expert_config.model_dump(), **own})
+        settings = self.expert_config.model_dump()
+        return LoraConfig(**settings | self.shared_expert.model_dump(exclude_none=True))
 
     @property
     def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -153,8 +155,8 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     def summary(self) -> dict[str, Any]:
         shared = None if self.shared_config is None else self.shared_config.summary()
-        own = {"experts": self.expert_config.summary(), "shared_expert": shared}
-        return super().summary() | own
+        experts = self.expert_config.summary()
+        return super().summary() | {"experts": experts, "shared_expert": shared}
 
 
 class MixLoraAdapter(Adapter):

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from loraloom.adapters.contract import Free, Projection
+from loraloom.adapters.contract import Adjustable, Projection
 from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.errors import AdapterError
@@ -26,7 +26,7 @@ class MolaConfig(RoutingConfig):
     """Mixture of LoRA experts on each linear layer."""
     num_experts: ExpertCount | tuple[ExpertCount, ...] = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each projection: a number, or a list with one for each layer."""
-    router_loss_scope: Free[Literal["pooled", "per_layer"]] = "per_layer"
+    router_loss_scope: Adjustable[Literal["pooled", "per_layer"]] = "per_layer"
     """The mean of each router's load-balance loss, or the load over all routers together (pooled),
     in which routers that have collapsed to different experts cost nothing."""
 

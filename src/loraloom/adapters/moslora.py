@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import Free, Projection
+from loraloom.adapters.contract import Adjustable, Projection
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_weight
 from loraloom.base.blocks import BaseProjection, Block
@@ -29,7 +29,7 @@ class MosLoraConfig(LowRankConfig):
 
     method: Literal["moslora"] = "moslora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A LoRA with a trained mixer M between A and B."""
-    mixer_init: Free[Literal["kaiming", "orthogonal"]] = "kaiming"
+    mixer_init: Adjustable[Literal["kaiming", "orthogonal"]] = "kaiming"
     """How M starts: Kaiming uniform with a = sqrt(5), or a random orthogonal matrix."""
 
     def projection(

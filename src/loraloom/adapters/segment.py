@@ -64,8 +64,9 @@ class SegmentTokens:
             return None
         beyond = torch.zeros_like(selected_experts, dtype=torch.bool)
         for span in self.noise.spans:
-            own = selected_experts[span.tokens]  # (t, 1)
-            beyond[span.tokens] = (own == own.T).tril().sum(1, keepdim=True) > capacity
+            selected = selected_experts[span.tokens]  # (t, 1)
+            is_same = selected == selected.T
+            beyond[span.tokens] = is_same.tril().sum(1, keepdim=True) > capacity
         return beyond
 
 

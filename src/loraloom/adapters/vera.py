@@ -18,7 +18,7 @@ from loraloom.adapters.contract import (
     MAX_RANK,
     Adapter,
     AdapterConfig,
-    Free,
+    Adjustable,
     Projection,
 )
 from loraloom.adapters.low_rank import LowRankAdapter
@@ -42,7 +42,7 @@ class VeraConfig(AdapterConfig):
     """Two trained vectors around frozen random matrices."""
     rank: int = Field(default=256, ge=1, le=MAX_RANK)
     """Rows of A and length of d."""
-    d_initial: Free[float] = Field(default=0.1, ge=-MAX_NUMBER, le=MAX_NUMBER)
+    d_initial: Adjustable[float] = Field(default=0.1, ge=-MAX_NUMBER, le=MAX_NUMBER)
     """Initial value of d; b starts at 0."""
     projection_seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of A and B, as PEFT's projection_prng_key."""

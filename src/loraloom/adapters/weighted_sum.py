@@ -10,11 +10,11 @@ where c_i is DoRA's factor, or 1. That is one adapter whose A and B are those of
 another: its factor is c = 1 + Σ_i w_i (c_i - 1), and B_i becomes w_i c_i / c ∘ B_i.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ from loraloom.errors import AdapterError, shown
 # Adapters, by name, and the factors of what they add.
 Weighted = tuple[tuple[str, float], ...]
 
-MAX_MEMBERS, MAX_WEIGHT = 16, 1e6
+MAX_MEMBERS = 16
+MAX_WEIGHT = 1e6
 
 
 def is_sum(name: str) -> bool:
@@ -43,19 +44,21 @@ def is_sum(name: str) -> bool:
 
 def parse_sum(text: str) -> Weighted:
     """Read `law:0.7+math:0.3`; a weight that is left out is 1."""
-    parts = [part.partition(":") for part in text.split("+")]
-    try:
-        weighted = tuple((name, float(weight) if colon else 1.0) for name, colon, weight in parts)
-    except ValueError:
-        weighted = ()
-    names = {name for name, _ in weighted}
-    fits = all(name and abs(weight) <= MAX_WEIGHT for name, weight in weighted)
-    if not (fits and 0 < len(names) == len(weighted) <= MAX_MEMBERS):
+    weights: dict[str, float] = {}
+    terms = text.split("+")
+    for term in terms:
+        name, colon, number = term.partition(":")
+        try:
+            weights[name] = float(number) if colon else 1.0
+        except ValueError:
+            weights[name] = math.nan
+    is_finite = all(abs(weight) <= MAX_WEIGHT for weight in weights.values())
+    if "" in weights or not is_finite or len(weights) < len(terms) or len(terms) > MAX_MEMBERS:
         raise AdapterError(
             "a sum of adapters must be written as law:0.7+math:0.3, of 1 to "
             f"{MAX_MEMBERS} different ones with finite weights, got {shown(text)}"
         )
-    return weighted
+    return tuple(weights.items())
 
 
 def write_sum(weighted: Sequence[tuple[str, float]]) -> str:
@@ -74,54 +77,64 @@ class WeightedSum(LowRankAdapter):
         layers = sum_blocks(first.base_layers, members, weights, SumProjection)
         Adapter.__init__(self, name, config, first.base_layers, layers)
         self.add_module("shared", None)
-        self.members = nn.ModuleList(members)
+        self.added = nn.ModuleList(members)
+        self.members = dict(zip(name.split("+"), members, strict=True))
         self.is_trained = False
 
     def stack_key(self) -> Hashable:
-        return (WeightedSum, *(type(one.config) for one in self.parts), self._shapes)
-
-    @property
-    def parts(self) -> Sequence[Adapter]:
-        return (self, *self.members)  # pyright: ignore[reportReturnType]
+        return (WeightedSum, *(type(adapter.config) for adapter in self.parts), self._shapes)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the members' tensors, behind each one's name and weight in the sum."""
-        parts = zip(self.name.split("+"), self.parts[1:], strict=True)
-        return {f"{own}.{name}": t for own, one in parts for name, t in one.tensors().items()}
+        tensors: dict[str, Tensor] = {}
+        for term, member in self.members.items():
+            for name, tensor in member.tensors().items():
+                tensors[f"{term}.{name}"] = tensor
+        return tensors
 
 
 class SumProjection(Projection):
     """What several adapters have on a projection, each with a weight."""
 
-    def __init__(self, parts: Sequence[tuple[Projection, float]]):
-        super().__init__(parts[0][0].base)
-        self._parts = tuple(parts)
-        stops = list(accumulate((one.num_columns for one, _ in parts), initial=0))
-        self._columns = [slice(*span) for span in pairwise(stops)]
+    def __init__(self, updates: Sequence[tuple[Projection, float]]):
+        super().__init__(updates[0][0].base)
+        # Tuples, which torch doesn't look into: the members have these weights.
+        self.updates = tuple(update for update, _ in updates)
+        self.weights = tuple(weight for _, weight in updates)
+        self._num_columns = [update.num_columns for update in self.updates]
 
     @property
     def maps_rank_space(self) -> bool:
-        return any(one.maps_rank_space for one, _ in self._parts)
+        return any(update.maps_rank_space for update in self.updates)
 
     @property
     def num_columns(self) -> int:
-        return self._columns[-1].stop
+        return sum(self._num_columns)
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat([one.compute_A(dtype) for one, _ in self._parts])
+        return torch.cat([update.compute_A(dtype) for update in self.updates])
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        factor, matrices = self.row_scale(), list[Tensor]()
+        scales = [update.row_scale() for update in self.updates]
+        factor = self._combine_scales(scales)
         wide = torch.promote_types(dtype, torch.float32)
-        for one, weight in self._parts:
-            scale = one.row_scale()
-            own = weight if factor is None else weight * (1 if scale is None else scale) / factor
-            matrices.append((one.compute_B(wide) * own).to(dtype))
+        matrices = list[Tensor]()
+        for update, weight, scale in zip(self.updates, self.weights, scales, strict=True):
+            strength: Any = weight if scale is None else weight * scale
+            if factor is not None:
+                strength = strength / factor
+            matrices.append((update.compute_B(wide) * strength).to(dtype))
         return torch.cat(matrices)
 
     def row_scale(self) -> Tensor | None:
-        scales = [(one.row_scale(), weight) for one, weight in self._parts]
-        excess = [weight * (scale - 1) for scale, weight in scales if scale is not None]
+        return self._combine_scales([update.row_scale() for update in self.updates])
+
+    def _combine_scales(self, scales: Sequence[Tensor | None]) -> Tensor | None:
+        excess = [
+            weight * (scale - 1)
+            for weight, scale in zip(self.weights, scales, strict=True)
+            if scale is not None
+        ]
         if not excess:
             return None
         factor = 1 + torch.stack(excess).sum(0)
@@ -138,9 +151,12 @@ class SumProjection(Projection):
     def mapped(
         self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens
     ) -> list[Tensor]:
-        """What each part's B multiplies, [T, S]."""
-        parts = zip(self._parts, self._columns, strict=True)
-        return [one.between(low_rank[:, own], hidden_states, tokens) for (one, _), own in parts]
+        """Compute what each update's B multiplies, [T, S]."""
+        columns = low_rank.split(self._num_columns, 1)
+        return [
+            update.between(columns_of_update, hidden_states, tokens)
+            for update, columns_of_update in zip(self.updates, columns, strict=True)
+        ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ()
@@ -153,14 +169,17 @@ def sum_blocks(
     make: Callable[[Sequence[tuple[Projection, float]]], Projection],
 ) -> list[nn.ModuleDict]:
     """Make one of what adapters have on each projection, by the names of block and projection."""
-    layers = [nn.ModuleDict() for _ in base_layers]
-    for base, layer in zip(base_layers, layers, strict=True):
+    layers = list[nn.ModuleDict]()
+    for base in base_layers:
+        blocks = nn.ModuleDict()
         for block in base.blocks:
-            held = defaultdict[str, list[tuple[Projection, float]]](list)
+            updates = defaultdict[str, list[tuple[Projection, float]]](list)
             for member, weight in zip(members, weights, strict=True):
                 for name, projection in member.weights_on(block).items():
-                    held[name].append((projection, weight))
-            layer[block.path] = nn.ModuleDict({name: make(pairs) for name, pairs in held.items()})
+                    updates[name].append((projection, weight))
+            projections = {name: make(pairs) for name, pairs in updates.items()}
+            blocks[block.path] = nn.ModuleDict(projections)
+        layers.append(blocks)
     return layers
 
 
@@ -168,15 +187,22 @@ def check_adds_up(member: Adapter) -> None:
     computes = isinstance(member, LowRankAdapter) and member.is_as_in(
         LowRankAdapter, "ffn", "ffn_weights", "group_low_rank"
     )
-    if member.config.experts_per_router or len(member.own_modules) or not computes:
-        what = "experts" if member.config.experts_per_router else "a separate FFN block"
-        what = "extra trainable modules" if len(member.own_modules) else what
-        parts = [f"{member.name}/{part}" for part in member.part_names]
-        hint = f"use its experts, {', '.join(parts)}" if parts else "scale it alone: (name, scale)"
-        raise AdapterError(
-            "a sum supports adapters on single projections, without routers and extra trainable "
-            f"modules, got {member.name!r} ({member.config.title}) with {what}; {hint}"
-        )
+    if len(member.own_modules):
+        obstacle = "extra trainable modules"
+    elif member.config.experts_per_router:
+        obstacle = "experts"
+    elif not computes:
+        obstacle = "a separate FFN block"
+    else:
+        return
+    hint = "scale it alone: (name, scale)"
+    if member.members:
+        names = ", ".join(f"{member.name}/{name}" for name in member.members)
+        hint = f"use its experts, {names}"
+    raise AdapterError(
+        "a sum supports adapters on single projections, without routers and extra trainable "
+        f"modules, got {member.name!r} ({member.config.title}) with {obstacle}; {hint}"
+    )
 
 
 @torch.no_grad()
@@ -184,28 +210,39 @@ def concatenate(
     sources: Sequence[tuple[AdapterConfig, Mapping[str, Tensor]]], weights: Sequence[float]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Put LoRAs' A and B behind one another, which adds their updates up exactly."""
-    first, parts = sources[0][0], defaultdict[str, list[Tensor]](list)
+    matrices = defaultdict[str, list[Tensor]](list)
     for (config, tensors), weight in zip(sources, weights, strict=True):
         check_is_lora(config, "adapters to concatenate must be LoRAs")
         refuse_own_parts(config, "an adapter", "be put behind another one")
         for name, tensor in tensors.items():
             key = TensorKey.parse(name)
             assert key is not None  # as all of a LoRA's are
-            is_B = key.part == "lora_B"
-            strength = weight * config.scaling_of(replace(key, part="")) if is_B else 1
+            strength = 1.0
+            if key.part == "lora_B":
+                strength = weight * config.scaling_of(replace(key, part=""))
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            parts[name].append(tensor.to(wide) * strength)
-    tensors = {n: torch.cat(own, int(n.endswith("lora_B"))) for n, own in parts.items()}
-    all_A = {n: own for n, own in tensors.items() if n.endswith("lora_A")}
-    ranks = {re.escape(name.removesuffix(".lora_A")): len(own) for name, own in all_A.items()}
+            matrices[name].append(tensor.to(wide) * strength)
+    concatenated: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, parts in matrices.items():
+        is_B = name.endswith(".lora_B")
+        concatenated[name] = torch.cat(parts, 1 if is_B else 0)
+        if not is_B:
+            ranks[name.removesuffix(".lora_A")] = len(concatenated[name])
     rank = max(ranks.values())
-    others = {place: own for place, own in ranks.items() if own != rank}
-    settings: dict[str, Any] = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
-    settings |= {"rank_pattern": others, "alpha_pattern": {k: float(r) for k, r in others.items()}}
-    if any(source.keys() != tensors.keys() for _, source in sources):
-        keys = [name.removesuffix(".lora_A") for name in all_A]
-        settings |= {"target_modules": _all_targets(sources, keys), "layers": None}
-    return checked(LoraConfig, first.model_dump(exclude_unset=True) | settings), tensors
+    patterns = {re.escape(key): size for key, size in ranks.items() if size != rank}
+    settings: dict[str, Any] = {
+        "rank": rank,
+        "alpha": float(rank),
+        "rank_stabilized": False,
+        "rank_pattern": patterns,
+        "alpha_pattern": {pattern: float(size) for pattern, size in patterns.items()},
+    }
+    if any(source.keys() != concatenated.keys() for _, source in sources):
+        settings["target_modules"] = _all_targets(sources, list(ranks))
+        settings["layers"] = None
+    first = sources[0][0].model_dump(exclude_unset=True)
+    return checked(LoraConfig, first | settings), concatenated
 
 
 def _all_targets(
@@ -213,9 +250,10 @@ def _all_targets(
 ) -> list[str]:
     """Name the projections that any of several LoRAs adapts, one by one if need be."""
     configs = [config for config, _ in sources if isinstance(config, LoraConfig)]
-    has_places = any("." in target for config in configs for target in config.target_modules)
-    if has_places or any(config.layers is not None for config in configs):
-        return [*keys]
+    for config in configs:
+        has_paths = any("." in target for target in config.target_modules)
+        if has_paths or config.layers is not None:
+            return list(keys)
     return list(dict.fromkeys(key.rpartition(".")[2] for key in keys))
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from rich.console import Console
 from typing_extensions import override
 
-from loraloom.adapters.routed import of_experts
+from loraloom.adapters.routed.method import of_experts
 from loraloom.cli.init import ROW_FORMATS, first_rows, infer_source
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands

@@ -22,7 +22,7 @@ from loraloom.generation.generate import complete, make_requests
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.host.choice import told
+from loraloom.host.choice import describe_choice
 from loraloom.host.layout import RowAdapter
 from loraloom.terminal import make_console, printed, show_progress
 
@@ -94,7 +94,9 @@ def generate(
         for start in range(num_done, len(rows), size):
             part = slice(start, start + size)
             batch = complete(host, tokenizer, requests[part], batch_size=size)
-            answers = [{"completion": one.text, **told(one.choice, tokenizer)} for one in batch]
+            answers = [
+                {"completion": one.text, **describe_choice(one.choice, tokenizer)} for one in batch
+            ]
             _write(options, [row | one for row, one in zip(rows[part], answers, strict=True)])
             advance(range(start, start + len(batch)))
 

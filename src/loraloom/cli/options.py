@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from loraloom.adapters.routed.method import prompt_router_of
 from loraloom.adapters.weighted_sum import is_sum, parse_sum
 from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig
@@ -86,8 +87,12 @@ class HostOptions(BaseModelConfig):
 def tell_unknown_prompts(host: Any, tokenizer: Any) -> None:
     """Say which adapters don't record the form of their prompts, if that makes a difference."""
     # a routed adapter's experts are read each in its own form, where one is chosen by prompt
-    parts = {name: one.parts[1:] if one.chooser else [one] for name, one in host.adapters.items()}
-    names = [name for name, own in parts.items() if all(part.prompt is None for part in own)]
+    names = list[str]()
+    for name, adapter in host.adapters.items():
+        is_routed = prompt_router_of(adapter) is not None
+        answering = adapter.members.values() if is_routed else [adapter]
+        if all(member.prompt is None for member in answering):
+            names.append(name)
     if names and tokenizer.chat_template:
         print(
             f"note: the files of {', '.join(names)} do not record a prompt form; using the base "

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from loraloom.adapters.routed import of_experts
+from loraloom.adapters.routed.method import of_experts
 from loraloom.atomic_io import write_output
 from loraloom.base.loading import find_device, load_base_model
 from loraloom.cli.options import BASE

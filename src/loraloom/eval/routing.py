@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.contract import AdapterConfig
+from loraloom.adapters.routed.method import expert_names
 from loraloom.eval.results import Fields
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.host.host import Host
@@ -112,7 +113,7 @@ class _AdapterTally:
         totals = reduce(operator.add, self.totals.values()) if self.totals else None
         return {
             "num_experts": self.config.experts_per_router,
-            "expert_names": [*self.config.expert_names],
+            "expert_names": expert_names(self.config),
             "top_k": self.config.experts_per_token or self.config.experts_per_router,
             "layers": [_label(router) for router in totals.routers] if totals else [],
             "experts_by_layer": list(totals.num_experts) if totals else [],

@@ -8,6 +8,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.routed.choice import Choice
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import Message
 from loraloom.errors import ConfigError, DataError, shown
@@ -16,7 +17,7 @@ from loraloom.generation.prompts import Prompt, check_token_ids, read_prompts
 from loraloom.generation.request import Event, GenerationRequest, Row
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.host.choice import Choice, told
+from loraloom.host.choice import describe_choice
 from loraloom.host.host import Host
 
 
@@ -189,7 +190,7 @@ class Conversation:
         prompt = Prompt(self._turns(model, text), adapter, last_alone=True)
         read = read_prompts(self.engine.host, self.tokenizer, [prompt], raw=self.raw)
         ((ids, turn_end, choice),) = read
-        if telling := told(choice, self.tokenizer):
+        if telling := describe_choice(choice, self.tokenizer):
             self.chosen[model] = telling["chosen"]["adapter"]
         room = max(1, self.engine.max_length - len(ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from loraloom.adapters.combining import Combination, combine, prune
-from loraloom.adapters.contract import Adapter, AdapterConfig, Expert, check_config
+from loraloom.adapters.contract import Adapter, AdapterConfig, check_config
 from loraloom.adapters.extra_modules import tensor_shapes
+from loraloom.adapters.routed.choice import Choice
+from loraloom.adapters.routed.method import add_experts, build_from_sources, prompt_router_of
 from loraloom.adapters.segment import Records, Samples, SampleTokens
 from loraloom.adapters.weighted_sum import is_sum, parse_sum, write_sum
 from loraloom.base.families import FAMILIES
@@ -32,7 +34,7 @@ from loraloom.distributed import Alone, Ranks
 from loraloom.errors import AdapterError, DataError, ModelError, names_in
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
 from loraloom.formats.raw_files import find_adapter
-from loraloom.host.choice import Choice, batches_of, choose, output_of, padding_mask
+from loraloom.host.choice import batches_of, choose, output_of, padding_mask
 from loraloom.host.decoding import Decoding, make_cache
 from loraloom.host.forward import ForwardContext, current_forward, running
 from loraloom.host.layout import (
@@ -189,16 +191,12 @@ class Host:
 
     def _add(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
         self._registry.check_unmerged("start an adapter")
-        found = {own: self._source(place) for own, place in check_config(config).sources.items()}
-        if found:
-            config = config.with_experts({own: one for own, (one, _) in found.items()})
-        else:
-            config.check_begins()
-        adapter = self._registry.build(name, config, seed)
-        for own, (_, tensors) in found.items():
-            adapter.part(own).load_tensors(tensors)
-        adapter.begin()
-        by_default = config.target_modules == "all-linear" and not adapter.part_names
+
+        def build(config: AdapterConfig) -> Adapter:
+            return self._registry.build(name, config, seed)
+
+        adapter = build_from_sources(check_config(config), self._source, build)
+        by_default = config.target_modules == "all-linear" and not adapter.members
         num_without_ffn = sum(
             all(block.gating is None for block in layer.blocks) for layer in self._registry.layers
         )
@@ -214,15 +212,15 @@ class Host:
             )
         return self._registry.register(adapter)
 
-    def _source(self, place: str) -> tuple[Expert, Mapping[str, Tensor]]:
+    def _source(self, place: str) -> tuple[AdapterConfig, PromptForm | None, Mapping[str, Tensor]]:
         """Read an adapter that another one is to be made of: one on the host, or from files."""
         whole, slash, _ = place.partition("/")
-        if whole in self.adapters and (not slash or self.adapters[whole].part_names):
+        if whole in self.adapters and (not slash or self.adapters[whole].members):
             held = self._registry.get(place)
-            return Expert(adapter=held.config, prompt=held.prompt), held.tensors()
+            return held.config, held.prompt, held.tensors()
         stored = read_stored(find_adapter(place))
         config, tensors = fit_to_base(stored, self.base)
-        return Expert(adapter=config, prompt=stored.prompt), tensors
+        return config, stored.prompt, tensors
 
     def add_experts(self, adapter: str, experts: Mapping[str, str], *, name: str) -> Adapter:
         """Make a new routed adapter from the experts of an existing one and further experts.
@@ -237,10 +235,7 @@ class Host:
             name: Name of the new adapter.
         """
         source = self._registry.get(adapter)
-        config = source.config.with_experts(experts)
-        if config.experts_per_token != (count := source.config.experts_per_token):
-            config = config.model_copy(update={"top_k": count})  # its default is another
-        extended = self.add(name, config)
+        extended = self.add(name, add_experts(source.config, experts))
         extended.load_tensors({**extended.tensors(), **source.tensors()})
         if not extended.forms_differ:
             extended.prompt = source.prompt
@@ -719,7 +714,7 @@ class Host:
         """Name rows' adapters; those that are chosen by prompt, by the row's tokens here."""
         rows = self._registry.rows(adapters, len(input_ids))  # a text is no list of names
         names: list[RowAdapter] = [*(adapters or [None] * len(rows))]
-        if all(row is None or row[0].chooser is None for row in rows):
+        if all(row is None or prompt_router_of(row[0]) is None for row in rows):
             return names
         real = torch.ones(input_ids.shape) if mask is None else mask.cpu()
         is_part = is_packed or any(cache.get_seq_length() for cache in caches)
@@ -735,7 +730,7 @@ class Host:
             asked = real.bool() & ((labels.cpu() != -100).cumsum(1) == 0)
             real = torch.where(asked.sum(1, keepdim=True) > 1, asked, real)
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids.cpu(), real, strict=True)]
-        chosen = [one.adapter for one in choose(self, prompts, names)]
+        chosen: list[RowAdapter] = [one.adapter for one in choose(self, prompts, names)]
         self._choices.update(dict.fromkeys(caches, (names, chosen)))
         return chosen
 

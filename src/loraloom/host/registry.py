@@ -70,7 +70,7 @@ class AdapterRegistry:
         # one object for as long as its members are there, by which prepared weights are found
         members = [_get(name, adapters) for name, _ in weighted]
         known = self._sums.pop(weighted, None)
-        if known is None or [*known.members] != members:  # a thread was late with it
+        if known is None or [*known.members.values()] != members:  # a thread was late with it
             known = WeightedSum(write_sum(weighted), members, [weight for _, weight in weighted])
             if len(self._sums) >= MAX_SUMS:
                 self._sums.pop(next(iter(self._sums)), None)  # the least recently used
@@ -220,7 +220,7 @@ class AdapterRegistry:
 def _get(name: str, adapters: Mapping[str, Adapter]) -> Adapter:
     whole, within, part = name.partition("/")
     if within and whole in adapters:
-        return adapters[whole].part(part)
+        return adapters[whole].member(part)
     if name not in adapters:
         known = ", ".join(adapters) or "none"
         raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")

@@ -16,7 +16,7 @@ from loraloom.routing.record import LayerRouting
 AddUp = Callable[[Tensor], Tensor]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def keep(tensor: Tensor) -> Tensor:
     """Add up over the one who has all of it."""
     return tensor.detach()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from loraloom.adapters.routed.method import sources_of
 from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_json
 from loraloom.errors import ConfigError
 from loraloom.formats.files import model_card, write_adapter
@@ -133,7 +134,7 @@ class RunDirectory:
         starts = [job.start_from] if isinstance(job.start_from, str) else job.start_from or ()
         for start in starts:
             yield "start_from", start
-        for expert in job.adapter.sources.values():
+        for expert in sources_of(job.adapter).values():
             yield "adapter.experts", str(self.job(expert)) if expert in names else expert
         objective = job.train.objective
         if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.routed.choice import Choice
 from loraloom.config.fields import checked
 from loraloom.data.templates import ChatTemplate
 from loraloom.data.tokens import TokenPair
@@ -29,7 +30,6 @@ from loraloom.generation import scoring
 from loraloom.generation.generate import complete
 from loraloom.generation.request import GenerationRequest
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.host.choice import Choice
 from loraloom.host.host import Host
 
 # Most tokens of continuations in one row; attention's cost is quadratic in a row.

@@ -15,6 +15,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
@@ -31,7 +32,7 @@ from loraloom.generation.request import (
     log_failure,
 )
 from loraloom.generation.sampling import SamplingConfig, end_tokens
-from loraloom.host.choice import Choice, is_routed, told
+from loraloom.host.choice import describe_choice, is_routed
 from loraloom.host.layout import RowAdapter
 from loraloom.serve.adapter_cache import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
@@ -104,7 +105,7 @@ class Backend:
         try:
             for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
                 part = name.removeprefix(used.name)
-                if part and part[1:] not in host.adapters[str(used.host_name)].part_names:
+                if part and part[1:] not in host.adapters[str(used.host_name)].members:
                     raise unknown_model(model)
                 row.append((f"{used.host_name}{part}", weight))
             if served.members:  # a large one takes longer than the event loop may
@@ -193,7 +194,7 @@ class Exchange(ABC):
         if index in self._told:
             return {}
         self._told.add(index)
-        return told(self._rows[index].request.choice, self.backend.tokenizer)
+        return describe_choice(self._rows[index].request.choice, self.backend.tokenizer)
 
     def several(
         self,

@@ -14,7 +14,9 @@ from loraloom.adapters.tensor_names import Weights
 from loraloom.errors import AdapterError
 
 # Of the fit: AdamW's.
-STEPS, RATE, DECAY = 200, 0.03, 0.01
+STEPS = 200
+RATE = 0.03
+DECAY = 0.01
 # Near 0 the most telling token of a prompt decides; the larger, the more all tokens count alike.
 # One word must be enough where it names the source, and style where none does.
 BREADTH = 10.0
@@ -31,7 +33,8 @@ class PromptRouter(Weights):
         super().__init__()
         self.router = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.offsets = nn.Parameter(torch.zeros(shape[0]), requires_grad=False)
-        self.num_layers_read, self.temperature = num_layers_read, temperature
+        self.num_layers_read = num_layers_read
+        self.temperature = temperature
 
     def forward(self, states: Tensor, owners: Tensor) -> Tensor:
         """Compute [B, E] of all tokens' states, [T, D], and the numbers of their prompts, [T]."""
@@ -44,34 +47,35 @@ class PromptRouter(Weights):
 
     def scores(self, states: Tensor) -> Tensor:
         """Compute w·h + b, [T, E]."""
-        chunks = [part.to(self.router.dtype) @ self.router.T for part in states.split(CHUNK)]
-        return torch.cat(chunks) + self.offsets
+        products = [chunk.to(self.router.dtype) @ self.router.T for chunk in states.split(CHUNK)]
+        return torch.cat(products) + self.offsets
 
     @torch.enable_grad()
-    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, parts: Sequence[int]) -> None:
+    def fit(self, states: Tensor, owners: Tensor, targets: Tensor, rows: Sequence[int]) -> None:
         """Fit the rows of some experts to prompts whose experts' numbers are targets, [B]."""
-        rows, chunks = list(parts), states.split(CHUNK)
-        mean = torch.stack([part.float().sum(0) for part in chunks]).sum(0) / len(states)
-        squares = torch.stack([(part.float() - mean).square().sum(0) for part in chunks]).sum(0)
-        std = (squares / len(states)).sqrt() + 1e-5
-        weight = torch.zeros(len(rows), states.shape[1], device=states.device, requires_grad=True)
-        offset = torch.zeros(len(rows), device=states.device, requires_grad=True)
+        chunks = states.split(CHUNK)
+        mean, std = _mean_and_std(chunks)
+        indices = torch.tensor(rows, device=states.device)
+        # Of standardized states: w = weight / (std · 10), b = offset / 10 - w · mean.
+        weight = torch.zeros(len(indices), len(mean), device=states.device, requires_grad=True)
+        offset = torch.zeros(len(indices), device=states.device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
         with torch.no_grad():
             fixed = self.logits(states, owners).float()
-        places = torch.tensor(rows, device=states.device)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
             scaled = weight / (std * BREADTH)
-            scores = torch.cat([part.float() @ scaled.T for part in chunks])
-            own = _logits(scores + offset / BREADTH - scaled @ mean, owners)
+            scores = torch.cat([chunk.float() @ scaled.T for chunk in chunks])
+            scores = scores + offset / BREADTH - scaled @ mean
+            logits = fixed.index_copy(1, indices, _logits(scores, owners))
             optimizer.zero_grad()
-            cross_entropy(fixed.index_copy(1, places, own), targets).backward()
+            cross_entropy(logits, targets).backward()
             optimizer.step()
         with torch.no_grad():
             scaled = weight / (std * BREADTH)
-            self.router[rows] = scaled.to(self.router.dtype)
-            self.offsets[rows] = (offset / BREADTH - scaled @ mean).to(self.offsets.dtype)
+            self.router[indices] = scaled.to(self.router.dtype)
+            offsets = offset / BREADTH - scaled @ mean
+            self.offsets[indices] = offsets.to(self.offsets.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for expert, row in enumerate(self.router.detach()):
@@ -86,3 +90,11 @@ def _logits(scores: Tensor, owners: Tensor) -> Tensor:
     most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
     sums = empty.index_add(0, owners, (scores - most[owners]).exp())
     return BREADTH * (sums.log() + most - counts.unsqueeze(1).log())
+
+
+def _mean_and_std(chunks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute each feature's mean and standard deviation over all tokens, [D] both."""
+    num_tokens = sum(len(chunk) for chunk in chunks)
+    mean = torch.stack([chunk.float().sum(0) for chunk in chunks]).sum(0) / num_tokens
+    squares = [(chunk.float() - mean).square().sum(0) for chunk in chunks]
+    return mean, (torch.stack(squares).sum(0) / num_tokens).sqrt() + 1e-5
