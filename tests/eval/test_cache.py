@@ -126,7 +126,7 @@ def test_a_second_evaluation_computes_nothing_and_is_the_same(tiny_tokenizer, tm
     host = scoring_host()
     lora = host.adapters["lora"]
     host.remove("mixlora")
-    host.adapters["other"] = lora
+    host.add("other", lora.config).load_tensors(lora.tensors())
     _, cache = score(host, tiny_tokenizer, tmp_path, ["other"])  # names and neighbours don't matter
     assert cache.num_found == 5
 

@@ -30,17 +30,17 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from loraloom.adapters import parse_adapter_config
 from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_directory, write_json
 from loraloom.config.fields import check_name
+from loraloom.config.run_files import METRICS_FILE, RESULT_FILE, SWEEP_TABLE
 from loraloom.config.text import read_json
 from loraloom.data.sources import sha256
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.files import model_card, write_adapter
 from loraloom.formats.raw_files import CONFIG_FILE, SAVED_FILES
 from loraloom.host.host import Host
-from loraloom.training.job import RESULT_FILE, Job, JobResult
+from loraloom.training.job import Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, OptimizerConfig
 
 MANIFEST = "manifest.json"
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 _NUMBERED = re.compile(r"snapshot-([0-9]{1,18})")
 _JOB_ENTRIES = (
@@ -213,7 +213,7 @@ class RunDirectory:
         self.path = path
         self.by_job = by_job
         self.checkpoints = CheckpointStore(path / ".checkpoints")
-        self.sweep_table = path / "sweep.csv"
+        self.sweep_table = path / SWEEP_TABLE
         self.sweep_journal = path / "sweep.journal"
         self.sweep_lock = self.checkpoints.directory / "sweep.lock"
         self._by_job = self.checkpoints.directory / "jobs"

@@ -21,7 +21,6 @@ from loraloom.training.step import batch, optimizers
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Reference, build_objective
 
-RESULT_FILE = "result.json"
 Status = Literal["finished", "stopped early", "stopped", "failed"]
 
 

@@ -31,9 +31,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeR
 from rich.progress import Progress as RichProgress
 
 from loraloom.atomic_io import append_line, sync
+from loraloom.config.run_files import METRICS_FILE
 from loraloom.errors import plain
 from loraloom.terminal import make_console
-from loraloom.training.checkpoints import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
+from loraloom.training.checkpoints import TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.job import Job
 from loraloom.training.settings import TRACKERS
 
