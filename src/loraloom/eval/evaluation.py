@@ -292,12 +292,12 @@ def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -
 
 
 def _check_finite(
-    what: str, adapter: str | None, scores: Sequence[Sequence[float]], origins: Sequence[str]
+    kind: str, adapter: str | None, scores: Sequence[Sequence[float]], origins: Sequence[str]
 ) -> None:
     for values, origin in zip(scores, origins, strict=True):
         if not all(map(math.isfinite, values)):
             shown = values[0] if len(values) == 1 else values
-            raise not_finite(what, shown, [adapter], origin)
+            raise not_finite(kind, shown, [adapter], origin)
 
 
 def load_question_sets(
@@ -347,6 +347,6 @@ def _check_subdirectories(data: str | Path, names: Sequence[str]) -> None:
         )
 
 
-def _check_differ(what: str, names: Sequence[str]) -> None:
+def _check_differ(kind: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise ConfigError(f"{what} must have different names, got {', '.join(names)}")
+        raise ConfigError(f"{kind} must have different names, got {', '.join(names)}")

@@ -56,12 +56,12 @@ class Answers:
         self._max_tokens = max_tokens_per_batch or scoring.tokens_per_batch(host)
         self._answers: dict[Any, Any] = {}  # by adapter and request, until they are asked for
 
-    def of(self, adapter: str | None, requests: Sequence[Any], what: str, quiet: Any) -> list[Any]:
+    def of(self, adapter: str | None, requests: Sequence[Any], kind: str, quiet: Any) -> list[Any]:
         """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
         unique = list(dict.fromkeys(requests))
         missing = [request for request in unique if (adapter, request) not in self._answers]
-        with cast("Any", tqdm)(total=len(missing), desc=what, disable=quiet or None) as bar:
-            if what == "generate_until":
+        with cast("Any", tqdm)(total=len(missing), desc=kind, disable=quiet or None) as bar:
+            if kind == "generate_until":
                 self._complete(missing, bar)
             else:
                 self._score(missing, bar)

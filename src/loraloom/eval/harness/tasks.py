@@ -44,10 +44,10 @@ def check_asks_text(loaded: Sequence[Task | Group]) -> None:
     tasks = []
     for entry in loaded:
         tasks += entry.get_all_tasks() if isinstance(entry, Group) else [entry]
-    for mark, what in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
+    for mark, reason in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
         names = [task.task_name for task in tasks if getattr(task, mark, False)]
         if names:
-            raise ConfigError(f"--harness does not support tasks that {what}: {', '.join(names)}")
+            raise ConfigError(f"--harness does not support tasks that {reason}: {', '.join(names)}")
 
 
 def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
