@@ -1,5 +1,4 @@
 import json
-from unittest.mock import Mock
 
 import pytest
 
@@ -63,17 +62,15 @@ def test_settings_of_data_may_be_given_as_in_a_run_file(run, tmp_path, capsys):
     assert run("--dataset", json.dumps(source))["tasks"]["chats"]["num_examples"] == 3
 
 
-def test_rows_have_the_adapters_template_where_formats_agree(monkeypatch, tmp_path):
+def test_rows_have_the_adapters_template_where_formats_agree(tmp_path):
     plain = {"format": "instruction", "template": "plain"}
     chat, pairs = ({"format": one, "chat_template": "x"} for one in ("chat", "preference"))
     rows = {"dataset": write_rows(tmp_path / "rows.jsonl", *ROWS)}
-    options = {"base_model": "m", "adapter": ["a=b"], "dataset": [*rows.values()]}
-    monkeypatch.setattr(verb, "find_adapter", str)
+    options = {"base_model": "m", "dataset": [*rows.values()]}
     for own, read in ((plain, plain), (plain, {"format": "text"}), (chat, pairs)):
-        stored = Mock(prompt=PromptForm(**own))
-        monkeypatch.setattr(verb, "read_stored", lambda _, stored=stored: stored)
         run = verb.EvalRun(**options, format=read["format"])
-        assert verb._held_out(run) == [SourceConfig(**rows, **read)]
+        sources = verb._held_out_sources(run, [PromptForm(**own)] * 2)
+        assert sources == [SourceConfig(**rows, **read)]
 
 
 def test_a_format_that_nothing_names_is_inferred_from_the_columns(tmp_path, capsys):
@@ -84,12 +81,12 @@ def test_a_format_that_nothing_names_is_inferred_from_the_columns(tmp_path, caps
     texts = (path, json.dumps({"dataset": path, "fields": {"output": "reply"}}))
     for text in texts:
         run = verb.EvalRun(base_model="m", dataset=(text,))
-        assert verb._held_out(run) == [read], text
+        assert verb._held_out_sources(run, []) == [read], text
     note = f"note: reading {path} as instruction plain; --format overrides"
     assert capsys.readouterr().err.splitlines() == [note] * 2
     run = verb.EvalRun(base_model="m", dataset=(write_rows(tmp_path / "odd.jsonl", {"a": 1}),))
     with pytest.raises(DataError, match="no format fits the columns 'a'"):
-        verb._held_out(run)
+        verb._held_out_sources(run, [])
 
 
 def test_options_of_rows_are_those_of_settings_without_them(run, tmp_path):

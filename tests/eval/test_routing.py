@@ -23,7 +23,7 @@ def tallied(
     tally = RoutingTally(host, adapters, tokenizer)
     for task in tasks:
         scorer = Scorer(host, adapters, max_tokens, cache)
-        observe = tally.of(task, len(some_questions()), groups)
+        observe = tally.observe(task, len(some_questions()), groups)
         score_questions(scorer, tokenizer, some_questions(), on_routing=observe)
     return tally.summarise()
 

@@ -2,6 +2,7 @@ import pytest
 
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError, FormatError, ModelError
+from loraloom.formats.files import read_stored
 from loraloom.generation import loading
 from loraloom.generation.loading import check_sources, load_host
 from tests.generation.saved import save_tiny
@@ -49,9 +50,9 @@ def test_a_cache_without_room_for_its_rows_is_an_error(saved, monkeypatch):
 
 
 def test_sources_are_checked_without_loading_the_base_model(saved, monkeypatch):
-    read = []
+    read, stored = [], read_stored(saved / "lora")
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("must not load"))
-    monkeypatch.setattr(loading, "read_stored", read.append)
+    monkeypatch.setattr(loading, "read_stored", lambda path: read.append(path) or stored)
     check_sources(model(saved / "base"), {"a": str(saved / "lora")})
     assert read == [saved / "lora"]
     with pytest.raises(ModelError, match=r"\./nowhere"):

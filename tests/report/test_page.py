@@ -3,14 +3,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-import torch
 
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, DataError
 from loraloom.report.charts import COLORS, job_styles, learning_curves
 from loraloom.report.jobs import read_runs
-from loraloom.report.page import entropy_bits, lay_out, level, make_page
-from loraloom.routing import tally
+from loraloom.report.page import lay_out, level, make_page
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
 VOID = {"meta", "link", "img"}
@@ -203,10 +201,8 @@ def test_every_metric_has_a_chart(run):
     assert titles == [*means, "eval/arc_easy/accuracy"]
 
 
-def test_loads_are_compared_with_an_even_share_and_measured_as_routing_does():
+def test_loads_are_compared_with_an_even_share():
     assert [level(x) for x in (0, 0.2, 0.5, 1, 2, 4)] == [0, 1, 2, 3, 4, 5]
-    load = torch.tensor([[0.5, 0.25, 0.25, 0.0]], dtype=torch.float64)
-    assert 2 ** entropy_bits(load.numpy()) == pytest.approx(tally.effective_number(load).tolist())
 
 
 def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():

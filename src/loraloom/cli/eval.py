@@ -14,16 +14,16 @@ from typing_extensions import override
 from loraloom.atomic_io import cache_directory, prepare_output
 from loraloom.cli.init import first_rows, infer_source
 from loraloom.cli.options import HostOptions, Section
-from loraloom.config.data import DataFormat, Scoring, SourceConfig
+from loraloom.config.data import DataFormat, PromptForm, Scoring, SourceConfig
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_yaml
 from loraloom.data.sources import find_location, read_rows
-from loraloom.eval import evaluation, held_out
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
+from loraloom.eval.evaluation import EvaluationRequest, load_question_sets, score_sets
+from loraloom.eval.held_out import describe_rows, load_held_out
 from loraloom.eval.results import Evaluation, check_outputs, write_lines
-from loraloom.eval.statistics import choose_pairs
-from loraloom.formats.files import read_stored
-from loraloom.formats.raw_files import find_adapter
+from loraloom.eval.statistics import Pair, choose_pairs
+from loraloom.formats.layouts import StoredAdapter
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.terminal import make_console, print_tables
 
@@ -83,15 +83,16 @@ class EvalRun(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        given = [kind for kind in ("task", "dataset", "harness") if getattr(self, kind)]
-        kind, *others = given or ["task"]
-        if others:
-            yield f"--{kind} and --{others[0]} exclude each other; pass only one option"
+        kinds = [kind for kind in ("task", "dataset", "harness") if getattr(self, kind)]
+        if len(kinds) > 1:
+            yield f"--{kinds[0]} and --{kinds[1]} exclude each other; pass only one option"
             return
-        for kinds, names in _ONLY.items():
-            unread = self.model_fields_set & {*names.split()} if kind not in kinds else ()
-            for name in sorted(unread):  # the same message each time
-                allowed = " or ".join(f"--{one}" for one in kinds)
+        kind = kinds[0] if kinds else "task"
+        for readers, names in _ONLY.items():
+            if kind in readers:
+                continue
+            allowed = " or ".join(f"--{reader}" for reader in readers)
+            for name in sorted(self.model_fields_set.intersection(names.split())):
                 yield f"--{name.replace('_', '-')} requires {allowed}"
         if kind != "dataset" and not _names(getattr(self, kind)):
             yield f"--{kind} must name at least one task, got none"
@@ -101,7 +102,8 @@ class EvalRun(HostOptions):
     @property
     def names(self) -> list[str | None]:
         """Names of the adapters to score; None is the base model."""
-        return [*([] if self.no_base else [None]), *self.adapters, *self.derived]
+        base = [] if self.no_base else [None]
+        return [*base, *self.adapters, *self.derived]
 
 
 def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> None:
@@ -113,26 +115,84 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
     for path in run.output:
         prepare_output(path, "--output")
     prepare_output(run.per_question, "--per-question")
-    choose_pairs(run.names, run.compare)
-    check_sources(run, run.adapters)
-    messages = make_console(stderr=True, soft_wrap=True)
+    pairs = choose_pairs(run.names, run.compare)
+    stored = check_sources(run, run.adapters)
     if run.harness:
-        found, lines = _evaluate_harness(run)
+        evaluation, lines = _evaluate_harness(run, stored)
     else:
-        found = _score(run)
-        lines = found.lines()
-    for name, details in found.tasks.items() if run.dataset else ():
-        messages.print(held_out.describe_rows(name, details))
-    if found.num_cached_scores:
-        messages.print(f"reused {found.num_cached_scores} cached scores of an earlier evaluation")
-    for name, routing in found.routing.items():
-        for warning in routing.get("warnings", ()):
-            messages.print(f"warning: adapter {name}: {warning}")
+        evaluation = _evaluate_sets(run, stored, pairs)
+        lines = evaluation.lines()
+    _print_notes(evaluation, describes_rows=bool(run.dataset))
     for path in run.output:
-        found.write(path)
+        evaluation.write(path)
     if run.per_question is not None:
         write_lines(run.per_question, lines)
-    print_tables(make_console(), found.tables())  # last: its reader may be gone
+    print_tables(make_console(), evaluation.tables())  # last: its reader may be gone
+
+
+def _print_notes(evaluation: Evaluation, *, describes_rows: bool) -> None:
+    console = make_console(stderr=True, soft_wrap=True)
+    if describes_rows:
+        for name, details in evaluation.tasks.items():
+            console.print(describe_rows(name, details))
+    if evaluation.num_cached_scores:
+        count = evaluation.num_cached_scores
+        console.print(f"reused {count} cached scores of an earlier evaluation")
+    for name, routing in evaluation.routing.items():
+        for warning in routing.get("warnings", ()):
+            console.print(f"warning: adapter {name}: {warning}")
+
+
+def _evaluate_sets(
+    run: EvalRun, stored: Mapping[str, StoredAdapter], pairs: Sequence[Pair]
+) -> Evaluation:
+    """Score all adapters on tasks or held-out rows, with scores that are kept."""
+    files = describe_adapters(run.adapters)
+    sources = _held_out_sources(run, [adapter.prompt for adapter in stored.values()])
+    sets: Any = load_question_sets(_names(run.task), run.scoring, run.split, run.data, run.limit)
+    host, tokenizer = load_host(run, stored)
+    request = EvaluationRequest(
+        adapters=run.names,
+        pairs=pairs,
+        files=files,
+        max_tokens_per_batch=run.batch_tokens,
+        cache=None if run.no_cache else ScoreCache(cache_directory() / "eval", host),
+        console=make_console(stderr=True, soft_wrap=True),
+        command=_command(),
+        compat=run.compat,
+    )
+    for source in sources:
+        sets.append(load_held_out(host, tokenizer, source, run.max_length, run.limit))
+    return score_sets(host, tokenizer, sets, request)
+
+
+def _evaluate_harness(
+    run: EvalRun, stored: Mapping[str, StoredAdapter]
+) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
+    from loraloom.eval.harness import evaluate_adapters, load_tasks
+    from loraloom.eval.harness.tasks import as_evaluation, check_asks_text, question_lines
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
+    files = describe_adapters(run.adapters)
+    tasks = load_tasks(_names(run.harness), run.harness_include)
+    check_asks_text(tasks)
+    host, tokenizer = load_host(run, stored)
+    results = evaluate_adapters(
+        host,
+        tokenizer,
+        tasks,
+        run.names,
+        limit=run.limit,
+        num_fewshot=run.num_fewshot,
+        apply_chat_template=run.apply_chat_template,
+        max_tokens_per_batch=run.batch_tokens,
+    )
+    evaluation = as_evaluation(results, **describe_evaluation(host, files, _command()))
+    return evaluation, question_lines(results)
+
+
+def _command() -> str:
+    return shlex.join(["loraloom", *sys.argv[1:]])
 
 
 def _names(values: Sequence[str]) -> list[str]:
@@ -141,70 +201,39 @@ def _names(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _held_out(run: EvalRun) -> list[SourceConfig]:
-    asked = run.model_dump(include={"format", "split"}, exclude_none=True)
-    # rows are written as those that all adapters were trained on, if their format allows it
-    forms = [read_stored(find_adapter(path)).prompt for path in run.adapters.values()]
-    form = forms[0] if forms and all(one == forms[0] for one in forms) else None
-    kind = form.format if form else "task"
-    alike = (None, kind, "preference" if kind == "chat" else kind)
+def _held_out_sources(run: EvalRun, forms: Sequence[PromptForm | None]) -> list[SourceConfig]:
+    """Check --dataset, in the prompt form in which all adapters were trained if it fits."""
+    options = run.model_dump(include={"format", "split"}, exclude_none=True)
+    form = forms[0] if forms and forms.count(forms[0]) == len(forms) else None
     sources = []
     for text in dict.fromkeys(run.dataset):
-        own = parse_yaml(text, "--dataset") if text.startswith("{") else {"dataset": text}
-        given = {**asked, **own}
-        if form and kind != "task" and "task" not in own and given.get("format") in alike:
-            given = form.model_dump(exclude={"system"}, exclude_none=True) | given
-        if isinstance(given.get("dataset"), str) and "format" not in given:
-            split = given.get("split") or "validation"
-            location = find_location(given["dataset"], split, given.get("config"))
-            given = infer_source(given, first_rows(location, split))
-            read = " ".join(filter(None, (given["format"], given["template"])))
-            print(
-                f"note: reading {given['dataset']} as {read}; --format overrides", file=sys.stderr
-            )
-        source = checked(SourceConfig, given)
-        split = source.split or "validation"
+        is_mapping = text.startswith("{")
+        settings = parse_yaml(text, "--dataset") if is_mapping else {"dataset": text}
+        settings = {**options, **settings}
+        if form is not None and _fits_form(settings, form):
+            settings = form.model_dump(exclude={"system"}, exclude_none=True) | settings
+        if isinstance(settings.get("dataset"), str) and "format" not in settings:
+            settings = _infer_format(settings)
+        source = checked(SourceConfig, settings)
         if source.dataset is not None:  # what is broken is an error before the model is loaded
+            split = source.split or "validation"
             read_rows(find_location(source.dataset, split, source.config), split, run.limit)
         sources.append(source)
     return sources
 
 
-def _score(run: EvalRun) -> Evaluation:
-    """Score all adapters on tasks or held-out rows, with scores that are kept."""
-    tasks, data = _names(run.task), _held_out(run) if run.dataset else []
-    asked = evaluation.load_question_sets(tasks, run.scoring, run.split, run.data, run.limit)
-    host, tokenizer = load_host(run, run.adapters)
-    options: dict[str, Any] = {
-        "pairs": choose_pairs(run.names, run.compare),
-        "cache": None if run.no_cache else ScoreCache(cache_directory() / "eval", host),
-        "max_tokens_per_batch": run.batch_tokens,
-        "console": make_console(stderr=True, soft_wrap=True),
-        "sources": run.adapters,
-        "command": _command(),
-    }
-    if asked:
-        options["compat"] = run.compat
-        return evaluation.evaluate(host, tokenizer, asked, run.names, **options)
-    sets = (held_out.load_held_out(host, tokenizer, x, run.max_length, run.limit) for x in data)
-    return evaluation.evaluate_loss(host, tokenizer, sets, run.names, **options)
+def _fits_form(settings: Mapping[str, Any], form: PromptForm) -> bool:
+    if form.format == "task" or "task" in settings:
+        return False
+    pairs_format = "preference" if form.format == "chat" else form.format
+    return settings.get("format") in (None, form.format, pairs_format)
 
 
-def _command() -> str:
-    return shlex.join(["loraloom", *sys.argv[1:]])
-
-
-def _evaluate_harness(run: EvalRun) -> tuple[Evaluation, Iterable[Mapping[str, Any]]]:
-    from loraloom.eval.harness import evaluate_adapters, load_tasks
-    from loraloom.eval.harness.tasks import as_evaluation, check_asks_text, question_lines
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of settings that are given
-    loaded = load_tasks(_names(run.harness), run.harness_include)
-    check_asks_text(loaded)
-    host, tokenizer = load_host(run, run.adapters)
-    adapters = describe_adapters(run.adapters)
-    options = run.model_dump(include={"limit", "num_fewshot", "apply_chat_template"})
-    options["max_tokens_per_batch"] = run.batch_tokens
-    results = evaluate_adapters(host, tokenizer, loaded, run.names, **options)
-    found = as_evaluation(results, **describe_evaluation(host, adapters, _command()))
-    return found, question_lines(results)
+def _infer_format(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    split = settings.get("split") or "validation"
+    location = find_location(settings["dataset"], split, settings.get("config"))
+    inferred = infer_source(settings, first_rows(location, split))
+    row_format = " ".join(filter(None, (inferred["format"], inferred["template"])))
+    note = f"note: reading {inferred['dataset']} as {row_format}; --format overrides"
+    print(note, file=sys.stderr)
+    return inferred

@@ -50,7 +50,8 @@ class ScoreCache:
 
     def __init__(self, directory: Path, host: Host):
         self.directory = directory
-        self._host, self._key = host, computation_key(host)
+        self._host = host
+        self._key = computation_key(host)
         self.begin()
         with self._open():
             pass
@@ -60,19 +61,23 @@ class ScoreCache:
         self.num_found = 0
         self._ids: dict[str | None, str] = {}
 
-    def find(self, wanted: Sequence[tuple[str | None, Tokens]]) -> list[tuple[Any, ...] | None]:
+    def find(self, keys: Sequence[tuple[str | None, Tokens]]) -> list[Any]:
+        """Return the scores of adapters and tokens; None where there are none."""
         select = "SELECT log_likelihoods FROM kept WHERE id = ?"
+        scores: list[tuple[Any, ...] | None] = []
         with self._open() as file:
-            rows = [file.execute(select, (self._id(*one),)).fetchone() for one in wanted]
-            found = [row and tuple(json.loads(row[0])) for row in rows]
-        self.num_found += len(found) - found.count(None)
-        return found
+            for adapter, tokens in keys:
+                row = file.execute(select, (self._id(adapter, tokens),)).fetchone()
+                scores.append(tuple(json.loads(row[0])) if row else None)
+        self.num_found += len(scores) - scores.count(None)
+        return scores
 
     def add(self, scores: Sequence[tuple[str | None, Tokens, Sequence[Any]]]) -> None:
         """Keep scores, or answers; those that are not finite are left out."""
-        is_good = lambda value: isinstance(value, str) or math.isfinite(value)  # noqa: E731
-        finite = [one for one in scores if all(map(is_good, one[2]))]
-        rows = [(self._id(name, tokens), json.dumps(values)) for name, tokens, values in finite]
+        rows = []
+        for adapter, tokens, values in scores:
+            if all(isinstance(value, str) or math.isfinite(value) for value in values):
+                rows.append((self._id(adapter, tokens), json.dumps(values)))
         with self._open() as file:
             # another process may have kept the same scores since
             file.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
@@ -80,8 +85,10 @@ class ScoreCache:
     def _id(self, adapter: str | None, tokens: Tokens) -> str:
         # pairs are scored by the base model too, whether or not it is evaluated
         if adapter not in self._ids:
-            held = None if adapter is None else self._host.adapter(adapter)
-            digest = held and adapter_digest(held) + "".join(map(_code_digest, held.parts))
+            digest = None
+            if adapter is not None:
+                loaded = self._host.adapter(adapter)
+                digest = adapter_digest(loaded) + "".join(map(_code_digest, loaded.parts))
             self._ids[adapter] = json_digest({**self._key, "adapter": digest})
         return json_digest([self._ids[adapter], tokens])
 
@@ -154,8 +161,8 @@ def computation_key(host: Host) -> dict[str, Any]:
 def adapter_digest(adapter: Adapter) -> str:
     """Hash an adapter's settings and weights as they are now, with SHA-256."""
     digest = hashlib.sha256()
-    for part in adapter.parts:
-        digest.update(part.config.model_dump_json().encode())
+    for member in adapter.parts:
+        digest.update(member.config.model_dump_json().encode())
     # by name, as the order in which parameters were made is no part of what they compute
     for name, tensor in sorted(adapter.tensors().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -171,8 +178,10 @@ def _code_digest(adapter: Adapter) -> str:
     digest = hashlib.sha256(adapter.config.package.encode())
     with suppress(PackageNotFoundError, ValueError):  # it may be no more than a file
         digest.update(version(adapter.config.package).encode())
-    classes = {kind for one in (adapter.config, *adapter.modules()) for kind in type(one).__mro__}
-    for name in sorted({kind.__module__ for kind in classes}):
+    names = set[str]()
+    for instance in (adapter.config, *adapter.modules()):
+        names |= {kind.__module__ for kind in type(instance).__mro__}
+    for name in sorted(names):
         if name.partition(".")[0] == package:
             try:
                 digest.update(Path(str(getattr(sys.modules[name], "__file__", None))).read_bytes())

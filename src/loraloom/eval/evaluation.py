@@ -9,8 +9,7 @@ evaluation.write("result.json")
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +23,9 @@ from loraloom.data.tokens import NO_LOSS, TokenPair
 from loraloom.errors import ConfigError, not_finite
 from loraloom.eval import generated_answers
 from loraloom.eval.cache import ScoreCache, describe_adapters, describe_evaluation
-from loraloom.eval.generated_answers import AnswerSet
+from loraloom.eval.generated_answers import AnswerSet, load_answer_set
 from loraloom.eval.held_out import BETA, HeldOutSet, load_held_out, pair_scores, row_scores
-from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, check_limit
+from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation, Fields, check_limit
 from loraloom.eval.routing import RoutingTally
 from loraloom.eval.score import Scorer, Scores, score_questions, task_scores, with_all_labels
 from loraloom.eval.statistics import Pair, check_scored, choose_pairs, holm, seed_means
@@ -34,132 +33,29 @@ from loraloom.generation.scoring import example_row
 from loraloom.host.host import Host
 from loraloom.terminal import show_progress
 
-Asked = QuestionSet | AnswerSet
+TaskSet = QuestionSet | AnswerSet
 
 
-def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
-    """Compute figures, means over seeds and comparisons of all that was scored."""
-    results = {name: {one.name: one.results[name] for one in scores} for name in scores[0].results}
-    figure = lambda one: one.get("loss", one.get("score", one.get("accuracy")))  # noqa: E731
-    figures = {t.name: {n: figure(of[t.name]) for n, of in results.items()} for t in scores}
-    # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all
-    found = [(task, *pair, task.compare(*pair)) for task in scores for pair in pairs]
-    adjusted = holm([one.p_value for *_, one in found])
-    comparisons = [
-        Comparison(
-            **vars(one), task=task.name, metric=task.metric, first=first, second=second,
-            adjusted_p_value=p_value,
-        )
-        for (task, first, second, one), p_value in zip(found, adjusted, strict=True)
-    ]  # fmt: skip
-    return Evaluation(
-        schema_version=SCHEMA_VERSION,
-        results=results,
-        seeds=seed_means(figures),
-        comparisons=comparisons,
-        scores=list(scores),
-        **details,
-    )
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """Which adapters are scored together (None is the base model), and with which options."""
 
-
-@dataclass
-class _Pass:
-    """Adapters that are scored together on one data set after another; options of `evaluate`."""
-
-    host: Host
-    tokenizer: PreTrainedTokenizerBase
-    adapters: Sequence[str | None] | None
-    _: KW_ONLY
-    pairs: Sequence[Pair] | None = None
-    cache: ScoreCache | None = None
+    adapters: Sequence[str | None]
+    pairs: Sequence[Pair]
+    """Who is compared with whom."""
+    files: Mapping[str, Fields] = field(default_factory=dict)
+    """The adapters' files as they were when they were read: training replaces checkpoints."""
     max_tokens_per_batch: int | None = None
+    cache: ScoreCache | None = None
     console: Console | None = None
-    sources: Mapping[str, str] | None = None
     command: str = ""
     compat: Literal["moe-peft"] | None = None
-
-    def __post_init__(self) -> None:
-        names = [self.adapters] if isinstance(self.adapters, str) else self.adapters
-        self.names = [None, *self.host.adapters] if names is None else list(names)
-        self.compared = choose_pairs(self.names) if self.pairs is None else self.pairs
-        check_scored(self.names, self.compared)
-        if self.cache is not None:
-            self.cache.begin()
-        self.scorer = Scorer(self.host, self.names, self.max_tokens_per_batch, self.cache)
-        # as they are now: while a job trains, checkpoints are replaced
-        self.described = describe_adapters(self.sources or {})
-        self.tally = RoutingTally(self.host, self.names, self.tokenizer)
-
-    def ask(self, asked: Asked) -> Scores:
-        if self.compat and (isinstance(asked, AnswerSet) or asked.scoring != "label"):
-            raise ConfigError(f"compat {self.compat} requires choice tasks with scoring: label")
-        if isinstance(asked, AnswerSet):
-            return self._answer(asked)
-        if self.compat is not None:
-            asked = replace(asked, questions=[with_all_labels(one) for one in asked.questions])
-        questions = asked.questions
-        # characters that the model reads: different contexts once, and every continuation
-        sizes = [sum(map(len, {*one.contexts, *one.continuations})) for one in questions]
-        observe = self.tally.of(asked.task, len(questions), [one.group for one in questions])
-        score = partial(score_questions, self.scorer, self.tokenizer, questions, on_routing=observe)
-        with show_progress(self.console, asked.task, sizes) as advance:
-            scores = score(last_tokens=self.compat is not None, on_progress=advance)
-        places = [f"in {asked.task}, question {question.index}" for question in questions]
-        values = {name: [one.log_likelihoods for one in of] for name, of in scores.items()}
-        _check_finite("scores", values, places)
-        return task_scores(asked, {name or BASE: of_name for name, of_name in scores.items()})
-
-    def _answer(self, asked: AnswerSet) -> Scores:
-        if asked.judged is not None:
-            return generated_answers.judged_scores(
-                asked, asked.judged, [x or BASE for x in self.names]
-            )
-        sizes = [1] * len(asked.rows) * len(self.names)
-        with show_progress(self.console, asked.task, sizes) as advance:
-            generate = partial(
-                generated_answers.generate_answers, self.scorer, self.tokenizer, asked
-            )
-            texts = {name or BASE: generate(name, advance) for name in self.names}
-        return generated_answers.answer_scores(asked, texts)
-
-    def measure(self, data: HeldOutSet) -> Scores:
-        scorer = self.scorer
-        if data.has_pairs and None not in self.names:  # rewards are relative to the base model
-            scorer = replace(scorer, adapters=[None, *self.names])
-        size = 2 if data.has_pairs else 1
-        observe = self.tally.of(data.name, len(data.rows) // size, rows_per_question=size)
-        rows = [[example_row(one) for one in examples] for examples in data.rows]
-        # no question has NO_LOSS in a context, so none is taken for a row
-        keys = [[TokenPair([NO_LOSS, *x.input_ids], list(x.labels)) for x in y] for y in data.rows]
-        with show_progress(self.console, data.name, data.num_tokens) as advance:
-            scores = scorer.score(rows, keys, advance, observe)
-        places = [f"in row {place + 1} of {data.name}" for place in data.places]
-        _check_finite("losses", scores, places)
-        losses = {name: [-value for (value,) in of_name] for name, of_name in scores.items()}
-        asked = {name or BASE: losses[name] for name in self.names}
-        return pair_scores(data, asked, losses[None]) if data.has_pairs else row_scores(data, asked)
-
-    def evaluation(self, scores: Sequence[Scores]) -> Evaluation:
-        details = describe_evaluation(self.host, self.described, self.command)
-        details["tasks"] = {task.name: dict(task.details) for task in scores}
-        details["num_cached_scores"] = 0 if self.cache is None else self.cache.num_found
-        details |= {"routing": self.tally.summarise(), "compat": self.compat}
-        return summarise(scores, self.compared, **details)
-
-
-def _check_finite(
-    what: str, scores: Mapping[str | None, Sequence[Sequence[float]]], places: Sequence[str]
-) -> None:
-    for name, of_name in scores.items():
-        for values, place in zip(of_name, places, strict=True):
-            if not all(map(math.isfinite, values)):
-                raise not_finite(what, values[0] if len(values) == 1 else values, [name], place)
 
 
 def evaluate(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: str | Path | Asked | Sequence[str | Path | Asked],
+    tasks: str | Path | TaskSet | Sequence[str | Path | TaskSet],
     adapters: Sequence[str | None] | None = None,
     *,
     scoring: Scoring | None = None,
@@ -190,15 +86,15 @@ def evaluate(
         DataError: If a task's data is missing or damaged, or a question doesn't fit the model.
         AdapterError: If the host lacks an adapter, or its scores are not finite.
     """
-    scored = _Pass(host, tokenizer, adapters, **options)
-    given = [tasks] if isinstance(tasks, str | Path | Asked) else tasks
-    asked = [task for task in given if isinstance(task, Asked)]
-    named = [str(task) for task in given if not isinstance(task, Asked)]
-    asked += load_question_sets(named, scoring, split, data, limit)
-    _check_differ("tasks", [one.task for one in asked])
-    if not asked:
+    request = _make_request(host, adapters, **options)
+    listed = [tasks] if isinstance(tasks, str | Path | TaskSet) else tasks
+    sets = [task for task in listed if isinstance(task, TaskSet)]
+    names = [str(task) for task in listed if not isinstance(task, TaskSet)]
+    sets += load_question_sets(names, scoring, split, data, limit)
+    _check_differ("tasks", [task.task for task in sets])
+    if not sets:
         raise ConfigError("tasks must contain at least one task, got none")
-    return scored.evaluation([scored.ask(task) for task in asked])
+    return score_sets(host, tokenizer, sets, request)
 
 
 def evaluate_loss(
@@ -231,14 +127,177 @@ def evaluate_loss(
         DataError: If it is missing or damaged, or no row fits.
         AdapterError: If the host lacks an adapter, or its losses are not finite.
     """
-    scored = _Pass(host, tokenizer, adapters, **options)
+    request = _make_request(host, adapters, **options)
     if isinstance(data, SourceConfig | Mapping):
         data = [load_held_out(host, tokenizer, data, max_length, limit, beta)]
     sets = list(data)
     if not sets:
         raise ConfigError("data must have at least one data set, got none")
-    _check_differ("data sets", [one.name for one in sets])
-    return scored.evaluation([scored.measure(one) for one in sets])
+    return score_sets(host, tokenizer, sets, request)
+
+
+def _make_request(
+    host: Host,
+    adapters: Sequence[str | None] | None,
+    *,
+    pairs: Sequence[Pair] | None = None,
+    sources: Mapping[str, str] | None = None,
+    **options: Any,
+) -> EvaluationRequest:
+    if adapters is None:
+        adapters = [None, *host.adapters]
+    elif isinstance(adapters, str):
+        adapters = [adapters]
+    if pairs is None:
+        pairs = choose_pairs(adapters)
+    check_scored(adapters, pairs)
+    files = describe_adapters(sources or {})
+    return EvaluationRequest(adapters=list(adapters), pairs=pairs, files=files, **options)
+
+
+def score_sets(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[TaskSet] | Sequence[HeldOutSet],
+    request: EvaluationRequest,
+) -> Evaluation:
+    """Score data sets one after the other, each by all adapters together, and compare them."""
+    _check_differ("data sets", [data.name for data in sets if isinstance(data, HeldOutSet)])
+    if request.cache is not None:
+        request.cache.begin()
+    scorer = Scorer(host, request.adapters, request.max_tokens_per_batch, request.cache)
+    tally = RoutingTally(host, request.adapters, tokenizer)
+    scores = []
+    for data in sets:
+        if isinstance(data, HeldOutSet):
+            scores.append(_score_rows(data, scorer, tally, request.console))
+            continue
+        if request.compat and (isinstance(data, AnswerSet) or data.scoring != "label"):
+            raise ConfigError(f"compat {request.compat} requires choice tasks with scoring: label")
+        if isinstance(data, AnswerSet):
+            scores.append(_score_answers(data, scorer, tokenizer, request.console))
+        else:
+            scores.append(_score_choices(data, scorer, tokenizer, tally, request))
+    return summarise(
+        scores,
+        request.pairs,
+        **describe_evaluation(host, request.files, request.command),
+        tasks={task.name: dict(task.details) for task in scores},
+        num_cached_scores=0 if request.cache is None else request.cache.num_found,
+        routing=tally.summarise(),
+        compat=request.compat,
+    )
+
+
+def _score_choices(
+    data: QuestionSet,
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    tally: RoutingTally,
+    request: EvaluationRequest,
+) -> Scores:
+    if request.compat is not None:
+        data = replace(data, questions=[with_all_labels(question) for question in data.questions])
+    questions = data.questions
+    groups = [question.group for question in questions]
+    on_routing = tally.observe(data.task, len(questions), groups)
+    # characters that the model reads: different contexts once, and every continuation
+    sizes = [sum(map(len, {*x.contexts, *x.continuations})) for x in questions]
+    with show_progress(request.console, data.task, sizes) as advance:
+        scores = score_questions(
+            scorer,
+            tokenizer,
+            questions,
+            last_tokens=request.compat is not None,
+            on_progress=advance,
+            on_routing=on_routing,
+        )
+    origins = [f"in {data.task}, question {question.index}" for question in questions]
+    for adapter, answers in scores.items():
+        _check_finite("scores", adapter, [answer.log_likelihoods for answer in answers], origins)
+    return task_scores(data, {adapter or BASE: answers for adapter, answers in scores.items()})
+
+
+def _score_answers(
+    data: AnswerSet, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, console: Console | None
+) -> Scores:
+    if data.judged is not None:
+        names = [adapter or BASE for adapter in scorer.adapters]
+        return generated_answers.judged_scores(data, data.judged, names)
+    answers = {}
+    sizes = [1] * len(data.rows) * len(scorer.adapters)
+    with show_progress(console, data.task, sizes) as advance:
+        for adapter in scorer.adapters:
+            answers[adapter or BASE] = generated_answers.generate_answers(
+                scorer, tokenizer, data, adapter, advance
+            )
+    return generated_answers.answer_scores(data, answers)
+
+
+def _score_rows(
+    data: HeldOutSet, scorer: Scorer, tally: RoutingTally, console: Console | None
+) -> Scores:
+    adapters = scorer.adapters
+    if data.has_pairs and None not in adapters:  # rewards are relative to the base model
+        scorer = replace(scorer, adapters=[None, *adapters])
+    rows = [[example_row(example) for example in examples] for examples in data.rows]
+    keys = []
+    for examples in data.rows:
+        # no question has NO_LOSS in a context, so none is taken for a row
+        keys.append([TokenPair([NO_LOSS, *row.input_ids], list(row.labels)) for row in examples])
+    rows_per_item = 2 if data.has_pairs else 1
+    num_items = len(rows) // rows_per_item
+    on_routing = tally.observe(data.name, num_items, rows_per_question=rows_per_item)
+    with show_progress(console, data.name, data.num_tokens) as advance:
+        scores = scorer.score(rows, keys, advance, on_routing)
+    origins = [f"in row {index + 1} of {data.name}" for index in data.row_indices]
+    losses = {}
+    for adapter, log_probs in scores.items():
+        _check_finite("losses", adapter, log_probs, origins)
+        losses[adapter] = [-log_prob for (log_prob,) in log_probs]
+    by_name = {adapter or BASE: losses[adapter] for adapter in adapters}
+    if data.has_pairs:
+        return pair_scores(data, by_name, losses[None])
+    return row_scores(data, by_name)
+
+
+def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
+    """Compute figures, means over seeds and comparisons of all that was scored."""
+    results: dict[str, dict[str, Fields]] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    for task in scores:
+        figures[task.name] = {}
+        for adapter, result in task.results.items():
+            results.setdefault(adapter, {})[task.name] = result
+            key = next(key for key in ("loss", "score", "accuracy") if key in result)
+            figures[task.name][adapter] = result[key]
+    sides = [(task, *pair) for task in scores for pair in pairs]
+    differences = [task.compare(first, second) for task, first, second in sides]
+    # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all
+    adjusted = holm([difference.p_value for difference in differences])
+    comparisons = []
+    for side, difference, p_value in zip(sides, differences, adjusted, strict=True):
+        task, first, second = side
+        names: Fields = {"task": task.name, "first": first, "second": second}
+        names |= {"metric": task.metric, "adjusted_p_value": p_value}
+        comparisons.append(Comparison(**vars(difference), **names))
+    return Evaluation(
+        schema_version=SCHEMA_VERSION,
+        results=results,
+        seeds=seed_means(figures),
+        comparisons=comparisons,
+        scores=list(scores),
+        **details,
+    )
+
+
+def _check_finite(
+    kind: str, adapter: str | None, scores: Sequence[Sequence[float]], origins: Sequence[str]
+) -> None:
+    for values, origin in zip(scores, origins, strict=True):
+        if not all(map(math.isfinite, values)):
+            shown = values[0] if len(values) == 1 else values
+            raise not_finite(kind, shown, [adapter], origin)
 
 
 def load_question_sets(
@@ -247,36 +306,47 @@ def load_question_sets(
     split: str | None = None,
     data: str | Path | None = None,
     limit: int | None = None,
-) -> list[Asked]:
+) -> list[TaskSet]:
     check_limit(limit)
     _check_differ("tasks", [task_name(task) for task in tasks])
-    answered = {
-        task: one
-        for task in tasks
-        if (one := generated_answers.load_answer_set(task, split, limit))
-    }
-    without = [task for task, asked in answered.items() if asked.details.get("split") is None]
-    if split and without:
+    answer_sets: dict[str, AnswerSet] = {}
+    for task in tasks:
+        answers = load_answer_set(task, split, limit)
+        if answers is not None:
+            answer_sets[task] = answers
+    without_split = [name for name, x in answer_sets.items() if x.details.get("split") is None]
+    if split and without_split:
         raise ConfigError(
-            f"files of {', '.join(without)} have no splits. Remove split={split}, or score other "
-            "tasks separately."
+            f"files of {', '.join(without_split)} have no splits. Remove split={split}, or score "
+            "other tasks separately."
         )
-    if answered and (scoring or data):
-        raise ConfigError(f"scoring and data are for choice tasks, got {', '.join(answered)}")
-    choices = [find_task(task) for task in tasks if task not in answered]
-    reading = [one.name for one in choices if not skills_lands(one.name)]  # no generated ones
-    # several must not all read the data of one
-    several = reading if data is not None and len(reading) > 1 else ()
-    if absent := [name for name in several if not (local_path(data or "", "data") / name).is_dir()]:
-        needed = f"data must be a directory with a subdirectory per task, got {data}"
-        raise ConfigError(f"{needed} without {', '.join(absent)}")
-    places = {task: None if reading and skills_lands(task) else data for task in tasks}
-    return [
-        answered.get(task) or load_question_set(task, scoring, split, places[task], limit)
-        for task in tasks
-    ]
+    if answer_sets and (scoring or data):
+        raise ConfigError(f"scoring and data are for choice tasks, got {', '.join(answer_sets)}")
+    names = [find_task(task).name for task in tasks if task not in answer_sets]
+    reading = [name for name in names if not skills_lands(name)]  # others are generated
+    if data is not None and len(reading) > 1:
+        _check_subdirectories(data, reading)
+    sets = []
+    for task in tasks:
+        if task in answer_sets:
+            sets.append(answer_sets[task])
+            continue
+        path = None if reading and skills_lands(task) else data
+        sets.append(load_question_set(task, scoring, split, path, limit))
+    return sets
 
 
-def _check_differ(what: str, names: Sequence[str]) -> None:
+def _check_subdirectories(data: str | Path, names: Sequence[str]) -> None:
+    """Several tasks must not all read the data of a single one."""
+    directory = local_path(data, "data")
+    missing = [name for name in names if not (directory / name).is_dir()]
+    if missing:
+        raise ConfigError(
+            f"data must be a directory with a subdirectory per task, got {data} without "
+            f"{', '.join(missing)}"
+        )
+
+
+def _check_differ(kind: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise ConfigError(f"{what} must have different names, got {', '.join(names)}")
+        raise ConfigError(f"{kind} must have different names, got {', '.join(names)}")

@@ -11,6 +11,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from loraloom.data.chat import read_conversation
 from loraloom.data.encoding import given_form
 from loraloom.data.templates import instruction_columns, read_input
 from loraloom.errors import DataError
+from loraloom.eval.results import Fields
 from loraloom.eval.score import Scorer, Scores
 from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
 from loraloom.generation.generate import complete, make_requests
@@ -101,22 +103,17 @@ def load_answer_set(
     if not {"metric", "scores"} & settings.keys():
         return None
     config = checked(AnswerTaskConfig, settings, origin=f"{task}:\n  ")
-    name, source = check_name(task_name(task)), config.data
+    name = check_name(task_name(task))
+    source = config.data
     if source is None:
-        path = Path(str(config.scores))
-        judged, *others = read_answers(path)
-        right = {name: of[:limit] for name, of in judged.right.items()}
-        judged = replace(judged, questions=judged.questions[:limit], right=right)
-        if others:
-            raise DataError(f"{path} must have the scores of one task, got {len(others) + 1}")
-        return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
+        return _load_judged(name, config, limit)
     is_file = sources.is_data_file(Path(source.dataset or ""))
     split = None if is_file else split or source.split or "validation"
-    found = sources.find_location(source.dataset or "", split or "", source.config)
+    location = sources.find_location(source.dataset or "", split or "", source.config)
+    data_rows = sources.read_rows(location, split or "", limit)
+    columns = instruction_columns(sources.fields_of_all(data_rows), source.fields)
     rows: list[AnswerRow] = []
-    read = sources.read_rows(found, split or "", limit)
-    columns = instruction_columns(sources.fields_of_all(read), source.fields)
-    for index, row in enumerate(read):
+    for index, row in enumerate(data_rows):
         try:
             rows.append((index, *_read_row(row, source, columns)))
         except sources.EmptyAnswerError:
@@ -125,8 +122,18 @@ def load_answer_set(
     if not rows:
         raise DataError(f"{task}: no row has a reference answer. Fill in the answers.")
     details = config.model_dump(mode="json", exclude_none=True)
-    details |= {"split": split, "source": sources.describe(found), "num_questions": len(rows)}
+    details |= {"split": split, "source": sources.describe(location), "num_questions": len(rows)}
     return AnswerSet(name, config, details, rows)
+
+
+def _load_judged(name: str, config: AnswerTaskConfig, limit: int | None) -> AnswerSet:
+    path = Path(str(config.scores))
+    judged, *surplus = read_answers(path)
+    if surplus:
+        raise DataError(f"{path} must have the scores of one task, got {len(surplus) + 1}")
+    right = {adapter: scores[:limit] for adapter, scores in judged.right.items()}
+    judged = replace(judged, questions=judged.questions[:limit], right=right)
+    return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
 
 
 def _read_row(
@@ -134,13 +141,15 @@ def _read_row(
 ) -> tuple[Prompt, str]:
     if source.format == "chat":
         messages, tools = read_conversation(row, source.fields)
-        last = max((n for n, x in enumerate(messages) if x["role"] == "assistant"), default=0)
-        if last == 0:
+        last = len(messages) - 1
+        while last > 0 and messages[last]["role"] != "assistant":
+            last -= 1
+        if last <= 0:
             row.reject("the conversation has no assistant's turn after a user's. Add one.")
-        if not messages[last]["content"].strip():
+        answer = messages[last]["content"]
+        if not answer.strip():
             row.reject_empty("the last answer is a call of a tool, which has no text to compare")
-        prompt = Prompt(tuple(messages[:last]), None, row.origin, tools)
-        return prompt, messages[last]["content"]
+        return Prompt(tuple(messages[:last]), None, row.origin, tools), answer
     fields = {**row, "input": read_input(row, columns)}
     prompt = Prompt(row.text(columns["instruction"]), None, row.origin, None, fields)
     return prompt, row.answer(columns["output"])
@@ -154,8 +163,9 @@ def normalize_answer(text: str, *, keeps_articles: bool = False, keeps_case: boo
     """
     plain = text if keeps_case else text.lower()
     plain = _PUNCTUATION.sub(lambda match: match[1] or "", plain)
-    words = (plain if keeps_articles else _ARTICLES.sub(" ", plain)).split()
-    return " ".join(words) or text.lower().strip()
+    if not keeps_articles:
+        plain = _ARTICLES.sub(" ", plain)
+    return " ".join(plain.split()) or text.lower().strip()
 
 
 def is_right(metric: str, answer: str, reference: str) -> bool:
@@ -163,79 +173,97 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
         answer, reference = answer.strip(), reference.strip()
         before, after = f"(?<!{_OPERATOR})", f"(?!{_OPERATOR})"
     else:
-        is_article = _ARTICLES.fullmatch(normalize_answer(reference, keeps_articles=True))
+        plain_reference = normalize_answer(reference, keeps_articles=True)
+        is_article = _ARTICLES.fullmatch(plain_reference) is not None
         # answers contain a label, as A, in its own case
-        kept = {
-            "keeps_articles": is_article is not None,
-            "keeps_case": is_article is not None and metric == "contains",
-        }
-        answer, reference = (normalize_answer(text, **kept) for text in (answer, reference))
+        normalize = partial(
+            normalize_answer,
+            keeps_articles=is_article,
+            keeps_case=is_article and metric == "contains",
+        )
+        answer, reference = normalize(answer), normalize(reference)
         before, after = _BEFORE, _AFTER
     if metric == "exact_match":
         return answer == reference
-    return bool(re.search(f"{before}{re.escape(reference)}{after}", answer))
+    return re.search(f"{before}{re.escape(reference)}{after}", answer) is not None
 
 
 def generate_answers(
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
-    asked: AnswerSet,
+    data: AnswerSet,
     adapter: str | None,
     on_progress: Callable[[Sequence[int]], object],
 ) -> list[str]:
     """Let an adapter answer every prompt; answers are kept as scores are."""
-    host, sampling = scorer.host, asked.config.sampling
-    source = asked.config.data or SourceConfig()
+    host = scorer.host
+    sampling = data.config.sampling
+    source = data.config.data or SourceConfig()
     form = given_form(tokenizer, source.template, source.chat_template)
-    prompts = [replace(prompt, adapter=adapter) for _, prompt, _ in asked.rows]
+    prompts = [replace(prompt, adapter=adapter) for _, prompt, _ in data.rows]
     requests = make_requests(host, tokenizer, prompts, sampling, prompt_form=form)
-    how = [sampling.model_dump_json(), end_tokens(host, tokenizer)]
-    wanted = [(adapter, [*how, one.prompt_ids, one.place, one.turn_end]) for one in requests]
-    longest = max(len(one.prompt_ids) for one in requests) + sampling.max_new_tokens
-    size = max(1, (scorer.max_tokens_per_batch or BATCH_SIZE * longest) // longest)
+    settings = [sampling.model_dump_json(), end_tokens(host, tokenizer)]
+    keys = [
+        (adapter, [*settings, request.prompt_ids, request.place, request.turn_end])
+        for request in requests
+    ]
+    longest = max(len(request.prompt_ids) for request in requests) + sampling.max_new_tokens
+    max_tokens = scorer.max_tokens_per_batch or BATCH_SIZE * longest
+    batch_size = max(1, max_tokens // longest)
 
-    def answer(batch: Sequence[GenerationRequest]) -> list[tuple[str]]:
-        return [(one.text,) for one in complete(host, tokenizer, batch, batch_size=size)]
+    def compute(batch: Sequence[GenerationRequest]) -> list[tuple[str]]:
+        completions = complete(host, tokenizer, batch, batch_size=batch_size)
+        return [(completion.text,) for completion in completions]
 
     texts: list[str] = []
-    for start in range(0, len(requests), size):
-        part = slice(start, start + size)
-        texts += chain(*scorer.remember(wanted[part], requests[part], answer))
+    for start in range(0, len(requests), batch_size):
+        batch = slice(start, start + batch_size)
+        texts += chain(*scorer.remember(keys[batch], requests[batch], compute))
         on_progress(range(start, len(texts)))
     return texts
 
 
-def answer_scores(asked: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
+def answer_scores(data: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
     """Compare the answers of adapters with the references."""
-    metric, split = asked.config.metric, asked.details["split"]
-    same, values = {"metric": metric, "split": split}, dict[str, list[bool]]()
+    metric = data.config.metric
+    split = data.details["split"]
+    results: dict[str, Fields] = {}
+    values: dict[str, list[bool]] = {}
     lines: list[dict[str, Any]] = []
-    for name, texts in answers.items():
-        right = values[name] = []
-        for (index, prompt, reference), text in zip(asked.rows, texts, strict=True):
-            right.append(is_right(metric, text, reference))
-            parts = [prompt.content, prompt.fields.get("input")]
-            if not isinstance(prompt.content, str):
-                parts = [f"{message['role']}: {message['content']}" for message in prompt.content]
-            line = {"task": asked.task, "split": split, "index": index, "adapter": name}
-            line |= {"question": "\n\n".join(filter(None, parts)), "reference": reference}
-            lines.append({**line, "answer": text, "correct": right[-1]})
-    results = {name: share_fields(of) | same for name, of in values.items()}
-    return Scores(asked.task, asked.details, results, values, lines)
+    for adapter, texts in answers.items():
+        values[adapter] = []
+        for (index, prompt, reference), text in zip(data.rows, texts, strict=True):
+            correct = is_right(metric, text, reference)
+            values[adapter].append(correct)
+            line = {"task": data.task, "split": split, "index": index, "adapter": adapter}
+            line |= {"question": _question_text(prompt), "reference": reference}
+            lines.append({**line, "answer": text, "correct": correct})
+        results[adapter] = share_fields(values[adapter]) | {"metric": metric, "split": split}
+    return Scores(data.task, data.details, results, values, lines)
 
 
-def judged_scores(asked: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
+def _question_text(prompt: Prompt) -> str:
+    if isinstance(prompt.content, str):
+        texts = [prompt.content, prompt.fields.get("input")]
+    else:
+        texts = [f"{message['role']}: {message['content']}" for message in prompt.content]
+    return "\n\n".join(filter(None, texts))
+
+
+def judged_scores(data: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
     """Sum up what a judge scored."""
-    if missing := [name for name in names if name not in judged.right]:
+    missing = [name for name in names if name not in judged.right]
+    if missing:
         raise DataError(
-            f"{asked.config.scores} must score each of {', '.join(names)}, got no score of "
+            f"{data.config.scores} must score each of {', '.join(names)}, got no score of "
             f"{', '.join(missing)}; its adapters are {', '.join(judged.right)}"
         )
-    values = {name: [*map(float, judged.right[name])] for name in names}
-    results = {name: score_fields(of) for name, of in values.items()}
-    lines = [
-        {"task": asked.task, "index": index, "adapter": name, "score": score}
-        for name, of in values.items()
-        for index, score in zip(judged.questions, of, strict=True)
-    ]
-    return Scores(asked.task, asked.details, results, values, lines, "score")
+    results: dict[str, Fields] = {}
+    values: dict[str, list[float]] = {}
+    lines: list[dict[str, Any]] = []
+    for name in names:
+        values[name] = list(map(float, judged.right[name]))
+        results[name] = score_fields(values[name])
+        for index, score in zip(judged.questions, values[name], strict=True):
+            lines.append({"task": data.task, "index": index, "adapter": name, "score": score})
+    return Scores(data.task, data.details, results, values, lines, "score")

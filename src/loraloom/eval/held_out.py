@@ -38,11 +38,11 @@ MAX_EXPONENT = 89
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Rows with their places; long texts are several, pairs a chosen and a rejected in turn."""
+    """Rows with their indices; long texts are several, pairs a chosen and a rejected in turn."""
 
     name: str
     rows: list[list[Example]]
-    places: list[int]
+    row_indices: list[int]
     details: dict[str, Any]
 
     @property
@@ -54,16 +54,17 @@ class HeldOutSet:
         return [sum(map(count_labels, examples)) for examples in self.rows]
 
 
-def describe_rows(name: str, of: Mapping[str, Any]) -> str:
+def describe_rows(name: str, details: Mapping[str, Any]) -> str:
     """Say in a line what of a data set is measured, and what became of rows that don't fit."""
-    kind = "pairs" if of["format"] == "preference" else "rows"
-    line = f"{name}: {of['num_examples']} {kind}, {of['num_tokens']} tokens with a loss"
-    parts = {
-        "num_cut": f"cut or divided to fit max_length={of['max_length']}",
+    kind = "pairs" if details["format"] == "preference" else "rows"
+    counts = {
+        "num_cut": f"cut or divided to fit max_length={details['max_length']}",
         "num_empty": "skipped because of empty answers",
         "num_dropped": "dropped because their answers are missing or do not fit",
     }
-    return "; ".join([line, *(f"{of[key]} {what}" for key, what in parts.items() if of[key])])
+    texts = [f"{details[key]} {text}" for key, text in counts.items() if details[key]]
+    size = f"{details['num_examples']} {kind}, {details['num_tokens']} tokens with a loss"
+    return "; ".join([f"{name}: {size}", *texts])
 
 
 def load_held_out(
@@ -84,29 +85,34 @@ def load_held_out(
     split = source.split or "validation"
     encoder = SourceEncoder(source, tokenizer, longest)
     encoded = encoder.load(split, limit)
-    rows = [list(filter(count_labels, row.pieces)) for row in encoded]
-    places = [place for place, examples in enumerate(rows) if examples]
-    kept = [rows[place] for place in places]
-    tokens = [[[one.input_ids, one.labels] for one in examples] for examples in kept]
-    found = source.dataset and find_location(source.dataset, split, source.config)
+    rows: list[list[Example]] = []
+    row_indices: list[int] = []
+    for index, row in enumerate(encoded):
+        examples = list(filter(count_labels, row.pieces))
+        if examples:
+            rows.append(examples)
+            row_indices.append(index)
+    tokens = [[[row.input_ids, row.labels] for row in examples] for examples in rows]
+    num_empty = sum(row.is_empty for row in encoded)
     name = source.dataset or encoder.name
+    location = source.dataset and find_location(source.dataset, split, source.config)
     details = {
         "format": source.format or source.scoring or find_task(str(source.task)).config.scoring,
         "split": None if is_data_file(Path(source.dataset or "")) else split,
-        "num_examples": len(kept),
-        "num_tokens": sum(count_labels(one) for examples in kept for one in examples),
+        "num_examples": len(rows),
+        "num_tokens": sum(count_labels(row) for examples in rows for row in examples),
         "num_cut": sum(row.is_cut for row in encoded),
-        "num_empty": sum(row.is_empty for row in encoded),
-        "num_dropped": len(rows) - len(kept) - sum(row.is_empty for row in encoded),
+        "num_empty": num_empty,
+        "num_dropped": len(encoded) - len(rows) - num_empty,
         "max_length": longest,
         "examples_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-        "source": describe(found) if found else {"dataset": name},
+        "source": describe(location) if location else {"dataset": name},
     }
     if source.format == "preference":  # whose answers are rows of their own
-        kept = [[answer] for pair in kept for answer in pair]
-        places = [place for place in places for _ in range(2)]
+        rows = [[answer] for pair in rows for answer in pair]
+        row_indices = [index for index in row_indices for _ in range(2)]
         details["beta"] = beta
-    return HeldOutSet(data_set_name(name), kept, places, details)
+    return HeldOutSet(data_set_name(name), rows, row_indices, details)
 
 
 def data_set_name(dataset: str) -> str:
@@ -117,71 +123,73 @@ def data_set_name(dataset: str) -> str:
 
 def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Scores:
     """Sum up how well adapters predict rows: losses of each, summed over its tokens, in nats."""
-    lengths = np.asarray(data.num_tokens, dtype=np.float64)
-    sums = np.column_stack([np.asarray(of_rows) for of_rows in losses.values()])
+    row_tokens = data.num_tokens
+    num_tokens = sum(row_tokens)
+    lengths = np.asarray(row_tokens, dtype=np.float64)
+    sums = np.column_stack(list(losses.values()))
     # of all adapters from the same resamples: ten thousand draws are what takes time
-    intervals = zip(losses, sums.T, ratio_intervals(sums, lengths), strict=True)
+    intervals = ratio_intervals(sums, lengths)
     results: dict[str, Fields] = {}
-    for name, column, interval in intervals:
-        loss = math.fsum(losses[name]) / sum(data.num_tokens)
+    lines: list[dict[str, Any]] = []
+    for column, (name, row_losses) in enumerate(losses.items()):
+        loss = math.fsum(row_losses) / num_tokens
         results[name] = {
             "loss": loss,
-            "stderr": ratio_stderr(column, lengths),
-            "interval": list(interval),
+            "stderr": ratio_stderr(sums[:, column], lengths),
+            "interval": list(intervals[column]),
             "perplexity": math.exp(loss) if loss < MAX_EXPONENT else None,
             "num_examples": len(lengths),
-            "num_tokens": sum(data.num_tokens),
+            "num_tokens": num_tokens,
             "split": data.details["split"],
         }
-    lines = [
-        {"dataset": data.name, "adapter": n, "index": place, "loss": loss, "num_tokens": count}
-        for n, of in losses.items()
-        for place, loss, count in zip(data.places, of, data.num_tokens, strict=True)
-    ]
-    return Scores(data.name, data.details, results, losses, lines, "loss", data.num_tokens)
+        for row, index in enumerate(data.row_indices):
+            line = {"dataset": data.name, "adapter": name, "index": index}
+            line |= {"loss": row_losses[row], "num_tokens": row_tokens[row]}
+            lines.append(line)
+    return Scores(data.name, data.details, results, losses, lines, "loss", row_tokens)
 
 
 def pair_scores(
     data: HeldOutSet, losses: Mapping[str, Sequence[float]], reference: Sequence[float]
 ) -> Scores:
     """How often adapters rank chosen answers above rejected ones, which are rows in turn."""
-    margins = {name: _margins(of) for name, of in losses.items()}
-    rewards = {n: data.details["beta"] * (of - _margins(reference)) for n, of in margins.items()}
-    values = {name: (of > 0).tolist() for name, of in margins.items()}
+    reference_margins = _margins(reference)
     results: dict[str, Fields] = {}
-    for name, reward in rewards.items():
-        loss, ones, accuracy = np.logaddexp(0, -reward), np.ones(len(reward)), fmean(values[name])
-        intervals = ratio_intervals(np.column_stack([loss, reward]), ones)
-        results[name] = {
-            "loss": float(loss.mean()),
-            "stderr": ratio_stderr(loss, ones),
-            "interval": list(intervals[0]),
-            "accuracy": accuracy,
-            "accuracy_interval": list(wilson_interval(accuracy, len(reward))),
-            "reward_accuracy": fmean(reward > 0),
-            "reward_margin": fmean(reward),
-            "reward_margin_stderr": ratio_stderr(reward, ones),
-            "reward_margin_interval": list(intervals[1]),
-            "num_examples": len(reward),
-            "num_tokens": sum(data.num_tokens),
-            "split": data.details["split"],
-        }
-    lines = [
-        {
-            "dataset": data.name,
-            "adapter": name,
-            "index": place,
-            "correct": chosen < rejected,
-            "chosen_log_prob": -chosen,
-            "rejected_log_prob": -rejected,
-            "reward_margin": float(reward),
-        }
-        for name, of in losses.items()
-        for place, chosen, rejected, reward in zip(
-            data.places[0::2], of[0::2], of[1::2], rewards[name], strict=True
-        )
-    ]
+    values: dict[str, list[bool]] = {}
+    lines: list[dict[str, Any]] = []
+    for name, row_losses in losses.items():
+        margins = _margins(row_losses)
+        rewards = data.details["beta"] * (margins - reference_margins)
+        values[name] = (margins > 0).tolist()
+        results[name] = _pair_result(data, values[name], rewards)
+        for pair, reward in enumerate(rewards.tolist()):
+            chosen_loss, rejected_loss = row_losses[2 * pair : 2 * pair + 2]
+            line = {"dataset": data.name, "adapter": name, "index": data.row_indices[2 * pair]}
+            line["correct"] = chosen_loss < rejected_loss
+            line |= {"chosen_log_prob": -chosen_loss, "rejected_log_prob": -rejected_loss}
+            lines.append({**line, "reward_margin": reward})
     return Scores(data.name, data.details, results, values, lines)
+
+
+def _pair_result(data: HeldOutSet, correct: Sequence[bool], rewards: np.ndarray) -> Fields:
+    losses = np.logaddexp(0, -rewards)
+    ones = np.ones(len(rewards))
+    accuracy = fmean(correct)
+    loss_interval, reward_interval = ratio_intervals(np.column_stack([losses, rewards]), ones)
+    return {
+        "loss": float(losses.mean()),
+        "stderr": ratio_stderr(losses, ones),
+        "interval": list(loss_interval),
+        "accuracy": accuracy,
+        "accuracy_interval": list(wilson_interval(accuracy, len(rewards))),
+        "reward_accuracy": fmean(rewards > 0),
+        "reward_margin": fmean(rewards),
+        "reward_margin_stderr": ratio_stderr(rewards, ones),
+        "reward_margin_interval": list(reward_interval),
+        "num_examples": len(rewards),
+        "num_tokens": sum(data.num_tokens),
+        "split": data.details["split"],
+    }
 
 
 def _margins(losses: Sequence[float]) -> np.ndarray:

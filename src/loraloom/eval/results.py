@@ -36,6 +36,7 @@ ACCURACY, LOSS, PAIR_LOSS = "accuracy %", "loss, nats a token", "loss, nats a pa
 _DISAGREEMENT = (
     "An interval without 0 whose p is 0.05 or more: such intervals are too narrow; trust p."
 )
+_UNITS = {"accuracy": "points", "loss": "nats a token", "score": "score"}
 NOTE = f"{MARK} no better than the majority class: always the most frequent answer"
 
 # Of the data frame, those that there are.
@@ -121,9 +122,12 @@ class Evaluation(BaseModel):
 
     def tables(self) -> list[Table]:
         """Make the tables of this evaluation, in the order to show them."""
-        seeds = [_seeds_table(self)] if self.seeds else []
-        comparisons = [_comparison_table(self.comparisons)] if self.comparisons else []
-        return [_results_table(self.results), *seeds, *comparisons]
+        tables = [_results_table(self.results)]
+        if self.seeds:
+            tables.append(_seeds_table(self))
+        if self.comparisons:
+            tables.append(_comparison_table(self.comparisons))
+        return tables
 
     def _repr_html_(self) -> str:
         """Show the tables in a notebook."""
@@ -143,10 +147,10 @@ class Evaluation(BaseModel):
 
         rows = []
         for adapter, by_task in self.results.items():
-            for (task, group), one in _with_groups(by_task).items():
-                low, high = one.get("interval", (None, None))
+            for (task, group), result in _with_groups(by_task).items():
+                low, high = result.get("interval", (None, None))
                 names = {"adapter": adapter, "task": task, "group": group}
-                rows.append({**names, **one, "low": low, "high": high})
+                rows.append({**names, **result, "low": low, "high": high})
         return DataFrame(rows, dtype=object).filter(items=list(_COLUMNS))
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -196,44 +200,56 @@ def check_outputs(paths: Sequence[Path]) -> None:
 
 def _with_groups(by_task: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], Fields]:
     """Results by task and group of questions, which is empty for all of them."""
-    found = {}
+    results = {}
     for task, result in by_task.items():
-        for group, one in {"": result, **result.get("groups", {})}.items():
-            found[task, group] = {**one, "split": result.get("split")}
-    return found
+        split = result.get("split")
+        results[task, ""] = {**result, "split": split}
+        for group, group_result in result.get("groups", {}).items():
+            results[task, group] = {**group_result, "split": split}
+    return results
 
 
 def _results_table(results: Mapping[str, Mapping[str, Fields]]) -> Table:
     """Make a table with a column for each adapter, and a row for each figure in a task."""
-    found = {adapter: _with_groups(by_task) for adapter, by_task in results.items()}
-    places = dict.fromkeys(place for by_place in found.values() for place in by_place)
-    has_constant = any("majority" in one for of in found.values() for one in of.values())
-    columns = ["examples", *found, *([CONSTANT] if has_constant else [])]
-    is_harness = any("metrics" in one for of in found.values() for one in of.values())
+    by_adapter = {adapter: _with_groups(by_task) for adapter, by_task in results.items()}
+    all_results = [result for by_key in by_adapter.values() for result in by_key.values()]
+    has_constant = any("majority" in result for result in all_results)
+    is_harness = any("metrics" in result for result in all_results)
+    columns = ["examples", *by_adapter]
+    if has_constant:
+        columns.append(CONSTANT)
     title = f"Results, with {'standard errors' if is_harness else '95 % intervals'}"
     table = make_table("task", "figure", values=columns, title=title)
-    for task, group in places:
-        of_adapters = [by_place.get((task, group), {}) for by_place in found.values()]
-        some = next(filter(None, of_adapters))
-        label = "/".join(filter(None, (task, group)))
-        split = f" ({some['split']})" if some["split"] and not group else ""
-        cells = [_cells(one) for one in of_adapters]
-        for figure in dict.fromkeys(figure for one in cells for figure in one):
-            constant = _percent(some.get("majority")) if figure == ACCURACY else ""
-            row = [str(some.get("num_examples", "")), *(one.get(figure, "–") for one in cells)]
-            table.add_row(f"{label}{split}", figure, *row, *([constant] if has_constant else []))
+    for key in dict.fromkeys(key for by_key in by_adapter.values() for key in by_key):
+        for row in _result_rows(key, [by_key.get(key, {}) for by_key in by_adapter.values()]):
+            table.add_row(*row[: len(columns) + 2])
     if any(MARK in str(cell) for column in table.columns for cell in column.cells):
         table.caption = NOTE
     return table
 
 
+def _result_rows(key: tuple[str, str], results: Sequence[Fields]) -> Iterator[list[str]]:
+    """Lay out a task's figures by adapter, and at the end that of the majority class."""
+    task, group = key
+    first = next(filter(None, results))
+    label = f"{task}/{group}" if group else task
+    if first["split"] and not group:
+        label += f" ({first['split']})"
+    cells = [_cells(result) for result in results]
+    for figure in dict.fromkeys(figure for by_figure in cells for figure in by_figure):
+        constant = _percent(first.get("majority")) if figure == ACCURACY else ""
+        values = [by_figure.get(figure, "–") for by_figure in cells]
+        yield [label, figure, str(first.get("num_examples", "")), *values, constant]
+
+
 def _cells(result: Mapping[str, Any]) -> dict[str, str]:
-    interval, cells = result.get("interval", ()), {}
+    cells = {}
     if "metrics" in result:  # lm-eval's, of which the accuracy is one
         for name, metric in result["metrics"].items():
             value, stderr = ("–" if n is None else f"{n:.4f}" for n in metric.values())
             cells[name.removesuffix(",none")] = f"{value} ± {stderr}"
         return cells
+    interval = result.get("interval", ())
     if result.get("accuracy") is not None:
         mark = MARK if result.get("beats_majority") is False else ""
         text = _percent(result["accuracy"], result.get("accuracy_interval", interval))
@@ -242,13 +258,13 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
         cells["score"] = _decimals(result["score"], interval)
     if "reward_margin" in result:
         cells["reward accuracy %"] = _percent(result["reward_accuracy"])
-        ends = result["reward_margin_interval"]
-        cells["reward margin"] = _decimals(result["reward_margin"], ends)
+        margin_interval = result["reward_margin_interval"]
+        cells["reward margin"] = _decimals(result["reward_margin"], margin_interval)
     if "loss" in result:
         cells[_figure_of(result)] = _decimals(result["loss"], interval)
     if result.get("perplexity") is not None:
-        ends = "–".join(f"{math.exp(min(end, 700)):.4g}" for end in interval)
-        cells["perplexity"] = f"{result['perplexity']:.4g} ({ends})"
+        bounds = "–".join(f"{math.exp(min(bound, 700)):.4g}" for bound in interval)
+        cells["perplexity"] = f"{result['perplexity']:.4g} ({bounds})"
     return cells
 
 
@@ -272,38 +288,38 @@ def _decimals(value: float, interval: Sequence[float] = ()) -> str:
     return f"{text} ({'–'.join(map(_decimals, interval))})" if interval else text
 
 
-def _seeds_table(found: Evaluation) -> Table:
+def _seeds_table(evaluation: Evaluation) -> Table:
     values = ["seeds", "mean ± standard deviation"]
     table = make_table("adapters", "task", "figure", values=values, title="Means of seeds")
-    for stem, group in found.seeds.items():
-        for task, one in group["tasks"].items():
-            figure = _figure_of(found.results.get(group["adapters"][0], {}).get(task, {}))
+    for stem, group in evaluation.seeds.items():
+        seeds = group["adapters"]
+        first_results = evaluation.results.get(seeds[0], {})
+        for task, figures in group["tasks"].items():
+            figure = _figure_of(first_results.get(task, {}))
             write = _percent if figure.endswith("%") else _decimals
-            spread = f"{write(one['mean'])} ± {write(one['sd'])}"
-            table.add_row(stem, task, figure, str(len(group["adapters"])), spread)
+            spread = f"{write(figures['mean'])} ± {write(figures['sd'])}"
+            table.add_row(stem, task, figure, str(len(seeds)), spread)
     return table
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    units = {"accuracy": "points", "loss": "nats a token", "score": "score"}
-    found = {units[one.metric] for one in comparisons}
-    of_both = " or ".join(sorted(found, reverse=True))
-    titles = (of_both, "95 % interval", "won : lost", "p", "p (Holm)")
+    units = dict.fromkeys(sorted({_UNITS[c.metric] for c in comparisons}, reverse=True))
+    titles = (" or ".join(units), "95 % interval", "won : lost", "p", "p (Holm)")
     table = make_table("difference", "task", values=titles, title="Differences on the same rows")
-    for one in comparisons:
+    for comparison in comparisons:
         # accuracies differ by points, losses by nats; a table of both says which in each row
-        scale, digits = (100, 1) if one.metric == "accuracy" else (1, 4)
-        ends = (one.difference, *one.interval)
-        difference, low, high = (f"{scale * end:+.{digits}f}" for end in ends)
-        unit = f" {units[one.metric]}" if len(found) > 1 else ""
-        p_values = (one.p_value, one.adjusted_p_value)
-        texts = ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values]
-        star = " *" if one.adjusted_p_value < 0.05 else ""
-        won = f"{one.num_first_better} : {one.num_second_better}"
+        unit = f" {_UNITS[comparison.metric]}" if len(units) > 1 else ""
+        low, high = (_signed(bound, comparison) for bound in comparison.interval)
+        star = " *" if comparison.adjusted_p_value < 0.05 else ""
         table.add_row(
-            f"{one.first} - {one.second}", one.task, f"{difference}{unit}", f"{low} to {high}", won,
-            texts[0], f"{texts[1]}{star}",
-        )  # fmt: skip
+            f"{comparison.first} - {comparison.second}",
+            comparison.task,
+            f"{_signed(comparison.difference, comparison)}{unit}",
+            f"{low} to {high}",
+            f"{comparison.num_first_better} : {comparison.num_second_better}",
+            _p_value_text(comparison.p_value),
+            f"{_p_value_text(comparison.adjusted_p_value)}{star}",
+        )
     if len(comparisons) <= MAX_MEANINGS:
         meanings = [_meaning(comparison, len(comparisons)) for comparison in comparisons]
     else:
@@ -312,6 +328,14 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
         meanings.append(_DISAGREEMENT)
     table.caption = "\n".join(["* significant: p (Holm), of all comparisons, < 0.05", *meanings])
     return table
+
+
+def _signed(value: float, comparison: Comparison) -> str:
+    return f"{100 * value:+.1f}" if comparison.metric == "accuracy" else f"{value:+.4f}"
+
+
+def _p_value_text(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _has_narrow_interval(comparison: Comparison) -> bool:
@@ -327,7 +351,8 @@ def _better_first(comparison: Comparison) -> tuple[str, str]:
 
 def _meaning(comparison: Comparison, num_compared: int) -> str:
     """Say who is better, or that no difference was found, and how many examples it would take."""
-    task, metric = comparison.task, comparison.metric
+    task = comparison.task
+    metric = comparison.metric
     count = comparison.num_examples
     better, worse = _better_first(comparison)
     if comparison.difference == 0:
@@ -341,12 +366,10 @@ def _meaning(comparison: Comparison, num_compared: int) -> str:
         return text
     # as many standard errors, which fall with the root of the number of examples
     normal = NormalDist()
-    errors = normal.inv_cdf(1 - 0.025 / num_compared) + normal.inv_cdf(POWER)
-    needed = count * (errors * comparison.stderr / comparison.difference) ** 2
-    rounded = float(f"{needed:.2g}")
-    return (
-        f"{text} To find this lead of {better} in {POWER:.0%} of tests takes about {rounded:,.0f}."
-    )
+    num_errors = normal.inv_cdf(1 - 0.025 / num_compared) + normal.inv_cdf(POWER)
+    needed = count * (num_errors * comparison.stderr / comparison.difference) ** 2
+    rounded = f"{float(f'{needed:.2g}'):,.0f}"
+    return f"{text} To find this lead of {better} in {POWER:.0%} of tests takes about {rounded}."
 
 
 def _winners(comparisons: Sequence[Comparison]) -> list[str]:
@@ -356,14 +379,15 @@ def _winners(comparisons: Sequence[Comparison]) -> list[str]:
         if comparison.adjusted_p_value < 0.05:
             better, worse = _better_first(comparison)
             beaten[comparison.task].setdefault(better, []).append(worse)
-    sentences = []
-    for task, by_winner in beaten.items():
-        winners: dict[str, list[str]] = {}  # by whom they beat
-        for winner, losers in by_winner.items():
-            winners.setdefault(", ".join(losers), []).append(winner)
-        texts = [
-            f"{', '.join(names)} beat{'s' if len(names) == 1 else ''} {losers} significantly"
-            for losers, names in winners.items()
-        ]
-        sentences.append(f"{task}: {'; '.join(texts) or 'no difference was found'}.")
-    return sentences
+    return [f"{task}: {_victories(by_winner)}." for task, by_winner in beaten.items()]
+
+
+def _victories(beaten: Mapping[str, Sequence[str]]) -> str:
+    winners: dict[str, list[str]] = {}  # by whom they beat
+    for winner, losers in beaten.items():
+        winners.setdefault(", ".join(losers), []).append(winner)
+    texts = []
+    for losers, names in winners.items():
+        verb = "beats" if len(names) == 1 else "beat"
+        texts.append(f"{', '.join(names)} {verb} {losers} significantly")
+    return "; ".join(texts) or "no difference was found"

@@ -8,7 +8,6 @@ were kept from before cost no forward and are not covered.
 import operator
 from collections.abc import Sequence
 from functools import reduce
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,79 +34,98 @@ _BLANKS = "ĊĉĠčĩ▁ \n\t\r"
 class RoutingTally:
     """Adds up the routing of every mixture in an evaluation."""
 
-    def __init__(self, host: Host, adapters: list[str | None], tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self, host: Host, adapters: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
+    ):
         configs = {name: host.adapter(name).config for name in adapters if name is not None}
-        configs = {n: config for n, config in configs.items() if config.experts_per_router > 0}
-        classes = token_classes(tokenizer, host.config.vocab_size) if configs else torch.zeros(0)
-        self.adapters = {n: _AdapterTally(c, classes, tokenizer) for n, c in configs.items()}
+        mixtures = {n: config for n, config in configs.items() if config.experts_per_router > 0}
+        self.adapters: dict[str, _AdapterTally] = {}
+        if mixtures:
+            classes = token_classes(tokenizer, host.config.vocab_size)
+            for name, config in mixtures.items():
+                self.adapters[name] = _AdapterTally(config, classes, tokenizer)
 
-    def of(
+    def observe(
         self,
         task: str,
         num_questions: int,
         groups: Sequence[str | None] = (),
         rows_per_question: int = 1,
     ) -> OnRouting | None:
-        """Give what takes in a task's batches; None if there is no mixture."""
-        topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
-        for adapter in self.adapters.values():
-            adapter.num_questions[task], adapter.covered[task] = num_questions, set()
+        """Return a function that adds a task's batches; None if there is no mixture."""
         if not self.adapters:
             return None
+        topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
+        for adapter in self.adapters.values():
+            adapter.num_questions[task] = num_questions
+            adapter.covered[task] = set()
 
         def add(routed: RoutedRows) -> None:
-            if routed.adapter in self.adapters:  # no mixture that is an expert of one of these
-                self.adapters[routed.adapter].add(task, topics, routed, rows_per_question)
+            adapter = self.adapters.get(routed.adapter)
+            if adapter is not None:  # no mixture that is an expert of one of these
+                adapter.covered[task].update(row // rows_per_question for row in routed.places)
+                row_topics = [topics[row] if topics else task for row in routed.places]
+                adapter.add(task, row_topics, routed)
 
         return add
 
     def summarise(self) -> dict[str, Fields]:
         """Give the routing by adapter, as it stands in the JSON file under `routing`."""
-        return {n: one.summarise() for n, one in self.adapters.items() if one.num_questions}
+        return {n: tally.summarise() for n, tally in self.adapters.items() if tally.num_questions}
 
 
 class _AdapterTally:
     """The routing of one adapter in all tasks; `classes` of the vocabulary's tokens, [V]."""
 
     def __init__(self, config: AdapterConfig, classes: Tensor, tokenizer: PreTrainedTokenizerBase):
-        self.config, self.classes, self.tokenizer = config, classes, tokenizer
+        self.config = config
+        self.classes = classes
+        self.tokenizer = tokenizer
         self.num_questions: dict[str, int] = {}
-        self.covered: dict[str, set[int]] = {}  # by task, the places of questions scored now
+        self.covered: dict[str, set[int]] = {}  # by task, the questions scored now
         self.totals: dict[str, tally.RoutingTotals] = {}
         self.examples: dict[str, dict[str, Any]] = {}
         self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
 
-    def add(self, task: str, topics: Sequence[str], routed: RoutedRows, size: int) -> None:
-        """Take in a forward; its tokens' topics are by a question's place, or the task."""
-        routing, rows = routed.routing, routed.rows
+    def add(self, task: str, row_topics: Sequence[str], routed: RoutedRows) -> None:
+        """Add a forward, whose rows have each a topic."""
+        routing = routed.routing
         totals = tally.RoutingTotals.of(routing)
-        self.covered[task].update(place // size for place in routed.places)
         self.totals[task] = self.totals[task] + totals if task in self.totals else totals
-        token_ids = torch.tensor([token for row in rows for token in row.input_ids])  # (T,)
+        token_ids = torch.tensor([token for row in routed.rows for token in row.input_ids])  # (T,)
         self._add_loads("token_classes", TOKEN_CLASSES, self.classes[token_ids], routing)
-        topic_of = [topics[place] if topics else task for place in routed.places]
-        number = {topic: place for place, topic in enumerate(dict.fromkeys(topic_of))}
-        repeated = zip(topic_of, rows, strict=True)
-        classes = torch.tensor([number[topic] for topic, row in repeated for _ in row.input_ids])
-        self._add_loads("topics", [*number], classes, routing)
-        start = 0
-        for place, row in zip(routed.places, rows, strict=True):
-            if place == 0 and 0 in row.choices and task not in self.examples:
-                end = start + min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
-                records = [routing[at] for at in sorted({0, len(routing) // 2, len(routing) - 1})]
-                experts = {one.router: one.selected_experts[start:end, 0] for one in records}
-                self.examples[task] = {
-                    "tokens": token_texts(row.input_ids[: end - start], self.tokenizer),
-                    "experts": {str(_label(router)): e.tolist() for router, e in experts.items()},
-                }
-            start += len(row.input_ids)
+        topics = list(dict.fromkeys(row_topics))
+        row_classes = torch.tensor([topics.index(topic) for topic in row_topics])
+        lengths = torch.tensor([len(row.input_ids) for row in routed.rows])
+        self._add_loads("topics", topics, row_classes.repeat_interleave(lengths), routing)
+        if task not in self.examples:
+            self._add_example(task, routed)
 
     def _add_loads(
         self, kind: str, names: Sequence[str], classes: Tensor, routing: Sequence[LayerRouting]
     ) -> None:
-        loads, added = self.loads[kind], tally.loads_by_class(routing, classes, len(names))
-        for name, load in zip(names, added, strict=True):
+        loads = self.loads[kind]
+        for name, load in zip(
+            names, tally.loads_by_class(routing, classes, len(names)), strict=True
+        ):
             loads[name] = loads[name] + load if name in loads else load
+
+    def _add_example(self, task: str, routed: RoutedRows) -> None:
+        """Keep the first question's tokens, and their first experts in three layers."""
+        start = 0
+        for index, row in zip(routed.places, routed.rows, strict=True):
+            if index == 0 and 0 in row.choices:
+                num_tokens = min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
+                num_layers = len(routed.routing)
+                experts = {}
+                for layer in sorted({0, num_layers // 2, num_layers - 1}):
+                    record = routed.routing[layer]
+                    selected = record.selected_experts[start : start + num_tokens, 0]
+                    experts[str(_label(record.router))] = selected.tolist()
+                texts = token_texts(row.input_ids[:num_tokens], self.tokenizer)
+                self.examples[task] = {"tokens": texts, "experts": experts}
+                return
+            start += len(row.input_ids)
 
     def summarise(self) -> Fields:
         totals = reduce(operator.add, self.totals.values()) if self.totals else None
@@ -141,21 +159,24 @@ class _AdapterTally:
 
     def _specialisation(self) -> Any:
         """Tell by layer what an expert says about the topic and about the class of a token."""
-        found = {}
+        summary = {}
         for kind, by_name in self.loads.items():
             loads = {name: load for name, load in by_name.items() if load.any()}
-            if len(loads) > (kind == "topics"):  # a single topic says nothing
-                stacked = torch.stack([*loads.values()])  # (C, N, E)
-                apart = dict(zip(loads, _rounded(tally.specialisation_bits(stacked)), strict=True))
-                bits = _rounded(tally.mutual_information_bits(stacked))
-                found[kind] = {"bits": bits, "of": apart}
-        return found
+            min_classes = 2 if kind == "topics" else 1  # a single topic says nothing
+            if len(loads) < min_classes:
+                continue
+            stacked = torch.stack([*loads.values()])  # (C, N, E)
+            distances = _rounded(tally.specialisation_bits(stacked))
+            bits = _rounded(tally.mutual_information_bits(stacked))
+            summary[kind] = {"bits": bits, "of": dict(zip(loads, distances, strict=True))}
+        return summary
 
     def _warnings(self, totals: tally.RoutingTotals) -> list[str]:
-        if self.config.experts_per_token is None or not self.config.collapse_advice:
+        advice = self.config.collapse_advice
+        if self.config.experts_per_token is None or not advice:
             return []
-        found = tally.find_collapse(totals.choices, self.config.experts_per_token)
-        return [f"{text}; train again: {self.config.collapse_advice}" for text in found.values()]
+        faults = tally.find_collapse(totals.choices, self.config.experts_per_token)
+        return [f"{fault}; train again: {advice}" for fault in faults.values()]
 
 
 def _label(router: RouterName) -> int | str:
@@ -170,12 +191,15 @@ def _rounded(values: Tensor) -> Any:
 
 def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each token's text; the vocabulary's own name of it where it is no whole character."""
-    # a decoder may leave out a space in front, but not after another token
-    texts = [str(tokenizer.decode([token_id])) for token_id in token_ids]
-    both = [str(tokenizer.decode([*pair])) for pair in pairwise(token_ids)]
-    texts = texts[:1] + [pair[len(text) :] for pair, text in zip(both, texts, strict=False)]
-    pairs = zip(texts, map(str, tokenizer.convert_ids_to_tokens(list(token_ids))), strict=True)
-    return [name if "\ufffd" in text or not text else text for text, name in pairs]
+    names = map(str, tokenizer.convert_ids_to_tokens(list(token_ids)))
+    texts = []
+    before = ""  # the text of the token before
+    for index, name in enumerate(names):
+        # a decoder may leave out a space in front, but not after another token
+        text = str(tokenizer.decode(list(token_ids[max(index - 1, 0) : index + 1])))[len(before) :]
+        texts.append(name if "\ufffd" in text or not text else text)
+        before = str(tokenizer.decode([token_ids[index]]))
+    return texts
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
@@ -185,10 +209,12 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor
     texts = tokenizer.batch_decode([[token_id] for token_id in ids])
     # WordPiece marks the rest of a word, others its start; these may have a few ## as text.
     num_rests = sum(name.startswith("##") and name[2:].isalpha() for name in names)
-    marks_rests = num_rests > sum(name[:1] in _SPACES and name[1:].isalpha() for name in names)
-    kinds = [class_of(*pair, marks_rests=marks_rests) for pair in zip(names, texts, strict=True)]
-    kinds += ["sign"] * (vocab_size - len(kinds))
-    return torch.tensor([TOKEN_CLASSES.index(kind) for kind in kinds])
+    num_starts = sum(name[:1] in _SPACES and name[1:].isalpha() for name in names)
+    marks_rests = num_rests > num_starts
+    classes = [TOKEN_CLASSES.index("sign")] * vocab_size
+    for token_id, name, text in zip(ids, names, texts, strict=True):
+        classes[token_id] = TOKEN_CLASSES.index(class_of(name, text, marks_rests=marks_rests))
+    return torch.tensor(classes)
 
 
 def class_of(name: str, text: str, *, marks_rests: bool) -> str:

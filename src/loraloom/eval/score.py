@@ -7,7 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -54,40 +55,44 @@ class Scorer:
     ) -> dict[str | None, list[LogLikelihoods]]:
         """Score groups of rows, the longest first, and keep the scores under `tokens`."""
         budget = self.max_tokens_per_batch or scoring.tokens_per_batch(self.host)
-        # cut as if nothing were known, so that an interrupted evaluation goes on with the batches
+
+        def compute(missing: Sequence[tuple[str | None, int]]) -> list[LogLikelihoods]:
+            scored = scoring.score_groups(self.host, rows, missing, budget, on_routing)
+            return [tuple(pair.log_likelihood for pair in pairs) for pairs in scored]
+
+        def score_batch(indices: Sequence[int]) -> dict[Any, LogLikelihoods]:
+            requests = list(product(self.adapters, indices))
+            keys = [(adapter, tokens[index]) for adapter, index in requests]
+            return dict(zip(requests, self.remember(keys, requests, compute), strict=True))
+
+        # cut as if nothing were cached, so that an interrupted evaluation goes on with the batches
         # that it would have had, and to the same numbers
         batches = list(scoring.token_batches(rows, budget // len(self.adapters)))
         scores: dict[tuple[str | None, int], LogLikelihoods] = {}
-
-        def score(places: Sequence[int]) -> dict[Any, LogLikelihoods]:
-            keys = list(product(self.adapters, places))
-
-            def compute(missing: Sequence[tuple[str | None, int]]) -> list[LogLikelihoods]:
-                scored = scoring.score_groups(self.host, rows, missing, budget, on_routing)
-                return [tuple(pair.log_likelihood for pair in pairs) for pairs in scored]
-
-            asked = [(name, tokens[place]) for name, place in keys]
-            return dict(zip(keys, self.remember(asked, keys, compute), strict=True))
-
-        for places, found in zip(batches, self.host.ranks.spread(batches, score), strict=True):
-            scores |= found
+        scored_batches = self.host.ranks.spread(batches, score_batch)
+        for indices, scores_of_batch in zip(batches, scored_batches, strict=True):
+            scores |= scores_of_batch
             if on_progress is not None:
-                on_progress(places)
-        return {n: [scores[n, place] for place in range(len(rows))] for n in self.adapters}
+                on_progress(indices)
+        return {name: [scores[name, i] for i in range(len(rows))] for name in self.adapters}
 
     def remember(
         self,
-        asked: Sequence[tuple[str | None, Tokens]],
+        keys: Sequence[tuple[str | None, Tokens]],
         items: Sequence[Any],
         compute: Callable[[Sequence[Any]], Sequence[tuple[Any, ...]]],
     ) -> list[tuple[Any, ...]]:
-        """Return what is kept of adapters and tokens; compute and keep what is missing."""
-        known = self.cache.find(asked) if self.cache else [None] * len(asked)
-        missing = [place for place, values in enumerate(known) if values is None]
-        found = dict(zip(missing, compute([items[place] for place in missing]), strict=True))
-        if self.cache and missing:
-            self.cache.add([(*asked[place], values) for place, values in found.items()])
-        return [found[place] if one is None else one for place, one in enumerate(known)]
+        """Return what is cached of adapters and tokens; compute and cache what is missing."""
+        if self.cache is None:
+            return list(compute(items))
+        results = self.cache.find(keys)
+        missing = [index for index, result in enumerate(results) if result is None]
+        computed = compute([items[index] for index in missing])
+        for index, result in zip(missing, computed, strict=True):
+            results[index] = result
+        if missing:
+            self.cache.add([(*keys[index], results[index]) for index in missing])
+        return results
 
 
 @dataclass(frozen=True)
@@ -124,33 +129,49 @@ def score_questions(
     **observers: Any,
 ) -> dict[str | None, list[QuestionScore]]:
     """Score every choice with each adapter; see `Scorer.score`. Texts are split as in training."""
-    choices = [pair for x in questions for pair in zip(x.contexts, x.continuations, strict=True)]
-    pairs = iter(encode_pairs(tokenizer, choices))
-    encoded = [[next(pairs) for _ in question.contexts] for question in questions]
-    if last_tokens:  # of each label, with its prompt apart: as MoE-PEFT's `moe_peft/evaluator.py`
-        prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
-        texts = sorted({text for question in questions for text in question.continuations})
-        ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-        encoded = [
-            [TokenPair(prompt, ids[text][-1:]) for text in question.continuations]
-            for prompt, question in zip(prompts, questions, strict=True)
-        ]
+    encode = _encode_last_tokens if last_tokens else _encode_choices
     max_length = scorer.host.config.max_position_embeddings
-    fitted = [
-        [fit_pair(pair, max_length, f"{one.task}, question {one.index}: a choice") for pair in of]
-        for one, of in zip(questions, encoded, strict=True)
-    ]
+    fitted: list[list[TokenPair]] = []
+    truncated: list[bool] = []
+    for question, pairs in zip(questions, encode(tokenizer, questions), strict=True):
+        name = f"{question.task}, question {question.index}: a choice"
+        fitted.append([fit_pair(pair, max_length, name) for pair in pairs])
+        truncated.append(fitted[-1] != pairs)
     scores = scorer.score(scoring.group_rows(scorer.host, fitted), fitted, **observers)
-    truncated = [one != whole for one, whole in zip(fitted, encoded, strict=True)]
     return {
-        name: [QuestionScore(*one) for one in zip(questions, values, truncated, strict=True)]
-        for name, values in scores.items()
+        name: list(map(QuestionScore, questions, log_likelihoods, truncated))
+        for name, log_likelihoods in scores.items()
     }
+
+
+def _encode_choices(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
+) -> list[list[TokenPair]]:
+    texts: list[tuple[str, str]] = []
+    for question in questions:
+        texts += zip(question.contexts, question.continuations, strict=True)
+    pairs = iter(encode_pairs(tokenizer, texts))
+    return [list(islice(pairs, len(question.contexts))) for question in questions]
+
+
+def _encode_last_tokens(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion]
+) -> list[list[TokenPair]]:
+    """Encode each label's last token, and its prompt apart: as MoE-PEFT's `evaluator.py`."""
+    prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
+    labels = sorted({label for question in questions for label in question.continuations})
+    label_ids = dict(zip(labels, encode_texts(tokenizer, labels), strict=True))
+    encoded = []
+    for prompt, question in zip(prompts, questions, strict=True):
+        last_tokens = [label_ids[label][-1:] for label in question.continuations]
+        encoded.append([TokenPair(prompt, ids) for ids in last_tokens])
+    return encoded
 
 
 def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
     """Offer every label of MoE-PEFT's list for the task, in its order."""
-    labels, gold = MOE_PEFT_LABELS.get(question.task, ()), question.labels[question.gold]
+    labels = MOE_PEFT_LABELS.get(question.task, ())
+    gold = question.labels[question.gold]
     if gold not in labels:
         raise ConfigError(
             f"compat moe-peft needs a task of {', '.join(MOE_PEFT_LABELS)}, and answers that "
@@ -173,7 +194,7 @@ def score_accuracy(
     adapters: Sequence[str | None],
 ) -> dict[str | None, float]:
     scores = score_questions(Scorer(host, adapters), tokenizer, questions)
-    return {name: sum(one.correct for one in of) / len(of) for name, of in scores.items()}
+    return {name: fmean(score.correct for score in answers) for name, answers in scores.items()}
 
 
 def summarise(scores: Sequence[QuestionScore]) -> Fields:
@@ -186,9 +207,9 @@ def summarise(scores: Sequence[QuestionScore]) -> Fields:
 def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
     """Compute the share of questions that the best constant label, or text, gets right."""
     # choices that differ in their contexts have one text, which answers nothing
-    asked = [one for one in questions if len(set(one.continuations)) > 1]
+    with_texts = [question for question in questions if len(set(question.continuations)) > 1]
     labels = Counter(question.labels[question.gold] for question in questions)
-    texts = Counter(question.continuations[question.gold] for question in asked)
+    texts = Counter(question.continuations[question.gold] for question in with_texts)
     return max([*labels.values(), *texts.values()]) / len(questions)
 
 
@@ -205,46 +226,48 @@ class Scores:
     num_tokens: Sequence[int] = ()  # of each item, for a loss
 
     def compare(self, first: str, second: str) -> PairedComparison:
-        one, other = (seed_values(self.values, name) for name in (first, second))
+        first_values = seed_values(self.values, first)
+        second_values = seed_values(self.values, second)
         if self.num_tokens:
-            return compare_losses(one, other, self.num_tokens)
-        return compare_paired(one, other)
+            return compare_losses(first_values, second_values, self.num_tokens)
+        return compare_paired(first_values, second_values)
 
 
-def task_scores(asked: QuestionSet, scores: Mapping[str, Sequence[QuestionScore]]) -> Scores:
+def task_scores(data: QuestionSet, scores: Mapping[str, Sequence[QuestionScore]]) -> Scores:
     """Sum up how adapters answered a task's questions, and note what was asked."""
     details = {
-        "split": asked.split,
-        "scoring": asked.scoring,
-        "num_questions": len(asked.questions),
-        "questions_sha256": questions_digest(asked.questions),
-        "source": asked.source,
+        "split": data.split,
+        "scoring": data.scoring,
+        "num_questions": len(data.questions),
+        "questions_sha256": questions_digest(data.questions),
+        "source": data.source,
     }
-    results = {name: _task_result(of, asked.split) for name, of in scores.items()}
-    values = {name: [one.correct for one in of] for name, of in scores.items()}
-    digests = [questions_digest([question])[:16] for question in asked.questions]
-    lines = [
-        {
-            "task": asked.task,
-            "split": asked.split,
-            "index": one.question.index,
-            "question": digest,
-            "adapter": name,
-            "correct": one.correct,
-            "chosen": None if one.chosen is None else one.question.labels[one.chosen],
-            "correct_label": one.question.labels[one.question.gold],
-            "scores": list(one.scores),
-        }
-        for name, of_adapter in scores.items()
-        for one, digest in zip(of_adapter, digests, strict=True)
-    ]
-    return Scores(asked.task, details, results, values, lines)
+    digests = [questions_digest([question])[:16] for question in data.questions]
+    results: dict[str, Fields] = {}
+    values: dict[str, list[bool]] = {}
+    lines: list[dict[str, Any]] = []
+    for name, answers in scores.items():
+        results[name] = _task_result(answers, data.split)
+        values[name] = [answer.correct for answer in answers]
+        for answer, digest in zip(answers, digests, strict=True):
+            labels = answer.question.labels
+            line = {"task": data.task, "split": data.split, "index": answer.question.index}
+            line |= {"question": digest, "adapter": name, "correct": answer.correct}
+            line["chosen"] = None if answer.chosen is None else labels[answer.chosen]
+            line |= {"correct_label": labels[answer.question.gold], "scores": list(answer.scores)}
+            lines.append(line)
+    return Scores(data.task, details, results, values, lines)
 
 
 def _task_result(scores: Sequence[QuestionScore], split: str) -> Fields:
     result = summarise(scores) | {"split": split}
-    if num_truncated := sum(score.truncated for score in scores):
+    num_truncated = sum(score.truncated for score in scores)
+    if num_truncated:
         result["num_truncated"] = num_truncated
-    names = sorted({one.question.group for one in scores if one.question.group is not None})
-    groups = {n: summarise([one for one in scores if one.question.group == n]) for n in names}
-    return result | ({"groups": groups} if groups else {})
+    by_group: dict[str, list[QuestionScore]] = {}
+    for score in scores:
+        if score.question.group is not None:
+            by_group.setdefault(score.question.group, []).append(score)
+    if by_group:
+        result["groups"] = {group: summarise(by_group[group]) for group in sorted(by_group)}
+    return result

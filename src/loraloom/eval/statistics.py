@@ -11,9 +11,10 @@ are right. Answers are those of an evaluation, or of files that `--per-question`
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, combinations, count
+from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from loraloom.adapters.weighted_sum import is_sum
-from loraloom.data.sources import read_rows
+from loraloom.data.sources import Row, read_rows
 from loraloom.errors import AdapterError, ConfigError, DataError, shown
 from loraloom.eval.results import BASE, Fields, PairedComparison
 
@@ -39,7 +40,7 @@ _MAX_SHARE = 0.005
 MAX_FOR_ALL_PAIRS = 4
 
 Pair = tuple[str, str]
-# By place and question: whether it was answered right, or a judge's score.
+# By index and text of the question: whether it was answered right, or a judge's score.
 _Marks = dict[tuple[int, str], int | float]
 # Of each question or row.
 Values = Sequence[int | float] | np.ndarray
@@ -73,40 +74,51 @@ def share_fields(correct: Sequence[bool]) -> Fields:
 
 def score_fields(scores: Sequence[float]) -> Fields:
     """Compute the mean of scores, with its standard error and a bootstrap's interval."""
-    values, ones = np.asarray(scores), np.ones(len(scores))
-    stderr, (interval,) = ratio_stderr(values, ones), ratio_intervals(values[:, None], ones)
-    fields = {"score": fmean(scores), "stderr": stderr, "num_examples": len(scores)}
-    return fields | {"interval": list(interval)}
+    values = np.asarray(scores)
+    lengths = np.ones(len(scores))
+    return {
+        "score": fmean(scores),
+        "stderr": ratio_stderr(values, lengths),
+        "num_examples": len(scores),
+        "interval": list(ratio_intervals(values[:, None], lengths)[0]),
+    }
 
 
 def mcnemar_p_value(num_first: int, num_second: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test (1947), min(1, 2 P[X ≤ min(b, c)])."""
     # X is binomial with b + c trials of 1/2; integers keep it exact for any number of questions
-    trials, fewer = num_first + num_second, min(num_first, num_second)
-    terms = accumulate(range(fewer), lambda term, x: term * (trials - x) // (x + 1), initial=1)
-    return min(1.0, 2 * sum(terms) / 2**trials)
+    trials = num_first + num_second
+    term = total = 1
+    for x in range(min(num_first, num_second)):
+        term = term * (trials - x) // (x + 1)
+        total += term
+    return min(1.0, 2 * total / 2**trials)
 
 
 def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:
     """Compute the two-sided p-value of Fisher's randomization test (1935) of the sum Σ d_i."""
     # Where neither side is better on the whole, each sign may as well be the other one. Who wins
     # more items says less: a group of seeds is nearly always a little right.
-    sizes, counts = np.unique(np.abs(differences[differences != 0]).round(12), return_counts=True)
+    nonzero = np.abs(differences[differences != 0])
+    sizes, counts = np.unique(nonzero.round(12), return_counts=True)
     if len(sizes) <= 1:  # exactly McNemar's
         return mcnemar_p_value(int((differences > 0).sum()), int((differences < 0).sum()))
     # a tie of thirds adds up to 1e-17
-    found = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
     num_normal = _count_normal(sizes, counts)
     variance = (np.square(sizes) * counts)[:num_normal].sum()
     if num_normal == len(sizes):
-        return min(1.0, math.erfc(found / math.sqrt(2 * variance)))
-    sizes, counts = sizes[num_normal:], counts[num_normal:]
+        return min(1.0, math.erfc(observed / math.sqrt(2 * variance)))
+    sizes = sizes[num_normal:]
+    counts = counts[num_normal:]
     generator = np.random.default_rng(seed)
-    shape = 100, len(counts)
-    draws = (generator.binomial(counts, 0.5, shape) for _ in range(NUM_RESAMPLES // 100))
-    sums = np.concatenate([(2 * draw - counts) @ sizes for draw in draws])
+    sums_of_draws = []
+    for _ in range(NUM_RESAMPLES // 100):
+        num_positive = generator.binomial(counts, 0.5, (100, len(counts)))
+        sums_of_draws.append((2 * num_positive - counts) @ sizes)
+    sums = np.concatenate(sums_of_draws)
     sums += generator.normal(scale=math.sqrt(variance), size=len(sums))
-    return float(1 + (abs(sums) >= found).sum()) / (1 + NUM_RESAMPLES)
+    return float(1 + (abs(sums) >= observed).sum()) / (1 + NUM_RESAMPLES)
 
 
 def _count_normal(sizes: np.ndarray, counts: np.ndarray) -> int:
@@ -155,23 +167,23 @@ def _compare(
     differences = both[0] - both[1]
     # a mean of seeds is rounded, which is no win
     differences[np.abs(differences) <= 1e-12 * np.abs(both).max()] = 0
-    num_first, num_second = (int((sign * differences > 0).sum()) for sign in (better, -better))
     return PairedComparison(
         difference=round(float(differences.sum() / lengths.sum()), 12),
         stderr=ratio_stderr(differences, lengths),
         interval=ratio_intervals(differences[:, None], lengths, seed)[0],
         p_value=sign_flip_p_value(differences, seed),
-        num_first_better=num_first,
-        num_second_better=num_second,
+        num_first_better=int((better * differences > 0).sum()),
+        num_second_better=int((better * differences < 0).sum()),
         num_examples=len(differences),
     )
 
 
 def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
     """Compute the standard error of R = Σ sums / Σ lengths over rows; None for a single row."""
-    count, total = len(sums), lengths.sum()
+    count = len(sums)
     if count == 1:
         return None
+    total = lengths.sum()
     # of the ratio's linear part: sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i (Cochran 1977, 6.3)
     deviations = sums - sums.sum() / total * lengths
     return float(math.sqrt(count / (count - 1) * np.square(deviations).sum()) / total)
@@ -181,26 +193,32 @@ def ratio_intervals(
     sums: np.ndarray, lengths: np.ndarray, seed: int = 0
 ) -> list[tuple[float, float]]:
     """Compute percentile bootstrap intervals of Σ sums / Σ lengths, all from the same resamples."""
-    count, totals = len(lengths), np.column_stack([sums, lengths])
+    count = len(lengths)
+    totals = np.column_stack([sums, lengths])
     generator = np.random.default_rng(seed)
     values, counts = np.unique(totals, axis=0, return_counts=True)
     if len(values) < _FEW_VALUES:  # a resample is a multinomial draw of how often each occurs
         means = generator.multinomial(count, counts / count, size=NUM_RESAMPLES) @ values
     else:
-        draws = (generator.integers(count, size=count) for _ in range(NUM_RESAMPLES))
-        means = np.stack([np.bincount(draw, minlength=count) @ totals for draw in draws])
+        resamples = []
+        for _ in range(NUM_RESAMPLES):
+            draw = generator.integers(count, size=count)
+            resamples.append(np.bincount(draw, minlength=count) @ totals)
+        means = np.stack(resamples)
+    ratios = means[:, :-1] / means[:, -1:]
     tail = (1 - CONFIDENCE) / 2
-    ends = np.quantile(means[:, :-1] / means[:, -1:], (tail, 1 - tail), axis=0)
-    return [(float(low), float(high)) for low, high in ends.T]
+    lows, highs = np.quantile(ratios, (tail, 1 - tail), axis=0).tolist()
+    return list(zip(lows, highs, strict=True))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust the p-values of several tests (Holm 1979), so that one below 5 % is news of all."""
-    given = np.asarray(p_values, dtype=np.float64)
-    order, places = given.argsort(kind="stable"), np.arange(len(given))
-    adjusted = np.empty_like(given)
+    values = np.asarray(p_values, dtype=np.float64)
+    order = values.argsort(kind="stable")
     # the i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's
-    adjusted[order] = np.maximum.accumulate(np.minimum(1, given[order] * (len(given) - places)))
+    multiplied = np.minimum(1, values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(multiplied)
     return adjusted.tolist()
 
 
@@ -225,33 +243,41 @@ def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def members_of(name: str, names: Sequence[str]) -> list[str]:
-    known = {**{one: [one] for one in names}, **_seeds_by_stem(names)}
-    if name not in known:
-        raise ConfigError(f"a side of a comparison must be one of {', '.join(known)}, got {name!r}")
-    return known[name]
+    groups = _groups_of(names)
+    if name not in groups:
+        sides = ", ".join(groups)
+        raise ConfigError(f"a side of a comparison must be one of {sides}, got {name!r}")
+    return groups[name]
 
 
-def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> list[Pair]:
+def _groups_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """All sides of comparisons: each adapter alone, and the seeds of a stem."""
+    return {**{name: [name] for name in names}, **_seeds_by_stem(names)}
+
+
+def choose_pairs(adapters: Sequence[str | None], requested: Sequence[str] = ()) -> list[Pair]:
     """Decide whom to compare: seeds as their group, the others as they are."""
     names = [name or BASE for name in adapters]
     group_of = {seed: stem for stem, seeds in seed_groups(names).items() for seed in seeds}
-    if wanted:
-        return [_parse_pair(text, names) for text in dict.fromkeys(wanted)]
-    contestants = dict.fromkeys(group_of.get(name, name) for name in names)
-    others = [name for name in contestants if name != BASE]
-    pairs = [(name, BASE) for name in others] if BASE in contestants else []
-    if len(others) <= MAX_FOR_ALL_PAIRS:
-        pairs += combinations(others, 2)
+    if requested:
+        return [_parse_pair(text, names) for text in dict.fromkeys(requested)]
+    groups = list(dict.fromkeys(group_of.get(name, name) for name in names))
+    pairs: list[Pair] = []
+    if BASE in groups:
+        groups.remove(BASE)
+        pairs = [(name, BASE) for name in groups]
+    if len(groups) <= MAX_FOR_ALL_PAIRS:
+        pairs += combinations(groups, 2)
     return pairs
 
 
 def _parse_pair(text: str, names: Sequence[str]) -> Pair:
-    known = dict.fromkeys([*names, *_seeds_by_stem(names)])
-    for place in (place for place, character in enumerate(text) if character == ":"):
-        first, second = text[:place], text[place + 1 :]  # a sum's name has colons too
-        if {first, second} <= {*known} and members_of(first, names) != members_of(second, names):
+    groups = _groups_of(names)
+    for match in re.finditer(":", text):  # a sum's name has colons too
+        first, second = text[: match.start()], text[match.end() :]
+        if {first, second} <= groups.keys() and groups[first] != groups[second]:
             return first, second
-    raise ConfigError(f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}")
+    raise ConfigError(f"--compare must be FIRST:SECOND, two of {', '.join(groups)}, got {text!r}")
 
 
 def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
@@ -260,14 +286,16 @@ def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
         raise AdapterError("adapters must name at least one, or None for the base model, got none")
     if BASE in adapters:
         raise AdapterError(f"{BASE!r} is reserved for the base model; choose another adapter name")
-    for name in chain.from_iterable(pairs):
-        members_of(name, [name or BASE for name in adapters])
+    names = [name or BASE for name in adapters]
+    for first, second in pairs:
+        members_of(first, names)
+        members_of(second, names)
 
 
 def seed_values(values: Mapping[str, Sequence[int | float]], name: str) -> list[float]:
     """A contestant's value of each item: an adapter's own, or the mean over a group of seeds."""
-    members = [values[member] for member in members_of(name, list(values))]
-    return [fmean(of_item) for of_item in zip(*members, strict=True)]
+    columns = [values[member] for member in members_of(name, list(values))]
+    return [fmean(item) for item in zip(*columns, strict=True)]
 
 
 def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> PairedComparison:
@@ -282,13 +310,16 @@ def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> Pai
     Raises:
         ConfigError: If the answers have no such name.
     """
-    one, other = (seed_values(answers.right, name) for name in (first, second))
-    return compare_paired(one, other, seed)
+    values = answers.right
+    return compare_paired(seed_values(values, first), seed_values(values, second), seed)
 
 
 def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
     """Return the mean and the sample standard deviation over seeds, by group and task."""
-    return seed_means({task.task: {n: fmean(r) for n, r in task.right.items()} for task in tasks})
+    means = {}
+    for task in tasks:
+        means[task.task] = {adapter: fmean(right) for adapter, right in task.right.items()}
+    return seed_means(means)
 
 
 def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, Any]:
@@ -297,8 +328,9 @@ def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, An
     for task, by_adapter in figures.items():
         for stem, members in seed_groups(list(by_adapter)).items():
             values = [by_adapter[name] for name in members]
+            group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
             spread = {"mean": fmean(values), "sd": stdev(values), "num_seeds": len(values)}
-            summary.setdefault(stem, {"adapters": members, "tasks": {}})["tasks"][task] = spread
+            group["tasks"][task] = spread
     return summary
 
 
@@ -314,49 +346,86 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
         DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
             a task have different questions, or an adapter has two answers to a question.
     """
-    tasks: dict[str, dict[str, _Marks]] = {}
-    places: dict[str, dict[tuple[int, str], int]] = {}
-    names: dict[str, str] = {}  # by task, what all of its rows must have
-    for row in chain.from_iterable(read_rows(Path(path)) for path in paths):
-        own = {} if "completion" in row else row  # others are users' columns
-        chosen_filter, name = own.get("filter", "none"), row["adapter"]
+    reader = _AnswerReader()
+    for path in paths:
+        for row in read_rows(Path(path)):
+            reader.add(row)
+    return [_join(task, by_adapter) for task, by_adapter in reader.tasks.items()]
+
+
+class _AnswerReader:
+    """Sorts rows of answers by task, adapter and question."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, dict[str, _Marks]] = {}
+        self._indices: dict[str, dict[tuple[str, int], int]] = {}  # by task
+        self._columns: dict[str, str] = {}  # by task, the one that all of its rows must have
+
+    def add(self, row: Row) -> None:
+        # what `loraloom generate` wrote and a judge scored has users' columns
+        fields = {} if "completion" in row else row
+        name = row["adapter"]
         adapter = json.dumps(name) if isinstance(name, list) else row.text("adapter")  # of weights
-        # files of `loraloom generate` with a judge's scores have no task and count no rows
-        task = next((row.text(name) for name in ("task", "dataset") if name in own), "judged")
-        task += "" if chosen_filter == "none" else f",{chosen_filter}"
-        answers = tasks.setdefault(task, {}).setdefault(adapter, {})
-        # what `loraloom generate` wrote has no index, and may have been sorted
-        asked = next((row[key] for key in ("question", "prompt", "messages") if key in row), "")
-        question = asked if isinstance(asked, str) else json.dumps(asked)
-        number, known = len(answers), places.setdefault(task, {})
-        if asked:  # the first place of this question that the adapter has not answered
-            tried = (known.setdefault((n, question), len(known)) for n in count())
-            number = next(place for place in tried if (place, question) not in answers)
-        name = "score" if "score" in row else "correct"
-        if name != (wanted := names.setdefault(task, name)):
-            row.reject(f"score all rows of {task} or none; earlier ones have {wanted!r}")
-        kind, what = (int | float, "a number") if name == "score" else (bool, "true or false")
-        correct: Any = row.get(name)
-        if not isinstance(index := own.get("index", number), int):
+        task = _task_of(row, fields)
+        answers = self.tasks.setdefault(task, {}).setdefault(adapter, {})
+        question = _question_of(row)
+        index = fields.get("index", self._index_of(task, question, answers))
+        mark = self._mark_of(row, task)
+        if not isinstance(index, int):
             row.reject(f"field 'index' must be an integer, got {shown(index)}")
-        if not isinstance(correct, kind):
-            row.reject(f"field {name!r} must be {what}, got {correct!r}")
-        if answers.setdefault((index, question), correct) != correct:
+        if answers.setdefault((index, question), mark) != mark:
             row.reject(
                 f"{adapter!r} must answer question {index} of {task} once, got another answer; "
                 "give each adapter a different name"
             )
-    return [_join(task, by_adapter) for task, by_adapter in tasks.items()]
+
+    def _index_of(self, task: str, question: str, answers: _Marks) -> int:
+        """Number questions that have no index: the first that the adapter has not answered."""
+        if not question:
+            return len(answers)
+        # rows may have been sorted, and a question may be repeated
+        indices = self._indices.setdefault(task, {})
+        repeat = 0
+        while (index := indices.setdefault((question, repeat), len(indices)), question) in answers:
+            repeat += 1
+        return index
+
+    def _mark_of(self, row: Row, task: str) -> int | float:
+        column = "score" if "score" in row else "correct"
+        expected = self._columns.setdefault(task, column)
+        if column != expected:
+            row.reject(f"score all rows of {task} or none; earlier ones have {expected!r}")
+        mark: Any = row.get(column)
+        if not isinstance(mark, bool if column == "correct" else int | float):
+            expected = "true or false" if column == "correct" else "a number"
+            row.reject(f"field {column!r} must be {expected}, got {mark!r}")
+        return mark
+
+
+def _task_of(row: Row, fields: Mapping[str, Any]) -> str:
+    column = next((column for column in ("task", "dataset") if column in fields), None)
+    task = "judged" if column is None else row.text(column)
+    filter_name = fields.get("filter", "none")
+    return task if filter_name == "none" else f"{task},{filter_name}"
+
+
+def _question_of(row: Row) -> str:
+    for column in ("question", "prompt", "messages"):
+        if column in row:
+            question = row[column]
+            return question if isinstance(question, str) else json.dumps(question)
+    return ""
 
 
 def _join(task: str, by_adapter: Mapping[str, _Marks]) -> TaskAnswers:
-    first, asked = next(iter(by_adapter.items()))
-    for adapter, answers in by_adapter.items():
-        if answers.keys() != asked.keys():
+    first = next(iter(by_adapter))
+    questions = sorted(by_adapter[first])
+    right = {}
+    for adapter, marks in by_adapter.items():
+        if sorted(marks) != questions:
             raise DataError(
                 f"{task}: adapters must have answered the same questions, but {adapter!r} and "
                 f"{first!r} differ; use files of the same split and limit"
             )
-    questions = sorted(asked)
-    right = {name: tuple(of[question] for question in questions) for name, of in by_adapter.items()}
+        right[adapter] = tuple(marks[question] for question in questions)
     return TaskAnswers(task, tuple(index for index, _ in questions), right)

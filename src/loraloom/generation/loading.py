@@ -14,6 +14,7 @@ from loraloom.config.model import BaseModelConfig
 from loraloom.devices import free_device_bytes, has_separate_memory
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_stored
+from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
 from loraloom.host.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.host.host import Host, attach
@@ -22,18 +23,17 @@ CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NUMBERS = ("max", "current")
 
 
-def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> None:
-    """Find what can be found wrong before the base model is loaded; adapters' files by name."""
+def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> dict[str, StoredAdapter]:
+    """Find what can be found wrong before the base model is loaded, and read adapters' files."""
     find_source(model.base_model)
     find_device(model.device)
     check_quantization(model.quantization)
-    for path in adapters.values():
-        read_stored(find_adapter(path))
+    return {name: read_stored(find_adapter(path)) for name, path in adapters.items()}
 
 
 def load_host(
     model: BaseModelConfig,
-    adapters: Mapping[str, str],
+    adapters: Mapping[str, str | StoredAdapter],
     *,
     device: str | None = None,
     sharded: bool = False,
@@ -41,8 +41,11 @@ def load_host(
     how = (model.dtype, device or model.device, model.attn_implementation, model.quantization)
     base, tokenizer = load_base_model(model.base_model, *how, sharded=sharded)
     host = attach(base)
-    for name, path in adapters.items():
-        host.load(name, path)
+    for name, source in adapters.items():
+        if isinstance(source, StoredAdapter):
+            host.load_stored(name, source)
+        else:
+            host.load(name, source)
     return host, tokenizer
 
 

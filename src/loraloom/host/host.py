@@ -33,6 +33,7 @@ from loraloom.config.data import PromptForm
 from loraloom.distributed import Alone, Ranks
 from loraloom.errors import AdapterError, DataError, ModelError, names_in
 from loraloom.formats.files import fit_to_base, read_stored, write_adapter
+from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
 from loraloom.host.choice import batches_of, choose, output_of, padding_mask
 from loraloom.host.decoding import Decoding, make_cache
@@ -281,10 +282,20 @@ class Host:
         """
         stored = read_stored(find_adapter(path_or_hub_id), settings)
         config, tensors = fit_to_base(stored, self.base)
+        return self._load(name, config, tensors, stored.prompt)
+
+    def load_stored(self, name: str, stored: StoredAdapter) -> Adapter:
+        """Load an adapter from files that were read; errors as in `load`."""
+        config, tensors = fit_to_base(stored, self.base)
+        return self._load(name, config, tensors, stored.prompt)
+
+    def _load(
+        self, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor], prompt: Any
+    ) -> Adapter:
         with self._registry.changing:
             if tensor_shapes(config, self.base).keys() - tensors.keys():
                 self._registry.check_unmerged("load what depends on its weights")
-            return self._register(name, config, tensors, stored.prompt)
+            return self._register(name, config, tensors, prompt)
 
     def _register(
         self, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor], prompt: Any

@@ -59,15 +59,24 @@ def _draw(title: str, words: Sequence[str], height: int | float, draw: Any) -> C
 
 def line_chart(title: str, curves: dict[str, Curve], styles: dict[str, Style]) -> Chart | None:
     """Draw curves over steps; None where no value is finite."""
-    finite = {label: [p for p in of if all(map(math.isfinite, p))] for label, of in curves.items()}
-    drawn = {label: curve for label, curve in finite.items() if curve}
-    words = [f"{label}: {of[-1][1]:.4g} at step {of[-1][0]:g}" for label, of in drawn.items()]
+    drawn: dict[str, Curve] = {}
+    words = []
+    for label, curve in curves.items():
+        finite = [point for point in curve if all(map(math.isfinite, point))]
+        if finite:
+            drawn[label] = finite
+            step, value = finite[-1]
+            words.append(f"{label}: {value:.4g} at step {step:g}")
 
     def draw(axes: Axes) -> None:
         for label, curve in drawn.items():
             points = curve[:: -math.ceil(len(curve) / MAX_POINTS)]  # from the last one
-            look = {"color": styles[label].color, "linestyle": (0, styles[label].dashes or None)}
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) == 1 else None, **look)
+            steps, values = zip(*points, strict=True)
+            (line,) = axes.plot(steps, values, color=styles[label].color)
+            if styles[label].dashes:
+                line.set_linestyle((0, styles[label].dashes))
+            if len(points) == 1:
+                line.set_marker("o")
         axes.set_xlabel("step")
 
     return _draw(title, words, 3, draw) if drawn else None
@@ -75,23 +84,30 @@ def line_chart(title: str, curves: dict[str, Curve], styles: dict[str, Style]) -
 
 def interval_chart(task: str, results: Mapping[str, Mapping[str, Any]]) -> Chart | None:
     """Draw each adapter's accuracy with its interval, in percent; None if none has both."""
-    # Of preference pairs, `interval` is the loss's.
-    intervals = {n: one.get("accuracy_interval", one.get("interval")) for n, one in results.items()}
-    found = {n: x for n, x in results.items() if intervals[n] and x.get("accuracy") is not None}
-    ends = [(one["accuracy"], *intervals[n]) for n, one in found.items()]
-    words = [f"{n}: {100 * one['accuracy']:.1f} %" for n, one in found.items()]
-    half = MAX_NAME // 2
-    names = [n if len(n) <= MAX_NAME else f"{n[: half - 1]}…{n[-half:]}" for n in found]
+    names, words, figures = [], [], []
+    for name, result in results.items():
+        accuracy = result.get("accuracy")
+        # of preference pairs, `interval` is the loss's
+        interval = result.get("accuracy_interval", result.get("interval"))
+        if accuracy is not None and interval:
+            names.append(_shortened(name))
+            words.append(f"{name}: {100 * accuracy:.1f} %")
+            figures.append((accuracy, *interval))
 
     def draw(axes: Axes) -> None:
-        for place, (value, low, high) in enumerate(ends):
-            axes.plot([100 * low, 100 * high], [place, place], color=COLORS[0])
-            axes.plot([100 * value], [place], color=COLORS[0], marker="o")
+        for row, (accuracy, low, high) in enumerate(figures):
+            axes.plot([100 * low, 100 * high], [row, row], color=COLORS[0])
+            axes.plot([100 * accuracy], [row], color=COLORS[0], marker="o")
         axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.invert_yaxis()
 
     title = f"{task}: accuracy and 95 % interval, %"
-    return _draw(title, words, 0.6 + 0.25 * len(found), draw) if found else None
+    return _draw(title, words, 0.6 + 0.25 * len(names), draw) if names else None
+
+
+def _shortened(name: str) -> str:
+    half = MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
@@ -101,7 +117,8 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
     styles = {}
     for job in jobs:
         repeat, color = divmod(names.index(job.name), len(COLORS))
-        styles[job.label] = Style(COLORS[color], _dashes(runs.index(job.run) + len(runs) * repeat))
+        dashes = _dashes(runs.index(job.run) + len(runs) * repeat)
+        styles[job.label] = Style(COLORS[color], dashes)
     return styles
 
 
@@ -112,28 +129,34 @@ def _dashes(number: int) -> tuple[int, ...]:
 
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
     """Make a chart for each figure in the jobs' metrics."""
-    items = (item for job in jobs for line in job.metrics for item in line.items())
-    found = dict.fromkeys(name for name, value in items if isinstance(value, int | float))
-    return list(filter(None, (_chart(name, jobs) for name in found if name not in _PASSED_OVER)))
+    names: dict[str, None] = {}  # in their order
+    for line in (line for job in jobs for line in job.metrics):
+        names |= {name: None for name, value in line.items() if isinstance(value, int | float)}
+    charts = [_chart(name, jobs) for name in names if name not in _PASSED_OVER]
+    return [chart for chart in charts if chart is not None]
 
 
 def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
+    is_smoothed = name in _SMOOTHED
+    # always 0 where there are no routers, or nothing overflows
+    hides_zeros = name in ("aux_loss", "skipped_steps")
     curves: dict[str, Curve] = {}
     for job in jobs:
-        found: list[Any] = [(line["step"], line.get(name)) for line in job.metrics]
-        curve = [point for point in found if isinstance(point[1], int | float)]
-        # always 0 where there are no routers, or nothing overflows
-        if name not in ("aux_loss", "skipped_steps") or any(value for _, value in curve):
-            curves[job.label] = smoothed(curve, SMOOTHING) if name in _SMOOTHED else curve
-    title = f"{name}, running mean" if name in _SMOOTHED else name
+        points = [(line["step"], line.get(name)) for line in job.metrics]
+        curve: list[Any] = [point for point in points if isinstance(point[1], int | float)]
+        if not hides_zeros or any(value for _, value in curve):
+            curves[job.label] = smoothed(curve, SMOOTHING) if is_smoothed else curve
+    title = f"{name}, running mean" if is_smoothed else name
     return line_chart(title, curves, job_styles(jobs))
 
 
 def smoothed(curve: Curve, past: float) -> Curve:
     """Take a running mean without the pull of its start over finite values."""
-    total, weight, means = 0.0, 0.0, []
+    total = weight = 0.0
+    means = []
     for step, value in curve:
         if math.isfinite(value):
-            total, weight = past * total + (1 - past) * value, past * weight + (1 - past)
+            total = past * total + (1 - past) * value
+            weight = past * weight + (1 - past)
             means.append((step, total / weight))
     return means

@@ -7,13 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from loraloom.config.run_files import METRICS_FILE, RESULT_FILE, SWEEP_TABLE
 from loraloom.config.text import parse_json, read_json, read_text
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import Fields
-
-METRICS_FILE = "metrics.jsonl"
-RESULT_FILE = "result.json"
-SWEEP_TABLE = "sweep.csv"
 
 
 @dataclass(frozen=True)
@@ -36,21 +33,23 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
     if len({job.run for job in jobs}) > 1:
         jobs = [replace(job, label=f"{job.run}/{job.name}") for job in jobs]
     counts = Counter(job.label for job in jobs)
-    if twice := sorted(label for label, count in counts.items() if count > 1):
+    repeated = sorted(label for label, count in counts.items() if count > 1)
+    if repeated:
         raise ConfigError(
-            f"jobs of all RUN_DIRs must have different names, got {', '.join(twice)} more than "
+            f"jobs of all RUN_DIRs must have different names, got {', '.join(repeated)} more than "
             "once; pass each directory once, and give the runs' directories different names"
         )
     return jobs
 
 
 def read_run(path: Path) -> list[Job]:
-    if jobs := list(filter(_is_job, sorted(path.iterdir()) if path.is_dir() else [])):
+    directories = sorted(filter(_is_job, path.iterdir())) if path.is_dir() else []
+    if directories:
         drawn = _read_sweep(path / SWEEP_TABLE)
-        read = [_read_job(directory, path.resolve().name) for directory in jobs]
-        read = [replace(job, drawn=drawn.get(job.name, {})) for job in read]
-        places = {name: place for place, name in enumerate(drawn)}
-        return sorted(read, key=lambda job: places.get(job.name, -1))
+        ranks = {name: rank for rank, name in enumerate(drawn)}
+        jobs = [_read_job(directory, path.resolve().name) for directory in directories]
+        jobs = [replace(job, drawn=drawn.get(job.name, {})) for job in jobs]
+        return sorted(jobs, key=lambda job: ranks.get(job.name, -1))
     if _is_job(path):
         return [_read_job(path, path.absolute().parent.resolve().name)]
     raise ConfigError(
@@ -73,13 +72,15 @@ def _is_job(path: Path) -> bool:
 
 def _read_job(directory: Path, run: str) -> Job:
     """Read a job's two files; a last line of metrics that is being written is passed over."""
-    file, name = directory / RESULT_FILE, directory.resolve().name
-    result = read_json(file, DataError) if file.is_file() else None
+    name = directory.resolve().name
+    result_file = directory / RESULT_FILE
+    result = read_json(result_file, DataError) if result_file.is_file() else None
     file = directory / METRICS_FILE
-    *lines, last = read_text(file, DataError).split("\n") if file.is_file() else [""]
-    numbered = enumerate(lines, start=1)
-    metrics = [parse_json(line or "{}", f"{file}, line {n}", DataError) for n, line in numbered]
+    *texts, last = read_text(file, DataError).split("\n") if file.is_file() else [""]
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        lines.append(parse_json(text or "{}", f"{file}, line {number}", DataError))
     with suppress(DataError):
-        metrics.append(parse_json(last, str(file), DataError))
-    metrics = [line for line in metrics if isinstance(line, dict) and "step" in line]
+        lines.append(parse_json(last, str(file), DataError))
+    metrics = [line for line in lines if isinstance(line, dict) and "step" in line]
     return Job(name, run, metrics, result, name)

@@ -23,7 +23,6 @@ from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Reference, build_objective
 from loraloom.training.step.optimizers import build_scheduler, copy_all
 
-RESULT_FILE = "result.json"
 Status = Literal["finished", "stopped early", "stopped", "failed"]
 
 

@@ -31,10 +31,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeR
 from rich.progress import Progress as RichProgress
 
 from loraloom.atomic_io import append_line, sync
+from loraloom.config.run_files import METRICS_FILE
 from loraloom.errors import plain
 from loraloom.terminal import make_console
 from loraloom.training.job import Job
-from loraloom.training.run_directory import METRICS_FILE, TENSORBOARD_DIRECTORY, RunDirectory
+from loraloom.training.run_directory import TENSORBOARD_DIRECTORY, RunDirectory
 from loraloom.training.settings import TRACKERS
 
 PLAIN_INTERVAL_S = 60.0

@@ -20,15 +20,15 @@ from filelock import FileLock, Timeout
 
 from loraloom.adapters.routed.method import sources_of
 from loraloom.atomic_io import cut_torn_line, remove, remove_leftovers, write_json
+from loraloom.config.run_files import METRICS_FILE, RESULT_FILE, SWEEP_TABLE
 from loraloom.errors import ConfigError
 from loraloom.formats.files import model_card, write_adapter
 from loraloom.formats.raw_files import CONFIG_FILE, SAVED_FILES
 from loraloom.host.host import Host
 from loraloom.training.checkpoints import Checkpoint, CheckpointStore
-from loraloom.training.job import RESULT_FILE, Job, JobResult
+from loraloom.training.job import Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 _JOB_ENTRIES = [*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints"]
 _JOB_ENTRIES += [TENSORBOARD_DIRECTORY, "wandb"]
@@ -41,7 +41,7 @@ class RunDirectory:
         self.path = path
         self.by_job = by_job
         self.checkpoints = CheckpointStore(path / ".checkpoints")
-        self.sweep_table = path / "sweep.csv"
+        self.sweep_table = path / SWEEP_TABLE
         self.sweep_journal = path / "sweep.journal"
         self.sweep_lock = self.checkpoints.directory / "sweep.lock"
         self._by_job = self.checkpoints.directory / "jobs"

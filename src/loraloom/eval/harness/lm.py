@@ -5,7 +5,7 @@ What one adapter is asked is computed for all at once, and kept until the others
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, cast
 from unittest.mock import patch
@@ -50,37 +50,45 @@ class Answers:
         if not adapters:
             raise AdapterError("adapters must name at least one, or None for the base, got none")
         self.adapters = list(dict.fromkeys(adapters))
-        self._host, self._tokenizer, self._batch_size = host, tokenizer, batch_size
+        self._host = host
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
         self._max_tokens = max_tokens_per_batch or scoring.tokens_per_batch(host)
-        self._kept: dict[Any, Any] = {}  # by adapter and request
+        self._answers: dict[Any, Any] = {}  # by adapter and request, until they are asked for
 
-    def of(self, adapter: str | None, requests: Sequence[Any], what: str, quiet: Any) -> list[Any]:
+    def of(self, adapter: str | None, requests: Sequence[Any], kind: str, quiet: Any) -> list[Any]:
         """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
-        compute = self._complete if what == "generate_until" else self._score
-        missing = [one for one in dict.fromkeys(requests) if (adapter, one) not in self._kept]
-        with cast("Any", tqdm)(total=len(missing), desc=what, disable=quiet or None) as bar:
-            for name, request, answer in compute(missing, bar):
-                self._kept[name, request] = answer
-        answers = {one: self._kept.pop((adapter, one)) for one in dict.fromkeys(requests)}
+        unique = list(dict.fromkeys(requests))
+        missing = [request for request in unique if (adapter, request) not in self._answers]
+        with cast("Any", tqdm)(total=len(missing), desc=kind, disable=quiet or None) as bar:
+            if kind == "generate_until":
+                self._complete(missing, bar)
+            else:
+                self._score(missing, bar)
+        answers = {request: self._answers.pop((adapter, request)) for request in unique}
         return [answers[request] for request in requests]
 
-    def _complete(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
-        rows = list(product(requests, self.adapters))
-        asked = [GenerationRequest([*ids], Choice(name), "", *how) for (ids, *how), name in rows]
-        completions = complete(self._host, self._tokenizer, asked, batch_size=self._batch_size)
-        yield from ((n, r, c.text) for (r, n), c in zip(rows, completions, strict=True))
+    def _complete(self, requests: list[Any], bar: Any) -> None:
+        keys = list(product(requests, self.adapters))
+        rows = []
+        for (prompt_ids, sampling, draw), adapter in keys:
+            rows.append(GenerationRequest(list(prompt_ids), Choice(adapter), "", sampling, draw))
+        completions = complete(self._host, self._tokenizer, rows, batch_size=self._batch_size)
+        for (request, adapter), completion in zip(keys, completions, strict=True):
+            self._answers[adapter, request] = completion.text
         bar.update(len(requests))
 
-    def _score(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
+    def _score(self, requests: list[Any], bar: Any) -> None:
         groups = _group_by_context(requests)
-        pairs = [[TokenPair(*map(list, one)) for one in group] for group in groups]
+        pairs = [[TokenPair(*map(list, request)) for request in group] for group in groups]
         rows = scoring.group_rows(self._host, pairs)
-        for places in scoring.token_batches(rows, self._max_tokens // len(self.adapters)):
-            wanted = list(product(self.adapters, places))
-            scores = scoring.score_groups(self._host, rows, wanted, self._max_tokens)
-            for (name, place), of_group in zip(wanted, scores, strict=True):
-                yield from ((name, *one) for one in zip(groups[place], of_group, strict=True))
-            bar.update(sum(len(groups[place]) for place in places))
+        for indices in scoring.token_batches(rows, self._max_tokens // len(self.adapters)):
+            keys = list(product(self.adapters, indices))
+            scores = scoring.score_groups(self._host, rows, keys, self._max_tokens)
+            for (adapter, index), group_scores in zip(keys, scores, strict=True):
+                for request, score in zip(groups[index], group_scores, strict=True):
+                    self._answers[adapter, request] = score
+            bar.update(sum(len(groups[index]) for index in indices))
 
 
 def _group_by_context(requests: list[Any]) -> list[list[Any]]:
@@ -90,8 +98,8 @@ def _group_by_context(requests: list[Any]) -> list[list[Any]]:
     for context, continuation in requests:
         num_tokens[context] += len(continuation)
         # a context of very many continuations is read several times, in rows of bounded length
-        part = num_tokens[context] // _TOKENS_BESIDE_CONTEXT
-        groups.setdefault((context, part), []).append((context, continuation))
+        row = num_tokens[context] // _TOKENS_BESIDE_CONTEXT
+        groups.setdefault((context, row), []).append((context, continuation))
     return [*groups.values()]
 
 
@@ -124,19 +132,26 @@ class HostLM(_HFLM):
         longest = host.config.max_position_embeddings
         if max_length is not None and not 1 <= max_length <= longest:
             raise ConfigError(f"max_length must be in [1, {longest}], got {max_length}")
-        self.host, self.adapter = host, adapter
+        self.host = host
+        self.adapter = adapter
         self.answers = answers or Answers(
             host, tokenizer, [adapter], max_tokens_per_batch, batch_size
         )
         # what HFLM's own methods read
         self.tokenizer: Any = tokenizer
-        self.backend, self.add_bos_token, self.enable_thinking = "causal", add_bos_token, None
-        self.custom_prefix_token_id, self.batch_size_per_gpu = prefix_token_id, batch_size
+        self.backend = "causal"
+        self.add_bos_token = add_bos_token
+        self.enable_thinking = None
+        self.custom_prefix_token_id = prefix_token_id
+        self.batch_size_per_gpu = batch_size
         self.chat_template_args: dict[str, Any] = {}
         self._ends: tuple[str, ...] = ()  # of turns, in a template that is applied
         self._max_length = max_length or longest
-        self._model, self._config, self._device = host.model, host.config, host.device
-        self._rank, self._world_size = 0, 1
+        self._model = host.model
+        self._config = host.config
+        self._device = host.device
+        self._rank = 0
+        self._world_size = 1
 
     def get_model_info(self) -> dict[str, Any]:
         return {
@@ -166,21 +181,25 @@ class HostLM(_HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        # a context of blanks has no token of its own
-        pairs = [TokenPair(text or [self.prefix_token_id], rest) for _, text, rest in requests]
-        asked = [tuple(map(tuple, scoring.fit_pair(pair, self.max_length))) for pair in pairs]
-        scores = self.answers.of(self.adapter, asked, "loglikelihood", disable_tqdm)
+        keys = []
+        for _, context, continuation in requests:
+            # a context of blanks has no token of its own
+            pair = TokenPair(context or [self.prefix_token_id], continuation)
+            keys.append(tuple(map(tuple, scoring.fit_pair(pair, self.max_length))))
+        scores = self.answers.of(self.adapter, keys, "loglikelihood", disable_tqdm)
         for score in scores:
             if not math.isfinite(score.log_likelihood):
                 raise not_finite("log-likelihoods", score.log_likelihood, [self.adapter])
         return [tuple(score) for score in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        pairs: list[Any] = [request.args for request in requests]
-        asked = [self._completion(text, how, n) for n, (text, how) in enumerate(pairs)]
-        return self.answers.of(self.adapter, asked, "generate_until", disable_tqdm)
+        keys = []
+        for index, request in enumerate(requests):
+            text, settings = cast("Any", request.args)
+            keys.append(self._completion(text, settings, index))
+        return self.answers.of(self.adapter, keys, "generate_until", disable_tqdm)
 
-    def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> tuple[Any, ...]:
+    def _completion(self, text: str, settings: Mapping[str, Any], index: int) -> tuple[Any, ...]:
         sampling = parse_generation(settings, self.max_gen_toks)
         sampling = sampling.model_copy(update={"stop": (*sampling.stop, *self._ends)})
         length = min(self.max_length, self.host.max_positions)
@@ -191,8 +210,8 @@ class HostLM(_HFLM):
                 f"tokens, got {sampling.max_new_tokens}"
             )
         ids = self.tok_encode(text) or [self.prefix_token_id]
-        # by the place, the random draws of equal prompts are apart
-        return tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0
+        # by the index, the random draws of equal prompts are apart
+        return tuple(ids)[-room:], sampling, index if sampling.temperature > 0 else 0
 
 
 def _chat_template(host: Host, tokenizer: PreTrainedTokenizerBase, adapter: str | None) -> Any:
@@ -204,13 +223,13 @@ def _chat_template(host: Host, tokenizer: PreTrainedTokenizerBase, adapter: str 
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
     normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
     stop = tuple(dict.fromkeys(filter(None, normal.pop("until"))))
-    length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")
+    max_gen_toks = normal.pop("max_gen_toks")
+    do_sample = normal.pop("do_sample")
     if do_sample and float(normal.setdefault("temperature", 1.0)) == 0:
         raise ConfigError("generation_kwargs: do_sample requires temperature above 0, got 0")
     ignored = () if do_sample else ("temperature", "top_k", "top_p")
     chosen = {n: value for n, value in normal.items() if value is not None and n not in ignored}
-    settings = {"max_new_tokens": length, "stop": stop, **chosen}
-    return checked(SamplingConfig, settings)
+    return checked(SamplingConfig, {"max_new_tokens": max_gen_toks, "stop": stop, **chosen})
 
 
 def evaluate_adapters(
@@ -226,15 +245,17 @@ def evaluate_adapters(
     """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
     # Other options are `lm_eval.simple_evaluate`'s.
     # Adapters whose prompts differ have no requests in common.
-    groups: dict[str, list[str | None]] = {}
+    groups: dict[Any, list[str | None]] = {}
     for name in adapters:
-        is_chat = bool(options.get("apply_chat_template"))
-        template = str(_chat_template(host, tokenizer, name)) if is_chat else ""
+        template = None
+        if options.get("apply_chat_template"):
+            template = str(_chat_template(host, tokenizer, name))
         groups.setdefault(template, []).append(name)
     models: dict[str | None, Any] = {}
     for names in [*groups.values()] or [[]]:  # an error
         answers = Answers(host, tokenizer, names, max_tokens_per_batch, batch_size)
-        models |= {name: HostLM(host, tokenizer, name, answers=answers) for name in names}
+        for name in names:
+            models[name] = HostLM(host, tokenizer, name, answers=answers)
     # the tasks are there, so none is looked up
     options |= {"tasks": list(tasks), "task_manager": TaskManager(include_defaults=False)}
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes

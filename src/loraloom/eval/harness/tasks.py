@@ -41,11 +41,13 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> list[Task |
 
 def check_asks_text(loaded: Sequence[Task | Group]) -> None:
     """Refuse tasks that lm-eval wouldn't ask, before the model is there."""
-    groups = [one.get_all_tasks() if isinstance(one, Group) else [one] for one in loaded]
-    for mark, what in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
-        found = [task.task_name for group in groups for task in group if getattr(task, mark, False)]
-        if found:
-            raise ConfigError(f"--harness does not support tasks that {what}: {', '.join(found)}")
+    tasks = []
+    for entry in loaded:
+        tasks += entry.get_all_tasks() if isinstance(entry, Group) else [entry]
+    for mark, reason in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
+        names = [task.task_name for task in tasks if getattr(task, mark, False)]
+        if names:
+            raise ConfigError(f"--harness does not support tasks that {reason}: {', '.join(names)}")
 
 
 def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
@@ -83,46 +85,58 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
     return [groups[name]] if name in groups else list(tasks.values())
 
 
-def as_evaluation(found: Results, **details: Any) -> Evaluation:
+def as_evaluation(by_adapter: Results, **details: Any) -> Evaluation:
     """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`."""
     # `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one `accuracy` is.
-    plain = {n or BASE: {k: v for k, v in of.items() if k != "samples"} for n, of in found.items()}
-    text = json.dumps(plain, default=handle_non_serializable)
-    details["lm_eval"] = json.loads(text, parse_constant=lambda _: None)
-    return Evaluation(
-        schema_version=SCHEMA_VERSION,
-        results={n or BASE: {t: _result(of, t) for t in of["results"]} for n, of in found.items()},
-        tasks={},
-        **details,
-    )
+    results: dict[str, dict[str, Fields]] = {}
+    plain = {}
+    for adapter, output in by_adapter.items():
+        name = adapter or BASE
+        results[name] = {task: _result(output, task) for task in output["results"]}
+        plain[name] = {key: value for key, value in output.items() if key != "samples"}
+    details["lm_eval"] = _plain_json(plain)
+    return Evaluation(schema_version=SCHEMA_VERSION, results=results, tasks={}, **details)
 
 
-def _result(found: Mapping[str, Any], task: str) -> Fields:
-    figures, config = found["results"][task], found["configs"].get(task, {})
+def _plain_json(value: Any) -> Any:
+    text = json.dumps(value, default=handle_non_serializable)
+    return json.loads(text, parse_constant=lambda _: None)  # infinity and NaN
+
+
+def _result(output: Mapping[str, Any], task: str) -> Fields:
+    figures = output["results"][task]
     metrics = {}
     for key, value in figures.items():
-        metric, comma, chosen_filter = key.partition(",")
+        metric, comma, filter_name = key.partition(",")
         if comma and not metric.endswith("_stderr"):
-            stderr = figures.get(f"{metric}_stderr,{chosen_filter}")
+            stderr = figures.get(f"{metric}_stderr,{filter_name}")
             metrics[key] = {"value": _number(value), "stderr": _number(stderr)}
     result: Fields = {
         "num_examples": figures.get("sample_len"),
-        "num_fewshot": found["n-shot"].get(task),
+        "num_fewshot": output["n-shot"].get(task),
         "metrics": metrics,
     }
-    known = {key.partition(",")[0]: key for key in reversed(metrics)}
-    if main := next((known[name] for name in _ACCURACIES if name in known), None):
-        value, stderr = metrics[main].values()
-        result |= {"accuracy": value, "stderr": stderr, "metric": main}
+    # the first filter of the first metric that counts as accuracy
+    keys = {key.partition(",")[0]: key for key in reversed(metrics)}
+    key = next((keys[name] for name in _ACCURACIES if name in keys), None)
+    if key is not None:
+        value, stderr = metrics[key].values()
+        result |= {"accuracy": value, "stderr": stderr, "metric": key}
         count = result["num_examples"] or 0
-        # else it is a mean of other marks than right and wrong
-        share = value if value is not None and 0 <= value <= 1 < count else math.nan
-        error = math.sqrt(share * (1 - share) / max(count - 1, 1))
-        if stderr is not None and math.isclose(stderr, error, rel_tol=1e-3):
-            result["interval"] = list(wilson_interval(share, count))
-    if split := config.get("test_split") or config.get("validation_split"):
+        if _is_share(value, stderr, count):
+            result["interval"] = list(wilson_interval(value, count))
+    config = output["configs"].get(task, {})
+    split = config.get("test_split") or config.get("validation_split")
+    if split:
         result["split"] = split
     return result
+
+
+def _is_share(value: float | None, stderr: float | None, count: int) -> bool:
+    """Whether a mean is of right and wrong answers, not of other marks, by its standard error."""
+    if value is None or stderr is None or not 0 <= value <= 1 < count:
+        return False
+    return math.isclose(stderr, math.sqrt(value * (1 - value) / (count - 1)), rel_tol=1e-3)
 
 
 def _number(value: Any) -> float | None:
@@ -130,23 +144,25 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def question_lines(found: Results) -> Iterator[dict[str, Any]]:
+def question_lines(by_adapter: Results) -> Iterator[dict[str, Any]]:
     """Yield what `--per-question` writes of each task, filter, adapter and question."""
-    for name, of_adapter in found.items():
-        for task, samples in of_adapter["samples"].items():
+    for adapter, output in by_adapter.items():
+        for task, samples in output["samples"].items():
             for sample in samples:
-                metrics = {metric: sample[metric] for metric in sample["metrics"]}
-                accuracy = next((metrics[n] for n in _ACCURACIES if n in metrics), None)
-                line = {
-                    "task": task,
-                    "index": sample["doc_id"],
-                    "question": sample["doc_hash"][:16],
-                    "adapter": name or BASE,
-                    "filter": sample["filter"],
-                    **({"correct": bool(accuracy)} if accuracy in (0, 1) else {}),
-                    "correct_label": sample["target"],
-                    "metrics": metrics,
-                    "responses": sample["filtered_resps"],
-                }
-                text = json.dumps(line, default=handle_non_serializable)
-                yield json.loads(text, parse_constant=lambda _: None)  # infinity and NaN
+                yield _plain_json(_question_line(task, adapter or BASE, sample))
+
+
+def _question_line(task: str, adapter: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {metric: sample[metric] for metric in sample["metrics"]}
+    accuracy = next((metrics[name] for name in _ACCURACIES if name in metrics), None)
+    return {
+        "task": task,
+        "index": sample["doc_id"],
+        "question": sample["doc_hash"][:16],
+        "adapter": adapter,
+        "filter": sample["filter"],
+        **({"correct": bool(accuracy)} if accuracy in (0, 1) else {}),
+        "correct_label": sample["target"],
+        "metrics": metrics,
+        "responses": sample["filtered_resps"],
+    }
