@@ -18,7 +18,6 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.fields import checked
@@ -31,6 +30,7 @@ from loraloom.generation.request import GenerationRequest
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.host.choice import Choice
 from loraloom.host.host import Host
+from loraloom.terminal import make_console, show_progress
 
 # Most tokens of continuations in one row; attention's cost is quadratic in a row.
 _TOKENS_BESIDE_CONTEXT = 512
@@ -58,20 +58,22 @@ class Answers:
         """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
         compute = self._complete if what == "generate_until" else self._score
         missing = [one for one in dict.fromkeys(requests) if (adapter, one) not in self._kept]
-        with cast("Any", tqdm)(total=len(missing), desc=what, disable=quiet or None) as bar:
-            for name, request, answer in compute(missing, bar):
+        console = make_console(stderr=True)
+        is_shown = console.is_terminal and not quiet
+        with show_progress(console if is_shown else None, what, [1] * len(missing)) as advance:
+            for name, request, answer in compute(missing, advance):
                 self._kept[name, request] = answer
         answers = {one: self._kept.pop((adapter, one)) for one in dict.fromkeys(requests)}
         return [answers[request] for request in requests]
 
-    def _complete(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
+    def _complete(self, requests: list[Any], advance: Any) -> Iterator[tuple[str | None, Any, Any]]:
         rows = list(product(requests, self.adapters))
         asked = [GenerationRequest([*ids], Choice(name), "", *how) for (ids, *how), name in rows]
         completions = complete(self._host, self._tokenizer, asked, batch_size=self._batch_size)
         yield from ((n, r, c.text) for (r, n), c in zip(rows, completions, strict=True))
-        bar.update(len(requests))
+        advance(range(len(requests)))
 
-    def _score(self, requests: list[Any], bar: Any) -> Iterator[tuple[str | None, Any, Any]]:
+    def _score(self, requests: list[Any], advance: Any) -> Iterator[tuple[str | None, Any, Any]]:
         groups = _group_by_context(requests)
         pairs = [[TokenPair(*map(list, one)) for one in group] for group in groups]
         rows = scoring.group_rows(self._host, pairs)
@@ -80,7 +82,8 @@ class Answers:
             scores = scoring.score_groups(self._host, rows, wanted, self._max_tokens)
             for (name, place), of_group in zip(wanted, scores, strict=True):
                 yield from ((name, *one) for one in zip(groups[place], of_group, strict=True))
-            bar.update(sum(len(groups[place]) for place in places))
+            for place in places:
+                advance(range(len(groups[place])))
 
 
 def _group_by_context(requests: list[Any]) -> list[list[Any]]:
