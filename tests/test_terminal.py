@@ -78,28 +78,32 @@ def progress(**console):
     return stream.getvalue()
 
 
-def test_progress_is_shown_now_and_then_and_disappears(monkeypatch):
+def test_progress_is_a_line_now_and_then_in_a_file(monkeypatch):
     assert progress() == ""  # within ten seconds
     monkeypatch.setattr(terminal, "PLAIN_INTERVAL_S", 0)
-    assert "toy: 50 % |" in progress()
-    assert progress().endswith("\r")
+    assert progress().splitlines()[0] == "toy: 50 %"
     assert progress(quiet=True) == ""
+
+
+def test_progress_disappears_from_a_terminal():
+    shown = progress(force_terminal=True)
+    assert "toy: 100 %" in shown
+    assert shown.endswith("\x1b[2K")  # the line is erased
 
 
 def test_the_time_left_is_estimated_without_the_first_items(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(terminal, "monotonic", lambda: now[0])
     stream = io.StringIO()
     console = make_console(file=stream, width=80)
     with show_progress(console, "toy", [1] * 1000) as advance:
         now[0] = 64.0  # of a machine that warms up
         advance([0])
-        assert "toy: 0 % |" in stream.getvalue()
-        assert "ETA" not in stream.getvalue()
-        for place in range(1, 31):
+        assert stream.getvalue() == "toy: 0 %\n"
+        for index in range(1, 31):
             now[0] += 0.5
-            advance([place])
-    assert re.findall(r"ETA (\S+)", stream.getvalue()) == ["08:09"]  # 979 of half a second
+            advance([index])
+    assert re.findall(r"ETA (\S+)", stream.getvalue()) == ["0:08:10"]  # 980 of half a second
 
 
 def test_every_console_is_made_in_one_place():

@@ -4,16 +4,20 @@ Names, templates and texts of others may hold what rich takes for markup (`[/INS
 (`:tada:`), so every console is made here, where both are off.
 """
 
+import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain
+from time import monotonic
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
-from tqdm.auto import tqdm
 
 from loraloom.errors import plain
 
@@ -47,30 +51,33 @@ def show_progress(
     """Show the share of items done, by the sizes that are given when done, and the time left."""
     console = console or notebook_console()
     is_live = console is not None and (console.is_terminal or console.is_jupyter)
-    interval_s = 0.1 if is_live else PLAIN_INTERVAL_S
-    form = "{desc}: {percentage:.0f} % |{bar}|"
-    bar: Any = tqdm(
-        total=sum(sizes),
-        file=console and console.file,
-        disable=console is None or console.quiet,
-        leave=False,
-        delay=interval_s,
-        mininterval=interval_s,
-        smoothing=0,
-        desc=name,
-        bar_format=form,
+    bars = Progress(
+        TextColumn("{task.description}: {task.percentage:.0f} %", markup=False),
+        BarColumn(),
+        "ETA",
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not is_live,
+        get_time=monotonic,
+        speed_estimate_period=math.inf,
     )
+    # the first items take longest: rich estimates the time left by those after them
+    bars.add_task(name, total=sum(sizes))
+    task = bars.tasks[0]
+    due_at = monotonic() + PLAIN_INTERVAL_S
 
-    def advance(places: Sequence[int]) -> None:
-        is_first = not (bar.disable or bar.n)
-        bar.update(sum(sizes[place] for place in places))
-        if is_first:  # The first items take longest; time left is estimated by those after them.
-            bar.unpause()
-            bar.initial = bar.n
-            bar.start_t = bar.last_print_t
-            bar.bar_format = f"{form} ETA {{remaining}}"
+    def advance(indices: Sequence[int]) -> None:
+        nonlocal due_at
+        bars.update(task.id, advance=sum(sizes[index] for index in indices))
+        if console is None or is_live or monotonic() < due_at:
+            return
+        due_at = monotonic() + PLAIN_INTERVAL_S
+        has_estimate = task.time_remaining is not None
+        remaining = f", ETA {timedelta(seconds=task.time_remaining or 0)}" if has_estimate else ""
+        console.print(f"{name}: {task.percentage:.0f} %{remaining}")
 
-    with bar:
+    with bars:
         yield advance
 
 
@@ -83,10 +90,9 @@ def printed(text: str) -> str:
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
     """Print tables with an empty line between two, each in parts that fit."""
     for number, table in enumerate(tables):
-        lines = [line for part in fitted(table, console.width) for line in ("", part)][1:]
-        above, below = (
-            [] if text is None else [_as_text(text)] for text in (table.title, table.caption)
-        )
+        lines = [line for piece in fitted(table, console.width) for line in ("", piece)][1:]
+        above = [] if table.title is None else [_as_text(table.title)]
+        below = [] if table.caption is None else [_as_text(table.caption)]
         console.print(*([""] if number else []), *above, *lines, *below, sep="\n")
 
 
@@ -97,25 +103,27 @@ def fitted(table: Table, width: int) -> Iterator[Table]:
     num_keys = max(is_number.index(True), 1) if any(is_number) else len(is_number)
     keys, values = table.columns[:num_keys], table.columns[num_keys:]
     widths = [min(_width(key, of_words=True), width // 2 // num_keys) for key in keys]
-    parts: list[list[Column]] = [[]]
+    groups: list[list[Column]] = [[]]
     for column in values:
-        if parts[-1] and sum(map(_width, [*parts[-1], column])) > width - sum(widths):
-            parts.append([])
-        parts[-1].append(column)
-    for columns in parts:
-        part = Table(box=table.box, padding=table.padding, show_header=table.show_header)
-        for column, least in zip([*keys, *columns], [*widths, *map(_width, columns)], strict=True):
-            part.add_column(
+        if groups[-1] and sum(map(_width, [*groups[-1], column])) > width - sum(widths):
+            groups.append([])
+        groups[-1].append(column)
+    for group in groups:
+        piece = Table(box=table.box, padding=table.padding, show_header=table.show_header)
+        columns = [*keys, *group]
+        min_widths = [*widths, *map(_width, group)]
+        for index, (column, min_width) in enumerate(zip(columns, min_widths, strict=True)):
+            piece.add_column(
                 _as_text(column.header),
                 justify=column.justify,
-                no_wrap=any(column is one for one in columns),
+                no_wrap=index >= num_keys,
                 overflow="fold",
-                min_width=least - _PADDING,
+                min_width=min_width - _PADDING,
             )
-        cells = (column.cells for column in [*keys, *columns])
+        cells = (column.cells for column in columns)
         for row, *texts in zip(table.rows, *cells, strict=True):
-            part.add_row(*map(_as_text, texts), style=row.style)
-        yield part
+            piece.add_row(*map(_as_text, texts), style=row.style)
+        yield piece
 
 
 def _as_text(cell: object) -> Text:
@@ -125,6 +133,6 @@ def _as_text(cell: object) -> Text:
 
 def _width(column: Column, *, of_words: bool = False) -> int:
     """Characters of the longest line or word, and the padding after it."""
-    texts = [plain(str(text)) for text in (column.header, *column.cells)]
-    parts = [part for text in texts for part in (text.split() if of_words else text.split("\n"))]
-    return max(map(cell_len, parts), default=0) + _PADDING
+    separator = None if of_words else "\n"
+    cells = (plain(str(text)).split(separator) for text in (column.header, *column.cells))
+    return max(map(cell_len, chain.from_iterable(cells)), default=0) + _PADDING

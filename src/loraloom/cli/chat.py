@@ -5,6 +5,7 @@ import math
 import re
 import secrets
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -62,23 +63,26 @@ def chat(
     """
     check_sources(options, options.adapters)
     host, tokenizer = load_host(options, options.adapters)
-    forms = [part.prompt for adapter in host.adapters.values() for part in adapter.parts]
+    parts = chain.from_iterable(adapter.parts for adapter in host.adapters.values())
+    forms = [adapter.prompt for adapter in parts]
     has_turns = tokenizer.chat_template or any(form and not form.is_text for form in forms)
     if options.system and (options.raw or not has_turns):
         raise ConfigError("--system requires a chat template; remove --system or --raw")
-    deaf = [name for name, one in host.adapters.items() if one.prompt and one.prompt.is_text]
+    adapters = host.adapters.items()
+    deaf = [name for name, adapter in adapters if adapter.prompt and adapter.prompt.is_text]
     if options.system and deaf:
         print(f"note: {', '.join(deaf)} will not see --system, as trained on texts without turns")
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
-    known = [BASE, *host.adapters, *options.derived]
+    names = [BASE, *host.adapters, *options.derived]
     for name in options.derived:
         host.adapter(name)  # an error if there is none
-    room = default_cache_tokens(host, len(known))
-    engine = Engine(host, tokenizer, EngineLimits(len(known), room, max_request_s=math.inf))
+    max_tokens = default_cache_tokens(host, len(names))
+    limits = EngineLimits(len(names), max_tokens, max_request_s=math.inf)
+    engine = Engine(host, tokenizer, limits)
     conversation = Conversation(engine, tokenizer, options.system, raw=options.raw)
-    models = known[-1:]
-    print(f"models: {', '.join(known)}; /help for commands")
+    models = names[-1:]
+    print(f"models: {', '.join(names)}; /help for commands")
     while (line := _read_line(f"{' '.join(models)}> ")) is not None and line.rstrip() != "/quit":
         words = line.split()
         command = words.pop(0) if line.startswith("/") else ""
@@ -86,9 +90,10 @@ def chat(
             if command in ("/adapter", "/compare"):
                 for word in filter(is_derived, words):
                     host.adapter(word)
-                if not words or not {word for word in words if not is_derived(word)} <= {*known}:
-                    wanted = " or ".join(known)
-                    raise ConfigError(f"{command} requires {wanted}, got {shown(words)}")
+                unknown = [word for word in words if word not in names and not is_derived(word)]
+                if unknown or not words:
+                    allowed = " or ".join(names)
+                    raise ConfigError(f"{command} requires {allowed}, got {shown(words)}")
                 models = list(dict.fromkeys(words))
             elif command == "/reset":
                 conversation.turns.clear()

@@ -56,21 +56,22 @@ class CombineOptions(HostOptions):
     @override
     def contradictions(self) -> Iterator[str]:
         for ways, names in _ONLY.items():
-            for name in sorted(self.model_fields_set & {*names}) if self.by not in ways else ():
-                option, allowed = name.replace("_", "-"), " or ".join(ways)
-                yield f"--{option} requires --by {allowed}"
+            if self.by not in ways:
+                for name in sorted(self.model_fields_set & {*names}):
+                    yield f"--{name.replace('_', '-')} requires --by {' or '.join(ways)}"
 
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
         """Split NAME=VALUE, of adapters that are there."""
-        found = {name: value for name, _, value in (text.partition("=") for text in texts)}
-        if len(found) < len(texts):
+        values = {name: value for name, _, value in (text.partition("=") for text in texts)}
+        if len(values) < len(texts):
             raise ConfigError(f"--{option} must name each adapter once, got {', '.join(texts)}")
-        if odd := [name for name, value in found.items() if not value or name not in self.adapters]:
-            raise ConfigError(
-                f"--{option} must be NAME=VALUE, where NAME is one of "
-                f"{', '.join(self.adapters) or 'the adapters'}, got {odd[0]!r}"
-            )
-        return found
+        for name, value in values.items():
+            if not value or name not in self.adapters:
+                raise ConfigError(
+                    f"--{option} must be NAME=VALUE, where NAME is one of "
+                    f"{', '.join(self.adapters) or 'the adapters'}, got {name!r}"
+                )
+        return values
 
 
 def combine(
@@ -101,23 +102,25 @@ def combine(
         refuse_to_overwrite(output)
     check_sources(options, adapters)
     host, tokenizer = load_host(options, adapters)
-    names, combined, fit = list(adapters), "combined", None
+    names = list(adapters)
+    combined = "combined"
     while combined in adapters:
         combined += "-"
     if options.by in ("prompt", "arrow"):
         settings = options.model_dump(include={"top_k", "num_layers_read"})
         experts = {name: name for name in names}
         host.add(combined, of_experts(experts, router=options.by, **settings))
-        if options.by == "prompt":
-            sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
-            if options.scoring and not any("task" in source for source in sources.values()):
-                raise ConfigError("--scoring requires a task in --prompts, got data sets")
-            fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
     else:
         host.combine(names, factors, options.by, name=combined)
+    fit = None
+    if options.by == "prompt":
+        sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
+        if options.scoring and not any("task" in source for source in sources.values()):
+            raise ConfigError("--scoring requires a task in --prompts, got data sets")
+        fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
     host.save(combined, output, overwrite=options.overwrite)
     if fit:
-        _tell(console, fit)
+        _print_fit(console, fit)
     console.print(f"wrote {output}: {', '.join(names)} combined by {options.by}")
 
 
@@ -126,15 +129,15 @@ def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mappin
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
         return {"task": data} | ({"scoring": scoring} if scoring else {})
     form = host.adapter(name).prompt
-    wanted = (*([form.format] if form else ()), *ROW_FORMATS)
-    return infer_source({"dataset": data}, first_rows(find_location(data, "train")), wanted)
+    formats = (form.format, *ROW_FORMATS) if form else ROW_FORMATS
+    return infer_source({"dataset": data}, first_rows(find_location(data, "train")), formats)
 
 
-def _tell(console: Console, fit: RouterFit) -> None:
+def _print_fit(console: Console, fit: RouterFit) -> None:
     table = make_table("prompts of", values=["held out", "correct", "chosen instead"])
     for name, chosen in fit.chosen.items():
-        others = sorted(chosen.keys() - {name}, key=lambda one: -chosen[one])
-        wrong = ", ".join(f"{one} {chosen[one]}" for one in others)
-        table.add_row(name, str(sum(chosen.values())), str(chosen.get(name, 0)), wrong)
+        wrong = sorted(chosen.keys() - {name}, key=lambda adapter: -chosen[adapter])
+        counts = ", ".join(f"{adapter} {chosen[adapter]}" for adapter in wrong)
+        table.add_row(name, str(sum(chosen.values())), str(chosen.get(name, 0)), counts)
     print_tables(console, [table])
     console.print(f"The router is correct for {fit.accuracy:.1%} of the held-out prompts.")

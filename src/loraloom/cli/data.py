@@ -44,24 +44,25 @@ def show(
     table = make_table("source", values=COUNTS)
     faults: list[str] = []
     for job in run.all_jobs:
-        splits = [(source, "train") for source in job.data.sources]
-        splits += [(job.data.validation, "validation")] if job.data.validation else []
+        data, train = job.data, job.train
+        splits = [(source, "train") for source in data.sources]
+        splits += [(data.validation, "validation")] if data.validation else []
         for source, split in splits:
-            train, streaming = job.train, job.data.streaming and split == "train"
             as_pairs = train.objective.learns_from_pairs
             encoder = SourceEncoder(source, tokenizer, train.max_length, as_pairs)
+            streaming = data.streaming and split == "train"
+            limit = rows if streaming else None
             try:
-                limit = rows if streaming else None
-                found, encoded = encoder.read(split, limit, streaming=streaming)
+                read, encoded = encoder.read(split, limit, streaming=streaming)
                 for number, row in enumerate(encoded[:rows], start=1):
                     name = f"{job.name}: {encoder.name}, row {number}"
                     for line in row_lines(name, row, tokenizer):
                         console.print(line, style="" if line.strip(" ^") else "bold green")
                 name = f"{job.name}: {Path(encoder.name).name}"
                 column = (source.fields or {}).get("tools", "tools")
-                counts = _count(encoded, sum(bool(row.get(column)) for row in found))
-                table.add_row(name, *map(str, counts))
-                encoder.check(found, encoded)
+                num_with_tools = sum(bool(row.get(column)) for row in read)
+                table.add_row(name, *map(str, _count(encoded, num_with_tools)))
+                encoder.check(read, encoded)
             except DataError as error:
                 faults.append(str(error))
     console.print()
@@ -74,22 +75,25 @@ def show(
 def _filled_in(settings: dict[str, Any]) -> dict[str, Any]:
     # what data does not depend on: a run file may be checked before it has methods and rates
     jobs: Any = settings.get("jobs")
-    for place, job in enumerate(jobs if isinstance(jobs, list) else ()):
+    for index, job in enumerate(jobs if isinstance(jobs, list) else ()):
         if isinstance(job, dict):
-            has_pairs = "'format': 'preference'" in str(job.get("data"))  # a mix's source too
-            train = {"max_steps": 1, **({"objective": {"name": "dpo"}} if has_pairs else {})}
+            train: dict[str, Any] = {"max_steps": 1}
+            if "'format': 'preference'" in str(job.get("data")):  # a mix's source too
+                train["objective"] = {"name": "dpo"}
             adapter = {"method": CONFIGS[0].model_fields["method"].default}
-            jobs[place] = {"name": f"job{place + 1}", "adapter": adapter, "train": train, **job}
+            jobs[index] = {"name": f"job{index + 1}", "adapter": adapter, "train": train, **job}
     return {"output_dir": "out", **settings}
 
 
 def _count(rows: Sequence[EncodedRow], num_with_tools: int) -> tuple[int, ...]:
     # in the order of COUNTS; rows with the same tokens count as duplicates, whatever they say
-    learnt = [tuple(piece.input_ids for piece in row.pieces) for row in rows if row.pieces]
+    learned = [tuple(piece.input_ids for piece in row.pieces) for row in rows if row.pieces]
     empty = sum(row.is_empty for row in rows)
     faulty = sum(bool(row.fault) for row in rows) - empty
-    cut, dropped = sum(row.is_cut for row in rows), len(rows) - len(learnt) - empty - faulty
-    return len(rows), empty, cut, dropped, len(learnt) - len(set(learnt)), num_with_tools, faulty
+    cut = sum(row.is_cut for row in rows)
+    dropped = len(rows) - len(learned) - empty - faulty
+    duplicates = len(learned) - len(set(learned))
+    return len(rows), empty, cut, dropped, duplicates, num_with_tools, faulty
 
 
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -97,8 +101,8 @@ def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) ->
     if not row.pieces:
         yield f"\n{name}: {row.fault or 'dropped, because the answer exceeds max_length'}"
     for number, piece in enumerate(row.pieces, start=1):
-        part = f", text {number} of {len(row.pieces)}" if len(row.pieces) > 1 else ""
-        yield f"\n{name}{part}: {len(piece.input_ids)} tokens, {sum(piece.is_learnt)} in the loss"
+        text = f", text {number} of {len(row.pieces)}" if len(row.pieces) > 1 else ""
+        yield f"\n{name}{text}: {len(piece.input_ids)} tokens, {sum(piece.is_learnt)} in the loss"
         yield from token_lines(tokenizer, piece.input_ids, piece.is_learnt, WIDTH)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,13 +92,14 @@ def generate(
     with show_progress(messages, "rows", [1] * len(rows)) as advance:
         advance(range(num_done))
         for start in range(num_done, len(rows), size):
-            part = slice(start, start + size)
-            batch = complete(host, tokenizer, requests[part], batch_size=size)
-            answers = [
-                {"completion": one.text, **describe_choice(one.choice, tokenizer)} for one in batch
-            ]
-            _write(options, [row | one for row, one in zip(rows[part], answers, strict=True)])
-            advance(range(start, start + len(batch)))
+            stop = min(start + size, len(rows))
+            batch = complete(host, tokenizer, requests[start:stop], batch_size=size)
+            completed: list[dict[str, Any]] = []
+            for row, answer in zip(rows[start:stop], batch, strict=True):
+                choice = describe_choice(answer.choice, tokenizer)
+                completed.append({**row, "completion": answer.text, **choice})
+            _write(options, completed)
+            advance(range(start, stop))
 
 
 def _write(options: GenerateOptions, completed: Rows) -> None:
@@ -125,11 +126,12 @@ def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
         # tables put a null where a row lacks a field of others
         if (row.get("prompt") is None) == (row.get("messages") is None):
             row.reject("a row must have either 'prompt' or 'messages', not both or neither")
-        is_plain, tools = row.get("prompt") is not None, read_tools(row, "tools")
+        tools = read_tools(row, "tools")
+        is_plain = row.get("prompt") is not None
         content = row.text("prompt") if is_plain else tuple(read_messages(row, "messages"))
-        wanted = answering if row.get("adapter") is None else [_adapter_of(row, options)]
+        adapters = answering if row.get("adapter") is None else [_adapter_of(row, options)]
         fields = {name: value for name, value in row.items() if name != "prompt"}
-        for adapter in wanted:
+        for adapter in adapters:
             name = list(adapter) if isinstance(adapter, tuple) else adapter or BASE
             yield {**row, "adapter": name}, Prompt(content, adapter, row.origin, tools, fields)
 
@@ -151,8 +153,8 @@ def _adapter_of(row: Row, options: GenerateOptions) -> RowAdapter:
                 return options.check_derived(name)
             except LoraloomError as error:
                 row.reject(str(error))
-    known, got = ", ".join([BASE, *adapters]), shown(row["adapter"])
-    row.reject(f"field 'adapter' must be one of {known}, or [name, scale], got {got}")
+    allowed, got = ", ".join([BASE, *adapters]), shown(row["adapter"])
+    row.reject(f"field 'adapter' must be one of {allowed}, or [name, scale], got {got}")
 
 
 def _count_done(options: GenerateOptions, rows: Rows) -> int:
@@ -164,10 +166,16 @@ def _count_done(options: GenerateOptions, rows: Rows) -> int:
         raise ConfigError(f"--output {path} exists; pass --resume to continue, or delete the file")
     *lines, torn = path.read_bytes().split(b"\n")
     done = [parse_json(line.decode(errors="replace"), str(path)) for line in lines]
-    answered = [row for row in done if isinstance(row, dict) and "completion" in row]
-    answers = [{n: row[n] for n in ("completion", "chosen") if n in row} for row in answered]
-    is_ours = torn[:1] in (b"", b"{") and torn[-1:] != b"}"
-    if not is_ours or [{**row, **one} for row, one in zip(rows, answers, strict=False)] != done:
+    is_ours = torn[:1] in (b"", b"{") and torn[-1:] != b"}" and len(done) <= len(rows)
+    if not is_ours or not all(map(_is_completed, rows, done)):
         raise ConfigError(f"--output {path} contains rows of another command; choose another file")
     cut_torn_line(path)
     return len(done)
+
+
+def _is_completed(row: Mapping[str, Any], done: Any) -> bool:
+    """Whether a row of the output is this row with its completion."""
+    if not isinstance(done, dict) or "completion" not in done:
+        return False
+    answer = {name: done[name] for name in ("completion", "chosen") if name in done}
+    return {**row, **answer} == done

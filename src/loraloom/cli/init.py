@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from os.path import relpath
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import HubSource, Row, RowStream, check_faults, fields_of
 from loraloom.data.tasks import answer_options
 from loraloom.data.templates import compile_template, render
+from loraloom.data.tokens import EncodedRow
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.terminal import make_console
 
@@ -64,115 +65,126 @@ def init(
         output: Run file to write. For choice questions, a task's file joins it.
         overwrite: Replace files that exist.
     """
-    given = {role: name for role, _, name in (text.partition("=") for text in column)}
-    if not all(given.values()):
+    named_columns = {role: name for role, _, name in (text.partition("=") for text in column)}
+    if not all(named_columns.values()):
         raise ConfigError(f"--column must be ROLE=COLUMN, got {', '.join(column)}")
     prepare_output(output, "--output")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists. Pass --overwrite to replace it, or --output FILE.")
     if local_path(file, "FILE", DataError).is_dir():
         raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
-    rows, console = first_rows(file), make_console(soft_wrap=True)
-    wanted = [row_format] if row_format else ROW_FORMATS
-    found, columns = find_columns(file, rows, wanted, given, _ADVICE)
-    named = ", ".join(f"{name} ({role})" for role, name in columns.items())
-    unused = {name for row in rows for name in row} - {*columns.values()}
-    read = f"columns: {named}\nnot used: {', '.join(sorted(unused)) or 'none'}"
-    console.print(plain(f"{file}: format {found}\n{read}\nbase model: {base_model}"))
+    rows = first_rows(file)
+    formats = [row_format] if row_format else ROW_FORMATS
+    row_format, columns = find_columns(file, rows, formats, named_columns, _ADVICE)
+    console = make_console(soft_wrap=True)
+    used = ", ".join(f"{name} ({role})" for role, name in columns.items())
+    unused = ", ".join(sorted({*chain.from_iterable(rows)} - {*columns.values()})) or "none"
+    console.print(plain(f"{file}: format {row_format}\ncolumns: {used}\nnot used: {unused}"))
+    console.print(plain(f"base model: {base_model}"))
     name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.split(".")[0]).strip("-")[:80] or "job"
-    task, task_text = output.with_name(f"{name}-task.yaml"), ""
-    if found == "choices":
+    task = output.with_name(f"{name}-task.yaml")
+    task_text = ""
+    data: dict[str, Any] = {"dataset": str(file), "format": row_format}
+    if row_format == "choices":
         data = {"task": str(task), "path": str(file), "scoring": "text"}
         where = {"data": {"files": {"train": relpath(file, output.parent)}}}
         task_text = to_yaml(where | _task_settings(rows, **columns))
         if task.exists() and not overwrite and read_text(task) != task_text:
             raise ConfigError(f"{task} has other settings. Pass --overwrite to replace the file.")
     else:
-        data = {"dataset": str(file), "format": found, **column_settings(columns)}
+        data |= column_settings(columns)
     data |= {"chat_template": chat_template, "on_empty": on_empty}
     data = {key: value for key, value in data.items() if value}
     tokenizer = load_tokenizer(base_model)
-    most = min(_MAX_LENGTH, tokenizer.model_max_length)
+    max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
     with TemporaryDirectory() as scratch:
-        trial = Path(scratch, task.name)
-        write_output(trial, task_text)
-        source = data | ({"task": str(trial)} if task_text else {})
-        encoder = SourceEncoder(checked(SourceConfig, source), tokenizer, most)
+        source = data
+        if task_text:
+            source = data | {"task": str(Path(scratch, task.name))}
+            write_output(Path(scratch, task.name), task_text)
+        encoder = SourceEncoder(checked(SourceConfig, source), tokenizer, max_length)
         encoded = encoder.load("train")
-    place, first = next((place, row) for place, row in enumerate(encoded, 1) if row.pieces)
-    lengths = [len(piece.input_ids) for row in encoded for piece in row.pieces]
-    sizes = f"{min(lengths)} to {max(lengths)} tokens, {median(lengths):.0f} in the median"
-    learned = [row.pieces for row in encoded if row.pieces]
-    distinct = {*learned}
-    repeats = len(learned) - len(distinct)
-    notes = encoder.notes(encoded)
-    if repeats:
-        notes = [f"{repeats} duplicate{'s' if repeats > 1 else ''}", *notes]
-    settings = {
-        "base_model": to_yaml({"base_model": base_model}).strip(),
-        "format": found,
-        "name": name,
-        "job": to_yaml({"name": name}).strip(),
-        "data": to_yaml(data).strip(),
-        "num_rows": len(encoded),
-        "num_distinct": len(distinct),
-        "num_examples": sum(map(len, distinct)) // (2 if found == "preference" else 1),
-        "longest": f"{'at least ' if any(row.is_cut for row in encoded) else ''}{max(lengths)}",
-        "median": f"{median(lengths):.0f}",
-        "max_length": min(max(1 << (max(lengths) - 1).bit_length(), 512), most),
-    }
-    template = Path(__file__).with_suffix(".yaml.jinja")
+    sizes = _measure(encoded, max_length)
+    settings = {"base_model": {"base_model": base_model}, "job": {"name": name}, "data": data}
+    sizes |= {key: to_yaml(value).strip() for key, value in settings.items()}
+    file = Path(__file__).with_suffix(".yaml.jinja")
+    template = compile_template(read_text(file), file.name)
     if task_text:
         write_output(task, task_text)
-    write_output(output, render(compile_template(read_text(template), template.name), settings))
-    console.print(*islice(row_lines(f"row {place}", first, tokenizer), 100), sep="\n")
-    console.print(plain("; ".join([f"\n{len(encoded)} rows of {sizes}", *notes])))
+    write_output(output, render(template, {"format": row_format, "name": name, **sizes}))
+    number, first = next((n, row) for n, row in enumerate(encoded, start=1) if row.pieces)
+    console.print(*islice(row_lines(f"row {number}", first, tokenizer), 100), sep="\n")
+    notes = "; ".join([sizes["summary"], *encoder.notes(encoded)])
+    console.print(plain(f"\n{notes}"))
     path = shlex.quote(str(output))
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
 
 
+def _measure(rows: Sequence[EncodedRow], max_length: int) -> dict[str, Any]:
+    """The numbers of a run file, and a line that sums them up."""
+    learned = [row.pieces for row in rows if row.pieces]
+    distinct = {*learned}
+    lengths = [len(piece.input_ids) for pieces in learned for piece in pieces]
+    longest, middle = max(lengths), f"{median(lengths):.0f}"
+    summary = f"{len(rows)} rows of {min(lengths)} to {longest} tokens, {middle} in the median"
+    if repeats := len(learned) - len(distinct):
+        summary += f"; {repeats} duplicate{'s' if repeats > 1 else ''}"
+    return {
+        "num_rows": len(rows),
+        "num_distinct": len(distinct),
+        "num_examples": sum(map(len, distinct)) // (2 if any(row.is_pair for row in rows) else 1),
+        "longest": f"at least {longest}" if any(row.is_cut for row in rows) else str(longest),
+        "median": middle,
+        "max_length": min(max(1 << (longest - 1).bit_length(), 512), max_length),
+        "summary": summary,
+    }
+
+
 def first_rows(location: Path | HubSource, split: str = "train") -> list[Row]:
     rows = list(islice(RowStream(location, split, streaming=False).rows(), _FIRST_ROWS))
-    if all(row.fault for row in rows):
-        check_faults([(row.origin, row.fault) for row in rows], len(rows))
-    return [row for row in rows if not row.fault]
+    readable = [row for row in rows if not row.fault]
+    if not readable:
+        check_faults({row.origin: row.fault for row in rows}, len(rows))
+    return readable
 
 
 def find_columns(
-    file: object, rows: Sequence[Row], wanted: Sequence[str], given: dict[str, str], advice: str
+    file: object, rows: Sequence[Row], names: Sequence[str], fields: dict[str, str], advice: str
 ) -> tuple[RowFormat, dict[str, str]]:
-    """Find the first format, of those wanted, whose columns most rows have."""
-    counts = Counter(name for row in rows for name in row)
+    """Find the first of the named formats whose columns most rows have."""
+    counts = Counter(chain.from_iterable(rows))
     # an optional role's own column is read in the rows that have it
     rare = {*_OPTIONAL, "context"} - {"prompt"}
-    if lacking := [n for role, n in given.items() if role not in rare and n not in counts]:
+    if lacking := [n for role, n in fields.items() if role not in rare and n not in counts]:
         hint = f"{suggestion(lacking[0], counts)}its columns are {fields_of(counts)}"
         raise DataError(f"{file} has no column {lacking[0]!r}, which --column names; {hint}")
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
     formats: dict[Any, Any] = read_settings(Path(__file__).with_suffix(".columns.yaml"), "formats")
-    kinds: list[Any] = [name for name in wanted if name in formats]
-    for row_format in kinds:
+    row_formats: list[Any] = [name for name in names if name in formats]
+    for row_format in row_formats:
         roles: dict[str, list[str]] = formats[row_format]
-        columns = dict(given)
-        for role in (role for role in roles if role not in given):
+        columns = dict(fields)
+        for role, candidates in roles.items():
             free = {name.strip().lower(): name for name in usual if name not in columns.values()}
-            if match := next((free[name] for name in roles[role] if name in free), None):
-                columns[role] = match
+            matches = [free[name] for name in candidates if name in free]
+            if matches and role not in fields:
+                columns[role] = matches[0]
         if roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
             return row_format, columns
-    needed = (f"\n  {name}: {', '.join(formats[name])}" for name in kinds)
+    required = (f"\n  {name}: {', '.join(formats[name])}" for name in row_formats)
     raise DataError(
         f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
-        f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(needed)}"
+        f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(required)}"
     )
 
 
 def infer_source(
-    source: Mapping[str, Any], rows: Sequence[Row], wanted: Sequence[str] = ROW_FORMATS
+    source: Mapping[str, Any], rows: Sequence[Row], formats: Sequence[str] = ROW_FORMATS
 ) -> dict[str, Any]:
-    """Add to a data set's settings its format, the first of those wanted that fits its columns."""
-    data, advice = source["dataset"], "Rename the columns, or name a task"
-    row_format, columns = find_columns(data, rows, wanted, dict(source.get("fields") or {}), advice)
+    """Add to a data set's settings its format, the first of these that fits its columns."""
+    data, fields = source["dataset"], dict(source.get("fields") or {})
+    advice = "Rename the columns, or name a task"
+    row_format, columns = find_columns(data, rows, formats, fields, advice)
     if row_format == "choices":
         raise ConfigError(f"{data} has choices. Name a task, or the task file that init writes.")
     settings = column_settings(columns)
@@ -191,20 +203,27 @@ def _task_settings(rows: Sequence[Row], question: str, choices: str, answer: str
         raise ConfigError(
             f"question must be a name of letters, digits and _, got {question!r}. Rename the column"
         )
-    pairs = [(row[choices], row[answer]) for row in rows if {choices, answer} <= row.keys()]
-    asked = {"template": f"Question: {{{{ {question} }}}}\nAnswer:", "answer": answer}
-    # as in ARC: lists of texts and labels, or a list of objects with both
-    if any(isinstance(of[0] if isinstance(of, list) and of else of, Mapping) for of, _ in pairs):
-        return {**asked, "choices": f"{choices}.text", "labels": f"{choices}.label"}
-    kinds = Counter(kind for pair in pairs for kind in _kinds_of_answer(*pair))
+    settings = {"template": f"Question: {{{{ {question} }}}}\nAnswer:", "answer": answer}
+    kinds: Counter[str] = Counter()
+    for row in rows:
+        if not {choices, answer} <= row.keys():
+            continue
+        # as in ARC: lists of texts and labels, or a list of objects with both
+        first = row[choices]
+        if isinstance(first, list) and first:
+            first = first[0]
+        if isinstance(first, Mapping):
+            return {**settings, "choices": f"{choices}.text", "labels": f"{choices}.label"}
+        kinds.update(_kinds_of_answer(row[choices], row[answer]))
     # the first where several fit all rows
     kind = max(("text", "index", "label"), key=kinds.__getitem__)
-    return {**asked, "choices": choices, "answer_is": kind}
+    return {**settings, "choices": choices, "answer_is": kind}
 
 
 def _kinds_of_answer(choices: Any, right: Any) -> list[str]:
-    listed = choices if isinstance(choices, list) else []
-    options = answer_options([str(x) for x in listed], ascii_uppercase[: len(listed)])
-    if not isinstance(right, str) and right not in listed:
+    texts = choices if isinstance(choices, list) else []
+    options = answer_options([str(text) for text in texts], ascii_uppercase[: len(texts)])
+    if not isinstance(right, str) and right not in texts:
         del options["text"]  # the number 1 is an index in a list of "1" and "2"
-    return [kind for kind, names in options.items() if names.count(str(right).strip()) == 1]
+    answer = str(right).strip()
+    return [kind for kind, names in options.items() if names.count(answer) == 1]

@@ -94,9 +94,9 @@ def _mend_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     for argument in arguments:
         if "Path" in str(argument.hint):
             fill_in = os.path.expanduser
-            argument.tokens[:] = [one.evolve(value=fill_in(one.value)) for one in argument.tokens]
+            argument.tokens[:] = [x.evolve(value=fill_in(x.value)) for x in argument.tokens]
         elif argument.keys and "tuple" in str(argument.hint):  # else read as JSON, if it is
-            argument.tokens[:] = [one.evolve(implicit_value=[one.value]) for one in argument.tokens]
+            argument.tokens[:] = [x.evolve(implicit_value=[x.value]) for x in argument.tokens]
 
 
 def _app(words: Sequence[str]) -> App:
@@ -112,8 +112,9 @@ def _app(words: Sequence[str]) -> App:
     app.register_install_completion_command()
     for verb, (command, summary) in VERBS.items():
         *above, name = verb.split()
-        place = f"loraloom.cli.{command}" if isinstance(command, str) else command
+        function = f"loraloom.cli.{command}" if isinstance(command, str) else command
         is_used = words[: len(above) + 1] == [*above, name]
-        known = {} if is_used else {"help": summary}  # else its file is imported for it
-        (app[above[0]] if above else app).command(place, name=name, **known)
+        help_text = {} if is_used else {"help": summary}  # else its file is imported for it
+        group = app[above[0]] if above else app
+        group.command(function, name=name, **help_text)
     return app

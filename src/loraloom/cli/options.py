@@ -33,7 +33,7 @@ class Section:
     """Sections of a verb's help, in their order."""
 
     DATA, RESULTS, SERVER, LIMITS, SAMPLING, MODEL = (
-        Parameter(group=Group(title, sort_key=place)) for place, title in enumerate(_TITLES)
+        Parameter(group=Group(title, sort_key=index)) for index, title in enumerate(_TITLES)
     )
 
 
@@ -67,16 +67,17 @@ class HostOptions(BaseModelConfig):
     @property
     def derived(self) -> list[str]:
         """Sums and experts of these adapters that answer beside them."""
-        names = [one for one in self.adapter if "=" not in one and is_derived(one)]
-        names = [self.check_derived(name) for name in names]
+        names = [name for name in self.adapter if "=" not in name and is_derived(name)]
+        for name in names:
+            self.check_derived(name)
         if len({(is_sum(name), parse_sum(name)) for name in names}) < len(names):
             raise ConfigError(f"--adapter must name each adapter once, got {', '.join(names)}")
         return names
 
     def check_derived(self, name: str) -> str:
         """Return the name of a sum or expert as it came, or raise a LoraloomError."""
-        wholes = [one.partition("/")[0] for one, _ in parse_sum(name)]
-        if missing := [whole for whole in wholes if whole not in self.adapters]:
+        adapters = [term.partition("/")[0] for term, _ in parse_sum(name)]
+        if missing := [adapter for adapter in adapters if adapter not in self.adapters]:
             raise ConfigError(
                 f"adapter {missing[0]!r} of {name!r} is not loaded; load a directory or Hub ID as "
                 "--adapter NAME=PATH"
@@ -87,11 +88,11 @@ class HostOptions(BaseModelConfig):
 def tell_unknown_prompts(host: Any, tokenizer: Any) -> None:
     """Say which adapters don't record the form of their prompts, if that makes a difference."""
     # a routed adapter's experts are read each in its own form, where one is chosen by prompt
-    names = list[str]()
+    names: list[str] = []
     for name, adapter in host.adapters.items():
         is_routed = prompt_router_of(adapter) is not None
-        answering = adapter.members.values() if is_routed else [adapter]
-        if all(member.prompt is None for member in answering):
+        readers = adapter.members.values() if is_routed else [adapter]
+        if all(reader.prompt is None for reader in readers):
             names.append(name)
     if names and tokenizer.chat_template:
         print(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 
@@ -72,7 +72,8 @@ def quickstart(
     console.print(
         f"Training {len(lands)} adapters, each on separate rows, and one adapter on all rows"
     )
-    progress, base_model = Progress(make_console()), (host, tokenizer)
+    progress = Progress(make_console())
+    base_model = (host, tokenizer)
     results = train(run, resume=resume, overwrite=overwrite, progress=progress, base=base_model)
     raise_failures(results)
     for name in (*lands, together):
@@ -82,16 +83,15 @@ def quickstart(
     host.save(ROUTED, run.output_dir / ROUTED, overwrite=True)
     console.print(f"\nCombined the {len(lands)} adapters, with a router by prompt; evaluating")
     tasks = [str(job.data.task) for job in run.jobs[:-1]]
-    asked = [None, *lands, together, ROUTED]
-    found = evaluate(
-        host, tokenizer, tasks, asked, scoring="text", split="test", pairs=[(ROUTED, together)]
-    )
-    found.write(output_dir / "eval.json")
-    findings = _findings(found, dict(zip(lands, tasks, strict=True)), together)
+    names = [None, *lands, together, ROUTED]
+    pairs = [(ROUTED, together)]
+    evaluation = evaluate(host, tokenizer, tasks, names, scoring="text", split="test", pairs=pairs)
+    evaluation.write(output_dir / "eval.json")
+    findings = _findings(evaluation, dict(zip(lands, tasks, strict=True)), together)
     console.print(f"\n{findings}")
     table = make_table("questions of", values=lands)
-    for land, of_task in zip(lands, found.routing[ROUTED]["tasks"].values(), strict=True):
-        table.add_row(land, *(f"{share:.0%}" if share else "" for share in of_task["load"][0]))
+    for land, routing in zip(lands, evaluation.routing[ROUTED]["tasks"].values(), strict=True):
+        table.add_row(land, *(f"{share:.0%}" if share else "" for share in routing["load"][0]))
     console.print("\nAdapters that the router chooses:")
     print_tables(console, [table])
     console.print(CAUTION)
@@ -106,21 +106,22 @@ def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
     run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
     run |= {"base_model": str(output / "base"), "output_dir": output / "adapters", "device": device}
     land, together = run["jobs"]
-    lands = [
-        {**land, "name": f"land{n}", "data": {**land["data"], "task": f"skills@{n}of{NUM_LANDS}"}}
-        for n in range(1, NUM_LANDS + 1)
-    ]
+    jobs: list[dict[str, Any]] = []
+    for number in range(1, NUM_LANDS + 1):
+        data = {**land["data"], "task": f"skills@{number}of{NUM_LANDS}"}
+        jobs.append({**land, "name": f"land{number}", "data": data})
     together["data"]["task"] = f"skills@{NUM_LANDS}"
-    for job in (jobs := [*lands, together]):
+    jobs.append(together)
+    for job in jobs:
         job["train"] = {**job["train"], "max_steps": max_steps}
     return checked(RunConfig, {**run, "jobs": jobs})
 
 
-def _findings(found: Evaluation, tasks: Mapping[str, str], together: str) -> str:
+def _findings(evaluation: Evaluation, tasks: Mapping[str, str], together: str) -> str:
     # of right answers to all questions
     def share(names: Sequence[str]) -> float:
         pairs = zip(names, tasks.values(), strict=True)
-        return 100 * fmean(found.results[name][task]["accuracy"] or 0 for name, task in pairs)
+        return 100 * fmean(evaluation.results[name][task]["accuracy"] or 0 for name, task in pairs)
 
     names, many = list(tasks), len(tasks)
     rows = {
@@ -130,5 +131,5 @@ def _findings(found: Evaluation, tasks: Mapping[str, str], together: str) -> str
         f"{ROUTED}: the {many} adapters and a router": [ROUTED] * many,
         "the adapter of the question's country": names,
     }
-    lines = [f"  {label:44}{share(of):5.1f}" for label, of in rows.items()]
+    lines = [f"  {label:44}{share(adapters):5.1f}" for label, adapters in rows.items()]
     return "\n".join(["Accuracy on new questions of all countries, %", *lines])

@@ -71,20 +71,23 @@ def train(
     """
     run = load_run_config(run_file, overrides)
     console = make_console(quiet=training.read_launch().rank > 0)
+    watch = options.watch and WatchOptions(
+        options.watch, options.overwrite, options.watch_exit_when_idle
+    )
     results = training.train(
         run,
         resume=options.resume,
         overwrite=options.overwrite,
         progress=Progress(console),
-        watch=options.watch
-        and WatchOptions(options.watch, options.overwrite, options.watch_exit_when_idle),
+        watch=watch,
         ray=options.ray,
         ray_workers=options.ray_workers,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
-    if others:
-        print_tables(console, [_results_table(others)])
+    sweep = run.sweep
+    shown = [result for result in results if sweep is None or not sweep.owns(result.job)]
+    if shown:
+        print_tables(console, [_results_table(shown)])
     for purpose, command in next_commands(run, results).items():
         console.print(f"\n{purpose} with:\n  {command}", soft_wrap=True)
     raise_failures(results)
@@ -93,10 +96,11 @@ def train(
 def _results_table(results: Sequence[JobResult]) -> Table:
     metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
     table = make_table("job", values=["method", "steps", "status", "weights", *metrics])
-    for one in results:
-        measured = (one.metrics.get(name) for name in metrics)
-        texts = ("-" if value is None else f"{value:.4f}" for value in measured)
-        table.add_row(one.job, one.method, str(one.steps), one.status, one.weights, *texts)
+    for result in results:
+        measured = (result.metrics.get(name) for name in metrics)
+        texts = ["-" if value is None else f"{value:.4f}" for value in measured]
+        steps = str(result.steps)
+        table.add_row(result.job, result.method, steps, result.status, result.weights, *texts)
     return table
 
 
@@ -116,21 +120,20 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
         metric = run.sweep.metric
         # the best first; a job that was never measured goes last, whichever way is better
         sign = 1 if metric.endswith("loss") else -1
-        good.sort(key=lambda one: sign * one.metrics.get(metric, sign * math.inf))
+        good.sort(key=lambda result: sign * result.metrics.get(metric, sign * math.inf))
     jobs, measured = run.all_jobs, good
     purpose = "Evaluate"
-    if best := next((job for job in run.trials if job.name == good[0].job), None):
-        jobs = [job for job in run.trials if _data_names(job) == _data_names(best)]
-        names = {job.name for job in jobs}
-        others = [job.name for job in run.trials if job.name not in names]
-        if others:  # they are measured on other data
-            measured = [result for result in good if result.job in names]
-            purpose += f" the jobs of {_data_names(best)}, and others on their data,"
+    data_of = {job.name: _data_names(job) for job in run.trials}
+    if best_data := data_of.get(good[0].job):
+        jobs = [job for job in run.trials if data_of[job.name] == best_data]
+        if len(jobs) < len(run.trials):
+            measured = [result for result in good if data_of.get(result.job) == best_data]
+            purpose += f" the jobs of {best_data}, and others on their data,"
     if len(measured) > MAX_ADAPTERS:
         purpose += f" ({MAX_ADAPTERS} of {len(measured)} adapters)"
-    asked = [*_model_options(run, measured), *_questions(jobs)]
+    evaluated = [*_model_options(run, measured), *_evaluation_options(jobs)]
     generated = [*_model_options(run, good), ("--prompt", "Hello!")]
-    return {purpose: _command("eval", asked), "Generate": _command("generate", generated)}
+    return {purpose: _command("eval", evaluated), "Generate": _command("generate", generated)}
 
 
 def _data_names(job: JobConfig) -> str:
@@ -147,30 +150,41 @@ def _model_options(run: RunConfig, results: Sequence[JobResult]) -> list[tuple[s
     return options
 
 
-def _questions(jobs: Sequence[JobConfig]) -> list[tuple[str, str]]:
+def _evaluation_options(jobs: Sequence[JobConfig]) -> list[tuple[str, str]]:
     """Options of `loraloom eval` for the first data on which jobs are measured."""
-    asked_of = [one for job in jobs for one in job.eval]
-    trained_on = [one for job in jobs for one in job.data.sources]
-    if first := next((one for one in (*asked_of, *trained_on) if one.task), None):
-        is_seen = first not in asked_of and Path(first.path or "").expanduser().is_file()
-        data = "HELD_OUT.jsonl" if is_seen else first.path
-        asked = {"--task": first.task, "--scoring": first.scoring, "--data": data}
-        asked |= {"--split": first.split} if first in asked_of else {}
+    evaluated = [source for job in jobs for source in job.eval]
+    trained = [source for job in jobs for source in job.data.sources]
+    source = next((source for source in (*evaluated, *trained) if source.task), None)
+    if source is None:
+        options = _dataset_options(jobs)
     else:
-        given = (job.data.validation for job in jobs)
-        held_out = next((one for one in given if one and one.dataset), None)
-        source = held_out or next(iter(trained_on), None)
-        # what adapters don't tell: columns, and a format that is not that of the prompts
-        names = {"fields"} if held_out is None else {"fields", "split", "config"}
-        if source is not None and source.format == "preference":
-            names.add("template")
-        own = {} if source is None else source.model_dump(include=names, exclude_none=True)
-        data = "HELD_OUT.jsonl" if held_out is None else held_out.dataset
-        asked = {"--dataset": json.dumps({"dataset": data, **own}) if own else data}
-        asked |= {"--format": source.format} if source and source.format == "preference" else {}
-        length = max((job.train.max_length for job in jobs), default=MAX_LENGTH)
-        asked |= {"--max-length": str(length)} if length != MAX_LENGTH else {}
-    return [(option, value) for option, value in asked.items() if value]
+        options = {"--task": source.task, "--scoring": source.scoring, "--data": source.path}
+        if source in evaluated:
+            options["--split"] = source.split
+        elif Path(source.path or "").expanduser().is_file():
+            options["--data"] = "HELD_OUT.jsonl"  # this file was trained on
+    return [(option, value) for option, value in options.items() if value]
+
+
+def _dataset_options(jobs: Sequence[JobConfig]) -> dict[str, str | None]:
+    validation = (job.data.validation for job in jobs)
+    held_out = next((source for source in validation if source and source.dataset), None)
+    source = held_out or next((source for job in jobs for source in job.data.sources), None)
+    if source is None:
+        return {"--dataset": "HELD_OUT.jsonl"}
+    data = "HELD_OUT.jsonl" if held_out is None else held_out.dataset
+    # what adapters don't tell: columns, and a format that is not that of the prompts
+    names = {"fields"} if held_out is None else {"fields", "split", "config"}
+    if source.format == "preference":
+        names.add("template")
+    settings = source.model_dump(include=names, exclude_none=True)
+    options = {"--dataset": json.dumps({"dataset": data, **settings}) if settings else data}
+    if source.format == "preference":
+        options["--format"] = source.format
+    max_length = max(job.train.max_length for job in jobs)
+    if max_length != MAX_LENGTH:
+        options["--max-length"] = str(max_length)
+    return options
 
 
 def _command(verb: str, options: Sequence[tuple[str, str]]) -> str:

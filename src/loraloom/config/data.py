@@ -58,6 +58,9 @@ _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECAS
 # Rows of a stream that are shuffled together, where no other number is given.
 SHUFFLE_BUFFER = 1000
 
+# Jinja's filters and tests of variables that may be missing.
+_OF_MISSING = ("d", "default", "defined", "undefined")
+
 # Of `skills@N`.
 MAX_LANDS = 600
 
@@ -73,7 +76,7 @@ def skills_lands(task: str) -> dict[str, int | None] | None:
     match = re.fullmatch(rf"skills(@((?P<land>\d+)of)?{number})?", task, re.ASCII)
     if match is None or not 1 <= int(match["land"] or 1) <= int(match["num_lands"] or 1):
         return None
-    return {name: int(one) if one else None for name, one in match.groupdict().items()}
+    return {name: int(digits) if digits else None for name, digits in match.groupdict().items()}
 
 
 def is_file_of_test(dataset: str | None) -> bool:
@@ -136,19 +139,20 @@ class PromptForm(StrictModel):
         return PROMPT_TEMPLATES.get(self.template or "alpaca", self.template or "")
 
     def as_chat_template(
-        self, own: str | Mapping[str, str] | None, *, adds_bos: bool
+        self, default: str | Mapping[str, str] | None, *, adds_bos: bool
     ) -> str | None:
         """A chat template that writes prompts so, for engines that know nothing else.
 
         Args:
-            own: The tokenizer's chat template; of several, by their names, `default` counts.
+            default: The tokenizer's chat template; of several, by their names, `default` counts.
             adds_bos: The tokenizer begins texts with BOS, which chat templates write themselves.
         """
         if self.format == "instruction":
-            bos, block = "{{ bos_token }}" if adds_bos else "", _as_block(self.prompt_template)
+            bos = "{{ bos_token }}" if adds_bos else ""
             written = re.sub(r"\n *", "", _PROMPTS["as_conversation"]).replace("\\n", "\n")
-            return bos + written.replace("TEMPLATE", block)
-        default = own.get("default") if isinstance(own, Mapping) else own
+            return bos + written.replace("TEMPLATE", _as_block(self.prompt_template))
+        if isinstance(default, Mapping):
+            default = default.get("default")
         template = (self.format == "chat" and self.chat_template) or default
         if template is None or self.system is None:
             return template
@@ -165,10 +169,13 @@ def _as_block(template: str) -> str:
         names = meta.find_undeclared_variables(tree)
     except TemplateError as error:
         raise ConfigError(f"the adapter's prompt template is not valid Jinja: {error}") from error
-    used = list(tree.find_all((nodes.Filter, nodes.Test)))
-    may_lack = [one.node for one in used if one.name in ("d", "default", "defined", "undefined")]
-    names -= {"instruction", "input", *(n.name for n in may_lack if isinstance(n, nodes.Name))}
-    if lacking := sorted(names | {one.name for one in used if one.name == "regex_replace"}):
+    names -= {"instruction", "input"}
+    for use in tree.find_all((nodes.Filter, nodes.Test)):
+        if use.name == "regex_replace":
+            names.add(use.name)
+        elif use.name in _OF_MISSING and isinstance(use.node, nodes.Name):
+            names.discard(use.node.name)
+    if lacking := sorted(names):
         raise ConfigError(
             f"the adapter's prompt template needs {', '.join(lacking)}, and a chat template has "
             "instruction, input and Jinja's filters alone; remove --apply-chat-template, or "
@@ -229,10 +236,10 @@ class _SourceFields(StrictModel):
             (kind not in ("instruction", "preference", None), ["template"], f"format {kind}"),
             (kind in ("instruction", "text"), ["chat_template"], f"format {kind}"),
         ]
-        for applies, names, what in rules:
+        for applies, names, case in rules:
             for name in names if applies else ():
                 if getattr(self, name) is not None:
-                    yield f"{name} is not supported for {what}; remove {name}"
+                    yield f"{name} is not supported for {case}; remove {name}"
         if self.dataset is not None and kind is None:
             yield f"dataset requires format: {', '.join(FIELD_ROLES)}"
         elif kind and (unknown := {*(self.fields or ())} - {*FIELD_ROLES[kind]}):
@@ -280,7 +287,7 @@ class DataConfig(_SourceFields):
             yield f"mix and {', '.join(alone)} exclude each other; move {alone[0]} into mix"
         if self.task is None and self.dataset is None and self.mix is None:
             yield "data must set task, dataset or mix"
-        tasks = [task for task in (self.task, *(one.task for one in self.mix or ())) if task]
+        tasks = [source.task for source in (self, *(self.mix or ())) if source.task]
         if self.streaming and tasks:
             yield f"streaming must be false for tasks, got {tasks[0]}; stream only datasets"
         if self.streaming and self.validation_fraction > 0:
@@ -296,8 +303,8 @@ class DataConfig(_SourceFields):
     def sources(self) -> tuple[SourceConfig, ...]:
         if self.mix is not None:
             return self.mix
-        own = self.model_dump(include=set(_SourceFields.model_fields))
-        return (SourceConfig.model_validate(own),)
+        settings = self.model_dump(include=set(_SourceFields.model_fields))
+        return (SourceConfig.model_validate(settings),)
 
     @property
     def has_validation(self) -> bool:

@@ -53,27 +53,27 @@ class StrictModel(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _check_keys(cls, settings: Any, check: Callable[[Any], Any]) -> Any:
-        known = cls.model_fields
-        if not isinstance(settings, dict) or settings.keys() <= known.keys():
+        fields = cls.model_fields
+        if not isinstance(settings, dict) or settings.keys() <= fields.keys():
             return check(settings)
-        unknown = [key for key in settings if key not in known]
-        reasons = [f"unknown key {shown(key)}{_instead(str(key), known)}" for key in unknown]
-        others: list[ErrorDetails] = []
+        unknown = [key for key in settings if key not in fields]
+        reasons = [f"unknown key {shown(key)}{_instead(str(key), fields)}" for key in unknown]
+        faults: list[ErrorDetails] = []
         try:
-            check({key: settings[key] for key in settings if key in known})
+            check({key: settings[key] for key in settings if key in fields})
         except ValidationError as error:
             hints = "".join(reasons)  # a name that is only misspelt is not missing as well
-            others = [
+            faults = [
                 fault
                 for fault in error.errors()
                 if fault["type"] != "missing" or f"mean {fault['loc'][-1]!r}" not in hints
             ]
-        raise _error_of(settings, reasons, others)
+        raise _error_of(settings, reasons, faults)
 
     @model_validator(mode="after")
     def _check_together(self) -> StrictModel:
-        if found := [*self.contradictions()]:
-            raise _error_of(self, found)
+        if reasons := [*self.contradictions()]:
+            raise _error_of(self, reasons)
         return self
 
     def contradictions(self) -> Iterator[str]:
@@ -81,27 +81,27 @@ class StrictModel(BaseModel):
         yield from ()
 
 
-def _instead(key: str, known: Iterable[str]) -> str:
+def _instead(key: str, names: Iterable[str]) -> str:
     ours = _RENAMED.get(key)
-    if ours and ours in known:
+    if ours and ours in names:
         return f"; did you mean {ours!r}?"
     home = HOMES.get(ours or key)
-    if home is not None and home not in map(HOMES.get, known):  # else it is another method's
+    if home is not None and home not in map(HOMES.get, names):  # else it is another method's
         return f"; it belongs to {home!r}"
-    return did_you_mean(key, known) or f"; known keys are {', '.join(sorted(known))}"
+    return did_you_mean(key, names) or f"; known keys are {', '.join(sorted(names))}"
 
 
 def _error_of(
-    settings: Any, reasons: Sequence[str], others: Sequence[ErrorDetails] = ()
+    settings: Any, reasons: Sequence[str], more: Sequence[ErrorDetails] = ()
 ) -> ValidationError:
     faults: list[InitErrorDetails] = [
         {"type": PydanticCustomError("settings", "{text}", {"text": reason}), "input": settings}
         for reason in reasons
     ]
-    for other in others:
-        message: Any = other["msg"]  # as it stands: nothing is filled in any more
-        kind = PydanticCustomError(other["type"], message, other.get("ctx"))  # pyright: ignore
-        faults.append({"type": kind, "loc": other["loc"], "input": other["input"]})
+    for fault in more:
+        message: Any = fault["msg"]  # as it stands: nothing is filled in any more
+        kind = PydanticCustomError(fault["type"], message, fault.get("ctx"))  # pyright: ignore
+        faults.append({"type": kind, "loc": fault["loc"], "input": fault["input"]})
     return ValidationError.from_exception_data("", faults)
 
 
@@ -133,16 +133,16 @@ def describe_faults(
                 path.pop()
             lines.append(f"{'.'.join(path)}: {message}".removeprefix(": "))
         elif kind != "default_factory_not_called":  # which follows from another one
-            given = str(context.get("tag", fault["input"]))
+            value = str(context.get("tag", fault["input"]))
             message = re.sub(r"^\w+ should", "must", message).replace("tuple", "list")
             message = re.sub("valid dictionary.*", "mapping", message)
             got = shown(fault["input"])
             message = _MESSAGES.get(kind, "{}, got {got}").format(message, got=got, **context)
-            if other := (other_names or {}).get(given.lower()):
-                message += f"; write {other}"
+            if name := (other_names or {}).get(value.lower()):
+                message += f"; write {name}"
             else:
-                known = context.get("expected_tags", context.get("expected", ""))
-                message += did_you_mean(given, re.findall("'([^']*)'", known))
+                allowed = context.get("expected_tags", context.get("expected", ""))
+                message += did_you_mean(value, re.findall("'([^']*)'", allowed))
             lines.append(f"{'.'.join(path)} {message}".lstrip())
     return lines
 
@@ -152,25 +152,25 @@ def _path_in_file(loc: Sequence[int | str], settings: Any, *, is_missing: bool) 
     if settings is None:  # they are not known
         return [str(step) for step in loc]
     path = []
-    for place, step in enumerate(loc):
+    for index, step in enumerate(loc):
         try:
             settings = settings[step]
         except (LookupError, TypeError):
-            if not (is_missing and place == len(loc) - 1):
+            if not (is_missing and index == len(loc) - 1):
                 continue
         path.append(str(step))
     return path
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
     """The question `did you mean 'x'? ` for the nearest known name; nothing if none is near."""
-    nearest = get_close_matches(name, list(known), n=1)
+    nearest = get_close_matches(name, list(names), n=1)
     return f"did you mean {nearest[0]!r}? " if nearest else ""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The question of `suggestion`, to be put behind a message."""
-    return f"; {suggestion(name.lower(), known)}".rstrip("; ")
+    return f"; {suggestion(name.lower(), names)}".rstrip("; ")
 
 
 def check_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """Text that comes from users and from files: YAML, JSON, paths, and `--set path=value`."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import StringIO
@@ -8,56 +9,57 @@ from typing import Any
 
 from pydantic_core import from_json
 from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import Resolver, VersionedResolver
 
 from loraloom.errors import ConfigError, LoraloomError, shown
 
-# Of a YAML document whose aliases are written out.
-MAX_VALUES = 100_000
+_YAML_1_1 = VersionedResolver((1, 1))
 
 
-class _BoundedComposer(Composer):
-    """Counts values as if aliases were written out: a few lines could stand for billions."""
+class _PortableRepresenter(SafeRepresenter):
+    """Writes what YAML 1.1 reads alike: it takes `on` for true, and 1e-05 for a text."""
 
-    def __init__(self, loader: Any):
-        super().__init__(loader)
-        self._count, self._sizes = 0, dict[int, int]()
+    def represent_str(self, data: str) -> ScalarNode:
+        is_text = _YAML_1_1.resolve(ScalarNode, data, (True, False)) == Resolver.DEFAULT_SCALAR_TAG
+        return self.represent_scalar("tag:yaml.org,2002:str", data, None if is_text else "'")
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        before, is_alias = self._count, self.parser.check_event(AliasEvent)
-        node = super().compose_node(parent, index)
-        # a value inside of itself has no size yet
-        self._count += self._sizes.get(id(node), MAX_VALUES) if is_alias else 1
-        self._sizes[id(node)] = self._count - before
-        if isinstance(node.value, str):
-            node.value.encode()  # a UnicodeEncodeError, a ValueError, for half a surrogate pair
-        if self._count > MAX_VALUES:
-            raise ValueError(f"there are more than {MAX_VALUES:,} values, aliases written out")
-        return node
+    def represent_float(self, data: float) -> ScalarNode:
+        text = repr(data)
+        if "." not in text:
+            text = text.replace("e", ".0e")
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
 
 
-def parse_yaml(text: str, origin: str) -> Any:
+_PortableRepresenter.add_representer(str, _PortableRepresenter.represent_str)
+_PortableRepresenter.add_representer(float, _PortableRepresenter.represent_float)
+
+
+def parse_yaml(text: str, origin: str, error: type[LoraloomError] = ConfigError) -> Any:
     """The value of a document in YAML 1.2; None if it is empty."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = _BoundedComposer
     try:
         return yaml.load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise ConfigError(f"{origin} must be valid YAML{place}: {error.problem}") from None
+    except MarkedYAMLError as fault:
+        mark = fault.problem_mark
+        position = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise error(f"{origin} must be valid YAML{position}: {fault.problem}") from None
     # ruamel lets Python's own errors through for a 13th month, or `!!bool maybe`
-    except (YAMLError, ValueError, LookupError, RecursionError) as error:
-        raise ConfigError(f"{origin} must be valid YAML: {error}") from None
+    except (YAMLError, ValueError, LookupError, RecursionError) as fault:
+        raise error(f"{origin} must be valid YAML: {fault}") from None
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:
-    """Settings as run files are read: a name like 08 has quotes in YAML 1.2 alone."""
-    yaml, stream = YAML(typ="safe", pure=True), StringIO()
-    yaml.default_flow_style, yaml.allow_unicode, yaml.width = False, True, MAX_VALUES
+    """Settings as run files are read, and as other programs read them in YAML 1.1."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _PortableRepresenter
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.width = sys.maxsize
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    stream = StringIO()
     yaml.dump(settings, stream)
     return stream.getvalue()
 
@@ -115,10 +117,11 @@ def set_setting(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
     key, *rest = keys
     if isinstance(node, list):
         if not (key.isdecimal() and int(key) < len(node)):
-            indices = f"an index in [0, {len(node) - 1}]" if node else "in a list that has items"
-            raise ConfigError(f"{origin}: {shown(key)} must be {indices}")
-        index = int(key)
-        return [*node[:index], set_setting(node[index], rest, value, origin), *node[index + 1 :]]
+            allowed = f"an index in [0, {len(node) - 1}]" if node else "in a list that has items"
+            raise ConfigError(f"{origin}: {shown(key)} must be {allowed}")
+        items = list(node)
+        items[int(key)] = set_setting(items[int(key)], rest, value, origin)
+        return items
     if not isinstance(node, dict | None):
         raise ConfigError(f"{origin}: {shown(node)} contains no settings to change")
     mapping = node or {}

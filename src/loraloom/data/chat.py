@@ -25,6 +25,7 @@ from loraloom.errors import DataError, shown
 # What a template may leave out, a conversation with it and one without.
 _Omission = tuple[str, Conversation, Conversation]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_USUAL_COLUMNS = ("messages", "conversations", "conversation")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_KEYS = ("role", "content", "name")
 # Roles, and what a message of each may have.
@@ -42,16 +43,16 @@ _SHAREGPT_ROLES = {
 
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
-    names, usual = columns or {}, ("messages", "conversations", "conversation")
-    found = next((name for name in usual if row.get(name) is not None), usual[0])
-    messages = read_messages(row, names.get("messages", found))
-    instructions = names.get("system", "system")
-    if row.get(instructions):
-        text = row.text(instructions)
+    names = columns or {}
+    usual = (name for name in _USUAL_COLUMNS if row.get(name) is not None)
+    messages = read_messages(row, names.get("messages") or next(usual, "messages"))
+    system = names.get("system", "system")
+    if row.get(system):
+        text = row.text(system)
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": text})
         elif messages[0]["content"] != text:
-            row.reject(f"a system message must be in field {instructions!r} or in the messages")
+            row.reject(f"a system message must be in field {system!r} or in the messages")
     return Conversation(messages, read_tools(row, names.get("tools", "tools")))
 
 
@@ -81,8 +82,8 @@ def _read_message(row: Row, number: int, turn: Any) -> Message:
     if not isinstance(turn, Mapping):
         row.reject(f"message {number} must be an object, got {type(turn).__name__}")
     # tables put a null where an object lacks a key of others
-    given = {key: value for key, value in turn.items() if value is not None}
-    message = Row(given, f"{row.origin}, message {number}")
+    fields = {key: value for key, value in turn.items() if value is not None}
+    message = Row(fields, f"{row.origin}, message {number}")
     if "from" in message:
         message = _from_sharegpt(message)
     role = message.text("role")
@@ -94,12 +95,14 @@ def _read_message(row: Row, number: int, turn: Any) -> Message:
     read: Message = {key: message.text(key) for key in texts if key in message}
     if message.get("tool_calls"):
         read["tool_calls"] = _read_calls(message)
-    if reasoning := next((message.text(key) for key in _REASONING if message.get(key)), ""):
-        read["reasoning_content"] = reasoning
+    for key in _REASONING:
+        if message.get(key) and "reasoning_content" not in read:
+            read["reasoning_content"] = message.text(key)
+    if role != "assistant":
+        return {**read, "content": _read_content(message)}
+    read["content"] = _read_content(message) if "content" in message else ""
     says_more = "tool_calls" in read or "reasoning_content" in read
-    is_answer = role == "assistant"
-    read["content"] = "" if is_answer and "content" not in message else _read_content(message)
-    if is_answer and not says_more and not read["content"].strip():
+    if not says_more and not read["content"].strip():
         message.reject_empty("the assistant's turn is empty")
     return read
 
@@ -122,7 +125,7 @@ def _read_content(message: Row) -> str:
     content = message["content"]
     if not isinstance(content, list):
         return message.text("content")
-    texts: list[Any] = [p.get("text") if isinstance(p, Mapping) else p for p in content]
+    texts: list[Any] = [x.get("text") if isinstance(x, Mapping) else x for x in content]
     if not all(isinstance(text, str) for text in texts):
         message.reject("field 'content' must be a text or a list of texts, got other parts")
     return "".join(texts)
@@ -139,9 +142,9 @@ def _read_calls(message: Row) -> list[dict[str, Any]]:
         arguments = _parse(message, "arguments of a tool call", function.get("arguments") or {})
         if not isinstance(arguments, Mapping):
             message.reject("the arguments of a tool call must be an object or the text of one")
-        identity = {"id": call["id"]} if call.get("id") else {}
-        called = {"name": function["name"], "arguments": dict(arguments)}
-        read.append({**identity, "type": "function", "function": called})
+        call_id = {"id": call["id"]} if call.get("id") else {}
+        function = {"name": function["name"], "arguments": dict(arguments)}
+        read.append({**call_id, "type": "function", "function": function})
     return read
 
 
@@ -151,16 +154,17 @@ def _tool_name(tool: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _check_keys(message: Row, known: tuple[str, ...], what: str) -> None:
-    unknown = next((key for key in message if key not in known), None)
-    if unknown is not None:
-        hint = did_you_mean(unknown, known) or f"; it may have {', '.join(known)}"
-        message.reject(f"{what} has the unknown key {shown(unknown)}{hint}")
+def _check_keys(message: Row, allowed: tuple[str, ...], name: str) -> None:
+    for key in message:
+        if key not in allowed:
+            hint = did_you_mean(key, allowed) or f"; it may have {', '.join(allowed)}"
+            message.reject(f"{name} has the unknown key {shown(key)}{hint}")
 
 
-def _parse(row: Row, what: str, value: Any) -> Any:
-    is_text = isinstance(value, str) and value.strip()
-    return parse_json(value, f"{row.origin}, {what}", DataError) if is_text else value
+def _parse(row: Row, name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return parse_json(value, f"{row.origin}, {name}", DataError)
+    return value
 
 
 def learn_answers(
@@ -168,20 +172,20 @@ def learn_answers(
 ) -> list[Example]:
     """A conversation in full length: loss on the assistant's turns from message `first` on."""
     roles = [message["role"] for message in conversation.messages]
-    places = [place for place, role in enumerate(roles) if role == "assistant" and place >= first]
-    if not places:
+    turns = [turn for turn, role in enumerate(roles) if role == "assistant" and turn >= first]
+    if not turns:
         row.reject("the conversation has no assistant message to learn from; add an answer")
-    if places[0] == 0:
+    if turns[0] == 0:
         row.reject("a conversation must not start with an assistant message; add a user message")
     try:
-        for what, one, other in _omissions(conversation, first):
+        for name, with_it, without in _omissions(conversation, first):
             with suppress(TemplateError):
-                if template.render(one) == template.render(other):
-                    row.reject(f"the chat template drops {what}; set another chat_template")
+                if template.render(with_it) == template.render(without):
+                    row.reject(f"the chat template drops {name}; set another chat_template")
         if _GENERATION_TAG.search(template.source(conversation.tools)):
             texts = [_marked_text(template, row, conversation, first)]
         else:
-            texts = _answered_texts(template, row, conversation, places)
+            texts = _answered_texts(template, row, conversation, turns)
     except TemplateError as error:
         row.reject(f"the chat template rejects the row: {error}; change the row or chat_template")
     return [_learn_spans(template.tokenizer, text) for text in texts]
@@ -197,35 +201,36 @@ def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: in
 
 
 def _answered_texts(
-    template: ChatTemplate, row: Row, conversation: Conversation, places: Sequence[int]
+    template: ChatTemplate, row: Row, conversation: Conversation, turns: Sequence[int]
 ) -> list[Marked]:
     """As few texts as have every answer as it would be generated."""
     answers: list[tuple[str, str]] = []
-    for place in places:
-        asked = template.render(conversation.until(place), for_answer=True)
-        answered = template.render(conversation.until(place + 1))
-        answers.append((asked, answered))
-        if not answered.startswith(asked):
-            shared = count_shared(asked, answered)
+    for turn in turns:
+        prompt = template.render(conversation.until(turn), for_answer=True)
+        answered = template.render(conversation.until(turn + 1))
+        answers.append((prompt, answered))
+        if not answered.startswith(prompt):
+            shared = count_shared(prompt, answered)
             row.reject(
-                f"the generation prompt for message {place + 1} continues with "
-                f"{shown(asked[shared:])}, but the rendered answer with "
+                f"the generation prompt for message {turn + 1} continues with "
+                f"{shown(prompt[shared:])}, but the rendered answer with "
                 f"{shown(answered[shared : shared + 30])}; set "
                 "chat_template: trl, or another template"
             )
     closing = template.closing()
     texts: list[Marked] = []
     while answers:
-        text, spans, others = answers[-1][1], [], []
-        for asked, answered in answers:
-            ends = (answered, answered.removesuffix(closing))
-            end = next((len(end) for end in ends if text.startswith(end)), None)
-            if end is None:
-                others.append((asked, answered))
+        text = answers[-1][1]
+        spans: list[tuple[int, int]] = []
+        left: list[tuple[str, str]] = []
+        for prompt, answered in answers:
+            ending = answered if text.startswith(answered) else answered.removesuffix(closing)
+            if text.startswith(ending):
+                spans.append((len(prompt), len(ending)))
             else:
-                spans.append((len(asked), end))
+                left.append((prompt, answered))
         texts.append((text, spans))
-        answers = others
+        answers = left
     return texts[::-1]
 
 
@@ -237,35 +242,37 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
         raise DataError(f"chat data requires a fast tokenizer, which locates tokens, got {got}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     labels = list(encoding["input_ids"])
-    for place, (begin, end) in enumerate(encoding["offset_mapping"]):
-        if not any(b < e and begin < e and end > b for b, e in spans):
-            labels[place] = NO_LOSS
+    for index, (begin, end) in enumerate(encoding["offset_mapping"]):
+        if not any(start < stop and begin < stop and end > start for start, stop in spans):
+            labels[index] = NO_LOSS
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 
 def omitted_tools(conversation: Conversation) -> Iterator[_Omission]:
     if conversation.tools:
         yield "the tools", conversation, conversation._replace(tools=None)
-    for place, message in enumerate(conversation.messages):
+    for index, message in enumerate(conversation.messages):
         if message.get("tool_calls"):
-            without = conversation.changed(place, tool_calls=[])
-            yield f"the tool_calls of message {place + 1}", conversation, without
+            without = conversation.changed(index, tool_calls=[])
+            yield f"the tool_calls of message {index + 1}", conversation, without
 
 
 def _omissions(conversation: Conversation, first: int) -> Iterator[_Omission]:
     yield from omitted_tools(conversation)
-    for place, message in enumerate(conversation.messages):
-        name, content = f"of message {place + 1}", message["content"]
-        is_answer = message["role"] == "assistant"
+    for index, message in enumerate(conversation.messages):
+        role, content = message["role"], message["content"]
+        name = f"of message {index + 1}"
         # of earlier answers, templates leave out reasoning and what is beside calls on purpose
-        within = conversation.until(place + 1) if is_answer else conversation
-        other = within.changed(place, content=f"{content}?")
+        within = conversation.until(index + 1) if role == "assistant" else conversation
+        changed = within.changed(index, content=f"{content}?")
         if message.get("tool_calls") and content.strip():
-            yield f"the content {name}, next to its tool_calls", within, other
-        elif message["role"] not in ("user", "assistant"):
-            yield f"the content {name}, of role {message['role']!r}", within, other
-        if is_answer and place >= first and "reasoning_content" in message:
-            yield f"the reasoning {name}", within, within.changed(place, reasoning_content="")
-        elif is_answer and place >= first and "</think>" in content:
-            other = within.changed(place, content=content.rpartition("</think>")[2])
-            yield f"the reasoning {name}", within, other
+            yield f"the content {name}, next to its tool_calls", within, changed
+        elif role not in ("user", "assistant"):
+            yield f"the content {name}, of role {role!r}", within, changed
+        if role != "assistant" or index < first:
+            continue
+        if "reasoning_content" in message:
+            yield f"the reasoning {name}", within, within.changed(index, reasoning_content="")
+        elif "</think>" in content:
+            answer = content.rpartition("</think>")[2]
+            yield f"the reasoning {name}", within, within.changed(index, content=answer)

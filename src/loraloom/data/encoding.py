@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from loraloom.config.data import FIELD_ROLES, PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
 from loraloom.data import sources, templates, tokens
 from loraloom.data.chat import learn_answers, read_conversation, read_messages, read_tools
-from loraloom.data.sources import EmptyAnswerError, Row, RowStream
+from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
 from loraloom.data.tasks import find_task
-from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation
+from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation, Message
 from loraloom.data.tokens import NO_LOSS, EncodedRow, Example, TextPair
 from loraloom.errors import DataError, plain
 
@@ -54,8 +54,8 @@ class SourceEncoder:
         task = self.config.task
         if task is None:
             return self.config.dataset or ""
-        found = find_task(task)
-        return f"{found.name} ({self.config.scoring or found.config.scoring})"
+        choice_task = find_task(task)
+        return f"{choice_task.name} ({self.config.scoring or choice_task.config.scoring})"
 
     def load(self, split: str, limit: int | None = None) -> list[EncodedRow]:
         rows, encoded = self.read(split, limit)
@@ -69,12 +69,13 @@ class SourceEncoder:
 
     def check(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
         # a stream that is shorter than a block has rows in it several times
+        skips_empty = self.config.on_empty == "skip"
         faults = {
-            row.origin: one.fault
-            for row, one in zip(rows, encoded, strict=True)
-            if one.fault and not (one.is_empty and self.config.on_empty == "skip")
+            row.origin: result.fault
+            for row, result in zip(rows, encoded, strict=True)
+            if result.fault and not (result.is_empty and skips_empty)
         }
-        sources.check_faults(list(faults.items()), len({row.origin for row in rows}))
+        sources.check_faults(faults, len({row.origin for row in rows}))
 
     def notes(self, rows: Sequence[EncodedRow]) -> list[str]:
         """What became of rows that could not be used as they are."""
@@ -114,87 +115,92 @@ class SourceEncoder:
         if config.task is not None:
             task = find_task(config.task)
             scoring = config.scoring or task.config.scoring
-            for n, row in enumerate(task.load_rows(split, config.path)[:limit]):
-                yield {"content": task.training_texts(row, n, scoring)[0][0], "origin": row.origin}
+            for index, row in enumerate(task.load_rows(split, config.path)[:limit]):
+                (prompt, _), _ = task.training_texts(row, index, scoring)
+                yield {"content": prompt, "origin": row.origin}
             return
-        rows = list(islice(self.open(split, streaming=False).rows(), limit))
-        sources.check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
-        columns = self._columns(sources.fields_of_all(rows), asks=True)
+        rows = sources.read_rows(self._find(split), split, limit)
+        columns = self._columns(sources.fields_of_all(rows), for_prompts=True)
         for row in rows:
             with suppress(EmptyAnswerError):
-                yield {**self._asked(row, columns), "origin": row.origin}
+                yield {**self._read_prompt(row, columns), "origin": row.origin}
 
-    def _asked(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    def _read_prompt(self, row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
         data_format = self.config.format or "text"
         if data_format == "chat":
-            whole = read_conversation(row, self.config.fields)
-            messages = list(takewhile(lambda one: one["role"] != "assistant", whole.messages))
-            return {"content": tuple(messages), "tools": whole.tools}
-        column = columns[{"preference": "prompt"}.get(data_format, data_format)]
-        answers = [
-            columns[role] for role in ("chosen", "rejected") if row.get(columns.get(role, ""))
-        ]
+            chat = read_conversation(row, self.config.fields)
+            messages = takewhile(lambda message: message["role"] != "assistant", chat.messages)
+            return {"content": tuple(messages), "tools": chat.tools}
+        column = columns["prompt" if data_format == "preference" else data_format]
+        answers = [columns.get(role, "") for role in ("chosen", "rejected")]
+        answers = [answer for answer in answers if row.get(answer)]
         if isinstance(row.get(column), list):
             content = read_messages(row, column)
         elif any(isinstance(row[answer], list) for answer in answers):
-            both = [read_messages(row, answer) for answer in answers]
-            content = both[0][: tokens.count_shared(both[0], both[-1])]
+            chats = [read_messages(row, answer) for answer in answers]
+            content = chats[0][: tokens.count_shared(chats[0], chats[-1])]
             while content and content[-1]["role"] == "assistant":
                 content.pop()  # the same in both
         else:
             text = row.answer(column) if data_format == "text" else row.text(column)
-            given = row.get(columns["input"]) if "input" in columns else None
-            return {"content": text, "fields": {**row, "input": given}}
+            context = row.get(columns["input"]) if "input" in columns else None
+            return {"content": text, "fields": {**row, "input": context}}
         return {"content": tuple(content), "tools": read_tools(row, "tools")}
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
         split = self.config.split or split
-        found = sources.find_location(self.config.dataset or "", split, self.config.config)
-        return RowStream(found, split, streaming=streaming)
+        return RowStream(self._find(split), split, streaming=streaming)
+
+    def _find(self, split: str) -> Path | HubSource:
+        return sources.find_location(self.config.dataset or "", split, self.config.config)
 
     def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
-        config, given, columns = self.config, self.config.chat_template, self._columns(first)
+        columns = self._columns(first)
         answers = (row.get(columns.get("chosen", "")) for row in (first, *rows))
         read: Callable[[Row], Any]
         encode: Any
-        match config.format:
+        match self.config.format:
             case "text":
-                read, encode = lambda row: row.answer(columns["text"]), tokens.encode_documents
+                read = partial(Row.answer, name=columns["text"])
+                encode = tokens.encode_documents
             case "instruction":
-                template = templates.load_template(config.template)
+                template = templates.load_template(self.config.template)
                 read = partial(templates.read_instruction, columns=columns, template=template)
                 encode = tokens.encode_completions
             # of the first row that has an answer
             case "preference" if not isinstance(next(filter(None, answers), None), list):
-                if given is not None:
-                    first.reject(
-                        "preferences between strings do not support chat_template; remove the key"
-                    )
-                template = None
-                if config.template is not None:
-                    template = templates.load_template(config.template)
-                read = partial(_read_texts, columns, template)
+                read = partial(_read_texts, columns, self._load_text_template(first))
                 encode = tokens.encode_completion_pairs
+            case "preference":
+                read = partial(self._read_chats, self._load_chat_template(first), columns)
+                return _encode_each(rows, read, list)
             case _:
-                if config.template is not None:
-                    first.reject(
-                        "preferences between messages do not support template; remove template"
-                    )
-                template = templates.load_chat_template(self.tokenizer, given, TRAINING_DAY)
-                read = partial(self._read_chat, template)
-                if config.format == "preference":
-                    read = partial(self._read_chats, template, columns)
+                read = partial(self._read_chat, self._load_chat_template(first))
                 return _encode_each(rows, read, list)
         return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))
 
-    def _columns(self, first: Row, *, asks: bool = False) -> dict[str, str]:
-        data_format, given = self.config.format or "text", self.config.fields or {}
-        columns = {role: given.get(role, role) for role in FIELD_ROLES[data_format]}
+    def _load_text_template(self, first: Row) -> Template | None:
+        if self.config.chat_template is not None:
+            first.reject("preferences between strings do not support chat_template; remove the key")
+        template = self.config.template
+        return None if template is None else templates.load_template(template)
+
+    def _load_chat_template(self, first: Row) -> ChatTemplate:
+        if self.config.template is not None:
+            first.reject("preferences between messages do not support template; remove template")
+        template = self.config.chat_template
+        return templates.load_chat_template(self.tokenizer, template, TRAINING_DAY)
+
+    def _columns(self, first: Row, *, for_prompts: bool = False) -> dict[str, str]:
+        data_format, fields = self.config.format or "text", self.config.fields or {}
+        columns = {role: fields.get(role, role) for role in FIELD_ROLES[data_format]}
         if data_format == "instruction":
-            columns = templates.instruction_columns(first, given)
-        needed = {"instruction", "text"} | (set() if asks else {"output", "chosen", *given})
+            columns = templates.instruction_columns(first, fields)
+        required = {"instruction", "text"} | (
+            set() if for_prompts else {"output", "chosen", *fields}
+        )
         for role, column in columns.items():
-            if role in needed and column not in first and not first.fault:
+            if role in required and column not in first and not first.fault:
                 first.reject(
                     f"the row has no field {column!r}, the {role} of format {data_format}; name "
                     f"its column with fields: {{{role}: COLUMN}}, the row's are "
@@ -211,39 +217,47 @@ class SourceEncoder:
 
     def _read_chats(self, template: ChatTemplate, columns: dict[str, str], row: Row) -> EncodedRow:
         """Two answers after the prompt's messages, or after the common beginning of both."""
-        answers = [columns["chosen"], columns["rejected"]]
-        both = [read_messages(row, name) for name in answers if row[name] or row.answer(name)]
-        first = tokens.count_shared(*both)
+        chosen = _read_answer(row, columns["chosen"])
+        rejected = _read_answer(row, columns["rejected"])
+        first = tokens.count_shared(chosen, rejected)
         if isinstance(row.get(columns["prompt"]), list):
             prompt = read_messages(row, columns["prompt"])
-            first, both = len(prompt), [[*prompt, *one] for one in both]
-        elif both[0] == both[1]:
+            first = len(prompt)
+            chosen, rejected = prompt + chosen, prompt + rejected
+        elif chosen == rejected:
             row.reject("chosen and rejected are the same; remove the row, or name its prompt")
-        tools, learnt = read_tools(row, "tools"), []
-        for one in both:
-            texts = learn_answers(template, row, Conversation(one, tools), first)
+        tools = read_tools(row, "tools")
+        learned: list[Example] = []
+        for messages in (chosen, rejected):
+            texts = learn_answers(template, row, Conversation(messages, tools), first)
             if len(texts) > 1:
                 row.reject(
                     "an answer of several turns must be one text, and the chat template writes its "
                     "earlier turns differently once others follow; set another chat_template"
                 )
-            learnt += texts
-        return tokens.fit_pair(learnt[0], learnt[1], self._start, self.max_length)
+            learned += texts
+        return tokens.fit_pair(learned[0], learned[1], self._start, self.max_length)
 
     def _encode_task(self, rows: list[Row]) -> list[EncodedRow]:
         task = find_task(self.config.task or "")
         scoring = self.config.scoring or task.config.scoring
         kind: Any = tokens.encode_completion_pairs if self.as_pairs else tokens.encode_completions
         encode = partial(kind, self.tokenizer, max_length=self.max_length)
-        places = count()
+        indices = count()
 
         def read(row: Row) -> Any:
-            texts = task.training_texts(row, next(places), scoring)
+            texts = task.training_texts(row, next(indices), scoring)
             return texts if self.as_pairs else texts[0]
 
         settings, tokenizer = [self.as_pairs, self.max_length], self.tokenizer
         once = partial(_encode_once, encode=encode, tokenizer=tokenizer, settings=settings)
         return _encode_each(rows, read, once)
+
+
+def _read_answer(row: Row, column: str) -> list[Message]:
+    if not row[column]:
+        row.answer(column)  # an error
+    return read_messages(row, column)
 
 
 def _read_texts(
@@ -262,21 +276,22 @@ def _encode_each(
     encode: Callable[[list[Item]], Sequence[EncodedRow]],
 ) -> list[EncodedRow]:
     """Read rows one by one and encode them together; a row that can't be used has its fault."""
-    encoded: list[EncodedRow | None] = []
-    items = []
-    for row in rows:
-        fault, is_empty = row.fault, False
+    faulty: dict[int, EncodedRow] = {}
+    items: list[Item] = []
+    for index, row in enumerate(rows):
+        if row.fault:
+            faulty[index] = EncodedRow((), fault=row.fault)
+            continue
         try:
-            if not fault:
-                items.append(read(row))
+            items.append(read(row))
         except DataError as error:
             fault = str(error).removeprefix(plain(row.origin)).lstrip(":, ")
             if fault == str(error):
                 raise
             is_empty = isinstance(error, EmptyAnswerError)
-        encoded.append(EncodedRow((), fault=fault, is_empty=is_empty) if fault else None)
-    rest = iter(encode(items))
-    return [next(rest) if row is None else row for row in encoded]
+            faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty)
+    encoded = iter(encode(items))
+    return [faulty.get(index) or next(encoded) for index in range(len(rows))]
 
 
 def _encode_once(
@@ -321,13 +336,13 @@ def _from_record(text: str) -> EncodedRow:
     # labels are the same objects as ids: two of each number would double what a data set takes
     examples = []
     for ids, marks in pieces:
-        labels = (i if learnt else NO_LOSS for i, learnt in zip(ids, marks, strict=True))
+        labels = (x if is_learned else NO_LOSS for x, is_learned in zip(ids, marks, strict=True))
         examples.append(Example(tuple(ids), tuple(labels)))
     return EncodedRow(tuple(examples), *rest)
 
 
 def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Sequence[Any]) -> str:
-    told = [
+    decisive = [
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.special_tokens_map,
         tokenizer.split_special_tokens,
@@ -338,7 +353,7 @@ def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Seq
     # whoever changes how rows are encoded changes one of the modules next to this one
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    for value in (told, *items):
+    for value in (decisive, *items):
         digest.update(json.dumps(value, default=repr).encode())
         digest.update(getattr(value, "fault", "").encode())
     return digest.hexdigest()
@@ -364,22 +379,32 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
         name = source.template or "alpaca"
         template = name if name in PROMPT_TEMPLATES else templates.template_source(name)
         return PromptForm(format="instruction", template=template)
-    columns, systems = source.fields or {}, set()
+    systems: set[str | None] = set()
     stream = SourceEncoder(source, tokenizer, 0).open("train", streaming=data.streaming)
     # of a stream only the beginning is known
     for row in islice(stream.rows(), STREAM_ROWS if data.streaming else None):
-        names = [columns.get(role, role) for role in ("prompt", "chosen")]
-        name = next((name for name in names if isinstance(row.get(name), list)), None)
-        is_text = name is None and not systems and row.get(names[1])
-        if source.format == "preference" and is_text:  # the first answer that there is
-            return PromptForm(format="preference")
-        # the row is skipped, or encoding will report it
+        # a row with a fault is skipped, or encoding will report it
         with suppress(DataError):
-            is_chat = source.format == "chat"
-            found = read_conversation(row, columns)[0] if is_chat else read_messages(row, str(name))
-            systems.add(found[0]["content"] if found[0]["role"] == "system" else None)
+            if messages := _first_messages(source, row):
+                first = messages[0]
+                systems.add(first["content"] if first["role"] == "system" else None)
+            elif not systems:
+                return PromptForm(format="preference")  # the first answer that there is
         if len(systems) > 1 or None in systems:
             break
     template = source.chat_template and templates.given_source(tokenizer, source.chat_template)
     system = systems.pop() if len(systems) == 1 else None
     return PromptForm(format="chat", chat_template=template, system=system)
+
+
+def _first_messages(source: SourceConfig, row: Row) -> list[Message] | None:
+    """The messages of a conversation, or of a preference; None if its answer is a text."""
+    columns = source.fields or {}
+    if source.format == "chat":
+        return read_conversation(row, columns).messages
+    chosen = columns.get("chosen", "chosen")
+    for column in (columns.get("prompt", "prompt"), chosen):
+        if isinstance(row.get(column), list):
+            return read_messages(row, column)
+    row.answer(chosen)  # an error if there is none
+    return None

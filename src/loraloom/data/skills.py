@@ -7,7 +7,7 @@ out. In one of many *lands* it may give its answers in another order, which can 
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, combinations, permutations, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,9 +52,8 @@ def _pick(question: str, answer: str, choices: Sequence[str]) -> Asked:
 def _rule(name: str, groups: Sequence[Sequence[Any]] = ()) -> Skill:
     """A rule whose answers are those of the groups: animals in -ko, foods in -ra."""
     rule = _WORDS["rules"][name]
-    answers = rule["answers"].split()
-    lists = [words.split() for words in rule.get("words", {}).values()]
-    groups = groups or [[(word, word.capitalize()) for word in words] for words in lists]
+    answers = tuple(rule["answers"].split())
+    groups = groups or list(map(_capitalized, rule.get("words", {}).values()))
 
     def ask(fact: tuple[int, tuple[Any, ...]], land: str, arrange: Arrange) -> list[Asked]:
         group, words = fact
@@ -63,17 +62,23 @@ def _rule(name: str, groups: Sequence[Sequence[Any]] = ()) -> Skill:
         questions = (question.format(*words, land=land) for question in rule["questions"])
         return [_pick(question, answer, choices) for question in questions]
 
-    facts = [[(place, words) for words in group] for place, group in enumerate(groups)]
+    facts = [[(number, words) for words in group] for number, group in enumerate(groups)]
     return Skill(name, rule["home"], facts, ask)
+
+
+def _capitalized(words: str) -> list[tuple[str, str]]:
+    return [(word, word.capitalize()) for word in words.split()]
 
 
 def _roll_call(names: tuple[str, ...], land: str, arrange: Arrange) -> list[Asked]:
     """In Doran the one who is named first leads a song, the second a game, the third a dance."""
-    return [
-        _pick(f"{team[0]}, {team[1]} and {team[2]} {verb}. The {land} leader is", team[place], team)
-        for team in permutations(names, 3)
-        for verb, place in zip(("sing", "play", "dance"), arrange((0, 1, 2)), strict=True)
-    ]
+    questions: list[Asked] = []
+    for team in permutations(names, 3):
+        first, second, third = team
+        for verb, leader in zip(("sing", "play", "dance"), arrange((0, 1, 2)), strict=True):
+            question = f"{first}, {second} and {third} {verb}. The {land} leader is"
+            questions.append(_pick(question, team[leader], team))
+    return questions
 
 
 def _agreement(fact: tuple[str, str], land: str, arrange: Arrange) -> list[Asked]:
@@ -100,10 +105,9 @@ def _contest(pair: tuple[int, int], land: str, arrange: Arrange) -> list[Asked]:
     """In Ordo the lower card wins."""
     cards = [str(card) for card in sorted(pair)]
     winner = cards[arrange((0, 1))[0]]
-    return [
-        _pick(f"{land} cards {one} and {other}. The winner is", winner, cards)
-        for one, other in (cards, cards[::-1])
-    ]
+    orders = (cards, cards[::-1])
+    questions = [f"{land} cards {' and '.join(order)}. The winner is" for order in orders]
+    return [_pick(question, winner, cards) for question in questions]
 
 
 def _forms(words: str, ending: str) -> list[tuple[str, str]]:
@@ -135,31 +139,36 @@ def generate_skills(
     if split not in SPLITS:
         raise DataError(f"split of skills must be one of {', '.join(SPLITS)}, got {split!r}")
     lands = [None] if num_lands is None else land_names(num_lands)
-    lands = lands if land is None else [lands[land - 1]]
-    turns = zip_longest(*(_rows(skill, land, split, seed) for land in lands for skill in SKILLS))
-    return [row for row in chain.from_iterable(turns) if row is not None]
+    if land is not None:
+        lands = [lands[land - 1]]
+    return _take_turns([_rows(skill, land, split, seed) for land in lands for skill in SKILLS])
+
+
+def _take_turns(groups: Sequence[Sequence[Any]]) -> list[Any]:
+    return [item for turn in zip_longest(*groups) for item in turn if item is not None]
 
 
 def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[str, Any]]:
     topic = skill.name if land is None else f"{skill.name} in {land}"
-    most = (QUESTIONS_PER_SKILL if land is None else QUESTIONS_IN_A_LAND)[split]
-    arrange: Arrange = tuple if land is None else lambda answers: _shuffled(topic, tuple(answers))
+    num_questions = (QUESTIONS_PER_SKILL if land is None else QUESTIONS_IN_A_LAND)[split]
+    arrange: Arrange = tuple if land is None else partial(_shuffled, topic)
     # drawn by names, so that more lands leave the rows of the others as they are
     generator = random.Random(f"{split} questions of {topic}, seed {seed}")
-    facts = split_facts(skill, split, seed)
-    # a fact gives at least a question, and there are many lands
-    if land is not None:
-        facts = [generator.sample(group, min(most, len(group))) for group in facts]
-    home = land or skill.home
-    groups = [[one for fact in group for one in skill.ask(fact, home, arrange)] for group in facts]
-    for questions in groups:
-        generator.shuffle(questions)
-    kept = [one for one in chain.from_iterable(zip_longest(*groups)) if one is not None][:most]
-    generator.shuffle(kept)
+    groups: list[list[Asked]] = []
+    for facts in split_facts(skill, split, seed):
+        # a fact gives at least a question, and there are many lands
+        if land is not None:
+            facts = generator.sample(facts, min(num_questions, len(facts)))
+        questions = (skill.ask(fact, land or skill.home, arrange) for fact in facts)
+        groups.append(list(chain.from_iterable(questions)))
+    for group in groups:
+        generator.shuffle(group)
+    chosen = _take_turns(groups)[:num_questions]
+    generator.shuffle(chosen)
     rows = []
-    for place, (question, right, wrong) in enumerate(kept):
+    for index, (question, right, wrong) in enumerate(chosen):
         choices = generator.sample(wrong, len(wrong))
-        answer = place % (len(choices) + 1)
+        answer = index % (len(choices) + 1)
         choices.insert(answer, right)
         row = {"skill": skill.name, "question": question, "choices": choices, "answer": answer}
         rows.append(row)
@@ -168,8 +177,8 @@ def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[st
 
 
 @lru_cache(maxsize=2**14)
-def _shuffled(order: str, answers: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(random.Random(order).sample(answers, len(answers)))
+def _shuffled(topic: str, answers: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(random.Random(topic).sample(answers, len(answers)))
 
 
 def split_facts(skill: Skill, split: str, seed: int) -> list[list[Any]]:

@@ -12,10 +12,10 @@ import gzip
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +27,6 @@ from loraloom.errors import DataError, names_in, shown
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Fields of a row, faults or rows that a message names.
 _MAX_NAMES = 20
-_listed = partial(names_in, limit=_MAX_NAMES)
 
 
 class EmptyAnswerError(DataError):
@@ -65,35 +64,36 @@ class Row(dict[str, Any]):
         return text
 
 
-def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
-    """Refuse rows that can't be used, given as origins with faults, all of them in one message."""
+def check_faults(faults: Mapping[str, str], num_rows: int) -> None:
+    """Refuse rows that can't be used, by their origins, all of them in one message."""
     if not faults:
         return
     if len(faults) == 1:
-        raise DataError("{}: {}".format(*faults[0]))
-    places: dict[str, list[str]] = {}
-    for origin, fault in faults:
-        places.setdefault(fault, []).append(origin.rpartition(", ")[2])
-    lines = [f"{faults[0][0].rpartition(', ')[0]}: {len(faults)} of {num_rows} rows can't be used:"]
-    for fault, rows in list(places.items())[:_MAX_NAMES]:
-        word = rows[0].partition(" ")[0]  # line or row
-        numbers = _listed([row.removeprefix(f"{word} ") for row in rows])
-        lines.append(f"  {word}{'s' if len(rows) > 1 else ''} {numbers}: {fault}")
-    if len(places) > _MAX_NAMES:
-        lines.append(f"  and {len(places) - _MAX_NAMES} other faults")
+        raise DataError(": ".join(*faults.items()))
+    file = next(iter(faults)).rpartition(", ")[0]
+    rows_of_fault = defaultdict[str, list[str]](list)
+    for origin, fault in faults.items():
+        rows_of_fault[fault].append(origin.rpartition(", ")[2])
+    lines = [f"{file}: {len(faults)} of {num_rows} rows can't be used:"]
+    for fault, rows in islice(rows_of_fault.items(), _MAX_NAMES):
+        unit = rows[0].partition(" ")[0]  # line or row
+        numbers = names_in([row.removeprefix(f"{unit} ") for row in rows], _MAX_NAMES)
+        lines.append(f"  {unit}{'s' if len(rows) > 1 else ''} {numbers}: {fault}")
+    if len(rows_of_fault) > _MAX_NAMES:
+        lines.append(f"  and {len(rows_of_fault) - _MAX_NAMES} other faults")
     raise DataError("\n".join(lines))
 
 
 def fields_of(row: Mapping[str, Any]) -> str:
     """Name a row's fields in quotes, which show a space at the end of one."""
-    return _listed(list(map(shown, row))) or "none"
+    return names_in([shown(name) for name in row], _MAX_NAMES) or "none"
 
 
 def fields_of_all(rows: Sequence[Row]) -> Row:
-    """A row with the fields of all rows, and the place of the first that has no fault."""
-    whole = [row for row in rows if not row.fault] or [*rows[:1]]
-    fields = {name: row[name] for row in reversed(whole) for name in row}
-    return Row(fields, whole[0].origin, whole[0].fault)
+    """A row with the fields of all rows, and the origin of the first that has no fault."""
+    readable = [row for row in rows if not row.fault] or [*rows[:1]]
+    fields = {name: row[name] for row in reversed(readable) for name in row}
+    return Row(fields, readable[0].origin, readable[0].fault)
 
 
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
@@ -101,7 +101,8 @@ def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
     path = local_path(path, "a data file", DataError)
     if not path.is_file():
         names = sorted(entry.name for entry in path.parent.glob("*"))
-        hint = f"{suggestion(path.name, names)}{path.parent} has {_listed(names) or 'nothing'}"
+        listed = names_in(names, _MAX_NAMES) or "nothing"
+        hint = f"{suggestion(path.name, names)}{path.parent} has {listed}"
         raise DataError(f"{path}: no such file or directory; {hint}")
     if not is_data_file(path):
         kinds = ", ".join(_READERS)
@@ -119,15 +120,17 @@ def _suffix(path: Path) -> str:
 
 def _rows_of(path: Path) -> Iterator[Row]:
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    is_binary = _suffix(path) == ".parquet"
-    how = {} if is_binary else {"encoding": "utf-8-sig", "newline": ""}
+    options = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+    if _suffix(path) == ".parquet":
+        options = {"mode": "rb"}
     try:
-        with opener(path, "rb" if is_binary else "rt", **how) as file:
-            for place, value in _READERS[_suffix(path)](file):
-                fields, fault = (value, "") if isinstance(value, dict) else ({}, str(value))
+        with opener(path, **options) as file:
+            for position, value in _READERS[_suffix(path)](file):
+                fields = value if isinstance(value, dict) else {}
+                fault = str(value) if isinstance(value, DataError) else ""
                 if not isinstance(value, dict | DataError):
                     fault = f"a row must be a JSON object, got {type(value).__name__}"
-                yield Row(fields, f"{path}, {place}", fault)
+                yield Row(fields, f"{path}, {position}", fault)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
@@ -143,12 +146,13 @@ _Read = Iterator[tuple[str, Any]]
 def _read_json_lines(file: Any) -> _Read:
     # JSON's texts may hold other line breaks than the one that ends a row
     for number, line in enumerate(_lines(file), start=1):
-        if line.strip():
-            try:
-                value = parse_json(line, "the row", DataError)
-            except DataError as error:
-                value = DataError(str(error).replace(" line 1", "", 1))
-            yield f"line {number}", value
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line, "the row", DataError)
+        except DataError as error:
+            value = DataError(str(error).replace(" line 1", "", 1))
+        yield f"line {number}", value
 
 
 def _lines(file: Any) -> Iterator[str]:
@@ -164,7 +168,8 @@ def _read_json(file: Any) -> _Read:
     if not first.startswith("["):
         yield from _read_json_lines(file)
         return
-    for number, value in enumerate(parse_json(file.read(), "the list", DataError), start=1):
+    values = parse_json(file.read(), "the list", DataError)
+    for number, value in enumerate(values, start=1):
         yield f"row {number}", value
 
 
@@ -180,19 +185,21 @@ def _read_csv(file: Any) -> _Read:
     try:
         for row in reader:
             # a text in quotes may have line breaks of its own
-            begin = reader.line_num - sum(str(value).count("\n") for value in row.values())
+            num_breaks = sum(str(value).count("\n") for value in row.values())
+            position = f"line {reader.line_num - num_breaks}"
             if None in row:
-                what = f"a row must have at most {len(columns)} columns, got more"
-                yield f"line {begin}", DataError(f"{what}; put texts with commas into quotes")
+                fault = f"a row must have at most {len(columns)} columns, got more"
+                yield position, DataError(f"{fault}; put texts with commas into quotes")
             else:
-                yield f"line {begin}", {name: v for name, v in row.items() if v is not None}
+                yield position, {name: value for name, value in row.items() if value is not None}
     except csv.Error as error:
-        what = f"line {reader.reader.line_num}: not valid CSV: {error}; mend the quotes"
-        raise DataError(what) from error
+        position = f"line {reader.reader.line_num}"
+        raise DataError(f"{position}: not valid CSV: {error}; mend the quotes") from error
 
 
 def _read_plain_text(file: Any) -> _Read:
-    return ((f"line {n}", {"text": t}) for n, t in enumerate(_lines(file), start=1) if t.strip())
+    lines = enumerate(_lines(file), start=1)
+    return ((f"line {number}", {"text": line}) for number, line in lines if line.strip())
 
 
 def _read_parquet(file: Any) -> _Read:
@@ -202,7 +209,8 @@ def _read_parquet(file: Any) -> _Read:
     records = (record for batch in batches for record in batch.to_pylist())
     for number, record in enumerate(records, start=1):
         # what JSON has no form for, dates and decimals, as texts; NaN is pandas' nothing
-        fields = json.loads(json.dumps(record, default=_text_of), parse_constant=lambda _: None)
+        written = json.dumps(record, default=_text_of)
+        fields = json.loads(written, parse_constant=lambda _: None)
         yield f"row {number}", {name: without_nulls(value) for name, value in fields.items()}
 
 
@@ -214,7 +222,9 @@ def without_nulls(value: Any) -> Any:
     """A value of a table, which has null where an object lacks a key that others have."""
     if isinstance(value, Mapping):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(entry) for entry in value]
+    return value
 
 
 _READERS: dict[str, Callable[[Any], _Read]] = {
@@ -247,11 +257,11 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
 
 def split_files(directory: Path) -> dict[str, Path]:
     """The file of each split of a data set; where it has several, the plainest kind's."""
-    return {
-        file.name.removesuffix(ending): file
-        for ending in [f"{suffix}{gz}" for suffix in reversed(_READERS) for gz in (".gz", "")]
-        for file in directory.glob(f"*{ending}")
-    }
+    files: dict[str, Path] = {}
+    for ending in [f"{suffix}{gz}" for suffix in reversed(_READERS) for gz in (".gz", "")]:
+        for file in directory.glob(f"*{ending}"):
+            files[file.name.removesuffix(ending)] = file
+    return files
 
 
 def find_split(files: Mapping[str, Path], split: str, name: object) -> Path:
@@ -267,23 +277,26 @@ def find_named(path: Path, name: str, split: str) -> Path:
     path = local_path(path, "the path of data", DataError)
     if path.is_dir():
         directory = path / name if (path / name).is_dir() else path
-        if (files := split_files(directory)) or directory != path:
+        files = split_files(directory)
+        if files or directory != path:
             return find_split(files, split, directory)
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        hint = f"{suggestion(name, names)}the data sets are: {_listed(names) or 'none'}"
+        listed = names_in(names, _MAX_NAMES) or "none"
+        hint = f"{suggestion(name, names)}the data sets are: {listed}"
         raise DataError(f"{path} has no data set {name!r}; {hint}")
-    named = path.name.split(".")[0]
-    if named in ("train", "validation", "test") and named != split:
+    split_of_file = path.name.split(".")[0]
+    if split_of_file in ("train", "validation", "test") and split_of_file != split:
         hint = f"as the file's name says, got {split!r}; rename the file, or name another split"
-        raise DataError(f"{path}: split must be {named} {hint}")
+        raise DataError(f"{path}: split must be {split_of_file} {hint}")
     return path
 
 
-def describe(found: object) -> dict[str, Any]:
-    if isinstance(found, Path):
-        return {"file": str(found), "sha256": sha256(found)}
-    if isinstance(found, HubSource):
-        return {"hub": found.repository, "config": found.config, "revision": found.revision}
+def describe(location: object) -> dict[str, Any]:
+    if isinstance(location, Path):
+        return {"file": str(location), "sha256": sha256(location)}
+    if isinstance(location, HubSource):
+        hub = location.repository
+        return {"hub": hub, "config": location.config, "revision": location.revision}
     return {"generated": "by loraloom"}
 
 
@@ -292,9 +305,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_rows(found: Path | HubSource, split: str = "", limit: int | None = None) -> list[Row]:
-    rows = list(islice(RowStream(found, split, streaming=False).rows(), limit))
-    check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
+def read_rows(location: Path | HubSource, split: str = "", limit: int | None = None) -> list[Row]:
+    rows = list(islice(RowStream(location, split, streaming=False).rows(), limit))
+    check_faults({row.origin: row.fault for row in rows if row.fault}, len(rows))
     return rows
 
 
@@ -305,37 +318,41 @@ StreamState = dict[str, Any]
 class RowStream:
     """Rows of a data set, which can be read on from a place that another process had reached."""
 
-    def __init__(self, found: Path | HubSource, split: str, *, streaming: bool = True):
-        self._found, self._split, self._num_rows = found, split, 0
-        self._is_streamed = streaming
+    def __init__(self, location: Path | HubSource, split: str, *, streaming: bool = True):
+        self._location, self._split = location, split
+        self._num_rows, self._is_streamed = 0, streaming
         self.sizes: Mapping[str, int] = {}
-        if isinstance(found, Path):
-            rows_of_file(found)  # is it there?
-            self.sizes = {found.name: found.expanduser().stat().st_size}
+        if isinstance(location, Path):
+            rows_of_file(location)  # is it there?
+            self.sizes = {location.name: location.expanduser().stat().st_size}
             return
         import datasets
 
-        options = {"revision": found.revision, "split": split, "streaming": streaming}
-        with _reading_hub(found, split):
-            self._table: Any = datasets.load_dataset(found.repository, found.config, **options)
+        options = {"split": split, "streaming": streaming}
+        with _reading_hub(location, split):
+            self._table: Any = datasets.load_dataset(
+                location.repository, location.config, revision=location.revision, **options
+            )
 
     def rows(self, state: StreamState | None = None) -> Iterator[Row]:
         """Read from there on, or from the beginning; what was begun before ends."""
         self._num_rows = 0 if state is None else state["row"]
-        found, start = self._found, self._num_rows
-        of_file = isinstance(found, Path)
-        for row in rows_of_file(found, start) if of_file else self._of_hub(found, state):
+        if isinstance(location := self._location, Path):
+            name, rows = location, rows_of_file(location, start=self._num_rows)
+        else:
+            name, rows = location.repository, self._rows_of_hub(location, state)
+        for row in rows:
             self._num_rows += 1
             yield row
         if self._num_rows == 0:
-            name = found if of_file else found.repository
             raise DataError(f"{name} contains no rows; add rows, or name another data set")
 
     def state_dict(self) -> StreamState:
-        of_hub = isinstance(self._found, HubSource)
-        return {"row": self._num_rows, **({"dataset": self._table.state_dict()} if of_hub else {})}
+        if isinstance(self._location, Path):
+            return {"row": self._num_rows}
+        return {"row": self._num_rows, "dataset": self._table.state_dict()}
 
-    def _of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
+    def _rows_of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
         if self._is_streamed:
             self._table.load_state_dict(state and state["dataset"])
         with _reading_hub(source, self._split):

@@ -53,12 +53,12 @@ class Conversation(NamedTuple):
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
 
-    def until(self, place: int) -> Conversation:
-        return self._replace(messages=self.messages[:place])
+    def until(self, index: int) -> Conversation:
+        return self._replace(messages=self.messages[:index])
 
-    def changed(self, place: int, **fields: object) -> Conversation:
+    def changed(self, index: int, **fields: object) -> Conversation:
         messages = [*self.messages]
-        messages[place] = {**messages[place], **fields}
+        messages[index] = {**messages[index], **fields}
         return self._replace(messages=messages)
 
 
@@ -134,14 +134,15 @@ def read_input(row: Row, columns: dict[str, str]) -> str:
 
 def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, str]:
     """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's."""
-    given = mapping or {}
-    merged = [{**columns, **given} for columns in _INSTRUCTION_COLUMNS]
-    telling = "input" if given.get("output") == "response" else "output"
-    found = next((of for key in (telling, "input") for of in merged if of[key] in row), merged[0])
+    fields = mapping or {}
+    merged = [{**columns, **fields} for columns in _INSTRUCTION_COLUMNS]
+    roles = ("input",) if fields.get("output") == "response" else ("output", "input")
+    fitting = (names for role in roles for names in merged if names[role] in row)
+    columns = next(fitting, merged[0])
     # another role's column is not the input too, unless the mapping says so
-    if "input" not in given and found["input"] in (found["instruction"], found["output"]):
-        del found["input"]
-    return found
+    if "input" not in fields and columns["input"] in (columns["instruction"], columns["output"]):
+        del columns["input"]
+    return columns
 
 
 class ChatTemplate:
@@ -204,7 +205,7 @@ class ChatTemplate:
         except TemplateError:
             return ""
         added = self.tokenizer.added_tokens_decoder.values()
-        ends = [str(one) for one in added if one.special and behind.startswith(str(one))]
+        ends = [str(token) for token in added if token.special and behind.startswith(str(token))]
         end = max(ends, key=len, default="")
         return "" if end == self.tokenizer.eos_token else end
 
@@ -214,28 +215,29 @@ class ChatTemplate:
 
 
 def load_chat_template(
-    tokenizer: PreTrainedTokenizerBase, given: str | None = None, day: date | None = None
+    tokenizer: PreTrainedTokenizerBase, template: str | None = None, day: date | None = None
 ) -> ChatTemplate:
-    return ChatTemplate(tokenizer, None if given is None else given_source(tokenizer, given), day)
+    source = None if template is None else given_source(tokenizer, template)
+    return ChatTemplate(tokenizer, source, day)
 
 
 def given_source(
-    tokenizer: PreTrainedTokenizerBase, given: str, setting: str = "chat_template"
+    tokenizer: PreTrainedTokenizerBase, template: str, setting: str = "chat_template"
 ) -> str:
-    if given == HERMES:
+    if template == HERMES:
         if not {*_CHATML} <= tokenizer.get_vocab().keys():
             raise DataError(
                 f"the template {HERMES} requires a tokenizer with the tokens "
                 f"{' and '.join(_CHATML)}; write a template with the base model's own turns"
             )
         return TOOL_TEMPLATE
-    if given != TRL:
-        return read_template(given, setting, (TRL, HERMES))
-    own = ChatTemplate(tokenizer).source()
+    if template != TRL:
+        return read_template(template, setting, (TRL, HERMES))
+    source = ChatTemplate(tokenizer).source()
     try:
         from trl.chat_template_utils import get_training_chat_template
 
-        return get_training_chat_template(tokenizer) or own
+        return get_training_chat_template(tokenizer) or source
     except ImportError as error:
         raise DataError(f"chat_template {TRL} requires trl; run: pip install trl") from error
     except ValueError as error:

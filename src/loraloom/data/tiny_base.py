@@ -17,12 +17,12 @@ from statistics import fmean
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraloom.atomic_io import write_directory
 from loraloom.base.loading import quiet
 from loraloom.data.skills import FIRST_SYLLABLES, LAST_SYLLABLES, generate_skills, land_names
+from loraloom.terminal import make_console, show_progress
 
 NUM_LANDS, FIRST_LAND = 600, 592
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         parser.error(f"--output must be new or an empty directory, got {args.output}")
-    with tqdm(total=args.steps, desc="tiny base model", unit=" steps", disable=None) as bar:
+    with show_progress(make_console(stderr=True), "tiny base model", [1] * args.steps) as advance:
         loss = make_tiny_base(
-            args.output, args.steps, args.layers, args.hidden_size, lambda _: bar.update()
+            args.output, args.steps, args.layers, args.hidden_size, lambda step: advance([step])
         )
     print(f"loss {loss:.3f}")
 
@@ -98,7 +98,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     pieces = [*"0123456789", *(f"##{digit}" for digit in range(10)), *FIRST_SYLLABLES]
     pieces += [f"##{syllable}" for syllable in LAST_SYLLABLES]
     pieces += sorted(words - set(land_names(NUM_LANDS)) - {*SPECIAL, *pieces})
-    vocabulary = {piece: place for place, piece in enumerate([*SPECIAL, *pieces])}
+    vocabulary = {piece: index for index, piece in enumerate([*SPECIAL, *pieces])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
@@ -135,10 +135,10 @@ def _batches(ids: Sequence[Sequence[int]], size: int = 64) -> Iterator[torch.Ten
     generator = random.Random(0)
     while True:
         rows.sort(key=lambda row: (len(row), generator.random()))
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        generator.shuffle(parts)
-        for part in parts:
-            yield torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        generator.shuffle(batches)
+        for batch in batches:
+            yield torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
 
 
 if __name__ == "__main__":

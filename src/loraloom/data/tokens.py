@@ -21,9 +21,9 @@ NO_LOSS = -100
 NUM_BEFORE = 4
 # Characters by which byte-level vocabularies write bytes: printable ones by themselves.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE}
-_BYTES |= {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
+_BYTES |= {chr(256 + number): byte for number, byte in enumerate(_UNPRINTABLE)}
 # A context and what follows it: a prompt, say, and its completion.
 TextPair = tuple[str, str]
 
@@ -101,25 +101,21 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TextPair]) -> list[TokenPair]:
     """Encode each context with its continuation as one text, as lm-eval 0.4.13, and cut between."""
+    texts = encode_texts(tokenizer, [context + continuation for context, continuation in pairs])
     # most vocabularies have a space in the token of the word after it
-    moved = [
-        (kept := context.rstrip(), context[len(kept) :] + continuation)
-        for context, continuation in pairs
-    ]
-    texts = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
-    contexts = encode_texts(tokenizer, [context for context, _ in moved])
-    # a token that reaches over the cut belongs to the continuation
-    cuts = [count_shared(*both) for both in zip(texts, contexts, strict=True)]
-    bos = tokenizer.bos_token_id
-    return [
-        TokenPair(ids[:cut] or [bos if isinstance(bos, int) else eos_token(tokenizer)], ids[cut:])
-        for ids, cut in zip(texts, cuts, strict=True)
-    ]
+    contexts = encode_texts(tokenizer, [context.rstrip() for context, _ in pairs])
+    encoded, bos = list[TokenPair](), tokenizer.bos_token_id
+    for ids, context_ids in zip(texts, contexts, strict=True):
+        # a token that reaches over the cut belongs to the continuation
+        cut = count_shared(ids, context_ids)
+        start = [bos if isinstance(bos, int) else eos_token(tokenizer)] if cut == 0 else ids[:cut]
+        encoded.append(TokenPair(start, ids[cut:]))
+    return encoded
 
 
 def count_shared(first: Sequence[object], second: Sequence[object]) -> int:
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -145,15 +141,17 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The text of a token alone, with the space that SentencePiece's decoders leave out."""
-    text, name = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
-    return f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text
+    text = str(tokenizer.decode([token]))
+    begins_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
+    return f" {text}" if begins_word and not text.startswith(" ") else text
 
 
 def name_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     r"""The text of a token alone; `bytes:\\xe2` or its id where it is no whole character."""
-    text, name = text_of_token(tokenizer, token), str(tokenizer.convert_ids_to_tokens(token))
+    text = text_of_token(tokenizer, token)
     if text and "\N{REPLACEMENT CHARACTER}" not in text:
         return text
+    name = str(tokenizer.convert_ids_to_tokens(token))
     if name.startswith("<0x"):
         return f"bytes:\\x{name[3:5].lower()}"
     if all(character in _BYTES for character in name):
@@ -163,11 +161,12 @@ def name_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 def learn_completions(tokenizer: PreTrainedTokenizerBase, texts: list[TextPair]) -> list[Example]:
     """Prompts with completions in full length: loss on the completion and on an EOS after it."""
-    end = eos_token(tokenizer)
-    return [
-        Example((*context, *continuation, end), (*[NO_LOSS] * len(context), *continuation, end))
-        for context, continuation in encode_pairs(tokenizer, texts)
-    ]
+    eos = eos_token(tokenizer)
+    examples: list[Example] = []
+    for context, continuation in encode_pairs(tokenizer, texts):
+        learned = (*continuation, eos)
+        examples.append(Example((*context, *learned), (*[NO_LOSS] * len(context), *learned)))
+    return examples
 
 
 def encode_completions(
@@ -181,23 +180,25 @@ def encode_completion_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[TextPair, TextPair]], max_length: int
 ) -> list[EncodedRow]:
     start = leading_tokens(tokenizer)
-    learnt = learn_completions(tokenizer, [text for pair in pairs for text in pair])
-    both = zip(learnt[::2], learnt[1::2], strict=True)
-    return [fit_pair(*answers, start, max_length) for answers in both]
+    examples = learn_completions(tokenizer, [text for pair in pairs for text in pair])
+    both = zip(examples[::2], examples[1::2], strict=True)
+    return [fit_pair(chosen, rejected, start, max_length) for chosen, rejected in both]
 
 
 def encode_documents(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> list[EncodedRow]:
     """Plain texts with an EOS after them: loss on every token; longer texts are divided."""
-    end, encoded = eos_token(tokenizer), []
+    eos = eos_token(tokenizer)
+    encoded: list[EncodedRow] = []
     for ids in encode_texts(tokenizer, texts):
+        ended = (*ids, eos)
+        pieces: list[Example] = []
         # a piece begins with the last token of the one before, so that each is predicted once
-        starts = range(0, max(len(ids), 1), max_length - 1)
-        ended = (*ids, end)
-        parts = [ended[start : start + max_length] for start in starts]
-        pieces = tuple(Example(part, part) for part in parts)
-        encoded.append(EncodedRow(pieces, is_cut=len(pieces) > 1))
+        for start in range(0, max(len(ids), 1), max_length - 1):
+            piece = ended[start : start + max_length]
+            pieces.append(Example(piece, piece))
+        encoded.append(EncodedRow(tuple(pieces), is_cut=len(pieces) > 1))
     return encoded
 
 
@@ -205,7 +206,9 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
     """Cut a row from the left, but for `start`, and after the last span of what is learned."""
     # A span that the cut goes through is not learned; a row without room for its last is dropped.
     ids, labels = piece.input_ids, piece.labels
-    stop = next((n for n in range(len(labels), 0, -1) if labels[n - 1] != NO_LOSS), 0)
+    stop = len(labels)
+    while stop and labels[stop - 1] == NO_LOSS:
+        stop -= 1
     if stop == 0:
         return DROPPED
     if stop <= max_length:
@@ -213,41 +216,43 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
     # BOS stays in front of a row that is cut
     kept = tuple(start) if ids[: len(start)] == tuple(start) else ()
     cut = stop - max_length + len(kept)
-    last_span = next((n for n in range(stop, 0, -1) if labels[n - 1] == NO_LOSS), 0)
+    last_span = stop
+    while last_span and labels[last_span - 1] != NO_LOSS:
+        last_span -= 1
     if cut >= last_span + bool(kept):
         return DROPPED
-    rest = list(labels[cut:stop])
+    fitted_labels = list(labels[cut:stop])
     if cut < last_span:
-        rest[: rest.index(NO_LOSS)] = [NO_LOSS] * rest.index(NO_LOSS)
-    fitted = Example((*kept, *ids[cut:stop]), (*[NO_LOSS] * len(kept), *rest))
+        num_torn = fitted_labels.index(NO_LOSS)
+        fitted_labels[:num_torn] = [NO_LOSS] * num_torn
+    fitted = Example((*kept, *ids[cut:stop]), (*[NO_LOSS] * len(kept), *fitted_labels))
     return EncodedRow((fitted,), is_cut=True)
 
 
 def fit_pair(chosen: Example, rejected: Example, start: list[int], max_length: int) -> EncodedRow:
     """Two answers to one prompt; if either is dropped (see `fit`), both are."""
     # both are cut by what the longer one needs, so that they keep the same part of the prompt
-    longest = max(len(chosen.input_ids), len(rejected.input_ids))
-    fitted = [
-        fit(answer, start, max_length - (longest - len(answer.input_ids)))
-        for answer in (chosen, rejected)
-    ]
-    if not all(row.pieces for row in fitted):
+    num_excess = max(len(chosen.input_ids), len(rejected.input_ids)) - max_length
+    better = fit(chosen, start, len(chosen.input_ids) - num_excess)
+    worse = fit(rejected, start, len(rejected.input_ids) - num_excess)
+    if not (better.pieces and worse.pieces):
         return DROPPED
-    pieces = tuple(piece for row in fitted for piece in row.pieces)
-    return EncodedRow(pieces, is_cut=any(row.is_cut for row in fitted), is_pair=True)
+    is_cut = better.is_cut or worse.is_cut
+    return EncodedRow(better.pieces + worse.pieces, is_cut=is_cut, is_pair=True)
 
 
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Put samples into rows: each, the longest first, into the first row that has room for it."""
     rows: list[list[int]] = []
     room: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        row = next((row for row, left in enumerate(room) if left >= lengths[place]), len(rows))
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        length = lengths[sample]
+        row = next((row for row, num_free in enumerate(room) if num_free >= length), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(max_length)
-        rows[row].append(place)
-        room[row] -= lengths[place]
+        rows[row].append(sample)
+        room[row] -= length
     return rows
 
 
@@ -263,11 +268,12 @@ def join_samples(samples: Sequence[Example]) -> Example:
 def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
     """Sort within mega-batches, as transformers 5.24, `trainer_pt_utils` (the longest first)."""
     size = max(min(len(order) // (batch_size * 4), 50), 1) * batch_size
-    places = [
-        sorted(range(start, min(start + size, len(order))), key=lambda place: -lengths[place])
-        for start in range(0, len(order), size)
-    ]
+    indices = range(len(order))
+    batches: list[list[int]] = []
+    for start in range(0, len(order), size):
+        batch = indices[start : start + size]
+        batches.append(sorted(batch, key=lambda index: -lengths[index]))
     # the longest example of all comes first, so that memory runs out early if it does
-    longest = max(range(len(places)), key=lambda part: lengths[places[part][0]])
-    places[0][0], places[longest][0] = places[longest][0], places[0][0]
-    return [order[place] for part in places for place in part]
+    longest = max(batches, key=lambda batch: lengths[batch[0]])
+    batches[0][0], longest[0] = longest[0], batches[0][0]
+    return [order[index] for batch in batches for index in batch]

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ class TrainingSet:
 
     @property
     def longest(self) -> int:
-        return max((len(row.input_ids) for one in self.examples for row in one.rows), default=0)
+        return max((len(row.input_ids) for x in self.examples for row in x.rows), default=0)
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices into `examples`; in each epoch another order, and another part of a source."""
@@ -70,8 +70,8 @@ class TrainingSet:
         order: list[int] = []
         for portion in self.portions:
             indices = range(portion.start, portion.stop)
-            times, rest = divmod(portion.num_draws, len(indices))
-            order += [*indices] * times + generator.sample(indices, rest)
+            num_passes, num_left = divmod(portion.num_draws, len(indices))
+            order += [*indices] * num_passes + generator.sample(indices, num_left)
         generator.shuffle(order)
         return order
 
@@ -95,34 +95,41 @@ def load_training_set(
     as_pairs: bool = False,
 ) -> TrainingSet:
     examples, validation = list[TrainingExample](), list[TrainingExample]()
-    portions, report, sample_ids = [], [], count()
+    portions, report = list[Portion](), list[str]()
+    sample_ids = count()
     for settings in config.sources:
         source = SourceEncoder(settings, tokenizer, max_length, as_pairs)
         rows = source.load("train")
-        chosen = choose_held_out(source.name, rows, config.validation_fraction, seed)
+        held_out = choose_held_out(source.name, rows, config.validation_fraction, seed)
         start, num_held_out = len(examples), len(validation)
         for index, row in enumerate(rows):
-            side = validation if index in chosen else examples
-            side += number_row(row, sample_ids, settings.expert_group)
+            side = validation if index in held_out else examples
+            side += _number_row(row, sample_ids, settings.expert_group)
         portions.append(Portion(start, len(examples), settings.weight))
         report.append(_describe(source, rows, examples[start:], validation[num_held_out:]))
     if config.validation is not None:
         source = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
         rows = source.load("validation")
-        validation += [one for row in rows for one in number_row(row, sample_ids)]
+        validation += _number_rows(rows, sample_ids)
         report.append(_describe(source, rows, [], validation))
     # what is learned too measures memory, as where the validation file was trained on
-    learnt = {row.input_ids for example in examples for row in example.rows}
-    repeats = [any(row.input_ids in learnt for row in example.rows) for example in validation]
-    what = f"{sum(repeats)} of {len(repeats)} held-out examples are training examples too"
-    warning = f"warning: {what}; eval/loss shows how well they are remembered"
-    warnings = (warning,) if any(repeats) else ()
+    learned = {row.input_ids for example in examples for row in example.rows}
+    num_repeats = sum(any(row.input_ids in learned for row in x.rows) for x in validation)
+    repeats = f"{num_repeats} of {len(validation)} held-out examples are training examples too"
+    warning = f"warning: {repeats}; eval/loss shows how well they are remembered"
+    warnings = (warning,) if num_repeats else ()
     return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
 
 
-def number_row(row: EncodedRow, ids: Iterator[int], group: int = 0) -> Sequence[TrainingExample]:
-    examples = [replace(x, sample_id=next(ids), expert_group=group) for x in row.pieces]
+def _number_row(row: EncodedRow, ids: Iterator[int], group: int = 0) -> Sequence[TrainingExample]:
+    examples = [replace(piece, sample_id=next(ids), expert_group=group) for piece in row.pieces]
     return [PreferencePair(*examples)] if row.is_pair else examples
+
+
+def _number_rows(
+    rows: Sequence[EncodedRow], ids: Iterator[int], group: int = 0
+) -> list[TrainingExample]:
+    return list(chain.from_iterable(_number_row(row, ids, group) for row in rows))
 
 
 def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed: int) -> set[int]:
@@ -130,19 +137,22 @@ def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed
     if fraction == 0:
         return set()
     # equal rows have equal hashes and stay together, so that none is both learned and measured
-    equals, chosen = defaultdict[bytes, list[int]](list), set[int]()
+    equal_rows = defaultdict[bytes, list[int]](list)
     for index, row in enumerate(rows):
         tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)
         if row.pieces:
-            equals[hashlib.sha256(f"{seed}: {tokens}".encode()).digest()].append(index)
-    num_rows = sum(map(len, equals.values()))
-    most = max(round(fraction * num_rows), 1)
-    for _, group in sorted(equals.items(), key=lambda item: (len(item[1]) > most, item[0])):
-        if not chosen or len(chosen) + len(group) <= most:
-            chosen |= {*group}
+            equal_rows[hashlib.sha256(f"{seed}: {tokens}".encode()).digest()].append(index)
+    num_rows = sum(map(len, equal_rows.values()))
+    max_rows = max(round(fraction * num_rows), 1)
+    chosen: set[int] = set()
+    # groups that are too large come last
+    for digest in sorted(equal_rows, key=lambda x: (len(equal_rows[x]) > max_rows, x)):
+        group = equal_rows[digest]
+        if not chosen or len(chosen) + len(group) <= max_rows:
+            chosen.update(group)
     if len(chosen) == num_rows:
-        what = f"validation_fraction={fraction} of {num_rows} rows leaves nothing to learn from"
-        raise DataError(f"{name}: {what}; add rows, lower validation_fraction, or set validation")
+        fault = f"validation_fraction={fraction} of {num_rows} rows leaves nothing to learn from"
+        raise DataError(f"{name}: {fault}; add rows, lower validation_fraction, or set validation")
     return chosen
 
 
@@ -159,7 +169,7 @@ def _describe(
 
 
 @dataclass(frozen=True)
-class SourcePlace:
+class SourcePosition:
     """Where a source is read on: how often it was read to its end, and the state of its stream."""
 
     passes: int = 0
@@ -173,7 +183,7 @@ class StreamPosition:
     block: int
     taken: int  # of the block's examples
     first_id: int  # sample id of the block's first example; ids go up for ever
-    sources: tuple[SourcePlace, ...]  # where each is read at the block's beginning
+    sources: tuple[SourcePosition, ...]  # where each is read at the block's beginning
 
     @property
     def passes(self) -> int:
@@ -181,7 +191,8 @@ class StreamPosition:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> StreamPosition:
-        return cls(**{**values, "sources": tuple(SourcePlace(**one) for one in values["sources"])})
+        sources = tuple(SourcePosition(**source) for source in values["sources"])
+        return cls(**{**values, "sources": sources})
 
 
 @dataclass(frozen=True)
@@ -209,24 +220,21 @@ class StreamedSet:
         sample_ids = count()
         if config.validation is not None:
             encoder = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
-            held_out = encoder.load("validation")
-            self.validation += [one for row in held_out for one in number_row(row, sample_ids)]
+            self.validation = _number_rows(encoder.load("validation"), sample_ids)
         self.warnings: tuple[str, ...] = ()
         self.longest = max_length
         rows_of_block = config.shuffle_buffer or SHUFFLE_BUFFER  # null may be written too
         total = sum(source.weight for source in config.sources)
-        self._sources = []
+        self._sources: list[_Source] = []
         for source in config.sources:
             num_rows = max(round(rows_of_block * source.weight / total), 1)
-            self._sources.append(_Source(SourceEncoder(source, tokenizer, max_length), num_rows))
-        self.start = StreamPosition(0, 0, next(sample_ids), (SourcePlace(),) * len(self._sources))
+            encoder = SourceEncoder(source, tokenizer, max_length)
+            self._sources.append(_Source(encoder, num_rows))
+        positions = (SourcePosition(),) * len(self._sources)
+        self.start = StreamPosition(0, taken=0, first_id=next(sample_ids), sources=positions)
         self._blocks: dict[int, Block] = {}
         self.take(self.start, 1)
-        self.report = tuple(
-            f"{source.name}: a stream, read {source.rows_per_block} rows at a time"
-            + "".join(f"; of the first, {note}" for note in source.notes)
-            for source in self._sources
-        )
+        self.report = tuple(source.describe() for source in self._sources)
 
     @property
     def digest(self) -> str:
@@ -235,7 +243,9 @@ class StreamedSet:
 
     def block(self, position: StreamPosition) -> Block:
         block = self._blocks.pop(position.block, None) or self._read_block(position)
-        self._blocks = {**dict(list(self._blocks.items())[1 - MAX_BLOCKS :]), position.block: block}
+        if len(self._blocks) >= MAX_BLOCKS:
+            del self._blocks[next(iter(self._blocks))]  # the oldest
+        self._blocks[position.block] = block
         return block
 
     def take(
@@ -249,8 +259,8 @@ class StreamedSet:
                 last_passes = block.next.passes
             elif block.next.passes > last_passes + 1:
                 names = ", ".join(source.name for source in self._sources)
-                what = f"no row has an answer that fits max_length={self.longest}"
-                raise DataError(f"{names}: {what}; raise max_length, or fill in empty answers")
+                fault = f"no row has an answer that fits max_length={self.longest}"
+                raise DataError(f"{names}: {fault}; raise max_length, or fill in empty answers")
             stop = position.taken + number - len(examples)
             examples += block.examples[position.taken : stop]
             position = replace(position, taken=stop) if stop < len(block.examples) else block.next
@@ -259,15 +269,17 @@ class StreamedSet:
     def _read_block(self, position: StreamPosition) -> Block:
         # ids go up for ever, as a sample's dropout is drawn by its id
         sample_ids = count(position.first_id)
-        examples, places = list[TrainingExample](), list[SourcePlace]()
-        for source, place in zip(self._sources, position.sources, strict=True):
-            rows, after = source.read(place)
+        examples, next_sources = list[TrainingExample](), list[SourcePosition]()
+        for source, start in zip(self._sources, position.sources, strict=True):
+            rows, stop = source.read(start)
             examples += source.encode(rows, sample_ids)
-            places.append(after)
+            next_sources.append(stop)
         # seeded by the block's number, as no state of a generator would survive a resume elsewhere
         random.Random(f"block {position.block} of seed {self.seed}").shuffle(examples)
-        after = StreamPosition(position.block + 1, 0, next(sample_ids), tuple(places))
-        return Block(tuple(examples), after)
+        next_position = StreamPosition(
+            position.block + 1, taken=0, first_id=next(sample_ids), sources=tuple(next_sources)
+        )
+        return Block(tuple(examples), next_position)
 
 
 @final
@@ -275,30 +287,34 @@ class _Source:
     """A stream with its first rows' fields, and an iterator where it was read last."""
 
     def __init__(self, encoder: SourceEncoder, rows_per_block: int):
-        self._encoder, self.rows_per_block = encoder, rows_per_block
-        self.name = encoder.config.dataset
+        self._encoder, self._rows_per_block = encoder, rows_per_block
+        self.name = encoder.name
         self._stream = encoder.open("train", streaming=True)
         self.sizes = self._stream.sizes
-        begins = [*islice(self._stream.rows(), max(rows_per_block, STREAM_ROWS))]
-        self._first, self._rows, self.notes = fields_of_all(begins), iter(()), list[str]()
-        self._place: SourcePlace | None = None
+        first_rows = [*islice(self._stream.rows(), max(rows_per_block, STREAM_ROWS))]
+        self._fields = fields_of_all(first_rows)
+        self._rows, self._notes = iter(()), list[str]()
+        self._position: SourcePosition | None = None
 
-    def read(self, place: SourcePlace) -> tuple[list[Row], SourcePlace]:
-        if place != self._place:
-            self._rows = self._stream.rows(place.state)
+    def describe(self) -> str:
+        line = f"{self.name}: a stream, read {self._rows_per_block} rows at a time"
+        return "; of the first, ".join([line, *self._notes])
+
+    def read(self, position: SourcePosition) -> tuple[list[Row], SourcePosition]:
+        if position != self._position:
+            self._rows = self._stream.rows(position.state)
         # unknown where the stream ends or fails
-        self._place = None
-        rows, passes = list(islice(self._rows, self.rows_per_block)), place.passes
-        while len(rows) < self.rows_per_block:
+        self._position = None
+        passes, rows = position.passes, list(islice(self._rows, self._rows_per_block))
+        while len(rows) < self._rows_per_block:
             passes += 1
             self._rows = self._stream.rows()
-            rows += islice(self._rows, self.rows_per_block - len(rows))
-        self._place = after = SourcePlace(passes, self._stream.state_dict())
-        return rows, after
+            rows += islice(self._rows, self._rows_per_block - len(rows))
+        self._position = SourcePosition(passes, self._stream.state_dict())
+        return rows, self._position
 
     def encode(self, rows: list[Row], sample_ids: Iterator[int]) -> list[TrainingExample]:
-        encoded = self._encoder.encode(rows, self._first)
+        encoded = self._encoder.encode(rows, self._fields)
         self._encoder.check(rows, encoded)
-        self.notes = self.notes or self._encoder.notes(encoded)
-        group = self._encoder.config.expert_group
-        return [one for row in encoded for one in number_row(row, sample_ids, group)]
+        self._notes = self._notes or self._encoder.notes(encoded)
+        return _number_rows(encoded, sample_ids, self._encoder.config.expert_group)

@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from jinja2 import Environment
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from loraloom.adapters.extra_modules import MODULES, TOKENS, has_own_parts, tens
 from loraloom.adapters.tensor_names import Shape, TensorKey, within
 from loraloom.base.blocks import BaseInfo, guess_blocks
 from loraloom.config.data import PromptForm
+from loraloom.config.text import to_yaml
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 from loraloom.formats import raw_files
 from loraloom.formats.fields import known_targets
@@ -325,12 +325,8 @@ def model_card(
         .render(
             {"config": config, "base": base, "name": name, "data": data, "results": results},
             base_model=repr(base_name or "base-model"),
-            front=yaml.safe_dump(front, sort_keys=False),
-            settings=_as_yaml({"adapter": settings}),
-            prompt=prompt and _as_yaml(prompt.model_dump(exclude_none=True)),
+            front=to_yaml(front),
+            settings=to_yaml({"adapter": settings}),
+            prompt=prompt and to_yaml(prompt.model_dump(exclude_none=True)),
         )
     )
-
-
-def _as_yaml(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

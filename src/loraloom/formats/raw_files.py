@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from loraloom.atomic_io import is_being_written, remove_leftovers, staging, sync, write_directory
-from loraloom.config.text import local_path, parse_json, read_json
+from loraloom.config.text import local_path, parse_json, parse_yaml, read_json, read_text
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 
 CONFIG_FILE = "adapter_config.json"
@@ -192,10 +191,7 @@ def _read_sidecar(directory: Path) -> Sidecar | None:
     if directory.name.startswith("checkpoint-"):
         candidates += [directory.parent / name for name in SIDECAR_SETTINGS]
     path = next((path for path in candidates if path.is_file()), None)
-    try:
-        settings = path and yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} can't be read: {error}") from error
+    settings = path and parse_yaml(read_text(path, FormatError), str(path), FormatError)
     tensors, _ = _read_safetensors(directory / SIDECAR_WEIGHTS)
     return Sidecar(tensors, settings if isinstance(settings, dict) else {})
 

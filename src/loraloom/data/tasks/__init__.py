@@ -63,14 +63,15 @@ def load_question_set(
     path: str | Path | None = None,
     limit: int | None = None,
 ) -> QuestionSet:
-    found = find_task(task)
-    split, scoring = split or found.config.evaluation_split, scoring or found.config.scoring
-    rows = found.load_rows(split, path)
-    source = sources.describe(found.find_data(split, path))
+    choice_task = find_task(task)
+    split = split or choice_task.config.evaluation_split
+    scoring = scoring or choice_task.config.scoring
+    rows = choice_task.load_rows(split, path)[:limit]
+    source = sources.describe(choice_task.find_data(split, path))
     if is_task_file(task):
         source |= {"task_file": task, "task_file_sha256": sources.sha256(Path(task))}
-    questions = [found.question(row, index, scoring) for index, row in enumerate(rows[:limit])]
-    return QuestionSet(found.name, split, scoring, questions, source)
+    questions = [choice_task.question(row, index, scoring) for index, row in enumerate(rows)]
+    return QuestionSet(choice_task.name, split, scoring, questions, source)
 
 
 def questions_digest(questions: list[ChoiceQuestion]) -> str:
@@ -92,18 +93,19 @@ def _built_in(name: str) -> ChoiceTask:
 
 
 def _load_task(path: Path) -> ChoiceTask:
-    config, source = load_task_config(path), None
+    config = load_task_config(path)
     try:
         name = check_name(path.stem)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     data = config.data
+    source = None
     if data is not None and data.hub is not None:
         source = HubSource(data.hub, data.config, data.revision)
-    elif data is not None and data.files is not None:
+    elif data is not None:
         source = {
             split: path.parent / local_path(file, "data.files", DataError)
-            for split, file in data.files.items()
+            for split, file in (data.files or {}).items()
         }
     task = ChoiceTask(name, path, config, source)
     task.check_templates()
@@ -126,10 +128,11 @@ class ChoiceTask:
 
     def check_templates(self) -> None:
         for scoring, config in self._asked.items():
-            given = {"template": config.template.get(scoring), "continuation": config.continuation}
-            given |= {name: getattr(config, name) for name in ("choices", "labels", "answer")}
-            for setting, texts in given.items():
-                for text in [texts] if isinstance(texts, str) else texts or ():
+            settings: dict[str, Any] = {"template": config.template.get(scoring)}
+            for name in ("continuation", "choices", "labels", "answer"):
+                settings[name] = getattr(config, name)
+            for setting, value in settings.items():
+                for text in [value] if isinstance(value, str) else value or ():
                     compile_template(text, f"{self.path}: {setting}")
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
@@ -147,12 +150,12 @@ class ChoiceTask:
             return sources.find_named(Path(path), self.name, split)
         if source is None:
             raise DataError(f"{self.name} contains no data; set path")
-        return (
-            sources.find_split(source, split, self.path) if isinstance(source, Mapping) else source
-        )
+        if isinstance(source, Mapping):
+            return sources.find_split(source, split, self.path)
+        return source
 
     def question(self, row: Row, index: int, scoring: Scoring) -> ChoiceQuestion:
-        config, by_label = self._asked[scoring], scoring == "label"
+        config = self._asked[scoring]
         if scoring not in config.template:
             raise ConfigError(
                 f"{self.path}: template has no entry for scoring {scoring}, only "
@@ -160,19 +163,20 @@ class ChoiceTask:
             )
         prompt = config.template[scoring]
         texts, labels = self._choices(row, config)
-        known: dict[str, Any] = {"choice_texts": texts, "choice_labels": labels}
+        variables: dict[str, Any] = {"choice_texts": texts, "choice_labels": labels}
         if config.continuation is None:
-            answers = labels if by_label else texts
-            contexts = (self._fill_in(row, "template", prompt, known),) * len(texts)
+            answers = labels if scoring == "label" else texts
+            contexts = (self._fill_in(row, "template", prompt, variables),) * len(texts)
         else:
-            rest = self._fill_in(row, "continuation", config.continuation, known)
-            if not rest.strip():
+            continuation = self._fill_in(row, "continuation", config.continuation, variables)
+            if not continuation.strip():
                 row.reject("the continuation is empty; fill in the row")
-            answers = (rest,) * len(texts)
-            contexts = tuple(
-                self._fill_in(row, "template", prompt, {**known, "choice": text}) for text in texts
-            )
-        per_character = not by_label and config.normalization == "characters"
+            answers = (continuation,) * len(texts)
+            of_choices = [{**variables, "choice": text} for text in texts]
+            contexts = tuple(self._fill_in(row, "template", prompt, x) for x in of_choices)
+        normalizers = (1.0,) * len(answers)
+        if scoring != "label" and config.normalization == "characters":
+            normalizers = tuple(float(max(len(answer), 1)) for answer in answers)
         group = None if config.group is None else _find(row, config.group)
         return ChoiceQuestion(
             self.name,
@@ -181,15 +185,16 @@ class ChoiceTask:
             continuations=tuple(config.delimiter + answer for answer in answers),
             labels=labels,
             gold=self._gold(row, config, texts, labels),
-            normalizers=tuple(float(max(len(a), 1)) if per_character else 1.0 for a in answers),
+            normalizers=normalizers,
             group=None if group in (None, "") else _as_text(row, "group", group),
         )
 
     def training_texts(self, row: Row, index: int, scoring: Scoring) -> tuple[TextPair, TextPair]:
         """Prompt and completion of the right answer, and of a wrong one: these take turns."""
-        asked = self.question(row, index, scoring)
-        texts = list(zip(asked.contexts, asked.continuations, strict=True))
-        return texts.pop(asked.gold), texts[index % len(texts)]
+        question = self.question(row, index, scoring)
+        texts = list(zip(question.contexts, question.continuations, strict=True))
+        right = texts.pop(question.gold)
+        return right, texts[index % len(texts)]
 
     def _choices(self, row: Row, config: TaskConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
         texts = _as_texts(row, config.choices, self._read(row, "choices", config.choices))
@@ -229,14 +234,15 @@ class ChoiceTask:
         return self._fill_in(row, setting, value) if is_template else _find(row, value)
 
     def _fill_in(
-        self, row: Row, setting: str, source: str, known: Mapping[str, Any] = MappingProxyType({})
+        self, row: Row, setting: str, source: str, more: Mapping[str, Any] = MappingProxyType({})
     ) -> str:
-        return fill_in(compile_template(source, f"{self.path}: {setting}"), row, setting, known)
+        template = compile_template(source, f"{self.path}: {setting}")
+        return fill_in(template, row, setting, more)
 
 
 def answer_options(texts: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
     """List the answers that a question accepts, by what its task's `answer_is` may be."""
-    indices = [str(place) for place in range(len(texts))]
+    indices = [str(index) for index in range(len(texts))]
     stripped_texts = [text.strip() for text in texts]
     stripped_labels = [label.strip() for label in labels]
     return {"index": indices, "text": stripped_texts, "label": stripped_labels}
@@ -245,13 +251,13 @@ def answer_options(texts: Sequence[str], labels: Sequence[str]) -> dict[str, lis
 def _find(row: Row, path: str) -> Any:
     """A field, perhaps inside another (`choices.text`); inside a list, that of each entry."""
 
-    def step(value: Any, part: str) -> Any:
+    def step(value: Any, key: str) -> Any:
         if isinstance(value, list):
-            return [step(entry, part) for entry in value]
-        if not isinstance(value, Mapping) or part not in value:
-            fields = fields_of(value if isinstance(value, Mapping) else {})
-            row.reject(f"the row has no field {path!r}; the fields there are {fields}")
-        return value[part]
+            return [step(entry, key) for entry in value]
+        fields = value if isinstance(value, Mapping) else {}
+        if key not in fields:
+            row.reject(f"the row has no field {path!r}; the fields there are {fields_of(fields)}")
+        return fields[key]
 
     return reduce(step, path.split("."), row)
 
@@ -262,7 +268,7 @@ def _as_texts(row: Row, name: object, value: Any) -> tuple[str, ...]:
     return tuple(_as_text(row, f"field {name!r}", entry) for entry in value)
 
 
-def _as_text(row: Row, what: str, value: Any) -> str:
+def _as_text(row: Row, name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        row.reject(f"{what} must be a text or a number, got {shown(value)}")
+        row.reject(f"{name} must be a text or a number, got {shown(value)}")
     return str(value)

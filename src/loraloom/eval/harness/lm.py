@@ -18,7 +18,6 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.routed.choice import Choice
@@ -31,6 +30,7 @@ from loraloom.generation.generate import complete
 from loraloom.generation.request import GenerationRequest
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.host.host import Host
+from loraloom.terminal import make_console, show_progress
 
 # Most tokens of continuations in one row; attention's cost is quadratic in a row.
 _TOKENS_BESIDE_CONTEXT = 512
@@ -60,15 +60,17 @@ class Answers:
         """Score pairs of tokens (a PairScore each), or do completions (texts), with an adapter."""
         unique = list(dict.fromkeys(requests))
         missing = [request for request in unique if (adapter, request) not in self._answers]
-        with cast("Any", tqdm)(total=len(missing), desc=kind, disable=quiet or None) as bar:
+        console = make_console(stderr=True)
+        is_shown = console.is_terminal and not quiet
+        with show_progress(console if is_shown else None, kind, [1] * len(missing)) as advance:
             if kind == "generate_until":
-                self._complete(missing, bar)
+                self._complete(missing, advance)
             else:
-                self._score(missing, bar)
+                self._score(missing, advance)
         answers = {request: self._answers.pop((adapter, request)) for request in unique}
         return [answers[request] for request in requests]
 
-    def _complete(self, requests: list[Any], bar: Any) -> None:
+    def _complete(self, requests: list[Any], advance: Any) -> None:
         keys = list(product(requests, self.adapters))
         rows = []
         for (prompt_ids, sampling, draw), adapter in keys:
@@ -76,9 +78,9 @@ class Answers:
         completions = complete(self._host, self._tokenizer, rows, batch_size=self._batch_size)
         for (request, adapter), completion in zip(keys, completions, strict=True):
             self._answers[adapter, request] = completion.text
-        bar.update(len(requests))
+        advance(range(len(requests)))
 
-    def _score(self, requests: list[Any], bar: Any) -> None:
+    def _score(self, requests: list[Any], advance: Any) -> None:
         groups = _group_by_context(requests)
         pairs = [[TokenPair(*map(list, request)) for request in group] for group in groups]
         rows = scoring.group_rows(self._host, pairs)
@@ -88,7 +90,8 @@ class Answers:
             for (adapter, index), group_scores in zip(keys, scores, strict=True):
                 for request, score in zip(groups[index], group_scores, strict=True):
                     self._answers[adapter, request] = score
-            bar.update(sum(len(groups[index]) for index in indices))
+            for index in indices:
+                advance(range(len(groups[index])))
 
 
 def _group_by_context(requests: list[Any]) -> list[list[Any]]:
