@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from functools import wraps
 from itertools import cycle
+from typing import Any
 
 import pytest
 
@@ -237,6 +238,8 @@ async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
 
 class FakeHost(Host):
     """A host that computes nothing."""
+
+    adapters: Any = None
 
     def __init__(self):
         self.adapters = {}
