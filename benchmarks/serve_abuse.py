@@ -88,8 +88,8 @@ class Server:
                 ),
             )
         assert self.process.stdout is not None
-        lines = [self.process.stdout.readline() for _ in range(3)]
-        self.port = int(lines[2].removesuffix("/v1\n").rpartition(":")[2])
+        lines = [self.process.stdout.readline() for _ in range(4)]
+        self.port = int(lines[3].removesuffix("/v1\n").rpartition(":")[2])
         self.statuses: Counter[int] = Counter()
 
     def client(self, key: str = "user-1") -> httpx2.AsyncClient:
