@@ -329,10 +329,12 @@ def test_a_prompt_is_scored_as_it_is_read_and_charged_once(make_engine, host, ti
     settings = {"scores_prompt": True, "num_logprobs": 2, "max_new_tokens": 1}
     long = request(tiny_tokenizer, TEXTS[2] * 2, "mixlora", **settings)
     answers(engine, [request(tiny_tokenizer, TEXTS[2] * 2, "mixlora", max_new_tokens=1)])
-    used = engine.tenant("").used
+    used = engine._scheduler.used(Share("", "base"))[0]
     (asked,) = submit(engine, long)
     finish(engine)
-    assert engine.tenant("").used - used == len(long.prompt_ids)  # though it is known
+    assert engine._scheduler.used(Share("", "base"))[0] - used == len(
+        long.prompt_ids
+    )  # though it is known
     told = [entry for piece in asked.pieces for entry in piece.log_probs][:-1]
     assert [entry.token for entry in told] == long.prompt_ids[1:]
     expected = (
@@ -355,7 +357,7 @@ def test_a_prompt_that_nobody_waits_for_is_scored_no_further(make_engine, tiny_t
     engine.step()
     asked.row.is_cancelled = True
     finish(engine)
-    assert asked.row.num_scored == engine.tenant("").used == 8
+    assert asked.row.num_scored == engine._scheduler.used(Share("", "base"))[0] == 8
 
 
 def test_routers_choose_in_the_engines_steps_and_are_charged(make_engine, host, tiny_tokenizer):
@@ -365,7 +367,7 @@ def test_routers_choose_in_the_engines_steps_and_are_charged(make_engine, host, 
     choices[1].cancel()
     finish(engine)
     assert [one.result().adapter for one in (choices[0], choices[2])] == ["lora", "lora"]
-    assert engine.tenant("a").used == 2 * len(ids)
+    assert engine._scheduler.used(Share("a", "lora"))[0] == 2 * len(ids)
 
 
 def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows(monkeypatch):

@@ -2,14 +2,12 @@ from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from loraloom.config.data import PromptForm
 from loraloom.data.templates import given_source, load_template, render
 from loraloom.data.tokens import learn_completions
 from loraloom.errors import ConfigError, DataError
-from loraloom.generation.prompts import Prompt, encode_prompt, form_for, max_text_bytes
-from loraloom.generation.request import RequestError
+from loraloom.generation.prompts import Prompt, encode_prompt, form_for
 from loraloom.host.host import Host
 
 TEMPLATE = (
@@ -199,36 +197,3 @@ def test_a_system_message_becomes_a_part_of_the_chat_template(tiny_tokenizer):
     assert written == "(developer) one\n(user) yes?\n"
     written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
     assert written == '(system) two \U0001f600 "{{ }}"\n(user) yes?\n'
-
-
-def test_a_text_that_fits_no_context_is_refused_before_its_tokens_are_made(tiny_tokenizer):
-    max_bytes = max_text_bytes(tiny_tokenizer, 10)
-    longest = max(map(len, tiny_tokenizer.get_vocab()))
-    assert longest * 10 <= max_bytes <= longest * 20
-    assert encode_prompt(tiny_tokenizer, Prompt("a" * max_bytes), max_bytes=max_bytes)
-    with pytest.raises(RequestError, match="more than fit the model's context") as caught:
-        encode_prompt(tiny_tokenizer, Prompt("a" * (max_bytes + 1)), max_bytes=max_bytes)
-    assert caught.value.code == "context_length_exceeded"
-
-
-@pytest.mark.parametrize(
-    ("change", "bounds"),
-    [
-        ({"normalizer": normalizers.NFC()}, True),
-        ({"normalizer": normalizers.Sequence([normalizers.Prepend("_")])}, True),
-        ({"normalizer": normalizers.Replace("aa", "a")}, False),
-        ({"normalizer": normalizers.Strip()}, False),
-        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, False),
-        ({"model": models.WordLevel({"a": 0}, unk_token="a")}, False),
-        ({"added": AddedToken("<a>", rstrip=True)}, False),
-    ],
-    ids=str,
-)
-def test_a_text_is_refused_by_its_bytes_only_where_no_token_stands_for_any_number(
-    tiny_tokenizer, change, bounds
-):
-    if "added" in change:
-        tiny_tokenizer.add_tokens([change.pop("added")])
-    for name, step in change.items():
-        setattr(tiny_tokenizer.backend_tokenizer, name, step)
-    assert (max_text_bytes(tiny_tokenizer, 10) is not None) == bounds

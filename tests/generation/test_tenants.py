@@ -15,6 +15,7 @@ from loraloom.generation.request import Event, GenerationRequest, Piece, Request
 from loraloom.generation.runner import PrefixCache
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
+from loraloom.generation.tenants import FairLine
 from tests.tiny import METHODS
 
 Make = Callable[[str], GenerationRequest]
@@ -149,6 +150,15 @@ def test_loads_of_all_kinds_get_as_much_in_little_room(host, tiny_tokenizer, see
     load.run(800)
     assert load.engine.counts["preemptions",] > 0
     assert load.share("second") == pytest.approx(0.5, rel=0.1)
+
+
+def test_who_comes_after_an_idle_moment_has_no_claim_to_what_others_had_before():
+    line: FairLine[str] = FairLine()
+    line.add("first", "request")
+    line.charge("first", 1_000_000)
+    line.remove("first", "request")
+    line.add("second", "request")
+    assert line.used("second") == line.used("first") == 1_000_000
 
 
 def test_a_key_that_reads_long_prompts_leaves_time_to_those_who_write(host, tiny_tokenizer):

@@ -34,7 +34,6 @@ from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.generation.scoring import too_large
-from loraloom.generation.tenants import Tenant
 from loraloom.host.forward import Record
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, rows_in_record
@@ -62,6 +61,8 @@ class Routing:
     adapter: RowAdapter
     share: Share
     choice: Future[Choice] = field(default_factory=Future)
+    num_left: int = 1
+    """Tokens at least that must be readable; its prompt is read at once."""
 
 
 class Engine:
@@ -97,10 +98,6 @@ class Engine:
         waiting = self._scheduler or self._routings or self._crowded_out
         return not (waiting or self._gone or self._served)
 
-    def tenant(self, name: str) -> Tenant:
-        with self._wake:
-            return self._scheduler.tenant(name)
-
     def gauges(self) -> dict[str, int]:
         """What goes up and down, by a metric's name."""
         return {
@@ -133,8 +130,8 @@ class Engine:
         most = self.limits.max_waiting + max(0, self._scheduler.max_rows - len(self._served))
         if len(self._scheduler) < most:
             return
-        row = self._scheduler.crowding(tenant, most)
-        if row is None:
+        row = self._scheduler.crowding()
+        if row is None or not self._scheduler.has_place(tenant, most):
             raise self._queue_is_full()
         self._scheduler.remove(row)
         self._crowded_out.append(row)
@@ -188,10 +185,8 @@ class Engine:
         self._drop_ended()
         reading = self._schedule()
         failures = self._decode()
-        with self._wake:
-            self._scheduler.give_credit(self._runner.rows, self._read_per_token)
-        budget = self._route(self.limits.prefill_tokens)
-        self._postprocess([*failures, *self._read(reading, budget)])
+        failures += self._read(reading)
+        self._postprocess(failures)
         self._regrow()
         return not self.is_idle
 
@@ -284,80 +279,75 @@ class Engine:
             _tell_routing(rows, record)
         return []
 
-    def _route(self, budget: int) -> int:
-        """Let routers choose by prompts; return how many tokens may still be read in this step."""
+    def _read(self, reading: list[Row]) -> list[Failed]:
+        """Read pieces of prompts, first of whoever was served least; rows then join the others."""
+        failures: list[Failed] = []
+        budget = self.limits.prefill_tokens
+        with self._wake:
+            self._scheduler.give_credit(self._runner.rows, self._read_per_token)
         while budget > 0:
-            routing = self._next_routing()
-            if routing is None:
+            piece, size = self._next_piece(reading, budget)
+            if piece is None:
                 break
-            if not routing.choice.set_running_or_notify_cancel():
-                continue
-            try:
-                (choice,) = self.host.choose([routing.prompt_ids], [routing.adapter])
-                routing.choice.set_result(choice)
-            except Exception as error:
-                routing.choice.set_exception(error.with_traceback(None))
-            num_tokens = min(len(routing.prompt_ids), MAX_PROMPT)
-            self._charge_reading(routing.share, num_tokens)
+            if isinstance(piece, Routing):
+                num_tokens = self._route(piece)
+            else:
+                num_others = len(self._runner.rows) or len(self._served) - 1
+                num_tokens, error = self._read_piece(piece, size)
+                if error is not None or piece in self._runner.rows:
+                    reading.remove(piece)
+                if isinstance(error, torch.OutOfMemoryError) and num_others:
+                    # it waits until others, whose memory it needs, have ended
+                    self._make_do_with(min(num_others, self._scheduler.max_rows))
+                    self._put_back([piece])
+                elif error is not None:
+                    failures.append((piece, error))
             budget -= num_tokens
-        return budget
+            with self._wake:
+                self._scheduler.charge_reading(piece.share, num_tokens, self._runner.rows)
+        return failures
 
-    def _next_routing(self) -> Routing | None:
-        with self._wake:
-            by_turns = sorted(self._routings, key=lambda item: self._scheduler.used(item.share))
-            for routing in by_turns:
-                if self._scheduler.readable(routing.share.tenant, self._runner.rows) > 0:
-                    self._routings.remove(routing)
-                    return routing
-        return None
-
-    def _charge_reading(self, share: Share, num_tokens: int) -> None:
-        with self._wake:
-            self._scheduler.charge_reading(share, num_tokens, self._runner.rows)
-
-    def _next_piece(self, reading: Sequence[Row], budget: int) -> tuple[Row | None, int]:
+    def _next_piece(self, reading: Sequence[Row], budget: int) -> tuple[Routing | Row | None, int]:
         """Choose the prompt that is read next, of whoever was served least, and for how far."""
         with self._wake:
-            for row in sorted(reading, key=lambda row: self._scheduler.used(row.share)):
-                num_left = row.length - row.num_read
-                credit = self._scheduler.readable(row.share.tenant, self._runner.rows)
+            pieces = [*self._routings, *reading]
+            for piece in sorted(pieces, key=lambda piece: self._scheduler.used(piece.share)):
+                credit = self._scheduler.readable(piece.share.tenant, self._runner.rows)
                 size = min(budget, credit)
-                if size >= min(MIN_PIECE, num_left, self.limits.prefill_tokens):
-                    return row, size
+                if size >= min(MIN_PIECE, piece.num_left, self.limits.prefill_tokens):
+                    return piece, size
         return None, 0
 
-    def _read(self, reading: list[Row], budget: int) -> list[Failed]:
-        """Read pieces of prompts, first of whoever was served least; rows then join the others."""
-        failures = []
-        while budget > 0:
-            row, size = self._next_piece(reading, budget)
-            if row is None:
-                break
-            before, row.settled_length = row.num_read, row.length + 1  # until it has joined
-            num_others = len(self._runner.rows) or len(self._served) - 1
-            error = _attempt("a prompt could not be read", partial(self._runner.read, row, size))
-            num_tokens = row.num_read - (before or row.num_known)
-            budget -= num_tokens
-            self._charge_reading(row.share, num_tokens)
-            is_read = error is None and row.num_read == row.length
-            if is_read and not row.new_ids:
-                self.counts["prompt_tokens", row.owner] += row.length
-                self.counts["prompt_tokens_cached", row.owner] += row.num_known
-            if is_read or error is not None:
-                reading.remove(row)
-            if is_read:
-                turn = max(MIN_TURN, (row.length - row.num_known) // READ_PER_TOKEN)
-                row.settled_length = row.length + turn
-                error = _attempt("a row could not join the others", partial(self._runner.join, row))
-                if error is not None:  # sessions may be joined in some layers alone
-                    self._put_back(self._runner.take_apart(self._served))
-            if isinstance(error, torch.OutOfMemoryError) and num_others:
-                # it waits until others, whose memory it needs, have ended
-                self._make_do_with(min(num_others, self._scheduler.max_rows))
-                self._put_back([row])
-            elif error is not None:
-                failures.append((row, error))
-        return failures
+    def _route(self, routing: Routing) -> int:
+        """Let a router choose by a prompt; return how many tokens of it were read."""
+        with self._wake:
+            self._routings.remove(routing)
+        if not routing.choice.set_running_or_notify_cancel():
+            return 0
+        try:
+            (choice,) = self.host.choose([routing.prompt_ids], [routing.adapter])
+            routing.choice.set_result(choice)
+        except Exception as error:
+            routing.choice.set_exception(error.with_traceback(None))
+        return min(len(routing.prompt_ids), MAX_PROMPT)
+
+    def _read_piece(self, row: Row, size: int) -> tuple[int, Exception | None]:
+        """Read a piece of a prompt, and let the row join the others after the last one."""
+        before = row.num_read
+        row.settled_length = row.length + 1  # until it has joined
+        error = _attempt("a prompt could not be read", partial(self._runner.read, row, size))
+        num_tokens = row.num_read - (before or row.num_known)
+        if error is not None or row.num_left:
+            return num_tokens, error
+        if not row.new_ids:
+            self.counts["prompt_tokens", row.owner] += row.length
+            self.counts["prompt_tokens_cached", row.owner] += row.num_known
+        turn = max(MIN_TURN, (row.length - row.num_known) // READ_PER_TOKEN)
+        row.settled_length = row.length + turn
+        error = _attempt("a row could not join the others", partial(self._runner.join, row))
+        if error is not None:  # sessions may be joined in some layers alone
+            self._put_back(self._runner.take_apart(self._served))
+        return num_tokens, error
 
     def _postprocess(self, failures: Sequence[Failed]) -> None:
         for row, error in failures:
@@ -404,7 +394,7 @@ class Engine:
         with self._wake:
             for row in sorted(rows, key=lambda row: -row.arrival):
                 row.session, row.num_read, row.num_known, row.settled_length = None, 0, 0, 0
-                self._scheduler.put_back(row)
+                self._scheduler.add(row, is_first=True)
 
     def _leave(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -445,20 +435,22 @@ class Engine:
         self._runner.prefixes.shrink(self.limits.cache_tokens - taken)
 
 
-def _attempt(what: str, work: Callable[[], object]) -> Exception | None:
+def _attempt(failure: str, work: Callable[[], object]) -> Exception | None:
     # do something; return its error without the frames, which hold on to activations
     try:
         work()
     except Exception as error:
-        log_failure(what, error)
+        log_failure(failure, error)
         return error.with_traceback(None)
     return None
 
 
 def _tell_routing(rows: Sequence[Row], record: Record) -> None:
-    for name, places in rows_in_record([row.request.adapter for row in rows]).items():
+    for name, indices in rows_in_record([row.request.adapter for row in rows]).items():
+        routed = [rows[index] for index in indices]
         routing = record.get(name)  # none of other adapters than mixtures
-        if routing and any(rows[place].request.tells_routing for place in places):
-            for place, choice in zip(places, choices_by_token(join_routing(routing)), strict=True):
-                if rows[place].request.tells_routing:
-                    rows[place].was_read(choice)
+        if routing and any(row.request.tells_routing for row in routed):
+            choices = choices_by_token(join_routing(routing))
+            for row, choice in zip(routed, choices, strict=True):
+                if row.request.tells_routing:
+                    row.was_read(choice)

@@ -75,7 +75,9 @@ def generate(
         raise ConfigError(f"prompts must be a list, got {shown(prompts)}; put it into brackets")
     read = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     requests = make_requests(host, tokenizer, read, sampling, raw=raw, prompt_form=prompt_form)
-    return [one.text for one in complete(host, tokenizer, requests, batch_size=batch_size)]
+    return [
+        completion.text for completion in complete(host, tokenizer, requests, batch_size=batch_size)
+    ]
 
 
 def make_requests(
@@ -91,7 +93,7 @@ def make_requests(
     length, num_new = host.max_positions, sampling.max_new_tokens
     requests = []
     read = read_prompts(host, tokenizer, prompts, prompt_form, raw=raw)
-    for place, (prompt, (ids, turn_end, choice)) in enumerate(zip(prompts, read, strict=True)):
+    for index, (prompt, (ids, turn_end, choice)) in enumerate(zip(prompts, read, strict=True)):
         if len(ids) > length - num_new:
             raise DataError(
                 f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
@@ -99,7 +101,7 @@ def make_requests(
                 "or lower max_new_tokens"
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
-        requests.append(GenerationRequest(ids, choice, "", sampling, place, turn_end=turn_end))
+        requests.append(GenerationRequest(ids, choice, "", sampling, index, turn_end=turn_end))
     return requests
 
 
@@ -123,20 +125,20 @@ def complete(
     engine = Engine(host, tokenizer, limits)
     texts = [""] * len(requests)
 
-    def take(place: int, event: Event) -> None:
+    def take(index: int, event: Event) -> None:
         if isinstance(event, Exception):
             raise event  # through the step that it came in
-        texts[place] += event.text
+        texts[index] += event.text
 
     rows: dict[int, Row] = {}
     # the longest first, so that rows of a batch end together
-    for place in sorted(range(len(texts)), key=lambda place: -len(requests[place].prompt_ids)):
-        rows[place] = engine.submit(requests[place], partial(take, place))
+    for index in sorted(range(len(texts)), key=lambda index: -len(requests[index].prompt_ids)):
+        rows[index] = engine.submit(requests[index], partial(take, index))
     while engine.step():
         pass
     return [
         Completion(list(row.request.prompt_ids), row.new_ids, text, row.request.choice)
-        for row, text in zip([rows[place] for place in range(len(texts))], texts, strict=True)
+        for row, text in zip([rows[index] for index in range(len(texts))], texts, strict=True)
     ]
 
 

@@ -38,8 +38,14 @@ def load_host(
     device: str | None = None,
     sharded: bool = False,
 ) -> tuple[Host, PreTrainedTokenizerBase]:
-    how = (model.dtype, device or model.device, model.attn_implementation, model.quantization)
-    base, tokenizer = load_base_model(model.base_model, *how, sharded=sharded)
+    base, tokenizer = load_base_model(
+        model.base_model,
+        model.dtype,
+        device or model.device,
+        model.attn_implementation,
+        model.quantization,
+        sharded=sharded,
+    )
     host = attach(base)
     for name, source in adapters.items():
         if isinstance(source, StoredAdapter):

@@ -159,8 +159,10 @@ class Row:
         # how long it must be before it gives way to others, so that it was worth the reading
         self.settled_length = 0
         before = request.prompt_ids[-NUM_BEFORE:] if request.turn_end is None else ()
-        own = () if request.ignore_end or not request.turn_end else (request.turn_end,)
-        self._text = TextStream(tokenizer, (*request.sampling.stop, *own), before)
+        stop = request.sampling.stop
+        if request.turn_end and not request.ignore_end:
+            stop = (*stop, request.turn_end)
+        self._text = TextStream(tokenizer, stop, before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
         self._chooser = TokenChooser(request.sampling, request.place, device)
         self._untold = Piece()
@@ -171,6 +173,11 @@ class Row:
     @property
     def length(self) -> int:
         return len(self.request.prompt_ids) + len(self.new_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are still to be read."""
+        return self.length - self.num_read
 
     @property
     def tokens(self) -> list[int]:
@@ -253,7 +260,7 @@ class Row:
             self._untold.log_probs.append(TokenLogProb(token, log_prob, top))
 
 
-def log_failure(what: str, error: Exception) -> None:
+def log_failure(event: str, error: Exception) -> None:
     """Keep the traceback of an error in the log, unless it is an answer, or tried again."""
     is_expected = isinstance(error, (LoraloomError, torch.OutOfMemoryError))
-    _log.log(logging.INFO if is_expected else logging.ERROR, what, exc_info=error)
+    _log.log(logging.INFO if is_expected else logging.ERROR, event, exc_info=error)

@@ -47,18 +47,20 @@ class PrefixCache:
         """Return the known first tokens' states but the last's, [layers, 2, heads, L, head_dim]."""
         # The last is left out in any case: reading it gives the next one's logits.
         keys = [key for key, _ in _keys(salt, tokens[:-1])]
-        found = list(takewhile(self._blocks.__contains__, keys))
-        self._use(found)
-        return torch.cat([self._blocks[key] for key in found], dim=3) if found else None
+        held = list(takewhile(self._blocks.__contains__, keys))
+        if not held:
+            return None
+        self._use(held)
+        return torch.cat([self._blocks[key] for key in held], dim=3)
 
     def remember(
-        self, session: Decoding, place: int, salt: Hashable, tokens: Sequence[int]
+        self, session: Decoding, index: int, salt: Hashable, tokens: Sequence[int]
     ) -> None:
         starts = dict(_keys(salt, tokens))
         missing = [key for key in starts if key not in self._blocks]
         if not missing:
             return
-        states = session.states(place, starts[missing[0]], starts[missing[-1]] + BLOCK_TOKENS)
+        states = session.states(index, starts[missing[0]], starts[missing[-1]] + BLOCK_TOKENS)
         blocks = [block.clone() for block in states.split(BLOCK_TOKENS, dim=3)]
         # all or none, and at once in their order: memory may run out above
         self._blocks.update(zip(missing, blocks, strict=True))
@@ -100,40 +102,46 @@ class Runner:
 
     def read(self, row: Row, max_tokens: int) -> None:
         """Read some tokens of a row, after those that are known from prompts before."""
-        adapter, tokens = row.request.adapter, row.tokens
         if row.session is None:
-            row.salt = self._salt_of(row)
-            # a prompt is scored by the states of all its tokens, and no others are kept
-            known = None if row.is_to_be_scored else self.prefixes.find(row.salt, tokens)
-            if known is not None:
-                row.session = Decoding.resume(adapter, known, self.prepared)
-                row.num_read = row.num_known = known.shape[3]
-        piece = tokens[row.num_read : row.num_read + max_tokens]
+            self._resume(row)
+        piece = row.tokens[row.num_read : row.num_read + max_tokens]
         input_ids = torch.tensor([piece], device=self._host.device)
         # a row that was sent back is told what its last token met, which it wasn't yet
         record: Record | None = {} if row.new_ids and row.request.tells_routing else None
         if row.session is None:
-            row.session = self._host.prefill(input_ids, None, [adapter], self.prepared, record)
+            adapters = [row.request.adapter]
+            row.session = self._host.prefill(input_ids, None, adapters, self.prepared, record)
         else:
             self._host.extend(row.session, input_ids, record)
         row.num_read += len(piece)
         if row.is_to_be_scored:
             self._score(row, row.num_read - len(piece))
-        if record and row.num_read == row.length:
+        if record and row.num_left == 0:
             for routing in filter(None, record.values()):
                 row.was_read(choices_by_token(routing)[-1])
+
+    def _resume(self, row: Row) -> None:
+        """Begin a row behind those of its first tokens that are known from prompts before."""
+        row.salt = self._salt_of(row)
+        if row.is_to_be_scored:  # by the states of all its tokens, and no others are kept
+            return
+        states = self.prefixes.find(row.salt, row.tokens)
+        if states is not None:
+            row.session = Decoding.resume(row.request.adapter, states, self.prepared)
+            row.num_read = row.num_known = states.shape[3]
 
     def _score(self, row: Row, start: int) -> None:
         """Score tokens of the prompt by the states, from `start` on, of those just read."""
         assert row.session is not None
-        request, first = row.request, row.num_scored
-        stop = min(row.num_read, len(request.prompt_ids) - 1)
+        prompt_ids = row.request.prompt_ids
+        first = row.num_scored
+        stop = min(row.num_read, len(prompt_ids) - 1)
         if stop <= first:  # it was scored before the row was sent back
             return
         states = row.session.hidden_states[0, first - start : stop - start]
-        targets = torch.tensor(request.prompt_ids[first + 1 : stop + 1], device=states.device)
-        adapters = [request.adapter] * len(targets)
-        num_top = request.num_logprobs or 0
+        targets = torch.tensor(prompt_ids[first + 1 : stop + 1], device=states.device)
+        adapters = [row.request.adapter] * len(targets)
+        num_top = row.request.num_logprobs or 0
         log_probs, _, *tops = self._host.token_scores(states, targets, adapters, num_top)
         if not log_probs.isfinite().all():
             raise not_finite("log-probabilities", "NaN or infinite ones", [row.adapter_title])
@@ -156,28 +164,28 @@ class Runner:
 
     def leave(self, leaving: Collection[Row]) -> None:
         """Let rows go; the last ones take the places that become free."""
-        kept = [place for place, row in enumerate(self.rows) if row not in leaving]
+        kept = [index for index, row in enumerate(self.rows) if row not in leaving]
         if len(kept) == len(self.rows):
             return
         # moving the last rows alone keeps the copies of caches few
-        staying, last = set(kept), [place for place in kept if place >= len(kept)]
-        places = [place if place in staying else last.pop() for place in range(len(kept))]
-        self.rows = [self.rows[place] for place in places]
-        if not places:
+        last = [index for index in kept if index >= len(kept)]
+        indices = [index if index in kept else last.pop() for index in range(len(kept))]
+        self.rows = [self.rows[index] for index in indices]
+        if not indices:
             self.session = None
         elif self.session is not None:
-            self.session.keep(places)
+            self.session.keep(indices)
 
     def remember(self, row: Row) -> None:
         session = row.session or self.session
         if not self._keeps_prompts or self._salt_of(row) != row.salt:  # weights have changed
             return
         assert session is not None
-        place = 0 if row.session else self.rows.index(row)
-        length = int(session.attention_mask[place].sum())
+        index = 0 if row.session else self.rows.index(row)
+        length = int(session.attention_mask[index].sum())
         tokens = row.tokens[:length]  # the last one may not be read yet
         try:
-            self.prefixes.remember(session, place, row.salt, tokens)
+            self.prefixes.remember(session, index, row.salt, tokens)
         except Exception as error:  # of memory, say; the row does without it
             log_failure("a prompt could not be kept", error)
 
@@ -208,9 +216,10 @@ class Runner:
         adapter = self._host.adapter(name)
         # an optimizer's step, or anything else that changes weights in place, counts them up
         version = sum(parameter._version for parameter in adapter.parameters())
-        known = self._serials.get(adapter)
-        if known is not None and known[1] != version:
-            self.prepared.forget(adapter)
-        if known is None or known[1] != version:
-            self._serials[adapter] = known = next(self._next_serial), version
-        return tenant, known[0], scale
+        serial, last_version = self._serials.get(adapter, (None, None))
+        if last_version != version:
+            if serial is not None:
+                self.prepared.forget(adapter)
+            serial = next(self._next_serial)
+            self._serials[adapter] = serial, version
+        return tenant, serial, scale

@@ -168,11 +168,20 @@ class TextStream:
         if self.stopped:
             return ""
         pending = self._pending + fresh
-        cuts = [place for place in map(pending.find, self._stop) if place >= 0]
+        cuts = [start for start in map(pending.find, self._stop) if start >= 0]
         self.stopped = bool(cuts)
-        # what a stop text may begin with, at the end, is kept until more is known
-        sizes = range(min(max(map(len, self._stop), default=1) - 1, len(pending)), 0, -1)
-        begun = (n for n in sizes if any(stop.startswith(pending[-n:]) for stop in self._stop))
-        place = min(cuts) if cuts else len(pending) - (0 if is_last else next(begun, 0))
-        self._pending = pending[place:]
-        return pending[:place]
+        num_settled = len(pending)
+        if cuts:
+            num_settled = min(cuts)
+        elif not is_last:
+            num_settled -= self._num_begun(pending)
+        self._pending = pending[num_settled:]
+        return pending[:num_settled]
+
+    def _num_begun(self, text: str) -> int:
+        """Characters at a text's end that a stop text may begin with, kept until more is known."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return size
+        return 0

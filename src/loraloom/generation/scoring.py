@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraloom.adapters.routed.choice import Choice
 from loraloom.base.structure import keeps_running_states
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.devices import free_memory
@@ -79,14 +80,15 @@ def fit_pair(pair: TokenPair, max_length: int, name: str = "a continuation") -> 
 
 def example_row(example: Example) -> TokenRow:
     length = len(example.input_ids)
-    labelled = [place for place in range(1, length) if example.labels[place] != NO_LOSS]
+    labels = example.labels
+    scored = [index for index in range(1, length) if labels[index] != NO_LOSS]
     return TokenRow(
         input_ids=list(example.input_ids),
         position_ids=list(range(length)),
         branches=[0] * length,
-        predictors=[place - 1 for place in labelled],
-        targets=[example.labels[place] for place in labelled],
-        choices=[0] * len(labelled),
+        predictors=[index - 1 for index in scored],
+        targets=[labels[index] for index in scored],
+        choices=[0] * len(scored),
     )
 
 
@@ -98,24 +100,32 @@ def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
 
 
 def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
-    context, num_shared = pairs[choices[0]].context, 0
-    if len(choices) > 1:  # what all begin with, but for a last token
-        columns = zip(*(pairs[choice].continuation[:-1] for choice in choices), strict=False)
-        num_shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-    trunk = [*context, *pairs[choices[0]].continuation[:num_shared]]
-    first, end = len(context) - 1, len(trunk)
-    row = TokenRow(trunk, list(range(end)), [0] * end, [], [], [])
-    for branch, choice in enumerate(choices, start=1):
-        continuation = pairs[choice].continuation
+    context = pairs[choices[0]].context
+    continuations = [pairs[choice].continuation for choice in choices]
+    num_shared = _num_shared(continuations)
+    trunk = [*context, *continuations[0][:num_shared]]
+    num_trunk = len(trunk)
+    # the trunk's last states predict what is shared, and then a branch's first token
+    trunk_predictors = range(len(context) - 1, num_trunk)
+    row = TokenRow(trunk, list(range(num_trunk)), [0] * num_trunk, [], [], [])
+    for branch, (choice, continuation) in enumerate(zip(choices, continuations, strict=True), 1):
         branch_ids = continuation[num_shared:-1]
         start = len(row.input_ids)
         row.input_ids.extend(branch_ids)
-        row.position_ids.extend(range(end, end + len(branch_ids)))
+        row.position_ids.extend(range(num_trunk, num_trunk + len(branch_ids)))
         row.branches.extend([branch] * len(branch_ids))
-        row.predictors.extend([*range(first, end), *range(start, start + len(branch_ids))])
+        row.predictors.extend([*trunk_predictors, *range(start, len(row.input_ids))])
         row.targets.extend(continuation)
         row.choices.extend([choice] * len(continuation))
     return row
+
+
+def _num_shared(continuations: Sequence[Sequence[int]]) -> int:
+    """Tokens with which all of several continuations begin, but for a last token."""
+    if len(continuations) == 1:
+        return 0
+    columns = zip(*(continuation[:-1] for continuation in continuations), strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def collate(
@@ -124,7 +134,7 @@ def collate(
     length = max(len(row.input_ids) for row in rows)
 
     def padded(lists: Iterable[list[int]], fill: int) -> Tensor:
-        return torch.tensor([one + [fill] * (length - len(one)) for one in lists])
+        return torch.tensor([values + [fill] * (length - len(values)) for values in lists])
 
     branches = padded((row.branches for row in rows), _PADDING)
     token_mask = mask = (branches != _PADDING).long()
@@ -134,10 +144,11 @@ def collate(
         visible = ((keys == 0) | (keys == queries)).tril()  # (B, L, L)
         mask = torch.zeros(visible.shape, dtype=dtype)
         mask = mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
-    predictors = [
-        place * length + predictor for place, row in enumerate(rows) for predictor in row.predictors
-    ]
-    targets = [target for row in rows for target in row.targets]
+    predictors: list[int] = []
+    targets: list[int] = []
+    for index, row in enumerate(rows):
+        predictors += [index * length + predictor for predictor in row.predictors]
+        targets += row.targets
     return RowBatch(
         input_ids=padded((row.input_ids for row in rows), pad_id).to(device),
         position_ids=padded((row.position_ids for row in rows), 0).to(device),
@@ -191,19 +202,19 @@ def too_large(item: str) -> DataError:
 
 def in_halves(
     compute: Callable[[Sequence[int]], list[TokenScores]],
-    places: Sequence[int],
+    indices: Sequence[int],
     requests: Sequence[Request],
 ) -> list[TokenScores]:
     """Score requests together, or in halves, and halves of these, where memory runs out."""
     try:
-        return compute(places)
+        return compute(indices)
     except torch.OutOfMemoryError:
-        if len(places) == 1:
-            length = len(requests[places[0]][1].input_ids)
+        if len(indices) == 1:
+            length = len(requests[indices[0]][1].input_ids)
             raise too_large(f"a row of {length} tokens to be scored") from None
     free_memory()
-    middle = (len(places) + 1) // 2
-    halves = (places[:middle], places[middle:])
+    middle = (len(indices) + 1) // 2
+    halves = (indices[:middle], indices[middle:])
     return [result for half in halves for result in in_halves(compute, half, requests)]
 
 
@@ -216,15 +227,22 @@ def token_batches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[int
     lengths = [max(len(row.input_ids) for row in rows) for rows in groups]
     batch: list[int] = []
     num_rows = 0
-    for place in sorted(range(len(groups)), key=lambda place: -lengths[place]):
-        added = len(groups[place])
+    for index in sorted(range(len(groups)), key=lambda index: -lengths[index]):
+        added = len(groups[index])
         if batch and (num_rows + added) * lengths[batch[0]] > max_tokens:
             yield batch
             batch, num_rows = [], 0
-        batch.append(place)
+        batch.append(index)
         num_rows += added
     if batch:
         yield batch
+
+
+class RowKind(NamedTuple):
+    """What the rows of a forward have in common, besides their length."""
+
+    is_as_asked: bool  # else a router chose its adapter, and it is counted as the router's
+    is_long: bool  # its positions turn the keys of others
 
 
 def score_rows(
@@ -235,35 +253,46 @@ def score_rows(
     num_top: int = 0,
 ) -> list[TokenScores]:
     """Score rows, each with its adapter, without dropout and gradients."""
-    asked, requests = requests, _chosen(host, requests, on_routing)
-    nothing = torch.zeros(0, 2 + 2 * num_top, dtype=torch.float64)
-    scores = [_scores_of(nothing, num_top)] * len(requests)
-    scored = [place for place, (_, row) in enumerate(requests) if row.targets]
-    # apart go what a router chose, counted as the router's, and rows that turn others' keys
-    is_long = [max(row.position_ids, default=0) >= host.max_positions for _, row in requests]
-    kinds = [(one is asked[place], is_long[place]) for place, one in enumerate(requests)]
-    parts = [[at for at in scored if kinds[at] == kind] for kind in sorted({*kinds}, reverse=True)]
-    order = {name: number for number, (name, _) in enumerate(requests)}
-    size = max_tokens or tokens_per_batch(host)
-    batches = [
-        # the rows of an adapter lie together, so that a half has few adapters
-        sorted((part[at] for at in batch), key=lambda place: order[requests[place][0]])
-        for part in parts
-        for batch in token_batches([requests[place][1:] for place in part], size)
-    ]
+    chosen = _chosen(host, requests, on_routing)
+    kinds = []
+    for before, after in zip(requests, chosen, strict=True):
+        is_long = max(after[1].position_ids, default=0) >= host.max_positions
+        kinds.append(RowKind(is_as_asked=after is before, is_long=is_long))
+    batches = plan_batches(chosen, kinds, max_tokens or tokens_per_batch(host))
 
-    def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        tell = on_routing if kinds[places[0]][0] else None
-        forward = partial(_forward, host, requests, on_routing=tell, num_top=num_top)
+    def score(indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        observer = on_routing if kinds[indices[0]].is_as_asked else None
+        forward = partial(_forward, host, chosen, on_routing=observer, num_top=num_top)
         with host.prepared():  # of a batch alone: each of many routed rows may have its own sum
             # ranks send one another tensors and no classes, which unpickling would have to trust
-            return [tuple(scores) for scores in in_halves(forward, places, requests)]
+            return [tuple(scores) for scores in in_halves(forward, indices, chosen)]
 
+    nothing = torch.zeros(0, 2 + 2 * num_top, dtype=torch.float64)
+    scores = [_scores_of(nothing, num_top)] * len(requests)
     with torch.no_grad():
         results = chain.from_iterable(host.ranks.spread(batches, score))
-        for place, result in zip(chain.from_iterable(batches), results, strict=True):
-            scores[place] = TokenScores(*result)
+        for index, result in zip(chain.from_iterable(batches), results, strict=True):
+            scores[index] = TokenScores(*result)
     return scores
+
+
+def plan_batches(
+    requests: Sequence[Request], kinds: Sequence[RowKind], max_tokens: int
+) -> list[list[int]]:
+    """Plan forwards of rows of one kind, in which those of an adapter lie together."""
+    indices_by_kind = defaultdict[RowKind, list[int]](list)
+    for index, (_, row) in enumerate(requests):
+        if row.targets:
+            indices_by_kind[kinds[index]].append(index)
+    numbers = {adapter: number for number, (adapter, _) in enumerate(requests)}
+    batches = []
+    for _, indices in sorted(indices_by_kind.items(), reverse=True):
+        rows = [requests[index][1:] for index in indices]
+        for members in token_batches(rows, max_tokens):
+            batch = [indices[member] for member in members]
+            batch.sort(key=lambda index: numbers[requests[index][0]])  # halves have few adapters
+            batches.append(batch)
+    return batches
 
 
 def _chosen(
@@ -275,38 +304,46 @@ def _chosen(
     """
     adapters = [adapter if row.targets else None for adapter, row in requests]
     choices = host.choose([_prompt_of(row) for _, row in requests], adapters)
-    chosen, routed = [*requests], defaultdict[str, dict[int, list[float]]](dict)
-    for place, choice in enumerate(choices):
+    chosen = [*requests]
+    routed = defaultdict[str, list[int]](list)  # places by the router's name
+    for index, choice in enumerate(choices):
         if choice.probabilities is not None:
-            chosen[place] = choice.adapter, requests[place][1]
-            name = str(name_and_scale(adapters[place])[0])
-            routed[name][place] = [*choice.probabilities.values()]
-    if on_routing is None:
-        return chosen
-    for name, of_places in routed.items():
-        rows = [requests[place][1] for place in of_places]
-        counts = torch.tensor([len(row.input_ids) for row in rows])
-        p = torch.tensor([*of_places.values()]).repeat_interleave(counts, dim=0)
-        weights, selected = p.topk(host.adapter(name).config.experts_per_token or 1)
-        weights = weights / weights.sum(1, keepdim=True)
-        record = LayerRouting(0, p.clamp_min(1e-30).log(), selected, weights, "prompt")
-        on_routing(RoutedRows(name, [*of_places], rows, [record]))
+            chosen[index] = choice.adapter, requests[index][1]
+            routed[str(name_and_scale(adapters[index])[0])].append(index)
+    if on_routing is not None:
+        for name, indices in routed.items():
+            rows = [requests[index][1] for index in indices]
+            record = _record_of(host, name, [choices[index] for index in indices], rows)
+            on_routing(RoutedRows(name, indices, rows, [record]))
     return chosen
 
 
+def _record_of(
+    host: Host, name: str, choices: Sequence[Choice], rows: Sequence[TokenRow]
+) -> LayerRouting:
+    num_tokens = torch.tensor([len(row.input_ids) for row in rows])
+    probabilities = torch.tensor([[*(choice.probabilities or {}).values()] for choice in choices])
+    p = probabilities.repeat_interleave(num_tokens, dim=0)  # (T, E)
+    top_k = host.adapter(name).config.experts_per_token or 1
+    weights, selected = p.topk(top_k)  # (T, K)
+    weights = weights / weights.sum(1, keepdim=True)
+    return LayerRouting(0, p.clamp_min(1e-30).log(), selected, weights, "prompt")
+
+
 def _prompt_of(row: TokenRow) -> Sequence[int]:
-    # all of a text, which has no prompt
-    return row.input_ids[: row.predictors[0] + 1] if any(row.predictors[:1]) else row.input_ids
+    if any(row.predictors[:1]):
+        return row.input_ids[: row.predictors[0] + 1]
+    return row.input_ids  # all of a text, which has no prompt
 
 
 def _forward(
     host: Host,
     requests: Sequence[Request],
-    places: Sequence[int],
+    indices: Sequence[int],
     on_routing: OnRouting | None,
     num_top: int,
 ) -> list[TokenScores]:
-    adapters, rows = zip(*(requests[place] for place in places), strict=True)
+    adapters, rows = zip(*(requests[index] for index in indices), strict=True)
     batch = collate(rows, host.dtype, host.device)
     output = host.hidden(
         batch.input_ids,
@@ -319,18 +356,20 @@ def _forward(
     states = batch.predicting_states(output.last_hidden_state)
     heads = owners(rows, adapters)
     log_probs, is_top, *tops = host.token_scores(states, batch.targets, heads, num_top)
-    columns = (log_probs[:, None], is_top[:, None], *tops)
-    read = torch.cat([*map(widened, columns)], dim=1).cpu()  # (N, 2 + 2K), at once
-    scores = [_scores_of(part, num_top) for part in read.split([len(row.targets) for row in rows])]
+    columns = [widened(column) for column in (log_probs[:, None], is_top[:, None], *tops)]
+    values = torch.cat(columns, dim=1).cpu()  # (N, 2 + 2K), at once
+    num_scored = [len(row.targets) for row in rows]
+    scores = [_scores_of(of_row, num_top) for of_row in values.split(num_scored)]
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
-            routed = [place for place in places if requests[place][0] == name]
-            on_routing(RoutedRows(name, routed, [requests[place][1] for place in routed], routing))
+            routed = [index for index in indices if requests[index][0] == name]
+            routed_rows = [requests[index][1] for index in routed]
+            on_routing(RoutedRows(name, routed, routed_rows, routing))
     return scores
 
 
-def _scores_of(read: Tensor, num_top: int) -> TokenScores:
-    log_probs, is_top, top_log_probs, top_ids = read.split([1, 1, num_top, num_top], dim=1)
+def _scores_of(values: Tensor, num_top: int) -> TokenScores:
+    log_probs, is_top, top_log_probs, top_ids = values.split([1, 1, num_top, num_top], dim=1)
     return TokenScores(
         log_probs.squeeze(1), is_top.squeeze(1).bool(), top_log_probs, top_ids.long()
     )
@@ -358,30 +397,34 @@ def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[T
 def score_groups(
     host: Host,
     groups: Sequence[Group],
-    wanted: Sequence[tuple[str | None, int]],
+    selection: Sequence[tuple[str | None, int]],
     max_tokens: int | None = None,
     on_routing: OnRouting | None = None,
 ) -> list[list[PairScore]]:
-    """Score every continuation of groups; `wanted` are adapters and places of groups."""
-    owned = [(name, row, place) for name, place in wanted for row in groups[place]]
+    """Score every continuation of groups; `selection` are adapters and places of groups."""
+    rows = [(name, row, group) for name, group in selection for row in groups[group]]
 
     def tell(routed: RoutedRows) -> None:
         assert on_routing is not None
-        on_routing(routed._replace(places=[owned[request][2] for request in routed.places]))
+        on_routing(routed._replace(places=[rows[request][2] for request in routed.places]))
 
-    requests = [(name, row) for name, row, _ in owned]
+    requests = [(name, row) for name, row, _ in rows]
     scores = iter(score_rows(host, requests, max_tokens, on_routing and tell))
-    return [
-        _score_pairs(groups[place], [next(scores) for _ in groups[place]]) for _, place in wanted
-    ]
+    pair_scores = []
+    for _, group in selection:
+        row_scores = [next(scores) for _ in groups[group]]
+        pair_scores.append(_score_pairs(groups[group], row_scores))
+    return pair_scores
 
 
 def _score_pairs(rows: Group, scores: Sequence[TokenScores]) -> list[PairScore]:
-    owners = torch.tensor([choice for row in rows for choice in row.choices])
+    choices = torch.tensor([choice for row in rows for choice in row.choices])
     log_probs = torch.cat([score.log_probs for score in scores])
-    misses = torch.cat([~score.is_top for score in scores])
-    sums = log_probs.new_zeros(int(owners.max()) + 1)
-    num_misses = torch.zeros_like(sums).index_add_(0, owners, misses.to(sums.dtype))
-    sums = sums.index_add_(0, owners, log_probs)
-    pairs = zip(sums.tolist(), (num_misses == 0).tolist(), strict=True)
-    return [PairScore(*pair) for pair in pairs]
+    misses = torch.cat([~score.is_top for score in scores]).to(log_probs.dtype)
+    zeros = log_probs.new_zeros(int(choices.max()) + 1)
+    log_likelihoods = zeros.index_add(0, choices, log_probs).tolist()
+    num_misses = zeros.index_add(0, choices, misses).tolist()
+    return [
+        PairScore(log_likelihood, is_greedy=count == 0)
+        for log_likelihood, count in zip(log_likelihoods, num_misses, strict=True)
+    ]

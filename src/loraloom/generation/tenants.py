@@ -6,89 +6,77 @@ is, to whoever left it last: while away, nobody earns a claim, and nobody runs i
 """
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Generic, TypeVar
 
-from loraloom.generation.request import Row
-
-
-@dataclass(eq=False)
-class Account:
-    """What someone has used of what several share."""
-
-    used: int | float = 0
-
-
-_Member = TypeVar("_Member", bound=Account)
 _Item = TypeVar("_Item")
 
 
-@dataclass(eq=False)
-class Turn(Account, Generic[_Item]):
-    """What waits in someone's name, and what they have used."""
-
-    waiting: deque[_Item] = field(default_factory=deque)
-
-
-class Line(Generic[_Member]):
-    """Those who wait for something that they share."""
+class FairLine(Generic[_Item]):
+    """What waits in the names of those who share something, and how much each has used of it."""
 
     def __init__(self) -> None:
-        self._members: dict[_Member, None] = {}  # in the order in which they came
-        self._last: _Member | None = None
+        self.waiting: dict[str, deque[_Item]] = {}
+        self._used: dict[str, int | float] = {}
+        self._last: str | None = None  # of those who left the line
 
     def __len__(self) -> int:
-        return len(self._members)
+        return sum(map(len, self.waiting.values()))
 
-    def __iter__(self) -> Iterator[_Member]:
-        return iter(self._members)
-
-    @property
-    def least(self) -> int | float:
-        """What whoever comes now is lifted to."""
-        if self._members:
-            return min(member.used for member in self._members)
-        return 0 if self._last is None else self._last.used
-
-    def lift(self, member: _Member) -> None:
-        if member not in self._members:
-            member.used = max(member.used, self.least)
-
-    def join(self, member: _Member) -> None:
-        self.lift(member)
-        self._members[member] = None
-
-    def leave(self, member: _Member) -> None:
-        del self._members[member]
-        self._last = member
-
-    def next(self) -> _Member | None:
-        return min(self._members, key=lambda member: member.used, default=None)
-
-
-@dataclass(eq=False)
-class Tenant(Account):
-    """A customer: what waits in its name, and the tokens that were computed for it."""
-
-    credit: int = 0
-    """Tokens of prompts that may be read for it while others' rows are decoded."""
-    adapters: dict[str, Turn[Row]] = field(default_factory=dict)
-    line: Line[Turn[Row]] = field(default_factory=Line)
-    """Of its adapters, those with rows that wait."""
+    def __iter__(self) -> Iterator[_Item]:
+        return chain.from_iterable(self.waiting.values())
 
     @property
-    def num_waiting(self) -> int:
-        return sum(len(turn.waiting) for turn in self.line)
+    def counts(self) -> dict[str, int]:
+        return {name: len(items) for name, items in self.waiting.items()}
 
-    def turn_of(self, owner: str) -> Turn[Row]:
-        """The turn of an adapter; those that have no claim and no debt are forgotten."""
-        if owner not in self.adapters:
-            least = self.line.least
-            kept = {
-                name: turn
-                for name, turn in self.adapters.items()
-                if turn.waiting or turn.used > least
-            }
-            self.adapters = {**kept, owner: Turn()}
-        return self.adapters[owner]
+    @property
+    def _least(self) -> int | float:
+        if self.waiting:
+            return min(self._used[name] for name in self.waiting)
+        return 0 if self._last is None else self._used[self._last]
+
+    def used(self, name: str) -> int | float:
+        if name not in self._used:
+            return self._least
+        return self._used[name]
+
+    def charge(self, name: str, amount: int | float) -> None:
+        self._used[name] = self.used(name) + amount
+
+    def lift(self, name: str) -> None:
+        """Let someone who comes have no claim from before."""
+        if name in self.waiting:
+            return
+        least = self._least
+        # those below come as newcomers do, and are forgotten
+        self._used = {key: used for key, used in self._used.items() if used >= least}
+        self._used.setdefault(name, least)
+
+    def add(self, name: str, item: _Item, *, is_first: bool = False) -> None:
+        self.lift(name)
+        items = self.waiting.setdefault(name, deque())
+        if is_first:
+            items.appendleft(item)
+        else:
+            items.append(item)
+
+    def remove(self, name: str, item: _Item) -> None:
+        items = self.waiting[name]
+        items.remove(item)
+        if not items:
+            del self.waiting[name]
+            self._last = name
+
+    def in_turn(self) -> list[str]:
+        """Name those who wait, who used least first."""
+        return sorted(self.waiting, key=self.used)
+
+
+def has_place(counts: Mapping[str, int], name: str, max_items: int) -> bool:
+    """Whether a queue is not full, or someone has less than an equal part of it."""
+    if sum(counts.values()) < max_items:
+        return True
+    num_names = len({*counts, name})
+    return counts.get(name, 0) * num_names < max_items

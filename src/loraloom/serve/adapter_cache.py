@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.formats.raw_files import find_adapter
 from loraloom.generation.request import RequestError
 from loraloom.generation.scheduler import EngineLimits
+from loraloom.generation.tenants import FairLine, has_place
 from loraloom.host.host import Host
 from loraloom.serve.adapter_files import (
     Files,
@@ -37,7 +37,6 @@ from loraloom.serve.adapter_files import (
     names_below,
 )
 from loraloom.serve.process import start_apart
-from loraloom.serve.waiting import WaitingLine, no_place
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -83,6 +82,15 @@ class ServedAdapter:
         return self.adapters if self.name == SUM else ()
 
 
+@dataclass(eq=False)
+class LoadRequest:
+    """A request that waits for an adapter."""
+
+    name: str
+    tenant: str
+    served: asyncio.Future[ServedAdapter]
+
+
 class ServedAdapters:
     """Adapters by name; all is done in one event loop at a time, but threads read files."""
 
@@ -103,8 +111,9 @@ class ServedAdapters:
         self._directory = directory
         self._max_lazy = max_lazy
         self._on_removed = on_removed
-        self._max_bytes: float = math.inf if max_bytes is None else max_bytes
-        self._line = WaitingLine(max_waiting)
+        self._max_bytes = max_bytes
+        self._max_waiting = max_waiting
+        self._line: FairLine[LoadRequest] = FairLine()  # of tenants, which use loads
         self._loading: asyncio.Task[None] | None = None  # for those in line
         self._lock = asyncio.Lock()  # held while files are read
         self._versions = count(2)
@@ -145,13 +154,18 @@ class ServedAdapters:
         served = await self.take(name, tenant)
         if served is not None:
             return served
-        request = self._line.add(name, tenant)
+        counts = self._line.counts
+        if not has_place(counts, tenant, self._max_waiting):
+            num_waiting = counts.get(tenant, 0)
+            raise _no_place(f"{num_waiting} requests wait for adapters that are not loaded")
+        request = LoadRequest(name, tenant, asyncio.get_running_loop().create_future())
+        self._line.add(tenant, request)
         self._advance()
         try:
             return await request.served
         except asyncio.CancelledError:
             if request in self._line:
-                self._line.remove(request)
+                self._line.remove(tenant, request)
             elif not request.served.cancelled() and request.served.exception() is None:
                 self.release(request.served.result())  # it came too late
             raise
@@ -186,7 +200,7 @@ class ServedAdapters:
             for name in names:
                 self.release(await self.acquire(name, tenant))
         together = f"the adapters {', '.join(names)} must be loaded together"
-        raise no_place(f"{together}, but others are in use")
+        raise _no_place(f"{together}, but others are in use")
 
     def release(self, served: ServedAdapter) -> None:
         served.num_users -= 1
@@ -278,14 +292,21 @@ class ServedAdapters:
 
     def _advance(self) -> None:
         """Begin the next load, if one is waited for and has a place."""
-        if self._loading is not None:
+        if self._loading is not None or not self._line:
             return
         held = Counter(tenant for adapter in self._lazy() for tenant in adapter.users)
-        for request in self._line.in_turn(held, self._max_lazy):
+        for request in self._in_turn(held):
             if self._has_place(request.name, request.tenant, held):
-                self._line.take_turn(request)
+                self._line.charge(request.tenant, 1)
                 self._loading = asyncio.create_task(self._load_for(request.name))
                 return
+
+    def _in_turn(self, held: Counter[str]) -> list[LoadRequest]:
+        """List requests, first those of tenants that would hold no more than an equal part."""
+        equal_part = self._max_lazy / len(self._line.waiting.keys() | held.keys())
+        tenants = self._line.in_turn()
+        tenants.sort(key=lambda tenant: max(held[tenant] + 1, equal_part))
+        return [request for tenant in tenants for request in self._line.waiting[tenant]]
 
     def _has_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
         """Make a place for an adapter of the directory, if one can go for it."""
@@ -329,7 +350,8 @@ class ServedAdapters:
         except Exception as failure:
             error = failure
         self._loading = None
-        for request in self._line.pop(name):
+        for request in [request for request in self._line if request.name == name]:
+            self._line.remove(request.tenant, request)
             if request.served.cancelled():
                 continue
             if adapter is not None:
@@ -413,15 +435,13 @@ class ServedAdapters:
 
     def _make_room_for(self, new: LoadedAdapter) -> None:
         """Let unused adapters of the directory go until all fit the memory, or else the new one."""
-        former = self._served.get(new.name)  # goes at once if nobody uses it
-        goes = {former.host_name} if former is not None and not former.users else ()
-        if self._max_bytes == math.inf:  # adding up takes long
+        if self._max_bytes is None:  # adding up takes long
             return
-        sizes = {
-            name: sum(weight.nbytes for weight in adapter.state_dict().values())
-            for name, adapter in self._host.adapters.items()
-        }
-        while sum(sizes[n] for n in self._host.adapters if n not in goes) > self._max_bytes:
+        former = self._served.get(new.name)  # goes at once if nobody uses it
+        sizes = {name: _num_bytes(adapter) for name, adapter in self._host.adapters.items()}
+        if former is not None and not former.users:
+            sizes[str(former.host_name)] = 0
+        while sum(sizes[name] for name in self._host.adapters) > self._max_bytes:
             unused = [adapter for adapter in self._idle() if adapter is not former]
             if not unused:
                 self._remove(new)
@@ -456,6 +476,10 @@ async def _in_thread(work: Callable[[], _Value]) -> _Value:
     return await asyncio.wrap_future(start_apart(work))
 
 
+def _num_bytes(adapter: Adapter) -> int:
+    return sum(tensor.nbytes for tensor in adapter.state_dict().values())
+
+
 def _note(event: str, adapter: LoadedAdapter, sender: str) -> None:
     _log.info(
         "adapter %s: %s, revision %s, by %s", shown(adapter.name), event, adapter.revision, sender
@@ -464,6 +488,11 @@ def _note(event: str, adapter: LoadedAdapter, sender: str) -> None:
 
 def unknown_model(name: str) -> RequestError:
     return RequestError(f"the model {shown(name)} does not exist", "model_not_found", param="model")
+
+
+def _no_place(fault: str) -> RequestError:
+    advice = "retry later, or start the server with a larger --max-adapters"
+    return RequestError(f"{fault}; {advice}", "queue_full")
 
 
 def _broken(name: str) -> RequestError:

@@ -3,25 +3,12 @@
 import asyncio
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 
 from loraloom.generation.request import RequestError
-from loraloom.generation.scheduler import EngineLimits
 from loraloom.serve.http.preparation import NUM_THREADS, Preparations
-
-LIMITS = EngineLimits(max_rows=2, max_waiting=6)
-
-
-@contextmanager
-def working():
-    preparations = Preparations(LIMITS)
-    preparations.start()
-    try:
-        yield preparations
-    finally:
-        preparations.stop()
 
 
 def test_a_key_with_much_work_keeps_nobody_waiting():
@@ -32,10 +19,10 @@ def test_a_key_with_much_work_keeps_nobody_waiting():
         done.append(tenant)
 
     async def ask_all():
-        with working() as preparations:
-            crowd = [ask(preparations, "many", 0.05) for _ in range(20)]
-            late = [ask(preparations, "few", 0.01) for _ in range(5)]
-            await asyncio.gather(*crowd, *late)
+        preparations = Preparations()
+        crowd = [ask(preparations, "many", 0.05) for _ in range(20)]
+        late = [ask(preparations, "few", 0.01) for _ in range(5)]
+        await asyncio.gather(*crowd, *late)
 
     asyncio.run(ask_all())
     assert done.index("few") < 3
@@ -52,8 +39,8 @@ def test_one_piece_of_a_key_is_done_at_a_time():
         running.acquire()
 
     async def ask_all():
-        with working() as preparations:
-            await asyncio.gather(*(preparations.run("a", work) for _ in range(10)))
+        preparations = Preparations()
+        await asyncio.gather(*(preparations.run("a", work) for _ in range(10)))
 
     asyncio.run(ask_all())
     assert (max(most), NUM_THREADS) == (1, 2)
@@ -63,14 +50,14 @@ def test_work_that_nobody_waits_for_is_not_done():
     done = []
 
     async def ask_all():
-        with working() as preparations:
-            held = asyncio.create_task(preparations.run("a", lambda: time.sleep(0.1)))
-            await asyncio.sleep(0.02)
-            gone = asyncio.create_task(preparations.run("a", lambda: done.append("gone")))
-            await asyncio.sleep(0)
-            gone.cancel()
-            await held
-            await preparations.run("a", lambda: done.append("kept"))
+        preparations = Preparations()
+        held = asyncio.create_task(preparations.run("a", lambda: time.sleep(0.1)))
+        await asyncio.sleep(0.02)
+        gone = asyncio.create_task(preparations.run("a", lambda: done.append("gone")))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await held
+        await preparations.run("a", lambda: done.append("kept"))
 
     asyncio.run(ask_all())
     assert done == ["kept"]
@@ -78,15 +65,15 @@ def test_work_that_nobody_waits_for_is_not_done():
 
 def test_errors_come_to_whoever_asked():
     async def ask():
-        with working() as preparations:
-            await preparations.run("a", lambda: 1 // 0)
+        preparations = Preparations()
+        await preparations.run("a", lambda: 1 // 0)
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(ask())
 
 
 def test_a_key_prepares_as_many_requests_as_its_part_of_the_line():
-    preparations = Preparations(LIMITS)
+    preparations = Preparations(max_requests=8)
     with ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(preparations.preparing("many"))

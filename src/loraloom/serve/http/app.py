@@ -83,14 +83,11 @@ def create_app(
         backend.loop = asyncio.get_running_loop()
         thread = threading.Thread(target=engine.run, name="loraloom-engine", daemon=True)
         thread.start()
-        backend.preparations.start()
         yield
         engine.stop()
         await run_in_threadpool(thread.join)
         backend.grammars.close()
-        backend.preparations.stop()
 
-    metrics = Metrics(engine, adapters)
     # its pages of documents load scripts from elsewhere, its redirects know no proxy
     off: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="loraloom", version=loraloom.__version__, lifespan=lifespan, **off)
@@ -107,9 +104,33 @@ def create_app(
         page = partial(FileResponse, _STATIC / name, headers=_PAGE_HEADERS)
         app.add_route(path, lambda _, page=page: page())
 
+    _add_models(app, adapters, engine.max_length)
+    _add_status(app, adapters, Metrics(engine, adapters))
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await ChatExchange(backend, body, request).respond()
+
+    @app.post("/v1/completions", response_model=Completion)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue prompts."""
+        return await TextExchange(backend, body, request).respond()
+
+    if options.allow_loading:
+        _add_loading(app, adapters, options.adapter_root)
+    return app
+
+
+def _add_models(app: FastAPI, adapters: ServedAdapters, max_length: int) -> None:
     base = adapters.base_name
-    model: dict[str, Any] = {"object": "model", "created": int(time.time()), "root": base}
-    model |= {"owned_by": "loraloom", "max_model_len": engine.max_length}
+    model: dict[str, Any] = {
+        "object": "model",
+        "created": int(time.time()),
+        "root": base,
+        "owned_by": "loraloom",
+        "max_model_len": max_length,
+    }
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -125,11 +146,13 @@ def create_app(
     @app.get("/v1/models/{model:path}", response_model=Model)
     async def retrieve_model(model: str) -> Response:
         """Describe one model."""
-        for found in (await list_models())["data"]:
-            if found["id"] == model:
-                return JSONResponse(found)
+        for entry in (await list_models())["data"]:
+            if entry["id"] == model:
+                return JSONResponse(entry)
         raise unknown_model(model)
 
+
+def _add_status(app: FastAPI, adapters: ServedAdapters, metrics: "Metrics") -> None:
     @app.head("/ready", include_in_schema=False)
     @app.head("/health", include_in_schema=False)
     @app.get("/ready", response_class=PlainTextResponse)
@@ -141,22 +164,9 @@ def create_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics() -> str:
         """Return metrics for Prometheus."""
-        metrics.keep({base, SUM, *await adapters.names(), *adapters.names_in_use()})
+        names = {*await adapters.names(), *adapters.names_in_use()}
+        metrics.keep({adapters.base_name, SUM, *names})
         return (await run_in_threadpool(generate_latest, metrics.registry)).decode()
-
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
-        """Answer a conversation."""
-        return await ChatExchange(backend, body, request).respond()
-
-    @app.post("/v1/completions", response_model=Completion)
-    async def completions(body: CompletionBody, request: Request) -> Response:
-        """Continue prompts."""
-        return await TextExchange(backend, body, request).respond()
-
-    if options.allow_loading:
-        _add_loading(app, adapters, options.adapter_root)
-    return app
 
 
 def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> None:

@@ -52,15 +52,11 @@ class ChatExchange(Exchange):
         read: list[int] = []
         if is_routed(host, adapter):
             read = await self.prepare(
-                lambda: encode_for_choice(
-                    host, tokenizer, prompt, tool_form=tool_form, max_bytes=backend.max_bytes
-                )
+                lambda: encode_for_choice(host, tokenizer, prompt, tool_form=tool_form)
             )
         choice = await self.choose(read, adapter, owner)
         form = form_for(host, choice.adapter, tool_form)
-        ids, turn_end = await self.prepare(
-            lambda: encode_prompt(tokenizer, prompt, form, max_bytes=backend.max_bytes)
-        )
+        ids, turn_end = await self.prepare(lambda: encode_prompt(tokenizer, prompt, form))
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
@@ -90,10 +86,10 @@ class ChatExchange(Exchange):
             reason = "tool_calls" if reason == "stop" else reason
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         if self.body.logprobs:
-            entries = [
-                self._entry(token, log_prob) | {"top_logprobs": [self._entry(*one) for one in top]}
-                for token, log_prob, top in piece.log_probs
-            ]
+            entries = []
+            for token, log_prob, top in piece.log_probs:
+                likeliest = [self._entry(*entry) for entry in top]
+                entries.append({**self._entry(token, log_prob), "top_logprobs": likeliest})
             choice["logprobs"] = {"content": entries}
         choice |= self.chosen(index)
         return choice | ({"routing": _routing(piece)} if self.body.routing else {})
@@ -118,10 +114,13 @@ class TextExchange(Exchange):
     @override
     async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, requests, limits = self.body, [], self.backend.engine.limits
-        num, most = len(body.prompts) * body.n, limits.max_rows + limits.max_waiting
-        if num > most:  # before they take up memory
-            text = f"a request may have at most {most} completions, got {num}; request fewer"
-            raise RequestError(f"{text} at once")
+        num_completions = len(body.prompts) * body.n
+        max_completions = limits.max_rows + limits.max_waiting
+        if num_completions > max_completions:  # before they take up memory
+            raise RequestError(
+                f"a request may have at most {max_completions} completions, got "
+                f"{num_completions}; request fewer at once"
+            )
         self._lengths = Counter()
         self._prompts = []
         for text in body.prompts:
@@ -137,27 +136,32 @@ class TextExchange(Exchange):
                 scores_prompt=body.echo and body.logprobs is not None,
                 makes_tokens=body.max_tokens > 0,
             )
-            first, *others = self.several(request, body.max_tokens)
-            requests += [first, *(replace(one, scores_prompt=False) for one in others)]
+            first, *copies = self.several(request, body.max_tokens)
+            requests.append(first)
+            requests += [replace(copy, scores_prompt=False) for copy in copies]
         self.num_prompt = sum(map(len, self._prompts))
         return requests
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
-        tokenizer, max_bytes = self.backend.tokenizer, self.backend.max_bytes
-        return encode_prompt(tokenizer, Prompt(prompt), raw=True, max_bytes=max_bytes)[0]
+        return encode_prompt(self.backend.tokenizer, Prompt(prompt), raw=True)[0]
 
     @override
     def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
-        body, answer = self.body, answers[index]
-        prompt, prompt_ids = body.prompts[index // body.n], self._prompts[index // body.n]
-        if body.echo:
-            decoded = str(self.backend.tokenizer.decode(prompt_ids))
-            answer.text = (prompt if isinstance(prompt, str) else decoded) + answer.text
-            if place := index % body.n:  # the prompt was scored once
-                answer.log_probs[:0] = answers[index - place].log_probs[: len(prompt_ids) - 1]
-        return self._choice(index, answer, prompt_ids[:1] if body.echo else [])
+        answer = answers[index]
+        if not self.body.echo:
+            return self._choice(index, answer, [])
+        number, copy = divmod(index, self.body.n)
+        prompt = self.body.prompts[number]
+        prompt_ids = self._prompts[number]
+        if not isinstance(prompt, str):
+            prompt = str(self.backend.tokenizer.decode(prompt_ids))
+        answer.text = prompt + answer.text
+        if copy:  # the prompt was scored once
+            scored = answers[index - copy].log_probs
+            answer.log_probs[:0] = scored[: len(prompt_ids) - 1]
+        return self._choice(index, answer, prompt_ids[:1])
 
     @override
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -192,9 +196,10 @@ def text_offsets(tokens: Sequence[str], text: str, start: int) -> list[int]:
     for token in tokens:
         # special tokens and parts of characters are not in the text, and have no length
         is_part = "\N{REPLACEMENT CHARACTER}" in token or token.startswith("bytes:")
-        place = -1 if is_part else text.find(token, end, end + len(token) + _MAX_LAG)
-        offsets.append(start + max(place, end))
-        end = end if place < 0 else place + len(token)
+        begin = -1 if is_part else text.find(token, end, end + len(token) + _MAX_LAG)
+        offsets.append(start + max(begin, end))
+        if begin >= 0:
+            end = begin + len(token)
     return offsets
 
 
@@ -207,18 +212,23 @@ def chat_prompt(body: ChatBody, adapter: RowAdapter = None, *, is_foreign: bool 
 def _called(calls: list[Function]) -> list[dict[str, Any]]:
     return [
         {
-            "index": place,  # of use in a stream
+            "index": index,  # of use in a stream
             "id": f"call-{secrets.token_hex(12)}",
             "type": "function",
             "function": call.model_dump(),
         }
-        for place, call in enumerate(calls)
+        for index, call in enumerate(calls)
     ]
 
 
 def _routing(piece: Piece) -> list[dict[str, Any]]:
-    told = lambda one: {**asdict(one), "router": describe_router(one.router)}  # noqa: E731
-    return [{"text": text, "routers": [*map(told, choices)]} for text, choices in piece.routing]
+    entries = []
+    for text, choices in piece.routing:
+        routers = [
+            {**asdict(choice), "router": describe_router(choice.router)} for choice in choices
+        ]
+        entries.append({"text": text, "routers": routers})
+    return entries
 
 
 def _finite(log_prob: float) -> float:

@@ -22,7 +22,6 @@ from loraloom.config.fields import checked
 from loraloom.data.tokens import name_of_token
 from loraloom.errors import AdapterError, shown
 from loraloom.generation.engine import Engine
-from loraloom.generation.prompts import max_text_bytes
 from loraloom.generation.request import (
     GenerationRequest,
     Piece,
@@ -60,7 +59,8 @@ class Backend:
     preparations: Preparations = field(init=False)
 
     def __post_init__(self) -> None:
-        self.preparations = Preparations(self.engine.limits)
+        limits = self.engine.limits
+        self.preparations = Preparations(limits.max_rows + limits.max_waiting)
         # the first call ends tokenizer.json's truncation and padding, before other threads call
         self.tokenizer("a")
 
@@ -72,11 +72,6 @@ class Backend:
     @cached_property
     def token_text(self) -> Callable[[int], str]:
         return cache(partial(name_of_token, self.tokenizer))
-
-    @cached_property
-    def max_bytes(self) -> int | None:  # takes a moment
-        """Bytes that no prompt exceeds which fits."""
-        return max_text_bytes(self.tokenizer, self.engine.max_length)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -94,9 +89,11 @@ class Backend:
         names = [name.partition("/")[0] for name, _ in weighted]
         if adapters.base_name in names:
             raise unknown_model(model)
-        one, several = adapters.acquire, adapters.acquire_sum
         try:
-            served = await (several(names, tenant) if len(names) > 1 else one(names[0], tenant))
+            if len(names) > 1:
+                served = await adapters.acquire_sum(names, tenant)
+            else:
+                served = await adapters.acquire(names[0], tenant)
         except RequestError as error:
             if error.code != "model_not_found" or len(names) > 1:
                 raise
@@ -104,10 +101,10 @@ class Backend:
         row: list[tuple[str, float]] = []
         try:
             for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
-                part = name.removeprefix(used.name)
-                if part and part[1:] not in host.adapters[str(used.host_name)].members:
+                expert = name.removeprefix(used.name)
+                if expert and expert[1:] not in host.adapters[str(used.host_name)].members:
                     raise unknown_model(model)
-                row.append((f"{used.host_name}{part}", weight))
+                row.append((f"{used.host_name}{expert}", weight))
             if served.members:  # a large one takes longer than the event loop may
                 await asyncio.wrap_future(start_apart(partial(host.adapter, write_sum(row))))
         except BaseException as error:
@@ -224,8 +221,8 @@ class Exchange(ABC):
             tells_routing=body.routing,
         )
         return [
-            replace(request, place=place, constraint=constraint and constraint.copy())
-            for place in range(body.n)
+            replace(request, place=number, constraint=constraint and constraint.copy())
+            for number in range(body.n)
         ]
 
     async def respond(self) -> Response:
@@ -250,10 +247,10 @@ class Exchange(ABC):
 
     async def _answer(self) -> Response:
         await self._ask()
-        prefix, whole, chunk = self.kind
+        prefix, answer, chunk = self.kind
         frame = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
-            "object": chunk if self.body.stream else whole,
+            "object": chunk if self.body.stream else answer,
             "created": int(time.time()),
             "model": self.body.model,
         }

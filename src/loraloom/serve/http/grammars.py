@@ -5,25 +5,23 @@ Axes: V vocabulary.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
 import threading
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import unquote
 
 import llguidance
 import torch
-from fastapi.concurrency import run_in_threadpool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.errors import ConfigError
 from loraloom.serve.http import trial
+from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import ChatBody
 
 MAX_DEPTH = 200
@@ -106,17 +104,14 @@ class GrammarCompiler:
         self._hf_tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_tokens = end_tokens
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._turn = asyncio.Lock()
+        self._line = Preparations(num_threads=1)  # apart, as this may take long
         self._outcomes: dict[str, JsonConstraint | str] = {}
         self._process: subprocess.Popen[str] | None = None
 
     async def compile(self, grammar: str, tenant: str) -> JsonConstraint:
         outcome = self._outcomes.pop(grammar, None)
         if outcome is None:
-            async with self._turns[tenant], self._turn:
-                outcome = self._outcomes.pop(grammar, None)
-                outcome = outcome or await run_in_threadpool(self._compile, grammar)
+            outcome = await self._line.run(tenant, partial(self._compile_once, grammar))
         self._outcomes[grammar] = outcome  # as the latest
         if len(self._outcomes) > _NUM_KEPT:
             del self._outcomes[next(iter(self._outcomes))]
@@ -143,6 +138,12 @@ class GrammarCompiler:
     @cached_property
     def _tokenizer(self) -> Any:  # takes a second
         return llguidance.LLTokenizer(**self._settings)
+
+    def _compile_once(self, grammar: str) -> JsonConstraint | str:
+        outcome = self._outcomes.get(grammar)
+        if outcome is None:
+            outcome = self._outcomes[grammar] = self._compile(grammar)
+        return outcome
 
     def _compile(self, grammar: str) -> JsonConstraint | str:
         if self._process is None:
@@ -194,8 +195,8 @@ class JsonConstraint:
 
     def allowed(self, num_tokens: int) -> Tensor:
         biases = bytearray(self.matcher.compute_logit_bias())
-        known = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
-        return torch.nn.functional.pad(known, (0, num_tokens - len(known)))
+        allowed = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
+        return torch.nn.functional.pad(allowed, (0, num_tokens - len(allowed)))
 
     def accept(self, token: int) -> bool:
         if not self.matcher.consume_token(token):

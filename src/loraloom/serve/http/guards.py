@@ -98,7 +98,7 @@ def handle_errors(app: FastAPI) -> None:
 
     def of_body(request: Request, error: Any) -> JSONResponse:
         # of a union, the kind that the body is most like; kinds are no names of fields
-        first = max(error.errors(), key=lambda one: len(one["loc"]))
+        first = max(error.errors(), key=lambda fault: len(fault["loc"]))
         param = ".".join(str(x) for x in first["loc"][1:] if f"_{x}".isidentifier())
         if first["type"] == "json_invalid":
             return error_response(400, f"the body must be JSON: {first['ctx']['error']}")
@@ -155,12 +155,12 @@ class AccessGuard:
             message = "a request must not have both Content-Length and Transfer-Encoding"
             return error_response(400, message, headers={"Connection": "close"})
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-        given = _digest(key.strip()) if kind.lower() == b"bearer" else b""
+        digest = _digest(key.strip()) if kind.lower() == b"bearer" else b""
         options = self._options
-        is_admin = _is_among(given, options.admin_keys)
-        is_user = _is_among(given, options.api_keys) or is_admin
+        is_admin = _is_among(digest, options.admin_keys)
+        is_user = _is_among(digest, options.api_keys) or is_admin
         if is_user:
-            scope[TENANT] = given.hex()
+            scope[TENANT] = digest.hex()
         if not (is_user or not options.api_keys or scope["path"] in _OPEN):
             message = "the request needs a header `Authorization: Bearer KEY` with a key of this "
             asks = {"WWW-Authenticate": "Bearer"}
@@ -178,8 +178,8 @@ def _is_host(host: str, allowed: str) -> bool:
     return host == allowed
 
 
-def _is_among(given: bytes, keys: Sequence[str]) -> bool:
-    return True in [hmac.compare_digest(given, _digest(key.encode())) for key in keys]
+def _is_among(digest: bytes, keys: Sequence[str]) -> bool:
+    return True in [hmac.compare_digest(digest, _digest(key.encode())) for key in keys]
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """Work on requests before and after the engine: templates, tokens, grammars, answers as JSON."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections import Counter
@@ -10,8 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from loraloom.generation.request import RequestError
-from loraloom.generation.scheduler import EngineLimits
-from loraloom.generation.tenants import Line, Turn
+from loraloom.generation.tenants import FairLine, has_place
 from loraloom.serve.process import start_apart
 
 # So that a long piece of one tenant keeps nobody else's waiting.
@@ -24,30 +24,19 @@ _Piece = tuple[Callable[[], Any], Future[Any]]
 class Preparations:
     """Does pieces of work, first of the tenant that used least seconds, one of each at a time."""
 
-    def __init__(self, limits: EngineLimits):
-        self._limits = limits
+    def __init__(self, max_requests: int = sys.maxsize, num_threads: int = NUM_THREADS):
+        self._max_requests = max_requests
+        self._num_threads = num_threads
         self._num_requests: Counter[str] = Counter()  # that are being prepared, by tenant
-        self._turns: dict[str, Turn[_Piece]] = {}
-        self._line: Line[Turn[_Piece]] = Line()
-        self._busy: set[Turn[_Piece]] = set()
-        self._wake = threading.Condition()
-        self._is_stopping = False
-
-    def start(self) -> None:
-        for _ in range(NUM_THREADS):
-            start_apart(self._work)
-
-    def stop(self) -> None:
-        with self._wake:
-            self._is_stopping = True
-            self._wake.notify_all()
+        self._line: FairLine[_Piece] = FairLine()
+        self._busy: set[str] = set()
+        self._num_running = 0
+        self._lock = threading.Lock()
 
     @contextmanager
     def preparing(self, tenant: str) -> Iterator[None]:
         """Count a request, unless its tenant has as many as its part of the line."""
-        num_tenants = len(self._num_requests.keys() | {tenant})
-        max_requests = self._limits.max_rows + self._limits.max_waiting
-        if self._num_requests[tenant] * num_tenants >= max_requests:
+        if not has_place(self._num_requests, tenant, self._max_requests):
             raise RequestError(
                 f"{self._num_requests[tenant]} requests of this key are being prepared; retry "
                 "later, or send fewer at once",
@@ -57,41 +46,36 @@ class Preparations:
         try:
             yield
         finally:
-            self._num_requests[tenant] -= 1
-            self._num_requests += Counter()  # without those that have none
+            self._num_requests -= Counter([tenant])
 
     async def run(self, tenant: str, work: Callable[[], _Value]) -> _Value:
         """Do a piece of work in its turn, unless who waits for it is cancelled before."""
         future: Future[_Value] = Future()
-        with self._wake:
-            turn = self._turns.setdefault(tenant, Turn())
-            self._line.join(turn)
-            turn.waiting.append((work, future))
-            self._wake.notify()
+        with self._lock:
+            self._line.add(tenant, (work, future))
+            if self._num_running < self._num_threads:
+                self._num_running += 1
+                start_apart(self._work)
         return await asyncio.wrap_future(future)
 
-    def _next(self) -> Turn[_Piece] | None:
-        turns = [turn for turn in self._line if turn not in self._busy]
-        return min(turns, key=lambda turn: turn.used, default=None)
-
     def _work(self) -> None:
+        """Do pieces of work until none is left whose tenant has no other under way."""
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._is_stopping or self._next() is not None)
-                turn = self._next()
-                if turn is None:
+            with self._lock:
+                idle = [tenant for tenant in self._line.in_turn() if tenant not in self._busy]
+                if not idle:
+                    self._num_running -= 1
                     return
-                self._busy.add(turn)
-                work, future = turn.waiting.popleft()
+                tenant = idle[0]
+                work, future = piece = self._line.waiting[tenant][0]
+                self._line.remove(tenant, piece)
+                self._busy.add(tenant)
             start = time.perf_counter()
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())
                 except BaseException as error:
                     future.set_exception(error)
-            with self._wake:
-                turn.used += time.perf_counter() - start
-                self._busy.remove(turn)
-                if not turn.waiting:
-                    self._line.leave(turn)
-                self._wake.notify()
+            with self._lock:
+                self._line.charge(tenant, time.perf_counter() - start)
+                self._busy.remove(tenant)

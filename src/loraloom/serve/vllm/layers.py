@@ -29,18 +29,24 @@ def choose(
     num_slots: int,
 ) -> tuple[Bool[Tensor, "K T S"], Float[Tensor, "K T 1"]]:
     """Choose the experts of tokens: the columns of each one's slots, and their weights."""
-    own = described.index_select(0, adapters.clamp_min(0)).float()  # (T, 2, S)
-    num_experts, top_k = own[:, 1, 0, None], own[:, 1, 1, None]
-    room = scores.shape[1] // PIECES
-    logits = scores[:, : room * PIECES].unflatten(1, (room, PIECES)).sum(-1)  # (T, C)
-    places = torch.arange(max(room, num_slots), device=scores.device)
-    logits = logits.masked_fill(places[:room] >= num_experts, -torch.inf)
+    description = described.index_select(0, adapters.clamp_min(0)).float()  # (T, 2, S)
+    column_experts = description[:, 0]
+    num_experts = description[:, 1, 0, None]
+    top_k = description[:, 1, 1, None]
+    max_experts = scores.shape[1] // PIECES
+    pieces = scores[:, : max_experts * PIECES].unflatten(1, (max_experts, PIECES))
+    numbers = torch.arange(max(max_experts, num_slots), device=scores.device)
+    is_missing = numbers[:max_experts] >= num_experts
+    logits = pieces.sum(-1).masked_fill(is_missing, -torch.inf)  # (T, C)
     best, selected = logits.topk(num_slots, dim=-1)
-    weights = best.masked_fill(places[:num_slots] >= top_k, -torch.inf).softmax(-1)
-    routed = num_experts > 0
-    weights = torch.where(routed, weights, (places[:num_slots] == 0).float())
-    experts = torch.where(routed, selected + 1, 0).T  # (K, T), counted from 1 as columns are
-    columns = (own[:, 0] == experts.unsqueeze(-1)) & (adapters >= 0).unsqueeze(-1)
+    is_unused = numbers[:num_slots] >= top_k
+    weights = best.masked_fill(is_unused, -torch.inf).softmax(-1)
+    is_routed = num_experts > 0
+    is_first = numbers[:num_slots] == 0
+    weights = torch.where(is_routed, weights, is_first.float())
+    experts = torch.where(is_routed, selected + 1, 0).T  # (K, T), counted from 1 as columns are
+    has_adapter = (adapters >= 0).unsqueeze(-1)
+    columns = (column_experts == experts.unsqueeze(-1)) & has_adapter
     return columns, weights.T.unsqueeze(-1)
 
 
@@ -70,17 +76,20 @@ class MixtureFfn(nn.Module):
         inputs, router = self.gate_up_proj, self.router
         if inputs.punica_wrapper.no_lora:  # said on CPUs alone
             return self.act_fn(gate_up), x.new_zeros(len(x), _rank(router), dtype=torch.float32)
-        described, adapters = router.lora_b_stacked[0].squeeze(1), _adapters(inputs, len(x))
-        columns, weights = choose(_shrink(router, x)[0], described, adapters, self.slots)
-        is_base = ~columns.any(-1).any(0).unsqueeze(-1)
+        described = router.lora_b_stacked[0].squeeze(1)
+        adapters = _adapters(inputs, len(x))
+        scores = _shrink(router, x)[0]
+        columns, weights = choose(scores, described, adapters, self.slots)
         low_rank = torch.where(columns.unsqueeze(1), _shrink(inputs, x), 0.0)  # (K, P, T, S)
         updated = _expand_slots(inputs, gate_up, low_rank)
         # zeros of the base's tokens may have met some adapter's weights, and these may be NaN
-        states = self.act_fn(torch.where(is_base, gate_up, updated).flatten(0, 1))
-        states = states.unflatten(0, (-1, len(x)))  # (K, T, F)
-        rank_space = torch.where(columns, _shrink_slots(self.down_proj, states), 0.0) * weights
+        is_base = ~columns.any(-1).any(0).unsqueeze(-1)
+        mixed = torch.where(is_base, gate_up, updated)
+        states = self.act_fn(mixed.flatten(0, 1)).unflatten(0, (-1, len(x)))  # (K, T, F)
+        rank_space = torch.where(columns, _shrink_slots(self.down_proj, states), 0.0)
         # down-projection and mixing are linear, so slots are added up in front of both
-        return (states * weights.to(states.dtype)).sum(0), rank_space.sum(0)
+        hidden = states * weights.to(states.dtype)
+        return hidden.sum(0), (rank_space * weights).sum(0)
 
     def add_update(self, output: Tensor, rank_space: Tensor) -> Tensor:
         if self.down_proj.punica_wrapper.no_lora:
@@ -110,29 +119,30 @@ def _shrink_slots(layer: Any, states: Tensor) -> Tensor:
     """The products of slots' states, [K, T, I], with each token's A, [K, T, S] float32."""
     if not states.is_cpu:
         return torch.stack([_shrink(layer, slot)[0] for slot in states])
-    own = _own(layer.lora_a_stacked[0], layer, states.shape[1])
-    return torch.einsum("kti,tsi->kts", states, own).float()
+    lora_A = _of_tokens(layer.lora_a_stacked[0], layer, states.shape[1])
+    return torch.einsum("kti,tsi->kts", states, lora_A).float()
 
 
 def _expand_slots(layer: Any, output: Tensor, low_rank: Tensor) -> Tensor:
     """Add the products of slots' rank space, [K, P, T, S], with each token's B to an output."""
     if not output.is_cpu:
         slots = output.repeat(len(low_rank), 1, 1)
-        for slot, own in zip(slots, low_rank, strict=True):
+        for slot, slot_low_rank in zip(slots, low_rank, strict=True):
             layer.punica_wrapper.add_expand(
-                slot, own, layer.lora_b_stacked, layer.output_slices, add_inputs=True
+                slot, slot_low_rank, layer.lora_b_stacked, layer.output_slices, add_inputs=True
             )
         return slots
-    updates = [
-        torch.einsum("kts,tos->kto", part.to(output.dtype), _own(lora_B, layer, len(output)))
-        for part, lora_B in zip(low_rank.unbind(1), layer.lora_b_stacked, strict=True)
-    ]
+    updates = []
+    for slices, stacked in zip(low_rank.unbind(1), layer.lora_b_stacked, strict=True):
+        lora_B = _of_tokens(stacked, layer, len(output))
+        updates.append(torch.einsum("kts,tos->kto", slices.to(output.dtype), lora_B))
     return output + torch.cat(updates, -1)
 
 
-def _own(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
-    """Each token's own weights, as vLLM looks them up on a CPU, but once for all slots."""
-    return stacked.squeeze(1).index_select(0, _adapters(layer, num_tokens).clamp_min(0))
+def _of_tokens(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
+    """Each token's weights, as vLLM looks them up on a CPU, but once for all slots."""
+    adapters = _adapters(layer, num_tokens).clamp_min(0)
+    return stacked.squeeze(1).index_select(0, adapters)
 
 
 def define_operations(block_at: Callable[[str], MixtureFfn]) -> None:
