@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import loraloom
+from loraloom.base.families import FAMILIES
 from loraloom.errors import DataError, ModelError
 from loraloom.host import host as host_module
 from loraloom.host.layout import make_layout
-from loraloom.host.trial import FAMILIES
 from loraloom.ops.dropout import mix64
 from tests.tiny import ALL_FAMILIES, relative_error, tiny_host, tiny_ids, tiny_model
 
