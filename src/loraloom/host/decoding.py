@@ -9,7 +9,7 @@ tokens. Which tokens are real is known on the CPU, so that no step asks the devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,12 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from loraloom.base.structure import keeps_running_states
-from loraloom.host.layout import RowAdapter
-from loraloom.host.prepared_weights import PreparedWeights
+from loraloom.base.structure import keeps_running_states, text_config
+from loraloom.errors import DataError
+from loraloom.host.forwards import ForwardRequest, Forwards
+from loraloom.host.heads import Heads
+from loraloom.host.layout import RowAdapter, RowAdapters
+from loraloom.host.prepared_weights import PreparedWeights, Record
 
 # Most columns behind the last token that are not in use.
 SPARE_TOKENS = 64
@@ -185,6 +188,78 @@ class Decoding:
         self.attention_mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
+
+
+class Sessions:
+    """Starts and extends the decoding sessions of a base model."""
+
+    def __init__(self, forwards: Forwards, run_decoder: Callable[..., Any], heads: Heads):
+        self._forwards = forwards
+        self._run_decoder = run_decoder
+        self._heads = heads
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        adapters: RowAdapters,
+        prepared: PreparedWeights | None,
+        record: Record | None,
+    ) -> Decoding:
+        if attention_mask is None:
+            mask = torch.ones(input_ids.shape, dtype=torch.long)
+        else:
+            mask = attention_mask.cpu()
+        is_padded_on_the_left = (mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()
+        if not is_padded_on_the_left:
+            raise DataError(
+                "prompts must be padded on the left, so that all of them end at the last column; "
+                "got an attention_mask with 0 behind 1"
+            )
+        request = ForwardRequest(input_ids=input_ids, adapters=adapters, mask=mask)
+        session = Decoding(
+            adapters=self._forwards.choices.resolve(request),
+            attention_mask=mask[:, :0],
+            cache=make_cache(text_config(self._forwards.model)),
+            prepared=prepared or PreparedWeights(),
+        )
+        self._advance(session, input_ids, mask, record)
+        return session
+
+    def extend(self, session: Decoding, input_ids: Tensor, record: Record | None) -> Tensor:
+        """Append tokens to each row of a session, [B, L]; return the next logits, [B, V]."""
+        added_mask = session.attention_mask.new_ones(input_ids.shape)
+        self._advance(session, input_ids, added_mask, record)
+        return session.logits
+
+    @torch.no_grad()
+    def _advance(
+        self, session: Decoding, input_ids: Tensor, added_mask: Tensor, record: Record | None
+    ) -> None:
+        """Run tokens of a session; its logits become those after the last one of each row."""
+        device = self._forwards.device
+        mask = torch.cat([session.attention_mask, added_mask], dim=1)
+        positions = mask.cumsum(1).sub(1).clamp_min(0)[:, -input_ids.shape[1] :]
+        request = ForwardRequest(
+            input_ids=input_ids,
+            adapters=session.adapters,
+            mask=mask,
+            model_inputs={
+                "position_ids": positions.to(device),
+                self._forwards.cache_argument: session.cache,
+                "use_cache": True,
+            },
+            record=record,
+        )
+        # One of ones is left out, as transformers would ask the device for it, and then do so.
+        model_mask = None if bool(mask.all()) else mask.to(device)
+        with self._forwards.thread.using(session.prepared):
+            with self._forwards.run(request) as (_, inputs):
+                out = self._run_decoder(input_ids=input_ids, attention_mask=model_mask, **inputs)
+            last_states = out.last_hidden_state[:, -1].contiguous()
+            session.logits = self._heads.logits(last_states, session.adapters)
+        session.attention_mask = mask
+        session.hidden_states = out.last_hidden_state
 
 
 def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraloom.adapters.contract import Adapter
-from loraloom.adapters.segment import SegmentTokens
+from loraloom.adapters.segment import SampleTokens, SegmentTokens
 from loraloom.host.layout import Layout, Segment
 from loraloom.host.prepared_weights import (
     ComputeForms,
@@ -27,7 +27,25 @@ from loraloom.host.prepared_weights import (
     recorder_of,
 )
 from loraloom.ops.dropout import SampleNoise
-from loraloom.ops.low_rank import UpProjection
+from loraloom.ops.low_rank import InputGroup, UpProjection
+from loraloom.routing.record import LayerRouting, join_routing
+
+
+class _Product(NamedTuple):
+    """A segment's product with a group's A, and what it was made of."""
+
+    group: InputGroup
+    low_rank: Tensor
+    rows: Tensor
+    tokens: SegmentTokens
+
+
+class _SharedProducts(NamedTuple):
+    """Segments' products with one input, for the projections that read it."""
+
+    hidden_states: Tensor
+    key: tuple[Any, ...]
+    products: list[_Product | None]
 
 
 @dataclass(frozen=True)
@@ -40,19 +58,37 @@ class ForwardContext:
     record: Record | None = None  # collects what routers do
     forms: ComputeForms = field(default_factory=ComputeForms)  # made anew, or of prepared weights
     stacked: StackedForward | None = None  # computes small steps of like adapters at once
-    _shared: dict[str, Any] = field(default_factory=dict, repr=False)
-    """The last A product of a group, for the projections that read the same input."""
+    _shared: dict[str, _SharedProducts] = field(default_factory=dict, repr=False)
 
     @property
     def adapters(self) -> Iterator[Adapter]:
         return (segment.row[0] for segment in self.layout.segments if segment.row is not None)
 
+    def joined_routing(self) -> dict[str, list[LayerRouting]]:
+        """Return what routers did, by adapter, an entry for each router."""
+        record = self.record or {}
+        return {name: join_routing(entries) for name, entries in record.items() if entries}
+
+    def samples(self) -> dict[str, list[SampleTokens] | None]:
+        """Return whose tokens the routing is of, by adapter."""
+        record = self.record or {}
+        return {
+            name: self.layout.sample_tokens(name) for name, routing in record.items() if routing
+        }
+
     def tokens(self, segment: Segment, layer: int, device: torch.device) -> SegmentTokens:
-        spans = segment.spans
-        noise = None if spans is None else SampleNoise(spans, segment.num_tokens, layer, device)
+        noise = None
+        if segment.spans is not None:
+            noise = SampleNoise(segment.spans, segment.num_tokens, layer, device)
         record = None if segment.row is None else recorder_of(self.record, segment.row[0])
-        real = (segment.real, segment.real_index)
-        return SegmentTokens(layer, *real, noise, record, segment.row_length)
+        return SegmentTokens(
+            layer=layer,
+            real=segment.real,
+            real_index=segment.real_index,
+            noise=noise,
+            record=record,
+            row_length=segment.row_length,
+        )
 
     def updates(
         self, site: ProjectionSite, hidden_states: Tensor, dtype: torch.dtype
@@ -60,28 +96,35 @@ class ForwardContext:
         """Return what each segment's B multiplies, [T, S], and its B side; None: not adapted."""
         key = (site.block, site.group, dtype)
         shared = self._shared.get("group")
-        if shared is None or shared[0] is not hidden_states or shared[1] != key:
-            segments = zip(self.layout.segments, self.layout.split(hidden_states), strict=True)
-            products = [self._product(site, *segment, dtype) for segment in segments]
-            shared = self._shared["group"] = (hidden_states, key, products)
+        if shared is None or shared.hidden_states is not hidden_states or shared.key != key:
+            products = [
+                self._product(site, segment, rows, dtype)
+                for segment, rows in zip(
+                    self.layout.segments, self.layout.split(hidden_states), strict=True
+                )
+            ]
+            shared = self._shared["group"] = _SharedProducts(hidden_states, key, products)
         updates = []
-        for group, *inputs in shared[2]:
-            side = None if group is None else group.projections.get(site.name)
-            updates.append((None, None) if side is None else (side.rank_input(*inputs), side))
+        for product in shared.products:
+            side = None if product is None else product.group.projections.get(site.name)
+            if product is None or side is None:
+                updates.append((None, None))
+            else:
+                rank_input = side.rank_input(product.low_rank, product.rows, product.tokens)
+                updates.append((rank_input, side))
         return updates
 
     def _product(
         self, site: ProjectionSite, segment: Segment, rows: Tensor, dtype: torch.dtype
-    ) -> tuple[Any, ...]:
-        """Return a segment's weights, its product with A, its input and its tokens."""
+    ) -> _Product | None:
         if segment.row is None:
-            return (None,)
+            return None
         group = self.forms.group(segment.row, site.block, site.group, dtype)
         if group is None:
-            return (None,)
+            return None
         tokens = self.tokens(segment, site.block.layer, rows.device)
         low_rank = segment.row[0].group_low_rank(group, rows, site.site, tokens)
-        return group, low_rank, rows, tokens
+        return _Product(group, low_rank, rows, tokens)
 
     def recomputing(self) -> ForwardContext:
         """Return the context in which a layer is recomputed: its routing is recorded already."""

@@ -15,7 +15,7 @@ a row's end is padding, a sample of its own to the attention, so that no token s
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, groupby, islice, pairwise
 from typing import Any
 
 import torch
@@ -48,17 +48,18 @@ def check_uses_masks(config: Any) -> None:
 
 def packed_rows(sample_lengths: SampleLengths, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
     """Return tokens' places in samples or padding, and 1 at tokens of samples, [B, L] each."""
-    if len(sample_lengths) != num_rows or any(sum(one) > length for one in sample_lengths):
+    num_tokens = [sum(lengths) for lengths in sample_lengths]
+    if len(num_tokens) != num_rows or any(count > length for count in num_tokens):
         raise DataError(
             f"sample_lengths must be of {num_rows} rows with up to {length} tokens each, got "
-            f"{[sum(one) for one in sample_lengths]} tokens"
+            f"{num_tokens} tokens"
         )
-    positions = [
-        torch.cat([torch.arange(one) for one in (*lengths, length - sum(lengths))])
-        for lengths in sample_lengths
-    ]
-    filled = torch.tensor([sum(lengths) for lengths in sample_lengths])
-    return torch.stack(positions), (torch.arange(length) < filled[:, None]).long()
+    positions = []
+    for lengths, count in zip(sample_lengths, num_tokens, strict=True):
+        spans = [torch.arange(span) for span in (*lengths, length - count)]
+        positions.append(torch.cat(spans))
+    is_filled = torch.arange(length) < torch.tensor(num_tokens)[:, None]
+    return torch.stack(positions), is_filled.long()
 
 
 def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
@@ -68,9 +69,9 @@ def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
             return adapter, 1.0
         case [str(name), float() | int() as scale] if math.isfinite(scale):
             return name, float(scale)
-        case [list() | tuple(), *_] if all(isinstance(one, list | tuple) for one in adapter):
-            pairs: Any = [name_and_scale(one) for one in adapter]  # pyright: ignore
-            if pairs == [tuple(one) for one in adapter]:  # pyright: ignore[reportArgumentType]
+        case [list() | tuple(), *_] if all(isinstance(term, list | tuple) for term in adapter):
+            pairs: Any = [name_and_scale(term) for term in adapter]  # pyright: ignore
+            if pairs == [tuple(term) for term in adapter]:  # pyright: ignore[reportArgumentType]
                 return write_sum(pairs), 1.0
     raise AdapterError(
         "a row's adapter must be a name, (name, scale) with a finite scale, a sum as "
@@ -93,6 +94,10 @@ class Segment:
     def num_tokens(self) -> int:
         return self.tokens.stop - self.tokens.start
 
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens // self.row_length
+
 
 def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
     """List the rows that an adapter's record is of, in the record's order."""
@@ -107,9 +112,10 @@ def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
 
 def _grouped(adapters: Sequence[Hashable]) -> list[int]:
     """List rows by adapter, in the order of the adapters' first rows."""
-    first: dict[Hashable, int] = {}
-    places = [first.setdefault(adapter, row) for row, adapter in enumerate(adapters)]
-    return sorted(range(len(adapters)), key=lambda row: places[row])
+    first_rows: dict[Hashable, int] = {}
+    for row, adapter in enumerate(adapters):
+        first_rows.setdefault(adapter, row)
+    return sorted(range(len(adapters)), key=lambda row: first_rows[adapters[row]])
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,17 @@ class Layout:
     row_order: Tensor | None  # rows grouped by segment; None when they come so
     row_inverse: Tensor | None
 
+    @property
+    def has_padding(self) -> bool:
+        return any(segment.real is not None for segment in self.segments)
+
     def sample_tokens(self, adapter_name: str) -> list[SampleTokens] | None:
         """Return an adapter's samples in the order of their tokens; None outside training."""
-        spans = [s.spans for s in self.segments if s.row and s.row[0].name == adapter_name]
-        own = [of_segment for of_segment in spans if of_segment is not None]
-        return [SampleTokens(span.num_tokens) for one in own for span in one] if own else None
+        samples = []
+        for segment in self.segments:
+            if segment.row and segment.row[0].name == adapter_name and segment.spans is not None:
+                samples += [SampleTokens(span.num_tokens) for span in segment.spans]
+        return samples or None
 
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, L, N] into each segment's tokens, [T, N]."""
@@ -135,11 +147,13 @@ class Layout:
     def split_rows(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, ...] into each segment's rows."""
         values = self._grouped(values)
-        return values.split([one.num_tokens // one.row_length for one in self.segments])
+        return values.split([segment.num_rows for segment in self.segments])
 
-    def join(self, parts: Sequence[Tensor], shape: torch.Size | None = None) -> Tensor:
-        values = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        values = values if shape is None else values.view(shape)
+    def join(self, by_segment: Sequence[Tensor], shape: torch.Size | None = None) -> Tensor:
+        """Undo `split`, to a shape, or `split_rows`."""
+        values = by_segment[0] if len(by_segment) == 1 else torch.cat(list(by_segment))
+        if shape is not None:
+            values = values.view(shape)
         return values if self.row_inverse is None else values.index_select(0, self.row_inverse)
 
     def _grouped(self, values: Tensor) -> Tensor:
@@ -155,50 +169,69 @@ def make_layout(
     sample_lengths: SampleLengths | None = None,
 ) -> Layout:
     """Lay rows out; of a padding mask, [B, …], the last columns are this forward's tokens."""
-    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    mask = None if mask is None else mask[:, -length:].cpu().bool()
-    if mask is not None and mask.shape[1] != length:
-        raise DataError(f"attention_mask must have {length} columns, got {mask.shape[1]}")
-    mask = None if mask is None or bool(mask.all()) else mask
-    order = _grouped(adapters)
-    samples = None
+    mask = _padding_mask(mask, length)
+    keys_by_row = None
     if sample_keys is not None:
         keys = iter(sample_keys)
         counts = [1] * len(adapters) if sample_lengths is None else map(len, sample_lengths)
-        samples = [list(islice(keys, count)) for count in counts]
-    segments, start = [], 0
+        keys_by_row = [list(islice(keys, count)) for count in counts]
+    order = _grouped(adapters)
+    segments: list[Segment] = []
+    start = 0
     for adapter, group in groupby(order, adapters.__getitem__):
         rows = list(group)
         tokens = slice(start, start + len(rows) * length)
-        real = None if mask is None else mask[rows]
+        real = None if mask is None else mask[rows].flatten()
+        if real is not None and bool(real.all()):
+            real = None
         spans = None
-        if samples is not None:
-            lengths = sample_lengths and [sample_lengths[row] for row in rows]
-            spans = _spans([samples[row] for row in rows], lengths, real, length)
-        real = None if real is None or bool(real.all()) else real.flatten()
-        index = None if real is None else real.nonzero().squeeze(1).to(device)
-        real = None if real is None else real.to(device)
-        segments.append(Segment(adapter, tokens, real, index, spans, length))
+        if keys_by_row is not None:
+            spans = _spans(rows, keys_by_row, sample_lengths, mask, length)
+        segment = Segment(
+            row=adapter,
+            tokens=tokens,
+            real=None if real is None else real.to(device),
+            real_index=None if real is None else real.nonzero().squeeze(1).to(device),
+            spans=spans,
+            row_length=length,
+        )
+        segments.append(segment)
         start = tokens.stop
     if order == list(range(len(order))):
-        return Layout(tuple(segments), None, None)
+        return Layout(tuple(segments), row_order=None, row_inverse=None)
     row_order = torch.tensor(order, device=device)
-    return Layout(tuple(segments), row_order, row_order.argsort())
+    return Layout(tuple(segments), row_order, row_inverse=row_order.argsort())
+
+
+def _padding_mask(mask: Any, length: int) -> Tensor | None:
+    """Return which tokens are real, [B, L], on the CPU; None where all are."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    is_real = mask[:, -length:].cpu().bool()
+    if is_real.shape[1] != length:
+        raise DataError(f"attention_mask must have {length} columns, got {is_real.shape[1]}")
+    return None if bool(is_real.all()) else is_real
 
 
 def _spans(
-    keys: Sequence[Sequence[int]], lengths: SampleLengths | None, real: Tensor | None, length: int
+    rows: Sequence[int],
+    keys_by_row: Sequence[Sequence[int]],
+    sample_lengths: SampleLengths | None,
+    mask: Tensor | None,
+    length: int,
 ) -> tuple[SampleSpan, ...]:
-    """Give each sample's key and the places of its tokens in a segment."""
+    """Give each sample's key and the places of its tokens in a segment of rows."""
     spans: list[SampleSpan] = []
-    for row, row_keys in enumerate(keys):
-        offset = row * length
-        if lengths is not None:
-            stops = list(accumulate(lengths[row], initial=offset))
-            spans += map(SampleSpan, row_keys, map(slice, stops, stops[1:]))
+    for number, row in enumerate(rows):
+        offset = number * length
+        if sample_lengths is not None:
+            starts = accumulate(sample_lengths[row], initial=offset)
+            tokens = [slice(start, stop) for start, stop in pairwise(starts)]
+        elif mask is not None:
+            tokens = [_positions(mask[row], offset)]
         else:
-            own = slice(offset, offset + length) if real is None else _positions(real[row], offset)
-            spans.append(SampleSpan(row_keys[0], own))
+            tokens = [slice(offset, offset + length)]
+        spans += map(SampleSpan, keys_by_row[row], tokens)
     return tuple(spans)
 
 
@@ -206,5 +239,7 @@ def _positions(mask: Tensor, offset: int) -> slice | Tensor:
     positions = mask.nonzero().squeeze(1) + offset
     if len(positions) == 0:
         return slice(offset, offset)
-    first, last = int(positions[0]), int(positions[-1])
-    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+    first = int(positions[0])
+    last = int(positions[-1])
+    has_no_gap = last - first + 1 == len(positions)
+    return slice(first, last + 1) if has_no_gap else positions

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError, ModelError
+from loraloom.host.forwards import ForwardRequest
 from loraloom.host.layout import RowAdapter, name_and_scale
 from loraloom.host.prepared_weights import outside_autocast
 
@@ -38,7 +39,7 @@ class Rows:
 
 
 # Which rows this thread names, and for the forwards of which model.
-_given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
+_named_rows: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
 
 
 class OuterForward:
@@ -62,27 +63,67 @@ class OuterForward:
     @contextmanager
     def of_rows(self, rows: Rows) -> Iterator[None]:
         """Name the adapters of the rows of this thread's forwards."""
-        token = _given.set((self, rows))
+        token = _named_rows.set((self, rows))
         try:
             yield
         finally:
-            _given.reset(token)
+            _named_rows.reset(token)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        given = _given.get()
-        rows = given[1] if given is not None and given[0] is self else self.default_rows()
-        if rows is None or self._host.is_running:
+        rows = self._rows_of_thread()
+        if rows is None or self._host.forwards.is_running:
             return self._call(*args, **kwargs)
         inputs = {**self._signature.bind_partial(*args).arguments, **kwargs}
-        is_asked = bool(inputs.pop(_REQUEST, False))
+        wants_loss = bool(inputs.pop(_REQUEST, False))
         self._check_head(rows, inputs)
+        with self._host.forwards.run(self._request(rows, inputs)) as (forward, model_inputs):
+            output = self._call(**model_inputs)
+        loss = self._host.heads.auxiliary_loss(forward.joined_routing(), forward.samples())
+        return _add_loss(output, loss, inputs, wants_loss=wants_loss)
+
+    def _rows_of_thread(self) -> Rows | None:
+        named = _named_rows.get()
+        if named is not None and named[0] is self:
+            return named[1]
+        return self.default_rows()
+
+    def _request(self, rows: Rows, inputs: dict[str, Any]) -> ForwardRequest:
+        """Describe a forward that another program makes with `inputs`, by name."""
+        host = self._host
         tokens = inputs.get("input_ids")
         if tokens is None:
             tokens = inputs["inputs_embeds"][..., 0]  # what has the tokens' shape
-        visit = self._host.visit(tokens, inputs.get("attention_mask"), rows, inputs)
-        with visit as auxiliary_loss:
-            output = self._call(**inputs)
-        return _add_loss(output, auxiliary_loss(), inputs, is_asked=is_asked)
+        names = rows.adapters
+        is_prepared = host.forwards.thread.prepared is not None
+        if len(names) == 1 or is_prepared:  # within `generate`, beams
+            num_beams = len(tokens) // len(names)
+            names = [name for name in names for _ in range(num_beams)]
+        request = ForwardRequest(
+            input_ids=tokens,
+            adapters=names,
+            mask=inputs.get("attention_mask"),
+            model_inputs=inputs,
+        )
+        if not rows.training:
+            return request
+        # Nobody can tell whether the trainer scales its loss.
+        if host.dtype == torch.float16:
+            raise ModelError(
+                "training by other programs needs a base model in bfloat16 or float32, got "
+                "float16: without loss scaling small gradients become zero; load the model in "
+                "another dtype, or train with loraloom, which scales losses"
+            )
+        if host.gradient_checkpointing:  # as transformers does it
+            inputs = {**inputs, "use_cache": False}
+        return replace(
+            request,
+            model_inputs=inputs,
+            # Who saves and restores the state of torch's generator goes on with these numbers.
+            sample_keys=torch.randint(2**62, (len(tokens),)).tolist(),
+            training=True,
+            checkpointing=host.gradient_checkpointing,
+            record={},
+        )
 
     def _check_head(self, rows: Rows, inputs: dict[str, Any]) -> None:
         if not inputs.get("fused_lm_head"):
@@ -96,33 +137,35 @@ class OuterForward:
             )
 
 
-def _add_loss(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, is_asked: bool) -> Any:
+def _add_loss(output: Any, loss: Tensor | None, inputs: dict[str, Any], *, wants_loss: bool) -> Any:
     if loss is None:
-        if is_asked:
+        if wants_loss:
             tensors = (value for value in output.values() if isinstance(value, Tensor))
             output["aux_loss"] = torch.zeros((), device=next(tensors).device)
         return output
 
     def total(model_loss: Tensor) -> Tensor:
         with outside_autocast(model_loss):
-            return model_loss + (loss * _share(kwargs)).to(model_loss)
+            return model_loss + (loss * _share(inputs)).to(model_loss)
 
     if isinstance(output, tuple):
-        has_loss = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-        return (total(output[0]), *output[1:]) if has_loss else output
+        has_labels = any(inputs.get(name) is not None for name in ("labels", "shift_labels"))
+        return (total(output[0]), *output[1:]) if has_labels else output
     if output.get("loss") is not None:
         output["loss"] = total(output["loss"])
     output["aux_loss"] = loss
     return output
 
 
-def _share(kwargs: dict[str, Any]) -> Tensor | float:
-    count = kwargs.get("num_items_in_batch")
+def _share(inputs: dict[str, Any]) -> Tensor | float:
+    """Return the share of a micro-batch in its step, by the tokens in the loss."""
+    count = inputs.get("num_items_in_batch")
     # Without a count the trainer averages over micro-batches itself.
     if count is None:
         return 1.0
-    labels = kwargs.get("shift_labels")
-    labels = kwargs["labels"][..., 1:] if labels is None else labels
+    labels = inputs.get("shift_labels")
+    if labels is None:
+        labels = inputs["labels"][..., 1:]
     return (labels != -100).sum() / count
 
 
@@ -131,7 +174,7 @@ def with_auxiliary_loss(config: Any) -> Any:
     # It is the same configuration: what is changed in one is changed in the other.
 
     def constant(value: object) -> property:
-        return property(lambda self: value, lambda self, other: None)
+        return property(lambda self: value, lambda self, new_value: None)
 
     # The loss has its coefficient. With `output_router_logits`, models look for own routers.
     fields: dict[str, Any] = {_REQUEST: constant(False), "router_aux_loss_coef": constant(1.0)}
@@ -196,9 +239,14 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         labels: Tensor | None = None,
         **model_inputs: Any,
     ) -> Any:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        return self.base(**inputs, **model_inputs)
+        return self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **model_inputs,
+        )
 
     def _rows(self) -> Rows:
         return Rows([self.name], training=self.training and torch.is_grad_enabled())
@@ -234,12 +282,12 @@ class AdapterModel(TakesCheckpointing, nn.Module):
 def _leave_base_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}{_BASE}.")]:
         del state[name]
-    seen: set[int] = set()
+    pointers: set[int] = set()
     for name, tensor in state.items():
         # A head and its embedding may be tied, which safetensors refuses.
-        if tensor.data_ptr() in seen:
+        if tensor.data_ptr() in pointers:
             state[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
+        pointers.add(tensor.data_ptr())
 
 
 def _expect_no_base(module: nn.Module, incompatible_keys: Any) -> None:

@@ -1,27 +1,31 @@
-"""The adapters on a base model, and what their heads compute of final hidden states.
-
-Axes: N states, D hidden, V vocabulary.
-"""
+"""The adapters on a base model: they are added, loaded, combined, merged and removed here."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.combining import Merged
+from loraloom.adapters.combining import Combination, Merged, combine, prune
 from loraloom.adapters.contract import Adapter, AdapterConfig, check_config
-from loraloom.adapters.extra_modules import own_parts
+from loraloom.adapters.extra_modules import own_parts, tensor_shapes
+from loraloom.adapters.routed.method import build_from_sources
 from loraloom.adapters.weighted_sum import Weighted, WeightedSum, is_sum, parse_sum, write_sum
-from loraloom.base.structure import Head, read_structure
+from loraloom.base.structure import read_structure
+from loraloom.config.data import PromptForm
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, shown
-from loraloom.host.extra_modules import build_own_modules, own_outputs
+from loraloom.formats.files import fit_to_base, read_stored
+from loraloom.formats.layouts import StoredAdapter
+from loraloom.formats.raw_files import find_adapter
+from loraloom.host.extra_modules import build_own_modules
 from loraloom.host.layout import RowAdapter, RowAdapters, name_and_scale
-from loraloom.host.prepared_weights import PreparedWeights, ScaledAdapter, forms_of
+from loraloom.host.prepared_weights import ScaledAdapter
 from loraloom.host.wiring import Wiring
 
 # Sums of adapters that are kept; they have no weights of their own.
@@ -39,11 +43,12 @@ class Hosted:
 class AdapterRegistry:
     """What is on a base model. Changes take turns by `changing`; readers take `hosted` as it is.
 
-    `head` is the base model's, in whose place adapters may have others.
+    The base model's weights change only within `forward_lock`, where no forward runs.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, forward_lock: threading.RLock):
         self.model: Any = model
+        self._forward_lock = forward_lock
         structure = read_structure(model)
         self.head = structure.head
         self.layers = structure.layers
@@ -69,14 +74,84 @@ class AdapterRegistry:
     def _sum(self, weighted: Weighted, adapters: Mapping[str, Adapter]) -> WeightedSum:
         # one object for as long as its members are there, by which prepared weights are found
         members = [_get(name, adapters) for name, _ in weighted]
-        known = self._sums.pop(weighted, None)
-        if known is None or [*known.members.values()] != members:  # a thread was late with it
-            known = WeightedSum(write_sum(weighted), members, [weight for _, weight in weighted])
+        adapter_sum = self._sums.pop(weighted, None)
+        if adapter_sum is None or [*adapter_sum.members.values()] != members:
+            # another thread was late with it
+            weights = [weight for _, weight in weighted]
+            adapter_sum = WeightedSum(write_sum(weighted), members, weights)
             if len(self._sums) >= MAX_SUMS:
-                self._sums.pop(next(iter(self._sums)), None)  # the least recently used
-        self._sums[weighted] = known
-        known.prompt = None if known.forms_differ else members[0].prompt
-        return known
+                least_recently_used = next(iter(self._sums))
+                self._sums.pop(least_recently_used, None)
+        self._sums[weighted] = adapter_sum
+        adapter_sum.prompt = None if adapter_sum.forms_differ else members[0].prompt
+        return adapter_sum
+
+    def add(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
+        with self.changing:  # another thread must not merge meanwhile
+            self.check_unmerged("start an adapter")
+            build = partial(self.build, name, seed=seed)
+            adapter = build_from_sources(check_config(config), self._read_expert, build)
+            num_layers = self._num_layers_without_ffn()
+            by_default = config.target_modules == "all-linear" and not adapter.members
+            if by_default and num_layers:
+                layers = "" if num_layers == self.base.num_layers else f" in {num_layers} layers"
+                warnings.warn(
+                    f"adapter {name!r} adapts attention only{layers}, because the base model's FFN "
+                    "blocks there are mixtures of experts; work continues. Set target_modules: "
+                    "attention instead.",
+                    stacklevel=3,  # the caller of Host.add
+                )
+            return self.register(adapter)
+
+    def _num_layers_without_ffn(self) -> int:
+        has_ffn = [any(block.gating is not None for block in layer.blocks) for layer in self.layers]
+        return has_ffn.count(False)
+
+    def _read_expert(
+        self, source: str
+    ) -> tuple[AdapterConfig, PromptForm | None, Mapping[str, Tensor]]:
+        """Read an adapter that another one is to be made of: one on the host, or from files."""
+        name, slash, _ = source.partition("/")
+        adapters = self.hosted.adapters
+        if name in adapters and (not slash or adapters[name].members):
+            adapter = self.get(source)
+            return adapter.config, adapter.prompt, adapter.tensors()
+        stored = read_stored(find_adapter(source))
+        config, tensors = fit_to_base(stored, self.base)
+        return config, stored.prompt, tensors
+
+    def load(self, name: str, stored: StoredAdapter) -> Adapter:
+        config, tensors = fit_to_base(stored, self.base)
+        with self.changing:
+            if tensor_shapes(config, self.base).keys() - tensors.keys():
+                self.check_unmerged("load what depends on its weights")
+            return self._register_tensors(name, config, tensors, stored.prompt)
+
+    def combine(
+        self, name: str, sources: Sequence[str], weights: Sequence[float], combination: Combination
+    ) -> Adapter:
+        adapters = [self.get(source) for source in sources]
+        config, tensors = combine(adapters, weights, combination)
+        prompt = adapters[0].prompt
+        if any(adapter.prompt != prompt for adapter in adapters):
+            prompt = None
+        return self._register_tensors(name, config, tensors, prompt)
+
+    def prune(self, name: str, source_name: str, experts: Sequence[int]) -> Adapter:
+        source = self.get(source_name)
+        config, tensors = prune(source, experts, self.base)
+        pruned = self._register_tensors(name, config, tensors, source.prompt)
+        if source.forms_differ and not pruned.forms_differ:
+            pruned.prompt = pruned.parts[1].prompt
+        return pruned
+
+    def _register_tensors(
+        self, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor], prompt: Any
+    ) -> Adapter:
+        adapter = self.build(name, config)
+        adapter.load_tensors(tensors)
+        adapter.prompt = prompt
+        return self.register(adapter)
 
     def build(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
         check_name(name)
@@ -100,8 +175,8 @@ class AdapterRegistry:
         with self.changing:
             self.check_attached()
             self._check_is_free(adapter.name)
-            for own in adapter.own_modules:
-                self.wiring.lead_through(own.path)  # pyright: ignore[reportArgumentType]
+            for module in adapter.own_modules:
+                self.wiring.lead_through(module.path)  # pyright: ignore[reportArgumentType]
             self._put({**self.hosted.adapters, adapter.name: adapter})
         return adapter
 
@@ -110,10 +185,10 @@ class AdapterRegistry:
 
     def remove(self, name: str) -> None:
         with self.changing:
-            adapters, merged = dict(self.hosted.adapters), self.hosted.merged
+            adapters = dict(self.hosted.adapters)
             if _get(name, adapters) is not adapters.get(name):
                 raise AdapterError(f"{name} is part of another adapter; remove the whole adapter")
-            if merged is not None and name == merged.name:
+            if name == self.merged_name:
                 self.check_unmerged("remove it")
             removed = adapters.pop(name)
             self._put(adapters)
@@ -121,15 +196,32 @@ class AdapterRegistry:
             if not {*removed.parts}.isdisjoint(adapter_sum.parts):
                 self._sums.pop(weighted, None)
 
-    def merge(self, adapter: Adapter) -> Merged:
-        merged = Merged(adapter)
-        self.hosted = replace(self.hosted, merged=merged)
-        return merged
+    def merge(self, name: str) -> float:
+        """Merge an adapter; return the share of its update that rounding costs."""
+        with self.changing, self._forward_lock:
+            adapter = self.find(name)
+            self.check_unmerged("merge another")
+            merged = Merged(adapter)
+            self.hosted = replace(self.hosted, merged=merged)
+            return merged.lost
 
-    def unmerge(self) -> None:
+    def unmerge(self, name: str) -> None:
+        written = write_sum(parse_sum(name)) if is_sum(name) else name
+        with self.changing, self._forward_lock:
+            if written != self.merged_name:
+                raise AdapterError(
+                    f"the adapter to unmerge must be {self.merged_name}, got {name!r}"
+                )
+            self._restore_base()
+
+    def _restore_base(self) -> None:
         if self.hosted.merged is not None:
             self.hosted.merged.undo()
             self.hosted = replace(self.hosted, merged=None)
+
+    @property
+    def merged_name(self) -> str | None:
+        return None if self.hosted.merged is None else self.hosted.merged.name
 
     def check_attached(self) -> None:
         if self._detached:
@@ -137,18 +229,18 @@ class AdapterRegistry:
         self.wiring.check_blocks()
 
     def detach(self) -> None:
-        self._detached = True
-        self.unmerge()
-        self.wiring.undo.close()
-        self._put({})
-        self._sums.clear()
+        with self.changing, self._forward_lock:
+            self._detached = True
+            self._restore_base()
+            self.wiring.undo.close()
+            self._put({})
+            self._sums.clear()
 
     def check_unmerged(self, purpose: str) -> None:
-        merged = self.hosted.merged
-        if merged is not None:
+        if self.merged_name is not None:
             raise AdapterError(
                 f"the base model must be without a merged adapter to {purpose}, it has "
-                f"{merged.name!r} in its weights; unmerge it first"
+                f"{self.merged_name!r} in its weights; unmerge it first"
             )
 
     def rows(self, adapters: RowAdapters, num_rows: int) -> list[ScaledAdapter | None]:
@@ -164,7 +256,8 @@ class AdapterRegistry:
         name, scale = name_and_scale(row)
         if name is None:
             return None
-        adapter, merged = self._find(name, hosted.adapters), hosted.merged
+        adapter = self._find(name, hosted.adapters)
+        merged = hosted.merged
         if merged is not None and merged.name in [part.name for part in adapter.parts]:
             raise AdapterError(
                 f"adapter {merged.name!r} is merged into the base model; use None for its "
@@ -172,58 +265,14 @@ class AdapterRegistry:
             )
         return adapter, scale
 
-    def logits(
-        self, states: Tensor, adapters: RowAdapters, prepared: PreparedWeights | None
-    ) -> Tensor:
-        return self.by_heads(lambda head, states: [head(states)], [states], adapters, prepared)[0]
-
-    def by_heads(
-        self,
-        function: Callable[..., Sequence[Tensor]],
-        tensors: Sequence[Tensor],
-        adapters: RowAdapters,
-        prepared: PreparedWeights | None,
-    ) -> Sequence[Tensor]:
-        """Call a function of a head and tensors, [N, …] each, with the heads of their adapters."""
-        # Without adapters it is the base model's. Results are [N, …] each.
-        path, groups, rows = self.base.head, {}, []
-        hosted = self.hosted.adapters.values()
-        if adapters is not None and any(adapter.own_at(path) is not None for adapter in hosted):
-            rows = self.rows(adapters, len(tensors[0]))
-        for place, row in enumerate(rows):
-            has_own = row is not None and row[0].own_at(path) is not None
-            groups.setdefault(row if has_own else None, []).append(place)
-        if not groups.keys() - {None}:
-            return function(self.head, *tensors)
-        results = [
-            function(self._head_of(row, prepared), *(values[places] for values in tensors))
-            for row, places in groups.items()
-        ]
-        order = [place for places in groups.values() for place in places]
-        inverse = torch.tensor(order, device=tensors[0].device).argsort()
-        return [torch.cat(one).index_select(0, inverse) for one in zip(*results, strict=True)]
-
-    def _head_of(self, row: ScaledAdapter | None, prepared: PreparedWeights | None) -> Head:
-        if row is None:
-            return self.head
-        adapter, scale = row
-        own: Any = adapter.own_at(self.base.head)
-        base = self.model.get_output_embeddings()
-
-        def linear(states: Tensor) -> Tensor:
-            # In training for each piece anew: gradients are then added up in the weights' dtype.
-            return own_outputs(own, forms_of(prepared).own(own, states.dtype), base, states, scale)
-
-        return lambda states: self.head(states, linear)
-
 
 def _get(name: str, adapters: Mapping[str, Adapter]) -> Adapter:
-    whole, within, part = name.partition("/")
-    if within and whole in adapters:
-        return adapters[whole].member(part)
+    outer_name, slash, expert = name.partition("/")
+    if slash and outer_name in adapters:
+        return adapters[outer_name].member(expert)
     if name not in adapters:
-        known = ", ".join(adapters) or "none"
-        raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
+        names = ", ".join(adapters) or "none"
+        raise AdapterError(f"adapter must be one of those on this host ({names}), got {name!r}")
     return adapters[name]
 
 

@@ -89,10 +89,13 @@ def tokens_of_all():
 def alone(served, x, adapters):
     """Each token's FFN output by our own layers, of one at a time."""
     from loraloom.host.forward import running
+    from loraloom.host.forwards import ForwardRequest
 
     host, names, outputs = served.host, [*SERVED, None], []
     for row, at in zip(x, adapters.tolist(), strict=True):
-        with running(host._forward(torch.zeros(1, 1, dtype=torch.long), None, [names[at]], {})):
+        input_ids = torch.zeros(1, 1, dtype=torch.long)
+        request = ForwardRequest(input_ids=input_ids, adapters=[names[at]])
+        with running(host.forwards.open(request)):
             outputs.append(host.model.model.layers[LAYER].mlp(row.view(1, 1, -1)).view(-1))
     return torch.stack(outputs)
 
