@@ -56,8 +56,13 @@ class DynMoleConfig(MixtureConfig):
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
-        entropy = (self.entropy_index, self.entropy_threshold, self.entropy_eps)
-        route = Hybrid(self.top_p, self.keep_top_k, *entropy)
+        route = Hybrid(
+            self.top_p,
+            self.keep_top_k,
+            self.entropy_index,
+            self.entropy_threshold,
+            self.entropy_eps,
+        )
         return RoutedProjection(base, self, self.num_experts, route, dtype, seed)
 
     def auxiliary_loss(

@@ -67,8 +67,9 @@ class TensorKey:
         if match is None:
             return None
         expert = None if match["expert"] is None else int(match["expert"])
-        names = (match["block"], match["part"], match["projection"])
-        return cls(int(match["layer"]), *names, expert)
+        return cls(
+            int(match["layer"]), match["block"], match["part"], match["projection"], expert
+        )
 
     @property
     def path(self) -> str:

@@ -105,6 +105,10 @@ def _from_8_bits(linear: Any) -> Tensor:
 
 
 @torch.no_grad()
+def _dequantized(linear: Any) -> Tensor:
+    return linear.weight.detach().dequantize()
+
+
 def _probed(linear: Any) -> Tensor:
     """Read W of a format of which nothing is known: what the layer makes of unit vectors."""
     kept = [*linear.parameters(), *linear.buffers()]
@@ -123,16 +127,15 @@ def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
         kind = f"bitsandbytes {weight.quant_type}"
         return None if weight.quant_state is None else QuantizedWeight(linear, kind, _from_4_bits)
     if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Int8Params):
-        known = (linear, "bitsandbytes int8", _from_8_bits)
+        if weight.dtype != torch.int8:
+            return None
         # Each row of the input has a scale too.
-        is_int8 = weight.dtype == torch.int8
-        return QuantizedWeight(*known, is_linear_over_rows=False) if is_int8 else None
+        return QuantizedWeight(linear, "bitsandbytes int8", _from_8_bits, is_linear_over_rows=False)
     is_torchao = torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
     if is_torchao and hasattr(weight, "dequantize"):
         rounds_rows = getattr(weight, "act_quant_kwargs", None) is not None
         kind = f"torchao {type(weight).__name__}"
-        known = (linear, kind, lambda one: one.weight.detach().dequantize())
-        return QuantizedWeight(*known, is_linear_over_rows=not rounds_rows)
+        return QuantizedWeight(linear, kind, _dequantized, is_linear_over_rows=not rounds_rows)
     if isinstance(weight, Tensor) and _is_computed_with(weight) and not is_torchao:
         return None
     return QuantizedWeight(linear, type(getattr(linear, "weight", linear)).__name__, _probed)

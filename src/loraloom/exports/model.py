@@ -98,13 +98,16 @@ def export(
     if form == "gguf":
         refuse_own_parts(adapter.config, f"adapter {name!r}", "be a GGUF adapter")
         architecture = architecture_of(host.base)
-        described = (adapter, host.base, host.config, dtype)
-        write_file(path, lambda aside: write_gguf_adapter(aside, *described))
+        write_file(
+            path, lambda aside: write_gguf_adapter(aside, adapter, host.base, host.config, dtype)
+        )
         return Export(path, form, architecture, path.stat().st_size, None)
     model = (_MoeModel if form == "moe" else _MergedModel)(host, adapter)
-    options = (_with_prompts_of(adapter, tokenizer), DTYPES[dtype])
+    tokenizer = _with_prompts_of(adapter, tokenizer)
     measured: list[Any] = []
-    write_directory(path, lambda aside: measured.extend(model.write(aside, *options)))
+    write_directory(
+        path, lambda aside: measured.extend(model.write(aside, tokenizer, DTYPES[dtype]))
+    )
     return Export(path, form, model.architecture, *measured)
 
 

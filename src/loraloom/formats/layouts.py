@@ -219,12 +219,16 @@ def _our_tensors(
             f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} "
             "adapter's on projections of decoder layers, which alone are adapted here"
         )
+    return _only_path(files, paths), files.renamed(keys)
+
+
+def _only_path(files: AdapterFiles, paths: set[str]) -> str | None:
     if len(paths) > 1:
         raise files.error(
             f"tensors must belong to one stack of decoder layers, got {names_in(sorted(paths))}; "
             "adapters of several parts of a model are not supported"
         )
-    return next(iter(paths), None), files.renamed(keys)
+    return next(iter(paths), None)
 
 
 def _tensor_pattern(method: type[AdapterConfig], parts: Sequence[str]) -> re.Pattern[str]:

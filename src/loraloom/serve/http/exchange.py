@@ -89,15 +89,7 @@ class Backend:
         names = [name.partition("/")[0] for name, _ in weighted]
         if adapters.base_name in names:
             raise unknown_model(model)
-        try:
-            if len(names) > 1:
-                served = await adapters.acquire_sum(names, tenant)
-            else:
-                served = await adapters.acquire(names[0], tenant)
-        except RequestError as error:
-            if error.code != "model_not_found" or len(names) > 1:
-                raise
-            raise unknown_model(model) from None  # all of what may be the name of a base model
+        served = await self._acquire_all(names, model, tenant)
         row: list[tuple[str, float]] = []
         try:
             for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
@@ -115,6 +107,16 @@ class Backend:
         if served.members:
             return served, tuple(row)
         return served, row[0][0] if row[0][1] == 1 else row[0]
+
+    async def _acquire_all(self, names: list[str], model: str, tenant: str) -> ServedAdapter:
+        if len(names) > 1:
+            return await self.adapters.acquire_sum(names, tenant)
+        try:
+            return await self.adapters.acquire(names[0], tenant)
+        except RequestError as error:
+            if error.code != "model_not_found":
+                raise
+            raise unknown_model(model) from None  # all of what may be the name of a base model
 
 
 def _weighted(model: str, base_name: str) -> Weighted:
