@@ -188,6 +188,7 @@ def fields(
 def http_api() -> Iterator[str]:
     yield HTTP
     engine = mocked(Engine)
+    engine.max_length = 1024
     engine.limits = EngineLimits()
     parts = engine, mocked(PreTrainedTokenizerBase), mocked(ServedAdapters)
     api = create_app(*parts, ApiOptions(allow_loading=True)).openapi()

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from loraloom import devices
 from loraloom.base import loading
 from loraloom.base.loading import (
     DTYPES,
@@ -92,7 +93,7 @@ def test_dtype_auto_is_the_checkpoints(directory, saved, loaded, monkeypatch):
 
 def test_a_cpu_without_products_in_16_bits_gets_float32(monkeypatch):
     cpu, has = torch.device("cpu"), {"bf16": True, "amx": False}
-    monkeypatch.setattr(loading.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has["bf16"])
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has["amx"])
     for config in ({"dtype": "bfloat16"}, {"text_config": {"torch_dtype": "torch.float16"}}):

@@ -72,7 +72,7 @@ def test_optimizers_of_8_bits_step_and_go_on_after_a_save(tmp_path, name):
     states = list(engine.jobs["a"].learner.optimizer.state.values())
     assert any(state["state1"].dtype == torch.uint8 for state in states)
     again = toy_engine(tmp_path, [config], dtype=torch.float32)
-    again.begin(again._directory.checkpoints.newest()[0])
+    again.begin(again.directory.checkpoints.newest()[0])
     for one in (engine, again):
         one.step()
     weights = [one.jobs["a"].adapter.tensors().values() for one in (engine, again)]

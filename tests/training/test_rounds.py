@@ -202,7 +202,7 @@ def test_a_job_that_joins_begins_at_the_least_level(tmp_path):
     assert engine.jobs["b"].position.level == engine.jobs["a"].position.level > 0
     engine.save_state()
     again = toy_engine(tmp_path, [toy_config("b"), toy_config("c")], max_tokens_per_step=48)
-    again.begin(again._directory.checkpoints.newest()[0])
+    again.begin(again.directory.checkpoints.newest()[0])
     assert again.jobs["c"].position.level == again.jobs["b"].position.level > 0
 
 

@@ -67,9 +67,7 @@ class TensorKey:
         if match is None:
             return None
         expert = None if match["expert"] is None else int(match["expert"])
-        return cls(
-            int(match["layer"]), match["block"], match["part"], match["projection"], expert
-        )
+        return cls(int(match["layer"]), match["block"], match["part"], match["projection"], expert)
 
     @property
     def path(self) -> str:

@@ -93,7 +93,7 @@ class Scheduler:
 
     def crowding(self) -> Row | None:
         """The row that gives its place in a full queue: the latest of whoever has most."""
-        most = max(self._line.waiting.values(), key=len)
+        most = max(self._line.waiting.values(), key=len, default=())
         unbegun = [row for row in most if not row.new_ids]
         return max(unbegun, key=lambda row: row.arrival, default=None)
 

@@ -92,7 +92,7 @@ def test_every_optimizer_steps_and_goes_on_after_a_save(tmp_path, name: Optimize
     engine.save_state()
     assert any(not torch.equal(tensors[name], tensor) for name, tensor in before.items())
     again = toy_engine(tmp_path, [config], dtype=torch.float32)
-    snapshot, _ = again._directory.checkpoints.newest()
+    snapshot, _ = again.directory.checkpoints.newest()
     again.begin(snapshot)
     for one in (engine, again):
         one.step()
