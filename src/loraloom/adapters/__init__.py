@@ -42,6 +42,8 @@ CONFIGS[:] = [
 TRIALS: Mapping[str, AdapterConfig] = {
     "attention": LoraConfig(rank=4, alpha=8, target_modules="attention"),
     "ffn": LoraConfig(rank=4, alpha=8, target_modules="ffn"),
+    "experts": LoraConfig(rank=4, alpha=8, target_modules="experts"),
+    "moe": LoraConfig(rank=4, alpha=8, target_modules="moe"),
     "mixture": MixLoraConfig(rank=2, num_experts=2, top_k=1),
 }
 

@@ -33,7 +33,8 @@ from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.expert_rows import ExpertWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
 from loraloom.routing.losses import AddUp, keep
@@ -48,7 +49,7 @@ _Setting = TypeVar("_Setting")
 Adjustable = Annotated[_Setting, _ADJUSTABLE]
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
-TargetGroup = Literal["all-linear", "attention", "ffn"]
+TargetGroup = Literal["all-linear", "attention", "ffn", "experts", "moe"]
 Targets = TargetGroup | tuple[str, ...]
 
 
@@ -69,6 +70,10 @@ class AdapterConfig(StrictModel, ABC):
     """Names that people give as `method` for settings of this one, and what to write instead."""
     targets_places: ClassVar[bool] = False
     """Whether a target may be the end of `layers.{L}.{block}.{projection}`, and files hold that."""
+    adapts_stacks: ClassVar[bool] = False
+    """Whether it can be on the experts of a base model, whose weights are one tensor."""
+    needs_weights: ClassVar[bool] = False
+    """Whether what it adapts must have a weight, which a whole block has not; or a property."""
     adds_up_over_ranks: ClassVar[bool] = True
     """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
 
@@ -78,7 +83,9 @@ class AdapterConfig(StrictModel, ABC):
     dropout: Adjustable[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update, in training only."""
     target_modules: Adjustable[Targets] = "all-linear"
-    """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
+    """Projections to adapt: their names, and kinds of blocks. `attention` and `ffn` are linear
+    layers, both of them `all-linear`; where a base model is a mixture of experts, `experts` are its
+    experts' projections, and `moe` is an update of its whole block's output."""
     modules_to_save: Adjustable[tuple[str, ...]] = ()
     """Modules outside of the projections that the adapter trains whole, as a separate copy:
     `embed_tokens`, `lm_head`, norms; names or the ends of paths, in whole words."""
@@ -122,9 +129,10 @@ class AdapterConfig(StrictModel, ABC):
     def targets_in(self, block: Block) -> frozenset[str]:
         """Name the projections that an adapter has in a block, some of its targets or all."""
         targets = self.target_modules
-        if isinstance(targets, str):
-            is_targeted = targets in ("all-linear", block.kind)
-            return frozenset(block.projections if is_targeted else ())
+        if targets == "all-linear":
+            targets = ("attention", "ffn")
+        if block.kind in ((targets,) if isinstance(targets, str) else targets):
+            return frozenset(block.projections)
         return frozenset(
             name
             for name, base in block.projections.items()
@@ -135,19 +143,35 @@ class AdapterConfig(StrictModel, ABC):
         """Raise an AdapterError if a setting means nothing on a base model."""
         adapted = self.adapted(base_layers)
         names = dict.fromkeys(base.name for layer in base_layers for base in layer.projections)
+        kinds = dict.fromkeys(block.kind for layer in base_layers for block in layer.blocks)
         unknown = list[str]()
         for target in () if isinstance(self.target_modules, str) else self.target_modules:
-            if self.targets_places:
+            if self.targets_places and target not in kinds:
                 is_known = any(is_meant(target, base.key) for base in adapted)
             else:
-                is_known = target in names
+                is_known = target in names or target in kinds
             if not is_known:
                 unknown.append(target)
         if unknown or not adapted:
             raise AdapterError(
                 "target_modules must name projections of the base model's layers that are adapted "
-                f"({', '.join(names)}) or be all-linear, attention or ffn; "
+                f"({', '.join(names)}) or be all-linear, {', '.join(kinds)}; "
                 f"got {', '.join(sorted({*unknown})) or self.target_modules}"
+            )
+        for base in adapted:
+            self._check_computes_on(base)
+
+    def _check_computes_on(self, base: BaseProjection) -> None:
+        if base.num_experts is not None and not self.adapts_stacks:
+            raise AdapterError(
+                f"{self.title} works on single projections, and {base.key} is a stack of experts; "
+                "use method: lora or mixlora there, or adapt the whole block with "
+                "target_modules: [attention, moe]"
+            )
+        if self.needs_weights and not base.has_weight:
+            raise AdapterError(
+                f"{self.title} decomposes weights, and {base.key} is a whole block without one; "
+                "set weight_decomposition: false, or target_modules: [attention, experts]"
             )
 
     def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
@@ -266,7 +290,7 @@ class Adapter(nn.Module, ABC):
         self.members: Mapping[str, Adapter] = {}  # the adapters that it is made of, by name
         # Plain dicts: a forward asks for blocks by the thousand, and ModuleDict looks names up.
         self._blocks: list[dict[str, dict[str, Projection]]] = [
-            {block.path: dict(layer[block.path].items()) for block in base.blocks}  # pyright: ignore
+            {b.path: dict(layer[b.module_name].items()) for b in base.blocks}  # pyright: ignore
             for base, layer in zip(base_layers, layers, strict=True)
         ]
 
@@ -292,6 +316,31 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
         """Bring the weights of an FFN block into compute form."""
+
+    def expert_weights(self, block: Block, dtype: torch.dtype) -> ExpertWeights:
+        """Bring the weights on a block of stacked experts into compute form.
+
+        A method that adapts stacks gives this and `expert_choice`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no weights on stacks of experts")
+
+    def expert_dropout(
+        self, block: Block, num_slots: int, dtype: torch.dtype, tokens: SegmentTokens
+    ) -> FfnDropout:
+        """Draw the masks of a block of stacked experts, as `ffn_dropout` does."""
+        return self.ffn_dropout(block, self.config.dropout, num_slots, dtype, tokens)
+
+    def expert_choice(
+        self, block: Block, hidden_states: Tensor, tokens: SegmentTokens
+    ) -> Routing | None:
+        """Choose among the LoRA experts in each of the base's; None where there is only one.
+
+        Args:
+            block: Of stacked experts.
+            hidden_states: The block's input, [T, D].
+            tokens: Which tokens are real, and random numbers.
+        """
+        return None
 
     def stack_key(self) -> Hashable | None:
         """Return what adapters have in common that can decode side by side; None for none.
@@ -421,12 +470,12 @@ class Adapter(nn.Module, ABC):
 
     @cached_property
     def adapts_gated_blocks(self) -> bool | None:
-        """Whether the adapter has weights in all blocks with a gating (FFNs); None: in some."""
+        """Whether the adapter has weights in all dense FFN blocks; None: in some."""
         adapted = {
             self.adapts(block)
             for layer in self.base_layers
             for block in layer.blocks
-            if block.gating is not None
+            if block.is_dense
         }
         return None if len(adapted) > 1 else True in adapted
 
@@ -438,7 +487,7 @@ class Adapter(nn.Module, ABC):
         return None
 
     def group_low_rank(
-        self, group: InputGroup, hidden_states: Tensor, site: Site, tokens: SegmentTokens
+        self, group: InputGroup, hidden_states: Tensor, site: Site | str, tokens: SegmentTokens
     ) -> Tensor:
         """Compute `dropout(x) Aᵀ` of projections that share their input, [T, P]."""
         dropout = self.config.dropout
@@ -461,8 +510,11 @@ class Adapter(nn.Module, ABC):
             return FfnDropout.none(num_slots)
         draw = tokens.noise.keep_mask
         width = block.output.in_features
-        inputs = draw(Site.FFN_INPUT, block.hidden_size, dropout, dtype)
-        slots = [draw(Site.FFN_SLOT + slot, width, dropout, dtype) for slot in range(num_slots)]
+        inputs = draw(_site(block, Site.FFN_INPUT), block.hidden_size, dropout, dtype)
+        slots = [
+            draw(_site(block, Site.FFN_SLOT + slot), width, dropout, dtype)
+            for slot in range(num_slots)
+        ]
         return FfnDropout(dropout, inputs, slots)
 
     @cached_property
@@ -470,6 +522,11 @@ class Adapter(nn.Module, ABC):
         """A hash of what it has; asked for when it decodes, as buffers may come after building."""
         weights = [*self.named_parameters(), *self.named_buffers()]
         return hash(tuple((name, tuple(weight.shape)) for name, weight in weights))
+
+
+def _site(block: Block, site: int) -> int | str:
+    # A layer may have several such blocks; those that are within another draw by their path.
+    return site if "." not in block.path else f"{block.path}.{site}"
 
 
 def tensors_of(modules: Iterable[nn.Module | None]) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def check_at_most(limit: str, value: int, info: CheckInfo) -> int:
 def check_has_experts(config: AdapterConfig, base_layers: Sequence[BaseLayer]) -> None:
     """Raise an AdapterError if experts that are on FFN projections would be on none."""
     blocks = [block for layer in base_layers for block in layer.blocks]
-    gated = [block for block in blocks if block.gating is not None]
+    gated = [block for block in blocks if block.is_feed_forward]
     if not any(config.targets_in(block) for block in gated):
         names = dict.fromkeys(name for block in gated for name in block.projections)
         targets = {name for block in blocks for name in config.targets_in(block)}

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, AdapterConfig, Adjustable, Projection
 from loraloom.adapters.low_rank import LowRankConfig, initial_A
+from loraloom.adapters.stacked_lora import StackedLoraProjection
 from loraloom.adapters.tensor_names import Pattern, TensorKey, matches
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.errors import AdapterError
@@ -36,6 +37,10 @@ class DecomposedConfig(LowRankConfig):
     def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return "DoRA" if self.weight_decomposition else "LoRA"
 
+    @property
+    def needs_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.weight_decomposition
+
 
 class LoraConfig(DecomposedConfig):
     """Low-rank adaptation: y = Wx + b + s·B(A(dropout(x))).
@@ -50,6 +55,7 @@ class LoraConfig(DecomposedConfig):
     peft_type = "LORA"
     layout = "peft"
     targets_places = True
+    adapts_stacks = True
     formula = "y = Wx + b + s·B(Ax)"
     aliases: ClassVar = {
         "dora": "method: lora with weight_decomposition: true",
@@ -107,7 +113,10 @@ class LoraConfig(DecomposedConfig):
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
-        return LoraProjection(base, self.at(base.key), None, dtype, seed)
+        config = self.at(base.key)
+        if base.num_experts is None:
+            return LoraProjection(base, config, None, dtype, seed)
+        return StackedLoraProjection(base, config, None, dtype, seed)
 
 
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:

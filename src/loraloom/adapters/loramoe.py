@@ -58,7 +58,7 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
-        if block.gating is None:
+        if not block.is_feed_forward:
             return LoraProjection(base, self, None, dtype, seed)
         config = self.model_copy(update={"weight_decomposition": False})
         return RoutedProjection(base, config, self.num_experts, Dense(), dtype, seed)

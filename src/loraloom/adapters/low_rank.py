@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from loraloom.adapters.segment import FfnRows, SegmentTokens
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.ops.expert_ffn import FfnWeights, expert_ffn
+from loraloom.ops.expert_rows import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -100,6 +101,9 @@ class LowRankAdapter(Adapter):
             rows = expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout, tokens)
         return FfnRows(*rows)
 
+    def expert_weights(self, block: Block, dtype: torch.dtype) -> ExpertWeights:
+        return expert_weights(self.weights_on(block), block, dtype)
+
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(LowRankAdapter, "ffn", "group_low_rank")
         return (type(self.config), self._shapes) if computes else None
@@ -116,7 +120,7 @@ def projection_blocks(config: AdapterConfig, layer: BaseLayer, build: Build) -> 
     blocks = nn.ModuleDict()
     for block in layer.blocks:
         targets = config.targets_in(block)
-        blocks[block.path] = nn.ModuleDict(
+        blocks[block.module_name] = nn.ModuleDict(
             {
                 name: build(base, block)
                 for name, base in block.projections.items()
@@ -166,6 +170,18 @@ def ffn_weights(
         width=block.output.in_features,
         base_combines=block.output.is_linear_over_rows,
     )
+
+
+def expert_weights(
+    projections: Mapping[str, Projection], block: Block, dtype: torch.dtype, num_choices: int = 1
+) -> ExpertWeights:
+    """Bring the weights on a block of stacked experts into compute form."""
+    sides = []
+    for (name,) in block.groups:
+        projection: Any = projections.get(name)
+        sides.append(None if projection is None else projection.side(dtype))
+    up, down = sides
+    return ExpertWeights(up, down, num_choices)
 
 
 def initial_A(

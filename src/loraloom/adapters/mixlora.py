@@ -23,16 +23,25 @@ from loraloom.adapters.contract import (
     Adjustable,
     Projection,
 )
-from loraloom.adapters.experts import Choice, ExpertCount, Router, RoutingConfig, check_has_experts
+from loraloom.adapters.experts import (
+    Choice,
+    ExpertCount,
+    RoutedProjection,
+    Router,
+    RoutingConfig,
+    check_has_experts,
+)
 from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
-from loraloom.adapters.low_rank import ffn_weights, projection_blocks
+from loraloom.adapters.low_rank import expert_weights, ffn_weights, projection_blocks
 from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
+from loraloom.adapters.stacked_lora import StackedLoraProjection
 from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.expert_rows import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 from loraloom.routing.routes import Route, TopP, router_logits
@@ -70,6 +79,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     peft_type = "MIXLORA"
     layout = "reference"
+    adapts_stacks = True
     formula = "FFN(x) = Σ_j g_j · W_d'_e(j)(act(W_g'_e(j) x) ∘ W_u'_e(j) x), W' = W + sBA"
     aliases: ClassVar = {"mixdora": "method: mixlora with weight_decomposition: true"}
 
@@ -128,6 +138,10 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         return f"Mix{self.expert_config.title}"
 
     @property
+    def needs_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.expert_config.weight_decomposition
+
+    @property
     def route(self) -> Route:
         route = super().route
         if self.compat is not None and isinstance(route, TopP):
@@ -152,6 +166,12 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         super().check_fits(base_layers)
         check_has_experts(self, base_layers)
+        is_special = self.shared_expert is not None or self.compat is not None
+        if is_special and any(base.num_experts for base in self.adapted(base_layers)):
+            raise AdapterError(
+                "shared_expert and compat must be unset on the experts of a base model; leave "
+                "experts out of target_modules, or unset them"
+            )
 
     def summary(self) -> dict[str, Any]:
         shared = None if self.shared_config is None else self.shared_config.summary()
@@ -174,7 +194,6 @@ class MixLoraAdapter(Adapter):
     ):
         layers = [_build_layer(config, layer, dtype, seed) for layer in base_layers]
         super().__init__(name, config, base_layers, layers)
-        self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
         self._returns_input = config.compat is not None and config.routing == "switch"
         self._chooses_by_route = self.is_as_in(MixLoraAdapter, "choose")
@@ -182,6 +201,18 @@ class MixLoraAdapter(Adapter):
 
     def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
         return ffn_weights(self.weights_on(block), block, dtype, self.config.num_experts)
+
+    def expert_weights(self, block: Block, dtype: torch.dtype) -> ExpertWeights:
+        return expert_weights(self.weights_on(block), block, dtype, self.config.num_experts)
+
+    def expert_dropout(
+        self, block: Block, num_slots: int, dtype: torch.dtype, tokens: SegmentTokens
+    ) -> FfnDropout:
+        dropout = self.config.expert_config.dropout
+        return self.ffn_dropout(block, dropout, num_slots, dtype, tokens)
+
+    def expert_choice(self, block: Block, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
+        return self._route(block, hidden_states, tokens)
 
     def ffn(
         self,
@@ -197,7 +228,9 @@ class MixLoraAdapter(Adapter):
         if self._returns_input and tokens.noise is None:
             no_rows = outputs[0].new_empty(0, block.output.in_features)
             return FfnRows(no_rows, lambda output: hidden_states.to(output.dtype))
-        dropout = self.ffn_dropout(block, self._expert_dropout, routing.top_k, dtype, tokens)
+        dropout = self.ffn_dropout(
+            block, self.config.expert_config.dropout, routing.top_k, dtype, tokens
+        )
         hidden, finish = lean_expert_ffn(
             hidden_states.to(dtype), outputs, weights, routing, block.gating, dropout
         )
@@ -211,6 +244,8 @@ class MixLoraAdapter(Adapter):
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(MixLoraAdapter, "ffn", "group_low_rank")
         if self._returns_input or not self._chooses_by_route or not computes:
+            return None
+        if any(projection.base.num_experts for projection in self.projections()):
             return None
         return type(self.config), self._routed, self._shapes
 
@@ -286,8 +321,12 @@ def _build_layer(
     expert, shared = config.expert_config, config.shared_config
 
     def build(base: BaseProjection, block: Block) -> Projection:
+        if not base.has_weight:
+            return RoutedProjection(base, expert, config.num_experts, config.route, dtype, seed)
         if block.gating is None:
             return LoraProjection(base, config, None, dtype, seed)
+        if base.num_experts is not None:
+            return StackedLoraProjection(base, expert, config.num_experts, dtype, seed)
         behind = None
         if shared is not None:
             behind = LoraProjection(base, shared, None, dtype, seed)
@@ -295,7 +334,7 @@ def _build_layer(
 
     weights = projection_blocks(config, layer, build)
     for block in layer.blocks:
-        if block.gating is not None:
+        if block.gating is not None and config.targets_in(block):
             weights[_router_of(block)] = Router(
                 f"layers.{layer.index}.{block.path}.router",
                 (config.num_experts, block.hidden_size),
@@ -309,4 +348,4 @@ def _build_layer(
 
 def _router_of(block: Block) -> str:
     # optimizers know routers' rates by this ending
-    return f"{block.path}_router"
+    return f"{block.module_name}_router"

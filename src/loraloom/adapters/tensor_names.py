@@ -6,7 +6,9 @@
     shared.{part}                                            one for all layers
     experts.{e}.{name}                                       any of these, of an adapter within it
 
-A part is `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,), `router` (E, I), or what else a method
+A block is a path in a layer, `mlp` or `mlp.experts` for instance. A part is `lora_A` (R, I),
+`lora_B` (O, R), `magnitude` (O,), each with an axis of the base model's experts in front where
+these are stacked, `router` (E, I), or what else a method
 has: one word, and never `weight` or `bias`, which are parameters of a module that is trained whole.
 Modules of the base model that an adapter has as its own are in extra_modules.py.
 
@@ -29,8 +31,9 @@ from loraloom.errors import shown
 
 _PART = r"(?P<part>(?!weight$|bias$)\w+)"
 _PATTERN = re.compile(
-    r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
-    rf"(?:(?P<projection>\w+)\.(?:experts\.(?P<expert>\d{{1,5}})\.)?)?{_PART}",
+    r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+(?:\.\w+){0,2}?)\."
+    # what is called expert or experts is a block, and a number that follows is a LoRA expert's
+    rf"(?:(?!\w*experts?\.)(?P<projection>[^\W\d]\w*)\.(?:experts\.(?P<expert>\d{{1,5}})\.)?)?{_PART}",
     re.ASCII,
 )
 _SHARED = re.compile(rf"shared\.{_PART}", re.ASCII)

@@ -178,7 +178,7 @@ def sum_blocks(
                 for name, projection in member.weights_on(block).items():
                     updates[name].append((projection, weight))
             projections = {name: make(pairs) for name, pairs in updates.items()}
-            blocks[block.path] = nn.ModuleDict(projections)
+            blocks[block.module_name] = nn.ModuleDict(projections)
         layers.append(blocks)
     return layers
 

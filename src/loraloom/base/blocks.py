@@ -1,12 +1,13 @@
 """A base model as adapters see it: decoder layers, each a list of blocks with projections.
 
-Axes: T tokens, I in_features, O out_features, F feed-forward, S columns of an A product.
+Axes: T tokens, I in_features, O out_features, F feed-forward, E experts of the base model,
+S columns of an A product, R rank.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from loraloom.distributed import gather, own_part
 from loraloom.errors import AdapterError
 
-BlockKind = Literal["attention", "ffn"]
+BlockKind = Literal["attention", "ffn", "experts", "moe"]
+# What adapters can target by a kind's name.
+BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
 # Names of a block's projections, grouped by the tensor that they read, in the order of computing.
 InputGroups = tuple[tuple[str, ...], ...]
 
@@ -35,6 +38,11 @@ class QuantizedWeight:
 
 class BaseProjection:
     """A frozen linear layer of the base model, with what DoRA needs to know of it."""
+
+    num_experts: int | None = None
+    """Of those whose weights are one tensor; None for a single weight."""
+    has_weight = True
+    """False for a whole block, which is seen as a map of its input."""
 
     def __init__(self, linear: Any, key: str, quantized: QuantizedWeight | None = None):
         self.linear: nn.Module = linear
@@ -108,6 +116,86 @@ class BaseProjection:
         return self._squared_norms
 
 
+class StackedProjection(BaseProjection):
+    """A projection of all experts of a mixture: a parameter of three axes in their module."""
+
+    def __init__(self, experts: Any, parameter: str, key: str):
+        self.linear = experts
+        self.key = key
+        self.quantized = None
+        self.parameter = parameter
+        self.is_transposed = bool(getattr(experts, "is_transposed", False))
+        self.num_experts, self.out_features, self.in_features = self.weight.shape
+        self._squared_norms = None
+
+    @property
+    def stored(self) -> Any:
+        return getattr(self.linear, self.parameter)
+
+    @property
+    def weight(self) -> Tensor:
+        """W of all experts, [E, O, I]."""
+        weight = gather(self.stored)
+        return weight.transpose(1, 2) if self.is_transposed else weight
+
+    def check_can_be_changed(self) -> None:
+        if own_part(self.stored) is not self.stored or not self.stored.is_floating_point():
+            raise AdapterError(
+                "merging requires the whole base model in each process, in floating point, got "
+                f"{self.key}; load the base model without sharding and quantization"
+            )
+
+    @torch.no_grad()
+    def product(self, lora_A: Float[Tensor, "E R I"]) -> Float[Tensor, "E O R"]:
+        """Compute each expert's W Aᵀ in W's dtype; one A may be for all."""
+        weight = self.weight
+        return weight @ lora_A.transpose(1, 2).to(weight.dtype)
+
+    def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The biases of all experts, [E, O]."""
+        bias: Any = getattr(self.linear, f"{self.parameter}_bias", None)
+        return None if bias is None else bias.to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    @property
+    def squared_norms(self) -> Tensor:
+        """‖W‖² of each output row of each expert, [E, O], in float32 or better."""
+        if self._squared_norms is None or self._squared_norms.device != self.device:
+            weight = self.weight.detach()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            norms = [expert.to(wide).square().sum(1) for expert in weight]
+            self._squared_norms = torch.stack(norms)
+        return self._squared_norms
+
+
+class BlockProjection(BaseProjection):
+    """A whole block as a map from hidden states to hidden states: it has no W."""
+
+    has_weight = False
+
+    def __init__(self, module: Any, key: str, hidden_size: int):
+        self.linear = module
+        self.key = key
+        self.quantized = None
+        self.in_features = self.out_features = hidden_size
+
+    @property
+    def weight(self) -> Tensor:
+        raise AdapterError(f"{self.key} is a whole block, which has no weight to change")
+
+    def check_can_be_changed(self) -> None:
+        raise AdapterError(
+            f"an update of {self.key} is computed beside a whole block and cannot be merged; "
+            "serve the adapter as it is"
+        )
+
+    def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """A module of a decoder layer whose projections adapters change."""
@@ -125,6 +213,28 @@ class Block:
     gating: Any = None
     """A `Gating`, from the outputs of the first group to what the second one, of one projection,
     reads; None where other things lie between the groups, as in attention."""
+    experts_per_token: int | None = None
+    """How many of a mixture's experts compute a token, as the base model's config says."""
+
+    @property
+    def module_name(self) -> str:
+        """The path as a name that torch's containers of modules accept."""
+        return self.path.replace(".", "_")
+
+    @property
+    def num_experts(self) -> int | None:
+        """Experts whose weights are one tensor; None in blocks that aren't such a mixture."""
+        return self.output.num_experts
+
+    @property
+    def is_feed_forward(self) -> bool:
+        """Whether it is an FFN block or a mixture of them, where methods have their experts."""
+        return self.gating is not None or not self.output.has_weight
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is an FFN block of single projections, with a gating between them."""
+        return self.gating is not None and self.num_experts is None
 
     @property
     def output(self) -> BaseProjection:
@@ -156,18 +266,19 @@ class BlockInfo:
     path: str
     kind: BlockKind
     groups: InputGroups
-    shapes: Mapping[str, tuple[int, int]]
-    """(out_features, in_features) of each projection."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """(out_features, in_features) of each projection, behind the number of stacked experts."""
     layers: tuple[int, ...]
     """Indices of the decoder layers that have it."""
+    experts_per_token: int | None = None
 
     def without_weights(
-        self, layer: int, linears: Mapping[str, nn.Linear], hidden_size: int
+        self, layer: int, modules: Mapping[str, nn.Module], hidden_size: int
     ) -> Block:
-        """Describe it in a layer, with linear layers on the meta device."""
+        """Describe it in a layer, with modules on the meta device."""
         projections = {
-            name: BaseProjection(linear, f"layers.{layer}.{self.path}.{name}")
-            for name, linear in linears.items()
+            name: self._projection(module, f"layers.{layer}.{self.path}.{name}", hidden_size)
+            for name, module in modules.items()
         }
         return Block(
             layer=layer,
@@ -176,8 +287,16 @@ class BlockInfo:
             groups=self.groups,
             projections=projections,
             hidden_size=hidden_size,
-            gating=None if self.kind == "attention" else _no_gating,
+            gating=_no_gating if self.kind in ("ffn", "experts") else None,
+            experts_per_token=self.experts_per_token,
         )
+
+    def _projection(self, module: nn.Module, key: str, hidden_size: int) -> BaseProjection:
+        if self.kind == "experts":
+            return StackedProjection(module, "weight", key)
+        if self.kind == "moe":
+            return BlockProjection(module, key, hidden_size)
+        return BaseProjection(module, key)
 
 
 def _no_gating(*outputs: Tensor) -> Tensor:
@@ -190,10 +309,7 @@ def describe_blocks(layers: Sequence[BaseLayer]) -> tuple[BlockInfo, ...]:
     indices: dict[Any, list[int]] = {}
     for layer in layers:
         for block in layer.blocks:
-            shapes = {
-                name: (base.out_features, base.in_features)
-                for name, base in block.projections.items()
-            }
+            shapes = {name: _shape(base) for name, base in block.projections.items()}
             key = (block.path, block.kind, block.groups, tuple(shapes.items()))
             blocks.setdefault(key, block)
             indices.setdefault(key, []).append(layer.index)
@@ -204,9 +320,15 @@ def describe_blocks(layers: Sequence[BaseLayer]) -> tuple[BlockInfo, ...]:
             groups=block.groups,
             shapes=dict(key[3]),
             layers=tuple(indices[key]),
+            experts_per_token=block.experts_per_token,
         )
         for key, block in blocks.items()
     )
+
+
+def _shape(base: BaseProjection) -> tuple[int, ...]:
+    shape = (base.out_features, base.in_features)
+    return shape if base.num_experts is None else (base.num_experts, *shape)
 
 
 def guess_blocks(
@@ -279,12 +401,16 @@ class BaseInfo:
         layers: list[list[Block]] = [[] for _ in range(self.num_layers)]
         for info in self.blocks:
             # One module for all layers: thousands of projections would take seconds even on meta.
-            linears = {
-                name: nn.Linear(width, height, bias=False, device="meta")
-                for name, (height, width) in info.shapes.items()
-            }
+            modules = {name: _without_weights(shape) for name, shape in info.shapes.items()}
             for layer in info.layers:
-                layers[layer].append(info.without_weights(layer, linears, self.hidden_size))
+                layers[layer].append(info.without_weights(layer, modules, self.hidden_size))
         return [
             BaseLayer(index, tuple(blocks), self.hidden_size) for index, blocks in enumerate(layers)
         ]
+
+
+def _without_weights(shape: tuple[int, ...]) -> nn.Module:
+    module = nn.Linear(shape[-1], shape[-2], bias=False, device="meta")
+    if len(shape) == 3:
+        module.weight = nn.Parameter(torch.empty(shape, device="meta"))
+    return module

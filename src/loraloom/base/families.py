@@ -15,18 +15,24 @@ FAMILIES = tuple(
     "hyperclovax glm glm4 starcoder2 nemotron arcee apertus jais2 cohere cohere2 nanochat lfm2 "
     "qwen3_5_text mixtral qwen2_moe qwen3_moe olmoe gpt_oss gemma3 mistral3".split()
 )
-ATTENTION_INPUTS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("qkv_proj",),
-    ("query_key_value",),
-    ("query", "key", "value"),
-    ("wq", "wk", "wv"),
-    ("Wqkv",),
+# Projections by the tensor that they read, up to the output's.
+ATTENTION_INPUTS: tuple[InputGroups, ...] = (
+    (("q_proj", "k_proj", "v_proj"),),
+    (("qkv_proj",),),
+    (("query_key_value",),),
+    (("query", "key", "value"),),
+    (("wq", "wk", "wv"),),
+    (("Wqkv",),),
+    # of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), with and without q's
+    (("q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj",), ("kv_b_proj",)),
+    (("q_proj", "kv_a_proj_with_mqa"), ("kv_b_proj",)),
 )
 ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 # Those of types whose FFN block calls a function, as transformers names them.
 ACTIVATION_FUNCTIONS = {"lfm2": "silu"}
+# Fields of a configuration that say how many experts compute a token.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts")
 # Fields of a configuration that usually say what becomes of the head's logits.
 LOGIT_FIELDS = {
     "divisor": "logits_scaling",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.base.blocks import BaseLayer, BlockInfo
+from loraloom.base.blocks import BaseLayer, Block, BlockInfo
 from loraloom.base.quantization import quantized_linears
 from loraloom.distributed import gather
 
@@ -31,14 +31,23 @@ def fingerprint(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[BaseLa
 
 
 def first_fingerprint(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[BaseLayer]) -> str:
-    digest = _digest_of_shapes(model, blocks, layers)
-    adapted = [layer for layer in layers if layer.projections]
-    for layer in (adapted[0], adapted[len(adapted) // 2], adapted[-1]):
-        for projection in layer.projections:
+    # of the blocks that those versions knew
+    digest = _digest_of_shapes(model, [block for block in blocks if _is_first(block)], layers)
+    adapted = [
+        [base for block in layer.blocks if _is_first(block) for base in block.projections.values()]
+        for layer in layers
+    ]
+    adapted = [projections for projections in adapted if projections]
+    for projections in (adapted[0], adapted[len(adapted) // 2], adapted[-1]):
+        for projection in projections:
             if projection.device.type != "meta":
                 corner = projection.weight.detach().flatten()[:64]
                 digest.update(_bytes(corner.to(torch.bfloat16)))
     return digest.hexdigest()[:16]
+
+
+def _is_first(block: Block | BlockInfo) -> bool:
+    return block.kind in ("attention", "ffn") and "." not in block.path
 
 
 def _digest_of_shapes(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[BaseLayer]) -> Any:

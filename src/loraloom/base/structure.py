@@ -6,7 +6,7 @@ Axes: N states, D hidden, V vocabulary.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from loraloom.base.blocks import (
     BaseLayer,
     BaseProjection,
     Block,
+    BlockProjection,
     InputGroups,
+    StackedProjection,
     describe_blocks,
 )
 from loraloom.base.families import (
@@ -28,6 +30,7 @@ from loraloom.base.families import (
     ACTIVATIONS,
     ATTENTION_INPUTS,
     ATTENTION_OUTPUTS,
+    EXPERTS_PER_TOKEN,
     FAMILIES,
     FFNS,
     LOGIT_EXCEPTIONS,
@@ -68,9 +71,7 @@ def read_structure(model: nn.Module) -> Structure:
         blocks = []
         if _has_linears(module, attention_path, groups):
             blocks.append(_attention_block(module, index, attention_path, groups, hidden_size))
-        ffn = _ffn_block(model, module, index, hidden_size)
-        if ffn is not None:
-            blocks.append(ffn)
+        blocks += _other_blocks(model, module, index, hidden_size)
         layers.append(BaseLayer(index, tuple(blocks), hidden_size))
     return Structure(_describe(model, layers_path, layers), layers, _head(model))
 
@@ -126,11 +127,11 @@ def _linears(module: nn.Module) -> set[str]:
 def _find_attention(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[str, InputGroups]:
     """Return the path of attention in a layer and its projections' names, by their input."""
     kinds = [
-        (path, (inputs, (output,)))
+        (path, (*groups, (output,)))
         for layer in layers
         for path, child in layer.named_children()
-        for inputs, output in product(ATTENTION_INPUTS, ATTENTION_OUTPUTS)
-        if _linears(child).issuperset((*inputs, output))
+        for groups, output in product(ATTENTION_INPUTS, ATTENTION_OUTPUTS)
+        if _linears(child).issuperset((*chain.from_iterable(groups), output))
     ]
     if not kinds:
         raise unsupported(model, "no layer has attention with projections of q, k, v and output")
@@ -158,31 +159,108 @@ def _attention_block(
     )
 
 
-def _ffn_block(model: nn.Module, layer: nn.Module, index: int, hidden_size: int) -> Block | None:
-    """Find a layer's FFN block; None where it is a mixture of experts."""
-    for (path, child), names in product(layer.named_children(), FFNS):
-        if _linears(child).issuperset(names.all):
-            act = _activation(model, child, names)
-            return Block(
-                layer=index,
-                path=path,
-                kind="ffn",
-                groups=names.groups,
-                projections=_projections(layer, index, path, names.all),
-                hidden_size=hidden_size,
-                gating=ActivationGating(act, names.is_fused),
-            )
-    if any(_has_experts(child) for child in layer.children()):
-        return None
-    raise unsupported(
-        model, "its layers have no module with the FFN block's projections, gate, up and down"
+def _other_blocks(model: nn.Module, layer: nn.Module, index: int, hidden_size: int) -> list[Block]:
+    """Find a layer's FFN blocks, or its mixture of experts and what is in it."""
+    blocks = []
+    for path, child in layer.named_children():
+        inside = dict(child.named_children())
+        if _ffn_names(child) is not None:
+            blocks.append(_ffn_block(model, layer, path, index, hidden_size))
+        elif _takes_routes(child):  # gemma4's stand in the layer
+            blocks.append(_experts_block(model, layer, path, index, hidden_size))
+        elif "att" not in path and any(_has_stacks(module) for module in child.modules()):
+            for name, module in inside.items():
+                if _ffn_names(module) is not None:  # an expert that all tokens share
+                    shared = f"{path}.{name}"
+                    blocks.append(_ffn_block(model, layer, shared, index, hidden_size))
+                elif _takes_routes(module):
+                    stacks = f"{path}.{name}"
+                    blocks.append(_experts_block(model, layer, stacks, index, hidden_size))
+            blocks.append(_moe_block(layer, path, index, hidden_size))
+    if not blocks:
+        raise unsupported(
+            model, "its layers have no module with the FFN block's projections, gate, up and down"
+        )
+    return blocks
+
+
+def _ffn_names(module: nn.Module) -> FfnNames | None:
+    linears = _linears(module)
+    return next((names for names in FFNS if linears.issuperset(names.all)), None)
+
+
+def _ffn_block(
+    model: nn.Module, layer: nn.Module, path: str, index: int, hidden_size: int
+) -> Block:
+    module = layer.get_submodule(path)
+    names = _ffn_names(module)
+    assert names is not None
+    act = _activation(model, module, names)
+    return Block(
+        layer=index,
+        path=path,
+        kind="ffn",
+        groups=names.groups,
+        projections=_projections(layer, index, path, names.all),
+        hidden_size=hidden_size,
+        gating=ActivationGating(act, names.is_fused),
     )
 
 
-def _has_experts(block: nn.Module) -> bool:
+def _has_stacks(module: nn.Module) -> bool:
     """Whether weights of several experts are one tensor."""
-    modules = [module for module in block.modules() if not isinstance(module, nn.Conv1d)]
-    return any(weight.dim() == 3 for m in modules for weight in m.parameters(recurse=False))
+    weights = module.parameters(recurse=False)
+    return not isinstance(module, nn.Conv1d) and any(weight.dim() == 3 for weight in weights)
+
+
+def _takes_routes(module: nn.Module) -> bool:
+    """Whether transformers calls it with states, the experts of each token, and their weights.
+
+    Source: transformers 5.24, `integrations/moe.py` (`use_experts_implementation`).
+    """
+    if not _has_stacks(module) or getattr(module, "has_post_expert_norm", True):
+        return False
+    names = _stacked_names(module)
+    return all(isinstance(getattr(module, name, None), nn.Parameter) for name in names)
+
+
+def _stacked_names(experts: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def _experts_block(
+    model: nn.Module, layer: nn.Module, path: str, index: int, hidden_size: int
+) -> Block:
+    experts: Any = layer.get_submodule(path)
+    inputs, output = _stacked_names(experts)
+    projections: dict[str, BaseProjection] = {
+        name: StackedProjection(experts, name, f"layers.{index}.{path}.{name}")
+        for name in (inputs, output)
+    }
+    config = text_config(model)
+    counts = (getattr(config, field, None) for field in EXPERTS_PER_TOKEN)
+    return Block(
+        layer=index,
+        path=path,
+        kind="experts",
+        groups=((inputs,), (output,)),
+        projections=projections,
+        hidden_size=hidden_size,
+        gating=experts._apply_gate if experts.has_gate else experts.act_fn,
+        experts_per_token=next((count for count in counts if isinstance(count, int)), None),
+    )
+
+
+def _moe_block(layer: nn.Module, path: str, index: int, hidden_size: int) -> Block:
+    module = layer.get_submodule(path)
+    return Block(
+        layer=index,
+        path=path,
+        kind="moe",
+        groups=(("moe",),),
+        projections={"moe": BlockProjection(module, f"layers.{index}.{path}.moe", hidden_size)},
+        hidden_size=hidden_size,
+    )
 
 
 def _activation(model: nn.Module, ffn: nn.Module, names: FfnNames) -> Any:

@@ -138,6 +138,10 @@ class Layout:
                 samples += [SampleTokens(span.num_tokens) for span in segment.spans]
         return samples or None
 
+    def by_row(self, values: Tensor) -> Tensor:
+        """See [B, L, N] or tokens one behind another, [B·L, N], as [B, L, N]."""
+        return values.view(-1, self.segments[0].row_length, values.shape[-1])
+
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, L, N] into each segment's tokens, [T, N]."""
         values = self._grouped(values)

@@ -26,6 +26,7 @@ from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import Block
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights
+from loraloom.ops.expert_rows import ExpertUpdate, ExpertWeights, stack_experts
 from loraloom.ops.low_rank import InputGroup, decompose
 from loraloom.ops.stacked import StackedInput, stack_inputs
 from loraloom.routing.record import LayerRouting
@@ -50,7 +51,7 @@ class ProjectionSite(NamedTuple):
     block: Block
     group: tuple[str, ...]
     name: str
-    site: Site
+    site: Site | str
 
 
 # Projections of a block that share an input; None for a whole block with a gating.
@@ -103,6 +104,11 @@ class ComputeForms:
         key = (adapter, scale, block, dtype)
         return self._form(key, lambda: adapter.ffn_weights(block, dtype).scaled(scale))
 
+    def experts(self, row: ScaledAdapter, block: Block, dtype: torch.dtype) -> ExpertWeights:
+        adapter, scale = row
+        key = (adapter, scale, block, dtype)
+        return self._form(key, lambda: adapter.expert_weights(block, dtype).scaled(scale))
+
     def own(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
         return self._form((own, dtype), lambda: own.compute_form(dtype))
 
@@ -146,6 +152,10 @@ class _Stack:
     def _make(self, rows: Sequence[ScaledAdapter], block: Block, names: _Names) -> Any:
         if names is None:
             adapters = [adapter for adapter, _ in rows]
+            if not adapters[0].adapts(block):
+                return None
+            if block.num_experts is not None:
+                return stack_experts([self._forms.experts(row, block, self._dtype) for row in rows])
             weights = [self._forms.ffn(row, block, self._dtype) for row in rows]
             return adapters[0].stack_ffn(adapters, block, weights)
         forms = [self._forms.group(row, block, names, self._dtype) for row in rows]
@@ -262,6 +272,15 @@ class Cohort:
     def side_by_side(self, rows: Tensor) -> Tensor:
         """See gathered rows, [N·n, ...], as [N, n, ...]."""
         return rows.view(len(self.counts), -1, rows.shape[-1])
+
+    def tokens_and_entries(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Return the cohort's token rows, None for all in order, and which adapter each is of."""
+        counts = torch.tensor(self.counts)
+        entries = torch.arange(len(counts)).repeat_interleave(counts).to(device)
+        if self.take is None:
+            return None, entries
+        is_real = torch.arange(self.width) < counts[:, None]
+        return self.take[is_real.flatten().to(device)], entries
 
     def scatter(self, values: Tensor, blank: float = 0.0) -> Tensor:
         """Go from [N, n, O] to [T, O], with `blank` at rows that are not the cohort's."""
@@ -404,6 +423,22 @@ class StackedForward:
         if plan.ffn_put is not None:
             rows = rows.index_select(0, plan.ffn_put)
         return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
+
+    def expert_updates(self, block: Block) -> list[ExpertUpdate]:
+        """Describe the cohorts' rows to a block of stacked experts."""
+        updates = []
+        for cohort in self._plan.cohorts:
+            weights = cohort.part(block)
+            if weights is not None:
+                tokens, entries = cohort.tokens_and_entries(self._plan.device)
+                update = ExpertUpdate(
+                    weights=weights.flat(),
+                    tokens=tokens,
+                    entries=entries,
+                    num_entries=len(cohort.counts),
+                )
+                updates.append(update)
+        return updates
 
     def _tokens(self, cohort: Cohort, layer: int, index: int) -> SegmentTokens:
         """Describe an adapter's rows in a layer; padding at their end is not real."""

@@ -1,7 +1,6 @@
 """The adapters on a base model: they are added, loaded, combined, merged and removed here."""
 
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -91,21 +90,7 @@ class AdapterRegistry:
             self.check_unmerged("start an adapter")
             build = partial(self.build, name, seed=seed)
             adapter = build_from_sources(check_config(config), self._read_expert, build)
-            num_layers = self._num_layers_without_ffn()
-            by_default = config.target_modules == "all-linear" and not adapter.members
-            if by_default and num_layers:
-                layers = "" if num_layers == self.base.num_layers else f" in {num_layers} layers"
-                warnings.warn(
-                    f"adapter {name!r} adapts attention only{layers}, because the base model's FFN "
-                    "blocks there are mixtures of experts; work continues. Set target_modules: "
-                    "attention instead.",
-                    stacklevel=3,  # the caller of Host.add
-                )
             return self.register(adapter)
-
-    def _num_layers_without_ffn(self) -> int:
-        has_ffn = [any(block.gating is not None for block in layer.blocks) for layer in self.layers]
-        return has_ffn.count(False)
 
     def _read_expert(
         self, source: str

@@ -22,15 +22,13 @@ from loraloom.adapters.segment import FfnRows
 from loraloom.base import quantization
 from loraloom.base.blocks import BaseLayer, Block
 from loraloom.errors import ModelError
+from loraloom.host.experts_block import ExpertsBlock
 from loraloom.host.extra_modules import own_outputs
 from loraloom.host.forward import ForwardContext, current_forward, running
 from loraloom.host.layout import Segment
 from loraloom.host.prepared_weights import ProjectionSite, outside_autocast
 from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import add_low_rank_, apply_update
-
-# Of the random numbers of attention's groups of projections.
-_ATTENTION_SITES = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
 
 
 class DecoderLayer:
@@ -57,15 +55,17 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class AttentionProjection:
-    """A forward hook that adds every segment's update to a projection's output."""
+    """A forward hook that adds every segment's update to the output of a projection or block."""
 
     owner: object
     site: ProjectionSite
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         forward = current_forward(self.owner)
         if forward is None or not any(forward.adapters):
             return output
+        if isinstance(output, tuple):  # of gpt_oss's block, which returns its router's scores too
+            return self(module, args, output[0]), *output[1:]
         if len(module._forward_hooks) > 1:  # others' hooks may need it as it is
             output = output.clone()
         with outside_autocast(output):
@@ -108,6 +108,11 @@ class FfnBlock:
         forward = current_forward(self.owner)
         if forward is None or not any(adapter.adapts(self.block) for adapter in forward.adapters):
             return self.base_forward(hidden_states)
+        shape = hidden_states.shape
+        hidden_states = forward.layout.by_row(hidden_states)
+        return self._adapted(forward, hidden_states).view(shape)
+
+    def _adapted(self, forward: ForwardContext, hidden_states: Tensor) -> Tensor:
         if forward.stacked is not None:
             down = partial(_outputs, self.output)
             return forward.stacked.ffn(self.block, hidden_states, self._base_outputs, down)
@@ -144,6 +149,15 @@ class FfnBlock:
         tokens = forward.tokens(segment, block.layer, outputs[0].device)
         weights = forward.forms.ffn(segment.row, block, outputs[0].dtype)
         return segment.row[0].ffn(block, weights, hidden_states, outputs, tokens)
+
+
+def _site(block: Block, group: tuple[str, ...]) -> Site | str:
+    """Where a group's random numbers are drawn."""
+    if block.output.has_weight and group == block.groups[0]:
+        return Site.ATTENTION_INPUT
+    if block.output.has_weight and group == block.groups[-1]:
+        return Site.ATTENTION_OUTPUT
+    return f"{block.path}.{group[0]}"
 
 
 def _outputs(linear: nn.Module, inputs: Tensor) -> Tensor:
@@ -195,7 +209,7 @@ class Wiring:
         for name, weight in quantized.items():
             quantization.check_computes(name, weight)
         self._model = model
-        self._blocks: dict[nn.Module, FfnBlock] = {}
+        self._blocks: dict[nn.Module, FfnBlock | ExpertsBlock] = {}
         self.undo = ExitStack()
         for module in model.modules():
             self.undo.callback(setattr, module, "training", module.training)
@@ -215,13 +229,15 @@ class Wiring:
 
     def _wire(self, block: Block, module: nn.Module) -> None:
         if block.gating is not None:
-            self._blocks[module] = FfnBlock(self, block, module)
+            wrapper = FfnBlock if block.is_dense else ExpertsBlock
+            self._blocks[module] = wrapper(self, block, module)
             self._replace_forward(module, self._blocks[module])
             return
-        for group, site in zip(block.groups, _ATTENTION_SITES, strict=True):
+        for group in block.groups:
             for name in group:
-                hook = AttentionProjection(self, ProjectionSite(block, group, name, site))
-                handle = module.get_submodule(name).register_forward_hook(hook)
+                site = ProjectionSite(block, group, name, _site(block, group))
+                hook = AttentionProjection(self, site)
+                handle = block.projections[name].linear.register_forward_hook(hook)
                 self.undo.callback(handle.remove)
 
     def check_blocks(self) -> None:

@@ -1,0 +1,535 @@
+"""The experts of a base model's mixture-of-experts block, with low-rank updates of many adapters.
+
+Axes: T tokens of the batch, K experts of the base for each, P = T·K rows, sorted by expert, H rows
+of hidden states (P, or more where LoRA experts are chosen in each of the base's), E experts of the
+base, M LoRA experts in each, t tokens of an adapter, J of the M for each, Q rows of an adapter,
+G = M·E groups of weights, D hidden, F feed-forward, I in_features, O out_features, R rank.
+
+`y_t = Σ_k w_tk Σ_j g_tj Down_e,m(gating(Up_e,m(x_t)))`, e the k-th expert of token t in the base's
+routing w, m the j-th in the adapter's routing g; `Up_e,m(x) = c ∘ (W_e x + B_e,m A_e,m x) + b_e`,
+and Down alike. A plain LoRA is M = 1 and g = 1, and only DoRA has c.
+
+The frozen products are those of all rows at once, in transformers' order, so that rows of the base
+model are what they are without adapters. An adapter's rows lie by group, so that each of its
+products is one grouped product. The backward pass keeps x and the frozen product W_up x, computes
+the elementwise rest again, and puts the frozen down-projection between two backward passes of it.
+
+Source: transformers 5.24, `integrations/moe.py`, for what a block without adapters computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loraloom.ops.gating import Gating
+from loraloom.ops.low_rank import excess_of, scale_update
+from loraloom.ops.stacked import StackedWeights
+
+grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)  # of torch 2.10 on
+
+
+@dataclass(frozen=True)
+class ExpertSide(StackedWeights):
+    """An adapter's update of a stacked projection, in compute form."""
+
+    A: Tensor  # [G, R, I], or [M, R, I] where all base experts share it
+    B: Tensor  # scaled, [G, R, O] or [M, R, O]
+    row_scale: Tensor | None = None  # DoRA's c, [G, O] float32
+
+    stacked_fields = ("A", "B", "row_scale")
+
+    def flat(self) -> ExpertSide:
+        row_scale = None if self.row_scale is None else self.row_scale.flatten(0, 1)
+        return ExpertSide(self.A.flatten(0, 1), self.B.flatten(0, 1), row_scale)
+
+    def scaled(self, scale: float) -> ExpertSide:
+        lora_B, row_scale = scale_update(self.B.flatten(0, 1), self.row_scale, scale)
+        return replace(self, B=lora_B.view_as(self.B), row_scale=row_scale)
+
+
+@dataclass(frozen=True)
+class ExpertWeights(StackedWeights):
+    """An adapter's weights in a block of stacked experts; None where nothing is adapted."""
+
+    up: ExpertSide | None
+    down: ExpertSide | None
+    num_choices: int = 1  # M
+
+    stacked_fields = ("up", "down")
+
+    @property
+    def sides(self) -> list[ExpertSide]:
+        return [side for side in (self.up, self.down) if side is not None]
+
+    def scaled(self, scale: float) -> ExpertWeights:
+        if scale == 1:
+            return self
+        up = None if self.up is None else self.up.scaled(scale)
+        down = None if self.down is None else self.down.scaled(scale)
+        return replace(self, up=up, down=down)
+
+    def flat(self) -> ExpertWeights:
+        """See a stack of adapters' weights as one adapter's with as many more groups."""
+        up = None if self.up is None else self.up.flat()
+        down = None if self.down is None else self.down.flat()
+        return replace(self, up=up, down=down)
+
+
+def stack_experts(weights: Sequence[ExpertWeights]) -> ExpertWeights:
+    """Put like adapters' weights side by side, [N, G, …]."""
+    first = weights[0]
+    up = None if first.up is None else _stack_sides([each.up for each in weights])
+    down = None if first.down is None else _stack_sides([each.down for each in weights])
+    return ExpertWeights(up, down, first.num_choices)
+
+
+def _stack_sides(sides: Sequence[Any]) -> ExpertSide:
+    row_scale = None
+    if sides[0].row_scale is not None:
+        row_scale = torch.stack([side.row_scale for side in sides])
+    lora_A = torch.stack([side.A for side in sides])
+    return ExpertSide(lora_A, torch.stack([side.B for side in sides]), row_scale)
+
+
+@dataclass(frozen=True)
+class ExpertUpdate:
+    """An adapter's tokens in the block, or those of several like adapters without gradients."""
+
+    weights: ExpertWeights
+    tokens: Tensor | None  # their places among the batch's, [t]; None: all, in order
+    entries: Tensor | None = None  # which of several like adapters has a token, [t]
+    num_entries: int = 1  # how many of them there are
+    choice: Tensor | None = None  # its LoRA experts in each base expert, [t, J]; -1: the base alone
+    choice_weights: Tensor | None = None  # g, [t, J]
+    keep_input: Tensor | None = None  # dropout's masks, [t, D]
+    keep_slots: Tensor | None = None  # [K·J, t, F], K by the rank of the base expert's number
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class BaseExperts:
+    """The base's projections of all experts, frozen."""
+
+    up: Any  # a `StackedProjection`, [E, O, D]
+    down: Any  # [E, D, F]
+    gating: Gating
+    by_slot: bool = False
+    """Whether the base computes expert by expert and adds up in their order (`eager`)."""
+
+
+def expert_rows(
+    hidden_states: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    base: BaseExperts,
+    updates: Sequence[ExpertUpdate],
+) -> Tensor:
+    """Compute the block for all tokens, [T, D], by the base's routing, [T, K] each."""
+    rows = _Rows(index, base, updates)
+    if not torch.is_grad_enabled():
+        return _forward(rows, hidden_states, weights, updates)[0]
+    tensors = [tensor for update in updates for tensor in _tensors(update)]
+    return _ExpertRows.apply(rows, updates, hidden_states, weights, *tensors)  # pyright: ignore
+
+
+def _tensors(update: ExpertUpdate) -> list[Tensor | None]:
+    """List what an update is differentiated by."""
+    tensors: list[Tensor | None] = []
+    for side in (update.weights.up, update.weights.down):
+        tensors += [None, None, None] if side is None else [side.A, side.B, side.row_scale]
+    return [*tensors, update.choice_weights]
+
+
+def _with_tensors(update: ExpertUpdate, tensors: Sequence[Any]) -> ExpertUpdate:
+    up = None if tensors[0] is None else ExpertSide(*tensors[0:3])
+    down = None if tensors[3] is None else ExpertSide(*tensors[3:6])
+    weights = replace(update.weights, up=up, down=down)
+    return replace(update, weights=weights, choice_weights=tensors[6])
+
+
+_NUM_TENSORS = 7
+
+
+class _Rows:
+    """Which token and expert each row is of, and where each adapter's rows are."""
+
+    def __init__(self, index: Tensor, base: BaseExperts, updates: Sequence[ExpertUpdate]):
+        self.base = base
+        self.num_tokens, self.top_k = index.shape
+        self.num_experts: int = base.up.num_experts
+        if base.by_slot:
+            self.experts, self.order = index.T.flatten().sort(stable=True)
+            self.tokens = self.order % self.num_tokens  # of each row, [P]
+            slots = self.order // self.num_tokens
+        else:
+            self.experts, self.order = torch.sort(index.flatten())
+            self.tokens = self.order // self.top_k
+            slots = self.order % self.top_k
+        self.stops = _stops(self.experts, self.num_experts)
+        # A slot has random numbers by its expert's number: base models may list them in any order.
+        self.ranks = index.argsort(1).argsort(1)[self.tokens, slots]
+        # Tokens by adapter; the last are those of none.
+        owners = torch.full((self.num_tokens,), len(updates), device=index.device)
+        self.local = torch.zeros(self.num_tokens, dtype=torch.long, device=index.device)
+        counts = []
+        for number, update in enumerate(updates):
+            if update.tokens is None:
+                owners.fill_(number)
+                self.local = torch.arange(self.num_tokens, device=index.device)
+                counts.append(self.num_tokens)
+            else:
+                owners[update.tokens] = number
+                count = len(update.tokens)
+                self.local[update.tokens] = torch.arange(count, device=index.device)
+                counts.append(count)
+        counts.append(self.num_tokens - sum(counts))
+        num_slots = [1 if u.choice is None else u.choice.shape[1] for u in updates] + [1]
+        owners = owners[self.tokens]
+        sizes = [count * self.top_k * slots for count, slots in zip(counts, num_slots, strict=True)]
+        self.base_rows = None  # of each hidden row, [H]; None: they are the same
+        self.choices = torch.zeros_like(self.tokens)  # which of its LoRA experts a row is of, j
+        if max(num_slots) > 1:
+            repeats = torch.tensor(num_slots, device=index.device)[owners]
+            places = torch.arange(len(owners), device=index.device)
+            self.base_rows = places.repeat_interleave(repeats, output_size=sum(sizes))
+            starts = repeats.cumsum(0) - repeats
+            places = torch.arange(sum(sizes), device=index.device)
+            self.choices = places - starts[self.base_rows]
+            owners = owners[self.base_rows]
+        by_owner = owners.argsort(stable=True).split(sizes)
+        self.adapters = [
+            _AdapterRows(self, update, hidden)
+            for update, hidden in zip(updates, by_owner, strict=False)
+        ]
+        self.slots = slots
+        self.is_scaled = any(
+            update.weights.down is not None and update.weights.down.row_scale is not None
+            for update in updates
+        )
+        # A row scale stands outside of W_down, so that each hidden row goes through it by itself.
+        self.apart = self.base_rows is not None and self.is_scaled
+
+    @cached_property
+    def down_experts(self) -> tuple[Tensor, Tensor]:
+        """Experts of the rows that go through the frozen down-projection, and where each ends."""
+        if not self.apart:
+            return self.experts, self.stops
+        experts = self.expand(self.experts)
+        return experts, _stops(experts, self.num_experts)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Go from rows, [P, ...], to hidden rows, [H, ...]."""
+        return values if self.base_rows is None else values[self.base_rows]
+
+    def combine(self, values: Tensor, slot_weights: Tensor) -> Tensor:
+        """Add weighted hidden rows up to rows."""
+        if self.base_rows is None:
+            return values
+        total = values.new_zeros(len(self.tokens), values.shape[1])
+        return total.index_add(0, self.base_rows, values * slot_weights)
+
+    def join(self, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add rows up by token, weighted as the base model's router says, [T, D]."""
+        weighted = rows * weights[self.tokens, self.slots].unsqueeze(1)
+        if self.base.by_slot:
+            total = weighted.new_zeros(self.num_tokens, rows.shape[1], dtype=dtype)
+            return total.index_add_(0, self.tokens, weighted.to(dtype))
+        ordered = torch.empty_like(weighted).index_copy_(0, self.order, weighted)
+        return ordered.view(self.num_tokens, self.top_k, -1).sum(1).to(dtype)
+
+    def slot_weights(self, updates: Sequence[ExpertUpdate], like: Tensor) -> Tensor:
+        """Give g of the hidden rows, [H, 1]; 1 where there is no choice."""
+        weights = like.new_ones(len(self.choices), 1)
+        for rows, update in zip(self.adapters, updates, strict=True):
+            if update.choice_weights is not None:
+                chosen = update.choice_weights[rows.local, rows.choices].to(like.dtype)
+                weights = weights.index_copy(0, rows.hidden, chosen.unsqueeze(1))
+        return weights
+
+
+class _AdapterRows:
+    """An adapter's hidden rows, sorted by group, and which group of weights each has."""
+
+    def __init__(self, rows: _Rows, update: ExpertUpdate, hidden: Tensor):
+        base_rows = hidden if rows.base_rows is None else rows.base_rows[hidden]
+        choices = rows.choices[hidden]
+        local = rows.local[rows.tokens[base_rows]]
+        groups = rows.experts[base_rows]
+        self.is_adapted = None  # 0 at rows that no LoRA expert computes, [Q, 1]
+        if update.choice is not None:
+            choice = update.choice[local, choices]
+            groups = choice.clamp_min(0) * rows.num_experts + groups
+            groups, order = groups.sort(stable=True)
+            hidden, base_rows, choices = hidden[order], base_rows[order], choices[order]
+            local = local[order]
+            self.is_adapted = (choice[order] >= 0).unsqueeze(1)
+        self.is_gathered = update.entries is not None
+        if update.entries is not None:
+            groups = groups + update.entries[local] * rows.num_experts
+        self.num_groups = update.num_entries * update.weights.num_choices * rows.num_experts
+        self.hidden = hidden
+        self.base_rows = base_rows
+        self.tokens = rows.tokens[base_rows]
+        self.experts = rows.experts[base_rows]
+        self.local = local
+        self.choices = choices
+        self.groups = groups
+        self.stops = None if self.is_gathered else _stops(groups, self.num_groups)
+        num_slots = 1 if update.choice is None else update.choice.shape[1]
+        self.slots = rows.ranks[base_rows] * num_slots + choices  # whose mask a row has
+
+    def rank_input(self, inputs: Tensor, side: ExpertSide) -> Tensor:
+        """Compute what B multiplies, [Q, R]."""
+        low_rank = self.product(inputs, side.A.transpose(1, 2))
+        return low_rank if self.is_adapted is None else low_rank * self.is_adapted
+
+    def product(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        """Multiply each row, [Q, I], with its group of [G, I, O], or of those that are shared."""
+        shared = self.num_groups // len(weights)  # groups that have one weight
+        if self.stops is None:
+            return torch.bmm(inputs.unsqueeze(1), weights[self.groups // shared]).squeeze(1)
+        return _GroupedProduct.apply(inputs, weights, self.stops[shared - 1 :: shared])  # pyright: ignore
+
+    def change(
+        self, frozen: Tensor, low_rank: Tensor, side: ExpertSide, bias: Tensor | None
+    ) -> Tensor:
+        """Compute what is added to the frozen rows: Δ, or Δ + (c - 1) ∘ (Wx + Δ) with DoRA's c."""
+        update = self.product(low_rank, side.B)
+        if side.row_scale is None:
+            return update
+        excess = excess_of(side.row_scale, frozen.dtype)[self.groups]
+        if self.is_adapted is not None:
+            excess = excess * self.is_adapted
+        unscaled = frozen[self.hidden]
+        if bias is not None:
+            unscaled = unscaled - bias[self.experts]
+        return torch.addcmul(update, excess, unscaled + update)
+
+    def inputs(self, hidden_states: Tensor, update: ExpertUpdate) -> Tensor:
+        """Gather the block's input, with dropout, [Q, D]."""
+        inputs = hidden_states[self.tokens]
+        if update.keep_input is None:
+            return inputs
+        return inputs * update.keep_input[self.local] * (1 / (1 - update.dropout))
+
+    def states(self, hidden: Tensor, update: ExpertUpdate) -> Tensor:
+        """Gather hidden states, with dropout, [Q, F]."""
+        states = hidden[self.hidden]
+        if update.keep_slots is None:
+            return states
+        return states * update.keep_slots[self.slots, self.local] * (1 / (1 - update.dropout))
+
+
+def _gate(
+    rows: _Rows, up: Tensor, hidden_states: Tensor, updates: Sequence[ExpertUpdate]
+) -> Tensor:
+    """Go from the frozen product of the rows, [P, O], to the hidden rows' states, [H, F]."""
+    bias = rows.base.up.compute_bias(up.dtype)
+    frozen = rows.expand(up)
+    outputs = frozen
+    for adapter, update in zip(rows.adapters, updates, strict=True):
+        side = update.weights.up
+        if side is not None:
+            low_rank = adapter.rank_input(adapter.inputs(hidden_states, update), side)
+            change = adapter.change(frozen, low_rank, side, bias)
+            outputs = outputs.index_add(0, adapter.hidden, change)
+    return rows.base.gating(outputs)
+
+
+def _down(
+    rows: _Rows,
+    hidden: Tensor,
+    frozen: Tensor | None,
+    slot_weights: Tensor,
+    updates: Sequence[ExpertUpdate],
+) -> Tensor:
+    """Add the adapters' updates to the frozen down-projection, or to nothing (None), [P, D]."""
+    bias = None
+    if frozen is None:
+        total = hidden.new_zeros(len(rows.tokens), rows.base.down.out_features)
+    else:
+        total = frozen
+        bias = rows.base.down.compute_bias(hidden.dtype)
+    if bias is not None and rows.base_rows is not None and not rows.apart:
+        # as often as the slots' weights sum to
+        excess = rows.combine(torch.ones_like(slot_weights), slot_weights) - 1
+        total = total + excess * bias[rows.experts]
+    for adapter, update in zip(rows.adapters, updates, strict=True):
+        side = update.weights.down
+        if side is None:
+            continue
+        low_rank = adapter.rank_input(adapter.states(hidden, update), side)
+        change = adapter.change(total, low_rank, side, bias)
+        if rows.apart or rows.base_rows is None:
+            total = total.index_add(0, adapter.hidden, change)
+        else:
+            change = change * slot_weights[adapter.hidden]
+            total = total.index_add(0, adapter.base_rows, change)
+    return rows.combine(total, slot_weights) if rows.apart else total
+
+
+def _forward(
+    rows: _Rows, hidden_states: Tensor, weights: Tensor, updates: Sequence[ExpertUpdate]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the block's output, W_up x, [P, O], and W_down h where its values are used again."""
+    base = rows.base
+    up = _frozen_product(hidden_states[rows.tokens], base.up, rows.experts, rows.stops)
+    hidden = _gate(rows, up, hidden_states, updates)
+    slot_weights = rows.slot_weights(updates, hidden)
+    combined = hidden if rows.apart else rows.combine(hidden, slot_weights)
+    frozen = _frozen_product(combined, base.down, *rows.down_experts)
+    output = _down(rows, hidden, frozen, slot_weights, updates)
+    output = rows.join(output, weights, hidden_states.dtype)
+    return output, up, frozen if rows.is_scaled else None
+
+
+class _ExpertRows(torch.autograd.Function):
+    """The block with a backward pass that keeps its input and the frozen products."""
+
+    @staticmethod
+    def forward(ctx, rows, updates, hidden_states, weights, *tensors):
+        output, up, frozen = _forward(rows, hidden_states, weights, updates)
+        ctx.rows = rows
+        ctx.updates = [_with_tensors(update, [None] * _NUM_TENSORS) for update in updates]
+        ctx.save_for_backward(hidden_states, weights, up, frozen, *tensors)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows: _Rows = ctx.rows
+        leaves: list[Any] = [
+            None if tensor is None else tensor.detach().requires_grad_()
+            for tensor in ctx.saved_tensors
+        ]
+        hidden_states, weights, up, frozen, *tensors = leaves
+        updates = [
+            _with_tensors(update, tensors[number * _NUM_TENSORS :][:_NUM_TENSORS])
+            for number, update in enumerate(ctx.updates)
+        ]
+        grad_rows = grad[rows.tokens]
+        with torch.enable_grad():
+            hidden = _gate(rows, up, hidden_states, updates)
+            slot_weights = rows.slot_weights(updates, hidden)
+            row_weights = weights[rows.tokens, rows.slots].unsqueeze(1)
+            combined = hidden if rows.apart else rows.combine(hidden, slot_weights)
+            output = _down(rows, hidden, frozen, slot_weights, updates) * row_weights
+            times_of_bias = row_weights * rows.combine(torch.ones_like(slot_weights), slot_weights)
+            if frozen is None:
+                # Linear in W_down h, whose values are not needed: weights stand in front of it.
+                combined = combined * row_weights.to(combined.dtype)
+        grad_frozen = grad_rows
+        if frozen is not None:
+            (grad_frozen,) = torch.autograd.grad(
+                output, frozen, grad_rows.to(output.dtype), retain_graph=True
+            )
+        grad_combined = _frozen_gradient(grad_frozen, rows.base.down, *rows.down_experts)
+        outputs = [combined, output]
+        grads = [grad_combined.to(combined.dtype), grad_rows.to(output.dtype)]
+        bias = rows.base.down.compute_bias(hidden.dtype)
+        if frozen is None and bias is not None:
+            outputs.append(times_of_bias)
+            grads.append((grad_rows * bias[rows.experts]).sum(1, keepdim=True).to(times_of_bias))
+        is_output = [value.requires_grad for value in outputs]
+        inputs = [leaf for leaf in leaves if leaf is not None and leaf is not frozen]
+        gradients = iter(
+            torch.autograd.grad(
+                [value for value, needed in zip(outputs, is_output, strict=True) if needed],
+                inputs,
+                [value for value, needed in zip(grads, is_output, strict=True) if needed],
+                allow_unused=True,
+            )
+        )
+        all_gradients: list[Any] = [
+            None if leaf is None or leaf is frozen else next(gradients) for leaf in leaves
+        ]
+        grad_hidden, grad_weights, grad_up, _, *grad_tensors = all_gradients
+        grad_inputs = _frozen_gradient(grad_up, rows.base.up, rows.experts, rows.stops)
+        if grad_hidden is None:
+            grad_hidden = torch.zeros_like(hidden_states)
+        grad_hidden = grad_hidden.index_add(0, rows.tokens, grad_inputs.to(grad_hidden.dtype))
+        return None, None, grad_hidden, grad_weights, *grad_tensors
+
+
+def _frozen_product(rows: Tensor, base: Any, experts: Tensor, stops: Tensor) -> Tensor:
+    """Compute W_e x + b_e of rows that are sorted by expert, [n, O]."""
+    weight = base.weight
+    output = _product(rows.to(weight.dtype), weight.transpose(1, 2), stops)
+    bias = base.compute_bias(output.dtype)
+    return output if bias is None else output.add_(bias[experts])
+
+
+def _frozen_gradient(grad: Tensor, base: Any, experts: Tensor, stops: Tensor) -> Tensor:
+    weight = base.weight
+    return _product(grad.to(weight.dtype).contiguous(), weight, stops)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Rows that are sorted by group, [Q, I], times their group's weight, [G, I, O]."""
+
+    # torch's own takes no float64, and no gradients that are expanded
+
+    @staticmethod
+    def forward(ctx, rows, weights, stops):
+        ctx.save_for_backward(rows, weights, stops)
+        return _product(rows, weights, stops)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, weights, stops = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = _product(grad, weights.transpose(1, 2), stops)
+        if ctx.needs_input_grad[1]:
+            grad_weights = _products_over_rows(rows, grad, stops)
+        return grad_rows, grad_weights, None
+
+
+def _product(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+    if len(weights) == 1:
+        return rows @ weights[0]
+    if _has_kernel(rows, weights):
+        return grouped_mm(rows, weights, offs=stops)
+    output = rows.new_empty(len(rows), weights.shape[2])
+    start = 0
+    for group, stop in enumerate(stops.tolist()):
+        if start < stop:
+            torch.mm(rows[start:stop], weights[group], out=output[start:stop])
+        start = stop
+    return output
+
+
+def _products_over_rows(rows: Tensor, grad: Tensor, stops: Tensor) -> Tensor:
+    """Compute each group's xᵀ grad, [G, I, O]."""
+    if len(stops) == 1:
+        return (rows.T @ grad).unsqueeze(0)
+    if _has_kernel(rows, grad):
+        return grouped_mm(rows.T, grad, offs=stops)
+    output = rows.new_zeros(len(stops), rows.shape[1], grad.shape[1])
+    start = 0
+    for group, stop in enumerate(stops.tolist()):
+        if start < stop:
+            torch.mm(rows[start:stop].T, grad[start:stop], out=output[group])
+        start = stop
+    return output
+
+
+def _has_kernel(rows: Tensor, weights: Tensor) -> bool:
+    """Whether torch has a grouped product for these: rows of whole 16 bytes, and no float64."""
+    sizes = (*rows.shape[1:], *weights.shape[1:])
+    is_aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
+    return grouped_mm is not None and rows.dtype != torch.float64 and is_aligned
+
+
+def _stops(groups: Tensor, num_groups: int) -> Tensor:
+    """Count the rows up to each group's last, [G]; bincount would wait for a device."""
+    numbers = torch.arange(num_groups, device=groups.device)
+    return torch.searchsorted(groups, numbers, right=True, out_int32=True)
