@@ -53,6 +53,14 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GROUPS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "head_dim": 8,
+}
 _LINEAR = {
     "head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
@@ -93,6 +101,53 @@ _OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
+# Mixtures of experts that are found by their structure; some have dense layers in front.
+MOE_TYPES: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "layer_types": ["attention"] * LAYERS,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+    },
+    "glm4_moe": _EXPERTS | _GROUPS,
+    "dots1": _EXPERTS | _GROUPS,
+    "deepseek_v3": _EXPERTS
+    | _GROUPS
+    | {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 16,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
+    "phimoe": {"num_local_experts": 4},
+    "qwen3_5_moe_text": _EXPERTS | _LINEAR | {"shared_expert_intermediate_size": 16},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "lfm2_moe": _EXPERTS
+    | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "use_expert_bias": True},
+    "gemma4_text": {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "enable_moe_block": True,
+        "layer_types": ["full_attention"] * LAYERS,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "hidden_size_per_layer_input": 8,
+    },
+}
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_next")
 _COMPOSITES = ("gemma3", "mistral3")
 """Models with an encoder of images beside their text part."""
 _IMAGES = {
@@ -154,6 +209,8 @@ def tiny_model(
     config = _tiny_config(family, changes)
     auto = AutoModelForImageTextToText if family in _COMPOSITES else AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager" if family in _EAGER else "sdpa")
+    if dtype == torch.float64 and family in (*MOE_TYPES, *_MIXTURES):
+        model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -165,7 +222,7 @@ def tiny_model(
 
 
 def _tiny_config(family: str, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    settings = _SMALL | _OWN.get(family, {}) | changes
+    settings = _SMALL | _OWN.get(family, {}) | MOE_TYPES.get(family, {}) | changes
     if family not in _COMPOSITES:
         return AutoConfig.for_model(family, **settings)
     parts = AutoConfig.for_model(family)
@@ -235,6 +292,7 @@ def parameter_grads(module: nn.Module) -> dict[str, Tensor]:
     return grads
 
 
+@torch.no_grad()
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Compute ‖actual - expected‖ / ‖expected‖."""
     difference = (actual.double() - expected.double()).norm()

@@ -13,7 +13,6 @@ from tests.conftest import build_tokenizer
 from tests.tiny import (
     ALL_METHODS,
     METHODS,
-    changed,
     randomise,
     relative_error,
     tiny_host,
@@ -22,6 +21,7 @@ from tests.tiny import (
 )
 
 IDS = tiny_ids(2)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral3"])
@@ -75,23 +75,21 @@ def test_peft_adapts_what_the_adapter_does_and_nothing_else(family, config, tmp_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (METHODS["mixlora"], "MixLoRA requires experts: .* this base model has none"),
+        (METHODS["mixlora"], r"MixLoRA requires experts: .*\(gate_up_proj, down_proj, moe\)"),
         (ALL_METHODS["loramoe"], "LoRAMoE requires experts"),
         (LoraConfig(target_modules="ffn"), "target_modules must name projections .* got ffn"),
-        (LoraConfig(target_modules=("gate_proj",)), r"\(q_proj, k_proj, v_proj, o_proj\)"),
+        (LoraConfig(target_modules=("gate_proj",)), r"\(q_proj, .*, moe\) or be .*experts, moe"),
     ],
 )
-def test_the_experts_of_a_base_model_are_left_alone(config, message):
+def test_the_experts_of_a_base_model_are_named_by_who_adapts_them(config, message):
     host = tiny_host("mixtral", {}, torch.float32)
     with pytest.raises(AdapterError, match=message):
         host.add("a", config)
 
 
 @pytest.mark.parametrize("method", ["lora", "vera", "mola"])
-def test_who_adapts_all_linear_layers_is_told_that_experts_are_left_alone(method):
+def test_all_linear_layers_of_a_mixture_are_those_of_attention(method):
     host = tiny_host("mixtral", {}, torch.float32)
-    with pytest.warns(UserWarning, match="'a' adapts attention only"):
-        adapter = host.add("a", ALL_METHODS[method])
-    assert adapter.adapts_gated_blocks is False
-    host.add("b", changed(ALL_METHODS[method], target_modules="attention"))
-    host.add("c", RoutedConfig(experts={"b": "b"}))  # has no targets that could be others
+    adapter = host.add("a", ALL_METHODS[method])
+    assert {projection.name for projection in adapter.projections()} == set(ATTENTION)
+    host.add("c", RoutedConfig(experts={"a": "a"}))

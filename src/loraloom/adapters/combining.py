@@ -193,6 +193,11 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], combination: s
         )
     for adapter in adapters:
         refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be combined")
+        if adapter.adapts_stacks:
+            raise AdapterError(
+                f"adapter {adapter.name!r} has updates of stacked experts, which cannot be "
+                "combined; choose it for each row: (name, scale)"
+            )
     if combination == "cat":
         return
     first = adapters[0]

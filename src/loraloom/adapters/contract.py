@@ -146,10 +146,12 @@ class AdapterConfig(StrictModel, ABC):
         kinds = dict.fromkeys(block.kind for layer in base_layers for block in layer.blocks)
         unknown = list[str]()
         for target in () if isinstance(self.target_modules, str) else self.target_modules:
-            if self.targets_places and target not in kinds:
+            if target in kinds:
+                continue
+            if self.targets_places or target.startswith("experts."):
                 is_known = any(is_meant(target, base.key) for base in adapted)
             else:
-                is_known = target in names or target in kinds
+                is_known = target in names
             if not is_known:
                 unknown.append(target)
         if unknown or not adapted:
@@ -448,6 +450,11 @@ class Adapter(nn.Module, ABC):
         for blocks in self._blocks:
             for block in blocks.values():
                 yield from block.values()
+
+    @property
+    def adapts_stacks(self) -> bool:
+        """Whether some of its projections are of all experts of a base model."""
+        return any(projection.base.num_experts is not None for projection in self.projections())
 
     @property
     def is_mergeable(self) -> bool:

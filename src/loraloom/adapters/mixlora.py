@@ -245,7 +245,7 @@ class MixLoraAdapter(Adapter):
         computes = self.is_as_in(MixLoraAdapter, "ffn", "group_low_rank")
         if self._returns_input or not self._chooses_by_route or not computes:
             return None
-        if any(projection.base.num_experts for projection in self.projections()):
+        if self.adapts_stacks:
             return None
         return type(self.config), self._routed, self._shapes
 

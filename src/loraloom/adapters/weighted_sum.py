@@ -193,6 +193,8 @@ def check_adds_up(member: Adapter) -> None:
         obstacle = "experts"
     elif not computes:
         obstacle = "a separate FFN block"
+    elif member.adapts_stacks:
+        obstacle = "updates of stacked experts"
     else:
         return
     hint = "scale it alone: (name, scale)"

@@ -74,6 +74,15 @@ class BaseProjection:
                 "load the base model without sharding"
             )
 
+    @property
+    def stored_name(self) -> str:
+        """The weight's name in its decoder layer."""
+        return f"{self.key.split('.', 2)[2]}.weight"
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """Lay W out as the base model stores it."""
+        return weight
+
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
         """Put other values into W, rounded to its dtype."""
@@ -137,6 +146,13 @@ class StackedProjection(BaseProjection):
         """W of all experts, [E, O, I]."""
         weight = gather(self.stored)
         return weight.transpose(1, 2) if self.is_transposed else weight
+
+    @property
+    def stored_name(self) -> str:
+        return self.key.split(".", 2)[2]
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2).contiguous() if self.is_transposed else weight
 
     def check_can_be_changed(self) -> None:
         if own_part(self.stored) is not self.stored or not self.stored.is_floating_point():
@@ -332,14 +348,15 @@ def _shape(base: BaseProjection) -> tuple[int, ...]:
 
 
 def guess_blocks(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     layers: Mapping[str, Sequence[int]],
     gated: Collection[str],
 ) -> tuple[BlockInfo, ...]:
     """Describe blocks of a base model that isn't loaded, by the paths of adapted projections.
 
     Args:
-        shapes: (out_features, in_features) by path in a layer, as `mlp.up_proj`.
+        shapes: (out_features, in_features) by path in a layer, as `mlp.up_proj`, behind a number
+            of experts where these are stacked.
         layers: The decoder layers that have each projection.
         gated: Paths of blocks that are known to be FFN blocks.
     """
@@ -350,13 +367,23 @@ def guess_blocks(
     return tuple(
         BlockInfo(
             path=block,
-            kind="ffn" if block in gated or "att" not in block else "attention",
+            kind=_guess_kind(block, shapes[f"{block}.{projections[0]}"], projections, gated),
             groups=(tuple(projections),),
             shapes={name: shapes[f"{block}.{name}"] for name in projections},
             layers=indices,
         )
         for (block, indices), projections in names.items()
     )
+
+
+def _guess_kind(
+    path: str, shape: tuple[int, ...], projections: Sequence[str], gated: Collection[str]
+) -> BlockKind:
+    if len(shape) == 3:
+        return "experts"
+    if projections == ["moe"]:
+        return "moe"
+    return "ffn" if path in gated or "att" not in path else "attention"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ ATTENTION_INPUTS: tuple[InputGroups, ...] = (
 ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 # Those of types whose FFN block calls a function, as transformers names them.
-ACTIVATION_FUNCTIONS = {"lfm2": "silu"}
+ACTIVATION_FUNCTIONS = {"lfm2": "silu", "lfm2_moe": "silu"}
 # Fields of a configuration that say how many experts compute a token.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts")
 # Fields of a configuration that usually say what becomes of the head's logits.

@@ -273,7 +273,8 @@ class _ExportedModel(ABC):
         tensors = _tensors_of(layer, leave_out)
         for block in blocks:
             for projection in self.adapter.weights_on(block).values():
-                tensors[f"{projection.path}.weight"] = projection.merged(self.wide)
+                merged = projection.merged(self.wide)
+                tensors[projection.base.stored_name] = projection.base.as_stored(merged)
         return tensors
 
 

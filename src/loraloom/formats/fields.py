@@ -16,6 +16,7 @@ from loraloom import adapters
 from loraloom.adapters.contract import AdapterConfig, Targets
 from loraloom.adapters.extra_modules import OWN_FIELDS
 from loraloom.adapters.lora import matches, pattern_value
+from loraloom.adapters.tensor_names import is_meant
 from loraloom.base.blocks import BaseInfo
 from loraloom.errors import AdapterError, shown
 from loraloom.formats.raw_files import CONFIG_FILE, AdapterFiles, settings_in
@@ -53,13 +54,13 @@ _REQUIRED = ("r", "lora_alpha", "num_experts")
 
 
 def read_settings(
-    files: AdapterFiles, method: type[AdapterConfig], projections: Sequence[str]
+    files: AdapterFiles, method: type[AdapterConfig], paths: Sequence[str]
 ) -> Settings:
     """Read a method's settings; the targets are those listed, and the projections with tensors."""
     # A name in `target_modules` that matches nothing has no effect in PEFT and MoE-PEFT; it is kept
     # here and dropped when the adapter meets a base model without such a module.
-    listed = [name.rpartition(".")[2] for name in files.targets()]
-    targets = tuple(dict.fromkeys([*listed, *projections]))
+    listed = [_target_of(name) for name in files.targets()]
+    targets = tuple(dict.fromkeys([*listed, *map(_target_of, paths)]))
     extra = files.section("loraloom").get("adapter", {})
     table = TABLES.get(method.peft_type)
     if table is None:
@@ -139,16 +140,27 @@ def decisive_fields(fields: Settings, config: AdapterConfig) -> Settings:
 def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
     """Name those of `target_modules` that a base model has, in its order; a LoRA's places stay."""
     targets = config.target_modules
-    if not isinstance(targets, str) and any("." in target for target in targets):
+    is_by_name = isinstance(targets, str) or all("." not in target for target in targets)
+    if not is_by_name and any(not target.startswith("experts.") for target in targets):
         return targets
     adapted = config.adapted(base.layers_without_weights())
-    return tuple(dict.fromkeys(projection.name for projection in adapted))
+    return tuple(dict.fromkeys(_target_of(projection.key) for projection in adapted))
+
+
+def _target_of(key: str) -> str:
+    """Name a projection as a target; an expert's may be called as those of other blocks."""
+    block, _, name = key.rpartition(".")
+    return f"experts.{name}" if block.endswith("experts") else name
 
 
 def _target_pattern(config: AdapterConfig, base: BaseInfo) -> str:
     """Name what is adapted by a pattern that matches nothing else in the base model."""
     adapted = config.adapted(base.layers_without_weights())
-    paths = dict.fromkeys(re.escape(projection.key.split(".", 2)[2]) for projection in adapted)
+    paths = dict.fromkeys(
+        re.escape(projection.key.split(".", 2)[2])
+        for projection in adapted
+        if projection.num_experts is None
+    )
     return rf"{re.escape(base.layers_path)}\.\d+\.({'|'.join(paths)})"
 
 
@@ -180,7 +192,7 @@ _TRAINING = frozenset(
 _STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # A tensor of each adapted module.
 _MODULE = re.compile(
-    r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
+    r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>(?:\w+\.){1,3}\w+))"
     r"\.lora_A(?:\.weight)?$"
 )
 
@@ -234,7 +246,9 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
     layers = files.config.get("layers_to_transform", [])
     if isinstance(layers, int):  # which may be 0
         layers = [layers]
-    has_names = not isinstance(targets, str) and not any("." in str(n) for n in targets or ())
+    has_names = not isinstance(targets, str) and all(
+        "." not in str(name).removeprefix("experts.") for name in targets or ()
+    )
     if has_names and not layers and not files.config.get("exclude_modules"):
         return {}
     if not keys:
@@ -247,25 +261,35 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
     paths = {path for _, path in adapted}
     if len(adapted) < len(layers) * len(paths):
         return {"target_modules": [f"layers.{layer}.{path}" for layer, path in sorted(adapted)]}
-    names = [path.rpartition(".")[2] for path in sorted(paths)]
+    names = list(dict.fromkeys(map(_target_of, sorted(paths))))
     return {"target_modules": names, "layers": sorted(layers)}
 
 
 def _write_lora(config: Any, base: BaseInfo) -> Settings:
     names = {}  # in the base model, by key
+    stacks = {}
     for projection in config.adapted(base.layers_without_weights()):
         names[projection.key] = projection.key.replace("layers", base.layers_path, 1)
-    targets: Any = list(known_targets(config, base))
+        if projection.num_experts is not None:
+            stacks[projection.key.split(".", 2)[2]] = projection
+    targets: Any = [
+        target
+        for target in known_targets(config, base)
+        if not any(is_meant(target, projection.key) for projection in stacks.values())
+    ]
     has_paths = any("." in target for target in targets)  # "layers.1.", whatever the model's path
     is_clear = base.has_own_names and (base.layers_path.endswith("layers") or not has_paths)
     if not is_clear:  # names would mean other modules too, or none
         if has_paths or config.layers is not None:
-            targets = "|".join(map(re.escape, names.values()))
+            targets = "|".join(
+                re.escape(name) for key, name in names.items() if key.split(".", 2)[2] not in stacks
+            )
         else:
             targets = _target_pattern(config, base)
     by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
     alphas = {key: _without_point(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
+        **({"target_parameters": list(stacks)} if stacks else {}),
         "alpha_pattern": _carried_over(alphas, config.alpha, names),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "layers_to_transform": list(config.layers or ()) if by_layer else None,

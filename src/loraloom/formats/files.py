@@ -222,9 +222,10 @@ def _tensor_shapes(stored: StoredAdapter) -> dict[TensorKey, Shape]:
 
 def _projection_shapes(
     stored: StoredAdapter, keys: Mapping[TensorKey, Shape]
-) -> dict[str, tuple[int, int]]:
-    """Return the [O, I] of each adapted projection, in the order of the targets."""
-    outputs = {key.path: shape[0] for key, shape in keys.items() if key.part == "lora_B"}
+) -> dict[str, tuple[int, ...]]:
+    """Return the [O, I], or [E, O, I], of each adapted projection, in the order of the targets."""
+    # those of stacked experts are of three axes
+    outputs = {key.path: shape[:-1] for key, shape in keys.items() if key.part == "lora_B"}
     inputs = {key.path: shape[-1] for key, shape in keys.items() if key.part == "lora_A"}
     paths = {key.path for key in keys if key.projection is not None}
     is_complete = paths and paths == outputs.keys() and paths == inputs.keys()
@@ -236,7 +237,7 @@ def _projection_shapes(
     def order(path: str) -> tuple[int, str]:
         return numbers.get(path.rpartition(".")[2], len(numbers)), path
 
-    return {path: (outputs[path], inputs[path]) for path in sorted(paths, key=order)}
+    return {path: (*outputs[path], inputs[path]) for path in sorted(paths, key=order)}
 
 
 def describe(path_or_hub_id: str | Path) -> dict[str, Any]:

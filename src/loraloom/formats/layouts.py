@@ -36,6 +36,7 @@ from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
 from loraloom.formats.fields import decisive_fields, read_settings, write_fields
 from loraloom.formats.raw_files import CONFIG_FILE, RECORD, AdapterFiles
+from loraloom.formats.stacked import read_stacks, write_stacks
 
 # Version of what loraloom adds to files; those with a higher one are refused.
 RECORD_VERSION = 1
@@ -124,11 +125,11 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
             f"`bias` must be none, got {shown(files.config['bias'])}; train with bias='none', or "
             "merge the biases into the base model"
         )
-    files = _with_whole_tables(files)
+    files = read_stacks(_with_whole_tables(files))
     layers_path, tensors = _our_tensors(files, method)
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
-    projections = [key.projection for key in keys if key.projection is not None]
-    settings = read_settings(files, method, projections) | _own_settings(files, tensors)
+    paths = [f"{key.block}.{key.projection}" for key in keys if key.projection is not None]
+    settings = read_settings(files, method, paths) | _own_settings(files, tensors)
     record = _record(files, method)
     activation = files.config.get("act_fn")
     name = str(files.config.get("base_model_name_or_path") or "")
@@ -171,6 +172,8 @@ def render(
     # transformers refuses a file without a format.
     metadata = {"format": "pt", RECORD: json.dumps(header, sort_keys=True)}
     named = {_their_name(key, config, base): tensor for key, tensor in tensors.items()}
+    if config.layout == "peft":
+        named = write_stacks(named)
     return AdapterFiles(fields, named, metadata)
 
 
@@ -238,7 +241,7 @@ def _tensor_pattern(method: type[AdapterConfig], parts: Sequence[str]) -> re.Pat
         "reference": rf"{re.escape(method.peft_type.lower())}\.layers",
         "native": r"base_model\.model\.layers",
     }[method.layout]
-    block = r"(?P<block>\d{1,5}\.\w+\.(?:\w+\.)??(?:experts\.\d{1,5}\.)?)"
+    block = r"(?P<block>\d{1,5}\.(?:\w+\.){1,4}?(?:experts\.\d{1,5}\.)?)"
     # Our own names end in no `.weight`; there that is a module's parameter.
     ending = rf"(?P<part>{'|'.join(parts)})(?:\.weight)?" if parts else r"(?P<part>\w+)"
     return re.compile(rf"{prefix}\.{block}{ending}", re.ASCII)

@@ -65,6 +65,12 @@ class Folder:
                 "weights, which no LoRA can, so vLLM cannot serve this adapter; use the embedded "
                 "engine, or export the adapter merged (a mixture as an MoE checkpoint)"
             )
+        for projection in config.adapted(self._layers):
+            if projection.num_experts is not None or not projection.has_weight:
+                raise AdapterError(
+                    f"{stored.source}: {projection.key} is of a mixture-of-experts block, where "
+                    "the vLLM plug-in serves no adapters; use the embedded engine"
+                )
         adapter = config.build(stored.source, self._layers, torch.float32, seed=0)
         adapter.load_tensors(tensors)
         with torch.no_grad():

@@ -1,0 +1,126 @@
+"""Tensors of adapters on stacked experts: PEFT's `target_parameters`, and ours.
+
+    {experts}.base_layer.lora_A.weight    of gate_up_proj, where down_proj has a LoRA too
+    {experts}.lora_A.weight               of down_proj, or of the only parameter that has a LoRA
+
+A is [E·R, I], with experts behind one another, and B [O, R·E], with the expert's number fastest.
+
+Ours are the canonical names with a projection, A [E, R, I] and B [E, O, R].
+
+Axes: E experts of the base model, R rank, I in_features, O out_features.
+
+Source: peft 0.21.2, `peft/tuners/lora/layer.py` (`ParamWrapper`).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from loraloom.adapters.lora import pattern_value
+from loraloom.errors import shown
+from loraloom.formats.raw_files import AdapterFiles
+
+# Earlier versions stored A and B of parameters in another order.
+_FIRST_VERSION = "0.19.1"
+_OURS = re.compile(r"(?P<experts>.+)\.(?P<projection>\w+)\.(?P<part>lora_\w+(?:\.weight)?)")
+_PEFTS = re.compile(
+    r"(?P<experts>(?:\w+\.)*\w*experts)(?P<inner>\.base_layer)?\.(?P<part>lora_\w+(?:\.weight)?)",
+    re.ASCII,
+)
+_PREFIX = "base_model.model."
+
+
+def write_stacks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name and lay out tensors of stacks, which have an axis of experts in front, as PEFT does."""
+    projections = defaultdict[str, set[str]](set)
+    for name, tensor in tensors.items():
+        match = _OURS.fullmatch(name)
+        if match is not None and tensor.dim() == 3:
+            projections[match["experts"]].add(match["projection"])
+    written = {}
+    for name, tensor in tensors.items():
+        match = _OURS.fullmatch(name)
+        if match is None or match["projection"] not in projections[match["experts"]]:
+            written[name] = tensor
+            continue
+        has_both = len(projections[match["experts"]]) > 1
+        inner = ".base_layer" if has_both and match["projection"] != "down_proj" else ""
+        written[f"{match['experts']}{inner}.{match['part']}"] = _flat(match["part"], tensor)
+    return written
+
+
+def _flat(part: str, tensor: Tensor) -> Tensor:
+    if part.startswith("lora_A"):
+        return tensor.flatten(0, 1).contiguous()
+    if part.startswith("lora_B"):
+        return tensor.permute(1, 2, 0).flatten(1).contiguous()
+    return tensor
+
+
+def read_stacks(files: AdapterFiles) -> AdapterFiles:
+    """Give tensors of stacked experts our names and axes, and name them as targets."""
+    parameters = files.config.get("target_parameters")
+    if not parameters:
+        return files
+    _check_version(files)
+    tensors = {}
+    targets = list(files.targets())
+    for name, tensor in files.tensors.items():
+        match = _PEFTS.fullmatch(name)
+        if match is None:
+            tensors[name] = tensor
+            continue
+        experts = match["experts"].removeprefix(_PREFIX)
+        names = [
+            parameter.rpartition(".")[2]
+            for parameter in parameters
+            if f".{experts}".endswith(f".{parameter.rpartition('.')[0]}")
+        ]
+        names.sort(key=lambda projection: projection == "down_proj")
+        if not names:
+            raise files.error(
+                f"`target_parameters` must name the parameters that have tensors, got "
+                f"{shown(parameters)} and {name}"
+            )
+        projection = names[0] if match["inner"] else names[-1]
+        targets.append(f"{experts.rpartition('.')[2]}.{projection}")
+        key = f"{experts}.{projection}"
+        rank = pattern_value(files.section("rank_pattern"), key, files.config.get("r"))
+        named = f"{match['experts']}.{projection}.{match['part']}"
+        tensors[named] = _stacked(files, name, match["part"], tensor, rank)
+    config = {name: value for name, value in files.config.items() if name != "target_parameters"}
+    if not isinstance(config.get("target_modules"), str):
+        config["target_modules"] = list(dict.fromkeys(targets))
+    return replace(files, config=config, tensors=tensors)
+
+
+def _stacked(files: AdapterFiles, name: str, part: str, tensor: Tensor, rank: Any) -> Tensor:
+    if not part.startswith(("lora_A", "lora_B")):
+        return tensor
+    axis = 0 if part.startswith("lora_A") else 1
+    is_valid = isinstance(rank, int) and rank > 0 and tensor.dim() == 2
+    if not is_valid or tensor.shape[axis] % rank:
+        raise files.error(
+            f"{name} must have the rank, {rank}, for each expert on axis {axis}, got the shape "
+            f"{tuple(tensor.shape)}"
+        )
+    if axis == 0:
+        return tensor.unflatten(0, (-1, rank))
+    return tensor.unflatten(1, (rank, -1)).permute(2, 0, 1)
+
+
+def _check_version(files: AdapterFiles) -> None:
+    version = str(files.config.get("peft_version", _FIRST_VERSION))
+    if _numbers(version) < _numbers(_FIRST_VERSION):
+        raise files.error(
+            f"`target_parameters` of PEFT {version} have A and B in another order; load the "
+            f"adapter with PEFT {_FIRST_VERSION} or later and save it again"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d{1,9}", version)[:3]]

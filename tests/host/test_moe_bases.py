@@ -1,0 +1,333 @@
+"""Base models that are mixtures of experts: adapters on the experts, and beside the whole block."""
+
+import copy
+import json
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loraloom
+from loraloom.adapters import (
+    AdapterConfig,
+    HydraLoraConfig,
+    LoraConfig,
+    LoraMoeConfig,
+    MixLoraConfig,
+    MolaConfig,
+    VeraConfig,
+)
+from loraloom.errors import AdapterError, FormatError
+from loraloom.host.host import Host
+from loraloom.host.trial import try_adapters
+from tests.conftest import build_tokenizer
+from tests.tiny import (
+    MOE_TYPES,
+    parameter_grads,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
+
+FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "gpt_oss")
+TYPES = (*FAMILIES, "qwen3_next", *MOE_TYPES)
+IDS = tiny_ids(3)
+PLACED: dict[str, AdapterConfig] = {
+    "lora": LoraConfig(rank=3, alpha=6, target_modules=("experts",)),
+    "rslora": LoraConfig(
+        rank=2, alpha=6, rank_stabilized=True, target_modules=("attention", "experts")
+    ),
+    "dora": LoraConfig(rank=2, alpha=6, weight_decomposition=True, target_modules=("experts",)),
+    "dropout": LoraConfig(rank=4, alpha=6, dropout=0.3, target_modules=("experts",)),
+    "mixlora": MixLoraConfig(
+        rank=2, alpha=4, num_experts=3, top_k=2, dropout=0.2, target_modules=("experts",)
+    ),
+    "mixdora": MixLoraConfig(
+        rank=2,
+        alpha=4,
+        num_experts=3,
+        top_k=2,
+        weight_decomposition=True,
+        target_modules=("experts",),
+    ),
+    "beside": LoraConfig(rank=3, alpha=6, dropout=0.2, target_modules=("attention", "moe")),
+    "mola-beside": MolaConfig(rank=2, alpha=4, num_experts=3, top_k=2, target_modules=("moe",)),
+    "mixlora-beside": MixLoraConfig(
+        rank=2, alpha=4, num_experts=3, top_k=2, target_modules=("attention", "moe")
+    ),
+    "loramoe-beside": LoraMoeConfig(rank=2, alpha=4, num_experts=3, target_modules=("moe",)),
+    "hydralora-beside": HydraLoraConfig(rank=2, alpha=4, num_experts=3, target_modules=("moe",)),
+    "vera-beside": VeraConfig(rank=5, target_modules=("moe",)),
+}
+
+
+def placed_host(family: str = "qwen3_moe", *names: str) -> Host:
+    return tiny_host(family, {name: PLACED[name] for name in names or PLACED})
+
+
+@pytest.mark.parametrize("family", TYPES)
+def test_a_type_passes_the_trial_and_is_itself_without_adapters(family):
+    model = tiny_model(family, torch.float32)
+    before = model(input_ids=IDS).logits
+    host = loraloom.attach(model)
+    try_adapters(host)
+    host.add("a", LoraConfig(target_modules="experts"))
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    assert torch.equal(host(IDS).logits, before)
+    assert "experts" in {block.kind for block in host.base.blocks}
+
+
+@pytest.mark.parametrize("family", TYPES)
+def test_every_expert_that_got_tokens_has_a_gradient(family):
+    host = tiny_host(family, {"a": PLACED["lora"]})
+    seen: dict[str, set[int]] = {}
+
+    def keep(module: Any, args: tuple[Tensor, ...]) -> None:
+        seen.setdefault(module.key, set()).update(args[1].flatten().tolist())
+
+    for projection in host.adapter("a").projections():
+        experts: Any = projection.base.linear
+        experts.key = projection.key.rpartition(".")[0]
+        if projection.name == "down_proj":
+            experts.register_forward_pre_hook(keep)
+    host(IDS, adapters=["a"] * 3).logits.square().sum().backward()
+    for projection in host.adapter("a").projections():
+        gradient = projection.get_parameter("lora_B").grad[0].flatten(1)
+        used = gradient.abs().sum(1).nonzero().flatten().tolist()
+        assert set(used) == seen[projection.key.rpartition(".")[0]]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4_text", "deepseek_v3"])
+def test_mixed_rows_are_what_each_is_alone(family):
+    names = [name for name in PLACED if family != "gemma4_text" or "beside" not in name]
+    host = tiny_host(family, {name: PLACED[name] for name in names})
+    ids = tiny_ids(len(names) + 1)
+    mixed = host(ids, adapters=[*names, None]).logits
+    for row, name in enumerate([*names, None]):
+        alone = host(ids[row : row + 1], adapters=[name]).logits
+        assert relative_error(mixed[row], alone[0]) < 1e-7, name
+
+
+def test_training_with_dropout_depends_on_no_neighbors():
+    host = placed_host("qwen3_moe", "dropout", "mixlora", "beside", "dora")
+    names = list(host.adapters)
+    ids = tiny_ids(4)
+
+    def losses(rows: list[int]) -> Tensor:
+        output = host(
+            ids[rows], adapters=[names[row] for row in rows], sample_keys=rows, training=True
+        )
+        return output.logits.square().mean((1, 2))
+
+    losses([2, 0, 3, 1]).sum().backward()
+    together = {name: parameter_grads(host.adapter(name)) for name in names}
+    for row, name in enumerate(names):
+        losses([row]).sum().backward()
+        alone = parameter_grads(host.adapter(name))
+        assert alone.keys() == together[name].keys()
+        for parameter, gradient in alone.items():
+            assert relative_error(together[name][parameter], gradient) < 1e-7, (name, parameter)
+
+
+def test_weights_after_steps_together_are_those_after_steps_alone():
+    def train(names: list[str]) -> dict[str, dict[str, Tensor]]:
+        host = placed_host("mixtral", *names)
+        weights = [weight for name in names for weight in host.adapter(name).parameters()]
+        optimizer = torch.optim.AdamW(weights, lr=1e-2)
+        for step in range(5):
+            ids = tiny_ids(1, seed=step).expand(len(names), -1)
+            keys = [step] * len(names)
+            output = host(ids, adapters=names, sample_keys=keys, training=True)
+            output.logits.square().mean((1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: host.adapter(name).tensors() for name in names}
+
+    names = ["lora", "dropout", "mola-beside"]
+    together = train(names)
+    # seeds of initial weights go by place
+    first = train(names[:1])
+    for name, tensor in first["lora"].items():
+        assert relative_error(together["lora"][name], tensor) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ["mlp.experts.down_proj"],
+        ["mlp.experts.gate_up_proj"],
+    ],
+    ids=["both", "down", "up"],
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_pefts_adapters_are_read_and_written_to_the_bit(family, targets, tmp_path):
+    model = tiny_model(family)
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj"],
+        target_parameters=targets,
+        rank_pattern={"mlp.experts.down_proj": 5} if len(targets) > 1 else {},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a rank_pattern is ignored, which then is applied
+        theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    trained = [weight for weight in theirs.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        for weight in trained:
+            weight.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    host = loraloom.attach(copy.deepcopy(model))
+    adapter = host.load("a", tmp_path / "theirs")
+    ours = host(IDS, adapters=["a"] * 3).logits
+    expected = theirs(input_ids=IDS).logits
+    assert relative_error(ours, expected) < 1e-9
+    ours.square().sum().backward()
+    expected.square().sum().backward()
+    squares = []
+    for weights in (adapter.parameters(), trained):
+        squares.append(sum(float(weight.grad.square().sum()) for weight in weights))
+    assert squares[0] == pytest.approx(squares[1], rel=1e-6)  # norms are in float32
+    host.save("a", tmp_path / "ours")
+    files = [
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert all(
+        torch.equal(tensor.float(), files[1][name].float()) for name, tensor in files[0].items()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours"))
+    assert relative_error(again(input_ids=IDS).logits, expected) < 1e-7
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_files_give_back_what_was_saved(name, tmp_path):
+    host = placed_host("qwen3_moe", name)
+    host.save(name, tmp_path / "a")
+    host.load("again", tmp_path / "a")
+    tensors = host.adapter("again").tensors()
+    assert all(
+        torch.equal(tensors[key], value) for key, value in host.adapter(name).tensors().items()
+    )
+    logits = host(IDS[:2], adapters=[name, "again"])
+    assert torch.equal(logits.logits[0], host(IDS[:2, :], adapters=[name, name]).logits[0])
+
+
+def test_files_of_an_early_peft_are_refused(tmp_path):
+    host = placed_host("qwen3_moe", "lora")
+    host.save("lora", tmp_path / "a")
+    path = tmp_path / "a/adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "peft_version": "0.18.0"}))
+    with pytest.raises(FormatError, match=r"PEFT 0\.18\.0 .* load the adapter with PEFT 0\.19\.1"):
+        host.load("b", tmp_path / "a")
+
+
+def test_a_dora_is_that_of_each_experts_weight():
+    host = placed_host("qwen3_moe", "dora")
+    adapter = host.adapter("dora")
+    ours = host(IDS, adapters=["dora"] * 3).logits
+    host.detach()
+    with torch.no_grad():
+        for projection in adapter.projections():
+            weight = projection.base.weight
+            update = (
+                3 * projection.get_parameter("lora_B")[0] @ projection.get_parameter("lora_A")[0]
+            )
+            changed = weight + update
+            magnitude = projection.get_parameter("lora_magnitude_vector")[0]
+            changed = magnitude[..., None] * changed / changed.norm(dim=2, keepdim=True)
+            projection.base.set_weight(changed)
+        expected = host.model(input_ids=IDS).logits
+    assert relative_error(ours, expected) < 1e-7
+
+
+def test_a_merged_adapter_is_the_base_model_with_other_experts(tmp_path):
+    tokenizer = build_tokenizer()
+    host = tiny_host(
+        "qwen3_moe", {"lora": PLACED["lora"]}, torch.float32, vocab_size=len(tokenizer)
+    )
+    expected = host(IDS, adapters=["lora"] * 3).logits
+    host.merge("lora")
+    assert relative_error(host(IDS).logits, expected) < 1e-5
+    host.unmerge("lora")
+    done = loraloom.export(host, tokenizer, "lora", tmp_path / "out")
+    assert done.form == "merged"
+    assert done.logit_error is not None
+    assert done.logit_error < 1e-4
+
+
+def test_greedy_text_of_mixed_rows_is_that_of_each_alone():
+    names: list[str | None] = ["lora", "rslora", "dora", "mixlora", "mola-beside", None]
+    host = placed_host("qwen3_moe", *[name for name in names if name])
+    ids = tiny_ids(len(names))
+    together = host.generate(ids, adapters=names, max_new_tokens=6, do_sample=False)
+    like = ["lora", "lora", None, "lora"]  # similar adapters decode in stacks
+    stacked = host.generate(ids[:4], adapters=like, max_new_tokens=6, do_sample=False)
+    for row, name in enumerate(names):
+        alone = host.generate(
+            ids[row : row + 1], adapters=[name], max_new_tokens=6, do_sample=False
+        )
+        assert torch.equal(together[row], alone[0])
+    for row, name in enumerate(like):
+        alone = host.generate(
+            ids[row : row + 1], adapters=[name], max_new_tokens=6, do_sample=False
+        )
+        assert torch.equal(stacked[row], alone[0])
+
+
+def test_a_recomputed_layer_gives_the_same_gradients():
+    host = placed_host("qwen3_moe", "dropout", "mixlora")
+    gradients = []
+    for enabled in (False, True):
+        host.enable_gradient_checkpointing(enabled)
+        names = ["dropout", "mixlora", "dropout"]
+        output = host(IDS, adapters=names, sample_keys=[0, 1, 2], training=True)
+        output.logits.square().sum().backward()
+        gradients.append([parameter_grads(host.adapter(name)) for name in names[:2]])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            LoraConfig(target_modules=("moe",), weight_decomposition=True),
+            r"DoRA decomposes weights, and layers\.0\.mlp\.moe is a whole block",
+        ),
+        (
+            MolaConfig(target_modules=("experts",)),
+            "MoLA works on single projections.*lora or mixlora",
+        ),
+        (VeraConfig(target_modules=("experts",)), "VeRA works on single projections"),
+        (
+            MixLoraConfig(target_modules=("experts",), shared_expert={"rank": 2}),
+            "shared_expert and compat must be unset on the experts",
+        ),
+    ],
+    ids=["dora beside", "mola", "vera", "shared expert"],
+)
+def test_what_cannot_be_there_is_refused_with_what_to_use(config, message):
+    host = tiny_host("qwen3_moe", {}, torch.float32)
+    with pytest.raises(AdapterError, match=message):
+        host.add("a", config)
+
+
+def test_updates_of_stacks_are_neither_added_up_nor_combined():
+    host = placed_host("qwen3_moe", "lora", "rslora")
+    with pytest.raises(AdapterError, match="with updates of stacked experts"):
+        host(IDS[:1], adapters=["lora:0.5+rslora:0.5"])
+    with pytest.raises(AdapterError, match="which cannot be combined"):
+        host.combine(["lora", "lora"], [0.5, 0.5], name="c")
+    host.add("b", PLACED["beside"])
+    with pytest.raises(AdapterError, match="beside a whole block"):
+        host.merge("b")
