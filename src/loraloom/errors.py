@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 # Characters of a message; what is longer is cut.
 MAX_MESSAGE = 4000
 
-
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 80
 _shown.maxlevel = 3

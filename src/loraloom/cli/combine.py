@@ -59,6 +59,17 @@ class CombineOptions(HostOptions):
             if self.by not in ways:
                 for name in sorted(self.model_fields_set & {*names}):
                     yield f"--{name.replace('_', '-')} requires --by {' or '.join(ways)}"
+        if self.derived:
+            yield (
+                f"--adapter must be NAME=PATH here, got {self.derived[0]}; pass weights as "
+                "--weight NAME=NUMBER with --by cat, linear or svd"
+            )
+        elif len(self.adapters) < 2:
+            yield f"--adapter must name two adapters or more, got {len(self.adapters)}"
+        elif self.by == "prompt":
+            missing = self.adapters.keys() - self.of_adapters("prompts", self.prompts).keys()
+            if missing:
+                yield f"--prompts {min(missing)}=DATA is missing; pass --prompts per adapter"
 
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
         """Split NAME=VALUE, of adapters that are there."""
@@ -82,18 +93,10 @@ def combine(
     Args:
         output: Directory for the combined adapter.
     """
-    adapters, console = options.adapters, make_console(soft_wrap=True)
-    if options.derived:
-        raise ConfigError(
-            f"--adapter must be NAME=PATH here, got {options.derived[0]}; pass weights as --weight "
-            "NAME=NUMBER with --by cat, linear or svd"
-        )
-    if len(adapters) < 2:
-        raise ConfigError(f"--adapter must name two adapters or more, got {len(adapters)}")
+    adapters = options.adapters
+    console = make_console(soft_wrap=True)
     prompts = options.of_adapters("prompts", options.prompts)
     weights = options.of_adapters("weight", options.weight)
-    if options.by == "prompt" and (missing := adapters.keys() - prompts.keys()):
-        raise ConfigError(f"--prompts {min(missing)}=DATA is missing; pass --prompts per adapter")
     try:
         factors = [float(weights.get(name, 1)) for name in adapters]
     except ValueError as error:
@@ -102,32 +105,29 @@ def combine(
         refuse_to_overwrite(output)
     check_sources(options, adapters)
     host, tokenizer = load_host(options, adapters)
-    names = list(adapters)
     combined = "combined"
     while combined in adapters:
         combined += "-"
     if options.by in ("prompt", "arrow"):
         settings = options.model_dump(include={"top_k", "num_layers_read"})
-        experts = {name: name for name in names}
+        experts = {name: name for name in adapters}
         host.add(combined, of_experts(experts, router=options.by, **settings))
     else:
-        host.combine(names, factors, options.by, name=combined)
-    fit = None
+        host.combine(list(adapters), factors, options.by, name=combined)
     if options.by == "prompt":
-        sources = {name: _source(host, name, prompts[name], options.scoring) for name in names}
+        sources = {name: _source(host, name, prompts[name], options.scoring) for name in adapters}
         if options.scoring and not any("task" in source for source in sources.values()):
             raise ConfigError("--scoring requires a task in --prompts, got data sets")
         fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
-    host.save(combined, output, overwrite=options.overwrite)
-    if fit:
         _print_fit(console, fit)
-    console.print(f"wrote {output}: {', '.join(names)} combined by {options.by}")
+    host.save(combined, output, overwrite=options.overwrite)
+    console.print(f"wrote {output}: {', '.join(adapters)} combined by {options.by}")
 
 
 def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mapping[str, Any]:
     """Describe where an adapter's prompts are, as under `data:` in a run file."""
     if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
-        return {"task": data} | ({"scoring": scoring} if scoring else {})
+        return {"task": data, "scoring": scoring} if scoring else {"task": data}
     form = host.adapter(name).prompt
     formats = (form.format, *ROW_FORMATS) if form else ROW_FORMATS
     return infer_source({"dataset": data}, first_rows(find_location(data, "train")), formats)

@@ -44,16 +44,14 @@ def show(
     table = make_table("source", values=COUNTS)
     faults: list[str] = []
     for job in run.all_jobs:
-        data, train = job.data, job.train
-        splits = [(source, "train") for source in data.sources]
-        splits += [(data.validation, "validation")] if data.validation else []
+        splits = [(source, "train") for source in job.data.sources]
+        splits += [(job.data.validation, "validation")] if job.data.validation else []
         for source, split in splits:
-            as_pairs = train.objective.learns_from_pairs
-            encoder = SourceEncoder(source, tokenizer, train.max_length, as_pairs)
-            streaming = data.streaming and split == "train"
-            limit = rows if streaming else None
+            as_pairs = job.train.objective.learns_from_pairs
+            encoder = SourceEncoder(source, tokenizer, job.train.max_length, as_pairs)
+            streams = job.data.streaming and split == "train"
             try:
-                read, encoded = encoder.read(split, limit, streaming=streaming)
+                read, encoded = encoder.read(split, rows if streams else None, streaming=streams)
                 for number, row in enumerate(encoded[:rows], start=1):
                     name = f"{job.name}: {encoder.name}, row {number}"
                     for line in row_lines(name, row, tokenizer):
@@ -110,14 +108,15 @@ def token_lines(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marked: Sequence[bool], width: int
 ) -> Iterator[str]:
     """Lines of tokens, `|` between them; after each that has marked ones, a line of `^`."""
-    lines: list[list[str]] = [[], []]
+    lines = ["", ""]
     for token, is_marked in zip(ids, marked, strict=True):
         # escapes stand in place of what can't be seen
         text = plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
-        if cell_len("".join(lines[-2])) + cell_len(text) >= width:
-            lines += [[], []]
-        lines[-2].append(f"{text}|")
-        lines[-1].append(("^" if is_marked else " ") * cell_len(text) + " ")
+        if cell_len(lines[-2]) + cell_len(text) >= width:
+            lines += ["", ""]
+        mark = "^" if is_marked else " "
+        lines[-2] += f"{text}|"
+        lines[-1] += f"{mark * cell_len(text)} "
         if "\\n" in text:
-            lines += [[], []]
-    yield from filter(None, ("".join(line).rstrip() for line in lines))
+            lines += ["", ""]
+    yield from filter(None, map(str.rstrip, lines))

@@ -84,15 +84,15 @@ def init(
     name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.split(".")[0]).strip("-")[:80] or "job"
     task = output.with_name(f"{name}-task.yaml")
     task_text = ""
-    data: dict[str, Any] = {"dataset": str(file), "format": row_format}
+    data: dict[str, Any]
     if row_format == "choices":
         data = {"task": str(task), "path": str(file), "scoring": "text"}
-        where = {"data": {"files": {"train": relpath(file, output.parent)}}}
-        task_text = to_yaml(where | _task_settings(rows, **columns))
+        files = {"train": relpath(file, output.parent)}
+        task_text = to_yaml({"data": {"files": files}, **_task_settings(rows, **columns)})
         if task.exists() and not overwrite and read_text(task) != task_text:
             raise ConfigError(f"{task} has other settings. Pass --overwrite to replace the file.")
     else:
-        data |= column_settings(columns)
+        data = {"dataset": str(file), "format": row_format, **column_settings(columns)}
     data |= {"chat_template": chat_template, "on_empty": on_empty}
     data = {key: value for key, value in data.items() if value}
     tokenizer = load_tokenizer(base_model)
@@ -154,8 +154,9 @@ def find_columns(
     """Find the first of the named formats whose columns most rows have."""
     counts = Counter(chain.from_iterable(rows))
     # an optional role's own column is read in the rows that have it
-    rare = {*_OPTIONAL, "context"} - {"prompt"}
-    if lacking := [n for role, n in fields.items() if role not in rare and n not in counts]:
+    rare = {"tools", "system", "input", "context"}
+    lacking = [name for role, name in fields.items() if role not in rare and name not in counts]
+    if lacking:
         hint = f"{suggestion(lacking[0], counts)}its columns are {fields_of(counts)}"
         raise DataError(f"{file} has no column {lacking[0]!r}, which --column names; {hint}")
     usual = [name for name in counts if 2 * counts[name] >= len(rows) or name in rare]
@@ -166,9 +167,9 @@ def find_columns(
         columns = dict(fields)
         for role, candidates in roles.items():
             free = {name.strip().lower(): name for name in usual if name not in columns.values()}
-            matches = [free[name] for name in candidates if name in free]
-            if matches and role not in fields:
-                columns[role] = matches[0]
+            match = next((name for name in candidates if name in free), None)
+            if match is not None and role not in fields:
+                columns[role] = free[match]
         if roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
             return row_format, columns
     required = (f"\n  {name}: {', '.join(formats[name])}" for name in row_formats)
@@ -221,9 +222,10 @@ def _task_settings(rows: Sequence[Row], question: str, choices: str, answer: str
 
 
 def _kinds_of_answer(choices: Any, right: Any) -> list[str]:
-    texts = choices if isinstance(choices, list) else []
-    options = answer_options([str(text) for text in texts], ascii_uppercase[: len(texts)])
-    if not isinstance(right, str) and right not in texts:
+    if not isinstance(choices, list):
+        return []
+    options = answer_options([str(text) for text in choices], ascii_uppercase[: len(choices)])
+    if not isinstance(right, str) and right not in choices:
         del options["text"]  # the number 1 is an index in a list of "1" and "2"
     answer = str(right).strip()
     return [kind for kind, names in options.items() if names.count(answer) == 1]

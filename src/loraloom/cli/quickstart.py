@@ -79,20 +79,20 @@ def quickstart(
     for name in (*lands, together):
         host.load(name, run.output_dir / name)
     host.add(ROUTED, of_experts({land: land for land in lands}))
-    fit_router(host, tokenizer, ROUTED, {job.name: job.data.sources[0] for job in run.jobs[:-1]})
+    land_jobs = run.jobs[:-1]
+    fit_router(host, tokenizer, ROUTED, {job.name: job.data.sources[0] for job in land_jobs})
     host.save(ROUTED, run.output_dir / ROUTED, overwrite=True)
     console.print(f"\nCombined the {len(lands)} adapters, with a router by prompt; evaluating")
-    tasks = [str(job.data.task) for job in run.jobs[:-1]]
+    tasks = [str(job.data.task) for job in land_jobs]
     names = [None, *lands, together, ROUTED]
     pairs = [(ROUTED, together)]
     evaluation = evaluate(host, tokenizer, tasks, names, scoring="text", split="test", pairs=pairs)
     evaluation.write(output_dir / "eval.json")
     findings = _findings(evaluation, dict(zip(lands, tasks, strict=True)), together)
-    console.print(f"\n{findings}")
     table = make_table("questions of", values=lands)
     for land, routing in zip(lands, evaluation.routing[ROUTED]["tasks"].values(), strict=True):
         table.add_row(land, *(f"{share:.0%}" if share else "" for share in routing["load"][0]))
-    console.print("\nAdapters that the router chooses:")
+    console.print(f"\n{findings}\n\nAdapters that the router chooses:")
     print_tables(console, [table])
     console.print(CAUTION)
     page = make_page([run.output_dir], [output_dir / "eval.json"], summary=findings)
