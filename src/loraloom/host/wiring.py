@@ -109,13 +109,11 @@ class FfnBlock:
         if forward is None or not any(adapter.adapts(self.block) for adapter in forward.adapters):
             return self.base_forward(hidden_states)
         shape = hidden_states.shape
-        hidden_states = forward.layout.by_row(hidden_states)
-        return self._adapted(forward, hidden_states).view(shape)
-
-    def _adapted(self, forward: ForwardContext, hidden_states: Tensor) -> Tensor:
+        hidden_states = forward.layout.by_row(hidden_states)  # a mixture flattens its input
         if forward.stacked is not None:
             down = partial(_outputs, self.output)
-            return forward.stacked.ffn(self.block, hidden_states, self._base_outputs, down)
+            output = forward.stacked.ffn(self.block, hidden_states, self._base_outputs, down)
+            return output.view(shape)
         outputs = self._base_outputs(hidden_states)
         dtype = outputs[0].dtype
         layout = forward.layout
@@ -131,7 +129,7 @@ class FfnBlock:
         downs = [down] if len(parts) == 1 else down.split(sizes)
         with outside_autocast(down):
             rows = [part.finish(values) for part, values in zip(parts, downs, strict=True)]
-        return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
+        return layout.join(rows, hidden_states.shape).view(shape)
 
     def _base_outputs(self, hidden_states: Tensor) -> list[Tensor]:
         return [_outputs(linear, hidden_states) for linear in self.inputs]
