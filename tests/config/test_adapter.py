@@ -10,7 +10,7 @@ def test_rank_stabilized_scaling_is_alpha_over_the_root_of_rank():
 
 @pytest.mark.parametrize("targets", ["q_proj", 3, None])
 def test_target_modules_that_are_neither_are_refused(targets):
-    with pytest.raises(ValidationError, match="must be all-linear, .*, moe or a list of"):
+    with pytest.raises(ValidationError, match=r"must be all-linear, .*, moe or a list of"):
         LoraConfig(target_modules=targets)
 
 
