@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from loraloom.generation.prompts import Prompt as Prompt
     from loraloom.generation.router import fit_router as fit_router
     from loraloom.generation.sampling import SamplingConfig as SamplingConfig
+    from loraloom.host.forwards import HostOutput as HostOutput
     from loraloom.host.host import Host as Host
-    from loraloom.host.host import HostOutput as HostOutput
     from loraloom.host.host import attach as attach
     from loraloom.training.client import TrainingClient as TrainingClient
     from loraloom.training.client import example_of as example_of
@@ -70,7 +70,8 @@ _HOMES = {
     "generation.prompts": "Prompt",
     "generation.router": "fit_router",
     "generation.sampling": "SamplingConfig",
-    "host.host": "Host HostOutput attach",
+    "host.forwards": "HostOutput",
+    "host.host": "Host attach",
     "training.client": "TrainingClient example_of example_of_completion run_requests",
     "training.job": "JobResult",
     "training.run": "train",

@@ -1,6 +1,6 @@
 """What answers a prompt: its adapter, or the experts that a router chooses for the whole prompt.
 
-Axes: B prompts, L tokens of the longest.
+Axes: B prompts, L tokens of the longest, T tokens of all, D hidden.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loraloom.adapters.routed.choice import MAX_PROMPT, Choice, choose_experts
 from loraloom.adapters.routed.method import prompt_router_of
+from loraloom.base.sharding import recovering
 from loraloom.errors import DataError
 from loraloom.host.layout import RowAdapter, name_and_scale
 
@@ -64,7 +65,33 @@ def choose(
     return choices
 
 
-def batches_of(
+@torch.no_grad()
+def prompt_states(
+    host: Any, prompts: Sequence[Sequence[int]], num_layers: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Compute the base model's hidden states of prompts after N layers; 0: the embeddings.
+
+    Yields:
+        For each batch, the indices of its prompts, the states of their tokens, [T, D], and the
+        number in the batch of each token's prompt, [T].
+    """
+    layer = host.model.get_input_embeddings()
+    if num_layers:
+        layer = host.model.get_submodule(host.base.layers_path)[num_layers - 1]
+    for indices, ids, mask in _batches_of(prompts, host.config.vocab_size):
+        # The hook needs the lock, and a sharded model must recover from the forward's early end.
+        with host.forwards.without_adapters(), _output_of(layer) as outputs, recovering(host.model):
+            host.forwards.run_decoder(
+                input_ids=ids.to(host.device),
+                attention_mask=mask.to(host.device),
+                use_cache=False,
+            )
+        rows, columns = mask.nonzero(as_tuple=True)
+        rows = rows.to(host.device)
+        yield indices, outputs[0][rows, columns.to(host.device)], rows
+
+
+def _batches_of(
     prompts: Sequence[Sequence[int]], vocab_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Cut prompts into batches of like lengths: indices, ids padded on the right, masks, [B, L]."""
@@ -102,7 +129,7 @@ def padding_mask(
 
 
 @contextmanager
-def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+def _output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Take what a layer computes, and end the forward with it."""
     outputs: list[Tensor] = []
 

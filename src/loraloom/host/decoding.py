@@ -9,7 +9,7 @@ tokens. Which tokens are real is known on the CPU, so that no step asks the devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,9 +193,8 @@ class Decoding:
 class Sessions:
     """Starts and extends the decoding sessions of a base model."""
 
-    def __init__(self, forwards: Forwards, run_decoder: Callable[..., Any], heads: Heads):
+    def __init__(self, forwards: Forwards, heads: Heads):
         self._forwards = forwards
-        self._run_decoder = run_decoder
         self._heads = heads
 
     def prefill(
@@ -255,7 +254,9 @@ class Sessions:
         model_mask = None if bool(mask.all()) else mask.to(device)
         with self._forwards.thread.using(session.prepared):
             with self._forwards.run(request) as (_, inputs):
-                out = self._run_decoder(input_ids=input_ids, attention_mask=model_mask, **inputs)
+                out = self._forwards.run_decoder(
+                    input_ids=input_ids, attention_mask=model_mask, **inputs
+                )
             last_states = out.last_hidden_state[:, -1].contiguous()
             session.logits = self._heads.logits(last_states, session.adapters)
         session.attention_mask = mask

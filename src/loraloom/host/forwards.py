@@ -1,6 +1,6 @@
-"""How a forward of the base model begins: its adapters, its mode, and how they are computed.
+"""How a forward of the base model begins and what it returns: adapters, mode, computation, result.
 
-Axes: B batch (rows), L sequence (tokens of a row).
+Axes: B batch (rows), L sequence (tokens of a row), D hidden, V vocabulary.
 """
 
 import threading
@@ -17,6 +17,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.routed.method import prompt_router_of
+from loraloom.adapters.segment import SampleTokens
 from loraloom.base.sharding import recovering
 from loraloom.errors import AdapterError, ModelError
 from loraloom.host.forward import ForwardContext, current_forward, running
@@ -31,6 +32,7 @@ from loraloom.host.prepared_weights import (
 )
 from loraloom.host.registry import AdapterRegistry
 from loraloom.ops.dropout import sample_key
+from loraloom.routing.record import LayerRouting
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,58 @@ class ForwardRequest:
         if self.sample_lengths is None:
             return len(self.input_ids)
         return sum(len(lengths) for lengths in self.sample_lengths)
+
+
+@dataclass(frozen=True)
+class HostOutput:
+    """The result of a forward: logits, [B, L, V], and if requested the cache and the loss.
+
+    `routing` lists, for each mixture by name, the decisions of each router for real tokens, sorted
+    by the scales of the rows. In training, `samples` names the sample of each of these tokens.
+    """
+
+    logits: Tensor
+    past_key_values: Any = None
+    loss: Tensor | None = None
+    routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
+    samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, output: Any, forward: ForwardContext) -> "HostOutput":
+        return cls(
+            logits=output.logits,
+            past_key_values=_cache_of(output),
+            loss=output.get("loss"),
+            routing=forward.joined_routing(),
+            samples=forward.samples(),
+        )
+
+
+@dataclass(frozen=True)
+class HiddenOutput:
+    """The result of `Host.hidden`: states after the final norm, [B, L, D], else as HostOutput."""
+
+    last_hidden_state: Tensor
+    past_key_values: Any = None
+    routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
+    samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, output: Any, forward: ForwardContext) -> "HiddenOutput":
+        return cls(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=_cache_of(output),
+            routing=forward.joined_routing(),
+            samples=forward.samples(),
+        )
+
+
+def _cache_of(output: Any) -> Any:
+    """Return the key-value cache, whose field changed its name within transformers 5."""
+    for name in ("cache", "past_key_values"):
+        if name in output.keys():  # noqa: SIM118
+            return output[name]
+    return None
 
 
 class ThreadState(threading.local):
@@ -146,8 +200,10 @@ class Forwards:
         self,
         registry: AdapterRegistry,
         lock: threading.RLock,
+        run_decoder: Callable[..., Any],
         choose: Callable[..., Sequence[Choice]],
     ):
+        self.run_decoder = run_decoder  # the base model up to its final norm
         self.thread = ThreadState()
         self.choices = PromptChoices(registry, choose)
         self._registry = registry
@@ -182,6 +238,12 @@ class Forwards:
             forward = self.open(request)
             with running(forward), recovering(self.model):
                 yield forward, model_inputs
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Run the base model alone."""
+        with self._lock, running(None), recovering(self.model):
+            yield
 
     def _without_cache(self, request: ForwardRequest) -> Mapping[str, Any]:
         """Switch the cache off where it would be wrong."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from loraloom.adapters.combining import Combination
 from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.routed.method import add_experts
-from loraloom.adapters.segment import SampleTokens
 from loraloom.base.families import FAMILIES
-from loraloom.base.sharding import decoder_of, recovering
+from loraloom.base.sharding import decoder_of
 from loraloom.base.structure import text_config
 from loraloom.config.data import PromptForm
 from loraloom.distributed import Alone, Ranks
@@ -29,10 +27,9 @@ from loraloom.errors import ModelError, names_in
 from loraloom.formats.files import read_stored, write_adapter
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
-from loraloom.host.choice import batches_of, choose, output_of, padding_mask
+from loraloom.host.choice import choose, padding_mask, prompt_states
 from loraloom.host.decoding import Decoding, Sessions
-from loraloom.host.forward import running
-from loraloom.host.forwards import ForwardRequest, Forwards
+from loraloom.host.forwards import ForwardRequest, Forwards, HiddenOutput, HostOutput
 from loraloom.host.heads import Heads
 from loraloom.host.layout import (
     RowAdapter,
@@ -45,7 +42,6 @@ from loraloom.host.outer_forward import AdapterModel, OuterForward, Rows
 from loraloom.host.prepared_weights import PreparedWeights, Record
 from loraloom.host.registry import AdapterRegistry, describe
 from loraloom.host.trial import try_adapters, try_packing
-from loraloom.routing.record import LayerRouting
 
 
 def attach(model: nn.Module) -> Host:
@@ -60,31 +56,6 @@ def attach(model: nn.Module) -> Host:
             "model by name with loraloom.load_base_model()"
         )
     return Host(model)
-
-
-@dataclass(frozen=True)
-class HostOutput:
-    """The result of a forward: logits, [B, L, V], and if requested the cache and the loss.
-
-    `routing` lists, for each mixture by name, the decisions of each router for real tokens, sorted
-    by the scales of the rows. In training, `samples` names the sample of each of these tokens.
-    """
-
-    logits: Tensor
-    past_key_values: Any = None
-    loss: Tensor | None = None
-    routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
-    samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class HiddenOutput:
-    """The result of `Host.hidden`: states after the final norm, [B, L, D], else as HostOutput."""
-
-    last_hidden_state: Tensor
-    past_key_values: Any = None
-    routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
-    samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
 
 
 class Host:
@@ -105,18 +76,17 @@ class Host:
     """
 
     def __init__(self, model: nn.Module):
-        self._inside = threading.RLock()
-        self._registry = AdapterRegistry(model, self._inside)
+        lock = threading.RLock()
+        self._registry = AdapterRegistry(model, lock)
         self.model: Any = model
         self.base = self._registry.base
         self.ranks: Ranks = Alone()
         self.default_form: PromptForm | None = None  # of rows whose adapter has none
         self.gradient_checkpointing = False
         undo = self._registry.wiring.undo
-        self._decoder = decoder_of(model, undo)
-        self.forwards = Forwards(self._registry, self._inside, self.choose)
+        self.forwards = Forwards(self._registry, lock, decoder_of(model, undo), self.choose)
         self.heads = Heads(self._registry, self.forwards.thread)
-        self._sessions = Sessions(self.forwards, self._decoder, self.heads)
+        self._sessions = Sessions(self.forwards, self.heads)
         self.outer_forward = OuterForward(self, model)
         undo.callback(vars(model).pop, "_call_impl")
         self._packs_with: set[str] = set()  # implementations of attention
@@ -197,25 +167,11 @@ class Host:
         """Return which adapter answers each prompt, a list of token IDs: the router's choice."""
         return choose(self, prompts, adapters)
 
-    @torch.no_grad()
     def prompt_states(
         self, prompts: Sequence[Sequence[int]], num_layers: int
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Compute the base model's hidden states of prompts after N layers; 0: the embeddings.
-
-        Yields:
-            For each batch, the indices of its prompts, the states of their tokens, [T, D], and the
-            number in the batch of each token's prompt, [T].
-        """
-        module = self.model.get_input_embeddings()
-        if num_layers:
-            module = self.model.get_submodule(self.base.layers_path)[num_layers - 1]
-        for places, ids, mask in batches_of(prompts, self.config.vocab_size):
-            with self._inside, running(None), output_of(module) as found, recovering(self.model):
-                inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-                self._decoder(**inputs, use_cache=False)
-            owners, columns = (one.to(self.device) for one in mask.nonzero(as_tuple=True))
-            yield places, found[0][owners, columns], owners
+        """Compute the base model's states of prompts; see `loraloom.host.choice.prompt_states`."""
+        return prompt_states(self, prompts, num_layers)
 
     def load(
         self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
@@ -377,14 +333,8 @@ class Host:
         )
         mask = None if attention_mask is None else attention_mask.to(self.device)
         with self.forwards.run(request) as (forward, inputs):
-            out = self.model(input_ids=input_ids, attention_mask=mask, **inputs)
-        return HostOutput(
-            logits=out.logits,
-            past_key_values=_cache_of(out),
-            loss=out.get("loss"),
-            routing=forward.joined_routing(),
-            samples=forward.samples(),
-        )
+            output = self.model(input_ids=input_ids, attention_mask=mask, **inputs)
+        return HostOutput.of(output, forward)
 
     def hidden(
         self,
@@ -426,13 +376,8 @@ class Host:
         )
         mask = None if attention_mask is None else attention_mask.to(self.device)
         with self.forwards.run(request) as (forward, inputs):
-            out = self._decoder(input_ids=input_ids, attention_mask=mask, **inputs)
-        return HiddenOutput(
-            last_hidden_state=out.last_hidden_state,
-            past_key_values=_cache_of(out),
-            routing=forward.joined_routing(),
-            samples=forward.samples(),
-        )
+            output = self.forwards.run_decoder(input_ids=input_ids, attention_mask=mask, **inputs)
+        return HiddenOutput.of(output, forward)
 
     def check_packing(self) -> None:
         """Raise a ModelError if samples of a packed row would see each other; tried once."""
@@ -440,8 +385,8 @@ class Host:
         implementation = self.config._attn_implementation
         if implementation in self._packs_with:
             return
-        with self._inside, running(None), recovering(self.model):
-            try_packing(self, self._decoder)
+        with self.forwards.without_adapters():
+            try_packing(self, self.forwards.run_decoder)
         self._packs_with.add(implementation)
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
@@ -540,9 +485,3 @@ class Host:
     def as_model(self, name: str | None) -> AdapterModel:
         """Return an adapter, or the base model, as a separate model for Trainer and trl."""
         return AdapterModel(self, name)
-
-
-def _cache_of(output: Any) -> Any:
-    """Return the key-value cache, whose field changed its name within transformers 5."""
-    present = [name for name in ("cache", "past_key_values") if name in output.keys()]  # noqa: SIM118
-    return output[present[0]] if present else None
