@@ -29,10 +29,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.gating import Gating
+from loraloom.ops.grouped_rows import group_stops, grouped_product, multiply_groups
 from loraloom.ops.low_rank import excess_of, scale_update
 from loraloom.ops.stacked import StackedWeights
-
-grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)  # of torch 2.10 on
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class _Rows:
             self.experts, self.order = torch.sort(index.flatten())
             self.tokens = self.order // self.top_k
             slots = self.order % self.top_k
-        self.stops = _stops(self.experts, self.num_experts)
+        self.stops = group_stops(self.experts, self.num_experts)
         # A slot has random numbers by its expert's number: base models may list them in any order.
         self.ranks = index.argsort(1).argsort(1)[self.tokens, slots]
         # Tokens by adapter; the last are those of none.
@@ -222,7 +221,7 @@ class _Rows:
         if not self.apart:
             return self.experts, self.stops
         experts = self.expand(self.experts)
-        return experts, _stops(experts, self.num_experts)
+        return experts, group_stops(experts, self.num_experts)
 
     def expand(self, values: Tensor) -> Tensor:
         """Go from rows, [P, ...], to hidden rows, [H, ...]."""
@@ -281,7 +280,7 @@ class _AdapterRows:
         self.local = local
         self.choices = choices
         self.groups = groups
-        self.stops = None if self.is_gathered else _stops(groups, self.num_groups)
+        self.stops = None if self.is_gathered else group_stops(groups, self.num_groups)
         num_slots = 1 if update.choice is None else update.choice.shape[1]
         self.slots = rows.ranks[base_rows] * num_slots + choices  # whose mask a row has
 
@@ -295,7 +294,7 @@ class _AdapterRows:
         shared = self.num_groups // len(weights)  # groups that have one weight
         if self.stops is None:
             return torch.bmm(inputs.unsqueeze(1), weights[self.groups // shared]).squeeze(1)
-        return _GroupedProduct.apply(inputs, weights, self.stops[shared - 1 :: shared])  # pyright: ignore
+        return grouped_product(inputs, weights, self.stops[shared - 1 :: shared])  # pyright: ignore
 
     def change(
         self, frozen: Tensor, low_rank: Tensor, side: ExpertSide, bias: Tensor | None
@@ -461,75 +460,11 @@ class _ExpertRows(torch.autograd.Function):
 def _frozen_product(rows: Tensor, base: Any, experts: Tensor, stops: Tensor) -> Tensor:
     """Compute W_e x + b_e of rows that are sorted by expert, [n, O]."""
     weight = base.weight
-    output = _product(rows.to(weight.dtype), weight.transpose(1, 2), stops)
+    output = multiply_groups(rows.to(weight.dtype), weight.transpose(1, 2), stops)
     bias = base.compute_bias(output.dtype)
     return output if bias is None else output.add_(bias[experts])
 
 
 def _frozen_gradient(grad: Tensor, base: Any, experts: Tensor, stops: Tensor) -> Tensor:
     weight = base.weight
-    return _product(grad.to(weight.dtype).contiguous(), weight, stops)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """Rows that are sorted by group, [Q, I], times their group's weight, [G, I, O]."""
-
-    # torch's own takes no float64, and no gradients that are expanded
-
-    @staticmethod
-    def forward(ctx, rows, weights, stops):
-        ctx.save_for_backward(rows, weights, stops)
-        return _product(rows, weights, stops)
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, weights, stops = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = _product(grad, weights.transpose(1, 2), stops)
-        if ctx.needs_input_grad[1]:
-            grad_weights = _products_over_rows(rows, grad, stops)
-        return grad_rows, grad_weights, None
-
-
-def _product(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
-    if len(weights) == 1:
-        return rows @ weights[0]
-    if _has_kernel(rows, weights):
-        return grouped_mm(rows, weights, offs=stops)
-    output = rows.new_empty(len(rows), weights.shape[2])
-    start = 0
-    for group, stop in enumerate(stops.tolist()):
-        if start < stop:
-            torch.mm(rows[start:stop], weights[group], out=output[start:stop])
-        start = stop
-    return output
-
-
-def _products_over_rows(rows: Tensor, grad: Tensor, stops: Tensor) -> Tensor:
-    """Compute each group's xᵀ grad, [G, I, O]."""
-    if len(stops) == 1:
-        return (rows.T @ grad).unsqueeze(0)
-    if _has_kernel(rows, grad):
-        return grouped_mm(rows.T, grad, offs=stops)
-    output = rows.new_zeros(len(stops), rows.shape[1], grad.shape[1])
-    start = 0
-    for group, stop in enumerate(stops.tolist()):
-        if start < stop:
-            torch.mm(rows[start:stop].T, grad[start:stop], out=output[group])
-        start = stop
-    return output
-
-
-def _has_kernel(rows: Tensor, weights: Tensor) -> bool:
-    """Whether torch has a grouped product for these: rows of whole 16 bytes, and no float64."""
-    sizes = (*rows.shape[1:], *weights.shape[1:])
-    is_aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
-    return grouped_mm is not None and rows.dtype != torch.float64 and is_aligned
-
-
-def _stops(groups: Tensor, num_groups: int) -> Tensor:
-    """Count the rows up to each group's last, [G]; bincount would wait for a device."""
-    numbers = torch.arange(num_groups, device=groups.device)
-    return torch.searchsorted(groups, numbers, right=True, out_int32=True)
+    return multiply_groups(grad.to(weight.dtype).contiguous(), weight, stops)

@@ -1,0 +1,80 @@
+"""Products of rows that are sorted by group with their group's weights.
+
+Axes: Q rows, G groups, I in_features, O out_features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)  # of torch 2.10 on
+
+
+def grouped_product(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+    """Multiply rows, [Q, I], with their group's weight of [G, I, O], differentiably."""
+    return _GroupedProduct.apply(rows, weights, stops)  # pyright: ignore[reportReturnType]
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Rows that are sorted by group, [Q, I], times their group's weight, [G, I, O]."""
+
+    # torch's own takes no float64, and no gradients that are expanded
+
+    @staticmethod
+    def forward(ctx, rows, weights, stops):
+        ctx.save_for_backward(rows, weights, stops)
+        return multiply_groups(rows, weights, stops)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, weights, stops = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = multiply_groups(grad, weights.transpose(1, 2), stops)
+        if ctx.needs_input_grad[1]:
+            grad_weights = _products_over_rows(rows, grad, stops)
+        return grad_rows, grad_weights, None
+
+
+def multiply_groups(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+    if len(weights) == 1:
+        return rows @ weights[0]
+    if _has_kernel(rows, weights):
+        return grouped_mm(rows, weights, offs=stops)
+    output = rows.new_empty(len(rows), weights.shape[2])
+    start = 0
+    for group, stop in enumerate(stops.tolist()):
+        if start < stop:
+            torch.mm(rows[start:stop], weights[group], out=output[start:stop])
+        start = stop
+    return output
+
+
+def _products_over_rows(rows: Tensor, grad: Tensor, stops: Tensor) -> Tensor:
+    """Compute each group's xᵀ grad, [G, I, O]."""
+    if len(stops) == 1:
+        return (rows.T @ grad).unsqueeze(0)
+    if _has_kernel(rows, grad):
+        return grouped_mm(rows.T, grad, offs=stops)
+    output = rows.new_zeros(len(stops), rows.shape[1], grad.shape[1])
+    start = 0
+    for group, stop in enumerate(stops.tolist()):
+        if start < stop:
+            torch.mm(rows[start:stop].T, grad[start:stop], out=output[group])
+        start = stop
+    return output
+
+
+def _has_kernel(rows: Tensor, weights: Tensor) -> bool:
+    """Whether torch has a grouped product for these: rows of whole 16 bytes, and no float64."""
+    sizes = (*rows.shape[1:], *weights.shape[1:])
+    is_aligned = all(size * rows.element_size() % 16 == 0 for size in sizes)
+    return grouped_mm is not None and rows.dtype != torch.float64 and is_aligned
+
+
+def group_stops(groups: Tensor, num_groups: int) -> Tensor:
+    """Count the rows up to each group's last, [G]; bincount would wait for a device."""
+    numbers = torch.arange(num_groups, device=groups.device)
+    return torch.searchsorted(groups, numbers, right=True, out_int32=True)
