@@ -68,5 +68,5 @@ def test_arguments_of_test_go_to_pytest_behind_its_own(checkout):
     python.write_text('#!/bin/sh\necho threads $OMP_NUM_THREADS\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
     said = run(checkout / "scripts/test", "-n", "0", "-k", "a or b", OMP_NUM_THREADS="")
-    own = "-m pytest -n 2 --dist loadscope --no-loadscope-reorder".split()
+    own = "-m pytest -n 3 --dist loadscope --no-loadscope-reorder".split()
     assert said.stdout.splitlines() == ["threads 1", *own, "-n", "0", "-k", "a or b"]
