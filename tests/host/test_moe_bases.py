@@ -331,3 +331,11 @@ def test_updates_of_stacks_are_neither_added_up_nor_combined():
     host.add("b", PLACED["beside"])
     with pytest.raises(AdapterError, match="beside a whole block"):
         host.merge("b")
+
+
+def test_routers_of_a_shared_expert_and_of_experts_are_recorded_apart():
+    config = MixLoraConfig(rank=2, num_experts=3, top_k=2, target_modules=("ffn", "experts"))
+    host = tiny_host("qwen2_moe", {"mix": config})
+    output = host(IDS, adapters=["mix"] * 3, training=True, sample_keys=[0, 1, 2])
+    assert [len(record.router_logits) for record in output.routing["mix"]] == [IDS.numel()] * 4
+    assert host.auxiliary_loss(output).isfinite()

@@ -292,7 +292,9 @@ class MixLoraAdapter(Adapter):
             )
         logits = router_logits(hidden_states, self.router(block), jitter)
         selected, weights, extra = self.choose(block, logits, hidden_states, tokens)
-        tokens.record_routing(logits, selected, weights, extra=extra)
+        # a layer may have a router in an FFN block, and one in the base model's experts
+        router = None if block.num_experts is None else block.path
+        tokens.record_routing(logits, selected, weights, router, extra)
         # Slots that no token uses are left out, where the device need not be waited for.
         if not self._sums_to_one and weights.device.type == "cpu" and len(weights):
             used = max(1, int((weights.detach() != 0).sum(1).max()))  # NaN counts

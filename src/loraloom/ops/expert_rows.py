@@ -294,7 +294,7 @@ class _AdapterRows:
         shared = self.num_groups // len(weights)  # groups that have one weight
         if self.stops is None:
             return torch.bmm(inputs.unsqueeze(1), weights[self.groups // shared]).squeeze(1)
-        return grouped_product(inputs, weights, self.stops[shared - 1 :: shared])  # pyright: ignore
+        return grouped_product(inputs, weights, self.stops[shared - 1 :: shared])
 
     def change(
         self, frozen: Tensor, low_rank: Tensor, side: ExpertSide, bias: Tensor | None
