@@ -44,6 +44,10 @@ class ExpertSide(StackedWeights):
 
     stacked_fields = ("A", "B", "row_scale")
 
+    @property
+    def is_scaled(self) -> bool:
+        return self.row_scale is not None
+
     def flat(self) -> ExpertSide:
         row_scale = None if self.row_scale is None else self.row_scale.flatten(0, 1)
         return ExpertSide(self.A.flatten(0, 1), self.B.flatten(0, 1), row_scale)
@@ -209,8 +213,7 @@ class _Rows:
         ]
         self.slots = slots
         self.is_scaled = any(
-            update.weights.down is not None and update.weights.down.row_scale is not None
-            for update in updates
+            update.weights.down is not None and update.weights.down.is_scaled for update in updates
         )
         # A row scale stands outside of W_down, so that each hidden row goes through it by itself.
         self.apart = self.base_rows is not None and self.is_scaled
@@ -296,50 +299,84 @@ class _AdapterRows:
             return torch.bmm(inputs.unsqueeze(1), weights[self.groups // shared]).squeeze(1)
         return grouped_product(inputs, weights, self.stops[shared - 1 :: shared])
 
-    def change(
-        self, frozen: Tensor, low_rank: Tensor, side: ExpertSide, bias: Tensor | None
+    def scale_change(
+        self, update: Tensor, side: ExpertSide, frozen: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """Compute what is added to the frozen rows: Δ, or Δ + (c - 1) ∘ (Wx + Δ) with DoRA's c."""
-        update = self.product(low_rank, side.B)
-        if side.row_scale is None:
-            return update
+        """Compute Δ + (c - 1) ∘ (Wx + Δ) of an update Δ and DoRA's c."""
+        assert side.row_scale is not None
         excess = excess_of(side.row_scale, frozen.dtype)[self.groups]
         if self.is_adapted is not None:
             excess = excess * self.is_adapted
-        unscaled = frozen[self.hidden]
         if bias is not None:
-            unscaled = unscaled - bias[self.experts]
-        return torch.addcmul(update, excess, unscaled + update)
+            frozen = frozen - bias[self.experts]
+        return torch.addcmul(update, excess, frozen + update)
 
-    def inputs(self, hidden_states: Tensor, update: ExpertUpdate) -> Tensor:
-        """Gather the block's input, with dropout, [Q, D]."""
-        inputs = hidden_states[self.tokens]
+    def drop_inputs(self, inputs: Tensor, update: ExpertUpdate) -> Tensor:
+        """Apply dropout to the block's input, [Q, D]."""
         if update.keep_input is None:
             return inputs
         return inputs * update.keep_input[self.local] * (1 / (1 - update.dropout))
 
-    def states(self, hidden: Tensor, update: ExpertUpdate) -> Tensor:
-        """Gather hidden states, with dropout, [Q, F]."""
-        states = hidden[self.hidden]
+    def drop_states(self, states: Tensor, update: ExpertUpdate) -> Tensor:
+        """Apply dropout to hidden states, [Q, F]."""
         if update.keep_slots is None:
             return states
         return states * update.keep_slots[self.slots, self.local] * (1 / (1 - update.dropout))
+
+
+def _gather(values: Tensor, indices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Give each adapter its rows: at once, so that the gradient is one sum over all of them."""
+    if not indices:
+        return []
+    return values[torch.cat(list(indices))].split([len(index) for index in indices])
+
+
+def _changes(
+    rows: _Rows,
+    updates: Sequence[ExpertUpdate],
+    values: Tensor,
+    frozen: Tensor,
+    bias: Tensor | None,
+    is_up: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Compute what all adapters add to frozen rows, [Q, O], and list these hidden rows, [Q]."""
+    adapters = []
+    sides = []
+    for adapter, update in zip(rows.adapters, updates, strict=True):
+        side = update.weights.up if is_up else update.weights.down
+        if side is not None:
+            adapters.append((adapter, update))
+            sides.append(side)
+    if not sides:
+        return None
+    hidden_rows = [adapter.hidden for adapter, _ in adapters]
+    sources = [adapter.tokens for adapter, _ in adapters] if is_up else hidden_rows
+    scaled = [index for index, side in zip(hidden_rows, sides, strict=True) if side.is_scaled]
+    scaled_rows = iter(_gather(frozen, scaled))
+    changes = []
+    for (adapter, update), side, inputs in zip(
+        adapters, sides, _gather(values, sources), strict=True
+    ):
+        dropped = adapter.drop_inputs if is_up else adapter.drop_states
+        low_rank = adapter.rank_input(dropped(inputs, update), side)
+        change = adapter.product(low_rank, side.B)
+        if side.is_scaled:
+            change = adapter.scale_change(change, side, next(scaled_rows), bias)
+        changes.append(change)
+    return torch.cat(changes), torch.cat(hidden_rows)
 
 
 def _gate(
     rows: _Rows, up: Tensor, hidden_states: Tensor, updates: Sequence[ExpertUpdate]
 ) -> Tensor:
     """Go from the frozen product of the rows, [P, O], to the hidden rows' states, [H, F]."""
-    bias = rows.base.up.compute_bias(up.dtype)
     frozen = rows.expand(up)
-    outputs = frozen
-    for adapter, update in zip(rows.adapters, updates, strict=True):
-        side = update.weights.up
-        if side is not None:
-            low_rank = adapter.rank_input(adapter.inputs(hidden_states, update), side)
-            change = adapter.change(frozen, low_rank, side, bias)
-            outputs = outputs.index_add(0, adapter.hidden, change)
-    return rows.base.gating(outputs)
+    bias = rows.base.up.compute_bias(up.dtype)
+    changes = _changes(rows, updates, hidden_states, frozen, bias, is_up=True)
+    if changes is not None:
+        change, hidden_rows = changes
+        frozen = frozen.index_add(0, hidden_rows, change)
+    return rows.base.gating(frozen)
 
 
 def _down(
@@ -360,17 +397,13 @@ def _down(
         # as often as the slots' weights sum to
         excess = rows.combine(torch.ones_like(slot_weights), slot_weights) - 1
         total = total + excess * bias[rows.experts]
-    for adapter, update in zip(rows.adapters, updates, strict=True):
-        side = update.weights.down
-        if side is None:
-            continue
-        low_rank = adapter.rank_input(adapter.states(hidden, update), side)
-        change = adapter.change(total, low_rank, side, bias)
-        if rows.apart or rows.base_rows is None:
-            total = total.index_add(0, adapter.hidden, change)
-        else:
-            change = change * slot_weights[adapter.hidden]
-            total = total.index_add(0, adapter.base_rows, change)
+    changes = _changes(rows, updates, hidden, total, bias, is_up=False)
+    if changes is not None:
+        change, hidden_rows = changes
+        if rows.base_rows is not None and not rows.apart:
+            change = change * slot_weights[hidden_rows]
+            hidden_rows = rows.base_rows[hidden_rows]
+        total = total.index_add(0, hidden_rows, change)
     return rows.combine(total, slot_weights) if rows.apart else total
 
 
