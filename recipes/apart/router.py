@@ -21,6 +21,7 @@ from torch import Tensor
 import loraloom
 from loraloom.adapters.routed.prompt_router import PromptRouter
 from loraloom.generation.router import prompt_ids
+from loraloom.host.choice import prompt_states
 
 COUNTS = (8, 16, 32, 64, 200)
 POOLINGS = ("tokens", "mean", "last")
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read(host: loraloom.Host, ids: Sequence[Sequence[int]], layers: int) -> tuple[Tensor, Tensor]:
     """States of all prompts' tokens, and whose they are, in the prompts' order."""
     found = []
-    for batch, states, owners in host.prompt_states(ids, layers):
+    for batch, states, owners in prompt_states(host, ids, layers):
         found += [(place, states[owners == n].float()) for n, place in enumerate(batch)]
     ordered = [states for _, states in sorted(found, key=lambda one: one[0])]
     lengths = torch.tensor([*map(len, ordered)])

@@ -18,6 +18,7 @@ from loraloom.generation.prompts import encode_for_choice
 from loraloom.generation.router import prompt_ids
 from loraloom.generation.scoring import label_log_probs
 from loraloom.host import host as host_module
+from loraloom.host.choice import prompt_states
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     ALL_METHODS,
@@ -222,7 +223,7 @@ def test_states_of_prompts_are_the_base_models(family):
     with torch.no_grad():
         expected = host.model(input_ids=ids, output_hidden_states=True).hidden_states
     for layers in (0, 1):
-        ((places, states, owners),) = host.prompt_states(ids.tolist(), layers)
+        ((places, states, owners),) = prompt_states(host, ids.tolist(), layers)
         torch.testing.assert_close(states.view(2, 5, -1), expected[layers][places])
         assert owners.tolist() == [0] * 5 + [1] * 5
 

@@ -110,6 +110,14 @@ def text_config(model: nn.Module) -> Any:
     return model.config.get_text_config()  # pyright: ignore
 
 
+def max_positions(config: Any) -> int:
+    """The length to which rows are decoded: of LongRoPE, beyond which earlier keys change."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return config.max_position_embeddings
+
+
 def keeps_running_states(config: Any) -> bool:
     """Whether some layers keep one state of all tokens before, in place of keys and values."""
     caches = (_CACHES.get(kind, object) for kind in getattr(config, "layer_types", None) or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.errors import AdapterError, DataError, shown
 from loraloom.generation.prompts import Prompt, encode_for_choice
+from loraloom.host.choice import prompt_states
 from loraloom.host.host import Host
 
 # Of an expert: texts, token ids, or where a source has them.
@@ -60,7 +62,9 @@ def fit_router(
     ids = {key: prompt_ids(host, tokenizer, value, name, limit) for key, value in prompts.items()}
     experts = list(adapter.members)
     only = experts if only is None else only
-    return fit_to_prompts(router, ids, host.prompt_states, experts=experts, only=only, seed=seed)
+    return fit_to_prompts(
+        router, ids, partial(prompt_states, host), experts=experts, only=only, seed=seed
+    )
 
 
 def prompt_ids(

@@ -5,6 +5,7 @@ Axes: B prompts, L tokens of the longest, T tokens of all, D hidden.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def choose(
             rows_by_name.setdefault(name, []).append(row)
     for name, rows in rows_by_name.items():
         prompts_of_name = [prompts[row] for row in rows]
-        chosen = choose_experts(host.adapter(name), prompts_of_name, host.prompt_states)
+        chosen = choose_experts(host.adapter(name), prompts_of_name, partial(prompt_states, host))
         for row, choice in zip(rows, chosen, strict=True):
             _, scale = name_and_scale(adapters[row])
             scaled = choice.adapter if scale == 1 else (str(choice.adapter), scale)

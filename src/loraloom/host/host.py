@@ -20,28 +20,22 @@ from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.routed.method import add_experts
 from loraloom.base.families import FAMILIES
 from loraloom.base.sharding import decoder_of
-from loraloom.base.structure import text_config
+from loraloom.base.structure import max_positions, text_config
 from loraloom.config.data import PromptForm
 from loraloom.distributed import Alone, Ranks
 from loraloom.errors import ModelError, names_in
 from loraloom.formats.files import read_stored, write_adapter
 from loraloom.formats.layouts import StoredAdapter
 from loraloom.formats.raw_files import find_adapter
-from loraloom.host.choice import choose, padding_mask, prompt_states
+from loraloom.host.choice import choose, padding_mask
 from loraloom.host.decoding import Decoding, Sessions
 from loraloom.host.forwards import ForwardRequest, Forwards, HiddenOutput, HostOutput
 from loraloom.host.heads import Heads
-from loraloom.host.layout import (
-    RowAdapter,
-    RowAdapters,
-    SampleLengths,
-    check_uses_masks,
-    packed_rows,
-)
+from loraloom.host.layout import RowAdapter, RowAdapters, SampleLengths, packed_rows
 from loraloom.host.outer_forward import AdapterModel, OuterForward, Rows
 from loraloom.host.prepared_weights import PreparedWeights, Record
 from loraloom.host.registry import AdapterRegistry, describe
-from loraloom.host.trial import try_adapters, try_packing
+from loraloom.host.trial import PackingTrial, try_adapters
 
 
 def attach(model: nn.Module) -> Host:
@@ -89,7 +83,7 @@ class Host:
         self._sessions = Sessions(self.forwards, self.heads)
         self.outer_forward = OuterForward(self, model)
         undo.callback(vars(model).pop, "_call_impl")
-        self._packs_with: set[str] = set()  # implementations of attention
+        self._packing = PackingTrial(self)
         if self.base.model_type not in FAMILIES:
             try:
                 try_adapters(self)
@@ -118,11 +112,8 @@ class Host:
 
     @property
     def max_positions(self) -> int:
-        """The length to which rows are decoded: of LongRoPE, beyond which earlier keys change."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            return rope["original_max_position_embeddings"]
-        return self.config.max_position_embeddings
+        """The length to which rows are decoded."""
+        return max_positions(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -166,12 +157,6 @@ class Host:
     ) -> list[Choice]:
         """Return which adapter answers each prompt, a list of token IDs: the router's choice."""
         return choose(self, prompts, adapters)
-
-    def prompt_states(
-        self, prompts: Sequence[Sequence[int]], num_layers: int
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Compute the base model's states of prompts; see `loraloom.host.choice.prompt_states`."""
-        return prompt_states(self, prompts, num_layers)
 
     def load(
         self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
@@ -322,14 +307,7 @@ class Host:
             **model_inputs: Further inputs of the base model: `past_key_values`, `position_ids`, …
         """
         request = ForwardRequest(
-            input_ids=input_ids,
-            adapters=adapters,
-            mask=attention_mask,
-            model_inputs=model_inputs,
-            sample_keys=sample_keys,
-            training=self.training if training is None else training,
-            checkpointing=self.gradient_checkpointing,
-            record={},
+            input_ids, adapters, attention_mask, model_inputs, sample_keys, **self._mode(training)
         )
         mask = None if attention_mask is None else attention_mask.to(self.device)
         with self.forwards.run(request) as (forward, inputs):
@@ -363,31 +341,26 @@ class Host:
             positions, token_mask = packed_rows(sample_lengths, *input_ids.shape)
             model_inputs["position_ids"] = positions.to(self.device)
             attention_mask = None  # with it transformers would let samples see each other
+        model_inputs = {"use_cache": False, **model_inputs}
+        mode = self._mode(training)
         request = ForwardRequest(
-            input_ids=input_ids,
-            adapters=adapters,
-            mask=token_mask,
-            model_inputs={"use_cache": False, **model_inputs},
-            sample_keys=sample_keys,
-            sample_lengths=sample_lengths,
-            training=self.training if training is None else training,
-            checkpointing=self.gradient_checkpointing,
-            record={},
+            input_ids, adapters, token_mask, model_inputs, sample_keys, sample_lengths, **mode
         )
         mask = None if attention_mask is None else attention_mask.to(self.device)
         with self.forwards.run(request) as (forward, inputs):
             output = self.forwards.run_decoder(input_ids=input_ids, attention_mask=mask, **inputs)
         return HiddenOutput.of(output, forward)
 
+    def _mode(self, training: bool | None) -> dict[str, Any]:
+        return {
+            "training": self.training if training is None else training,
+            "checkpointing": self.gradient_checkpointing,
+            "record": {},
+        }
+
     def check_packing(self) -> None:
         """Raise a ModelError if samples of a packed row would see each other; tried once."""
-        check_uses_masks(self.config)
-        implementation = self.config._attn_implementation
-        if implementation in self._packs_with:
-            return
-        with self.forwards.without_adapters():
-            try_packing(self, self.forwards.run_decoder)
-        self._packs_with.add(implementation)
+        self._packing.check()
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
         """Sum the auxiliary losses of the adapters in a forward with `training=True`.

@@ -7,7 +7,7 @@ scale form a segment; where a batch comes grouped by them, segments are views, o
 gathered by segment and put back.
 
 Packed rows hold several samples side by side. Positions restart at each sample's first token. From
-that alone transformers makes the masks of most models: a token sees its own sample. `try_packing`
+that alone transformers makes the masks of most models: a token sees its own sample. `_try_packing`
 finds the others, which ignore positions, or keep states that samples would share. What is left at
 a row's end is padding, a sample of its own to the attention, so that no token sees nothing.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loraloom.adapters.segment import SampleTokens
 from loraloom.adapters.weighted_sum import Weighted, write_sum
-from loraloom.errors import AdapterError, DataError, ModelError
+from loraloom.errors import AdapterError, DataError
 from loraloom.host.prepared_weights import ScaledAdapter, cut_rows
 from loraloom.ops.dropout import SampleSpan
 
@@ -34,16 +34,6 @@ SampleLengths = Sequence[Sequence[int]]
 RowAdapter = str | tuple[str, float] | Weighted | list[Any] | None
 # A batch's adapters; None: the base model for all rows.
 RowAdapters = Sequence[RowAdapter] | None
-
-
-def check_uses_masks(config: Any) -> None:
-    """Raise a ModelError if a base model's attention reads no mask, which keeps samples apart."""
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ModelError(
-            f"packing requires attention with a mask, attn_implementation sdpa or eager, got "
-            f"{config._attn_implementation!r}; choose one of them, or set packing: false and "
-            "group_by_length: true"
-        )
 
 
 def packed_rows(sample_lengths: SampleLengths, num_rows: int, length: int) -> tuple[Tensor, Tensor]:

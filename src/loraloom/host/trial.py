@@ -105,7 +105,28 @@ def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def try_packing(host: Any, run_decoder: Callable[..., Any]) -> None:
+class PackingTrial:
+    """Whether samples of a packed row see each other; tried once with each kind of attention."""
+
+    def __init__(self, host: Any):
+        self._host = host
+        self._sound: set[str] = set()  # implementations of attention
+
+    def check(self) -> None:
+        implementation = self._host.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ModelError(
+                "packing requires attention with a mask, attn_implementation sdpa or eager, got "
+                f"{implementation!r}; choose one of them, or set packing: false and "
+                "group_by_length: true"
+            )
+        if implementation not in self._sound:
+            with self._host.forwards.without_adapters():
+                _try_packing(self._host, self._host.forwards.run_decoder)
+            self._sound.add(implementation)
+
+
+def _try_packing(host: Any, run_decoder: Callable[..., Any]) -> None:
     """Run a sample twice in one row of a host's base model; both must be as if they were alone.
 
     The second one's states must equal the first one's, whatever precedes it, and their gradient for

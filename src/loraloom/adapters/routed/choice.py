@@ -18,7 +18,7 @@ from loraloom.ops.token_loss import is_broken
 
 # Tokens of a prompt that are read: its last ones.
 MAX_PROMPT = 512
-# Reads prompts' states after some decoder layers, as `Host.prompt_states`.
+# Reads prompts' states after some decoder layers, as `loraloom.host.choice.prompt_states`.
 ReadStates = Callable[..., Iterator[tuple[Sequence[int], Tensor, Tensor]]]
 
 
