@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "max_steps": 3,
+    "max_steps": 2,
     "per_device_train_batch_size": 4,
     "logging_steps": 1,
     "save_strategy": "no",
@@ -103,15 +103,15 @@ def weights(adapter) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in adapter.tensors().items()}
 
 
-def trained_by_us(trainer: str, config=MIX, optimizer: str = "sgd") -> dict[str, torch.Tensor]:
-    """The weights after three steps of a training client on a trainer's data."""
-    settings = OptimizerConfig(optimizer=optimizer, learning_rate=RATE, weight_decay=0.0)
+def trained_by_us(trainer: str, config=MIX) -> dict[str, torch.Tensor]:
+    """The weights after two steps of a training client on a trainer's data."""
+    settings = OptimizerConfig(optimizer="sgd", learning_rate=RATE, weight_decay=0.0)
     host, tokenizer = loraloom.attach(base_model()), build_tokenizer()
     client = TrainingClient(host, tokenizer, "default", config, settings, seed=0)
     data, objective = [example_of(row, [True] * len(row)) for row in IDS.tolist()], "sft"
     if trainer == "DPOTrainer":
         data, objective = [client.pair(**pair) for pair in PAIRS], "dpo"
-    for _ in range(3):
+    for _ in range(2):
         client.forward_backward(data, objective)
         client.optim_step(max_grad_norm=1.0)
     return weights(client.adapter)
