@@ -123,26 +123,21 @@ def assert_equal_weights(ours, theirs, tolerance: float = 1e-5):
     assert max(worst.values()) < tolerance, max(worst.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_trainers_reach_our_trainers_weights(trainer, way, tmp_path):
-    model, adapter = model_of(way)
-    TRAINERS[trainer](model, tmp_path, activation_checkpointing=True).train()
-    assert model.is_activation_checkpointing
-    assert_equal_weights(trained_by_us(trainer), weights(adapter))
+IN_TURN = [("Trainer", "view"), ("SFTTrainer", "peft"), ("DPOTrainer", "peft")]
 
 
 @pytest.mark.parametrize(
-    ("method", "trainer", "way"),
+    ("method", "trainer", "way", "checkpointing"),
     [
-        (method, *[("Trainer", "view"), ("SFTTrainer", "peft"), ("DPOTrainer", "peft")][place % 3])
-        for place, method in enumerate(ALL_METHODS)
+        *(("mixlora", trainer, way, True) for trainer in TRAINERS for way in WAYS),
+        *((method, *IN_TURN[place % 3], False) for place, method in enumerate(ALL_METHODS)),
     ],
 )
-def test_every_method_is_trained_as_by_our_trainer(method, trainer, way, tmp_path):
+def test_every_method_is_trained_as_by_our_trainer(method, trainer, way, checkpointing, tmp_path):
     config = ALL_METHODS[method]
     model, adapter = model_of(way, config)
-    TRAINERS[trainer](model, tmp_path, activation_checkpointing=False).train()
+    TRAINERS[trainer](model, tmp_path, activation_checkpointing=checkpointing).train()
+    assert model.is_activation_checkpointing is checkpointing
     assert_equal_weights(trained_by_us(trainer, config), weights(adapter))
 
 

@@ -236,25 +236,20 @@ def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
     assert abs(second) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "what"),
-    [
-        ("rows.jsonl", "Say blue 1", "Say blue 3", "job plain: examples"),
-        ("arc_easy/train.jsonl", "What is 2", "What is 9", "job mixture: examples"),
-        ("arc_easy/validation.jsonl", "What is 2", "What is 9", "job mixture: questions"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch, file, old, new, what):
+def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch):
     inputs = shutil.copytree(inputs, tmp_path / "inputs")
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3)
-    data = inputs / file
-    text = data.read_text()
-    assert old in text
-    data.write_text(text.replace(old, new))
-    with pytest.raises(ConfigError, match=f"data of the interrupted run.*{what}; restore"):
-        train(run, resume=True)
-    data.write_text(text)
+    for file, old, new, what in (
+        ("rows.jsonl", "Say blue 1", "Say blue 3", "job plain: examples"),
+        ("arc_easy/train.jsonl", "What is 2", "What is 9", "job mixture: examples"),
+        ("arc_easy/validation.jsonl", "What is 2", "What is 9", "job mixture: questions"),
+    ):
+        text = (inputs / file).read_text()
+        (inputs / file).write_text(text.replace(old, new))
+        with pytest.raises(ConfigError, match=f"data of the interrupted run.*{what}; restore"):
+            train(run, resume=True)
+        (inputs / file).write_text(text)
     assert [result.steps for result in train(run, resume=True)] == [4, 4]
 
 
