@@ -157,9 +157,11 @@ def compare(directory: Path, num_ranks: int, base: str) -> dict[tuple[str, str],
     }
 
 
-def _train_modes(directory: Path, num_ranks: int, base: str) -> None:
+def _train_modes(
+    directory: Path, num_ranks: int, base: str, modes: Sequence[str] = tuple(MODES)
+) -> None:
     files = []
-    for mode in MODES:
+    for mode in modes:
         output_dir = directory / f"{base}-{num_ranks}-{mode}"
         if not output_dir.exists():
             run = settings(directory, output_dir, [mode] * len(ADAPTERS), base)
@@ -178,7 +180,7 @@ def resume_elsewhere(directory: Path, numbers: Sequence[int]) -> dict[int, list[
     Returns:
         How far each job's weights are from the unbroken run's, by number of ranks.
     """
-    _train_modes(directory, 1, "replicated")
+    _train_modes(directory, 1, "replicated", ["accumulation"])
     run = settings(directory, directory / "killed", ["accumulation"] * len(ADAPTERS))
     run["jobs"][0]["train"] |= {"micro_batch_size": 2, "save_steps": 1}  # amid the others' steps
     codes = train_on(2, [write_run_file(directory / "killed.yaml", run)], dies=(1, 5))

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import loraloom.adapters
-from loraloom.adapters.experts import MixtureConfig, RouterLossConfig
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.errors import AdapterError, ConfigError, FormatError
@@ -124,12 +123,6 @@ def test_what_files_would_not_hold_is_refused(part, message):
 
     with pytest.raises(AdapterError, match=message):
         tiny_host(configs={}).add("a", OddConfig(rank=2))
-
-
-def test_router_losses_are_inherited_in_any_order():
-    for bases in ((MixtureConfig, RouterLossConfig), (RouterLossConfig, MixtureConfig)):
-        kind = type("Both", bases, {"__doc__": "A mixture with losses."})
-        assert kind.auxiliary_loss is RouterLossConfig.auxiliary_loss
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import pytest
 
 from loraloom.base.blocks import BaseInfo
@@ -16,12 +13,3 @@ def base() -> BaseInfo:
 def saved(request, base, tmp_path):
     write(tmp_path / "a", base, request.param)
     return tmp_path / "a"
-
-
-@pytest.fixture
-def shared_fixtures() -> Path:
-    """Checkpoints that MoE-PEFT itself has written."""
-    root = Path(os.environ.get("LORALOOM_SHARED", "../shared")) / "fixtures"
-    if not root.is_dir():
-        pytest.skip(f"no fixtures at {root}; set LORALOOM_SHARED")
-    return root

@@ -33,8 +33,8 @@ def test_parameters_add_up_by_kind(base, tmp_path):
     assert description["num_parameters"] == sum(parameters.values()) == total
 
 
-def test_the_references_checkpoints_are_described_with_no_size_of_the_base(shared_fixtures):
-    description = describe(shared_fixtures / "llama-mixlora" / "adapter")
+def test_the_references_checkpoints_are_described_with_no_size_of_the_base(shared_dir):
+    description = describe(shared_dir / "fixtures/llama-mixlora" / "adapter")
     assert description["layout"] == "moe-peft"
     assert description["base_model"] == "llama/base"
     assert description["percent_of_base"] is None

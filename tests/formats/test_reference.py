@@ -45,11 +45,11 @@ def test_what_is_written_is_read_back(base, tmp_path):
 
 
 @pytest.mark.parametrize(("case", "width"), [("llama-mixlora", 96), ("qwen2-mixlora", 88)])
-def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
+def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_dir):
     shapes = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
     blocks = (ATTENTION, replace(FFN, shapes=shapes))
     base = replace(base, blocks=blocks, name_or_path="/models/base")
-    directory = shared_fixtures / case / "adapter"
+    directory = shared_dir / "fixtures" / case / "adapter"
     config, tensors = read_adapter(directory, base)
     assert config == MixLoraConfig(
         rank=4,

@@ -35,21 +35,22 @@ def test_the_record_follows_the_rows_when_scales_come_and_go():
         torch.testing.assert_close(record.router_logits, expected, rtol=0, atol=1e-10)
 
 
-def stacked(host: Host, ids: torch.Tensor, rows) -> HostOutput:
+def stacked(host: Host, ids: torch.Tensor, adapters) -> HostOutput:
     """Run a small forward on prepared weights."""
     with torch.no_grad(), host.prepared():
-        return host(ids, None, rows)
+        return host(ids, adapters=adapters)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("forward", [stacked, Host.__call__], ids=["stacked", "whole"])
 @pytest.mark.parametrize("diverged", ["lora", "mixlora-b", "dora", "mixdora"])
 @pytest.mark.parametrize("family", ["llama", "phi"])
-def test_a_diverged_adapter_leaves_its_companions_alone(family, diverged):
+def test_a_diverged_adapter_leaves_its_companions_alone(family, diverged, forward):
     host, ids = host_with_pairs(family), tiny_ids(len(ROWS), 2)
-    before = stacked(host, ids, ROWS).logits
+    before = forward(host, ids, adapters=ROWS).logits
     for parameter in host.adapters[diverged].parameters():
         parameter.fill_(torch.nan)
-    after = stacked(host, ids, ROWS).logits
+    after = forward(host, ids, adapters=ROWS).logits
     others = [row for row, name in enumerate(ROWS) if name != diverged]
     assert torch.equal(after[others], before[others])
     assert not after[ROWS.index(diverged)].isfinite().any()

@@ -214,28 +214,3 @@ def test_several_adapters_of_one_kind_may_lie_in_a_stack():
         torch.testing.assert_close(
             expert_rows(x, index, weights, base, [stacked]), expected, rtol=0, atol=1e-12
         )
-
-
-def test_gradients_pass_the_check_of_finite_differences():
-    base = base_of(Experts(is_transposed=False, has_bias=False))
-    x, index, weights = routed()
-    update = make_update(torch.tensor([1, 4, 5]), "mix dropout", seed=5)
-    up, down = update.weights.up, update.weights.down
-    assert up is not None
-    assert down is not None
-
-    def compute(x, weights, up_A, up_B, down_A, down_B, choice_weights):
-        sides = ExpertWeights(ExpertSide(up_A, up_B), ExpertSide(down_A, down_B), 3)
-        changed = ExpertUpdate(
-            sides,
-            update.tokens,
-            choice=update.choice,
-            choice_weights=choice_weights,
-            keep_input=update.keep_input,
-            keep_slots=update.keep_slots,
-            dropout=update.dropout,
-        )
-        return expert_rows(x, index, weights, base, [changed])
-
-    inputs = (x, weights, up.A, up.B, down.A, down.B, update.choice_weights)
-    assert torch.autograd.gradcheck(compute, inputs)

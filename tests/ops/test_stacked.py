@@ -117,11 +117,6 @@ def test_one_adapter_alone_and_no_tokens():
     assert run([make_case("gated", num_tokens=0)], routed=True)[0][0].shape == (0, 5)
 
 
-def test_the_base_sees_each_token_once_whatever_top_k_is():
-    for top_k in (1, 3):
-        assert len(check(cases_of_two_adapters("gated", top_k=top_k))) == 2 * 5
-
-
 def _router(case: FfnCase) -> Tensor:
     """A router, [D, E], that depends on the case's own weights."""
     generator = torch.Generator().manual_seed(int(case.leaves["x"].sum().item() * 1e6) % 2**31)

@@ -44,18 +44,6 @@ def test_losses_and_gradients_are_those_of_cross_entropy(head, chunk_bytes, weig
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_no_chunk_is_larger_than_asked(weight, monkeypatch):
-    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", 4 * V * 3)
-    rows = []
-
-    def head(states):
-        rows.append(len(states))
-        return states @ weight.T
-
-    token_losses(torch.randn(8, D, dtype=torch.float64), torch.randint(0, V, (8,)), head, V)
-    assert rows == [3, 3, 2]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_losses_are_float32_and_gradients_in_the_dtype_of_the_states_alone(dtype, weight):
     states, weight = (one.to(dtype).requires_grad_() for one in (torch.randn(4, D), weight))
@@ -63,18 +51,6 @@ def test_losses_are_float32_and_gradients_in_the_dtype_of_the_states_alone(dtype
     losses.sum().backward()
     assert (losses.dtype, states.grad.dtype) == (torch.float32, dtype)
     assert weight.grad is None  # a frozen head
-
-
-def test_no_gradient_is_computed_where_none_is_wanted(weight):
-    with_gradients = []
-
-    def head(states):
-        with_gradients.append(states.requires_grad)
-        return states @ weight.T
-
-    states, labels = torch.randn(4, D, dtype=torch.float64), torch.randint(0, V, (4,))
-    assert not token_losses(states, labels, head, V).requires_grad
-    assert with_gradients == [False]
 
 
 def test_a_diverged_token_leaves_the_others_as_they_are(weight):

@@ -62,7 +62,7 @@ FACTORS: dict[str, list[Any]] = {
 }
 SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128}
 """bitsandbytes takes rows of 64 numbers on a CPU."""
-PROMPTS = ("Say blue", "Say one 2", "no", "What is short")
+PROMPTS = ("Say blue", "no")
 # A bfloat16 product rounds by the shape of its batch, and a step carries that into the weights.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.06}
 
@@ -117,7 +117,7 @@ def _job(directory: Path, case: Case, number: int) -> dict[str, Any]:
             "objective": {"name": case["objective"]},
             "batch_size": 4,
             "micro_batch_size": case["micro_batch_size"],
-            "max_steps": 4,
+            "max_steps": 3,
             "learning_rate": 0.01 if case["optimizer"] == "adamw" else 0.1,
             "weight_decay": 0.01,
             "max_length": 48,
@@ -166,7 +166,7 @@ def _train(directory: Path, run: tuple[str, str, str]) -> None:
     settings = _settings(directory, "-".join(run), case, numbers)
     if run[2] == "broken":
         with pytest.raises(KeyboardInterrupt):
-            _train_on(directory, case, settings, between_steps=pressing(3))
+            _train_on(directory, case, settings, between_steps=pressing(2))
     _train_on(directory, case, settings, resume=run[2] == "broken")
 
 
@@ -248,7 +248,7 @@ def test_texts_of_one_batch_are_those_of_a_loop_without_cache(directory, base):
                 host.load(path.name, path)
                 names.append(path.name)
     prompts = [(text, name) for name in (*names, None) for text in PROMPTS]
-    sampling = loraloom.SamplingConfig(max_new_tokens=6)
+    sampling = loraloom.SamplingConfig(max_new_tokens=4)
     texts = loraloom.generate(
         host, tokenizer, [loraloom.Prompt(*prompt) for prompt in prompts], sampling, raw=True
     )
@@ -258,7 +258,7 @@ def test_texts_of_one_batch_are_those_of_a_loop_without_cache(directory, base):
 def _slow_text(host: Any, tokenizer: Any, text: str, name: str | None) -> str:
     ids = tokenizer(text, return_tensors="pt").input_ids
     length = ids.shape[1]
-    while ids.shape[1] < length + 6 and ids[0, -1] != tokenizer.eos_token_id:
+    while ids.shape[1] < length + 4 and ids[0, -1] != tokenizer.eos_token_id:
         with torch.no_grad():
             logits = host(input_ids=ids, adapters=[name]).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)

@@ -7,9 +7,9 @@ from peft import PeftModel, get_peft_model
 
 import loraloom
 from loraloom import AdapterError, LoraConfig
-from tests.tiny import parameter_grads, randomise, relative_error, tiny_ids, tiny_model
+from tests.peft.test_peft_model import IDS, logits
+from tests.tiny import parameter_grads, randomise, relative_error, tiny_model
 
-IDS = tiny_ids(3)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHOICES = {
     "rank_pattern": {"rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\.down_proj": 2}},
@@ -55,11 +55,6 @@ def test_a_configuration_that_peft_has_written_again_still_fits_the_weights(tmp_
     again = host.load("b", tmp_path)
     assert again.config.at("layers.0.self_attn.q_proj").rank == 4
     assert all(torch.equal(again.tensors()[n], t) for n, t in adapter.tensors().items())
-
-
-@torch.no_grad()
-def logits(model, **kwargs):
-    return model(IDS, **kwargs).logits
 
 
 @pytest.mark.parametrize(

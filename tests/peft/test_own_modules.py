@@ -13,6 +13,7 @@ import loraloom
 from loraloom import AdapterError, LoraConfig
 from loraloom.peft import LoraloomConfig
 from tests.conftest import build_tokenizer
+from tests.peft.test_peft_model import IDS, logits
 from tests.tiny import (
     METHODS,
     changed,
@@ -28,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
-IDS = tiny_ids(3)
 TOKENS = sorted(set(IDS.flatten().tolist()))[::3]
 TIED = {"tie_word_embeddings": True}
 UNTIED = {"tie_word_embeddings": False}
@@ -67,11 +67,6 @@ def trained_by_peft(changes, family="llama", **choice):
     settings = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"]} | choice
     config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     return move(get_peft_model(model_of(changes, family), config)).eval()
-
-
-@torch.no_grad()
-def logits(model, **kwargs):
-    return model(IDS, **kwargs).logits
 
 
 @pytest.mark.parametrize("choice", CHOICES)

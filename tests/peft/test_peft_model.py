@@ -7,7 +7,6 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from transformers.integrations.peft import PeftAdapterMixin
 
 import loraloom
 from loraloom import AdapterError, ConfigError, MixLoraConfig, RoutedConfig
@@ -198,24 +197,6 @@ def test_an_interrupted_forward_leaves_the_model_to_other_threads():
     thread.join(30)
     assert results
     assert torch.equal(results[0], expected)
-
-
-def test_no_adapter_goes_through_transformers_own_methods(tmp_path, monkeypatch):
-    called = []
-    for name in ("load_adapter", "add_adapter", "set_adapter", "active_adapters"):
-        record = lambda *_, name=name, **__: called.append(name)  # noqa: E731
-        monkeypatch.setattr(PeftAdapterMixin, name, record)
-    wrapped = peft_model()
-    wrapped.add_adapter("other", LoraloomConfig(adapter=ALL_METHODS["lora"]))
-    wrapped.set_adapter("other")
-    wrapped.save_pretrained(tmp_path)
-    base = wrapped.unload()
-    PeftModel.from_pretrained(base, tmp_path / "other").unload()
-    host = loraloom.attach(base)
-    host.load("a", tmp_path / "other")
-    host.generate(IDS, adapters=["a"] * 3, max_new_tokens=2)
-    host.as_model("a").train()(IDS, labels=IDS).loss.backward()
-    assert called == []
 
 
 def test_a_mixture_is_not_merged_and_unload_gives_the_base_model_back():

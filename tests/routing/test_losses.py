@@ -56,22 +56,6 @@ def test_the_balance_loss_is_that_of_transformers_mixtral(top_k):
     torch.testing.assert_close(config.auxiliary_loss(routing), theirs)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_the_balance_loss_of_a_balanced_router_is_top_k(top_k):
-    logits = torch.stack([torch.arange(6.0).roll(shift) for shift in range(6)])
-    logits = logits - logits.mean()
-    config = MixLoraConfig(num_experts=6, top_k=top_k, router_aux_loss_coef=1)
-    assert float(config.auxiliary_loss([layer(logits, top_k)])) == pytest.approx(top_k)
-
-
-def test_pooling_lets_layers_cancel_and_averaging_does_not():
-    routing = [layer(torch.tensor([[9.0, -9]] * 4), 1), layer(torch.tensor([[-9.0, 9]] * 4), 1)]
-    config = MixLoraConfig(num_experts=2, top_k=1, router_aux_loss_coef=1)
-    per_layer = changed(config, router_loss_scope="per_layer")
-    assert float(config.auxiliary_loss(routing)) == pytest.approx(1)
-    assert float(per_layer.auxiliary_loss(routing)) == pytest.approx(2, rel=1e-4)
-
-
 def test_the_z_loss_is_the_mean_squared_logsumexp_averaged_over_layers():
     rows = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     first, second = math.log(2) ** 2, math.log(math.e + math.e**2) ** 2

@@ -97,11 +97,6 @@ def test_experts_come_best_first_and_weights_have_the_rules_gradient(case):
     assert gradcheck(total, LOGITS[:4].clone().requires_grad_())
 
 
-def test_equal_settings_are_one_route():
-    assert TopP(0.5) == TopP(0.5) != TopP(0.6)
-    assert len({TopK(2), TopK(2), Switch(), Switch(), Dense()}) == 3
-
-
 @pytest.mark.parametrize("index", [0.5, 1.0, 1.4, 2.0])
 def test_the_entropy_is_1_for_uniform_and_0_for_certain_probabilities(index):
     p = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.7, 0.1, 0.1, 0.1]], dtype=torch.float64)

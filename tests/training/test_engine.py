@@ -11,7 +11,6 @@ from loraloom.training import builder
 from loraloom.training import job as job_module
 from loraloom.training.checkpoints import CheckpointStore
 from loraloom.training.run_directory import RunDirectory
-from loraloom.training.settings import JobConfig
 from tests.training.running import (
     assert_same_files,
     assert_same_metrics,
@@ -144,33 +143,24 @@ def test_loss_that_is_not_finite_stops_that_job_only(tmp_path):
 
 def measured_matrix():
     """The matrix with evaluations, a schedule and an optimizer that have a state."""
-    configs, sets = matrix(max_steps=12)
+    data = {"task": "skills", "validation_fraction": 0.5}
+    configs, sets = matrix(max_steps=8, lr_scheduler="cosine", eval_steps=3, data=data)
     for training_set in sets.values():
         training_set.validation.extend(toy_set(count=3, seed=len(sets)).examples)
-    sections = [config.model_dump() for config in configs]
-    for section in sections:
-        section["train"] |= {"lr_scheduler": "cosine", "eval_steps": 4}
-        section["data"] |= {"validation_fraction": 0.5}
-    return [JobConfig.model_validate(section) for section in sections], sets
+    return configs, sets
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """Directory of a run that nothing stopped."""
-    directory = tmp_path_factory.mktemp("unbroken")
+@pytest.mark.parametrize(("stop", "options"), [(5, {}), (11, {"max_tokens_per_step": 80})])
+def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(tmp_path, stop, options):
     configs, sets = measured_matrix()
-    toy_engine(directory, configs, sets, dtype=torch.float32).run()
-    return directory
-
-
-@pytest.mark.parametrize("stop", [4, 6])
-def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(tmp_path, unbroken, stop):
-    configs, sets = measured_matrix()
-    interrupted(toy_engine(tmp_path, configs, sets, dtype=torch.float32), after_round=stop)
-    resumed(tmp_path, configs, sets, dtype=torch.float32).run()
+    options = {"dtype": torch.float32, **options}
+    toy_engine(tmp_path / "unbroken", configs, sets, **options).run()
+    interrupted(toy_engine(tmp_path / "broken", configs, sets, **options), after_round=stop)
+    resumed(tmp_path / "broken", configs, sets, **options).run()
     for place in ("", "checkpoints/last", "checkpoints/best"):
-        assert_same_files(tmp_path, unbroken, [f"{name}/{place}" for name in sets])
-    assert_same_metrics(tmp_path, unbroken, list(sets))
+        names = [f"{name}/{place}" for name in sets]
+        assert_same_files(tmp_path / "broken", tmp_path / "unbroken", names)
+    assert_same_metrics(tmp_path / "broken", tmp_path / "unbroken", list(sets))
 
 
 def test_a_job_that_joins_trains_as_it_does_from_the_start(tmp_path):

@@ -124,19 +124,17 @@ def killed(run, monkeypatch, rounds: int, **options) -> None:
             train(run, **options)
 
 
-@pytest.mark.parametrize("rounds", [1, 5])
-def test_resume_after_a_crash_gives_the_weights_of_an_unbroken_run(
-    inputs, tmp_path, monkeypatch, rounds
-):
+def test_resume_after_a_crash_gives_the_weights_of_an_unbroken_run(inputs, tmp_path, monkeypatch):
     train(settings(inputs, tmp_path / "unbroken"))
-    killed(settings(inputs, tmp_path / "out"), monkeypatch, rounds)
-    results = train(settings(inputs, tmp_path / "out"), resume=True)
-    assert [result.steps for result in results] == [4, 4]
-    assert_same_files(tmp_path / "out", tmp_path / "unbroken", JOBS)
-    for name in JOBS:
-        steps = [line["step"] for line in read_metrics(tmp_path / "out" / name)]
-        assert steps == sorted(steps)
-        assert len(steps) == len(set(steps)) + {"plain": 2, "mixture": 1}[name]
+    for rounds in (1, 5):
+        run = settings(inputs, tmp_path / f"killed-{rounds}")
+        killed(run, monkeypatch, rounds)
+        assert [result.steps for result in train(run, resume=True)] == [4, 4]
+        assert_same_files(run.output_dir, tmp_path / "unbroken", JOBS)
+        for name in JOBS:
+            steps = [line["step"] for line in read_metrics(run.output_dir / name)]
+            assert steps == sorted(steps)
+            assert len(steps) == len(set(steps)) + {"plain": 2, "mixture": 1}[name]
 
 
 def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
@@ -238,25 +236,20 @@ def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
     assert abs(second) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "what"),
-    [
-        ("rows.jsonl", "Say blue 1", "Say blue 3", "job plain: examples"),
-        ("arc_easy/train.jsonl", "What is 2", "What is 9", "job mixture: examples"),
-        ("arc_easy/validation.jsonl", "What is 2", "What is 9", "job mixture: questions"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch, file, old, new, what):
+def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch):
     inputs = shutil.copytree(inputs, tmp_path / "inputs")
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3)
-    data = inputs / file
-    text = data.read_text()
-    assert old in text
-    data.write_text(text.replace(old, new))
-    with pytest.raises(ConfigError, match=f"data of the interrupted run.*{what}; restore"):
-        train(run, resume=True)
-    data.write_text(text)
+    for file, old, new, what in (
+        ("rows.jsonl", "Say blue 1", "Say blue 3", "job plain: examples"),
+        ("arc_easy/train.jsonl", "What is 2", "What is 9", "job mixture: examples"),
+        ("arc_easy/validation.jsonl", "What is 2", "What is 9", "job mixture: questions"),
+    ):
+        text = (inputs / file).read_text()
+        (inputs / file).write_text(text.replace(old, new))
+        with pytest.raises(ConfigError, match=f"data of the interrupted run.*{what}; restore"):
+            train(run, resume=True)
+        (inputs / file).write_text(text)
     assert [result.steps for result in train(run, resume=True)] == [4, 4]
 
 
@@ -301,7 +294,8 @@ def test_a_run_that_ends_with_an_error_leaves_a_given_host_as_it_was(inputs, tmp
     assert host.adapters == {}
     for checkpointing in (True, False):
         host.enable_gradient_checkpointing(checkpointing)
-        other = settings(inputs, tmp_path / "other", gradient_checkpointing=not checkpointing)
+        changes = {"max_steps": 1, "gradient_checkpointing": not checkpointing}
+        other = settings(inputs, tmp_path / "other", **changes)
         train(other, base=(host, tokenizer), overwrite=True)
         assert host.gradient_checkpointing is checkpointing
     assert train(run, base=(host, tokenizer), resume=True)[0].steps == 4

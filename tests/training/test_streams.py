@@ -8,8 +8,6 @@ import loraloom
 from tests.training.running import assert_same_files, pressing
 from tests.training.saved import run_settings
 
-JOBS = ("plain", "pairs")
-
 
 def settings(inputs: Path, output_dir: Path) -> dict:
     """A LoRA that accumulates, with rows that end amid a block, and a mixture on pairs."""
@@ -25,32 +23,18 @@ def settings(inputs: Path, output_dir: Path) -> dict:
     return run
 
 
-remembered: list[int] = []
-"""How many samples the reference of `pairs` knew between the steps of `unbroken`."""
-
-
-@pytest.fixture(scope="module")
-def unbroken(inputs, tmp_path_factory) -> Path:
-    def between_steps(engine, _builder):
-        if "pairs" in engine.jobs:
-            remembered.append(len(engine.jobs["pairs"].reference.log_probs))
-
-    directory = tmp_path_factory.mktemp("unbroken")
-    loraloom.train(settings(inputs, directory), between_steps=between_steps)
-    return directory
-
-
 def interrupt(run: dict, rounds: int, **options) -> None:
     with pytest.raises(KeyboardInterrupt):
         loraloom.train(run, between_steps=pressing(rounds), **options)
 
 
-def test_a_run_goes_on_in_its_streams_as_if_unbroken(inputs, unbroken, tmp_path):
-    run = settings(inputs, tmp_path)
+def test_a_run_goes_on_in_its_streams_as_if_unbroken(inputs, tmp_path):
+    loraloom.train(settings(inputs, tmp_path / "unbroken"))
+    run = settings(inputs, tmp_path / "broken")
     interrupt(run, 3)  # amid a step, and amid a block
     interrupt(run, 7, resume=True)
     loraloom.train(run, resume=True)
-    assert_same_files(tmp_path, unbroken, JOBS)
+    assert_same_files(tmp_path / "broken", tmp_path / "unbroken", ["plain", "pairs"])
 
 
 def test_rows_that_changed_where_the_stream_stands_are_refused(inputs, tmp_path):

@@ -82,7 +82,7 @@ def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
 
 def test_jobs_beside_a_sweep_train_to_their_end(inputs, tmp_path):
     jobs = run_settings(inputs, tmp_path)["jobs"]
-    run = sweep_run(inputs, tmp_path, jobs, job="plain", early_stopping=None)
+    run = sweep_run(inputs, tmp_path, jobs, max_steps=2, job="plain", early_stopping=None)
     results = train(run)
     assert [result.job for result in results] == ["mixture", *(t.name for t in run.trials)]
     assert {result.status for result in results} == {"finished"}
@@ -167,7 +167,9 @@ def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
     run = sweep_run(
         inputs,
         tmp_path,
+        max_steps=2,
         parameters={"train.learning_rate": RATES[:2], "data.dataset": files},
+        early_stopping=None,
         max_concurrent=1,
     )
     assert [result.job[:9] for result in train(run, progress=shown)] == ["plain-000", "plain-002"]
@@ -182,13 +184,14 @@ def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
     ids=["hyperband", "median"],
 )
 def test_other_pruners_stop_jobs_and_the_best_is_trained_to_its_end(inputs, tmp_path, stopping):
-    run = sweep_run(inputs, tmp_path, eval_steps=2, early_stopping=stopping, max_concurrent=2)
+    settings = {"parameters": {"train.learning_rate": RATES[:4]}, "early_stopping": stopping}
+    run = sweep_run(inputs, tmp_path, eval_steps=2, max_steps=6, max_concurrent=2, **settings)
     results = {result.job: result for result in train(run)}
     assert {result.status for result in results.values()} == {"finished", "stopped"}
     assert read_csv(tmp_path)[0]["status"] == "finished"
     stopped = [one for one in results.values() if one.status == "stopped"]
     assert all("is not among the best after step" in one.stop_reason for one in stopped)
-    assert all(one.steps < 9 for one in stopped)
+    assert all(one.steps < 6 for one in stopped)
 
 
 PARAMETERS = {

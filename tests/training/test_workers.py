@@ -28,25 +28,17 @@ def run_file(inputs, tmp_path):
     return write_run_file(tmp_path / "run.yaml", run_settings(inputs, tmp_path / "out"))
 
 
-@pytest.fixture(scope="module")
-def printed() -> str:
-    """What is printed by a sweep, and then by jobs, on a cluster that people start."""
+@pytest.mark.slow
+def test_workers_of_which_one_is_killed_do_what_one_process_does():
+    """A sweep, and then jobs; Ray prints nothing as long as no worker is lost."""
     command = [sys.executable, "-m", "benchmarks.cluster", "--workers", "2", "--steps", "18"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.run(command, cwd=ROOT, **options).stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", ["sweep of 12: as it must be\n", "six jobs: as in one process\n"])
-def test_workers_of_which_one_is_killed_do_what_one_process_does(printed, end):
-    assert end in printed, printed
-
-
-@pytest.mark.slow
-def test_nothing_of_rays_is_printed_as_long_as_no_worker_is_lost(printed):
-    before, _, _ = printed.partition("sweep of 12")
+    printed = subprocess.run(command, cwd=ROOT, **options).stdout
+    before, end_of_sweep, jobs = printed.partition("sweep of 12: as it must be\n")
+    assert end_of_sweep, printed
     assert "starting Ray\nstarting 2 workers\n" in before
     assert "raylet" not in before
+    assert "six jobs: as in one process\n" in jobs, printed
 
 
 def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:
