@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,6 @@ from loraloom.host.layout import RowAdapter, name_and_scale
 
 # A name that no text has, by which a tool is looked for in what the chat template made of it.
 _MARK = "loraloom-1b5ff3a2-"
-# Of each tokenizer, what ends an answer, by the chat template and the end-of-text token.
-_TURN_ENDS: WeakKeyDictionary[Any, dict[tuple[str, Any, int], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class Prompt:
     def uses_tools(self) -> bool:
         """Whether there are tools, calls or results of calls."""
         turns = () if isinstance(self.content, str) else self.content
-        is_call = any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
-        return bool(self.tools) or is_call
+        calls = [turn for turn in turns if turn["role"] == "tool" or turn.get("tool_calls")]
+        return bool(self.tools or calls)
 
 
 def form_for(
@@ -63,12 +61,15 @@ def form_for(
     """The form of prompts; `tool_form` is used instead of the base model's chat template."""
     name, _ = name_and_scale(adapter)
     form = None if name is None else host.adapter(name).prompt
+    default = host.default_form
     has_template = form is not None and (form.chat_template or form.format == "instruction")
     if tool_form is not None and not has_template:
         return tool_form.model_copy(update={"system": None if form is None else form.system})
-    if form is None or host.default_form is None or not form.is_text:
-        return form or host.default_form
-    return form.model_copy(update={"chat_template": host.default_form.chat_template})  # of messages
+    if form is None:
+        return default
+    if default is None or not form.is_text:
+        return form
+    return form.model_copy(update={"chat_template": default.chat_template})  # of messages
 
 
 def encode_prompt(
@@ -88,13 +89,25 @@ def encode_prompt(
         ids, turn_end = encode_prompt(tokenizer, marked, form, raw=raw)
         return drop_marks(tokenizer, ids, mark) if mark else ids, turn_end
     content = _content_of(tokenizer, prompt, form, raw=raw)
+    is_plain = isinstance(content, str)
+    if raw and (prompt.tools or not is_plain):
+        raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")
     messages = _messages_of(content, prompt, form)
-    turn_end = None
-    text = _text_without_turns(tokenizer, content, messages, prompt, form, raw=raw)
+    needs_template = form or tokenizer.chat_template or prompt.tools
+    is_user_text = [message["role"] for message in messages] == ["user"] and not prompt.tools
+    text = turn_end = None
+    if is_plain and (raw or not needs_template):
+        text = content
+    elif form is not None and form.format == "instruction":
+        text = _render_instructions(tokenizer, messages, prompt, form)
+    elif form is not None and form.is_text and is_user_text:
+        text = messages[0]["content"]
     if text is not None:
         ids = encode_texts(tokenizer, [text])[0]
     else:
-        chat, turn_end = _render_chat(tokenizer, messages, prompt, form)
+        conversation = Conversation(messages, prompt.tools)
+        source = None if form is None else form.chat_template  # files name no file of ours
+        chat, turn_end = _render_chat(tokenizer, conversation, source or None, prompt.origin)
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
@@ -136,59 +149,25 @@ def _messages_of(
     return messages
 
 
-def _text_without_turns(
-    tokenizer: PreTrainedTokenizerBase,
-    content: str | tuple[Message, ...],
-    messages: list[Message],
-    prompt: Prompt,
-    form: PromptForm | None,
-    *,
-    raw: bool,
-) -> str | None:
-    """The text of a prompt that needs no chat template; None: it needs one."""
-    is_plain = isinstance(content, str)
-    if raw and (prompt.tools or not is_plain):
-        raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")
-    if raw or not (form or tokenizer.chat_template or prompt.tools):
-        return content if is_plain else None
-    if form is None:
-        return None
-    if form.format == "instruction":
-        return _render_instructions(tokenizer, messages, prompt, form)
-    is_user_text = len(messages) == 1 and messages[0]["role"] == "user" and not prompt.tools
-    return messages[0]["content"] if form.is_text and is_user_text else None
-
-
 def _render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    prompt: Prompt,
-    form: PromptForm | None,
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, source: str | None, origin: str
 ) -> tuple[str, str]:
     """A conversation in the chat template up to its answer, and what ends that."""
-    source = None if form is None else form.chat_template  # files name no file of ours
-    conversation = Conversation(messages, prompt.tools)
     try:
-        template = ChatTemplate(tokenizer, source or None)
-        turn_end = _turn_end(template)
+        template = ChatTemplate(tokenizer, source)
+        turn_end = _turn_end(tokenizer, template.source(), str(tokenizer.eos_token), len(tokenizer))
         chat = template.render(conversation, for_answer=True)
         _check_tools(template, conversation)
     except DataError as error:
-        raise DataError(f"{prompt.origin}: {error}") from None
+        raise DataError(f"{origin}: {error}") from None
     except TemplateError as error:
-        raise DataError(
-            f"{prompt.origin}: the chat template rejects the messages: {error}"
-        ) from error
+        raise DataError(f"{origin}: the chat template rejects the messages: {error}") from error
     return chat, turn_end
 
 
-def _turn_end(template: ChatTemplate) -> str:
-    tokenizer = template.tokenizer
-    key = (template.source(), tokenizer.eos_token, len(tokenizer))
-    ends = _TURN_ENDS.setdefault(tokenizer, {})
-    if key not in ends:
-        ends[key] = template.turn_end()
-    return ends[key]
+@lru_cache(maxsize=16)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, source: str, *changes: object) -> str:
+    return ChatTemplate(tokenizer, source).turn_end()
 
 
 def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
@@ -210,23 +189,25 @@ def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
 
 
 def _marked(conversation: Conversation) -> Conversation:
-    """Put a mark into the first name of the tools and of each message's calls, in their order."""
-    groups = [conversation.tools] if conversation.tools else []
-    marked = conversation._replace(messages=[{**message} for message in conversation.messages])
-    calling = [message for message in marked.messages if message.get("tool_calls")]
-    groups += [message["tool_calls"] for message in calling]
-    changed = []
-    for number, (first, *later) in enumerate(groups):
-        function = first.get("function")
-        if isinstance(function, dict):
-            name = f"{_MARK}{number}-{function.get('name')}"
-            first = {**first, "function": {**function, "name": name}}
-        changed.append([first, *later])
-    if conversation.tools:
-        marked = marked._replace(tools=changed.pop(0))
-    for message, calls in zip(calling, changed, strict=True):
-        message["tool_calls"] = calls
-    return marked
+    """Put a mark into the names of the tools and of each message's calls, numbered in order."""
+    numbers = count()
+
+    def mark(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        number = next(numbers)
+        marked = [{**call} for call in calls]
+        for call in marked:
+            function = call.get("function")
+            if isinstance(function, dict):
+                name = f"{_MARK}{number}-{function.get('name')}"
+                call["function"] = {**function, "name": name}
+        return marked
+
+    tools = mark(conversation.tools) if conversation.tools else None
+    messages = []
+    for message in conversation.messages:
+        calls = message.get("tool_calls")
+        messages.append({**message, "tool_calls": mark(calls)} if calls else message)
+    return Conversation(messages, tools)
 
 
 def encode_for_choice(
