@@ -14,10 +14,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 from loraloom.adapters.contract import Adapter
 from loraloom.config.fields import check_name
@@ -36,11 +34,9 @@ from loraloom.serve.adapter_files import (
     is_name,
     names_below,
 )
-from loraloom.serve.process import start_apart
+from loraloom.serve.process import run_apart, start_apart
 
 _log = logging.getLogger(__name__)
-_Value = TypeVar("_Value")
-
 # What sums are counted as, whatever their members are.
 SUM = "(sum)"
 # Times that a sum tries to find its adapters loaded together.
@@ -131,16 +127,18 @@ class ServedAdapters:
 
     async def names(self) -> list[str]:
         """Every adapter that may be asked for."""
-        sources = self._sources.copy()
+        sources = list(self._sources.items())
         served = list(self._served.values())
 
         def scan() -> list[str]:
-            below = [name for name in names_below(self._directory) if name not in self.base_names]
-            named = [name for name, source in sources.items() if files_of(source)]
-            held = [a.name for a in served if not a.files or files_of(a.source) is not None]
-            return list(dict.fromkeys([*below, *named, *held]))
+            names = [name for name in names_below(self._directory) if name not in self.base_names]
+            names += [name for name, source in sources if files_of(source)]
+            for adapter in served:
+                if not adapter.files or files_of(adapter.source) is not None:
+                    names.append(adapter.name)
+            return list(dict.fromkeys(names))
 
-        return await _in_thread(scan)
+        return await run_apart(scan)
 
     def loaded(self, name: str) -> LoadedAdapter | None:
         return self._served.get(name)
@@ -199,8 +197,8 @@ class ServedAdapters:
             # nobody holds one and waits for another's place
             for name in names:
                 self.release(await self.acquire(name, tenant))
-        together = f"the adapters {', '.join(names)} must be loaded together"
-        raise _no_place(f"{together}, but others are in use")
+        together = ", ".join(names)
+        raise _no_place(f"the adapters {together} must be loaded together, but others are in use")
 
     def release(self, served: ServedAdapter) -> None:
         served.num_users -= 1
@@ -226,7 +224,7 @@ class ServedAdapters:
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )
-            files = await _in_thread(partial(files_of, source)) or frozenset()
+            files = await run_apart(files_of, source) or frozenset()
             adapter = await self._read(name, source, directory, files)
             self._put(adapter, sender)
             if files:
@@ -240,13 +238,15 @@ class ServedAdapters:
 
     async def unload(self, name: str, sender: str = "") -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
-        below = await _in_thread(partial(names_below, self._directory))
+        below = await run_apart(names_below, self._directory)
         served = self._served.get(name)
-        if name not in self._sources and (served is None or served.is_lazy) and name in below:
+        is_named = name in self._sources or (served is not None and not served.is_lazy)
+        if name in below and not is_named:
             raise ConfigError(
                 f"the adapter {shown(name)} is in --adapter-dir; to remove it, delete its directory"
             )
-        source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
+        source = self._sources.pop(name, None)
+        adapter = self._served.pop(name, None)
         if source is None and adapter is None:
             raise unknown_model(name)
         if adapter is not None:
@@ -270,7 +270,7 @@ class ServedAdapters:
         if self._directory is not None and name not in self.base_names and is_name(name):
             sources.append(str(self._directory / name))
         loaded_from = "" if adapter is None else adapter.source
-        location = await _in_thread(partial(find_files, sources, loaded_from))
+        location = await run_apart(find_files, sources, loaded_from)
         if location is None:
             self._broken.pop(name, None)
             if adapter is not None and self._served.get(name) is adapter:
@@ -295,18 +295,14 @@ class ServedAdapters:
         if self._loading is not None or not self._line:
             return
         held = Counter(tenant for adapter in self._lazy() for tenant in adapter.users)
-        for request in self._in_turn(held):
-            if self._has_place(request.name, request.tenant, held):
-                self._line.charge(request.tenant, 1)
-                self._loading = asyncio.create_task(self._load_for(request.name))
-                return
-
-    def _in_turn(self, held: Counter[str]) -> list[LoadRequest]:
-        """List requests, first those of tenants that would hold no more than an equal part."""
         equal_part = self._max_lazy / len(self._line.waiting.keys() | held.keys())
-        tenants = self._line.in_turn()
-        tenants.sort(key=lambda tenant: max(held[tenant] + 1, equal_part))
-        return [request for tenant in tenants for request in self._line.waiting[tenant]]
+        # first who would hold no more than an equal part
+        for tenant in sorted(self._line.in_turn(), key=lambda t: max(held[t] + 1, equal_part)):
+            for request in self._line.waiting[tenant]:
+                if self._has_place(request.name, tenant, held):
+                    self._line.charge(tenant, 1)
+                    self._loading = asyncio.create_task(self._load_for(request.name))
+                    return
 
     def _has_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
         """Make a place for an adapter of the directory, if one can go for it."""
@@ -369,7 +365,7 @@ class ServedAdapters:
             if not is_lazy and name not in self._sources:  # it was unloaded meanwhile
                 self._remove(adapter)
                 raise unknown_model(name)
-            if name in self._served and files != await _in_thread(partial(files_of, source)):
+            if name in self._served and files != await run_apart(files_of, source):
                 self._remove(adapter)
                 fault = f"the files of adapter {shown(name)} are being written; retry later"
                 raise RequestError(fault, "queue_full")
@@ -390,7 +386,7 @@ class ServedAdapters:
     async def _find(self, source: str) -> Path:
         """Find an adapter's directory, from the Hub if need be."""
         # apart from loads, whose threads slow downloads would take up
-        finding = asyncio.wrap_future(start_apart(partial(find_adapter, source)))
+        finding = asyncio.wrap_future(start_apart(find_adapter, source))
         self._downloads.add(finding)
         try:
             await asyncio.wait([finding], timeout=DOWNLOAD_S)
@@ -415,12 +411,8 @@ class ServedAdapters:
         while host_name in self._host.adapters:
             host_name = f"{name[:90]}.{next(self._versions)}"
 
-        def read() -> str:
-            revision = digest_of(directory)
-            self._host.load(host_name, directory)
-            return revision
-
-        revision = await _in_thread(read)
+        revision = await run_apart(digest_of, directory)
+        await run_apart(self._host.load, host_name, directory)
         return LoadedAdapter(name, host_name, source, files, revision, is_lazy)
 
     def _put(self, adapter: LoadedAdapter, sender: str) -> None:
@@ -438,7 +430,9 @@ class ServedAdapters:
         if self._max_bytes is None:  # adding up takes long
             return
         former = self._served.get(new.name)  # goes at once if nobody uses it
-        sizes = {name: _num_bytes(adapter) for name, adapter in self._host.adapters.items()}
+        sizes: Counter[str] = Counter()
+        for name, adapter in self._host.adapters.items():
+            sizes[name] = sum(tensor.nbytes for tensor in adapter.state_dict().values())
         if former is not None and not former.users:
             sizes[str(former.host_name)] = 0
         while sum(sizes[name] for name in self._host.adapters) > self._max_bytes:
@@ -469,15 +463,6 @@ class ServedAdapters:
         removed = self._host.adapter(adapter.host_name)
         self._host.remove(adapter.host_name)
         self._on_removed(removed)
-
-
-async def _in_thread(work: Callable[[], _Value]) -> _Value:
-    """Do what a slow disk may hold up, so that the event loop doesn't wait."""
-    return await asyncio.wrap_future(start_apart(work))
-
-
-def _num_bytes(adapter: Adapter) -> int:
-    return sum(tensor.nbytes for tensor in adapter.state_dict().values())
 
 
 def _note(event: str, adapter: LoadedAdapter, sender: str) -> None:

@@ -7,7 +7,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any, TypeVar
 
@@ -33,12 +33,13 @@ from loraloom.generation.request import (
 from loraloom.generation.sampling import SamplingConfig, end_tokens
 from loraloom.host.choice import describe_choice, is_routed
 from loraloom.host.layout import RowAdapter
+from loraloom.routing.record import describe_router
 from loraloom.serve.adapter_cache import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
 from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
 from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import SamplingBody
-from loraloom.serve.process import start_apart
+from loraloom.serve.process import run_apart
 
 # Seconds without an event after which a stream sends a comment, as proxies end what is silent.
 COMMENT_S = 15.0
@@ -89,34 +90,33 @@ class Backend:
         names = [name.partition("/")[0] for name, _ in weighted]
         if adapters.base_name in names:
             raise unknown_model(model)
-        served = await self._acquire_all(names, model, tenant)
+        if len(names) > 1:
+            served = await adapters.acquire_sum(names, tenant)
+        else:
+            try:
+                served = await adapters.acquire(names[0], tenant)
+            except RequestError as error:
+                if error.code != "model_not_found":
+                    raise
+                raise unknown_model(model) from None  # all of what may be the name of a base model
         row: list[tuple[str, float]] = []
         try:
-            for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
+            for used, (name, weight) in zip(served.adapters, weighted, strict=True):
                 expert = name.removeprefix(used.name)
                 if expert and expert[1:] not in host.adapters[str(used.host_name)].members:
                     raise unknown_model(model)
                 row.append((f"{used.host_name}{expert}", weight))
-            if served.members:  # a large one takes longer than the event loop may
-                await asyncio.wrap_future(start_apart(partial(host.adapter, write_sum(row))))
+            if len(row) > 1:  # a large one takes longer than the event loop may
+                await run_apart(host.adapter, write_sum(row))
         except BaseException as error:
             adapters.release(served)
             if isinstance(error, AdapterError):  # not of a kind that can be added up
                 raise RequestError(str(error), param="model") from None
             raise
-        if served.members:
+        if len(row) > 1:
             return served, tuple(row)
-        return served, row[0][0] if row[0][1] == 1 else row[0]
-
-    async def _acquire_all(self, names: list[str], model: str, tenant: str) -> ServedAdapter:
-        if len(names) > 1:
-            return await self.adapters.acquire_sum(names, tenant)
-        try:
-            return await self.adapters.acquire(names[0], tenant)
-        except RequestError as error:
-            if error.code != "model_not_found":
-                raise
-            raise unknown_model(model) from None  # all of what may be the name of a base model
+        name, weight = row[0]
+        return served, name if weight == 1 else (name, weight)
 
 
 def _weighted(model: str, base_name: str) -> Weighted:
@@ -146,13 +146,13 @@ class Exchange(ABC):
         # answers carry the base model's first name
         self.body = body.model_copy(update={"model": names[0]}) if body.model in names else body
         self.num_prompt = 0
+        self._num_new = 0
         self._tenant: str = http.scope.get(TENANT, "")
         self._arrived_s = time.monotonic()
-        self._num_new = 0
         self._http = http
         http.scope[USAGE] = self.usage
         http.scope[MODEL] = body.model
-        self.constraint: JsonConstraint | None = None
+        self._constraint: JsonConstraint | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
@@ -188,18 +188,23 @@ class Exchange(ABC):
         routing = engine.choose(prompt_ids, adapter, Share(self._tenant, owner))
         return await asyncio.wrap_future(routing)
 
-    def chosen(self, index: int) -> dict[str, Any]:
-        """Tell once which adapter answers, where a router has chosen it, and why."""
-        if index in self._told:
-            return {}
-        self._told.add(index)
-        return describe_choice(self._rows[index].request.choice, self.backend.tokenizer)
+    def told(self, index: int, piece: Piece) -> dict[str, Any]:
+        """What routers did; once, which adapter answers and why, where one has chosen it."""
+        fields: dict[str, Any] = {}
+        if index not in self._told:
+            self._told.add(index)
+            fields |= describe_choice(self._rows[index].request.choice, self.backend.tokenizer)
+        if self.body.routing:
+            fields["routing"] = entries = []
+            for text, choices in piece.routing:
+                routers = [asdict(choice) for choice in choices]
+                for router in routers:
+                    router["router"] = describe_router(router["router"])
+                entries.append({"text": text, "routers": routers})
+        return fields
 
     def several(
-        self,
-        prompt: GenerationRequest,
-        max_new_tokens: int | None,
-        constraint: JsonConstraint | None = None,
+        self, prompt: GenerationRequest, max_new_tokens: int | None
     ) -> list[GenerationRequest]:
         """Ask for the `n` completions of a prompt."""
         body = self.body
@@ -222,15 +227,16 @@ class Exchange(ABC):
             ignore_end=body.ignore_eos,
             tells_routing=body.routing,
         )
-        return [
-            replace(request, place=number, constraint=constraint and constraint.copy())
-            for number in range(body.n)
-        ]
+        requests = [replace(request, place=number) for number in range(body.n)]
+        if self._constraint is None:
+            return requests
+        return [replace(request, constraint=self._constraint.copy()) for request in requests]
 
     async def respond(self) -> Response:
         """Answer, or begin to; not for longer than requests take, or the client waits."""
         answer = asyncio.create_task(self._answer())
-        limit_s, goes_on = self.backend.engine.limits.max_request_s, False
+        limit_s = self.backend.engine.limits.max_request_s
+        goes_on = False
         try:
             done, _ = await asyncio.wait(
                 {answer, self._gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
@@ -257,16 +263,16 @@ class Exchange(ABC):
             "model": self.body.model,
         }
         if self.body.stream:
-            events, headers = as_events(self._chunks(frame)), {"Cache-Control": "no-cache"}
+            events = as_events(self._chunks(frame))
+            headers = {"Cache-Control": "no-cache"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         answers = [Piece() for _ in self._rows]
         async for index, piece in self._pieces():
             if piece is not None:
                 answers[index].add(piece)
-        choices = [
-            await self.prepare(partial(self.choice, index, answers))
-            for index in range(len(answers))
-        ]
+        choices = []
+        for index in range(len(answers)):
+            choices.append(await self.prepare(partial(self.choice, index, answers)))
         content = {**frame, "choices": choices, "usage": self.usage()}
         return await self.prepare(partial(JSONResponse, content))
 
@@ -275,7 +281,7 @@ class Exchange(ABC):
         engine, adapters = self.backend.engine, self.backend.adapters
         grammar = self.grammar()
         if grammar is not None:
-            self.constraint = await self.backend.grammars.compile(grammar, self._tenant)
+            self._constraint = await self.backend.grammars.compile(grammar, self._tenant)
         served, adapter = await self.backend.acquire(self.body.model, self._tenant)
         release = partial(self.backend.call, adapters.release, served)
         try:
@@ -311,7 +317,8 @@ class Exchange(ABC):
 
     async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any] | None]:
         has_usage = (self.body.stream_options or {}).get("include_usage")
-        frame |= {"usage": None} if has_usage else {}
+        if has_usage:
+            frame["usage"] = None
         try:
             async for index, piece in self._pieces():
                 if piece is None:
