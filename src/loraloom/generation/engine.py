@@ -189,17 +189,12 @@ class Engine:
         failures = self._decode()
         failures += self._read(reading)
         self._postprocess(failures)
-        self._regrow()
-        return not self.is_idle
-
-    def _regrow(self) -> None:
-        """After memory ran out, allow a row more when all went well for a while, or all if idle."""
-        scheduler = self._scheduler
-        if self.is_idle:
-            scheduler.max_rows = self.limits.max_rows
+        if self.is_idle:  # memory that ran out is there again
+            self._scheduler.max_rows = self.limits.max_rows
         elif self._num_full_steps >= GROWTH_STEPS:
-            scheduler.max_rows = min(scheduler.max_rows + 1, self.limits.max_rows)
+            self._scheduler.max_rows = min(self._scheduler.max_rows + 1, self.limits.max_rows)
             self._num_full_steps = 0
+        return not self.is_idle
 
     def _check(self, request: GenerationRequest) -> None:
         if request.adapter_name is not None:
@@ -381,10 +376,11 @@ class Engine:
             self._fail(row, error)
             return True
         self.counts["generated_tokens", row.owner] += row.request.makes_tokens
-        if reason is not None:
-            self._runner.remember(row)
-            self._end(row, reason)
-        return reason is not None
+        if reason is None:
+            return False
+        self._runner.remember(row)
+        self._end(row, reason)
+        return True
 
     def _send_back(self, row: Row) -> None:
         self.counts["preemptions",] += 1

@@ -88,16 +88,18 @@ def encode_prompt(
         marked = replace(prompt, content=content, tools=tools, is_foreign=False)
         ids, turn_end = encode_prompt(tokenizer, marked, form, raw=raw)
         return drop_marks(tokenizer, ids, mark) if mark else ids, turn_end
-    content = _content_of(tokenizer, prompt, form, raw=raw)
-    is_plain = isinstance(content, str)
+    has_turns = tokenizer.chat_template if form is None else not form.is_text
+    if prompt.last_alone and not isinstance(prompt.content, str) and (raw or not has_turns):
+        prompt = replace(prompt, content=prompt.content[-1]["content"])
+    is_plain = isinstance(prompt.content, str)
     if raw and (prompt.tools or not is_plain):
         raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")
-    messages = _messages_of(content, prompt, form)
+    messages = _messages_of(prompt, form, raw=raw)
     needs_template = form or tokenizer.chat_template or prompt.tools
     is_user_text = [message["role"] for message in messages] == ["user"] and not prompt.tools
     text = turn_end = None
     if is_plain and (raw or not needs_template):
-        text = content
+        text = messages[-1]["content"]
     elif form is not None and form.format == "instruction":
         text = _render_instructions(tokenizer, messages, prompt, form)
     elif form is not None and form.is_text and is_user_text:
@@ -114,27 +116,17 @@ def encode_prompt(
     return ids, turn_end
 
 
-def _content_of(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, form: PromptForm | None, *, raw: bool
-) -> str | tuple[Message, ...]:
-    """A prompt's text with its input, or its messages, or the last of them alone."""
-    content = prompt.content
-    if isinstance(content, str):
+def _messages_of(prompt: Prompt, form: PromptForm | None, *, raw: bool) -> list[Message]:
+    """A text with its input, or a conversation, after the form's system message if it has none."""
+    if isinstance(prompt.content, str):
+        text = prompt.content
         more = prompt.fields.get("input")
         has_place = form is not None and form.format == "instruction"  # in its prompt template
-        return f"{content}\n\n{more}" if more and not raw and not has_place else content
-    has_turns = tokenizer.chat_template if form is None else not form.is_text
-    if prompt.last_alone and (raw or not has_turns):
-        return content[-1]["content"]
-    return content
-
-
-def _messages_of(
-    content: str | tuple[Message, ...], prompt: Prompt, form: PromptForm | None
-) -> list[Message]:
-    """A conversation, with the form's system message unless it has another."""
-    turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    messages = [{**turn, "content": turn.get("content") or ""} for turn in turns]
+        if more and not raw and not has_place:
+            text = f"{text}\n\n{more}"
+        messages = [{"role": "user", "content": text}]
+    else:
+        messages = [{**turn, "content": turn.get("content") or ""} for turn in prompt.content]
     has_system = any(message["role"] in ("system", "developer") for message in messages)
     if form is not None and form.system is not None and not has_system:
         messages.insert(0, {"role": "system", "content": form.system})
@@ -226,8 +218,7 @@ def encode_for_choice(
             texts = [message.get("content") for message in prompt.content]
         texts.append(prompt.fields.get("input"))
         content = "\n".join(str(text) for text in texts if text)
-        prompt = replace(prompt, content=content, tools=None)
-        raw = True
+        return encode_prompt(tokenizer, replace(prompt, content=content, tools=None), raw=True)[0]
     form = form_for(host, prompt.adapter, tool_form if prompt.uses_tools else None)
     return encode_prompt(tokenizer, prompt, form, raw=raw)[0]
 
