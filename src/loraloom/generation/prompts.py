@@ -49,7 +49,6 @@ class Prompt:
 
     @property
     def uses_tools(self) -> bool:
-        """Whether there are tools, calls or results of calls."""
         turns = () if isinstance(self.content, str) else self.content
         calls = [turn for turn in turns if turn["role"] == "tool" or turn.get("tool_calls")]
         return bool(self.tools or calls)

@@ -176,7 +176,6 @@ class Row:
 
     @property
     def num_left(self) -> int:
-        """Tokens that are still to be read."""
         return self.length - self.num_read
 
     @property

@@ -122,7 +122,6 @@ class Runner:
                     row.was_read(choices_by_token(routing)[-1])
 
     def _resume(self, row: Row) -> None:
-        """Begin a row behind those of its first tokens that are known from prompts before."""
         row.salt = self._salt_of(row)
         if row.is_to_be_scored:  # by the states of all its tokens, and no others are kept
             return
@@ -132,7 +131,6 @@ class Runner:
             row.num_read = row.num_known = states.shape[3]
 
     def _score(self, row: Row, start: int) -> None:
-        """Score tokens of the prompt by the states, from `start` on, of those just read."""
         assert row.session is not None
         prompt_ids = row.request.prompt_ids
         first = row.num_scored

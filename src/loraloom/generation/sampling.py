@@ -76,7 +76,6 @@ class TokenChooser:
 
     @property
     def is_needed(self) -> bool:
-        """Whether it may choose anything but the most likely token."""
         return bool(self._processors)
 
     def choose(self, input_ids: Sequence[int], logits: Tensor) -> int:

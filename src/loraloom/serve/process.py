@@ -107,5 +107,4 @@ def start_apart(work: Callable[..., _Value], *arguments: object) -> Future[_Valu
 
 
 async def run_apart(work: Callable[..., _Value], *arguments: object) -> _Value:
-    """Do it while the event loop goes on."""
     return await asyncio.wrap_future(start_apart(work, *arguments))

@@ -45,9 +45,9 @@ class ChatExchange(Exchange):
     async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
         host, tokenizer = backend.engine.host, backend.tokenizer
-        is_foreign = not backend.allows_control_tokens
+        is_foreign = not backend.options.allow_control_tokens
         prompt = await self.prepare(partial(chat_prompt, body, adapter, is_foreign=is_foreign))
-        tool_form = backend.tool_form if prompt.uses_tools else None
+        tool_form = backend.options.tool_form if prompt.uses_tools else None
         read: list[int] = []
         if is_routed(host, adapter):
             read = await self.prepare(

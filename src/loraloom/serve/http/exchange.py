@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
-from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.data.tokens import name_of_token
 from loraloom.errors import AdapterError, shown
@@ -36,7 +35,7 @@ from loraloom.host.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.adapter_cache import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
-from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
+from loraloom.serve.http.guards import MODEL, TENANT, USAGE, ApiOptions, answer_to
 from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import SamplingBody
 from loraloom.serve.process import run_apart
@@ -53,9 +52,7 @@ class Backend:
     engine: Engine
     adapters: ServedAdapters
     tokenizer: PreTrainedTokenizerBase
-    allows_control_tokens: bool = False
-    tool_form: PromptForm | None = None
-    """How conversations with tools are written, unless an adapter has a template."""
+    options: ApiOptions = field(default_factory=ApiOptions)
     loop: asyncio.AbstractEventLoop = field(init=False)
     preparations: Preparations = field(init=False)
 
@@ -206,7 +203,6 @@ class Exchange(ABC):
     def several(
         self, prompt: GenerationRequest, max_new_tokens: int | None
     ) -> list[GenerationRequest]:
-        """Ask for the `n` completions of a prompt."""
         body = self.body
         room = max(1, self.backend.engine.max_length - len(prompt.prompt_ids))
         sampling = {
@@ -277,7 +273,6 @@ class Exchange(ABC):
         return await self.prepare(partial(JSONResponse, content))
 
     async def _ask(self) -> None:
-        """Hand the engine what a model is asked for."""
         engine, adapters = self.backend.engine, self.backend.adapters
         grammar = self.grammar()
         if grammar is not None:
