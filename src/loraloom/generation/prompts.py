@@ -82,11 +82,7 @@ def encode_prompt(
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     if prompt.is_foreign:
-        (content, tools), mark = mark_control_tokens(tokenizer, (prompt.content, prompt.tools))
-        content = content if isinstance(content, str) else tuple(content)
-        marked = replace(prompt, content=content, tools=tools, is_foreign=False)
-        ids, turn_end = encode_prompt(tokenizer, marked, form, raw=raw)
-        return drop_marks(tokenizer, ids, mark) if mark else ids, turn_end
+        return _encode_foreign(tokenizer, prompt, form, raw=raw)
     has_turns = tokenizer.chat_template if form is None else not form.is_text
     if prompt.last_alone and not isinstance(prompt.content, str) and (raw or not has_turns):
         prompt = replace(prompt, content=prompt.content[-1]["content"])
@@ -94,10 +90,10 @@ def encode_prompt(
     if raw and (prompt.tools or not is_plain):
         raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")
     messages = _messages_of(prompt, form, raw=raw)
-    needs_template = form or tokenizer.chat_template or prompt.tools
+    has_template = not raw and (form or tokenizer.chat_template or prompt.tools)
     is_user_text = [message["role"] for message in messages] == ["user"] and not prompt.tools
     text = turn_end = None
-    if is_plain and (raw or not needs_template):
+    if is_plain and not has_template:
         text = messages[-1]["content"]
     elif form is not None and form.format == "instruction":
         text = _render_instructions(tokenizer, messages, prompt, form)
@@ -107,12 +103,21 @@ def encode_prompt(
         ids = encode_texts(tokenizer, [text])[0]
     else:
         conversation = Conversation(messages, prompt.tools)
-        source = None if form is None else form.chat_template  # files name no file of ours
-        chat, turn_end = _render_chat(tokenizer, conversation, source or None, prompt.origin)
+        chat, turn_end = _render_chat(tokenizer, conversation, form, prompt.origin)
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
     return ids, turn_end
+
+
+def _encode_foreign(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, form: PromptForm | None, *, raw: bool
+) -> tuple[list[int], str | None]:
+    (content, tools), mark = mark_control_tokens(tokenizer, (prompt.content, prompt.tools))
+    content = content if isinstance(content, str) else tuple(content)
+    marked = replace(prompt, content=content, tools=tools, is_foreign=False)
+    ids, turn_end = encode_prompt(tokenizer, marked, form, raw=raw)
+    return drop_marks(tokenizer, ids, mark) if mark else ids, turn_end
 
 
 def _messages_of(prompt: Prompt, form: PromptForm | None, *, raw: bool) -> list[Message]:
@@ -141,11 +146,15 @@ def _messages_of(prompt: Prompt, form: PromptForm | None, *, raw: bool) -> list[
 
 
 def _render_chat(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, source: str | None, origin: str
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    form: PromptForm | None,
+    origin: str,
 ) -> tuple[str, str]:
     """A conversation in the chat template up to its answer, and what ends that."""
+    source = None if form is None else form.chat_template  # files name no file of ours
     try:
-        template = ChatTemplate(tokenizer, source)
+        template = ChatTemplate(tokenizer, source or None)
         turn_end = _turn_end(tokenizer, template.source(), str(tokenizer.eos_token), len(tokenizer))
         chat = template.render(conversation, for_answer=True)
         _check_tools(template, conversation)

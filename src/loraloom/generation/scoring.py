@@ -392,8 +392,8 @@ def score_groups(
 
     def tell(routed: RoutedRows) -> None:
         assert on_routing is not None
-        places = [rows[request][2] for request in routed.places]
-        on_routing(routed._replace(places=places))
+        groups_of_rows = [rows[request][2] for request in routed.places]
+        on_routing(routed._replace(places=groups_of_rows))
 
     requests = [(name, row) for name, row, _ in rows]
     observer = None if on_routing is None else tell

@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from loraloom.generation.prompts import Prompt, encode_for_choice, encode_prompt, form_for
 from loraloom.generation.request import GenerationRequest, Piece, RequestError
-from loraloom.host.choice import is_routed
 from loraloom.host.layout import RowAdapter
 from loraloom.serve.http.exchange import Backend, Exchange
 from loraloom.serve.http.grammars import json_grammar
@@ -48,14 +47,10 @@ class ChatExchange(Exchange):
         is_foreign = not backend.options.allow_control_tokens
         prompt = await self.prepare(partial(chat_prompt, body, adapter, is_foreign=is_foreign))
         tool_form = backend.options.tool_form if prompt.uses_tools else None
-        read: list[int] = []
-        if is_routed(host, adapter):
-            read = await self.prepare(
-                lambda: encode_for_choice(host, tokenizer, prompt, tool_form=tool_form)
-            )
-        choice = await self.choose(read, adapter, owner)
+        encode = partial(encode_for_choice, host, tokenizer, prompt, tool_form=tool_form)
+        choice = await self.choose(encode, adapter, owner)
         form = form_for(host, choice.adapter, tool_form)
-        ids, turn_end = await self.prepare(lambda: encode_prompt(tokenizer, prompt, form))
+        ids, turn_end = await self.prepare(encode_prompt, tokenizer, prompt, form)
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
@@ -125,8 +120,8 @@ class TextExchange(Exchange):
         self._lengths = Counter()
         self._prompts = []
         for text in body.prompts:
-            self._prompts.append(await self.prepare(partial(self._encode, text)))
-        choosing = [self.choose(prompt, adapter, owner) for prompt in self._prompts]
+            self._prompts.append(await self.prepare(self._encode, text))
+        choosing = [self.choose(prompt.copy, adapter, owner) for prompt in self._prompts]
         choices = await asyncio.gather(*choosing)
         requests: list[GenerationRequest] = []
         for prompt, choice in zip(self._prompts, choices, strict=True):

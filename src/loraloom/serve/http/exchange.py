@@ -79,7 +79,8 @@ class Backend:
 
     async def acquire(self, model: str, tenant: str = "") -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
-        adapters, host = self.adapters, self.engine.host
+        host = self.engine.host
+        adapters = self.adapters
         if model == adapters.base_name:
             return await adapters.acquire(model, tenant), None
         weighted = _weighted(model, adapters.base_name)
@@ -87,15 +88,7 @@ class Backend:
         names = [name.partition("/")[0] for name, _ in weighted]
         if adapters.base_name in names:
             raise unknown_model(model)
-        if len(names) > 1:
-            served = await adapters.acquire_sum(names, tenant)
-        else:
-            try:
-                served = await adapters.acquire(names[0], tenant)
-            except RequestError as error:
-                if error.code != "model_not_found":
-                    raise
-                raise unknown_model(model) from None  # all of what may be the name of a base model
+        served = await self._acquire_all(names, model, tenant)
         row: list[tuple[str, float]] = []
         try:
             for used, (name, weight) in zip(served.adapters, weighted, strict=True):
@@ -114,6 +107,16 @@ class Backend:
             return served, tuple(row)
         name, weight = row[0]
         return served, name if weight == 1 else (name, weight)
+
+    async def _acquire_all(self, names: list[str], model: str, tenant: str) -> ServedAdapter:
+        if len(names) > 1:
+            return await self.adapters.acquire_sum(names, tenant)
+        try:
+            return await self.adapters.acquire(names[0], tenant)
+        except RequestError as error:
+            if error.code != "model_not_found":
+                raise
+            raise unknown_model(model) from None  # all of what may be the name of a base model
 
 
 def _weighted(model: str, base_name: str) -> Weighted:
@@ -173,15 +176,18 @@ class Exchange(ABC):
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The choice of the chunk in which a piece of an answer is told."""
 
-    async def prepare(self, work: Callable[[], _Value]) -> _Value:
+    async def prepare(self, work: Callable[..., _Value], *arguments: object) -> _Value:
         """Do a piece of work in a thread, when it is the turn of who asks."""
-        return await self.backend.preparations.run(self._tenant, work)
+        return await self.backend.preparations.run(self._tenant, partial(work, *arguments))
 
-    async def choose(self, prompt_ids: list[int], adapter: RowAdapter, owner: str) -> Choice:
+    async def choose(
+        self, encode: Callable[[], list[int]], adapter: RowAdapter, owner: str
+    ) -> Choice:
         """Let the engine's thread, which alone computes, choose what answers, if a router does."""
         engine = self.backend.engine
         if not is_routed(engine.host, adapter):
-            return engine.host.choose([prompt_ids], [adapter])[0]
+            return engine.host.choose([[]], [adapter])[0]
+        prompt_ids = await self.prepare(encode)
         routing = engine.choose(prompt_ids, adapter, Share(self._tenant, owner))
         return await asyncio.wrap_future(routing)
 
@@ -216,6 +222,8 @@ class Exchange(ABC):
             sampling |= {"top_k": body.top_k, "top_p": body.top_p}
         request = replace(
             prompt,
+            tenant=self._tenant,
+            arrived_s=self._arrived_s,
             sampling=checked(SamplingConfig, sampling),
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
@@ -268,9 +276,9 @@ class Exchange(ABC):
                 answers[index].add(piece)
         choices = []
         for index in range(len(answers)):
-            choices.append(await self.prepare(partial(self.choice, index, answers)))
+            choices.append(await self.prepare(self.choice, index, answers))
         content = {**frame, "choices": choices, "usage": self.usage()}
-        return await self.prepare(partial(JSONResponse, content))
+        return await self.prepare(JSONResponse, content)
 
     async def _ask(self) -> None:
         engine, adapters = self.backend.engine, self.backend.adapters
@@ -283,7 +291,6 @@ class Exchange(ABC):
             with self.backend.preparations.preparing(self._tenant):
                 requests = await self.requests(adapter, served.name)
             for index, request in enumerate(requests):
-                request = replace(request, tenant=self._tenant, arrived_s=self._arrived_s)
                 self._rows.append(engine.submit(request, partial(self._tell, index), release))
                 served.num_users += 1  # each row lets it go once
         finally:
