@@ -81,7 +81,7 @@ async def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved
     adapters = ServedAdapters(host, "base", saved, max_lazy=1, max_waiting=3)
     async with using(adapters, "lora"):
         first, second = await asked(adapters, "dora"), await asked(adapters, "mixlora")
-        assert await adapters.take("lora") is None  # it is the next one's turn
+        assert await adapters.take(["lora"]) is None  # it is the next one's turn
         third = await asked(adapters, "lora")
         assert set(host.adapters) == {"own", "lora"}
         with pytest.raises(RequestError, match="3 requests wait for adapters that are not loaded"):
@@ -197,7 +197,7 @@ async def test_the_base_model_has_no_experts(host, tiny_tokenizer):
 async def test_experts_of_one_adapter_share_its_place(host, saved):
     adapters = ServedAdapters(host, "base", saved, max_lazy=1)
     of_one = await adapters.acquire_sum(["lora", "lora"])
-    assert [member.host_name for member in of_one.members] == ["lora", "lora"]
+    assert [member.host_name for member in of_one.adapters] == ["lora", "lora"]
     with pytest.raises(RequestError, match=r"a sum may have 1 adapters .* got lora, dora"):
         await adapters.acquire_sum(["lora", "dora", "lora"])
 

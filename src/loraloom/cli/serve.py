@@ -150,9 +150,8 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
     loading.check_sources(options, options.adapters)
     # the socket comes first, so that a port in use is an error before minutes of loading
     with listen(options.host, options.port) as sock:
-        engine, adapters, tokenizer, tool_form = start_apart(
-            lambda: _prepare(options, sock)
-        ).result()
+        preparing = start_apart(_prepare, options, sock)
+        engine, adapters, tokenizer, tool_form = preparing.result()
         allowed = ApiOptions(
             api_keys=keys,
             admin_keys=admin_keys,

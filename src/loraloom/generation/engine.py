@@ -34,6 +34,7 @@ from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
 from loraloom.generation.scoring import too_large
+from loraloom.generation.tenants import has_place
 from loraloom.host.forward import Record
 from loraloom.host.host import Host
 from loraloom.host.layout import RowAdapter, rows_in_record
@@ -95,14 +96,14 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        waiting = self._scheduler or self._routings or self._crowded_out
+        waiting = self._scheduler.line or self._routings or self._crowded_out
         return not (waiting or self._gone or self._served)
 
     def gauges(self) -> dict[str, int]:
         """What goes up and down, by a metric's name."""
         return {
             "requests_running": len(self._served),
-            "requests_waiting": len(self._scheduler),
+            "requests_waiting": len(self._scheduler.line),
             "adapters_loaded": len(self.host.adapters),
             "cache_tokens": self.limits.cache_tokens,
             "cache_tokens_used": self._scheduler.cached_tokens(self._served),
@@ -128,10 +129,11 @@ class Engine:
     def _make_place(self, tenant: str) -> None:
         """In a full queue, whoever has most of it gives way to whoever has less than their part."""
         most = self.limits.max_waiting + max(0, self._scheduler.max_rows - len(self._served))
-        if len(self._scheduler) < most:
+        line = self._scheduler.line
+        if len(line) < most:
             return
         row = self._scheduler.crowding()
-        if row is None or not self._scheduler.has_place(tenant, most):
+        if row is None or not has_place(line.counts, tenant, most):
             raise self._queue_is_full()
         self._scheduler.remove(row)
         self._crowded_out.append(row)
@@ -149,7 +151,7 @@ class Engine:
         """Let an adapter's router choose what answers a prompt, as a piece of work of a tenant."""
         routing = Routing(prompt_ids, adapter, share)
         with self._wake:
-            self._scheduler.lift(share.tenant)
+            self._scheduler.line.lift(share.tenant)
             self._routings.append(routing)
             self._wake.notify_all()
         return routing.choice
@@ -187,17 +189,12 @@ class Engine:
         failures = self._decode()
         failures += self._read(reading)
         self._postprocess(failures)
-        self._regrow()
-        return not self.is_idle
-
-    def _regrow(self) -> None:
-        """After memory ran out, allow a row more when all went well for a while, or all if idle."""
-        scheduler = self._scheduler
-        if self.is_idle:
-            scheduler.max_rows = self.limits.max_rows
+        if self.is_idle:  # memory that ran out is there again
+            self._scheduler.max_rows = self.limits.max_rows
         elif self._num_full_steps >= GROWTH_STEPS:
-            scheduler.max_rows = min(scheduler.max_rows + 1, self.limits.max_rows)
+            self._scheduler.max_rows = min(self._scheduler.max_rows + 1, self.limits.max_rows)
             self._num_full_steps = 0
+        return not self.is_idle
 
     def _check(self, request: GenerationRequest) -> None:
         if request.adapter_name is not None:
@@ -221,7 +218,7 @@ class Engine:
         with self._wake:
             gone, self._gone = self._gone, []
             crowded_out, self._crowded_out = self._crowded_out, []
-            for row in [row for row in self._scheduler if self._is_over(row)]:
+            for row in [row for row in self._scheduler.line if self._is_over(row)]:
                 self._scheduler.remove(row)
         for row in crowded_out:
             self._fail(row, self._queue_is_full())
@@ -231,13 +228,14 @@ class Engine:
         self._leave([row for row in self._served if self._is_over(row)])
 
     def _is_over(self, row: Row) -> bool:
-        limit_s, is_cancelled = self.limits.max_request_s, row.is_cancelled
-        is_late = time.monotonic() - row.request.arrived_s > limit_s
-        if is_cancelled:
+        if row.is_cancelled:
             self._end(row, "cancelled")
-        elif is_late:
+            return True
+        limit_s = self.limits.max_request_s
+        is_late = time.monotonic() - row.request.arrived_s > limit_s
+        if is_late:
             self._fail(row, RequestError(f"a request must end in {limit_s:g} seconds", "timeout"))
-        return is_cancelled or is_late
+        return is_late
 
     def _schedule(self) -> list[Row]:
         """Send rows back and admit others; return those that are to be read."""
@@ -359,9 +357,9 @@ class Engine:
             logits = self._runner.session.logits  # (B, V)
             # read from the device once for all rows, not once for each
             most_likely = logits.argmax(-1).tolist()
-            columns = zip(logits, most_likely, is_broken(logits).tolist(), strict=True)
-            rows = zip(self._runner.rows, columns, strict=True)
-            self._leave([row for row, column in rows if self._ends_now(row, *column)])
+            have_failed = is_broken(logits).tolist()
+            columns = zip(self._runner.rows, logits, most_likely, have_failed, strict=True)
+            self._leave([column[0] for column in columns if self._ends_now(*column)])
         self._fit_prefixes()
 
     def _ends_now(self, row: Row, logits: Tensor, most_likely: int, has_failed: bool) -> bool:
@@ -378,10 +376,11 @@ class Engine:
             self._fail(row, error)
             return True
         self.counts["generated_tokens", row.owner] += row.request.makes_tokens
-        if reason is not None:
-            self._runner.remember(row)
-            self._end(row, reason)
-        return reason is not None
+        if reason is None:
+            return False
+        self._runner.remember(row)
+        self._end(row, reason)
+        return True
 
     def _send_back(self, row: Row) -> None:
         self.counts["preemptions",] += 1

@@ -136,10 +136,12 @@ def complete(
         rows[index] = engine.submit(requests[index], partial(take, index))
     while engine.step():
         pass
-    return [
-        Completion(list(row.request.prompt_ids), row.new_ids, text, row.request.choice)
-        for row, text in zip([rows[index] for index in range(len(texts))], texts, strict=True)
-    ]
+    completions = []
+    for index, text in enumerate(texts):
+        request = rows[index].request
+        prompt_ids = list(request.prompt_ids)
+        completions.append(Completion(prompt_ids, rows[index].new_ids, text, request.choice))
+    return completions
 
 
 @dataclass
@@ -191,18 +193,20 @@ class Conversation:
         adapter = None if model == "base" else model
         prompt = Prompt(self._turns(model, text), adapter, last_alone=True)
         read = read_prompts(self.engine.host, self.tokenizer, [prompt], raw=self.raw)
-        ((ids, turn_end, choice),) = read
-        if telling := describe_choice(choice, self.tokenizer):
-            self.chosen[model] = telling["chosen"]["adapter"]
+        ids, turn_end, choice = read[0]
+        description = describe_choice(choice, self.tokenizer)
+        if description:
+            self.chosen[model] = description["chosen"]["adapter"]
         room = max(1, self.engine.max_length - len(ids))
-        shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
-        sampling = sampling.model_copy(update=shortened)
+        num_new = min(sampling.max_new_tokens, room)
+        sampling = sampling.model_copy(update={"max_new_tokens": num_new})
         place = self.engine.counts["steps",]  # another draw for each turn
         return GenerationRequest(ids, choice, model, sampling, place, turn_end=turn_end)
 
     def _turns(self, model: str, text: str) -> tuple[Message, ...]:
-        system = {"role": "system", "content": self.system}
-        messages: list[Message] = [] if self.system is None else [system]
+        messages: list[Message] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": self.system})
         for said, answers in self.turns:
             if answers:  # else all failed
                 # of the model that was asked, where this one was not

@@ -20,7 +20,6 @@ from loraloom.host.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.host.host import Host, attach
 
 CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_NUMBERS = ("max", "current")
 
 
 def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> dict[str, StoredAdapter]:
@@ -59,10 +58,12 @@ def available_memory() -> int:
     """Count the bytes that the system has left, or the control group of a container (version 2)."""
     available = psutil.virtual_memory().available
     with suppress(OSError):
-        group = CONTROL_GROUPS / _OWN_GROUP.read_text().rpartition("0::/")[2].strip()
+        path = _OWN_GROUP.read_text().rpartition("0::/")[2]
+        group = CONTROL_GROUPS / path.strip()
         for directory in (group, *group.parents):
             with suppress(OSError, ValueError):  # no such file, or no limit, which is "max"
-                limit, used = (int((directory / f"memory.{name}").read_text()) for name in _NUMBERS)
+                limit = int((directory / "memory.max").read_text())
+                used = int((directory / "memory.current").read_text())
                 words = (directory / "memory.stat").read_text().split()
                 cached = int(words[words.index("inactive_file") + 1])  # goes when it is needed
                 available = min(available, max(0, limit - used + cached))

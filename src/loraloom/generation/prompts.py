@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,6 @@ from loraloom.host.layout import RowAdapter, name_and_scale
 
 # A name that no text has, by which a tool is looked for in what the chat template made of it.
 _MARK = "loraloom-1b5ff3a2-"
-# Of each tokenizer, what ends an answer, by the chat template and the end-of-text token.
-_TURN_ENDS: WeakKeyDictionary[Any, dict[tuple[str, Any, int], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,9 @@ class Prompt:
 
     @property
     def uses_tools(self) -> bool:
-        """Whether there are tools, calls or results of calls."""
         turns = () if isinstance(self.content, str) else self.content
-        is_call = any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
-        return bool(self.tools) or is_call
+        calls = [turn for turn in turns if turn["role"] == "tool" or turn.get("tool_calls")]
+        return bool(self.tools or calls)
 
 
 def form_for(
@@ -63,12 +60,15 @@ def form_for(
     """The form of prompts; `tool_form` is used instead of the base model's chat template."""
     name, _ = name_and_scale(adapter)
     form = None if name is None else host.adapter(name).prompt
+    default = host.default_form
     has_template = form is not None and (form.chat_template or form.format == "instruction")
     if tool_form is not None and not has_template:
         return tool_form.model_copy(update={"system": None if form is None else form.system})
-    if form is None or host.default_form is None or not form.is_text:
-        return form or host.default_form
-    return form.model_copy(update={"chat_template": host.default_form.chat_template})  # of messages
+    if form is None:
+        return default
+    if default is None or not form.is_text:
+        return form
+    return form.model_copy(update={"chat_template": default.chat_template})  # of messages
 
 
 def encode_prompt(
@@ -82,46 +82,55 @@ def encode_prompt(
     # It is written as an adapter's training data was. Without a form, a text is the user's turn in
     # the tokenizer's chat template where there is one, and else read as it stands, as with `raw`.
     if prompt.is_foreign:
-        (content, tools), mark = mark_control_tokens(tokenizer, (prompt.content, prompt.tools))
-        content = content if isinstance(content, str) else tuple(content)
-        marked = replace(prompt, content=content, tools=tools, is_foreign=False)
-        ids, turn_end = encode_prompt(tokenizer, marked, form, raw=raw)
-        return drop_marks(tokenizer, ids, mark) if mark else ids, turn_end
-    content = _content_of(tokenizer, prompt, form, raw=raw)
-    messages = _messages_of(content, prompt, form)
-    turn_end = None
-    text = _text_without_turns(tokenizer, content, messages, prompt, form, raw=raw)
+        return _encode_foreign(tokenizer, prompt, form, raw=raw)
+    has_turns = tokenizer.chat_template if form is None else not form.is_text
+    if prompt.last_alone and not isinstance(prompt.content, str) and (raw or not has_turns):
+        prompt = replace(prompt, content=prompt.content[-1]["content"])
+    is_plain = isinstance(prompt.content, str)
+    if raw and (prompt.tools or not is_plain):
+        raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")
+    messages = _messages_of(prompt, form, raw=raw)
+    has_template = not raw and (form or tokenizer.chat_template or prompt.tools)
+    is_user_text = [message["role"] for message in messages] == ["user"] and not prompt.tools
+    text = turn_end = None
+    if is_plain and not has_template:
+        text = messages[-1]["content"]
+    elif form is not None and form.format == "instruction":
+        text = _render_instructions(tokenizer, messages, prompt, form)
+    elif form is not None and form.is_text and is_user_text:
+        text = messages[0]["content"]
     if text is not None:
         ids = encode_texts(tokenizer, [text])[0]
     else:
-        chat, turn_end = _render_chat(tokenizer, messages, prompt, form)
+        conversation = Conversation(messages, prompt.tools)
+        chat, turn_end = _render_chat(tokenizer, conversation, form, prompt.origin)
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
     return ids, turn_end
 
 
-def _content_of(
+def _encode_foreign(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, form: PromptForm | None, *, raw: bool
-) -> str | tuple[Message, ...]:
-    """A prompt's text with its input, or its messages, or the last of them alone."""
-    content = prompt.content
-    if isinstance(content, str):
+) -> tuple[list[int], str | None]:
+    (content, tools), mark = mark_control_tokens(tokenizer, (prompt.content, prompt.tools))
+    content = content if isinstance(content, str) else tuple(content)
+    marked = replace(prompt, content=content, tools=tools, is_foreign=False)
+    ids, turn_end = encode_prompt(tokenizer, marked, form, raw=raw)
+    return drop_marks(tokenizer, ids, mark) if mark else ids, turn_end
+
+
+def _messages_of(prompt: Prompt, form: PromptForm | None, *, raw: bool) -> list[Message]:
+    """A text with its input, or a conversation, after the form's system message if it has none."""
+    if isinstance(prompt.content, str):
+        text = prompt.content
         more = prompt.fields.get("input")
         has_place = form is not None and form.format == "instruction"  # in its prompt template
-        return f"{content}\n\n{more}" if more and not raw and not has_place else content
-    has_turns = tokenizer.chat_template if form is None else not form.is_text
-    if prompt.last_alone and (raw or not has_turns):
-        return content[-1]["content"]
-    return content
-
-
-def _messages_of(
-    content: str | tuple[Message, ...], prompt: Prompt, form: PromptForm | None
-) -> list[Message]:
-    """A conversation, with the form's system message unless it has another."""
-    turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    messages = [{**turn, "content": turn.get("content") or ""} for turn in turns]
+        if more and not raw and not has_place:
+            text = f"{text}\n\n{more}"
+        messages = [{"role": "user", "content": text}]
+    else:
+        messages = [{**turn, "content": turn.get("content") or ""} for turn in prompt.content]
     has_system = any(message["role"] in ("system", "developer") for message in messages)
     if form is not None and form.system is not None and not has_system:
         messages.insert(0, {"role": "system", "content": form.system})
@@ -136,59 +145,29 @@ def _messages_of(
     return messages
 
 
-def _text_without_turns(
-    tokenizer: PreTrainedTokenizerBase,
-    content: str | tuple[Message, ...],
-    messages: list[Message],
-    prompt: Prompt,
-    form: PromptForm | None,
-    *,
-    raw: bool,
-) -> str | None:
-    """The text of a prompt that needs no chat template; None: it needs one."""
-    is_plain = isinstance(content, str)
-    if raw and (prompt.tools or not is_plain):
-        raise DataError(f"{prompt.origin}: messages and tools require a template; remove raw")
-    if raw or not (form or tokenizer.chat_template or prompt.tools):
-        return content if is_plain else None
-    if form is None:
-        return None
-    if form.format == "instruction":
-        return _render_instructions(tokenizer, messages, prompt, form)
-    is_user_text = len(messages) == 1 and messages[0]["role"] == "user" and not prompt.tools
-    return messages[0]["content"] if form.is_text and is_user_text else None
-
-
 def _render_chat(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    prompt: Prompt,
+    conversation: Conversation,
     form: PromptForm | None,
+    origin: str,
 ) -> tuple[str, str]:
     """A conversation in the chat template up to its answer, and what ends that."""
     source = None if form is None else form.chat_template  # files name no file of ours
-    conversation = Conversation(messages, prompt.tools)
     try:
         template = ChatTemplate(tokenizer, source or None)
-        turn_end = _turn_end(template)
+        turn_end = _turn_end(tokenizer, template.source(), str(tokenizer.eos_token), len(tokenizer))
         chat = template.render(conversation, for_answer=True)
         _check_tools(template, conversation)
     except DataError as error:
-        raise DataError(f"{prompt.origin}: {error}") from None
+        raise DataError(f"{origin}: {error}") from None
     except TemplateError as error:
-        raise DataError(
-            f"{prompt.origin}: the chat template rejects the messages: {error}"
-        ) from error
+        raise DataError(f"{origin}: the chat template rejects the messages: {error}") from error
     return chat, turn_end
 
 
-def _turn_end(template: ChatTemplate) -> str:
-    tokenizer = template.tokenizer
-    key = (template.source(), tokenizer.eos_token, len(tokenizer))
-    ends = _TURN_ENDS.setdefault(tokenizer, {})
-    if key not in ends:
-        ends[key] = template.turn_end()
-    return ends[key]
+@lru_cache(maxsize=16)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, source: str, *changes: object) -> str:
+    return ChatTemplate(tokenizer, source).turn_end()
 
 
 def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
@@ -210,23 +189,25 @@ def _check_tools(template: ChatTemplate, conversation: Conversation) -> None:
 
 
 def _marked(conversation: Conversation) -> Conversation:
-    """Put a mark into the first name of the tools and of each message's calls, in their order."""
-    groups = [conversation.tools] if conversation.tools else []
-    marked = conversation._replace(messages=[{**message} for message in conversation.messages])
-    calling = [message for message in marked.messages if message.get("tool_calls")]
-    groups += [message["tool_calls"] for message in calling]
-    changed = []
-    for number, (first, *later) in enumerate(groups):
-        function = first.get("function")
-        if isinstance(function, dict):
-            name = f"{_MARK}{number}-{function.get('name')}"
-            first = {**first, "function": {**function, "name": name}}
-        changed.append([first, *later])
-    if conversation.tools:
-        marked = marked._replace(tools=changed.pop(0))
-    for message, calls in zip(calling, changed, strict=True):
-        message["tool_calls"] = calls
-    return marked
+    """Put a mark into the names of the tools and of each message's calls, numbered in order."""
+    numbers = count()
+
+    def mark(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        number = next(numbers)
+        marked = [{**call} for call in calls]
+        for call in marked:
+            function = call.get("function")
+            if isinstance(function, dict):
+                name = f"{_MARK}{number}-{function.get('name')}"
+                call["function"] = {**function, "name": name}
+        return marked
+
+    tools = mark(conversation.tools) if conversation.tools else None
+    messages = []
+    for message in conversation.messages:
+        calls = message.get("tool_calls")
+        messages.append({**message, "tool_calls": mark(calls)} if calls else message)
+    return Conversation(messages, tools)
 
 
 def encode_for_choice(
@@ -245,8 +226,7 @@ def encode_for_choice(
             texts = [message.get("content") for message in prompt.content]
         texts.append(prompt.fields.get("input"))
         content = "\n".join(str(text) for text in texts if text)
-        prompt = replace(prompt, content=content, tools=None)
-        raw = True
+        return encode_prompt(tokenizer, replace(prompt, content=content, tools=None), raw=True)[0]
     form = form_for(host, prompt.adapter, tool_form if prompt.uses_tools else None)
     return encode_prompt(tokenizer, prompt, form, raw=raw)[0]
 

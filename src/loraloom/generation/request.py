@@ -176,7 +176,6 @@ class Row:
 
     @property
     def num_left(self) -> int:
-        """Tokens that are still to be read."""
         return self.length - self.num_read
 
     @property
@@ -196,15 +195,18 @@ class Row:
     def choose(self, logits: Tensor, most_likely: int) -> int:
         request = self.request
         penalties = defaultdict(float, request.logit_bias)
-        if request.presence_penalty or request.frequency_penalty:
+        presence = request.presence_penalty
+        frequency = request.frequency_penalty
+        if presence or frequency:
             for token, count in Counter(self.new_ids).items():
-                penalties[token] -= request.presence_penalty + request.frequency_penalty * count
+                penalties[token] -= presence + frequency * count
         if not (penalties or request.constraint or self._chooser.is_needed):
             return most_likely
         logits = logits.float()
         if penalties:
             index = torch.tensor(list(penalties), dtype=torch.long, device=logits.device)
-            logits = logits.index_add(0, index, logits.new_tensor(list(penalties.values())))
+            values = logits.new_tensor(list(penalties.values()))
+            logits = logits.index_add(0, index, values)
         if request.constraint is not None:
             allowed = request.constraint.allowed(len(logits)).to(logits.device)
             logits = logits.masked_fill(~allowed, -torch.inf)
@@ -212,7 +214,8 @@ class Row:
         return self._chooser.choose(read, logits)
 
     def take(self, token: int, logits: Tensor) -> FinishReason | None:
-        request, piece = self.request, self._untold
+        request = self.request
+        piece = self._untold
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.new_ids.append(token)
@@ -251,12 +254,10 @@ class Row:
 
     def was_scored(self, log_probs: Tensor, top_log_probs: Tensor, top_ids: Tensor) -> None:
         """Note log-probabilities of the next tokens of the prompt, which it has not told yet."""
-        start = self.num_scored + 1
-        self.num_scored += len(log_probs)
-        tokens = self.request.prompt_ids[start : start + len(log_probs)]
-        tops = zip(top_ids.tolist(), top_log_probs.tolist(), strict=True)
-        for token, log_prob, (ids, values) in zip(tokens, log_probs.tolist(), tops, strict=True):
-            top = list(zip(ids, values, strict=True))
+        for index, log_prob in enumerate(log_probs.tolist()):
+            self.num_scored += 1
+            token = self.request.prompt_ids[self.num_scored]
+            top = list(zip(top_ids[index].tolist(), top_log_probs[index].tolist(), strict=True))
             self._untold.log_probs.append(TokenLogProb(token, log_prob, top))
 
 

@@ -76,11 +76,11 @@ class PrefixCache:
 
 
 def _keys(salt: Hashable, tokens: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-    digest = hashlib.blake2b(repr(salt).encode(), digest_size=16).digest()
+    read = hashlib.blake2b(repr(salt).encode(), digest_size=16)
     for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        block = ",".join(map(str, tokens[start : start + BLOCK_TOKENS]))
-        digest = hashlib.blake2b(digest + block.encode(), digest_size=16).digest()
-        yield digest, start
+        block = [*tokens[start : start + BLOCK_TOKENS]]
+        read.update(repr(block).encode())
+        yield read.digest(), start
 
 
 class Runner:
@@ -117,11 +117,11 @@ class Runner:
         if row.is_to_be_scored:
             self._score(row, row.num_read - len(piece))
         if record and row.num_left == 0:
-            for routing in filter(None, record.values()):
-                row.was_read(choices_by_token(routing)[-1])
+            for routing in record.values():
+                if routing:
+                    row.was_read(choices_by_token(routing)[-1])
 
     def _resume(self, row: Row) -> None:
-        """Begin a row behind those of its first tokens that are known from prompts before."""
         row.salt = self._salt_of(row)
         if row.is_to_be_scored:  # by the states of all its tokens, and no others are kept
             return
@@ -131,7 +131,6 @@ class Runner:
             row.num_read = row.num_known = states.shape[3]
 
     def _score(self, row: Row, start: int) -> None:
-        """Score tokens of the prompt by the states, from `start` on, of those just read."""
         assert row.session is not None
         prompt_ids = row.request.prompt_ids
         first = row.num_scored
@@ -139,13 +138,15 @@ class Runner:
         if stop <= first:  # it was scored before the row was sent back
             return
         states = row.session.hidden_states[0, first - start : stop - start]
-        targets = torch.tensor(prompt_ids[first + 1 : stop + 1], device=states.device)
+        target_ids = prompt_ids[first + 1 : stop + 1]
+        targets = torch.tensor(target_ids, device=states.device)
         adapters = [row.request.adapter] * len(targets)
         num_top = row.request.num_logprobs or 0
-        log_probs, _, *tops = self._host.token_scores(states, targets, adapters, num_top)
+        scores = self._host.token_scores(states, targets, adapters, num_top)
+        log_probs, _, top_log_probs, top_ids = [column.cpu() for column in scores]
         if not log_probs.isfinite().all():
             raise not_finite("log-probabilities", "NaN or infinite ones", [row.adapter_title])
-        row.was_scored(log_probs, *tops)
+        row.was_scored(log_probs, top_log_probs, top_ids)
 
     def join(self, row: Row) -> None:
         self.remember(row)

@@ -76,7 +76,6 @@ class TokenChooser:
 
     @property
     def is_needed(self) -> bool:
-        """Whether it may choose anything but the most likely token."""
         return bool(self._processors)
 
     def choose(self, input_ids: Sequence[int], logits: Tensor) -> int:
@@ -108,14 +107,10 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        special = {
-            token: str(added)
-            for token, added in tokenizer.added_tokens_decoder.items()
-            if added.special
-        }
         # special tokens, which the text leaves out, and those of them that are stop texts
-        self._special = frozenset(special)
-        self._ends = {token for token, text in special.items() if text in stop}
+        added = tokenizer.added_tokens_decoder
+        self._special = {token for token in added if added[token].special}
+        self._ends = {token for token in self._special if str(added[token]) in stop}
         self._pending = ""
         # Tokens that are decoded together, as spaces and characters of several bytes depend on
         # their neighbors. The first `_num_settled` are in the text already, as `_known_text`.
@@ -126,7 +121,8 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token, and return the text that is settled by it."""
         if token in self._ends:
-            settled, self.stopped = self.finish(), True
+            settled = self.finish()
+            self.stopped = True
             return settled
         if token in self._special:
             return ""
@@ -168,7 +164,7 @@ class TextStream:
         if self.stopped:
             return ""
         pending = self._pending + fresh
-        cuts = [start for start in map(pending.find, self._stop) if start >= 0]
+        cuts = [pending.index(stop) for stop in self._stop if stop in pending]
         self.stopped = bool(cuts)
         num_settled = len(pending)
         if cuts:

@@ -5,12 +5,12 @@ requests are served as they came. Rows give way to those of whoever was served l
 rectangle, as many rows as are served times the longest of them.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loraloom.generation.request import Row, Share
-from loraloom.generation.tenants import FairLine, has_place
+from loraloom.generation.tenants import FairLine
 
 # Tokens that a row must have room for when it joins others, so that it isn't sent back at once.
 _ROOM = 16
@@ -53,47 +53,31 @@ class Scheduler:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self._max_credit = max_credit
-        self._tenants: dict[str, Tenant] = {}
-        self._line: FairLine[Row] = FairLine()  # of tenants
-
-    def __len__(self) -> int:
-        return len(self._line)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._line)
-
-    def _tenant(self, name: str) -> Tenant:
-        return self._tenants.setdefault(name, Tenant(self._max_credit))
-
-    def lift(self, tenant: str) -> None:
-        """Let a tenant that comes for something other than a row have no claim from before."""
-        self._line.lift(tenant)
+        self._tenants = defaultdict[str, Tenant](lambda: Tenant(max_credit))
+        self.line: FairLine[Row] = FairLine()  # of tenants
 
     def add(self, row: Row, *, is_first: bool = False) -> None:
         tenant, owner = row.share
-        self._line.add(tenant, row, is_first=is_first)
-        self._tenant(tenant).adapters.add(owner, row, is_first=is_first)
+        self.line.add(tenant, row, is_first=is_first)
+        self._tenants[tenant].adapters.add(owner, row, is_first=is_first)
 
     def remove(self, row: Row) -> None:
         tenant, owner = row.share
-        self._line.remove(tenant, row)
-        self._tenant(tenant).adapters.remove(owner, row)
+        self.line.remove(tenant, row)
+        self._tenants[tenant].adapters.remove(owner, row)
 
     def charge(self, share: Share, num_tokens: int) -> None:
-        self._line.charge(share.tenant, num_tokens)
-        self._tenant(share.tenant).adapters.charge(share.owner, num_tokens)
+        self.line.charge(share.tenant, num_tokens)
+        self._tenants[share.tenant].adapters.charge(share.owner, num_tokens)
 
     def used(self, share: Share) -> tuple[int | float, int | float]:
         """Tokens of the customer and of its adapter: who has least is the next."""
-        adapters = self._tenant(share.tenant).adapters
-        return self._line.used(share.tenant), adapters.used(share.owner)
-
-    def has_place(self, tenant: str, max_waiting: int) -> bool:
-        return has_place(self._line.counts, tenant, max_waiting)
+        adapters = self._tenants[share.tenant].adapters
+        return self.line.used(share.tenant), adapters.used(share.owner)
 
     def crowding(self) -> Row | None:
         """The row that gives its place in a full queue: the latest of whoever has most."""
-        most = max(self._line.waiting.values(), key=len, default=())
+        most = max(self.line.waiting.values(), key=len, default=())
         unbegun = [row for row in most if not row.new_ids]
         return max(unbegun, key=lambda row: row.arrival, default=None)
 
@@ -121,14 +105,16 @@ class Scheduler:
             return None
         num_rows: Counter[str | Share] = Counter(row.share for row in served)
         num_rows.update(row.share.tenant for row in served)
+        tenant, adapter = self.used(waiting.share)
         leads: dict[tuple[int, int | float, int], Row] = {}
         for row in movable:
-            # of customers, or of one customer's adapters
-            is_same = row.share.tenant == waiting.share.tenant
-            ahead = num_rows[row.share] - num_rows[waiting.share]
-            if not is_same:
+            used_by_tenant, used_by_adapter = self.used(row.share)
+            if row.share.tenant == waiting.share.tenant:
+                ahead = num_rows[row.share] - num_rows[waiting.share]
+                num_tokens = used_by_adapter - adapter
+            else:
                 ahead = num_rows[row.share.tenant] - num_rows[waiting.share.tenant]
-            num_tokens = self.used(row.share)[is_same] - self.used(waiting.share)[is_same]
+                num_tokens = used_by_tenant - tenant
             least_tokens = 0 if ahead > 1 else _QUANTUM
             if ahead > 0 and num_tokens > least_tokens:
                 leads[ahead, num_tokens, row.arrival] = row
@@ -136,15 +122,18 @@ class Scheduler:
 
     def give_credit(self, decoding: Sequence[Row], num_tokens: int) -> None:
         """Let tenants read `num_tokens` more of prompts, or as many as another of them decodes."""
-        most = Counter(row.share.tenant for row in decoding).most_common(2)
+        counts = Counter(row.share.tenant for row in decoding)
         for name, tenant in self._tenants.items():
-            counts = [count for writer, count in most if writer != name]
-            tenant.credit = min(tenant.credit + max([num_tokens, *counts]), self._max_credit)
+            added = num_tokens
+            for writer, count in counts.most_common(2):
+                if writer != name:
+                    added = max(added, count)
+            tenant.credit = min(tenant.credit + added, self._max_credit)
 
     def charge_reading(self, share: Share, num_tokens: int, decoding: Sequence[Row]) -> None:
         self.charge(share, num_tokens)
         if any(row.share.tenant != share.tenant for row in decoding):
-            self._tenant(share.tenant).credit -= num_tokens
+            self._tenants[share.tenant].credit -= num_tokens
 
     def readable(self, tenant: str, decoding: Sequence[Row]) -> int:
         """How many tokens of a tenant's prompts may be read while rows are decoded."""
@@ -152,17 +141,17 @@ class Scheduler:
         if not writers:
             return self._max_credit
         # who waits for a place, and has used less, comes up with its rows that are decoded
-        used = self._line.used(tenant)
-        waiting = writers & self._line.waiting.keys()
-        is_ahead = any(self._line.used(name) + _QUANTUM < used for name in waiting)
-        return 0 if is_ahead else self._tenant(tenant).credit
+        used = self.line.used(tenant)
+        waiting = writers & self.line.waiting.keys()
+        is_ahead = any(self.line.used(name) + _QUANTUM < used for name in waiting)
+        return 0 if is_ahead else self._tenants[tenant].credit
 
     def cached_tokens(self, served: Sequence[Row], added: int = 0) -> int:
         """Tokens of the cache that rows take up when each has `added` more."""
         return len(served) * max((row.length + added for row in served), default=0)
 
     def _next(self) -> Row | None:
-        if not self._line:
+        if not self.line:
             return None
-        adapters = self._tenant(self._line.in_turn()[0]).adapters
+        adapters = self._tenants[self.line.in_turn()[0]].adapters
         return adapters.waiting[adapters.in_turn()[0]][0]

@@ -19,15 +19,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from loraloom.adapters.routed.choice import Choice
 from loraloom.base.structure import keeps_running_states
-from loraloom.data.tokens import NO_LOSS, Example, TokenPair
+from loraloom.data.tokens import NO_LOSS, Example, TokenPair, count_shared
 from loraloom.devices import free_memory
 from loraloom.errors import DataError
 from loraloom.host.host import Host
@@ -101,53 +102,51 @@ def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
 
 def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
     context = pairs[choices[0]].context
-    continuations = [pairs[choice].continuation for choice in choices]
-    num_shared = _num_shared(continuations)
-    trunk = [*context, *continuations[0][:num_shared]]
-    num_trunk = len(trunk)
+    first = pairs[choices[0]].continuation
+    num_shared = 0
+    if len(choices) > 1:  # tokens with which all begin, but for a last one
+        num_shared = min(count_shared(first, pairs[choice].continuation[:-1]) for choice in choices)
+    trunk = [*context, *first[:num_shared]]
+    length = len(trunk)
     # the trunk's last states predict what is shared, and then a branch's first token
-    trunk_predictors = range(len(context) - 1, num_trunk)
-    row = TokenRow(trunk, list(range(num_trunk)), [0] * num_trunk, [], [], [])
-    for branch, (choice, continuation) in enumerate(zip(choices, continuations, strict=True), 1):
+    trunk_predictors = range(len(context) - 1, length)
+    row = TokenRow(trunk, list(range(length)), [0] * length, [], [], [])
+    for branch, choice in enumerate(choices, start=1):
+        continuation = pairs[choice].continuation
         branch_ids = continuation[num_shared:-1]
         start = len(row.input_ids)
         row.input_ids.extend(branch_ids)
-        row.position_ids.extend(range(num_trunk, num_trunk + len(branch_ids)))
+        row.position_ids.extend(range(length, length + len(branch_ids)))
         row.branches.extend([branch] * len(branch_ids))
-        row.predictors.extend([*trunk_predictors, *range(start, len(row.input_ids))])
+        row.predictors.extend(trunk_predictors)
+        row.predictors.extend(range(start, len(row.input_ids)))
         row.targets.extend(continuation)
         row.choices.extend([choice] * len(continuation))
     return row
 
 
-def _num_shared(continuations: Sequence[Sequence[int]]) -> int:
-    """Tokens with which all of several continuations begin, but for a last token."""
-    if len(continuations) == 1:
-        return 0
-    columns = zip(*(continuation[:-1] for continuation in continuations), strict=False)
-    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-
-
 def collate(
     rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.device, pad_id: int = 0
 ) -> RowBatch:
-    length = max(len(row.input_ids) for row in rows)
-
     def padded(lists: Iterable[list[int]], fill: int) -> Tensor:
-        return torch.tensor([values + [fill] * (length - len(values)) for values in lists])
+        tensors = [torch.tensor(values) for values in lists]
+        return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     branches = padded((row.branches for row in rows), _PADDING)
-    token_mask = mask = (branches != _PADDING).long()
+    token_mask = (branches != _PADDING).long()
+    mask = token_mask
     if any(len(set(row.branches)) > 2 for row in rows):
         # a token sees what comes before it in the context and in its own branch
-        queries, keys = branches[:, :, None], branches[:, None, :]
+        queries = branches[:, :, None]
+        keys = branches[:, None, :]
         visible = ((keys == 0) | (keys == queries)).tril()  # (B, L, L)
         mask = torch.zeros(visible.shape, dtype=dtype)
         mask = mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
     predictors: list[int] = []
     targets: list[int] = []
     for index, row in enumerate(rows):
-        predictors += [index * length + predictor for predictor in row.predictors]
+        start = index * branches.shape[1]
+        predictors += [start + predictor for predictor in row.predictors]
         targets += row.targets
     return RowBatch(
         input_ids=padded((row.input_ids for row in rows), pad_id).to(device),
@@ -164,15 +163,6 @@ Request = tuple[RowAdapter, TokenRow]
 
 # The rows of continuations that belong together, such as the choices of a question.
 Group = Sequence[TokenRow]
-
-
-class TokenScores(NamedTuple):
-    """What a model makes of a row's scored tokens, on the CPU."""
-
-    log_probs: Tensor
-    is_top: Tensor
-    top_log_probs: Tensor
-    top_ids: Tensor
 
 
 class PairScore(NamedTuple):
@@ -200,11 +190,11 @@ def too_large(item: str) -> DataError:
     )
 
 
-def in_halves(
-    compute: Callable[[Sequence[int]], list[TokenScores]],
+def _in_halves(
+    compute: Callable[[Sequence[int]], list[Tensor]],
     indices: Sequence[int],
     requests: Sequence[Request],
-) -> list[TokenScores]:
+) -> list[Tensor]:
     """Score requests together, or in halves, and halves of these, where memory runs out."""
     try:
         return compute(indices)
@@ -214,8 +204,8 @@ def in_halves(
             raise too_large(f"a row of {length} tokens to be scored") from None
     free_memory()
     middle = (len(indices) + 1) // 2
-    halves = (indices[:middle], indices[middle:])
-    return [result for half in halves for result in in_halves(compute, half, requests)]
+    first = _in_halves(compute, indices[:middle], requests)
+    return first + _in_halves(compute, indices[middle:], requests)
 
 
 def tokens_per_batch(host: Host) -> int:
@@ -250,33 +240,33 @@ def score_rows(
     requests: Sequence[Request],
     max_tokens: int | None = None,
     on_routing: OnRouting | None = None,
-    num_top: int = 0,
-) -> list[TokenScores]:
-    """Score rows, each with its adapter, without dropout and gradients."""
+) -> list[Tensor]:
+    """Score rows, each with its adapter, without dropout and gradients.
+
+    Returns:
+        For each row, log p of its scored tokens, and whether they are the likeliest, [N, 2].
+    """
     chosen = _chosen(host, requests, on_routing)
-    kinds = []
+    kinds: list[RowKind] = []
     for before, after in zip(requests, chosen, strict=True):
         is_long = max(after[1].position_ids, default=0) >= host.max_positions
         kinds.append(RowKind(is_as_asked=after is before, is_long=is_long))
-    batches = plan_batches(chosen, kinds, max_tokens or tokens_per_batch(host))
+    batches = _plan_batches(chosen, kinds, max_tokens or tokens_per_batch(host))
 
-    def score(indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    def score(indices: Sequence[int]) -> list[Tensor]:
         observer = on_routing if kinds[indices[0]].is_as_asked else None
-        forward = partial(_forward, host, chosen, on_routing=observer, num_top=num_top)
         with host.prepared():  # of a batch alone: each of many routed rows may have its own sum
-            # ranks send one another tensors and no classes, which unpickling would have to trust
-            return [tuple(scores) for scores in in_halves(forward, indices, chosen)]
+            return _in_halves(partial(_forward, host, chosen, observer), indices, chosen)
 
-    nothing = torch.zeros(0, 2 + 2 * num_top, dtype=torch.float64)
-    scores = [_scores_of(nothing, num_top)] * len(requests)
+    scores = [torch.zeros(0, 2, dtype=torch.float64)] * len(requests)
     with torch.no_grad():
         results = chain.from_iterable(host.ranks.spread(batches, score))
-        for index, result in zip(chain.from_iterable(batches), results, strict=True):
-            scores[index] = TokenScores(*result)
+        for index, scores_of_row in zip(chain.from_iterable(batches), results, strict=True):
+            scores[index] = scores_of_row
     return scores
 
 
-def plan_batches(
+def _plan_batches(
     requests: Sequence[Request], kinds: Sequence[RowKind], max_tokens: int
 ) -> list[list[int]]:
     """Plan forwards of rows of one kind, in which those of an adapter lie together."""
@@ -287,8 +277,8 @@ def plan_batches(
     numbers = {adapter: number for number, (adapter, _) in enumerate(requests)}
     batches = []
     for _, indices in sorted(indices_by_kind.items(), reverse=True):
-        rows = [requests[index][1:] for index in indices]
-        for members in token_batches(rows, max_tokens):
+        groups = [[requests[index][1]] for index in indices]
+        for members in token_batches(groups, max_tokens):
             batch = [indices[member] for member in members]
             batch.sort(key=lambda index: numbers[requests[index][0]])  # halves have few adapters
             batches.append(batch)
@@ -303,27 +293,32 @@ def _chosen(
     Such a choice is told as that of a router in front of all layers, for each token of a row.
     """
     adapters = [adapter if row.targets else None for adapter, row in requests]
-    choices = host.choose([_prompt_of(row) for _, row in requests], adapters)
+    rows = [row for _, row in requests]
+    choices = host.choose([_prompt_of(row) for row in rows], adapters)
     chosen = [*requests]
-    routed = defaultdict[str, list[int]](list)  # places by the router's name
+    indices_by_router = defaultdict[str, list[int]](list)
     for index, choice in enumerate(choices):
         if choice.probabilities is not None:
-            chosen[index] = choice.adapter, requests[index][1]
-            routed[str(name_and_scale(adapters[index])[0])].append(index)
-    if on_routing is not None:
-        for name, indices in routed.items():
-            rows = [requests[index][1] for index in indices]
-            record = _record_of(host, name, [choices[index] for index in indices], rows)
-            on_routing(RoutedRows(name, indices, rows, [record]))
+            chosen[index] = choice.adapter, rows[index]
+            name, _ = name_and_scale(adapters[index])
+            indices_by_router[str(name)].append(index)
+    if on_routing is None:
+        return chosen
+    for name, indices in indices_by_router.items():
+        routed_rows = [rows[index] for index in indices]
+        record = _record_of(host, name, [choices[index] for index in indices], routed_rows)
+        on_routing(RoutedRows(name, indices, routed_rows, [record]))
     return chosen
 
 
 def _record_of(
     host: Host, name: str, choices: Sequence[Choice], rows: Sequence[TokenRow]
 ) -> LayerRouting:
-    num_tokens = torch.tensor([len(row.input_ids) for row in rows])
-    probabilities = torch.tensor([[*(choice.probabilities or {}).values()] for choice in choices])
-    p = probabilities.repeat_interleave(num_tokens, dim=0)  # (T, E)
+    probabilities = []
+    for choice, row in zip(choices, rows, strict=True):
+        assert choice.probabilities is not None
+        probabilities += [list(choice.probabilities.values())] * len(row.input_ids)
+    p = torch.tensor(probabilities)  # (T, E)
     top_k = host.adapter(name).config.experts_per_token or 1
     weights, selected = p.topk(top_k)  # (T, K)
     weights = weights / weights.sum(1, keepdim=True)
@@ -331,53 +326,42 @@ def _record_of(
 
 
 def _prompt_of(row: TokenRow) -> Sequence[int]:
-    if any(row.predictors[:1]):
-        return row.input_ids[: row.predictors[0] + 1]
-    return row.input_ids  # all of a text, which has no prompt
+    first = min(row.predictors, default=0)
+    return row.input_ids[: first + 1] if first else row.input_ids  # of a text, which has none, all
 
 
 def _forward(
     host: Host,
     requests: Sequence[Request],
-    indices: Sequence[int],
     on_routing: OnRouting | None,
-    num_top: int,
-) -> list[TokenScores]:
-    adapters, rows = zip(*(requests[index] for index in indices), strict=True)
+    indices: Sequence[int],
+) -> list[Tensor]:
+    adapters = [requests[index][0] for index in indices]
+    rows = [requests[index][1] for index in indices]
     batch = collate(rows, host.dtype, host.device)
     output = host.hidden(
         batch.input_ids,
         batch.attention_mask,
-        list(adapters),
+        adapters,
         token_mask=batch.token_mask,
         training=False,
         position_ids=batch.position_ids,
     )
     states = batch.predicting_states(output.last_hidden_state)
-    heads = owners(rows, adapters)
-    log_probs, is_top, *tops = host.token_scores(states, batch.targets, heads, num_top)
-    columns = [widened(column) for column in (log_probs[:, None], is_top[:, None], *tops)]
-    values = torch.cat(columns, dim=1).cpu()  # (N, 2 + 2K), at once
-    num_scored = [len(row.targets) for row in rows]
-    scores = [_scores_of(of_row, num_top) for of_row in values.split(num_scored)]
+    log_probs, is_top, *_ = host.token_scores(states, batch.targets, owners(rows, adapters))
+    scores = torch.stack([widened(log_probs), widened(is_top)], dim=1).cpu()  # (N, 2), at once
+    scores_by_row = scores.split([len(row.targets) for row in rows])
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
             routed = [index for index in indices if requests[index][0] == name]
             routed_rows = [requests[index][1] for index in routed]
             on_routing(RoutedRows(name, routed, routed_rows, routing))
-    return scores
-
-
-def _scores_of(values: Tensor, num_top: int) -> TokenScores:
-    log_probs, is_top, top_log_probs, top_ids = values.split([1, 1, num_top, num_top], dim=1)
-    return TokenScores(
-        log_probs.squeeze(1), is_top.squeeze(1).bool(), top_log_probs, top_ids.long()
-    )
+    return list(scores_by_row)
 
 
 def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:
     requests = [(name, example_row(example)) for name, example in examples]
-    return [scores.log_probs for scores in score_rows(host, requests)]
+    return [scores[:, 0] for scores in score_rows(host, requests)]
 
 
 def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[TokenRow]]:
@@ -386,9 +370,11 @@ def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[T
     rows = [make_rows(pairs, shared=True) for pairs in groups]
     longest = max((len(row.input_ids) for group in rows for row in group), default=0)
     window = host.config.to_dict().get("sliding_window")
-    takes_mask = host.config._attn_implementation in ("sdpa", "eager")
-    takes_mask = takes_mask and not keeps_running_states(host.config)
-    takes_mask = takes_mask and not getattr(host.config, "alibi", False)  # of columns' distances
+    takes_mask = (
+        host.config._attn_implementation in ("sdpa", "eager")
+        and not keeps_running_states(host.config)
+        and not getattr(host.config, "alibi", False)  # of columns' distances
+    )
     if takes_mask and (window is None or longest <= window):
         return rows
     return [make_rows(pairs, shared=False) for pairs in groups]
@@ -406,10 +392,12 @@ def score_groups(
 
     def tell(routed: RoutedRows) -> None:
         assert on_routing is not None
-        on_routing(routed._replace(places=[rows[request][2] for request in routed.places]))
+        groups_of_rows = [rows[request][2] for request in routed.places]
+        on_routing(routed._replace(places=groups_of_rows))
 
     requests = [(name, row) for name, row, _ in rows]
-    scores = iter(score_rows(host, requests, max_tokens, on_routing and tell))
+    observer = None if on_routing is None else tell
+    scores = iter(score_rows(host, requests, max_tokens, observer))
     pair_scores = []
     for _, group in selection:
         row_scores = [next(scores) for _ in groups[group]]
@@ -417,13 +405,12 @@ def score_groups(
     return pair_scores
 
 
-def _score_pairs(rows: Group, scores: Sequence[TokenScores]) -> list[PairScore]:
+def _score_pairs(rows: Group, scores: Sequence[Tensor]) -> list[PairScore]:
     choices = torch.tensor([choice for row in rows for choice in row.choices])
-    log_probs = torch.cat([score.log_probs for score in scores])
-    misses = torch.cat([~score.is_top for score in scores]).to(log_probs.dtype)
+    log_probs, is_top = torch.cat(list(scores)).unbind(1)
     zeros = log_probs.new_zeros(int(choices.max()) + 1)
     log_likelihoods = zeros.index_add(0, choices, log_probs).tolist()
-    num_misses = zeros.index_add(0, choices, misses).tolist()
+    num_misses = zeros.index_add(0, choices, 1 - is_top).tolist()
     return [
         PairScore(log_likelihood, is_greedy=count == 0)
         for log_likelihood, count in zip(log_likelihoods, num_misses, strict=True)

@@ -14,10 +14,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 from loraloom.adapters.contract import Adapter
 from loraloom.config.fields import check_name
@@ -36,11 +34,9 @@ from loraloom.serve.adapter_files import (
     is_name,
     names_below,
 )
-from loraloom.serve.process import start_apart
+from loraloom.serve.process import run_apart, start_apart
 
 _log = logging.getLogger(__name__)
-_Value = TypeVar("_Value")
-
 # What sums are counted as, whatever their members are.
 SUM = "(sum)"
 # Times that a sum tries to find its adapters loaded together.
@@ -76,11 +72,6 @@ class ServedAdapter:
     def host_name(self) -> str | None:
         return self.adapters[0].host_name
 
-    @property
-    def members(self) -> tuple[LoadedAdapter, ...]:
-        """The adapters that a sum adds up."""
-        return self.adapters if self.name == SUM else ()
-
 
 @dataclass(eq=False)
 class LoadRequest:
@@ -91,34 +82,27 @@ class LoadRequest:
     served: asyncio.Future[ServedAdapter]
 
 
+@dataclass(eq=False)
 class ServedAdapters:
     """Adapters by name; all is done in one event loop at a time, but threads read files."""
 
-    def __init__(
-        self,
-        host: Host,
-        base_name: str,
-        directory: Path | None = None,
-        max_lazy: int = 8,
-        on_removed: Callable[[Adapter], object] = lambda adapter: None,
-        max_bytes: int | None = None,
-        max_waiting: int = EngineLimits.max_waiting,
-        base_aliases: Sequence[str] = (),
-    ):
-        self.base_name = base_name
-        self.base_names = (base_name, *base_aliases)
-        self._host = host
-        self._directory = directory
-        self._max_lazy = max_lazy
-        self._on_removed = on_removed
-        self._max_bytes = max_bytes
-        self._max_waiting = max_waiting
+    host: Host
+    base_name: str
+    directory: Path | None = None
+    max_lazy: int = 8
+    on_removed: Callable[[Adapter], object] = lambda adapter: None
+    max_bytes: int | None = None
+    max_waiting: int = EngineLimits.max_waiting
+    base_aliases: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.base_names = (self.base_name, *self.base_aliases)
         self._line: FairLine[LoadRequest] = FairLine()  # of tenants, which use loads
         self._loading: asyncio.Task[None] | None = None  # for those in line
         self._lock = asyncio.Lock()  # held while files are read
         self._versions = count(2)
-        self._base = LoadedAdapter(base_name, None)
-        self._served = {name: LoadedAdapter(name, name) for name in host.adapters}
+        self._base = LoadedAdapter(self.base_name, None)
+        self._served = {name: LoadedAdapter(name, name) for name in self.host.adapters}
         self._sources: dict[str, str] = {}  # directories that were named, not found
         self._leaving: list[LoadedAdapter] = []
         self._broken: dict[str, Files] = {}  # that can't be loaded as they are
@@ -126,21 +110,22 @@ class ServedAdapters:
 
     @property
     def num_waiting(self) -> int:
-        """Requests for adapters that are not loaded."""
         return len(self._line)
 
     async def names(self) -> list[str]:
         """Every adapter that may be asked for."""
-        sources = self._sources.copy()
+        sources = list(self._sources.items())
         served = list(self._served.values())
 
         def scan() -> list[str]:
-            below = [name for name in names_below(self._directory) if name not in self.base_names]
-            named = [name for name, source in sources.items() if files_of(source)]
-            held = [a.name for a in served if not a.files or files_of(a.source) is not None]
-            return list(dict.fromkeys([*below, *named, *held]))
+            names = [name for name in names_below(self.directory) if name not in self.base_names]
+            names += [name for name, source in sources if files_of(source)]
+            for adapter in served:
+                if not adapter.files or files_of(adapter.source) is not None:
+                    names.append(adapter.name)
+            return list(dict.fromkeys(names))
 
-        return await _in_thread(scan)
+        return await run_apart(scan)
 
     def loaded(self, name: str) -> LoadedAdapter | None:
         return self._served.get(name)
@@ -151,11 +136,11 @@ class ServedAdapters:
 
     async def acquire(self, name: str, tenant: str = "") -> ServedAdapter:
         """Begin to use an adapter, until `release`, as soon as it is loaded."""
-        served = await self.take(name, tenant)
+        served = await self.take([name], tenant)
         if served is not None:
             return served
         counts = self._line.counts
-        if not has_place(counts, tenant, self._max_waiting):
+        if not has_place(counts, tenant, self.max_waiting):
             num_waiting = counts.get(tenant, 0)
             raise _no_place(f"{num_waiting} requests wait for adapters that are not loaded")
         request = LoadRequest(name, tenant, asyncio.get_running_loop().create_future())
@@ -170,13 +155,16 @@ class ServedAdapters:
                 self.release(request.served.result())  # it came too late
             raise
 
-    async def take(self, name: str, tenant: str = "") -> ServedAdapter | None:
-        """Begin to use an adapter that is on the host, and need not be loaded again."""
-        if name == self.base_name:
-            return self._use(name, (self._base,), tenant)
-        _, files = await self._look(name)
-        adapter = self._current(name, files)
-        return None if adapter is None else self._use(name, (adapter,), tenant)
+    async def take(self, names: Sequence[str], tenant: str = "") -> ServedAdapter | None:
+        """Begin to use adapters that are all on the host, and need not be loaded again."""
+        if names == [self.base_name]:
+            return self._use(self.base_name, (self._base,), tenant)
+        files = [(await self._look(name))[1] for name in names]
+        adapters = map(self._current, names, files)
+        members = tuple(adapter for adapter in adapters if adapter is not None)
+        if len(members) < len(names):
+            return None
+        return self._use(SUM if len(names) > 1 else names[0], members, tenant)
 
     async def acquire_sum(self, names: Sequence[str], tenant: str = "") -> ServedAdapter:
         """Begin to use several adapters, all of them or none, until `release` of what they make."""
@@ -184,23 +172,21 @@ class ServedAdapters:
         for name in distinct:
             await self._look(name)  # what does not exist loads no other
         held = (self._served.get(name) for name in distinct if name not in self._sources)
-        if sum(adapter is None or adapter.is_lazy for adapter in held) > self._max_lazy:
+        if sum(adapter is None or adapter.is_lazy for adapter in held) > self.max_lazy:
             raise RequestError(
-                f"a sum may have {self._max_lazy} adapters of --adapter-dir, as many as are loaded "
+                f"a sum may have {self.max_lazy} adapters of --adapter-dir, as many as are loaded "
                 f"at once (--max-adapters), got {', '.join(distinct)}",
                 param="model",
             )
         for _ in range(NUM_TRIES):
-            files = [(await self._look(name))[1] for name in names]
-            adapters = map(self._current, names, files)
-            members = tuple(adapter for adapter in adapters if adapter is not None)
-            if len(members) == len(names):
-                return self._use(SUM, members, tenant)
+            served = await self.take(names, tenant)
+            if served is not None:
+                return served
             # nobody holds one and waits for another's place
             for name in names:
                 self.release(await self.acquire(name, tenant))
-        together = f"the adapters {', '.join(names)} must be loaded together"
-        raise _no_place(f"{together}, but others are in use")
+        together = ", ".join(names)
+        raise _no_place(f"the adapters {together} must be loaded together, but others are in use")
 
     def release(self, served: ServedAdapter) -> None:
         served.num_users -= 1
@@ -226,7 +212,7 @@ class ServedAdapters:
                 raise ConfigError(
                     f"the name {shown(name)} is taken; unload that adapter, or choose another name"
                 )
-            files = await _in_thread(partial(files_of, source)) or frozenset()
+            files = await run_apart(files_of, source) or frozenset()
             adapter = await self._read(name, source, directory, files)
             self._put(adapter, sender)
             if files:
@@ -234,19 +220,20 @@ class ServedAdapters:
         self._advance()
 
     def end_downloads(self) -> None:
-        """Let loads from the Hub fail, so that the server can stop."""
         for download in self._downloads:
             download.cancel()
 
     async def unload(self, name: str, sender: str = "") -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
-        below = await _in_thread(partial(names_below, self._directory))
+        below = await run_apart(names_below, self.directory)
         served = self._served.get(name)
-        if name not in self._sources and (served is None or served.is_lazy) and name in below:
+        is_named = name in self._sources or (served is not None and not served.is_lazy)
+        if name in below and not is_named:
             raise ConfigError(
                 f"the adapter {shown(name)} is in --adapter-dir; to remove it, delete its directory"
             )
-        source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
+        source = self._sources.pop(name, None)
+        adapter = self._served.pop(name, None)
         if source is None and adapter is None:
             raise unknown_model(name)
         if adapter is not None:
@@ -267,10 +254,10 @@ class ServedAdapters:
         if adapter is not None and not adapter.files:
             return adapter.source, adapter.files
         sources = [self._sources[name]] if name in self._sources else []
-        if self._directory is not None and name not in self.base_names and is_name(name):
-            sources.append(str(self._directory / name))
+        if self.directory is not None and name not in self.base_names and is_name(name):
+            sources.append(str(self.directory / name))
         loaded_from = "" if adapter is None else adapter.source
-        location = await _in_thread(partial(find_files, sources, loaded_from))
+        location = await run_apart(find_files, sources, loaded_from)
         if location is None:
             self._broken.pop(name, None)
             if adapter is not None and self._served.get(name) is adapter:
@@ -295,23 +282,19 @@ class ServedAdapters:
         if self._loading is not None or not self._line:
             return
         held = Counter(tenant for adapter in self._lazy() for tenant in adapter.users)
-        for request in self._in_turn(held):
-            if self._has_place(request.name, request.tenant, held):
-                self._line.charge(request.tenant, 1)
-                self._loading = asyncio.create_task(self._load_for(request.name))
-                return
-
-    def _in_turn(self, held: Counter[str]) -> list[LoadRequest]:
-        """List requests, first those of tenants that would hold no more than an equal part."""
-        equal_part = self._max_lazy / len(self._line.waiting.keys() | held.keys())
-        tenants = self._line.in_turn()
-        tenants.sort(key=lambda tenant: max(held[tenant] + 1, equal_part))
-        return [request for tenant in tenants for request in self._line.waiting[tenant]]
+        equal_part = self.max_lazy / len(self._line.waiting.keys() | held.keys())
+        # first who would hold no more than an equal part
+        for tenant in sorted(self._line.in_turn(), key=lambda t: max(held[t] + 1, equal_part)):
+            for request in self._line.waiting[tenant]:
+                if self._has_place(request.name, tenant, held):
+                    self._line.charge(tenant, 1)
+                    self._loading = asyncio.create_task(self._load_for(request.name))
+                    return
 
     def _has_place(self, name: str, tenant: str, held: Counter[str]) -> bool:
         """Make a place for an adapter of the directory, if one can go for it."""
         # one that is loaded again has its place, and one that was named needs none
-        if name in self._served or name in self._sources or len(self._lazy()) < self._max_lazy:
+        if name in self._served or name in self._sources or len(self._lazy()) < self.max_lazy:
             return True
         idle = self._idle()
         if idle:
@@ -336,11 +319,10 @@ class ServedAdapters:
     def _fit_places(self) -> None:
         """Let the adapter go that had no place, or another that nobody uses."""
         for adapter in self._idle():
-            if len(self._lazy()) > self._max_lazy:
+            if len(self._lazy()) > self.max_lazy:
                 self._evict(adapter)
 
     async def _load_for(self, name: str) -> None:
-        """Load an adapter for all that wait for it."""
         adapter, error = None, None
         try:
             async with self._lock:
@@ -369,7 +351,7 @@ class ServedAdapters:
             if not is_lazy and name not in self._sources:  # it was unloaded meanwhile
                 self._remove(adapter)
                 raise unknown_model(name)
-            if name in self._served and files != await _in_thread(partial(files_of, source)):
+            if name in self._served and files != await run_apart(files_of, source):
                 self._remove(adapter)
                 fault = f"the files of adapter {shown(name)} are being written; retry later"
                 raise RequestError(fault, "queue_full")
@@ -388,9 +370,8 @@ class ServedAdapters:
             return former
 
     async def _find(self, source: str) -> Path:
-        """Find an adapter's directory, from the Hub if need be."""
-        # apart from loads, whose threads slow downloads would take up
-        finding = asyncio.wrap_future(start_apart(partial(find_adapter, source)))
+        # perhaps from the Hub
+        finding = asyncio.wrap_future(start_apart(find_adapter, source))
         self._downloads.add(finding)
         try:
             await asyncio.wait([finding], timeout=DOWNLOAD_S)
@@ -412,15 +393,11 @@ class ServedAdapters:
     ) -> LoadedAdapter:
         """Read an adapter into the host, under a name that is free there."""
         host_name = name
-        while host_name in self._host.adapters:
+        while host_name in self.host.adapters:
             host_name = f"{name[:90]}.{next(self._versions)}"
 
-        def read() -> str:
-            revision = digest_of(directory)
-            self._host.load(host_name, directory)
-            return revision
-
-        revision = await _in_thread(read)
+        revision = await run_apart(digest_of, directory)
+        await run_apart(self.host.load, host_name, directory)
         return LoadedAdapter(name, host_name, source, files, revision, is_lazy)
 
     def _put(self, adapter: LoadedAdapter, sender: str) -> None:
@@ -435,19 +412,21 @@ class ServedAdapters:
 
     def _make_room_for(self, new: LoadedAdapter) -> None:
         """Let unused adapters of the directory go until all fit the memory, or else the new one."""
-        if self._max_bytes is None:  # adding up takes long
+        if self.max_bytes is None:  # adding up takes long
             return
         former = self._served.get(new.name)  # goes at once if nobody uses it
-        sizes = {name: _num_bytes(adapter) for name, adapter in self._host.adapters.items()}
+        sizes: Counter[str] = Counter()
+        for name, adapter in self.host.adapters.items():
+            sizes[name] = sum(tensor.nbytes for tensor in adapter.state_dict().values())
         if former is not None and not former.users:
             sizes[str(former.host_name)] = 0
-        while sum(sizes[name] for name in self._host.adapters) > self._max_bytes:
+        while sum(sizes[name] for name in self.host.adapters) > self.max_bytes:
             unused = [adapter for adapter in self._idle() if adapter is not former]
             if not unused:
                 self._remove(new)
                 raise RequestError(
                     f"adapter {shown(new.name)} does not fit next to those in use: the limit for "
-                    f"all is {self._max_bytes:,} bytes; retry later, or raise --max-adapter-bytes",
+                    f"all is {self.max_bytes:,} bytes; retry later, or raise --max-adapter-bytes",
                     "adapter_memory",
                 )
             self._evict(unused[0])
@@ -466,18 +445,9 @@ class ServedAdapters:
 
     def _remove(self, adapter: LoadedAdapter) -> None:
         assert adapter.host_name is not None
-        removed = self._host.adapter(adapter.host_name)
-        self._host.remove(adapter.host_name)
-        self._on_removed(removed)
-
-
-async def _in_thread(work: Callable[[], _Value]) -> _Value:
-    """Do what a slow disk may hold up, so that the event loop doesn't wait."""
-    return await asyncio.wrap_future(start_apart(work))
-
-
-def _num_bytes(adapter: Adapter) -> int:
-    return sum(tensor.nbytes for tensor in adapter.state_dict().values())
+        removed = self.host.adapter(adapter.host_name)
+        self.host.remove(adapter.host_name)
+        self.on_removed(removed)
 
 
 def _note(event: str, adapter: LoadedAdapter, sender: str) -> None:

@@ -1,5 +1,6 @@
 """A server's process: who reaches it, with which keys, and what it does with memory and threads."""
 
+import asyncio
 import ctypes
 import ipaddress
 import logging
@@ -87,7 +88,7 @@ def bound_memory() -> None:
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
 
 
-def start_apart(work: Callable[[], _Value]) -> Future[_Value]:
+def start_apart(work: Callable[..., _Value], *arguments: object) -> Future[_Value]:
     """Do something that computes, or may take long, in a thread that ends with it."""
     # On CPUs, GNU's OpenMP gives every thread that computes helpers, which live as long as it does.
     # With more of them than cores, they sleep after each operation in place of waiting for the
@@ -97,9 +98,13 @@ def start_apart(work: Callable[[], _Value]) -> Future[_Value]:
 
     def run() -> None:
         try:
-            future.set_result(work())
+            future.set_result(work(*arguments))
         except BaseException as error:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()  # which ends with Ctrl-C
     return future
+
+
+async def run_apart(work: Callable[..., _Value], *arguments: object) -> _Value:
+    return await asyncio.wrap_future(start_apart(work, *arguments))

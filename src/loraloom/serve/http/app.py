@@ -70,13 +70,7 @@ def create_app(
     options: ApiOptions | None = None,
 ) -> FastAPI:
     options = options or ApiOptions()
-    backend = Backend(
-        engine,
-        adapters,
-        copy.deepcopy(tokenizer),
-        allows_control_tokens=options.allow_control_tokens,
-        tool_form=options.tool_form,
-    )
+    backend = Backend(engine, adapters, copy.deepcopy(tokenizer), options)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -88,16 +82,22 @@ def create_app(
         await run_in_threadpool(thread.join)
         backend.grammars.close()
 
-    # its pages of documents load scripts from elsewhere, its redirects know no proxy
-    off: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
-    app = FastAPI(title="loraloom", version=loraloom.__version__, lifespan=lifespan, **off)
+    app = FastAPI(
+        title="loraloom",
+        version=loraloom.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # whose pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # redirects know no proxy
+    )
     # what comes last stands outermost
     app.add_middleware(AccessGuard, options=options)
     if options.cors_origins:
-        # preflight requests have no keys; OpenAI's client sends some headers of its own
-        origins, methods = list(options.cors_origins), ["GET", "POST"]
         app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"]
+            CORSMiddleware,  # preflight requests have no keys
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's client sends some of its own
         )
     handle_errors(app)
     for path, name in PAGES.items():
@@ -135,12 +135,12 @@ def _add_models(app: FastAPI, adapters: ServedAdapters, max_length: int) -> None
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """List the base model and its adapters."""
-        models = [model | {"id": name, "parent": None} for name in adapters.base_names]
+        models = [{**model, "id": name, "parent": None} for name in adapters.base_names]
         for name in await adapters.names():
             loaded = adapters.loaded(name)
             revision = None if loaded is None else loaded.revision
             status = {"loaded": loaded is not None, "revision": revision}
-            models.append(model | {"id": name, "parent": base} | status)
+            models.append({**model, "id": name, "parent": base, **status})
         return {"object": "list", "data": models}
 
     @app.get("/v1/models/{model:path}", response_model=Model)
@@ -223,7 +223,8 @@ class Metrics(Collector):
     def __init__(self, engine: Engine, adapters: ServedAdapters):
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._engine, self._adapters = engine, adapters
+        self._engine = engine
+        self._adapters = adapters
         histogram = partial(
             Histogram, labelnames=["model"], registry=self.registry, buckets=_SECONDS
         )

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,7 @@ from typing_extensions import override
 
 from loraloom.generation.prompts import Prompt, encode_for_choice, encode_prompt, form_for
 from loraloom.generation.request import GenerationRequest, Piece, RequestError
-from loraloom.host.choice import is_routed
 from loraloom.host.layout import RowAdapter
-from loraloom.routing.record import describe_router
 from loraloom.serve.http.exchange import Backend, Exchange
 from loraloom.serve.http.grammars import json_grammar
 from loraloom.serve.http.schemas import ChatBody, CompletionBody
@@ -46,24 +44,20 @@ class ChatExchange(Exchange):
     async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
         host, tokenizer = backend.engine.host, backend.tokenizer
-        is_foreign = not backend.allows_control_tokens
+        is_foreign = not backend.options.allow_control_tokens
         prompt = await self.prepare(partial(chat_prompt, body, adapter, is_foreign=is_foreign))
-        tool_form = backend.tool_form if prompt.uses_tools else None
-        read: list[int] = []
-        if is_routed(host, adapter):
-            read = await self.prepare(
-                lambda: encode_for_choice(host, tokenizer, prompt, tool_form=tool_form)
-            )
-        choice = await self.choose(read, adapter, owner)
+        tool_form = backend.options.tool_form if prompt.uses_tools else None
+        encode = partial(encode_for_choice, host, tokenizer, prompt, tool_form=tool_form)
+        choice = await self.choose(encode, adapter, owner)
         form = form_for(host, choice.adapter, tool_form)
-        ids, turn_end = await self.prepare(lambda: encode_prompt(tokenizer, prompt, form))
+        ids, turn_end = await self.prepare(encode_prompt, tokenizer, prompt, form)
         self.num_prompt = len(ids)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = GenerationRequest(
             ids, choice, owner, num_logprobs=num_logprobs, turn_end=turn_end
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return self.several(request, max_tokens, self.constraint)
+        return self.several(request, max_tokens)
 
     @override
     def choice(self, index: int, answers: list[Piece]) -> dict[str, Any]:
@@ -72,7 +66,9 @@ class ChatExchange(Exchange):
 
     @override
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        text, calls, reason = piece.text, [], piece.finish_reason
+        text = piece.text
+        reason = piece.finish_reason
+        calls: list[Function] = []
         if self._streams:
             text = self._streams[index].push(text)
             if reason is not None:
@@ -91,8 +87,7 @@ class ChatExchange(Exchange):
                 likeliest = [self._entry(*entry) for entry in top]
                 entries.append({**self._entry(token, log_prob), "top_logprobs": likeliest})
             choice["logprobs"] = {"content": entries}
-        choice |= self.chosen(index)
-        return choice | ({"routing": _routing(piece)} if self.body.routing else {})
+        return choice | self.told(index, piece)
 
     def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
         text = self.backend.token_text(token)
@@ -113,7 +108,8 @@ class TextExchange(Exchange):
 
     @override
     async def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
-        body, requests, limits = self.body, [], self.backend.engine.limits
+        body = self.body
+        limits = self.backend.engine.limits
         num_completions = len(body.prompts) * body.n
         max_completions = limits.max_rows + limits.max_waiting
         if num_completions > max_completions:  # before they take up memory
@@ -124,9 +120,11 @@ class TextExchange(Exchange):
         self._lengths = Counter()
         self._prompts = []
         for text in body.prompts:
-            self._prompts.append(await self.prepare(partial(self._encode, text)))
-        choices = [self.choose(prompt, adapter, owner) for prompt in self._prompts]
-        for prompt, choice in zip(self._prompts, await asyncio.gather(*choices), strict=True):
+            self._prompts.append(await self.prepare(self._encode, text))
+        choosing = [self.choose(prompt.copy, adapter, owner) for prompt in self._prompts]
+        choices = await asyncio.gather(*choosing)
+        requests: list[GenerationRequest] = []
+        for prompt, choice in zip(self._prompts, choices, strict=True):
             request = GenerationRequest(
                 prompt,
                 choice,
@@ -171,28 +169,29 @@ class TextExchange(Exchange):
         """A completion or a piece of it; the `first` token has no log-probability."""
         choice: dict[str, Any] = {"index": index, "text": piece.text, "logprobs": None}
         choice["finish_reason"] = piece.finish_reason
-        choice |= self.chosen(index)
         if self.body.logprobs is not None:
-            text_of, entries = self.backend.token_text, piece.log_probs
-            tops = [
-                {text_of(token): _finite(value) for token, value in reversed(entry.top)}
-                for entry in entries
-            ]
-            unknown = [None for _ in first]
-            tokens = [text_of(token) for token in (*first, *(entry.token for entry in entries))]
+            text_of = self.backend.token_text
+            tokens = [text_of(token) for token in first]
+            log_probs: list[float | None] = [None for _ in first]
+            tops: list[dict[str, float] | None] = [None for _ in first]
+            for token, log_prob, top in piece.log_probs:
+                tokens.append(text_of(token))
+                log_probs.append(_finite(log_prob))
+                tops.append({text_of(token): _finite(value) for token, value in reversed(top)})
             choice["logprobs"] = {
                 "tokens": tokens,
                 "text_offset": text_offsets(tokens, piece.text, self._lengths[index]),
-                "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
-                "top_logprobs": [*unknown, *tops],
+                "token_logprobs": log_probs,
+                "top_logprobs": tops,
             }
         self._lengths[index] += len(piece.text)
-        return choice | ({"routing": _routing(piece)} if self.body.routing else {})
+        return choice | self.told(index, piece)
 
 
 def text_offsets(tokens: Sequence[str], text: str, start: int) -> list[int]:
     """Where tokens begin in an answer, of which `start` characters came before this text."""
-    offsets, end = [], 0
+    offsets: list[int] = []
+    end = 0
     for token in tokens:
         # special tokens and parts of characters are not in the text, and have no length
         is_part = "\N{REPLACEMENT CHARACTER}" in token or token.startswith("bytes:")
@@ -219,16 +218,6 @@ def _called(calls: list[Function]) -> list[dict[str, Any]]:
         }
         for index, call in enumerate(calls)
     ]
-
-
-def _routing(piece: Piece) -> list[dict[str, Any]]:
-    entries = []
-    for text, choices in piece.routing:
-        routers = [
-            {**asdict(choice), "router": describe_router(choice.router)} for choice in choices
-        ]
-        entries.append({"text": text, "routers": routers})
-    return entries
 
 
 def _finite(log_prob: float) -> float:

@@ -7,7 +7,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any, TypeVar
 
@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.routed.choice import Choice
 from loraloom.adapters.weighted_sum import Weighted, parse_sum, write_sum
-from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.data.tokens import name_of_token
 from loraloom.errors import AdapterError, shown
@@ -33,12 +32,13 @@ from loraloom.generation.request import (
 from loraloom.generation.sampling import SamplingConfig, end_tokens
 from loraloom.host.choice import describe_choice, is_routed
 from loraloom.host.layout import RowAdapter
+from loraloom.routing.record import describe_router
 from loraloom.serve.adapter_cache import ServedAdapter, ServedAdapters, unknown_model
 from loraloom.serve.http.grammars import GrammarCompiler, JsonConstraint
-from loraloom.serve.http.guards import MODEL, TENANT, USAGE, answer_to
+from loraloom.serve.http.guards import MODEL, TENANT, USAGE, ApiOptions, answer_to
 from loraloom.serve.http.preparation import Preparations
 from loraloom.serve.http.schemas import SamplingBody
-from loraloom.serve.process import start_apart
+from loraloom.serve.process import run_apart
 
 # Seconds without an event after which a stream sends a comment, as proxies end what is silent.
 COMMENT_S = 15.0
@@ -52,9 +52,7 @@ class Backend:
     engine: Engine
     adapters: ServedAdapters
     tokenizer: PreTrainedTokenizerBase
-    allows_control_tokens: bool = False
-    tool_form: PromptForm | None = None
-    """How conversations with tools are written, unless an adapter has a template."""
+    options: ApiOptions = field(default_factory=ApiOptions)
     loop: asyncio.AbstractEventLoop = field(init=False)
     preparations: Preparations = field(init=False)
 
@@ -81,7 +79,8 @@ class Backend:
 
     async def acquire(self, model: str, tenant: str = "") -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, or a sum, as soon as it is there."""
-        adapters, host = self.adapters, self.engine.host
+        host = self.engine.host
+        adapters = self.adapters
         if model == adapters.base_name:
             return await adapters.acquire(model, tenant), None
         weighted = _weighted(model, adapters.base_name)
@@ -92,21 +91,22 @@ class Backend:
         served = await self._acquire_all(names, model, tenant)
         row: list[tuple[str, float]] = []
         try:
-            for used, (name, weight) in zip(served.members or (served,), weighted, strict=True):
+            for used, (name, weight) in zip(served.adapters, weighted, strict=True):
                 expert = name.removeprefix(used.name)
                 if expert and expert[1:] not in host.adapters[str(used.host_name)].members:
                     raise unknown_model(model)
                 row.append((f"{used.host_name}{expert}", weight))
-            if served.members:  # a large one takes longer than the event loop may
-                await asyncio.wrap_future(start_apart(partial(host.adapter, write_sum(row))))
+            if len(row) > 1:  # a large one takes longer than the event loop may
+                await run_apart(host.adapter, write_sum(row))
         except BaseException as error:
             adapters.release(served)
             if isinstance(error, AdapterError):  # not of a kind that can be added up
                 raise RequestError(str(error), param="model") from None
             raise
-        if served.members:
+        if len(row) > 1:
             return served, tuple(row)
-        return served, row[0][0] if row[0][1] == 1 else row[0]
+        name, weight = row[0]
+        return served, name if weight == 1 else (name, weight)
 
     async def _acquire_all(self, names: list[str], model: str, tenant: str) -> ServedAdapter:
         if len(names) > 1:
@@ -146,13 +146,13 @@ class Exchange(ABC):
         # answers carry the base model's first name
         self.body = body.model_copy(update={"model": names[0]}) if body.model in names else body
         self.num_prompt = 0
+        self._num_new = 0
         self._tenant: str = http.scope.get(TENANT, "")
         self._arrived_s = time.monotonic()
-        self._num_new = 0
         self._http = http
         http.scope[USAGE] = self.usage
         http.scope[MODEL] = body.model
-        self.constraint: JsonConstraint | None = None
+        self._constraint: JsonConstraint | None = None
         self._queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
         self._told: set[int] = set()
@@ -176,32 +176,39 @@ class Exchange(ABC):
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The choice of the chunk in which a piece of an answer is told."""
 
-    async def prepare(self, work: Callable[[], _Value]) -> _Value:
+    async def prepare(self, work: Callable[..., _Value], *arguments: object) -> _Value:
         """Do a piece of work in a thread, when it is the turn of who asks."""
-        return await self.backend.preparations.run(self._tenant, work)
+        return await self.backend.preparations.run(self._tenant, partial(work, *arguments))
 
-    async def choose(self, prompt_ids: list[int], adapter: RowAdapter, owner: str) -> Choice:
+    async def choose(
+        self, encode: Callable[[], list[int]], adapter: RowAdapter, owner: str
+    ) -> Choice:
         """Let the engine's thread, which alone computes, choose what answers, if a router does."""
         engine = self.backend.engine
         if not is_routed(engine.host, adapter):
-            return engine.host.choose([prompt_ids], [adapter])[0]
+            return engine.host.choose([[]], [adapter])[0]
+        prompt_ids = await self.prepare(encode)
         routing = engine.choose(prompt_ids, adapter, Share(self._tenant, owner))
         return await asyncio.wrap_future(routing)
 
-    def chosen(self, index: int) -> dict[str, Any]:
-        """Tell once which adapter answers, where a router has chosen it, and why."""
-        if index in self._told:
-            return {}
-        self._told.add(index)
-        return describe_choice(self._rows[index].request.choice, self.backend.tokenizer)
+    def told(self, index: int, piece: Piece) -> dict[str, Any]:
+        """What routers did; once, which adapter answers and why, where one has chosen it."""
+        fields: dict[str, Any] = {}
+        if index not in self._told:
+            self._told.add(index)
+            fields |= describe_choice(self._rows[index].request.choice, self.backend.tokenizer)
+        if self.body.routing:
+            fields["routing"] = entries = []
+            for text, choices in piece.routing:
+                routers = [asdict(choice) for choice in choices]
+                for router in routers:
+                    router["router"] = describe_router(router["router"])
+                entries.append({"text": text, "routers": routers})
+        return fields
 
     def several(
-        self,
-        prompt: GenerationRequest,
-        max_new_tokens: int | None,
-        constraint: JsonConstraint | None = None,
+        self, prompt: GenerationRequest, max_new_tokens: int | None
     ) -> list[GenerationRequest]:
-        """Ask for the `n` completions of a prompt."""
         body = self.body
         room = max(1, self.backend.engine.max_length - len(prompt.prompt_ids))
         sampling = {
@@ -215,6 +222,8 @@ class Exchange(ABC):
             sampling |= {"top_k": body.top_k, "top_p": body.top_p}
         request = replace(
             prompt,
+            tenant=self._tenant,
+            arrived_s=self._arrived_s,
             sampling=checked(SamplingConfig, sampling),
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
@@ -222,15 +231,16 @@ class Exchange(ABC):
             ignore_end=body.ignore_eos,
             tells_routing=body.routing,
         )
-        return [
-            replace(request, place=number, constraint=constraint and constraint.copy())
-            for number in range(body.n)
-        ]
+        requests = [replace(request, place=number) for number in range(body.n)]
+        if self._constraint is None:
+            return requests
+        return [replace(request, constraint=self._constraint.copy()) for request in requests]
 
     async def respond(self) -> Response:
         """Answer, or begin to; not for longer than requests take, or the client waits."""
         answer = asyncio.create_task(self._answer())
-        limit_s, goes_on = self.backend.engine.limits.max_request_s, False
+        limit_s = self.backend.engine.limits.max_request_s
+        goes_on = False
         try:
             done, _ = await asyncio.wait(
                 {answer, self._gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
@@ -257,32 +267,30 @@ class Exchange(ABC):
             "model": self.body.model,
         }
         if self.body.stream:
-            events, headers = as_events(self._chunks(frame)), {"Cache-Control": "no-cache"}
+            events = as_events(self._chunks(frame))
+            headers = {"Cache-Control": "no-cache"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         answers = [Piece() for _ in self._rows]
         async for index, piece in self._pieces():
             if piece is not None:
                 answers[index].add(piece)
-        choices = [
-            await self.prepare(partial(self.choice, index, answers))
-            for index in range(len(answers))
-        ]
+        choices = []
+        for index in range(len(answers)):
+            choices.append(await self.prepare(self.choice, index, answers))
         content = {**frame, "choices": choices, "usage": self.usage()}
-        return await self.prepare(partial(JSONResponse, content))
+        return await self.prepare(JSONResponse, content)
 
     async def _ask(self) -> None:
-        """Hand the engine what a model is asked for."""
         engine, adapters = self.backend.engine, self.backend.adapters
         grammar = self.grammar()
         if grammar is not None:
-            self.constraint = await self.backend.grammars.compile(grammar, self._tenant)
+            self._constraint = await self.backend.grammars.compile(grammar, self._tenant)
         served, adapter = await self.backend.acquire(self.body.model, self._tenant)
         release = partial(self.backend.call, adapters.release, served)
         try:
             with self.backend.preparations.preparing(self._tenant):
                 requests = await self.requests(adapter, served.name)
             for index, request in enumerate(requests):
-                request = replace(request, tenant=self._tenant, arrived_s=self._arrived_s)
                 self._rows.append(engine.submit(request, partial(self._tell, index), release))
                 served.num_users += 1  # each row lets it go once
         finally:
@@ -311,7 +319,8 @@ class Exchange(ABC):
 
     async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any] | None]:
         has_usage = (self.body.stream_options or {}).get("include_usage")
-        frame |= {"usage": None} if has_usage else {}
+        if has_usage:
+            frame["usage"] = None
         try:
             async for index, piece in self._pieces():
                 if piece is None:

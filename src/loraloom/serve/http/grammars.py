@@ -120,7 +120,6 @@ class GrammarCompiler:
         return outcome
 
     def close(self) -> None:
-        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

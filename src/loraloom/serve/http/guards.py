@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -63,7 +62,7 @@ class ApiOptions:
     host: str = "127.0.0.1"  # listened on; perhaps an address that only this machine reaches
     allow_control_tokens: bool = False  # in messages, where they are text otherwise
     allowed_hosts: Sequence[str] = ()  # further names by which clients may call the server
-    tool_form: PromptForm | None = None  # of conversations with tools
+    tool_form: PromptForm | None = None  # with tools, unless an adapter has a template
 
 
 def error_response(
@@ -88,27 +87,27 @@ def answer_to(error: Exception) -> JSONResponse:
             return error_response(500, str(error), "broken_adapter")
         case LoraloomError():
             return error_response(400, str(error))
+        case HTTPException(status_code=status, detail=detail, headers=headers):
+            return error_response(status, str(detail), headers=headers)
+        case RequestValidationError():
+            return _answer_to_body(error)
     return error_response(500, "the server failed at this request; see its log", "internal")
 
 
 def handle_errors(app: FastAPI) -> None:
-
-    def of_http(request: Request, error: Any) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail), headers=error.headers)
-
-    def of_body(request: Request, error: Any) -> JSONResponse:
-        # of a union, the kind that the body is most like; kinds are no names of fields
-        first = max(error.errors(), key=lambda fault: len(fault["loc"]))
-        param = ".".join(str(x) for x in first["loc"][1:] if f"_{x}".isidentifier())
-        if first["type"] == "json_invalid":
-            return error_response(400, f"the body must be JSON: {first['ctx']['error']}")
-        message = first["msg"].removeprefix("Value error, ")
-        return error_response(400, f"{param or 'the body'}: {message}", param=param or None)
-
-    for kind in (LoraloomError, Exception):
+    for kind in (LoraloomError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, lambda request, error: answer_to(error))
-    app.add_exception_handler(HTTPException, of_http)
-    app.add_exception_handler(RequestValidationError, of_body)
+
+
+def _answer_to_body(fault: RequestValidationError) -> JSONResponse:
+    # of a union, the kind that the body is most like; kinds are no names of fields
+    first = max(fault.errors(), key=lambda error: len(error["loc"]))
+    if first["type"] == "json_invalid":
+        return error_response(400, f"the body must be JSON: {first['ctx']['error']}")
+    names = [str(name) for name in first["loc"][1:]]
+    param = ".".join(name for name in names if f"_{name}".isidentifier())
+    message = first["msg"].removeprefix("Value error, ")
+    return error_response(400, f"{param or 'the body'}: {message}", param=param or None)
 
 
 class AccessGuard:
@@ -120,16 +119,16 @@ class AccessGuard:
         self._app = app
         self._options = options  # whose keys change when their files are read again
         # a web page may have its own name lead to this machine, which would be asked for by it
-        self._hosts: tuple[str, ...] = ()
+        self._hosts: list[str] = []
         if is_loopback(options.host) or options.allowed_hosts:
-            local = ("localhost", "127.0.0.1", "[::1]", options.host)
-            self._hosts = (*local, *options.allowed_hosts)
+            self._hosts += ["localhost", "127.0.0.1", "[::1]", options.host]
+            self._hosts += options.allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope, dict(scope["headers"]))
+        refusal = self._refusal(scope)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -146,8 +145,10 @@ class AccessGuard:
 
         await self._app(scope, counted, send)
 
-    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
-        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        headers = dict(scope["headers"])
+        address = headers.get(b"host", b"").decode("latin-1").lower()
+        host = re.sub(r":\d*$", "", address)
         if self._hosts and not any(_is_host(host, allowed) for allowed in self._hosts):
             names = ", ".join(dict.fromkeys(self._hosts))
             return error_response(400, f"the Host header must be of {names}, got {shown(host)}")
@@ -161,10 +162,13 @@ class AccessGuard:
         is_user = _is_among(digest, options.api_keys) or is_admin
         if is_user:
             scope[TENANT] = digest.hex()
-        if not (is_user or not options.api_keys or scope["path"] in _OPEN):
-            message = "the request needs a header `Authorization: Bearer KEY` with a key of this "
-            asks = {"WWW-Authenticate": "Bearer"}
-            return error_response(401, f"{message}server", "invalid_api_key", headers=asks)
+        if options.api_keys and not is_user and scope["path"] not in _OPEN:
+            return error_response(
+                401,
+                "the request needs a header `Authorization: Bearer KEY` with a key of this server",
+                "invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         if scope["path"] in LOADING and options.admin_keys and not is_admin:
             message = "only an admin's key of this server may load adapters"
             return error_response(403, message, "not_an_admin")

@@ -3,6 +3,7 @@ send a request; here both are, so that clients that send nothing leave room for 
 """
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -64,12 +65,13 @@ class _Connection(H11Protocol):
             phase = "body" if self.cycle.more_body else ""
         awaited = (phase, self.cycle, num_unread)
         if awaited != self._awaited:  # sending a little of a request changes nothing
-            self._awaited, self._since = awaited, self.loop.time()
+            self._awaited = awaited
+            self._since = self.loop.time()
         return phase
 
     def end_if_slow(self) -> None:
         phase = self.watch()
-        if phase in SECONDS and self.loop.time() - self._since > SECONDS[phase]:
+        if self.loop.time() - self._since > SECONDS.get(phase, math.inf):
             self.end(phase)
 
     def end(self, reason: str) -> None:
@@ -82,10 +84,15 @@ class _AccessLog:
     """Counts answers, and logs a line for each that has ended: who asked, and for how much."""
 
     def __init__(self, app: ASGIApp, counts: Counter[tuple[str, ...]]):
-        self._app, self._counts = app, counts
+        self._app = app
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun_s, status = time.monotonic(), "unanswered"
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun_s = time.monotonic()
+        status = "unanswered"
         request_id = _request_id(scope)
 
         async def answer(message: Message) -> None:
@@ -101,23 +108,27 @@ class _AccessLog:
         try:
             await self._app(scope, receive, answer)
         finally:
-            if scope["type"] == "http":
-                path = get_path_with_query_string(scope)  # pyright: ignore
-                client = get_client_addr(scope)  # pyright: ignore
-                details = [f"{time.monotonic() - begun_s:.2f} s", f"request {request_id}"]
-                details += [f"key {scope[TENANT][:8]}"] if TENANT in scope else []
-                details += [f"model {shown(scope[MODEL])}"] if MODEL in scope else []
-                if USAGE in scope:
-                    text = "{prompt_tokens} tokens in, {completion_tokens} out"
-                    details.append(text.format(**scope[USAGE]()))
-                request = f"{scope['method']} {path}"
-                _log.info('%s "%s" %s, %s', client, request, status, ", ".join(details))
+            path = get_path_with_query_string(scope)  # pyright: ignore
+            client = get_client_addr(scope)  # pyright: ignore
+            details = [f"{time.monotonic() - begun_s:.2f} s", f"request {request_id}"]
+            if TENANT in scope:
+                details.append(f"key {scope[TENANT][:8]}")
+            if MODEL in scope:
+                details.append(f"model {shown(scope[MODEL])}")
+            if USAGE in scope:
+                usage = scope[USAGE]()
+                tokens = f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out"
+                details.append(tokens)
+            request = f"{scope['method']} {path}"
+            _log.info('%s "%s" %s, %s', client, request, status, ", ".join(details))
 
 
 def _request_id(scope: Scope) -> str:
     """Take the ID that a client or proxy has given a request, if it is short and safe to log."""
-    sent = dict(scope.get("headers", ())).get(b"x-request-id", b"").decode("latin-1")
-    return sent if re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", sent) else f"req_{secrets.token_hex(16)}"
+    sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    if re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", sent):
+        return sent
+    return f"req_{secrets.token_hex(16)}"
 
 
 class Server(uvicorn.Server):

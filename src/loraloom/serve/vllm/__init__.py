@@ -34,13 +34,13 @@ _KNOWN = "0.32 or 0.33"
 def register() -> None:
     """Let vLLM serve mixtures; a version that isn't known is left as it is, with a warning."""
     installed = vllm_version()
-    if is_known(installed):
-        from loraloom.serve.vllm.plugin import install
-
-        install()
-    else:
+    if not is_known(installed):
         text = "loraloom's plug-in supports vLLM %s, got %s; vLLM serves no mixtures"
         _log.error(text, _KNOWN, installed)
+        return
+    from loraloom.serve.vllm.plugin import install
+
+    install()
 
 
 def vllm_version() -> str | None:

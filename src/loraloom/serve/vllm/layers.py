@@ -30,24 +30,23 @@ def choose(
 ) -> tuple[Bool[Tensor, "K T S"], Float[Tensor, "K T 1"]]:
     """Choose the experts of tokens: the columns of each one's slots, and their weights."""
     description = described.index_select(0, adapters.clamp_min(0)).float()  # (T, 2, S)
-    column_experts = description[:, 0]
-    num_experts = description[:, 1, 0, None]
-    top_k = description[:, 1, 1, None]
+    column_experts, numbers = description.unbind(1)
+    num_experts, top_k = numbers[:, :2].split(1, dim=1)
     max_experts = scores.shape[1] // PIECES
+    slots = torch.arange(num_slots, device=scores.device)
+    experts = torch.arange(max_experts, device=scores.device)
     pieces = scores[:, : max_experts * PIECES].unflatten(1, (max_experts, PIECES))
-    numbers = torch.arange(max(max_experts, num_slots), device=scores.device)
-    is_missing = numbers[:max_experts] >= num_experts
-    logits = pieces.sum(-1).masked_fill(is_missing, -torch.inf)  # (T, C)
+    logits = pieces.sum(-1)
+    logits = logits.masked_fill(experts >= num_experts, -torch.inf)  # (T, C)
     best, selected = logits.topk(num_slots, dim=-1)
-    is_unused = numbers[:num_slots] >= top_k
-    weights = best.masked_fill(is_unused, -torch.inf).softmax(-1)
+    best = best.masked_fill(slots >= top_k, -torch.inf)
     is_routed = num_experts > 0
-    is_first = numbers[:num_slots] == 0
-    weights = torch.where(is_routed, weights, is_first.float())
-    experts = torch.where(is_routed, selected + 1, 0).T  # (K, T), counted from 1 as columns are
+    is_first = (slots == 0).float()
+    weights = torch.where(is_routed, best.softmax(-1), is_first)
+    chosen = torch.where(is_routed, selected + 1, 0)  # (T, K), counted from 1 as columns are
+    columns = column_experts == chosen.T.unsqueeze(-1)
     has_adapter = (adapters >= 0).unsqueeze(-1)
-    columns = (column_experts == experts.unsqueeze(-1)) & has_adapter
-    return columns, weights.T.unsqueeze(-1)
+    return columns & has_adapter, weights.T.unsqueeze(-1)
 
 
 class MixtureFfn(nn.Module):
@@ -80,13 +79,16 @@ class MixtureFfn(nn.Module):
         adapters = _adapters(inputs, len(x))
         scores = _shrink(router, x)[0]
         columns, weights = choose(scores, described, adapters, self.slots)
-        low_rank = torch.where(columns.unsqueeze(1), _shrink(inputs, x), 0.0)  # (K, P, T, S)
+        low_rank = _shrink(inputs, x)
+        low_rank = torch.where(columns.unsqueeze(1), low_rank, 0.0)  # (K, P, T, S)
         updated = _expand_slots(inputs, gate_up, low_rank)
         # zeros of the base's tokens may have met some adapter's weights, and these may be NaN
-        is_base = ~columns.any(-1).any(0).unsqueeze(-1)
-        mixed = torch.where(is_base, gate_up, updated)
-        states = self.act_fn(mixed.flatten(0, 1)).unflatten(0, (-1, len(x)))  # (K, T, F)
-        rank_space = torch.where(columns, _shrink_slots(self.down_proj, states), 0.0)
+        has_columns = columns.any(-1).any(0)
+        mixed = torch.where(has_columns.unsqueeze(-1), updated, gate_up)
+        states = self.act_fn(mixed.flatten(0, 1))
+        states = states.unflatten(0, (-1, len(x)))  # (K, T, F)
+        rank_space = _shrink_slots(self.down_proj, states)
+        rank_space = torch.where(columns, rank_space, 0.0)
         # down-projection and mixing are linear, so slots are added up in front of both
         hidden = states * weights.to(states.dtype)
         return hidden.sum(0), (rank_space * weights).sum(0)
