@@ -28,7 +28,6 @@ from loraloom.data.chat import read_conversation
 from loraloom.data.encoding import given_form
 from loraloom.data.templates import instruction_columns, read_input
 from loraloom.errors import DataError
-from loraloom.eval.results import Fields
 from loraloom.eval.score import Scorer, Scores
 from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
 from loraloom.generation.generate import complete, make_requests
@@ -225,21 +224,27 @@ def generate_answers(
 
 def answer_scores(data: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
     """Compare the answers of adapters with the references."""
-    metric = data.config.metric
     split = data.details["split"]
-    results: dict[str, Fields] = {}
-    values: dict[str, list[bool]] = {}
-    lines: list[dict[str, Any]] = []
+    scores = Scores(data.task, data.details)
     for adapter, texts in answers.items():
-        values[adapter] = []
+        correct = []
         for (index, prompt, reference), text in zip(data.rows, texts, strict=True):
-            correct = is_right(metric, text, reference)
-            values[adapter].append(correct)
-            line = {"task": data.task, "split": split, "index": index, "adapter": adapter}
-            line |= {"question": _question_text(prompt), "reference": reference}
-            lines.append({**line, "answer": text, "correct": correct})
-        results[adapter] = share_fields(values[adapter]) | {"metric": metric, "split": split}
-    return Scores(data.task, data.details, results, values, lines)
+            correct.append(is_right(data.config.metric, text, reference))
+            line = {
+                "task": data.task,
+                "split": split,
+                "index": index,
+                "adapter": adapter,
+                "question": _question_text(prompt),
+                "reference": reference,
+                "answer": text,
+                "correct": correct[-1],
+            }
+            scores.lines.append(line)
+        scores.values[adapter] = correct
+        scores.results[adapter] = share_fields(correct)
+        scores.results[adapter] |= {"metric": data.config.metric, "split": split}
+    return scores
 
 
 def _question_text(prompt: Prompt) -> str:
@@ -258,12 +263,11 @@ def judged_scores(data: AnswerSet, judged: TaskAnswers, names: Sequence[str]) ->
             f"{data.config.scores} must score each of {', '.join(names)}, got no score of "
             f"{', '.join(missing)}; its adapters are {', '.join(judged.right)}"
         )
-    results: dict[str, Fields] = {}
-    values: dict[str, list[float]] = {}
-    lines: list[dict[str, Any]] = []
+    task = Scores(data.task, data.details, "score")
     for name in names:
-        values[name] = list(map(float, judged.right[name]))
-        results[name] = score_fields(values[name])
-        for index, score in zip(judged.questions, values[name], strict=True):
-            lines.append({"task": data.task, "index": index, "adapter": name, "score": score})
-    return Scores(data.task, data.details, results, values, lines, "score")
+        scores = list(map(float, judged.right[name]))
+        task.values[name] = scores
+        task.results[name] = score_fields(scores)
+        for index, score in zip(judged.questions, scores, strict=True):
+            task.lines.append({"task": data.task, "index": index, "adapter": name, "score": score})
+    return task
