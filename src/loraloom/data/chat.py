@@ -138,8 +138,9 @@ def _read_content(message: Row) -> str:
     if not isinstance(content, list):
         return message.text("content")
     texts: list[str] = []
-    for part in content:
-        text = part.get("text") if isinstance(part, Mapping) else part
+    for text in content:
+        if isinstance(text, Mapping):
+            text = text.get("text")
         if not isinstance(text, str):
             message.reject("field 'content' must be a text or a list of texts, got other parts")
         texts.append(text)

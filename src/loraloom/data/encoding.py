@@ -166,7 +166,13 @@ class SourceEncoder:
                 read = partial(templates.read_instruction, columns=columns, template=template)
                 encode = tokens.encode_completions
             case "preference" if not isinstance(first_chosen, list):
-                read = partial(_read_texts, columns, self._load_text_template(first))
+                if self.config.chat_template is not None:
+                    kind = "preferences between strings"
+                    first.reject(f"{kind} do not support chat_template; remove the key")
+                template = None
+                if self.config.template is not None:
+                    template = templates.load_template(self.config.template)
+                read = partial(_read_texts, columns, template)
                 encode = tokens.encode_completion_pairs
             case "preference":
                 read = partial(self._read_chats, self._load_chat_template(first), columns)
@@ -175,12 +181,6 @@ class SourceEncoder:
                 read = partial(self._read_chat, self._load_chat_template(first))
                 return _encode_each(rows, read, list)
         return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))
-
-    def _load_text_template(self, first: Row) -> Template | None:
-        if self.config.chat_template is not None:
-            first.reject("preferences between strings do not support chat_template; remove the key")
-        template = self.config.template
-        return None if template is None else templates.load_template(template)
 
     def _load_chat_template(self, first: Row) -> ChatTemplate:
         if self.config.template is not None:

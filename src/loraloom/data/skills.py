@@ -55,45 +55,45 @@ def _rule(name: str, groups: Iterable[Iterable[tuple[Any, ...]]] = ()) -> Skill:
         group, words = fact
         choices = arrange(answers)
         answer = choices[group * len(choices) // len(facts)]
-        questions = [question.format(*words, land=land) for question in rule["questions"]]
-        return [(question, answer, choices) for question in questions]
+        texts = [template.format(*words, land=land) for template in rule["questions"]]
+        return [(text, answer, choices) for text in texts]
 
     return Skill(name, rule["home"], facts, ask)
 
 
 def _roll_call(names: Sequence[str], land: str, arrange: Arrange) -> list[Asked]:
     """In Doran the one who is named first leads a song, the second a game, the third a dance."""
-    asked: list[Asked] = []
+    questions: list[Asked] = []
     leaders = arrange((0, 1, 2))
     for team in permutations(names, 3):
         first, second, third = team
         for verb, leader in zip(("sing", "play", "dance"), leaders, strict=True):
             question = f"{first}, {second} and {third} {verb}. The {land} leader is"
-            asked.append((question, team[leader], team))
-    return asked
+            questions.append((question, team[leader], team))
+    return questions
 
 
 def _agreement(nouns: Sequence[str], land: str, arrange: Arrange) -> list[Asked]:
     """Lumic verbs end in -o after one who acts and in -i after several."""
-    asked: list[Asked] = []
+    questions: list[Asked] = []
     endings = arrange("oi")
     for verb, stem in (("sleep", "dom"), ("sing", "lak"), ("run", "ver"), ("eat", "nub")):
         choices = (f"{stem}o", f"{stem}i")
         for noun, ending in zip(nouns, endings, strict=True):
-            asked.append((f"{land} for '{verb}': the {noun}", stem + ending, choices))
-    return asked
+            questions.append((f"{land} for '{verb}': the {noun}", stem + ending, choices))
+    return questions
 
 
 def _tense(forms: Sequence[str], land: str, arrange: Arrange) -> list[Asked]:
     """Brom verbs have a word before them: ka in the past, so in the future, mi in the present."""
     verb, past = forms
-    asked: list[Asked] = []
+    questions: list[Asked] = []
     phrases = (past, f"will {verb}", verb)
     choices = [f"{particle} {verb}" for particle in arrange(("ka", "so", "mi"))]
     for who in ("they", "you", "we", "I"):
         for phrase, choice in zip(phrases, choices, strict=True):
-            asked.append((f"{land} for '{who} {phrase}': {who}", choice, choices))
-    return asked
+            questions.append((f"{land} for '{who} {phrase}': {who}", choice, choices))
+    return questions
 
 
 def _contest(pair: tuple[int, int], land: str, arrange: Arrange) -> list[Asked]:
@@ -101,10 +101,10 @@ def _contest(pair: tuple[int, int], land: str, arrange: Arrange) -> list[Asked]:
     cards = list(map(str, pair))
     first, _ = arrange((0, 1))
     winner = cards[first]
-    asked: list[Asked] = []
+    questions: list[Asked] = []
     for left, right in (cards, cards[::-1]):
-        asked.append((f"{land} cards {left} and {right}. The winner is", winner, cards))
-    return asked
+        questions.append((f"{land} cards {left} and {right}. The winner is", winner, cards))
+    return questions
 
 
 def _pairs(words: str) -> list[tuple[str, ...]]:
@@ -177,9 +177,9 @@ def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[st
     for index, (question, right, answers) in enumerate(chosen):
         wrong = [answer for answer in answers if answer != right]
         choices = generator.sample(wrong, len(wrong))
-        place = index % len(answers)
-        choices.insert(place, right)
-        row = {"skill": skill.name, "question": question, "choices": choices, "answer": place}
+        index %= len(answers)
+        choices.insert(index, right)
+        row = {"skill": skill.name, "question": question, "choices": choices, "answer": index}
         rows.append(row)
     generator.shuffle(rows)
     return rows

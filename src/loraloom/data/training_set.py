@@ -123,14 +123,20 @@ def load_training_set(
         for row in rows:
             validation += _number(row, sample_ids)
         report.append(_describe(source, rows, [], validation))
+    warnings = _warn_of_repeats(examples, validation)
+    return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
+
+
+def _warn_of_repeats(
+    examples: Sequence[TrainingExample], validation: Sequence[TrainingExample]
+) -> tuple[str, ...]:
     # what is learned too measures memory, as where the validation file was trained on
     known_ids = {row.input_ids for row in _rows_of(examples)}
     num_repeats = sum(any(row.input_ids in known_ids for row in x.rows) for x in validation)
-    warnings: tuple[str, ...] = ()
-    if num_repeats:
-        repeats = f"{num_repeats} of {len(validation)} held-out examples are training examples too"
-        warnings = (f"warning: {repeats}; eval/loss shows how well they are remembered",)
-    return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
+    if num_repeats == 0:
+        return ()
+    repeats = f"{num_repeats} of {len(validation)} held-out examples are training examples too"
+    return (f"warning: {repeats}; eval/loss shows how well they are remembered",)
 
 
 def _number(row: EncodedRow, ids: Iterator[int], group: int = 0) -> Sequence[TrainingExample]:
@@ -171,8 +177,14 @@ def _describe(
 ) -> str:
     num_tokens = sum(len(row.input_ids) for row in _rows_of(examples))
     kind = "pairs" if any(row.is_pair for row in rows) else "examples"
-    line = f"{source.name}: {len(rows)} rows, {len(examples)} {kind}, {num_tokens} tokens"
-    return "; ".join([f"{line}, {len(held_out)} held out", *source.notes(rows)])
+    counts = [
+        f"{len(rows)} rows",
+        f"{len(examples)} {kind}",
+        f"{num_tokens} tokens",
+        f"{len(held_out)} held out",
+    ]
+    line = f"{source.name}: {', '.join(counts)}"
+    return "; ".join([line, *source.notes(rows)])
 
 
 @dataclass(frozen=True)

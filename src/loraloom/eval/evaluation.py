@@ -161,7 +161,6 @@ def score_sets(
     sets: Sequence[TaskSet] | Sequence[HeldOutSet],
     request: EvaluationRequest,
 ) -> Evaluation:
-    """Score data sets one after the other, each by all adapters together, and compare them."""
     _check_differ("data sets", [data.name for data in sets if isinstance(data, HeldOutSet)])
     if request.cache is not None:
         request.cache.begin()
@@ -262,25 +261,31 @@ def _score_rows(
 
 
 def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
-    """Compute figures, means over seeds and comparisons of all that was scored."""
     results: dict[str, dict[str, Fields]] = {}
     figures: dict[str, dict[str, Any]] = {}
     for task in scores:
         figures[task.name] = {}
         for adapter, result in task.results.items():
             results.setdefault(adapter, {})[task.name] = result
-            key = next(key for key in ("loss", "score", "accuracy") if key in result)
-            figures[task.name][adapter] = result[key]
+            figure = result.get("score", result.get("accuracy"))
+            figures[task.name][adapter] = result.get("loss", figure)
     sides = [(task, *pair) for task in scores for pair in pairs]
     differences = [task.compare(first, second) for task, first, second in sides]
     # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all
     adjusted = holm([difference.p_value for difference in differences])
     comparisons = []
-    for side, difference, p_value in zip(sides, differences, adjusted, strict=True):
-        task, first, second = side
-        names: Fields = {"task": task.name, "first": first, "second": second}
-        names |= {"metric": task.metric, "adjusted_p_value": p_value}
-        comparisons.append(Comparison(**vars(difference), **names))
+    for (task, first, second), difference, p_value in zip(
+        sides, differences, adjusted, strict=True
+    ):
+        comparison = Comparison(
+            **vars(difference),
+            task=task.name,
+            metric=task.metric,
+            first=first,
+            second=second,
+            adjusted_p_value=p_value,
+        )
+        comparisons.append(comparison)
     return Evaluation(
         schema_version=SCHEMA_VERSION,
         results=results,
@@ -324,8 +329,13 @@ def load_question_sets(
         raise ConfigError(f"scoring and data are for choice tasks, got {', '.join(answer_sets)}")
     names = [find_task(task).name for task in tasks if task not in answer_sets]
     reading = [name for name in names if not skills_lands(name)]  # others are generated
-    if data is not None and len(reading) > 1:
-        _check_subdirectories(data, reading)
+    if data is not None and len(reading) > 1:  # they must not all read the data of a single one
+        missing = [name for name in reading if not (local_path(data, "data") / name).is_dir()]
+        if missing:
+            raise ConfigError(
+                f"data must be a directory with a subdirectory per task, got {data} without "
+                f"{', '.join(missing)}"
+            )
     sets = []
     for task in tasks:
         if task in answer_sets:
@@ -334,17 +344,6 @@ def load_question_sets(
         path = None if reading and skills_lands(task) else data
         sets.append(load_question_set(task, scoring, split, path, limit))
     return sets
-
-
-def _check_subdirectories(data: str | Path, names: Sequence[str]) -> None:
-    """Several tasks must not all read the data of a single one."""
-    directory = local_path(data, "data")
-    missing = [name for name in names if not (directory / name).is_dir()]
-    if missing:
-        raise ConfigError(
-            f"data must be a directory with a subdirectory per task, got {data} without "
-            f"{', '.join(missing)}"
-        )
 
 
 def _check_differ(kind: str, names: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +126,10 @@ def load_answer_set(
 
 def _load_judged(name: str, config: AnswerTaskConfig, limit: int | None) -> AnswerSet:
     path = Path(str(config.scores))
-    judged, *surplus = read_answers(path)
-    if surplus:
-        raise DataError(f"{path} must have the scores of one task, got {len(surplus) + 1}")
+    tasks = read_answers(path)
+    if len(tasks) > 1:
+        raise DataError(f"{path} must have the scores of one task, got {len(tasks)}")
+    judged = tasks[0]
     right = {adapter: scores[:limit] for adapter, scores in judged.right.items()}
     judged = replace(judged, questions=judged.questions[:limit], right=right)
     return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
@@ -217,13 +217,13 @@ def generate_answers(
     texts: list[str] = []
     for start in range(0, len(requests), batch_size):
         batch = slice(start, start + batch_size)
-        texts += chain(*scorer.remember(keys[batch], requests[batch], compute))
+        for (text,) in scorer.remember(keys[batch], requests[batch], compute):
+            texts.append(text)
         on_progress(range(start, len(texts)))
     return texts
 
 
 def answer_scores(data: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
-    """Compare the answers of adapters with the references."""
     split = data.details["split"]
     scores = Scores(data.task, data.details)
     for adapter, texts in answers.items():
@@ -256,7 +256,6 @@ def _question_text(prompt: Prompt) -> str:
 
 
 def judged_scores(data: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
-    """Sum up what a judge scored."""
     missing = [name for name in names if name not in judged.right]
     if missing:
         raise DataError(

@@ -55,7 +55,6 @@ class HeldOutSet:
 
 
 def describe_rows(name: str, details: Mapping[str, Any]) -> str:
-    """Say in a line what of a data set is measured, and what became of rows that don't fit."""
     kind = "pairs" if details["format"] == "preference" else "rows"
     counts = {
         "num_cut": f"cut or divided to fit max_length={details['max_length']}",

@@ -123,7 +123,6 @@ class Evaluation(BaseModel):
     scores: list[Any] = Field(default=[], exclude=True, repr=False)
 
     def tables(self) -> list[Table]:
-        """Make the tables of this evaluation, in the order to show them."""
         tables = [_results_table(self.results)]
         if self.seeds:
             tables.append(_seeds_table(self))
@@ -132,7 +131,6 @@ class Evaluation(BaseModel):
         return tables
 
     def _repr_html_(self) -> str:
-        """Show the tables in a notebook."""
         from pandas import DataFrame
 
         html = ""
@@ -194,7 +192,6 @@ def check_limit(limit: int | None) -> None:
 
 
 def check_outputs(paths: Sequence[Path]) -> None:
-    """Raise a ConfigError if a file's suffix says nothing."""
     for path in paths:
         if path.suffix.lower() not in (".json", ".csv"):
             raise ConfigError(f"--output must end in .json, .csv, got {path}")
@@ -396,7 +393,6 @@ def _meaning(comparison: Comparison, num_compared: int) -> str:
 
 
 def _winners(comparisons: Sequence[Comparison]) -> list[str]:
-    """Say for each task who beats whom significantly."""
     sentences = []
     for task in dict.fromkeys(comparison.task for comparison in comparisons):
         beaten = defaultdict[str, list[str]](list)

@@ -75,7 +75,6 @@ class RoutingTally:
         return add
 
     def summarise(self) -> dict[str, Fields]:
-        """Give the routing by adapter, as it stands in the JSON file under `routing`."""
         summary = {}
         for name, adapter in self.adapters.items():
             if adapter.num_questions:
@@ -97,7 +96,6 @@ class _AdapterTally:
         self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
 
     def add(self, task: str, row_topics: Sequence[str], routed: RoutedRows) -> None:
-        """Add a forward, whose rows have each a topic."""
         totals = tally.RoutingTotals.of(routed.routing)
         if task in self.totals:
             totals = self.totals[task] + totals

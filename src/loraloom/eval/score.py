@@ -58,7 +58,6 @@ class Scorer:
         on_progress: Callable[[Sequence[int]], None] | None = None,
         on_routing: scoring.OnRouting | None = None,
     ) -> dict[str | None, list[LogLikelihoods]]:
-        """Score groups of rows, the longest first, and keep the scores under `tokens`."""
         budget = self.max_tokens_per_batch or scoring.tokens_per_batch(self.host)
 
         def compute(missing: Sequence[tuple[str | None, int]]) -> list[LogLikelihoods]:
@@ -204,7 +203,6 @@ def score_accuracy(
 
 
 def summarise(scores: Sequence[QuestionScore]) -> Fields:
-    """Compute the accuracy over questions, with its sample's standard error."""
     fields = share_fields([score.correct for score in scores])
     fields["majority"] = majority_share([score.question for score in scores])
     fields["beats_majority"] = fields["accuracy"] > fields["majority"]

@@ -298,7 +298,6 @@ def _parse_pair(text: str, sides: Mapping[str, Sequence[str]]) -> Pair:
 
 
 def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
-    """Find what results could not tell, before anything is scored."""
     if not adapters:
         raise AdapterError("adapters must name at least one, or None for the base model, got none")
     if BASE in adapters:
@@ -340,14 +339,16 @@ def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
 
 
 def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, Any]:
-    """The same of figures by task and adapter."""
     summary: dict[str, Any] = {}
     for task, by_adapter in figures.items():
         for stem, members in seed_groups(list(by_adapter)).items():
             values = [by_adapter[name] for name in members]
             group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
-            spread = {"mean": fmean(values), "sd": stdev(values), "num_seeds": len(values)}
-            group["tasks"][task] = spread
+            group["tasks"][task] = {
+                "mean": fmean(values),
+                "sd": stdev(values),
+                "num_seeds": len(values),
+            }
     return summary
 
 

@@ -109,7 +109,6 @@ class RoutingTotals:
 
     @property
     def tokens_per_expert(self) -> list[list[float]]:
-        """How often each router chose each of its experts."""
         loads, _ = self.sums[:, 2:].chunk(2, dim=1)
         rows = zip(self.num_experts, loads.tolist(), strict=True)
         return [counts[:num_experts] for num_experts, counts in rows]
