@@ -164,19 +164,26 @@ def score_sets(
     _check_differ("data sets", [data.name for data in sets if isinstance(data, HeldOutSet)])
     if request.cache is not None:
         request.cache.begin()
-    scorer = Scorer(host, request.adapters, request.max_tokens_per_batch, request.cache)
+    scorer = Scorer(
+        host,
+        tokenizer,
+        request.adapters,
+        request.max_tokens_per_batch,
+        request.cache,
+        request.console,
+    )
     tally = RoutingTally(host, request.adapters, tokenizer)
     scores = []
     for data in sets:
         if isinstance(data, HeldOutSet):
-            scores.append(_score_rows(data, scorer, tally, request.console))
+            scores.append(_score_rows(data, scorer, tally))
             continue
         if request.compat and (isinstance(data, AnswerSet) or data.scoring != "label"):
             raise ConfigError(f"compat {request.compat} requires choice tasks with scoring: label")
         if isinstance(data, AnswerSet):
-            scores.append(_score_answers(data, scorer, tokenizer, request.console))
+            scores.append(_score_answers(data, scorer))
         else:
-            scores.append(_score_choices(data, scorer, tokenizer, tally, request))
+            scores.append(_score_choices(data, scorer, tally, request.compat))
     return summarise(
         scores,
         request.pairs,
@@ -189,25 +196,20 @@ def score_sets(
 
 
 def _score_choices(
-    data: QuestionSet,
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    tally: RoutingTally,
-    request: EvaluationRequest,
+    data: QuestionSet, scorer: Scorer, tally: RoutingTally, compat: str | None
 ) -> Scores:
-    if request.compat is not None:
+    if compat is not None:
         data = replace(data, questions=[with_all_labels(question) for question in data.questions])
     questions = data.questions
     groups = [question.group for question in questions]
     on_routing = tally.observe(data.task, len(questions), groups)
     # characters that the model reads: different contexts once, and every continuation
     sizes = [sum(map(len, {*x.contexts, *x.continuations})) for x in questions]
-    with show_progress(request.console, data.task, sizes) as advance:
+    with show_progress(scorer.console, data.task, sizes) as advance:
         scores = score_questions(
             scorer,
-            tokenizer,
             questions,
-            last_tokens=request.compat is not None,
+            last_tokens=compat is not None,
             on_progress=advance,
             on_routing=on_routing,
         )
@@ -217,25 +219,20 @@ def _score_choices(
     return task_scores(data, {adapter or BASE: answers for adapter, answers in scores.items()})
 
 
-def _score_answers(
-    data: AnswerSet, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, console: Console | None
-) -> Scores:
+def _score_answers(data: AnswerSet, scorer: Scorer) -> Scores:
     if data.judged is not None:
         names = [adapter or BASE for adapter in scorer.adapters]
         return generated_answers.judged_scores(data, data.judged, names)
     answers = {}
     sizes = [1] * len(data.rows) * len(scorer.adapters)
-    with show_progress(console, data.task, sizes) as advance:
+    with show_progress(scorer.console, data.task, sizes) as advance:
         for adapter in scorer.adapters:
-            answers[adapter or BASE] = generated_answers.generate_answers(
-                scorer, tokenizer, data, adapter, advance
-            )
+            texts = generated_answers.generate_answers(scorer, data, adapter, advance)
+            answers[adapter or BASE] = texts
     return generated_answers.answer_scores(data, answers)
 
 
-def _score_rows(
-    data: HeldOutSet, scorer: Scorer, tally: RoutingTally, console: Console | None
-) -> Scores:
+def _score_rows(data: HeldOutSet, scorer: Scorer, tally: RoutingTally) -> Scores:
     adapters = scorer.adapters
     if data.has_pairs and None not in adapters:  # rewards are relative to the base model
         scorer = replace(scorer, adapters=[None, *adapters])
@@ -247,7 +244,7 @@ def _score_rows(
     rows_per_item = 2 if data.has_pairs else 1
     num_items = len(rows) // rows_per_item
     on_routing = tally.observe(data.name, num_items, rows_per_question=rows_per_item)
-    with show_progress(console, data.name, data.num_tokens) as advance:
+    with show_progress(scorer.console, data.name, data.num_tokens) as advance:
         scores = scorer.score(rows, keys, advance, on_routing)
     origins = [f"in row {index + 1} of {data.name}" for index in data.row_indices]
     losses = {}

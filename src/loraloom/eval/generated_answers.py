@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import SourceConfig, is_task_file, task_name
@@ -189,13 +188,13 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
 
 def generate_answers(
     scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
     data: AnswerSet,
     adapter: str | None,
     on_progress: Callable[[Sequence[int]], object],
 ) -> list[str]:
     """Let an adapter answer every prompt; answers are kept as scores are."""
     host = scorer.host
+    tokenizer = scorer.tokenizer
     sampling = data.config.sampling
     source = data.config.data or SourceConfig()
     form = given_form(tokenizer, source.template, source.chat_template)

@@ -13,6 +13,7 @@ from itertools import islice, product
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet, questions_digest
@@ -47,9 +48,11 @@ class Scorer:
     """Adapters that are scored together, None is the base model; a batch is with all of them."""
 
     host: Host
+    tokenizer: PreTrainedTokenizerBase
     adapters: Sequence[str | None]
     max_tokens_per_batch: int | None = None
     cache: ScoreCache | None = None
+    console: Console | None = None  # to show progress on
 
     def score(
         self,
@@ -129,7 +132,6 @@ class QuestionScore:
 
 def score_questions(
     scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[ChoiceQuestion],
     *,
     last_tokens: bool = False,
@@ -140,7 +142,7 @@ def score_questions(
     max_length = scorer.host.config.max_position_embeddings
     fitted: list[list[TokenPair]] = []
     truncated: list[bool] = []
-    for question, pairs in zip(questions, encode(tokenizer, questions), strict=True):
+    for question, pairs in zip(questions, encode(scorer.tokenizer, questions), strict=True):
         name = f"{question.task}, question {question.index}: a choice"
         fitted.append([fit_pair(pair, max_length, name) for pair in pairs])
         truncated.append(fitted[-1] != pairs)
@@ -198,7 +200,7 @@ def score_accuracy(
     questions: Sequence[ChoiceQuestion],
     adapters: Sequence[str | None],
 ) -> dict[str | None, float]:
-    scores = score_questions(Scorer(host, adapters), tokenizer, questions)
+    scores = score_questions(Scorer(host, tokenizer, adapters), questions)
     return {name: fmean(score.correct for score in answers) for name, answers in scores.items()}
 
 
