@@ -168,9 +168,10 @@ class _AdapterTally:
         }
         if totals is not None:
             summary["load"] = _rounded(totals.load)
-            summary["effective_experts"] = _rounded(totals.effective_experts)
+            summary["effective_experts"] = _rounded(tally.effective_number(totals.load))
             summary["mean_probabilities"] = _rounded(totals.mean_probabilities)
-            summary["mean_entropy_bits"] = _rounded(totals.mean_entropy_bits)
+            mean_entropy = tally.entropy_bits(totals.mean_probabilities)
+            summary["mean_entropy_bits"] = _rounded(mean_entropy)
             summary["token_entropy_bits"] = _rounded(totals.token_entropy_bits)
         if task in self.examples:
             summary["example"] = self.examples[task]

@@ -110,8 +110,10 @@ class RoutingTotals:
     @property
     def tokens_per_expert(self) -> list[list[float]]:
         loads, _ = self.sums[:, 2:].chunk(2, dim=1)
-        rows = zip(self.num_experts, loads.tolist(), strict=True)
-        return [counts[:num_experts] for num_experts, counts in rows]
+        counts = []
+        for row, num_experts in zip(loads.tolist(), self.num_experts, strict=True):
+            counts.append(row[:num_experts])
+        return counts
 
     @property
     def choices(self) -> dict[RouterName, list[int]]:
@@ -122,7 +124,7 @@ class RoutingTotals:
 
     @property
     def load(self) -> Tensor:
-        """Each expert's share of a router's load, [N, E]."""
+        """Each expert's share of a router's load, [N, E]: over how many is it spread?"""
         loads, _ = self.sums[:, 2:].chunk(2, dim=1)
         return load_shares(loads)
 
@@ -137,20 +139,10 @@ class RoutingTotals:
         return fmean(spreads)
 
     @property
-    def effective_experts(self) -> Tensor:
-        """The number of experts that the load is spread over, [N]; see `effective_number`."""
-        return effective_number(self.load)
-
-    @property
     def mean_probabilities(self) -> Tensor:
-        """The router's probabilities, averaged over tokens, [N, E]."""
+        """The router's probabilities, averaged over tokens, [N, E]: is a layer mixed?"""
         _, probabilities = self.sums[:, 2:].chunk(2, dim=1)
         return load_shares(probabilities)
-
-    @property
-    def mean_entropy_bits(self) -> Tensor:
-        """Entropy of the router's probabilities, averaged over tokens before: is a layer mixed?"""
-        return entropy_bits(self.mean_probabilities)
 
     @property
     def token_entropy_bits(self) -> Tensor:
@@ -238,14 +230,15 @@ def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
         name = describe_router(router)
         load = load_shares(torch.tensor(counts))
         num_experts += len(load)
-        is_unused = load < UNUSED_SHARE / len(load)
-        experts = [str(expert) for expert, is_so in enumerate(is_unused) if is_so]
+        fewest = UNUSED_SHARE / len(load)
+        experts = [str(expert) for expert, share in enumerate(load) if share < fewest]
         if experts:
             num_unused += len(experts)
             plural = "s" if len(experts) > 1 else ""
             unused.append(f"{name} (expert{plural} {', '.join(experts)})")
         number = float(effective_number(load))
-        if number <= top_k + COLLAPSED_PART * (len(load) - top_k):
+        bound = top_k + COLLAPSED_PART * (len(load) - top_k)
+        if number <= bound:
             collapsed.append(f"{name} ({number:.1f} of {len(load)})")
     descriptions = {}
     if num_unused >= UNUSED_PART * num_experts:
