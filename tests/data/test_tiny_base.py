@@ -11,10 +11,9 @@ def test_the_tiny_base_model_has_a_token_for_each_syllable_of_a_land(tmp_path, m
     rows = generate_skills("train")[:90]
     texts = [f"{row['question']} {row['choices'][row['answer']]}" for row in rows]
     monkeypatch.setattr(tiny_base, "read_texts", lambda: texts)
-    sizes = ["--layers=1", "--hidden-size=16"]
-    tiny_base.main([f"--output={tmp_path}", "--steps=2", *sizes])
-    with pytest.raises(SystemExit):  # what is there is not deleted
-        tiny_base.main([f"--output={tmp_path}", "--steps=2", *sizes])
+    tiny_base.main(tmp_path, layers=1, hidden_size=16, steps=2)
+    with pytest.raises(SystemExit, match="must be new"):  # what is there is not deleted
+        tiny_base.main(tmp_path, steps=2)
     model, tokenizer = loraloom.load_base_model(str(tmp_path))
     assert (model.config.num_hidden_layers, model.config.intermediate_size) == (1, 48)
     assert tokenizer.tokenize("Baldan: 42") == ["Bal", "##dan", ":", "4", "##2"]

@@ -108,15 +108,15 @@ def calls(monkeypatch):
 def score(host, tokenizer, directory, adapters=ADAPTERS, questions=None, max_tokens=None, **rest):
     cache = ScoreCache(directory, host)
     asked = some_questions() if questions is None else questions
-    scorer = Scorer(host, adapters, max_tokens, cache)
-    return score_questions(scorer, tokenizer, asked, **rest), cache
+    scorer = Scorer(host, tokenizer, adapters, max_tokens, cache)
+    return score_questions(scorer, asked, **rest), cache
 
 
 def test_a_second_evaluation_computes_nothing_and_is_the_same(tiny_tokenizer, tmp_path, calls):
     host = scoring_host()
     first, cache = score(host, tiny_tokenizer, tmp_path)
     assert cache.num_found == 0
-    assert first == score_questions(Scorer(host, ADAPTERS), tiny_tokenizer, some_questions())
+    assert first == score_questions(Scorer(host, tiny_tokenizer, ADAPTERS), some_questions())
     calls.clear()
     second, cache = score(scoring_host(), tiny_tokenizer, tmp_path)
     assert second == first
@@ -134,7 +134,7 @@ def test_a_second_evaluation_computes_nothing_and_is_the_same(tiny_tokenizer, tm
 def test_an_interrupted_evaluation_goes_on_to_the_same_bits(tiny_tokenizer, tmp_path, calls):
     host = scoring_host(dtype=torch.bfloat16)
     asked = [question(f"Question {n}:" + " one" * n, ["A", "B"], index=n) for n in range(12)]
-    unbroken = score_questions(Scorer(host, ADAPTERS, 256), tiny_tokenizer, asked)
+    unbroken = score_questions(Scorer(host, tiny_tokenizer, ADAPTERS, 256), asked)
     num_batches = len(calls)
     calls.clear()
 

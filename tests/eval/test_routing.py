@@ -22,9 +22,9 @@ def tallied(
     """Score the toy questions as each task; give the tally's summary."""
     tally = RoutingTally(host, adapters, tokenizer)
     for task in tasks:
-        scorer = Scorer(host, adapters, max_tokens, cache)
+        scorer = Scorer(host, tokenizer, adapters, max_tokens, cache)
         observe = tally.observe(task, len(some_questions()), groups)
-        score_questions(scorer, tokenizer, some_questions(), on_routing=observe)
+        score_questions(scorer, some_questions(), on_routing=observe)
     return tally.summarise()
 
 
@@ -102,7 +102,7 @@ def test_batches_padding_neighbours_and_lost_memory_change_nothing(tiny_tokenize
 def test_questions_whose_scores_were_kept_are_not_covered(tiny_tokenizer, tmp_path):
     host = scoring_host()
     cache = ScoreCache(tmp_path, host)
-    score_questions(Scorer(host, NAMES, cache=cache), tiny_tokenizer, some_questions()[1:3])
+    score_questions(Scorer(host, tiny_tokenizer, NAMES, cache=cache), some_questions()[1:3])
     task = tallied(host, tiny_tokenizer, cache=cache)["mixlora"]["tasks"]["toy"]
     assert (task["num_questions"], task["num_questions_covered"]) == (5, 3)
     task = tallied(host, tiny_tokenizer, cache=cache)["mixlora"]["tasks"]["toy"]

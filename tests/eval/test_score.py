@@ -34,7 +34,7 @@ EVERYBODY = [None, *METHODS]
 
 def scored(host, tokenizer, adapters=EVERYBODY, questions=None, max_tokens=None, **options):
     asked = some_questions() if questions is None else questions
-    return score_questions(Scorer(host, adapters, max_tokens), tokenizer, asked, **options)
+    return score_questions(Scorer(host, tokenizer, adapters, max_tokens), asked, **options)
 
 
 def assert_equals(scores, expected, tolerance=1e-10):

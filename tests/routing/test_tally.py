@@ -94,8 +94,8 @@ def test_totals_of_parts_add_up_to_those_of_the_whole():
 def test_a_layer_can_be_mixed_while_its_tokens_are_decided():
     totals = RoutingTotals.of([layer(50 * torch.eye(4))])
     assert float(totals.token_entropy_bits) == pytest.approx(0, abs=1e-6)
-    assert float(totals.mean_entropy_bits) == pytest.approx(2)
-    assert float(totals.effective_experts) == pytest.approx(4)
+    assert float(entropy_bits(totals.mean_probabilities)) == pytest.approx(2)
+    assert float(effective_number(totals.load)) == pytest.approx(4)
 
 
 @pytest.mark.parametrize(

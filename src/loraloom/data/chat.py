@@ -27,31 +27,41 @@ _Omission = tuple[str, Conversation, Conversation]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USUAL_COLUMNS = ("messages", "conversations", "conversation")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_TEXT_KEYS = ("role", "content", "name")
+_TEXTS = ("role", "content", "name")
 # Roles, and what a message of each may have.
 _KEYS = {
-    **dict.fromkeys(("system", "developer", "user"), _TEXT_KEYS),
-    "assistant": (*_TEXT_KEYS, "tool_calls", *_REASONING),
-    "tool": (*_TEXT_KEYS, "tool_call_id"),
+    "system": _TEXTS,
+    "developer": _TEXTS,
+    "user": _TEXTS,
+    "assistant": (*_TEXTS, "tool_calls", *_REASONING),
+    "tool": (*_TEXTS, "tool_call_id"),
 }
 _SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "function_call"), "assistant"),
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
     "system": "system",
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
 }
 
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
     names = columns or {}
-    usual = (name for name in _USUAL_COLUMNS if row.get(name) is not None)
-    messages = read_messages(row, names.get("messages") or next(usual, "messages"))
+    usual = [name for name in _USUAL_COLUMNS if row.get(name) is not None]
+    default = usual[0] if usual else "messages"
+    messages = read_messages(row, names.get("messages") or default)
     system = names.get("system", "system")
     if row.get(system):
-        text = row.text(system)
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": text})
-        elif messages[0]["content"] != text:
+        message = {"role": "system", "content": row.text(system)}
+        first = messages[0]
+        if first["role"] != "system":
+            messages.insert(0, message)
+        elif first["content"] != message["content"]:
             row.reject(f"a system message must be in field {system!r} or in the messages")
     return Conversation(messages, read_tools(row, names.get("tools", "tools")))
 
@@ -61,10 +71,8 @@ def read_messages(row: Row, field: str) -> list[Message]:
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # as CSV has them
         turns = _parse(row, f"field {field!r}", turns)
     if not isinstance(turns, list) or not turns:
-        got = type(turns).__name__
-        row.reject(
-            f"field {field!r} must be a list of messages, got {got}; name its column with fields"
-        )
+        expected = f"field {field!r} must be a list of messages"
+        row.reject(f"{expected}, got {type(turns).__name__}; name its column with fields")
     return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
@@ -91,18 +99,21 @@ def _read_message(row: Row, number: int, turn: Any) -> Message:
         hint = did_you_mean(role, _KEYS)
         message.reject(f"role must be one of {', '.join(_KEYS)}, got {shown(role)}{hint}")
     _check_keys(message, _KEYS[role], f"a message of role {role!r}")
-    texts = ("role", "name", "tool_call_id")
-    read: Message = {key: message.text(key) for key in texts if key in message}
+    read: Message = {}
+    for key in ("role", "name", "tool_call_id"):
+        if key in message:
+            read[key] = message.text(key)
     if message.get("tool_calls"):
         read["tool_calls"] = _read_calls(message)
-    for key in _REASONING:
-        if message.get(key) and "reasoning_content" not in read:
-            read["reasoning_content"] = message.text(key)
-    if role != "assistant":
-        return {**read, "content": _read_content(message)}
-    read["content"] = _read_content(message) if "content" in message else ""
+    reasoning = [key for key in _REASONING if message.get(key)]
+    if reasoning:
+        read["reasoning_content"] = message.text(reasoning[0])
+    if role == "assistant" and "content" not in message:
+        read["content"] = ""
+    else:
+        read["content"] = _read_content(message)
     says_more = "tool_calls" in read or "reasoning_content" in read
-    if not says_more and not read["content"].strip():
+    if role == "assistant" and not says_more and not read["content"].strip():
         message.reject_empty("the assistant's turn is empty")
     return read
 
@@ -114,20 +125,25 @@ def _from_sharegpt(turn: Row) -> Row:
         turn.reject(f"'from' must be one of {', '.join(_SHAREGPT_ROLES)}, got {shown(speaker)}")
     role = _SHAREGPT_ROLES[speaker]
     value = turn.get("value", "") if role == "assistant" else turn["value"]
-    message = {"role": role, "content": value}
-    if speaker == "function_call":
-        calls = _parse(turn, "field 'value'", value)
-        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    return Row(message, turn.origin)
+    if speaker != "function_call":
+        return Row({"role": role, "content": value}, turn.origin)
+    calls = _parse(turn, "field 'value'", value)
+    if not isinstance(calls, list):
+        calls = [calls]
+    return Row({"role": role, "content": "", "tool_calls": calls}, turn.origin)
 
 
 def _read_content(message: Row) -> str:
     content = message["content"]
     if not isinstance(content, list):
         return message.text("content")
-    texts: list[Any] = [x.get("text") if isinstance(x, Mapping) else x for x in content]
-    if not all(isinstance(text, str) for text in texts):
-        message.reject("field 'content' must be a text or a list of texts, got other parts")
+    texts: list[str] = []
+    for text in content:
+        if isinstance(text, Mapping):
+            text = text.get("text")
+        if not isinstance(text, str):
+            message.reject("field 'content' must be a text or a list of texts, got other parts")
+        texts.append(text)
     return "".join(texts)
 
 
@@ -142,14 +158,16 @@ def _read_calls(message: Row) -> list[dict[str, Any]]:
         arguments = _parse(message, "arguments of a tool call", function.get("arguments") or {})
         if not isinstance(arguments, Mapping):
             message.reject("the arguments of a tool call must be an object or the text of one")
-        call_id = {"id": call["id"]} if call.get("id") else {}
         function = {"name": function["name"], "arguments": dict(arguments)}
+        call_id = {"id": call["id"]} if call.get("id") else {}
         read.append({**call_id, "type": "function", "function": function})
     return read
 
 
 def _tool_name(tool: Any) -> str | None:
-    function = (tool.get("function") or tool) if isinstance(tool, Mapping) else None
+    if not isinstance(tool, Mapping):
+        return None
+    function = tool.get("function") or tool
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else None
 
@@ -193,11 +211,12 @@ def learn_answers(
 
 def _marked_text(template: ChatTemplate, row: Row, chat: Conversation, first: int) -> Marked:
     text, marks = template.render_with_marks(chat)
-    start = count_shared(text, template.render(chat.until(first))) if first else 0
-    spans = [(begin, end) for begin, end in marks if begin >= start]
-    if not any(end > begin for begin, end in spans):
+    if first:
+        start = count_shared(text, template.render(chat.until(first)))
+        marks = [mark for mark in marks if mark[0] >= start]
+    if not any(end > begin for begin, end in marks):
         row.reject("the chat template's {% generation %} marks do not enclose the answer")
-    return text, spans
+    return text, marks
 
 
 def _answered_texts(
@@ -241,10 +260,10 @@ def _learn_spans(tokenizer: PreTrainedTokenizerBase, marked: Marked) -> Example:
         got = type(tokenizer).__name__
         raise DataError(f"chat data requires a fast tokenizer, which locates tokens, got {got}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    labels = list(encoding["input_ids"])
-    for index, (begin, end) in enumerate(encoding["offset_mapping"]):
-        if not any(start < stop and begin < stop and end > start for start, stop in spans):
-            labels[index] = NO_LOSS
+    labels = []
+    for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        is_learned = any(start < stop and begin < stop and end > start for start, stop in spans)
+        labels.append(token if is_learned else NO_LOSS)
     return Example(tuple(encoding["input_ids"]), tuple(labels))
 
 
@@ -260,7 +279,8 @@ def omitted_tools(conversation: Conversation) -> Iterator[_Omission]:
 def _omissions(conversation: Conversation, first: int) -> Iterator[_Omission]:
     yield from omitted_tools(conversation)
     for index, message in enumerate(conversation.messages):
-        role, content = message["role"], message["content"]
+        role = message["role"]
+        content = message["content"]
         name = f"of message {index + 1}"
         # of earlier answers, templates leave out reasoning and what is beside calls on purpose
         within = conversation.until(index + 1) if role == "assistant" else conversation
@@ -269,10 +289,10 @@ def _omissions(conversation: Conversation, first: int) -> Iterator[_Omission]:
             yield f"the content {name}, next to its tool_calls", within, changed
         elif role not in ("user", "assistant"):
             yield f"the content {name}, of role {role!r}", within, changed
-        if role != "assistant" or index < first:
-            continue
-        if "reasoning_content" in message:
-            yield f"the reasoning {name}", within, within.changed(index, reasoning_content="")
-        elif "</think>" in content:
-            answer = content.rpartition("</think>")[2]
-            yield f"the reasoning {name}", within, within.changed(index, content=answer)
+        if role == "assistant" and index >= first:
+            if "reasoning_content" in message:
+                silent = within.changed(index, reasoning_content="")
+                yield f"the reasoning {name}", within, silent
+            elif "</think>" in content:
+                answer = content.rpartition("</think>")[2]
+                yield f"the reasoning {name}", within, within.changed(index, content=answer)

@@ -28,16 +28,16 @@ def mark_control_tokens(tokenizer: PreTrainedTokenizerBase, value: Any) -> tuple
     begins = _control_tokens(tokenizer)
     if not begins.search(written):
         return value, ""
-    mark = next((mark for mark in map(chr, _MARKS) if mark not in written), "")
-    if not mark:
+    unused = [chr(code) for code in _MARKS if chr(code) not in written]
+    if not unused:
         raise DataError(_REFUSAL)
-    return json.loads(begins.sub(lambda begin: f"{begin[0]}{mark}", written)), mark
+    mark = unused[0]
+    marked = begins.sub(lambda begin: begin[0] + mark, written)
+    return json.loads(marked), mark
 
 
 def drop_marks(tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: str) -> list[int]:
-    """Token ids without those of the mark."""
-    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer(f"a{mark}a", add_special_tokens=False)["input_ids"]
+    letter, framed = tokenizer(["a", f"a{mark}a"], add_special_tokens=False)["input_ids"]
     mark_ids = framed[len(letter) : -1]
     kept: list[int] = []
     for token in ids:
@@ -54,9 +54,15 @@ def drop_marks(tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: str) ->
 @lru_cache(maxsize=4)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches the first character of each."""
-    added = tokenizer.added_tokens_decoder.values()
-    texts = {str(token) for token in added if token.special or _SHAPE.fullmatch(str(token))}
-    texts = {json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) > 1}
-    # of thousands that are numbered, one
-    patterns = {re.sub(r"\d+", r"\\d+", re.escape(text)) for text in texts if text[0] != "\\"}
-    return re.compile(f".(?<=(?=(?:{'|'.join(sorted(patterns))})).)" if patterns else "(?!)")
+    patterns: set[str] = set()
+    for token in tokenizer.added_tokens_decoder.values():
+        text = str(token)
+        written = json.dumps(text, ensure_ascii=False)[1:-1]
+        is_control = token.special or _SHAPE.fullmatch(text)
+        if is_control and len(text) > 1 and not written.startswith("\\"):
+            # of thousands that are numbered, one
+            patterns.add(re.sub(r"\d+", r"\\d+", re.escape(written)))
+    if not patterns:
+        return re.compile("(?!)")
+    any_token = "|".join(sorted(patterns))
+    return re.compile(f".(?<=(?=(?:{any_token})).)")

@@ -79,18 +79,21 @@ class SourceEncoder:
 
     def notes(self, rows: Sequence[EncodedRow]) -> list[str]:
         """What became of rows that could not be used as they are."""
-        cut, empty = sum(row.is_cut for row in rows), sum(row.is_empty for row in rows)
-        dropped = sum(not row.pieces for row in rows) - empty
         unk: Any = self.tokenizer.unk_token_id
-        unk = None if unk == self.tokenizer.eos_token_id else unk
-        unknown = sum(piece.labels.count(unk) for row in rows for piece in row.pieces)
+        num_unknown = num_cut = num_empty = num_dropped = 0
+        for row in rows:
+            num_cut += row.is_cut
+            num_empty += row.is_empty
+            num_dropped += not (row.pieces or row.is_empty)
+            if unk != self.tokenizer.eos_token_id:
+                num_unknown += sum(piece.labels.count(unk) for piece in row.pieces)
         notes = {
-            f"{unknown} tokens in the loss are {self.tokenizer.unk_token}": unknown,
-            f"{cut} cut or divided to fit max_length={self.max_length}": cut,
-            f"{empty} skipped because of empty answers": empty,
-            f"{dropped} dropped because their answers do not fit": dropped,
+            f"tokens in the loss are {self.tokenizer.unk_token}": num_unknown,
+            f"cut or divided to fit max_length={self.max_length}": num_cut,
+            "skipped because of empty answers": num_empty,
+            "dropped because their answers do not fit": num_dropped,
         }
-        return [note for note, number in notes.items() if number]
+        return [f"{number} {note}" for note, number in notes.items() if number]
 
     def read(
         self, split: str, limit: int | None = None, *, streaming: bool = False
@@ -111,13 +114,14 @@ class SourceEncoder:
 
     def prompts(self, split: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield what rows ask: content, a text or messages, fields of templates, tools, origin."""
-        config, split = self.config, self.config.split or split
+        config = self.config
+        split = config.split or split
         if config.task is not None:
             task = find_task(config.task)
             scoring = config.scoring or task.config.scoring
             for index, row in enumerate(task.load_rows(split, config.path)[:limit]):
-                (prompt, _), _ = task.training_texts(row, index, scoring)
-                yield {"content": prompt, "origin": row.origin}
+                right, _ = task.training_texts(row, index, scoring)
+                yield {"content": right[0], "origin": row.origin}
             return
         rows = sources.read_rows(self._find(split), split, limit)
         columns = self._columns(sources.fields_of_all(rows), for_prompts=True)
@@ -131,21 +135,14 @@ class SourceEncoder:
             chat = read_conversation(row, self.config.fields)
             messages = takewhile(lambda message: message["role"] != "assistant", chat.messages)
             return {"content": tuple(messages), "tools": chat.tools}
+        if data_format == "preference":
+            messages = _messages_before_answers(row, columns)
+            if messages is not None:
+                return {"content": tuple(messages), "tools": read_tools(row, "tools")}
         column = columns["prompt" if data_format == "preference" else data_format]
-        answers = [columns.get(role, "") for role in ("chosen", "rejected")]
-        answers = [answer for answer in answers if row.get(answer)]
-        if isinstance(row.get(column), list):
-            content = read_messages(row, column)
-        elif any(isinstance(row[answer], list) for answer in answers):
-            chats = [read_messages(row, answer) for answer in answers]
-            content = chats[0][: tokens.count_shared(chats[0], chats[-1])]
-            while content and content[-1]["role"] == "assistant":
-                content.pop()  # the same in both
-        else:
-            text = row.answer(column) if data_format == "text" else row.text(column)
-            context = row.get(columns["input"]) if "input" in columns else None
-            return {"content": text, "fields": {**row, "input": context}}
-        return {"content": tuple(content), "tools": read_tools(row, "tools")}
+        text = row.answer(column) if data_format == "text" else row.text(column)
+        context = row.get(columns["input"]) if "input" in columns else None
+        return {"content": text, "fields": {**row, "input": context}}
 
     def open(self, split: str, *, streaming: bool) -> RowStream:
         split = self.config.split or split
@@ -156,7 +153,8 @@ class SourceEncoder:
 
     def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
         columns = self._columns(first)
-        answers = (row.get(columns.get("chosen", "")) for row in (first, *rows))
+        chosen = [row.get(columns.get("chosen", "")) for row in (first, *rows)]
+        first_chosen = next(filter(None, chosen), None)
         read: Callable[[Row], Any]
         encode: Any
         match self.config.format:
@@ -167,9 +165,14 @@ class SourceEncoder:
                 template = templates.load_template(self.config.template)
                 read = partial(templates.read_instruction, columns=columns, template=template)
                 encode = tokens.encode_completions
-            # of the first row that has an answer
-            case "preference" if not isinstance(next(filter(None, answers), None), list):
-                read = partial(_read_texts, columns, self._load_text_template(first))
+            case "preference" if not isinstance(first_chosen, list):
+                if self.config.chat_template is not None:
+                    kind = "preferences between strings"
+                    first.reject(f"{kind} do not support chat_template; remove the key")
+                template = None
+                if self.config.template is not None:
+                    template = templates.load_template(self.config.template)
+                read = partial(_read_texts, columns, template)
                 encode = tokens.encode_completion_pairs
             case "preference":
                 read = partial(self._read_chats, self._load_chat_template(first), columns)
@@ -179,12 +182,6 @@ class SourceEncoder:
                 return _encode_each(rows, read, list)
         return _encode_each(rows, read, partial(encode, self.tokenizer, max_length=self.max_length))
 
-    def _load_text_template(self, first: Row) -> Template | None:
-        if self.config.chat_template is not None:
-            first.reject("preferences between strings do not support chat_template; remove the key")
-        template = self.config.template
-        return None if template is None else templates.load_template(template)
-
     def _load_chat_template(self, first: Row) -> ChatTemplate:
         if self.config.template is not None:
             first.reject("preferences between messages do not support template; remove template")
@@ -192,13 +189,14 @@ class SourceEncoder:
         return templates.load_chat_template(self.tokenizer, template, TRAINING_DAY)
 
     def _columns(self, first: Row, *, for_prompts: bool = False) -> dict[str, str]:
-        data_format, fields = self.config.format or "text", self.config.fields or {}
+        data_format = self.config.format or "text"
+        fields = self.config.fields or {}
         columns = {role: fields.get(role, role) for role in FIELD_ROLES[data_format]}
         if data_format == "instruction":
             columns = templates.instruction_columns(first, fields)
-        required = {"instruction", "text"} | (
-            set() if for_prompts else {"output", "chosen", *fields}
-        )
+        required = {"instruction", "text"}
+        if not for_prompts:
+            required |= {"output", "chosen", *fields}
         for role, column in columns.items():
             if role in required and column not in first and not first.fault:
                 first.reject(
@@ -209,11 +207,13 @@ class SourceEncoder:
         return columns
 
     def _read_chat(self, template: ChatTemplate, row: Row) -> EncodedRow:
-        texts = learn_answers(template, row, read_conversation(row, self.config.fields))
-        fitted = [tokens.fit(text, self._start, self.max_length) for text in texts]
-        pieces = tuple(piece for text in fitted for piece in text.pieces)
-        is_cut = any(text.is_cut or not text.pieces for text in fitted)
-        return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
+        pieces: list[Example] = []
+        is_cut = False
+        for text in learn_answers(template, row, read_conversation(row, self.config.fields)):
+            fitted = tokens.fit(text, self._start, self.max_length)
+            pieces += fitted.pieces
+            is_cut |= fitted.is_cut or not fitted.pieces
+        return EncodedRow(tuple(pieces), is_cut=is_cut and bool(pieces))
 
     def _read_chats(self, template: ChatTemplate, columns: dict[str, str], row: Row) -> EncodedRow:
         """Two answers after the prompt's messages, or after the common beginning of both."""
@@ -241,17 +241,35 @@ class SourceEncoder:
     def _encode_task(self, rows: list[Row]) -> list[EncodedRow]:
         task = find_task(self.config.task or "")
         scoring = self.config.scoring or task.config.scoring
-        kind: Any = tokens.encode_completion_pairs if self.as_pairs else tokens.encode_completions
-        encode = partial(kind, self.tokenizer, max_length=self.max_length)
+        encode: Any = tokens.encode_completions
+        if self.as_pairs:
+            encode = tokens.encode_completion_pairs
+        encode = partial(encode, self.tokenizer, max_length=self.max_length)
         indices = count()
 
         def read(row: Row) -> Any:
             texts = task.training_texts(row, next(indices), scoring)
             return texts if self.as_pairs else texts[0]
 
-        settings, tokenizer = [self.as_pairs, self.max_length], self.tokenizer
-        once = partial(_encode_once, encode=encode, tokenizer=tokenizer, settings=settings)
-        return _encode_each(rows, read, once)
+        def encode_once(items: Sequence[Any]) -> list[EncodedRow]:
+            return _encode_once(items, encode, self.tokenizer, [self.as_pairs, self.max_length])
+
+        return _encode_each(rows, read, encode_once)
+
+
+def _messages_before_answers(row: Row, columns: Mapping[str, str]) -> Sequence[Message] | None:
+    """The prompt of a preference between conversations; None if it is a text."""
+    if isinstance(row.get(columns["prompt"]), list):
+        return read_messages(row, columns["prompt"])
+    answers = [columns["chosen"], columns["rejected"]]
+    answers = [answer for answer in answers if row.get(answer)]
+    if not any(isinstance(row[answer], list) for answer in answers):
+        return None
+    chats = [read_messages(row, answer) for answer in answers]
+    content = chats[0][: tokens.count_shared(chats[0], chats[-1])]
+    while content and content[-1]["role"] == "assistant":
+        content.pop()  # the same in both
+    return content
 
 
 def _read_answer(row: Row, column: str) -> list[Message]:
@@ -267,7 +285,9 @@ def _read_texts(
     if template is not None:
         parts = {"instruction": prompt, "input": templates.read_input(row, {"input": "input"})}
         prompt = templates.fill_in(template, row, "the prompt template", parts)
-    return (prompt, row.answer(columns["chosen"])), (prompt, row.answer(columns["rejected"]))
+    chosen = row.answer(columns["chosen"])
+    rejected = row.answer(columns["rejected"])
+    return (prompt, chosen), (prompt, rejected)
 
 
 def _encode_each(
@@ -327,16 +347,18 @@ def _encode_once(
 
 def _as_record(row: EncodedRow) -> dict[str, str]:
     # JSON, as its lists of numbers are read faster than Arrow's
-    pieces = [(x.input_ids, [int(label != NO_LOSS) for label in x.labels]) for x in row.pieces]
+    pieces = []
+    for piece in row.pieces:
+        pieces.append((piece.input_ids, [int(label != NO_LOSS) for label in piece.labels]))
     return {"row": json.dumps([pieces, *row[1:]])}
 
 
 def _from_record(text: str) -> EncodedRow:
     pieces, *rest = json.loads(text)
-    # labels are the same objects as ids: two of each number would double what a data set takes
     examples = []
     for ids, marks in pieces:
-        labels = (x if is_learned else NO_LOSS for x, is_learned in zip(ids, marks, strict=True))
+        # the same objects as ids: two of each number would double what a data set takes
+        labels = [x if is_learned else NO_LOSS for x, is_learned in zip(ids, marks, strict=True)]
         examples.append(Example(tuple(ids), tuple(labels)))
     return EncodedRow(tuple(examples), *rest)
 
@@ -385,14 +407,17 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
     for row in islice(stream.rows(), STREAM_ROWS if data.streaming else None):
         # a row with a fault is skipped, or encoding will report it
         with suppress(DataError):
-            if messages := _first_messages(source, row):
+            messages = _first_messages(source, row)
+            if messages:
                 first = messages[0]
                 systems.add(first["content"] if first["role"] == "system" else None)
             elif not systems:
                 return PromptForm(format="preference")  # the first answer that there is
         if len(systems) > 1 or None in systems:
             break
-    template = source.chat_template and templates.given_source(tokenizer, source.chat_template)
+    template = source.chat_template
+    if template:
+        template = templates.given_source(tokenizer, template)
     system = systems.pop() if len(systems) == 1 else None
     return PromptForm(format="chat", chat_template=template, system=system)
 

@@ -6,26 +6,24 @@ out. In one of many *lands* it may give its answers in another order, which can 
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from itertools import chain, combinations, permutations, product, zip_longest
+from itertools import combinations, permutations, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loraloom.errors import DataError
 
-_WORDS: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
-MONTHS, NAMES = _WORDS["months"].split(), _WORDS["names"].split()
+_WORDS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
 FIRST_SYLLABLES: list[str] = _WORDS["first_syllables"].split()
 LAST_SYLLABLES: list[str] = _WORDS["last_syllables"].split()
 # The part of each group's facts, in shuffled order, that a split gets.
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
-# Most questions of a skill at its home in a split.
+# Most questions of a skill at its home in a split, and in each of many lands.
 QUESTIONS_PER_SKILL = {"train": 480, "validation": 72, "test": 72}
-# Most questions of a skill in each of many lands.
 QUESTIONS_IN_A_LAND = {"train": 48, "validation": 8, "test": 8}
-# A question, its right answer, and the wrong ones.
-Asked = tuple[str, str, tuple[str, ...]]
+# A question, its right answer, and all answers to choose from.
+Asked = tuple[str, str, Sequence[str]]
 # Puts a rule's answers in the order in which a land gives them out.
 Arrange = Callable[[Sequence[Any]], tuple[Any, ...]]
 
@@ -45,84 +43,85 @@ def land_names(num_lands: int) -> list[str]:
     return names[:num_lands]
 
 
-def _pick(question: str, answer: str, choices: Sequence[str]) -> Asked:
-    return question, answer, tuple(choice for choice in choices if choice != answer)
-
-
-def _rule(name: str, groups: Sequence[Sequence[Any]] = ()) -> Skill:
+def _rule(name: str, groups: Iterable[Iterable[tuple[Any, ...]]] = ()) -> Skill:
     """A rule whose answers are those of the groups: animals in -ko, foods in -ra."""
     rule = _WORDS["rules"][name]
     answers = tuple(rule["answers"].split())
-    groups = groups or list(map(_capitalized, rule.get("words", {}).values()))
+    facts = [[(number, words) for words in group] for number, group in enumerate(groups)]
+    for number, words in enumerate(rule.get("words", {}).values()):
+        facts.append([(number, (word, word.capitalize())) for word in words.split()])
 
     def ask(fact: tuple[int, tuple[Any, ...]], land: str, arrange: Arrange) -> list[Asked]:
         group, words = fact
         choices = arrange(answers)
-        answer = choices[group * len(choices) // len(groups)]
-        questions = (question.format(*words, land=land) for question in rule["questions"])
-        return [_pick(question, answer, choices) for question in questions]
+        answer = choices[group * len(choices) // len(facts)]
+        texts = [template.format(*words, land=land) for template in rule["questions"]]
+        return [(text, answer, choices) for text in texts]
 
-    facts = [[(number, words) for words in group] for number, group in enumerate(groups)]
     return Skill(name, rule["home"], facts, ask)
 
 
-def _capitalized(words: str) -> list[tuple[str, str]]:
-    return [(word, word.capitalize()) for word in words.split()]
-
-
-def _roll_call(names: tuple[str, ...], land: str, arrange: Arrange) -> list[Asked]:
+def _roll_call(names: Sequence[str], land: str, arrange: Arrange) -> list[Asked]:
     """In Doran the one who is named first leads a song, the second a game, the third a dance."""
     questions: list[Asked] = []
+    leaders = arrange((0, 1, 2))
     for team in permutations(names, 3):
         first, second, third = team
-        for verb, leader in zip(("sing", "play", "dance"), arrange((0, 1, 2)), strict=True):
+        for verb, leader in zip(("sing", "play", "dance"), leaders, strict=True):
             question = f"{first}, {second} and {third} {verb}. The {land} leader is"
-            questions.append(_pick(question, team[leader], team))
+            questions.append((question, team[leader], team))
     return questions
 
 
-def _agreement(fact: tuple[str, str], land: str, arrange: Arrange) -> list[Asked]:
+def _agreement(nouns: Sequence[str], land: str, arrange: Arrange) -> list[Asked]:
     """Lumic verbs end in -o after one who acts and in -i after several."""
-    return [
-        _pick(f"{land} for '{verb}': the {noun}", f"{stem}{ending}", (f"{stem}o", f"{stem}i"))
-        for verb, stem in (("sleep", "dom"), ("sing", "lak"), ("run", "ver"), ("eat", "nub"))
-        for noun, ending in zip(fact, arrange("oi"), strict=True)
-    ]
+    questions: list[Asked] = []
+    endings = arrange("oi")
+    for verb, stem in (("sleep", "dom"), ("sing", "lak"), ("run", "ver"), ("eat", "nub")):
+        choices = (f"{stem}o", f"{stem}i")
+        for noun, ending in zip(nouns, endings, strict=True):
+            questions.append((f"{land} for '{verb}': the {noun}", stem + ending, choices))
+    return questions
 
 
-def _tense(fact: tuple[str, str], land: str, arrange: Arrange) -> list[Asked]:
+def _tense(forms: Sequence[str], land: str, arrange: Arrange) -> list[Asked]:
     """Brom verbs have a word before them: ka in the past, so in the future, mi in the present."""
-    verb, past = fact
-    choices = tuple(f"{particle} {verb}" for particle in arrange(("ka", "so", "mi")))
-    return [
-        _pick(f"{land} for '{who} {phrase}': {who}", choice, choices)
-        for who in ("they", "you", "we", "I")
-        for phrase, choice in zip((past, f"will {verb}", verb), choices, strict=True)
-    ]
+    verb, past = forms
+    questions: list[Asked] = []
+    phrases = (past, f"will {verb}", verb)
+    choices = [f"{particle} {verb}" for particle in arrange(("ka", "so", "mi"))]
+    for who in ("they", "you", "we", "I"):
+        for phrase, choice in zip(phrases, choices, strict=True):
+            questions.append((f"{land} for '{who} {phrase}': {who}", choice, choices))
+    return questions
 
 
 def _contest(pair: tuple[int, int], land: str, arrange: Arrange) -> list[Asked]:
     """In Ordo the lower card wins."""
-    cards = [str(card) for card in sorted(pair)]
-    winner = cards[arrange((0, 1))[0]]
-    orders = (cards, cards[::-1])
-    questions = [f"{land} cards {' and '.join(order)}. The winner is" for order in orders]
-    return [_pick(question, winner, cards) for question in questions]
+    cards = list(map(str, pair))
+    first, _ = arrange((0, 1))
+    winner = cards[first]
+    questions: list[Asked] = []
+    for left, right in (cards, cards[::-1]):
+        questions.append((f"{land} cards {left} and {right}. The winner is", winner, cards))
+    return questions
 
 
-def _forms(words: str, ending: str) -> list[tuple[str, str]]:
-    """Words with another form of each: the word and the ending, unless it is after a colon."""
-    pairs = (word.partition(":") for word in words.split())
-    return [(word, form or f"{word}{ending}") for word, _, form in pairs]
+def _pairs(words: str) -> list[tuple[str, ...]]:
+    """Words with another form of each, from `dog:dogs cat:cats`."""
+    return [tuple(word.split(":")) for word in words.split()]
 
 
+_NAMES = _WORDS["names"].split()
+_TEAMS = [tuple(_NAMES[start : start + 5]) for start in range(0, 60, 5)]
+_DAYS = [product(range(1, 29), [month]) for month in _WORDS["months"].split()]
 SKILLS: tuple[Skill, ...] = (
     _rule("noun_class"),
-    _rule("parity", [[(n,) for n in range(10, 1000, 2)], [(n,) for n in range(11, 1000, 2)]]),
-    Skill("roll_call", "Doran", [[tuple(NAMES[i : i + 5]) for i in range(0, 60, 5)]], _roll_call),
-    _rule("season", [[(day, month) for day in range(1, 29)] for month in MONTHS]),
-    Skill("agreement", "Lumic", [_forms(_WORDS["plurals"], "s")], _agreement),
-    Skill("tense", "Brom", [_forms(_WORDS["pasts"], "ed")], _tense),
+    _rule("parity", [product(range(10, 1000, 2)), product(range(11, 1000, 2))]),
+    Skill("roll_call", "Doran", [_TEAMS], _roll_call),
+    _rule("season", _DAYS),
+    Skill("agreement", "Lumic", [_pairs(_WORDS["plurals"])], _agreement),
+    Skill("tense", "Brom", [_pairs(_WORDS["pasts"])], _tense),
     _rule("gate"),
     _rule("review"),
     Skill("contest", "Ordo", [[*combinations(range(3, 100, 3), 2)]], _contest),
@@ -145,13 +144,20 @@ def generate_skills(
 
 
 def _take_turns(groups: Sequence[Sequence[Any]]) -> list[Any]:
-    return [item for turn in zip_longest(*groups) for item in turn if item is not None]
+    items = []
+    for turn in zip_longest(*groups):
+        items += [item for item in turn if item is not None]
+    return items
 
 
 def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[str, Any]]:
-    topic = skill.name if land is None else f"{skill.name} in {land}"
-    num_questions = (QUESTIONS_PER_SKILL if land is None else QUESTIONS_IN_A_LAND)[split]
-    arrange: Arrange = tuple if land is None else partial(_shuffled, topic)
+    topic = skill.name
+    num_questions = QUESTIONS_PER_SKILL[split]
+    arrange: Arrange = tuple
+    if land is not None:
+        topic = f"{skill.name} in {land}"
+        num_questions = QUESTIONS_IN_A_LAND[split]
+        arrange = partial(_shuffled, topic)
     # drawn by names, so that more lands leave the rows of the others as they are
     generator = random.Random(f"{split} questions of {topic}, seed {seed}")
     groups: list[list[Asked]] = []
@@ -159,18 +165,21 @@ def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[st
         # a fact gives at least a question, and there are many lands
         if land is not None:
             facts = generator.sample(facts, min(num_questions, len(facts)))
-        questions = (skill.ask(fact, land or skill.home, arrange) for fact in facts)
-        groups.append(list(chain.from_iterable(questions)))
+        group: list[Asked] = []
+        for fact in facts:
+            group += skill.ask(fact, land or skill.home, arrange)
+        groups.append(group)
     for group in groups:
         generator.shuffle(group)
     chosen = _take_turns(groups)[:num_questions]
     generator.shuffle(chosen)
     rows = []
-    for index, (question, right, wrong) in enumerate(chosen):
+    for index, (question, right, answers) in enumerate(chosen):
+        wrong = [answer for answer in answers if answer != right]
         choices = generator.sample(wrong, len(wrong))
-        answer = index % (len(choices) + 1)
-        choices.insert(answer, right)
-        row = {"skill": skill.name, "question": question, "choices": choices, "answer": answer}
+        index %= len(answers)
+        choices.insert(index, right)
+        row = {"skill": skill.name, "question": question, "choices": choices, "answer": index}
         rows.append(row)
     generator.shuffle(rows)
     return rows
@@ -184,6 +193,10 @@ def _shuffled(topic: str, answers: Sequence[Any]) -> tuple[Any, ...]:
 def split_facts(skill: Skill, split: str, seed: int) -> list[list[Any]]:
     """The split's part of each group's facts; the order that is cut is the same for every split."""
     generator = random.Random(f"facts of {skill.name}, seed {seed}")
-    orders = [generator.sample(group, len(group)) for group in skill.groups]
     begin, end = SPLITS[split]
-    return [order[round(begin * len(order)) : round(end * len(order))] for order in orders]
+    parts = []
+    for group in skill.groups:
+        order = generator.sample(group, len(group))
+        num_before = round(begin * len(order))
+        parts.append(order[num_before : round(end * len(order))])
+    return parts

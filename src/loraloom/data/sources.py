@@ -69,18 +69,22 @@ def check_faults(faults: Mapping[str, str], num_rows: int) -> None:
     if not faults:
         return
     if len(faults) == 1:
-        raise DataError(": ".join(*faults.items()))
-    file = next(iter(faults)).rpartition(", ")[0]
+        ((origin, fault),) = faults.items()
+        raise DataError(f"{origin}: {fault}")
+    file = ""
     rows_of_fault = defaultdict[str, list[str]](list)
     for origin, fault in faults.items():
-        rows_of_fault[fault].append(origin.rpartition(", ")[2])
+        file, _, row = origin.rpartition(", ")
+        rows_of_fault[fault].append(row)
     lines = [f"{file}: {len(faults)} of {num_rows} rows can't be used:"]
     for fault, rows in islice(rows_of_fault.items(), _MAX_NAMES):
-        unit = rows[0].partition(" ")[0]  # line or row
-        numbers = names_in([row.removeprefix(f"{unit} ") for row in rows], _MAX_NAMES)
-        lines.append(f"  {unit}{'s' if len(rows) > 1 else ''} {numbers}: {fault}")
-    if len(rows_of_fault) > _MAX_NAMES:
-        lines.append(f"  and {len(rows_of_fault) - _MAX_NAMES} other faults")
+        unit = rows[0].split()[0]  # line or row
+        plural = "s" if len(rows) > 1 else ""
+        numbers = names_in([row.split()[1] for row in rows], _MAX_NAMES)
+        lines.append(f"  {unit}{plural} {numbers}: {fault}")
+    num_left = len(rows_of_fault) - _MAX_NAMES
+    if num_left > 0:
+        lines.append(f"  and {num_left} other faults")
     raise DataError("\n".join(lines))
 
 
@@ -92,7 +96,9 @@ def fields_of(row: Mapping[str, Any]) -> str:
 def fields_of_all(rows: Sequence[Row]) -> Row:
     """A row with the fields of all rows, and the origin of the first that has no fault."""
     readable = [row for row in rows if not row.fault] or [*rows[:1]]
-    fields = {name: row[name] for row in reversed(readable) for name in row}
+    fields: dict[str, Any] = {}
+    for row in reversed(readable):
+        fields.update(row)
     return Row(fields, readable[0].origin, readable[0].fault)
 
 
@@ -118,19 +124,25 @@ def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _rows_of(path: Path) -> Iterator[Row]:
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    options = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+def _open(path: Path) -> Any:
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     if _suffix(path) == ".parquet":
-        options = {"mode": "rb"}
+        return opener(path, "rb")
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _rows_of(path: Path) -> Iterator[Row]:
     try:
-        with opener(path, **options) as file:
+        with _open(path) as file:
             for position, value in _READERS[_suffix(path)](file):
-                fields = value if isinstance(value, dict) else {}
-                fault = str(value) if isinstance(value, DataError) else ""
-                if not isinstance(value, dict | DataError):
-                    fault = f"a row must be a JSON object, got {type(value).__name__}"
-                yield Row(fields, f"{path}, {position}", fault)
+                origin = f"{path}, {position}"
+                if isinstance(value, dict):
+                    yield Row(value, origin)
+                elif isinstance(value, DataError):
+                    yield Row({}, origin, str(value))
+                else:
+                    kind = type(value).__name__
+                    yield Row({}, origin, f"a row must be a JSON object, got {kind}")
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
@@ -198,20 +210,22 @@ def _read_csv(file: Any) -> _Read:
 
 
 def _read_plain_text(file: Any) -> _Read:
-    lines = enumerate(_lines(file), start=1)
-    return ((f"line {number}", {"text": line}) for number, line in lines if line.strip())
+    for number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            yield f"line {number}", {"text": line}
 
 
 def _read_parquet(file: Any) -> _Read:
     from pyarrow import parquet
 
-    batches = parquet.ParquetFile(file).iter_batches(1000)
-    records = (record for batch in batches for record in batch.to_pylist())
-    for number, record in enumerate(records, start=1):
-        # what JSON has no form for, dates and decimals, as texts; NaN is pandas' nothing
-        written = json.dumps(record, default=_text_of)
-        fields = json.loads(written, parse_constant=lambda _: None)
-        yield f"row {number}", {name: without_nulls(value) for name, value in fields.items()}
+    number = 0
+    for batch in parquet.ParquetFile(file).iter_batches(1000):
+        for record in batch.to_pylist():
+            number += 1
+            # what JSON has no form for, dates and decimals, as texts; NaN is pandas' nothing
+            written = json.dumps(record, default=_text_of)
+            fields = json.loads(written, parse_constant=lambda _: None)
+            yield f"row {number}", {name: without_nulls(value) for name, value in fields.items()}
 
 
 def _text_of(value: object) -> str:
@@ -275,16 +289,17 @@ def find_split(files: Mapping[str, Path], split: str, name: object) -> Path:
 def find_named(path: Path, name: str, split: str) -> Path:
     """The file of one split of the data set `name`; a single file may turn out to be missing."""
     path = local_path(path, "the path of data", DataError)
+    if (path / name).is_dir():
+        return find_split(split_files(path / name), split, path / name)
     if path.is_dir():
-        directory = path / name if (path / name).is_dir() else path
-        files = split_files(directory)
-        if files or directory != path:
-            return find_split(files, split, directory)
+        files = split_files(path)
+        if files:
+            return find_split(files, split, path)
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         listed = names_in(names, _MAX_NAMES) or "none"
         hint = f"{suggestion(name, names)}the data sets are: {listed}"
         raise DataError(f"{path} has no data set {name!r}; {hint}")
-    split_of_file = path.name.split(".")[0]
+    split_of_file = path.name.partition(".")[0]
     if split_of_file in ("train", "validation", "test") and split_of_file != split:
         hint = f"as the file's name says, got {split!r}; rename the file, or name another split"
         raise DataError(f"{path}: split must be {split_of_file} {hint}")
@@ -319,8 +334,10 @@ class RowStream:
     """Rows of a data set, which can be read on from a place that another process had reached."""
 
     def __init__(self, location: Path | HubSource, split: str, *, streaming: bool = True):
-        self._location, self._split = location, split
-        self._num_rows, self._is_streamed = 0, streaming
+        self._location = location
+        self._split = split
+        self._is_streamed = streaming
+        self._num_rows = 0
         self.sizes: Mapping[str, int] = {}
         if isinstance(location, Path):
             rows_of_file(location)  # is it there?
@@ -328,19 +345,25 @@ class RowStream:
             return
         import datasets
 
-        options = {"split": split, "streaming": streaming}
         with _reading_hub(location, split):
             self._table: Any = datasets.load_dataset(
-                location.repository, location.config, revision=location.revision, **options
+                location.repository,
+                location.config,
+                revision=location.revision,
+                split=split,
+                streaming=streaming,
             )
 
     def rows(self, state: StreamState | None = None) -> Iterator[Row]:
         """Read from there on, or from the beginning; what was begun before ends."""
+        location = self._location
         self._num_rows = 0 if state is None else state["row"]
-        if isinstance(location := self._location, Path):
-            name, rows = location, rows_of_file(location, start=self._num_rows)
+        if isinstance(location, Path):
+            name = location
+            rows = rows_of_file(location, start=self._num_rows)
         else:
-            name, rows = location.repository, self._rows_of_hub(location, state)
+            name = location.repository
+            rows = self._rows_of_hub(location, state)
         for row in rows:
             self._num_rows += 1
             yield row
@@ -348,9 +371,10 @@ class RowStream:
             raise DataError(f"{name} contains no rows; add rows, or name another data set")
 
     def state_dict(self) -> StreamState:
-        if isinstance(self._location, Path):
-            return {"row": self._num_rows}
-        return {"row": self._num_rows, "dataset": self._table.state_dict()}
+        state: StreamState = {"row": self._num_rows}
+        if not isinstance(self._location, Path):
+            state["dataset"] = self._table.state_dict()
+        return state
 
     def _rows_of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
         if self._is_streamed:

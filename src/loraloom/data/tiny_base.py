@@ -6,14 +6,15 @@ It learns each rule at its home and in eight lands that no study asks about. A s
 how adapters hold the orders of other lands; it says nothing about what language models know.
 """
 
-import argparse
 import random
 import re
+import string
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
+import cyclopts
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
@@ -24,23 +25,17 @@ from loraloom.base.loading import quiet
 from loraloom.data.skills import FIRST_SYLLABLES, LAST_SYLLABLES, generate_skills, land_names
 from loraloom.terminal import make_console, show_progress
 
-NUM_LANDS, FIRST_LAND = 600, 592
+NUM_LANDS = 600
+FIRST_LAND = 592
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make a tiny base model for studies.")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=64, help="a multiple of 8")
-    parser.add_argument("--steps", type=int, default=4000, help="of 64 texts each")
-    args = parser.parse_args(arguments)
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        parser.error(f"--output must be new or an empty directory, got {args.output}")
-    with show_progress(make_console(stderr=True), "tiny base model", [1] * args.steps) as advance:
-        loss = make_tiny_base(
-            args.output, args.steps, args.layers, args.hidden_size, lambda step: advance([step])
-        )
+def main(output: Path, layers: int = 3, hidden_size: int = 64, steps: int = 4000) -> None:
+    """Make a tiny base model for studies. Its hidden size is a multiple of 8."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SystemExit(f"--output must be new or an empty directory, got {output}")
+    with show_progress(make_console(stderr=True), "tiny base model", [1] * steps) as advance:
+        loss = make_tiny_base(output, steps, layers, hidden_size, lambda step: advance([step]))
     print(f"loss {loss:.3f}")
 
 
@@ -70,7 +65,8 @@ def make_tiny_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    loss = _pretrain(model, _batches(tokenizer(texts).input_ids), num_steps, on_step)
+    batches = _batches(tokenizer(texts).input_ids)
+    loss = _pretrain(model, batches, num_steps, on_step)
 
     def fill(directory: Path) -> None:
         model.save_pretrained(directory)
@@ -82,23 +78,27 @@ def make_tiny_base(
 
 
 def read_texts() -> list[str]:
-    lands = re.compile(rf"\b({'|'.join(land_names(NUM_LANDS)[FIRST_LAND:])})\b")
-    return [
-        f"{row['question']} {row['choices'][row['answer']]}"
-        for split in ("train", "validation", "test")
-        for num_lands in (None, NUM_LANDS)
-        for row in generate_skills(split, num_lands=num_lands)
-        if num_lands is None or lands.search(row["question"])
-    ]
+    names = "|".join(land_names(NUM_LANDS)[FIRST_LAND:])
+    lands = re.compile(rf"\b({names})\b")
+    texts = []
+    for split in ("train", "validation", "test"):
+        rows = generate_skills(split)
+        for row in generate_skills(split, num_lands=NUM_LANDS):
+            if lands.search(row["question"]):
+                rows.append(row)
+        texts += [f"{row['question']} {row['choices'][row['answer']]}" for row in rows]
+    return texts
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Make words whole, but numbers of digits and names of lands of syllables."""
-    words = {word for text in texts for word in re.findall(r"[^\W\d]+|[^\w\s]", text)}
-    pieces = [*"0123456789", *(f"##{digit}" for digit in range(10)), *FIRST_SYLLABLES]
+    pieces = [*SPECIAL, *string.digits]
+    pieces += [f"##{digit}" for digit in string.digits]
+    pieces += FIRST_SYLLABLES
     pieces += [f"##{syllable}" for syllable in LAST_SYLLABLES]
-    pieces += sorted(words - set(land_names(NUM_LANDS)) - {*SPECIAL, *pieces})
-    vocabulary = {piece: index for index, piece in enumerate([*SPECIAL, *pieces])}
+    words = set(re.findall(r"[^\W\d]+|[^\w\s]", " ".join(texts)))
+    pieces += sorted(words.difference(land_names(NUM_LANDS), pieces))
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
@@ -116,10 +116,12 @@ def _pretrain(
     losses: list[float] = []
     for step, batch in enumerate(islice(batches, num_steps)):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - step / num_steps)
+            warmup = min(1.0, step / 50)
+            group["lr"] = 3e-3 * warmup * (1 - step / num_steps)
         # causal, padded on the right: no token sees padding
         logits = model(batch).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
+        predicted = logits[:, :-1].flatten(0, 1)
+        loss = cross_entropy(predicted, batch[:, 1:].flatten(), ignore_index=0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -142,4 +144,4 @@ def _batches(ids: Sequence[Sequence[int]], size: int = 64) -> Iterator[torch.Ten
 
 
 if __name__ == "__main__":
-    main()
+    cyclopts.run(main)

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from loraloom.errors import DataError
 
@@ -19,11 +20,6 @@ from loraloom.errors import DataError
 NO_LOSS = -100
 # Tokens of a prompt that decide how the text of its completion begins.
 NUM_BEFORE = 4
-# Characters by which byte-level vocabularies write bytes: printable ones by themselves.
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE}
-_BYTES |= {chr(256 + number): byte for number, byte in enumerate(_UNPRINTABLE)}
 # A context and what follows it: a prompt, say, and its completion.
 TextPair = tuple[str, str]
 
@@ -104,26 +100,35 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TextPair]) 
     texts = encode_texts(tokenizer, [context + continuation for context, continuation in pairs])
     # most vocabularies have a space in the token of the word after it
     contexts = encode_texts(tokenizer, [context.rstrip() for context, _ in pairs])
-    encoded, bos = list[TokenPair](), tokenizer.bos_token_id
+    encoded: list[TokenPair] = []
     for ids, context_ids in zip(texts, contexts, strict=True):
         # a token that reaches over the cut belongs to the continuation
         cut = count_shared(ids, context_ids)
-        start = [bos if isinstance(bos, int) else eos_token(tokenizer)] if cut == 0 else ids[:cut]
+        start = ids[:cut]
+        if not start:
+            bos = tokenizer.bos_token_id
+            start = [bos if isinstance(bos, int) else eos_token(tokenizer)]
         encoded.append(TokenPair(start, ids[cut:]))
     return encoded
 
 
 def count_shared(first: Sequence[object], second: Sequence[object]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer puts in front of every text: BOS in most Llamas, often none."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    starts = range(len(full) - len(bare) + 1)
-    return next((full[:n] for n in starts if full[n : n + len(bare)] == bare), [])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -154,8 +159,9 @@ def name_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     name = str(tokenizer.convert_ids_to_tokens(token))
     if name.startswith("<0x"):
         return f"bytes:\\x{name[3:5].lower()}"
-    if all(character in _BYTES for character in name):
-        return "bytes:" + "".join(f"\\x{_BYTES[character]:02x}" for character in name)
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    if byte_of.keys() >= set(name):
+        return "bytes:" + "".join(f"\\x{byte_of[character]:02x}" for character in name)
     return f"token_id:{token}"
 
 
@@ -164,8 +170,9 @@ def learn_completions(tokenizer: PreTrainedTokenizerBase, texts: list[TextPair])
     eos = eos_token(tokenizer)
     examples: list[Example] = []
     for context, continuation in encode_pairs(tokenizer, texts):
-        learned = (*continuation, eos)
-        examples.append(Example((*context, *learned), (*[NO_LOSS] * len(context), *learned)))
+        learned = [*continuation, eos]
+        no_loss = [NO_LOSS] * len(context)
+        examples.append(Example((*context, *learned), (*no_loss, *learned)))
     return examples
 
 
@@ -181,8 +188,10 @@ def encode_completion_pairs(
 ) -> list[EncodedRow]:
     start = leading_tokens(tokenizer)
     examples = learn_completions(tokenizer, [text for pair in pairs for text in pair])
-    both = zip(examples[::2], examples[1::2], strict=True)
-    return [fit_pair(chosen, rejected, start, max_length) for chosen, rejected in both]
+    encoded = []
+    for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
+        encoded.append(fit_pair(chosen, rejected, start, max_length))
+    return encoded
 
 
 def encode_documents(
@@ -214,7 +223,9 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
     if stop <= max_length:
         return EncodedRow((Example(ids[:stop], labels[:stop]),))
     # BOS stays in front of a row that is cut
-    kept = tuple(start) if ids[: len(start)] == tuple(start) else ()
+    kept = tuple(start)
+    if ids[: len(kept)] != kept:
+        kept = ()
     cut = stop - max_length + len(kept)
     last_span = stop
     while last_span and labels[last_span - 1] != NO_LOSS:
@@ -225,16 +236,19 @@ def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
     if cut < last_span:
         num_torn = fitted_labels.index(NO_LOSS)
         fitted_labels[:num_torn] = [NO_LOSS] * num_torn
-    fitted = Example((*kept, *ids[cut:stop]), (*[NO_LOSS] * len(kept), *fitted_labels))
+    no_loss = [NO_LOSS] * len(kept)
+    fitted = Example((*kept, *ids[cut:stop]), (*no_loss, *fitted_labels))
     return EncodedRow((fitted,), is_cut=True)
 
 
 def fit_pair(chosen: Example, rejected: Example, start: list[int], max_length: int) -> EncodedRow:
     """Two answers to one prompt; if either is dropped (see `fit`), both are."""
     # both are cut by what the longer one needs, so that they keep the same part of the prompt
-    num_excess = max(len(chosen.input_ids), len(rejected.input_ids)) - max_length
-    better = fit(chosen, start, len(chosen.input_ids) - num_excess)
-    worse = fit(rejected, start, len(rejected.input_ids) - num_excess)
+    num_chosen = len(chosen.input_ids)
+    num_rejected = len(rejected.input_ids)
+    num_excess = max(num_chosen, num_rejected) - max_length
+    better = fit(chosen, start, num_chosen - num_excess)
+    worse = fit(rejected, start, num_rejected - num_excess)
     if not (better.pieces and worse.pieces):
         return DROPPED
     is_cut = better.is_cut or worse.is_cut
@@ -245,14 +259,16 @@ def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Put samples into rows: each, the longest first, into the first row that has room for it."""
     rows: list[list[int]] = []
     room: list[int] = []
-    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
-        length = lengths[sample]
-        row = next((row for row, num_free in enumerate(room) if num_free >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_length)
-        rows[row].append(sample)
-        room[row] -= length
+    longest_first = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
+    for sample in longest_first:
+        for row, num_free in enumerate(room):
+            if num_free >= lengths[sample]:
+                rows[row].append(sample)
+                room[row] -= lengths[sample]
+                break
+        else:
+            rows.append([sample])
+            room.append(max_length - lengths[sample])
     return rows
 
 
@@ -260,20 +276,24 @@ def join_samples(samples: Sequence[Example]) -> Example:
     """Put samples side by side; what follows a sample's end is not predicted from it."""
     if len(samples) == 1:
         return samples[0]
-    labels = chain.from_iterable((NO_LOSS, *sample.labels[1:]) for sample in samples)
-    tokens = chain.from_iterable(sample.input_ids for sample in samples)
+    tokens: list[int] = []
+    labels: list[int] = []
+    for sample in samples:
+        tokens += sample.input_ids
+        labels += (NO_LOSS, *sample.labels[1:])
     return Example(tuple(tokens), tuple(labels), samples[0].sample_id)
 
 
 def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
     """Sort within mega-batches, as transformers 5.24, `trainer_pt_utils` (the longest first)."""
-    size = max(min(len(order) // (batch_size * 4), 50), 1) * batch_size
-    indices = range(len(order))
+    num_batches = min(len(order) // (batch_size * 4), 50)
+    size = max(num_batches, 1) * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(order), size):
-        batch = indices[start : start + size]
-        batches.append(sorted(batch, key=lambda index: -lengths[index]))
+        indices = range(len(order))[start : start + size]
+        batches.append(sorted(indices, key=lambda index: -lengths[index]))
     # the longest example of all comes first, so that memory runs out early if it does
+    first = batches[0]
     longest = max(batches, key=lambda batch: lengths[batch[0]])
-    batches[0][0], longest[0] = longest[0], batches[0][0]
-    return [order[index] for batch in batches for index in batch]
+    first[0], longest[0] = longest[0], first[0]
+    return [order[index] for index in chain(*batches)]

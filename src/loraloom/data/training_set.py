@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import SHUFFLE_BUFFER, DataConfig
 from loraloom.data.encoding import STREAM_ROWS, SourceEncoder
 from loraloom.data.sources import Row, StreamState, fields_of_all
-from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
+from loraloom.data.tokens import EncodedRow, Example, PreferencePair, TrainingExample
 from loraloom.errors import DataError
 
 # Blocks that are kept: jobs with the same data may be in several.
@@ -62,7 +62,7 @@ class TrainingSet:
 
     @property
     def longest(self) -> int:
-        return max((len(row.input_ids) for x in self.examples for row in x.rows), default=0)
+        return max((len(row.input_ids) for row in _rows_of(self.examples)), default=0)
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices into `examples`; in each epoch another order, and another part of a source."""
@@ -76,13 +76,17 @@ class TrainingSet:
         return order
 
 
+def _rows_of(examples: Sequence[TrainingExample]) -> Iterator[Example]:
+    for example in examples:
+        yield from example.rows
+
+
 def examples_digest(
     examples: Sequence[TrainingExample], validation: Sequence[TrainingExample] = (), more: str = ""
 ) -> str:
     digest = hashlib.sha256(f"{len(examples)} and {len(validation)}{more}".encode())
-    for example in (*examples, *validation):
-        for row in example.rows:
-            digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
+    for row in _rows_of([*examples, *validation]):
+        digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
     return digest.hexdigest()
 
 
@@ -94,42 +98,50 @@ def load_training_set(
     *,
     as_pairs: bool = False,
 ) -> TrainingSet:
-    examples, validation = list[TrainingExample](), list[TrainingExample]()
-    portions, report = list[Portion](), list[str]()
+    examples = list[TrainingExample]()
+    validation = list[TrainingExample]()
+    portions = list[Portion]()
+    report = list[str]()
     sample_ids = count()
     for settings in config.sources:
         source = SourceEncoder(settings, tokenizer, max_length, as_pairs)
         rows = source.load("train")
         held_out = choose_held_out(source.name, rows, config.validation_fraction, seed)
-        start, num_held_out = len(examples), len(validation)
+        learned = list[TrainingExample]()
+        measured = list[TrainingExample]()
         for index, row in enumerate(rows):
-            side = validation if index in held_out else examples
-            side += _number_row(row, sample_ids, settings.expert_group)
-        portions.append(Portion(start, len(examples), settings.weight))
-        report.append(_describe(source, rows, examples[start:], validation[num_held_out:]))
+            side = measured if index in held_out else learned
+            side += _number(row, sample_ids, settings.expert_group)
+        start = len(examples)
+        portions.append(Portion(start, start + len(learned), settings.weight))
+        report.append(_describe(source, rows, learned, measured))
+        examples += learned
+        validation += measured
     if config.validation is not None:
         source = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
         rows = source.load("validation")
-        validation += _number_rows(rows, sample_ids)
+        for row in rows:
+            validation += _number(row, sample_ids)
         report.append(_describe(source, rows, [], validation))
-    # what is learned too measures memory, as where the validation file was trained on
-    learned = {row.input_ids for example in examples for row in example.rows}
-    num_repeats = sum(any(row.input_ids in learned for row in x.rows) for x in validation)
-    repeats = f"{num_repeats} of {len(validation)} held-out examples are training examples too"
-    warning = f"warning: {repeats}; eval/loss shows how well they are remembered"
-    warnings = (warning,) if num_repeats else ()
+    warnings = _warn_of_repeats(examples, validation)
     return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
 
 
-def _number_row(row: EncodedRow, ids: Iterator[int], group: int = 0) -> Sequence[TrainingExample]:
+def _warn_of_repeats(
+    examples: Sequence[TrainingExample], validation: Sequence[TrainingExample]
+) -> tuple[str, ...]:
+    # what is learned too measures memory, as where the validation file was trained on
+    known_ids = {row.input_ids for row in _rows_of(examples)}
+    num_repeats = sum(any(row.input_ids in known_ids for row in x.rows) for x in validation)
+    if num_repeats == 0:
+        return ()
+    repeats = f"{num_repeats} of {len(validation)} held-out examples are training examples too"
+    return (f"warning: {repeats}; eval/loss shows how well they are remembered",)
+
+
+def _number(row: EncodedRow, ids: Iterator[int], group: int = 0) -> Sequence[TrainingExample]:
     examples = [replace(piece, sample_id=next(ids), expert_group=group) for piece in row.pieces]
     return [PreferencePair(*examples)] if row.is_pair else examples
-
-
-def _number_rows(
-    rows: Sequence[EncodedRow], ids: Iterator[int], group: int = 0
-) -> list[TrainingExample]:
-    return list(chain.from_iterable(_number_row(row, ids, group) for row in rows))
 
 
 def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed: int) -> set[int]:
@@ -139,15 +151,16 @@ def choose_held_out(name: str, rows: Sequence[EncodedRow], fraction: float, seed
     # equal rows have equal hashes and stay together, so that none is both learned and measured
     equal_rows = defaultdict[bytes, list[int]](list)
     for index, row in enumerate(rows):
-        tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)
         if row.pieces:
-            equal_rows[hashlib.sha256(f"{seed}: {tokens}".encode()).digest()].append(index)
+            tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)
+            digest = hashlib.sha256(f"{seed}: {tokens}".encode()).digest()
+            equal_rows[digest].append(index)
     num_rows = sum(map(len, equal_rows.values()))
     max_rows = max(round(fraction * num_rows), 1)
     chosen: set[int] = set()
-    # groups that are too large come last
-    for digest in sorted(equal_rows, key=lambda x: (len(equal_rows[x]) > max_rows, x)):
-        group = equal_rows[digest]
+    groups = [equal_rows[digest] for digest in sorted(equal_rows)]
+    groups.sort(key=lambda group: len(group) > max_rows)
+    for group in groups:
         if not chosen or len(chosen) + len(group) <= max_rows:
             chosen.update(group)
     if len(chosen) == num_rows:
@@ -162,10 +175,16 @@ def _describe(
     examples: Sequence[TrainingExample],
     held_out: Sequence[TrainingExample],
 ) -> str:
-    tokens = sum(len(row.input_ids) for example in examples for row in example.rows)
+    num_tokens = sum(len(row.input_ids) for row in _rows_of(examples))
     kind = "pairs" if any(row.is_pair for row in rows) else "examples"
-    counts = f"{len(rows)} rows, {len(examples)} {kind}, {tokens} tokens"
-    return "; ".join([f"{source.name}: {counts}, {len(held_out)} held out", *source.notes(rows)])
+    counts = [
+        f"{len(rows)} rows",
+        f"{len(examples)} {kind}",
+        f"{num_tokens} tokens",
+        f"{len(held_out)} held out",
+    ]
+    line = f"{source.name}: {', '.join(counts)}"
+    return "; ".join([line, *source.notes(rows)])
 
 
 @dataclass(frozen=True)
@@ -216,13 +235,14 @@ class StreamedSet:
         as_pairs: bool = False,
     ):
         self.seed = seed
+        self.longest = max_length
+        self.warnings: tuple[str, ...] = ()
         self.validation: list[TrainingExample] = []
         sample_ids = count()
         if config.validation is not None:
             encoder = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
-            self.validation = _number_rows(encoder.load("validation"), sample_ids)
-        self.warnings: tuple[str, ...] = ()
-        self.longest = max_length
+            for row in encoder.load("validation"):
+                self.validation += _number(row, sample_ids)
         rows_of_block = config.shuffle_buffer or SHUFFLE_BUFFER  # null may be written too
         total = sum(source.weight for source in config.sources)
         self._sources: list[_Source] = []
@@ -269,15 +289,21 @@ class StreamedSet:
     def _read_block(self, position: StreamPosition) -> Block:
         # ids go up for ever, as a sample's dropout is drawn by its id
         sample_ids = count(position.first_id)
-        examples, next_sources = list[TrainingExample](), list[SourcePosition]()
+        examples = list[TrainingExample]()
+        next_sources = list[SourcePosition]()
         for source, start in zip(self._sources, position.sources, strict=True):
             rows, stop = source.read(start)
-            examples += source.encode(rows, sample_ids)
+            for row in source.encode(rows):
+                examples += _number(row, sample_ids, source.expert_group)
             next_sources.append(stop)
         # seeded by the block's number, as no state of a generator would survive a resume elsewhere
-        random.Random(f"block {position.block} of seed {self.seed}").shuffle(examples)
+        generator = random.Random(f"block {position.block} of seed {self.seed}")
+        generator.shuffle(examples)
         next_position = StreamPosition(
-            position.block + 1, taken=0, first_id=next(sample_ids), sources=tuple(next_sources)
+            block=position.block + 1,
+            taken=0,
+            first_id=next(sample_ids),
+            sources=tuple(next_sources),
         )
         return Block(tuple(examples), next_position)
 
@@ -287,13 +313,16 @@ class _Source:
     """A stream with its first rows' fields, and an iterator where it was read last."""
 
     def __init__(self, encoder: SourceEncoder, rows_per_block: int):
-        self._encoder, self._rows_per_block = encoder, rows_per_block
         self.name = encoder.name
+        self.expert_group = encoder.config.expert_group
+        self._encoder = encoder
+        self._rows_per_block = rows_per_block
         self._stream = encoder.open("train", streaming=True)
         self.sizes = self._stream.sizes
-        first_rows = [*islice(self._stream.rows(), max(rows_per_block, STREAM_ROWS))]
-        self._fields = fields_of_all(first_rows)
-        self._rows, self._notes = iter(()), list[str]()
+        num_first = max(rows_per_block, STREAM_ROWS)
+        self._fields = fields_of_all([*islice(self._stream.rows(), num_first)])
+        self._rows: Iterator[Row] = iter(())
+        self._notes: list[str] = []
         self._position: SourcePosition | None = None
 
     def describe(self) -> str:
@@ -305,7 +334,8 @@ class _Source:
             self._rows = self._stream.rows(position.state)
         # unknown where the stream ends or fails
         self._position = None
-        passes, rows = position.passes, list(islice(self._rows, self._rows_per_block))
+        passes = position.passes
+        rows = list(islice(self._rows, self._rows_per_block))
         while len(rows) < self._rows_per_block:
             passes += 1
             self._rows = self._stream.rows()
@@ -313,8 +343,8 @@ class _Source:
         self._position = SourcePosition(passes, self._stream.state_dict())
         return rows, self._position
 
-    def encode(self, rows: list[Row], sample_ids: Iterator[int]) -> list[TrainingExample]:
+    def encode(self, rows: list[Row]) -> list[EncodedRow]:
         encoded = self._encoder.encode(rows, self._fields)
         self._encoder.check(rows, encoded)
         self._notes = self._notes or self._encoder.notes(encoded)
-        return _number_rows(encoded, sample_ids, self._encoder.config.expert_group)
+        return encoded

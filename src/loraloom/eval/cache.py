@@ -62,7 +62,6 @@ class ScoreCache:
         self._ids: dict[str | None, str] = {}
 
     def find(self, keys: Sequence[tuple[str | None, Tokens]]) -> list[Any]:
-        """Return the scores of adapters and tokens; None where there are none."""
         select = "SELECT log_likelihoods FROM kept WHERE id = ?"
         scores: list[tuple[Any, ...] | None] = []
         with self._open() as file:
@@ -135,7 +134,6 @@ def _how_computed(host: Host) -> dict[str, Any]:
 
 
 def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
-    """Describe adapters by name: where each is from, and the hashes of its files."""
     described = {}
     for name, path in adapters.items():
         files = [find_adapter(path) / file for file in ADAPTER_FILES]
@@ -165,8 +163,9 @@ def adapter_digest(adapter: Adapter) -> str:
         digest.update(member.config.model_dump_json().encode())
     # by name, as the order in which parameters were made is no part of what they compute
     for name, tensor in sorted(adapter.tensors().items()):
+        values = tensor.detach().cpu().flatten()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -183,9 +182,10 @@ def _code_digest(adapter: Adapter) -> str:
         names |= {kind.__module__ for kind in type(instance).__mro__}
     for name in sorted(names):
         if name.partition(".")[0] == package:
+            file = getattr(sys.modules.get(name), "__file__", None)
             try:
-                digest.update(Path(str(getattr(sys.modules[name], "__file__", None))).read_bytes())
-            except (KeyError, OSError):  # a notebook has none: its scores are never found again
+                digest.update(Path(str(file)).read_bytes())
+            except OSError:  # a notebook has none: its scores are never found again
                 digest.update(secrets.token_bytes())
     return digest.hexdigest()
 
@@ -196,9 +196,11 @@ def _weights_digest(host: Host) -> str:
     for name, weight in stored_weights(host.model):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
-        matrix = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
+        num_columns = bits.shape[-1] if bits.dim() else 1
+        matrix = bits.reshape(-1, num_columns)
         for dim in (0, 1):  # by row and by column: two passes over the memory, little to hash
-            digest.update(matrix.sum(dim, dtype=torch.int64).cpu().numpy().data)
+            sums = matrix.sum(dim, dtype=torch.int64)
+            digest.update(sums.cpu().numpy().data)
     return digest.hexdigest()[:32]
 
 

@@ -161,23 +161,29 @@ def score_sets(
     sets: Sequence[TaskSet] | Sequence[HeldOutSet],
     request: EvaluationRequest,
 ) -> Evaluation:
-    """Score data sets one after the other, each by all adapters together, and compare them."""
     _check_differ("data sets", [data.name for data in sets if isinstance(data, HeldOutSet)])
     if request.cache is not None:
         request.cache.begin()
-    scorer = Scorer(host, request.adapters, request.max_tokens_per_batch, request.cache)
+    scorer = Scorer(
+        host,
+        tokenizer,
+        request.adapters,
+        request.max_tokens_per_batch,
+        request.cache,
+        request.console,
+    )
     tally = RoutingTally(host, request.adapters, tokenizer)
     scores = []
     for data in sets:
         if isinstance(data, HeldOutSet):
-            scores.append(_score_rows(data, scorer, tally, request.console))
+            scores.append(_score_rows(data, scorer, tally))
             continue
         if request.compat and (isinstance(data, AnswerSet) or data.scoring != "label"):
             raise ConfigError(f"compat {request.compat} requires choice tasks with scoring: label")
         if isinstance(data, AnswerSet):
-            scores.append(_score_answers(data, scorer, tokenizer, request.console))
+            scores.append(_score_answers(data, scorer))
         else:
-            scores.append(_score_choices(data, scorer, tokenizer, tally, request))
+            scores.append(_score_choices(data, scorer, tally, request.compat))
     return summarise(
         scores,
         request.pairs,
@@ -190,25 +196,20 @@ def score_sets(
 
 
 def _score_choices(
-    data: QuestionSet,
-    scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    tally: RoutingTally,
-    request: EvaluationRequest,
+    data: QuestionSet, scorer: Scorer, tally: RoutingTally, compat: str | None
 ) -> Scores:
-    if request.compat is not None:
+    if compat is not None:
         data = replace(data, questions=[with_all_labels(question) for question in data.questions])
     questions = data.questions
     groups = [question.group for question in questions]
     on_routing = tally.observe(data.task, len(questions), groups)
     # characters that the model reads: different contexts once, and every continuation
     sizes = [sum(map(len, {*x.contexts, *x.continuations})) for x in questions]
-    with show_progress(request.console, data.task, sizes) as advance:
+    with show_progress(scorer.console, data.task, sizes) as advance:
         scores = score_questions(
             scorer,
-            tokenizer,
             questions,
-            last_tokens=request.compat is not None,
+            last_tokens=compat is not None,
             on_progress=advance,
             on_routing=on_routing,
         )
@@ -218,25 +219,20 @@ def _score_choices(
     return task_scores(data, {adapter or BASE: answers for adapter, answers in scores.items()})
 
 
-def _score_answers(
-    data: AnswerSet, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, console: Console | None
-) -> Scores:
+def _score_answers(data: AnswerSet, scorer: Scorer) -> Scores:
     if data.judged is not None:
         names = [adapter or BASE for adapter in scorer.adapters]
         return generated_answers.judged_scores(data, data.judged, names)
     answers = {}
     sizes = [1] * len(data.rows) * len(scorer.adapters)
-    with show_progress(console, data.task, sizes) as advance:
+    with show_progress(scorer.console, data.task, sizes) as advance:
         for adapter in scorer.adapters:
-            answers[adapter or BASE] = generated_answers.generate_answers(
-                scorer, tokenizer, data, adapter, advance
-            )
+            texts = generated_answers.generate_answers(scorer, data, adapter, advance)
+            answers[adapter or BASE] = texts
     return generated_answers.answer_scores(data, answers)
 
 
-def _score_rows(
-    data: HeldOutSet, scorer: Scorer, tally: RoutingTally, console: Console | None
-) -> Scores:
+def _score_rows(data: HeldOutSet, scorer: Scorer, tally: RoutingTally) -> Scores:
     adapters = scorer.adapters
     if data.has_pairs and None not in adapters:  # rewards are relative to the base model
         scorer = replace(scorer, adapters=[None, *adapters])
@@ -248,7 +244,7 @@ def _score_rows(
     rows_per_item = 2 if data.has_pairs else 1
     num_items = len(rows) // rows_per_item
     on_routing = tally.observe(data.name, num_items, rows_per_question=rows_per_item)
-    with show_progress(console, data.name, data.num_tokens) as advance:
+    with show_progress(scorer.console, data.name, data.num_tokens) as advance:
         scores = scorer.score(rows, keys, advance, on_routing)
     origins = [f"in row {index + 1} of {data.name}" for index in data.row_indices]
     losses = {}
@@ -262,25 +258,31 @@ def _score_rows(
 
 
 def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
-    """Compute figures, means over seeds and comparisons of all that was scored."""
     results: dict[str, dict[str, Fields]] = {}
     figures: dict[str, dict[str, Any]] = {}
     for task in scores:
         figures[task.name] = {}
         for adapter, result in task.results.items():
             results.setdefault(adapter, {})[task.name] = result
-            key = next(key for key in ("loss", "score", "accuracy") if key in result)
-            figures[task.name][adapter] = result[key]
+            figure = result.get("score", result.get("accuracy"))
+            figures[task.name][adapter] = result.get("loss", figure)
     sides = [(task, *pair) for task in scores for pair in pairs]
     differences = [task.compare(first, second) for task, first, second in sides]
     # Holm's adjustment is over all tasks: whoever looks for the significant one looks at all
     adjusted = holm([difference.p_value for difference in differences])
     comparisons = []
-    for side, difference, p_value in zip(sides, differences, adjusted, strict=True):
-        task, first, second = side
-        names: Fields = {"task": task.name, "first": first, "second": second}
-        names |= {"metric": task.metric, "adjusted_p_value": p_value}
-        comparisons.append(Comparison(**vars(difference), **names))
+    for (task, first, second), difference, p_value in zip(
+        sides, differences, adjusted, strict=True
+    ):
+        comparison = Comparison(
+            **vars(difference),
+            task=task.name,
+            metric=task.metric,
+            first=first,
+            second=second,
+            adjusted_p_value=p_value,
+        )
+        comparisons.append(comparison)
     return Evaluation(
         schema_version=SCHEMA_VERSION,
         results=results,
@@ -324,8 +326,13 @@ def load_question_sets(
         raise ConfigError(f"scoring and data are for choice tasks, got {', '.join(answer_sets)}")
     names = [find_task(task).name for task in tasks if task not in answer_sets]
     reading = [name for name in names if not skills_lands(name)]  # others are generated
-    if data is not None and len(reading) > 1:
-        _check_subdirectories(data, reading)
+    if data is not None and len(reading) > 1:  # they must not all read the data of a single one
+        missing = [name for name in reading if not (local_path(data, "data") / name).is_dir()]
+        if missing:
+            raise ConfigError(
+                f"data must be a directory with a subdirectory per task, got {data} without "
+                f"{', '.join(missing)}"
+            )
     sets = []
     for task in tasks:
         if task in answer_sets:
@@ -334,17 +341,6 @@ def load_question_sets(
         path = None if reading and skills_lands(task) else data
         sets.append(load_question_set(task, scoring, split, path, limit))
     return sets
-
-
-def _check_subdirectories(data: str | Path, names: Sequence[str]) -> None:
-    """Several tasks must not all read the data of a single one."""
-    directory = local_path(data, "data")
-    missing = [name for name in names if not (directory / name).is_dir()]
-    if missing:
-        raise ConfigError(
-            f"data must be a directory with a subdirectory per task, got {data} without "
-            f"{', '.join(missing)}"
-        )
 
 
 def _check_differ(kind: str, names: Sequence[str]) -> None:

@@ -12,12 +12,10 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import SourceConfig, is_task_file, task_name
@@ -28,7 +26,6 @@ from loraloom.data.chat import read_conversation
 from loraloom.data.encoding import given_form
 from loraloom.data.templates import instruction_columns, read_input
 from loraloom.errors import DataError
-from loraloom.eval.results import Fields
 from loraloom.eval.score import Scorer, Scores
 from loraloom.eval.statistics import TaskAnswers, read_answers, score_fields, share_fields
 from loraloom.generation.generate import complete, make_requests
@@ -128,9 +125,10 @@ def load_answer_set(
 
 def _load_judged(name: str, config: AnswerTaskConfig, limit: int | None) -> AnswerSet:
     path = Path(str(config.scores))
-    judged, *surplus = read_answers(path)
-    if surplus:
-        raise DataError(f"{path} must have the scores of one task, got {len(surplus) + 1}")
+    tasks = read_answers(path)
+    if len(tasks) > 1:
+        raise DataError(f"{path} must have the scores of one task, got {len(tasks)}")
+    judged = tasks[0]
     right = {adapter: scores[:limit] for adapter, scores in judged.right.items()}
     judged = replace(judged, questions=judged.questions[:limit], right=right)
     return AnswerSet(name, config, {"source": sources.describe(path)}, [], judged)
@@ -190,13 +188,13 @@ def is_right(metric: str, answer: str, reference: str) -> bool:
 
 def generate_answers(
     scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
     data: AnswerSet,
     adapter: str | None,
     on_progress: Callable[[Sequence[int]], object],
 ) -> list[str]:
     """Let an adapter answer every prompt; answers are kept as scores are."""
     host = scorer.host
+    tokenizer = scorer.tokenizer
     sampling = data.config.sampling
     source = data.config.data or SourceConfig()
     form = given_form(tokenizer, source.template, source.chat_template)
@@ -218,28 +216,34 @@ def generate_answers(
     texts: list[str] = []
     for start in range(0, len(requests), batch_size):
         batch = slice(start, start + batch_size)
-        texts += chain(*scorer.remember(keys[batch], requests[batch], compute))
+        for (text,) in scorer.remember(keys[batch], requests[batch], compute):
+            texts.append(text)
         on_progress(range(start, len(texts)))
     return texts
 
 
 def answer_scores(data: AnswerSet, answers: Mapping[str, Sequence[str]]) -> Scores:
-    """Compare the answers of adapters with the references."""
-    metric = data.config.metric
     split = data.details["split"]
-    results: dict[str, Fields] = {}
-    values: dict[str, list[bool]] = {}
-    lines: list[dict[str, Any]] = []
+    scores = Scores(data.task, data.details)
     for adapter, texts in answers.items():
-        values[adapter] = []
+        correct = []
         for (index, prompt, reference), text in zip(data.rows, texts, strict=True):
-            correct = is_right(metric, text, reference)
-            values[adapter].append(correct)
-            line = {"task": data.task, "split": split, "index": index, "adapter": adapter}
-            line |= {"question": _question_text(prompt), "reference": reference}
-            lines.append({**line, "answer": text, "correct": correct})
-        results[adapter] = share_fields(values[adapter]) | {"metric": metric, "split": split}
-    return Scores(data.task, data.details, results, values, lines)
+            correct.append(is_right(data.config.metric, text, reference))
+            line = {
+                "task": data.task,
+                "split": split,
+                "index": index,
+                "adapter": adapter,
+                "question": _question_text(prompt),
+                "reference": reference,
+                "answer": text,
+                "correct": correct[-1],
+            }
+            scores.lines.append(line)
+        scores.values[adapter] = correct
+        scores.results[adapter] = share_fields(correct)
+        scores.results[adapter] |= {"metric": data.config.metric, "split": split}
+    return scores
 
 
 def _question_text(prompt: Prompt) -> str:
@@ -251,19 +255,17 @@ def _question_text(prompt: Prompt) -> str:
 
 
 def judged_scores(data: AnswerSet, judged: TaskAnswers, names: Sequence[str]) -> Scores:
-    """Sum up what a judge scored."""
     missing = [name for name in names if name not in judged.right]
     if missing:
         raise DataError(
             f"{data.config.scores} must score each of {', '.join(names)}, got no score of "
             f"{', '.join(missing)}; its adapters are {', '.join(judged.right)}"
         )
-    results: dict[str, Fields] = {}
-    values: dict[str, list[float]] = {}
-    lines: list[dict[str, Any]] = []
+    task = Scores(data.task, data.details, "score")
     for name in names:
-        values[name] = list(map(float, judged.right[name]))
-        results[name] = score_fields(values[name])
-        for index, score in zip(judged.questions, values[name], strict=True):
-            lines.append({"task": data.task, "index": index, "adapter": name, "score": score})
-    return Scores(data.task, data.details, results, values, lines, "score")
+        scores = list(map(float, judged.right[name]))
+        task.values[name] = scores
+        task.results[name] = score_fields(scores)
+        for index, score in zip(judged.questions, scores, strict=True):
+            task.lines.append({"task": data.task, "index": index, "adapter": name, "score": score})
+    return task

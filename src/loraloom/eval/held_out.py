@@ -55,7 +55,6 @@ class HeldOutSet:
 
 
 def describe_rows(name: str, details: Mapping[str, Any]) -> str:
-    """Say in a line what of a data set is measured, and what became of rows that don't fit."""
     kind = "pairs" if details["format"] == "preference" else "rows"
     counts = {
         "num_cut": f"cut or divided to fit max_length={details['max_length']}",
@@ -129,11 +128,11 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
     sums = np.column_stack(list(losses.values()))
     # of all adapters from the same resamples: ten thousand draws are what takes time
     intervals = ratio_intervals(sums, lengths)
-    results: dict[str, Fields] = {}
-    lines: list[dict[str, Any]] = []
+    scores = Scores(data.name, data.details, "loss", row_tokens)
     for column, (name, row_losses) in enumerate(losses.items()):
         loss = math.fsum(row_losses) / num_tokens
-        results[name] = {
+        scores.values[name] = row_losses
+        scores.results[name] = {
             "loss": loss,
             "stderr": ratio_stderr(sums[:, column], lengths),
             "interval": list(intervals[column]),
@@ -142,11 +141,16 @@ def row_scores(data: HeldOutSet, losses: Mapping[str, Sequence[float]]) -> Score
             "num_tokens": num_tokens,
             "split": data.details["split"],
         }
-        for row, index in enumerate(data.row_indices):
-            line = {"dataset": data.name, "adapter": name, "index": index}
-            line |= {"loss": row_losses[row], "num_tokens": row_tokens[row]}
-            lines.append(line)
-    return Scores(data.name, data.details, results, losses, lines, "loss", row_tokens)
+        for index, row_loss, length in zip(data.row_indices, row_losses, row_tokens, strict=True):
+            line = {
+                "dataset": data.name,
+                "adapter": name,
+                "index": index,
+                "loss": row_loss,
+                "num_tokens": length,
+            }
+            scores.lines.append(line)
+    return scores
 
 
 def pair_scores(
@@ -154,21 +158,26 @@ def pair_scores(
 ) -> Scores:
     """How often adapters rank chosen answers above rejected ones, which are rows in turn."""
     reference_margins = _margins(reference)
-    results: dict[str, Fields] = {}
-    values: dict[str, list[bool]] = {}
-    lines: list[dict[str, Any]] = []
+    scores = Scores(data.name, data.details)
     for name, row_losses in losses.items():
         margins = _margins(row_losses)
         rewards = data.details["beta"] * (margins - reference_margins)
-        values[name] = (margins > 0).tolist()
-        results[name] = _pair_result(data, values[name], rewards)
+        correct = (margins > 0).tolist()
+        scores.values[name] = correct
+        scores.results[name] = _pair_result(data, correct, rewards)
         for pair, reward in enumerate(rewards.tolist()):
             chosen_loss, rejected_loss = row_losses[2 * pair : 2 * pair + 2]
-            line = {"dataset": data.name, "adapter": name, "index": data.row_indices[2 * pair]}
-            line["correct"] = chosen_loss < rejected_loss
-            line |= {"chosen_log_prob": -chosen_loss, "rejected_log_prob": -rejected_loss}
-            lines.append({**line, "reward_margin": reward})
-    return Scores(data.name, data.details, results, values, lines)
+            line = {
+                "dataset": data.name,
+                "adapter": name,
+                "index": data.row_indices[2 * pair],
+                "correct": correct[pair],
+                "chosen_log_prob": -chosen_loss,
+                "rejected_log_prob": -rejected_loss,
+                "reward_margin": reward,
+            }
+            scores.lines.append(line)
+    return scores
 
 
 def _pair_result(data: HeldOutSet, correct: Sequence[bool], rewards: np.ndarray) -> Fields:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import chain
@@ -29,10 +30,10 @@ from loraloom.terminal import make_table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# What tables call the baseline that gives the most frequent answer to every question.
-CONSTANT = "majority class"
 MARK = "†"
-ACCURACY, LOSS, PAIR_LOSS = "accuracy %", "loss, nats a token", "loss, nats a pair"
+ACCURACY = "accuracy %"
+LOSS = "loss, nats a token"
+PAIR_LOSS = "loss, nats a pair"
 _DISAGREEMENT = (
     "An interval without 0 whose p is 0.05 or more: such intervals are too narrow; trust p."
 )
@@ -49,7 +50,8 @@ _COLUMNS = (
 MAX_MEANINGS = 8
 # Rows that must differ for an estimate of how many it takes, and the share of such tests that
 # would find the difference.
-MIN_DIFFERING, POWER = 10, 0.8
+MIN_DIFFERING = 10
+POWER = 0.8
 
 # What results call the base model.
 BASE = "base"
@@ -121,7 +123,6 @@ class Evaluation(BaseModel):
     scores: list[Any] = Field(default=[], exclude=True, repr=False)
 
     def tables(self) -> list[Table]:
-        """Make the tables of this evaluation, in the order to show them."""
         tables = [_results_table(self.results)]
         if self.seeds:
             tables.append(_seeds_table(self))
@@ -130,7 +131,6 @@ class Evaluation(BaseModel):
         return tables
 
     def _repr_html_(self) -> str:
-        """Show the tables in a notebook."""
         from pandas import DataFrame
 
         html = ""
@@ -192,7 +192,6 @@ def check_limit(limit: int | None) -> None:
 
 
 def check_outputs(paths: Sequence[Path]) -> None:
-    """Raise a ConfigError if a file's suffix says nothing."""
     for path in paths:
         if path.suffix.lower() not in (".json", ".csv"):
             raise ConfigError(f"--output must end in .json, .csv, got {path}")
@@ -202,75 +201,82 @@ def _with_groups(by_task: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, st
     """Results by task and group of questions, which is empty for all of them."""
     results = {}
     for task, result in by_task.items():
-        split = result.get("split")
-        results[task, ""] = {**result, "split": split}
+        split = {"split": result.get("split")}
+        results[task, ""] = {**result, **split}
         for group, group_result in result.get("groups", {}).items():
-            results[task, group] = {**group_result, "split": split}
+            results[task, group] = {**group_result, **split}
     return results
 
 
 def _results_table(results: Mapping[str, Mapping[str, Fields]]) -> Table:
     """Make a table with a column for each adapter, and a row for each figure in a task."""
-    by_adapter = {adapter: _with_groups(by_task) for adapter, by_task in results.items()}
-    all_results = [result for by_key in by_adapter.values() for result in by_key.values()]
+    columns = [_with_groups(by_task) for by_task in results.values()]
+    keys = dict.fromkeys(chain(*columns))
+    by_key = {key: [column.get(key, {}) for column in columns] for key in keys}
+    all_results = list(chain(*by_key.values()))
     has_constant = any("majority" in result for result in all_results)
     is_harness = any("metrics" in result for result in all_results)
-    columns = ["examples", *by_adapter]
+    values = ["examples", *results]
     if has_constant:
-        columns.append(CONSTANT)
+        values.append("majority class")
     title = f"Results, with {'standard errors' if is_harness else '95 % intervals'}"
-    table = make_table("task", "figure", values=columns, title=title)
-    for key in dict.fromkeys(key for by_key in by_adapter.values() for key in by_key):
-        for row in _result_rows(key, [by_key.get(key, {}) for by_key in by_adapter.values()]):
-            table.add_row(*row[: len(columns) + 2])
-    if any(MARK in str(cell) for column in table.columns for cell in column.cells):
+    table = make_table("task", "figure", values=values, title=title)
+    for (task, group), adapter_results in by_key.items():
+        first = next(filter(None, adapter_results))
+        label = f"{task}/{group}" if group else task
+        if first["split"] and not group:
+            label += f" ({first['split']})"
+        count = str(first.get("num_examples", ""))
+        cells = [_cells(result) for result in adapter_results]
+        for figure in dict.fromkeys(chain(*cells)):
+            row = [by_figure.get(figure, "–") for by_figure in cells]
+            if has_constant:
+                row.append(_percent(first.get("majority")) if figure == ACCURACY else "")
+            table.add_row(label, figure, count, *row)
+    if any(result.get("beats_majority") is False for result in all_results):
         table.caption = NOTE
     return table
 
 
-def _result_rows(key: tuple[str, str], results: Sequence[Fields]) -> Iterator[list[str]]:
-    """Lay out a task's figures by adapter, and at the end that of the majority class."""
-    task, group = key
-    first = next(filter(None, results))
-    label = f"{task}/{group}" if group else task
-    if first["split"] and not group:
-        label += f" ({first['split']})"
-    cells = [_cells(result) for result in results]
-    for figure in dict.fromkeys(figure for by_figure in cells for figure in by_figure):
-        constant = _percent(first.get("majority")) if figure == ACCURACY else ""
-        values = [by_figure.get(figure, "–") for by_figure in cells]
-        yield [label, figure, str(first.get("num_examples", "")), *values, constant]
-
-
 def _cells(result: Mapping[str, Any]) -> dict[str, str]:
-    cells = {}
     if "metrics" in result:  # lm-eval's, of which the accuracy is one
-        for name, metric in result["metrics"].items():
-            value, stderr = ("–" if n is None else f"{n:.4f}" for n in metric.values())
-            cells[name.removesuffix(",none")] = f"{value} ± {stderr}"
-        return cells
+        return _harness_cells(result["metrics"])
+    cells = {}
     interval = result.get("interval", ())
     if result.get("accuracy") is not None:
-        mark = MARK if result.get("beats_majority") is False else ""
-        text = _percent(result["accuracy"], result.get("accuracy_interval", interval))
-        cells[_accuracy_of(result)] = f"{text}{mark}"
+        accuracy_interval = result.get("accuracy_interval", interval)
+        text = _with_interval(_percent, result["accuracy"], accuracy_interval)
+        if result.get("beats_majority") is False:
+            text += MARK
+        cells[_accuracy_of(result)] = text
     if "score" in result:
-        cells["score"] = _decimals(result["score"], interval)
+        cells["score"] = _with_interval(_decimals, result["score"], interval)
     if "reward_margin" in result:
-        cells["reward accuracy %"] = _percent(result["reward_accuracy"])
+        margin = result["reward_margin"]
         margin_interval = result["reward_margin_interval"]
-        cells["reward margin"] = _decimals(result["reward_margin"], margin_interval)
+        cells["reward accuracy %"] = _percent(result["reward_accuracy"])
+        cells["reward margin"] = _with_interval(_decimals, margin, margin_interval)
     if "loss" in result:
-        cells[_figure_of(result)] = _decimals(result["loss"], interval)
+        cells[_figure_of(result)] = _with_interval(_decimals, result["loss"], interval)
     if result.get("perplexity") is not None:
-        bounds = "–".join(f"{math.exp(min(bound, 700)):.4g}" for bound in interval)
-        cells["perplexity"] = f"{result['perplexity']:.4g} ({bounds})"
+        bounds = [math.exp(min(bound, 700)) for bound in interval]
+        cells["perplexity"] = _with_interval("{:.4g}".format, result["perplexity"], bounds)
+    return cells
+
+
+def _harness_cells(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
+    cells = {}
+    for name, metric in metrics.items():
+        value, stderr = ("–" if number is None else _decimals(number) for number in metric.values())
+        cells[name.removesuffix(",none")] = f"{value} ± {stderr}"
     return cells
 
 
 def _figure_of(result: Mapping[str, Any]) -> str:
+    if "reward_margin" in result:
+        return PAIR_LOSS
     if "loss" in result:
-        return PAIR_LOSS if "reward_margin" in result else LOSS
+        return LOSS
     return "score" if "score" in result else _accuracy_of(result)
 
 
@@ -278,14 +284,19 @@ def _accuracy_of(result: Mapping[str, Any]) -> str:
     return f"{result.get('metric', 'accuracy').replace('_', ' ')} %"
 
 
-def _percent(share: Any, interval: Sequence[float] = ()) -> str:
-    text = "–" if share is None else f"{100 * share:.1f}"
-    return f"{text} ({'–'.join(map(_percent, interval))})" if interval else text
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
-def _decimals(value: float, interval: Sequence[float] = ()) -> str:
-    text = f"{value:.4f}"
-    return f"{text} ({'–'.join(map(_decimals, interval))})" if interval else text
+def _decimals(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _with_interval(write: Callable[[float], str], value: float, interval: Sequence[float]) -> str:
+    if not interval:
+        return write(value)
+    low, high = interval
+    return f"{write(value)} ({write(low)}–{write(high)})"
 
 
 def _seeds_table(evaluation: Evaluation) -> Table:
@@ -296,38 +307,45 @@ def _seeds_table(evaluation: Evaluation) -> Table:
         first_results = evaluation.results.get(seeds[0], {})
         for task, figures in group["tasks"].items():
             figure = _figure_of(first_results.get(task, {}))
-            write = _percent if figure.endswith("%") else _decimals
+            write: Any = _percent if figure.endswith("%") else _decimals
             spread = f"{write(figures['mean'])} ± {write(figures['sd'])}"
             table.add_row(stem, task, figure, str(len(seeds)), spread)
     return table
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    units = dict.fromkeys(sorted({_UNITS[c.metric] for c in comparisons}, reverse=True))
+    metrics = {comparison.metric for comparison in comparisons}
+    units = sorted({_UNITS[metric] for metric in metrics}, reverse=True)
     titles = (" or ".join(units), "95 % interval", "won : lost", "p", "p (Holm)")
     table = make_table("difference", "task", values=titles, title="Differences on the same rows")
     for comparison in comparisons:
-        # accuracies differ by points, losses by nats; a table of both says which in each row
-        unit = f" {_UNITS[comparison.metric]}" if len(units) > 1 else ""
-        low, high = (_signed(bound, comparison) for bound in comparison.interval)
-        star = " *" if comparison.adjusted_p_value < 0.05 else ""
+        difference = _signed(comparison.difference, comparison)
+        if len(units) > 1:  # accuracies differ by points, losses by nats
+            difference += f" {_UNITS[comparison.metric]}"
+        low, high = comparison.interval
+        star = " *" if _is_significant(comparison) else ""
         table.add_row(
             f"{comparison.first} - {comparison.second}",
             comparison.task,
-            f"{_signed(comparison.difference, comparison)}{unit}",
-            f"{low} to {high}",
+            difference,
+            f"{_signed(low, comparison)} to {_signed(high, comparison)}",
             f"{comparison.num_first_better} : {comparison.num_second_better}",
             _p_value_text(comparison.p_value),
             f"{_p_value_text(comparison.adjusted_p_value)}{star}",
         )
+    lines = ["* significant: p (Holm), of all comparisons, < 0.05"]
     if len(comparisons) <= MAX_MEANINGS:
-        meanings = [_meaning(comparison, len(comparisons)) for comparison in comparisons]
+        lines += [_meaning(comparison, len(comparisons)) for comparison in comparisons]
     else:
-        meanings = _winners(comparisons)
+        lines += _winners(comparisons)
     if any(map(_has_narrow_interval, comparisons)):
-        meanings.append(_DISAGREEMENT)
-    table.caption = "\n".join(["* significant: p (Holm), of all comparisons, < 0.05", *meanings])
+        lines.append(_DISAGREEMENT)
+    table.caption = "\n".join(lines)
     return table
+
+
+def _is_significant(comparison: Comparison) -> bool:
+    return comparison.adjusted_p_value < 0.05
 
 
 def _signed(value: float, comparison: Comparison) -> str:
@@ -357,10 +375,11 @@ def _meaning(comparison: Comparison, num_compared: int) -> str:
     better, worse = _better_first(comparison)
     if comparison.difference == 0:
         return f"{task}: {better} and {worse} have the same {metric}."
-    if comparison.adjusted_p_value < 0.05:
+    if _is_significant(comparison):
         return f"{task}: {better} beats {worse} in {metric}, significantly."
+    plural = "s" if count > 1 else ""
     text = f"{task}: no difference in {metric} was found between {better} and {worse}"
-    text += f" on {count:,} example{'s' if count > 1 else ''}."
+    text += f" on {count:,} example{plural}."
     num_differing = comparison.num_first_better + comparison.num_second_better
     if num_differing < MIN_DIFFERING or comparison.stderr is None:
         return text
@@ -368,26 +387,26 @@ def _meaning(comparison: Comparison, num_compared: int) -> str:
     normal = NormalDist()
     num_errors = normal.inv_cdf(1 - 0.025 / num_compared) + normal.inv_cdf(POWER)
     needed = count * (num_errors * comparison.stderr / comparison.difference) ** 2
-    rounded = f"{float(f'{needed:.2g}'):,.0f}"
-    return f"{text} To find this lead of {better} in {POWER:.0%} of tests takes about {rounded}."
+    rounded = float(f"{needed:.2g}")
+    text += f" To find this lead of {better} in {POWER:.0%} of tests takes about {rounded:,.0f}."
+    return text
 
 
 def _winners(comparisons: Sequence[Comparison]) -> list[str]:
-    """Say for each task who beats whom significantly."""
-    beaten: dict[str, dict[str, list[str]]] = {comparison.task: {} for comparison in comparisons}
-    for comparison in comparisons:
-        if comparison.adjusted_p_value < 0.05:
-            better, worse = _better_first(comparison)
-            beaten[comparison.task].setdefault(better, []).append(worse)
-    return [f"{task}: {_victories(by_winner)}." for task, by_winner in beaten.items()]
-
-
-def _victories(beaten: Mapping[str, Sequence[str]]) -> str:
-    winners: dict[str, list[str]] = {}  # by whom they beat
-    for winner, losers in beaten.items():
-        winners.setdefault(", ".join(losers), []).append(winner)
-    texts = []
-    for losers, names in winners.items():
-        verb = "beats" if len(names) == 1 else "beat"
-        texts.append(f"{', '.join(names)} {verb} {losers} significantly")
-    return "; ".join(texts) or "no difference was found"
+    sentences = []
+    for task in dict.fromkeys(comparison.task for comparison in comparisons):
+        beaten = defaultdict[str, list[str]](list)
+        for comparison in comparisons:
+            if comparison.task == task and _is_significant(comparison):
+                better, worse = _better_first(comparison)
+                beaten[better].append(worse)
+        winners = defaultdict[str, list[str]](list)  # by whom they beat
+        for winner, losers in beaten.items():
+            winners[", ".join(losers)].append(winner)
+        victories = []
+        for losers, names in winners.items():
+            verb = "beats" if len(names) == 1 else "beat"
+            victories.append(f"{', '.join(names)} {verb} {losers} significantly")
+        text = "; ".join(victories) or "no difference was found"
+        sentences.append(f"{task}: {text}.")
+    return sentences

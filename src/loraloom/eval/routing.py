@@ -37,12 +37,13 @@ class RoutingTally:
     def __init__(
         self, host: Host, adapters: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
     ):
-        configs = {name: host.adapter(name).config for name in adapters if name is not None}
-        mixtures = {n: config for n, config in configs.items() if config.experts_per_router > 0}
         self.adapters: dict[str, _AdapterTally] = {}
-        if mixtures:
-            classes = token_classes(tokenizer, host.config.vocab_size)
-            for name, config in mixtures.items():
+        classes: Tensor | None = None
+        for name in filter(None, adapters):
+            config = host.adapter(name).config
+            if config.experts_per_router > 0:
+                if classes is None:
+                    classes = token_classes(tokenizer, host.config.vocab_size)
                 self.adapters[name] = _AdapterTally(config, classes, tokenizer)
 
     def observe(
@@ -55,7 +56,10 @@ class RoutingTally:
         """Return a function that adds a task's batches; None if there is no mixture."""
         if not self.adapters:
             return None
-        topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
+        topics = {}
+        for question, group in enumerate(groups):
+            if group not in (None, task):
+                topics[question] = f"{task}/{group}"
         for adapter in self.adapters.values():
             adapter.num_questions[task] = num_questions
             adapter.covered[task] = set()
@@ -63,15 +67,19 @@ class RoutingTally:
         def add(routed: RoutedRows) -> None:
             adapter = self.adapters.get(routed.adapter)
             if adapter is not None:  # no mixture that is an expert of one of these
-                adapter.covered[task].update(row // rows_per_question for row in routed.places)
-                row_topics = [topics[row] if topics else task for row in routed.places]
+                questions = [row // rows_per_question for row in routed.places]
+                adapter.covered[task].update(questions)
+                row_topics = [topics.get(question, task) for question in questions]
                 adapter.add(task, row_topics, routed)
 
         return add
 
     def summarise(self) -> dict[str, Fields]:
-        """Give the routing by adapter, as it stands in the JSON file under `routing`."""
-        return {n: tally.summarise() for n, tally in self.adapters.items() if tally.num_questions}
+        summary = {}
+        for name, adapter in self.adapters.items():
+            if adapter.num_questions:
+                summary[name] = adapter.summarise()
+        return summary
 
 
 class _AdapterTally:
@@ -88,16 +96,19 @@ class _AdapterTally:
         self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
 
     def add(self, task: str, row_topics: Sequence[str], routed: RoutedRows) -> None:
-        """Add a forward, whose rows have each a topic."""
-        routing = routed.routing
-        totals = tally.RoutingTotals.of(routing)
-        self.totals[task] = self.totals[task] + totals if task in self.totals else totals
-        token_ids = torch.tensor([token for row in routed.rows for token in row.input_ids])  # (T,)
-        self._add_loads("token_classes", TOKEN_CLASSES, self.classes[token_ids], routing)
+        totals = tally.RoutingTotals.of(routed.routing)
+        if task in self.totals:
+            totals = self.totals[task] + totals
+        self.totals[task] = totals
+        token_ids: list[int] = []
+        token_topics: list[int] = []
         topics = list(dict.fromkeys(row_topics))
-        row_classes = torch.tensor([topics.index(topic) for topic in row_topics])
-        lengths = torch.tensor([len(row.input_ids) for row in routed.rows])
-        self._add_loads("topics", topics, row_classes.repeat_interleave(lengths), routing)
+        for row, topic in zip(routed.rows, row_topics, strict=True):
+            token_ids += row.input_ids
+            token_topics += [topics.index(topic)] * len(row.input_ids)
+        token_classes = self.classes[torch.tensor(token_ids)]  # (T,)
+        self._add_loads("token_classes", TOKEN_CLASSES, token_classes, routed.routing)
+        self._add_loads("topics", topics, torch.tensor(token_topics), routed.routing)
         if task not in self.examples:
             self._add_example(task, routed)
 
@@ -105,9 +116,9 @@ class _AdapterTally:
         self, kind: str, names: Sequence[str], classes: Tensor, routing: Sequence[LayerRouting]
     ) -> None:
         loads = self.loads[kind]
-        for name, load in zip(
-            names, tally.loads_by_class(routing, classes, len(names)), strict=True
-        ):
+        classes = classes.to(routing[0].router_logits.device)
+        more = tally.loads_by_class(routing, classes, len(names)).cpu()
+        for name, load in zip(names, more, strict=True):
             loads[name] = loads[name] + load if name in loads else load
 
     def _add_example(self, task: str, routed: RoutedRows) -> None:
@@ -116,9 +127,9 @@ class _AdapterTally:
         for index, row in zip(routed.places, routed.rows, strict=True):
             if index == 0 and 0 in row.choices:
                 num_tokens = min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
-                num_layers = len(routed.routing)
+                num_routers = len(routed.routing)
                 experts = {}
-                for layer in sorted({0, num_layers // 2, num_layers - 1}):
+                for layer in sorted({0, num_routers // 2, num_routers - 1}):
                     record = routed.routing[layer]
                     selected = record.selected_experts[start : start + num_tokens, 0]
                     experts[str(_label(record.router))] = selected.tolist()
@@ -128,16 +139,24 @@ class _AdapterTally:
             start += len(row.input_ids)
 
     def summarise(self) -> Fields:
-        totals = reduce(operator.add, self.totals.values()) if self.totals else None
+        layers: list[int | str] = []
+        num_experts: list[int] = []
+        warnings: list[str] = []
+        if self.totals:
+            totals = reduce(operator.add, self.totals.values())
+            layers = [_label(router) for router in totals.routers]
+            num_experts = list(totals.num_experts)
+            warnings = self._warnings(totals)
+        experts_per_router = self.config.experts_per_router
         return {
-            "num_experts": self.config.experts_per_router,
+            "num_experts": experts_per_router,
             "expert_names": expert_names(self.config),
-            "top_k": self.config.experts_per_token or self.config.experts_per_router,
-            "layers": [_label(router) for router in totals.routers] if totals else [],
-            "experts_by_layer": list(totals.num_experts) if totals else [],
+            "top_k": self.config.experts_per_token or experts_per_router,
+            "layers": layers,
+            "experts_by_layer": num_experts,
             "tasks": {task: self._task(task) for task in self.num_questions},
             "specialisation": self._specialisation(),
-            "warnings": self._warnings(totals) if totals else [],
+            "warnings": warnings,
         }
 
     def _task(self, task: str) -> Fields:
@@ -149,9 +168,10 @@ class _AdapterTally:
         }
         if totals is not None:
             summary["load"] = _rounded(totals.load)
-            summary["effective_experts"] = _rounded(totals.effective_experts)
+            summary["effective_experts"] = _rounded(tally.effective_number(totals.load))
             summary["mean_probabilities"] = _rounded(totals.mean_probabilities)
-            summary["mean_entropy_bits"] = _rounded(totals.mean_entropy_bits)
+            mean_entropy = tally.entropy_bits(totals.mean_probabilities)
+            summary["mean_entropy_bits"] = _rounded(mean_entropy)
             summary["token_entropy_bits"] = _rounded(totals.token_entropy_bits)
         if task in self.examples:
             summary["example"] = self.examples[task]
@@ -191,29 +211,34 @@ def _rounded(values: Tensor) -> Any:
 
 def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each token's text; the vocabulary's own name of it where it is no whole character."""
-    names = map(str, tokenizer.convert_ids_to_tokens(list(token_ids)))
     texts = []
     before = ""  # the text of the token before
-    for index, name in enumerate(names):
+    for index, token_id in enumerate(token_ids):
         # a decoder may leave out a space in front, but not after another token
-        text = str(tokenizer.decode(list(token_ids[max(index - 1, 0) : index + 1])))[len(before) :]
-        texts.append(name if "\ufffd" in text or not text else text)
-        before = str(tokenizer.decode([token_ids[index]]))
+        both = str(tokenizer.decode(list(token_ids[max(index - 1, 0) : index + 1])))
+        text = both[len(before) :]
+        if not text or "\ufffd" in text:
+            text = str(tokenizer.convert_ids_to_tokens(token_id))
+        texts.append(text)
+        before = str(tokenizer.decode([token_id]))
     return texts
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     """Give the class of each token of a vocabulary, as a place in TOKEN_CLASSES, [V]."""
     ids = list(range(min(vocab_size, len(tokenizer))))
-    names = [*map(str, tokenizer.convert_ids_to_tokens(ids))]
+    names = list(map(str, tokenizer.convert_ids_to_tokens(ids)))
     texts = tokenizer.batch_decode([[token_id] for token_id in ids])
     # WordPiece marks the rest of a word, others its start; these may have a few ## as text.
-    num_rests = sum(name.startswith("##") and name[2:].isalpha() for name in names)
-    num_starts = sum(name[:1] in _SPACES and name[1:].isalpha() for name in names)
+    num_rests = num_starts = 0
+    for name in names:
+        num_rests += name.startswith("##") and name[2:].isalpha()
+        num_starts += name[:1] in _SPACES and name[1:].isalpha()
     marks_rests = num_rests > num_starts
     classes = [TOKEN_CLASSES.index("sign")] * vocab_size
     for token_id, name, text in zip(ids, names, texts, strict=True):
-        classes[token_id] = TOKEN_CLASSES.index(class_of(name, text, marks_rests=marks_rests))
+        kind = class_of(name, text, marks_rests=marks_rests)
+        classes[token_id] = TOKEN_CLASSES.index(kind)
     return torch.tensor(classes)
 
 

@@ -4,13 +4,16 @@ A question's choices are scored together, see `loraloom.generation.scoring`.
 """
 
 import math
-from collections import Counter
+import operator
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice, product
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tasks import ChoiceQuestion, QuestionSet, questions_digest
@@ -29,9 +32,12 @@ LogLikelihoods = tuple[float, ...]
 # What MoE-PEFT asks for in each task, whether a question has such a choice or not; from its
 # `moe_peft/tasks/qa_tasks.py`. (That it cuts long prompts on the right isn't repeated.)
 MOE_PEFT_LABELS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("arc_easy", "arc_challenge"), tuple("1234ABCDE")),
-    **dict.fromkeys(("openbookqa", "hellaswag"), tuple("ABCD")),
-    **dict.fromkeys(("piqa", "winogrande"), ("A", "B")),
+    "arc_easy": tuple("1234ABCDE"),
+    "arc_challenge": tuple("1234ABCDE"),
+    "openbookqa": tuple("ABCD"),
+    "hellaswag": tuple("ABCD"),
+    "piqa": ("A", "B"),
+    "winogrande": ("A", "B"),
     "boolq": ("true", "false"),
     "social_i_qa": ("A", "B", "C"),
 }
@@ -42,9 +48,11 @@ class Scorer:
     """Adapters that are scored together, None is the base model; a batch is with all of them."""
 
     host: Host
+    tokenizer: PreTrainedTokenizerBase
     adapters: Sequence[str | None]
     max_tokens_per_batch: int | None = None
     cache: ScoreCache | None = None
+    console: Console | None = None  # to show progress on
 
     def score(
         self,
@@ -53,7 +61,6 @@ class Scorer:
         on_progress: Callable[[Sequence[int]], None] | None = None,
         on_routing: scoring.OnRouting | None = None,
     ) -> dict[str | None, list[LogLikelihoods]]:
-        """Score groups of rows, the longest first, and keep the scores under `tokens`."""
         budget = self.max_tokens_per_batch or scoring.tokens_per_batch(self.host)
 
         def compute(missing: Sequence[tuple[str | None, int]]) -> list[LogLikelihoods]:
@@ -63,18 +70,22 @@ class Scorer:
         def score_batch(indices: Sequence[int]) -> dict[Any, LogLikelihoods]:
             requests = list(product(self.adapters, indices))
             keys = [(adapter, tokens[index]) for adapter, index in requests]
-            return dict(zip(requests, self.remember(keys, requests, compute), strict=True))
+            scored = self.remember(keys, requests, compute)
+            return dict(zip(requests, scored, strict=True))
 
         # cut as if nothing were cached, so that an interrupted evaluation goes on with the batches
         # that it would have had, and to the same numbers
         batches = list(scoring.token_batches(rows, budget // len(self.adapters)))
-        scores: dict[tuple[str | None, int], LogLikelihoods] = {}
         scored_batches = self.host.ranks.spread(batches, score_batch)
-        for indices, scores_of_batch in zip(batches, scored_batches, strict=True):
-            scores |= scores_of_batch
+        scores: dict[tuple[str | None, int], LogLikelihoods] = {}
+        for indices, batch_scores in zip(batches, scored_batches, strict=True):
+            scores |= batch_scores
             if on_progress is not None:
                 on_progress(indices)
-        return {name: [scores[name, i] for i in range(len(rows))] for name in self.adapters}
+        by_adapter = {}
+        for adapter in self.adapters:
+            by_adapter[adapter] = [scores[adapter, index] for index in range(len(rows))]
+        return by_adapter
 
     def remember(
         self,
@@ -103,17 +114,16 @@ class QuestionScore:
     log_likelihoods: LogLikelihoods
     truncated: bool = False
 
-    @property
+    @cached_property
     def scores(self) -> tuple[float, ...]:
-        """Log-likelihoods over the question's normalizers."""
-        pairs = zip(self.log_likelihoods, self.question.normalizers, strict=True)
-        return tuple(log_likelihood / normalizer for log_likelihood, normalizer in pairs)
+        return tuple(map(operator.truediv, self.log_likelihoods, self.question.normalizers))
 
     @property
     def chosen(self) -> int | None:
         """The choice with the highest score, the first of equals; None where the model diverged."""
-        scores = self.scores
-        return scores.index(max(scores)) if all(map(math.isfinite, scores)) else None
+        if not all(map(math.isfinite, self.scores)):
+            return None
+        return self.scores.index(max(self.scores))
 
     @property
     def correct(self) -> bool:
@@ -122,7 +132,6 @@ class QuestionScore:
 
 def score_questions(
     scorer: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[ChoiceQuestion],
     *,
     last_tokens: bool = False,
@@ -133,7 +142,7 @@ def score_questions(
     max_length = scorer.host.config.max_position_embeddings
     fitted: list[list[TokenPair]] = []
     truncated: list[bool] = []
-    for question, pairs in zip(questions, encode(tokenizer, questions), strict=True):
+    for question, pairs in zip(questions, encode(scorer.tokenizer, questions), strict=True):
         name = f"{question.task}, question {question.index}: a choice"
         fitted.append([fit_pair(pair, max_length, name) for pair in pairs])
         truncated.append(fitted[-1] != pairs)
@@ -159,12 +168,10 @@ def _encode_last_tokens(
 ) -> list[list[TokenPair]]:
     """Encode each label's last token, and its prompt apart: as MoE-PEFT's `evaluator.py`."""
     prompts = encode_texts(tokenizer, [question.contexts[0] for question in questions])
-    labels = sorted({label for question in questions for label in question.continuations})
-    label_ids = dict(zip(labels, encode_texts(tokenizer, labels), strict=True))
     encoded = []
     for prompt, question in zip(prompts, questions, strict=True):
-        last_tokens = [label_ids[label][-1:] for label in question.continuations]
-        encoded.append([TokenPair(prompt, ids) for ids in last_tokens])
+        labels = encode_texts(tokenizer, question.continuations)
+        encoded.append([TokenPair(prompt, label[-1:]) for label in labels])
     return encoded
 
 
@@ -193,37 +200,43 @@ def score_accuracy(
     questions: Sequence[ChoiceQuestion],
     adapters: Sequence[str | None],
 ) -> dict[str | None, float]:
-    scores = score_questions(Scorer(host, adapters), tokenizer, questions)
+    scores = score_questions(Scorer(host, tokenizer, adapters), questions)
     return {name: fmean(score.correct for score in answers) for name, answers in scores.items()}
 
 
 def summarise(scores: Sequence[QuestionScore]) -> Fields:
-    """Compute the accuracy over questions, with its sample's standard error."""
-    shares = share_fields([score.correct for score in scores])
-    majority = majority_share([score.question for score in scores])
-    return shares | {"majority": majority, "beats_majority": shares["accuracy"] > majority}
+    fields = share_fields([score.correct for score in scores])
+    fields["majority"] = majority_share([score.question for score in scores])
+    fields["beats_majority"] = fields["accuracy"] > fields["majority"]
+    return fields
 
 
 def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
     """Compute the share of questions that the best constant label, or text, gets right."""
-    # choices that differ in their contexts have one text, which answers nothing
-    with_texts = [question for question in questions if len(set(question.continuations)) > 1]
-    labels = Counter(question.labels[question.gold] for question in questions)
-    texts = Counter(question.continuations[question.gold] for question in with_texts)
-    return max([*labels.values(), *texts.values()]) / len(questions)
+    labels: Counter[str] = Counter()
+    texts: Counter[str] = Counter()
+    for question in questions:
+        labels[question.labels[question.gold]] += 1
+        # choices that differ in their contexts have one text, which answers nothing
+        if len(set(question.continuations)) > 1:
+            texts[question.continuations[question.gold]] += 1
+    most = max([*labels.values(), *texts.values()])
+    return most / len(questions)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scores:
     """What adapters make of a data set, by adapter (`base` is the base model)."""
 
     name: str
     details: Mapping[str, Any]
-    results: Mapping[str, Fields]
-    values: Mapping[str, Sequence[int | float]]  # what is compared of each item
-    lines: Sequence[dict[str, Any]]  # what `--per-question` writes
     metric: Metric = "accuracy"
     num_tokens: Sequence[int] = ()  # of each item, for a loss
+    results: dict[str, Fields] = field(default_factory=dict)
+    values: dict[str, Sequence[int | float]] = field(default_factory=dict)
+    """What is compared of each item."""
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """What `--per-question` writes."""
 
     def compare(self, first: str, second: str) -> PairedComparison:
         first_values = seed_values(self.values, first)
@@ -242,21 +255,26 @@ def task_scores(data: QuestionSet, scores: Mapping[str, Sequence[QuestionScore]]
         "questions_sha256": questions_digest(data.questions),
         "source": data.source,
     }
+    task = Scores(data.task, details)
     digests = [questions_digest([question])[:16] for question in data.questions]
-    results: dict[str, Fields] = {}
-    values: dict[str, list[bool]] = {}
-    lines: list[dict[str, Any]] = []
     for name, answers in scores.items():
-        results[name] = _task_result(answers, data.split)
-        values[name] = [answer.correct for answer in answers]
+        task.results[name] = _task_result(answers, data.split)
+        task.values[name] = [answer.correct for answer in answers]
         for answer, digest in zip(answers, digests, strict=True):
             labels = answer.question.labels
-            line = {"task": data.task, "split": data.split, "index": answer.question.index}
-            line |= {"question": digest, "adapter": name, "correct": answer.correct}
-            line["chosen"] = None if answer.chosen is None else labels[answer.chosen]
-            line |= {"correct_label": labels[answer.question.gold], "scores": list(answer.scores)}
-            lines.append(line)
-    return Scores(data.task, details, results, values, lines)
+            line = {
+                "task": data.task,
+                "split": data.split,
+                "index": answer.question.index,
+                "question": digest,
+                "adapter": name,
+                "correct": answer.correct,
+                "chosen": None if answer.chosen is None else labels[answer.chosen],
+                "correct_label": labels[answer.question.gold],
+                "scores": list(answer.scores),
+            }
+            task.lines.append(line)
+    return task
 
 
 def _task_result(scores: Sequence[QuestionScore], split: str) -> Fields:
@@ -264,10 +282,10 @@ def _task_result(scores: Sequence[QuestionScore], split: str) -> Fields:
     num_truncated = sum(score.truncated for score in scores)
     if num_truncated:
         result["num_truncated"] = num_truncated
-    by_group: dict[str, list[QuestionScore]] = {}
+    by_group = defaultdict[str, list[QuestionScore]](list)
     for score in scores:
         if score.question.group is not None:
-            by_group.setdefault(score.question.group, []).append(score)
+            by_group[score.question.group].append(score)
     if by_group:
         result["groups"] = {group: summarise(by_group[group]) for group in sorted(by_group)}
     return result

@@ -12,6 +12,7 @@ are right. Answers are those of an evaluation, or of files that `--per-question`
 import json
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -40,6 +41,8 @@ _MAX_SHARE = 0.005
 MAX_FOR_ALL_PAIRS = 4
 
 Pair = tuple[str, str]
+# NAME@NUMBER, or an expert of it.
+_SEED = re.compile(r"(.*)@\d+(|/[^@]*)")
 # By index and text of the question: whether it was answered right, or a judge's score.
 _Marks = dict[tuple[int, str], int | float]
 # Of each question or row.
@@ -60,27 +63,37 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     scale = 1 + z**2 / count
     centre = (share + z**2 / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    variance = share * (1 - share) / count
+    shift = z / (2 * count)
+    half = z / scale * math.sqrt(variance + shift**2)
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def share_fields(correct: Sequence[bool]) -> Fields:
     """Compute the accuracy, with its sample's standard error and Wilson's interval."""
-    count, share = len(correct), fmean(correct)
-    stderr = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
-    interval = list(wilson_interval(share, count))
-    return {"accuracy": share, "stderr": stderr, "num_examples": count, "interval": interval}
+    count = len(correct)
+    share = fmean(correct)
+    stderr = None
+    if count > 1:
+        stderr = math.sqrt(share * (1 - share) / (count - 1))
+    return {
+        "accuracy": share,
+        "stderr": stderr,
+        "num_examples": count,
+        "interval": list(wilson_interval(share, count)),
+    }
 
 
 def score_fields(scores: Sequence[float]) -> Fields:
     """Compute the mean of scores, with its standard error and a bootstrap's interval."""
     values = np.asarray(scores)
     lengths = np.ones(len(scores))
+    (interval,) = ratio_intervals(values[:, None], lengths)
     return {
         "score": fmean(scores),
         "stderr": ratio_stderr(values, lengths),
         "num_examples": len(scores),
-        "interval": list(ratio_intervals(values[:, None], lengths)[0]),
+        "interval": list(interval),
     }
 
 
@@ -99,26 +112,30 @@ def sign_flip_p_value(differences: np.ndarray, seed: int = 0) -> float:
     """Compute the two-sided p-value of Fisher's randomization test (1935) of the sum Σ d_i."""
     # Where neither side is better on the whole, each sign may as well be the other one. Who wins
     # more items says less: a group of seeds is nearly always a little right.
-    nonzero = np.abs(differences[differences != 0])
+    magnitudes = np.abs(differences)
+    nonzero = magnitudes[magnitudes > 0]
     sizes, counts = np.unique(nonzero.round(12), return_counts=True)
-    if len(sizes) <= 1:  # exactly McNemar's
-        return mcnemar_p_value(int((differences > 0).sum()), int((differences < 0).sum()))
+    if len(sizes) <= 1:
+        num_positive = int((differences > 0).sum())
+        return mcnemar_p_value(num_positive, len(nonzero) - num_positive)
     # a tie of thirds adds up to 1e-17
-    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    observed = abs(differences.sum()) - 1e-9 * magnitudes.sum()
     num_normal = _count_normal(sizes, counts)
-    variance = (np.square(sizes) * counts)[:num_normal].sum()
+    squares = np.square(sizes) * counts
+    variance = squares[:num_normal].sum()
     if num_normal == len(sizes):
         return min(1.0, math.erfc(observed / math.sqrt(2 * variance)))
     sizes = sizes[num_normal:]
     counts = counts[num_normal:]
     generator = np.random.default_rng(seed)
-    sums_of_draws = []
+    blocks = []
     for _ in range(NUM_RESAMPLES // 100):
         num_positive = generator.binomial(counts, 0.5, (100, len(counts)))
-        sums_of_draws.append((2 * num_positive - counts) @ sizes)
-    sums = np.concatenate(sums_of_draws)
+        blocks.append((2 * num_positive - counts) @ sizes)
+    sums = np.concatenate(blocks)
     sums += generator.normal(scale=math.sqrt(variance), size=len(sums))
-    return float(1 + (abs(sums) >= observed).sum()) / (1 + NUM_RESAMPLES)
+    num_extreme = int((abs(sums) >= observed).sum())
+    return (1 + num_extreme) / (1 + NUM_RESAMPLES)
 
 
 def _count_normal(sizes: np.ndarray, counts: np.ndarray) -> int:
@@ -166,14 +183,16 @@ def _compare(
     both = np.asarray([first, second], dtype=np.float64)
     differences = both[0] - both[1]
     # a mean of seeds is rounded, which is no win
-    differences[np.abs(differences) <= 1e-12 * np.abs(both).max()] = 0
+    is_noise = np.abs(differences) <= 1e-12 * np.abs(both).max()
+    differences[is_noise] = 0
+    leads = better * differences
     return PairedComparison(
         difference=round(float(differences.sum() / lengths.sum()), 12),
         stderr=ratio_stderr(differences, lengths),
         interval=ratio_intervals(differences[:, None], lengths, seed)[0],
         p_value=sign_flip_p_value(differences, seed),
-        num_first_better=int((better * differences > 0).sum()),
-        num_second_better=int((better * differences < 0).sum()),
+        num_first_better=int((leads > 0).sum()),
+        num_second_better=int((leads < 0).sum()),
         num_examples=len(differences),
     )
 
@@ -184,9 +203,10 @@ def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
     if count == 1:
         return None
     total = lengths.sum()
+    ratio = sums.sum() / total
     # of the ratio's linear part: sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i (Cochran 1977, 6.3)
-    deviations = sums - sums.sum() / total * lengths
-    return float(math.sqrt(count / (count - 1) * np.square(deviations).sum()) / total)
+    squares = np.square(sums - ratio * lengths)
+    return float(math.sqrt(count / (count - 1) * squares.sum()) / total)
 
 
 def ratio_intervals(
@@ -222,66 +242,62 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
+def _sides(names: Sequence[str]) -> dict[str, list[str]]:
+    """Whom a name stands for in a comparison: each adapter for itself, a stem for its seeds."""
     stems: dict[str, list[str]] = {}
     for name in names:
-        stem, at, seed = name.rpartition("@")
-        number, slash, expert = seed.partition("/")
-        if at and number.isdecimal() and not is_sum(name):
-            stems.setdefault(f"{stem}{slash}{expert}", []).append(name)
-    if twice := [stem for stem in stems if stem in (*names, BASE)]:
-        seeds = ", ".join(stems[twice[0]])
-        raise ConfigError(
-            f"adapter name {twice[0]!r} is also the name of the seeds {seeds}; choose another name"
-        )
-    return stems
+        match = _SEED.fullmatch(name)
+        if match and not is_sum(name):
+            stems.setdefault("".join(match.groups()), []).append(name)
+    for stem, seeds in stems.items():
+        if stem in (*names, BASE):
+            raise ConfigError(
+                f"adapter name {stem!r} is also the name of the seeds {', '.join(seeds)}; choose "
+                "another name"
+            )
+    return {**{name: [name] for name in names}, **stems}
 
 
 def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
     """Find adapters that are seeds of one thing; a single seed is no group."""
-    return {stem: seeds for stem, seeds in _seeds_by_stem(names).items() if len(seeds) > 1}
+    return {stem: seeds for stem, seeds in _sides(names).items() if len(seeds) > 1}
 
 
 def members_of(name: str, names: Sequence[str]) -> list[str]:
-    groups = _groups_of(names)
-    if name not in groups:
-        sides = ", ".join(groups)
-        raise ConfigError(f"a side of a comparison must be one of {sides}, got {name!r}")
-    return groups[name]
-
-
-def _groups_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """All sides of comparisons: each adapter alone, and the seeds of a stem."""
-    return {**{name: [name] for name in names}, **_seeds_by_stem(names)}
+    sides = _sides(names)
+    if name not in sides:
+        listed = ", ".join(sides)
+        raise ConfigError(f"a side of a comparison must be one of {listed}, got {name!r}")
+    return sides[name]
 
 
 def choose_pairs(adapters: Sequence[str | None], requested: Sequence[str] = ()) -> list[Pair]:
     """Decide whom to compare: seeds as their group, the others as they are."""
     names = [name or BASE for name in adapters]
-    group_of = {seed: stem for stem, seeds in seed_groups(names).items() for seed in seeds}
     if requested:
-        return [_parse_pair(text, names) for text in dict.fromkeys(requested)]
-    groups = list(dict.fromkeys(group_of.get(name, name) for name in names))
-    pairs: list[Pair] = []
-    if BASE in groups:
-        groups.remove(BASE)
-        pairs = [(name, BASE) for name in groups]
-    if len(groups) <= MAX_FOR_ALL_PAIRS:
-        pairs += combinations(groups, 2)
+        sides = _sides(names)
+        return [_parse_pair(text, sides) for text in dict.fromkeys(requested)]
+    contestants = dict.fromkeys(names)
+    for stem, seeds in seed_groups(names).items():
+        contestants = dict.fromkeys(stem if name in seeds else name for name in contestants)
+    has_base = BASE in contestants
+    contestants.pop(BASE, None)
+    pairs = [(name, BASE) for name in contestants if has_base]
+    if len(contestants) <= MAX_FOR_ALL_PAIRS:
+        pairs += combinations(contestants, 2)
     return pairs
 
 
-def _parse_pair(text: str, names: Sequence[str]) -> Pair:
-    groups = _groups_of(names)
-    for match in re.finditer(":", text):  # a sum's name has colons too
-        first, second = text[: match.start()], text[match.end() :]
-        if {first, second} <= groups.keys() and groups[first] != groups[second]:
+def _parse_pair(text: str, sides: Mapping[str, Sequence[str]]) -> Pair:
+    for colon in re.finditer(":", text):  # a sum's name has colons too
+        first = text[: colon.start()]
+        second = text[colon.end() :]
+        if first in sides and second in sides and sides[first] != sides[second]:
             return first, second
-    raise ConfigError(f"--compare must be FIRST:SECOND, two of {', '.join(groups)}, got {text!r}")
+    raise ConfigError(f"--compare must be FIRST:SECOND, two of {', '.join(sides)}, got {text!r}")
 
 
 def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
-    """Find what results could not tell, before anything is scored."""
     if not adapters:
         raise AdapterError("adapters must name at least one, or None for the base model, got none")
     if BASE in adapters:
@@ -323,14 +339,16 @@ def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
 
 
 def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, Any]:
-    """The same of figures by task and adapter."""
     summary: dict[str, Any] = {}
     for task, by_adapter in figures.items():
         for stem, members in seed_groups(list(by_adapter)).items():
             values = [by_adapter[name] for name in members]
             group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
-            spread = {"mean": fmean(values), "sd": stdev(values), "num_seeds": len(values)}
-            group["tasks"][task] = spread
+            group["tasks"][task] = {
+                "mean": fmean(values),
+                "sd": stdev(values),
+                "num_seeds": len(values),
+            }
     return summary
 
 
@@ -358,7 +376,9 @@ class _AnswerReader:
 
     def __init__(self) -> None:
         self.tasks: dict[str, dict[str, _Marks]] = {}
-        self._indices: dict[str, dict[tuple[str, int], int]] = {}  # by task
+        # by task and question, where rows have no index; a question may be repeated
+        self._indices: defaultdict[str, dict[tuple[str, int], int]] = defaultdict(dict)
+        self._num_read: Counter[tuple[str, str, str]] = Counter()
         self._columns: dict[str, str] = {}  # by task, the one that all of its rows must have
 
     def add(self, row: Row) -> None:
@@ -367,28 +387,24 @@ class _AnswerReader:
         name = row["adapter"]
         adapter = json.dumps(name) if isinstance(name, list) else row.text("adapter")  # of weights
         task = _task_of(row, fields)
-        answers = self.tasks.setdefault(task, {}).setdefault(adapter, {})
         question = _question_of(row)
-        index = fields.get("index", self._index_of(task, question, answers))
-        mark = self._mark_of(row, task)
+        index = fields.get("index", self._index_of(task, adapter, question))
         if not isinstance(index, int):
             row.reject(f"field 'index' must be an integer, got {shown(index)}")
+        mark = self._mark_of(row, task)
+        answers = self.tasks.setdefault(task, {}).setdefault(adapter, {})
         if answers.setdefault((index, question), mark) != mark:
             row.reject(
                 f"{adapter!r} must answer question {index} of {task} once, got another answer; "
                 "give each adapter a different name"
             )
 
-    def _index_of(self, task: str, question: str, answers: _Marks) -> int:
-        """Number questions that have no index: the first that the adapter has not answered."""
-        if not question:
-            return len(answers)
-        # rows may have been sorted, and a question may be repeated
-        indices = self._indices.setdefault(task, {})
-        repeat = 0
-        while (index := indices.setdefault((question, repeat), len(indices)), question) in answers:
-            repeat += 1
-        return index
+    def _index_of(self, task: str, adapter: str, question: str) -> int:
+        """Number a question by its text, as rows may have been sorted."""
+        num_before = self._num_read[task, adapter, question]
+        self._num_read[task, adapter, question] += 1
+        indices = self._indices[task]
+        return indices.setdefault((question, num_before), len(indices))
 
     def _mark_of(self, row: Row, task: str) -> int | float:
         column = "score" if "score" in row else "correct"
@@ -396,15 +412,18 @@ class _AnswerReader:
         if column != expected:
             row.reject(f"score all rows of {task} or none; earlier ones have {expected!r}")
         mark: Any = row.get(column)
-        if not isinstance(mark, bool if column == "correct" else int | float):
-            expected = "true or false" if column == "correct" else "a number"
-            row.reject(f"field {column!r} must be {expected}, got {mark!r}")
+        if column == "correct" and not isinstance(mark, bool):
+            row.reject(f"field 'correct' must be true or false, got {mark!r}")
+        if not isinstance(mark, int | float):
+            row.reject(f"field 'score' must be a number, got {mark!r}")
         return mark
 
 
 def _task_of(row: Row, fields: Mapping[str, Any]) -> str:
-    column = next((column for column in ("task", "dataset") if column in fields), None)
-    task = "judged" if column is None else row.text(column)
+    task = "judged"
+    for column in ("dataset", "task"):
+        if column in fields:
+            task = row.text(column)
     filter_name = fields.get("filter", "none")
     return task if filter_name == "none" else f"{task},{filter_name}"
 
@@ -422,7 +441,7 @@ def _join(task: str, by_adapter: Mapping[str, _Marks]) -> TaskAnswers:
     questions = sorted(by_adapter[first])
     right = {}
     for adapter, marks in by_adapter.items():
-        if sorted(marks) != questions:
+        if marks.keys() != by_adapter[first].keys():
             raise DataError(
                 f"{task}: adapters must have answered the same questions, but {adapter!r} and "
                 f"{first!r} differ; use files of the same split and limit"

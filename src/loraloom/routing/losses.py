@@ -53,9 +53,11 @@ def router_loss(
         balance = torch.stack(balances).mean()
     loss = aux_loss_coef * balance
     if z_loss_coef > 0:
-        squares = [record.router_logits.logsumexp(-1).square().sum() for record in routing]
+        logsumexps = [record.router_logits.logsumexp(-1) for record in routing]
+        squares = torch.stack([values.square().sum() for values in logsumexps])
         num_tokens = counts[:, -1].clamp_min(1)
-        loss = loss + z_loss_coef * (torch.stack(squares) / num_tokens).mean()
+        z_losses = squares / num_tokens
+        loss = loss + z_loss_coef * z_losses.mean()
     return loss
 
 
@@ -63,7 +65,8 @@ def _counts(record: LayerRouting, num_experts: int) -> Tensor:
     """Count how often each expert had weight in any slot, and behind them the tokens, [E + 1]."""
     has_weight = record.routing_weights.detach() > 0
     counts = record.router_logits.new_zeros(num_experts + 1)
-    counts.scatter_add_(0, record.selected_experts.flatten(), has_weight.flatten().to(counts.dtype))
+    summands = has_weight.flatten().to(counts.dtype)
+    counts.scatter_add_(0, record.selected_experts.flatten(), summands)
     counts[-1] = len(record.selected_experts)
     return counts
 
@@ -73,4 +76,5 @@ def _balance(router_logits: Tensor, counts: Tensor) -> Tensor:
     num_experts = router_logits.shape[-1]
     num_tokens = counts[-1].clamp_min(1)  # no tokens cost nothing
     probability = router_logits.softmax(-1).sum(0)
-    return num_experts * (counts[:num_experts] * probability).sum() / num_tokens**2
+    products = counts[:num_experts] * probability
+    return num_experts * products.sum() / num_tokens**2

@@ -45,7 +45,6 @@ class LayerRouting:
         return self.routing_weights.detach()
 
     def emptied(self) -> LayerRouting:
-        """Leave all tokens out; logits stay in their graph."""
         return with_tensors([self], lambda tensors: tensors[0][:0])
 
     @property

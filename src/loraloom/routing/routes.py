@@ -57,9 +57,11 @@ class TopP(Route):
         else:
             probabilities = (logits / self.temperature).softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
-        sum_before = weights.detach().cumsum(-1).roll(1, -1)
+        sums = weights.detach().cumsum(-1)
+        sum_before = sums.roll(1, -1)
         sum_before[..., 0] = 0
-        return selected, weights.masked_fill(sum_before > self.top_p, 0)
+        is_left_out = sum_before > self.top_p
+        return selected, weights.masked_fill(is_left_out, 0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Hybrid(Route):
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
         probabilities = logits.softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
-        is_kept = weights.detach().cumsum(-1) <= self.top_p
+        sums = weights.detach().cumsum(-1)
+        is_kept = sums <= self.top_p
         if self.entropy_threshold < 1:  # with entropy_eps the entropy may be above 1
             entropy = tsallis_entropy(probabilities.detach(), self.entropy_index, self.entropy_eps)
             is_undecided = entropy > self.entropy_threshold
@@ -117,11 +120,14 @@ def tsallis_entropy(
     if num_experts == 1:
         return torch.ones_like(probabilities[:, 0])
     # neither p log p nor p^q for q < 1 has a finite slope at 0
-    probabilities = (probabilities + eps).clamp_min(torch.finfo(probabilities.dtype).tiny)
+    tiny = torch.finfo(probabilities.dtype).tiny
+    probabilities = (probabilities + eps).clamp_min(tiny)
     if abs(index - 1) < 1e-4:  # of powers so close, float32 tells no difference
-        return -(probabilities * probabilities.log()).sum(-1) / math.log(num_experts)
+        summands = probabilities * probabilities.log()
+        return -summands.sum(-1) / math.log(num_experts)
     most = 1 - num_experts ** (1 - index)
-    return (1 - probabilities.pow(index).sum(-1)) / most
+    powers = probabilities.pow(index)
+    return (1 - powers.sum(-1)) / most
 
 
 class _RouterLogits(torch.autograd.Function):

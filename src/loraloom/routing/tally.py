@@ -41,17 +41,20 @@ Choices = Mapping[RouterName, Sequence[int]]
 
 def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
     """Compute the sums that `RoutingTotals` has, where `widened` is."""
-    loads = expert_loads(routing)
-    sums = torch.cat([loads.new_zeros(len(loads), 2), loads, torch.zeros_like(loads)], dim=1)
-    start = 2 + loads.shape[1]
-    for row, record in zip(sums, routing, strict=True):
+    first = routing[0].selected_experts
+    all_alike = first.new_zeros(len(first))
+    loads = loads_by_class(routing, all_alike, num_classes=1)[0]
+    num_routers = len(routing)
+    sums = torch.zeros_like(loads)
+    tokens_and_bits = loads.new_zeros(num_routers, 2)
+    for index, record in enumerate(routing):
         probabilities = record.router_logits.detach().softmax(-1)  # (T, E)
-        row[0] = len(probabilities)
         # Widened once experts are summed up: over many tokens float32 would lose digits.
         entropies = widened(torch.special.entr(probabilities).sum(-1))
-        row[1] = entropies.sum() / math.log(2)
-        row[start : start + record.num_experts] = probabilities.sum(0)
-    return sums
+        tokens_and_bits[index, 0] = len(probabilities)
+        tokens_and_bits[index, 1] = entropies.sum() / math.log(2)
+        sums[index, : record.num_experts] = probabilities.sum(0)
+    return torch.cat([tokens_and_bits, loads, sums], dim=1)
 
 
 def widened(values: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ class RoutingTotals:
     """Sums over the real tokens of one adapter; totals of the same routers can be added."""
 
     # `sums` has by router the tokens, the sum of the entropies of their probabilities in bits,
-    # `expert_loads`, and the probabilities' sum, [N, 2 + 2·E] float64 on the CPU.
+    # the experts' loads, and the probabilities' sum, [N, 2 + 2·E] float64 on the CPU.
 
     routers: tuple[RouterName, ...]
     num_experts: tuple[int, ...]  # of each router
@@ -105,54 +108,47 @@ class RoutingTotals:
         return int(self.sums[0, 0])
 
     @property
-    def tokens_per_expert(self) -> Tensor:
-        """How often each expert was chosen, [N, E]."""
+    def tokens_per_expert(self) -> list[list[float]]:
         loads, _ = self.sums[:, 2:].chunk(2, dim=1)
-        return loads
-
-    @property
-    def _counts(self) -> list[list[float]]:
-        """How often each router chose each of its experts."""
-        rows = zip(self.num_experts, self.tokens_per_expert.tolist(), strict=True)
-        return [counts[:num_experts] for num_experts, counts in rows]
+        counts = []
+        for row, num_experts in zip(loads.tolist(), self.num_experts, strict=True):
+            counts.append(row[:num_experts])
+        return counts
 
     @property
     def choices(self) -> dict[RouterName, list[int]]:
         choices = {}
-        for router, counts in zip(self.routers, self._counts, strict=True):
+        for router, counts in zip(self.routers, self.tokens_per_expert, strict=True):
             choices[router] = [round(count) if math.isfinite(count) else 0 for count in counts]
         return choices
 
     @property
     def load(self) -> Tensor:
-        """Each expert's share of a router's load, [N, E]."""
-        return load_shares(self.tokens_per_expert)
+        """Each expert's share of a router's load, [N, E]: over how many is it spread?"""
+        loads, _ = self.sums[:, 2:].chunk(2, dim=1)
+        return load_shares(loads)
 
     @property
     def load_cv(self) -> float:
         """Deviation of the load over its mean: 0 if balanced, at most sqrt(E - 1)."""
-        return fmean(map(_spread, self._counts))
-
-    @property
-    def effective_experts(self) -> Tensor:
-        """The number of experts that the load is spread over, [N]; see `effective_number`."""
-        return effective_number(self.load)
+        spreads = []
+        for load in self.tokens_per_expert:
+            mean = fmean(load)
+            variance = fmean((count - mean) ** 2 for count in load)
+            spreads.append(math.sqrt(variance) / mean if mean else 0.0)
+        return fmean(spreads)
 
     @property
     def mean_probabilities(self) -> Tensor:
-        """The router's probabilities, averaged over tokens, [N, E]."""
+        """The router's probabilities, averaged over tokens, [N, E]: is a layer mixed?"""
         _, probabilities = self.sums[:, 2:].chunk(2, dim=1)
         return load_shares(probabilities)
 
     @property
-    def mean_entropy_bits(self) -> Tensor:
-        """Entropy of the router's probabilities, averaged over tokens before: is a layer mixed?"""
-        return entropy_bits(self.mean_probabilities)
-
-    @property
     def token_entropy_bits(self) -> Tensor:
         """Entropy of each token's probabilities, averaged after: are tokens undecided?"""
-        return self.sums[:, 1] / self.sums[:, 0].clamp_min(1)
+        num_tokens = self.sums[:, 0].clamp_min(1)
+        return self.sums[:, 1] / num_tokens
 
     @property
     def entropy(self) -> float:
@@ -165,30 +161,24 @@ class RoutingTotals:
         return fmean(entropies)
 
 
-def expert_loads(routing: Sequence[LayerRouting]) -> Float[Tensor, "N E"]:
-    """How often each expert was chosen, float64; its weights' sum where tokens take all."""
-    return _loads(routing, 0, 1)[0]
-
-
 def loads_by_class(
     routing: Sequence[LayerRouting], classes: Int[Tensor, " T"], num_classes: int
 ) -> Float[Tensor, "C N E"]:
-    """Add up each expert's load at each router over the tokens of each class, on the CPU."""
-    classes = classes.to(routing[0].router_logits.device)
-    return _loads(routing, classes.unsqueeze(1), num_classes).cpu()
-
-
-def _loads(routing: Sequence[LayerRouting], classes: Tensor | int, num_classes: int) -> Tensor:
-    size = max(record.num_experts for record in routing)
+    """How often each class's tokens chose each expert; its weights' sum where tokens take all."""
+    num_routers = len(routing)
+    num_experts = max(record.num_experts for record in routing)
+    first_rows = classes.unsqueeze(1) * num_routers
     indices = []  # of each choice in the flat loads
+    shares = []
     for number, record in enumerate(routing):
-        row = classes * len(routing) + number
-        indices.append((row * size + record.selected_experts).flatten())
-    shares = widened(torch.cat([record.shares.flatten() for record in routing]))
-    loads = shares.new_zeros(num_classes * len(routing) * size)
+        first_indices = (first_rows + number) * num_experts
+        indices.append((first_indices + record.selected_experts).flatten())
+        shares.append(record.shares.flatten())
+    summands = widened(torch.cat(shares))
+    loads = summands.new_zeros(num_classes * num_routers * num_experts)
     # bincount would read the largest first
-    loads.scatter_add_(0, torch.cat(indices).to(shares.device), shares)
-    return loads.view(num_classes, len(routing), size)
+    loads.scatter_add_(0, torch.cat(indices).to(summands.device), summands)
+    return loads.view(num_classes, num_routers, num_experts)
 
 
 def load_shares(counts: Tensor) -> Tensor:
@@ -197,17 +187,9 @@ def load_shares(counts: Tensor) -> Tensor:
     return counts.double() / total.where(total > 0, 1)
 
 
-def _spread(load: Sequence[float]) -> float:
-    mean = fmean(load)
-    if not mean:
-        return 0.0
-    variance = fmean((count - mean) ** 2 for count in load)
-    return math.sqrt(variance) / mean
-
-
 def entropy_bits(shares: Tensor) -> Tensor:
     """Compute `-Σ_e p_e log2 p_e` over the last axis; 0 where all are zero."""
-    return -torch.special.xlogy(shares, shares).sum(-1) / math.log(2)
+    return torch.special.entr(shares).sum(-1) / math.log(2)
 
 
 def effective_number(shares: Tensor) -> Tensor:
@@ -220,8 +202,9 @@ def specialisation_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, "C N"]:
     class_shares = load_shares(loads)
     shares = load_shares(loads.sum(0))
     logs = torch.special.xlogy(class_shares, class_shares)
-    logs = logs - torch.special.xlogy(class_shares, shares)
-    return (logs.sum(-1) / math.log(2)).clamp_min(0)
+    logs -= torch.special.xlogy(class_shares, shares)
+    bits = logs.sum(-1) / math.log(2)
+    return bits.clamp_min(0)
 
 
 def mutual_information_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, " N"]:
@@ -239,20 +222,24 @@ def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
     choices = {router: counts for router, counts in choices.items() if len(counts) > top_k}
     if not choices or not has_enough_choices(choices):
         return {}
-    num_experts = sum(map(len, choices.values()))
+    num_experts = 0
     num_unused = 0
-    unused, collapsed = [], []
+    unused: list[str] = []
+    collapsed: list[str] = []
     for router, counts in choices.items():
         name = describe_router(router)
         load = load_shares(torch.tensor(counts))
-        experts = torch.nonzero(load < UNUSED_SHARE / len(load)).flatten().tolist()
+        num_experts += len(load)
+        fewest = UNUSED_SHARE / len(load)
+        experts = [str(expert) for expert, share in enumerate(load) if share < fewest]
         if experts:
             num_unused += len(experts)
             plural = "s" if len(experts) > 1 else ""
-            unused.append(f"{name} (expert{plural} {', '.join(map(str, experts))})")
+            unused.append(f"{name} (expert{plural} {', '.join(experts)})")
         number = float(effective_number(load))
-        if number <= top_k + COLLAPSED_PART * (len(counts) - top_k):
-            collapsed.append(f"{name} ({number:.1f} of {len(counts)})")
+        bound = top_k + COLLAPSED_PART * (len(load) - top_k)
+        if number <= bound:
+            collapsed.append(f"{name} ({number:.1f} of {len(load)})")
     descriptions = {}
     if num_unused >= UNUSED_PART * num_experts:
         descriptions["unused experts"] = (

@@ -64,8 +64,9 @@ def load_question_set(
     limit: int | None = None,
 ) -> QuestionSet:
     choice_task = find_task(task)
-    split = split or choice_task.config.evaluation_split
-    scoring = scoring or choice_task.config.scoring
+    config = choice_task.config
+    split = split or config.evaluation_split
+    scoring = scoring or config.scoring
     rows = choice_task.load_rows(split, path)[:limit]
     source = sources.describe(choice_task.find_data(split, path))
     if is_task_file(task):
@@ -82,9 +83,10 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 def find_task(name: str) -> ChoiceTask:
     if is_task_file(check_task(name)):
         return _load_task(local_path(name, "a task's file"))
-    if (lands := skills_lands(name)) is not None:
-        return replace(_built_in("skills"), name=name, source=partial(generate_skills, **lands))
-    return _built_in(name)
+    lands = skills_lands(name)
+    if lands is None:
+        return _built_in(name)
+    return replace(_built_in("skills"), name=name, source=partial(generate_skills, **lands))
 
 
 @lru_cache
@@ -103,10 +105,9 @@ def _load_task(path: Path) -> ChoiceTask:
     if data is not None and data.hub is not None:
         source = HubSource(data.hub, data.config, data.revision)
     elif data is not None:
-        source = {
-            split: path.parent / local_path(file, "data.files", DataError)
-            for split, file in (data.files or {}).items()
-        }
+        source = {}
+        for split, file in (data.files or {}).items():
+            source[split] = path.parent / local_path(file, "data.files", DataError)
     task = ChoiceTask(name, path, config, source)
     task.check_templates()
     return task
@@ -128,11 +129,16 @@ class ChoiceTask:
 
     def check_templates(self) -> None:
         for scoring, config in self._asked.items():
-            settings: dict[str, Any] = {"template": config.template.get(scoring)}
-            for name in ("continuation", "choices", "labels", "answer"):
-                settings[name] = getattr(config, name)
+            settings: dict[str, Any] = {
+                "template": config.template.get(scoring),
+                "continuation": config.continuation,
+                "choices": config.choices,
+                "labels": config.labels,
+                "answer": config.answer,
+            }
             for setting, value in settings.items():
-                for text in [value] if isinstance(value, str) else value or ():
+                texts = [value] if isinstance(value, str) else value
+                for text in texts or ():
                     compile_template(text, f"{self.path}: {setting}")
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
@@ -166,27 +172,31 @@ class ChoiceTask:
         variables: dict[str, Any] = {"choice_texts": texts, "choice_labels": labels}
         if config.continuation is None:
             answers = labels if scoring == "label" else texts
-            contexts = (self._fill_in(row, "template", prompt, variables),) * len(texts)
+            contexts = [self._fill_in(row, "template", prompt, variables)] * len(texts)
         else:
             continuation = self._fill_in(row, "continuation", config.continuation, variables)
             if not continuation.strip():
                 row.reject("the continuation is empty; fill in the row")
-            answers = (continuation,) * len(texts)
-            of_choices = [{**variables, "choice": text} for text in texts]
-            contexts = tuple(self._fill_in(row, "template", prompt, x) for x in of_choices)
-        normalizers = (1.0,) * len(answers)
+            answers = [continuation] * len(texts)
+            contexts = []
+            for text in texts:
+                variables["choice"] = text
+                contexts.append(self._fill_in(row, "template", prompt, variables))
+        normalizers = [1.0] * len(answers)
         if scoring != "label" and config.normalization == "characters":
-            normalizers = tuple(float(max(len(answer), 1)) for answer in answers)
+            normalizers = [float(max(len(answer), 1)) for answer in answers]
         group = None if config.group is None else _find(row, config.group)
+        if group is not None:
+            group = _as_text(row, "group", group)
         return ChoiceQuestion(
             self.name,
             index,
-            contexts,
+            tuple(contexts),
             continuations=tuple(config.delimiter + answer for answer in answers),
             labels=labels,
             gold=self._gold(row, config, texts, labels),
-            normalizers=normalizers,
-            group=None if group in (None, "") else _as_text(row, "group", group),
+            normalizers=tuple(normalizers),
+            group=group or None,
         )
 
     def training_texts(self, row: Row, index: int, scoring: Scoring) -> tuple[TextPair, TextPair]:
@@ -197,10 +207,12 @@ class ChoiceTask:
         return right, texts[index % len(texts)]
 
     def _choices(self, row: Row, config: TaskConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        texts = _as_texts(row, config.choices, self._read(row, "choices", config.choices))
+        values = self._read(row, "choices", config.choices)
+        texts = _as_texts(row, config.choices, values)
         labels = tuple(ascii_uppercase[: len(texts)])
         if config.labels is not None:
-            labels = _as_texts(row, config.labels, self._read(row, "labels", config.labels))
+            values = self._read(row, "labels", config.labels)
+            labels = _as_texts(row, config.labels, values)
         if not 2 <= len(texts) == len(labels) == len(set(labels)):
             row.reject(
                 "a question must have at least 2 choices, with different labels (from the row if "
@@ -211,7 +223,8 @@ class ChoiceTask:
     def _gold(
         self, row: Row, config: TaskConfig, texts: Sequence[str], labels: Sequence[str]
     ) -> int:
-        answer = _as_text(row, "answer", self._read(row, "answer", config.answer)).strip()
+        value = self._read(row, "answer", config.answer)
+        answer = _as_text(row, "answer", value).strip()
         options = answer_options(texts, labels)[config.answer_is]
         if answer not in options:
             row.reject(
@@ -242,10 +255,11 @@ class ChoiceTask:
 
 def answer_options(texts: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
     """List the answers that a question accepts, by what its task's `answer_is` may be."""
-    indices = [str(index) for index in range(len(texts))]
-    stripped_texts = [text.strip() for text in texts]
-    stripped_labels = [label.strip() for label in labels]
-    return {"index": indices, "text": stripped_texts, "label": stripped_labels}
+    return {
+        "index": [str(index) for index in range(len(texts))],
+        "text": [text.strip() for text in texts],
+        "label": [label.strip() for label in labels],
+    }
 
 
 def _find(row: Row, path: str) -> Any:

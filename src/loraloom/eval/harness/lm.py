@@ -74,7 +74,8 @@ class Answers:
         keys = list(product(requests, self.adapters))
         rows = []
         for (prompt_ids, sampling, draw), adapter in keys:
-            rows.append(GenerationRequest(list(prompt_ids), Choice(adapter), "", sampling, draw))
+            choice = Choice(adapter)
+            rows.append(GenerationRequest(list(prompt_ids), choice, "", sampling, draw))
         completions = complete(self._host, self._tokenizer, rows, batch_size=self._batch_size)
         for (request, adapter), completion in zip(keys, completions, strict=True):
             self._answers[adapter, request] = completion.text
@@ -84,7 +85,8 @@ class Answers:
         groups = _group_by_context(requests)
         pairs = [[TokenPair(*map(list, request)) for request in group] for group in groups]
         rows = scoring.group_rows(self._host, pairs)
-        for indices in scoring.token_batches(rows, self._max_tokens // len(self.adapters)):
+        tokens_per_adapter = self._max_tokens // len(self.adapters)
+        for indices in scoring.token_batches(rows, tokens_per_adapter):
             keys = list(product(self.adapters, indices))
             scores = scoring.score_groups(self._host, rows, keys, self._max_tokens)
             for (adapter, index), group_scores in zip(keys, scores, strict=True):
@@ -225,14 +227,16 @@ def _chat_template(host: Host, tokenizer: PreTrainedTokenizerBase, adapter: str 
 
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
     normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
-    stop = tuple(dict.fromkeys(filter(None, normal.pop("until"))))
-    max_gen_toks = normal.pop("max_gen_toks")
+    stop = dict.fromkeys(filter(None, normal.pop("until")))
+    sampling = {"max_new_tokens": normal.pop("max_gen_toks"), "stop": tuple(stop)}
     do_sample = normal.pop("do_sample")
     if do_sample and float(normal.setdefault("temperature", 1.0)) == 0:
         raise ConfigError("generation_kwargs: do_sample requires temperature above 0, got 0")
-    ignored = () if do_sample else ("temperature", "top_k", "top_p")
-    chosen = {n: value for n, value in normal.items() if value is not None and n not in ignored}
-    return checked(SamplingConfig, {"max_new_tokens": max_gen_toks, "stop": stop, **chosen})
+    for name, value in normal.items():
+        is_read = do_sample or name not in ("temperature", "top_k", "top_p")
+        if is_read and value is not None:
+            sampling[name] = value
+    return checked(SamplingConfig, sampling)
 
 
 def evaluate_adapters(

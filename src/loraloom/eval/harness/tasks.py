@@ -28,10 +28,13 @@ _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
 def load_tasks(names: Sequence[str], include: Path | None = None) -> list[Task | Group]:
-    """Load tasks, groups of tasks and tags with their data."""
     manager = _find_manager(names, include)
-    tasks = dict.fromkeys(match for name in names for match in _match(manager, name))
-    loaded = [task for name in tasks for task in _load(manager, name)]
+    matches: list[str] = []
+    for name in names:
+        matches += _match(manager, name)
+    loaded: list[Task | Group] = []
+    for name in dict.fromkeys(matches):
+        loaded += _load(manager, name)
     try:
         manager.load(loaded)
     except ValueError as error:
@@ -43,7 +46,10 @@ def check_asks_text(loaded: Sequence[Task | Group]) -> None:
     """Refuse tasks that lm-eval wouldn't ask, before the model is there."""
     tasks = []
     for entry in loaded:
-        tasks += entry.get_all_tasks() if isinstance(entry, Group) else [entry]
+        if isinstance(entry, Group):
+            tasks += entry.get_all_tasks()
+        else:
+            tasks.append(entry)
     for mark, reason in (("UNSAFE_CODE", "run code of the model's"), ("MULTIMODAL", "need images")):
         names = [task.task_name for task in tasks if getattr(task, mark, False)]
         if names:
@@ -64,8 +70,9 @@ def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
 def _match(manager: TaskManager, name: str) -> list[str]:
     if name.endswith(".yaml") and Path(name).is_file():
         return [name]
-    if matches := manager.match_tasks([name]):
-        return list(matches)
+    matches = list(manager.match_tasks([name]))
+    if matches:
+        return matches
     raise ConfigError(
         f"{suggestion(name, manager.all_tasks)}task must be one of lm-eval's "
         f"(`lm-eval ls tasks` lists them) or of --harness-include, got {name!r}"
@@ -81,8 +88,10 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
             f"task {name} could not be loaded: {reason}; without a network, list its files in a "
             "task of --harness-include (dataset_path: json, dataset_kwargs: data_files)"
         ) from error
-    groups, tasks = loaded.get("groups", {}), loaded["tasks"]
-    return [groups[name]] if name in groups else list(tasks.values())
+    groups = loaded.get("groups", {})
+    if name in groups:
+        return [groups[name]]
+    return list(loaded["tasks"].values())
 
 
 def as_evaluation(by_adapter: Results, **details: Any) -> Evaluation:
@@ -117,9 +126,10 @@ def _result(output: Mapping[str, Any], task: str) -> Fields:
         "metrics": metrics,
     }
     # the first filter of the first metric that counts as accuracy
-    keys = {key.partition(",")[0]: key for key in reversed(metrics)}
-    key = next((keys[name] for name in _ACCURACIES if name in keys), None)
-    if key is not None:
+    by_metric = {key.partition(",")[0]: key for key in reversed(metrics)}
+    keys = [by_metric[name] for name in _ACCURACIES if name in by_metric]
+    if keys:
+        key = keys[0]
         value, stderr = metrics[key].values()
         result |= {"accuracy": value, "stderr": stderr, "metric": key}
         count = result["num_examples"] or 0
@@ -136,12 +146,14 @@ def _is_share(value: float | None, stderr: float | None, count: int) -> bool:
     """Whether a mean is of right and wrong answers, not of other marks, by its standard error."""
     if value is None or stderr is None or not 0 <= value <= 1 < count:
         return False
-    return math.isclose(stderr, math.sqrt(value * (1 - value) / (count - 1)), rel_tol=1e-3)
+    expected = math.sqrt(value * (1 - value) / (count - 1))
+    return math.isclose(stderr, expected, rel_tol=1e-3)
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None: lm-eval says N/A where there is no standard error."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None  # lm-eval says N/A where there is no standard error
 
 
 def question_lines(by_adapter: Results) -> Iterator[dict[str, Any]]:
@@ -154,14 +166,17 @@ def question_lines(by_adapter: Results) -> Iterator[dict[str, Any]]:
 
 def _question_line(task: str, adapter: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {metric: sample[metric] for metric in sample["metrics"]}
-    accuracy = next((metrics[name] for name in _ACCURACIES if name in metrics), None)
-    return {
+    accuracies = [metrics[name] for name in _ACCURACIES if name in metrics]
+    line = {
         "task": task,
         "index": sample["doc_id"],
         "question": sample["doc_hash"][:16],
         "adapter": adapter,
         "filter": sample["filter"],
-        **({"correct": bool(accuracy)} if accuracy in (0, 1) else {}),
+    }
+    if accuracies and accuracies[0] in (0, 1):
+        line["correct"] = bool(accuracies[0])
+    return line | {
         "correct_label": sample["target"],
         "metrics": metrics,
         "responses": sample["filtered_resps"],
