@@ -7,7 +7,6 @@ from loraloom.data.tokens import (
     DROPPED,
     NO_LOSS,
     Example,
-    count_labels,
     encode_completions,
     encode_documents,
     encode_pairs,
@@ -15,7 +14,6 @@ from loraloom.data.tokens import (
     first_fit,
     fit,
     group_by_length,
-    join_samples,
     leading_tokens,
 )
 from loraloom.errors import DataError
@@ -148,14 +146,6 @@ def test_rows_hold_every_sample_once_the_longest_first_and_no_row_is_too_long():
     rows = first_fit(lengths, max_length=30)
     assert sorted(place for row in rows for place in row) == list(range(50))
     assert max(sum(lengths[place] for place in row) for row in rows) <= 30
-
-
-def test_the_first_token_of_a_sample_is_not_predicted_from_the_sample_before():
-    row = join_samples([Example((1, 2), (1, 2), 5), Example((3, 4), (3, 4), 6)])
-    assert row.input_ids == (1, 2, 3, 4)
-    assert row.labels == (NO_LOSS, 2, NO_LOSS, 4)
-    assert count_labels(row) == 2
-    assert count_labels(Example((1, 2, 3), (1, 2, 3))) == 2
 
 
 def test_mega_batches_are_shuffled_and_sorted_within_as_in_transformers():

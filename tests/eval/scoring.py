@@ -47,7 +47,7 @@ def some_questions() -> list[ChoiceQuestion]:
     """Several lengths, numbers of choices, single tokens, and contexts that differ."""
     apart = question("The red", ["is one", "is one"], gold=1, index=4)
     return [
-        question("Question: What color is the sky?\nAnswer:", ["blue", "no", "yes and no"]),
+        question("Question: What color is the sky?\nAnswer:", ["yes", "no", "yes and no"]),
         question("Answer:", ["a", "the", "c", "answer"], gold=2, index=1),
         question("Please choose the correct one", ["a, b and c", "two"], gold=1, index=2),
         question("The sky is", ["blue and green", "blue and red, a sea"], index=3),

@@ -8,7 +8,7 @@ from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, DataError
 from loraloom.report.charts import COLORS, job_styles, learning_curves
 from loraloom.report.jobs import read_runs
-from loraloom.report.page import lay_out, level, make_page
+from loraloom.report.page import lay_out, make_page
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
 VOID = {"meta", "link", "img"}
@@ -98,12 +98,6 @@ def test_names_and_texts_from_files_are_escaped(tmp_path):
     assert "<script" not in page
     assert checked.of("b") == []
     assert any(bad in text for text in checked.texts)
-
-
-def test_line_breaks_of_a_text_are_seen_and_kept(page):
-    assert "↵</span>" in page
-    start = page.index('<p class="text">')
-    assert "\n" in page[start : page.index("</p>", start)]
 
 
 def test_sections_say_what_is_not_there(run, page_of, tmp_path):
@@ -199,10 +193,6 @@ def test_every_metric_has_a_chart(run):
     titles = [chart.title for chart in learning_curves(read_runs([run]))]
     means = ["loss, running mean", "aux_loss", "learning_rate", "grad_norm, running mean"]
     assert titles == [*means, "eval/arc_easy/accuracy"]
-
-
-def test_loads_are_compared_with_an_even_share():
-    assert [level(x) for x in (0, 0.2, 0.5, 1, 2, 4)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():

@@ -140,18 +140,6 @@ def test_draws_of_an_adapter_do_not_depend_on_the_others(host, tiny_tokenizer):
     assert len(set(completions(together[None], ["one"] * 4, drawn))) > 1
 
 
-def test_what_was_computed_for_one_is_not_computed_again(host, tiny_tokenizer, monkeypatch):
-    lms = shared_lms(host, tiny_tokenizer, [None, "lora"])
-    calls, hidden = [], host.hidden
-    monkeypatch.setattr(host, "hidden", lambda *a, **rest: calls.append(a) or hidden(*a, **rest))
-    first = log_likelihoods(lms[None])
-    num_calls = len(calls)
-    log_likelihoods(lms["lora"])
-    assert len(calls) == num_calls
-    assert log_likelihoods(lms[None]) == first
-    assert len(calls) == 2 * num_calls
-
-
 def test_chat_templates_are_as_in_lm_evals_own_class(host, tiny_tokenizer):
     user = {"role": "user", "content": "one"}
     with pytest.raises(ConfigError, match="apply_chat_template needs a tokenizer with a chat"):
