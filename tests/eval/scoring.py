@@ -70,6 +70,18 @@ def toy_scores(
     return task_scores(asked, dict.fromkeys(names, scores))
 
 
+def record_forwards(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Give the shapes of the tokens of all forwards to come."""
+    shapes, hidden = [], Host.hidden
+
+    def recorded(self: Host, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        shapes.append(ids.shape)
+        return hidden(self, ids, *args, **options)
+
+    monkeypatch.setattr(Host, "hidden", recorded)
+    return shapes
+
+
 def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Let the end of a forward of more rows run out of memory; give the rows of the others."""
     seen, rows, hidden, scored = [], 0, Host.hidden, Host.token_scores

@@ -98,7 +98,7 @@ def test_everything_is_as_in_lm_evals_own_class(host, tiny_tokenizer, max_length
 
 
 @pytest.mark.parametrize(
-    ("name", "num_fewshot"), [*((name, 0) for name in TASKS), ("toy_choice", 2)]
+    ("name", "num_fewshot"), [(name, 2 if name == "toy_choice" else 0) for name in TASKS]
 )
 def test_results_of_tasks_are_those_of_lm_eval(host, tiny_tokenizer, toy_tasks, name, num_fewshot):
     how = {"task_manager": TaskManager(include_defaults=False), "bootstrap_iters": 0}
