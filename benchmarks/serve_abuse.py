@@ -351,7 +351,7 @@ async def history(server: Server) -> Outcome:
                 answer = await server.ask(http, "base", 20, prompt=f"{time.perf_counter()}")
                 tokens[key] += answer.json()["usage"]["total_tokens"]
 
-    seconds = 20 * server.scale
+    seconds = max(2.0, 20 * server.scale)
     end = time.perf_counter() + seconds
     await asyncio.gather(*(keep_asking("user-1", end) for _ in range(8)))
     tokens.clear()

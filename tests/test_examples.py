@@ -33,7 +33,8 @@ def test_trainers_of_others_learn(capsys):
 
 @pytest.mark.parametrize("name", ["train_and_look", "serve_and_compare"])
 def test_notebooks_run_and_show_results(name, tmp_path, monkeypatch):
-    (tmp_path / "support.jsonl").symlink_to(EXAMPLES / "support.jsonl")
+    rows = (EXAMPLES / "support.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "support.jsonl").write_text("".join(rows[:100]))
     monkeypatch.chdir(save_tiny(tmp_path, max_position_embeddings=1024))
     cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
     assert len(cells) <= 12
@@ -41,7 +42,8 @@ def test_notebooks_run_and_show_results(name, tmp_path, monkeypatch):
     for cell in cells:
         assert not cell.get("outputs"), "clear the outputs"
         if cell["cell_type"] == "code":
-            *body, last = ast.parse("".join(cell["source"]).replace("smollm2-135m", "base")).body
+            source = "".join(cell["source"]).replace("smollm2-135m", "base")
+            *body, last = ast.parse(source.replace('"max_steps": 20', '"max_steps": 4')).body
             is_value = isinstance(last, ast.Expr)
             exec(compile(ast.Module(body if is_value else [*body, last], []), name, "exec"), names)
             if is_value:

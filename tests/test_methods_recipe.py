@@ -24,13 +24,6 @@ def test_no_method_is_left_out(recipe):
     assert compared == known - {"routed"}  # which learns nothing of its own
 
 
-def test_ranks_are_those_whose_measure_is_nearest(recipe):
-    assert recipe["fitted_rank"](lambda rank: 10 * rank, 64) == 6
-    assert recipe["fitted_rank"](lambda rank: 10 * rank, 66) == 7
-    assert recipe["fitted_rank"](lambda rank: 10 * rank, 1) == 1
-    assert recipe["fitted_rank"](lambda rank: rank, 10**9) == recipe["MOST_RANK"]
-
-
 def test_methods_are_fitted_trained_tested_and_put_into_a_table(recipe, tmp_path, capsys):
     base = save_tiny(tmp_path / "saved") / "base"
     words = [f"--base-model={base}", f"--output={tmp_path / 'out'}", "--task=skills@1", "--rank=4"]

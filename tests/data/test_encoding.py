@@ -110,15 +110,6 @@ def test_what_is_read_is_what_encoding_gives(tiny_tokenizer, tmp_path, cache, mo
     assert len(entries(cache)) == 1
 
 
-@pytest.mark.parametrize("as_pairs", [False, True])
-def test_a_task_is_encoded_once_too(tiny_tokenizer, cache, monkeypatch, as_pairs):
-    encoder = SourceEncoder(SourceConfig(task="skills"), tiny_tokenizer, 64, as_pairs)
-    first = encoder.load("train", 30)
-    monkeypatch.setattr(encoding.tokens, "encode_completions", refuse)
-    monkeypatch.setattr(encoding.tokens, "encode_completion_pairs", refuse)
-    assert encoder.load("train", 30) == first
-
-
 def test_whatever_changes_tokens_makes_another_entry(tiny_tokenizer, tmp_path, cache):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ instruction }}:")

@@ -1,7 +1,7 @@
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -61,16 +61,6 @@ def test_skills_are_questions_by_skill():
     asked = load_question_set("skills@2", "text", "test").questions
     assert len(asked) == 2 * 8 * len(SKILLS)
     assert {question.task for question in asked} == {"skills@2"}
-
-
-def test_a_land_gives_one_kind_of_answer_and_the_next_another():
-    answers = defaultdict(set)
-    for row in (row for rows in IN_LANDS.values() for row in rows if row["skill"] == "season"):
-        (land,) = (name for name in land_names(NUM_LANDS) if name in row["question"])
-        if "January" in row["question"]:
-            answers[land].add(row["choices"][row["answer"]])
-    assert [len(of_land) for of_land in answers.values()] == [1] * NUM_LANDS
-    assert len(set(map(frozenset, answers.values()))) > 1
 
 
 def test_every_land_has_all_rules_with_as_many_questions_whatever_lands_there_are():

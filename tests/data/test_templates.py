@@ -79,19 +79,6 @@ def test_a_template_may_come_from_a_file(tmp_path):
     assert read(ALPACA, str(tmp_path / "mine.jinja"))[0] == "Q: Add.\nA:\n"
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"instruction": "Add."}, "f.jsonl, line 9: the row has no field 'output'"),
-        ({"instruction": 1, "output": "3"}, "field 'instruction' must be a string, got 1"),
-        ({"instruction": "", "output": " \n"}, "line 9: field 'output' is empty"),
-    ],
-)
-def test_a_row_without_its_field_is_named(fields, message):
-    with pytest.raises(DataError, match=message):
-        read(Row(fields, "f.jsonl, line 9"))
-
-
 @pytest.mark.parametrize(("source", "message"), HOSTILE.items())
 def test_a_hostile_template_is_one_clear_error(source, message, tiny_tokenizer):
     with pytest.raises(DataError, match=message):

@@ -7,20 +7,15 @@ from loraloom.data.tokens import (
     DROPPED,
     NO_LOSS,
     Example,
-    count_labels,
     encode_completions,
     encode_documents,
     encode_pairs,
     encode_texts,
-    first_fit,
     fit,
     group_by_length,
-    join_samples,
     leading_tokens,
 )
 from loraloom.errors import DataError
-
-_ = NO_LOSS
 
 
 def encode_pair(tokenizer, context, continuation):
@@ -118,44 +113,13 @@ def test_a_long_document_is_divided_and_each_token_predicted_once(tiny_tokenizer
     assert row.pieces == (Example(tuple(ids), tuple(ids)),)
 
 
-@pytest.mark.parametrize(
-    ("spans", "max_length", "kept", "labels"),
-    [
-        ("..AA..AA", 8, (1, 2, 3, 4, 5, 6, 7, 8), (_, _, 3, 4, _, _, 7, 8)),
-        ("..AA..", 8, (1, 2, 3, 4), (_, _, 3, 4)),
-        ("..AA..AA", 5, (4, 5, 6, 7, 8), (_, _, _, 7, 8)),
-        ("..AA..AA", 3, (6, 7, 8), (_, 7, 8)),
-    ],
-)
-def test_conversations_keep_their_last_answers(spans, max_length, kept, labels):
-    row = fit(marked(spans), [], max_length)
-    assert row.pieces == (Example(kept, labels),)
-    assert row.is_cut == (max_length < 8)
-
-
 def test_the_last_answer_needs_a_token_before_it_and_bos_stays_in_front():
     assert fit(marked("..AA..AA"), [], 2) == DROPPED
     assert fit(marked("........"), [], 8) == DROPPED
     row = marked("b...AA")
     assert fit(row, [1], 4).pieces[0].input_ids == (1, 4, 5, 6)
-    assert fit(row, [1], 3).pieces[0].labels == (_, 5, 6)
+    assert fit(row, [1], 3).pieces[0].labels == (NO_LOSS, 5, 6)
     assert fit(row, [1], 2) == DROPPED
-
-
-def test_rows_hold_every_sample_once_the_longest_first_and_no_row_is_too_long():
-    assert first_fit([3, 7, 2, 5, 4], max_length=10) == [[1, 0], [3, 4], [2]]
-    lengths = [1 + 7 * n % 23 for n in range(50)]
-    rows = first_fit(lengths, max_length=30)
-    assert sorted(place for row in rows for place in row) == list(range(50))
-    assert max(sum(lengths[place] for place in row) for row in rows) <= 30
-
-
-def test_the_first_token_of_a_sample_is_not_predicted_from_the_sample_before():
-    row = join_samples([Example((1, 2), (1, 2), 5), Example((3, 4), (3, 4), 6)])
-    assert row.input_ids == (1, 2, 3, 4)
-    assert row.labels == (NO_LOSS, 2, NO_LOSS, 4)
-    assert count_labels(row) == 2
-    assert count_labels(Example((1, 2, 3), (1, 2, 3))) == 2
 
 
 def test_mega_batches_are_shuffled_and_sorted_within_as_in_transformers():

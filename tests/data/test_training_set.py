@@ -201,16 +201,6 @@ def test_pairs_of_texts_may_begin_with_an_empty_one_and_count_once(tiny_tokenize
     assert "1 of 1 held-out examples" in loaded.warnings[0]
 
 
-def test_all_faulty_rows_are_in_one_message(tiny_tokenizer, tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("instruction,output\nSay 1,\nSay 2,b\nSay 3\nSay 4,\nSay 5,e,f\n")
-    with pytest.raises(DataError) as error:
-        load(tiny_tokenizer, dataset=str(path), format="instruction")
-    head, *lines = str(error.value).splitlines()
-    assert head == f"{path}: 4 of 5 rows can't be used:"
-    assert [line.partition(":")[0] for line in lines] == ["  lines 2, 5", "  line 4", "  line 6"]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

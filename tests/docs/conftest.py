@@ -11,6 +11,7 @@ import torch
 
 from loraloom.base import loading
 from loraloom.data import skills
+from loraloom.eval import statistics
 from tests.conftest import build_tokenizer
 from tests.tiny import tiny_model
 
@@ -26,9 +27,9 @@ CHAT_TEMPLATE = (
 def world(models, tmp_path, monkeypatch, methods_as_before):
     """The working directory of a document, which has nothing but examples and models."""
     shutil.copytree(models, tmp_path / "world")
-    shutil.copytree(EXAMPLES, tmp_path / "world/examples")
     monkeypatch.chdir(tmp_path / "world")
     monkeypatch.setattr(loading, "SMALL_MODEL", "")
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 100)
     for numbers in (skills.QUESTIONS_PER_SKILL, skills.QUESTIONS_IN_A_LAND):
         for split in numbers:
             monkeypatch.setitem(numbers, split, 2)
@@ -37,11 +38,17 @@ def world(models, tmp_path, monkeypatch, methods_as_before):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A directory with the models."""
+    """A directory with the models, and with examples that train for few steps."""
     directory = tmp_path_factory.mktemp("models")
+    examples = shutil.copytree(EXAMPLES, directory / "examples")
+    run_file = (examples / "skills.yaml").read_text()
+    (examples / "skills.yaml").write_text(run_file.replace("16, max_steps: 20", "4, max_steps: 2"))
+    rows = (examples / "support.jsonl").read_text().splitlines(keepends=True)
+    (examples / "support.jsonl").write_text("".join(rows[:80]))
     sizes = {"vocab_size": 300, "max_position_embeddings": 512}
     sizes |= {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 4-bit weights
     model = tiny_model(dtype=torch.float32, **sizes)
+    model.generation_config.eos_token_id = [*range(2, 60)]  # answers are short
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     for name in MODELS:

@@ -107,7 +107,7 @@ def check_yaml(block: Example) -> None:
     named = re.match(r"# (\S+\.yaml)\n", block.parsed)
     path = Path(named[1] if named else "block.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(re.sub(r"max_steps: \d{3,}", "max_steps: 4", block.parsed))
+    path.write_text(re.sub(r"max_steps: \d{3,}", "max_steps: 2", block.parsed))
     settings = parse_yaml(block.parsed, str(path))
     if isinstance(settings, dict) and "choices" in settings:
         load_task_config(path)

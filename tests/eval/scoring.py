@@ -47,7 +47,7 @@ def some_questions() -> list[ChoiceQuestion]:
     """Several lengths, numbers of choices, single tokens, and contexts that differ."""
     apart = question("The red", ["is one", "is one"], gold=1, index=4)
     return [
-        question("Question: What color is the sky?\nAnswer:", ["blue", "no", "yes and no"]),
+        question("Question: What color is the sky?\nAnswer:", ["yes", "no", "yes and no"]),
         question("Answer:", ["a", "the", "c", "answer"], gold=2, index=1),
         question("Please choose the correct one", ["a, b and c", "two"], gold=1, index=2),
         question("The sky is", ["blue and green", "blue and red, a sea"], index=3),
@@ -68,6 +68,18 @@ def toy_scores(
     ]
     asked = QuestionSet(task, "test", "text", [score.question for score in scores], {})
     return task_scores(asked, dict.fromkeys(names, scores))
+
+
+def record_forwards(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Give the shapes of the tokens of all forwards to come."""
+    shapes, hidden = [], Host.hidden
+
+    def recorded(self: Host, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        shapes.append(ids.shape)
+        return hidden(self, ids, *args, **options)
+
+    monkeypatch.setattr(Host, "hidden", recorded)
+    return shapes
 
 
 def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:

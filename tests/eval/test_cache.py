@@ -11,9 +11,8 @@ from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, computation_key, describe_adapters
 from loraloom.eval.score import Scorer, score_questions
-from loraloom.host.host import Host
 from tests.eval import scoring
-from tests.eval.scoring import question, scoring_host, some_questions
+from tests.eval.scoring import question, record_forwards, scoring_host, some_questions
 from tests.tiny import METHODS
 
 ADAPTERS = [None, "lora", "mixlora"]
@@ -96,13 +95,7 @@ def test_what_is_kept_is_shared_and_may_be_deleted_at_any_time(tmp_path, reopen)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Rows of every forward."""
-    seen, hidden = [], Host.hidden
-    counted = lambda self, ids, *args, **rest: (  # noqa: E731
-        seen.append(len(ids)) or hidden(self, ids, *args, **rest)
-    )
-    monkeypatch.setattr(Host, "hidden", counted)
-    return seen
+    return record_forwards(monkeypatch)
 
 
 def score(host, tokenizer, directory, adapters=ADAPTERS, questions=None, max_tokens=None, **rest):

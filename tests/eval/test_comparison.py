@@ -126,28 +126,32 @@ def test_lines_that_can_not_be_used_are_an_error(tmp_path, lines, message):
         read_answers(tmp_path / "q.jsonl")
 
 
-def test_filters_of_generated_answers_are_tasks_of_their_own(tmp_path):
-    lines = [
-        LINE | {"filter": "strict", "correct": False},
-        LINE | {"filter": "flexible"},
-        LINE | {"task": "choice", "filter": "none"},
-    ]
+FILTERED = [
+    LINE | {"filter": "strict", "correct": False},
+    LINE | {"filter": "flexible"},
+    LINE | {"task": "choice", "filter": "none"},
+]
+JUDGED = [
+    {"completion": "", "task": 3, "index": "", "prompt": prompt, "adapter": name, "score": score}
+    for name, prompt, score in (("a", "x", 1), ("a", "y", 2), ("b", "y", 2), ("b", "x", 1))
+]
+PAIRS = [
+    {"adapter": "a", "index": 0, "dataset": name, "correct": name == "law"}
+    for name in ("law", "math")
+]
+
+
+@pytest.mark.parametrize(
+    ("lines", "answers"),
+    [
+        (FILTERED, [("t,strict", (False,)), ("t,flexible", (True,)), ("choice", (True,))]),
+        (JUDGED, [("judged", (1, 2))]),
+        (PAIRS, [("law", (True,)), ("math", (False,))]),
+    ],
+    ids=["filters of an answer", "rows that a judge sorts", "data sets of pairs"],
+)
+def test_lines_make_tasks(tmp_path, lines, answers):
     write_lines(tmp_path / "q.jsonl", lines)
-    answers = {task.task: task.right["a"] for task in read_answers(tmp_path / "q.jsonl")}
-    assert answers == {"t,strict": (False,), "t,flexible": (True,), "choice": (True,)}
-
-
-def test_a_judge_may_sort_its_rows(tmp_path):
-    rows = [{"prompt": p, "adapter": a, "score": ord(p)} for a, p in ("ax", "ay", "by", "bx")]
-    users = {"completion": "", "task": 3, "index": ""}
-    write_lines(tmp_path / "q.jsonl", [users | row for row in rows])
-    (task,) = read_answers(tmp_path / "q.jsonl")
-    assert task.right["a"] == task.right["b"] == (ord("x"), ord("y"))
-
-
-def test_each_data_set_of_pairs_is_a_task(tmp_path):
-    pair = {"adapter": "a", "index": 0}
-    lines = [pair | {"dataset": n, "correct": n == "law"} for n in ("law", "math")]
-    write_lines(tmp_path / "q.jsonl", lines)
-    answers = {task.task: task.right["a"] for task in read_answers(tmp_path / "q.jsonl")}
-    assert answers == {"law": (True,), "math": (False,)}
+    tasks = read_answers(tmp_path / "q.jsonl")
+    assert [(task.task, task.right["a"]) for task in tasks] == answers
+    assert all(right == task.right["a"] for task in tasks for right in task.right.values())

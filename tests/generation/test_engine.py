@@ -3,7 +3,7 @@
 import random
 import weakref
 from dataclasses import replace
-from unittest.mock import Mock, create_autospec
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -289,14 +289,6 @@ def test_an_answer_ends_with_its_turn(make_engine, tiny_tokenizer):
     assert len(ignored.row.new_ids) == 8
 
 
-def test_an_engine_that_is_stopped_ends_what_it_has(make_engine, tiny_tokenizer):
-    engine = make_engine()
-    (asked,) = submit(engine, request(tiny_tokenizer, "one"))
-    engine.stop()
-    engine.run()
-    assert asked.pieces[-1].finish_reason == "length"
-
-
 def test_penalties_and_biases_change_what_is_said(make_engine, tiny_tokenizer):
     engine = make_engine()
     plain, biased, penalised = (
@@ -370,7 +362,7 @@ def test_routers_choose_in_the_engines_steps_and_are_charged(make_engine, host, 
     assert engine._scheduler.used(Share("a", "lora"))[0] == 2 * len(ids)
 
 
-def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows(monkeypatch):
+def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows():
     generator, cache = random.Random(0), PrefixCache()
     session = create_autospec(Decoding, instance=True)
     for _ in range(300):
@@ -384,9 +376,3 @@ def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows(monkeypatch
             cache.remember(session, 0, None, prompt)
             assert torch.equal(cache.find(None, [*prompt, 7]), states)
         cache.shrink(generator.randrange(3, 9) * BLOCK_TOKENS)
-    cache, session.states.side_effect = PrefixCache(), None
-    session.states.return_value = torch.zeros(1, 1, 1, 2 * BLOCK_TOKENS, 1)
-    monkeypatch.setattr(torch.Tensor, "clone", Mock(side_effect=[states, MemoryError]))
-    with pytest.raises(MemoryError):  # kept whole or not at all
-        cache.remember(session, 0, None, [0] * 2 * BLOCK_TOKENS)
-    assert cache.num_tokens == 0

@@ -1,10 +1,9 @@
 import pytest
 
 from loraloom.config.model import BaseModelConfig
-from loraloom.errors import ConfigError, FormatError, ModelError
-from loraloom.formats.files import read_stored
+from loraloom.errors import ConfigError
 from loraloom.generation import loading
-from loraloom.generation.loading import check_sources, load_host
+from loraloom.generation.loading import load_host
 from tests.generation.saved import save_tiny
 from tests.tiny import tiny_ids
 
@@ -47,15 +46,3 @@ def test_a_cache_without_room_for_its_rows_is_an_error(saved, monkeypatch):
     monkeypatch.setattr(loading, "available_memory", lambda: 10**6)
     with pytest.raises(ConfigError, match="too small for the cache"):
         loading.default_cache_tokens(host, 64)
-
-
-def test_sources_are_checked_without_loading_the_base_model(saved, monkeypatch):
-    read, stored = [], read_stored(saved / "lora")
-    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("must not load"))
-    monkeypatch.setattr(loading, "read_stored", lambda path: read.append(path) or stored)
-    check_sources(model(saved / "base"), {"a": str(saved / "lora")})
-    assert read == [saved / "lora"]
-    with pytest.raises(ModelError, match=r"\./nowhere"):
-        check_sources(model("./nowhere"), {})
-    with pytest.raises(FormatError, match="a Hub ID, got"):
-        check_sources(model(saved / "base"), {"a": str(saved / "nowhere")})

@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from loraloom.config.fields import checked
-from loraloom.data.tokens import NUM_BEFORE, name_of_token, text_of_token
+from loraloom.data.tokens import NUM_BEFORE, text_of_token
 from loraloom.errors import ConfigError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 
@@ -170,10 +170,3 @@ def test_a_prompt_may_end_with_the_sign_of_an_unknown_character(tiny_tokenizer):
     stream = TextStream(tiny_tokenizer, (), before[-NUM_BEFORE:])
     pieces = [stream.push(token) for token in tiny_tokenizer("two")["input_ids"]]
     assert "".join([*pieces, stream.finish()]) == "two"
-
-
-def test_tokens_that_are_no_whole_character_are_named_by_their_bytes(tiny_tokenizer):
-    tokens = tiny_tokenizer("\u20ac\u00e9", add_special_tokens=False)["input_ids"]
-    names = [name_of_token(tiny_tokenizer, token) for token in tokens]
-    assert names == [rf"bytes:\x{byte:02x}" for byte in "\u20ac\u00e9".encode()]
-    assert name_of_token(tiny_tokenizer, tiny_tokenizer("o")["input_ids"][0]) == "o"

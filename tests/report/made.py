@@ -31,9 +31,7 @@ def _steps(num_steps: int, seed: int) -> list[dict[str, Any]]:
             "step": step,
             "epoch": step / num_steps,
             "loss": 2 + math.exp(-step / 10) + generator.uniform(-0.2, 0.2),
-            "aux_loss": 0.02,
             "learning_rate": 1e-3 * (1 - step / num_steps),
-            "grad_norm": 1 + generator.random(),
             "tokens": 100 * step,
             "seconds": 2.0 * step,
         }

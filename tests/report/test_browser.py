@@ -29,8 +29,8 @@ CONTRASTS = """() => {
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """A page of three seeds of four adapters, and names that leave no room."""
+def address(tmp_path_factory):
+    """The address of a page of three seeds of four adapters, and names that leave no room."""
     directory = tmp_path_factory.mktemp("report")
     names = ["lora", "dora", "mixlora", "mixdora-with-a-long-name"]
     runs = [write_run(directory / f"seed{seed}", names) for seed in range(3)]
@@ -39,12 +39,12 @@ def path(tmp_path_factory):
     evaluated = write_evaluation(directory / "result.json", evaluation(adapters[::-1], tasks))
     page = directory / "report.html"
     page.write_text(make_page(runs, [evaluated]))
-    return page
+    return page.as_uri()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (1280, "dark")])
-def test_the_page_fits_with_everything_unfolded(browser, path, width, scheme):
-    with browsers.opened(browser, path, width, scheme) as page:
+def test_the_page_fits_with_everything_unfolded(browser, address, width, scheme):
+    with browsers.opened(browser, address, width, scheme) as page:
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         headings = page.locator("h1, h2").all_inner_texts()
@@ -52,17 +52,17 @@ def test_the_page_fits_with_everything_unfolded(browser, path, width, scheme):
     assert headings[1:] == ["Results", "Jobs", "Learning curves", "Where mixtures send tokens"]
 
 
-def test_dark_mode_is_dark(browser, path):
+def test_dark_mode_is_dark(browser, address):
     colors = []
     for scheme in ("light", "dark"):
-        with browsers.opened(browser, path, 375, scheme) as page:
+        with browsers.opened(browser, address, 375, scheme) as page:
             colors.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert colors == ["rgb(255, 255, 255)", "rgb(21, 22, 26)"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out(browser, path, scheme):
-    with browsers.opened(browser, path, 1280, scheme) as page:
+def test_texts_stand_out(browser, address, scheme):
+    with browsers.opened(browser, address, 1280, scheme) as page:
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         contrast, where = page.evaluate(CONTRASTS)
     assert contrast >= 4.5, where

@@ -8,7 +8,7 @@ from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, DataError
 from loraloom.report.charts import COLORS, job_styles, learning_curves
 from loraloom.report.jobs import read_runs
-from loraloom.report.page import lay_out, level, make_page
+from loraloom.report.page import lay_out, make_page
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
 VOID = {"meta", "link", "img"}
@@ -100,12 +100,6 @@ def test_names_and_texts_from_files_are_escaped(tmp_path):
     assert any(bad in text for text in checked.texts)
 
 
-def test_line_breaks_of_a_text_are_seen_and_kept(page):
-    assert "↵</span>" in page
-    start = page.index('<p class="text">')
-    assert "\n" in page[start : page.index("</p>", start)]
-
-
 def test_sections_say_what_is_not_there(run, page_of, tmp_path):
     text = Checked(make_page([run])).text
     assert "No evaluation was given" in text
@@ -158,9 +152,6 @@ def test_seeds_share_a_color_and_differ_in_dashes(tmp_path):
     styles = list(job_styles(jobs).values())
     assert [style.color for style in styles] == [*COLORS[:2]] * 3
     assert len(set(styles)) == 6
-    many = [f"job{number}" for number in range(7)]
-    jobs = read_runs([write_run(tmp_path / f"many{seed}", many) for seed in range(2)])
-    assert len(set(job_styles(jobs).values())) == 14
     jobs = [replace(jobs[0], name=f"job{n}", label=str(n)) for n in range(200)]
     assert len(set(job_styles(jobs).values())) == 200
     with pytest.raises(ConfigError, match="different names, got lora, mix more than once"):
@@ -182,7 +173,8 @@ def test_a_sweeps_settings_are_columns_and_its_jobs_are_ranked(tmp_path):
     assert places == sorted(places)
 
 
-def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path):
+def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("loraloom.report.page.interval_chart", lambda *_: None)  # of each task
     content = evaluation(tasks=[f"task{n}" for n in range(21)])
     path = write_evaluation(tmp_path / "r.json", content)
     checked = Checked(make_page([run], [path], summary="\nbase  <33.9>\none    85.9\n"))
@@ -197,12 +189,7 @@ def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path):
 
 def test_every_metric_has_a_chart(run):
     titles = [chart.title for chart in learning_curves(read_runs([run]))]
-    means = ["loss, running mean", "aux_loss", "learning_rate", "grad_norm, running mean"]
-    assert titles == [*means, "eval/arc_easy/accuracy"]
-
-
-def test_loads_are_compared_with_an_even_share():
-    assert [level(x) for x in (0, 0.2, 0.5, 1, 2, 4)] == [0, 1, 2, 3, 4, 5]
+    assert titles == ["loss, running mean", "learning_rate", "eval/arc_easy/accuracy"]
 
 
 def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():

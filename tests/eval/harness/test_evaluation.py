@@ -14,7 +14,7 @@ from tests.eval.scoring import scoring_host
 from tests.tiny import METHODS
 
 EVERYBODY = [None, *METHODS]
-OPTIONS = {"bootstrap_iters": 0, "limit": 8}
+OPTIONS = {"bootstrap_iters": 0, "limit": 4}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_results_are_in_our_form(results):
     assert choice["accuracy"] == own["acc_norm,none"] == choice["metrics"]["acc_norm,none"]["value"]
     assert choice["metric"] == "acc_norm,none"
     assert choice["metrics"]["acc,none"] == {"value": own["acc,none"], "stderr": None}
-    assert (choice["num_examples"], choice["split"], choice["num_fewshot"]) == (8, "test", 0)
+    assert (choice["num_examples"], choice["split"], choice["num_fewshot"]) == (4, "test", 0)
     assert summary["base"]["toy_generate"]["metric"] == "exact_match,none"
     assert "accuracy" not in summary["base"]["toy_rolling"]
     assert summary["base"]["toy_rolling"]["metrics"]["word_perplexity,none"]["value"] > 1
@@ -82,7 +82,7 @@ def test_numbers_that_json_has_none_for_are_null():
 
 def test_there_is_a_line_for_each_question(results):
     lines = list(question_lines(results))
-    assert len(lines) == len(EVERYBODY) * len(TASKS) * 8
+    assert len(lines) == len(EVERYBODY) * len(TASKS) * 4
     choice = next(line for line in lines if line["task"] == "toy_choice")
     assert choice["adapter"] == "base"
     scores = [score for score, _ in choice["responses"]]

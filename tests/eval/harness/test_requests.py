@@ -1,6 +1,3 @@
-import importlib
-import sys
-
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -67,10 +64,3 @@ def test_generation_settings_are_read(settings, expected):
 def test_generation_that_cannot_be_done_is_an_error(settings, message):
     with pytest.raises(ConfigError, match=message):
         parse_generation(settings, 50)
-
-
-def test_a_missing_lm_eval_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "loraloom.eval.harness")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ConfigError, match=r"run: pip install 'loraloom\[eval\]'"):
-        importlib.import_module("loraloom.eval.harness")

@@ -5,7 +5,6 @@ from loraloom.errors import ConfigError, DataError
 from loraloom.eval.harness import load_tasks
 from loraloom.eval.harness import tasks as module
 from loraloom.eval.harness.tasks import check_asks_text
-from tests.eval.harness.toy import ROWS, TASKS
 
 
 @pytest.fixture
@@ -17,15 +16,6 @@ def alone(toy_tasks, monkeypatch):
         return manager(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(module, "TaskManager", index)
-
-
-def test_own_tasks_need_no_index_of_lm_evals(toy_tasks, monkeypatch):
-    made, manager = [], module.TaskManager
-    monkeypatch.setattr(module, "TaskManager", lambda **how: made.append(how) or manager(**how))
-    tasks = load_tasks(list(TASKS), toy_tasks)
-    assert [task.task_name for task in tasks] == list(TASKS)
-    assert len(tasks[0].eval_docs) == len(ROWS)
-    assert made == [{"include_path": str(toy_tasks), "include_defaults": False}]
 
 
 @pytest.mark.usefixtures("alone")

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import httpx2
@@ -67,14 +65,6 @@ def test_chats_are_what_generate_says(client, host, tokenizer, model):
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
-
-
-def test_many_at_once_get_the_greedy_text_that_each_gets_alone(client, host, tokenizer):
-    models = [BASE, *METHODS] * 2
-    with ThreadPoolExecutor(len(models)) as pool:
-        answers = list(pool.map(partial(chat, client), models))
-    for model, answer in zip(models, answers, strict=True):
-        assert answer.choices[0].message.content == expected(host, tokenizer, model)
 
 
 def test_an_adapter_is_asked_as_its_training_data_asked(client, host, tokenizer, monkeypatch):

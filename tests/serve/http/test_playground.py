@@ -1,5 +1,7 @@
 """The page at `/`, and what it asks the API for."""
 
+from contextlib import ExitStack
+
 import httpx2
 import pytest
 
@@ -18,25 +20,11 @@ def locked(host, tokenizer):
 
 @pytest.fixture
 def visit(browser):
-    """Open a page of a certain width; complaints of the browser are errors."""
-    pages, faults = [], []
+    """Open a page; what the browser complains of is an error."""
+    from tests.report.browser import opened
 
-    def visit(address, width=1280, scheme="light"):
-        page = browser.new_page(
-            viewport={"width": width, "height": 900},
-            color_scheme="dark" if scheme == "dark" else "light",
-        )
-        pages.append(page)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda one: faults.append(one.text) if "400" not in one.text else None)
-        page.on("request", lambda one: one.url.startswith(address) or faults.append(one.url))
-        page.goto(address)
-        return page
-
-    yield visit
-    for page in pages:
-        page.close()
-    assert [fault for fault in faults if "401" not in fault] == []
+    with ExitStack() as stack:
+        yield lambda address: stack.enter_context(opened(browser, address, expected=("400", "401")))
 
 
 def choose(page, *models):

@@ -1,14 +1,13 @@
 """Work before the engine is done by turns of API keys."""
 
 import asyncio
-import threading
 import time
 from contextlib import ExitStack
 
 import pytest
 
 from loraloom.generation.request import RequestError
-from loraloom.serve.http.preparation import NUM_THREADS, Preparations
+from loraloom.serve.http.preparation import Preparations
 
 
 def test_a_key_with_much_work_keeps_nobody_waiting():
@@ -29,23 +28,6 @@ def test_a_key_with_much_work_keeps_nobody_waiting():
     assert done[:12].count("few") == 5
 
 
-def test_one_piece_of_a_key_is_done_at_a_time():
-    running, most = threading.Semaphore(0), []
-
-    def work():
-        running.release()
-        most.append(running._value)
-        time.sleep(0.01)
-        running.acquire()
-
-    async def ask_all():
-        preparations = Preparations()
-        await asyncio.gather(*(preparations.run("a", work) for _ in range(10)))
-
-    asyncio.run(ask_all())
-    assert (max(most), NUM_THREADS) == (1, 2)
-
-
 def test_work_that_nobody_waits_for_is_not_done():
     done = []
 
@@ -61,15 +43,6 @@ def test_work_that_nobody_waits_for_is_not_done():
 
     asyncio.run(ask_all())
     assert done == ["kept"]
-
-
-def test_errors_come_to_whoever_asked():
-    async def ask():
-        preparations = Preparations()
-        await preparations.run("a", lambda: 1 // 0)
-
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(ask())
 
 
 def test_a_key_prepares_as_many_requests_as_its_part_of_the_line():
