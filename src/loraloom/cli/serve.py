@@ -87,21 +87,18 @@ class ServeOptions(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        unused: dict[str, str] = {}
-        if not self.allow_loading:
-            names = ("admin_key_file", "adapter_root")
-            unused |= dict.fromkeys(names, "requires --allow-loading")
-        if self.adapter_dir is None:
-            unused["max_adapters"] = "requires --adapter-dir"
-        if self.api_key_file is None and self.admin_key_file is None:
-            unused["shared_prompt_cache"] = "requires API keys; pass --api-key-file FILE"
-        if self.no_api_key:
-            unused["api_key_file"] = "and --no-api-key exclude each other; pass only one option"
         if self.engine == "vllm":
             names = type(self).model_fields.keys() - _OF_BOTH
-            unused |= dict.fromkeys(names, "is not supported with --engine vllm; remove the option")
-        for name in sorted(self.model_fields_set & unused.keys()):
-            yield f"--{name.replace('_', '-')} {unused[name]}"
+            yield from self.misused(names, "is not supported with --engine vllm; remove the option")
+        elif not self.allow_loading:
+            yield from self.misused(["admin_key_file", "adapter_root"], "requires --allow-loading")
+        if self.adapter_dir is None:
+            yield from self.misused(["max_adapters"], "requires --adapter-dir")
+        if self.api_key_file is None and self.admin_key_file is None:
+            reason = "requires API keys; pass --api-key-file FILE"
+            yield from self.misused(["shared_prompt_cache"], reason)
+        if self.no_api_key and self.api_key_file is not None:
+            yield "--api-key-file and --no-api-key exclude each other; pass only one option"
 
 
 def serve(*, options: Annotated[ServeOptions, Parameter(name="*"), Section.MODEL]) -> None:
@@ -176,7 +173,6 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
 def _prepare(
     options: ServeOptions, sock: socket.socket
 ) -> tuple[Engine, ServedAdapters, Any, PromptForm | None]:
-    """Load what is served, and say what and where that is."""
     model, tokenizer = loading.load_host(options, {})
     model.default_form = given_form(tokenizer, None, options.chat_template)
     tool_form = None
