@@ -15,8 +15,7 @@ may be anybody's, so `shown` and `plain` leave no character that a terminal woul
 import reprlib
 from collections.abc import Iterable, Sequence
 
-# Characters of a message; what is longer is cut.
-MAX_MESSAGE = 4000
+MAX_MESSAGE = 4000  # characters; what is longer is cut
 
 _shown = reprlib.Repr()
 _shown.maxlevel = 3

@@ -65,22 +65,25 @@ def chat(
     """
     check_sources(options, options.adapters)
     host, tokenizer = load_host(options, options.adapters)
-    if options.system:
-        _check_turns(host, tokenizer, raw=options.raw)
+    _check_system(options, host, tokenizer)
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
     names = [BASE, *options.names]
     for name in options.derived:
         host.adapter(name)  # an error if there is none
-    max_tokens = default_cache_tokens(host, len(names))
-    limits = EngineLimits(len(names), max_tokens, max_request_s=math.inf)
-    engine = Engine(host, tokenizer, limits)
-    conversation = Conversation(engine, tokenizer, options.system, raw=options.raw)
+    limits = EngineLimits(
+        max_rows=len(names),
+        cache_tokens=default_cache_tokens(host, len(names)),
+        max_request_s=math.inf,
+    )
+    conversation = Conversation(
+        Engine(host, tokenizer, limits), tokenizer, options.system, raw=options.raw
+    )
     models = names[-1:]
     print(f"models: {', '.join(names)}; /help for commands")
     while True:
         line = _read_line(f"{' '.join(models)}> ")
-        if line is None or line.rstrip() == "/quit":
+        if line.rstrip() == "/quit":
             return
         try:
             command, *words = line.split() if line.startswith("/") else [""]
@@ -101,12 +104,14 @@ def chat(
             print(f"error: {error}")
 
 
-def _check_turns(host: Host, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> None:
+def _check_system(options: ChatOptions, host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a system message can be written, and say which adapters were trained without."""
+    if not options.system:
+        return
     parts = chain.from_iterable(adapter.parts for adapter in host.adapters.values())
     forms = [part.prompt for part in parts if part.prompt is not None]
     has_turns = tokenizer.chat_template or not all(form.is_text for form in forms)
-    if raw or not has_turns:
+    if options.raw or not has_turns:
         raise ConfigError("--system requires a chat template; remove --system or --raw")
     adapters = host.adapters.items()
     deaf = [name for name, adapter in adapters if adapter.prompt and adapter.prompt.is_text]
@@ -125,7 +130,7 @@ def _choose_models(
     return list(dict.fromkeys(words))
 
 
-def _read_line(prompt: str) -> str | None:
+def _read_line(prompt: str) -> str:
     # merely importing it lets lines be edited and called back; Windows has none
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
@@ -133,7 +138,7 @@ def _read_line(prompt: str) -> str | None:
         return input(prompt)
     except (EOFError, KeyboardInterrupt):
         print()
-        return None
+        return "/quit"
 
 
 def _answer(

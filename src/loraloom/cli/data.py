@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 from rich.cells import cell_len
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import CONFIGS
@@ -57,7 +56,10 @@ def show(
             limit = rows if streams else None
             try:
                 read, encoded = encoder.read(split, limit, streaming=streams)
-                _print_rows(console, f"{job.name}: {encoder.name}", encoded[:rows], tokenizer)
+                for number, row in enumerate(encoded[:rows], start=1):
+                    name = f"{job.name}: {encoder.name}, row {number}"
+                    for line in row_lines(name, row, tokenizer):
+                        console.print(line, style="" if line.strip(" ^") else "bold green")
                 counts = _count(read, encoded, source)
                 table.add_row(f"{job.name}: {Path(encoder.name).name}", *map(str, counts))
                 encoder.check(read, encoded)
@@ -88,7 +90,10 @@ def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceCon
     # in the order of COUNTS; rows with the same tokens count as duplicates, whatever they say
     num_empty = sum(row.is_empty for row in encoded)
     num_faulty = sum(bool(row.fault) for row in encoded) - num_empty
-    learned = [tuple(piece.input_ids for piece in row.pieces) for row in encoded if row.pieces]
+    learned = []
+    for row in encoded:
+        if row.pieces:
+            learned.append(tuple(piece.input_ids for piece in row.pieces))
     column = (source.fields or {}).get("tools", "tools")
     return [
         len(encoded),
@@ -99,15 +104,6 @@ def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceCon
         sum(bool(row.get(column)) for row in rows),
         num_faulty,
     ]
-
-
-def _print_rows(
-    console: Console, name: str, rows: Sequence[EncodedRow], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    for number, row in enumerate(rows, start=1):
-        for line in row_lines(f"{name}, row {number}", row, tokenizer):
-            is_marks = not line.strip(" ^")
-            console.print(line, style="bold green" if is_marks else "")
 
 
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -208,7 +208,12 @@ def _held_out_sources(run: EvalRun, forms: Sequence[PromptForm | None]) -> list[
         if form is not None and _fits_form(settings, form):
             settings = form.model_dump(exclude={"system"}, exclude_none=True) | settings
         if isinstance(settings.get("dataset"), str) and "format" not in settings:
-            settings = _infer_format(settings)
+            settings = infer_source(settings, settings.get("split") or "validation")
+            row_format = settings["format"]
+            if settings["template"] is not None:
+                row_format += f" {settings['template']}"
+            note = f"note: reading {settings['dataset']} as {row_format}; --format overrides"
+            print(note, file=sys.stderr)
         source = checked(SourceConfig, settings)
         if source.dataset is not None:  # what is broken is an error before the model is loaded
             split = source.split or "validation"
@@ -222,13 +227,3 @@ def _fits_form(settings: Mapping[str, Any], form: PromptForm) -> bool:
         return False
     pairs_format = "preference" if form.format == "chat" else form.format
     return settings.get("format") in (None, form.format, pairs_format)
-
-
-def _infer_format(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    inferred = infer_source(settings, settings.get("split") or "validation")
-    row_format = inferred["format"]
-    if inferred["template"] is not None:
-        row_format += f" {inferred['template']}"
-    note = f"note: reading {inferred['dataset']} as {row_format}; --format overrides"
-    print(note, file=sys.stderr)
-    return inferred

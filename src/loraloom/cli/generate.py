@@ -89,20 +89,23 @@ def generate(
     requests = make_requests(host, tokenizer, prompts, sampling, raw=options.raw, prompt_form=form)
     size = options.batch_size
     messages = make_console(stderr=True, soft_wrap=True, quiet=options.output is None)
-    with show_progress(messages, "rows", [1] * len(rows)) as advance:
+    num_rows = len(rows)
+    with show_progress(messages, "rows", [1] * num_rows) as advance:
         advance(range(num_done))
-        for start in range(num_done, len(rows), size):
-            stop = min(start + size, len(rows))
+        for start in range(num_done, num_rows, size):
+            stop = min(start + size, num_rows)
             batch = complete(host, tokenizer, requests[start:stop], batch_size=size)
             text = ""
             for row, answer in zip(rows[start:stop], batch, strict=True):
                 choice = describe_choice(answer.choice, tokenizer)
                 completed = {**row, "completion": answer.text, **choice}
-                text += _format_row(completed, options, has_name=len(rows) > 1)
+                text += _format_row(completed, options, has_name=num_rows > 1)
             if options.output is not None:
                 append_text(options.output, text)
+            elif sys.stdout.isatty():
+                print(printed(text), end="", flush=True)
             else:
-                print(printed(text) if sys.stdout.isatty() else text, end="", flush=True)
+                print(text, end="", flush=True)
             advance(range(start, stop))
 
 

@@ -35,10 +35,8 @@ RowFormat = DataFormat | Literal["choices"]
 ROW_FORMATS = ("preference", "chat", "choices", "instruction", "text")
 
 _OPTIONAL = {"prompt", "tools", "system", "input"}
-# Columns that count even if few rows have them.
-_RARE = {"tools", "system", "input", "context"}
-# Rows that show which columns there are.
-_FIRST_ROWS = 1000
+_RARE = {"tools", "system", "input", "context"}  # columns that count even if few rows have them
+_FIRST_ROWS = 1000  # which show the columns
 _MAX_LENGTH = 2048
 _ADVICE = "Name the format with --format, and the columns of its roles with --column ROLE=COLUMN"
 
@@ -70,23 +68,15 @@ def init(
         output: Run file to write. For choice questions, a task's file joins it.
         overwrite: Replace files that exist.
     """
-    pairs = [text.partition("=") for text in column]
-    fields = {role: name for role, _, name in pairs}
-    if not all(fields.values()):
-        raise ConfigError(f"--column must be ROLE=COLUMN, got {', '.join(column)}")
     prepare_output(output, "--output")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists. Pass --overwrite to replace it, or --output FILE.")
     if local_path(file, "FILE", DataError).is_dir():
         raise ConfigError(f"FILE must be a file, got the directory {file}; name a file inside")
-    rows = first_rows(file)
-    formats = [row_format] if row_format else ROW_FORMATS
-    row_format, columns = find_columns(file, rows, formats, fields, _ADVICE)
     console = make_console(soft_wrap=True)
-    used = [f"{name} ({role})" for role, name in columns.items()]
-    unused = sorted({*chain.from_iterable(rows)} - {*columns.values()}) or ["none"]
-    console.print(plain(f"{file}: format {row_format}\ncolumns: {', '.join(used)}"))
-    console.print(plain(f"not used: {', '.join(unused)}\nbase model: {base_model}"))
+    rows = first_rows(file)
+    row_format, columns = _choose_columns(console, file, rows, row_format, column)
+    console.print(plain(f"base model: {base_model}"))
     name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.split(".")[0]).strip("-")[:80] or "job"
     task = output.with_name(f"{name}-task.yaml")
     task_text = ""
@@ -110,6 +100,27 @@ def init(
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
 
 
+def _choose_columns(
+    console: Console,
+    file: Path,
+    rows: Sequence[Row],
+    row_format: RowFormat | None,
+    texts: Sequence[str],
+) -> tuple[RowFormat, dict[str, str]]:
+    pairs = [text.partition("=") for text in texts]
+    fields = {role: name for role, _, name in pairs}
+    if not all(fields.values()):
+        raise ConfigError(f"--column must be ROLE=COLUMN, got {', '.join(texts)}")
+    formats = [row_format] if row_format else ROW_FORMATS
+    row_format, columns = find_columns(file, rows, formats, fields, _ADVICE)
+    used = [f"{name} ({role})" for role, name in columns.items()]
+    unused = {*chain.from_iterable(rows)} - {*columns.values()}
+    console.print(plain(f"{file}: format {row_format}"))
+    console.print(plain(f"columns: {', '.join(used)}"))
+    console.print(plain(f"not used: {', '.join(sorted(unused)) or 'none'}"))
+    return row_format, columns
+
+
 def _read_all(
     data: Mapping[str, Any], task_text: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[SourceEncoder, list[EncodedRow]]:
@@ -128,11 +139,12 @@ def _read_all(
 def _print_summary(
     console: Console, encoder: SourceEncoder, rows: Sequence[EncodedRow], summary: str
 ) -> None:
-    index = next(index for index, row in enumerate(rows) if row.pieces)
-    lines = row_lines(f"row {index + 1}", rows[index], encoder.tokenizer)
+    first = [bool(row.pieces) for row in rows].index(True)
+    lines = row_lines(f"row {first + 1}", rows[first], encoder.tokenizer)
     console.print(*islice(lines, 100), sep="\n")
-    notes = "; ".join([summary, *encoder.notes(rows)])
-    console.print(plain(f"\n{notes}"))
+    notes = [summary, *encoder.notes(rows)]
+    console.print("")
+    console.print(plain("; ".join(notes)))
 
 
 def _measure(rows: Sequence[EncodedRow], max_length: int) -> dict[str, Any]:
@@ -184,10 +196,13 @@ def find_columns(
 ) -> tuple[RowFormat, dict[str, str]]:
     """Find the first of the named formats whose columns most rows have."""
     counts = Counter(chain.from_iterable(rows))
+    listed = fields_of(counts)
     for role, name in fields.items():
         if name not in counts and role not in _RARE:
-            hint = f"{suggestion(name, counts)}its columns are {fields_of(counts)}"
-            raise DataError(f"{file} has no column {name!r}, which --column names; {hint}")
+            raise DataError(
+                f"{file} has no column {name!r}, which --column names; "
+                f"{suggestion(name, counts)}its columns are {listed}"
+            )
     usual: dict[str, str] = {}
     for name, count in counts.items():
         if 2 * count >= len(rows) or name in _RARE:
@@ -196,26 +211,19 @@ def find_columns(
     row_formats: list[Any] = [name for name in names if name in formats]
     for row_format in row_formats:
         roles: dict[str, list[str]] = formats[row_format]
-        columns = _match_roles(roles, usual, fields)
+        columns = {**fields}
+        for role in roles:
+            matches = [usual[name] for name in roles[role] if name in usual]
+            free = [name for name in matches if name not in columns.values()]
+            if free and role not in fields:
+                columns[role] = free[0]
         if roles.keys() - _OPTIONAL <= columns.keys() <= roles.keys():
             return row_format, columns
     required = [f"\n  {name}: {', '.join(formats[name])}" for name in row_formats]
     raise DataError(
-        f"{file}: no format fits the columns {fields_of(counts)}. {advice}. The roles of each "
+        f"{file}: no format fits the columns {listed}. {advice}. The roles of each "
         f"format ({', '.join(sorted(_OPTIONAL))} are optional):{''.join(required)}"
     )
-
-
-def _match_roles(
-    roles: Mapping[str, Sequence[str]], usual: Mapping[str, str], fields: Mapping[str, str]
-) -> dict[str, str]:
-    columns = {**fields}
-    for role, candidates in roles.items():
-        names = [usual[name] for name in candidates if name in usual]
-        free = [name for name in names if name not in columns.values()]
-        if free and role not in fields:
-            columns[role] = free[0]
-    return columns
 
 
 def infer_source(

@@ -12,14 +12,10 @@ from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
 
-# What files and options call the base model.
-BASE = "base"
-
+BASE = "base"  # what files and options call the base model
 _TITLES = ("Data and prompts", "Results", "Server", "Limits", "Sampling", "Base model and adapters")
 
-# A text, which may look like an option.
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
-
 Sets = Annotated[
     tuple[str, ...],
     Parameter(

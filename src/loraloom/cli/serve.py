@@ -204,7 +204,8 @@ def _prepare(
     print(f"models: {', '.join([*adapters.base_names, *asyncio.run(adapters.names())])}")
     quantization = f", quantized to {options.quantization}" if options.quantization else ""
     print(f"base model: {str(model.dtype).removeprefix('torch.')} on {model.device}{quantization}")
-    if (directory := options.adapter_dir) and not any(directory.glob(f"*/{CONFIG_FILE}")):
+    directory = options.adapter_dir
+    if directory is not None and not any(directory.glob(f"*/{CONFIG_FILE}")):
         deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)
         advice = f"; pass --adapter-dir {deeper.parents[1]}" if deeper else ""
         print(f"warning: {directory} contains no adapters yet{advice}")

@@ -121,14 +121,17 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
     if not good:
         return {}
     if run.sweep is not None:
-        metric = run.sweep.metric
         # the best first; a job that was never measured goes last, whichever way is better
+        metric = run.sweep.metric
         sign = 1 if metric.endswith("loss") else -1
         good.sort(key=lambda result: sign * result.metrics.get(metric, sign * math.inf))
     jobs = run.all_jobs
     measured = good
     purpose = "Evaluate"
-    data_of = {job.name: _data_names(job) for job in run.trials}
+    data_of = {}
+    for job in run.trials:
+        names = [str(source.task or source.dataset) for source in job.data.sources]
+        data_of[job.name] = ", ".join(names)
     best_data = data_of.get(good[0].job)
     if best_data is not None:
         jobs = [job for job in run.trials if data_of[job.name] == best_data]
@@ -140,10 +143,6 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
     evaluated = [*_model_options(run, measured), *_evaluation_options(jobs)]
     generated = [*_model_options(run, good), ("--prompt", "Hello!")]
     return {purpose: _command("eval", evaluated), "Generate": _command("generate", generated)}
-
-
-def _data_names(job: JobConfig) -> str:
-    return ", ".join(str(source.task or source.dataset) for source in job.data.sources)
 
 
 def _model_options(run: RunConfig, results: Sequence[JobResult]) -> list[tuple[str, str]]:

@@ -49,20 +49,13 @@ FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
 # Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`.
 _PROMPTS = {file.stem: file.read_text("utf-8") for file in Path(__file__).parent.glob("prompts/*")}
 PROMPT_TEMPLATES = {name: _PROMPTS[name] for name in ("alpaca", "plain")}
-# Of ChatML, with tools and calls as Hermes' models write them.
-TOOL_TEMPLATE = _PROMPTS["hermes"]
+TOOL_TEMPLATE = _PROMPTS["hermes"]  # of ChatML, with tools and calls as Hermes' models write them
 
 _OF_DATASETS = ("config", "format", "template", "chat_template", "fields", "on_empty")
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
-
-# Rows of a stream that are shuffled together, where no other number is given.
-SHUFFLE_BUFFER = 1000
-
-# Jinja's filters and tests of variables that may be missing.
-_OF_MISSING = ("d", "default", "defined", "undefined")
-
-# Of `skills@N`.
-MAX_LANDS = 600
+_OF_MISSING = ("d", "default", "defined", "undefined")  # filters and tests of Jinja
+SHUFFLE_BUFFER = 1000  # rows
+MAX_LANDS = 600  # of `skills@N`
 
 
 def is_task_file(task: str) -> bool:
@@ -71,15 +64,14 @@ def is_task_file(task: str) -> bool:
 
 def skills_lands(task: str) -> dict[str, int | None] | None:
     """N and K of `skills@KofN`; K, or both, may be missing. None for another task."""
-    numbers = r"((?P<land>\d{1,3})of)?(?P<num_lands>\d{1,3})"
+    numbers = r"((?P<land>\d{1,3})of)?(?P<num_lands>[1-9]\d{0,2})"
     match = re.fullmatch(rf"skills(@{numbers})?", task, re.ASCII)
     if match is None:
         return None
-    num_lands = match["num_lands"] and int(match["num_lands"])
-    land = match["land"] and int(match["land"])
-    if not 1 <= (land or 1) <= (num_lands or 1) <= MAX_LANDS:
+    lands = {name: int(digits) if digits else None for name, digits in match.groupdict().items()}
+    if not 1 <= int(match["land"] or 1) <= int(match["num_lands"] or 1) <= MAX_LANDS:
         return None
-    return {"land": land, "num_lands": num_lands}
+    return lands
 
 
 def is_file_of_test(dataset: str | None) -> bool:

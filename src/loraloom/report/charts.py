@@ -16,19 +16,15 @@ from matplotlib.figure import Figure
 
 from loraloom.report.jobs import Job
 
-# Steps and what was measured there.
-Curve = Sequence[tuple[int | float, int | float]]
+Curve = Sequence[tuple[int | float, int | float]]  # steps and what was measured there
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
 MAX_POINTS = 240
-# Characters of an adapter's name beside its interval; a longer one loses its middle.
-MAX_NAME = 26
-# Weight of the past in the running mean of what jumps from step to step.
-SMOOTHING = 0.9
+MAX_NAME = 26  # characters; a longer name loses its middle
+SMOOTHING = 0.9  # weight of the past in the running mean
 
 _SMOOTHED = ("loss", "grad_norm")
-# 0 where there are no routers, or nothing overflows
-_OFTEN_ZERO = ("aux_loss", "skipped_steps")
+_OFTEN_ZERO = ("aux_loss", "skipped_steps")  # where there are no routers, or nothing overflows
 _PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
 _STYLES: list[Any] = ["default", Path(__file__).with_suffix(".mplstyle")]
 
@@ -134,10 +130,12 @@ def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
     curves: dict[str, dict[str, list[Any]]] = {}
     for job in jobs:
         for line in job.metrics:
+            step = line["step"]
             for name, value in line.items():
                 if isinstance(value, int | float) and name not in _PASSED_OVER:
                     by_job = curves.setdefault(name, {})
-                    by_job.setdefault(job.label, []).append((line["step"], value))
+                    curve = by_job.setdefault(job.label, [])
+                    curve.append((step, value))
     styles = job_styles(jobs)
     charts = [_metric_chart(name, by_job, styles) for name, by_job in curves.items()]
     return [chart for chart in charts if chart is not None]
@@ -147,10 +145,12 @@ def _metric_chart(name: str, curves: Mapping[str, Curve], styles: dict[str, Styl
     if name in _SMOOTHED:
         means = {label: _running_mean(curve) for label, curve in curves.items()}
         return line_chart(f"{name}, running mean", means, styles)
-    if name in _OFTEN_ZERO:
-        zero = [label for label, curve in curves.items() if not any(value for _, value in curve)]
-        curves = {label: curve for label, curve in curves.items() if label not in zero}
-    return line_chart(name, curves, styles)
+    drawn = {}
+    for label, curve in curves.items():
+        has_values = any(value for _, value in curve)
+        if has_values or name not in _OFTEN_ZERO:
+            drawn[label] = curve
+    return line_chart(name, drawn, styles)
 
 
 def _running_mean(curve: Curve) -> Curve:
@@ -159,7 +159,7 @@ def _running_mean(curve: Curve) -> Curve:
     means = []
     for step, value in curve:
         if math.isfinite(value):
-            total = SMOOTHING * total + (1 - SMOOTHING) * value
-            weight = SMOOTHING * weight + (1 - SMOOTHING)
+            total = SMOOTHING * total + value
+            weight = SMOOTHING * weight + 1
             means.append((step, total / weight))
     return means

@@ -15,11 +15,8 @@ from loraloom.eval.results import Evaluation, Fields, read_evaluation
 from loraloom.report.charts import interval_chart, job_styles, learning_curves
 from loraloom.report.jobs import Job, read_runs
 
-# Where a cell's color changes: the load as a multiple of an even share.
-LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
-
-# Of a table of results; a longer one is folded.
-MAX_ROWS = 20
+LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)  # loads where a cell's color changes, in even shares
+MAX_ROWS = 20  # of a table of results; a longer one is folded
 
 # What comes of files that are damaged.
 _BAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError)
@@ -131,5 +128,5 @@ def _rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
 
 
 def level(multiple: int | float) -> int:
-    """The level of a load, as a multiple of an even share: 0 is unused, 3 about even, 5 most."""
+    """The level of a load, in even shares: 0 is unused, 3 about even, 5 most."""
     return sum(multiple >= bound for bound in LEVELS)
