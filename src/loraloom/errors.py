@@ -38,8 +38,7 @@ def plain(text: str) -> str:
 
 def names_in(names: Sequence[str], limit: int = 3) -> str:
     """Join the first few names, and count the rest."""
-    listed = [name if len(name) <= 200 else f"{name[:200]} …" for name in names[:limit]]
-    text = ", ".join(listed)
+    text = ", ".join(names[:limit])
     if len(names) > limit:
         text += f" and {len(names) - limit} more"
     return text

@@ -142,7 +142,8 @@ def _print_fit(console: Console, fit: RouterFit) -> None:
     for name, chosen in fit.chosen.items():
         wrong = Counter(chosen)
         num_correct = wrong.pop(name, 0)
-        counts = [f"{adapter} {count}" for adapter, count in wrong.most_common()]
-        table.add_row(name, str(sum(chosen.values())), str(num_correct), ", ".join(counts))
+        num_prompts = num_correct + wrong.total()
+        counts = ", ".join(f"{adapter} {count}" for adapter, count in wrong.most_common())
+        table.add_row(name, str(num_prompts), str(num_correct), counts)
     print_tables(console, [table])
     console.print(f"The router is correct for {fit.accuracy:.1%} of the held-out prompts.")

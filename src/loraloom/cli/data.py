@@ -8,7 +8,6 @@ from cyclopts import Parameter, validators
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters import CONFIGS
 from loraloom.base.loading import load_tokenizer
 from loraloom.cli.options import Sets
 from loraloom.config.data import SourceConfig
@@ -56,12 +55,12 @@ def show(
             limit = rows if streams else None
             try:
                 read, encoded = encoder.read(split, limit, streaming=streams)
+                name = f"{job.name}: {encoder.name}"
                 for number, row in enumerate(encoded[:rows], start=1):
-                    name = f"{job.name}: {encoder.name}, row {number}"
-                    for line in row_lines(name, row, tokenizer):
+                    for line in row_lines(f"{name}, row {number}", row, tokenizer):
                         console.print(line, style="" if line.strip(" ^") else "bold green")
                 counts = _count(read, encoded, source)
-                table.add_row(f"{job.name}: {Path(encoder.name).name}", *map(str, counts))
+                table.add_row(f"{job.name}: {Path(encoder.name).name}", *counts)
                 encoder.check(read, encoded)
             except DataError as error:
                 faults.append(str(error))
@@ -74,28 +73,24 @@ def show(
 
 def _filled_in(settings: dict[str, Any]) -> dict[str, Any]:
     # what data does not depend on: a run file may be checked before it has methods and rates
-    method = CONFIGS[0].model_fields["method"].default
-    jobs = settings.get("jobs")
+    jobs: Any = settings.get("jobs")
     for index, job in enumerate(jobs if isinstance(jobs, list) else ()):
         if isinstance(job, dict):
             train: dict[str, Any] = {"max_steps": 1}
             if "'format': 'preference'" in str(job.get("data")):  # a mix's source too
                 train["objective"] = {"name": "dpo"}
-            defaults = {"name": f"job{index + 1}", "adapter": {"method": method}, "train": train}
-            settings["jobs"][index] = {**defaults, **job}
+            name = f"job{index + 1}"
+            jobs[index] = {"name": name, "adapter": {"method": "lora"}, "train": train, **job}
     return {"output_dir": "out", **settings}
 
 
-def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceConfig) -> list[int]:
-    # in the order of COUNTS; rows with the same tokens count as duplicates, whatever they say
+def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceConfig) -> list[str]:
+    # in the order of COUNTS
     num_empty = sum(row.is_empty for row in encoded)
     num_faulty = sum(bool(row.fault) for row in encoded) - num_empty
-    learned = []
-    for row in encoded:
-        if row.pieces:
-            learned.append(tuple(piece.input_ids for piece in row.pieces))
+    learned = [row.pieces for row in encoded if row.pieces]
     column = (source.fields or {}).get("tools", "tools")
-    return [
+    counts = [
         len(encoded),
         num_empty,
         sum(row.is_cut for row in encoded),
@@ -104,6 +99,7 @@ def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceCon
         sum(bool(row.get(column)) for row in rows),
         num_faulty,
     ]
+    return [str(count) for count in counts]
 
 
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

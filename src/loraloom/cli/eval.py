@@ -202,9 +202,9 @@ def _held_out_sources(run: EvalRun, forms: Sequence[PromptForm | None]) -> list[
     form = forms[0] if len(set(forms)) == 1 else None
     sources = []
     for text in dict.fromkeys(run.dataset):
-        is_mapping = text.startswith("{")
-        settings = parse_yaml(text, "--dataset") if is_mapping else {"dataset": text}
-        settings = {**options, **settings}
+        settings = {**options, "dataset": text}
+        if text.startswith("{"):
+            settings = {**options, **parse_yaml(text, "--dataset")}
         if form is not None and _fits_form(settings, form):
             settings = form.model_dump(exclude={"system"}, exclude_none=True) | settings
         if isinstance(settings.get("dataset"), str) and "format" not in settings:

@@ -118,8 +118,7 @@ def _format_row(row: Mapping[str, Any], options: GenerateOptions, *, has_name: b
 
 def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
     if options.input is None:
-        answering = [*options.names] if options.no_base else [None, *options.names]
-        for name in answering:
+        for name in options.names if options.no_base else [None, *options.names]:
             row = {"prompt": options.prompt, "adapter": name or BASE}
             yield row, Prompt(str(options.prompt), name, origin="--prompt")
         return

@@ -77,7 +77,8 @@ def init(
     rows = first_rows(file)
     row_format, columns = _choose_columns(console, file, rows, row_format, column)
     console.print(plain(f"base model: {base_model}"))
-    name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.split(".")[0]).strip("-")[:80] or "job"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", file.name.partition(".")[0])
+    name = name.strip("-")[:80] or "job"
     task = output.with_name(f"{name}-task.yaml")
     task_text = ""
     if row_format == "choices":
@@ -113,11 +114,11 @@ def _choose_columns(
         raise ConfigError(f"--column must be ROLE=COLUMN, got {', '.join(texts)}")
     formats = [row_format] if row_format else ROW_FORMATS
     row_format, columns = find_columns(file, rows, formats, fields, _ADVICE)
-    used = [f"{name} ({role})" for role, name in columns.items()]
-    unused = {*chain.from_iterable(rows)} - {*columns.values()}
+    used = ", ".join(f"{name} ({role})" for role, name in columns.items())
+    unused = ", ".join(sorted({*chain.from_iterable(rows)} - {*columns.values()}))
     console.print(plain(f"{file}: format {row_format}"))
-    console.print(plain(f"columns: {', '.join(used)}"))
-    console.print(plain(f"not used: {', '.join(sorted(unused)) or 'none'}"))
+    console.print(plain(f"columns: {used}"))
+    console.print(plain(f"not used: {unused or 'none'}"))
     return row_format, columns
 
 
@@ -139,12 +140,13 @@ def _read_all(
 def _print_summary(
     console: Console, encoder: SourceEncoder, rows: Sequence[EncodedRow], summary: str
 ) -> None:
-    first = [bool(row.pieces) for row in rows].index(True)
-    lines = row_lines(f"row {first + 1}", rows[first], encoder.tokenizer)
-    console.print(*islice(lines, 100), sep="\n")
-    notes = [summary, *encoder.notes(rows)]
-    console.print("")
-    console.print(plain("; ".join(notes)))
+    for number, row in enumerate(rows, start=1):
+        if row.pieces:
+            lines = row_lines(f"row {number}", row, encoder.tokenizer)
+            console.print(*islice(lines, 100), sep="\n")
+            break
+    notes = "; ".join([summary, *encoder.notes(rows)])
+    console.print(plain(f"\n{notes}"))
 
 
 def _measure(rows: Sequence[EncodedRow], max_length: int) -> dict[str, Any]:

@@ -200,7 +200,8 @@ def _prepare(
     for name, path in options.adapters.items():
         asyncio.run(adapters.load(name, path, replace=True))
     address, port = sock.getsockname()[:2]
-    address = f"[{address}]" if ":" in address else address
+    if ":" in address:
+        address = f"[{address}]"
     print(f"models: {', '.join([*adapters.base_names, *asyncio.run(adapters.names())])}")
     quantization = f", quantized to {options.quantization}" if options.quantization else ""
     print(f"base model: {str(model.dtype).removeprefix('torch.')} on {model.device}{quantization}")

@@ -68,7 +68,8 @@ def line_chart(title: str, curves: Mapping[str, Curve], styles: dict[str, Style]
     def draw(axes: Axes) -> None:
         for label, curve in drawn.items():
             style = styles[label]
-            points = curve[:: -math.ceil(len(curve) / MAX_POINTS)]  # from the last one
+            stride = math.ceil(len(curve) / MAX_POINTS)
+            points = curve[::-stride]  # from the last one
             steps, values = zip(*points, strict=True)
             (line,) = axes.plot(steps, values, color=style.color)
             if style.dashes:
