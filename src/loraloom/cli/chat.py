@@ -5,7 +5,6 @@ import math
 import re
 import secrets
 from collections.abc import Sequence
-from itertools import chain
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -105,16 +104,17 @@ def chat(
 
 
 def _check_system(options: ChatOptions, host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a system message can be written, and say which adapters were trained without."""
     if not options.system:
         return
-    parts = chain.from_iterable(adapter.parts for adapter in host.adapters.values())
-    forms = [part.prompt for part in parts if part.prompt is not None]
-    has_turns = tokenizer.chat_template or not all(form.is_text for form in forms)
+    has_turns = bool(tokenizer.chat_template)
+    deaf = []
+    for name, adapter in host.adapters.items():
+        forms = [member.prompt for member in adapter.parts if member.prompt is not None]
+        has_turns = has_turns or not all(form.is_text for form in forms)
+        if adapter.prompt is not None and adapter.prompt.is_text:
+            deaf.append(name)
     if options.raw or not has_turns:
         raise ConfigError("--system requires a chat template; remove --system or --raw")
-    adapters = host.adapters.items()
-    deaf = [name for name, adapter in adapters if adapter.prompt and adapter.prompt.is_text]
     if deaf:
         print(f"note: {', '.join(deaf)} will not see --system, as trained on texts without turns")
 

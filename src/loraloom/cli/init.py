@@ -92,10 +92,9 @@ def init(
     data = {key: value for key, value in data.items() if value}
     encoder, encoded = _read_all(data, task_text, load_tokenizer(base_model))
     sizes = _measure(encoded, encoder.max_length)
-    text = _run_file(base_model, name, data, {"format": row_format, **sizes})
     if task_text:
         write_output(task, task_text)
-    write_output(output, text)
+    write_output(output, _run_file(base_model, name, data, {"format": row_format, **sizes}))
     _print_summary(console, encoder, encoded, sizes["summary"])
     path = shlex.quote(str(output))
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")

@@ -13,7 +13,6 @@ from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
 
 BASE = "base"  # what files and options call the base model
-_TITLES = ("Data and prompts", "Results", "Server", "Limits", "Sampling", "Base model and adapters")
 
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 Sets = Annotated[
@@ -29,9 +28,12 @@ Sets = Annotated[
 class Section:
     """Sections of a verb's help, in their order."""
 
-    DATA, RESULTS, SERVER, LIMITS, SAMPLING, MODEL = (
-        Parameter(group=Group(title, sort_key=index)) for index, title in enumerate(_TITLES)
-    )
+    DATA = Parameter(group=Group("Data and prompts", sort_key=0))
+    RESULTS = Parameter(group=Group("Results", sort_key=1))
+    SERVER = Parameter(group=Group("Server", sort_key=2))
+    LIMITS = Parameter(group=Group("Limits", sort_key=3))
+    SAMPLING = Parameter(group=Group("Sampling", sort_key=4))
+    MODEL = Parameter(group=Group("Base model and adapters", sort_key=5))
 
 
 def is_derived(name: str) -> bool:

@@ -203,8 +203,9 @@ def _prepare(
     if ":" in address:
         address = f"[{address}]"
     print(f"models: {', '.join([*adapters.base_names, *asyncio.run(adapters.names())])}")
+    dtype = str(model.dtype).removeprefix("torch.")
     quantization = f", quantized to {options.quantization}" if options.quantization else ""
-    print(f"base model: {str(model.dtype).removeprefix('torch.')} on {model.device}{quantization}")
+    print(f"base model: {dtype} on {model.device}{quantization}")
     directory = options.adapter_dir
     if directory is not None and not any(directory.glob(f"*/{CONFIG_FILE}")):
         deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)

@@ -130,6 +130,7 @@ class PromptForm(StrictModel):
 
     @property
     def is_text(self) -> bool:
+        """Whether prompts are used as they are."""
         return self.format not in ("instruction", "chat")
 
     @property
@@ -314,5 +315,4 @@ class DataConfig(_SourceFields):
 
     @property
     def has_validation(self) -> bool:
-        """Whether rows are held out, so that `eval/loss` is measured."""
         return self.validation is not None or self.validation_fraction > 0

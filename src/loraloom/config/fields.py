@@ -149,7 +149,8 @@ def _describe_value(fault: ErrorDetails, other_names: Mapping[str, str]) -> str:
     if other_name:
         return f"{message}; write {other_name}"
     allowed = context.get("expected_tags", context.get("expected", ""))
-    return message + did_you_mean(value, re.findall("'([^']*)'", allowed))
+    names = re.findall("'([^']*)'", allowed)
+    return f"{message}{did_you_mean(value, names)}"
 
 
 def _path_in_file(loc: Sequence[int | str], settings: Any, *, is_missing: bool) -> list[str]:

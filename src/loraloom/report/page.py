@@ -118,12 +118,16 @@ def _rows(routing: Fields, tasks: Sequence[Fields]) -> list[dict[str, Any]]:
     if all("mean_probabilities" in task for task in tasks):  # not in files of earlier versions
         mean_entropy = entropy_bits(mean("mean_probabilities"))
     figures = [effective_number(load), mean_entropy, mean("token_entropy_bits")]
-    by_layer = torch.stack(figures, dim=1).tolist()
+    by_layer = torch.stack(figures, dim=1)
     sizes = routing.get("experts_by_layer") or [None] * len(load)
     rows = []
     for index, label in enumerate(routing["layers"]):
-        shares = load[index, : sizes[index]].tolist()
-        rows.append({"label": label, "load": shares, "figures": by_layer[index]})
+        row = {
+            "label": label,
+            "load": load[index, : sizes[index]].tolist(),
+            "figures": by_layer[index].tolist(),
+        }
+        rows.append(row)
     return rows
 
 
