@@ -37,7 +37,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -51,7 +50,6 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write a result that the user asked for; see `write_text`."""
     try:
         write_text(path, text)
     except OSError as error:

@@ -15,12 +15,13 @@ may be anybody's, so `shown` and `plain` leave no character that a terminal woul
 import reprlib
 from collections.abc import Iterable, Sequence
 
-# Characters of a message; what is longer is cut.
-MAX_MESSAGE = 4000
+MAX_MESSAGE = 4000  # characters; what is longer is cut
 
 _shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = _shown.maxlong = 80
 _shown.maxlevel = 3
+_shown.maxlong = 80
+_shown.maxother = 80
+_shown.maxstring = 80
 
 
 def shown(value: object) -> str:
@@ -37,10 +38,10 @@ def plain(text: str) -> str:
 
 def names_in(names: Sequence[str], limit: int = 3) -> str:
     """Join the first few names, and count the rest."""
-    first = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in names[:limit])
-    if len(names) <= limit:
-        return first
-    return f"{first} and {len(names) - limit} more"
+    text = ", ".join(names[:limit])
+    if len(names) > limit:
+        text += f" and {len(names) - limit} more"
+    return text
 
 
 class LoraloomError(Exception):
@@ -48,7 +49,9 @@ class LoraloomError(Exception):
 
     def __init__(self, message: str = ""):
         text = plain(message[: MAX_MESSAGE + 1])  # which may be longer: an escape has up to ten
-        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 2]} …")
+        if len(text) > MAX_MESSAGE:
+            text = f"{text[: MAX_MESSAGE - 2]} …"
+        super().__init__(text)
 
 
 class ConfigError(LoraloomError, ValueError):
@@ -79,8 +82,8 @@ def not_finite(
     name: str, value: object, adapters: Iterable[str | None], location: str = ""
 ) -> AdapterError:
     """Make the error of numbers that are not finite, of adapters or the base model (None)."""
-    owners = ", ".join("the base model" if a is None else f"adapter {a!r}" for a in adapters)
-    source = f"{owners} {location}".strip()
+    owners = ["the base model" if owner is None else f"adapter {owner!r}" for owner in adapters]
+    source = f"{', '.join(owners)} {location}".rstrip()
     return AdapterError(
         f"{name} must be finite, got {value} from {source}; the "
         "weights have diverged, or exceed the range of float16 (use bfloat16)"

@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import chain
 from time import monotonic
 from typing import Any
 
@@ -21,10 +20,8 @@ from rich.text import Text
 
 from loraloom.errors import plain
 
-# Characters between two columns.
-_PADDING = 2
-# Between two lines of progress in a file.
-PLAIN_INTERVAL_S = 10.0
+_PADDING = 2  # characters between two columns
+PLAIN_INTERVAL_S = 10.0  # between two lines of progress in a file
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:
@@ -73,9 +70,10 @@ def show_progress(
         if console is None or is_live or monotonic() < due_at:
             return
         due_at = monotonic() + PLAIN_INTERVAL_S
-        has_estimate = task.time_remaining is not None
-        remaining = f", ETA {timedelta(seconds=task.time_remaining or 0)}" if has_estimate else ""
-        console.print(f"{name}: {task.percentage:.0f} %{remaining}")
+        line = f"{name}: {task.percentage:.0f} %"
+        if task.time_remaining is not None:
+            line += f", ETA {timedelta(seconds=task.time_remaining)}"
+        console.print(line)
 
     with bars:
         yield advance
@@ -83,44 +81,56 @@ def show_progress(
 
 def printed(text: str) -> str:
     # what a model says may hold escapes that would steer the terminal; spaces and joiners stay
-    joiners = "\t\u200c\u200d"
-    return "".join(c if c in joiners or unicodedata.category(c) == "Zs" else plain(c) for c in text)
+    escaped = ""
+    for character in text:
+        is_space = character == "\t" or unicodedata.category(character) == "Zs"
+        is_joiner = character in "\u200c\u200d"
+        escaped += character if is_space or is_joiner else plain(character)
+    return escaped
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
     """Print tables with an empty line between two, each in parts that fit."""
     for number, table in enumerate(tables):
-        lines = [line for piece in fitted(table, console.width) for line in ("", piece)][1:]
-        above = [] if table.title is None else [_as_text(table.title)]
-        below = [] if table.caption is None else [_as_text(table.caption)]
-        console.print(*([""] if number else []), *above, *lines, *below, sep="\n")
+        if number:
+            console.print()
+        if table.title is not None:
+            console.print(_as_text(table.title))
+        for index, piece in enumerate(_divide(table, console.width)):
+            if index:
+                console.print()
+            console.print(piece)
+        if table.caption is not None:
+            console.print(_as_text(table.caption))
 
 
-def fitted(table: Table, width: int) -> Iterator[Table]:
+def _divide(table: Table, width: int) -> Iterator[Table]:
     """Divide a table's columns so that each part fits; one that fits stays whole."""
-    # The keys, on the left up to the first column of numbers, are in every part.
+    # the keys, on the left up to the first column of numbers, are in every part
     is_number = [column.justify == "right" for column in table.columns]
     num_keys = max(is_number.index(True), 1) if any(is_number) else len(is_number)
-    keys, values = table.columns[:num_keys], table.columns[num_keys:]
-    widths = [min(_width(key, of_words=True), width // 2 // num_keys) for key in keys]
-    groups: list[list[Column]] = [[]]
-    for column in values:
-        if groups[-1] and sum(map(_width, [*groups[-1], column])) > width - sum(widths):
+    keys = range(num_keys)
+    widths = [_width(column, of_words=index in keys) for index, column in enumerate(table.columns)]
+    for key in keys:
+        widths[key] = min(widths[key], width // 2 // num_keys)
+    groups: list[list[int]] = [[]]
+    for index in range(num_keys, len(widths)):
+        columns = [*keys, *groups[-1], index]
+        if groups[-1] and sum(widths[column] for column in columns) > width:
             groups.append([])
-        groups[-1].append(column)
+        groups[-1].append(index)
     for group in groups:
-        piece = Table(box=table.box, padding=table.padding, show_header=table.show_header)
+        piece = Table(box=None, padding=table.padding, show_header=table.show_header)
         columns = [*keys, *group]
-        min_widths = [*widths, *map(_width, group)]
-        for index, (column, min_width) in enumerate(zip(columns, min_widths, strict=True)):
+        for index in columns:
             piece.add_column(
-                _as_text(column.header),
-                justify=column.justify,
-                no_wrap=index >= num_keys,
+                _as_text(table.columns[index].header),
+                justify=table.columns[index].justify,
+                no_wrap=index not in keys,
                 overflow="fold",
-                min_width=min_width - _PADDING,
+                min_width=widths[index] - _PADDING,
             )
-        cells = (column.cells for column in columns)
+        cells = [table.columns[index].cells for index in columns]
         for row, *texts in zip(table.rows, *cells, strict=True):
             piece.add_row(*map(_as_text, texts), style=row.style)
         yield piece
@@ -131,8 +141,10 @@ def _as_text(cell: object) -> Text:
     return Text(plain(str(cell)))
 
 
-def _width(column: Column, *, of_words: bool = False) -> int:
-    """Characters of the longest line or word, and the padding after it."""
+def _width(column: Column, *, of_words: bool) -> int:
     separator = None if of_words else "\n"
-    cells = (plain(str(text)).split(separator) for text in (column.header, *column.cells))
-    return max(map(cell_len, chain.from_iterable(cells)), default=0) + _PADDING
+    longest = 0
+    for text in (column.header, *column.cells):
+        words = plain(str(text)).split(separator)
+        longest = max(longest, *map(cell_len, words), 0)
+    return longest + _PADDING

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.table import Table
 
 from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig
@@ -30,7 +29,8 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
     norms = make_table("norm of", values=["tensors", "min", "median", "max"])
     for name, norm in description.pop("norms").items():
         norms.add_row(name, *map(_text, norm.values()))
-    settings = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    settings = make_table("setting", "value")
+    settings.show_header = False
     for name, value in description.items():
         if value not in (None, []):
             settings.add_row(name.replace("_", " "), _text(value))
@@ -38,9 +38,11 @@ def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = Fal
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     if isinstance(value, float):
         return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def convert(
@@ -69,7 +71,7 @@ def convert(
     if base_model is not None:
         from loraloom.generation.loading import load_host  # with transformers
 
-        on = {"base_model": base_model, "dtype": "float32", "device": "cpu"}
-        host, _ = load_host(checked(BaseModelConfig, on), {})
+        settings_of_base = {"base_model": base_model, "dtype": "float32", "device": "cpu"}
+        host, _ = load_host(checked(BaseModelConfig, settings_of_base), {})
     config = converting.convert(source, destination, to, settings=settings, host=host)
     print(f"wrote {destination}: {config.title}, rank {config.rank}, for {to}")

@@ -5,11 +5,11 @@ import math
 import re
 import secrets
 from collections.abc import Sequence
-from itertools import chain
 from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from loraloom.cli.options import BASE, HostOptions, Section, Text, is_derived, tell_unknown_prompts
 from loraloom.errors import ConfigError, LoraloomError, shown
@@ -18,6 +18,7 @@ from loraloom.generation.generate import Conversation
 from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scheduler import EngineLimits
+from loraloom.host.host import Host
 from loraloom.terminal import printed
 
 HELP = """\
@@ -63,38 +64,30 @@ def chat(
     """
     check_sources(options, options.adapters)
     host, tokenizer = load_host(options, options.adapters)
-    parts = chain.from_iterable(adapter.parts for adapter in host.adapters.values())
-    forms = [adapter.prompt for adapter in parts]
-    has_turns = tokenizer.chat_template or any(form and not form.is_text for form in forms)
-    if options.system and (options.raw or not has_turns):
-        raise ConfigError("--system requires a chat template; remove --system or --raw")
-    adapters = host.adapters.items()
-    deaf = [name for name, adapter in adapters if adapter.prompt and adapter.prompt.is_text]
-    if options.system and deaf:
-        print(f"note: {', '.join(deaf)} will not see --system, as trained on texts without turns")
+    _check_system(options, host, tokenizer)
     if not options.raw:
         tell_unknown_prompts(host, tokenizer)
-    names = [BASE, *host.adapters, *options.derived]
+    names = [BASE, *options.names]
     for name in options.derived:
         host.adapter(name)  # an error if there is none
-    max_tokens = default_cache_tokens(host, len(names))
-    limits = EngineLimits(len(names), max_tokens, max_request_s=math.inf)
-    engine = Engine(host, tokenizer, limits)
-    conversation = Conversation(engine, tokenizer, options.system, raw=options.raw)
+    limits = EngineLimits(
+        max_rows=len(names),
+        cache_tokens=default_cache_tokens(host, len(names)),
+        max_request_s=math.inf,
+    )
+    conversation = Conversation(
+        Engine(host, tokenizer, limits), tokenizer, options.system, raw=options.raw
+    )
     models = names[-1:]
     print(f"models: {', '.join(names)}; /help for commands")
-    while (line := _read_line(f"{' '.join(models)}> ")) is not None and line.rstrip() != "/quit":
-        words = line.split()
-        command = words.pop(0) if line.startswith("/") else ""
+    while True:
+        line = _read_line(f"{' '.join(models)}> ")
+        if line.rstrip() == "/quit":
+            return
         try:
+            command, *words = line.split() if line.startswith("/") else [""]
             if command in ("/adapter", "/compare"):
-                for word in filter(is_derived, words):
-                    host.adapter(word)
-                unknown = [word for word in words if word not in names and not is_derived(word)]
-                if unknown or not words:
-                    allowed = " or ".join(names)
-                    raise ConfigError(f"{command} requires {allowed}, got {shown(words)}")
-                models = list(dict.fromkeys(words))
+                models = _choose_models(host, names, command, words)
             elif command == "/reset":
                 conversation.turns.clear()
             elif command == "/help":
@@ -110,7 +103,34 @@ def chat(
             print(f"error: {error}")
 
 
-def _read_line(prompt: str) -> str | None:
+def _check_system(options: ChatOptions, host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not options.system:
+        return
+    has_turns = bool(tokenizer.chat_template)
+    deaf = []
+    for name, adapter in host.adapters.items():
+        forms = [member.prompt for member in adapter.parts if member.prompt is not None]
+        has_turns = has_turns or not all(form.is_text for form in forms)
+        if adapter.prompt is not None and adapter.prompt.is_text:
+            deaf.append(name)
+    if options.raw or not has_turns:
+        raise ConfigError("--system requires a chat template; remove --system or --raw")
+    if deaf:
+        print(f"note: {', '.join(deaf)} will not see --system, as trained on texts without turns")
+
+
+def _choose_models(
+    host: Host, names: Sequence[str], command: str, words: Sequence[str]
+) -> list[str]:
+    for word in filter(is_derived, words):
+        host.adapter(word)
+    unknown = [word for word in words if word not in names and not is_derived(word)]
+    if unknown or not words:
+        raise ConfigError(f"{command} requires {' or '.join(names)}, got {shown(words)}")
+    return list(dict.fromkeys(words))
+
+
+def _read_line(prompt: str) -> str:
     # merely importing it lets lines be edited and called back; Windows has none
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
@@ -118,7 +138,7 @@ def _read_line(prompt: str) -> str | None:
         return input(prompt)
     except (EOFError, KeyboardInterrupt):
         print()
-        return None
+        return "/quit"
 
 
 def _answer(
@@ -130,8 +150,9 @@ def _answer(
         for model, piece in answers:
             chosen = conversation.chosen.get(model)
             if model != answering and (len(models) > 1 or chosen):
-                label = f"{model}, {chosen}" if chosen else model
-                print(f"{'' if answering is None else chr(10)}[{label}]")
+                if answering is not None:
+                    print()
+                print(f"[{model}, {chosen}]" if chosen else f"[{model}]")
             answering = model
             print(printed(piece), end="", flush=True)
     except KeyboardInterrupt:

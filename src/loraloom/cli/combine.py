@@ -1,8 +1,9 @@
 """`loraloom combine`: one adapter of several that were trained apart."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 from pydantic import Field
@@ -10,10 +11,9 @@ from rich.console import Console
 from typing_extensions import override
 
 from loraloom.adapters.routed.method import of_experts
-from loraloom.cli.init import ROW_FORMATS, first_rows, infer_source
+from loraloom.cli.init import ROW_FORMATS, infer_source
 from loraloom.cli.options import HostOptions, Section
-from loraloom.config.data import Scoring, TaskName, is_task_file, skills_lands
-from loraloom.data.sources import find_location
+from loraloom.config.data import Scoring, is_task
 from loraloom.errors import ConfigError
 from loraloom.formats.raw_files import refuse_to_overwrite
 from loraloom.generation.loading import check_sources, load_host
@@ -57,8 +57,7 @@ class CombineOptions(HostOptions):
     def contradictions(self) -> Iterator[str]:
         for ways, names in _ONLY.items():
             if self.by not in ways:
-                for name in sorted(self.model_fields_set & {*names}):
-                    yield f"--{name.replace('_', '-')} requires --by {' or '.join(ways)}"
+                yield from self.misused(names, f"requires --by {' or '.join(ways)}")
         if self.derived:
             yield (
                 f"--adapter must be NAME=PATH here, got {self.derived[0]}; pass weights as "
@@ -72,15 +71,15 @@ class CombineOptions(HostOptions):
                 yield f"--prompts {min(missing)}=DATA is missing; pass --prompts per adapter"
 
     def of_adapters(self, option: str, texts: Sequence[str]) -> dict[str, str]:
-        """Split NAME=VALUE, of adapters that are there."""
-        values = {name: value for name, _, value in (text.partition("=") for text in texts)}
+        pairs = [text.partition("=") for text in texts]
+        values = {name: value for name, _, value in pairs}
         if len(values) < len(texts):
             raise ConfigError(f"--{option} must name each adapter once, got {', '.join(texts)}")
         for name, value in values.items():
             if not value or name not in self.adapters:
+                names = ", ".join(self.adapters)
                 raise ConfigError(
-                    f"--{option} must be NAME=VALUE, where NAME is one of "
-                    f"{', '.join(self.adapters) or 'the adapters'}, got {name!r}"
+                    f"--{option} must be NAME=VALUE, where NAME is one of {names}, got {name!r}"
                 )
         return values
 
@@ -109,13 +108,19 @@ def combine(
     while combined in adapters:
         combined += "-"
     if options.by in ("prompt", "arrow"):
-        settings = options.model_dump(include={"top_k", "num_layers_read"})
-        experts = {name: name for name in adapters}
-        host.add(combined, of_experts(experts, router=options.by, **settings))
+        config = of_experts(
+            {name: name for name in adapters},
+            router=options.by,
+            top_k=options.top_k,
+            num_layers_read=options.num_layers_read,
+        )
+        host.add(combined, config)
     else:
         host.combine(list(adapters), factors, options.by, name=combined)
     if options.by == "prompt":
-        sources = {name: _source(host, name, prompts[name], options.scoring) for name in adapters}
+        sources = {}
+        for name in adapters:
+            sources[name] = _source(host, name, prompts[name], options.scoring)
         if options.scoring and not any("task" in source for source in sources.values()):
             raise ConfigError("--scoring requires a task in --prompts, got data sets")
         fit = fit_router(host, tokenizer, combined, sources, limit=options.limit)
@@ -125,19 +130,20 @@ def combine(
 
 
 def _source(host: Host, name: str, data: str, scoring: Scoring | None) -> Mapping[str, Any]:
-    """Describe where an adapter's prompts are, as under `data:` in a run file."""
-    if is_task_file(data) or skills_lands(data) or data in get_args(TaskName):
+    if is_task(data):
         return {"task": data, "scoring": scoring} if scoring else {"task": data}
     form = host.adapter(name).prompt
     formats = (form.format, *ROW_FORMATS) if form else ROW_FORMATS
-    return infer_source({"dataset": data}, first_rows(find_location(data, "train")), formats)
+    return infer_source({"dataset": data}, "train", formats)
 
 
 def _print_fit(console: Console, fit: RouterFit) -> None:
     table = make_table("prompts of", values=["held out", "correct", "chosen instead"])
     for name, chosen in fit.chosen.items():
-        wrong = sorted(chosen.keys() - {name}, key=lambda adapter: -chosen[adapter])
-        counts = ", ".join(f"{adapter} {chosen[adapter]}" for adapter in wrong)
-        table.add_row(name, str(sum(chosen.values())), str(chosen.get(name, 0)), counts)
+        wrong = Counter(chosen)
+        num_correct = wrong.pop(name, 0)
+        num_prompts = num_correct + wrong.total()
+        counts = ", ".join(f"{adapter} {count}" for adapter, count in wrong.most_common())
+        table.add_row(name, str(num_prompts), str(num_correct), counts)
     print_tables(console, [table])
     console.print(f"The router is correct for {fit.accuracy:.1%} of the held-out prompts.")

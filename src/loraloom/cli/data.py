@@ -8,10 +8,11 @@ from cyclopts import Parameter, validators
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters import CONFIGS
 from loraloom.base.loading import load_tokenizer
 from loraloom.cli.options import Sets
+from loraloom.config.data import SourceConfig
 from loraloom.data.encoding import SourceEncoder
+from loraloom.data.sources import Row
 from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import DataError, plain
 from loraloom.terminal import make_console, make_table, print_tables
@@ -44,22 +45,22 @@ def show(
     table = make_table("source", values=COUNTS)
     faults: list[str] = []
     for job in run.all_jobs:
+        as_pairs = job.train.objective.learns_from_pairs
         splits = [(source, "train") for source in job.data.sources]
-        splits += [(job.data.validation, "validation")] if job.data.validation else []
+        if job.data.validation is not None:
+            splits.append((job.data.validation, "validation"))
         for source, split in splits:
-            as_pairs = job.train.objective.learns_from_pairs
             encoder = SourceEncoder(source, tokenizer, job.train.max_length, as_pairs)
             streams = job.data.streaming and split == "train"
+            limit = rows if streams else None
             try:
-                read, encoded = encoder.read(split, rows if streams else None, streaming=streams)
+                read, encoded = encoder.read(split, limit, streaming=streams)
+                name = f"{job.name}: {encoder.name}"
                 for number, row in enumerate(encoded[:rows], start=1):
-                    name = f"{job.name}: {encoder.name}, row {number}"
-                    for line in row_lines(name, row, tokenizer):
+                    for line in row_lines(f"{name}, row {number}", row, tokenizer):
                         console.print(line, style="" if line.strip(" ^") else "bold green")
-                name = f"{job.name}: {Path(encoder.name).name}"
-                column = (source.fields or {}).get("tools", "tools")
-                num_with_tools = sum(bool(row.get(column)) for row in read)
-                table.add_row(name, *map(str, _count(encoded, num_with_tools)))
+                counts = _count(read, encoded, source)
+                table.add_row(f"{job.name}: {Path(encoder.name).name}", *counts)
                 encoder.check(read, encoded)
             except DataError as error:
                 faults.append(str(error))
@@ -78,29 +79,38 @@ def _filled_in(settings: dict[str, Any]) -> dict[str, Any]:
             train: dict[str, Any] = {"max_steps": 1}
             if "'format': 'preference'" in str(job.get("data")):  # a mix's source too
                 train["objective"] = {"name": "dpo"}
-            adapter = {"method": CONFIGS[0].model_fields["method"].default}
-            jobs[index] = {"name": f"job{index + 1}", "adapter": adapter, "train": train, **job}
+            name = f"job{index + 1}"
+            jobs[index] = {"name": name, "adapter": {"method": "lora"}, "train": train, **job}
     return {"output_dir": "out", **settings}
 
 
-def _count(rows: Sequence[EncodedRow], num_with_tools: int) -> tuple[int, ...]:
-    # in the order of COUNTS; rows with the same tokens count as duplicates, whatever they say
-    learned = [tuple(piece.input_ids for piece in row.pieces) for row in rows if row.pieces]
-    empty = sum(row.is_empty for row in rows)
-    faulty = sum(bool(row.fault) for row in rows) - empty
-    cut = sum(row.is_cut for row in rows)
-    dropped = len(rows) - len(learned) - empty - faulty
-    duplicates = len(learned) - len(set(learned))
-    return len(rows), empty, cut, dropped, duplicates, num_with_tools, faulty
+def _count(rows: Sequence[Row], encoded: Sequence[EncodedRow], source: SourceConfig) -> list[str]:
+    # in the order of COUNTS
+    num_empty = sum(row.is_empty for row in encoded)
+    num_faulty = sum(bool(row.fault) for row in encoded) - num_empty
+    learned = [row.pieces for row in encoded if row.pieces]
+    column = (source.fields or {}).get("tools", "tools")
+    counts = [
+        len(encoded),
+        num_empty,
+        sum(row.is_cut for row in encoded),
+        len(encoded) - len(learned) - num_empty - num_faulty,
+        len(learned) - len(set(learned)),
+        sum(bool(row.get(column)) for row in rows),
+        num_faulty,
+    ]
+    return [str(count) for count in counts]
 
 
 def row_lines(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Lines of a row: its sizes, its tokens, and `^` under those that are learned."""
     if not row.pieces:
         yield f"\n{name}: {row.fault or 'dropped, because the answer exceeds max_length'}"
+    num_pieces = len(row.pieces)
     for number, piece in enumerate(row.pieces, start=1):
-        text = f", text {number} of {len(row.pieces)}" if len(row.pieces) > 1 else ""
-        yield f"\n{name}{text}: {len(piece.input_ids)} tokens, {sum(piece.is_learnt)} in the loss"
+        title = f"{name}, text {number} of {num_pieces}" if num_pieces > 1 else name
+        num_learned = sum(piece.is_learnt)
+        yield f"\n{title}: {len(piece.input_ids)} tokens, {num_learned} in the loss"
         yield from token_lines(tokenizer, piece.input_ids, piece.is_learnt, WIDTH)
 
 
@@ -112,11 +122,12 @@ def token_lines(
     for token, is_marked in zip(ids, marked, strict=True):
         # escapes stand in place of what can't be seen
         text = plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
-        if cell_len(lines[-2]) + cell_len(text) >= width:
+        size = cell_len(text)
+        if cell_len(lines[-2]) + size >= width:
             lines += ["", ""]
         mark = "^" if is_marked else " "
         lines[-2] += f"{text}|"
-        lines[-1] += f"{mark * cell_len(text)} "
+        lines[-1] += f"{mark * size} "
         if "\\n" in text:
             lines += ["", ""]
     yield from filter(None, map(str.rstrip, lines))

@@ -12,7 +12,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from loraloom.atomic_io import cache_directory, prepare_output
-from loraloom.cli.init import first_rows, infer_source
+from loraloom.cli.init import infer_source
 from loraloom.cli.options import HostOptions, Section
 from loraloom.config.data import DataFormat, PromptForm, Scoring, SourceConfig
 from loraloom.config.fields import checked
@@ -89,21 +89,17 @@ class EvalRun(HostOptions):
             return
         kind = kinds[0] if kinds else "task"
         for readers, names in _ONLY.items():
-            if kind in readers:
-                continue
-            allowed = " or ".join(f"--{reader}" for reader in readers)
-            for name in sorted(self.model_fields_set.intersection(names.split())):
-                yield f"--{name.replace('_', '-')} requires {allowed}"
+            if kind not in readers:
+                allowed = " or ".join(f"--{reader}" for reader in readers)
+                yield from self.misused(names.split(), f"requires {allowed}")
         if kind != "dataset" and not _names(getattr(self, kind)):
             yield f"--{kind} must name at least one task, got none"
         if self.no_base and not self.adapter:
             yield "--no-base requires --adapter NAME=PATH"
 
     @property
-    def names(self) -> list[str | None]:
-        """Names of the adapters to score; None is the base model."""
-        base = [] if self.no_base else [None]
-        return [*base, *self.adapters, *self.derived]
+    def scored(self) -> list[str | None]:
+        return [*self.names] if self.no_base else [None, *self.names]
 
 
 def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> None:
@@ -115,7 +111,7 @@ def evaluate(*, run: Annotated[EvalRun, Parameter(name="*"), Section.MODEL]) -> 
     for path in run.output:
         prepare_output(path, "--output")
     prepare_output(run.per_question, "--per-question")
-    pairs = choose_pairs(run.names, run.compare)
+    pairs = choose_pairs(run.scored, run.compare)
     stored = check_sources(run, run.adapters)
     if run.harness:
         evaluation, lines = _evaluate_harness(run, stored)
@@ -146,13 +142,12 @@ def _print_notes(evaluation: Evaluation, *, describes_rows: bool) -> None:
 def _evaluate_sets(
     run: EvalRun, stored: Mapping[str, StoredAdapter], pairs: Sequence[Pair]
 ) -> Evaluation:
-    """Score all adapters on tasks or held-out rows, with scores that are kept."""
     files = describe_adapters(run.adapters)
     sources = _held_out_sources(run, [adapter.prompt for adapter in stored.values()])
     sets: Any = load_question_sets(_names(run.task), run.scoring, run.split, run.data, run.limit)
     host, tokenizer = load_host(run, stored)
     request = EvaluationRequest(
-        adapters=run.names,
+        adapters=run.scored,
         pairs=pairs,
         files=files,
         max_tokens_per_batch=run.batch_tokens,
@@ -181,7 +176,7 @@ def _evaluate_harness(
         host,
         tokenizer,
         tasks,
-        run.names,
+        run.scored,
         limit=run.limit,
         num_fewshot=run.num_fewshot,
         apply_chat_template=run.apply_chat_template,
@@ -204,16 +199,21 @@ def _names(values: Sequence[str]) -> list[str]:
 def _held_out_sources(run: EvalRun, forms: Sequence[PromptForm | None]) -> list[SourceConfig]:
     """Check --dataset, in the prompt form in which all adapters were trained if it fits."""
     options = run.model_dump(include={"format", "split"}, exclude_none=True)
-    form = forms[0] if forms and forms.count(forms[0]) == len(forms) else None
+    form = forms[0] if len(set(forms)) == 1 else None
     sources = []
     for text in dict.fromkeys(run.dataset):
-        is_mapping = text.startswith("{")
-        settings = parse_yaml(text, "--dataset") if is_mapping else {"dataset": text}
-        settings = {**options, **settings}
+        settings = {**options, "dataset": text}
+        if text.startswith("{"):
+            settings = {**options, **parse_yaml(text, "--dataset")}
         if form is not None and _fits_form(settings, form):
             settings = form.model_dump(exclude={"system"}, exclude_none=True) | settings
         if isinstance(settings.get("dataset"), str) and "format" not in settings:
-            settings = _infer_format(settings)
+            settings = infer_source(settings, settings.get("split") or "validation")
+            row_format = settings["format"]
+            if settings["template"] is not None:
+                row_format += f" {settings['template']}"
+            note = f"note: reading {settings['dataset']} as {row_format}; --format overrides"
+            print(note, file=sys.stderr)
         source = checked(SourceConfig, settings)
         if source.dataset is not None:  # what is broken is an error before the model is loaded
             split = source.split or "validation"
@@ -227,13 +227,3 @@ def _fits_form(settings: Mapping[str, Any], form: PromptForm) -> bool:
         return False
     pairs_format = "preference" if form.format == "chat" else form.format
     return settings.get("format") in (None, form.format, pairs_format)
-
-
-def _infer_format(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    split = settings.get("split") or "validation"
-    location = find_location(settings["dataset"], split, settings.get("config"))
-    inferred = infer_source(settings, first_rows(location, split))
-    row_format = " ".join(filter(None, (inferred["format"], inferred["template"])))
-    note = f"note: reading {inferred['dataset']} as {row_format}; --format overrides"
-    print(note, file=sys.stderr)
-    return inferred

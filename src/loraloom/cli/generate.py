@@ -89,45 +89,46 @@ def generate(
     requests = make_requests(host, tokenizer, prompts, sampling, raw=options.raw, prompt_form=form)
     size = options.batch_size
     messages = make_console(stderr=True, soft_wrap=True, quiet=options.output is None)
-    with show_progress(messages, "rows", [1] * len(rows)) as advance:
+    num_rows = len(rows)
+    with show_progress(messages, "rows", [1] * num_rows) as advance:
         advance(range(num_done))
-        for start in range(num_done, len(rows), size):
-            stop = min(start + size, len(rows))
+        for start in range(num_done, num_rows, size):
+            stop = min(start + size, num_rows)
             batch = complete(host, tokenizer, requests[start:stop], batch_size=size)
-            completed: list[dict[str, Any]] = []
+            text = ""
             for row, answer in zip(rows[start:stop], batch, strict=True):
                 choice = describe_choice(answer.choice, tokenizer)
-                completed.append({**row, "completion": answer.text, **choice})
-            _write(options, completed)
+                completed = {**row, "completion": answer.text, **choice}
+                text += _format_row(completed, options, has_name=num_rows > 1)
+            if options.output is not None:
+                append_text(options.output, text)
+            elif sys.stdout.isatty():
+                print(printed(text), end="", flush=True)
+            else:
+                print(text, end="", flush=True)
             advance(range(start, stop))
 
 
-def _write(options: GenerateOptions, completed: Rows) -> None:
-    lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in completed)
-    if options.output is not None:
-        append_text(options.output, lines)
-        return
-    if options.input is None:
-        has_names = len(options.adapter) + (not options.no_base) > 1
-        form = "[{adapter}]\n{completion}\n" if has_names else "{completion}\n"
-        lines = "".join(form.format_map(row) for row in completed)
-    print(printed(lines) if sys.stdout.isatty() else lines, end="", flush=True)
+def _format_row(row: Mapping[str, Any], options: GenerateOptions, *, has_name: bool) -> str:
+    if options.input is not None or options.output is not None:
+        return f"{json.dumps(row, ensure_ascii=False)}\n"
+    name = f"[{row['adapter']}]\n" if has_name else ""
+    return f"{name}{row['completion']}\n"
 
 
 def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
-    """Rows with who answers, as they are written, and their prompts."""
     if options.input is None:
-        for name in [*([] if options.no_base else [None]), *options.adapters, *options.derived]:
+        for name in options.names if options.no_base else [None, *options.names]:
             row = {"prompt": options.prompt, "adapter": name or BASE}
             yield row, Prompt(str(options.prompt), name, origin="--prompt")
         return
-    answering = [*options.adapters, *options.derived] or [None]
+    answering = options.names or [None]
     for row in read_rows(options.input):
         # tables put a null where a row lacks a field of others
-        if (row.get("prompt") is None) == (row.get("messages") is None):
+        is_plain = row.get("prompt") is not None
+        if is_plain == (row.get("messages") is not None):
             row.reject("a row must have either 'prompt' or 'messages', not both or neither")
         tools = read_tools(row, "tools")
-        is_plain = row.get("prompt") is not None
         content = row.text("prompt") if is_plain else tuple(read_messages(row, "messages"))
         adapters = answering if row.get("adapter") is None else [_adapter_of(row, options)]
         fields = {name: value for name, value in row.items() if name != "prompt"}
@@ -137,7 +138,6 @@ def _read(options: GenerateOptions) -> Iterator[tuple[dict[str, Any], Prompt]]:
 
 
 def _adapter_of(row: Row, options: GenerateOptions) -> RowAdapter:
-    """The adapter that a row asks for, perhaps with a scale."""
     adapters = options.adapters
     match row["adapter"]:
         case "base":
@@ -153,7 +153,8 @@ def _adapter_of(row: Row, options: GenerateOptions) -> RowAdapter:
                 return options.check_derived(name)
             except LoraloomError as error:
                 row.reject(str(error))
-    allowed, got = ", ".join([BASE, *adapters]), shown(row["adapter"])
+    allowed = ", ".join([BASE, *adapters])
+    got = shown(row["adapter"])
     row.reject(f"field 'adapter' must be one of {allowed}, or [name, scale], got {got}")
 
 
@@ -166,15 +167,15 @@ def _count_done(options: GenerateOptions, rows: Rows) -> int:
         raise ConfigError(f"--output {path} exists; pass --resume to continue, or delete the file")
     *lines, torn = path.read_bytes().split(b"\n")
     done = [parse_json(line.decode(errors="replace"), str(path)) for line in lines]
-    is_ours = torn[:1] in (b"", b"{") and torn[-1:] != b"}" and len(done) <= len(rows)
-    if not is_ours or not all(map(_is_completed, rows, done)):
+    is_torn = torn[:1] in (b"", b"{") and torn[-1:] != b"}"
+    is_ours = all(map(_is_completed, rows, done)) and len(done) <= len(rows)
+    if not (is_torn and is_ours):
         raise ConfigError(f"--output {path} contains rows of another command; choose another file")
     cut_torn_line(path)
     return len(done)
 
 
 def _is_completed(row: Mapping[str, Any], done: Any) -> bool:
-    """Whether a row of the output is this row with its completion."""
     if not isinstance(done, dict) or "completion" not in done:
         return False
     answer = {name: done[name] for name in ("completion", "chosen") if name in done}

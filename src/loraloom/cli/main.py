@@ -10,7 +10,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pydantic
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, ValidationError
@@ -57,17 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Python's own form has a line of code, which is none of the user's.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {plain(str(message))}\n"
-    words = [*(sys.argv[1:] if argv is None else argv)]
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
         _app(words)(words or ["--help"])
         sys.stdout.flush()  # now: Python would end with a traceback if that failed at its exit
-        return 0 if words and words not in [[group] for group in GROUPS] else 2
-    except ValidationError as error:  # a model's own messages are as those of a run file
+        lacks_verb = not words or (len(words) == 1 and words[0] in GROUPS)
+        return 2 if lacks_verb else 0
+    except ValidationError as error:
         cause = error.__cause__
-        is_models = isinstance(cause, pydantic.ValidationError)
-        return _fail("\n".join(describe_faults(cause)) if is_models else str(error))
+        if isinstance(cause, pydantic.ValidationError):  # as those of a run file
+            return _fail("\n".join(describe_faults(cause)))
+        return _fail(str(error))
     except SystemExit as end:
-        return _fail(end.code, 1) if isinstance(end.code, str) else end.code or 0
+        if isinstance(end.code, str):
+            return _fail(end.code, 1)
+        return end.code or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -86,35 +89,45 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _shown_default(value: object) -> str | None:
-    return None if value is False or value in (None, (), []) else str(value)
+    if value is False or value in (None, (), []):
+        return None
+    return str(value)
 
 
 def _mend_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Fill in `~` in paths, as shells do where a word begins with it; keep texts as they stand."""
     for argument in arguments:
-        if "Path" in str(argument.hint):
-            fill_in = os.path.expanduser
-            argument.tokens[:] = [x.evolve(value=fill_in(x.value)) for x in argument.tokens]
-        elif argument.keys and "tuple" in str(argument.hint):  # else read as JSON, if it is
-            argument.tokens[:] = [x.evolve(implicit_value=[x.value]) for x in argument.tokens]
+        hint = str(argument.hint)
+        for index, token in enumerate(argument.tokens):
+            if "Path" in hint:
+                argument.tokens[index] = token.evolve(value=os.path.expanduser(token.value))
+            elif argument.keys and "tuple" in hint:  # else read as JSON, if it is
+                argument.tokens[index] = token.evolve(implicit_value=[token.value])
 
 
 def _app(words: Sequence[str]) -> App:
-    """Declare the verbs; the help of the one that is used is its docstring."""
-    # A flag has no --no-flag; of an option given twice the later counts.
+    # a flag has no --no-flag; of an option given twice the later counts
     parameter = Parameter(negative="", allow_repeating=True, show_default=_shown_default)
-    options: Any = {"default_parameter": parameter, "exit_on_error": False, "print_error": False}
-    options["result_action"] = "return_value"
-    version: Any = {"version": f"loraloom {loraloom.__version__}", "version_flags": ["--version"]}
-    app = App("loraloom", help=_HELP, config=_mend_values, **version, **options)
+    app = App(
+        "loraloom",
+        help=_HELP,
+        version=f"loraloom {loraloom.__version__}",
+        version_flags=["--version"],
+        config=_mend_values,
+        default_parameter=parameter,
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+    )
     for name, text in GROUPS.items():
-        app.command(App(name, help=text, version_flags=[], **options))
+        app.command(App(name, help=text, version_flags=[]))
     app.register_install_completion_command()
     for verb, (command, summary) in VERBS.items():
-        *above, name = verb.split()
         function = f"loraloom.cli.{command}" if isinstance(command, str) else command
-        is_used = words[: len(above) + 1] == [*above, name]
-        help_text = {} if is_used else {"help": summary}  # else its file is imported for it
-        group = app[above[0]] if above else app
-        group.command(function, name=name, **help_text)
+        group, _, name = verb.rpartition(" ")
+        above = app[group] if group else app
+        if f"{' '.join(words)} ".startswith(f"{verb} "):
+            above.command(function, name=name)
+        else:
+            above.command(function, name=name, help=summary)  # its file need not be imported
     return app

@@ -1,6 +1,7 @@
 """What several verbs' options are: a base model with adapters on it, and `--set`."""
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -11,14 +12,9 @@ from loraloom.config.fields import check_name
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
 
-# What files and options call the base model.
-BASE = "base"
+BASE = "base"  # what files and options call the base model
 
-_TITLES = ("Data and prompts", "Results", "Server", "Limits", "Sampling", "Base model and adapters")
-
-# A text, which may look like an option.
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
-
 Sets = Annotated[
     tuple[str, ...],
     Parameter(
@@ -32,9 +28,12 @@ Sets = Annotated[
 class Section:
     """Sections of a verb's help, in their order."""
 
-    DATA, RESULTS, SERVER, LIMITS, SAMPLING, MODEL = (
-        Parameter(group=Group(title, sort_key=index)) for index, title in enumerate(_TITLES)
-    )
+    DATA = Parameter(group=Group("Data and prompts", sort_key=0))
+    RESULTS = Parameter(group=Group("Results", sort_key=1))
+    SERVER = Parameter(group=Group("Server", sort_key=2))
+    LIMITS = Parameter(group=Group("Limits", sort_key=3))
+    SAMPLING = Parameter(group=Group("Sampling", sort_key=4))
+    MODEL = Parameter(group=Group("Base model and adapters", sort_key=5))
 
 
 def is_derived(name: str) -> bool:
@@ -51,7 +50,6 @@ class HostOptions(BaseModelConfig):
 
     @property
     def adapters(self) -> dict[str, str]:
-        """Where to load each adapter from, by name, in their order."""
         adapters: dict[str, str] = {}
         for text in self.adapter:
             name, _, path = text.partition("=")
@@ -65,8 +63,11 @@ class HostOptions(BaseModelConfig):
         return adapters
 
     @property
+    def names(self) -> list[str]:
+        return [*self.adapters, *self.derived]
+
+    @property
     def derived(self) -> list[str]:
-        """Sums and experts of these adapters that answer beside them."""
         names = [name for name in self.adapter if "=" not in name and is_derived(name)]
         for name in names:
             self.check_derived(name)
@@ -77,12 +78,17 @@ class HostOptions(BaseModelConfig):
     def check_derived(self, name: str) -> str:
         """Return the name of a sum or expert as it came, or raise a LoraloomError."""
         adapters = [term.partition("/")[0] for term, _ in parse_sum(name)]
-        if missing := [adapter for adapter in adapters if adapter not in self.adapters]:
-            raise ConfigError(
-                f"adapter {missing[0]!r} of {name!r} is not loaded; load a directory or Hub ID as "
-                "--adapter NAME=PATH"
-            )
+        for adapter in adapters:
+            if adapter not in self.adapters:
+                raise ConfigError(
+                    f"adapter {adapter!r} of {name!r} is not loaded; load a directory or Hub ID as "
+                    "--adapter NAME=PATH"
+                )
         return name
+
+    def misused(self, names: Iterable[str], reason: str) -> Iterator[str]:
+        for name in sorted(self.model_fields_set.intersection(names)):
+            yield f"--{name.replace('_', '-')} {reason}"
 
 
 def tell_unknown_prompts(host: Any, tokenizer: Any) -> None:

@@ -1,12 +1,13 @@
 """`loraloom quickstart`: adapters trained separately, combined into one, and a page of results."""
 
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter, validators
+from rich.console import Console
+from rich.table import Table
 
 from loraloom.adapters.routed.method import of_experts
 from loraloom.atomic_io import write_output
@@ -14,8 +15,9 @@ from loraloom.base.loading import find_device, load_base_model
 from loraloom.cli.options import BASE
 from loraloom.cli.train import raise_failures
 from loraloom.config.fields import checked
-from loraloom.config.text import parse_yaml
+from loraloom.config.text import parse_yaml, read_text
 from loraloom.data import tiny_base
+from loraloom.data.templates import compile_template, render
 from loraloom.eval.evaluation import evaluate
 from loraloom.eval.results import Evaluation
 from loraloom.generation.router import fit_router
@@ -29,6 +31,7 @@ from loraloom.training.settings import RunConfig
 
 NUM_LANDS = 8
 BASE_STEPS = 4000
+TOGETHER = "together"
 ROUTED = "one"
 CAUTION = """\
 Each of the eight adapters was trained only on the rows of its country, which each question names.
@@ -59,41 +62,41 @@ def quickstart(
     find_device(device)  # one that isn't there is an error now, not minutes later
     run = _run_config(output_dir, max_steps, device)
     RunDirectory(run.output_dir).check(resume=resume, overwrite=overwrite)
-    base = Path(run.base_model)
-    if base.is_dir():
-        console.print(f"Using the tiny base model in {base}")
-    else:
-        console.print("Generating a tiny base model of three layers (about two minutes)")
-        with show_progress(console, "base model", [1] * BASE_STEPS) as advance:
-            tiny_base.make_tiny_base(base, BASE_STEPS, on_step=lambda step: advance([step]))
+    _make_base(console, Path(run.base_model))
     model, tokenizer = load_base_model(run.base_model, device=device)
     host = attach(model)
-    *lands, together = (job.name for job in run.jobs)
     console.print(
-        f"Training {len(lands)} adapters, each on separate rows, and one adapter on all rows"
+        f"Training {NUM_LANDS} adapters, each on separate rows, and one adapter on all rows"
     )
-    progress = Progress(make_console())
-    base_model = (host, tokenizer)
-    results = train(run, resume=resume, overwrite=overwrite, progress=progress, base=base_model)
+    results = train(
+        run,
+        resume=resume,
+        overwrite=overwrite,
+        progress=Progress(make_console()),
+        base=(host, tokenizer),
+    )
     raise_failures(results)
-    for name in (*lands, together):
-        host.load(name, run.output_dir / name)
-    host.add(ROUTED, of_experts({land: land for land in lands}))
-    land_jobs = run.jobs[:-1]
-    fit_router(host, tokenizer, ROUTED, {job.name: job.data.sources[0] for job in land_jobs})
+    for job in run.jobs:
+        host.load(job.name, run.output_dir / job.name)
+    sources = {job.name: job.data.sources[0] for job in run.jobs if job.name != TOGETHER}
+    host.add(ROUTED, of_experts({land: land for land in sources}))
+    fit_router(host, tokenizer, ROUTED, sources)
     host.save(ROUTED, run.output_dir / ROUTED, overwrite=True)
-    console.print(f"\nCombined the {len(lands)} adapters, with a router by prompt; evaluating")
-    tasks = [str(job.data.task) for job in land_jobs]
-    names = [None, *lands, together, ROUTED]
-    pairs = [(ROUTED, together)]
-    evaluation = evaluate(host, tokenizer, tasks, names, scoring="text", split="test", pairs=pairs)
+    console.print(f"\nCombined the {NUM_LANDS} adapters, with a router by prompt; evaluating")
+    tasks = {land: str(source.task) for land, source in sources.items()}
+    evaluation = evaluate(
+        host,
+        tokenizer,
+        list(tasks.values()),
+        [None, *tasks, TOGETHER, ROUTED],
+        scoring="text",
+        split="test",
+        pairs=[(ROUTED, TOGETHER)],
+    )
     evaluation.write(output_dir / "eval.json")
-    findings = _findings(evaluation, dict(zip(lands, tasks, strict=True)), together)
-    table = make_table("questions of", values=lands)
-    for land, routing in zip(lands, evaluation.routing[ROUTED]["tasks"].values(), strict=True):
-        table.add_row(land, *(f"{share:.0%}" if share else "" for share in routing["load"][0]))
+    findings = _findings(evaluation, tasks)
     console.print(f"\n{findings}\n\nAdapters that the router chooses:")
-    print_tables(console, [table])
+    print_tables(console, [_choices_table(evaluation, tasks)])
     console.print(CAUTION)
     page = make_page([run.output_dir], [output_dir / "eval.json"], summary=findings)
     write_output(output_dir / "report.html", page)
@@ -101,35 +104,50 @@ def quickstart(
 
 
 def _run_config(output: Path, max_steps: int, device: str) -> RunConfig:
-    # the file says what a person would write; lands, steps and places are filled in
-    file = files("loraloom.cli") / "quickstart.yaml"
-    run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
-    run |= {"base_model": str(output / "base"), "output_dir": output / "adapters", "device": device}
-    land, together = run["jobs"]
-    jobs: list[dict[str, Any]] = []
-    for number in range(1, NUM_LANDS + 1):
-        data = {**land["data"], "task": f"skills@{number}of{NUM_LANDS}"}
-        jobs.append({**land, "name": f"land{number}", "data": data})
-    together["data"]["task"] = f"skills@{NUM_LANDS}"
-    jobs.append(together)
-    for job in jobs:
-        job["train"] = {**job["train"], "max_steps": max_steps}
-    return checked(RunConfig, {**run, "jobs": jobs})
-
-
-def _findings(evaluation: Evaluation, tasks: Mapping[str, str], together: str) -> str:
-    # of right answers to all questions
-    def share(names: Sequence[str]) -> float:
-        pairs = zip(names, tasks.values(), strict=True)
-        return 100 * fmean(evaluation.results[name][task]["accuracy"] or 0 for name, task in pairs)
-
-    names, many = list(tasks), len(tasks)
-    rows = {
-        "base model": [BASE] * many,
-        "the adapter of another country": [*names[1:], names[0]],
-        f"{together}: as large, trained on all rows": [together] * many,
-        f"{ROUTED}: the {many} adapters and a router": [ROUTED] * many,
-        "the adapter of the question's country": names,
+    file = Path(__file__).with_suffix(".yaml.jinja")
+    template = compile_template(read_text(file), file.name)
+    fields = {
+        "base_model": str(output / "base"),
+        "output_dir": str(output / "adapters"),
+        "device": device,
+        "num_lands": NUM_LANDS,
+        "max_steps": max_steps,
     }
-    lines = [f"  {label:44}{share(adapters):5.1f}" for label, adapters in rows.items()]
-    return "\n".join(["Accuracy on new questions of all countries, %", *lines])
+    return checked(RunConfig, parse_yaml(render(template, fields), file.name))
+
+
+def _make_base(console: Console, directory: Path) -> None:
+    if directory.is_dir():
+        console.print(f"Using the tiny base model in {directory}")
+        return
+    console.print("Generating a tiny base model of three layers (about two minutes)")
+    with show_progress(console, "base model", [1] * BASE_STEPS) as advance:
+        tiny_base.make_tiny_base(directory, BASE_STEPS, on_step=lambda step: advance([step]))
+
+
+def _choices_table(evaluation: Evaluation, tasks: Mapping[str, str]) -> Table:
+    table = make_table("questions of", values=list(tasks))
+    routing = evaluation.routing[ROUTED]["tasks"]
+    for land, task in tasks.items():
+        shares = routing[task]["load"][0]
+        table.add_row(land, *[f"{share:.0%}" if share else "" for share in shares])
+    return table
+
+
+def _findings(evaluation: Evaluation, tasks: Mapping[str, str]) -> str:
+    lands = list(tasks)
+    num_lands = len(lands)
+    adapters_of = {
+        "base model": [BASE] * num_lands,
+        "the adapter of another country": [*lands[1:], lands[0]],
+        f"{TOGETHER}: as large, trained on all rows": [TOGETHER] * num_lands,
+        f"{ROUTED}: the {num_lands} adapters and a router": [ROUTED] * num_lands,
+        "the adapter of the question's country": lands,
+    }
+    lines = ["Accuracy on new questions of all countries, %"]
+    for label, adapters in adapters_of.items():
+        accuracies = []
+        for adapter, task in zip(adapters, tasks.values(), strict=True):
+            accuracies.append(evaluation.results[adapter][task]["accuracy"] or 0)
+        lines.append(f"  {label:44}{100 * fmean(accuracies):5.1f}")
+    return "\n".join(lines)

@@ -87,21 +87,18 @@ class ServeOptions(HostOptions):
 
     @override
     def contradictions(self) -> Iterator[str]:
-        unused: dict[str, str] = {}
-        if not self.allow_loading:
-            names = ("admin_key_file", "adapter_root")
-            unused |= dict.fromkeys(names, "requires --allow-loading")
-        if self.adapter_dir is None:
-            unused["max_adapters"] = "requires --adapter-dir"
-        if self.api_key_file is None and self.admin_key_file is None:
-            unused["shared_prompt_cache"] = "requires API keys; pass --api-key-file FILE"
-        if self.no_api_key:
-            unused["api_key_file"] = "and --no-api-key exclude each other; pass only one option"
         if self.engine == "vllm":
             names = type(self).model_fields.keys() - _OF_BOTH
-            unused |= dict.fromkeys(names, "is not supported with --engine vllm; remove the option")
-        for name in sorted(self.model_fields_set & unused.keys()):
-            yield f"--{name.replace('_', '-')} {unused[name]}"
+            yield from self.misused(names, "is not supported with --engine vllm; remove the option")
+        elif not self.allow_loading:
+            yield from self.misused(["admin_key_file", "adapter_root"], "requires --allow-loading")
+        if self.adapter_dir is None:
+            yield from self.misused(["max_adapters"], "requires --adapter-dir")
+        if self.api_key_file is None and self.admin_key_file is None:
+            reason = "requires API keys; pass --api-key-file FILE"
+            yield from self.misused(["shared_prompt_cache"], reason)
+        if self.no_api_key and self.api_key_file is not None:
+            yield "--api-key-file and --no-api-key exclude each other; pass only one option"
 
 
 def serve(*, options: Annotated[ServeOptions, Parameter(name="*"), Section.MODEL]) -> None:
@@ -175,7 +172,6 @@ def _serve_embedded(options: ServeOptions, keys: list[str], admin_keys: list[str
 def _prepare(
     options: ServeOptions, sock: socket.socket
 ) -> tuple[Engine, ServedAdapters, Any, PromptForm | None]:
-    """Load what is served, and say what and where that is."""
     model, tokenizer = loading.load_host(options, {})
     model.default_form = given_form(tokenizer, None, options.chat_template)
     tool_form = None
@@ -203,11 +199,14 @@ def _prepare(
     for name, path in options.adapters.items():
         asyncio.run(adapters.load(name, path, replace=True))
     address, port = sock.getsockname()[:2]
-    address = f"[{address}]" if ":" in address else address
+    if ":" in address:
+        address = f"[{address}]"
     print(f"models: {', '.join([*adapters.base_names, *asyncio.run(adapters.names())])}")
+    dtype = str(model.dtype).removeprefix("torch.")
     quantization = f", quantized to {options.quantization}" if options.quantization else ""
-    print(f"base model: {str(model.dtype).removeprefix('torch.')} on {model.device}{quantization}")
-    if (directory := options.adapter_dir) and not any(directory.glob(f"*/{CONFIG_FILE}")):
+    print(f"base model: {dtype} on {model.device}{quantization}")
+    directory = options.adapter_dir
+    if directory is not None and not any(directory.glob(f"*/{CONFIG_FILE}")):
         deeper = next(directory.glob(f"*/*/{CONFIG_FILE}"), None)
         advice = f"; pass --adapter-dir {deeper.parents[1]}" if deeper else ""
         print(f"warning: {directory} contains no adapters yet{advice}")

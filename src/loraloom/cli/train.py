@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -71,9 +72,9 @@ def train(
     """
     run = load_run_config(run_file, overrides)
     console = make_console(quiet=training.read_launch().rank > 0)
-    watch = options.watch and WatchOptions(
-        options.watch, options.overwrite, options.watch_exit_when_idle
-    )
+    watch = None
+    if options.watch is not None:
+        watch = WatchOptions(options.watch, options.overwrite, options.watch_exit_when_idle)
     results = training.train(
         run,
         resume=options.resume,
@@ -84,8 +85,10 @@ def train(
         ray_workers=options.ray_workers,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    sweep = run.sweep
-    shown = [result for result in results if sweep is None or not sweep.owns(result.job)]
+    if run.sweep is not None:  # which prints its ranking
+        shown = [result for result in results if not run.sweep.owns(result.job)]
+    else:
+        shown = results
     if shown:
         print_tables(console, [_results_table(shown)])
     for purpose, command in next_commands(run, results).items():
@@ -94,13 +97,14 @@ def train(
 
 
 def _results_table(results: Sequence[JobResult]) -> Table:
-    metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
+    metrics = list(dict.fromkeys(chain.from_iterable(result.metrics for result in results)))
     table = make_table("job", values=["method", "steps", "status", "weights", *metrics])
     for result in results:
-        measured = (result.metrics.get(name) for name in metrics)
-        texts = ["-" if value is None else f"{value:.4f}" for value in measured]
-        steps = str(result.steps)
-        table.add_row(result.job, result.method, steps, result.status, result.weights, *texts)
+        texts = [result.method, str(result.steps), result.status, result.weights]
+        for name in metrics:
+            value = result.metrics.get(name)
+            texts.append("-" if value is None else f"{value:.4f}")
+        table.add_row(result.job, *texts)
     return table
 
 
@@ -117,14 +121,19 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
     if not good:
         return {}
     if run.sweep is not None:
-        metric = run.sweep.metric
         # the best first; a job that was never measured goes last, whichever way is better
+        metric = run.sweep.metric
         sign = 1 if metric.endswith("loss") else -1
         good.sort(key=lambda result: sign * result.metrics.get(metric, sign * math.inf))
-    jobs, measured = run.all_jobs, good
+    jobs = run.all_jobs
+    measured = good
     purpose = "Evaluate"
-    data_of = {job.name: _data_names(job) for job in run.trials}
-    if best_data := data_of.get(good[0].job):
+    data_of = {}
+    for job in run.trials:
+        names = [str(source.task or source.dataset) for source in job.data.sources]
+        data_of[job.name] = ", ".join(names)
+    best_data = data_of.get(good[0].job)
+    if best_data is not None:
         jobs = [job for job in run.trials if data_of[job.name] == best_data]
         if len(jobs) < len(run.trials):
             measured = [result for result in good if data_of.get(result.job) == best_data]
@@ -134,10 +143,6 @@ def next_commands(run: RunConfig, results: Sequence[JobResult]) -> dict[str, str
     evaluated = [*_model_options(run, measured), *_evaluation_options(jobs)]
     generated = [*_model_options(run, good), ("--prompt", "Hello!")]
     return {purpose: _command("eval", evaluated), "Generate": _command("generate", generated)}
-
-
-def _data_names(job: JobConfig) -> str:
-    return ", ".join(str(source.task or source.dataset) for source in job.data.sources)
 
 
 def _model_options(run: RunConfig, results: Sequence[JobResult]) -> list[tuple[str, str]]:
@@ -151,30 +156,34 @@ def _model_options(run: RunConfig, results: Sequence[JobResult]) -> list[tuple[s
 
 
 def _evaluation_options(jobs: Sequence[JobConfig]) -> list[tuple[str, str]]:
-    """Options of `loraloom eval` for the first data on which jobs are measured."""
-    evaluated = [source for job in jobs for source in job.eval]
-    trained = [source for job in jobs for source in job.data.sources]
-    source = next((source for source in (*evaluated, *trained) if source.task), None)
-    if source is None:
-        options = _dataset_options(jobs)
-    else:
+    evaluated = list(chain.from_iterable(job.eval for job in jobs))
+    trained = list(chain.from_iterable(job.data.sources for job in jobs))
+    tasks = [source for source in (*evaluated, *trained) if source.task]
+    if tasks:
+        source = tasks[0]
         options = {"--task": source.task, "--scoring": source.scoring, "--data": source.path}
         if source in evaluated:
             options["--split"] = source.split
         elif Path(source.path or "").expanduser().is_file():
             options["--data"] = "HELD_OUT.jsonl"  # this file was trained on
+    else:
+        options = _dataset_options(jobs)
     return [(option, value) for option, value in options.items() if value]
 
 
 def _dataset_options(jobs: Sequence[JobConfig]) -> dict[str, str | None]:
-    validation = (job.data.validation for job in jobs)
-    held_out = next((source for source in validation if source and source.dataset), None)
-    source = held_out or next((source for job in jobs for source in job.data.sources), None)
-    if source is None:
+    if not jobs:
         return {"--dataset": "HELD_OUT.jsonl"}
-    data = "HELD_OUT.jsonl" if held_out is None else held_out.dataset
     # what adapters don't tell: columns, and a format that is not that of the prompts
-    names = {"fields"} if held_out is None else {"fields", "split", "config"}
+    names = {"fields"}
+    data = "HELD_OUT.jsonl"
+    source = jobs[0].data.sources[0]
+    for job in jobs:
+        if job.data.validation is not None and job.data.validation.dataset:
+            source = job.data.validation
+            data = source.dataset
+            names |= {"split", "config"}
+            break
     if source.format == "preference":
         names.add("template")
     settings = source.model_dump(include=names, exclude_none=True)

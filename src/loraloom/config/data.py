@@ -9,7 +9,7 @@ One source, or several in a mix:
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
 
@@ -49,38 +49,32 @@ FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
 # Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`.
 _PROMPTS = {file.stem: file.read_text("utf-8") for file in Path(__file__).parent.glob("prompts/*")}
 PROMPT_TEMPLATES = {name: _PROMPTS[name] for name in ("alpaca", "plain")}
-# Of ChatML, with tools and calls as Hermes' models write them.
-TOOL_TEMPLATE = _PROMPTS["hermes"]
+TOOL_TEMPLATE = _PROMPTS["hermes"]  # of ChatML, with tools and calls as Hermes' models write them
 
 _OF_DATASETS = ("config", "format", "template", "chat_template", "fields", "on_empty")
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
-
-# Rows of a stream that are shuffled together, where no other number is given.
-SHUFFLE_BUFFER = 1000
-
-# Jinja's filters and tests of variables that may be missing.
-_OF_MISSING = ("d", "default", "defined", "undefined")
-
-# Of `skills@N`.
-MAX_LANDS = 600
+_OF_MISSING = ("d", "default", "defined", "undefined")  # filters and tests of Jinja
+SHUFFLE_BUFFER = 1000  # rows
+MAX_LANDS = 600  # of `skills@N`
 
 
 def is_task_file(task: str) -> bool:
-    """Whether a task is named by the YAML file that describes it."""
     return PurePath(task).suffix.lower() in (".yaml", ".yml")
 
 
 def skills_lands(task: str) -> dict[str, int | None] | None:
     """N and K of `skills@KofN`; K, or both, may be missing. None for another task."""
-    number = r"(?P<num_lands>[1-9]\d?|[1-5]\d\d|600)"
-    match = re.fullmatch(rf"skills(@((?P<land>\d+)of)?{number})?", task, re.ASCII)
-    if match is None or not 1 <= int(match["land"] or 1) <= int(match["num_lands"] or 1):
+    numbers = r"((?P<land>\d{1,3})of)?(?P<num_lands>[1-9]\d{0,2})"
+    match = re.fullmatch(rf"skills(@{numbers})?", task, re.ASCII)
+    if match is None:
         return None
-    return {name: int(digits) if digits else None for name, digits in match.groupdict().items()}
+    lands = {name: int(digits) if digits else None for name, digits in match.groupdict().items()}
+    if not 1 <= int(match["land"] or 1) <= int(match["num_lands"] or 1) <= MAX_LANDS:
+        return None
+    return lands
 
 
 def is_file_of_test(dataset: str | None) -> bool:
-    """Whether a data set is a single file that is called `test`, as in a directory of splits."""
     return _is_file(dataset) and PurePath(str(dataset)).name.split(".")[0] == "test"
 
 
@@ -99,13 +93,19 @@ def default_scoring(fields: Mapping[str, Any]) -> Scoring | None:
     return None if task is None or is_task_file(task) else "label"
 
 
+def is_task(name: str) -> bool:
+    return name in get_args(TaskName) or is_task_file(name) or skills_lands(name) is not None
+
+
 def check_task(task: str) -> str:
-    if task in (names := get_args(TaskName)) or is_task_file(task) or skills_lands(task):
-        return task
-    raise ConfigError(
-        f"task must be one of {', '.join(names)}, skills@N (N up to {MAX_LANDS}), skills@KofN "
-        f"(its Kth country) or a task's .yaml file, got {shown(task)}{did_you_mean(task, names)}"
-    )
+    if not is_task(task):
+        names = get_args(TaskName)
+        raise ConfigError(
+            f"task must be one of {', '.join(names)}, skills@N (N up to {MAX_LANDS}), skills@KofN "
+            "(its Kth country) or a task's .yaml file, "
+            f"got {shown(task)}{did_you_mean(task, names)}"
+        )
+    return task
 
 
 # A task's name, or the .yaml file of a task of one's own.
@@ -151,9 +151,9 @@ class PromptForm(StrictModel):
             bos = "{{ bos_token }}" if adds_bos else ""
             written = re.sub(r"\n *", "", _PROMPTS["as_conversation"]).replace("\\n", "\n")
             return bos + written.replace("TEMPLATE", _as_block(self.prompt_template))
-        if isinstance(default, Mapping):
-            default = default.get("default")
-        template = (self.format == "chat" and self.chat_template) or default
+        template = default.get("default") if isinstance(default, Mapping) else default
+        if self.format == "chat" and self.chat_template is not None:
+            template = self.chat_template
         if template is None or self.system is None:
             return template
         text = json.dumps(self.system, ensure_ascii=False)
@@ -161,7 +161,6 @@ class PromptForm(StrictModel):
 
 
 def _as_block(template: str) -> str:
-    """Write a prompt template as a part of a chat template."""
     jinja = Environment(keep_trailing_newline=True)
     jinja.filters["regex_replace"] = str  # it is parsed only
     try:
@@ -175,9 +174,10 @@ def _as_block(template: str) -> str:
             names.add(use.name)
         elif use.name in _OF_MISSING and isinstance(use.node, nodes.Name):
             names.discard(use.node.name)
-    if lacking := sorted(names):
+    if names:
+        lacking = ", ".join(sorted(names))
         raise ConfigError(
-            f"the adapter's prompt template needs {', '.join(lacking)}, and a chat template has "
+            f"the adapter's prompt template needs {lacking}, and a chat template has "
             "instruction, input and Jinja's filters alone; remove --apply-chat-template, or "
             "export from Python after `host.adapter(name).prompt = None`"
         )
@@ -229,22 +229,27 @@ class _SourceFields(StrictModel):
             yield "dataset and task exclude each other; put two sources into a mix"
             return
         kind = self.format
-        rules: list[tuple[bool, Sequence[str], str]] = [
-            (self.task is not None, _OF_DATASETS, "a task, only for a dataset"),
-            (self.dataset is not None, ["path", "scoring"], "a dataset, only for a task"),
-            (_is_file(self.dataset), ["split", "config"], f"a file ({self.dataset})"),
-            (kind not in ("instruction", "preference", None), ["template"], f"format {kind}"),
-            (kind in ("instruction", "text"), ["chat_template"], f"format {kind}"),
-        ]
-        for applies, names, case in rules:
-            for name in names if applies else ():
-                if getattr(self, name) is not None:
-                    yield f"{name} is not supported for {case}; remove {name}"
+        unused: dict[str, str] = {}
+        if kind in ("instruction", "text"):
+            unused["chat_template"] = f"format {kind}"
+        if kind in ("chat", "text"):
+            unused["template"] = f"format {kind}"
+        if self.task is not None:
+            unused |= dict.fromkeys(_OF_DATASETS, "a task, only for a dataset")
+        if self.dataset is not None:
+            unused |= dict.fromkeys(("path", "scoring"), "a dataset, only for a task")
+        if _is_file(self.dataset):
+            unused |= dict.fromkeys(("split", "config"), f"a file ({self.dataset})")
+        for name, case in unused.items():
+            if getattr(self, name) is not None:
+                yield f"{name} is not supported for {case}; remove {name}"
         if self.dataset is not None and kind is None:
             yield f"dataset requires format: {', '.join(FIELD_ROLES)}"
-        elif kind and (unknown := {*(self.fields or ())} - {*FIELD_ROLES[kind]}):
-            roles = ", ".join(FIELD_ROLES[kind])
-            yield f"fields must map {roles} to columns, got {', '.join(map(repr, sorted(unknown)))}"
+        elif kind is not None and self.fields is not None:
+            roles = FIELD_ROLES[kind]
+            unknown = [repr(role) for role in sorted(self.fields) if role not in roles]
+            if unknown:
+                yield f"fields must map {', '.join(roles)} to columns, got {', '.join(unknown)}"
 
 
 class SourceConfig(_SourceFields):
@@ -296,7 +301,9 @@ class DataConfig(_SourceFields):
             yield "shuffle_buffer requires streaming; without streaming, all rows are shuffled"
         if self.validation is not None and self.validation_fraction > 0:
             yield "validation and validation_fraction exclude each other; set only one setting"
-        if (held_out := self.validation) and (held_out.weight != 1 or held_out.expert_group):
+        weighted = self.validation is not None and self.validation.weight != 1
+        grouped = self.validation is not None and self.validation.expert_group != 0
+        if weighted or grouped:
             yield "validation does not support weight and expert_group; remove both settings"
 
     @property
@@ -308,5 +315,4 @@ class DataConfig(_SourceFields):
 
     @property
     def has_validation(self) -> bool:
-        """Whether rows are held out, so that `eval/loss` is measured."""
         return self.validation is not None or self.validation_fraction > 0

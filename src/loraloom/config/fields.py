@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,16 +59,15 @@ class StrictModel(BaseModel):
             return check(settings)
         unknown = [key for key in settings if key not in fields]
         reasons = [f"unknown key {shown(key)}{_instead(str(key), fields)}" for key in unknown]
-        faults: list[ErrorDetails] = []
+        hints = "".join(reasons)
+        faults = []
         try:
             check({key: settings[key] for key in settings if key in fields})
         except ValidationError as error:
-            hints = "".join(reasons)  # a name that is only misspelt is not missing as well
-            faults = [
-                fault
-                for fault in error.errors()
-                if fault["type"] != "missing" or f"mean {fault['loc'][-1]!r}" not in hints
-            ]
+            for fault in error.errors():
+                # a name that is only misspelt is not missing as well
+                if fault["type"] != "missing" or f"mean {fault['loc'][-1]!r}" not in hints:
+                    faults.append(fault)
         raise _error_of(settings, reasons, faults)
 
     @model_validator(mode="after")
@@ -125,26 +125,32 @@ def describe_faults(
     """A line for each fault: `<path> must be ..., got ...`, or write this in place of that name."""
     lines = []
     for fault in error.errors():
-        kind, context, message = fault["type"], fault.get("ctx", {}), fault["msg"]
+        kind = fault["type"]
         path = _path_in_file(fault["loc"], settings, is_missing=kind == "missing")
         if kind in ("settings", "value_error"):  # our own
-            message = message.removeprefix("Value error, ")
+            message = fault["msg"].removeprefix("Value error, ")
             if path and re.match(rf"{re.escape(path[-1])}\b", message):  # not of a section
                 path.pop()
             lines.append(f"{'.'.join(path)}: {message}".removeprefix(": "))
         elif kind != "default_factory_not_called":  # which follows from another one
-            value = str(context.get("tag", fault["input"]))
-            message = re.sub(r"^\w+ should", "must", message).replace("tuple", "list")
-            message = re.sub("valid dictionary.*", "mapping", message)
-            got = shown(fault["input"])
-            message = _MESSAGES.get(kind, "{}, got {got}").format(message, got=got, **context)
-            if name := (other_names or {}).get(value.lower()):
-                message += f"; write {name}"
-            else:
-                allowed = context.get("expected_tags", context.get("expected", ""))
-                message += did_you_mean(value, re.findall("'([^']*)'", allowed))
+            message = _describe_value(fault, other_names or {})
             lines.append(f"{'.'.join(path)} {message}".lstrip())
     return lines
+
+
+def _describe_value(fault: ErrorDetails, other_names: Mapping[str, str]) -> str:
+    context = fault.get("ctx", {})
+    message = re.sub(r"^\w+ should", "must", fault["msg"]).replace("tuple", "list")
+    message = re.sub("valid dictionary.*", "mapping", message)
+    template = _MESSAGES.get(fault["type"], "{}, got {got}")
+    message = template.format(message, got=shown(fault["input"]), **context)
+    value = str(context.get("tag", fault["input"]))
+    other_name = other_names.get(value.lower())
+    if other_name:
+        return f"{message}; write {other_name}"
+    allowed = context.get("expected_tags", context.get("expected", ""))
+    names = re.findall("'([^']*)'", allowed)
+    return f"{message}{did_you_mean(value, names)}"
 
 
 def _path_in_file(loc: Sequence[int | str], settings: Any, *, is_missing: bool) -> list[str]:
@@ -152,14 +158,11 @@ def _path_in_file(loc: Sequence[int | str], settings: Any, *, is_missing: bool) 
     if settings is None:  # they are not known
         return [str(step) for step in loc]
     path = []
-    for index, step in enumerate(loc):
-        try:
+    for step in loc[:-1] if is_missing else loc:
+        with suppress(LookupError, TypeError):
             settings = settings[step]
-        except (LookupError, TypeError):
-            if not (is_missing and index == len(loc) - 1):
-                continue
-        path.append(str(step))
-    return path
+            path.append(str(step))
+    return [*path, str(loc[-1])] if is_missing else path
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
@@ -169,7 +172,6 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The question of `suggestion`, to be put behind a message."""
     return f"; {suggestion(name.lower(), names)}".rstrip("; ")
 
 

@@ -8,13 +8,11 @@ from pydantic import AfterValidator, Field
 from loraloom.config.fields import StrictModel
 from loraloom.errors import ConfigError
 
-# Number format of the base model's weights and of the low-rank products.
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-# Number format of the base model's weights as it is asked for; auto: as the checkpoint has them,
-# but bfloat16 in place of float16 where the device computes in it.
+# auto: as the checkpoint has them, but bfloat16 in place of float16 where the device computes in it
 BaseDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-
+# by bitsandbytes (QLoRA's NF4 or FP4, with scales in 8 bits, or LLM.int8), or torchao, weights only
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8"]
 AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
 
 
@@ -24,11 +22,6 @@ def check_device(device: str) -> str:
             f"device must be auto, cpu, cuda, cuda:<index>, xpu, xpu:<index> or mps, got {device!r}"
         )
     return device
-
-
-# How the base model's weights are kept in fewer bits: by bitsandbytes (QLoRA's NF4 or FP4, with
-# scales in 8 bits, or LLM.int8), or by torchao, weights only.
-Quantization = Literal["nf4", "fp4", "int8", "torchao-int8"]
 
 
 class BaseModelConfig(StrictModel):

@@ -88,7 +88,6 @@ class TaskConfig(StrictModel):
     """Settings that differ if texts are scored."""
 
     def asked_by(self, scoring: Scoring, origin: str = "") -> TaskConfig:
-        """The task with what differs in a scoring."""
         differing = self.label if scoring == "label" else self.text
         return checked(TaskConfig, self.model_dump() | differing, origin=origin)
 
@@ -105,7 +104,6 @@ class TaskConfig(StrictModel):
 
 
 def load_task_config(path: str | Path) -> TaskConfig:
-    """What the file of a choice task says, checked."""
     settings = read_settings(path, "a task's file")
     if {"metric", "scores"} & settings.keys():
         raise ConfigError(f"{path} is for evaluation only. Name a choice task.")

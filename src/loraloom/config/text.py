@@ -23,8 +23,9 @@ class _PortableRepresenter(SafeRepresenter):
     """Writes what YAML 1.1 reads alike: it takes `on` for true, and 1e-05 for a text."""
 
     def represent_str(self, data: str) -> ScalarNode:
-        is_text = _YAML_1_1.resolve(ScalarNode, data, (True, False)) == Resolver.DEFAULT_SCALAR_TAG
-        return self.represent_scalar("tag:yaml.org,2002:str", data, None if is_text else "'")
+        tag = _YAML_1_1.resolve(ScalarNode, data, (True, False))
+        quotes = None if tag == Resolver.DEFAULT_SCALAR_TAG else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", data, quotes)
 
     def represent_float(self, data: float) -> ScalarNode:
         text = repr(data)
@@ -44,7 +45,7 @@ def parse_yaml(text: str, origin: str, error: type[LoraloomError] = ConfigError)
         return yaml.load(text)
     except MarkedYAMLError as fault:
         mark = fault.problem_mark
-        position = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise error(f"{origin} must be valid YAML{position}: {fault.problem}") from None
     # ruamel lets Python's own errors through for a 13th month, or `!!bool maybe`
     except (YAMLError, ValueError, LookupError, RecursionError) as fault:
@@ -111,7 +112,6 @@ def apply_override(settings: Any, override: str) -> Any:
 
 
 def set_setting(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
-    """A copy of nested settings with one of them changed; what shares a section is not."""
     if not keys:
         return value
     key, *rest = keys
@@ -122,10 +122,11 @@ def set_setting(node: Any, keys: Sequence[str], value: Any, origin: str) -> Any:
         items = list(node)
         items[int(key)] = set_setting(items[int(key)], rest, value, origin)
         return items
-    if not isinstance(node, dict | None):
+    if node is None:
+        node = {}
+    if not isinstance(node, dict):
         raise ConfigError(f"{origin}: {shown(node)} contains no settings to change")
-    mapping = node or {}
-    return {**mapping, key: set_setting(mapping.get(key), rest, value, origin)}
+    return {**node, key: set_setting(node.get(key), rest, value, origin)}
 
 
 def read_settings(path: str | Path, kind: str) -> dict[str, Any]:

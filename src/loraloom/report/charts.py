@@ -16,17 +16,15 @@ from matplotlib.figure import Figure
 
 from loraloom.report.jobs import Job
 
-# Steps and what was measured there.
-Curve = Sequence[tuple[int | float, int | float]]
+Curve = Sequence[tuple[int | float, int | float]]  # steps and what was measured there
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
 MAX_POINTS = 240
-# Characters of an adapter's name beside its interval; a longer one loses its middle.
-MAX_NAME = 26
-# Weight of the past in the running mean of what jumps from step to step.
-SMOOTHING = 0.9
+MAX_NAME = 26  # characters; a longer name loses its middle
+SMOOTHING = 0.9  # weight of the past in the running mean
 
 _SMOOTHED = ("loss", "grad_norm")
+_OFTEN_ZERO = ("aux_loss", "skipped_steps")  # where there are no routers, or nothing overflows
 _PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
 _STYLES: list[Any] = ["default", Path(__file__).with_suffix(".mplstyle")]
 
@@ -47,7 +45,6 @@ class Chart(NamedTuple):
 
 
 def _draw(title: str, words: Sequence[str], height: int | float, draw: Any) -> Chart:
-    """Make axes, let a function draw in them, and give the image as a URL that has it all."""
     image = io.BytesIO()
     with style.context(_STYLES):
         figure = Figure(figsize=(5, height))
@@ -57,7 +54,7 @@ def _draw(title: str, words: Sequence[str], height: int | float, draw: Any) -> C
     return Chart(title, ". ".join([title, *words]), source)
 
 
-def line_chart(title: str, curves: dict[str, Curve], styles: dict[str, Style]) -> Chart | None:
+def line_chart(title: str, curves: Mapping[str, Curve], styles: dict[str, Style]) -> Chart | None:
     """Draw curves over steps; None where no value is finite."""
     drawn: dict[str, Curve] = {}
     words = []
@@ -70,11 +67,13 @@ def line_chart(title: str, curves: dict[str, Curve], styles: dict[str, Style]) -
 
     def draw(axes: Axes) -> None:
         for label, curve in drawn.items():
-            points = curve[:: -math.ceil(len(curve) / MAX_POINTS)]  # from the last one
+            style = styles[label]
+            stride = math.ceil(len(curve) / MAX_POINTS)
+            points = curve[::-stride]  # from the last one
             steps, values = zip(*points, strict=True)
-            (line,) = axes.plot(steps, values, color=styles[label].color)
-            if styles[label].dashes:
-                line.set_linestyle((0, styles[label].dashes))
+            (line,) = axes.plot(steps, values, color=style.color)
+            if style.dashes:
+                line.set_linestyle((0, style.dashes))
             if len(points) == 1:
                 line.set_marker("o")
         axes.set_xlabel("step")
@@ -84,30 +83,34 @@ def line_chart(title: str, curves: dict[str, Curve], styles: dict[str, Style]) -
 
 def interval_chart(task: str, results: Mapping[str, Mapping[str, Any]]) -> Chart | None:
     """Draw each adapter's accuracy with its interval, in percent; None if none has both."""
-    names, words, figures = [], [], []
+    figures: dict[str, list[float]] = {}
+    words = []
     for name, result in results.items():
         accuracy = result.get("accuracy")
         # of preference pairs, `interval` is the loss's
         interval = result.get("accuracy_interval", result.get("interval"))
         if accuracy is not None and interval:
-            names.append(_shortened(name))
+            figures[name] = [100 * value for value in (*interval, accuracy)]
             words.append(f"{name}: {100 * accuracy:.1f} %")
-            figures.append((accuracy, *interval))
 
     def draw(axes: Axes) -> None:
-        for row, (accuracy, low, high) in enumerate(figures):
-            axes.plot([100 * low, 100 * high], [row, row], color=COLORS[0])
-            axes.plot([100 * accuracy], [row], color=COLORS[0], marker="o")
+        for row, (low, high, accuracy) in enumerate(figures.values()):
+            axes.plot([low, high], [row, row], color=COLORS[0])
+            axes.plot([accuracy], [row], color=COLORS[0], marker="o")
+        names = [_shortened(name) for name in figures]
         axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.invert_yaxis()
 
     title = f"{task}: accuracy and 95 % interval, %"
-    return _draw(title, words, 0.6 + 0.25 * len(names), draw) if names else None
+    height = 0.6 + 0.25 * len(figures)
+    return _draw(title, words, height, draw) if figures else None
 
 
 def _shortened(name: str) -> str:
+    if len(name) <= MAX_NAME:
+        return name
     half = MAX_NAME // 2
-    return name if len(name) <= MAX_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    return f"{name[: half - 1]}…{name[-half:]}"
 
 
 def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
@@ -117,46 +120,47 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
     styles = {}
     for job in jobs:
         repeat, color = divmod(names.index(job.name), len(COLORS))
-        dashes = _dashes(runs.index(job.run) + len(runs) * repeat)
+        number = runs.index(job.run) + len(runs) * repeat
+        # lengths of lines and gaps: solid, then a dash with ever more dots behind it
+        dashes = (7, 3) + (1, 2) * (number - 1) if number else ()
         styles[job.label] = Style(COLORS[color], dashes)
     return styles
 
 
-def _dashes(number: int) -> tuple[int, ...]:
-    """Lengths of lines and gaps: solid, then a dash with ever more dots behind it."""
-    return (7, 3) + (1, 2) * (number - 1) if number else ()
-
-
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
-    """Make a chart for each figure in the jobs' metrics."""
-    names: dict[str, None] = {}  # in their order
-    for line in (line for job in jobs for line in job.metrics):
-        names |= {name: None for name, value in line.items() if isinstance(value, int | float)}
-    charts = [_chart(name, jobs) for name in names if name not in _PASSED_OVER]
+    curves: dict[str, dict[str, list[Any]]] = {}
+    for job in jobs:
+        for line in job.metrics:
+            step = line["step"]
+            for name, value in line.items():
+                if isinstance(value, int | float) and name not in _PASSED_OVER:
+                    by_job = curves.setdefault(name, {})
+                    curve = by_job.setdefault(job.label, [])
+                    curve.append((step, value))
+    styles = job_styles(jobs)
+    charts = [_metric_chart(name, by_job, styles) for name, by_job in curves.items()]
     return [chart for chart in charts if chart is not None]
 
 
-def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
-    is_smoothed = name in _SMOOTHED
-    # always 0 where there are no routers, or nothing overflows
-    hides_zeros = name in ("aux_loss", "skipped_steps")
-    curves: dict[str, Curve] = {}
-    for job in jobs:
-        points = [(line["step"], line.get(name)) for line in job.metrics]
-        curve: list[Any] = [point for point in points if isinstance(point[1], int | float)]
-        if not hides_zeros or any(value for _, value in curve):
-            curves[job.label] = smoothed(curve, SMOOTHING) if is_smoothed else curve
-    title = f"{name}, running mean" if is_smoothed else name
-    return line_chart(title, curves, job_styles(jobs))
+def _metric_chart(name: str, curves: Mapping[str, Curve], styles: dict[str, Style]) -> Chart | None:
+    if name in _SMOOTHED:
+        means = {label: _running_mean(curve) for label, curve in curves.items()}
+        return line_chart(f"{name}, running mean", means, styles)
+    drawn = {}
+    for label, curve in curves.items():
+        has_values = any(value for _, value in curve)
+        if has_values or name not in _OFTEN_ZERO:
+            drawn[label] = curve
+    return line_chart(name, drawn, styles)
 
 
-def smoothed(curve: Curve, past: float) -> Curve:
-    """Take a running mean without the pull of its start over finite values."""
+def _running_mean(curve: Curve) -> Curve:
+    """Take the mean of finite values without the pull of its start."""
     total = weight = 0.0
     means = []
     for step, value in curve:
         if math.isfinite(value):
-            total = past * total + (1 - past) * value
-            weight = past * weight + (1 - past)
+            total = SMOOTHING * total + value
+            weight = SMOOTHING * weight + 1
             means.append((step, total / weight))
     return means
