@@ -86,7 +86,16 @@ class RoundRunner:
         limit = self.max_alone if len(group) == 1 else self.max_tokens
         if halves and limit is not None and num_tokens > limit:
             return halves
-        outcome = self._compute([micro_batch for _, micro_batch in group], num_tokens)
+        micro_batches = [micro_batch for _, micro_batch in group]
+        adapters = [micro_batch.adapter for micro_batch in micro_batches]
+        outcome: list[MicroBatchLoss] | Exception
+        try:
+            with gradients_set_aside(adapters), self._watching(adapters, num_tokens):
+                outcome = forward_backward(self.host, micro_batches, self.pad_id)
+        except torch.OutOfMemoryError:
+            outcome = torch.OutOfMemoryError()  # that one holds on to the activations
+        except Exception as error:
+            outcome = error
         if isinstance(outcome, list):
             for (index, _), loss in zip(group, outcome, strict=True):
                 losses[index] += loss
@@ -101,18 +110,6 @@ class RoundRunner:
             return halves
         errors[group[0][0]] = outcome
         return []
-
-    def _compute(
-        self, micro_batches: Sequence[MicroBatch], num_tokens: int
-    ) -> list[MicroBatchLoss] | Exception:
-        adapters = [micro_batch.adapter for micro_batch in micro_batches]
-        try:
-            with gradients_set_aside(adapters), self._watching(adapters, num_tokens):
-                return forward_backward(self.host, micro_batches, self.pad_id)
-        except torch.OutOfMemoryError:
-            return torch.OutOfMemoryError()  # a new one, as that one holds on to the activations
-        except Exception as error:
-            return error
 
     def _lower_limits(self, halves: Sequence[Group], num_tokens: int, *, is_alone: bool) -> None:
         self.max_tokens = max(_count_tokens(half) for half in halves)
