@@ -20,7 +20,8 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 
 from loraloom.adapters import CONFIGS, LISTENERS, parse_adapter_config
-from loraloom.adapters.contract import Adapter, AdapterConfig, check_config
+from loraloom.adapters.contract import Adapter, AdapterConfig
+from loraloom.adapters.registration import check_config
 from loraloom.atomic_io import write_json
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.files import fit_to_base, parse_files, read_stored

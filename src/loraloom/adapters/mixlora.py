@@ -31,16 +31,16 @@ from loraloom.adapters.experts import (
     RoutingConfig,
     check_has_experts,
 )
-from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
-from loraloom.adapters.low_rank import expert_weights, ffn_weights, projection_blocks
+from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProjection
+from loraloom.adapters.low_rank import DecomposedConfig, ffn_weights, projection_blocks
 from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
-from loraloom.adapters.stacked_lora import StackedLoraProjection
 from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.expert_ffn import FfnWeights, Routing
 from loraloom.ops.expert_rows import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -198,18 +198,10 @@ class MixLoraAdapter(Adapter):
         self._returns_input = config.compat is not None and config.routing == "switch"
         self._chooses_by_route = self.is_as_in(MixLoraAdapter, "choose")
         self._sums_to_one = self._chooses_by_route and self._routed.sums_to_one
+        self.dropout_of_ffn = config.expert_config.dropout
 
-    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
+    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights | ExpertWeights:
         return ffn_weights(self.weights_on(block), block, dtype, self.config.num_experts)
-
-    def expert_weights(self, block: Block, dtype: torch.dtype) -> ExpertWeights:
-        return expert_weights(self.weights_on(block), block, dtype, self.config.num_experts)
-
-    def expert_dropout(
-        self, block: Block, num_slots: int, dtype: torch.dtype, tokens: SegmentTokens
-    ) -> FfnDropout:
-        dropout = self.config.expert_config.dropout
-        return self.ffn_dropout(block, dropout, num_slots, dtype, tokens)
 
     def expert_choice(self, block: Block, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
         return self._route(block, hidden_states, tokens)
@@ -228,9 +220,7 @@ class MixLoraAdapter(Adapter):
         if self._returns_input and tokens.noise is None:
             no_rows = outputs[0].new_empty(0, block.output.in_features)
             return FfnRows(no_rows, lambda output: hidden_states.to(output.dtype))
-        dropout = self.ffn_dropout(
-            block, self.config.expert_config.dropout, routing.top_k, dtype, tokens
-        )
+        dropout = self.ffn_dropout(block, routing.top_k, dtype, tokens)
         hidden, finish = lean_expert_ffn(
             hidden_states.to(dtype), outputs, weights, routing, block.gating, dropout
         )

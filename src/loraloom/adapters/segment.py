@@ -75,8 +75,7 @@ class SampleTokens:
     """A sample among the tokens of a record: how many are real, and the group of its experts."""
 
     num_tokens: int
-    expert_group: int = 0
-    """Of the experts that are meant for its kind of data, 0 or 1."""
+    expert_group: int = 0  # of the experts that are meant for its kind of data, 0 or 1
 
 
 # What routers did in one forward, an entry for each.

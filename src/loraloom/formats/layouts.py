@@ -91,12 +91,9 @@ class AdapterRecord(_Record):
 
     version: int = RECORD_VERSION
     base: BaseRecord = BaseRecord()
-    adapter: dict[str, Any] = {}
-    """Settings of the method that the layout has no field for."""
-    prompt: PromptForm | None = None
-    """How its training data wrote prompts; None where nobody knows."""
-    package: Text | None = None
-    """What has its method, where loraloom lacks it."""
+    adapter: dict[str, Any] = {}  # settings of the method that the layout has no field for
+    prompt: PromptForm | None = None  # how its training data wrote prompts; None where nobody knows
+    package: Text | None = None  # what has its method, where loraloom lacks it
 
 
 @dataclass(frozen=True)
@@ -106,15 +103,13 @@ class StoredAdapter:
     layout: str
     config: AdapterConfig
     """`target_modules` holds all names that the configuration lists or the tensors use."""
-    tensors: dict[str, Tensor]
-    """By our keys (tensor_names.py)."""
+    tensors: dict[str, Tensor]  # by our keys (tensor_names.py)
     base: BaseRecord
     source: str
     prompt: PromptForm | None = None
     layers_path: str | None = None
     """Path of the decoder layers in the base model, where the layout tells."""
-    activation: str | None = None
-    """The activation of the FFN, where the layout tells."""
+    activation: str | None = None  # the activation of the FFN, where the layout tells
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:

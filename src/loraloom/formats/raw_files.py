@@ -72,21 +72,18 @@ class Sidecar(NamedTuple):
     """What axolotl keeps of a mixture beside PEFT's two files; see foreign.py."""
 
     tensors: dict[str, Tensor]
-    settings: dict[str, Any]
-    """Of the run; empty where no file has them."""
+    settings: dict[str, Any]  # of the run; empty where no file has them
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
     """The files of an adapter, before anything in them is understood."""
 
-    config: dict[str, Any]
-    """Fields of adapter_config.json; null is as good as no field."""
+    config: dict[str, Any]  # fields of adapter_config.json; null is as good as no field
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
     """The header of the safetensors file."""
-    source: str = "the adapter"
-    """Where they came from, for messages."""
+    source: str = "the adapter"  # where they came from, for messages
     sidecar: Sidecar | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method that the user gives: what files lack, or in place of theirs."""
