@@ -98,7 +98,6 @@ class LoraloomConfig(PeftConfig):
         return {"peft_type": _TYPE, **fields, "adapter": adapter, "seed": self.seed}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write adapter_config.json in the method's layout."""
         if not self.file_fields:
             raise ConfigError(
                 f"{CONFIG_FILE} describes the base model too, and this configuration has none; "
@@ -225,7 +224,6 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one, and the one that is trained."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1:
             raise AdapterError(

@@ -167,7 +167,6 @@ def prune(
 def _prune_members(
     adapter: Adapter, experts: Sequence[int]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Take some experts of a routed adapter, whose tensors are each of one expert."""
     names = list(adapter.members)
     settings = dict(adapter.config)
     settings["experts"] = {names[e]: settings["experts"][names[e]] for e in experts}

@@ -180,7 +180,6 @@ class AdapterConfig(StrictModel, ABC):
             )
 
     def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
-        """List the projections that an adapter has."""
         adapted = list[BaseProjection]()
         for layer in base_layers:
             for block in layer.blocks:
@@ -224,7 +223,6 @@ class AdapterConfig(StrictModel, ABC):
 
     @property
     def scaling(self) -> float:
-        """The factor of an update BA."""
         return 1.0
 
     def scaling_of(self, key: TensorKey) -> float:
@@ -385,7 +383,6 @@ class Adapter(nn.Module, ABC):
             )
 
     def projections(self) -> Iterator[Projection]:
-        """Yield the weights on all projections, layer after layer."""
         for blocks in self._blocks:
             for block in blocks.values():
                 yield from block.values()

@@ -169,7 +169,6 @@ class Router(Weights):
 
 
 def router_on(base: BaseProjection, num_experts: int, dtype: torch.dtype, seed: int) -> Router:
-    """Make the router of a projection, which reads what the projection reads."""
     shape = (num_experts, base.in_features)
     return Router(f"{base.key}.router", shape, seed, dtype=dtype, device=base.device)
 

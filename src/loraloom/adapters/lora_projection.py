@@ -70,9 +70,9 @@ class LoraProjection(Projection):
     def compute_B(self, dtype: torch.dtype) -> Tensor:
         """B of all experts times scaling, [S, O]."""
         if not self.is_mixture:
-            scaled = (self._all_B() * self.config.scaling).transpose(1, 2).flatten(0, 1)
+            scaled = self._all_B() * self.config.scaling
             # products with rows that lie apart take a CPU up to twice as long
-            return scaled.to(dtype).contiguous()
+            return scaled.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
         return _ScaledTranspose.apply(self._all_B(), self.config.scaling, dtype)  # pyright: ignore
 
     def row_scale(self) -> Tensor | None:
@@ -104,8 +104,8 @@ class LoraProjection(Projection):
         """B of each expert, and behind it what all share, in the experts' scaling."""
         if self.shared is None:
             return self.lora_B
-        rescaled = self.shared.lora_B * (self.shared.config.scaling / self.config.scaling)
-        shared = rescaled.expand(len(self.lora_B), -1, -1)
+        factor = self.shared.config.scaling / self.config.scaling
+        shared = (self.shared.lora_B * factor).expand(len(self.lora_B), -1, -1)
         return torch.cat([self.lora_B, shared], 2)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -134,13 +134,14 @@ class StackedLoraProjection(LoraProjection):
         for choice, lora_A in enumerate(self.lora_A):
             products = self.base.product(lora_A)  # (E, O, R)
             for expert, product in enumerate(products):
-                norms[choice, expert] = dora_norms(
+                norms_of_expert = dora_norms(
                     product,
                     self.base.squared_norms[expert],
                     lora_A[expert : expert + 1],
                     self.lora_B[choice, expert].unsqueeze(0),
                     self.config.scaling,
-                )[0]
+                )
+                norms[choice, expert] = norms_of_expert[0]
         return norms.flatten(0, 1)
 
     def side(self, dtype: torch.dtype) -> ExpertSide:

@@ -76,7 +76,6 @@ class BaseProjection:
 
     @property
     def stored_name(self) -> str:
-        """The weight's name in its decoder layer."""
         return f"{self.key.split('.', 2)[2]}.weight"
 
     def as_stored(self, weight: Tensor) -> Tensor:
@@ -102,7 +101,6 @@ class BaseProjection:
 
     @property
     def name(self) -> str:
-        """The projection's name in its block."""
         return self.key.rpartition(".")[2]
 
     @property
@@ -234,7 +232,6 @@ class Block:
 
     @property
     def output(self) -> BaseProjection:
-        """The projection that makes the block's output."""
         return self.projections[self.groups[-1][-1]]
 
     @property

@@ -35,10 +35,13 @@ def first_fingerprint(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[
     digest = _digest_of_shapes(model, [block for block in blocks if _is_first(block)], layers)
     adapted = list[list[BaseProjection]]()
     for layer in layers:
-        first_blocks = [block for block in layer.blocks if _is_first(block)]
-        if first_blocks:
-            adapted.append([base for block in first_blocks for base in block.projections.values()])
-    for projection in (*adapted[0], *adapted[len(adapted) // 2], *adapted[-1]):
+        projections = list[BaseProjection]()
+        for block in filter(_is_first, layer.blocks):
+            projections += block.projections.values()
+        if projections:
+            adapted.append(projections)
+    middle = adapted[len(adapted) // 2]
+    for projection in (*adapted[0], *middle, *adapted[-1]):
         if projection.device.type != "meta":
             corner = projection.weight.detach().flatten()[:64]
             digest.update(_bytes(corner.to(torch.bfloat16)))
@@ -71,10 +74,13 @@ def _weights(model: Any) -> Iterator[Tensor]:
 
 def _sample(weight: Tensor) -> Tensor:
     """Take all of a vector, or a number in each row, as it is in every dtype."""
-    step = max(1, weight.shape[-1] - 1) if weight.dim() > 1 else 1
+    step = 1
+    if weight.dim() > 1:
+        step = max(1, weight.shape[-1] - 1)
     numbers = weight.detach().flatten()[::step].to(torch.bfloat16)
     return numbers.masked_fill(numbers.abs() < _SMALLEST, 0.0)
 
 
 def _bytes(numbers: Tensor) -> bytes:
-    return numbers.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    stored = numbers.contiguous().view(torch.uint8)
+    return stored.cpu().numpy().tobytes()

@@ -147,7 +147,6 @@ def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, of whatever library."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 

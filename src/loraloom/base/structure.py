@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as _CACHES
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from loraloom.base import families
 from loraloom.base.blocks import (
     BaseInfo,
     BaseLayer,
@@ -26,18 +27,7 @@ from loraloom.base.blocks import (
     StackedProjection,
     describe_blocks,
 )
-from loraloom.base.families import (
-    ACTIVATION_FUNCTIONS,
-    ACTIVATIONS,
-    ATTENTION_INPUTS,
-    ATTENTION_OUTPUTS,
-    EXPERTS_PER_TOKEN,
-    FAMILIES,
-    FFNS,
-    LOGIT_EXCEPTIONS,
-    LOGIT_FIELDS,
-    FfnNames,
-)
+from loraloom.base.families import FfnNames
 from loraloom.base.fingerprint import fingerprint, first_fingerprint
 from loraloom.base.quantization import is_linear, num_parameters, quantized_weight
 from loraloom.errors import ModelError, shown
@@ -95,8 +85,9 @@ def find_layers(model: nn.Module) -> str:
 def unsupported(model: nn.Module, reason: str) -> ModelError:
     linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
     return ModelError(
-        f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "
-        f"like them (as a causal LM), got {shown(_model_type(model))} ({type(model).__name__}): "
+        f"model family must be one of {', '.join(families.FAMILIES)}, or one that is built and "
+        "computes like them (as a causal LM), got "
+        f"{shown(_model_type(model))} ({type(model).__name__}): "
         f"{reason}; its linear modules are {', '.join(linears) or 'none'}"
     )
 
@@ -108,7 +99,8 @@ def text_config(model: nn.Module) -> Any:
 
 def keeps_running_states(config: Any) -> bool:
     """Whether some layers keep one state of all tokens before, in place of keys and values."""
-    caches = (_CACHES.get(kind, object) for kind in getattr(config, "layer_types", None) or ())
+    kinds = getattr(config, "layer_types", None) or ()
+    caches = [_CACHES.get(kind, object) for kind in kinds]
     return any(issubclass(cache, LinearAttentionCacheLayerMixin) for cache in caches)
 
 
@@ -121,12 +113,11 @@ def _linears(module: nn.Module) -> set[str]:
 
 
 def _find_attention(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[str, InputGroups]:
-    """Return the path of attention in a layer and its projections' names, by their input."""
     kinds = list[tuple[str, InputGroups]]()
     for layer in layers:
         for path, child in layer.named_children():
             linears = _linears(child)
-            for inputs, output in product(ATTENTION_INPUTS, ATTENTION_OUTPUTS):
+            for inputs, output in product(families.ATTENTION_INPUTS, families.ATTENTION_OUTPUTS):
                 groups = (*inputs, (output,))
                 if linears.issuperset(chain.from_iterable(groups)):
                     kinds.append((path, groups))
@@ -181,11 +172,12 @@ class _LayerReader:
     def _gated_block(self, path: str) -> Block | None:
         """Read an FFN block or stacked experts; None if it is neither."""
         module: Any = self.layer.get_submodule(path)
-        names = _ffn_names(module)
+        linears = _linears(module)
+        names = next((names for names in families.FFNS if linears.issuperset(names.all)), None)
         if names is not None:
             gating = ActivationGating(_activation(self.model, module, names), names.is_fused)
-            linears = self._linears(path, names.all)
-            return self._block(path, "ffn", names.groups, linears, gating)
+            projections = self._linears(path, names.all)
+            return self._block(path, "ffn", names.groups, projections, gating)
         if not _takes_routes(module):
             return None
         names = _stacked_names(module)
@@ -215,7 +207,7 @@ class _LayerReader:
 
     def _experts_per_token(self) -> int | None:
         config = text_config(self.model)
-        for field in EXPERTS_PER_TOKEN:
+        for field in families.EXPERTS_PER_TOKEN:
             count = getattr(config, field, None)
             if isinstance(count, int):
                 return count
@@ -231,11 +223,6 @@ class _LayerReader:
 
     def _key(self, path: str, name: str) -> str:
         return f"layers.{self.index}.{path}.{name}"
-
-
-def _ffn_names(module: nn.Module) -> FfnNames | None:
-    linears = _linears(module)
-    return next((names for names in FFNS if linears.issuperset(names.all)), None)
 
 
 def _has_stacks(module: nn.Module) -> bool:
@@ -260,10 +247,10 @@ def _stacked_names(experts: Any) -> tuple[str, str]:
 
 
 def _activation(model: nn.Module, ffn: nn.Module, names: FfnNames) -> Any:
-    function = ACTIVATION_FUNCTIONS.get(_model_type(model))
+    function = families.ACTIVATION_FUNCTIONS.get(_model_type(model))
     if function is not None:
         return ACT2FN[function]
-    named = [name for name in ACTIVATIONS if callable(getattr(ffn, name, None))]
+    named = [name for name in families.ACTIVATIONS if callable(getattr(ffn, name, None))]
     others = [name for name, _ in ffn.named_children() if name not in names.all]
     if not named and len(others) != 1:
         raise unsupported(model, "its FFN block has no module that is its activation")
@@ -272,7 +259,7 @@ def _activation(model: nn.Module, ffn: nn.Module, names: FfnNames) -> Any:
 
 def _head(model: nn.Module) -> Head:
     config = text_config(model)
-    fields = LOGIT_FIELDS | LOGIT_EXCEPTIONS.get(_model_type(model), {})
+    fields = families.LOGIT_FIELDS | families.LOGIT_EXCEPTIONS.get(_model_type(model), {})
     divisor = getattr(config, fields["divisor"], None)
     factor = getattr(config, fields["factor"], None)
     softcap = getattr(config, fields["softcap"], None)
@@ -290,7 +277,6 @@ def _head(model: nn.Module) -> Head:
 
 
 def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -> BaseInfo:
-    """Describe a base model for the files of its adapters."""
     config: Any = model.config
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
     blocks = describe_blocks(layers)
@@ -325,13 +311,12 @@ def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -
 
 
 def _name_of_activation(model: nn.Module) -> str:
-    """Name the FFN's activation as the configuration does."""
     config = text_config(model)
     for field in ("hidden_act", "hidden_activation"):
         name = getattr(config, field, None)
         if isinstance(name, str):
             return name
-    return ACTIVATION_FUNCTIONS.get(_model_type(model), "")
+    return families.ACTIVATION_FUNCTIONS.get(_model_type(model), "")
 
 
 def _other_modules(
@@ -344,7 +329,8 @@ def _other_modules(
     tables = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore
     modules = {}
     for path, module in model.named_modules():
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        parameters = module.named_parameters(recurse=False)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
         is_norm = (
             path.startswith(f"{text_model}.")
             and not any(module.children())

@@ -13,16 +13,10 @@ from pydantic import AfterValidator, Field, SerializeAsAny, WithJsonSchema, fiel
 from torch import Tensor, nn
 from typing_extensions import override
 
-from loraloom.adapters.contract import (
-    MAX_NUMBER,
-    Adapter,
-    AdapterConfig,
-    Adjustable,
-    Projection,
-    tensors_of,
-)
+from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Adjustable, tensors_of
 from loraloom.adapters.extra_modules import refuse_own_parts
 from loraloom.adapters.low_rank import LowRankAdapter, generator_for
+from loraloom.adapters.projection import Projection
 from loraloom.adapters.registration import parse_adapter_config
 from loraloom.adapters.routed.prompt_router import PromptRouter
 from loraloom.adapters.segment import MoeFfn, SegmentTokens
@@ -173,7 +167,6 @@ class RoutedConfig(AdapterConfig):
 
 
 def of_experts(experts: Mapping[str, str], **settings: Any) -> RoutedConfig:
-    """Give the settings of an adapter of others: directories, Hub IDs, or names on the host."""
     return checked(RoutedConfig, {"experts": experts, **settings})
 
 
@@ -277,7 +270,6 @@ class RoutedAdapter(LowRankAdapter):
         raise self._no_moe(f"{self.config.title}; from Python, export one of its experts, {names}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return each expert's tensors behind its number, and those of the routers."""
         tensors = tensors_of([*self.layers.modules(), self.prompt_router])
         for number, expert in enumerate(self.members.values()):
             for name, tensor in expert.tensors().items():
@@ -345,7 +337,6 @@ class RoutedUpdates(SumProjection):
             row.copy_(directions[0])
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        """Weigh each expert's columns by the token's routing."""
         logits = router_logits(hidden_states, self.router)
         if self._is_arrow:
             logits = logits.abs()

@@ -99,7 +99,6 @@ def _logits(scores: Tensor, owners: Tensor) -> Tensor:
 
 
 def _mean_and_std(chunks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute each feature's mean and standard deviation over all tokens, [D] both."""
     num_tokens = sum(len(chunk) for chunk in chunks)
     sums = [chunk.float().sum(0) for chunk in chunks]
     mean = torch.stack(sums).sum(0) / num_tokens
