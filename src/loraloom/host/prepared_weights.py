@@ -107,7 +107,7 @@ class ComputeForms:
     def experts(self, row: ScaledAdapter, block: Block, dtype: torch.dtype) -> ExpertWeights:
         adapter, scale = row
         key = (adapter, scale, block, dtype)
-        return self._form(key, lambda: adapter.expert_weights(block, dtype).scaled(scale))
+        return self._form(key, lambda: adapter.ffn_weights(block, dtype).scaled(scale))
 
     def own(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
         return self._form((own, dtype), lambda: own.compute_form(dtype))
