@@ -160,13 +160,7 @@ def load_base_model(
     chosen = _find_dtype(dtype, checkpoint, place)
     options: dict[str, Any] = {"dtype": chosen, "device_map": place}
     if attn_implementation is not None:
-        # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
-        known = get_args(AttnImplementation)
-        if attn_implementation not in known:
-            raise ModelError(
-                f"attn_implementation must be one of {', '.join(known)}, got "
-                f"{shown(attn_implementation)}"
-            )
+        _check_attn_implementation(attn_implementation)
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = transformers_config(quantization, chosen)
@@ -184,6 +178,15 @@ def load_base_model(
     _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
+
+
+def _check_attn_implementation(name: str) -> None:
+    # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
+    names = get_args(AttnImplementation)
+    if name not in names:
+        raise ModelError(
+            f"attn_implementation must be one of {', '.join(names)}, got {shown(name)}"
+        )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -187,34 +187,25 @@ def _our_tensors(
     """Name tensors by our keys; give the path of the layers too, where names have it."""
     endings = _ENDINGS.get(method.peft_type, _ENDINGS.get(method.layout, {}))
     our_parts = {theirs.removesuffix(".weight"): ours for ours, theirs in endings.items()}
-    shared = _SHARED[method.layout]
     pattern = _tensor_pattern(method, list(our_parts))
     keys: dict[str, str] = {}
     unknown: list[str] = []
     paths: set[str] = set()
     for name in files.tensors:
-        path = name.removeprefix(_PREFIX)  # of the base model's module, if that is one
-        shared_part = name.removeprefix(shared)
         key = None
         match = pattern.fullmatch(name)
         if match is not None:
             our_part = our_parts.get(match["part"], match["part"])
             key = TensorKey.parse(f"layers.{match['block']}{our_part}")
-        if method.layout == "native" and path != name and path.startswith("experts."):
-            keys[name] = path
-        elif match is not None and key is not None:
+        if match is not None and key is not None:
             keys[name] = str(key)
             if method.layout == "peft":
                 paths.add(match["path"])
-        elif shared_part != name and (shared_part in our_parts or not our_parts):
-            keys[name] = f"shared.{our_parts.get(shared_part, shared_part)}"
-        elif path != name and path.endswith(_TOKENS):
-            keys[name] = f"{TOKENS}{path.removesuffix(_TOKENS)}"
-        elif _COPY.search(name):
             continue
-        elif path != name and _WHOLE.fullmatch(path):
-            keys[name] = f"{MODULES}{path}"
-        else:
+        other_key = _key_outside_layers(name, method, our_parts)
+        if other_key is not None:
+            keys[name] = other_key
+        elif not _COPY.search(name):
             unknown.append(name)
     if unknown:
         raise files.error(
@@ -227,6 +218,22 @@ def _our_tensors(
             "adapters of several parts of a model are not supported"
         )
     return next(iter(paths), None), files.renamed(keys)
+
+
+def _key_outside_layers(
+    name: str, method: type[AdapterConfig], our_parts: Mapping[str, str]
+) -> str | None:
+    path = name.removeprefix(_PREFIX)  # of the base model's module, if that is one
+    shared_part = name.removeprefix(_SHARED[method.layout])
+    if method.layout == "native" and path != name and path.startswith("experts."):
+        return path
+    if shared_part != name and (shared_part in our_parts or not our_parts):
+        return f"shared.{our_parts.get(shared_part, shared_part)}"
+    if path != name and path.endswith(_TOKENS):
+        return f"{TOKENS}{path.removesuffix(_TOKENS)}"
+    if path != name and _WHOLE.fullmatch(path) and not _COPY.search(name):
+        return f"{MODULES}{path}"
+    return None
 
 
 def _tensor_pattern(method: type[AdapterConfig], parts: Sequence[str]) -> re.Pattern[str]:
