@@ -143,6 +143,10 @@ class AdapterConfig(StrictModel, ABC):
             return (self.target_modules,)
         return self.target_modules
 
+    def fitted(self, base_layers: Sequence[BaseLayer]) -> AdapterConfig:
+        """Return the settings with those written out that depend on the base model."""
+        return self
+
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         """Raise an AdapterError if a setting means nothing on a base model."""
         adapted = self.adapted(base_layers)

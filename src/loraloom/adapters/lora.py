@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -53,6 +54,13 @@ class LoraConfig(DecomposedConfig):
     alpha_pattern: dict[Pattern, _Alpha] = Field(default_factory=dict)
     """Other alphas, by the same kind of expressions."""
 
+    expert_rank: _Rank | None = None
+    """Rank on the experts of a base model, in the scaling of `rank`; null: `rank` divided by the
+    number of experts that compute a token, so that a token passes as many ranks as elsewhere."""
+    shared_outer: bool = False
+    """Share, among the experts of a base model, A of the input projection and B of the output
+    projection, which are next to the hidden states that all experts read and write."""
+
     def at(self, key: str) -> LoraConfig:
         """Return the settings of one projection, `layers.{layer}.{block}.{projection}`."""
         if not self.rank_pattern and not self.alpha_pattern:
@@ -71,6 +79,25 @@ class LoraConfig(DecomposedConfig):
             raise AdapterError("adapters with a rank_pattern cannot be combined; use (name, scale)")
         return super(LoraConfig, self.model_copy(update={"alpha_pattern": {}})).combined()
 
+    def fitted(self, base_layers: Sequence[BaseLayer]) -> LoraConfig:
+        """Write the rank on a base model's experts into the patterns, as files say it."""
+        ranks = dict(self.rank_pattern)
+        alphas = dict(self.alpha_pattern)
+        for base_layer in base_layers:
+            for block in base_layer.blocks:
+                is_stacked = block.num_experts is not None and self.targets_in(block)
+                if not is_stacked or any(matches(p, block.output.key) for p in ranks):
+                    continue
+                divided = max(1, self.rank // (block.experts_per_token or 1))
+                rank = self.expert_rank or divided
+                if rank == self.rank:
+                    continue
+                pattern = rf"{re.escape(block.path)}\.\w+"
+                ranks[pattern] = rank
+                exponent = 0.5 if self.rank_stabilized else 1
+                alphas[pattern] = self.alpha * (rank / self.rank) ** exponent
+        return self.model_copy(update={"rank_pattern": ranks, "alpha_pattern": alphas})
+
     def targets_in(self, block: Block) -> frozenset[str]:
         if self.layers is not None and block.layer not in self.layers:
             return frozenset()
@@ -81,7 +108,12 @@ class LoraConfig(DecomposedConfig):
             if layer >= len(base_layers):
                 raise AdapterError(f"layers must be in [0, {len(base_layers)}), got {layer}")
         super().check_fits(base_layers)
-        keys = [base.key for base in self.adapted(base_layers)]
+        adapted = self.adapted(base_layers)
+        if self.shared_outer and all(base.num_experts is None for base in adapted):
+            raise AdapterError(
+                "shared_outer requires target_modules on a base model's experts, such as `experts`"
+            )
+        keys = [base.key for base in adapted]
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             if not any(matches(pattern, key) for key in keys):
                 raise AdapterError(
@@ -95,7 +127,10 @@ class LoraConfig(DecomposedConfig):
         config = self.at(base.key)
         if base.num_experts is None:
             return LoraProjection(base, config, None, dtype, seed)
-        return StackedLoraProjection(base, config, None, dtype, seed)
+        stacked = StackedLoraProjection(base, config, None, dtype, seed)
+        if self.shared_outer:
+            stacked.share("lora_B" if base is block.output else "lora_A")
+        return stacked
 
 
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:

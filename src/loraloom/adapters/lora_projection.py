@@ -118,7 +118,15 @@ class LoraProjection(Projection):
 
 
 class StackedLoraProjection(LoraProjection):
-    """The same for every expert of a base model: [M, E, R, I], [M, E, O, R] and [M, E, O]."""
+    """The same for every expert of a base model: [M, E, R, I], [M, E, O, R] and [M, E, O].
+
+    A or B may be shared, [M, 1, …].
+    """
+
+    def share(self, name: str) -> None:
+        """Leave a `lora_A` or `lora_B` for all of the base's experts in place of each one's."""
+        of_first = getattr(self, name).detach()[:, :1].clone()
+        setattr(self, name, nn.Parameter(of_first))
 
     def _fill(self, lora_A: Tensor, name: str, seed: int) -> None:
         for number, matrix in enumerate(lora_A):
@@ -130,19 +138,17 @@ class StackedLoraProjection(LoraProjection):
         return scaled.to(dtype).contiguous()
 
     def _norms(self) -> Tensor:
-        norms = torch.empty(self.lora_B.shape[:3], dtype=self.lora_A.dtype, device=self.base.device)
-        for choice, lora_A in enumerate(self.lora_A):
+        squares = self.base.squared_norms  # (E, O)
+        all_A = self.lora_A.expand(-1, len(squares), -1, -1)
+        all_B = self.lora_B.expand(-1, len(squares), -1, -1)
+        norms = []
+        for lora_A, lora_B in zip(all_A, all_B, strict=True):
             products = self.base.product(lora_A)  # (E, O, R)
-            for expert, product in enumerate(products):
-                norms_of_expert = dora_norms(
-                    product,
-                    self.base.squared_norms[expert],
-                    lora_A[expert : expert + 1],
-                    self.lora_B[choice, expert].unsqueeze(0),
-                    self.config.scaling,
-                )
-                norms[choice, expert] = norms_of_expert[0]
-        return norms.flatten(0, 1)
+            for expert, square in enumerate(squares):
+                only = slice(expert, expert + 1)
+                scaling = self.config.scaling
+                norms += dora_norms(products[expert], square, lora_A[only], lora_B[only], scaling)
+        return torch.stack(norms)
 
     def side(self, dtype: torch.dtype) -> ExpertSide:
         return ExpertSide(self.compute_A(dtype), self.compute_B(dtype), self.row_scale())

@@ -162,7 +162,8 @@ _READ = {
 # Fields that don't change what the saved tensors compute, or are looked at elsewhere.
 _NO_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config "
-    "exclude_modules inference_mode init_lora_weights loftq_config lora_ga_config megatron_core "
+    "exclude_modules inference_mode init_lora_weights loftq_config loraloom lora_ga_config "
+    "megatron_core "
     "modules_to_save peft_type peft_version qalora_group_size revision task_type "
     "trainable_token_indices".split()
 )
@@ -271,6 +272,8 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     fields: Settings = {}
     if stacks:
         fields["target_parameters"] = list(dict.fromkeys(stacks.values()))
+    if config.shared_outer:
+        fields["loraloom"] = {"adapter": {"shared_outer": True}}
     return fields | {
         "alpha_pattern": _carried_over(alphas, config.alpha, names),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
@@ -356,7 +359,7 @@ TABLES: dict[str, _Table] = {
         | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
         read=_read_lora,
         write=_write_lora,
-        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}},
+        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}, "shared_outer": False},
     ),
     adapters.VeraConfig.peft_type: _Table(
         {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}

@@ -91,7 +91,8 @@ class AdapterRegistry:
         with self.changing:  # another thread must not merge meanwhile
             self.check_unmerged("start an adapter")
             build = partial(self.build, name, seed=seed)
-            adapter = build_from_sources(check_config(config), self._read_expert, build)
+            fitted = check_config(config).fitted(self.layers)
+            adapter = build_from_sources(fitted, self._read_expert, build)
             return self.register(adapter)
 
     def _read_expert(
