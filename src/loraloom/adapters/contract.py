@@ -33,7 +33,7 @@ from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, shown
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
-from loraloom.ops.expert_rows import ExpertWeights
+from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
 from loraloom.routing.losses import AddUp, keep

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from loraloom.adapters.low_rank import DecomposedConfig, LowRankConfig, initial_A
 from loraloom.adapters.projection import Projection
 from loraloom.base.blocks import BaseProjection
-from loraloom.ops.expert_rows import ExpertSide
+from loraloom.ops.expert_weights import ExpertSide
 from loraloom.ops.low_rank import dora_norms
 
 

@@ -22,7 +22,7 @@ from loraloom.adapters.segment import FfnRows, SegmentTokens
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.ops.expert_ffn import FfnWeights, expert_ffn
-from loraloom.ops.expert_rows import ExpertWeights
+from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights

@@ -35,7 +35,7 @@ from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights, Routing
-from loraloom.ops.expert_rows import ExpertWeights
+from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 from loraloom.routing.routes import Route, TopP, router_logits

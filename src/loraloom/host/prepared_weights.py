@@ -26,7 +26,8 @@ from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import Block
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights
-from loraloom.ops.expert_rows import ExpertUpdate, ExpertWeights, stack_experts
+from loraloom.ops.expert_rows import ExpertUpdate
+from loraloom.ops.expert_weights import ExpertWeights, stack_experts
 from loraloom.ops.low_rank import InputGroup, decompose
 from loraloom.ops.stacked import StackedInput, stack_inputs
 from loraloom.routing.record import LayerRouting

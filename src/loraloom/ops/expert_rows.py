@@ -28,77 +28,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.gating import Gating
 from loraloom.ops.grouped_rows import group_stops, grouped_product, multiply_groups
-from loraloom.ops.low_rank import excess_of, scale_update
-from loraloom.ops.stacked import StackedWeights
-
-
-@dataclass(frozen=True)
-class ExpertSide(StackedWeights):
-    """An adapter's update of a stacked projection, in compute form."""
-
-    A: Tensor  # [G, R, I], or [M, R, I] where all base experts share it
-    B: Tensor  # scaled, [G, R, O] or [M, R, O]
-    row_scale: Tensor | None = None  # DoRA's c, [G, O] float32
-
-    stacked_fields = ("A", "B", "row_scale")
-
-    @property
-    def is_scaled(self) -> bool:
-        return self.row_scale is not None
-
-    def flat(self) -> ExpertSide:
-        row_scale = None if self.row_scale is None else self.row_scale.flatten(0, 1)
-        return ExpertSide(self.A.flatten(0, 1), self.B.flatten(0, 1), row_scale)
-
-    def scaled(self, scale: float) -> ExpertSide:
-        lora_B, row_scale = scale_update(self.B.flatten(0, 1), self.row_scale, scale)
-        return replace(self, B=lora_B.view_as(self.B), row_scale=row_scale)
-
-
-@dataclass(frozen=True)
-class ExpertWeights(StackedWeights):
-    """An adapter's weights in a block of stacked experts; None where nothing is adapted."""
-
-    up: ExpertSide | None
-    down: ExpertSide | None
-    num_choices: int = 1  # M
-
-    stacked_fields = ("up", "down")
-
-    @property
-    def sides(self) -> list[ExpertSide]:
-        return [side for side in (self.up, self.down) if side is not None]
-
-    def scaled(self, scale: float) -> ExpertWeights:
-        if scale == 1:
-            return self
-        up = None if self.up is None else self.up.scaled(scale)
-        down = None if self.down is None else self.down.scaled(scale)
-        return replace(self, up=up, down=down)
-
-    def flat(self) -> ExpertWeights:
-        """See a stack of adapters' weights as one adapter's with as many more groups."""
-        up = None if self.up is None else self.up.flat()
-        down = None if self.down is None else self.down.flat()
-        return replace(self, up=up, down=down)
-
-
-def stack_experts(weights: Sequence[ExpertWeights]) -> ExpertWeights:
-    """Put like adapters' weights side by side, [N, G, …]."""
-    first = weights[0]
-    up = None if first.up is None else _stack_sides([each.up for each in weights])
-    down = None if first.down is None else _stack_sides([each.down for each in weights])
-    return ExpertWeights(up, down, first.num_choices)
-
-
-def _stack_sides(sides: Sequence[Any]) -> ExpertSide:
-    row_scale = None
-    if sides[0].row_scale is not None:
-        row_scale = torch.stack([side.row_scale for side in sides])
-    lora_A = torch.stack([side.A for side in sides])
-    return ExpertSide(lora_A, torch.stack([side.B for side in sides]), row_scale)
+from loraloom.ops.low_rank import excess_of
 
 
 @dataclass(frozen=True)
@@ -178,45 +111,51 @@ class _Rows:
         self.stops = group_stops(self.experts, self.num_experts)
         # A slot has random numbers by its expert's number: base models may list them in any order.
         self.ranks = index.argsort(1).argsort(1)[self.tokens, slots]
-        # Tokens by adapter; the last are those of none.
-        owners = torch.full((self.num_tokens,), len(updates), device=index.device)
-        self.local = torch.zeros(self.num_tokens, dtype=torch.long, device=index.device)
-        counts = []
-        for number, update in enumerate(updates):
-            if update.tokens is None:
-                owners.fill_(number)
-                self.local = torch.arange(self.num_tokens, device=index.device)
-                counts.append(self.num_tokens)
-            else:
-                owners[update.tokens] = number
-                count = len(update.tokens)
-                self.local[update.tokens] = torch.arange(count, device=index.device)
-                counts.append(count)
-        counts.append(self.num_tokens - sum(counts))
+        self.slots = slots
+        owners, counts = self._owners(updates, index.device)
         num_slots = [1 if u.choice is None else u.choice.shape[1] for u in updates] + [1]
+        sizes = []  # hidden rows of each adapter
+        for count, slots_of_token in zip(counts, num_slots, strict=True):
+            sizes.append(count * self.top_k * slots_of_token)
         owners = owners[self.tokens]
-        sizes = [count * self.top_k * slots for count, slots in zip(counts, num_slots, strict=True)]
         self.base_rows = None  # of each hidden row, [H]; None: they are the same
         self.choices = torch.zeros_like(self.tokens)  # which of its LoRA experts a row is of, j
         if max(num_slots) > 1:
             repeats = torch.tensor(num_slots, device=index.device)[owners]
-            places = torch.arange(len(owners), device=index.device)
-            self.base_rows = places.repeat_interleave(repeats, output_size=sum(sizes))
-            starts = repeats.cumsum(0) - repeats
-            places = torch.arange(sum(sizes), device=index.device)
-            self.choices = places - starts[self.base_rows]
+            rows = torch.arange(len(owners), device=index.device)
+            self.base_rows = rows.repeat_interleave(repeats, output_size=sum(sizes))
+            first_rows = repeats.cumsum(0) - repeats
+            hidden_rows = torch.arange(sum(sizes), device=index.device)
+            self.choices = hidden_rows - first_rows[self.base_rows]
             owners = owners[self.base_rows]
         by_owner = owners.argsort(stable=True).split(sizes)
-        self.adapters = [
-            _AdapterRows(self, update, hidden)
-            for update, hidden in zip(updates, by_owner, strict=False)
-        ]
-        self.slots = slots
+        self.adapters = []
+        for update, hidden in zip(updates, by_owner, strict=False):
+            self.adapters.append(_AdapterRows(self, update, hidden))
         self.is_scaled = any(
             update.weights.down is not None and update.weights.down.is_scaled for update in updates
         )
         # A row scale stands outside of W_down, so that each hidden row goes through it by itself.
         self.apart = self.base_rows is not None and self.is_scaled
+
+    def _owners(
+        self, updates: Sequence[ExpertUpdate], device: torch.device
+    ) -> tuple[Tensor, list[int]]:
+        """Number each token's adapter, [T], and count their tokens; the last are those of none."""
+        owners = torch.full((self.num_tokens,), len(updates), device=device)
+        self.local = torch.zeros(self.num_tokens, dtype=torch.long, device=device)
+        counts = []
+        for number, update in enumerate(updates):
+            if update.tokens is None:
+                owners.fill_(number)
+                self.local = torch.arange(self.num_tokens, device=device)
+                counts.append(self.num_tokens)
+            else:
+                count = len(update.tokens)
+                owners[update.tokens] = number
+                self.local[update.tokens] = torch.arange(count, device=device)
+                counts.append(count)
+        return owners, [*counts, self.num_tokens - sum(counts)]
 
     @cached_property
     def down_experts(self) -> tuple[Tensor, Tensor]:
