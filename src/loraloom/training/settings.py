@@ -404,28 +404,12 @@ class RunConfig(BaseModelConfig):
 
     def trial(self, number: int, combination: Mapping[str, Any]) -> JobConfig:
         assert self.sweep is not None
-        settings = self.sweep_template
+        settings: Any = self.sweep.template(self.jobs)
         for path, drawn in combination.items():
             origin = f"parameters.{path}"
             settings = set_setting(settings, path.split("."), parameter_value(drawn), origin)
         name = self.sweep.job_name(number, combination)
         return checked(JobConfig, {**settings, "name": name}, origin="sweep.job: ")
-
-    @property
-    def sweep_template(self) -> dict[str, Any]:
-        assert self.sweep is not None
-        if not isinstance(self.sweep.job, str):
-            return self.sweep.job
-        template = next((job for job in self.jobs if job.name == self.sweep.job), None)
-        if template is None:
-            raise ConfigError(
-                f"sweep.job must be settings or the name of a job: {self.sweep.job!r}"
-            )
-        settings = template.model_dump(mode="json", exclude_unset=True)
-        # Unset where Python's classes say it.
-        settings["adapter"]["method"] = template.adapter.method
-        settings["train"].setdefault("objective", {})["name"] = template.train.objective.name
-        return settings
 
     @property
     def all_jobs(self) -> tuple[JobConfig, ...]:

@@ -71,7 +71,7 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
 def data_parameters(run: RunConfig) -> list[str]:
     """Parameters whose values decide on which rows the sweep's metric is measured."""
     assert run.sweep is not None
-    data = run.sweep_template.get("data", {})
+    data = run.sweep.template(run.jobs).get("data", {})
     section = "data"
     if run.sweep.metric.endswith("/accuracy"):  # of a task under eval
         section = "eval"
