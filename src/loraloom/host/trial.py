@@ -104,7 +104,6 @@ def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()
 class PackingTrial:
     """Whether samples of a packed row see each other; tried once with each kind of attention."""
 
@@ -126,6 +125,7 @@ class PackingTrial:
             self._sound.add(implementation)
 
 
+@torch.enable_grad()
 def _try_packing(host: Any, run_decoder: Callable[..., Any]) -> None:
     """Run a sample twice in one row of a host's base model; both must be as if they were alone.
 
