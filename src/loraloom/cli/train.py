@@ -122,8 +122,9 @@ def _print_memory(run_file: Path, overrides: Sequence[str], console: Console) ->
     if "-" in _fits(memory):
         for name, changes in _saving_changes(run).items():
             with suppress(ConfigError):  # of a method that needs more ranks
-                smaller = load_run_config(run_file, [*overrides, *changes])
-                cards.add_row(name, *_fits(predict_memory(smaller)))
+                smaller = predict_memory(load_run_config(run_file, [*overrides, *changes]))
+                if smaller.peak_bytes < memory.peak_bytes:
+                    cards.add_row(name, *_fits(smaller))
     print_tables(console, [parts, cards])
 
 

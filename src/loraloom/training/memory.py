@@ -20,7 +20,7 @@ from loraloom.adapters.contract import Adapter
 from loraloom.base.loading import build_base_model
 from loraloom.base.quantization import predict_weight_bytes
 from loraloom.data.tokens import Example, PreferencePair
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, ModelError
 from loraloom.host.host import Host, attach
 from loraloom.terminal import show_bytes
 from loraloom.training.builder import naming
@@ -59,21 +59,28 @@ class RunMemory(NamedTuple):
         return sum(self.parts.values())
 
 
+def _num_adapter_bytes(adapter: Adapter) -> int:
+    return sum(weight.nbytes for weight in adapter.parameters())
+
+
 def kept_memory(job: JobConfig, adapter: Adapter) -> KeptMemory:
+    """Count what a job keeps, from a step of its optimizer with another weight."""
     trained = [weight for weight in adapter.parameters() if weight.requires_grad]
     return KeptMemory(
         num_trained=optimizers.count_trained(job.train, adapter),
-        adapter_bytes=sum(weight.nbytes for weight in adapter.parameters()),
+        adapter_bytes=_num_adapter_bytes(adapter),
         optimizer_bytes=optimizers.state_bytes(job.train, trained) + num_bytes([adapter]),
     )
 
 
 def predict_memory(run: RunConfig) -> RunMemory:
     """Predict the memory of a run's first jobs in one process, without weights and data."""
-    model = build_base_model(run.base_model, run.dtype, run.device, run.attn_implementation)
-    weights_bytes = predict_weight_bytes(model, run.quantization)
     if not run.first_jobs:
-        raise ConfigError("a dry run must set jobs (at least one) or sweep")
+        raise ConfigError("a run must set jobs (at least one) or sweep for --dry-run")
+    # All kernels but the eager one take the same memory, of which some need a device.
+    attention = "eager" if run.attn_implementation == "eager" else None
+    model = build_base_model(run.base_model, run.dtype, run.device, attention)
+    weights_bytes = predict_weight_bytes(model, run.quantization)
     host = attach(model)
     kept: dict[str, KeptMemory] = {}
     for job in run.first_jobs:
@@ -82,12 +89,15 @@ def predict_memory(run: RunConfig) -> RunMemory:
             optimizers.check_settings(job.train, adapter)
             kept[job.name] = kept_memory(job, adapter)
     batches = _fullest_round(host, run)
-    with _attending_without_data():
-        step_bytes = peak_of_round(host, batches)
+    try:
+        with _attending_without_data():
+            step_bytes = peak_of_round(host, batches)
+    except NotImplementedError as error:
+        raise ModelError(f"--dry-run does not support {run.base_model}: {error}") from error
     num_tokens = sum(lay_out(batches).computed_tokens)
     parts = {
         f"base model, {run.quantization or str(host.dtype).removeprefix('torch.')}": weights_bytes,
-        "adapters": sum(job.adapter_bytes for job in kept.values()),
+        "adapters": sum(map(_num_adapter_bytes, host.adapters.values())),  # references too
         "optimizers": sum(job.optimizer_bytes for job in kept.values()),
         f"gradients and activations, {num_tokens:,} tokens": step_bytes,
     }
