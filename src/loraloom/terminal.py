@@ -79,6 +79,13 @@ def show_progress(
         yield advance
 
 
+def show_bytes(num_bytes: int) -> str:
+    for unit, size in {"GB": 1e9, "MB": 1e6}.items():
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.2f} {unit}"
+    return f"{num_bytes / 1e3:.2f} kB"
+
+
 def printed(text: str) -> str:
     # what a model says may hold escapes that would steer the terminal; spaces and joiners stay
     escaped = ""

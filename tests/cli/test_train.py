@@ -1,6 +1,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 from unittest.mock import Mock
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from loraloom.cli import main as cli
+from loraloom.cli import train as train_command
 from loraloom.cli.train import next_commands
 from loraloom.formats import describe
 from loraloom.training.engine import Engine
@@ -51,9 +53,38 @@ def stopping(monkeypatch):
     return stopped
 
 
+def test_a_dry_run_prints_memory_without_weights_and_data(inputs, run_file, tmp_path, capsys):
+    shutil.copytree(inputs / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    words = ["train", run_file, "--dry-run", "--set", f"base_model={tmp_path / 'base'}"]
+    settings = ["--set", "jobs.0.data.dataset=nowhere.jsonl", "--set", "jobs.0.adapter.rank=3"]
+    assert cli.main([*words, *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "plain: 2,784 trained parameters; adapter 11.14 kB, optimizer 33.41 kB" in printed
+    assert "gradients and activations, 768 tokens" in printed
+    assert printed.splitlines()[-1].split()[-3:] == ["fits"] * 3
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*words, "--resume"]) == 2
+    assert "--dry-run trains nothing; remove --resume" in capsys.readouterr().err
+
+
+def test_changes_that_save_memory_follow_what_fits_no_card(run_file, monkeypatch, capsys):
+    monkeypatch.setattr(train_command, "CARDS_GB", (0.001, 80))
+    assert cli.main(["train", run_file, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    peaks = [float(line.partition(" MB")[0].split()[-1]) for line in lines]
+    assert (max(peaks), min(peaks)) == (peaks[0], peaks[-1])
+    assert [line.split()[0] for line in lines[1:4]] == [
+        "gradient_checkpointing",
+        "micro_batch_size:",
+        "half",
+    ]
+
+
 def test_adapters_are_written_and_remember_how_prompts_were(inputs, run_file, tmp_path, capsys):
     assert cli.main(["train", run_file, "--set", "jobs.0.data.template=plain"]) == 0
     printed, _, command = capsys.readouterr().out.partition("Evaluate with:")
+    assert "plain: 1,856 trained parameters; adapter 7.42 kB, optimizer 22.27 kB" in printed
     assert "mixture: step 4, eval/arc_easy/accuracy" in printed
     assert "finished" in printed
     assert [one["status"] for one in results_in(tmp_path / "out")] == ["finished"] * 2

@@ -170,9 +170,7 @@ def load_base_model(
             files = _converted(name, source, chosen)
             auto = _auto_class(checkpoint)
             if sharded:
-                config = configuration_auto.AutoConfig.from_pretrained(
-                    files.location, local_files_only=files.cached, trust_remote_code=False
-                )
+                config = _load_config(files)
                 auto = sharded_class(auto._model_mapping[type(config)], place)
             model = _read_model(name, auto, files, **options)
     _check_tokenizer(name, model, tokenizer)
@@ -187,6 +185,29 @@ def _check_attn_implementation(name: str) -> None:
         raise ModelError(
             f"attn_implementation must be one of {', '.join(names)}, got {shown(name)}"
         )
+
+
+def build_base_model(
+    name: str, dtype: str, device: str, attn_implementation: str | None
+) -> PreTrainedModel:
+    """Build a base model on the meta device, from its configuration alone."""
+    source = find_source(name)
+    if source.kind == "hub":
+        source = _ask_hub(source)
+    checkpoint = _read_config(source)
+    if checkpoint.get("quantization_config") is not None:
+        raise ModelError(
+            f"--dry-run does not support quantized checkpoints, got {name}; pass the model in "
+            "floating point, and set quantization"
+        )
+    # A card that this machine lacks computes in bfloat16, as the meta device.
+    is_here = device in ("auto", "cpu") or count_devices(torch.device(device).type) > 0
+    place = find_device(device) if is_here else torch.device("meta")
+    chosen = _find_dtype(dtype, checkpoint, place)
+    with quiet(), _raised_as_model_error(name, source), torch.device("meta"):
+        config = _load_config(source)
+        auto = _auto_class(config.to_dict())
+        return auto.from_config(config, dtype=chosen, attn_implementation=attn_implementation)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -215,6 +236,15 @@ def _read_config(source: ModelSource) -> dict[str, Any]:
                 source.location, local_files_only=source.cached, trust_remote_code=False
             )[0]
     return {}  # loading raises what is wrong
+
+
+def _load_config(source: ModelSource) -> PreTrainedConfig:
+    return configuration_auto.AutoConfig.from_pretrained(
+        source.location,
+        local_files_only=source.cached,
+        trust_remote_code=False,
+        gguf_file=source.gguf_file,
+    )
 
 
 def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:

@@ -168,6 +168,20 @@ def num_parameters(model: nn.Module) -> int:
     return sum(counts.values())
 
 
+def predict_weight_bytes(model: Any, quantization: str | None) -> int:
+    """Predict what a model's weights take, all linear layers but the head being quantized."""
+    num_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if quantization is None:
+        return num_bytes
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            kept = module.weight.numel() + 4 * module.out_features  # a scale for each row
+            if quantization in ("nf4", "fp4"):  # one in 8 bits for each 64 numbers
+                kept = module.weight.numel() // 2 + module.weight.numel() // 64
+            num_bytes += kept - module.weight.nbytes
+    return num_bytes
+
+
 def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights by name as they lie in memory, quantized ones in their parts."""
     linears = quantized_linears(model)

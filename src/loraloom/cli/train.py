@@ -5,32 +5,39 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
+from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
 from loraloom.cli.options import BASE, Sets
 from loraloom.config.data import MAX_LENGTH
 from loraloom.config.fields import StrictModel
-from loraloom.errors import TrainingError
-from loraloom.terminal import make_console, make_table, print_tables
+from loraloom.errors import ConfigError, TrainingError
+from loraloom.terminal import make_console, make_table, print_tables, show_bytes
 from loraloom.training import run as training
 from loraloom.training.job import JobResult
+from loraloom.training.memory import RunMemory, predict_memory
 from loraloom.training.reporting import Progress
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 from loraloom.training.watched_directory import WatchOptions
 
 MAX_ADAPTERS = 8
+CARDS_GB = (24, 48, 80)
+USABLE_SHARE = 0.95  # the rest is the driver's, libraries' and fragmentation's
 
 
 class TrainOptions(StrictModel):
     """What becomes of earlier results, and where else jobs come from."""
 
+    dry_run: bool = False
+    """Print the memory that the run will need, from the base model's configuration, and exit."""
     resume: bool = False
     """Resume from the newest checkpoint, if one exists."""
     overwrite: bool = False
@@ -51,6 +58,8 @@ class TrainOptions(StrictModel):
             yield "--watch-exit-when-idle requires --watch DIR"
         if self.ray_workers is not None and self.ray is None:
             yield "--ray-workers requires --ray"
+        if self.dry_run and (self.resume or self.overwrite or self.watch or self.ray):
+            yield "--dry-run trains nothing; remove --resume, --overwrite, --watch and --ray"
 
 
 def train(
@@ -70,8 +79,10 @@ def train(
     Args:
         run_file: YAML file with a base model and jobs.
     """
-    run = load_run_config(run_file, overrides)
     console = make_console(quiet=training.read_launch().rank > 0)
+    if options.dry_run:
+        return _print_memory(run_file, overrides, console)
+    run = load_run_config(run_file, overrides)
     watch = None
     if options.watch is not None:
         watch = WatchOptions(options.watch, options.overwrite, options.watch_exit_when_idle)
@@ -94,6 +105,47 @@ def train(
     for purpose, command in next_commands(run, results).items():
         console.print(f"\n{purpose} with:\n  {command}", soft_wrap=True)
     raise_failures(results)
+
+
+def _print_memory(run_file: Path, overrides: Sequence[str], console: Console) -> None:
+    """Print the memory of a run, and the peaks of changed settings if a card is too small."""
+    run = load_run_config(run_file, overrides)
+    memory = predict_memory(run)
+    for name, kept in memory.jobs.items():
+        console.print(f"{name}: {kept}", soft_wrap=True)
+    console.print()
+    parts = make_table("memory", values=["size"])
+    for name, num_bytes in memory.parts.items():
+        parts.add_row(name, show_bytes(num_bytes))
+    cards = make_table("settings", values=["peak", *(f"{card} GB" for card in CARDS_GB)])
+    cards.add_row("as they are", *_fits(memory))
+    if "-" in _fits(memory):
+        for name, changes in _saving_changes(run).items():
+            with suppress(ConfigError):  # of a method that needs more ranks
+                smaller = predict_memory(load_run_config(run_file, [*overrides, *changes]))
+                if smaller.peak_bytes < memory.peak_bytes:
+                    cards.add_row(name, *_fits(smaller))
+    print_tables(console, [parts, cards])
+
+
+def _fits(memory: RunMemory) -> list[str]:
+    peak = memory.peak_bytes
+    fits = ["fits" if peak <= USABLE_SHARE * card * 1e9 else "-" for card in CARDS_GB]
+    return [show_bytes(peak), *fits]
+
+
+def _saving_changes(run: RunConfig) -> dict[str, list[str]]:
+    """Name changes that save memory, as overrides of the run file."""
+    jobs = [f"jobs.{index}" for index, _ in enumerate(run.jobs)]
+    halves = [max(1, job.adapter.rank // 2) for job in run.jobs]
+    ranks = zip(jobs, halves, strict=True)
+    changes = {
+        "gradient_checkpointing": [f"{job}.train.gradient_checkpointing=true" for job in jobs],
+        "micro_batch_size: 1": [f"{job}.train.micro_batch_size=1" for job in jobs],
+        "half of the rank": [f"{job}.adapter.rank={rank}" for job, rank in ranks],
+        "quantization: nf4": ["quantization=nf4"],
+    }
+    return {**changes, "all of these": list(chain.from_iterable(changes.values()))}
 
 
 def _results_table(results: Sequence[JobResult]) -> Table:

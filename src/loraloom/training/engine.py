@@ -23,6 +23,7 @@ from loraloom.host.host import Host
 from loraloom.training import checkpoints
 from loraloom.training.builder import Base, JobBuilder, naming
 from loraloom.training.job import Job, JobResult, Status
+from loraloom.training.memory import kept_memory
 from loraloom.training.reporting import Interruption, Progress, Reporter
 from loraloom.training.rounds import RoundRunner, Turn, choose_turns
 from loraloom.training.run_directory import RunDirectory
@@ -429,6 +430,7 @@ def set_up(
     for job in jobs:
         lines += [f"{job.name}: {line}" for line in job.training_set.report]
         lines += [f"{job.name}: {line}" for line in job.training_set.warnings]
+        lines.append(f"{job.name}: {kept_memory(job.config, job.adapter)}")
     for line in lines:
         progress.message(line)
     return engine, checkpoint

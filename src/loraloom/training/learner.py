@@ -31,9 +31,7 @@ class Learner:
 
     @property
     def num_trained(self) -> int:
-        frozen = optimizers.frozen_tensors(self.config, self.adapter)
-        num_parameters = sum(parameter.numel() for parameter in self.parameters.values())
-        return num_parameters - sum(tensor.numel() for tensor in frozen)
+        return optimizers.count_trained(self.config, self.adapter)
 
     @property
     def learning_rate(self) -> float:

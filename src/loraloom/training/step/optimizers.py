@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,11 @@ Scheduler = LRScheduler | GreedyLR
 
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
+    check_settings(config, adapter)
+    return _make_optimizer(config, parameter_groups(config, adapter))
+
+
+def check_settings(config: OptimizerConfig, adapter: Adapter) -> None:
     adapter.check_is_trained()
     device = next(adapter.parameters()).device
     names = [name for name, weight in adapter.named_parameters() if weight.requires_grad]
@@ -47,6 +52,9 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
             f"whose memory it pages, got {device}; use "
             f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
         )
+
+
+def _make_optimizer(config: OptimizerConfig, groups: Sequence[dict[str, Any]]) -> Optimizer:
     library = torch.optim
     if config.optimizer.endswith("bit"):
         library = import_library("bitsandbytes", f"optimizer {config.optimizer}").optim
@@ -60,7 +68,22 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
         arguments.setdefault("eps", (None, 1.0))
     with _raised_as_config_error(config, "optimizer"):
         optimizer_class = classes[config.optimizer.replace("_", "")]
-        return optimizer_class(parameter_groups(config, adapter), **arguments)
+        return optimizer_class(groups, **arguments)
+
+
+def state_bytes(config: OptimizerConfig, weights: Sequence[Tensor]) -> int:
+    """Predict the bytes of an optimizer's states on the device, from a step with another weight."""
+    if config.optimizer.startswith("paged_"):  # to the machine's memory, where the device is full
+        return 0
+    device = "cpu" if weights[0].is_meta else weights[0].device
+    weight = Parameter(torch.zeros(256, 256, device=device))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = _make_optimizer(config, [{"params": [weight]}])
+    with _raised_as_config_error(config, "optimizer"):
+        optimizer.step()
+    states = [state for state in optimizer.state[weight].values() if isinstance(state, Tensor)]
+    bytes_per_number = sum(state.nbytes for state in states) / weight.numel()
+    return round(bytes_per_number * sum(weight.numel() for weight in weights))
 
 
 @contextmanager
@@ -123,6 +146,12 @@ def frozen_tensors(config: OptimizerConfig, adapter: Adapter) -> list[Tensor]:
     return [tensor for tensor, ratio in _scaled_tensors(config, adapter) if ratio == 0]
 
 
+def count_trained(config: OptimizerConfig, adapter: Adapter) -> int:
+    num_frozen = sum(tensor.numel() for tensor in frozen_tensors(config, adapter))
+    weights = [weight for weight in adapter.parameters() if weight.requires_grad]
+    return sum(weight.numel() for weight in weights) - num_frozen
+
+
 def _trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Those of its tensors that are parameters' parts; others are saved, as VeRA's A and B."""
     trained = {_storage(weight) for weight in adapter.parameters() if weight.requires_grad}
@@ -131,7 +160,7 @@ def _trained_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata  # also without data, as on the meta device
 
 
 def _scaled_tensors(config: OptimizerConfig, adapter: Adapter) -> list[tuple[Tensor, float]]:
