@@ -21,7 +21,13 @@ from transformers.models.auto import configuration_auto, modeling_auto, tokeniza
 from transformers.utils import logging
 
 from loraloom.atomic_io import cache_directory, write_directory
-from loraloom.base.quantization import check_checkpoint, check_quantization, transformers_config
+from loraloom.base.quantization import (
+    check_checkpoint,
+    check_quantization,
+    quantizing_experts,
+    transformers_config,
+    warn_of_experts,
+)
 from loraloom.base.sharding import sharded_class
 from loraloom.config.model import AttnImplementation, BaseDtype, check_device
 from loraloom.config.text import local_path
@@ -174,7 +180,10 @@ def load_base_model(
                     files.location, local_files_only=files.cached, trust_remote_code=False
                 )
                 auto = sharded_class(auto._model_mapping[type(config)], place)
-            model = _read_model(name, auto, files, **options)
+            with quantizing_experts():
+                model = _read_model(name, auto, files, **options)
+    if quantization is not None:
+        warn_of_experts(name, model, quantization)
     _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer

@@ -89,9 +89,13 @@ def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
         for projection in adapter.projections():
             base = projection.base
             if base.num_experts is not None:  # no module's output: the weights are changed
-                stored: Any = base.stored  # pyright: ignore[reportAttributeAccessIssue]
-                hooks.callback(stored.data.copy_, stored.data.clone())
-                base.set_weight(projection.merged(base.weight.dtype))
+                merged = projection.merged(base.weight.dtype)
+                if base.quantized is None:
+                    hooks.callback(base.set_weight, base.weight.clone())
+                    base.set_weight(merged)
+                else:  # the base model reads the weight from this module
+                    hooks.callback(vars(base.quantized.linear).pop, "forward")
+                    base.quantized.linear.forward = partial(base.as_stored, merged)
                 num_calls[projection.key] = 1
                 continue
             hook = partial(add_update, projection.key)
