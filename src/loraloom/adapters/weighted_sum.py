@@ -141,7 +141,7 @@ class SumProjection(Projection):
         # Updates are divided by it, and rounded; see scale_update.
         dtype: Any = torch.bfloat16
         if self.base.quantized is None:
-            dtype = self.base.stored.dtype
+            dtype = self.base.linear.weight.dtype
         least = torch.finfo(dtype).eps ** 0.5
         return torch.where(factor.abs() < least, least, factor)
 

@@ -170,7 +170,7 @@ def load_base_model(
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = transformers_config(quantization, chosen)
-    with quiet():
+    with quiet(), quantizing_experts():
         tokenizer = _load_tokenizer(name, source)
         with _raised_as_model_error(name, source):
             files = _converted(name, source, chosen)
@@ -180,10 +180,8 @@ def load_base_model(
                     files.location, local_files_only=files.cached, trust_remote_code=False
                 )
                 auto = sharded_class(auto._model_mapping[type(config)], place)
-            with quantizing_experts():
-                model = _read_model(name, auto, files, **options)
-    if quantization is not None:
-        warn_of_experts(name, model, quantization)
+            model = _read_model(name, auto, files, **options)
+    warn_of_experts(name, model, quantization)
     _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer

@@ -154,10 +154,10 @@ def _is_stack(model: nn.Module, name: str) -> bool:
     return stored is not None and stored.dim() == 3 and hasattr(module, "is_transposed")
 
 
-def warn_of_experts(name: str, model: nn.Module, quantization: str) -> None:
+def warn_of_experts(name: str, model: nn.Module, quantization: str | None) -> None:
     """Warn where a quantization leaves the experts of a mixture in floating point."""
     num_left = sum(w.numel() for path, w in model.named_parameters() if _is_stack(model, path))
-    if num_left:
+    if quantization is not None and num_left:
         warnings.warn(
             f"quantization: {quantization} leaves the experts of {name} in floating point, "
             f"{num_left / num_parameters(model):.0%} of all weights. Loading continues; for less "
@@ -167,17 +167,19 @@ def warn_of_experts(name: str, model: nn.Module, quantization: str) -> None:
 
 
 def _from_4_bits(linear: Any) -> Tensor:
+    # A stack that is read as an attribute of the experts is kept to the end of their forward.
+    weight = linear.original if isinstance(linear, ParametrizationList) else linear.weight
     # W's rows lie one behind another, each 64 numbers have a scale.
-    packed = linear.weight.data.as_subclass(Tensor).view(torch.uint8)
+    packed = weight.data.as_subclass(Tensor).view(torch.uint8)
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, _scales(linear))
+
+
+def _scales(linear: Any) -> Any:
+    """A 4-bit weight's scales, shape and block size."""
+    if isinstance(linear, ParametrizationList):
+        return linear[0].quant_state
     # Where FSDP replaces parameters, it is lost to the weight, not to the layer.
-    state = getattr(linear.weight, "quant_state", None) or linear.quant_state
-    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
-
-
-def _stack_from_4_bits(stack: Any) -> Tensor:
-    # As an attribute of the experts, it would be kept to the end of their forward.
-    state = stack[0].quant_state
-    return sys.modules["bitsandbytes"].functional.dequantize_4bit(stack.original.data, state)
+    return getattr(linear.weight, "quant_state", None) or linear.quant_state
 
 
 def _from_8_bits(linear: Any) -> Tensor:
@@ -210,7 +212,7 @@ def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
     if isinstance(linear, ParametrizationList):
         state = getattr(linear[0], "quant_state", None)
         kind = f"bitsandbytes {getattr(state, 'quant_type', '')}"
-        return None if state is None else QuantizedWeight(linear, kind, _stack_from_4_bits)
+        return None if state is None else QuantizedWeight(linear, kind, _from_4_bits)
     weight: Any = getattr(linear, "weight", None)
     bitsandbytes = sys.modules.get("bitsandbytes")
     torchao = sys.modules.get("torchao.utils")
@@ -259,8 +261,8 @@ def num_parameters(model: nn.Module) -> int:
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for weight in quantized_weights(model).values():
         linear = weight.linear
-        if weight.read is _stack_from_4_bits:
-            counts[id(linear.original)] = linear[0].quant_state.shape.numel()
+        if isinstance(linear, ParametrizationList):
+            counts[id(linear.original)] = _scales(linear).shape.numel()
         else:
             counts[id(getattr(linear, "weight", linear))] = linear.in_features * linear.out_features
     return sum(counts.values())
@@ -281,9 +283,9 @@ def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{name}.{part}", getattr(tensor, part)
             elif name != f"{path}.bias":
                 yield name, tensor.as_subclass(Tensor)
-        if weight.read is _stack_from_4_bits:
-            for name, tensor in weight.linear[0].quant_state.as_dict(packed=True).items():
-                yield f"{path}.{name}", tensor
+        if isinstance(weight.linear, ParametrizationList):
+            scales = _scales(weight.linear).as_dict(packed=True)
+            yield from ((f"{path}.{name}", tensor) for name, tensor in scales.items())
 
 
 class QuantizedLinear:
@@ -324,24 +326,21 @@ class _ThroughWeight(torch.autograd.Function):
         return grad @ ctx.weight.dequantized().to(grad.dtype), None
 
 
-def check_computes(name: str, weight: QuantizedWeight) -> None:
-    """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
+def check_computes(weights: Mapping[str, QuantizedWeight]) -> None:
+    """Refuse layers that their library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
     # Its kernel there begins a block of 64 numbers with every row.
-    if weight.read is _from_4_bits:
-        stored = weight.linear.weight
-        width, block = weight.linear.in_features, stored.blocksize
-    elif weight.read is _stack_from_4_bits:
-        state = weight.linear[0].quant_state
-        stored, width, block = state.absmax, state.shape[-1], state.blocksize
-    else:
-        return
-    if stored.is_cpu and width % block:
-        raise ModelError(
-            f"rows of a 4-bit weight must be a multiple of {block} on a CPU, "
-            f"where bitsandbytes computes others wrongly, got {width} in "
-            f"{name.replace('.parametrizations', '')}; "
-            "use torchao-int8, or an accelerator"
-        )
+    for path, weight in weights.items():
+        if weight.read is not _from_4_bits:
+            continue
+        scales = _scales(weight.linear)
+        width = scales.shape[-1]
+        if scales.absmax.is_cpu and width % scales.blocksize:
+            raise ModelError(
+                f"rows of a 4-bit weight must be a multiple of {scales.blocksize} on a CPU, where "
+                f"bitsandbytes computes others wrongly, got {width} in "
+                f"{name_of_weight(path).removesuffix('.weight')}; use torchao-int8, or an "
+                "accelerator"
+            )
 
 
 def keep_layout(linear: Any) -> Callable[[], object]:

@@ -209,8 +209,7 @@ class Wiring:
                 "on one device (device_map={'': 0} for example), quantized if necessary"
             )
         quantized = quantization.quantized_weights(model)
-        for name, weight in quantized.items():
-            quantization.check_computes(name, weight)
+        quantization.check_computes(quantized)
         self._model = model
         self._blocks: dict[nn.Module, FfnBlock | ExpertsBlock] = {}
         self.undo = ExitStack()
