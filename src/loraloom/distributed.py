@@ -43,6 +43,15 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_distributed(tensor) else tensor
 
 
+def copy_into(tensor: Tensor, values: Tensor) -> None:
+    """Put values into a tensor of which each rank may have a shard; all of them call this."""
+    if _is_distributed(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values, tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
+
+
 def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     if not dist.is_initialized():  # one process is spared a second for the import
         return False

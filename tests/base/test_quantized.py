@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import loraloom
 from loraloom.base.blocks import BaseProjection
-from loraloom.base.quantization import QuantizedLinear, quantized_linears, stored_weights
+from loraloom.base.quantization import QuantizedLinear, quantized_weights, stored_weights
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from loraloom.host.host import Host
 from tests.generation.saved import save_tiny
@@ -161,7 +161,7 @@ def test_gradients_are_the_same_after_decoding(host):
 def test_outliers_in_float16_leave_what_others_keep_of_an_input_alone(saved):
     """LLM.int8 takes them out of its input and puts them back, which counts as a change."""
     model = loraloom.load_base_model(str(saved / "base"), "float16", quantization="int8")[0]
-    weight = next(iter(quantized_linears(model).values()))
+    weight = next(iter(quantized_weights(model).values()))
     hidden_states = torch.linspace(-1, 1, 3 * 64).reshape(3, 64).half()
     hidden_states[1, 5] = 50.0
     hidden_states.requires_grad_()
@@ -172,21 +172,23 @@ def test_outliers_in_float16_leave_what_others_keep_of_an_input_alone(saved):
     assert relative_error(hidden_states.grad, expected) < 1e-3
 
 
+def kept_bytes(host: Host, name: str = "lora") -> int:
+    """What a forward with an adapter keeps for its backward pass, but for the base's weights."""
+    known = {tensor.untyped_storage().data_ptr() for _, tensor in stored_weights(host.model)}
+    kept: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        host(IDS, adapters=[name] * 4)
+    return sum(kept.values())
+
+
 def test_a_forward_keeps_no_more_than_on_an_unquantized_base(host, saved):
-    def kept_bytes(host: Host) -> int:
-        known = {tensor.untyped_storage().data_ptr() for _, tensor in stored_weights(host.model)}
-        kept: dict[int, int] = {}
-
-        def look(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-            host(IDS, adapters=["lora"] * 4)
-        return sum(kept.values())
-
     plain = loraloom.attach(load(saved))
     plain.add("lora", METHODS["lora"])
     assert kept_bytes(host) <= 1.01 * kept_bytes(plain)

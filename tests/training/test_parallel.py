@@ -12,9 +12,11 @@ from torch.nn import Parameter, ParameterList
 import loraloom
 from benchmarks.kills import ADAPTERS, check_kills
 from benchmarks.parallel import difference, resume_elsewhere, settings
+from loraloom.adapters import LoraConfig
 from loraloom.distributed import ProcessRanks
 from loraloom.training.rounds import RoundRunner
 from loraloom.training.step.fused import sum_gradients
+from tests.tiny import randomise, tiny_ids, tiny_model
 from tests.training.running import pressing, read_metrics
 from tests.training.saved import save_inputs, write_run_file
 from tests.training.toy import PAD_ID, add_job, read_result, toy_config, toy_host
@@ -34,6 +36,17 @@ def world(tmp_path_factory) -> Path:
         run = settings(directory, directory / name, MODES, base)
         run["jobs"][2]["train"]["save_steps"] = 1
         write_run_file(directory / f"{name}.yaml", run)
+    sizes = {"vocab_size": 300, "max_position_embeddings": 256}
+    shutil.copytree(directory / "base", directory / "mixture")  # with the tokenizer
+    # of a type that a host tries out when it is attached
+    tiny_model("granitemoe", torch.float32, **sizes).save_pretrained(directory / "mixture")
+    for name in ("experts-one", "experts-two", "experts-sharded"):
+        base = "fsdp" if name == "experts-sharded" else "replicated"
+        run = settings(directory, directory / name, MODES, base)
+        run["base_model"] = str(directory / "mixture")
+        for job in run["jobs"]:
+            job["adapter"]["target_modules"] = ["attention", "experts"]
+        write_run_file(directory / f"{name}.yaml", run)
     run = settings(directory, directory / "broken", MODES)
     write_run_file(directory / "broken.yaml", run)
     for name in ("half-one", "half-two"):
@@ -41,6 +54,7 @@ def world(tmp_path_factory) -> Path:
         run |= {"dtype": "float16", "jobs": [run["jobs"][0], run["jobs"][2]]}
         write_run_file(directory / f"{name}.yaml", run)
     loraloom.train(directory / "one.yaml")
+    loraloom.train(directory / "experts-one.yaml")
     _overflow(1, directory / "half-one")
     assert run_ranks(2, _work, directory) == [0, 0]
     return directory
@@ -51,6 +65,8 @@ def _work(rank: int, directory: Path) -> None:
     hold_base(rank, directory, str(directory / "base"), "fsdp")
     loraloom.train(directory / "two.yaml")
     loraloom.train(directory / "sharded.yaml", between_steps=lambda *_: None)
+    loraloom.train(directory / "experts-two.yaml")
+    loraloom.train(directory / "experts-sharded.yaml")
     _overflow(rank, directory / "half-two")
     with pytest.raises(KeyboardInterrupt):
         loraloom.train(directory / "broken.yaml", between_steps=pressing(4 if rank == 1 else 99))
@@ -90,6 +106,7 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
         "memory": _failure(ranks, torch.OutOfMemoryError("full") if rank == 0 else None),
         "backward": _fail_backward(rank, ranks),
         "detached": _attach_and_detach(directory),
+        "experts": _compare_experts(directory),
         "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
     }
 
@@ -99,6 +116,19 @@ def _attach_and_detach(directory: Path) -> list[str]:
     model, _ = loraloom.load_base_model(str(directory / "base"), sharded=True)
     before = set(vars(model))
     return sorted(set(vars(loraloom.attach(model).detach())) - before)
+
+
+def _compare_experts(directory: Path) -> list[bool]:
+    """Whether adapters on the experts of a sharded model compute what they do on a whole one."""
+    results = []
+    for sharded in (False, True):
+        model, _ = loraloom.load_base_model(str(directory / "mixture"), sharded=sharded)
+        host = loraloom.attach(model)
+        adapter = randomise(host.add("a", LoraConfig(rank=3, target_modules="experts")))
+        logits = host(tiny_ids(2), adapters=["a", None]).logits
+        logits.square().mean().backward()
+        results.append([logits, *(parameter.grad for parameter in adapter.parameters())])
+    return [actual.equal(whole) for whole, actual in zip(*results, strict=True)]
 
 
 def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
@@ -175,10 +205,15 @@ def test_a_backward_pass_that_fails_on_one_rank_leaves_no_gradients_on_any(told)
     assert "raised ValueError: broken" in reasons[1]
 
 
-@pytest.mark.parametrize("run", ["two", "sharded"])
+def test_adapters_on_the_experts_of_a_sharded_model_are_as_on_a_whole_one(told):
+    assert [all(own["experts"]) for own in told] == [True, True]
+
+
+@pytest.mark.parametrize("run", ["two", "sharded", "experts-two", "experts-sharded"])
 @pytest.mark.parametrize("job", ADAPTERS)
 def test_two_ranks_give_the_weights_of_one(world, run, job):
-    assert difference(world / run / job, world / "one" / job).is_rounding
+    alone = "experts-one" if run.startswith("experts") else "one"
+    assert difference(world / run / job, world / alone / job).is_rounding
 
 
 @pytest.mark.parametrize("run", ["two", "sharded"])

@@ -162,6 +162,13 @@ class AdapterConfig(StrictModel, ABC):
         if not isinstance(self.target_modules, str):
             unknown.update(target for target in self.target_modules if not is_known(target))
         if unknown or not adapted:
+            projections = [base for layer in base_layers for base in layer.projections]
+            for closed in filter(None, (base.closed_experts for base in projections)):
+                raise AdapterError(
+                    f"experts must have weights that can be read, got {closed}; set "
+                    "target_modules: [attention, moe], or load a base model in another form, "
+                    "dequantized for example"
+                )
             raise AdapterError(
                 "target_modules must name projections of the base model's layers that are adapted "
                 f"({', '.join(names)}) or be all-linear, {', '.join(kinds)}; "

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loraloom.distributed import gather, own_part
+from loraloom.distributed import copy_into, gather, own_part
 from loraloom.errors import AdapterError
 
 BlockKind = Literal["attention", "ffn", "experts", "moe"]
@@ -26,11 +26,11 @@ InputGroups = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A linear layer's W as a library keeps it, in fewer bits."""
+    """W of a linear layer, or of a stack of experts, as a library keeps it, in fewer bits."""
 
-    linear: Any
+    linear: Any  # the layer; of a stack, the module through which torch reads the parameter
     kind: str
-    read: Callable[[Any], Tensor]  # from the layer to W in floating point, [O, I]
+    read: Callable[[Any], Tensor]  # from that to W in floating point, as the base model stores it
     is_linear_over_rows: bool = True
 
     def dequantized(self) -> Tensor:
@@ -43,6 +43,8 @@ class BaseProjection:
     num_experts: int | None = None
     """Of those whose weights are one tensor; None for a single weight."""
     has_weight = True  # False for a whole block, which is seen as a map of its input
+    closed_experts: str | None = None
+    """In a whole block, the class of experts whose weights can't be read."""
 
     def __init__(self, linear: Any, key: str, quantized: QuantizedWeight | None = None):
         self.linear: nn.Module = linear
@@ -53,11 +55,16 @@ class BaseProjection:
         self._squared_norms: Tensor | None = None
 
     @property
+    def stored(self) -> Any:
+        """The parameter, of which a process may have a part."""
+        return self.linear.weight
+
+    @property
     def weight(self) -> Tensor:
         """W, [O, I]: the base's own, put together where it is sharded, or a dequantized copy."""
         if self.quantized is not None:
             return self.quantized.dequantized()
-        return gather(self.linear.weight)  # pyright: ignore[reportArgumentType]
+        return gather(self.stored)
 
     def check_can_be_changed(self) -> None:
         """Raise an AdapterError if the base stores the weight quantized, or only a part of it."""
@@ -67,8 +74,7 @@ class BaseProjection:
                 f"{self.key} in {self.quantized.kind}; load the base model without quantization, "
                 "or let `loraloom export` write the merged model"
             )
-        stored: Any = self.linear.weight
-        if own_part(stored) is not stored:
+        if own_part(self.stored) is not self.stored:
             raise AdapterError(
                 f"merging requires the whole base model in each process, got a part of {self.key}; "
                 "load the base model without sharding"
@@ -85,7 +91,7 @@ class BaseProjection:
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
         """Put other values into W, rounded to its dtype."""
-        self.weight.copy_(weight)
+        copy_into(self.stored, self.as_stored(weight))
         self._squared_norms = None
 
     @torch.no_grad()
@@ -130,10 +136,12 @@ class BaseProjection:
 class StackedProjection(BaseProjection):
     """A projection of all experts of a mixture: a parameter of three axes in their module."""
 
-    def __init__(self, experts: Any, parameter: str, key: str):
+    def __init__(
+        self, experts: Any, parameter: str, key: str, quantized: QuantizedWeight | None = None
+    ):
         self.linear = experts
         self.key = key
-        self.quantized = None
+        self.quantized = quantized
         self.parameter = parameter
         self.is_transposed = bool(getattr(experts, "is_transposed", False))
         self.num_experts, self.out_features, self.in_features = self.weight.shape
@@ -146,7 +154,7 @@ class StackedProjection(BaseProjection):
     @property
     def weight(self) -> Tensor:
         """W of all experts, [E, O, I]."""
-        weight = gather(self.stored)
+        weight = super().weight
         return weight.transpose(1, 2) if self.is_transposed else weight
 
     @property
@@ -155,13 +163,6 @@ class StackedProjection(BaseProjection):
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.transpose(1, 2).contiguous() if self.is_transposed else weight
-
-    def check_can_be_changed(self) -> None:
-        if own_part(self.stored) is not self.stored or not self.stored.is_floating_point():
-            raise AdapterError(
-                "merging requires the whole base model in each process, in floating point, got "
-                f"{self.key}; load the base model without sharding and quantization"
-            )
 
     def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The biases of all experts, [E, O]."""

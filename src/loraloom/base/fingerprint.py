@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block, BlockInfo
-from loraloom.base.quantization import quantized_linears
+from loraloom.base.quantization import quantized_weights
 from loraloom.distributed import gather
 
 _FORM = "v2-"
@@ -62,11 +62,11 @@ def _digest_of_shapes(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[
 
 def _weights(model: Any) -> Iterator[Tensor]:
     """Yield the text model's weights in their order, and the head's, tied to the others or not."""
-    quantized = {id(weight.linear): weight for weight in quantized_linears(model).values()}
+    quantized = {id(weight.linear): weight for weight in quantized_weights(model).values()}
     for module in (*model.get_decoder().modules(), model.get_output_embeddings()):
         weight = quantized.get(id(module))
         for name, parameter in module.named_parameters(recurse=False):
-            if weight is None or name != "weight" or parameter.is_meta:
+            if weight is None or name == "bias" or parameter.is_meta:
                 yield gather(parameter)
             else:
                 yield weight.dequantized()

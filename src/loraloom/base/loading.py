@@ -21,7 +21,13 @@ from transformers.models.auto import configuration_auto, modeling_auto, tokeniza
 from transformers.utils import logging
 
 from loraloom.atomic_io import cache_directory, write_directory
-from loraloom.base.quantization import check_checkpoint, check_quantization, transformers_config
+from loraloom.base.quantization import (
+    check_checkpoint,
+    check_quantization,
+    quantizing_experts,
+    transformers_config,
+    warn_of_experts,
+)
 from loraloom.base.sharding import sharded_class
 from loraloom.config.model import AttnImplementation, BaseDtype, check_device
 from loraloom.config.text import local_path
@@ -164,7 +170,7 @@ def load_base_model(
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = transformers_config(quantization, chosen)
-    with quiet():
+    with quiet(), quantizing_experts():
         tokenizer = _load_tokenizer(name, source)
         with _raised_as_model_error(name, source):
             files = _converted(name, source, chosen)
@@ -173,6 +179,7 @@ def load_base_model(
                 config = _load_config(files)
                 auto = sharded_class(auto._model_mapping[type(config)], place)
             model = _read_model(name, auto, files, **options)
+    warn_of_experts(name, model, quantization)
     _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer

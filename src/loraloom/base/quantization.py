@@ -12,14 +12,19 @@ arXiv:2305.14314.
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraloom.base.blocks import QuantizedWeight
@@ -89,12 +94,92 @@ def import_library(name: str, purpose: str) -> ModuleType:
         logger.setLevel(level)
 
 
+@contextmanager
+def quantizing_experts() -> Iterator[None]:
+    """Let transformers load stacks of experts in 4 bits too, of which it knows linear layers."""
+    quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
+    before = quantizers["bitsandbytes_4bit"]
+    quantizers["bitsandbytes_4bit"] = _ExpertsQuantizer
+    try:
+        yield
+    finally:
+        quantizers["bitsandbytes_4bit"] = before
+
+
+class _ExpertsQuantizer(Bnb4BitHfQuantizer):
+    """Quantizes each stack as it is read, so that one at a time is in 16 bits."""
+
+    has_stacks = False
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        if _is_stack(model, param_name):
+            return not self.pre_quantized
+        return super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> Any:
+        operation: Any = super().get_quantize_ops()
+        convert_linear = operation.convert
+        parametrize = importlib.import_module("bitsandbytes.nn.parametrize")
+
+        def convert(tensors: dict[str, Any], *, model: Any, **options: Any) -> dict[str, Any]:
+            ((name, tensor),) = tensors.items()
+            if not _is_stack(model, name):
+                return convert_linear(tensors, model=model, **options)
+            path, _, parameter = name.rpartition(".")
+            experts = model.get_submodule(path)
+            weight = tensor[0] if isinstance(tensor, list) else tensor
+            experts._parameters[parameter] = nn.Parameter(weight, requires_grad=False)
+            parametrize.replace_parameter_4bit(
+                experts,
+                parameter,
+                compress_statistics=self.quantization_config.bnb_4bit_use_double_quant,
+                quant_type=self.quantization_config.bnb_4bit_quant_type,
+            )
+            experts._is_hf_initialized = self.has_stacks = True
+            options["missing_keys"].discard(name)
+            return {}  # nothing is left to be put in its place
+
+        operation.convert = convert
+        return operation
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return not self.has_stacks  # transformers could not read them again
+
+
+def _is_stack(model: nn.Module, name: str) -> bool:
+    """Whether a parameter has the weights of several experts, in transformers' common form."""
+    path, _, parameter = name.rpartition(".")
+    module = model.get_submodule(path)
+    stored = module._parameters.get(parameter)
+    return stored is not None and stored.dim() == 3 and hasattr(module, "is_transposed")
+
+
+def warn_of_experts(name: str, model: nn.Module, quantization: str | None) -> None:
+    """Warn where a quantization leaves the experts of a mixture in floating point."""
+    num_left = sum(w.numel() for path, w in model.named_parameters() if _is_stack(model, path))
+    if quantization is not None and num_left:
+        warnings.warn(
+            f"quantization: {quantization} leaves the experts of {name} in floating point, "
+            f"{num_left / num_parameters(model):.0%} of all weights. Loading continues; for less "
+            "memory, pass quantization: nf4.",
+            stacklevel=3,
+        )
+
+
 def _from_4_bits(linear: Any) -> Tensor:
+    # A stack that is read as an attribute of the experts is kept to the end of their forward.
+    weight = linear.original if isinstance(linear, ParametrizationList) else linear.weight
     # W's rows lie one behind another, each 64 numbers have a scale.
-    packed = linear.weight.data.as_subclass(Tensor).view(torch.uint8)
+    packed = weight.data.as_subclass(Tensor).view(torch.uint8)
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, _scales(linear))
+
+
+def _scales(linear: Any) -> Any:
+    """A 4-bit weight's scales, shape and block size."""
+    if isinstance(linear, ParametrizationList):
+        return linear[0].quant_state
     # Where FSDP replaces parameters, it is lost to the weight, not to the layer.
-    state = getattr(linear.weight, "quant_state", None) or linear.quant_state
-    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
+    return getattr(linear.weight, "quant_state", None) or linear.quant_state
 
 
 def _from_8_bits(linear: Any) -> Tensor:
@@ -123,7 +208,11 @@ def _probed(linear: Any) -> Tensor:
 
 
 def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
-    """Return how a linear layer's weight is kept; None if in floating-point numbers."""
+    """Return how a linear layer's or a stack's weight is kept; None if in floating point."""
+    if isinstance(linear, ParametrizationList):
+        state = getattr(linear[0], "quant_state", None)
+        kind = f"bitsandbytes {getattr(state, 'quant_type', '')}"
+        return None if state is None else QuantizedWeight(linear, kind, _from_4_bits)
     weight: Any = getattr(linear, "weight", None)
     bitsandbytes = sys.modules.get("bitsandbytes")
     torchao = sys.modules.get("torchao.utils")
@@ -150,21 +239,32 @@ def is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def quantized_linears(model: nn.Module) -> dict[str, QuantizedWeight]:
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """Find quantized linear layers and stacks, by the paths of the modules that keep them."""
     weights = {}
-    for name, module in model.named_modules():
-        weight = quantized_weight(module) if is_linear(module) else None
+    for path, module in model.named_modules():
+        is_kept = is_linear(module) or isinstance(module, ParametrizationList)
+        weight = quantized_weight(module) if is_kept else None
         if weight is not None:
-            weights[name] = weight
+            weights[path] = weight
     return weights
+
+
+def name_of_weight(path: str) -> str:
+    """Name the tensor of a checkpoint that a module of `quantized_weights` keeps."""
+    experts, is_stack, parameter = path.partition(".parametrizations.")
+    return f"{experts}.{parameter}" if is_stack else f"{path}.weight"
 
 
 def num_parameters(model: nn.Module) -> int:
     """Count a model's weights, quantized ones as the numbers that they stand for."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    for weight in quantized_linears(model).values():
+    for weight in quantized_weights(model).values():
         linear = weight.linear
-        counts[id(getattr(linear, "weight", linear))] = linear.in_features * linear.out_features
+        if isinstance(linear, ParametrizationList):
+            counts[id(linear.original)] = _scales(linear).shape.numel()
+        else:
+            counts[id(getattr(linear, "weight", linear))] = linear.in_features * linear.out_features
     return sum(counts.values())
 
 
@@ -184,7 +284,7 @@ def predict_weight_bytes(model: Any, quantization: str | None) -> int:
 
 def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's weights by name as they lie in memory, quantized ones in their parts."""
-    linears = quantized_linears(model)
+    linears = quantized_weights(model)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in linears or name.endswith(".bias"):
             yield name, parameter
@@ -197,6 +297,9 @@ def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{name}.{part}", getattr(tensor, part)
             elif name != f"{path}.bias":
                 yield name, tensor.as_subclass(Tensor)
+        if isinstance(weight.linear, ParametrizationList):
+            scales = _scales(weight.linear).as_dict(packed=True)
+            yield from ((f"{path}.{name}", tensor) for name, tensor in scales.items())
 
 
 class QuantizedLinear:
@@ -237,19 +340,21 @@ class _ThroughWeight(torch.autograd.Function):
         return grad @ ctx.weight.dequantized().to(grad.dtype), None
 
 
-def check_computes(name: str, weight: QuantizedWeight) -> None:
-    """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
+def check_computes(weights: Mapping[str, QuantizedWeight]) -> None:
+    """Refuse layers that their library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
     # Its kernel there begins a block of 64 numbers with every row.
-    if weight.read is not _from_4_bits:
-        return
-    width = weight.linear.in_features
-    stored = weight.linear.weight
-    if stored.is_cpu and width % stored.blocksize:
-        raise ModelError(
-            f"rows of a 4-bit weight must be a multiple of {stored.blocksize} on a CPU, "
-            f"where bitsandbytes computes others wrongly, got {width} in {name}; "
-            "use torchao-int8, or an accelerator"
-        )
+    for path, weight in weights.items():
+        if weight.read is not _from_4_bits:
+            continue
+        scales = _scales(weight.linear)
+        width = scales.shape[-1]
+        if scales.absmax.is_cpu and width % scales.blocksize:
+            raise ModelError(
+                f"rows of a 4-bit weight must be a multiple of {scales.blocksize} on a CPU, where "
+                f"bitsandbytes computes others wrongly, got {width} in "
+                f"{name_of_weight(path).removesuffix('.weight')}; use torchao-int8, or an "
+                "accelerator"
+            )
 
 
 def keep_layout(linear: Any) -> Callable[[], object]:

@@ -24,6 +24,7 @@ from loraloom.base.blocks import (
     BlockKind,
     BlockProjection,
     InputGroups,
+    QuantizedWeight,
     StackedProjection,
     describe_blocks,
 )
@@ -169,6 +170,9 @@ class _LayerReader:
                 inside = [self._gated_block(f"{path}.{name}") for name, _ in child.named_children()]
                 blocks += [block for block in inside if block is not None]
                 whole = BlockProjection(child, self._key(path, "moe"), self.hidden_size)
+                if not any(block.kind == "experts" for block in blocks):
+                    closed = next(module for module in child.modules() if _has_stacks(module))
+                    whole.closed_experts = type(closed).__name__
                 blocks.append(self._block(path, "moe", (("moe",),), {"moe": whole}))
         if not blocks:
             raise unsupported(
@@ -189,7 +193,10 @@ class _LayerReader:
         if not _takes_routes(module):
             return None
         names = _stacked_names(module)
-        stacks = {name: StackedProjection(module, name, self._key(path, name)) for name in names}
+        stacks = {}
+        for name in names:
+            quantized = _quantized_stack(module, name)
+            stacks[name] = StackedProjection(module, name, self._key(path, name), quantized)
         groups = tuple((name,) for name in names)
         gating = module._apply_gate if module.has_gate else module.act_fn
         return self._block(path, "experts", groups, stacks, gating)
@@ -235,8 +242,17 @@ class _LayerReader:
 
 def _has_stacks(module: nn.Module) -> bool:
     """Whether weights of several experts are one tensor."""
-    weights = module.parameters(recurse=False)
-    return not isinstance(module, nn.Conv1d) and any(weight.dim() == 3 for weight in weights)
+    if isinstance(module, nn.Conv1d):
+        return False
+    # Quantized ones are parametrized, or tensors of a kernel's library.
+    if "parametrizations" in module._modules or "down_proj" in vars(module):
+        return hasattr(module, "num_experts")
+    return any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+
+
+def _quantized_stack(experts: Any, parameter: str) -> QuantizedWeight | None:
+    stacks = getattr(experts, "parametrizations", {})
+    return quantized_weight(stacks[parameter]) if parameter in stacks else None
 
 
 def _takes_routes(module: nn.Module) -> bool:
@@ -247,7 +263,7 @@ def _takes_routes(module: nn.Module) -> bool:
     if not _has_stacks(module) or getattr(module, "has_post_expert_norm", True):
         return False
     names = _stacked_names(module)
-    return all(isinstance(getattr(module, name, None), nn.Parameter) for name in names)
+    return all(name in module._parameters or _quantized_stack(module, name) for name in names)
 
 
 def _stacked_names(experts: Any) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from loraloom.adapters.extra_modules import own_parts, refuse_own_parts
 from loraloom.atomic_io import write_directory, write_file, write_json
 from loraloom.base.blocks import Block
 from loraloom.base.loading import DTYPES, quiet
-from loraloom.base.quantization import quantized_linears
+from loraloom.base.quantization import name_of_weight, quantized_weights
 from loraloom.config.model import Dtype
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.exports.gguf import architecture_of, write_gguf_adapter
@@ -307,16 +307,17 @@ def _grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
     """A module's tensors but for those of one part, by name; quantized weights are dequantized."""
-    quantized = quantized_linears(module)
-    prefixes = tuple(f"{path}." for path in quantized)
+    weights = quantized_weights(module).items()
+    quantized = {name_of_weight(path): weight for path, weight in weights}
+    prefixes = tuple(f"{name.removesuffix('.weight')}." for name in quantized)
     tensors: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
         is_plain = name.endswith(".bias") or not name.startswith(prefixes)
         if is_plain and not name.startswith(leave_out):
             tensors[name] = tensor
-    for path, weight in quantized.items():
-        if not path.startswith(leave_out):
-            tensors[f"{path}.weight"] = weight.dequantized()
+    for name, weight in quantized.items():
+        if not name.startswith(leave_out):
+            tensors[name] = weight.dequantized()
     return tensors
 
 

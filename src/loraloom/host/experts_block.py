@@ -34,7 +34,10 @@ class ExpertsBlock:
 
     def __call__(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         forward = current_forward(self.owner)
-        if forward is None or not any(adapter.adapts(self.block) for adapter in forward.adapters):
+        adapts = forward is not None and any(each.adapts(self.block) for each in forward.adapters)
+        # Autograd would keep dequantized weights for the backward pass.
+        needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
+        if not adapts and not (needs_gradient and self.block.output.quantized is not None):
             return self.base_forward(hidden_states, index, weights)
         (up,), (down,) = self.block.groups
         base = BaseExperts(
@@ -44,7 +47,9 @@ class ExpertsBlock:
             by_slot=self.module.config._experts_implementation == "eager",
         )
         with outside_autocast(hidden_states):
-            if forward.stacked is not None:
+            if forward is None or not adapts:
+                updates = []
+            elif forward.stacked is not None:
                 updates = forward.stacked.expert_updates(self.block)
             else:
                 updates = self._updates(forward, hidden_states, index.shape[1])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters import TRIALS
 from loraloom.adapters.contract import Adapter
+from loraloom.base.blocks import BaseProjection
 from loraloom.base.structure import unsupported
 from loraloom.errors import LoraloomError, ModelError, shown
 
@@ -89,9 +90,7 @@ def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
         for projection in adapter.projections():
             base = projection.base
             if base.num_experts is not None:  # no module's output: the weights are changed
-                stored: Any = base.stored  # pyright: ignore[reportAttributeAccessIssue]
-                hooks.callback(stored.data.copy_, stored.data.clone())
-                base.set_weight(projection.merged(base.weight.dtype))
+                _put_weight(base, projection.merged(base.weight.dtype), hooks)
                 num_calls[projection.key] = 1
                 continue
             hook = partial(add_update, projection.key)
@@ -101,6 +100,16 @@ def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
         if num_calls[key] != 1:
             raise unsupported(model, f"{key} computes {num_calls[key]} times in a forward, not 1")
     return expected
+
+
+def _put_weight(base: BaseProjection, weight: Tensor, undo: ExitStack) -> None:
+    """Let the base model compute with another weight."""
+    if base.quantized is None:
+        undo.callback(base.set_weight, base.weight.clone())
+        base.set_weight(weight)
+    else:  # the base model reads a stack from this module
+        undo.callback(vars(base.quantized.linear).pop, "forward")
+        base.quantized.linear.forward = partial(base.as_stored, weight)
 
 
 class PackingTrial:

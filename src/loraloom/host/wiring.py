@@ -66,6 +66,11 @@ class AttentionProjection:
             return output
         if isinstance(output, tuple):  # of gpt_oss's block, which returns its router's scores too
             return self(module, args, output[0]), *output[1:]
+        if torch.is_grad_enabled() and args[0].requires_grad and not output.requires_grad:
+            raise ModelError(
+                f"training requires gradients through {type(module).__name__}, which computes "
+                "none; load a base model that is not quantized in this form"
+            )
         if len(module._forward_hooks) > 1:  # others' hooks may need it as it is
             output = output.clone()
         with outside_autocast(output):
@@ -203,9 +208,8 @@ class Wiring:
                 f"model must be on one device, got parts on {', '.join(devices)}; load the model "
                 "on one device (device_map={'': 0} for example), quantized if necessary"
             )
-        quantized = quantization.quantized_linears(model)
-        for name, weight in quantized.items():
-            quantization.check_computes(name, weight)
+        quantized = quantization.quantized_weights(model)
+        quantization.check_computes(quantized)
         self._model = model
         self._blocks: dict[nn.Module, FfnBlock | ExpertsBlock] = {}
         self.undo = ExitStack()
@@ -217,7 +221,8 @@ class Wiring:
         model.requires_grad_(False)
         for weight in quantized.values():
             self.undo.callback(quantization.keep_layout(weight.linear))
-            self._replace_forward(weight.linear, quantization.QuantizedLinear(weight))
+            if quantization.is_linear(weight.linear):
+                self._replace_forward(weight.linear, quantization.QuantizedLinear(weight))
         for layer, module in zip(layers, modules, strict=True):
             for block in layer.blocks:
                 self._wire(block, module.get_submodule(block.path))
