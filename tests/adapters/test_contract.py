@@ -17,7 +17,7 @@ from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.experts import RouterLossConfig
 from loraloom.formats.files import describe
 from loraloom.host.host import HiddenOutput, Host
-from loraloom.host.prepared_weights import StackedForward
+from loraloom.host.stacked_forward import StackedForward
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
 from tests.blocks import names_of, shapes_of

@@ -72,7 +72,8 @@ class LoraProjection(Projection):
         if not self.is_mixture:
             scaled = self._all_B() * self.config.scaling
             # products with rows that lie apart take a CPU up to twice as long
-            return scaled.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+            stacked = scaled.transpose(1, 2).flatten(0, 1)  # (S, O)
+            return stacked.to(dtype).contiguous()
         return _ScaledTranspose.apply(self._all_B(), self.config.scaling, dtype)  # pyright: ignore
 
     def row_scale(self) -> Tensor | None:
@@ -84,7 +85,8 @@ class LoraProjection(Projection):
             norms = self._norms()
         # A zero row of W has the norm and the magnitude 0: 0 / tiny in place of 0 / 0.
         smallest = torch.finfo(norms.dtype).tiny
-        return self.lora_magnitude_vector.flatten(0, -2) / norms.clamp_min(smallest)
+        magnitudes = self.lora_magnitude_vector.flatten(0, -2)
+        return magnitudes / norms.clamp_min(smallest)
 
     def _norms(self) -> Tensor:
         """‖W + sBA‖ of each output row, [M, O]; of stacks, [G, O]."""
@@ -138,6 +140,7 @@ class StackedLoraProjection(LoraProjection):
         return scaled.to(dtype).contiguous()
 
     def _norms(self) -> Tensor:
+        scaling = self.config.scaling
         squares = self.base.squared_norms  # (E, O)
         all_A = self.lora_A.expand(-1, len(squares), -1, -1)
         all_B = self.lora_B.expand(-1, len(squares), -1, -1)
@@ -145,9 +148,9 @@ class StackedLoraProjection(LoraProjection):
         for lora_A, lora_B in zip(all_A, all_B, strict=True):
             products = self.base.product(lora_A)  # (E, O, R)
             for expert, square in enumerate(squares):
-                only = slice(expert, expert + 1)
-                scaling = self.config.scaling
-                norms += dora_norms(products[expert], square, lora_A[only], lora_B[only], scaling)
+                expert_A = lora_A[expert].unsqueeze(0)
+                expert_B = lora_B[expert].unsqueeze(0)
+                norms += dora_norms(products[expert], square, expert_A, expert_B, scaling)
         return torch.stack(norms)
 
     def side(self, dtype: torch.dtype) -> ExpertSide:

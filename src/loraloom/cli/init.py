@@ -245,7 +245,9 @@ def infer_source(
 def column_settings(columns: Mapping[str, str]) -> dict[str, Any]:
     template = None
     if "instruction" in columns:
-        template = "alpaca" if columns["instruction"] == "instruction" else "plain"
+        template = "plain"
+        if columns["instruction"] == "instruction":
+            template = "alpaca"
     fields = {role: name for role, name in columns.items() if role != name}
     return {"template": template, "fields": fields}
 

@@ -38,7 +38,8 @@ class Row(dict[str, Any]):
 
     def __init__(self, fields: Mapping[str, Any], origin: str, fault: str = ""):
         super().__init__(fields)
-        self.origin, self.fault = origin, fault
+        self.origin = origin
+        self.fault = fault
 
     def __missing__(self, name: str) -> NoReturn:
         reason = f"the row has no field {name!r}; its fields are {fields_of(self)}"
@@ -58,7 +59,9 @@ class Row(dict[str, Any]):
         return value
 
     def answer(self, name: str) -> str:
-        text = "" if self[name] in (None, []) else self.text(name)
+        text = ""
+        if self[name] not in (None, []):
+            text = self.text(name)
         if not text.strip():
             self.reject_empty(f"field {name!r} is empty, so there is nothing to learn")
         return text
@@ -229,7 +232,9 @@ def _read_parquet(file: Any) -> _Read:
 
 
 def _text_of(value: object) -> str:
-    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return str(value)
 
 
 def without_nulls(value: Any) -> Any:
@@ -266,7 +271,9 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
             raise DataError(f"{path}: config is only for data sets on the Hub; remove config")
         return find_split(split_files(path), split, path)
     is_path = path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location)
-    return path if is_path else HubSource(location, config)
+    if is_path:
+        return path
+    return HubSource(location, config)
 
 
 def split_files(directory: Path) -> dict[str, Path]:

@@ -145,7 +145,9 @@ def _count_normal(sizes: np.ndarray, counts: np.ndarray) -> int:
     squares = np.square(sizes)
     totals = np.cumsum(squares * counts)  # up to each size
     small = np.flatnonzero(squares <= _MAX_SHARE * totals)
-    num_small = int(small[-1]) + 1 if len(small) else 0
+    num_small = 0
+    if len(small):
+        num_small = int(small[-1]) + 1
     # each size drawn takes over 0.5 % of the sum that is left: a thousand leave nothing of it
     return max(num_small, len(sizes) - MAX_DRAWN)
 

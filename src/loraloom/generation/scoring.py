@@ -96,7 +96,10 @@ def example_row(example: Example) -> TokenRow:
 def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
     groups: dict[object, list[int]] = {}
     for choice, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair.context) if shared else choice, []).append(choice)
+        key = choice
+        if shared:
+            key = tuple(pair.context)
+        groups.setdefault(key, []).append(choice)
     return [_make_row(pairs, choices) for choices in groups.values()]
 
 
@@ -221,7 +224,8 @@ def token_batches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[int
         added = len(groups[index])
         if batch and (num_rows + added) * lengths[batch[0]] > max_tokens:
             yield batch
-            batch, num_rows = [], 0
+            batch = []
+            num_rows = 0
         batch.append(index)
         num_rows += added
     if batch:
@@ -254,7 +258,9 @@ def score_rows(
     batches = _plan_batches(chosen, kinds, max_tokens or tokens_per_batch(host))
 
     def score(indices: Sequence[int]) -> list[Tensor]:
-        observer = on_routing if kinds[indices[0]].is_as_asked else None
+        observer = None
+        if kinds[indices[0]].is_as_asked:
+            observer = on_routing
         with host.prepared():  # of a batch alone: each of many routed rows may have its own sum
             return _in_halves(partial(_forward, host, chosen, observer), indices, chosen)
 
@@ -327,7 +333,9 @@ def _record_of(
 
 def _prompt_of(row: TokenRow) -> Sequence[int]:
     first = min(row.predictors, default=0)
-    return row.input_ids[: first + 1] if first else row.input_ids  # of a text, which has none, all
+    if first == 0:  # a text, which has no prompt
+        return row.input_ids
+    return row.input_ids[: first + 1]
 
 
 def _forward(

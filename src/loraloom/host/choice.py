@@ -53,16 +53,21 @@ def choose(
     rows_by_name: dict[str, list[int]] = {}
     for row, (adapter, _) in enumerate(zip(adapters, prompts, strict=True)):
         name, scale = name_and_scale(adapter)
-        choices.append(Choice(name if name is None or scale == 1 else (name, scale)))
+        if name is None or scale == 1:
+            choices.append(Choice(name))
+        else:
+            choices.append(Choice((name, scale)))
         if name is not None and is_routed(host, name):
             rows_by_name.setdefault(name, []).append(row)
     for name, rows in rows_by_name.items():
         prompts_of_name = [prompts[row] for row in rows]
-        chosen = choose_experts(host.adapter(name), prompts_of_name, partial(prompt_states, host))
+        states_of = partial(prompt_states, host)
+        chosen = choose_experts(host.adapter(name), prompts_of_name, states_of)
         for row, choice in zip(rows, chosen, strict=True):
             _, scale = name_and_scale(adapters[row])
-            scaled = choice.adapter if scale == 1 else (str(choice.adapter), scale)
-            choices[row] = choice._replace(adapter=scaled)
+            if scale != 1:
+                choice = choice._replace(adapter=(str(choice.adapter), scale))
+            choices[row] = choice
     return choices
 
 
@@ -78,7 +83,8 @@ def prompt_states(
     """
     layer = host.model.get_input_embeddings()
     if num_layers:
-        layer = host.model.get_submodule(host.base.layers_path)[num_layers - 1]
+        layers = host.model.get_submodule(host.base.layers_path)
+        layer = layers[num_layers - 1]
     for indices, ids, mask in _batches_of(prompts, host.config.vocab_size):
         # The hook needs the lock, and a sharded model must recover from the forward's early end.
         with host.forwards.without_adapters(), _output_of(layer) as outputs, recovering(host.model):
@@ -89,7 +95,9 @@ def prompt_states(
             )
         rows, columns = mask.nonzero(as_tuple=True)
         rows = rows.to(host.device)
-        yield indices, outputs[0][rows, columns.to(host.device)], rows
+        columns = columns.to(host.device)
+        (states,) = outputs
+        yield indices, states[rows, columns], rows
 
 
 def _batches_of(
@@ -104,9 +112,11 @@ def _batches_of(
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     start = 0
     while start < len(by_length):
-        length = min(len(prompts[by_length[start]]), MAX_PROMPT)
-        indices = by_length[start : start + max(1, MAX_TOKENS // length)]
-        start += len(indices)
+        longest = prompts[by_length[start]]
+        length = min(len(longest), MAX_PROMPT)
+        num_rows = max(1, MAX_TOKENS // length)
+        indices = by_length[start : start + num_rows]
+        start += num_rows
         ids = [torch.tensor([*prompts[index]][-MAX_PROMPT:]) for index in indices]
         lengths = torch.tensor([len(ids_of_prompt) for ids_of_prompt in ids])
         mask = (lengths[:, None] > torch.arange(length)).long()
@@ -121,8 +131,10 @@ def padding_mask(
     eos = settings.get("eos_token_id")
     for config in (settings.get("generation_config"), defaults):
         if config is not None:
-            pad = config.pad_token_id if pad is None else pad
-            eos = config.eos_token_id if eos is None else eos
+            if pad is None:
+                pad = config.pad_token_id
+            if eos is None:
+                eos = config.eos_token_id
     ends = eos if isinstance(eos, list) else [eos]
     if pad is None or pad in ends:
         return None
@@ -135,7 +147,9 @@ def _output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        if isinstance(output, tuple):
+            output = output[0]
+        outputs.append(output)
         raise _Enough
 
     hook = layer.register_forward_hook(keep)

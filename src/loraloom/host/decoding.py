@@ -42,7 +42,8 @@ class _Room:
     def __init__(self, like: Tensor):
         self._space = like.new_empty(len(like), like.shape[1], 0, like.shape[3])
         self._num_rows = len(like)
-        self._start = self._stop = 0
+        self._start = 0
+        self._stop = 0
 
     @property
     def window(self) -> Tensor:
@@ -55,13 +56,16 @@ class _Room:
         self.window[:, :, -added.shape[2] :] = added
 
     def join(self, other: _Room) -> None:
-        first, added = self._num_rows, other.window
-        missing = max(0, added.shape[2] - (self._stop - self._start))
-        if first + len(added) > len(self._space) or missing > self._start:
+        first = self._num_rows
+        added = other.window
+        num_columns = self._stop - self._start
+        missing = max(0, added.shape[2] - num_columns)
+        num_rows = first + len(added)
+        if num_rows > len(self._space) or missing > self._start:
             self._make_space(rows=len(added), columns_before=missing)
         self._start -= missing
         self.window[:, :, :missing] = 0
-        self._num_rows += len(added)
+        self._num_rows = num_rows
         rows = self.window[first:]
         unused = rows.shape[2] - added.shape[2]
         # What was there may be NaN, which attention's mask lets through.
@@ -73,21 +77,24 @@ class _Room:
         self._start += unused
         if len(rows) > len(self._space):
             self._make_space(rows=len(rows) - self._num_rows)
-        places = [place for place, row in enumerate(rows) if place != row]
-        if places:
-            moved = torch.tensor([rows[place] for place in places], device=self._space.device)
+        targets = [index for index, row in enumerate(rows) if index != row]
+        if targets:
+            sources = [rows[index] for index in targets]
+            moved = torch.tensor(sources, device=self._space.device)
             columns = self._space[:, :, self._start : self._stop]
-            columns[places] = columns.index_select(0, moved)
+            columns[targets] = columns.index_select(0, moved)
         self._num_rows = len(rows)
 
     def _make_space(self, rows: int = 0, columns_before: int = 0, columns_after: int = 0) -> None:
-        held = self.window
+        window = self.window
+        _, num_heads, length, head_dim = window.shape
         rows += self._num_rows
-        columns = columns_before + held.shape[2] + columns_after + SPARE_TOKENS
-        shape = (rows + int(rows * SPARE_ROWS), held.shape[1], columns, held.shape[3])
-        self._space = held.new_empty(shape)
-        self._start, self._stop = columns_before, columns_before + held.shape[2]
-        self.window.copy_(held)
+        rows += int(rows * SPARE_ROWS)
+        columns = columns_before + length + columns_after + SPARE_TOKENS
+        self._space = window.new_empty(rows, num_heads, columns, head_dim)
+        self._start = columns_before
+        self._stop = columns_before + length
+        self.window.copy_(window)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -125,7 +132,7 @@ def make_cache(config: Any) -> DynamicCache:
     cache.layer_class_to_replicate = _RoomyLayer
     if keeps_running_states(config):
         layers = DynamicCache(config=config).layers
-        cache.layers = [one if _is_running(one) else _RoomyLayer() for one in layers]
+        cache.layers = [layer if _is_running(layer) else _RoomyLayer() for layer in layers]
     return cache
 
 
@@ -157,9 +164,13 @@ class Decoding:
         """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim]."""
         padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
         columns = slice(padding + start, padding + stop)
-        layers = [layer for layer in self.cache.layers if not _is_running(layer)]
-        pairs = [[x[row, :, columns] for x in (layer.keys, layer.values)] for layer in layers]
-        return torch.stack([torch.stack(pair) for pair in pairs])
+        pairs = []
+        for layer in self.cache.layers:
+            if not _is_running(layer):
+                keys = layer.keys[row, :, columns]
+                values = layer.values[row, :, columns]
+                pairs.append(torch.stack([keys, values]))
+        return torch.stack(pairs)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all other rows; those that stay take this order, and are not moved in vain."""
@@ -170,22 +181,24 @@ class Decoding:
         unused = mask.shape[1] - int(mask.sum(1).max())
         self.attention_mask = mask[:, unused:]
         for layer in self.cache.layers:
-            for states, place in _running_states(layer):
-                states[place] = states[place].index_select(0, index)
+            for states, key in _running_states(layer):
+                states[key] = states[key].index_select(0, index)
             if not _is_running(layer):
                 layer.keep(rows, unused)
 
     def join(self, other: Decoding) -> None:
         """Add the rows of another session behind one's own; its weights are this one's."""
-        masks = (self.attention_mask, other.attention_mask)
-        length = max(mask.shape[1] for mask in masks)
+        masks = []
+        length = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
+        for mask in (self.attention_mask, other.attention_mask):
+            masks.append(pad(mask, (length - mask.shape[1], 0)))
+        self.attention_mask = torch.cat(masks)
         for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             running = zip(_running_states(ours), _running_states(theirs), strict=True)
-            for (states, place), (others, _) in running:
-                states[place] = torch.cat([states[place], others[place]])
+            for (states, key), (added, _) in running:
+                states[key] = torch.cat([states[key], added[key]])
             if not _is_running(ours):
                 ours.join(theirs)
-        self.attention_mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
 
@@ -209,8 +222,8 @@ class Sessions:
             mask = torch.ones(input_ids.shape, dtype=torch.long)
         else:
             mask = attention_mask.cpu()
-        is_padded_on_the_left = (mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()
-        if not is_padded_on_the_left:
+        steps = mask.long().diff(dim=1)
+        if (steps < 0).any() or not mask[:, -1].all():
             raise DataError(
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
@@ -251,7 +264,9 @@ class Sessions:
             record=record,
         )
         # One of ones is left out, as transformers would ask the device for it, and then do so.
-        model_mask = None if bool(mask.all()) else mask.to(device)
+        model_mask = None
+        if not mask.all():
+            model_mask = mask.to(device)
         with self._forwards.thread.using(session.prepared):
             with self._forwards.run(request) as (_, inputs):
                 out = self._forwards.run_decoder(
@@ -267,5 +282,9 @@ def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:
     """Where a layer keeps one state of all tokens of a row, [B, ...]; nowhere for attention."""
     if not _is_running(layer):
         return []
-    kept = (layer.conv_states, layer.recurrent_states)
-    return [(states, place) for states in kept for place in states if states[place] is not None]
+    kept = []
+    for states in (layer.conv_states, layer.recurrent_states):
+        for key, value in states.items():
+            if value is not None:
+                kept.append((states, key))
+    return kept

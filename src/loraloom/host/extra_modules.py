@@ -36,7 +36,9 @@ class WholeModule(OwnModule):
             inputs = inputs.to(twin.weight.dtype)  # CUDA has no layer norm of two dtypes
         outputs = twin.forward(inputs)
         dtype = next(module.parameters(recurse=False)).dtype
-        return outputs if self.is_linear else outputs.to(dtype)
+        if self.is_linear:
+            return outputs
+        return outputs.to(dtype)
 
     def stored(self, name: str, weight: Tensor) -> Tensor:
         return self.get_parameter(name).detach()
@@ -59,15 +61,22 @@ class OwnTokens(OwnModule):
 
     def outputs(self, module: Any, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         outputs = type(module).forward(module, inputs)
-        rows, tokens = weights["rows"], self.get_buffer("tokens")
+        rows = weights["rows"]
+        tokens = self.get_buffer("tokens")
         if self.is_linear:
-            logits = linear(inputs, rows, None if module.bias is None else module.bias[tokens])
+            bias = module.bias
+            if bias is not None:
+                bias = bias[tokens]
+            logits = linear(inputs, rows, bias)
             return outputs.index_copy(-1, tokens, logits.to(outputs.dtype))
         is_token = inputs.unsqueeze(-1).eq(tokens)  # (B, L, N)
-        vectors = embedding(is_token.int().argmax(-1), rows)  # (B, L, D)
+        index = is_token.int().argmax(-1)
+        vectors = embedding(index, rows)  # (B, L, D)
         scale = getattr(module, "embed_scale", None)  # of Gemma's embeddings
-        vectors = vectors if scale is None else vectors * scale
-        return torch.where(is_token.any(-1, keepdim=True), vectors.to(outputs.dtype), outputs)
+        if scale is not None:
+            vectors = vectors * scale
+        has_row = is_token.any(-1, keepdim=True)
+        return torch.where(has_row, vectors.to(outputs.dtype), outputs)
 
     def stored(self, name: str, weight: Tensor) -> Tensor:
         if name != "weight":
@@ -81,10 +90,10 @@ class OwnTokens(OwnModule):
 
 
 def own_outputs(
-    own: OwnModule, weights: Mapping[str, Tensor], module: Any, inputs: Tensor, scale: float
+    copy: OwnModule, weights: Mapping[str, Tensor], module: Any, inputs: Tensor, scale: float
 ) -> Tensor:
     """Compute what rows of an adapter get from a module; arguments as in `OwnModule.outputs`."""
-    outputs = own.outputs(module, weights, inputs)
+    outputs = copy.outputs(module, weights, inputs)
     if scale == 1:
         return outputs
     base_outputs = type(module).forward(module, inputs)
@@ -93,24 +102,37 @@ def own_outputs(
 
 def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> list[OwnModule]:
     """Copy what an adapter has as its own off the base model; tied heads behind their tables."""
-    own: dict[str, OwnModule] = {}
+    modules: dict[str, OwnModule] = {}
     paths = [path for path in (*parts.modules, *parts.tokens) if path not in parts.tied]
     for path in (*paths, *parts.tied):
-        module, table = model.get_submodule(path), parts.tied.get(path, path)
-        quantized = quantized_weight(module) if is_linear(module) else None
-        if quantized is not None:
-            raise AdapterError(
-                "a module that an adapter has as its own must be in floating point, got "
-                f"{path} in {quantized.kind}; load the base model without quantization"
-            )
-        weights = {name: gather(w).detach() for name, w in module.named_parameters(recurse=False)}
-        kinds = {"is_linear": is_linear(module), "is_tied": path in parts.tied}
-        if table in parts.tokens:
-            tokens = torch.tensor(parts.tokens[table], device=weights["weight"].device)
-            rows, shared = nn.Parameter(weights["weight"][tokens].to(dtype)), own.get(table)
-            rows = shared.rows if isinstance(shared, OwnTokens) else rows
-            own[path] = OwnTokens(path, tokens, rows, **kinds)
-        else:
+        module = model.get_submodule(path)
+        table = parts.tied.get(path, path)
+        if is_linear(module):
+            _check_floating_point(path, module)
+        weights = {}
+        for name, weight in module.named_parameters(recurse=False):
+            weights[name] = gather(weight).detach()
+        if table not in parts.tokens:
             copies = {n: nn.Parameter(w.to(dtype, copy=True)) for n, w in weights.items()}
-            own[path] = WholeModule(path, copies, is_linear=is_linear(module))
-    return list(own.values())
+            modules[path] = WholeModule(path, copies, is_linear=is_linear(module))
+            continue
+        weight = weights["weight"]
+        tokens = torch.tensor(parts.tokens[table], device=weight.device)
+        shared = modules.get(table)
+        if isinstance(shared, OwnTokens):
+            rows = shared.rows
+        else:
+            rows = nn.Parameter(weight[tokens].to(dtype))
+        modules[path] = OwnTokens(
+            path, tokens, rows, is_linear=is_linear(module), is_tied=path in parts.tied
+        )
+    return list(modules.values())
+
+
+def _check_floating_point(path: str, linear: nn.Module) -> None:
+    quantized = quantized_weight(linear)
+    if quantized is not None:
+        raise AdapterError(
+            "a module that an adapter has as its own must be in floating point, got "
+            f"{path} in {quantized.kind}; load the base model without quantization"
+        )

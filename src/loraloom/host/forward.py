@@ -23,9 +23,9 @@ from loraloom.host.prepared_weights import (
     ComputeForms,
     ProjectionSite,
     Record,
-    StackedForward,
     recorder_of,
 )
+from loraloom.host.stacked_forward import StackedForward
 from loraloom.ops.dropout import SampleNoise
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.routing.record import LayerRouting, join_routing

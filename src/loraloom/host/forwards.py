@@ -26,11 +26,11 @@ from loraloom.host.prepared_weights import (
     PreparedWeights,
     Record,
     ScaledRows,
-    StackedForward,
     forms_of,
     is_autocast_on,
 )
 from loraloom.host.registry import AdapterRegistry
+from loraloom.host.stacked_forward import StackedForward
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
 

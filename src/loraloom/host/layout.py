@@ -24,7 +24,8 @@ from torch import Tensor
 from loraloom.adapters.segment import SampleTokens
 from loraloom.adapters.weighted_sum import Weighted, write_sum
 from loraloom.errors import AdapterError, DataError
-from loraloom.host.prepared_weights import ScaledAdapter, cut_rows
+from loraloom.host.prepared_weights import ScaledAdapter
+from loraloom.host.stacked_forward import cut_rows
 from loraloom.ops.dropout import SampleSpan
 
 # Tokens of the samples in each row, from its left.

@@ -1,4 +1,4 @@
-"""Adapters' weights as forwards compute with them, and small forwards of many like adapters.
+"""Adapters' weights as forwards compute with them, and plans for small forwards of like adapters.
 
 Axes: B batch, L sequence, T token rows (B·L), N adapters of a cohort, n token rows of each.
 
@@ -10,26 +10,22 @@ is thrown away. Rows that no cohort has are the base's; nothing of a cohort is e
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraloom.adapters.contract import Adapter, OwnModule
 from loraloom.adapters.low_rank import input_group
-from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import Block
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights
-from loraloom.ops.expert_rows import ExpertUpdate
 from loraloom.ops.expert_weights import ExpertWeights, stack_experts
-from loraloom.ops.low_rank import InputGroup, decompose
-from loraloom.ops.stacked import StackedInput, stack_inputs
+from loraloom.ops.low_rank import InputGroup
+from loraloom.ops.stacked import stack_inputs
 from loraloom.routing.record import LayerRouting
 
 # Above it, blocks of tokens that stay in the processor's cache are faster, as in ops/lean_*.py.
@@ -61,13 +57,17 @@ _Names = tuple[str, ...] | None
 
 def recorder_of(record: Record | None, adapter: Adapter) -> Callable[[LayerRouting], None] | None:
     """Return what takes an adapter's routing."""
-    return None if record is None else record.setdefault(adapter.name, []).append
+    if record is None:
+        return None
+    return record.setdefault(adapter.name, []).append
 
 
 def outside_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off for the tensor's device: it is the base's, adapters choose dtypes."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if is_autocast_on(device) else nullcontext()
+    if is_autocast_on(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def is_autocast_on(device: str) -> bool:
@@ -78,15 +78,18 @@ class ComputeForms:
     """Forms of the parameters as they are, made anew each time but for those that are kept."""
 
     def __init__(self, kept: dict[tuple[Any, ...], Any] | None = None, *, keeps_new: bool = False):
-        self.kept = {} if kept is None else kept
+        if kept is None:
+            kept = {}
+        self.kept = kept
         self._keeps_new = keeps_new
 
     def forget(self, adapter: Adapter) -> None:
         gone = set(adapter.modules())
-        # A key begins with an adapter, which has parts, or with a module of its own.
-        owned = [(key, getattr(key[0], "parts", key[:1])) for key in self.kept]
-        for key in [key for key, parts in owned if not gone.isdisjoint(parts)]:
-            del self.kept[key]
+        for key in list(self.kept):
+            # A key begins with an adapter, which has parts, or with a module of its own.
+            modules = getattr(key[0], "parts", key[:1])
+            if not gone.isdisjoint(modules):
+                del self.kept[key]
 
     def group(
         self, row: ScaledAdapter, block: Block, names: Sequence[str], dtype: torch.dtype
@@ -110,8 +113,8 @@ class ComputeForms:
         key = (adapter, scale, block, dtype)
         return self._form(key, lambda: adapter.ffn_weights(block, dtype).scaled(scale))
 
-    def own(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        return self._form((own, dtype), lambda: own.compute_form(dtype))
+    def own(self, module: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        return self._form((module, dtype), lambda: module.compute_form(dtype))
 
     def _form(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key in self.kept:
@@ -134,14 +137,18 @@ class _Stack:
     def keep(self, entries: Sequence[int]) -> None:
         """Drop all other adapters, and bring these into this order."""
         self.adapters = tuple(self.adapters[entry] for entry in entries)
-        parts = self._parts if entries else {}
-        self._parts = {key: part and part.take(entries) for key, part in parts.items()}
+        if not entries:
+            self._parts.clear()
+        for key, weights in self._parts.items():
+            if weights is not None:
+                self._parts[key] = weights.take(entries)
 
     def add(self, adapters: tuple[ScaledAdapter, ...]) -> None:
         self.adapters += adapters
-        for key, part in self._parts.items():
-            more = self._make(adapters, *key)
-            self._parts[key] = part and more and part.followed_by(more)
+        for key, weights in self._parts.items():
+            if weights is not None:  # else the added ones have none either
+                added = self._make(adapters, *key)
+                self._parts[key] = weights.followed_by(added)
 
     def part(self, block: Block, names: _Names) -> Any:
         """Return projections that share an input, or the whole block; None if none is adapted."""
@@ -186,9 +193,12 @@ class PreparedWeights:
         if key not in self._plans:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
+            plan = None
             parts = self._parts(rows, length, dtype)
+            if parts is not None:
+                plan = make_plan(parts, rows, length, device)
             # assigned behind it, as a change of a stack empties the plans
-            self._plans[key] = None if parts is None else make_plan(parts, rows, length, device)
+            self._plans[key] = plan
         return self._plans[key]
 
     def forget(self, adapter: Adapter) -> None:
@@ -196,19 +206,23 @@ class PreparedWeights:
         self._plans.clear()
         gone = {*adapter.parts}
         for stack in self._stacks.values():
-            held = enumerate(stack.adapters)
-            others = [place for place, one in held if gone.isdisjoint(one[0].parts)]
-            if len(others) < len(stack.adapters):
-                stack.keep(others)
+            kept = []
+            for entry, (member, _) in enumerate(stack.adapters):
+                if gone.isdisjoint(member.parts):
+                    kept.append(entry)
+            if len(kept) < len(stack.adapters):
+                stack.keep(kept)
 
     def _parts(self, rows: ScaledRows, length: int, dtype: torch.dtype) -> list[_Part] | None:
         """Find the adapters' parts of stacks; None if some can't be computed by them."""
         present = dict.fromkeys(adapter for adapter in rows if adapter is not None)
         # By name, so that stacks depend on no order of rows; scales of one adapter stay in order.
-        adapters = sorted(present, key=lambda one: one[0].name)
-        slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
-        width = adapters[0][0].widest_input
-        if slots * len(rows) * length * width * dtype.itemsize > MAX_HIDDEN_BYTES:
+        adapters = sorted(present, key=lambda scaled: scaled[0].name)
+        top_k = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
+        num_slots = top_k * len(rows) * length
+        first, _ = adapters[0]
+        hidden_bytes = num_slots * first.widest_input * dtype.itemsize
+        if hidden_bytes > MAX_HIDDEN_BYTES:
             return None
         alike: dict[Hashable, list[ScaledAdapter]] = {}
         for adapter, scale in adapters:
@@ -221,28 +235,34 @@ class PreparedWeights:
 
     def _take(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype) -> _Part:
         """Find a stack with these adapters, all of which are alike, and their part of it."""
-        key = (adapters[0][0].stack_key(), dtype)
+        first, _ = adapters[0]
+        key = (first.stack_key(), dtype)
         # popped, so that what fails half-way is gone
         stack = self._stacks.pop(key, None) or _Stack(dtype, ComputeForms(self.forms.kept))
         missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
         if missing:
             stack.add(missing)
-        places = [stack.adapters.index(adapter) for adapter in adapters]
+        entries = [stack.adapters.index(adapter) for adapter in adapters]
         # Others lie between them: when these are more, they go.
-        is_sparse = max(places) - min(places) >= 2 * len(places)
+        distance = max(entries) - min(entries)
+        is_sparse = distance >= 2 * len(entries)
         # An adapter's record has its scales in the order of the rows.
-        if missing or is_sparse or places != sorted(places):
+        if missing or is_sparse or entries != sorted(entries):
             self._plans.clear()
-            others = [n for n in range(len(stack.adapters)) if n not in places]
-            stack.keep(places if is_sparse else [*places, *others])
-            places = range(len(places))
+            kept = [*entries]
+            if not is_sparse:
+                kept += [n for n in range(len(stack.adapters)) if n not in entries]
+            stack.keep(kept)
+            entries = range(len(entries))
         self._stacks[key] = stack
-        return stack, slice(min(places), max(places) + 1)
+        return stack, slice(min(entries), max(entries) + 1)
 
 
 def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
     """Return where weights' compute forms come from: made anew, unless they are prepared."""
-    return ComputeForms() if prepared is None or torch.is_grad_enabled() else prepared.forms
+    if prepared is None or torch.is_grad_enabled():
+        return ComputeForms()
+    return prepared.forms
 
 
 @dataclass(frozen=True)
@@ -254,7 +274,7 @@ class Cohort:
     counts: tuple[int, ...]  # token rows of each; the first and the last have some
     take: Tensor | None = None  # token row of each place of [N, n]; with `put` None: in order
     put: Tensor | None = None  # place of each token row, any at rows that are not the cohort's
-    others: Tensor | None = None  # True at rows that are not the cohort's, [T, 1]
+    is_outside: Tensor | None = None  # True at rows that are not the cohort's, [T, 1]
     _views: dict[tuple[Block, _Names], Any] = field(default_factory=dict)
 
     @property
@@ -267,7 +287,9 @@ class Cohort:
         key = (block, names)
         if key not in self._views:
             weights = self.stack.part(block, names)
-            self._views[key] = None if weights is None else weights.take(self.entries)
+            if weights is not None:
+                weights = weights.take(self.entries)
+            self._views[key] = weights
         return self._views[key]
 
     def side_by_side(self, rows: Tensor) -> Tensor:
@@ -289,7 +311,9 @@ class Cohort:
         if self.put is None:
             return values
         rows = values.index_select(0, self.put)
-        return rows if self.others is None else rows.masked_fill_(self.others, blank)
+        if self.is_outside is None:
+            return rows
+        return rows.masked_fill_(self.is_outside, blank)
 
 
 @dataclass(frozen=True)
@@ -311,166 +335,57 @@ def make_plan(
     parts: Sequence[_Part], rows: ScaledRows, length: int, device: torch.device
 ) -> StackedPlan:
     num_tokens = len(rows) * length
-    ffn_put, is_left = torch.zeros(num_tokens).long(), torch.ones(num_tokens).bool()
+    ffn_put = torch.zeros(num_tokens).long()
+    is_left = torch.ones(num_tokens).bool()
     cohorts: list[Cohort] = []
     orders: list[Tensor] = []
 
-    def adapts_ffn(part: _Part) -> bool:
-        stack, entries = part
-        return bool(stack.adapters[entries][0][0].adapts_gated_blocks)
-
-    for stack, entries in sorted(parts, key=adapts_ffn, reverse=True):
+    for stack, entries in sorted(parts, key=_adapts_ffn, reverse=True):
         adapters = stack.adapters[entries]
         owners = [adapters.index(row) if row in adapters else -1 for row in rows]
         owner = torch.tensor(owners).repeat_interleave(length)  # (T,)
-        places = [(owner == number).nonzero().flatten() for number in range(len(adapters))]
-        counts = tuple(map(len, places))
-        width, put = max(counts), torch.zeros(num_tokens).long()
-        take = torch.zeros(len(adapters), width).long()
-        for number, place in enumerate(places):
-            take[number] = place[0] if len(place) else 0  # padding
-            take[number, : len(place)] = place
-            put[place] = number * width + torch.arange(len(place))
-        is_own, take = owner >= 0, take.flatten()
-        if adapts_ffn((stack, entries)):
-            ffn_put[is_own] = put[is_own] + sum(map(len, orders))
+        counts, take, put = _gathering(owner, len(adapters))
+        is_inside = owner >= 0
+        if _adapts_ffn((stack, entries)):
+            num_before = sum(map(len, orders))
+            ffn_put[is_inside] = put[is_inside] + num_before
             orders.append(take)
-            is_left &= ~is_own
+            is_left &= ~is_inside
         if counts == (num_tokens,):
             cohorts.append(Cohort(stack, entries, counts))
             continue
-        others = None if bool(is_own.all()) else ~is_own[:, None].to(device)
-        cohorts.append(Cohort(stack, entries, counts, take.to(device), put.to(device), others))
+        is_outside = None
+        if not is_inside.all():
+            is_outside = ~is_inside[:, None].to(device)
+        take = take.to(device)
+        put = put.to(device)
+        cohorts.append(Cohort(stack, entries, counts, take, put, is_outside))
     if orders and cohorts[0].put is None:
         return StackedPlan(tuple(cohorts), 1, device, length)
-    ffn_put[is_left] = torch.arange(int(is_left.sum())) + sum(map(len, orders))
-    ffn_take = torch.cat([*orders, is_left.nonzero().flatten()]).to(device)
+    left = is_left.nonzero().flatten()
+    num_before = sum(map(len, orders))
+    ffn_put[left] = num_before + torch.arange(len(left))
+    ffn_take = torch.cat([*orders, left]).to(device)
     return StackedPlan(tuple(cohorts), len(orders), device, length, ffn_take, ffn_put.to(device))
 
 
-class StackedForward:
-    """A forward whose adapters are computed by cohorts."""
-
-    def __init__(self, plan: StackedPlan, record: Record | None):
-        self._plan = plan
-        self._record = record
-        self._shared: tuple[Any, ...] = (None,)
-
-    def project(
-        self, site: ProjectionSite, hidden_states: Tensor, output: Tensor, linear: nn.Module
-    ) -> Tensor:
-        """Adapt a projection's output, [B, L, O], in place where that is possible."""
-        rows = output.view(-1, output.shape[-1])
-        updates = self._updates(site, hidden_states, output.dtype)
-        for cohort, (stack, update) in zip(self._plan.cohorts, updates, strict=True):
-            if stack is None or site.name not in stack.columns:
-                continue
-            update = update[:, stack.columns[site.name]]
-            row_scale = stack.row_scales.get(site.name)
-            if row_scale is None:
-                rows = rows.add_(update)
-            else:  # DoRA's formula rebuilds the cohort's rows
-                factors = cohort.scatter(row_scale.expand(-1, cohort.width, -1), blank=1.0)
-                bias: Any = linear.bias
-                bias = None if bias is None else bias.to(output.dtype)
-                rows = decompose(rows, update, factors, bias)
-        return rows.view(output.shape)
-
-    def ffn(
-        self,
-        block: Block,
-        hidden_states: Tensor,
-        base_outputs: Callable[[Tensor], Sequence[Tensor]],
-        down: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """Compute an FFN block; see FfnBlock.
-
-        Rows are put in the cohorts' order in front of the base's projections, and back behind them.
-        """
-        plan, gating = self._plan, block.gating
-        cohorts = plan.cohorts[: plan.num_in_ffn]
-        rows = hidden_states.view(-1, hidden_states.shape[-1])
-        if plan.ffn_take is not None:
-            rows = rows.index_select(0, plan.ffn_take)
-        outputs = base_outputs(rows)
-        sizes = [len(cohort.counts) * cohort.width for cohort in cohorts]
-        num_left = len(rows) - sum(sizes)
-        if num_left:
-            sizes.append(num_left)
-        inputs_by_part = cut_rows(rows, sizes)
-        outputs_by_part = list(zip(*(cut_rows(output, sizes) for output in outputs), strict=True))
-        steps = []
-        with outside_autocast(outputs[0]):
-            for number, cohort in enumerate(cohorts):
-                step = cohort.part(block).step(
-                    cohort.side_by_side(inputs_by_part[number]),
-                    [cohort.side_by_side(output) for output in outputs_by_part[number]],
-                    gating,
-                    partial(self._tokens, cohort, block.layer),
-                )
-                steps.append(step)
-        hidden = [rows for rows, _ in steps]
-        if num_left:
-            hidden.append(gating(*outputs_by_part[-1]))
-        output = down(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-        base_outputs_of_parts = cut_rows(output, [len(part) for part in hidden])
-        finished = list(base_outputs_of_parts)
-        with outside_autocast(outputs[0]):
-            for number, (_, finish) in enumerate(steps):
-                finished[number] = finish(base_outputs_of_parts[number])
-        # most steps write to the base's rows
-        is_in_place = all(map(operator.is_, finished, base_outputs_of_parts))
-        rows = output if is_in_place else torch.cat(finished)
-        if plan.ffn_put is not None:
-            rows = rows.index_select(0, plan.ffn_put)
-        return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
-
-    def expert_updates(self, block: Block) -> list[ExpertUpdate]:
-        """Describe the cohorts' rows to a block of stacked experts."""
-        updates = []
-        for cohort in self._plan.cohorts:
-            weights = cohort.part(block)
-            if weights is not None:
-                tokens, entries = cohort.tokens_and_entries(self._plan.device)
-                update = ExpertUpdate(
-                    weights=weights.flat(),
-                    tokens=tokens,
-                    entries=entries,
-                    num_entries=len(cohort.counts),
-                )
-                updates.append(update)
-        return updates
-
-    def _tokens(self, cohort: Cohort, layer: int, index: int) -> SegmentTokens:
-        """Describe an adapter's rows in a layer; padding at their end is not real."""
-        count = cohort.counts[index]
-        adapter, _ = cohort.stack.adapters[cohort.entries][index]
-        record = recorder_of(self._record, adapter) if count else None
-        real_index = None
-        if count < cohort.width and record is not None:
-            real_index = torch.arange(count, device=self._plan.device)
-        return SegmentTokens(layer, None, real_index, None, record, self._plan.row_length)
-
-    def _updates(
-        self, site: ProjectionSite, hidden_states: Tensor, dtype: torch.dtype
-    ) -> Sequence[tuple[StackedInput | None, Tensor]]:
-        """Every cohort's update of projections with one input, [T, ΣO]; kept for the next one."""
-        key = (site.block, site.group)
-        if self._shared[0] is hidden_states and self._shared[1] == key:
-            return self._shared[2]
-        rows = hidden_states.view(-1, hidden_states.shape[-1]).to(dtype)
-        updates = []
-        for cohort in self._plan.cohorts:
-            stack, update = cohort.part(site.block, site.group), rows
-            if stack is not None:
-                taken = rows if cohort.take is None else rows.index_select(0, cohort.take)
-                tokens = partial(self._tokens, cohort, site.block.layer)
-                update = cohort.scatter(stack.update(cohort.side_by_side(taken), tokens))
-            updates.append((stack, update))
-        self._shared = (hidden_states, key, updates)
-        return updates
+def _adapts_ffn(adapters: _Part) -> bool:
+    stack, entries = adapters
+    first, _ = stack.adapters[entries][0]
+    return bool(first.adapts_gated_blocks)
 
 
-def cut_rows(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Cut rows into parts; views cost as much as small products do."""
-    return [rows] if len(sizes) == 1 else rows.split(list(sizes))
+def _gathering(owner: Tensor, num_adapters: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
+    """Return `counts`, `take` and `put` of a cohort, from each token's adapter in it or -1."""
+    tokens_by_adapter = [(owner == number).nonzero().flatten() for number in range(num_adapters)]
+    counts = tuple(map(len, tokens_by_adapter))
+    width = max(counts)
+    put = torch.zeros(len(owner)).long()
+    take = torch.zeros(num_adapters, width).long()
+    for number, tokens in enumerate(tokens_by_adapter):
+        count = len(tokens)
+        if count:
+            take[number] = tokens[0]  # padding
+        take[number, :count] = tokens
+        put[tokens] = number * width + torch.arange(count)
+    return counts, take.flatten(), put

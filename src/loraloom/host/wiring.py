@@ -27,6 +27,7 @@ from loraloom.host.extra_modules import own_outputs
 from loraloom.host.forward import ForwardContext, current_forward, running
 from loraloom.host.layout import Segment
 from loraloom.host.prepared_weights import ProjectionSite, outside_autocast
+from loraloom.host.stacked_forward import cut_rows, join_rows
 from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import add_low_rank_, apply_update
 
@@ -85,11 +86,14 @@ class AttentionProjection:
             return output
         layout = forward.layout
         if layout.row_order is not None or any(side.row_scale is not None for side in adapted):
-            pairs = zip(layout.split(output), updates, strict=True)
-            rows = [apply_update(tokens, *update) for tokens, update in pairs]
+            rows = []
+            for tokens, (rank_input, side) in zip(layout.split(output), updates, strict=True):
+                rows.append(apply_update(tokens, rank_input, side))
             return layout.join(rows, output.shape)
         # Rows come grouped by adapter, and none is scaled: updates are added in place.
-        spans, low_ranks, up_projections = [], [], []
+        spans = []
+        low_ranks = []
+        up_projections = []
         for segment, (rank_input, side) in zip(layout.segments, updates, strict=True):
             if rank_input is not None and side is not None:
                 spans.append(segment.tokens)
@@ -127,14 +131,17 @@ class FfnBlock:
         with outside_autocast(outputs[0]):
             segments = zip(layout.segments, rows_of_inputs, rows_of_outputs, strict=True)
             parts = [self._segment(forward, *segment) for segment in segments]
-        sizes = [len(part.hidden) for part in parts]
-        hidden = parts[0].hidden if len(parts) == 1 else torch.cat([part.hidden for part in parts])
-        down = _outputs(self.output, hidden).to(dtype)  # int8's may have autocast's
+        hidden = [ffn_rows.hidden for ffn_rows in parts]
+        sizes = [len(rows) for rows in hidden]
+        output = _outputs(self.output, join_rows(hidden))
+        output = output.to(dtype)  # int8's may have autocast's
         # A view of rows can't be added to in place where there are several.
-        downs = [down] if len(parts) == 1 else down.split(sizes)
-        with outside_autocast(down):
-            rows = [part.finish(values) for part, values in zip(parts, downs, strict=True)]
-        return layout.join(rows, hidden_states.shape).view(shape)
+        base_rows = cut_rows(output, sizes)
+        with outside_autocast(output):
+            finished = []
+            for ffn_rows, rows in zip(parts, base_rows, strict=True):
+                finished.append(ffn_rows.finish(rows))
+        return layout.join(finished, hidden_states.shape).view(shape)
 
     def _base_outputs(self, hidden_states: Tensor) -> list[Tensor]:
         return [_outputs(linear, hidden_states) for linear in self.inputs]
@@ -147,26 +154,32 @@ class FfnBlock:
         outputs: Sequence[Tensor],
     ) -> FfnRows:
         block = self.block
-        if segment.row is None or not segment.row[0].adapts(block):
+        row = segment.row
+        if row is None or not row[0].adapts(block):
             return FfnRows(block.gating(*outputs), lambda output: output)
-        tokens = forward.tokens(segment, block.layer, outputs[0].device)
-        weights = forward.forms.ffn(segment.row, block, outputs[0].dtype)
-        return segment.row[0].ffn(block, weights, hidden_states, outputs, tokens)
+        adapter, _ = row
+        first = outputs[0]
+        tokens = forward.tokens(segment, block.layer, first.device)
+        weights = forward.forms.ffn(row, block, first.dtype)
+        return adapter.ffn(block, weights, hidden_states, outputs, tokens)
 
 
 def _site(block: Block, group: tuple[str, ...]) -> Site | str:
     """Where a group's random numbers are drawn."""
-    if block.output.has_weight and group == block.groups[0]:
-        return Site.ATTENTION_INPUT
-    if block.output.has_weight and group == block.groups[-1]:
-        return Site.ATTENTION_OUTPUT
+    if block.output.has_weight:
+        if group == block.groups[0]:
+            return Site.ATTENTION_INPUT
+        if group == block.groups[-1]:
+            return Site.ATTENTION_OUTPUT
     return f"{block.path}.{group[0]}"
 
 
 def _outputs(linear: nn.Module, inputs: Tensor) -> Tensor:
     """Compute a base linear's outputs, to write to: hooks, or their graphs, may need theirs."""
     outputs = linear(inputs)
-    return outputs.clone() if linear._forward_hooks else outputs
+    if linear._forward_hooks:
+        return outputs.clone()
+    return outputs
 
 
 class OwnedModule:
@@ -180,18 +193,24 @@ class OwnedModule:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         forward = current_forward(self.owner)
-        if forward is None or all(one.own_at(self.path) is None for one in forward.adapters):
+        if forward is None:
             return self.base_forward(inputs)
-        layout, parts = forward.layout, []
+        if all(adapter.own_at(self.path) is None for adapter in forward.adapters):
+            return self.base_forward(inputs)
+        layout = forward.layout
+        parts = []
         dtype = next(self.module.parameters(recurse=False)).dtype
         for segment, rows in zip(layout.segments, layout.split_rows(inputs), strict=True):
             adapter, scale = segment.row or (None, 1.0)
-            own = None if adapter is None else adapter.own_at(self.path)
-            if own is None:
-                parts.append(self.base_forward(rows))
+            copy = None
+            if adapter is not None:
+                copy = adapter.own_at(self.path)
+            if copy is None:
+                outputs = self.base_forward(rows)
             else:
-                weights = forward.forms.own(own, dtype)
-                parts.append(own_outputs(own, weights, self.module, rows, scale))
+                weights = forward.forms.own(copy, dtype)
+                outputs = own_outputs(copy, weights, self.module, rows, scale)
+            parts.append(outputs)
         return layout.join(parts)
 
 
@@ -245,11 +264,13 @@ class Wiring:
 
     def check_blocks(self) -> None:
         """Raise a ModelError if others took an FFN block's forward, as Liger kernels do."""
-        if any(block.__dict__.get("forward") is not own for block, own in self._blocks.items()):
-            raise ModelError(
-                "FFN blocks must keep the forward that adapters need, but another program replaced "
-                "it; train with use_liger_kernel=False, or patch the model before it is attached"
-            )
+        for block, wrapper in self._blocks.items():
+            if vars(block).get("forward") is not wrapper:
+                raise ModelError(
+                    "FFN blocks must keep the forward that adapters need, but another program "
+                    "replaced it; train with use_liger_kernel=False, or patch the model before it "
+                    "is attached"
+                )
 
     def lead_through(self, path: str) -> None:
         """Let adapters that have a module of their own in place of one compute their rows."""
@@ -258,10 +279,11 @@ class Wiring:
             self._replace_forward(module, OwnedModule(self, path, module))
 
     def _replace_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
-        before = {name: own for name, own in vars(module).items() if name == "forward"}
+        attributes = vars(module)
+        if "forward" in attributes:
+            self.undo.callback(setattr, module, "forward", module.forward)
         module.forward = wrapper
-        self.undo.callback(vars(module).update, before)
-        self.undo.callback(vars(module).pop, "forward")  # which is done first
+        self.undo.callback(attributes.pop, "forward")  # which is done first
 
 
 def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -21,7 +21,8 @@ class GroupedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, lora_A, keep, dropout, slots):
         ctx.save_for_backward(hidden_states, lora_A, keep)
-        ctx.dropout, ctx.slots = dropout, slots
+        ctx.dropout = dropout
+        ctx.slots = slots
         dropped = apply_keep_mask(hidden_states, keep)
         groups_A = _by_group(lora_A, slots)
         low_rank = hidden_states.new_zeros(slots.experts.numel(), groups_A.shape[1])
@@ -29,7 +30,9 @@ class GroupedDown(torch.autograd.Function):
             if piece.columns is not None:
                 rows = piece.take(dropped) @ groups_A[piece.group].T
                 piece.add_rank(low_rank, piece.keep_rank(rows))
-        return low_rank if keep is None else low_rank * (1 / (1 - dropout))
+        if keep is None:
+            return low_rank
+        return low_rank * (1 / (1 - dropout))
 
     @staticmethod
     @once_differentiable
@@ -39,7 +42,9 @@ class GroupedDown(torch.autograd.Function):
         if keep is not None:
             grad = grad * (1 / (1 - ctx.dropout))
         groups_A = _by_group(lora_A, ctx.slots)
-        grad_hidden = torch.zeros_like(hidden_states) if ctx.needs_input_grad[0] else None
+        grad_hidden = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.zeros_like(hidden_states)
         grad_groups_A = zeros_for_gradient(groups_A)
         for piece in ctx.slots.by_group:
             if piece.columns is None:
@@ -64,7 +69,8 @@ class GroupedUp(torch.autograd.Function):
         ctx.mark_dirty(output)
         for piece in slots.by_group:
             if piece.columns is not None:
-                piece.add(output, piece.take_rank(low_rank) @ piece.of_experts(lora_B))
+                rank_input = piece.take_rank(low_rank)
+                piece.add(output, rank_input @ piece.of_experts(lora_B))
         return output
 
     @staticmethod
@@ -83,7 +89,9 @@ class CombineSlots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots):
-        excess = None if row_scale is None else excess_rows(row_scale, output.dtype)
+        excess = None
+        if row_scale is not None:
+            excess = excess_rows(row_scale, output.dtype)
         total = Total(slots, output.shape[1], output)
         unscaled = torch.empty_like(output)
         ordered = slots.by_place(slot_weights)
@@ -100,7 +108,10 @@ class CombineSlots(torch.autograd.Function):
                 else:
                     row_excess = piece.of_rows(excess)
                     value, _ = decompose_rows(rows, rank_input, piece_B, row_excess, bias, out)
-            total.add(piece, value, None if ordered is None else piece.take_slots(ordered))
+            weight = None
+            if ordered is not None:
+                weight = piece.take_slots(ordered)
+            total.add(piece, value, weight)
         ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights)
         ctx.slots = slots
         return total.value
@@ -156,15 +167,18 @@ class RankGradients:
 
 def excess_rows(row_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """DoRA's factors less 1, with a row of zeros at the end, which expert -1 (padding) indexes."""
-    return excess_of(torch.cat([row_scale, torch.ones_like(row_scale[:1])]), dtype)
+    padding = torch.ones_like(row_scale[:1])
+    return excess_of(torch.cat([row_scale, padding]), dtype)
 
 
 def zeros_for_gradient(weight: Tensor) -> Tensor:
     """Room to sum a weight's gradient up in, in float32 or better."""
-    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros_like(weight, dtype=dtype)
 
 
 def _by_group(lora_A: Tensor, slots: Slots) -> Tensor:
     """Copy A, [C·S, D], to where each group's rows lie together, [S / W, C·W, D]."""
     num_groups = slots.num_experts * slots.rank // slots.columns
-    return lora_A.unflatten(0, (-1, num_groups, slots.columns)).transpose(0, 1).flatten(1, 2)
+    groups = lora_A.unflatten(0, (-1, num_groups, slots.columns))  # (C, S / W, W, D)
+    return groups.transpose(0, 1).flatten(1, 2)

@@ -111,7 +111,9 @@ class _DownProject(torch.autograd.Function):
         ctx.save_for_backward(hidden_states, lora_A, keep)
         ctx.dropout = dropout
         low_rank = apply_keep_mask(hidden_states, keep) @ lora_A.T
-        return low_rank if keep is None else low_rank * (1 / (1 - dropout))
+        if keep is None:
+            return low_rank
+        return low_rank * (1 / (1 - dropout))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -142,7 +144,8 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, spans, *factors):  # of all spans, low_rank first, then lora_B
         rows = output.view(-1, output.shape[-1])
-        low_ranks, up_projections = factors[: len(spans)], factors[len(spans) :]
+        low_ranks = factors[: len(spans)]
+        up_projections = factors[len(spans) :]
         for span, low_rank, lora_B in zip(spans, low_ranks, up_projections, strict=True):
             rows[span].addmm_(low_rank, lora_B)
         ctx.mark_dirty(output)
@@ -154,11 +157,15 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows = grad.reshape(-1, grad.shape[-1])
         factors = ctx.saved_tensors  # read once, which is all that checkpointing allows
-        low_ranks, up_projections = factors[: len(ctx.spans)], factors[len(ctx.spans) :]
-        grads_low_rank, grads_B = [], []
+        num_spans = len(ctx.spans)
+        low_ranks = factors[:num_spans]
+        up_projections = factors[num_spans:]
+        grads_low_rank = []
+        grads_B = []
         for span, low_rank, lora_B in zip(ctx.spans, low_ranks, up_projections, strict=True):
-            grads_low_rank.append(rows[span] @ lora_B.T)
-            grads_B.append(product_over_tokens(low_rank, rows[span]))
+            grad_rows = rows[span]
+            grads_low_rank.append(grad_rows @ lora_B.T)
+            grads_B.append(product_over_tokens(low_rank, grad_rows))
         return grad, None, *grads_low_rank, *grads_B
 
 
@@ -186,8 +193,8 @@ class _Decompose(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, excess = ctx.saved_tensors
         grad_rows = torch.addcmul(grad, excess, grad)
-        grad_scale = (grad * rows).sum_to_size(excess.shape).to(ctx.scale_dtype)
-        return grad_rows, grad_rows, grad_scale, None
+        grad_scale = (grad * rows).sum_to_size(excess.shape)
+        return grad_rows, grad_rows, grad_scale.to(ctx.scale_dtype), None
 
 
 def decompose(
@@ -199,7 +206,9 @@ def decompose(
     """`c ∘ (Wx + Δ) + b` of `Wx + b` and Δ (Liu et al. 2024, DoRA, arXiv:2402.09353, eq. 5)."""
     if torch.is_grad_enabled():
         return _Decompose.apply(output, update, row_scale, bias)  # pyright: ignore
-    return scale_rows(output, update, excess_of(row_scale, output.dtype), bias)[0]
+    excess = excess_of(row_scale, output.dtype)
+    value, _ = scale_rows(output, update, excess, bias)
+    return value
 
 
 def apply_update(output: Tensor, rank_input: Tensor | None, side: UpProjection | None) -> Tensor:
@@ -225,7 +234,8 @@ def scale_rows(
     rows = output + update
     if bias is not None:
         rows -= bias
-    return torch.addcmul(update, excess, rows).add_(output), rows
+    change = torch.addcmul(update, excess, rows)
+    return change.add_(output), rows
 
 
 def decompose_rows(
@@ -238,15 +248,18 @@ def decompose_rows(
 ) -> tuple[Tensor, Tensor]:
     """`c ∘ (Wx + Δ) + b` and `Wx + Δ`, for which `out` has room; that may be the output itself."""
     if output.dtype.itemsize <= 2:  # what is rounded so far can't be scaled by factors near 1
-        value, rows = scale_rows(output, rank_input @ lora_B, excess, bias)
+        update = rank_input @ lora_B
+        value, rows = scale_rows(output, update, excess, bias)
         if out is None or out is output:
             return value, rows
         return value, out.copy_(rows)
     rows = torch.addmm(output, rank_input, lora_B, out=out)
-    if bias is None:
-        return torch.addcmul(rows, excess, rows), rows
-    rows -= bias
-    return torch.addcmul(rows, excess, rows).add_(bias), rows
+    if bias is not None:
+        rows -= bias
+    value = torch.addcmul(rows, excess, rows)
+    if bias is not None:
+        value.add_(bias)
+    return value, rows
 
 
 def scale_update(
@@ -263,8 +276,9 @@ def scale_update(
     least = torch.finfo(lora_B.dtype).eps ** 0.5
     factors = torch.where(factors.abs() < least, least, factors)
     rank = len(lora_B) // len(factors)
-    update_scale = (scale * row_scale / factors).repeat_interleave(rank, dim=0)
-    return (lora_B * update_scale).to(lora_B.dtype), factors
+    update_scale = scale * row_scale / factors  # (E, O)
+    scaled = lora_B * update_scale.repeat_interleave(rank, dim=0)
+    return scaled.to(lora_B.dtype), factors
 
 
 def dora_norms(
@@ -280,7 +294,8 @@ def dora_norms(
     `products`, W Aᵀ of all experts' A side by side, and `squared_norms`, the frozen ‖W‖² by row.
     """
     num_experts, rank, _ = lora_A.shape
-    cross = products.to(lora_A.dtype).unflatten(1, (num_experts, rank)).transpose(0, 1)  # (E, O, R)
+    cross = products.to(lora_A.dtype).unflatten(1, (num_experts, rank))
+    cross = cross.transpose(0, 1)  # (E, O, R)
     gram = lora_A @ lora_A.transpose(1, 2)  # (E, R, R)
     factor = 2 * scaling * cross + scaling**2 * lora_B @ gram  # (E, O, R)
     squared = squared_norms + (lora_B * factor).sum(-1)

@@ -25,7 +25,8 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, labels, head, vocab_size):
         with_grad = ctx.needs_input_grad[0]
-        losses, grads = [], []
+        losses = []
+        grads = []
         for states, chunk_labels in _chunks(vocab_size, hidden_states, labels):
             chunk_losses, grad = _chunk_losses(states, chunk_labels, head, with_grad)
             losses.append(chunk_losses)
@@ -49,7 +50,9 @@ def _chunk_losses(
         states = states.detach().requires_grad_(with_grad)
         logits = head(states)
     losses = states.new_empty(len(labels), dtype=_wide_dtype(states))
-    grad_logits = torch.empty_like(logits) if with_grad else None
+    grad_logits = None
+    if with_grad:
+        grad_logits = torch.empty_like(logits)
     for rows in _blocks(logits):
         targets = labels[rows, None]
         log_probs = logits.detach()[rows].to(losses.dtype).log_softmax(-1)
@@ -61,7 +64,8 @@ def _chunk_losses(
             grad_logits[rows] = probs
     if grad_logits is None:
         return losses, None
-    return losses, torch.autograd.grad(logits, states, grad_logits)[0]
+    (grad_states,) = torch.autograd.grad(logits, states, grad_logits)
+    return losses, grad_states
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -79,7 +83,8 @@ def _chunk_tokens(vocab_size: int) -> int:
 
 
 def _chunks(vocab_size: int, *rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    return zip(*(values.split(_chunk_tokens(vocab_size)) for values in rows), strict=True)
+    size = _chunk_tokens(vocab_size)
+    return zip(*(values.split(size) for values in rows), strict=True)
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -91,7 +96,9 @@ def loss_workspace_bytes(
 ) -> int:
     """Return what `token_losses` needs at once: logits and their gradient, states and theirs."""
     chunk = min(num_labels, _chunk_tokens(vocab_size))
-    return (2 * chunk * vocab_size + 3 * num_labels * hidden_size) * dtype.itemsize
+    num_logits = 2 * chunk * vocab_size
+    num_states = 3 * num_labels * hidden_size
+    return (num_logits + num_states) * dtype.itemsize
 
 
 def token_losses(
@@ -117,7 +124,8 @@ def trained_token_losses(
     # It is a sum over tokens whose weights are known in the backward pass alone, so that logits are
     # made there again, a chunk at a time.
     def compute(states: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(head(states).to(_wide_dtype(states)), labels, reduction="none")
+        logits = head(states).to(_wide_dtype(states))
+        return cross_entropy(logits, labels, reduction="none")
 
     losses = [
         checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -139,8 +147,10 @@ def token_scores(
     Between them, whether argmax gives the label, of equally likely tokens the first; last, the ids
     of the most likely. Their log p are, to the bit, those of labels that are among them.
     """
-    log_probs, is_top = [], []
-    top_log_probs, top_ids = [], []
+    log_probs = []
+    is_top = []
+    top_log_probs = []
+    top_ids = []
     for states, chunk_labels in _chunks(vocab_size, hidden_states, labels):
         logits = head(states)
         for rows in _blocks(logits):
@@ -150,9 +160,12 @@ def token_scores(
             if num_top:
                 top_logits, ids = wide.topk(num_top)
             else:
-                top_logits, ids = wide[:, :0], targets[:, :0]
-            log_probs.append((wide.gather(1, targets) - total)[:, 0])
-            is_top.append((wide.argmax(-1, True) == targets)[:, 0])
+                top_logits = wide[:, :0]
+                ids = targets[:, :0]
+            label_log_probs = wide.gather(1, targets) - total
+            matches = wide.argmax(-1, True) == targets
+            log_probs.append(label_log_probs[:, 0])
+            is_top.append(matches[:, 0])
             top_log_probs.append(top_logits - total)
             top_ids.append(ids)
     return torch.cat(log_probs), torch.cat(is_top), torch.cat(top_log_probs), torch.cat(top_ids)

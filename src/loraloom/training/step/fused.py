@@ -83,14 +83,18 @@ def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
     inputs_of_rows = [example_row(join_samples(samples)) for samples in layout.samples]
     adapters = [batch.adapter.name for batch, _ in layout.flat]
     is_packed = any(len(samples) > 1 for samples in layout.samples)
-    lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
     inputs = collate(inputs_of_rows, host.dtype, host.device, pad_id)
+    attention_mask: Tensor | None = inputs.attention_mask
+    lengths = None
+    if is_packed:
+        attention_mask = None
+        lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
     output = host.hidden(
         inputs.input_ids,  # (B, L)
-        None if is_packed else inputs.attention_mask,
+        attention_mask,
         adapters=adapters,
         sample_keys=[batch.sample_keys[index] for batch, row in layout.flat for index in row],
-        sample_lengths=lengths if is_packed else None,
+        sample_lengths=lengths,
         training=True,
     )
     states = inputs.predicting_states(output.last_hidden_state)  # (N, D)
@@ -123,7 +127,8 @@ def _share(
         # The graph stays, as a sharded base needs the same backward pass on all ranks.
         loss = loss * 0
         metrics = {name: value * 0 for name, value in metrics.items()}
-        routing = None if routing is None else [record.emptied() for record in routing]
+        if routing is not None:
+            routing = [record.emptied() for record in routing]
         samples = []
         computed_tokens = 0
     for name, total in sum_extra(routing or ()).items():
