@@ -15,7 +15,11 @@ INSIDE = ("loraloom.data.skills", "loraloom.eval.harness", "loraloom.base.famili
 """What needs an extra, generated rows and the table of families have modules of their own."""
 OF_METHODS = ("loraloom.adapters", "loraloom.routing.routes")
 """What docs/add_a_method.md builds methods of."""
-OF_ROUTERS = ("loraloom.adapters.routed.prompt_router", "loraloom.generation.router")
+OF_ROUTERS = (
+    "loraloom.adapters.routed.prompt_router",
+    "loraloom.generation.router",
+    "loraloom.host.choice",
+)
 """What recipes/apart/router.py takes a router to pieces with."""
 BESIDE = ("loraloom.peft",)
 """What needs another package is public under a name of its own."""

@@ -78,7 +78,7 @@ def test_families_whose_samples_are_apart_pack(family):
     implementations = ("eager",) if family == "gemma2" else ("sdpa", "eager")
     for implementation in implementations:
         host.model.set_attn_implementation(implementation)
-        host.check_packing()
+        host.packing.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ Axes: B batch (rows), L sequence (tokens of a row), D hidden, V vocabulary.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
@@ -128,6 +128,10 @@ class ThreadState(threading.local):
 
     training: bool = False
     prepared: PreparedWeights | None = None
+
+    def using_prepared(self) -> AbstractContextManager[None]:
+        """Keep the weights that this thread's forwards prepare."""
+        return self.using(self.prepared or PreparedWeights())
 
     @contextmanager
     def using(self, prepared: PreparedWeights) -> Iterator[None]:

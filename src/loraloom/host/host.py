@@ -6,8 +6,8 @@ Axes: B batch, L sequence, N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Host:
         self._sessions = Sessions(self.forwards, self.heads)
         self.outer_forward = OuterForward(self, model)
         undo.callback(vars(model).pop, "_call_impl")
-        self._packing = PackingTrial(self)
+        self.packing = PackingTrial(self)
         if self.base.model_type not in FAMILIES:
             try:
                 try_adapters(self)
@@ -309,9 +309,7 @@ class Host:
         request = ForwardRequest(
             input_ids, adapters, attention_mask, model_inputs, sample_keys, **self._mode(training)
         )
-        mask = None if attention_mask is None else attention_mask.to(self.device)
-        with self.forwards.run(request) as (forward, inputs):
-            output = self.model(input_ids=input_ids, attention_mask=mask, **inputs)
+        output, forward = self._run(self.model, request, attention_mask)
         return HostOutput.of(output, forward)
 
     def hidden(
@@ -337,7 +335,7 @@ class Host:
         if token_mask is None:
             token_mask = attention_mask
         if sample_lengths is not None:
-            self.check_packing()
+            self.packing.check()
             positions, token_mask = packed_rows(sample_lengths, *input_ids.shape)
             model_inputs["position_ids"] = positions.to(self.device)
             attention_mask = None  # with it transformers would let samples see each other
@@ -346,9 +344,7 @@ class Host:
         request = ForwardRequest(
             input_ids, adapters, token_mask, model_inputs, sample_keys, sample_lengths, **mode
         )
-        mask = None if attention_mask is None else attention_mask.to(self.device)
-        with self.forwards.run(request) as (forward, inputs):
-            output = self.forwards.run_decoder(input_ids=input_ids, attention_mask=mask, **inputs)
+        output, forward = self._run(self.forwards.run_decoder, request, attention_mask)
         return HiddenOutput.of(output, forward)
 
     def _mode(self, training: bool | None) -> dict[str, Any]:
@@ -358,9 +354,10 @@ class Host:
             "record": {},
         }
 
-    def check_packing(self) -> None:
-        """Raise a ModelError if samples of a packed row would see each other; tried once."""
-        self._packing.check()
+    def _run(self, run: Any, request: ForwardRequest, mask: Tensor | None) -> tuple[Any, Any]:
+        mask = None if mask is None else mask.to(self.device)
+        with self.forwards.run(request) as (forward, inputs):
+            return run(input_ids=request.input_ids, attention_mask=mask, **inputs), forward
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
         """Sum the auxiliary losses of the adapters in a forward with `training=True`.
@@ -371,15 +368,12 @@ class Host:
         loss = self.heads.auxiliary_loss(output.routing, output.samples)
         return torch.zeros((), device=self.device) if loss is None else loss
 
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self) -> AbstractContextManager[None]:
         """Keep prepared weights over several forwards of this thread without gradients.
 
         Do not change weights inside the context.
         """
-        thread = self.forwards.thread
-        with thread.using(thread.prepared or PreparedWeights()):
-            yield
+        return self.forwards.thread.using_prepared()
 
     def logits(self, hidden_states: Tensor, adapters: RowAdapters = None) -> Tensor:
         """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.

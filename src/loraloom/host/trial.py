@@ -103,7 +103,6 @@ def _expected(model: Any, ids: Tensor, adapter: Adapter) -> Tensor:
     return expected
 
 
-@torch.inference_mode(False)
 class PackingTrial:
     """Whether samples of a packed row see each other; tried once with each kind of attention."""
 
@@ -112,6 +111,7 @@ class PackingTrial:
         self._sound: set[str] = set()  # implementations of attention
 
     def check(self) -> None:
+        """Raise a ModelError if samples of a packed row would see each other."""
         implementation = self._host.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ModelError(
@@ -125,6 +125,7 @@ class PackingTrial:
             self._sound.add(implementation)
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _try_packing(host: Any, run_decoder: Callable[..., Any]) -> None:
     """Run a sample twice in one row of a host's base model; both must be as if they were alone.

@@ -135,7 +135,7 @@ class JobBuilder:
         try:
             with naming(config):
                 if config.train.packing:
-                    host.check_packing()
+                    host.packing.check()
                 adapter = host.add(config.name, config.adapter, config.seed)
                 starts: list[StoredAdapter] = []
                 if config.start_from is not None:
