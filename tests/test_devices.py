@@ -49,7 +49,7 @@ def test_a_memory_limit_is_compared_with_what_an_accelerator_holds(accelerator):
 
 
 def test_a_given_hosts_memory_limit_is_restored_after_a_run(accelerator):
-    with _borrowed(accelerator.host):
+    with _borrowed(accelerator.host, accelerator.host.ranks):
         devices.limit_memory(accelerator.device, 8 * 10**9)
         assert accelerator.share == 0.5
     assert accelerator.share == 0.9

@@ -20,7 +20,8 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 
 from loraloom.adapters import CONFIGS, LISTENERS, parse_adapter_config
-from loraloom.adapters.contract import Adapter, AdapterConfig, check_config
+from loraloom.adapters.contract import Adapter, AdapterConfig
+from loraloom.adapters.registration import check_config
 from loraloom.atomic_io import write_json
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.files import fit_to_base, parse_files, read_stored
@@ -97,7 +98,6 @@ class LoraloomConfig(PeftConfig):
         return {"peft_type": _TYPE, **fields, "adapter": adapter, "seed": self.seed}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write adapter_config.json in the method's layout."""
         if not self.file_fields:
             raise ConfigError(
                 f"{CONFIG_FILE} describes the base model too, and this configuration has none; "
@@ -224,7 +224,6 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one, and the one that is trained."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1:
             raise AdapterError(

@@ -42,6 +42,10 @@ PLACED: dict[str, AdapterConfig] = {
         rank=2, alpha=6, rank_stabilized=True, target_modules=("attention", "experts")
     ),
     "dora": LoraConfig(rank=2, alpha=6, weight_decomposition=True, target_modules=("experts",)),
+    "shared": LoraConfig(rank=4, alpha=6, shared_outer=True, target_modules=("experts",)),
+    "shared-dora": LoraConfig(
+        rank=3, shared_outer=True, weight_decomposition=True, target_modules=("experts",)
+    ),
     "dropout": LoraConfig(rank=4, alpha=6, dropout=0.3, target_modules=("experts",)),
     "mixlora": MixLoraConfig(
         rank=2, alpha=4, num_experts=3, top_k=2, dropout=0.2, target_modules=("experts",)
@@ -222,6 +226,58 @@ def test_a_dora_is_that_of_each_experts_weight():
             projection.base.set_weight(changed)
         expected = host.model(input_ids=IDS).logits
     assert relative_error(ours, expected) < 1e-7
+
+
+def test_shared_outer_factors_are_equal_factors_of_all_experts():
+    changes = {"target_modules": ("experts",), "rank": 4, "expert_rank": 4}
+    host = tiny_host(
+        "qwen3_moe",
+        {
+            "shared": LoraConfig(shared_outer=True, **changes),
+            "own": LoraConfig(**changes),
+        },
+    )
+    shared, own = (host.adapter(name) for name in ("shared", "own"))
+    own.load_tensors(
+        {
+            name: shared.tensors()[name].expand(tensor.shape)
+            for name, tensor in own.tensors().items()
+        }
+    )
+    logits = host(IDS.repeat(2, 1), adapters=["shared"] * 3 + ["own"] * 3).logits
+    assert relative_error(logits[:3], logits[3:]) < 1e-9
+    logits.square().sum().backward()
+    for ours, theirs in zip(shared.parameters(), own.parameters(), strict=True):
+        expected = theirs.grad.sum_to_size(ours.shape)
+        assert relative_error(ours.grad, expected) < 1e-6
+    shapes = {name: tuple(tensor.shape) for name, tensor in shared.tensors().items()}
+    assert shapes["layers.0.mlp.experts.gate_up_proj.lora_A"] == (1, 4, 32)
+    assert shapes["layers.0.mlp.experts.down_proj.lora_B"] == (1, 32, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "scaling"),
+    [
+        ({}, 4, 2.0),
+        ({"expert_rank": 3}, 3, 2.0),
+        ({"expert_rank": 4, "rank_stabilized": True}, 4, 16 / 8**0.5),
+        ({"rank_pattern": {r"experts\.\w+": 2}}, 2, 8.0),
+    ],
+)
+def test_experts_have_a_rank_of_their_own_and_the_scaling_of_the_others(
+    settings, rank, scaling, tmp_path
+):
+    config = LoraConfig(rank=8, alpha=16, target_modules=("attention", "experts"), **settings)
+    host = tiny_host(family="qwen3_moe", configs={"a": config})
+    host.save("a", tmp_path / "a")
+    for adapter in (host.adapter("a"), host.load("again", tmp_path / "a")):
+        for projection in adapter.projections():
+            is_stacked = projection.base.num_experts is not None
+            assert projection.config.rank == (rank if is_stacked else 8)
+            if is_stacked:
+                assert projection.config.scaling == pytest.approx(scaling)
+    host.add("same", host.adapter("a").config)
+    assert host.adapter("same").config == host.adapter("a").config
 
 
 def test_a_merged_adapter_is_the_base_model_with_other_experts(tmp_path):

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from loraloom.base.blocks import StackedProjection
-from loraloom.ops.expert_rows import (
-    BaseExperts,
-    ExpertSide,
-    ExpertUpdate,
-    ExpertWeights,
-    expert_rows,
-)
+from loraloom.ops.expert_rows import BaseExperts, ExpertUpdate, expert_rows
+from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 
 T, K, E, D, F, R = 9, 2, 4, 6, 5, 3
 

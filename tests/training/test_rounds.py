@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loraloom import devices
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.training import rounds
 from loraloom.training.rounds import RoundRunner
@@ -127,12 +128,9 @@ def small_machine(monkeypatch):
                 hook.remove()
 
     monkeypatch.setattr(rounds, "forward_backward", limited)
-    for name, fake in {
-        "num_bytes": lambda _: 0,
-        "loss_workspace_bytes": lambda tokens, *_: tokens,
-        "free_bytes": lambda limit: 6100 - used[0],
-    }.items():
-        monkeypatch.setattr(rounds, name, fake)
+    monkeypatch.setattr(rounds, "num_bytes", lambda _: 0)
+    monkeypatch.setattr(rounds, "loss_workspace_bytes", lambda tokens, *_: tokens)
+    monkeypatch.setattr(devices, "free_bytes", lambda limit: 6100 - used[0])
     return killed
 
 

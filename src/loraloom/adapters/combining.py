@@ -100,13 +100,12 @@ def combine(
         key = TensorKey.parse(name)
         values = [source[name] for source in sources]
         if key is not None and key.part == "lora_A":
-            update = replace(key, part="")
             name_of_B = str(replace(key, part="lora_B"))
             tensors[name], tensors[name_of_B] = _combine_updates(
                 lora_A=values,
                 lora_B=[source[name_of_B] for source in sources],
                 strengths=[
-                    weight * adapter.config.scaling_of(update)
+                    weight * adapter.config.scaling_of(key)
                     for weight, adapter in zip(weights, adapters, strict=True)
                 ],
                 by_svd=combination == "svd",
@@ -168,7 +167,6 @@ def prune(
 def _prune_members(
     adapter: Adapter, experts: Sequence[int]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Take some experts of a routed adapter, whose tensors are each of one expert."""
     names = list(adapter.members)
     settings = dict(adapter.config)
     settings["experts"] = {names[e]: settings["experts"][names[e]] for e in experts}

@@ -14,27 +14,26 @@ Axes: T tokens of one segment, D hidden, F feed-forward, P columns of the A prod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
-from pydantic import Field, TypeAdapter, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from loraloom.adapters.projection import OwnModule as OwnModule
 from loraloom.adapters.projection import Projection as Projection
 from loraloom.adapters.segment import FfnRows, MoeFfn, Records, Samples, SegmentTokens
-from loraloom.adapters.tensor_names import Shape, TensorKey, Weights, can_be_saved, is_meant
+from loraloom.adapters.tensor_names import Shape, TensorKey, Weights, is_meant
 from loraloom.base.blocks import BaseInfo, BaseLayer, BaseProjection, Block
 from loraloom.config.data import PromptForm
 from loraloom.config.fields import StrictModel
-from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.errors import AdapterError, shown
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
-from loraloom.ops.expert_rows import ExpertWeights
+from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.ops.stacked import StackedFfn
 from loraloom.routing.losses import AddUp, keep
@@ -128,10 +127,8 @@ class AdapterConfig(StrictModel, ABC):
 
     def targets_in(self, block: Block) -> frozenset[str]:
         """Name the projections that an adapter has in a block, some of its targets or all."""
-        targets = self.target_modules
-        if targets == "all-linear":
-            targets = ("attention", "ffn")
-        if block.kind in ((targets,) if isinstance(targets, str) else targets):
+        targets = self._targets()
+        if block.kind in targets:
             return frozenset(block.projections)
         return frozenset(
             name
@@ -139,26 +136,36 @@ class AdapterConfig(StrictModel, ABC):
             if any(is_meant(target, base.key) for target in targets)
         )
 
+    def _targets(self) -> tuple[str, ...]:
+        if self.target_modules == "all-linear":
+            return ("attention", "ffn")
+        if isinstance(self.target_modules, str):
+            return (self.target_modules,)
+        return self.target_modules
+
+    def fitted(self, base_layers: Sequence[BaseLayer]) -> AdapterConfig:
+        """Return the settings with those written out that depend on the base model."""
+        return self
+
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         """Raise an AdapterError if a setting means nothing on a base model."""
         adapted = self.adapted(base_layers)
         names = dict.fromkeys(base.name for layer in base_layers for base in layer.projections)
         kinds = dict.fromkeys(block.kind for layer in base_layers for block in layer.blocks)
-        unknown = list[str]()
-        for target in () if isinstance(self.target_modules, str) else self.target_modules:
-            if target in kinds:
-                continue
+
+        def is_known(target: str) -> bool:
             if self.targets_places or target.startswith("experts."):
-                is_known = any(is_meant(target, base.key) for base in adapted)
-            else:
-                is_known = target in names
-            if not is_known:
-                unknown.append(target)
+                return target in kinds or any(is_meant(target, base.key) for base in adapted)
+            return target in kinds or target in names
+
+        unknown = set[str]()
+        if not isinstance(self.target_modules, str):
+            unknown.update(target for target in self.target_modules if not is_known(target))
         if unknown or not adapted:
             raise AdapterError(
                 "target_modules must name projections of the base model's layers that are adapted "
                 f"({', '.join(names)}) or be all-linear, {', '.join(kinds)}; "
-                f"got {', '.join(sorted({*unknown})) or self.target_modules}"
+                f"got {', '.join(sorted(unknown)) or self.target_modules}"
             )
         for base in adapted:
             self._check_computes_on(base)
@@ -177,7 +184,6 @@ class AdapterConfig(StrictModel, ABC):
             )
 
     def adapted(self, base_layers: Sequence[BaseLayer]) -> list[BaseProjection]:
-        """List the projections that an adapter has."""
         adapted = list[BaseProjection]()
         for layer in base_layers:
             for block in layer.blocks:
@@ -221,7 +227,6 @@ class AdapterConfig(StrictModel, ABC):
 
     @property
     def scaling(self) -> float:
-        """The factor of an update BA."""
         return 1.0
 
     def scaling_of(self, key: TensorKey) -> float:
@@ -235,32 +240,6 @@ class AdapterConfig(StrictModel, ABC):
             for name, field in type(self).model_fields.items()
             if _ADJUSTABLE not in field.metadata
         }
-
-
-CONFIGS: list[type[AdapterConfig]] = []
-"""The methods that are known."""
-
-
-def any_method() -> Any:
-    """The type of the settings of all methods that are known now."""
-    return Union[tuple(CONFIGS)]  # noqa: UP007
-
-
-def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
-    """Check the settings of an adapter, as in the `adapter:` section of a run file."""
-    any_config: Any = Annotated[any_method(), Field(discriminator="method")]
-    return TypeAdapter(any_config).validate_python(dict(settings))
-
-
-def check_config(config: object) -> AdapterConfig:
-    """Return a configuration as it came; a ConfigError if it is of another library, or none."""
-    if isinstance(config, AdapterConfig):
-        return config
-    kind = type(config)
-    raise ConfigError(
-        "an adapter's configuration must be one of loraloom's, as LoraConfig(rank=8, alpha=16), "
-        f"got {kind.__module__}.{kind.__qualname__}"
-    )
 
 
 class Adapter(nn.Module, ABC):
@@ -286,6 +265,7 @@ class Adapter(nn.Module, ABC):
         self.config = config
         self.base_layers = list(base_layers)
         self.layers = nn.ModuleList(layers)
+        self.dropout_of_ffn = config.dropout
         self.own_modules = nn.ModuleList()
         self.prompt: PromptForm | None = None  # how its training data writes prompts
         self.is_trained = True  # what isn't is refused in training
@@ -316,32 +296,13 @@ class Adapter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
-        """Bring the weights of an FFN block into compute form."""
-
-    def expert_weights(self, block: Block, dtype: torch.dtype) -> ExpertWeights:
-        """Bring the weights on a block of stacked experts into compute form.
-
-        A method that adapts stacks gives this and `expert_choice`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no weights on stacks of experts")
-
-    def expert_dropout(
-        self, block: Block, num_slots: int, dtype: torch.dtype, tokens: SegmentTokens
-    ) -> FfnDropout:
-        """Draw the masks of a block of stacked experts, as `ffn_dropout` does."""
-        return self.ffn_dropout(block, self.config.dropout, num_slots, dtype, tokens)
+    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights | ExpertWeights:
+        """Bring the weights of an FFN block, or of one of stacked experts, into compute form."""
 
     def expert_choice(
         self, block: Block, hidden_states: Tensor, tokens: SegmentTokens
     ) -> Routing | None:
-        """Choose among the LoRA experts in each of the base's; None where there is only one.
-
-        Args:
-            block: Of stacked experts.
-            hidden_states: The block's input, [T, D].
-            tokens: Which tokens are real, and random numbers.
-        """
+        """Choose among the LoRA experts in each of the base's; None where there is only one."""
         return None
 
     def stack_key(self) -> Hashable | None:
@@ -376,26 +337,6 @@ class Adapter(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Return views of all trained weights, by their names (tensor_names.py)."""
         return tensors_of(self.modules())
-
-    def check_can_be_saved(self) -> None:
-        """Raise an AdapterError if the method's tensors would not all come back from files."""
-        num_saved = defaultdict[int, int](int)  # numbers, by their storage
-        for name, tensor in self.tensors().items():
-            if not can_be_saved(name):
-                raise AdapterError(
-                    f"tensors of {self.config.title} must be called shared.PART, "
-                    "layers.L.BLOCK.PART, layers.L.BLOCK.PROJECTION.PART or "
-                    "…PROJECTION.experts.E.PART, where PART is one word, neither weight nor bias, "
-                    f"got {name}; rename that tensor in tensors()"
-                )
-            num_saved[tensor.untyped_storage().data_ptr()] += tensor.numel()
-        for name, weight in self.named_parameters():
-            storage = weight.untyped_storage().data_ptr()
-            if weight.requires_grad and num_saved[storage] < weight.numel():
-                raise AdapterError(
-                    f"tensors() of {self.config.title} must yield views of all trained parameters, "
-                    f"got none or a part of {name}; yield or freeze {name}"
-                )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names of `tensors()`; magnitudes that are missing stay."""
@@ -446,7 +387,6 @@ class Adapter(nn.Module, ABC):
             )
 
     def projections(self) -> Iterator[Projection]:
-        """Yield the weights on all projections, layer after layer."""
         for blocks in self._blocks:
             for block in blocks.values():
                 yield from block.values()
@@ -505,14 +445,10 @@ class Adapter(nn.Module, ABC):
         return down_project(hidden_states.to(dtype), group.A, keep_mask, dropout)
 
     def ffn_dropout(
-        self,
-        block: Block,
-        dropout: float,
-        num_slots: int,
-        dtype: torch.dtype,
-        tokens: SegmentTokens,
+        self, block: Block, num_slots: int, dtype: torch.dtype, tokens: SegmentTokens
     ) -> FfnDropout:
         """Draw the masks of an FFN block: one for its input, one for each slot's hidden states."""
+        dropout = self.dropout_of_ffn
         if tokens.noise is None or dropout == 0:
             return FfnDropout.none(num_slots)
         draw = tokens.noise.keep_mask

@@ -3,15 +3,15 @@
 Axes: T tokens, E experts, K slots of a token (all experts).
 """
 
-from functools import partial
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from loraloom.adapters.contract import MAX_NUMBER, Adjustable, Projection
-from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
+from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, too_large
 from loraloom.adapters.segment import Records, Samples
 from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.losses import AddUp, keep
@@ -35,7 +35,7 @@ class DynMoleConfig(MixtureConfig):
     """Mixture of LoRA experts whose number depends on the router's entropy."""
     num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each projection."""
-    keep_top_k: int = Field(default=2, ge=1, validate_default=True)
+    keep_top_k: int = Field(default=2, ge=1)
     """Experts that each token uses at least."""
     top_p: float = Field(default=0.75, gt=0, le=1)
     """A token uses the most probable experts while they sum to at most this."""
@@ -51,7 +51,9 @@ class DynMoleConfig(MixtureConfig):
     router_aux_loss_coef: Adjustable[float] = Field(default=0.001, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss."""
 
-    _check_keep_top_k = field_validator("keep_top_k")(partial(check_at_most, "num_experts"))
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from too_large("keep_top_k", self.keep_top_k, "num_experts", self.num_experts)
 
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
@@ -75,10 +77,12 @@ class DynMoleConfig(MixtureConfig):
         selected = torch.cat([layer.selected_experts for layer in routing])  # (T, K)
         weights = torch.cat([layer.routing_weights for layer in routing])  # (T, K)
         p = logits.softmax(-1)
-        num_tokens, num_experts = max(1, len(p)), p.shape[1]
-        entropy = tsallis_entropy(p, self.entropy_index, self.entropy_eps).sum() / num_tokens
+        num_tokens = max(1, len(p))
+        entropies = tsallis_entropy(p, self.entropy_index, self.entropy_eps)
+        entropy = entropies.sum() / num_tokens
         # E · Σ_n w[n] · P[n], of an expert's mean weight and mean probability, as in its code
         # (`_dynamic_load_balancing_loss_func`).
         of_experts = torch.zeros_like(p).scatter(1, selected, weights)  # (T, E)
-        balance = num_experts * (of_experts.sum(0) * p.sum(0)).sum() / num_tokens**2
+        products = of_experts.sum(0) * p.sum(0)
+        balance = p.shape[1] * products.sum() / num_tokens**2
         return self.router_entropy_loss_coef * entropy + self.router_aux_loss_coef * balance

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from loraloom.adapters.contract import MAX_NUMBER, AdapterConfig, Adjustable
-from loraloom.adapters.lora import LoraProjection
+from loraloom.adapters.lora_projection import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, initial_weight
 from loraloom.adapters.segment import Records, Samples, SegmentTokens
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection
-from loraloom.config.fields import CheckInfo
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import AddUp, keep, router_loss
 from loraloom.routing.routes import Dense, Route, Switch, TopK, TopP, router_logits
@@ -26,27 +25,29 @@ ExpertCount = Annotated[int, Field(ge=1, le=2**10)]
 Choice = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
 
-def check_at_most(limit: str, value: int, info: CheckInfo) -> int:
-    """Return a number as it came; a ValueError if an earlier setting is a smaller one."""
-    most = info.data.get(limit, value)
-    most = most if isinstance(most, int) else min(most, default=0)
+def too_large(name: str, value: int, limit: str, most: int) -> Iterator[str]:
+    """Yield the fault of a setting that is more than another one, if it is."""
     if value > most:
-        raise ValueError(f"{info.field_name} must be in [1, {limit}={most}], got {value}")
-    return value
+        yield f"{name} must be in [1, {limit}={most}], got {value}"
 
 
 def check_has_experts(config: AdapterConfig, base_layers: Sequence[BaseLayer]) -> None:
     """Raise an AdapterError if experts that are on FFN projections would be on none."""
-    blocks = [block for layer in base_layers for block in layer.blocks]
-    gated = [block for block in blocks if block.is_feed_forward]
-    if not any(config.targets_in(block) for block in gated):
-        names = dict.fromkeys(name for block in gated for name in block.projections)
-        targets = {name for block in blocks for name in config.targets_in(block)}
-        raise AdapterError(
-            f"{config.title} requires experts: target_modules must include a linear layer of the "
-            f"FFN ({', '.join(names) or 'of which this base model has none'}), "
-            f"got {', '.join(sorted(targets))}; use a plain adapter for attention"
-        )
+    adapted = set[str]()
+    in_ffn = dict[str, None]()
+    for layer in base_layers:
+        for block in layer.blocks:
+            targets = config.targets_in(block)
+            if targets and block.is_feed_forward:
+                return
+            adapted |= targets
+            if block.is_feed_forward:
+                in_ffn |= dict.fromkeys(block.projections)
+    raise AdapterError(
+        f"{config.title} requires experts: target_modules must include a linear layer of the "
+        f"FFN ({', '.join(in_ffn) or 'of which this base model has none'}), "
+        f"got {', '.join(sorted(adapted))}; use a plain adapter for attention"
+    )
 
 
 class MixtureConfig(LowRankConfig):
@@ -71,16 +72,23 @@ class RouterLossConfig(AdapterConfig):
 
     @property
     def collapse_advice(self) -> str:
-        scope = ", set router_loss_scope: per_layer," if self.router_loss_scope == "pooled" else ""
-        return f"raise router_aux_loss_coef{scope} or {super().collapse_advice}"
+        advice = "raise router_aux_loss_coef"
+        if self.router_loss_scope == "pooled":
+            advice += ", set router_loss_scope: per_layer,"
+        return f"{advice} or {super().collapse_advice}"
 
     def auxiliary_loss(
         self, routing: Records, samples: Samples = None, add_up: AddUp = keep
     ) -> Tensor | None:
         if not routing:
             return None
-        coefficients = (self.router_aux_loss_coef, self.router_z_loss_coef)
-        return router_loss(routing, *coefficients, self.router_loss_scope, add_up)
+        return router_loss(
+            routing,
+            self.router_aux_loss_coef,
+            self.router_z_loss_coef,
+            self.router_loss_scope,
+            add_up,
+        )
 
 
 # The routing that each setting belongs to.
@@ -98,35 +106,44 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     routing: Literal["top_k", "top_p", "switch", "dense"] = "top_k"
     """Which experts a token uses: the top_k of largest p, with p renormalized to sum to 1; the
     fewest whose p sum to more than top_p, with p; that of largest p, with p (switch); or all."""
-    top_k: int = Field(default=2, ge=1, validate_default=True)
+    top_k: int = Field(default=2, ge=1)
     """Experts that each token uses, with routing: top_k."""
-    top_p: float = Field(default=0.8, gt=0, le=1, validate_default=True)
+    top_p: float = Field(default=0.8, gt=0, le=1)
     """Probability that a token's experts must exceed together, with routing: top_p."""
-    temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER, validate_default=True)
+    temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER)
     """Divisor of the logits, with routing: top_p."""
-    expert_capacity: Adjustable[int | None] = Field(default=None, ge=1, validate_default=True)
+    expert_capacity: Adjustable[int | None] = Field(default=None, ge=1)
     """Tokens of a sample that an expert accepts in training, with routing: switch. Further tokens
     skip the experts. null: no limit."""
 
-    @field_validator("top_k", "top_p", "temperature", "expert_capacity")
-    @classmethod
-    def _check_routing(cls, value: Any, info: CheckInfo) -> Any:
-        name, routing = info.field_name or "", info.data.get("routing")
-        if routing not in (None, _ROUTING_OF[name]) and value != cls.model_fields[name].default:
-            raise ValueError(f"{name} requires routing: {_ROUTING_OF[name]}, got {routing}")
-        return check_at_most("num_experts", value, info) if name == routing == "top_k" else value
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        for name, routing in _ROUTING_OF.items():
+            is_default = getattr(self, name) == type(self).model_fields[name].default
+            if routing != self.routing and not is_default:
+                yield f"{name} requires routing: {routing}, got {self.routing}"
+        if self.routing == "top_k":
+            counts = self.num_experts
+            fewest = counts if isinstance(counts, int) else min(counts, default=0)
+            yield from too_large("top_k", self.top_k, "num_experts", fewest)
 
     @property
     def route(self) -> Route:
-        if self.routing == "top_k":
-            return TopK(self.top_k)
-        if self.routing == "top_p":
-            return TopP(self.top_p, self.temperature)
-        return Switch() if self.routing == "switch" else Dense()
+        match self.routing:
+            case "top_k":
+                return TopK(self.top_k)
+            case "top_p":
+                return TopP(self.top_p, self.temperature)
+            case "switch":
+                return Switch()
+            case "dense":
+                return Dense()
 
     @property
     def experts_per_token(self) -> int | None:
-        return {"top_k": self.top_k, "switch": 1}.get(self.routing)
+        if self.routing == "top_k":
+            return self.top_k
+        return 1 if self.routing == "switch" else None
 
 
 class Router(Weights):
@@ -151,6 +168,11 @@ class Router(Weights):
         yield self.key, self.weight.detach()
 
 
+def router_on(base: BaseProjection, num_experts: int, dtype: torch.dtype, seed: int) -> Router:
+    shape = (num_experts, base.in_features)
+    return Router(f"{base.key}.router", shape, seed, dtype=dtype, device=base.device)
+
+
 class RoutedProjection(LoraProjection):
     """The LoRA experts of a projection, and the router whose `route` chooses among them."""
 
@@ -167,8 +189,7 @@ class RoutedProjection(LoraProjection):
         super().__init__(base, config, num_experts, dtype, seed)
         self.route = route
         self.capacity = capacity
-        shape = (num_experts, base.in_features)
-        self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
+        self.router = router_on(base, num_experts, dtype, seed)
 
     def choose(self, logits: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Choice:
         """Choose experts by the logits, [T, E]; a method of yours may look at x, [T, I], too."""

@@ -35,12 +35,10 @@ class OwnParts:
 
 
 def has_own_parts(config: AdapterConfig) -> bool:
-    """Whether an adapter has modules, or tokens' rows, of its own."""
     return bool(config.modules_to_save or config.trainable_token_indices)
 
 
 def refuse_own_parts(config: AdapterConfig, adapter: str, purpose: str) -> None:
-    """Raise an AdapterError if an adapter has modules, or tokens' rows, of its own."""
     if has_own_parts(config):
         raise AdapterError(
             f"{adapter} must be without modules_to_save and trainable_token_indices to {purpose}"

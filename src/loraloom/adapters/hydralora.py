@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.contract import AdapterConfig, Projection
-from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
-from loraloom.adapters.lora import LoraProjection
+from loraloom.adapters.experts import ExpertCount, MixtureConfig, router_on
+from loraloom.adapters.lora_projection import LoraProjection
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import BaseProjection, Block
 from loraloom.routing.routes import router_logits
@@ -32,8 +32,7 @@ class HydraLoraConfig(MixtureConfig):
     num_experts: ExpertCount = 3  # pyright: ignore[reportIncompatibleVariableOverride]
     """Matrices B of each projection."""
 
-    def combined(self) -> AdapterConfig:
-        return AdapterConfig.combined(self)  # its A has several B
+    combined = AdapterConfig.combined  # its A has several B
 
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
@@ -48,9 +47,9 @@ class HydraLoraProjection(LoraProjection):
         self, base: BaseProjection, config: HydraLoraConfig, dtype: torch.dtype, seed: int
     ):
         super().__init__(base, config, None, dtype, seed)
-        self.lora_B = nn.Parameter(self.lora_B.detach().repeat(config.num_experts, 1, 1))
-        shape = (config.num_experts, base.in_features)
-        self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
+        zeros = self.lora_B.detach()
+        self.lora_B = nn.Parameter(zeros.repeat(config.num_experts, 1, 1))
+        self.router = router_on(base, config.num_experts, dtype, seed)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh a copy of Ax for each B."""
@@ -60,7 +59,8 @@ class HydraLoraProjection(LoraProjection):
         if tokens.record is not None:
             best_first = weights.sort(-1, descending=True)
             tokens.record_routing(logits, best_first.indices, best_first.values, self.path)
-        return (weights.to(low_rank.dtype).unsqueeze(2) * low_rank.unsqueeze(1)).flatten(1)
+        copies = weights.to(low_rank.dtype).unsqueeze(2) * low_rank.unsqueeze(1)  # (T, E, R)
+        return copies.flatten(1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.key}.lora_A", self.lora_A.detach()[0]

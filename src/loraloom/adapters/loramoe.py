@@ -18,7 +18,8 @@ from loraloom.adapters.experts import (
     RoutedProjection,
     check_has_experts,
 )
-from loraloom.adapters.lora import DecomposedConfig, LoraProjection
+from loraloom.adapters.lora_projection import LoraProjection
+from loraloom.adapters.low_rank import DecomposedConfig
 from loraloom.adapters.segment import Records, Samples, SampleTokens
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.routing.losses import AddUp, keep
@@ -92,9 +93,11 @@ def balancing_constraint(
     by_sample = weights.split([sample.num_tokens for sample in samples])
     sums = torch.stack([weights_of_sample.sum(0) for weights_of_sample in by_sample])
     num_experts = weights.shape[1]
-    groups = torch.arange(num_experts, device=weights.device) >= (num_experts + 1) // 2
-    of_samples = torch.tensor([s.expert_group for s in samples], device=weights.device)
-    is_own = groups.unsqueeze(0) == of_samples.unsqueeze(1).bool()
-    values = torch.where(is_own, (1 + delta) * sums, (1 - delta) * sums)  # (M, N)
+    experts = torch.arange(num_experts, device=weights.device)
+    of_experts = experts >= (num_experts + 1) // 2  # (N,)
+    of_samples = torch.tensor([sample.expert_group for sample in samples], device=weights.device)
+    is_same = of_experts == of_samples.bool().unsqueeze(1)  # (M, N)
+    values = torch.where(is_same, (1 + delta) * sums, (1 - delta) * sums)
     # No tokens cost nothing: 0 / tiny in place of 0 / 0.
-    return values.var(correction=0) / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
+    smallest = torch.finfo(values.dtype).tiny
+    return values.var(correction=0) / values.mean().clamp_min(smallest)

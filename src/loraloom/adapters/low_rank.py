@@ -22,7 +22,7 @@ from loraloom.adapters.segment import FfnRows, SegmentTokens
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.ops.expert_ffn import FfnWeights, expert_ffn
-from loraloom.ops.expert_rows import ExpertWeights
+from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
@@ -55,10 +55,25 @@ class LowRankConfig(AdapterConfig):
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
         """Make the method's weights on a projection; a method without such overrides `build`."""
-        raise NotImplementedError(f"{type(self).__name__} has no weights on single projections")
+        raise NotImplementedError
 
     def combined(self) -> AdapterConfig:
         return self.model_copy(update={"alpha": float(self.rank), "rank_stabilized": False})
+
+
+class DecomposedConfig(LowRankConfig):
+    """A LoRA on each projection, or a DoRA: what plain adapters and experts have in common."""
+
+    weight_decomposition: bool = False
+    """Train the norm of each output row separately: DoRA, or MixDoRA in a mixture."""
+
+    @property
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "DoRA" if self.weight_decomposition else "LoRA"
+
+    @property
+    def needs_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.weight_decomposition
 
 
 # From a projection of the base model and its block to the weights on it.
@@ -80,7 +95,7 @@ class LowRankAdapter(Adapter):
         super().__init__(name, config, base_layers, layers)
         self.add_module("shared", shared)
 
-    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
+    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights | ExpertWeights:
         return ffn_weights(self.weights_on(block), block, dtype)
 
     def ffn(
@@ -93,16 +108,13 @@ class LowRankAdapter(Adapter):
     ) -> FfnRows:
         """Compute the block in the lean form where nothing lies between A and B."""
         dtype = outputs[0].dtype
-        dropout = self.ffn_dropout(block, self.config.dropout, 1, dtype, tokens)
+        dropout = self.ffn_dropout(block, 1, dtype, tokens)
         hidden_states = hidden_states.to(dtype)
         if weights.is_plain:
             rows = lean_expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout)
         else:
             rows = expert_ffn(hidden_states, outputs, weights, None, block.gating, dropout, tokens)
         return FfnRows(*rows)
-
-    def expert_weights(self, block: Block, dtype: torch.dtype) -> ExpertWeights:
-        return expert_weights(self.weights_on(block), block, dtype)
 
     def stack_key(self) -> Hashable:
         computes = self.is_as_in(LowRankAdapter, "ffn", "group_low_rank")
@@ -152,8 +164,10 @@ def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup
 
 def ffn_weights(
     projections: Mapping[str, Projection], block: Block, dtype: torch.dtype, num_experts: int = 1
-) -> FfnWeights:
+) -> FfnWeights | ExpertWeights:
     """Bring the weights on an FFN block's projections into compute form."""
+    if block.num_experts is not None:
+        return _expert_weights(projections, block, dtype, num_experts)
     # In each projection's A those of `num_experts` experts lie behind one another.
     inputs = [projections[name] for name in block.groups[0] if name in projections]
     siblings = input_group(inputs, dtype) if inputs else None
@@ -172,10 +186,9 @@ def ffn_weights(
     )
 
 
-def expert_weights(
-    projections: Mapping[str, Projection], block: Block, dtype: torch.dtype, num_choices: int = 1
+def _expert_weights(
+    projections: Mapping[str, Projection], block: Block, dtype: torch.dtype, num_choices: int
 ) -> ExpertWeights:
-    """Bring the weights on a block of stacked experts into compute form."""
     sides = []
     for (name,) in block.groups:
         projection: Any = projections.get(name)

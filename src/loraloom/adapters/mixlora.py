@@ -15,14 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import (
-    MAX_NUMBER,
-    MAX_RANK,
-    Adapter,
-    AdapterConfig,
-    Adjustable,
-    Projection,
-)
+from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Adjustable
 from loraloom.adapters.experts import (
     Choice,
     ExpertCount,
@@ -31,17 +24,18 @@ from loraloom.adapters.experts import (
     RoutingConfig,
     check_has_experts,
 )
-from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
-from loraloom.adapters.low_rank import expert_weights, ffn_weights, projection_blocks
+from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.lora_projection import LoraProjection, StackedLoraProjection
+from loraloom.adapters.low_rank import DecomposedConfig, ffn_weights, projection_blocks
+from loraloom.adapters.projection import Projection
 from loraloom.adapters.segment import FfnRows, MoeFfn, SegmentTokens
-from loraloom.adapters.stacked_lora import StackedLoraProjection
 from loraloom.adapters.tensor_names import TensorKey
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
-from loraloom.ops.expert_rows import ExpertWeights
+from loraloom.ops.expert_ffn import FfnWeights, Routing
+from loraloom.ops.expert_weights import ExpertWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedFfn, stack_ffn_weights
 from loraloom.routing.routes import Route, TopP, router_logits
@@ -134,7 +128,6 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     @property
     def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """MixLoRA, or MixDoRA where the experts are decomposed."""
         return f"Mix{self.expert_config.title}"
 
     @property
@@ -198,21 +191,10 @@ class MixLoraAdapter(Adapter):
         self._returns_input = config.compat is not None and config.routing == "switch"
         self._chooses_by_route = self.is_as_in(MixLoraAdapter, "choose")
         self._sums_to_one = self._chooses_by_route and self._routed.sums_to_one
+        self.dropout_of_ffn = config.expert_config.dropout
 
-    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights:
+    def ffn_weights(self, block: Block, dtype: torch.dtype) -> FfnWeights | ExpertWeights:
         return ffn_weights(self.weights_on(block), block, dtype, self.config.num_experts)
-
-    def expert_weights(self, block: Block, dtype: torch.dtype) -> ExpertWeights:
-        return expert_weights(self.weights_on(block), block, dtype, self.config.num_experts)
-
-    def expert_dropout(
-        self, block: Block, num_slots: int, dtype: torch.dtype, tokens: SegmentTokens
-    ) -> FfnDropout:
-        dropout = self.config.expert_config.dropout
-        return self.ffn_dropout(block, dropout, num_slots, dtype, tokens)
-
-    def expert_choice(self, block: Block, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
-        return self._route(block, hidden_states, tokens)
 
     def ffn(
         self,
@@ -224,13 +206,11 @@ class MixLoraAdapter(Adapter):
     ) -> FfnRows:
         """Route the real tokens and compute their experts; padding gets the base's output."""
         dtype = outputs[0].dtype
-        routing = self._route(block, hidden_states, tokens)
+        routing = self.expert_choice(block, hidden_states, tokens)
         if self._returns_input and tokens.noise is None:
             no_rows = outputs[0].new_empty(0, block.output.in_features)
             return FfnRows(no_rows, lambda output: hidden_states.to(output.dtype))
-        dropout = self.ffn_dropout(
-            block, self.config.expert_config.dropout, routing.top_k, dtype, tokens
-        )
+        dropout = self.ffn_dropout(block, routing.top_k, dtype, tokens)
         hidden, finish = lean_expert_ffn(
             hidden_states.to(dtype), outputs, weights, routing, block.gating, dropout
         )
@@ -242,10 +222,8 @@ class MixLoraAdapter(Adapter):
         return FfnRows(hidden, lambda output: finish(output + excess * bias))
 
     def stack_key(self) -> Hashable:
-        computes = self.is_as_in(MixLoraAdapter, "ffn", "group_low_rank")
-        if self._returns_input or not self._chooses_by_route or not computes:
-            return None
-        if self.adapts_stacks:
+        computes = self.is_as_in(MixLoraAdapter, "choose", "ffn", "group_low_rank")
+        if self._returns_input or not computes or self.adapts_stacks:
             return None
         return type(self.config), self._routed, self._shapes
 
@@ -259,10 +237,10 @@ class MixLoraAdapter(Adapter):
         return stack_ffn_weights(weights, routers, first._routed, bias)
 
     def as_moe(self, block: Block) -> MoeFfn:
+        if not self._chooses_by_route:
+            raise self._no_moe(self.config.title)
         if not self._sums_to_one:
-            raise self._no_moe(
-                f"routing: {self.config.routing}" if self._chooses_by_route else self.config.title
-            )
+            raise self._no_moe(f"routing: {self.config.routing}")
         projections = self.weights_on(block)
 
         def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
@@ -275,7 +253,6 @@ class MixLoraAdapter(Adapter):
         return MoeFfn(self.router(block).detach(), top_k, weight)
 
     def router(self, block: Block) -> Tensor:
-        """The router's weight in a block, [E, D]."""
         return self.layers[block.layer][_router_of(block)].weight  # pyright: ignore
 
     def choose(
@@ -284,12 +261,11 @@ class MixLoraAdapter(Adapter):
         """Choose each token's experts; see `RoutedProjection.choose`."""
         return *self._routed(logits), {}
 
-    def _route(self, block: Block, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
+    def expert_choice(self, block: Block, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
         jitter = None
-        if tokens.noise is not None and self.config.router_jitter > 0:
-            jitter = tokens.noise.jitter(
-                Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
-            )
+        strength = self.config.router_jitter
+        if tokens.noise is not None and strength > 0:
+            jitter = tokens.noise.jitter(Site.ROUTER_JITTER, hidden_states.shape[-1], strength)
         logits = router_logits(hidden_states, self.router(block), jitter)
         selected, weights, extra = self.choose(block, logits, hidden_states, tokens)
         # a layer may have a router in an FFN block, and one in the base model's experts
@@ -297,8 +273,10 @@ class MixLoraAdapter(Adapter):
         tokens.record_routing(logits, selected, weights, router, extra)
         # Slots that no token uses are left out, where the device need not be waited for.
         if not self._sums_to_one and weights.device.type == "cpu" and len(weights):
-            used = max(1, int((weights.detach() != 0).sum(1).max()))  # NaN counts
-            selected, weights = selected[:, :used], weights[:, :used]
+            is_used = weights.detach() != 0  # NaN counts
+            num_used = max(1, int(is_used.sum(1).max()))
+            selected = selected[:, :num_used]
+            weights = weights[:, :num_used]
         beyond = tokens.beyond_capacity(selected, self.config.expert_capacity)
         if beyond is not None:
             selected = selected.masked_fill(beyond, -1)
@@ -308,7 +286,8 @@ class MixLoraAdapter(Adapter):
         real = tokens.real.unsqueeze(1)
         first_slot = torch.zeros_like(weights)
         first_slot[:, 0] = 1
-        return Routing(torch.where(real, selected, -1), torch.where(real, weights, first_slot))
+        selected = torch.where(real, selected, -1)
+        return Routing(selected, torch.where(real, weights, first_slot))
 
     def _unweighted_bias(self, block: Block, weights: FfnWeights) -> Tensor | None:
         """The bias of the output, where it is added once and slots' weights don't sum to 1."""

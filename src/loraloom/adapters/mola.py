@@ -32,8 +32,8 @@ class MolaConfig(RoutingConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        counts = {self.num_experts} if isinstance(self.num_experts, int) else set(self.num_experts)
-        if len(counts) > 1 and self.router_loss_scope == "pooled":
+        is_same = isinstance(self.num_experts, int) or len({*self.num_experts}) <= 1
+        if not is_same and self.router_loss_scope == "pooled":
             yield (
                 "router_loss_scope must be per_layer where num_experts differs by layer, got "
                 "pooled; remove router_loss_scope, or set one number of experts"
@@ -50,6 +50,7 @@ class MolaConfig(RoutingConfig):
     def projection(
         self, base: BaseProjection, block: Block, dtype: torch.dtype, seed: int
     ) -> Projection:
-        counts, route = self.num_experts, self.route
-        count = counts if isinstance(counts, int) else counts[block.layer]
-        return RoutedProjection(base, self, count, route, dtype, seed, self.expert_capacity)
+        count = self.num_experts
+        if not isinstance(count, int):
+            count = count[block.layer]
+        return RoutedProjection(base, self, count, self.route, dtype, seed, self.expert_capacity)

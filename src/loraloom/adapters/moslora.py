@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.contract import Adjustable, Projection
-from loraloom.adapters.lora import LoraProjection
+from loraloom.adapters.lora_projection import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig, generator_for, initial_weight
 from loraloom.base.blocks import BaseProjection, Block
 
@@ -43,8 +43,8 @@ class MosLoraProjection(LoraProjection):
 
     def __init__(self, base: BaseProjection, config: MosLoraConfig, dtype: torch.dtype, seed: int):
         super().__init__(base, config, None, dtype, seed)
-        name, shape = f"{self.key}.mixer", (config.rank, config.rank)
-        mixer = initial_weight(shape, seed, name)
+        name = f"{self.key}.mixer"
+        mixer = initial_weight((config.rank, config.rank), seed, name)
         if config.mixer_init == "orthogonal":
             nn.init.orthogonal_(mixer, generator=generator_for(seed, name))
         self.mixer = nn.Parameter(mixer.to(dtype=dtype, device=base.device))

@@ -63,16 +63,16 @@ class Projection(Weights):
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
-        """Compute the weight that does what the base's and an expert's update do, c ∘ (W + BA)."""
+        """Compute c ∘ (W + BA) of an expert, [O, I]; on stacks that of all the base's experts."""
         # In each projection's A those of `num_experts` experts lie behind one another.
-        rank = self.num_columns // num_experts
-        columns = slice(expert * rank, (expert + 1) * rank)
-        update = self.compute_B(dtype)[columns].T @ self.compute_A(dtype)[columns]
-        merged = update.add_(self.base.weight.to(dtype))
+        lora_A = self.compute_A(dtype).unflatten(0, (num_experts, -1))[expert]
+        lora_B = self.compute_B(dtype).unflatten(0, (num_experts, -1))[expert]
+        merged = (lora_B.mT @ lora_A).add_(self.base.weight.to(dtype))
         row_scale = self.row_scale()
         if row_scale is None:
             return merged
-        return merged.mul_(row_scale[expert].to(dtype)[:, None])
+        of_expert = row_scale.to(dtype).unflatten(0, (num_experts, -1))[expert]
+        return merged.mul_(of_expert.view(*merged.shape[:-1], 1))
 
 
 class OwnModule(Weights):

@@ -29,10 +29,14 @@ class SegmentTokens:
 
     def samples(self, hidden_states: Float[Tensor, "T I"]) -> Int[Tensor, " T"]:
         """Number the samples that tokens are of, or their rows outside training; padding: -1."""
-        numbers = torch.arange(len(hidden_states), device=hidden_states.device) // self.row_length
-        for number, span in enumerate(() if self.noise is None else self.noise.spans):
-            numbers[span.tokens] = number
-        return numbers if self.real is None else numbers.where(self.real, -1)
+        positions = torch.arange(len(hidden_states), device=hidden_states.device)
+        numbers = positions // self.row_length
+        if self.noise is not None:
+            for number, span in enumerate(self.noise.spans):
+                numbers[span.tokens] = number
+        if self.real is None:
+            return numbers
+        return numbers.where(self.real, -1)
 
     def record_routing(
         self,
@@ -75,8 +79,7 @@ class SampleTokens:
     """A sample among the tokens of a record: how many are real, and the group of its experts."""
 
     num_tokens: int
-    expert_group: int = 0
-    """Of the experts that are meant for its kind of data, 0 or 1."""
+    expert_group: int = 0  # of the experts that are meant for its kind of data, 0 or 1
 
 
 # What routers did in one forward, an entry for each.

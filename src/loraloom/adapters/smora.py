@@ -3,16 +3,16 @@
 Axes: T tokens, I in_features, R rank, K top_k.
 """
 
-from functools import partial
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from loraloom.adapters.contract import AdapterConfig, Projection
-from loraloom.adapters.experts import Router, RouterLossConfig, check_at_most
-from loraloom.adapters.lora import LoraProjection
+from loraloom.adapters.experts import RouterLossConfig, router_on, too_large
+from loraloom.adapters.lora_projection import LoraProjection
 from loraloom.adapters.low_rank import LowRankConfig
 from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import BaseProjection, Block
@@ -36,10 +36,12 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     """A LoRA whose ranks are experts."""
     rank: int = Field(default=64, ge=1, le=2**10)
     """Ranks of each projection, every one an expert."""
-    top_k: int = Field(default=8, ge=1, validate_default=True)
+    top_k: int = Field(default=8, ge=1)
     """Ranks that each token uses."""
 
-    _check_top_k = field_validator("top_k")(partial(check_at_most, "rank"))
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from too_large("top_k", self.top_k, "rank", self.rank)
 
     @property
     def experts_per_token(self) -> int:
@@ -54,8 +56,7 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     ) -> Projection:
         return SmoraProjection(base, self, dtype, seed)
 
-    def combined(self) -> AdapterConfig:
-        return AdapterConfig.combined(self)  # routers choose ranks as they are
+    combined = AdapterConfig.combined  # routers choose ranks as they are
 
 
 class SmoraProjection(LoraProjection):
@@ -64,12 +65,12 @@ class SmoraProjection(LoraProjection):
     def __init__(self, base: BaseProjection, config: SmoraConfig, dtype: torch.dtype, seed: int):
         super().__init__(base, config, None, dtype, seed)
         self.top_k = config.top_k
-        shape = (config.rank, base.in_features)
-        self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
+        self.router = router_on(base, config.rank, dtype, seed)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh the token's ranks, and zero all others."""
         logits = router_logits(hidden_states, self.router.weight)  # (T, R)
         selected, chosen = TopK(self.top_k)(logits)  # (T, K)
         tokens.record_routing(logits, selected, chosen, self.path)
-        return low_rank * torch.zeros_like(logits).scatter(1, selected, chosen).to(low_rank.dtype)
+        weights = torch.zeros_like(logits).scatter(1, selected, chosen)
+        return low_rank * weights.to(low_rank.dtype)

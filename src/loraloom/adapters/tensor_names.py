@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
@@ -27,7 +28,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from loraloom.errors import shown
+from loraloom.errors import AdapterError, shown
 
 _PART = r"(?P<part>(?!weight$|bias$)\w+)"
 _PATTERN = re.compile(
@@ -57,10 +58,8 @@ class TensorKey:
     layer: int
     block: str
     """The family's own name of the attention or FFN module, `self_attn` or `mlp` for instance."""
-    part: str
-    """`lora_A`, `lora_B`, `magnitude`, `router` …"""
-    projection: str | None = None
-    """None for what is a whole block's."""
+    part: str  # `lora_A`, `lora_B`, `magnitude`, `router` …
+    projection: str | None = None  # None for what is a whole block's
     expert: int | None = None
 
     @classmethod
@@ -77,15 +76,35 @@ class TensorKey:
         """The projection in its block, or what the block has: `mlp.up_proj`, `mlp.router`."""
         return f"{self.block}.{self.projection or self.part}"
 
+    @property
+    def place(self) -> str:
+        """The projection's key, `layers.{L}.{block}.{projection}`."""
+        return f"layers.{self.layer}.{self.path}"
+
     def __str__(self) -> str:
         expert = None if self.expert is None else f"experts.{self.expert}"
         names = (f"layers.{self.layer}", self.block, self.projection, expert, self.part)
         return ".".join(name for name in names if name is not None)
 
 
-def can_be_saved(name: str) -> bool:
-    """Whether files can hold a method's tensor under this name, and it is read back from them."""
-    return bool(TensorKey.parse(within(name)) or _SHARED.fullmatch(within(name)))
+def check_can_be_saved(module: nn.Module, tensors: Mapping[str, Tensor], title: str) -> None:
+    """Raise an AdapterError if a method's tensors would not all come back from files."""
+    num_saved = defaultdict[int, int](int)  # numbers, by their storage
+    for name, tensor in tensors.items():
+        if TensorKey.parse(within(name)) is None and not _SHARED.fullmatch(within(name)):
+            raise AdapterError(
+                f"tensors of {title} must be called shared.PART, layers.L.BLOCK.PART, "
+                "layers.L.BLOCK.PROJECTION.PART or …PROJECTION.experts.E.PART, where PART is one "
+                f"word, neither weight nor bias, got {name}; rename that tensor in tensors()"
+            )
+        num_saved[tensor.untyped_storage().data_ptr()] += tensor.numel()
+    for name, weight in module.named_parameters():
+        storage = weight.untyped_storage().data_ptr()
+        if weight.requires_grad and num_saved[storage] < weight.numel():
+            raise AdapterError(
+                f"tensors() of {title} must yield views of all trained parameters, got none or a "
+                f"part of {name}; yield or freeze {name}"
+            )
 
 
 def within(name: str) -> str:

@@ -13,15 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.contract import (
-    MAX_NUMBER,
-    MAX_RANK,
-    Adapter,
-    AdapterConfig,
-    Adjustable,
-    Projection,
-)
+from loraloom.adapters.contract import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Adjustable
 from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.projection import Projection
 from loraloom.adapters.tensor_names import Weights
 from loraloom.base.blocks import BaseLayer, BaseProjection, Block
 
@@ -74,7 +68,10 @@ class SharedProjections(Weights):
         options = {"dtype": dtype, "device": adapted[0].device}
         in_features = max(projection.in_features for projection in adapted)
         out_features = max(projection.out_features for projection in adapted)
-        shapes = {"vera_A": (config.rank, in_features), "vera_B": (out_features, config.rank)}
+        shapes = {
+            "vera_A": (config.rank, in_features),
+            "vera_B": (out_features, config.rank),
+        }
         for name, shape in shapes.items():
             bound = math.sqrt(6 / shape[1])
             matrix = torch.empty(shape, dtype=torch.float32)
@@ -110,11 +107,13 @@ class VeraProjection(Projection):
         return len(self.lambda_d)
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
-        return self._shared[0].get_buffer("vera_A")[:, : self.base.in_features].to(dtype)  # (R, I)
+        matrix = self._shared[0].get_buffer("vera_A")
+        return matrix[:, : self.base.in_features].to(dtype)  # (R, I)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        corner = self._shared[0].get_buffer("vera_B")[: self.base.out_features]
-        return (self.lambda_d.unsqueeze(1) * corner.T * self.lambda_b).to(dtype)  # (R, O)
+        matrix = self._shared[0].get_buffer("vera_B")
+        corner = matrix[: self.base.out_features].T  # (R, O)
+        return (self.lambda_d.unsqueeze(1) * corner * self.lambda_b).to(dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.key}.lambda_b", self.lambda_b.detach()

@@ -14,7 +14,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +52,8 @@ def parse_sum(text: str) -> Weighted:
         except ValueError:
             weights[name] = math.nan
     is_finite = all(abs(weight) <= MAX_WEIGHT for weight in weights.values())
-    if "" in weights or not is_finite or len(weights) < len(terms) or len(terms) > MAX_MEMBERS:
+    is_unique = len(weights) == len(terms)
+    if "" in weights or not is_finite or not is_unique or len(terms) > MAX_MEMBERS:
         raise AdapterError(
             "a sum of adapters must be written as law:0.7+math:0.3, of 1 to "
             f"{MAX_MEMBERS} different ones with finite weights, got {shown(text)}"
@@ -221,15 +221,16 @@ def concatenate(
             assert key is not None  # as all of a LoRA's are
             strength = 1.0
             if key.part == "lora_B":
-                strength = weight * config.scaling_of(replace(key, part=""))
+                strength = weight * config.scaling_of(key)
             wide = torch.promote_types(tensor.dtype, torch.float32)
             matrices[name].append(tensor.to(wide) * strength)
     concatenated: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, parts in matrices.items():
-        is_B = name.endswith(".lora_B")
-        concatenated[name] = torch.cat(parts, 1 if is_B else 0)
-        if not is_B:
+        if name.endswith(".lora_B"):
+            concatenated[name] = torch.cat(parts, 1)
+        else:
+            concatenated[name] = torch.cat(parts, 0)
             ranks[name.removesuffix(".lora_A")] = len(concatenated[name])
     rank = max(ranks.values())
     patterns = {re.escape(key): size for key, size in ranks.items() if size != rank}

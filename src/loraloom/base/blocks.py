@@ -4,6 +4,7 @@ Axes: T tokens, I in_features, O out_features, F feed-forward, E experts of the 
 S columns of an A product, R rank.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -41,8 +42,7 @@ class BaseProjection:
 
     num_experts: int | None = None
     """Of those whose weights are one tensor; None for a single weight."""
-    has_weight = True
-    """False for a whole block, which is seen as a map of its input."""
+    has_weight = True  # False for a whole block, which is seen as a map of its input
 
     def __init__(self, linear: Any, key: str, quantized: QuantizedWeight | None = None):
         self.linear: nn.Module = linear
@@ -76,7 +76,6 @@ class BaseProjection:
 
     @property
     def stored_name(self) -> str:
-        """The weight's name in its decoder layer."""
         return f"{self.key.split('.', 2)[2]}.weight"
 
     def as_stored(self, weight: Tensor) -> Tensor:
@@ -90,10 +89,10 @@ class BaseProjection:
         self._squared_norms = None
 
     @torch.no_grad()
-    def product(self, lora_A: Float[Tensor, "S I"]) -> Float[Tensor, "O S"]:
-        """Compute W Aᵀ in W's dtype."""
+    def product(self, lora_A: Float[Tensor, "*E S I"]) -> Float[Tensor, "*E O S"]:
+        """Compute W Aᵀ in W's dtype, each expert's where there are several."""
         weight = self.weight
-        return weight @ lora_A.T.to(weight.dtype)
+        return weight @ lora_A.mT.to(weight.dtype)
 
     def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The layer's bias in the dtype of its output, [O]."""
@@ -102,7 +101,6 @@ class BaseProjection:
 
     @property
     def name(self) -> str:
-        """The projection's name in its block."""
         return self.key.rpartition(".")[2]
 
     @property
@@ -116,12 +114,16 @@ class BaseProjection:
 
     @property
     def squared_norms(self) -> Tensor:
-        """‖W‖² of each output row, [O], in float32 or better; computed once on a device."""
+        """‖W‖² of each output row, in float32 or better; computed once on a device."""
         if self._squared_norms is None or self._squared_norms.device != self.device:
-            # In bfloat16 a sum of thousands of squares would keep two digits.
             weight = self.weight.detach()
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            self._squared_norms = wide.square().sum(1)
+            # In bfloat16 a sum of thousands of squares would keep two digits.
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            if weight.dim() == 2:
+                norms = weight.to(dtype).square().sum(1)
+            else:  # one expert is wide at a time
+                norms = torch.stack([expert.to(dtype).square().sum(1) for expert in weight])
+            self._squared_norms = norms
         return self._squared_norms
 
 
@@ -161,30 +163,10 @@ class StackedProjection(BaseProjection):
                 f"{self.key}; load the base model without sharding and quantization"
             )
 
-    @torch.no_grad()
-    def product(self, lora_A: Float[Tensor, "E R I"]) -> Float[Tensor, "E O R"]:
-        """Compute each expert's W Aᵀ in W's dtype; one A may be for all."""
-        weight = self.weight
-        return weight @ lora_A.transpose(1, 2).to(weight.dtype)
-
     def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The biases of all experts, [E, O]."""
         bias: Any = getattr(self.linear, f"{self.parameter}_bias", None)
         return None if bias is None else bias.to(dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return self.stored.device
-
-    @property
-    def squared_norms(self) -> Tensor:
-        """‖W‖² of each output row of each expert, [E, O], in float32 or better."""
-        if self._squared_norms is None or self._squared_norms.device != self.device:
-            weight = self.weight.detach()
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            norms = [expert.to(wide).square().sum(1) for expert in weight]
-            self._squared_norms = torch.stack(norms)
-        return self._squared_norms
 
 
 class BlockProjection(BaseProjection):
@@ -216,16 +198,12 @@ class BlockProjection(BaseProjection):
 class Block:
     """A module of a decoder layer whose projections adapters change."""
 
-    layer: int
-    """Index of the decoder layer."""
-    path: str
-    """The module's path in the layer: `self_attn`, `mlp`."""
+    layer: int  # index of the decoder layer
+    path: str  # the module's path in the layer: `self_attn`, `mlp`
     kind: BlockKind
     groups: InputGroups
-    projections: Mapping[str, BaseProjection]
-    """By their names in the block."""
-    hidden_size: int
-    """Features of what enters the block, D."""
+    projections: Mapping[str, BaseProjection]  # by their names in the block
+    hidden_size: int  # features of what enters the block, D
     gating: Any = None
     """A `Gating`, from the outputs of the first group to what the second one, of one projection,
     reads; None where other things lie between the groups, as in attention."""
@@ -254,7 +232,6 @@ class Block:
 
     @property
     def output(self) -> BaseProjection:
-        """The projection that makes the block's output."""
         return self.projections[self.groups[-1][-1]]
 
     @property
@@ -284,8 +261,7 @@ class BlockInfo:
     groups: InputGroups
     shapes: Mapping[str, tuple[int, ...]]
     """(out_features, in_features) of each projection, behind the number of stacked experts."""
-    layers: tuple[int, ...]
-    """Indices of the decoder layers that have it."""
+    layers: tuple[int, ...]  # indices of the decoder layers that have it
     experts_per_token: int | None = None
 
     def without_weights(
@@ -316,30 +292,26 @@ class BlockInfo:
 
 
 def _no_gating(*outputs: Tensor) -> Tensor:
-    raise NotImplementedError("blocks without weights compute nothing")
+    raise NotImplementedError
 
 
 def describe_blocks(layers: Sequence[BaseLayer]) -> tuple[BlockInfo, ...]:
     """Describe the blocks of all layers, equal ones once, in the order of the layers."""
-    blocks: dict[Any, Block] = {}
-    indices: dict[Any, list[int]] = {}
+    infos: dict[Any, BlockInfo] = {}
     for layer in layers:
         for block in layer.blocks:
             shapes = {name: _shape(base) for name, base in block.projections.items()}
             key = (block.path, block.kind, block.groups, tuple(shapes.items()))
-            blocks.setdefault(key, block)
-            indices.setdefault(key, []).append(layer.index)
-    return tuple(
-        BlockInfo(
-            path=block.path,
-            kind=block.kind,
-            groups=block.groups,
-            shapes=dict(key[3]),
-            layers=tuple(indices[key]),
-            experts_per_token=block.experts_per_token,
-        )
-        for key, block in blocks.items()
-    )
+            before = infos[key].layers if key in infos else ()
+            infos[key] = BlockInfo(
+                path=block.path,
+                kind=block.kind,
+                groups=block.groups,
+                shapes=shapes,
+                layers=(*before, layer.index),
+                experts_per_token=block.experts_per_token,
+            )
+    return tuple(infos.values())
 
 
 def _shape(base: BaseProjection) -> tuple[int, ...]:
@@ -360,30 +332,20 @@ def guess_blocks(
         layers: The decoder layers that have each projection.
         gated: Paths of blocks that are known to be FFN blocks.
     """
-    names: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for path in shapes:
+    by_block = defaultdict[tuple[str, tuple[int, ...]], dict[str, tuple[int, ...]]](dict)
+    for path, shape in shapes.items():
         block, _, name = path.rpartition(".")
-        names.setdefault((block, tuple(sorted(layers[path]))), []).append(name)
-    return tuple(
-        BlockInfo(
-            path=block,
-            kind=_guess_kind(block, shapes[f"{block}.{projections[0]}"], projections, gated),
-            groups=(tuple(projections),),
-            shapes={name: shapes[f"{block}.{name}"] for name in projections},
-            layers=indices,
-        )
-        for (block, indices), projections in names.items()
-    )
-
-
-def _guess_kind(
-    path: str, shape: tuple[int, ...], projections: Sequence[str], gated: Collection[str]
-) -> BlockKind:
-    if len(shape) == 3:
-        return "experts"
-    if projections == ["moe"]:
-        return "moe"
-    return "ffn" if path in gated or "att" not in path else "attention"
+        by_block[block, tuple(sorted(layers[path]))][name] = shape
+    infos = []
+    for (path, indices), shapes_of_block in by_block.items():
+        if any(len(shape) == 3 for shape in shapes_of_block.values()):
+            kind = "experts"
+        elif [*shapes_of_block] == ["moe"]:
+            kind = "moe"
+        else:
+            kind = "ffn" if path in gated or "att" not in path else "attention"
+        infos.append(BlockInfo(path, kind, (tuple(shapes_of_block),), shapes_of_block, indices))
+    return tuple(infos)
 
 
 @dataclass(frozen=True)
@@ -391,31 +353,23 @@ class BaseInfo:
     """A base model, as adapters' files see it."""
 
     name_or_path: str
-    model_type: str
-    """Its family's name in transformers."""
-    layers_path: str
-    """Path of the decoder layers, `model.layers` for instance."""
-    blocks: tuple[BlockInfo, ...]
-    """Those of its decoder layers."""
-    activation: str
-    """Of the FFN, as the model's config names it."""
+    model_type: str  # its family's name in transformers
+    layers_path: str  # path of the decoder layers, `model.layers` for instance
+    blocks: tuple[BlockInfo, ...]  # those of its decoder layers
+    activation: str  # of the FFN, as the model's config names it
     num_layers: int
     hidden_size: int
     num_parameters: int
-    fingerprint: str
-    """Hash of the shapes and of some of each weight's numbers, rounded to bfloat16."""
+    fingerprint: str  # hash of the shapes and of some of each weight's numbers, rounded to bfloat16
     quantization: str | None = None
     """How its projections are kept, `bitsandbytes nf4` for instance; None: in floating point."""
     modules: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     """What adapters can have as their own: modules outside of the projections that have parameters,
     by path, and the parameters' shapes."""
     embedding: str = ""
-    head: str = ""
-    """Paths of the input and the output embeddings."""
-    ties_head: bool = False
-    """Whether the two have one weight."""
-    has_own_names: bool = True
-    """No other linear module of the model has a projection's name."""
+    head: str = ""  # their paths: of the input and the output embeddings
+    ties_head: bool = False  # whether the two have one weight
+    has_own_names: bool = True  # no other linear module of the model has a projection's name
     first_fingerprint: str = ""
     """The fingerprint in the form of earlier versions, whose adapters and checkpoints have it."""
 
@@ -438,6 +392,5 @@ class BaseInfo:
 
 def _without_weights(shape: tuple[int, ...]) -> nn.Module:
     module = nn.Linear(shape[-1], shape[-2], bias=False, device="meta")
-    if len(shape) == 3:
-        module.weight = nn.Parameter(torch.empty(shape, device="meta"))
+    module.weight = nn.Parameter(torch.empty(shape, device="meta"))
     return module

@@ -52,8 +52,7 @@ class FfnNames:
 
     inputs: tuple[str, ...]
     output: str
-    is_fused: bool = False
-    """One input projection makes gate and up behind one another."""
+    is_fused: bool = False  # one input projection makes gate and up behind one another
 
     @property
     def groups(self) -> InputGroups:

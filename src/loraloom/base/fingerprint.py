@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.base.blocks import BaseLayer, Block, BlockInfo
+from loraloom.base.blocks import BaseLayer, BaseProjection, Block, BlockInfo
 from loraloom.base.quantization import quantized_linears
 from loraloom.distributed import gather
 
@@ -33,16 +33,18 @@ def fingerprint(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[BaseLa
 def first_fingerprint(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[BaseLayer]) -> str:
     # of the blocks that those versions knew
     digest = _digest_of_shapes(model, [block for block in blocks if _is_first(block)], layers)
-    adapted = [
-        [base for block in layer.blocks if _is_first(block) for base in block.projections.values()]
-        for layer in layers
-    ]
-    adapted = [projections for projections in adapted if projections]
-    for projections in (adapted[0], adapted[len(adapted) // 2], adapted[-1]):
-        for projection in projections:
-            if projection.device.type != "meta":
-                corner = projection.weight.detach().flatten()[:64]
-                digest.update(_bytes(corner.to(torch.bfloat16)))
+    adapted = list[list[BaseProjection]]()
+    for layer in layers:
+        projections = list[BaseProjection]()
+        for block in filter(_is_first, layer.blocks):
+            projections += block.projections.values()
+        if projections:
+            adapted.append(projections)
+    middle = adapted[len(adapted) // 2]
+    for projection in (*adapted[0], *middle, *adapted[-1]):
+        if projection.device.type != "meta":
+            corner = projection.weight.detach().flatten()[:64]
+            digest.update(_bytes(corner.to(torch.bfloat16)))
     return digest.hexdigest()[:16]
 
 
@@ -51,29 +53,34 @@ def _is_first(block: Block | BlockInfo) -> bool:
 
 
 def _digest_of_shapes(model: Any, blocks: Sequence[BlockInfo], layers: Sequence[BaseLayer]) -> Any:
-    shapes = {
-        f"{block.path}.{name}": shape for block in blocks for name, shape in block.shapes.items()
-    }
+    shapes = {}
+    for block in blocks:
+        shapes |= {f"{block.path}.{name}": shape for name, shape in block.shapes.items()}
     text = f"{model.config.model_type} {len(layers)} {sorted(shapes.items())}"
     return hashlib.sha256(text.encode())
 
 
 def _weights(model: Any) -> Iterator[Tensor]:
     """Yield the text model's weights in their order, and the head's, tied to the others or not."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
     quantized = {id(weight.linear): weight for weight in quantized_linears(model).values()}
-    for module in (*decoder.modules(), head):
+    for module in (*model.get_decoder().modules(), model.get_output_embeddings()):
+        weight = quantized.get(id(module))
         for name, parameter in module.named_parameters(recurse=False):
-            is_quantized = name == "weight" and id(module) in quantized and not parameter.is_meta
-            yield quantized[id(module)].dequantized() if is_quantized else gather(parameter)
+            if weight is None or name != "weight" or parameter.is_meta:
+                yield gather(parameter)
+            else:
+                yield weight.dequantized()
 
 
 def _sample(weight: Tensor) -> Tensor:
     """Take all of a vector, or a number in each row, as it is in every dtype."""
-    step = max(1, weight.shape[-1] - 1) if weight.dim() > 1 else 1
+    step = 1
+    if weight.dim() > 1:
+        step = max(1, weight.shape[-1] - 1)
     numbers = weight.detach().flatten()[::step].to(torch.bfloat16)
     return numbers.masked_fill(numbers.abs() < _SMALLEST, 0.0)
 
 
 def _bytes(numbers: Tensor) -> bytes:
-    return numbers.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    stored = numbers.contiguous().view(torch.uint8)
+    return stored.cpu().numpy().tobytes()

@@ -112,7 +112,7 @@ def _ask_hub(source: ModelSource) -> ModelSource:
     except Exception as error:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return replace(source, cached=True)
-        cause = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        cause = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         reason = (
             f"it is neither here nor in the Hub's cache, and the Hub cannot be reached ({cause}); "
             "check the name and the network (HF_HUB_OFFLINE=1 disables access), or pass a directory"
@@ -160,20 +160,15 @@ def load_base_model(
     chosen = _find_dtype(dtype, checkpoint, place)
     options: dict[str, Any] = {"dtype": chosen, "device_map": place}
     if attn_implementation is not None:
-        # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
-        known = get_args(AttnImplementation)
-        if attn_implementation not in known:
-            raise ModelError(
-                f"attn_implementation must be one of {', '.join(known)}, got "
-                f"{shown(attn_implementation)}"
-            )
+        _check_attn_implementation(attn_implementation)
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = transformers_config(quantization, chosen)
     with quiet():
         tokenizer = _load_tokenizer(name, source)
         with _raised_as_model_error(name, source):
-            files, auto = _converted(name, source, chosen), _auto_class(checkpoint)
+            files = _converted(name, source, chosen)
+            auto = _auto_class(checkpoint)
             if sharded:
                 config = configuration_auto.AutoConfig.from_pretrained(
                     files.location, local_files_only=files.cached, trust_remote_code=False
@@ -183,6 +178,15 @@ def load_base_model(
     _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
+
+
+def _check_attn_implementation(name: str) -> None:
+    # transformers would accept a Hub ID too, and run the kernel that it downloads from there.
+    names = get_args(AttnImplementation)
+    if name not in names:
+        raise ModelError(
+            f"attn_implementation must be one of {', '.join(names)}, got {shown(name)}"
+        )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -254,7 +258,8 @@ def _read_model(name: str, auto: Any, source: ModelSource, **options: Any) -> Pr
     )
     # transformers would fill what is missing with random weights, or with somebody's adapter.
     misfits = {key for key, *_ in report["mismatched_keys"]}
-    if random_weights := sorted(report["missing_keys"] | misfits):
+    random_weights = sorted(report["missing_keys"] | misfits)
+    if random_weights:
         raise ModelError(
             f"can't load {name}: {len(random_weights)} of the weights of a {type(model).__name__} "
             f"are not in its files or have another shape there, {random_weights[0]} for one; "
@@ -298,8 +303,14 @@ def _converted(name: str, source: ModelSource, dtype: torch.dtype | None = None)
                 if dtype is None:
                     made: Any = _read_tokenizer(source, **options)
                 else:
-                    options |= {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
-                    made = _read_model(name, modeling_auto.AutoModelForCausalLM, source, **options)
+                    made = _read_model(
+                        name,
+                        modeling_auto.AutoModelForCausalLM,
+                        source,
+                        dtype=dtype,
+                        quantization_config=GgufConfig(dequantize=True),
+                        **options,
+                    )
             write_directory(copy, made.save_pretrained)
     return ModelSource("directory", str(copy))
 

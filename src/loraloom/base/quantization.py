@@ -32,7 +32,8 @@ def check_quantization(quantization: str | None) -> None:
     """Find out whether a model can be quantized so, before anything is loaded."""
     if quantization is None:
         return
-    if quantization not in (names := get_args(Quantization)):
+    names = get_args(Quantization)
+    if quantization not in names:
         raise ConfigError(
             f"quantization must be one of {', '.join(names)}, got {shown(quantization)}"
             f"{did_you_mean(str(quantization), names)}"
@@ -116,16 +117,20 @@ def _probed(linear: Any) -> Tensor:
     dtype = dtypes[0] if dtypes else torch.bfloat16
     units = torch.eye(linear.in_features, dtype=dtype, device=kept[0].device)
     products = type(linear).forward(linear, units)  # (I, O)
-    return (products if linear.bias is None else products - linear.bias.to(dtype)).T
+    if linear.bias is not None:
+        products = products - linear.bias.to(dtype)
+    return products.T
 
 
 def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
     """Return how a linear layer's weight is kept; None if in floating-point numbers."""
     weight: Any = getattr(linear, "weight", None)
-    bitsandbytes, torchao = (sys.modules.get(name) for name in ("bitsandbytes", "torchao.utils"))
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    torchao = sys.modules.get("torchao.utils")
     if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Params4bit):
-        kind = f"bitsandbytes {weight.quant_type}"
-        return None if weight.quant_state is None else QuantizedWeight(linear, kind, _from_4_bits)
+        if weight.quant_state is None:
+            return None
+        return QuantizedWeight(linear, f"bitsandbytes {weight.quant_type}", _from_4_bits)
     if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Int8Params):
         if weight.dtype != torch.int8:
             return None
@@ -142,14 +147,16 @@ def quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, of whatever library."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedWeight]:
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    weights = {name: quantized_weight(linear) for name, linear in linears.items()}
-    return {name: weight for name, weight in weights.items() if weight is not None}
+    weights = {}
+    for name, module in model.named_modules():
+        weight = quantized_weight(module) if is_linear(module) else None
+        if weight is not None:
+            weights[name] = weight
+    return weights
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -170,9 +177,11 @@ def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, weight in linears.items():
         for name, tensor in weight.linear.state_dict(prefix=f"{path}.").items():
             # torchao's tensors have their numbers and scales inside.
-            inside = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()[0]
-            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in inside)
-            if not inside and name != f"{path}.bias":
+            if hasattr(tensor, "__tensor_flatten__"):
+                parts, _ = tensor.__tensor_flatten__()
+                for part in parts:
+                    yield f"{name}.{part}", getattr(tensor, part)
+            elif name != f"{path}.bias":
                 yield name, tensor.as_subclass(Tensor)
 
 
@@ -217,10 +226,13 @@ class _ThroughWeight(torch.autograd.Function):
 def check_computes(name: str, weight: QuantizedWeight) -> None:
     """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
     # Its kernel there begins a block of 64 numbers with every row.
-    width, linear = weight.linear.in_features, weight.linear
-    if weight.read is _from_4_bits and linear.weight.is_cpu and width % linear.weight.blocksize:
+    if weight.read is not _from_4_bits:
+        return
+    width = weight.linear.in_features
+    stored = weight.linear.weight
+    if stored.is_cpu and width % stored.blocksize:
         raise ModelError(
-            f"rows of a 4-bit weight must be a multiple of {linear.weight.blocksize} on a CPU, "
+            f"rows of a 4-bit weight must be a multiple of {stored.blocksize} on a CPU, "
             f"where bitsandbytes computes others wrongly, got {width} in {name}; "
             "use torchao-int8, or an accelerator"
         )

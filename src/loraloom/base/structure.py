@@ -3,7 +3,7 @@
 Axes: N states, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain, product
@@ -15,28 +15,19 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as _CACHES
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from loraloom.base import families
 from loraloom.base.blocks import (
     BaseInfo,
     BaseLayer,
     BaseProjection,
     Block,
+    BlockKind,
     BlockProjection,
     InputGroups,
     StackedProjection,
     describe_blocks,
 )
-from loraloom.base.families import (
-    ACTIVATION_FUNCTIONS,
-    ACTIVATIONS,
-    ATTENTION_INPUTS,
-    ATTENTION_OUTPUTS,
-    EXPERTS_PER_TOKEN,
-    FAMILIES,
-    FFNS,
-    LOGIT_EXCEPTIONS,
-    LOGIT_FIELDS,
-    FfnNames,
-)
+from loraloom.base.families import FfnNames
 from loraloom.base.fingerprint import fingerprint, first_fingerprint
 from loraloom.base.quantization import is_linear, num_parameters, quantized_weight
 from loraloom.errors import ModelError, shown
@@ -52,8 +43,7 @@ class Structure:
 
     info: BaseInfo
     layers: Sequence[BaseLayer]
-    head: Head
-    """From final hidden states, maybe by another linear layer, to logits."""
+    head: Head  # from final hidden states, maybe by another linear layer, to logits
 
 
 def read_structure(model: nn.Module) -> Structure:
@@ -65,14 +55,10 @@ def read_structure(model: nn.Module) -> Structure:
     layers_path = find_layers(model)
     modules = list(model.get_submodule(layers_path).children())
     attention_path, groups = _find_attention(model, modules)
-    hidden_size = text_config(model).hidden_size
-    layers = []
-    for index, module in enumerate(modules):
-        blocks = []
-        if _has_linears(module, attention_path, groups):
-            blocks.append(_attention_block(module, index, attention_path, groups, hidden_size))
-        blocks += _other_blocks(model, module, index, hidden_size)
-        layers.append(BaseLayer(index, tuple(blocks), hidden_size))
+    layers = [
+        _LayerReader(model, module, index).read(attention_path, groups)
+        for index, module in enumerate(modules)
+    ]
     return Structure(_describe(model, layers_path, layers), layers, _head(model))
 
 
@@ -99,8 +85,9 @@ def find_layers(model: nn.Module) -> str:
 def unsupported(model: nn.Module, reason: str) -> ModelError:
     linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
     return ModelError(
-        f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "
-        f"like them (as a causal LM), got {shown(_model_type(model))} ({type(model).__name__}): "
+        f"model family must be one of {', '.join(families.FAMILIES)}, or one that is built and "
+        "computes like them (as a causal LM), got "
+        f"{shown(_model_type(model))} ({type(model).__name__}): "
         f"{reason}; its linear modules are {', '.join(linears) or 'none'}"
     )
 
@@ -120,7 +107,8 @@ def max_positions(config: Any) -> int:
 
 def keeps_running_states(config: Any) -> bool:
     """Whether some layers keep one state of all tokens before, in place of keys and values."""
-    caches = (_CACHES.get(kind, object) for kind in getattr(config, "layer_types", None) or ())
+    kinds = getattr(config, "layer_types", None) or ()
+    caches = [_CACHES.get(kind, object) for kind in kinds]
     return any(issubclass(cache, LinearAttentionCacheLayerMixin) for cache in caches)
 
 
@@ -133,86 +121,116 @@ def _linears(module: nn.Module) -> set[str]:
 
 
 def _find_attention(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[str, InputGroups]:
-    """Return the path of attention in a layer and its projections' names, by their input."""
-    kinds = [
-        (path, (*groups, (output,)))
-        for layer in layers
-        for path, child in layer.named_children()
-        for groups, output in product(ATTENTION_INPUTS, ATTENTION_OUTPUTS)
-        if _linears(child).issuperset((*chain.from_iterable(groups), output))
-    ]
+    kinds = list[tuple[str, InputGroups]]()
+    for layer in layers:
+        for path, child in layer.named_children():
+            linears = _linears(child)
+            for inputs, output in product(families.ATTENTION_INPUTS, families.ATTENTION_OUTPUTS):
+                groups = (*inputs, (output,))
+                if linears.issuperset(chain.from_iterable(groups)):
+                    kinds.append((path, groups))
     if not kinds:
         raise unsupported(model, "no layer has attention with projections of q, k, v and output")
     # Linear attention, which may have such projections too, comes last.
     return min(kinds, key=lambda kind: "linear" in kind[0])
 
 
-def _has_linears(layer: nn.Module, path: str, groups: InputGroups) -> bool:
-    child = dict(layer.named_children()).get(path)
-    names = {name for group in groups for name in group}
-    return child is not None and _linears(child).issuperset(names)
+@dataclass(frozen=True)
+class _LayerReader:
+    """Reads the blocks of a decoder layer."""
 
+    model: nn.Module
+    layer: nn.Module
+    index: int
 
-def _attention_block(
-    layer: nn.Module, index: int, path: str, groups: InputGroups, hidden_size: int
-) -> Block:
-    names = [name for group in groups for name in group]
-    return Block(
-        layer=index,
-        path=path,
-        kind="attention",
-        groups=groups,
-        projections=_projections(layer, index, path, names),
-        hidden_size=hidden_size,
-    )
+    def read(self, attention_path: str, groups: InputGroups) -> BaseLayer:
+        names = tuple(chain.from_iterable(groups))
+        blocks = []
+        child = dict(self.layer.named_children()).get(attention_path)
+        if child is not None and _linears(child).issuperset(names):
+            linears = self._linears(attention_path, names)
+            blocks.append(self._block(attention_path, "attention", groups, linears))
+        blocks += self._other_blocks()
+        return BaseLayer(self.index, tuple(blocks), self.hidden_size)
 
+    @property
+    def hidden_size(self) -> int:
+        return text_config(self.model).hidden_size
 
-def _other_blocks(model: nn.Module, layer: nn.Module, index: int, hidden_size: int) -> list[Block]:
-    """Find a layer's FFN blocks, or its mixture of experts and what is in it."""
-    blocks = []
-    for path, child in layer.named_children():
-        inside = dict(child.named_children())
-        if _ffn_names(child) is not None:
-            blocks.append(_ffn_block(model, layer, path, index, hidden_size))
-        elif _takes_routes(child):  # gemma4's stand in the layer
-            blocks.append(_experts_block(model, layer, path, index, hidden_size))
-        elif "att" not in path and any(_has_stacks(module) for module in child.modules()):
-            for name, module in inside.items():
-                if _ffn_names(module) is not None:  # an expert that all tokens share
-                    shared = f"{path}.{name}"
-                    blocks.append(_ffn_block(model, layer, shared, index, hidden_size))
-                elif _takes_routes(module):
-                    stacks = f"{path}.{name}"
-                    blocks.append(_experts_block(model, layer, stacks, index, hidden_size))
-            blocks.append(_moe_block(layer, path, index, hidden_size))
-    if not blocks:
-        raise unsupported(
-            model, "its layers have no module with the FFN block's projections, gate, up and down"
+    def _other_blocks(self) -> list[Block]:
+        """Find the FFN blocks, or the mixture of experts and what is in it."""
+        blocks = []
+        for path, child in self.layer.named_children():
+            block = self._gated_block(path)
+            if block is not None:  # gemma4's experts stand in the layer
+                blocks.append(block)
+            elif "att" not in path and any(_has_stacks(module) for module in child.modules()):
+                # its experts, and perhaps one that all tokens share
+                inside = [self._gated_block(f"{path}.{name}") for name, _ in child.named_children()]
+                blocks += [block for block in inside if block is not None]
+                whole = BlockProjection(child, self._key(path, "moe"), self.hidden_size)
+                blocks.append(self._block(path, "moe", (("moe",),), {"moe": whole}))
+        if not blocks:
+            raise unsupported(
+                self.model,
+                "its layers have no module with the FFN block's projections, gate, up and down",
+            )
+        return blocks
+
+    def _gated_block(self, path: str) -> Block | None:
+        """Read an FFN block or stacked experts; None if it is neither."""
+        module: Any = self.layer.get_submodule(path)
+        linears = _linears(module)
+        names = next((names for names in families.FFNS if linears.issuperset(names.all)), None)
+        if names is not None:
+            gating = ActivationGating(_activation(self.model, module, names), names.is_fused)
+            projections = self._linears(path, names.all)
+            return self._block(path, "ffn", names.groups, projections, gating)
+        if not _takes_routes(module):
+            return None
+        names = _stacked_names(module)
+        stacks = {name: StackedProjection(module, name, self._key(path, name)) for name in names}
+        groups = tuple((name,) for name in names)
+        gating = module._apply_gate if module.has_gate else module.act_fn
+        return self._block(path, "experts", groups, stacks, gating)
+
+    def _block(
+        self,
+        path: str,
+        kind: BlockKind,
+        groups: InputGroups,
+        projections: Mapping[str, BaseProjection],
+        gating: Any = None,
+    ) -> Block:
+        return Block(
+            layer=self.index,
+            path=path,
+            kind=kind,
+            groups=groups,
+            projections=projections,
+            hidden_size=self.hidden_size,
+            gating=gating,
+            experts_per_token=self._experts_per_token() if kind == "experts" else None,
         )
-    return blocks
 
+    def _experts_per_token(self) -> int | None:
+        config = text_config(self.model)
+        for field in families.EXPERTS_PER_TOKEN:
+            count = getattr(config, field, None)
+            if isinstance(count, int):
+                return count
+        return None
 
-def _ffn_names(module: nn.Module) -> FfnNames | None:
-    linears = _linears(module)
-    return next((names for names in FFNS if linears.issuperset(names.all)), None)
+    def _linears(self, path: str, names: Iterable[str]) -> dict[str, BaseProjection]:
+        projections = {}
+        for name in names:
+            linear = self.layer.get_submodule(f"{path}.{name}")
+            key = self._key(path, name)
+            projections[name] = BaseProjection(linear, key, quantized_weight(linear))
+        return projections
 
-
-def _ffn_block(
-    model: nn.Module, layer: nn.Module, path: str, index: int, hidden_size: int
-) -> Block:
-    module = layer.get_submodule(path)
-    names = _ffn_names(module)
-    assert names is not None
-    act = _activation(model, module, names)
-    return Block(
-        layer=index,
-        path=path,
-        kind="ffn",
-        groups=names.groups,
-        projections=_projections(layer, index, path, names.all),
-        hidden_size=hidden_size,
-        gating=ActivationGating(act, names.is_fused),
-    )
+    def _key(self, path: str, name: str) -> str:
+        return f"layers.{self.index}.{path}.{name}"
 
 
 def _has_stacks(module: nn.Module) -> bool:
@@ -236,83 +254,37 @@ def _stacked_names(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-def _experts_block(
-    model: nn.Module, layer: nn.Module, path: str, index: int, hidden_size: int
-) -> Block:
-    experts: Any = layer.get_submodule(path)
-    inputs, output = _stacked_names(experts)
-    projections: dict[str, BaseProjection] = {
-        name: StackedProjection(experts, name, f"layers.{index}.{path}.{name}")
-        for name in (inputs, output)
-    }
-    config = text_config(model)
-    counts = (getattr(config, field, None) for field in EXPERTS_PER_TOKEN)
-    return Block(
-        layer=index,
-        path=path,
-        kind="experts",
-        groups=((inputs,), (output,)),
-        projections=projections,
-        hidden_size=hidden_size,
-        gating=experts._apply_gate if experts.has_gate else experts.act_fn,
-        experts_per_token=next((count for count in counts if isinstance(count, int)), None),
-    )
-
-
-def _moe_block(layer: nn.Module, path: str, index: int, hidden_size: int) -> Block:
-    module = layer.get_submodule(path)
-    return Block(
-        layer=index,
-        path=path,
-        kind="moe",
-        groups=(("moe",),),
-        projections={"moe": BlockProjection(module, f"layers.{index}.{path}.moe", hidden_size)},
-        hidden_size=hidden_size,
-    )
-
-
 def _activation(model: nn.Module, ffn: nn.Module, names: FfnNames) -> Any:
-    function = ACTIVATION_FUNCTIONS.get(_model_type(model))
+    function = families.ACTIVATION_FUNCTIONS.get(_model_type(model))
     if function is not None:
         return ACT2FN[function]
-    named = [name for name in ACTIVATIONS if callable(getattr(ffn, name, None))]
+    named = [name for name in families.ACTIVATIONS if callable(getattr(ffn, name, None))]
     others = [name for name, _ in ffn.named_children() if name not in names.all]
     if not named and len(others) != 1:
         raise unsupported(model, "its FFN block has no module that is its activation")
     return getattr(ffn, named[0] if named else others[0])
 
 
-def _projections(
-    layer: nn.Module, index: int, path: str, names: Sequence[str]
-) -> dict[str, BaseProjection]:
-    projections = {}
-    for name in names:
-        linear = layer.get_submodule(f"{path}.{name}")
-        key = f"layers.{index}.{path}.{name}"
-        projections[name] = BaseProjection(linear, key, quantized_weight(linear))
-    return projections
-
-
 def _head(model: nn.Module) -> Head:
     config = text_config(model)
-    fields = LOGIT_FIELDS | LOGIT_EXCEPTIONS.get(_model_type(model), {})
-    values = {name: getattr(config, field, None) or None for name, field in fields.items()}
-    divisor = values["divisor"]
-    factor = values["factor"]
-    softcap = values["softcap"]
+    fields = families.LOGIT_FIELDS | families.LOGIT_EXCEPTIONS.get(_model_type(model), {})
+    divisor = getattr(config, fields["divisor"], None)
+    factor = getattr(config, fields["factor"], None)
+    softcap = getattr(config, fields["softcap"], None)
     head_linear = model.get_output_embeddings()  # pyright: ignore
 
     def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = head_linear) -> Tensor:
         logits = linear(hidden_states)
-        logits = logits if divisor is None else logits / divisor
-        logits = logits if factor is None else logits * factor
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        if divisor:
+            logits = logits / divisor
+        if factor:
+            logits = logits * factor
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     return head
 
 
 def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -> BaseInfo:
-    """Describe a base model for the files of its adapters."""
     config: Any = model.config
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
     blocks = describe_blocks(layers)
@@ -347,13 +319,12 @@ def _describe(model: nn.Module, layers_path: str, layers: Sequence[BaseLayer]) -
 
 
 def _name_of_activation(model: nn.Module) -> str:
-    """Name the FFN's activation as the configuration does."""
     config = text_config(model)
     for field in ("hidden_act", "hidden_activation"):
         name = getattr(config, field, None)
         if isinstance(name, str):
             return name
-    return ACTIVATION_FUNCTIONS.get(_model_type(model), "")
+    return families.ACTIVATION_FUNCTIONS.get(_model_type(model), "")
 
 
 def _other_modules(
@@ -366,7 +337,8 @@ def _other_modules(
     tables = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore
     modules = {}
     for path, module in model.named_modules():
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        parameters = module.named_parameters(recurse=False)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
         is_norm = (
             path.startswith(f"{text_model}.")
             and not any(module.children())

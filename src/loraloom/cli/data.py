@@ -8,6 +8,7 @@ from cyclopts import Parameter, validators
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters import CONFIGS
 from loraloom.base.loading import load_tokenizer
 from loraloom.cli.options import Sets
 from loraloom.config.data import SourceConfig
@@ -80,7 +81,8 @@ def _filled_in(settings: dict[str, Any]) -> dict[str, Any]:
             if "'format': 'preference'" in str(job.get("data")):  # a mix's source too
                 train["objective"] = {"name": "dpo"}
             name = f"job{index + 1}"
-            jobs[index] = {"name": name, "adapter": {"method": "lora"}, "train": train, **job}
+            adapter = {"method": CONFIGS[0].model_fields["method"].default}
+            jobs[index] = {"name": name, "adapter": adapter, "train": train, **job}
     return {"output_dir": "out", **settings}
 
 

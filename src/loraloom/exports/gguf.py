@@ -55,15 +55,7 @@ def write_gguf_adapter(
     path: Path, adapter: Adapter, base: BaseInfo, config: Any, dtype: str
 ) -> None:
     """Write an adapter as a GGUF file; `config` is the base model's."""
-    projections = list(adapter.projections())
-    found = None if adapter.is_mergeable else adapter.config.title
-    if any(projection.row_scale() is not None for projection in projections):
-        found = found or "weight_decomposition; export it merged into its base model instead"
-    if found is not None:
-        raise AdapterError(
-            f"adapter {adapter.name!r} must be without routers and weight_decomposition to be a "
-            f"GGUF adapter, because llama.cpp supports only A and B, got {found}"
-        )
+    _check_is_plain(adapter)
     architecture = architecture_of(base)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], base.num_layers)
@@ -74,18 +66,32 @@ def write_gguf_adapter(
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(file_type)
-    for projection in projections:
+    for projection in adapter.projections():
         name = names.get_name(projection.key.replace("layers", base.layers_path, 1))
         assert name is not None, projection.key
+        lora_A = projection.compute_A(torch.float32)
         lora_B = projection.compute_B(torch.float32).T * (projection.num_columns / alpha)
-        stored_B = _stored_rows(lora_B, projection.name, base.model_type, config)
-        for part, tensor in (("a", projection.compute_A(torch.float32)), ("b", stored_B)):
+        lora_B = _stored_rows(lora_B, projection.name, base.model_type, config)
+        for part, tensor in {"a": lora_A, "b": lora_B}.items():
             values = tensor.detach().cpu().contiguous().numpy()
             writer.add_tensor(f"{name}.weight.lora_{part}", quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _check_is_plain(adapter: Adapter) -> None:
+    if not adapter.is_mergeable:
+        obstacle = adapter.config.title
+    elif any(projection.row_scale() is not None for projection in adapter.projections()):
+        obstacle = "weight_decomposition; export it merged into its base model instead"
+    else:
+        return
+    raise AdapterError(
+        f"adapter {adapter.name!r} must be without routers and weight_decomposition to be a "
+        f"GGUF adapter, because llama.cpp supports only A and B, got {obstacle}"
+    )
 
 
 def _stored_rows(lora_B: Tensor, name: str, model_type: str, config: Any) -> Tensor:

@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -83,7 +84,8 @@ def export(
     Raises:
         AdapterError: If the adapter has no such form. Nothing is written then.
     """
-    path, adapter = Path(os.path.expanduser(path)), host.adapter(name)
+    path = Path(os.path.expanduser(path))
+    adapter = host.adapter(name)
     if host.merged is not None:
         raise AdapterError(
             f"cannot export while {host.merged!r} is merged; call host.unmerge({host.merged!r})"
@@ -102,7 +104,7 @@ def export(
             path, lambda aside: write_gguf_adapter(aside, adapter, host.base, host.config, dtype)
         )
         return Export(path, form, architecture, path.stat().st_size, None)
-    model = (_MoeModel if form == "moe" else _MergedModel)(host, adapter)
+    model = _MoeModel(host, adapter) if form == "moe" else _MergedModel(host, adapter)
     tokenizer = _with_prompts_of(adapter, tokenizer)
     measured: list[Any] = []
     write_directory(
@@ -114,8 +116,8 @@ def export(
 def check_target(path: Path, form: ExportForm | None) -> None:
     """Raise a ConfigError if nothing can be exported to a path; None: a whole model."""
     if (form == "gguf") != (path.suffix.lower() == ".gguf"):
-        wanted = "a file ….gguf" if form == "gguf" else "a directory (for a .gguf file, to: gguf)"
-        raise ConfigError(f"the output must be {wanted}, got {path}")
+        kind = "a file ….gguf" if form == "gguf" else "a directory (for a .gguf file, to: gguf)"
+        raise ConfigError(f"the output must be {kind}, got {path}")
     is_fixed = path.is_dir() and (path.is_mount() or path.samefile("."))  # can't be replaced
     if path.exists() and (is_fixed or not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
@@ -127,27 +129,29 @@ def check_target(path: Path, form: ExportForm | None) -> None:
 def _with_prompts_of(
     adapter: Adapter, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose chat template writes prompts as the adapter's training data did."""
-    own = tokenizer.chat_template
     if adapter.prompt is None:
         return tokenizer
+    template = tokenizer.chat_template
     adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    written = adapter.prompt.as_chat_template(template, adds_bos=adds_bos)
+    if written is None:
+        return tokenizer
     writer = copy.deepcopy(tokenizer)
-    written = adapter.prompt.as_chat_template(own, adds_bos=adds_bos)
-    if written is not None:
-        writer.chat_template = {**own, "default": written} if isinstance(own, dict) else written
+    writer.chat_template = written
+    if isinstance(template, dict):
+        writer.chat_template = {**template, "default": written}
     return writer
 
 
 def _on_disk(module: nn.Module, layers_path: str, path: str = "") -> dict[str, str]:
     """Have modules' weights read when they run; accelerate wants some elsewhere, a layer's."""
     if path and path != layers_path and not layers_path.startswith(f"{path}."):
-        has_weights = any(True for _ in module.parameters())
+        has_weights = next(module.parameters(), None) is not None
         return {path: "disk" if has_weights and path != f"{layers_path}.0" else "cpu"}
-    places: dict[str, str] = {}
+    devices: dict[str, str] = {}
     for name, child in module.named_children():
-        places |= _on_disk(child, layers_path, f"{path}.{name}".lstrip("."))
-    return places
+        devices |= _on_disk(child, layers_path, f"{path}.{name}".lstrip("."))
+    return devices
 
 
 class _ExportedModel(ABC):
@@ -159,11 +163,13 @@ class _ExportedModel(ABC):
         self.wide = torch.promote_types(host.dtype, torch.float32)
         # The adapter may have an embedding or head of its own, and not both as one.
         base = host.base
-        has_own = any(adapter.own_at(path) is not None for path in (base.embedding, base.head))
-        self.unties_head = base.ties_head and has_own and not own_parts(adapter.config, base).tied
+        self.unties_head = False
+        if base.ties_head and (adapter.own_at(base.embedding) or adapter.own_at(base.head)):
+            self.unties_head = not own_parts(adapter.config, base).tied
         with torch.device("meta"):
             self.built = self.build()
-        self.config, self.architecture = self.built.config, type(self.built).__name__
+        self.config = self.built.config
+        self.architecture = type(self.built).__name__
         self.config.architectures = [self.architecture]
         if self.unties_head:
             self.config.tie_word_embeddings = False
@@ -208,8 +214,11 @@ class _ExportedModel(ABC):
             name = f"model-{number:05}-of-{len(groups):05}.safetensors"
             if len(groups) == 1:
                 name = "model.safetensors"
-            described = {key: tensor for index in group for key, tensor in shapes[index].items()}
-            tensors = (t.to(dtype) for index in group for t in self._made(index, shapes[index]))
+            described: dict[str, Tensor] = {}
+            for index in group:
+                described |= shapes[index]
+            made = chain.from_iterable(self._made(index, shapes[index]) for index in group)
+            tensors = (tensor.to(dtype) for tensor in made)
             write_safetensors(directory / name, described, tensors, {"format": "pt"})
             files |= dict.fromkeys(described, name)
         if len(groups) > 1:
@@ -224,7 +233,10 @@ class _ExportedModel(ABC):
         else:
             path = f"{self.host.base.layers_path}.{index - 1}"
             tensors = self.built.get_submodule(path).state_dict(prefix=f"{path}.")
-        empty = {n: torch.empty_like(t, dtype=dtype, device="meta") for n, t in tensors.items()}
+        empty = {
+            name: torch.empty_like(tensor, dtype=dtype, device="meta")
+            for name, tensor in tensors.items()
+        }
         return revert_weight_conversion(self.built, empty)
 
     def _made(self, index: int, names: Collection[str]) -> Iterable[Tensor]:
@@ -235,7 +247,11 @@ class _ExportedModel(ABC):
             path = f"{self.host.base.layers_path}.{index - 1}"
             layer = self.layer_tensors(index - 1, self.host.model.get_submodule(path))
             tensors = {f"{path}.{name}": tensor for name, tensor in layer.items()}
-        tensors = {name: self._own(name, tensor) for name, tensor in tensors.items()}
+        for name in tensors:
+            path, _, kind = name.rpartition(".")
+            module = self.adapter.own_at(path)
+            if module is not None:  # in place of the base model's
+                tensors[name] = module.stored(kind, tensors[name])
         # Checkpoints have other names than models, and experts apart.
         stored = revert_weight_conversion(self.built, tensors)
         assert stored.keys() == {*names}
@@ -245,26 +261,24 @@ class _ExportedModel(ABC):
         host = self.host
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(host.config.vocab_size, (1, _PROBE_LENGTH), generator=generator)
-        rows = {"adapters": [self.adapter.name], "training": False}
-        expected = host(ids.to(host.device), **rows).logits.float().cpu()
+        output = host(ids.to(host.device), adapters=[self.adapter.name], training=False)
+        expected = output.logits.float().cpu()
         with quiet(), TemporaryDirectory(dir=directory) as scratch:
-            places = _on_disk(self.built, host.base.layers_path)
-            options = {"dtype": torch.float32, "device_map": places, "offload_folder": scratch}
-            actual = self.built.from_pretrained(directory, **options).eval()(ids).logits
+            model = self.built.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                device_map=_on_disk(self.built, host.base.layers_path),
+                offload_folder=scratch,
+            )
+            actual = model.eval()(ids).logits
+            del model  # which reads from the folder
         return float((actual - expected).norm() / expected.norm())
 
     def _outside(self) -> dict[str, Tensor]:
-        """Take the tensors outside of the decoder layers."""
         model = self.host.model
         tied = {} if self.unties_head else model.all_tied_weights_keys
         tensors = _tensors_of(model, f"{self.host.base.layers_path}.")
         return {name: tensor for name, tensor in tensors.items() if name not in tied}
-
-    def _own(self, name: str, tensor: Tensor) -> Tensor:
-        """Put the adapter's own module in place of the base model's."""
-        path, _, kind = name.rpartition(".")
-        own = self.adapter.own_at(path)
-        return tensor if own is None else own.stored(kind, tensor)
 
     def merged(
         self, layer: nn.Module, blocks: Iterable[Block], leave_out: str = " "
@@ -280,7 +294,8 @@ class _ExportedModel(ABC):
 
 def _grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
     """Put neighbors in groups of a total size; what is larger is a group by itself."""
-    groups, total = [[0]], sizes[0]
+    groups = [[0]]
+    total = sizes[0]
     for index, size in enumerate(sizes[1:], start=1):
         total += size
         if total > most:
@@ -292,17 +307,17 @@ def _grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 def _tensors_of(module: nn.Module, leave_out: str) -> dict[str, Tensor]:
     """A module's tensors but for those of one part, by name; quantized weights are dequantized."""
-    weights = {
-        f"{path}.": weight
-        for path, weight in quantized_linears(module).items()
-        if not path.startswith(leave_out)
-    }
-    return {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if not name.startswith(leave_out)
-        and (name.endswith(".bias") or not name.startswith(tuple(weights)))
-    } | {f"{path}weight": weight.dequantized() for path, weight in weights.items()}
+    quantized = quantized_linears(module)
+    prefixes = tuple(f"{path}." for path in quantized)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        is_plain = name.endswith(".bias") or not name.startswith(prefixes)
+        if is_plain and not name.startswith(leave_out):
+            tensors[name] = tensor
+    for path, weight in quantized.items():
+        if not path.startswith(leave_out):
+            tensors[f"{path}.weight"] = weight.dequantized()
+    return tensors
 
 
 class _MergedModel(_ExportedModel):
@@ -409,22 +424,25 @@ class _MoeModel(_ExportedModel):
         return TWINS[model_type]
 
     def build(self) -> Any:
-        twin, config = self.twin, self.host.config.to_dict()
+        twin = self.twin
+        config = self.host.config.to_dict()
         ffn = self.adapter.as_moe(self._gated_block(0))
         for name in ("architectures", "auto_map", "model_type", "quantization_config"):
             config.pop(name, None)
         fields = {twin.num_experts: ffn.num_experts, twin.top_k: ffn.top_k}
         if twin.size_field is not None:
             fields[twin.size_field] = config["intermediate_size"]
-        config = AutoConfig.for_model(twin.model_type, **{**config, **twin.settings, **fields})
-        return AutoModelForCausalLM.from_config(config)
+        config |= {**twin.settings, **fields}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(twin.model_type, **config))
 
     def layer_tensors(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
         block = self._gated_block(index)
         ffn = self.adapter.as_moe(block)
         path = f"{self.host.base.layers_path}.{index}.{self.twin.block}"
         parts = self.built.get_submodule(path).state_dict()
-        tensors = {n: torch.zeros(part.shape, dtype=self.config.dtype) for n, part in parts.items()}
+        tensors = {
+            name: torch.zeros(part.shape, dtype=self.config.dtype) for name, part in parts.items()
+        }
         tensors[self.twin.router] = ffn.router
         for expert in range(ffn.num_experts):
             inputs = [ffn.weight(expert, name, self.wide) for name in block.groups[0]]
@@ -439,6 +457,5 @@ class _MoeModel(_ExportedModel):
         return self.merged(layer, others, f"{gated.path}.")
 
     def _gated_block(self, index: int) -> Block:
-        """Return a layer's block that becomes a mixture."""
         blocks = self.adapter.base_layers[index].blocks
         return next(block for block in blocks if block.gating is not None)

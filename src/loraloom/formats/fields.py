@@ -75,7 +75,6 @@ def read_settings(
 
 
 def _renamed(fields: Settings, names: Mapping[str, str]) -> Settings:
-    """Take the fields that are there, under new names."""
     return {new: fields[old] for new, old in names.items() if old in fields}
 
 
@@ -83,37 +82,22 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
     settings = config.model_dump(mode="json")
     table = TABLES.get(config.peft_type)
     if table is None:
-        return _write_own(config, settings)
-    fields = _write_as_peft(table, config, settings, base)
-    if config.layout != "reference":
-        return fields
-    for flag in ("use_dora", "use_rslora"):
-        if not fields.get(flag):
-            fields.pop(flag, None)
-    return fields | {"loraloom": {"adapter": _without_fields(table, config, settings)}}
-
-
-def _write_own(config: AdapterConfig, settings: Settings) -> Settings:
-    """Write settings under our names."""
-    # In files, null is as good as no field, which would mean the default.
-    nulls = {}
-    for name, setting in type(config).model_fields.items():
-        if settings.get(name, 0) is None and setting.default is not None:
-            nulls[name] = None
-    return settings | {"loraloom": {"adapter": nulls}} if nulls else settings
-
-
-def _write_as_peft(
-    table: _Table, config: AdapterConfig, settings: Settings, base: BaseInfo
-) -> Settings:
-    """Write the settings of a method that another library stores, under its names."""
+        # Null is as good as no field, which would mean the default.
+        defaults = {name: field.default for name, field in type(config).model_fields.items()}
+        nulls = {n: None for n in settings if settings[n] is None and defaults[n] is not None}
+        return settings | {"loraloom": {"adapter": nulls}} if nulls else settings
     fields = {theirs: settings[ours] for ours, theirs in table.names.items()}
     fields |= {"bias": "none", **table.constants}
     fields["target_modules"] = list(known_targets(config, base))
     fields |= table.write(config, base)
     if "lora_alpha" in fields:
         fields["lora_alpha"] = _without_point(fields["lora_alpha"])
-    return fields
+    if config.layout != "reference":
+        return fields
+    for flag in ("use_dora", "use_rslora"):
+        if not fields.get(flag):
+            fields.pop(flag, None)
+    return fields | {"loraloom": {"adapter": _without_fields(table, config, settings)}}
 
 
 def _without_fields(table: _Table, config: AdapterConfig, settings: Settings) -> Settings:
@@ -155,12 +139,11 @@ def _target_of(key: str) -> str:
 
 def _target_pattern(config: AdapterConfig, base: BaseInfo) -> str:
     """Name what is adapted by a pattern that matches nothing else in the base model."""
-    adapted = config.adapted(base.layers_without_weights())
-    paths = dict.fromkeys(
-        re.escape(projection.key.split(".", 2)[2])
-        for projection in adapted
-        if projection.num_experts is None
-    )
+    paths: dict[str, None] = {}
+    for projection in config.adapted(base.layers_without_weights()):
+        if projection.num_experts is None:
+            _, _, path = projection.key.split(".", 2)
+            paths[re.escape(path)] = None
     return rf"{re.escape(base.layers_path)}\.\d+\.({'|'.join(paths)})"
 
 
@@ -179,7 +162,8 @@ _READ = {
 # Fields that don't change what the saved tensors compute, or are looked at elsewhere.
 _NO_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config "
-    "exclude_modules inference_mode init_lora_weights loftq_config lora_ga_config megatron_core "
+    "exclude_modules inference_mode init_lora_weights loftq_config loraloom lora_ga_config "
+    "megatron_core "
     "modules_to_save peft_type peft_version qalora_group_size revision task_type "
     "trainable_token_indices".split()
 )
@@ -210,17 +194,20 @@ def _read_lora(files: AdapterFiles) -> Settings:
             f"{shown(start)}; save it from PEFT with path_initial_model_for_weight_conversion, "
             "which makes it a plain LoRA"
         )
-    modules = {  # those with tensors: as in the base model, and as tensor_names.py has them
-        match["module"]: f"layers.{match['layer']}.{match['path']}"
-        for match in map(_MODULE.match, files.tensors)
-        if match is not None
+    modules: dict[str, str] = {}  # those with tensors: as in the base model, and our names
+    for match in map(_MODULE.match, files.tensors):
+        if match is not None:
+            modules[match["module"]] = f"layers.{match['layer']}.{match['path']}"
+    ranks = files.section("rank_pattern")
+    alphas = files.section("alpha_pattern")
+    if modules:
+        ranks = _carried_over(ranks, files.config["r"], modules)
+        alphas = _carried_over(alphas, files.config["lora_alpha"], modules)
+    settings: Settings = {
+        "init": "gaussian" if start == "gaussian" else "kaiming",
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
-    settings: dict[str, Any] = {"init": "gaussian" if start == "gaussian" else "kaiming"}
-    for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        patterns = files.section(name)
-        if modules:
-            patterns = _carried_over(patterns, files.config[default], modules)
-        settings[name] = patterns
     return settings | _selection(files, list(modules.values()))
 
 
@@ -229,10 +216,11 @@ def _carried_over(
 ) -> dict[str, Any]:
     """Make patterns that say of modules under new names what others say under the old ones."""
     # They are the same ones if these will do, without those that match nothing; else names.
-    used = {}
-    for key, value in patterns.items():
-        if any(matches(key, name) for name in names):
-            used[key] = value
+    used = {
+        pattern: value
+        for pattern, value in patterns.items()
+        if any(matches(pattern, name) for name in names)
+    }
     values = {new: pattern_value(used, old, default) for old, new in names.items()}
     if all(pattern_value(used, new, default) == value for new, value in values.items()):
         return used
@@ -253,43 +241,40 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
         return {}
     if not keys:
         return {"layers": layers} if layers else {}
-    adapted = []
-    for key in keys:
-        _, layer, path = key.split(".", 2)
-        adapted.append((int(layer), path))
-    layers = {layer for layer, _ in adapted}
-    paths = {path for _, path in adapted}
+    places = [key.split(".", 2) for key in keys]
+    adapted = sorted((int(layer), path) for _, layer, path in places)
+    layers = sorted({layer for layer, _ in adapted})
+    paths = sorted({path for _, path in adapted})
     if len(adapted) < len(layers) * len(paths):
-        return {"target_modules": [f"layers.{layer}.{path}" for layer, path in sorted(adapted)]}
-    names = list(dict.fromkeys(map(_target_of, sorted(paths))))
-    return {"target_modules": names, "layers": sorted(layers)}
+        return {"target_modules": [f"layers.{layer}.{path}" for layer, path in adapted]}
+    names = dict.fromkeys(map(_target_of, paths))
+    return {"target_modules": list(names), "layers": layers}
 
 
 def _write_lora(config: Any, base: BaseInfo) -> Settings:
-    names = {}  # in the base model, by key
-    stacks = {}
-    for projection in config.adapted(base.layers_without_weights()):
-        names[projection.key] = projection.key.replace("layers", base.layers_path, 1)
-        if projection.num_experts is not None:
-            stacks[projection.key.split(".", 2)[2]] = projection
+    adapted = config.adapted(base.layers_without_weights())
+    names = {p.key: p.key.replace("layers", base.layers_path, 1) for p in adapted}
+    stacks = {p.key: p.key.split(".", 2)[2] for p in adapted if p.num_experts is not None}
     targets: Any = [
         target
         for target in known_targets(config, base)
-        if not any(is_meant(target, projection.key) for projection in stacks.values())
+        if not any(is_meant(target, key) for key in stacks)
     ]
     has_paths = any("." in target for target in targets)  # "layers.1.", whatever the model's path
     is_clear = base.has_own_names and (base.layers_path.endswith("layers") or not has_paths)
     if not is_clear:  # names would mean other modules too, or none
         if has_paths or config.layers is not None:
-            targets = "|".join(
-                re.escape(name) for key, name in names.items() if key.split(".", 2)[2] not in stacks
-            )
+            targets = "|".join(re.escape(names[key]) for key in names if key not in stacks)
         else:
             targets = _target_pattern(config, base)
     by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
     alphas = {key: _without_point(alpha) for key, alpha in config.alpha_pattern.items()}
-    return {
-        **({"target_parameters": list(stacks)} if stacks else {}),
+    fields: Settings = {}
+    if stacks:
+        fields["target_parameters"] = list(dict.fromkeys(stacks.values()))
+    if config.shared_outer:
+        fields["loraloom"] = {"adapter": {"shared_outer": True}}
+    return fields | {
         "alpha_pattern": _carried_over(alphas, config.alpha, names),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "layers_to_transform": list(config.layers or ()) if by_layer else None,
@@ -307,20 +292,18 @@ _NO_CAPACITY = 2**20
 
 
 def _read_mixlora(files: AdapterFiles) -> Settings:
-    """Read routing and experts; what concerns training alone is not in MoE-PEFT's files."""
-    fields, expert = files.config, files.section("expert_lora")
+    fields = files.config
+    expert = files.section("expert_lora")
     strategy = fields.get("routing_strategy", "mixlora")
     if strategy not in _ROUTINGS:
         raise files.error(
             f"`routing_strategy` must be one of {', '.join(_ROUTINGS)}, got {shown(strategy)}"
         )
-    settings = {
-        "routing": _ROUTINGS[strategy],
-        "experts": _renamed(expert, LORA_FIELDS) or None,
-    }
-    if settings["routing"] == "top_k":
+    routing = _ROUTINGS[strategy]
+    settings = {"routing": routing, "experts": _renamed(expert, LORA_FIELDS) or None}
+    if routing == "top_k":
         settings["top_k"] = fields.get("top_k", 2)
-    elif settings["routing"] == "top_p":
+    elif routing == "top_p":
         settings["top_p"] = fields.get("top_p", 0.8)
         settings["temperature"] = fields.get("temperature") or 1.0  # 0 stands for none
     else:
@@ -376,7 +359,7 @@ TABLES: dict[str, _Table] = {
         | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
         read=_read_lora,
         write=_write_lora,
-        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}},
+        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}, "shared_outer": False},
     ),
     adapters.VeraConfig.peft_type: _Table(
         {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}
@@ -417,7 +400,10 @@ def check_reference_holds(config: AdapterConfig) -> None:
     hint = ""
     if table is None or table.moe_peft is None:
         raise AdapterError(f"MoE-PEFT does not support {config.title}")
-    faults = {n: settings[n] for n, value in table.moe_peft.items() if settings[n] != value}
+    faults = {}
+    for name, value in table.moe_peft.items():
+        if settings[name] != value:
+            faults[name] = settings[name]
     if settings.get("compat", "") is None:  # of methods that can be computed as MoE-PEFT does
         if settings["temperature"] != 1:
             faults["temperature"] = settings["temperature"]

@@ -11,8 +11,8 @@ import math
 import os
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -123,17 +123,15 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
 
 
 def _check_tensors(stored: StoredAdapter, shapes: Mapping[str, Shape], base: BaseInfo) -> None:
-    """Raise an AdapterError if an adapter's tensors aren't those that its settings mean here."""
-    missing, misshapen = [], []
-    for name, shape in shapes.items():
-        if name not in stored.tensors:
-            missing.append(name)
-        elif (actual := tuple(stored.tensors[name].shape)) != shape:
-            misshapen.append(f"{name} {actual}, not {shape}")
+    actual = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
     faults = {
-        "missing tensors": missing,
-        "unexpected tensors": [name for name in stored.tensors if name not in shapes],
-        "tensors of other shapes": misshapen,
+        "missing tensors": [name for name in shapes if name not in actual],
+        "unexpected tensors": [name for name in actual if name not in shapes],
+        "tensors of other shapes": [
+            f"{name} {actual[name]}, not {shape}"
+            for name, shape in shapes.items()
+            if actual.get(name, shape) != shape
+        ],
     }
     details = [f"{kind}: {names_in(names, limit=2)}" for kind, names in faults.items() if names]
     if details:
@@ -158,9 +156,9 @@ def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
     with_fingerprint = stored.base.fingerprint is not None
     if not with_fingerprint:
         # Other programs' files have nothing but a name; paths differ from place to place.
-        trained_name = Path(stored.base.name_or_path or "").name.lower()
-        base_name = Path(base.name_or_path or "").name.lower()
-        if not trained_name or not base_name or trained_name == base_name:
+        paths = (stored.base.name_or_path, base.name_or_path)
+        names = {Path(path or "").name.lower() for path in paths}
+        if "" in names or len(names) == 1:
             return
     trained_on = _describe_model(stored.base, with_fingerprint)
     warnings.warn(
@@ -185,9 +183,9 @@ def base_of_tensors(stored: StoredAdapter) -> BaseInfo:
     shapes = _projection_shapes(stored, keys)
     layers = {path: sorted({key.layer for key in keys if key.path == path}) for path in shapes}
     routers = {key: shape for key, shape in keys.items() if key.projection is None}
-    router_shapes = [*routers.values()]
+    widths = [shape[-1] for shape in routers.values()]
     if "shared.router_0" in stored.tensors:  # by prompt
-        router_shapes.insert(0, tuple(stored.tensors["shared.router_0"].shape))
+        widths = [len(stored.tensors["shared.router_0"])]
     return BaseInfo(
         name_or_path=stored.base.name_or_path or "",
         model_type=stored.base.model_type or "",
@@ -195,7 +193,7 @@ def base_of_tensors(stored: StoredAdapter) -> BaseInfo:
         blocks=guess_blocks(shapes, layers, gated={key.block for key in routers}),
         activation=stored.activation or "",
         num_layers=1 + max(key.layer for key in keys),
-        hidden_size=router_shapes[0][-1] if router_shapes else 0,
+        hidden_size=widths[0] if widths else 0,
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
         quantization=stored.base.quantization,
@@ -223,10 +221,14 @@ def _tensor_shapes(stored: StoredAdapter) -> dict[TensorKey, Shape]:
 def _projection_shapes(
     stored: StoredAdapter, keys: Mapping[TensorKey, Shape]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the [O, I], or [E, O, I], of each adapted projection, in the order of the targets."""
     # those of stacked experts are of three axes
-    outputs = {key.path: shape[:-1] for key, shape in keys.items() if key.part == "lora_B"}
-    inputs = {key.path: shape[-1] for key, shape in keys.items() if key.part == "lora_A"}
+    outputs: dict[str, Shape] = {}
+    inputs: dict[str, int] = {}
+    for key, shape in keys.items():
+        if key.part == "lora_B":
+            outputs[key.path] = shape[:-1]
+        elif key.part == "lora_A":
+            inputs[key.path] = shape[-1]
     paths = {key.path for key in keys if key.projection is not None}
     is_complete = paths and paths == outputs.keys() and paths == inputs.keys()
     if not is_complete or has_own_parts(stored.config):
@@ -247,54 +249,68 @@ def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
     directory = raw_files.find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     config, base = stored.config, stored.base
-    tensors = stored.tensors
-    keys = {name: key for name in tensors if (key := TensorKey.parse(within(name)))}
-    parameters: dict[str, int] = defaultdict(int)
-    norms: dict[str, list[float]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        if key := keys.get(name):
-            # counted as a router's, a LoRA's or an expert's, or by its own name
-            kind = "LoRA" if key.part in ("lora_A", "lora_B") else key.part
-            if key.expert is not None:
-                kind = "experts"
-            parameters[_KINDS.get(key.part, f"{key.block} {kind}")] += tensor.numel()
-            kind = str(replace(key, layer=0, expert=None)).removeprefix("layers.0.")
-            norms[kind].append(torch.linalg.vector_norm(tensor, dtype=torch.float64).item())
-        elif name.startswith((MODULES, TOKENS)):
-            parameters["tokens" if name.startswith(TOKENS) else "modules_to_save"] += tensor.numel()
-    finite = {kind: list(filter(math.isfinite, values)) for kind, values in norms.items()}
-    used, targets = {key.projection for key in keys.values()}, config.target_modules
-    names = [t for t in targets if t.rpartition(".")[2] in used]
+    tensors = stored.tensors.values()
+    keys = list[TensorKey]()
+    parameters = Counter[str]()
+    norms = defaultdict[str, list[float]](list)
+    for name, tensor in stored.tensors.items():
+        key = TensorKey.parse(within(name))
+        if key is not None:
+            keys.append(key)
+            parameters[_parameter_kind(key)] += tensor.numel()
+            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+            if math.isfinite(norm):
+                place = str(replace(key, layer=0, expert=None))
+                norms[place.removeprefix("layers.0.")].append(norm)
+        elif name.startswith(TOKENS):
+            parameters["tokens"] += tensor.numel()
+        elif name.startswith(MODULES):
+            parameters["modules_to_save"] += tensor.numel()
+    targets = config.target_modules
+    if isinstance(targets, str):
+        names = [targets]
+    else:
+        used = {key.projection for key in keys}
+        names = [target for target in targets if target.rpartition(".")[2] in used]
     files = [directory / name for name in raw_files.ADAPTER_FILES]
-    total = sum(parameters.values())
+    total = parameters.total()
     return {
         "path": str(path_or_hub_id),
         "layout": stored.layout,
         "method": config.title,
         "formula": config.formula,
         "settings": config.model_dump(mode="json", exclude_none=True, exclude={"target_modules"}),
-        "target_modules": [targets] if isinstance(targets, str) else names,
+        "target_modules": names,
         "base_model": base.name_or_path,
         "base_fingerprint": base.fingerprint,
         "prompt": stored.prompt and stored.prompt.model_dump(exclude_none=True),
-        "num_layers": len({key.layer for key in keys.values()}),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "num_layers": len({key.layer for key in keys}),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         "parameters": dict(parameters),
         "num_parameters": total,
         "num_base_parameters": base.num_parameters,
         "percent_of_base": 100 * total / base.num_parameters if base.num_parameters else None,
-        "norms": {
-            kind: {
-                "count": len(values),
-                "min": min(values),
-                "median": median(values),
-                "max": max(values),
-            }
-            for kind, values in finite.items()
-            if values
-        },
-        "num_non_finite": sum(not tensor.isfinite().all() for tensor in tensors.values()),
+        "norms": {kind: _summary(values) for kind, values in norms.items()},
+        "num_non_finite": sum(not tensor.isfinite().all() for tensor in tensors),
         "file_bytes": {path.name: path.stat().st_size for path in files if path.exists()},
+    }
+
+
+def _parameter_kind(key: TensorKey) -> str:
+    """Count a tensor as a router's, an expert's or a LoRA's, or by its own name."""
+    if key.part in _KINDS:
+        return _KINDS[key.part]
+    if key.expert is not None:
+        return f"{key.block} experts"
+    return f"{key.block} LoRA" if key.part in ("lora_A", "lora_B") else f"{key.block} {key.part}"
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "count": len(values),
+        "min": min(values),
+        "median": median(values),
+        "max": max(values),
     }
 
 

@@ -58,12 +58,14 @@ _TRAINING_FIELDS = {
 
 def up_to_date(files: AdapterFiles) -> AdapterFiles:
     """Bring files of MoE-PEFT's forerunners into its layout of today; others stay as they are."""
-    config, strategy = dict(files.config), files.config.get("routing_strategy")
+    config = dict(files.config)
+    strategy = config.get("routing_strategy")
     if strategy in _STRATEGIES:
         config["routing_strategy"] = _STRATEGIES[strategy]
         if config.get("sparse_step") is not None:
             raise files.error(f"`sparse_step` is not supported, got {shown(config['sparse_step'])}")
-    if targets := files.targets():
+    targets = files.targets()
+    if targets:
         config["target_modules"] = [_PROJECTIONS.get(name, name) for name in targets]
     names = {}
     for name in files.tensors:
@@ -79,10 +81,12 @@ def of_axolotl(files: AdapterFiles, sidecar: Sidecar) -> StoredAdapter:
     attention = parse(replace(files, overrides={}), LoraConfig)
     experts = {}
     for name, tensor in sidecar.tensors.items():
-        if match := _ROUTER.fullmatch(name):
-            experts[f"layers.{match[1]}.mlp.router"] = tensor
-        elif match := _EXPERT.fullmatch(name):
-            layer, expert, projection, side = match.groups()
+        router_name = _ROUTER.fullmatch(name)
+        expert_name = _EXPERT.fullmatch(name)
+        if router_name is not None:
+            experts[f"layers.{router_name[1]}.mlp.router"] = tensor
+        elif expert_name is not None:
+            layer, expert, projection, side = expert_name.groups()
             prefix = f"layers.{layer}.mlp.{projection}_proj.experts.{expert}"
             experts[f"{prefix}.lora_{side.upper()}"] = tensor
         else:

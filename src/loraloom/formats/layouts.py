@@ -91,12 +91,9 @@ class AdapterRecord(_Record):
 
     version: int = RECORD_VERSION
     base: BaseRecord = BaseRecord()
-    adapter: dict[str, Any] = {}
-    """Settings of the method that the layout has no field for."""
-    prompt: PromptForm | None = None
-    """How its training data wrote prompts; None where nobody knows."""
-    package: Text | None = None
-    """What has its method, where loraloom lacks it."""
+    adapter: dict[str, Any] = {}  # settings of the method that the layout has no field for
+    prompt: PromptForm | None = None  # how its training data wrote prompts; None where nobody knows
+    package: Text | None = None  # what has its method, where loraloom lacks it
 
 
 @dataclass(frozen=True)
@@ -106,15 +103,13 @@ class StoredAdapter:
     layout: str
     config: AdapterConfig
     """`target_modules` holds all names that the configuration lists or the tensors use."""
-    tensors: dict[str, Tensor]
-    """By our keys (tensor_names.py)."""
+    tensors: dict[str, Tensor]  # by our keys (tensor_names.py)
     base: BaseRecord
     source: str
     prompt: PromptForm | None = None
     layers_path: str | None = None
     """Path of the decoder layers in the base model, where the layout tells."""
-    activation: str | None = None
-    """The activation of the FFN, where the layout tells."""
+    activation: str | None = None  # the activation of the FFN, where the layout tells
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
@@ -178,7 +173,6 @@ def render(
 
 
 def _describe(config: AdapterConfig, base: BaseInfo, prompt: PromptForm | None) -> dict[str, Any]:
-    """Make what loraloom adds to the files."""
     fields = {name: getattr(base, name) or None for name in BaseRecord.model_fields}
     package = config.package or None
     record = AdapterRecord(base=BaseRecord(**fields), prompt=prompt, package=package)
@@ -193,45 +187,53 @@ def _our_tensors(
     """Name tensors by our keys; give the path of the layers too, where names have it."""
     endings = _ENDINGS.get(method.peft_type, _ENDINGS.get(method.layout, {}))
     our_parts = {theirs.removesuffix(".weight"): ours for ours, theirs in endings.items()}
-    shared = _SHARED[method.layout]
     pattern = _tensor_pattern(method, list(our_parts))
     keys: dict[str, str] = {}
+    unknown: list[str] = []
     paths: set[str] = set()
     for name in files.tensors:
-        if method.layout == "native" and name.startswith(f"{_PREFIX}experts."):
-            keys[name] = name.removeprefix(_PREFIX)
-            continue
-        shared_part = name.removeprefix(shared)
+        key = None
         match = pattern.fullmatch(name)
-        key = None if match is None else _layer_key(match, our_parts)
+        if match is not None:
+            our_part = our_parts.get(match["part"], match["part"])
+            key = TensorKey.parse(f"layers.{match['block']}{our_part}")
         if match is not None and key is not None:
             keys[name] = str(key)
             if method.layout == "peft":
                 paths.add(match["path"])
-        elif shared_part != name and (shared_part in our_parts or not our_parts):
-            keys[name] = f"shared.{our_parts.get(shared_part, shared_part)}"
-        elif name.startswith(_PREFIX) and name.endswith(_TOKENS):
-            keys[name] = f"{TOKENS}{name.removeprefix(_PREFIX).removesuffix(_TOKENS)}"
-        elif _COPY.search(name):
             continue
-        elif name.startswith(_PREFIX) and _WHOLE.fullmatch(name.removeprefix(_PREFIX)):
-            keys[name] = f"{MODULES}{name.removeprefix(_PREFIX)}"
-    unknown = [name for name in files.tensors if name not in keys and not _COPY.search(name)]
+        other_key = _key_outside_layers(name, method, our_parts)
+        if other_key is not None:
+            keys[name] = other_key
+        elif not _COPY.search(name):
+            unknown.append(name)
     if unknown:
         raise files.error(
             f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} "
             "adapter's on projections of decoder layers, which alone are adapted here"
         )
-    return _only_path(files, paths), files.renamed(keys)
-
-
-def _only_path(files: AdapterFiles, paths: set[str]) -> str | None:
     if len(paths) > 1:
         raise files.error(
             f"tensors must belong to one stack of decoder layers, got {names_in(sorted(paths))}; "
             "adapters of several parts of a model are not supported"
         )
-    return next(iter(paths), None)
+    return next(iter(paths), None), files.renamed(keys)
+
+
+def _key_outside_layers(
+    name: str, method: type[AdapterConfig], our_parts: Mapping[str, str]
+) -> str | None:
+    path = name.removeprefix(_PREFIX)  # of the base model's module, if that is one
+    shared_part = name.removeprefix(_SHARED[method.layout])
+    if method.layout == "native" and path != name and path.startswith("experts."):
+        return path
+    if shared_part != name and (shared_part in our_parts or not our_parts):
+        return f"shared.{our_parts.get(shared_part, shared_part)}"
+    if path != name and path.endswith(_TOKENS):
+        return f"{TOKENS}{path.removesuffix(_TOKENS)}"
+    if path != name and _WHOLE.fullmatch(path) and not _COPY.search(name):
+        return f"{MODULES}{path}"
+    return None
 
 
 def _tensor_pattern(method: type[AdapterConfig], parts: Sequence[str]) -> re.Pattern[str]:
@@ -247,11 +249,6 @@ def _tensor_pattern(method: type[AdapterConfig], parts: Sequence[str]) -> re.Pat
     return re.compile(rf"{prefix}\.{block}{ending}", re.ASCII)
 
 
-def _layer_key(match: re.Match[str], our_parts: Mapping[str, str]) -> TensorKey | None:
-    our_part = our_parts.get(match["part"], match["part"])
-    return TensorKey.parse(f"layers.{match['block']}{our_part}")
-
-
 def _their_name(name: str, config: AdapterConfig, base: BaseInfo) -> str:
     """Name a tensor as files have it; the reverse of `_our_tensors`."""
     if name.startswith(MODULES):
@@ -264,14 +261,16 @@ def _their_name(name: str, config: AdapterConfig, base: BaseInfo) -> str:
     key = TensorKey.parse(name)
     if key is None:
         return f"base_model.{endings[name.removeprefix('shared.')]}"
-    reference = f"{config.peft_type.lower()}.layers"
-    prefix = f"{_PREFIX}{base.layers_path}" if config.layout == "peft" else reference
-    return f"{prefix}{str(replace(key, part=endings[key.part])).removeprefix('layers')}"
+    prefix = f"{config.peft_type.lower()}.layers"
+    if config.layout == "peft":
+        prefix = f"{_PREFIX}{base.layers_path}"
+    theirs = str(replace(key, part=endings[key.part]))
+    return f"{prefix}{theirs.removeprefix('layers')}"
 
 
 def _record(files: AdapterFiles, method: type[AdapterConfig]) -> AdapterRecord:
-    """Read what loraloom added to the files."""
-    origin, fields = f"{files.source}: `loraloom`", files.section("loraloom")
+    origin = f"{files.source}: `loraloom`"
+    fields = files.section("loraloom")
     if method.layout == "peft":
         origin = f"{origin} in the weights' header"
         fields = parse_json(files.metadata.get(RECORD, "{}"), origin, FormatError)
@@ -288,13 +287,14 @@ def build_config(
     files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
 ) -> AdapterConfig:
     """Make a method's configuration of settings in files, and of those that the user gives."""
+    merged = dict(settings)
+    for name, value in files.overrides.items():
+        if isinstance(settings.get(name), dict) and isinstance(value, Mapping):
+            merged[name] = {**settings[name], **value}  # sections are merged key by key
+        else:
+            merged[name] = value
     origin = f"{CONFIG_FILE} with the given settings" if files.overrides else CONFIG_FILE
-    origin = f"{files.source}: {origin} is not valid: "
-    merged = {**settings, **files.overrides}
-    for name in settings.keys() & files.overrides.keys():  # sections are merged key by key
-        if isinstance(settings[name], dict) and isinstance(files.overrides[name], Mapping):
-            merged[name] = {**settings[name], **files.overrides[name]}
-    return checked(method, merged, FormatError, origin)
+    return checked(method, merged, FormatError, f"{files.source}: {origin} is not valid: ")
 
 
 def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -303,11 +303,15 @@ def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[st
     PEFT saves embeddings and head without their being named where they were resized.
     """
     names = files.config.get("modules_to_save") or []
-    parameters = [key.removeprefix(MODULES) for key in tensors if key.startswith(MODULES)]
-    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
-    if not all(any(is_meant(name, path) for name in names) for path in paths):
+    paths: dict[str, None] = {}
+    for key in tensors:
+        if key.startswith(MODULES):
+            paths[key.removeprefix(MODULES).rpartition(".")[0]] = None
+    named = [path for path in paths if any(is_meant(name, path) for name in names)]
+    if len(named) < len(paths):
         # PEFT's names may be the ends of words
-        names = [*paths, *(n for n in names if not any(path.endswith(n) for path in paths))]
+        others = [name for name in names if not any(path.endswith(name) for path in paths)]
+        names = [*paths, *others]
     settings = {name: files.config.get(name) for name in OWN_FIELDS} | {"modules_to_save": names}
     return {name: value for name, value in settings.items() if value}
 
@@ -328,18 +332,19 @@ def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:
     tables = [name.removesuffix(_TABLE) for name in files.tensors if name.endswith(_TABLE)]
     if not tables:
         return files
-    indices = files.config.get("trainable_token_indices") or []
-    all_rows = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
-    tensors = {n: t for n, t in files.tensors.items() if not n.endswith((_TABLE, _TOKENS))}
+    config = dict(files.config)
+    indices = config.pop("trainable_token_indices", None) or []
+    tensors = dict(files.tensors)
+    all_rows = [tensors.pop(name) for name in files.tensors if name.endswith(_TOKENS)]
     for path in tables:
-        table = files.tensors[f"{path}{_TABLE}"]
-        by_name = indices if isinstance(indices, dict) else {path: indices}
-        meant = [tokens for name, tokens in by_name.items() if is_meant(name, path)]
-        tokens = next(iter([*meant, *by_name.values()]), [])
+        table = tensors.pop(f"{path}{_TABLE}")
+        tokens = indices
+        if isinstance(indices, dict):
+            meant = [tokens for name, tokens in indices.items() if is_meant(name, path)]
+            tokens = next(iter([*meant, *indices.values()]), [])
         # A table that is tied to another one has no rows of its own.
         rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(all_rows), None))
         if rows is None:
             raise files.error(f"the tensor {path}{_TOKENS} is missing")
         tensors[f"{path}.weight"] = table.index_copy(0, torch.tensor(tokens), rows.to(table.dtype))
-    config = {k: v for k, v in files.config.items() if k != "trainable_token_indices"}
     return replace(files, config=config, tensors=tensors)

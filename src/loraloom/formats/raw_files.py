@@ -72,21 +72,18 @@ class Sidecar(NamedTuple):
     """What axolotl keeps of a mixture beside PEFT's two files; see foreign.py."""
 
     tensors: dict[str, Tensor]
-    settings: dict[str, Any]
-    """Of the run; empty where no file has them."""
+    settings: dict[str, Any]  # of the run; empty where no file has them
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
     """The files of an adapter, before anything in them is understood."""
 
-    config: dict[str, Any]
-    """Fields of adapter_config.json; null is as good as no field."""
+    config: dict[str, Any]  # fields of adapter_config.json; null is as good as no field
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
     """The header of the safetensors file."""
-    source: str = "the adapter"
-    """Where they came from, for messages."""
+    source: str = "the adapter"  # where they came from, for messages
     sidecar: Sidecar | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method that the user gives: what files lack, or in place of theirs."""
@@ -165,8 +162,10 @@ def _check_belong_together(
     origin = f"{directory}: `{RECORD}` in the weights' header"
     record = parse_json(metadata.get(RECORD, "{}"), origin, FormatError)
     saved = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(saved, dict):
+        return
     current = settings_in(config)
-    for name, value in saved.items() if isinstance(saved, dict) else ():
+    for name, value in saved.items():
         if current.get(name) != value:
             raise FormatError(
                 f"{directory}: {WEIGHTS_FILE} was saved with `{name}` {shown(value)}, but "
@@ -190,10 +189,12 @@ def _read_sidecar(directory: Path) -> Sidecar | None:
     candidates = [directory / name for name in SIDECAR_SETTINGS]
     if directory.name.startswith("checkpoint-"):
         candidates += [directory.parent / name for name in SIDECAR_SETTINGS]
-    path = next((path for path in candidates if path.is_file()), None)
-    settings = path and parse_yaml(read_text(path, FormatError), str(path), FormatError)
     tensors, _ = _read_safetensors(directory / SIDECAR_WEIGHTS)
-    return Sidecar(tensors, settings if isinstance(settings, dict) else {})
+    for path in candidates:
+        if path.is_file():
+            settings = parse_yaml(read_text(path, FormatError), str(path), FormatError)
+            return Sidecar(tensors, settings if isinstance(settings, dict) else {})
+    return Sidecar(tensors, {})
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -243,7 +244,6 @@ def _plain_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_to_overwrite(directory: Path) -> None:
-    """Raise an AdapterError if a directory has an adapter's files already."""
     present = [name for name in SAVED_FILES if (directory / name).exists()]
     if present:
         raise AdapterError(
@@ -293,7 +293,8 @@ def _fill(aside: Path, files: AdapterFiles, card: str, pickled: bool = False) ->
         torch.save(tensors, aside / PICKLE_FILE)
     else:
         # Readers expect larger dtypes first, which keeps each tensor aligned.
-        tensors = dict(sorted(files.tensors.items(), key=lambda pair: (-pair[1].itemsize, pair[0])))
+        names = sorted(files.tensors, key=lambda name: (-files.tensors[name].itemsize, name))
+        tensors = {name: files.tensors[name] for name in names}
         write_safetensors(aside / WEIGHTS_FILE, tensors, tensors.values(), files.metadata)
 
 
@@ -324,12 +325,15 @@ def write_safetensors(
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for planned, tensor in zip(described.values(), tensors, strict=True):
-            assert (planned.shape, planned.dtype) == (tensor.shape, tensor.dtype)
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            assert planned.shape == tensor.shape
+            assert planned.dtype == tensor.dtype
+            values = tensor.detach().cpu().contiguous()
+            file.write(values.flatten().view(torch.uint8).numpy().data)
 
 
 def _publish(aside: Path, directory: Path) -> None:
-    old, new = directory / CONFIG_FILE, aside / CONFIG_FILE
+    old = directory / CONFIG_FILE
+    new = aside / CONFIG_FILE
     stale = [directory / name for name in _STALE_FILES if (directory / name).exists()]
     # While weights are renamed there is no configuration that another program could read them by.
     if old.exists() and (stale or old.read_bytes() != new.read_bytes()):

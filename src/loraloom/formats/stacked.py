@@ -25,7 +25,7 @@ from loraloom.errors import shown
 from loraloom.formats.raw_files import AdapterFiles
 
 # Earlier versions stored A and B of parameters in another order.
-_FIRST_VERSION = "0.19.1"
+_FIRST_VERSION = [0, 19, 1]
 _OURS = re.compile(r"(?P<experts>.+)\.(?P<projection>\w+)\.(?P<part>lora_\w+(?:\.weight)?)")
 _PEFTS = re.compile(
     r"(?P<experts>(?:\w+\.)*\w*experts)(?P<inner>\.base_layer)?\.(?P<part>lora_\w+(?:\.weight)?)",
@@ -49,16 +49,12 @@ def write_stacks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         has_both = len(projections[match["experts"]]) > 1
         inner = ".base_layer" if has_both and match["projection"] != "down_proj" else ""
-        written[f"{match['experts']}{inner}.{match['part']}"] = _flat(match["part"], tensor)
+        if match["part"].startswith("lora_A"):
+            tensor = tensor.flatten(0, 1).contiguous()
+        elif match["part"].startswith("lora_B"):
+            tensor = tensor.permute(1, 2, 0).flatten(1).contiguous()
+        written[f"{match['experts']}{inner}.{match['part']}"] = tensor
     return written
-
-
-def _flat(part: str, tensor: Tensor) -> Tensor:
-    if part.startswith("lora_A"):
-        return tensor.flatten(0, 1).contiguous()
-    if part.startswith("lora_B"):
-        return tensor.permute(1, 2, 0).flatten(1).contiguous()
-    return tensor
 
 
 def read_stacks(files: AdapterFiles) -> AdapterFiles:
@@ -114,13 +110,10 @@ def _stacked(files: AdapterFiles, name: str, part: str, tensor: Tensor, rank: An
 
 
 def _check_version(files: AdapterFiles) -> None:
-    version = str(files.config.get("peft_version", _FIRST_VERSION))
-    if _numbers(version) < _numbers(_FIRST_VERSION):
+    version = str(files.config.get("peft_version", "0.19.1"))
+    numbers = [int(number) for number in re.findall(r"\d{1,9}", version)[:3]]
+    if numbers < _FIRST_VERSION:
         raise files.error(
             f"`target_parameters` of PEFT {version} have A and B in another order; load the "
-            f"adapter with PEFT {_FIRST_VERSION} or later and save it again"
+            "adapter with PEFT 0.19.1 or later and save it again"
         )
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d{1,9}", version)[:3]]

@@ -79,7 +79,7 @@ class ExpertsBlock:
         states = hidden_states if places is None else hidden_states[places]
         routing = adapter.expert_choice(block, states, tokens)
         num_slots = top_k if routing is None else top_k * routing.top_k
-        dropout = adapter.expert_dropout(block, num_slots, hidden_states.dtype, tokens)
+        dropout = adapter.ffn_dropout(block, num_slots, hidden_states.dtype, tokens)
         masks = [mask for mask in dropout.keep_slots if mask is not None]
         return ExpertUpdate(
             weights=forward.forms.experts(segment.row, block, hidden_states.dtype),

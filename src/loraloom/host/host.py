@@ -309,7 +309,9 @@ class Host:
         request = ForwardRequest(
             input_ids, adapters, attention_mask, model_inputs, sample_keys, **self._mode(training)
         )
-        output, forward = self._run(self.model, request, attention_mask)
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        with self.forwards.run(request) as (forward, inputs):
+            output = self.model(input_ids=input_ids, attention_mask=mask, **inputs)
         return HostOutput.of(output, forward)
 
     def hidden(
@@ -344,7 +346,9 @@ class Host:
         request = ForwardRequest(
             input_ids, adapters, token_mask, model_inputs, sample_keys, sample_lengths, **mode
         )
-        output, forward = self._run(self.forwards.run_decoder, request, attention_mask)
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        with self.forwards.run(request) as (forward, inputs):
+            output = self.forwards.run_decoder(input_ids=input_ids, attention_mask=mask, **inputs)
         return HiddenOutput.of(output, forward)
 
     def _mode(self, training: bool | None) -> dict[str, Any]:
@@ -353,11 +357,6 @@ class Host:
             "checkpointing": self.gradient_checkpointing,
             "record": {},
         }
-
-    def _run(self, run: Any, request: ForwardRequest, mask: Tensor | None) -> tuple[Any, Any]:
-        mask = None if mask is None else mask.to(self.device)
-        with self.forwards.run(request) as (forward, inputs):
-            return run(input_ids=request.input_ids, attention_mask=mask, **inputs), forward
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
         """Sum the auxiliary losses of the adapters in a forward with `training=True`.

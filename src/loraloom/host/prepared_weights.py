@@ -26,7 +26,8 @@ from loraloom.adapters.segment import SegmentTokens
 from loraloom.base.blocks import Block
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights
-from loraloom.ops.expert_rows import ExpertUpdate, ExpertWeights, stack_experts
+from loraloom.ops.expert_rows import ExpertUpdate
+from loraloom.ops.expert_weights import ExpertWeights, stack_experts
 from loraloom.ops.low_rank import InputGroup, decompose
 from loraloom.ops.stacked import StackedInput, stack_inputs
 from loraloom.routing.record import LayerRouting
@@ -107,7 +108,7 @@ class ComputeForms:
     def experts(self, row: ScaledAdapter, block: Block, dtype: torch.dtype) -> ExpertWeights:
         adapter, scale = row
         key = (adapter, scale, block, dtype)
-        return self._form(key, lambda: adapter.expert_weights(block, dtype).scaled(scale))
+        return self._form(key, lambda: adapter.ffn_weights(block, dtype).scaled(scale))
 
     def own(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
         return self._form((own, dtype), lambda: own.compute_form(dtype))

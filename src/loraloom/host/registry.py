@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.combining import Combination, Merged, combine, prune
-from loraloom.adapters.contract import Adapter, AdapterConfig, check_config
+from loraloom.adapters.contract import Adapter, AdapterConfig
 from loraloom.adapters.extra_modules import own_parts, tensor_shapes
+from loraloom.adapters.registration import check_config
 from loraloom.adapters.routed.method import build_from_sources
+from loraloom.adapters.tensor_names import check_can_be_saved
 from loraloom.adapters.weighted_sum import Weighted, WeightedSum, is_sum, parse_sum, write_sum
 from loraloom.base.structure import read_structure
 from loraloom.config.data import PromptForm
@@ -89,7 +91,8 @@ class AdapterRegistry:
         with self.changing:  # another thread must not merge meanwhile
             self.check_unmerged("start an adapter")
             build = partial(self.build, name, seed=seed)
-            adapter = build_from_sources(check_config(config), self._read_expert, build)
+            fitted = check_config(config).fitted(self.layers)
+            adapter = build_from_sources(fitted, self._read_expert, build)
             return self.register(adapter)
 
     def _read_expert(
@@ -148,7 +151,7 @@ class AdapterRegistry:
         # Tensors of inference mode could neither be trained nor decode; draws are the CPU's.
         with torch.inference_mode(False), torch.device("cpu"):
             adapter = config.build(name, self.layers, dtype, seed)
-            adapter.check_can_be_saved()
+            check_can_be_saved(adapter, adapter.tensors(), config.title)
             adapter.own_modules.extend(build_own_modules(parts, self.model, dtype))
         return adapter
 

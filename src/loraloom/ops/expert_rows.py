@@ -11,8 +11,9 @@ and Down alike. A plain LoRA is M = 1 and g = 1, and only DoRA has c.
 
 The frozen products are those of all rows at once, in transformers' order, so that rows of the base
 model are what they are without adapters. An adapter's rows lie by group, so that each of its
-products is one grouped product. The backward pass keeps x and the frozen product W_up x, computes
-the elementwise rest again, and puts the frozen down-projection between two backward passes of it.
+products is one grouped product. The backward pass keeps x, the frozen product W_up x and what lies
+in rank space, computes the elementwise rest again, and puts the frozen down-projection between two
+backward passes of it.
 
 Source: transformers 5.24, `integrations/moe.py`, for what a block without adapters computes.
 """
@@ -28,77 +29,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraloom.ops.expert_weights import ExpertSide, ExpertWeights
 from loraloom.ops.gating import Gating
 from loraloom.ops.grouped_rows import group_stops, grouped_product, multiply_groups
-from loraloom.ops.low_rank import excess_of, scale_update
-from loraloom.ops.stacked import StackedWeights
-
-
-@dataclass(frozen=True)
-class ExpertSide(StackedWeights):
-    """An adapter's update of a stacked projection, in compute form."""
-
-    A: Tensor  # [G, R, I], or [M, R, I] where all base experts share it
-    B: Tensor  # scaled, [G, R, O] or [M, R, O]
-    row_scale: Tensor | None = None  # DoRA's c, [G, O] float32
-
-    stacked_fields = ("A", "B", "row_scale")
-
-    @property
-    def is_scaled(self) -> bool:
-        return self.row_scale is not None
-
-    def flat(self) -> ExpertSide:
-        row_scale = None if self.row_scale is None else self.row_scale.flatten(0, 1)
-        return ExpertSide(self.A.flatten(0, 1), self.B.flatten(0, 1), row_scale)
-
-    def scaled(self, scale: float) -> ExpertSide:
-        lora_B, row_scale = scale_update(self.B.flatten(0, 1), self.row_scale, scale)
-        return replace(self, B=lora_B.view_as(self.B), row_scale=row_scale)
-
-
-@dataclass(frozen=True)
-class ExpertWeights(StackedWeights):
-    """An adapter's weights in a block of stacked experts; None where nothing is adapted."""
-
-    up: ExpertSide | None
-    down: ExpertSide | None
-    num_choices: int = 1  # M
-
-    stacked_fields = ("up", "down")
-
-    @property
-    def sides(self) -> list[ExpertSide]:
-        return [side for side in (self.up, self.down) if side is not None]
-
-    def scaled(self, scale: float) -> ExpertWeights:
-        if scale == 1:
-            return self
-        up = None if self.up is None else self.up.scaled(scale)
-        down = None if self.down is None else self.down.scaled(scale)
-        return replace(self, up=up, down=down)
-
-    def flat(self) -> ExpertWeights:
-        """See a stack of adapters' weights as one adapter's with as many more groups."""
-        up = None if self.up is None else self.up.flat()
-        down = None if self.down is None else self.down.flat()
-        return replace(self, up=up, down=down)
-
-
-def stack_experts(weights: Sequence[ExpertWeights]) -> ExpertWeights:
-    """Put like adapters' weights side by side, [N, G, …]."""
-    first = weights[0]
-    up = None if first.up is None else _stack_sides([each.up for each in weights])
-    down = None if first.down is None else _stack_sides([each.down for each in weights])
-    return ExpertWeights(up, down, first.num_choices)
-
-
-def _stack_sides(sides: Sequence[Any]) -> ExpertSide:
-    row_scale = None
-    if sides[0].row_scale is not None:
-        row_scale = torch.stack([side.row_scale for side in sides])
-    lora_A = torch.stack([side.A for side in sides])
-    return ExpertSide(lora_A, torch.stack([side.B for side in sides]), row_scale)
+from loraloom.ops.low_rank import excess_of
 
 
 @dataclass(frozen=True)
@@ -178,45 +112,51 @@ class _Rows:
         self.stops = group_stops(self.experts, self.num_experts)
         # A slot has random numbers by its expert's number: base models may list them in any order.
         self.ranks = index.argsort(1).argsort(1)[self.tokens, slots]
-        # Tokens by adapter; the last are those of none.
-        owners = torch.full((self.num_tokens,), len(updates), device=index.device)
-        self.local = torch.zeros(self.num_tokens, dtype=torch.long, device=index.device)
-        counts = []
-        for number, update in enumerate(updates):
-            if update.tokens is None:
-                owners.fill_(number)
-                self.local = torch.arange(self.num_tokens, device=index.device)
-                counts.append(self.num_tokens)
-            else:
-                owners[update.tokens] = number
-                count = len(update.tokens)
-                self.local[update.tokens] = torch.arange(count, device=index.device)
-                counts.append(count)
-        counts.append(self.num_tokens - sum(counts))
+        self.slots = slots
+        owners, counts = self._owners(updates, index.device)
         num_slots = [1 if u.choice is None else u.choice.shape[1] for u in updates] + [1]
+        sizes = []  # hidden rows of each adapter
+        for count, slots_of_token in zip(counts, num_slots, strict=True):
+            sizes.append(count * self.top_k * slots_of_token)
         owners = owners[self.tokens]
-        sizes = [count * self.top_k * slots for count, slots in zip(counts, num_slots, strict=True)]
         self.base_rows = None  # of each hidden row, [H]; None: they are the same
         self.choices = torch.zeros_like(self.tokens)  # which of its LoRA experts a row is of, j
         if max(num_slots) > 1:
             repeats = torch.tensor(num_slots, device=index.device)[owners]
-            places = torch.arange(len(owners), device=index.device)
-            self.base_rows = places.repeat_interleave(repeats, output_size=sum(sizes))
-            starts = repeats.cumsum(0) - repeats
-            places = torch.arange(sum(sizes), device=index.device)
-            self.choices = places - starts[self.base_rows]
+            rows = torch.arange(len(owners), device=index.device)
+            self.base_rows = rows.repeat_interleave(repeats, output_size=sum(sizes))
+            first_rows = repeats.cumsum(0) - repeats
+            hidden_rows = torch.arange(sum(sizes), device=index.device)
+            self.choices = hidden_rows - first_rows[self.base_rows]
             owners = owners[self.base_rows]
         by_owner = owners.argsort(stable=True).split(sizes)
-        self.adapters = [
-            _AdapterRows(self, update, hidden)
-            for update, hidden in zip(updates, by_owner, strict=False)
-        ]
-        self.slots = slots
+        self.adapters = []
+        for update, hidden in zip(updates, by_owner, strict=False):
+            self.adapters.append(_AdapterRows(self, update, hidden))
         self.is_scaled = any(
             update.weights.down is not None and update.weights.down.is_scaled for update in updates
         )
         # A row scale stands outside of W_down, so that each hidden row goes through it by itself.
         self.apart = self.base_rows is not None and self.is_scaled
+
+    def _owners(
+        self, updates: Sequence[ExpertUpdate], device: torch.device
+    ) -> tuple[Tensor, list[int]]:
+        """Number each token's adapter, [T], and count their tokens; the last are those of none."""
+        owners = torch.full((self.num_tokens,), len(updates), device=device)
+        self.local = torch.zeros(self.num_tokens, dtype=torch.long, device=device)
+        counts = []
+        for number, update in enumerate(updates):
+            if update.tokens is None:
+                owners.fill_(number)
+                self.local = torch.arange(self.num_tokens, device=device)
+                counts.append(self.num_tokens)
+            else:
+                count = len(update.tokens)
+                owners[update.tokens] = number
+                self.local[update.tokens] = torch.arange(count, device=device)
+                counts.append(count)
+        return owners, [*counts, self.num_tokens - sum(counts)]
 
     @cached_property
     def down_experts(self) -> tuple[Tensor, Tensor]:
@@ -287,17 +227,12 @@ class _AdapterRows:
         num_slots = 1 if update.choice is None else update.choice.shape[1]
         self.slots = rows.ranks[base_rows] * num_slots + choices  # whose mask a row has
 
-    def rank_input(self, inputs: Tensor, side: ExpertSide) -> Tensor:
-        """Compute what B multiplies, [Q, R]."""
-        low_rank = self.product(inputs, side.A.transpose(1, 2))
-        return low_rank if self.is_adapted is None else low_rank * self.is_adapted
-
-    def product(self, inputs: Tensor, weights: Tensor) -> Tensor:
+    def product(self, inputs: Tensor, weights: Tensor, known: Tensor | None = None) -> Tensor:
         """Multiply each row, [Q, I], with its group of [G, I, O], or of those that are shared."""
         shared = self.num_groups // len(weights)  # groups that have one weight
         if self.stops is None:
             return torch.bmm(inputs.unsqueeze(1), weights[self.groups // shared]).squeeze(1)
-        return grouped_product(inputs, weights, self.stops[shared - 1 :: shared])
+        return grouped_product(inputs, weights, self.stops[shared - 1 :: shared], known)
 
     def scale_change(
         self, update: Tensor, side: ExpertSide, frozen: Tensor, bias: Tensor | None
@@ -331,75 +266,86 @@ def _gather(values: Tensor, indices: Sequence[Tensor]) -> Sequence[Tensor]:
     return values[torch.cat(list(indices))].split([len(index) for index in indices])
 
 
-def _changes(
+@dataclass(frozen=True)
+class _Reduced:
+    """An adapter's rows on one side of the block, in rank space."""
+
+    adapter: _AdapterRows
+    side: ExpertSide
+    low_rank: Tensor  # A x, [Q, R]
+
+    def expand(self, weights: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+        """Multiply by B, with weights of the rows, [Q, 1], in front of it."""
+        low_rank = self.low_rank
+        if self.adapter.is_adapted is not None:
+            low_rank = low_rank * self.adapter.is_adapted
+        if weights is not None:
+            low_rank = low_rank * weights.to(low_rank.dtype)
+        return self.adapter.product(low_rank, self.side.B, known)
+
+
+def _reduce(
     rows: _Rows,
     updates: Sequence[ExpertUpdate],
     values: Tensor,
-    frozen: Tensor,
-    bias: Tensor | None,
     is_up: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """Compute what all adapters add to frozen rows, [Q, O], and list these hidden rows, [Q]."""
-    adapters = []
-    sides = []
+    known: Sequence[Tensor] = (),
+) -> list[_Reduced]:
+    """Bring what enters the up or the down side into rank space; `known` are its low ranks."""
+    adapted = []
     for adapter, update in zip(rows.adapters, updates, strict=True):
         side = update.weights.up if is_up else update.weights.down
         if side is not None:
-            adapters.append((adapter, update))
-            sides.append(side)
-    if not sides:
-        return None
-    hidden_rows = [adapter.hidden for adapter, _ in adapters]
-    sources = [adapter.tokens for adapter, _ in adapters] if is_up else hidden_rows
-    scaled = [index for index, side in zip(hidden_rows, sides, strict=True) if side.is_scaled]
-    scaled_rows = iter(_gather(frozen, scaled))
+            adapted.append((adapter, update, side))
+    sources = [adapter.tokens if is_up else adapter.hidden for adapter, _, _ in adapted]
+    reduced = []
+    for number, inputs in enumerate(_gather(values, sources)):
+        adapter, update, side = adapted[number]
+        drop = adapter.drop_inputs if is_up else adapter.drop_states
+        low_rank = known[number] if known else None
+        low_rank = adapter.product(drop(inputs, update), side.A.transpose(1, 2), low_rank)
+        reduced.append(_Reduced(adapter, side, low_rank))
+    return reduced
+
+
+def _changes(reduced: Sequence[_Reduced], frozen: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute what all adapters add to their frozen rows, one adapter's behind the other's."""
+    scaled = [each.adapter.hidden for each in reduced if each.side.is_scaled]
+    frozen_rows = iter(_gather(frozen, scaled))
     changes = []
-    for (adapter, update), side, inputs in zip(
-        adapters, sides, _gather(values, sources), strict=True
-    ):
-        dropped = adapter.drop_inputs if is_up else adapter.drop_states
-        low_rank = adapter.rank_input(dropped(inputs, update), side)
-        change = adapter.product(low_rank, side.B)
-        if side.is_scaled:
-            change = adapter.scale_change(change, side, next(scaled_rows), bias)
+    for each in reduced:
+        change = each.expand()
+        if each.side.is_scaled:
+            change = each.adapter.scale_change(change, each.side, next(frozen_rows), bias)
         changes.append(change)
-    return torch.cat(changes), torch.cat(hidden_rows)
+    return torch.cat(changes)
 
 
-def _gate(
-    rows: _Rows, up: Tensor, hidden_states: Tensor, updates: Sequence[ExpertUpdate]
-) -> Tensor:
+def _hidden_rows(reduced: Sequence[_Reduced]) -> Tensor:
+    return torch.cat([each.adapter.hidden for each in reduced])
+
+
+def _gate(rows: _Rows, up: Tensor, reduced: Sequence[_Reduced]) -> Tensor:
     """Go from the frozen product of the rows, [P, O], to the hidden rows' states, [H, F]."""
     frozen = rows.expand(up)
-    bias = rows.base.up.compute_bias(up.dtype)
-    changes = _changes(rows, updates, hidden_states, frozen, bias, is_up=True)
-    if changes is not None:
-        change, hidden_rows = changes
-        frozen = frozen.index_add(0, hidden_rows, change)
+    if reduced:
+        bias = rows.base.up.compute_bias(up.dtype)
+        change = _changes(reduced, frozen, bias)
+        frozen = frozen.index_add(0, _hidden_rows(reduced), change)
     return rows.base.gating(frozen)
 
 
-def _down(
-    rows: _Rows,
-    hidden: Tensor,
-    frozen: Tensor | None,
-    slot_weights: Tensor,
-    updates: Sequence[ExpertUpdate],
-) -> Tensor:
-    """Add the adapters' updates to the frozen down-projection, or to nothing (None), [P, D]."""
-    bias = None
-    if frozen is None:
-        total = hidden.new_zeros(len(rows.tokens), rows.base.down.out_features)
-    else:
-        total = frozen
-        bias = rows.base.down.compute_bias(hidden.dtype)
+def _down(rows: _Rows, frozen: Tensor, slot_weights: Tensor, reduced: Sequence[_Reduced]) -> Tensor:
+    """Add the adapters' updates to the frozen down-projection, [P, D]."""
+    total = frozen
+    bias = rows.base.down.compute_bias(frozen.dtype)
     if bias is not None and rows.base_rows is not None and not rows.apart:
         # as often as the slots' weights sum to
         excess = rows.combine(torch.ones_like(slot_weights), slot_weights) - 1
         total = total + excess * bias[rows.experts]
-    changes = _changes(rows, updates, hidden, total, bias, is_up=False)
-    if changes is not None:
-        change, hidden_rows = changes
+    if reduced:
+        change = _changes(reduced, total, bias)
+        hidden_rows = _hidden_rows(reduced)
         if rows.base_rows is not None and not rows.apart:
             change = change * slot_weights[hidden_rows]
             hidden_rows = rows.base_rows[hidden_rows]
@@ -409,17 +355,23 @@ def _down(
 
 def _forward(
     rows: _Rows, hidden_states: Tensor, weights: Tensor, updates: Sequence[ExpertUpdate]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the block's output, W_up x, [P, O], and W_down h where its values are used again."""
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the block's output, and what its backward pass keeps.
+
+    That is W_up x, [P, O], W_down h where its values are used again, and all A x and A h.
+    """
     base = rows.base
     up = _frozen_product(hidden_states[rows.tokens], base.up, rows.experts, rows.stops)
-    hidden = _gate(rows, up, hidden_states, updates)
+    reduced_up = _reduce(rows, updates, hidden_states, is_up=True)
+    hidden = _gate(rows, up, reduced_up)
     slot_weights = rows.slot_weights(updates, hidden)
     combined = hidden if rows.apart else rows.combine(hidden, slot_weights)
     frozen = _frozen_product(combined, base.down, *rows.down_experts)
-    output = _down(rows, hidden, frozen, slot_weights, updates)
+    reduced_down = _reduce(rows, updates, hidden, is_up=False)
+    output = _down(rows, frozen, slot_weights, reduced_down)
     output = rows.join(output, weights, hidden_states.dtype)
-    return output, up, frozen if rows.is_scaled else None
+    low_ranks = [each.low_rank for each in (*reduced_up, *reduced_down)]
+    return output, [up, frozen if rows.is_scaled else None, *low_ranks]
 
 
 class _ExpertRows(torch.autograd.Function):
@@ -427,67 +379,92 @@ class _ExpertRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, updates, hidden_states, weights, *tensors):
-        output, up, frozen = _forward(rows, hidden_states, weights, updates)
+        output, kept = _forward(rows, hidden_states, weights, updates)
         ctx.rows = rows
         ctx.updates = [_with_tensors(update, [None] * _NUM_TENSORS) for update in updates]
-        ctx.save_for_backward(hidden_states, weights, up, frozen, *tensors)
+        ctx.save_for_backward(hidden_states, weights, *tensors, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows: _Rows = ctx.rows
+        saved = ctx.saved_tensors
+        num_leaves = 4 + len(ctx.updates) * _NUM_TENSORS
         leaves: list[Any] = [
             None if tensor is None else tensor.detach().requires_grad_()
-            for tensor in ctx.saved_tensors
+            for tensor in saved[:num_leaves]
         ]
-        hidden_states, weights, up, frozen, *tensors = leaves
+        low_ranks = saved[num_leaves:]
+        hidden_states, weights, *tensors, up, frozen = leaves
         updates = [
             _with_tensors(update, tensors[number * _NUM_TENSORS :][:_NUM_TENSORS])
             for number, update in enumerate(ctx.updates)
         ]
+        num_up = sum(update.weights.up is not None for update in updates)
         grad_rows = grad[rows.tokens]
         with torch.enable_grad():
-            hidden = _gate(rows, up, hidden_states, updates)
+            reduced = _reduce(rows, updates, hidden_states, True, low_ranks[:num_up])
+            hidden = _gate(rows, up, reduced)
             slot_weights = rows.slot_weights(updates, hidden)
             row_weights = weights[rows.tokens, rows.slots].unsqueeze(1)
             combined = hidden if rows.apart else rows.combine(hidden, slot_weights)
-            output = _down(rows, hidden, frozen, slot_weights, updates) * row_weights
-            times_of_bias = row_weights * rows.combine(torch.ones_like(slot_weights), slot_weights)
+            reduced = _reduce(rows, updates, hidden, False, low_ranks[num_up:])
             if frozen is None:
-                # Linear in W_down h, whose values are not needed: weights stand in front of it.
+                outputs, grads = _linear_outputs(
+                    rows, reduced, grad_rows, row_weights, slot_weights
+                )
+                # weights stand in front of W_down
                 combined = combined * row_weights.to(combined.dtype)
-        grad_frozen = grad_rows
-        if frozen is not None:
-            (grad_frozen,) = torch.autograd.grad(
-                output, frozen, grad_rows.to(output.dtype), retain_graph=True
-            )
+                grad_frozen = grad_rows
+            else:
+                output = _down(rows, frozen, slot_weights, reduced) * row_weights
+                outputs, grads = [output], [grad_rows.to(output.dtype)]
+                (grad_frozen,) = torch.autograd.grad(output, frozen, grads, retain_graph=True)
         grad_combined = _frozen_gradient(grad_frozen, rows.base.down, *rows.down_experts)
-        outputs = [combined, output]
-        grads = [grad_combined.to(combined.dtype), grad_rows.to(output.dtype)]
-        bias = rows.base.down.compute_bias(hidden.dtype)
-        if frozen is None and bias is not None:
-            outputs.append(times_of_bias)
-            grads.append((grad_rows * bias[rows.experts]).sum(1, keepdim=True).to(times_of_bias))
-        is_output = [value.requires_grad for value in outputs]
+        outputs.append(combined)
+        grads.append(grad_combined.to(combined.dtype))
         inputs = [leaf for leaf in leaves if leaf is not None and leaf is not frozen]
-        gradients = iter(
-            torch.autograd.grad(
-                [value for value, needed in zip(outputs, is_output, strict=True) if needed],
-                inputs,
-                [value for value, needed in zip(grads, is_output, strict=True) if needed],
-                allow_unused=True,
-            )
-        )
+        gradients = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
         all_gradients: list[Any] = [
             None if leaf is None or leaf is frozen else next(gradients) for leaf in leaves
         ]
-        grad_hidden, grad_weights, grad_up, _, *grad_tensors = all_gradients
+        grad_hidden, grad_weights, *grad_tensors, grad_up, _ = all_gradients
         grad_inputs = _frozen_gradient(grad_up, rows.base.up, rows.experts, rows.stops)
         if grad_hidden is None:
             grad_hidden = torch.zeros_like(hidden_states)
         grad_hidden = grad_hidden.index_add(0, rows.tokens, grad_inputs.to(grad_hidden.dtype))
         return None, None, grad_hidden, grad_weights, *grad_tensors
+
+
+def _linear_outputs(
+    rows: _Rows,
+    reduced: Sequence[_Reduced],
+    grad_rows: Tensor,
+    row_weights: Tensor,
+    slot_weights: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what the block's output is linear in, but for W_down h, and the gradients of it.
+
+    Its values are not computed: weights stand in front of B, and of the biases.
+    """
+    outputs = []
+    grads = []
+    base_rows = [each.adapter.base_rows for each in reduced]
+    for each, grad in zip(reduced, _gather(grad_rows, base_rows), strict=True):
+        weights = row_weights[each.adapter.base_rows]
+        if rows.base_rows is not None:
+            weights = weights * slot_weights[each.adapter.hidden]
+        unread = each.low_rank.new_zeros(1).expand(len(grad), grad.shape[1])
+        change = each.expand(weights, unread)
+        outputs.append(change)
+        grads.append(grad.to(change.dtype))
+    bias = rows.base.down.compute_bias(grad_rows.dtype)
+    if bias is not None:
+        times = row_weights * rows.combine(torch.ones_like(slot_weights), slot_weights)
+        outputs.append(times)
+        grads.append((grad_rows * bias[rows.experts]).sum(1, keepdim=True).to(times.dtype))
+    return outputs, grads
 
 
 def _frozen_product(rows: Tensor, base: Any, experts: Tensor, stops: Tensor) -> Tensor:

@@ -11,9 +11,14 @@ from torch import Tensor
 grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)  # of torch 2.10 on
 
 
-def grouped_product(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
-    """Multiply rows, [Q, I], with their group's weight of [G, I, O], differentiably."""
-    return _GroupedProduct.apply(rows, weights, stops)  # pyright: ignore[reportReturnType]
+def grouped_product(
+    rows: Tensor, weights: Tensor, stops: Tensor, known: Tensor | None = None
+) -> Tensor:
+    """Multiply rows, [Q, I], with their group's weight of [G, I, O], differentiably.
+
+    `known` is the product where it was computed before, or is not read.
+    """
+    return _GroupedProduct.apply(rows, weights, stops, known)  # pyright: ignore[reportReturnType]
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -22,9 +27,9 @@ class _GroupedProduct(torch.autograd.Function):
     # torch's own takes no float64, and no gradients that are expanded
 
     @staticmethod
-    def forward(ctx, rows, weights, stops):
+    def forward(ctx, rows, weights, stops, known):
         ctx.save_for_backward(rows, weights, stops)
-        return multiply_groups(rows, weights, stops)
+        return multiply_groups(rows, weights, stops) if known is None else known.view_as(known)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -35,7 +40,7 @@ class _GroupedProduct(torch.autograd.Function):
             grad_rows = multiply_groups(grad, weights.transpose(1, 2), stops)
         if ctx.needs_input_grad[1]:
             grad_weights = _products_over_rows(rows, grad, stops)
-        return grad_rows, grad_weights, None
+        return grad_rows, grad_weights, None, None
 
 
 def multiply_groups(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def _counts(record: LayerRouting, num_experts: int) -> Tensor:
     counts = record.router_logits.new_zeros(num_experts + 1)
     summands = has_weight.flatten().to(counts.dtype)
     counts.scatter_add_(0, record.selected_experts.flatten(), summands)
-    counts[-1] = len(record.selected_experts)
+    counts[-1:] = len(record.selected_experts)  # an index would make a device wait
     return counts
 
 

@@ -51,7 +51,7 @@ def measure_routing(routing: Sequence[LayerRouting]) -> Float[Tensor, "N X"]:
         probabilities = record.router_logits.detach().softmax(-1)  # (T, E)
         # Widened once experts are summed up: over many tokens float32 would lose digits.
         entropies = widened(torch.special.entr(probabilities).sum(-1))
-        tokens_and_bits[index, 0] = len(probabilities)
+        tokens_and_bits[index, :1] = len(probabilities)  # an index would make a device wait
         tokens_and_bits[index, 1] = entropies.sum() / math.log(2)
         sums[index, : record.num_experts] = probabilities.sum(0)
     return torch.cat([tokens_and_bits, loads, sums], dim=1)

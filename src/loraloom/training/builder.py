@@ -40,8 +40,6 @@ from loraloom.training.step.optimizers import make_loss_scale
 
 KEPT_TRAINING_SETS = 8
 Base = tuple[Host, PreTrainedTokenizerBase]
-# A file on the disk, its bytes and the time of its last change.
-FileState = tuple[Path, int, int]
 
 
 class JobData:
@@ -57,11 +55,9 @@ class JobData:
         data = config.data
         length = config.train.max_length
         as_pairs = config.train.objective.learns_from_pairs
-        files: list[FileState] = []
-        for source in data.sources:
-            files += _file_states(source, "train")
+        files = [_file_states(source, "train") for source in data.sources]
         if data.validation is not None:
-            files += _file_states(data.validation, "validation")
+            files.append(_file_states(data.validation, "validation"))
         pace = data.streaming and config.train.batch_size
         key = repr((data, length, config.seed, as_pairs, files, pace))
         if key not in self._sets:
@@ -82,8 +78,8 @@ class JobData:
         return self._questions[key]
 
 
-def _file_states(source: SourceConfig | EvaluationConfig, default_split: str) -> list[FileState]:
-    """List the files on the disk that a source is read from."""
+def _file_states(source: SourceConfig | EvaluationConfig, default_split: str) -> list[object]:
+    """List the files that a source is read from, with their bytes and times of the last change."""
     split = source.split or default_split
     locations: list[object] = []
     if source.task is not None:
@@ -94,7 +90,7 @@ def _file_states(source: SourceConfig | EvaluationConfig, default_split: str) ->
             locations.append(find_location(source.dataset, split, source.config))
         templates = (source.template, source.chat_template)
         locations += [Path(os.path.expanduser(template)) for template in templates if template]
-    states = []
+    states: list[object] = []
     for location in locations:
         if isinstance(location, Path) and os.path.isfile(location):
             stat = os.stat(location)
@@ -193,12 +189,11 @@ class JobBuilder:
             terms = job.objective(scored, objectives.count_totals(job.training_set.validation))
             # Values that are not finite are left out, as in a step's line, but for these.
             needed = ("eval/loss", job.selection.metric)
-            values = {"eval/loss": float(terms.loss)}
-            for name, value in terms.metrics.items():
-                values.setdefault(f"eval/{name}", float(value))
+            loss = {"loss": terms.loss}
+            values = loss | dict(terms.metrics) | loss  # the first, whatever the objective names so
             for name, value in values.items():
-                if name in needed or math.isfinite(value):
-                    metrics[job.name][name] = value
+                if f"eval/{name}" in needed or math.isfinite(value):
+                    metrics[job.name][f"eval/{name}"] = float(value)
 
     def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
         """Measure jobs together; if that fails, each alone, to find whose fault it is."""
@@ -239,15 +234,13 @@ def _form_warnings(starts: Sequence[StoredAdapter], form: PromptForm) -> Iterato
         is_equal = learned == form.model_copy(update={"system": learned.system})
         if is_equal or (learned.is_text and form.is_text):
             continue
+        before = shown(learned.model_dump(exclude_none=True))
+        now = shown(form.model_dump(exclude_none=True))
         yield (
-            f"start_from {start.source} learned prompts of form {_show_form(learned)}, but this "
-            f"job's have {_show_form(form)}; training continues, far from what that adapter "
-            "learned; write the data in its form (data.template, data.chat_template)"
+            f"start_from {start.source} learned prompts of form {before}, but this job's have "
+            f"{now}; training continues, far from what that adapter learned; write the data in "
+            "its form (data.template, data.chat_template)"
         )
-
-
-def _show_form(form: PromptForm) -> str:
-    return shown(form.model_dump(exclude_none=True))
 
 
 def load_start(
@@ -273,8 +266,8 @@ def _load_sum(
     refuse_own_parts(adapter.config, "a job", "start from a sum")
     shapes = {name: tensor.shape for name, tensor in adapter.tensors().items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        needed = config.model_dump(include={"rank_pattern"}, exclude_defaults=True)
-        needed = {"rank": config.rank, **needed}
+        ranks = config.model_dump(include={"rank_pattern"}, exclude_defaults=True)
+        needed = {"rank": config.rank, **ranks}
         raise ConfigError(
             f"start_from a sum requires a job with the adapters' projections and {needed}, got "
             f"rank {adapter.config.rank} for {names}"
@@ -290,15 +283,13 @@ def _load_weights(host: Host, adapter: Adapter, source: StoredAdapter, path_or_h
     stored_config, tensors = fit_to_base(source, host.base)
     job = _compatible_settings(adapter.config, host)
     stored = _compatible_settings(stored_config, host)
-    differences = [
-        f"{name} is {value!r} and that adapter's {stored.get(name)!r}"
-        for name, value in job.items()
-        if stored.get(name) != value
-    ]
+    differences = []
+    for name, value in job.items():
+        if stored.get(name) != value:
+            differences.append(f"{name} is {value!r} and that adapter's {stored.get(name)!r}")
     if differences:
-        raise ConfigError(
-            f"start_from {path_or_hub_id} differs from the job: {'; '.join(differences)}"
-        )
+        reason = "; ".join(differences)
+        raise ConfigError(f"start_from {path_or_hub_id} differs from the job: {reason}")
     adapter.load_tensors(tensors)
 
 

@@ -9,7 +9,6 @@ function of seed, epoch and sample.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +29,6 @@ from loraloom.training.job import JobResult
 from loraloom.training.settings import JobConfig, OptimizerConfig
 
 MANIFEST = "manifest.json"
-_NUMBERED = re.compile(r"snapshot-([0-9]{1,18})")
 # Older versions noted more of a job.
 _CHECKED = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -94,7 +92,7 @@ class CheckpointStore:
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
         try:
-            number = max(self._numbered(), default=0) + 1
+            number = max(map(_number_of, self.newest_first()), default=0) + 1
             write_directory(self.directory / f"snapshot-{number:06}", fill)
         except (OSError, RuntimeError) as error:
             # On a full disk, torch.save raises a RuntimeError.
@@ -117,16 +115,14 @@ class CheckpointStore:
         return None, faults
 
     def newest_first(self) -> list[Path]:
-        return [path for _, path in sorted(self._numbered().items(), reverse=True)]
-
-    def _numbered(self) -> dict[int, Path]:
         # What is called otherwise, a backup say, is left alone.
-        numbered = {}
-        for path in self.directory.glob("*/"):
-            name = _NUMBERED.fullmatch(path.name)
-            if name is not None:
-                numbered[int(name[1])] = path
-        return numbered
+        paths = [path for path in self.directory.glob("snapshot-*/") if _number_of(path)]
+        return sorted(paths, key=_number_of, reverse=True)
+
+
+def _number_of(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("snapshot-")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _read(directory: Path) -> Checkpoint:

@@ -7,7 +7,6 @@ done when they return. Steps, objectives and optimizers are those of `loraloom t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -21,6 +20,7 @@ from typing_extensions import override
 
 from loraloom.adapters import AdapterConfig
 from loraloom.config.data import PromptForm
+from loraloom.config.text import local_path
 from loraloom.data import tokens
 from loraloom.data.tokens import Example, PreferencePair, TrainingExample
 from loraloom.errors import AdapterError, ConfigError, TrainingError, shown
@@ -205,7 +205,7 @@ class TrainingClient:
         # A learning rate holds from now on. The norm of the adapter's whole gradient is clipped to
         # `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
         clips = max_grad_norm is None or max_grad_norm > 0
-        if not (clips and 0 <= (learning_rate or 0) < math.inf):
+        if not clips or not 0 <= (learning_rate or 0) < math.inf:
             raise ConfigError(
                 "learning_rate must be finite and 0 or more, max_grad_norm above 0 (None for no "
                 f"clipping), got {learning_rate} and {max_grad_norm}"
@@ -269,12 +269,12 @@ class TrainingClient:
         base = checkpoints.describe_base(self.host)
         records = {_STATE: checkpoints.JobRecord(self._settings())}
         checkpoint = checkpoints.Checkpoint(self.step, seconds=0.0, base=base, jobs=records)
-        store = checkpoints.CheckpointStore(Path(os.path.expanduser(directory)))
+        store = checkpoints.CheckpointStore(local_path(directory, "directory"))
         store.write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
         """Resume from a saved state of this client, or of one with equal settings."""
-        store = checkpoints.CheckpointStore(Path(os.path.expanduser(directory)))
+        store = checkpoints.CheckpointStore(local_path(directory, "directory"))
         checkpoint, faults = store.newest()
         if checkpoint is None or _STATE not in checkpoint.jobs:
             reason = "; ".join(faults) or "no checkpoint was found"
@@ -297,9 +297,8 @@ class TrainingClient:
         if self._added and self.host.adapters.get(self.name) is self.adapter:
             self.host.remove(self.name)
         _OPEN.discard(self)
-        needed: list[objectives.Reference] = []
-        for client in _open_clients(self.host).values():
-            needed += client.references.values()
+        clients = _open_clients(self.host).values()
+        needed = [reference for client in clients for reference in client.references.values()]
         for reference in self.references.values():
             objectives.drop_reference(self.host, reference, needed)
         self.references.clear()
@@ -327,18 +326,13 @@ class _LossFunctionConfig(ObjectiveConfig):
     @override
     def terms(self, scored: objectives.ScoredSamples, totals: Any) -> tuple[Any, Mapping[str, Any]]:
         output = self.loss_fn(self.data, scored.by_sample)
-        loss, metrics = output if isinstance(output, tuple) else (output, None)
-        if (
-            metrics is None
-            or not isinstance(loss, Tensor)
-            or loss.numel() != 1
-            or not loss.requires_grad
-        ):
-            raise TrainingError(
-                "loss_fn must return a scalar tensor that depends on the log-probabilities, "
-                f"and metrics; got {output!r}"
-            )
-        return loss.reshape(()), metrics
+        match output:
+            case (Tensor(requires_grad=True) as loss, Mapping() as metrics) if loss.numel() == 1:
+                return loss.reshape(()), metrics
+        raise TrainingError(
+            "loss_fn must return a scalar tensor that depends on the log-probabilities, "
+            f"and metrics; got {output!r}"
+        )
 
 
 def run_requests(
@@ -364,11 +358,9 @@ def run_requests(
             "data into one request, or call run_requests again"
         )
     log_probs: list[list[Tensor]] = [[] for _ in requests]
-    queues = [
-        _micro_batches(host, request, recorded)
-        for request, recorded in zip(requests, log_probs, strict=True)
-    ]
-    totals = [MicroBatchLoss(0.0) for _ in requests]
+    pairs = zip(requests, log_probs, strict=True)
+    queues = [_micro_batches(host, request, recorded) for request, recorded in pairs]
+    totals = [MicroBatchLoss(0.0)] * len(requests)
     adapters = [host.adapter(name) for name in names]
     with gradients_set_aside(adapters):
         for micro_batches in zip_longest(*queues):
@@ -401,17 +393,16 @@ def _micro_batches(host: Host, request: Request, log_probs: list[Tensor]) -> lis
         return objective(scored, totals)
 
     rows = number_rows(request.data)
+    name = request.adapter_name
     if not rows or not all(row.input_ids for row in rows):
         fault = "one without tokens" if rows else "none"
-        raise ConfigError(f"adapter {request.adapter_name}: data must have examples, got {fault}")
-    size = len(request.data) if request.micro_batch_size is None else request.micro_batch_size
+        raise ConfigError(f"adapter {name}: data must have examples, got {fault}")
+    size = len(rows) if request.micro_batch_size is None else request.micro_batch_size
     if size < 1:
-        raise ConfigError(
-            f"adapter {request.adapter_name}: micro_batch_size must be 1 or more, got {size}"
-        )
-    client = _open_clients(host).get(request.adapter_name)
+        raise ConfigError(f"adapter {name}: micro_batch_size must be 1 or more, got {size}")
+    client = _open_clients(host).get(name)
     batch = MicroBatch(
-        host.adapter(request.adapter_name),
+        host.adapter(name),
         rows,
         [sample_key(*request.dropout_seeds, row.sample_id) for row in rows],
         Window(0, tuple(request.data), size),

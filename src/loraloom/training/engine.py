@@ -86,7 +86,10 @@ class Engine:
         with self._reporter.showing(self.jobs.values()), self.interruption:
             while not self._must_end():
                 self._evaluate_due()
-                self._close_complete()
+                for job in [job for job in self.jobs.values() if job.is_complete]:
+                    if self._has_sound_weights(job):
+                        self.close(job)
+                        self._reporter.message(f"{job.name}: done, {self.directory.job(job.name)}")
                 for callback in between_steps:
                     callback(self)
                 self.save_if_due()
@@ -99,12 +102,6 @@ class Engine:
                 self._reporter.message("saved a checkpoint; pass --resume to continue from here")
                 self.interruption.end()
         return list(self.results.values())
-
-    def _close_complete(self) -> None:
-        for job in [job for job in self.jobs.values() if job.is_complete]:
-            if self._has_sound_weights(job):
-                self.close(job)
-                self._reporter.message(f"{job.name}: done, {self.directory.job(job.name)}")
 
     def recall(self, name: str) -> bool:
         """Take over the result of a job that has ended on a worker that was lost since."""
@@ -237,21 +234,21 @@ class Engine:
                 fused.sum_gradients(self.host.ranks, [job.adapter])
                 self.host.ranks.keep_at_first(job.adapter.parameters())
         # Before a job has begun, the seed says it all.
-        states = {
-            name: job.state_dict() for name, job in self.jobs.items() if job.position.has_begun
-        }
+        begun = [job for job in self.jobs.values() if job.position.has_begun]
+        states = {job.name: job.state_dict() for job in begun}
         with self.host.ranks.together():
             if self._is_first:
-                self._write_checkpoint(states)
+                keep = self._run.keep_snapshots if states else 1
+                self.directory.write_checkpoint(self._checkpoint(), states, keep=keep)
         self._is_checkpoint_due = False
 
-    def _write_checkpoint(self, states: Mapping[str, dict[str, Any]]) -> None:
+    def _checkpoint(self) -> checkpoints.Checkpoint:
         records = {}
         for name, record in self._records.items():
             metrics_bytes = self._reporter.metrics_bytes(name)
             records[name] = replace(record, metrics_bytes=metrics_bytes, sha256=None)
         journal = self.directory.sweep_journal
-        checkpoint = checkpoints.Checkpoint(
+        return checkpoints.Checkpoint(
             round=self.round,
             seconds=self.seconds,
             base=checkpoints.describe_base(self.host),
@@ -260,8 +257,6 @@ class Engine:
             max_tokens=self._runner.max_tokens,
             max_alone=self._runner.max_alone,
         )
-        keep = self._run.keep_snapshots if states else 1
-        self.directory.write_checkpoint(checkpoint, states, keep=keep)
 
     def save_if_due(self) -> None:
         if self._is_checkpoint_due:
@@ -411,48 +406,45 @@ def set_up(
     host, tokenizer = base
     builder = JobBuilder(host, tokenizer)
     checkpoint = None
+    saved: dict[str, checkpoints.JobRecord] = {}
     lines: list[str] = []
     if resume:
         checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
         if checkpoint is not None:
             described = checkpoints.describe_base(host, checkpoint.base)
             checkpoints.check_same_run(checkpoint, run.all_jobs, described)
+            saved = checkpoint.jobs
         elif lines:
             raise ConfigError("\n".join([*lines, "--resume requires an undamaged checkpoint"]))
-    done = set() if checkpoint is None else checkpoint.done
-    jobs = [builder.build(config) for config in configs if config.name not in done]
-    if checkpoint is not None:
-        checkpoint = _without_removed_jobs(checkpoint, run, lines)
-        first = {config.name for config in configs}
-        for name, record in checkpoint.jobs.items():
-            if name not in first and record.result is None:
-                settings = checkpoints.as_of_now(record.settings)
-                config = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
-                jobs.append(builder.build(config))
+    in_file = {config.name for config in run.all_jobs}
+    for name in [name for name in saved if name not in in_file and not saved[name].joined_later]:
+        del saved[name]
+        lines.append(
+            f"warning: job {name} is no longer in the run file and is left out; put it "
+            "back to go on with it, before its checkpoints are replaced"
+        )
+    jobs = [builder.build(config) for config in _unfinished(configs, saved)]
     environment = _describe_environment(host, command)
     engine = Engine(host, jobs, builder, directory, progress, run, environment)
     for job in jobs:
-        for line in (*job.training_set.report, *job.training_set.warnings):
-            lines.append(f"{job.name}: {line}")
+        lines += [f"{job.name}: {line}" for line in job.training_set.report]
+        lines += [f"{job.name}: {line}" for line in job.training_set.warnings]
     for line in lines:
         progress.message(line)
     return engine, checkpoint
 
 
-def _without_removed_jobs(
-    checkpoint: checkpoints.Checkpoint, run: RunConfig, lines: list[str]
-) -> checkpoints.Checkpoint:
-    in_file = {config.name for config in run.all_jobs}
-    kept = {}
-    for name, record in checkpoint.jobs.items():
-        if name in in_file or record.joined_later:
-            kept[name] = record
-            continue
-        lines.append(
-            f"warning: job {name} is no longer in the run file and is left out; put it "
-            "back to go on with it, before its checkpoints are replaced"
-        )
-    return replace(checkpoint, jobs=kept)
+def _unfinished(
+    configs: Sequence[JobConfig], saved: Mapping[str, checkpoints.JobRecord]
+) -> list[JobConfig]:
+    unfinished = {config.name: config for config in configs}
+    for name, record in saved.items():
+        if record.result is not None:
+            unfinished.pop(name, None)
+        elif name not in unfinished:
+            settings = checkpoints.as_of_now(record.settings)
+            unfinished[name] = checked(JobConfig, settings, origin=f"--resume: job {name}: ")
+    return list(unfinished.values())
 
 
 def _describe_environment(host: Host, command: str) -> dict[str, Any]:

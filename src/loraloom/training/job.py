@@ -80,7 +80,6 @@ class Job:
         self.milestones: frozenset[int] = frozenset()  # evaluated after these steps as well
         self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, on the CPU
         self.collapse = CollapseWatch()
-        self._window: tuple[int, batch.Window] | None = None
         self._proven: list[Tensor] | None = None
 
     @property
@@ -89,10 +88,7 @@ class Job:
 
     @property
     def window(self) -> batch.Window:
-        step = self.position.step
-        if self._window is None or self._window[0] != step:
-            self._window = (step, self.order.window(step))
-        return self._window[1]
+        return self.order.window(self.position.step)
 
     @property
     def is_complete(self) -> bool:
@@ -100,7 +96,8 @@ class Job:
 
     @property
     def is_evaluation_due(self) -> bool:
-        position, eval_steps = self.position, self.config.train.eval_steps
+        position = self.position
+        eval_steps = self.config.train.eval_steps
         is_measured = bool(self.training_set.validation or self.config.eval)
         if not is_measured or not self.at_boundary or position.evaluated_step == position.step:
             return False
@@ -113,11 +110,10 @@ class Job:
         window = self.window
         train = self.config.train
         examples = window.micro_batch(self.position.micro_step)
-        sample_ids = [example.sample_id for example in examples]
         return MicroBatch(
             self.adapter,
             examples,
-            [sample_key(self.config.seed, window.epoch, sample_id) for sample_id in sample_ids],
+            [sample_key(self.config.seed, window.epoch, row.sample_id) for row in examples],
             window,
             self.objective,
             self.reference,
@@ -221,7 +217,8 @@ class Job:
         # A loss proves the weights, and so does a right answer: scores of NaN are wrong answers.
         if any(metrics.values()):
             self._proven = None
-        position, train = self.position, self.config.train
+        position = self.position
+        train = self.config.train
         # Rungs of a sweep change nothing.
         is_due = position.step % (train.eval_steps or math.inf) == 0
         is_best = (is_due or self.is_complete) and self.selection.update(position.step, metrics)
@@ -282,7 +279,6 @@ class Job:
         if self.reference is not None:
             self.reference.log_probs = state["reference"]
         self.order.load_state_dict(self.position.step, state["order"])
-        self._window = None
 
     def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):

@@ -6,7 +6,7 @@ A `Job` is one with data and a schedule, a `TrainingClient` one that its caller 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.nn.utils import clip_grad_norm_
 
@@ -14,13 +14,6 @@ from loraloom.adapters.contract import Adapter
 from loraloom.training.settings import OptimizerConfig
 from loraloom.training.step import optimizers
 from loraloom.training.step.optimizers import LossScale
-
-
-class GradientNorm(NamedTuple):
-    """The norm of an adapter's whole gradient, before clipping."""
-
-    norm: float
-    overflows: bool  # float16, so no step is due; later losses are scaled by less
 
 
 class Learner:
@@ -58,15 +51,15 @@ class Learner:
         """The factor of the loss in a backward pass."""
         return 1.0 if self.loss_scale is None else self.loss_scale.scale
 
-    def clip_gradients(self, max_grad_norm: float | None) -> GradientNorm:
-        """Make gradients those that the optimizer is to see; without a maximum, only measure."""
+    def clip_gradients(self, max_grad_norm: float | None) -> tuple[float, bool]:
+        """Clip the gradients; return their norm before, and whether it overflows float16."""
         if self.loss_scale is not None:
             self.loss_scale.unscale(self.parameters.values())
         optimizers.drop_frozen_gradients(self.config, self.adapter)
         max_norm = math.inf if max_grad_norm is None else max_grad_norm
         norm = float(clip_grad_norm_(self.parameters.values(), max_norm))
         overflows = self.loss_scale is not None and not self.loss_scale.takes(norm)
-        return GradientNorm(norm, overflows)
+        return norm, overflows
 
     def apply(self) -> None:
         """Let the optimizer make a step; each tensor has the learning rate of `lr_ratios`."""
@@ -82,19 +75,18 @@ class Learner:
         self.optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        weights = self.parameters.items()
         return {
-            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "gradients": {name: grad for name, grad in gradients.items() if grad is not None},
+            "weights": {name: weight.detach() for name, weight in weights},
+            "gradients": {name: w.grad for name, w in weights if w.grad is not None},
             "optimizer": self.optimizer.state_dict(),
             "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # Older states of clients have the weights that aren't trained, too.
-        optimizers.copy_all(
-            self.parameters.values(), [state["weights"][name] for name in self.parameters]
-        )
+        weights = [state["weights"][name] for name in self.parameters]
+        optimizers.copy_all(self.parameters.values(), weights)
         for name, parameter in self.parameters.items():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter)

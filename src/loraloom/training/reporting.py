@@ -29,6 +29,7 @@ from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from loraloom.atomic_io import append_line, sync
 from loraloom.config.run_files import METRICS_FILE
@@ -68,24 +69,27 @@ class Progress:
             speed_estimate_period=120.0,
         )
         self._tasks: dict[str, Task] = {}
-        self._measured: list[str] = []
-        self._has_stepped, self._due_at = False, 0.0
+        self._has_stepped = False
+        self._due_at = 0.0
 
     def start(self) -> None:
         self._bars.start()
 
     def add(self, job: Job) -> None:
-        now, position = time.monotonic(), job.position
-        fields = {"loss": "-", "rate": 0, "measured": "", "begun": (now, position.tokens)}
+        position = job.position
+        begun = (time.monotonic(), position.tokens)
+        fields = {"loss": "-", "rate": 0, "measured": "", "begun": begun}
         self._bars.add_task(job.name, total=job.total_steps, completed=position.step, **fields)
-        self._tasks[job.name], self._due_at = self._bars.tasks[-1], 0.0
+        self._tasks[job.name] = self._bars.tasks[-1]
+        self._due_at = 0.0
 
     def update(self, job: Job) -> None:
-        now, task, position = time.monotonic(), self._tasks[job.name], job.position
+        task = self._tasks[job.name]
+        position = job.position
         began_at, tokens = task.fields["begun"]
-        rate = (position.tokens - tokens) / max(now - began_at, 1e-3)
-        fields: Any = {"loss": f"{position.last_loss:.4f}", "rate": round(rate)}
-        self._bars.update(task.id, completed=position.step, **fields)
+        rate = round((position.tokens - tokens) / max(time.monotonic() - began_at, 1e-3))
+        loss = f"{position.last_loss:.4f}"
+        self._bars.update(task.id, completed=position.step, loss=loss, rate=rate)
         self._has_stepped = True
         if task.finished:
             self._due_at = 0.0
@@ -94,36 +98,34 @@ class Progress:
         described = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._bars.update(self._tasks[job.name].id, measured=described)
         if not self._is_live:
-            self._measured.append(f"{job.name}: step {job.position.step}, {described}")
+            self.message(f"{job.name}: step {job.position.step}, {described}")
 
     def flush(self) -> None:
-        """Print a line of all jobs that were measured, and one of all that train, if it is time."""
-        if self._measured:
-            self.message("\n".join(self._measured))
-            self._measured.clear()
-        now, tasks = time.monotonic(), [t for t in self._tasks.values() if t.fields["loss"] != "-"]
-        if self._is_live or not (tasks and self._has_stepped) or now < self._due_at:
+        """Print a line of all jobs that train, if it is time."""
+        tasks = [task for task in self._tasks.values() if task.fields["loss"] != "-"]
+        is_due = self._has_stepped and time.monotonic() >= self._due_at
+        if self._is_live or not tasks or not is_due:
             return
-        self._has_stepped, self._due_at = False, now + self._interval_s
-        steps = [
-            f"{t.description}: step {t.completed:.0f}/{t.total:.0f}, loss {t.fields['loss']}"
-            for t in tasks[:MAX_JOBS_OF_LINE]
-        ]
+        self._has_stepped = False
+        self._due_at = time.monotonic() + self._interval_s
+        parts = []
+        for task in tasks[:MAX_JOBS_OF_LINE]:
+            progress = f"step {task.completed:.0f}/{task.total:.0f}, loss {task.fields['loss']}"
+            parts.append(f"{task.description}: {progress}")
         if len(tasks) > MAX_JOBS_OF_LINE:
-            steps.append(f"{len(tasks) - MAX_JOBS_OF_LINE} more jobs")
+            parts.append(f"{len(tasks) - MAX_JOBS_OF_LINE} more jobs")
         rate = sum(task.fields["rate"] for task in tasks)
-        left = [seconds for t in tasks if (seconds := t.time_remaining) is not None]
-        remaining = timedelta(seconds=round(max(left))) if left else "-"
-        self.message(f"{'; '.join(steps)}; {rate} tokens/s, ETA {remaining}")
+        seconds = max([task.time_remaining or 0 for task in tasks])
+        remaining = timedelta(seconds=round(seconds)) if seconds else "-"
+        self.message(f"{'; '.join(parts)}; {rate} tokens/s, ETA {remaining}")
 
     def end(self, job_name: str) -> None:
         """Leave a job that has ended out of further lines."""
         self._tasks.pop(job_name, None)
 
     def message(self, text: str) -> None:
-        as_it_is: Any = {"markup": False, "emoji": False, "highlight": False}
         with suppress(OSError, ValueError):  # a full disk; a file that was closed
-            self._console.print(plain(text), **as_it_is, soft_wrap=not self._is_live)
+            self._console.print(Text(plain(text)), soft_wrap=not self._is_live)
 
     def stop(self) -> None:
         self._bars.stop()
@@ -293,7 +295,6 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
         self.requested = False
 
     def end(self) -> NoReturn:

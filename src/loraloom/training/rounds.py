@@ -12,14 +12,8 @@ from typing import Any
 
 import torch
 
+from loraloom import devices
 from loraloom.adapters.contract import Adapter
-from loraloom.devices import (
-    free_bytes,
-    free_memory,
-    has_separate_memory,
-    limit_memory,
-    used_bytes,
-)
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.host.host import Host
 from loraloom.ops.token_loss import loss_workspace_bytes
@@ -48,11 +42,13 @@ class RoundRunner:
     max_alone: int | None = None  # of a forward of one job, since memory ran out in one
 
     def __post_init__(self) -> None:
-        host, limit = self.host, self.memory_limit
+        limit = self.memory_limit
         if limit is None:
             return
-        limit_memory(host.device, limit)
-        used = used_bytes(host.device) + _LEARNING_COPIES * num_bytes(host.adapters.values())
+        device = self.host.device
+        devices.limit_memory(device, limit)
+        reserve = _LEARNING_COPIES * num_bytes(self.host.adapters.values())
+        used = devices.used_bytes(device) + reserve
         if used >= limit:
             raise ConfigError(
                 "memory_limit must hold what is loaded and what optimizers keep, "
@@ -61,59 +57,59 @@ class RoundRunner:
             )
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss | TrainingError]:
-        faults: list[Exception] = []
         losses = [MicroBatchLoss(0.0)] * len(micro_batches)
-        errors: dict[int, TrainingError] = {}
+        errors: dict[int, Exception] = {}
         waiting: list[Group] = [list(enumerate(micro_batches))]
         while waiting:
             group = [turn for turn in waiting.pop() if turn[0] not in errors]
-            if not group:
-                continue
-            halves = _halves(group)
-            num_tokens = _count_tokens(group)
-            limit = self.max_alone if len(group) == 1 else self.max_tokens
-            if halves and limit is not None and num_tokens > limit:
-                waiting += halves[::-1]
-                continue
-            outcome = self._compute([micro_batch for _, micro_batch in group], num_tokens)
-            # Only now is the error gone, which held on to the activations.
-            if outcome is None:
-                free_memory()
-            if isinstance(outcome, list):
-                for (index, _), loss in zip(group, outcome, strict=True):
-                    losses[index] += loss
-            elif outcome is None and halves:
-                self._lower_limits(halves, num_tokens, is_alone=len(group) == 1)
-                waiting += halves[::-1]
-            elif outcome is not None and len(group) > 1:
-                waiting += halves[::-1]
-            else:
-                index, micro_batch = group[0]
-                if outcome is not None:
-                    faults.append(outcome)
-                errors[index] = _training_error(micro_batch, outcome)
-        if faults and len(faults) == len(micro_batches):
-            self.raise_if_general(faults[0])
+            if group:
+                waiting += reversed(self._run_group(group, losses, errors))
+        if len(errors) == len(micro_batches):
+            self.raise_if_general(errors[0])
         # Each rank has its own summand until a step's gradient is complete.
         complete = []
+        outcomes: list[MicroBatchLoss | TrainingError] = [*losses]
         for index, micro_batch in enumerate(micro_batches):
-            if micro_batch.is_last and index not in errors:
+            if index in errors:
+                outcomes[index] = _training_error(micro_batch, errors[index])
+            elif micro_batch.is_last:
                 complete.append(micro_batch.adapter)
         sum_gradients(self.host.ranks, complete)
-        return [errors.get(index, loss) for index, loss in enumerate(losses)]
+        return outcomes
 
-    def _compute(
-        self, micro_batches: Sequence[MicroBatch], num_tokens: int
-    ) -> list[MicroBatchLoss] | Exception | None:
-        """Return the losses or what was raised; None if memory ran out."""
+    def _run_group(
+        self, group: Group, losses: list[MicroBatchLoss], errors: dict[int, Exception]
+    ) -> list[Group]:
+        """Add a group's losses, or the error of a job alone; return the parts that are to do."""
+        halves = _halves(group)
+        num_tokens = _count_tokens(group)
+        limit = self.max_alone if len(group) == 1 else self.max_tokens
+        if halves and limit is not None and num_tokens > limit:
+            return halves
+        micro_batches = [micro_batch for _, micro_batch in group]
         adapters = [micro_batch.adapter for micro_batch in micro_batches]
+        outcome: list[MicroBatchLoss] | Exception
         try:
             with gradients_set_aside(adapters), self._watching(adapters, num_tokens):
-                return forward_backward(self.host, micro_batches, self.pad_id)
+                outcome = forward_backward(self.host, micro_batches, self.pad_id)
         except torch.OutOfMemoryError:
-            return None
+            outcome = torch.OutOfMemoryError()  # that one holds on to the activations
         except Exception as error:
-            return error
+            outcome = error
+        if isinstance(outcome, list):
+            for (index, _), loss in zip(group, outcome, strict=True):
+                losses[index] += loss
+            return []
+        if isinstance(outcome, torch.OutOfMemoryError):
+            devices.free_memory()
+            if halves:
+                self._lower_limits(halves, num_tokens, is_alone=len(group) == 1)
+                return halves
+            outcome = _error_of_too_long(group[0][1])
+        if len(group) > 1:
+            return halves
+        errors[group[0][0]] = outcome
+        return []
 
     def _lower_limits(self, halves: Sequence[Group], num_tokens: int, *, is_alone: bool) -> None:
         self.max_tokens = max(_count_tokens(half) for half in halves)
@@ -129,7 +125,7 @@ class RoundRunner:
         """Raise an OutOfMemoryError in a forward while its backward pass still has room."""
         host = self.host
         # Where a forward takes all ranks, one can't leave it.
-        if host.ranks.in_lockstep or has_separate_memory(host.device):
+        if host.ranks.in_lockstep or devices.has_separate_memory(host.device):
             yield
             return
         # On a CPU no allocation fails: the system ends the process. So what is left is looked at
@@ -145,7 +141,7 @@ class RoundRunner:
             # A checkpointed layer is computed again, and references are asked before.
             if index < len(free) or not torch.is_grad_enabled():
                 return
-            free.append(free_bytes(self.memory_limit))
+            free.append(devices.free_bytes(self.memory_limit))
             bytes_per_layer = max(0, free[0] - free[-1]) // max(1, index)
             num_left = len(layers) - index
             if free[-1] < reserve + host.ranks.local_size * bytes_per_layer * num_left:
@@ -178,17 +174,19 @@ def _count_tokens(group: Group) -> int:
     return sum(lay_out([micro_batch for _, micro_batch in group]).computed_tokens)
 
 
-def _training_error(micro_batch: MicroBatch, error: Exception | None) -> TrainingError:
-    name = micro_batch.adapter.name
+def _error_of_too_long(micro_batch: MicroBatch) -> TrainingError:
+    longest = max(len(example.input_ids) for example in micro_batch.examples)
+    return TrainingError(
+        f"job {micro_batch.adapter.name}: an example of {longest} tokens does not fit into memory; "
+        "the job's last good weights are kept; lower train.max_length, set "
+        "train.gradient_checkpointing: true, or train fewer jobs at once"
+    )
+
+
+def _training_error(micro_batch: MicroBatch, error: Exception) -> TrainingError:
     if isinstance(error, TrainingError):
         return error
-    if error is None:
-        longest = max(len(example.input_ids) for example in micro_batch.examples)
-        return TrainingError(
-            f"job {name}: an example of {longest} tokens does not fit into memory; the job's "
-            "last good weights are kept; lower train.max_length, set "
-            "train.gradient_checkpointing: true, or train fewer jobs at once"
-        )
+    name = micro_batch.adapter.name
     _log.error("job %s failed", name, exc_info=error)
     return TrainingError(
         f"job {name}: the forward or backward pass raised {type(error).__name__}: {error}; the "
@@ -201,14 +199,15 @@ def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
     if max_tokens is None:
         return list(turns)
     chosen: list[Turn] = []
-    for job, batch in sorted(turns, key=lambda turn: turn[0].position.level):
-        together = [chosen_batch for _, chosen_batch in chosen] + [batch]
-        if not chosen or sum(lay_out(together).computed_tokens) <= max_tokens:
-            chosen.append((job, batch))
-    names = {job.name for job, _ in chosen}
-    return [(job, batch) for job, batch in turns if job.name in names]
+    for turn in sorted(turns, key=lambda turn: turn[0].position.level):
+        batches = [batch for _, batch in (*chosen, turn)]
+        if not chosen or sum(lay_out(batches).computed_tokens) <= max_tokens:
+            chosen.append(turn)
+    return [turn for turn in turns if turn in chosen]
 
 
 def num_bytes(adapters: Iterable[Adapter]) -> int:
-    weights = [weight for adapter in adapters for weight in adapter.parameters()]
-    return sum(weight.nbytes for weight in weights if weight.requires_grad)
+    total = 0
+    for adapter in adapters:
+        total += sum(weight.nbytes for weight in adapter.parameters() if weight.requires_grad)
+    return total

@@ -79,10 +79,8 @@ def train(
     if not run.jobs and run.sweep is None and watch is None:
         raise ConfigError("a run must set jobs (at least one) or sweep")
     launch = read_launch()
-    if launch.rank > 0:
-        progress = Progress()
-    elif progress is None:
-        progress = Progress(notebook_console())
+    if progress is None or launch.rank > 0:
+        progress = Progress(notebook_console() if launch.rank == 0 else None)
     if ray is not None:
         excluded = {"--watch": watch, "base": base, "between_steps": between_steps}
         excluded["torchrun"] = launch if launch.size > 1 else None
@@ -108,20 +106,12 @@ def train(
                 progress=progress,
                 command=command,
             )
-        is_sharded = launch.size > 1 and run.parallel.base == "fsdp"
-        ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             stack.enter_context(lock_watched(watch.path))
-        if base is None:
-            base = load_host(run, {}, device=device, sharded=is_sharded)
-        host, _ = base
-        stack.enter_context(_borrowed(host))
-        host.ranks = ranks
+        base = stack.enter_context(_opened_base(run, base, device, launch))
         engine, checkpoint = set_up(
             run, run.first_jobs, base, directory, progress, command, resume=resume
         )
-        if checkpoint is None and ranks.is_first:
-            directory.prepare([job.name for job in run.all_jobs])
         return _run_engine(run, engine, checkpoint, progress, between_steps, watch)
 
 
@@ -139,6 +129,8 @@ def _run_engine(
     between_steps: BetweenSteps | None,
     watch: WatchOptions | None,
 ) -> list[JobResult]:
+    if checkpoint is None and engine.host.ranks.is_first:
+        engine.directory.prepare([job.name for job in run.all_jobs])
     engine.begin(checkpoint)
     callbacks: list[Callable[[Engine], None]] = []
     if between_steps is not None:
@@ -148,7 +140,7 @@ def _run_engine(
         from loraloom.training.sweep import Sweep  # it needs Optuna
 
         journal_bytes = 0 if checkpoint is None else checkpoint.sweep_bytes
-        sweep = Sweep(run, engine, engine.directory, progress, journal_bytes)
+        sweep = Sweep(run, engine, progress, journal_bytes)
         callbacks.append(sweep.between_steps)
     if watch is not None:
         callbacks.append(Inbox(watch, engine, progress.message).between_steps)
@@ -174,11 +166,11 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         local_rank = int(environment.get("LOCAL_RANK", rank))
         local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
         return Launch(rank, size, local_rank, local_size)
-    is_set = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
-    if len(is_set) == 1:
+    required = {"RANK", "WORLD_SIZE"} & environment.keys()
+    if len(required) == 1:
         raise ConfigError(
-            f"RANK and WORLD_SIZE must be set together, as torchrun does, got {is_set[0]} alone; "
-            "start the run with torchrun, or unset both variables"
+            f"RANK and WORLD_SIZE must be set together, as torchrun does, got {required.pop()} "
+            "alone; start the run with torchrun, or unset both variables"
         )
     size = environment.get("WORLD_SIZE", "1")
     defaults = {"RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
@@ -254,10 +246,20 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
 
 
 @contextmanager
-def _borrowed(host: Host) -> Iterator[None]:
+def _opened_base(run: RunConfig, base: Base | None, device: str, launch: Launch) -> Iterator[Base]:
+    is_sharded = launch.size > 1 and run.parallel.base == "fsdp"
+    with joined_ranks(device, launch, in_lockstep=is_sharded) as ranks:
+        base = base or load_host(run, {}, device=device, sharded=is_sharded)
+        with _borrowed(base[0], ranks):
+            yield base
+
+
+@contextmanager
+def _borrowed(host: Host, ranks: Ranks) -> Iterator[None]:
     """Give a host back as it was; after an error or a signal, without the run's adapters."""
     names = set(host.adapters)
-    ranks = host.ranks
+    ranks_before = host.ranks
+    host.ranks = ranks
     gradient_checkpointing = host.gradient_checkpointing
     try:
         with devices.restored_limit(host.device):
@@ -267,5 +269,5 @@ def _borrowed(host: Host) -> Iterator[None]:
             host.remove(name)
         raise
     finally:
-        host.ranks = ranks
+        host.ranks = ranks_before
         host.gradient_checkpointing = gradient_checkpointing

@@ -30,8 +30,8 @@ from loraloom.training.job import Job, JobResult
 from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
 
 TENSORBOARD_DIRECTORY = "tensorboard"
-_JOB_ENTRIES = [*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints"]
-_JOB_ENTRIES += [TENSORBOARD_DIRECTORY, "wandb"]
+_LOGS = (TENSORBOARD_DIRECTORY, "wandb")
+_JOB_ENTRIES = (*SAVED_FILES, METRICS_FILE, RESULT_FILE, "checkpoints", *_LOGS)
 
 
 class RunDirectory:
@@ -96,10 +96,9 @@ class RunDirectory:
             raise ConfigError("--resume and --overwrite exclude each other; pass only one option")
         with self._writing():
             entries = sorted(os.listdir(self.path)) if self.path.exists() else []
-        has_joint = self.has_checkpoints(by_job=False)
-        has_by_job = self.has_checkpoints(by_job=True)
+        forms = [by_job for by_job in (False, True) if self.has_checkpoints(by_job=by_job)]
         # A lock, or a checkpoint on its way when its writer was killed, is no result.
-        has_results = has_joint or has_by_job or {*entries} - {".checkpoints"}
+        has_results = forms or {*entries} - {".checkpoints"}
         if overwrite or not has_results:
             return
         if not resume:
@@ -108,7 +107,7 @@ class RunDirectory:
                 f"{', '.join(entries[:3])}; pass --resume to continue the run, --overwrite "
                 "to replace the jobs' results, or choose another directory"
             )
-        if not (has_by_job if self.by_job else has_joint):
+        if self.by_job not in forms:
             raise ConfigError(
                 f"--resume requires checkpoints of a run {'with' if self.by_job else 'without'} "
                 f"--ray, got none in {self.path}; use --ray as in that run, choose another "
@@ -171,30 +170,30 @@ class RunDirectory:
 
     def prepare(self, jobs: Sequence[str]) -> None:
         # Checkpoints first: --resume must not go on from some whose results are gone.
-        entries = [*self.checkpoints.newest_first(), self._by_job]
-        entries += [self.sweep_table, self.sweep_journal]
-        self._clear([self.job(name) for name in jobs], entries)
+        with self._writing():
+            for path in (*self.checkpoints.newest_first(), self._by_job):
+                remove(path)
+            remove(self.sweep_table)
+            remove(self.sweep_journal)
+        for name in jobs:
+            self._clear(name)
 
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
-        results = (RESULT_FILE, *SAVED_FILES, f"checkpoints/best/{CONFIG_FILE}")
-        for file in results:
-            if not overwrite and (self.job(name) / file).exists():
+        for file in (RESULT_FILE, *SAVED_FILES, f"checkpoints/best/{CONFIG_FILE}"):
+            path = self.job(name) / file
+            if path.exists() and not overwrite:
                 raise ConfigError(
-                    f"job {name} must be new in {self.path}, but there is "
-                    f"{self.job(name) / file}; choose another name, or move that directory away"
+                    f"job {name} must be new in {self.path}, but there is {path}; choose another "
+                    "name, or move that directory away"
                 )
-        self._clear([self.job(name)])
+        self._clear(name)
 
-    def _clear(self, jobs: Sequence[Path], files: Sequence[Path] = ()) -> None:
+    def _clear(self, name: str) -> None:
         with self._writing():
-            for file in files:
-                remove(file)
-            for job in jobs:
-                for entry in _JOB_ENTRIES:
-                    remove(job / entry)
-            for job in jobs:
-                remove_leftovers(job)
+            for entry in _JOB_ENTRIES:
+                remove(self.job(name) / entry)
+            remove_leftovers(self.job(name))
 
     def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
         # A killed run may have got further: with better weights, or to the job's end.
@@ -238,10 +237,9 @@ class RunDirectory:
 def _write_adapter(
     path: Path, host: Host, job: Job, tensors: dict[str, Any], card: str | None = None
 ) -> None:
-    adapter = job.adapter
-    write_adapter(
-        path, adapter.config, tensors, host.base, card, prompt=adapter.prompt, overwrite=True
-    )
+    config = job.adapter.config
+    prompt = job.adapter.prompt
+    write_adapter(path, config, tensors, host.base, card, prompt=prompt, overwrite=True)
 
 
 def _model_card(result: JobResult, host: Host, job: Job) -> str:

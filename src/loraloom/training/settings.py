@@ -404,15 +404,7 @@ class RunConfig(BaseModelConfig):
 
     def trial(self, number: int, combination: Mapping[str, Any]) -> JobConfig:
         assert self.sweep is not None
-        settings: Any = self.sweep.job
-        if isinstance(settings, str):
-            template = next((job for job in self.jobs if job.name == settings), None)
-            if template is None:
-                raise ConfigError(f"sweep.job must be settings or the name of a job: {settings!r}")
-            settings = template.model_dump(mode="json", exclude_unset=True)
-            # Unset where Python's classes say it.
-            settings["adapter"]["method"] = template.adapter.method
-            settings["train"].setdefault("objective", {})["name"] = template.train.objective.name
+        settings: Any = self.sweep.template(self.jobs)
         for path, drawn in combination.items():
             origin = f"parameters.{path}"
             settings = set_setting(settings, path.split("."), parameter_value(drawn), origin)

@@ -7,6 +7,7 @@ single process that goes on from a snapshot cuts it back, and decides again what
 import math
 import random
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
     journal = directory.sweep_journal
     if journal_bytes is not None:
         cut_torn_line(journal, journal_bytes)
-        # A process that was killed leaves Optuna's lock, and the next one would wait half a minute
-        # for it. The run's own lock says that nobody else is here.
+        # A killed process leaves Optuna's lock, for which the next one would wait half a minute.
         Path(f"{journal}.lock").unlink(missing_ok=True)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(journal))),
@@ -54,14 +54,16 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
     )
     now = run.sweep.model_dump(mode="json", include={"metric", "parameters"})
     now["search"] = run.sweep.search_kind
-    # Older studies don't have all of it.
-    if changes := describe_changes(now | study.user_attrs.get("sweep", {}), now, "sweep"):
+    saved = now | study.user_attrs.get("sweep", {})  # older studies don't have all of it
+    changes = describe_changes(saved, now, "sweep")
+    if changes:
         raise ConfigError(
             f"--resume requires the sweep of the interrupted run: {'; '.join(changes)}; restore "
             "the sweep's settings, or pass --overwrite to start again"
         )
     study.set_user_attr("sweep", now)
-    for combination in run.sweep.combinations()[len(study.get_trials(deepcopy=False)) :]:
+    num_trials = len(study.get_trials(deepcopy=False))
+    for combination in run.sweep.combinations()[num_trials:]:
         study.enqueue_trial(combination)
     return study
 
@@ -69,10 +71,7 @@ def open_study(run: RunConfig, directory: RunDirectory, journal_bytes: int | Non
 def data_parameters(run: RunConfig) -> list[str]:
     """Parameters whose values decide on which rows the sweep's metric is measured."""
     assert run.sweep is not None
-    template: Any = run.sweep.job
-    if isinstance(template, str):
-        template = next(job.model_dump() for job in run.jobs if job.name == template)
-    data = template.get("data", {})
+    data = run.sweep.template(run.jobs).get("data", {})
     section = "data"
     if run.sweep.metric.endswith("/accuracy"):  # of a task under eval
         section = "eval"
@@ -86,32 +85,31 @@ def rank_jobs(run: RunConfig, study: optuna.Study) -> list[dict[str, Any]]:
 
     Jobs that are measured on different rows are ranked separately.
     """
-    assert run.sweep is not None
     sweep = run.sweep
-    rows = list[dict[str, Any]]()
+    assert sweep is not None
+    rows: list[dict[str, Any]] = []
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
             continue
         steps = trial.last_step or 0
         value = trial.intermediate_values.get(steps) if trial.value is None else trial.value
-        row: dict[str, Any] = {"name": sweep.job_name(trial.number, trial.params), "rank": 0}
+        row = {"name": sweep.job_name(trial.number, trial.params), "rank": 0}
         row |= {"status": _STATUS[trial.state], "steps": steps}
         row |= {path: format_drawn(drawn) for path, drawn in trial.params.items()}
         rows.append(row | {sweep.metric: value})
     sign = 1 if metric_mode(sweep.metric) == "min" else -1
 
-    def standing(row: dict[str, Any]) -> tuple[bool, bool, int, float]:
-        is_finished, value = row["status"] == "finished", row[sweep.metric]
-        further = 0 if is_finished else -row["steps"]
-        worth = math.inf if value is None else sign * value
-        return row["status"] == "failed", not is_finished, further, worth
+    def standing(row: dict[str, Any]) -> tuple[bool, float, float]:
+        value = row[sweep.metric]
+        further = -math.inf if row["status"] == "finished" else -row["steps"]
+        return row["status"] == "failed", further, math.inf if value is None else sign * value
 
-    paths = data_parameters(run)
-    by_data: dict[tuple[str | None, ...], list[dict[str, Any]]] = {}
+    rankings: dict[tuple[str | None, ...], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=standing):
-        by_data.setdefault(tuple(row.get(path) for path in paths), []).append(row)
-    rankings = by_data.values()
-    return [row | {"rank": rank} for ranking in rankings for rank, row in enumerate(ranking, 1)]
+        values = tuple(row.get(path) for path in data_parameters(run))
+        ranking = rankings.setdefault(values, [])
+        ranking.append(row | {"rank": len(ranking) + 1})
+    return list(chain(*rankings.values()))
 
 
 def show_ranking(
@@ -121,7 +119,8 @@ def show_ranking(
     # Once more: of workers that wrote it at the same time, the last may have known less.
     write_output(directory.sweep_table, table.to_csv(index=False))
     progress.message(table.to_string(index=False, na_rep="-", float_format="{:.4f}".format))
-    if paths := data_parameters(run):
+    paths = data_parameters(run)
+    if paths:
         progress.message(
             f"note: jobs are ranked separately for each {', '.join(paths)}, because they are "
             "measured on different rows; early stopping and tpe compared all jobs"
@@ -134,7 +133,6 @@ class Sweep:
 
     run: RunConfig
     engine: Engine
-    directory: RunDirectory
     progress: Progress
     journal_bytes: int | None
     share: tuple[int, int] = (0, 1)
@@ -142,21 +140,21 @@ class Sweep:
     def __post_init__(self) -> None:
         assert self.run.sweep is not None
         self._sweep = self.run.sweep
-        self._study = open_study(self.run, self.directory, self.journal_bytes)
-        self._lock = FileLock(self.directory.sweep_lock)
-        self._written = list[dict[str, Any]]()
+        self._directory = self.engine.directory
+        self._study = open_study(self.run, self._directory, self.journal_bytes)
+        self._lock = FileLock(self._directory.sweep_lock)
+        self._written: list[dict[str, Any]] = []
         for job in self.engine.jobs.values():
             if self._sweep.owns(job.name):
                 self._prepare(job)
-        self._recalled = set[str]()
+        for trial, name in self._share_of_trials():
+            if trial.state.is_finished():
+                self.engine.recall(name)
 
     def between_steps(self, engine: Engine) -> None:
         for trial, name in self._share_of_trials():
             if trial.state == TrialState.RUNNING:
                 self._report(trial, name)
-            elif trial.state.is_finished() and name not in self._recalled | engine.results.keys():
-                self._recalled.add(name)  # looked for once
-                engine.recall(name)
         trials = self._share_of_trials()
         # Jobs of a fused step come to a rung together. Optuna judges each against those before it,
         # so in the order of a grid, where neighbours are alike, it would let too many go on.
@@ -167,16 +165,17 @@ class Sweep:
         rows = rank_jobs(self.run, self._study)
         if rows != self._written:
             self._written = rows
-            write_output(self.directory.sweep_table, DataFrame(rows).to_csv(index=False))
+            write_output(self._directory.sweep_table, DataFrame(rows).to_csv(index=False))
 
     def conclude(self) -> None:
-        show_ranking(self.run, self._study, self.directory, self.progress)
+        show_ranking(self.run, self._study, self._directory, self.progress)
 
     def _share_of_trials(self) -> list[tuple[FrozenTrial, str]]:
         number, size = self.share
         trials = []
         for trial in self._study.get_trials(deepcopy=False):
-            if "worker" in trial.user_attrs and trial.user_attrs["worker"] % size == number:
+            worker = trial.user_attrs.get("worker")
+            if worker is not None and worker % size == number:
                 trials.append((trial, self._sweep.job_name(trial.number, trial.params)))
         return trials
 
@@ -185,35 +184,36 @@ class Sweep:
 
     def _prepare(self, job: Job) -> None:
         """Let a job be measured at its rungs, and brackets go up to the longest of the jobs."""
-        if (stopping := self._sweep.early_stopping) is not None:
-            # In the study, as jobs that have ended are not built again when a sweep is resumed.
-            longest = max(self._study.user_attrs.get("longest", 1), job.total_steps)
-            self._study.set_user_attr("longest", longest)
-            self._study.pruner = _pruner(stopping, longest)
-            job.milestones = frozenset(stopping.rungs(job.total_steps))
+        stopping = self._sweep.early_stopping
+        if stopping is None:
+            return
+        # In the study, as jobs that have ended are not built again when a sweep is resumed.
+        longest = max(self._study.user_attrs.get("longest", 1), job.total_steps)
+        self._study.set_user_attr("longest", longest)
+        self._study.pruner = _pruner(stopping, longest)
+        job.milestones = frozenset(stopping.rungs(job.total_steps))
 
     def _report(self, trial: FrozenTrial, name: str) -> None:
-        job = self.engine.jobs.get(name)
+        metric = self._sweep.metric
         result = self.engine.results.get(name)
         if result is not None:
             step = result.steps
             metrics = result.last_metrics
-        elif job is not None:
-            step = job.position.evaluated_step
-            metrics = job.position.metrics
+        elif name in self.engine.jobs:
+            step = self.engine.jobs[name].position.evaluated_step
+            metrics = self.engine.jobs[name].position.metrics
         else:
             return
-        if self._sweep.metric in metrics and step not in trial.intermediate_values:
-            self._handle(trial).report(metrics[self._sweep.metric], step)
+        if metric in metrics and step not in trial.intermediate_values:
+            self._handle(trial).report(metrics[metric], step)
         if result is None:
             return
-        value = result.metrics.get(self._sweep.metric)
         if result.status == "stopped":
             self._study.tell(trial.number, state=TrialState.PRUNED)
-        elif result.status == "failed" or value is None:
+        elif result.status == "failed" or metric not in result.metrics:
             self._study.tell(trial.number, state=TrialState.FAIL)
         else:
-            self._study.tell(trial.number, value)
+            self._study.tell(trial.number, result.metrics[metric])
 
     def _judge(self, trial: FrozenTrial, name: str) -> None:
         job = self.engine.jobs.get(name)
@@ -241,15 +241,15 @@ class Sweep:
     def _take(self) -> FrozenTrial | None:
         trials = self._study.get_trials(deepcopy=False)
         unsigned = [trial for trial in trials if "worker" not in trial.user_attrs]
+        if not unsigned and len(trials) >= self._sweep.num_jobs:
+            return None
         # A worker that was killed before it signed leaves one, perhaps without all of its values.
         lost = next((trial for trial in unsigned if trial.state == TrialState.RUNNING), None)
-        is_waiting = any(trial.state == TrialState.WAITING for trial in unsigned)
-        if not (lost or is_waiting or len(trials) < self._sweep.num_jobs):
-            return None
         if self._sweep.search != "grid":
             # By number, so that a resumed run draws as an unbroken one.
-            seed = self._sweep.search.seed + (lost.number if lost else len(trials))
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
+            number = len(trials) if lost is None else lost.number
+            seed = (self._sweep.search.seed + number) % 2**32
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed)
         if lost is None:
             taken = self._study.ask(self._sweep.distributions)
         else:
@@ -269,7 +269,7 @@ class Sweep:
             self._prepare(job)
             self.engine.add(job, overwrite=True)
         except Exception as error:  # of memory, or of a library that makes initial weights
-            if self.directory.by_job and self.directory.newest_checkpoint([name])[0]:
+            if self._directory.by_job and self._directory.newest_checkpoint([name])[0]:
                 raise  # what it needs to go on has changed, and may be put back
             self._study.tell(trial.number, state=TrialState.FAIL)
             self.progress.message(f"error: sweep: {name} cannot train: {error}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, product, repeat, takewhile
 from operator import mul
 from types import ModuleType
@@ -159,6 +159,19 @@ class SweepConfig(StrictModel):
             yield f"search grid requires lists, got a range for {', '.join(ranges)}; {take}"
         elif self.num_jobs > MAX_JOBS:
             yield f"search grid must give at most {MAX_JOBS} jobs, got {self.num_jobs}; {take}"
+
+    def template(self, jobs: Sequence[Any]) -> dict[str, Any]:
+        """Return the settings of the job that is varied, one of a run's jobs if it has a name."""
+        if not isinstance(self.job, str):
+            return self.job
+        template = next((job for job in jobs if job.name == self.job), None)
+        if template is None:
+            raise ConfigError(f"sweep.job must be settings or the name of a job: {self.job!r}")
+        settings = template.model_dump(mode="json", exclude_unset=True)
+        # Unset where Python's classes say it.
+        settings["adapter"]["method"] = template.adapter.method
+        settings["train"].setdefault("objective", {})["name"] = template.train.objective.name
+        return settings
 
     def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
         """Name of a job: the template's, its number, and its values as far as there is room."""

@@ -91,9 +91,12 @@ class Inbox:
 
     def _list_files(self) -> dict[Path, _Version]:
         paths = sorted(self._options.path.iterdir())  # glob is silent about what it can't read
-        paths = [path for path in paths if path.suffix == ".yaml" and path.name[0] != "."]
-        stats = {path: path.stat() for path in paths if path.is_file()}
-        return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
+        files = {}
+        for path in paths:
+            if path.suffix == ".yaml" and path.name[0] != "." and path.is_file():
+                stat = path.stat()
+                files[path] = (stat.st_mtime_ns, stat.st_size)
+        return files
 
     def _take_up(self, state_file: Path, files: dict[Path, _Version]) -> None:
         """Go on with a file of this run, and leave one alone that was dealt with before."""

@@ -83,7 +83,7 @@ def train_share(
         return engine.run()
     from loraloom.training.sweep import Sweep  # it needs Optuna
 
-    sweep = Sweep(run, engine, run_directory, progress, None, share)
+    sweep = Sweep(run, engine, progress, None, share)
     return engine.run(sweep.between_steps)
 
 
@@ -108,10 +108,9 @@ def train_with_ray(
     with connected(address) as ray:
         if overwrite:
             progress.message("reading the data")
-            try:
-                ray.get(ray.remote(check_share).remote(run, Path.cwd()))
-            except ray.exceptions.RayError as error:
-                raise getattr(error, "cause", None) or error from None
+            checked = _outcome_of(ray, ray.remote(check_share).remote(run, Path.cwd()))
+            if isinstance(checked, Exception):
+                raise checked
         if not (resume and directory.has_checkpoints(by_job=True)):
             directory.prepare([job.name for job in run.all_jobs])
         results = _train_shares(ray, run, num_workers, directory, progress, command)
@@ -129,24 +128,21 @@ def _train_shares(
 ) -> list[JobResult]:
     jobs = list(run.all_jobs)
     max_workers = len(jobs)
-    if run.sweep is not None:
-        max_workers = max(len(run.jobs), run.sweep.max_concurrent or run.sweep.num_jobs)
-    if num_workers:
-        num_workers = min(num_workers, max_workers)
-    size, resources = choose_resources(ray.nodes(), run.device, num_workers)
     show = None
     if run.sweep is not None:
         from loraloom.training.sweep import open_study, show_ranking  # it needs Optuna
 
+        max_workers = max(len(run.jobs), run.sweep.max_concurrent or run.sweep.num_jobs)
         study = open_study(run, directory, None)  # before workers look for combinations in it
         show = partial(show_ranking, run, study, directory, progress)
         jobs = [job for job in jobs if not run.sweep.owns(job.name)]
+    num_workers = min(num_workers, max_workers) if num_workers else None
+    size, resources = choose_resources(ray.nodes(), run.device, num_workers)
     size = min(size, max_workers)
     progress.message(f"starting {size} workers")
     queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
-    task = ray.remote(train_share).options(
-        max_retries=RESTARTS, scheduling_strategy="SPREAD", **resources
-    )
+    options = {"max_retries": RESTARTS, "scheduling_strategy": "SPREAD"} | resources
+    task = ray.remote(train_share).options(**options)
     calls = {}
     for number in range(size):
         share = (number, size)
@@ -167,7 +163,7 @@ def _follow(
     size = len(calls)
     waiting = set(calls.values())
     begun_at = time.monotonic()
-    reported_s = 0
+    waited_s = 0
     results: list[JobResult] = []
     faults: list[Exception] = []
     is_ending = False
@@ -179,30 +175,43 @@ def _follow(
                     ray.cancel(call)
             for call in ray.wait([*calls], timeout=NEWS_S)[0]:
                 waiting.discard(calls.pop(call))
-                try:
-                    results += ray.get(call)
-                except ray.exceptions.RayError as error:
-                    if is_ending:
-                        continue
-                    fault = getattr(error, "cause", None) or TrainingError(
-                        f"a worker was lost {RESTARTS + 1} times: {error}; when the other workers "
-                        "are done, pass --resume to continue its jobs"
-                    )
-                    faults.append(fault)
-                    progress.message(f"error: {faults[-1]}")
-            with suppress(ray.exceptions.RayError):
-                for news in queue.get_nowait_batch(queue.qsize()):
-                    waiting.discard(news)
-                    if isinstance(news, str):
-                        progress.message(news)
-            waited_s = int(time.monotonic() - begun_at) // WAITING_S * WAITING_S
-            if waiting and waited_s > reported_s:
+                outcome = _outcome_of(ray, call)
+                if not isinstance(outcome, Exception):
+                    results += outcome
+                elif not is_ending:
+                    faults.append(outcome)
+                    progress.message(f"error: {outcome}")
+            waiting -= _pass_on(ray, queue, progress)
+            if waiting and time.monotonic() - begun_at >= waited_s + WAITING_S:
+                waited_s += WAITING_S
                 numbers = ", ".join(str(number + 1) for number in sorted(waiting))
                 progress.message(f"waiting for worker {numbers} of {size} ({waited_s} s)")
-            reported_s = waited_s
         if is_ending:
             interruption.end()
     return results, faults
+
+
+def _pass_on(ray: Any, queue: Any, progress: Progress) -> set[int]:
+    """Show what workers say, and return the numbers of those that have begun."""
+    begun = set()
+    with suppress(ray.exceptions.RayError):
+        for news in queue.get_nowait_batch(queue.qsize()):
+            if isinstance(news, str):
+                progress.message(news)
+            else:
+                begun.add(news)
+    return begun
+
+
+def _outcome_of(ray: Any, call: Any) -> Any:
+    """Return what a task returned, or what ended it."""
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayError as error:
+        return getattr(error, "cause", None) or TrainingError(
+            f"a worker was lost {RESTARTS + 1} times: {error}; when the other workers "
+            "are done, pass --resume to continue its jobs"
+        )
 
 
 def choose_resources(

@@ -1,4 +1,4 @@
-"""What others' clients do: `python clients.py CLIENT URL`; 77: not installed."""
+"""What others' clients do: `python clients.py CLIENT URL TOKENIZER`; 77: not installed."""
 
 import sys
 from typing import Any, Literal
@@ -15,7 +15,19 @@ class Paint(BaseModel, extra="forbid"):  # or random weights never end
     color: Literal["blue", "red"]
 
 
-def run_litellm(url: str) -> None:
+def run_openai(url: str, tokenizer: str) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    scored: Any = client.completions.create(
+        model="lora", prompt="the sky", max_tokens=0, logprobs=1, echo=True
+    )
+    assert scored.choices[0].logprobs.text_offset[0] == 0
+    answer = client.chat.completions.create(model="lora", messages=QUESTION, max_tokens=4)
+    assert answer.choices[0].finish_reason == "length"
+
+
+def run_litellm(url: str, tokenizer: str) -> None:
     import litellm
 
     settings: Any = {"model": "openai/lora", "api_base": url, "api_key": "none"}
@@ -28,7 +40,7 @@ def run_litellm(url: str) -> None:
     raise AssertionError("a prompt that is too long was answered")
 
 
-def run_langchain_openai(url: str) -> None:
+def run_langchain_openai(url: str, tokenizer: str) -> None:
     from langchain_openai import ChatOpenAI
 
     chat: Any = ChatOpenAI(model="lora", base_url=url, api_key="none", max_tokens=100)
@@ -38,7 +50,7 @@ def run_langchain_openai(url: str) -> None:
     assert call["name"] == "Paint"
 
 
-def run_instructor(url: str) -> None:
+def run_instructor(url: str, tokenizer: str) -> None:
     import instructor
     import openai
 
@@ -49,9 +61,19 @@ def run_instructor(url: str) -> None:
         assert isinstance(made, Paint)
 
 
+def run_lm_eval(url: str, tokenizer: str) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    settings: Any = {"tokenizer_backend": "huggingface", "tokenizer": tokenizer, "max_length": 256}
+    lm = LocalCompletionsAPI(base_url=f"{url}/completions", model="lora", **settings)
+    request = Instance("loglikelihood", {}, ("the sky is", " blue"), 0)
+    assert lm.loglikelihood([request], disable_tqdm=True)[0][0] < 0
+
+
 if __name__ == "__main__":
     try:
-        globals()[f"run_{sys.argv[1]}"](sys.argv[2])
+        globals()[f"run_{sys.argv[1]}"](*sys.argv[2:])
     except ModuleNotFoundError as error:
         print(f"{error.name} is not installed", file=sys.stderr)
         sys.exit(77)

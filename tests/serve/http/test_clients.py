@@ -21,20 +21,28 @@ PYTHON = os.environ.get("LORALOOM_CLIENTS_PYTHON", sys.executable)
 
 
 @pytest.fixture(scope="module")
-def url():
+def url_and_tokenizer(tmp_path_factory):
     """A base model whose template knows no tools, served with another one for them."""
-    tokenizer = build_tokenizer()
+    directory, tokenizer = tmp_path_factory.mktemp("clients"), build_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(directory)
     host = tiny_host(dtype=torch.float32, **SIZES | {"max_position_embeddings": 512})
     options = ApiOptions(tool_form=PromptForm(format="chat", chat_template=TEMPLATE))
     with serving(host, tokenizer, options=options) as (url, _):
-        yield f"{url}/v1"
+        yield f"{url}/v1", directory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("client", ["litellm", "langchain_openai", "instructor"])
-def test_clients_that_others_wrote_are_answered(client, url):
-    command = [PYTHON, str(Path(__file__).with_name("clients.py")), client, url]
+@pytest.mark.parametrize(
+    "client", ["openai", "litellm", "langchain_openai", "instructor", "lm_eval"]
+)
+def test_clients_that_others_wrote_are_answered(client, url_and_tokenizer):
+    command = [
+        PYTHON,
+        str(Path(__file__).with_name("clients.py")),
+        client,
+        *map(str, url_and_tokenizer),
+    ]
     offline = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     ended = subprocess.run(
         command, env=os.environ | offline, capture_output=True, text=True, timeout=300, check=False

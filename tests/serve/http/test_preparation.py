@@ -28,23 +28,6 @@ def test_a_key_with_much_work_keeps_nobody_waiting():
     assert done[:12].count("few") == 5
 
 
-def test_work_that_nobody_waits_for_is_not_done():
-    done = []
-
-    async def ask_all():
-        preparations = Preparations()
-        held = asyncio.create_task(preparations.run("a", lambda: time.sleep(0.1)))
-        await asyncio.sleep(0.02)
-        gone = asyncio.create_task(preparations.run("a", lambda: done.append("gone")))
-        await asyncio.sleep(0)
-        gone.cancel()
-        await held
-        await preparations.run("a", lambda: done.append("kept"))
-
-    asyncio.run(ask_all())
-    assert done == ["kept"]
-
-
 def test_a_key_prepares_as_many_requests_as_its_part_of_the_line():
     preparations = Preparations(max_requests=8)
     with ExitStack() as stack:

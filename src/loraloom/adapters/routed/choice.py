@@ -57,20 +57,23 @@ def _choose_in_batch(
     top, top_experts = logits.topk(adapter.config.experts_per_token)  # (B, K)
     # A token speaks for an expert by how much its score exceeds that of all on average.
     scores = router.scores(states)  # (T, E)
-    excess = scores.gather(1, top_experts[owners, :1]).squeeze(1) - scores.mean(1)  # (T,)
-    names = list(adapter.members)
-    experts = top_experts.tolist()
+    best = top_experts[owners, :1]  # of a token's prompt, (T, 1)
+    excess = scores.gather(1, best).squeeze(1) - scores.mean(1)  # (T,)
+    by_prompt = excess.split([len(prompt) for prompt in prompts])
     weights = top.softmax(-1).tolist()
     probabilities = logits.softmax(-1).tolist()
+    names = list(adapter.members)
     choices = list[Choice]()
-    for row, excess_of_prompt in enumerate(excess.split([len(prompt) for prompt in prompts])):
+    for row, experts in enumerate(top_experts.tolist()):
         # In hundredths, so that rows share sums.
-        shares = zip(experts[row], round_shares(weights[row]), strict=True)
-        chosen = [(f"{adapter.name}/{names[expert]}", share) for expert, share in shares if share]
+        shares = round_shares(weights[row])
+        paths = [f"{adapter.name}/{names[expert]}" for expert in experts]
+        chosen = [(path, share) for path, share in zip(paths, shares, strict=True) if share]
+        telling = int(by_prompt[row].argmax())
         choice = Choice(
             adapter=chosen[0][0] if len(chosen) == 1 else write_sum(chosen),
             probabilities=dict(zip(names, probabilities[row], strict=True)),
-            telling_token=prompts[row][int(excess_of_prompt.argmax())],
+            telling_token=prompts[row][telling],
         )
         choices.append(choice)
     return choices
@@ -78,13 +81,14 @@ def _choose_in_batch(
 
 def round_shares(shares: Sequence[float]) -> list[float]:
     """Round shares to hundredths that sum to 1, by largest remainders; their order stays."""
-    exact = [100 * share / sum(shares) for share in shares]
+    total = sum(shares)
+    exact = [100 * share / total for share in shares]
     hundredths = [math.floor(value) for value in exact]
-    num_missing = 100 - sum(hundredths)
 
     def priority(index: int) -> tuple[float, float]:
         return hundredths[index] - exact[index], -shares[index]
 
+    num_missing = 100 - sum(hundredths)
     for index in sorted(range(len(exact)), key=priority)[:num_missing]:
         hundredths[index] += 1
     return [number / 100 for number in hundredths]

@@ -32,8 +32,12 @@ class RouterFit:
 
     @property
     def accuracy(self) -> float:
-        num_correct = sum(counts.get(expert, 0) for expert, counts in self.chosen.items())
-        return num_correct / sum(sum(counts.values()) for counts in self.chosen.values())
+        num_correct = 0
+        num_prompts = 0
+        for expert, counts in self.chosen.items():
+            num_correct += counts.get(expert, 0)
+            num_prompts += sum(counts.values())
+        return num_correct / num_prompts
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -69,13 +73,13 @@ def fit_to_prompts(
     seed: int,
 ) -> RouterFit:
     """Fit a router to the token IDs of each expert's prompts; see `fit_router`."""
-    faulty = [expert for expert in experts if len(prompts.get(expert, ())) < 2]
-    faulty += [name for name in (*prompts, *only) if name not in experts]
-    if faulty:
-        raise DataError(
-            f"prompts must have two or more for each expert ({', '.join(experts)}) and none for "
-            f"others, got {len(prompts.get(faulty[0], ()))} for {faulty[0]}"
-        )
+    for name in (*experts, *prompts, *only):
+        num_prompts = len(prompts.get(name, ()))
+        if name not in experts or num_prompts < 2:
+            raise DataError(
+                f"prompts must have two or more for each expert ({', '.join(experts)}) and none "
+                f"for others, got {num_prompts} for {name}"
+            )
     fitted = [expert for expert, row in zip(experts, router.router, strict=True) if row.any()]
     missing = [expert for expert in experts if expert not in fitted]
     if not only or not set(missing) <= set(only):
@@ -101,8 +105,11 @@ def _read(
     prompts: Sequence[Sequence[Sequence[int]]], num_layers: int, read_states: ReadStates
 ) -> _Examples:
     """Read each expert's prompts batch by batch, and number them in this order."""
-    ids = [prompt for prompts_of_expert in prompts for prompt in prompts_of_expert]
-    labels = [expert for expert, of_expert in enumerate(prompts) for _ in of_expert]
+    ids = list[Sequence[int]]()
+    labels = list[int]()
+    for expert, prompts_of_expert in enumerate(prompts):
+        ids += prompts_of_expert
+        labels += [expert] * len(prompts_of_expert)
     targets = list[int]()
     states = list[Tensor]()
     owners = list[Tensor]()
@@ -120,8 +127,9 @@ def _hold_out(targets: Tensor, seed: int) -> Tensor:
     is_held_out = torch.zeros_like(targets, dtype=torch.bool)
     for expert in targets.unique():
         rows = (targets == expert).nonzero().squeeze(1)
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        is_held_out[rows[: max(1, round(HELD_OUT * len(rows)))]] = True
+        order = torch.randperm(len(rows), generator=generator)
+        num_held_out = max(1, round(HELD_OUT * len(rows)))
+        is_held_out[rows[order[:num_held_out]]] = True
     return is_held_out
 
 
@@ -131,9 +139,10 @@ def _count_choices(
 ) -> dict[str, Counter[str]]:
     """Count what prompts of some experts get, if the router chooses among these."""
     columns = [experts.index(name) for name in candidates]
-    choices = router.logits(examples.states, examples.owners)[:, columns].argmax(1)
+    logits = router.logits(examples.states, examples.owners)[:, columns]
+    choices = logits.argmax(1).tolist()
     chosen = {name: Counter[str]() for name in candidates}
-    for target, choice in zip(examples.targets.tolist(), choices.tolist(), strict=True):
+    for target, choice in zip(examples.targets.tolist(), choices, strict=True):
         expected = experts[int(target)]
         if expected in chosen:
             chosen[expected][candidates[int(choice)]] += 1

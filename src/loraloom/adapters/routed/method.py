@@ -13,17 +13,11 @@ from pydantic import AfterValidator, Field, SerializeAsAny, WithJsonSchema, fiel
 from torch import Tensor, nn
 from typing_extensions import override
 
-from loraloom.adapters.contract import (
-    MAX_NUMBER,
-    Adapter,
-    AdapterConfig,
-    Adjustable,
-    Projection,
-    parse_adapter_config,
-    tensors_of,
-)
+from loraloom.adapters.contract import MAX_NUMBER, Adapter, AdapterConfig, Adjustable, tensors_of
 from loraloom.adapters.extra_modules import refuse_own_parts
 from loraloom.adapters.low_rank import LowRankAdapter, generator_for
+from loraloom.adapters.projection import Projection
+from loraloom.adapters.registration import parse_adapter_config
 from loraloom.adapters.routed.prompt_router import PromptRouter
 from loraloom.adapters.segment import MoeFfn, SegmentTokens
 from loraloom.adapters.weighted_sum import MAX_MEMBERS, SumProjection, check_adds_up, sum_blocks
@@ -133,10 +127,8 @@ class RoutedConfig(AdapterConfig):
         return checked(RoutedConfig, {**dict(self), "experts": {**self.experts, **experts}})
 
     def targets_in(self, block: Block) -> frozenset[str]:
-        targets = set[str]()
-        for config in self._expert_configs().values():
-            targets |= config.targets_in(block)
-        return frozenset(targets)
+        targets = [config.targets_in(block) for config in self._expert_configs().values()]
+        return frozenset().union(*targets)
 
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
         for name, config in self._expert_configs().items():
@@ -175,7 +167,6 @@ class RoutedConfig(AdapterConfig):
 
 
 def of_experts(experts: Mapping[str, str], **settings: Any) -> RoutedConfig:
-    """Give the settings of an adapter of others: directories, Hub IDs, or names on the host."""
     return checked(RoutedConfig, {"experts": experts, **settings})
 
 
@@ -265,7 +256,7 @@ class RoutedAdapter(LowRankAdapter):
         if is_by_prompt:
             shape = (len(experts), base_layers[0].hidden_size)
             router = PromptRouter(shape, config.num_layers_read, config.temperature)
-            device = next(base.device for layer in base_layers for base in layer.projections)
+            device = base_layers[0].blocks[0].device
             self.prompt_router = router.to(dtype=dtype, device=device)
         self.experts = nn.ModuleList(experts)
         self.members = dict(zip(config.experts, experts, strict=True))
@@ -279,7 +270,6 @@ class RoutedAdapter(LowRankAdapter):
         raise self._no_moe(f"{self.config.title}; from Python, export one of its experts, {names}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return each expert's tensors behind its number, and those of the routers."""
         tensors = tensors_of([*self.layers.modules(), self.prompt_router])
         for number, expert in enumerate(self.members.values()):
             for name, tensor in expert.tensors().items():
@@ -307,12 +297,13 @@ class RoutedUpdates(SumProjection):
         if not self._is_arrow:
             for expert, row in enumerate(rows):
                 row.normal_(std=0.02, generator=generator_for(seed, self._name(expert)))
-        rows = rows.to(dtype=dtype, device=self.base.device)
-        self.router = nn.Parameter(rows, requires_grad=not self._is_arrow)
+        device = self.base.device
+        self.router = nn.Parameter(rows.to(dtype=dtype, device=device))
+        self.router.requires_grad_(not self._is_arrow)
         expert_of_column = list[int]()
         for expert, update in enumerate(self.updates):
             expert_of_column += [expert] * update.num_columns
-        owners = torch.tensor(expert_of_column, device=self.base.device)
+        owners = torch.tensor(expert_of_column, device=device)
         self.register_buffer("owners", owners, persistent=False)
 
     def _check_can_be_weighed(self) -> None:
@@ -342,10 +333,10 @@ class RoutedUpdates(SumProjection):
             A = update.compute_A(dtype).cpu().double()
             B = update.compute_B(dtype).cpu().double()
             triangle = torch.linalg.qr(B.T).R
-            row.copy_(torch.linalg.svd(triangle @ A, full_matrices=False).Vh[0])
+            directions = torch.linalg.svd(triangle @ A, full_matrices=False).Vh
+            row.copy_(directions[0])
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        """Weigh each expert's columns by the token's routing."""
         logits = router_logits(hidden_states, self.router)
         if self._is_arrow:
             logits = logits.abs()
@@ -359,8 +350,8 @@ class RoutedUpdates(SumProjection):
         if not self._maps:
             return low_rank * weights.index_select(1, self.get_buffer("owners"))
         mapped = self.mapped(low_rank, hidden_states, tokens)
-        columns = weights.split(1, 1)
-        return torch.cat([m * weight for m, weight in zip(mapped, columns, strict=True)], 1)
+        pairs = zip(mapped, weights.split(1, 1), strict=True)
+        return torch.cat([columns * weight for columns, weight in pairs], 1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for expert, row in enumerate(self.router.detach()):

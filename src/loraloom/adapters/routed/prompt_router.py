@@ -47,7 +47,8 @@ class PromptRouter(Weights):
 
     def scores(self, states: Tensor) -> Tensor:
         """Compute w·h + b, [T, E]."""
-        products = [chunk.to(self.router.dtype) @ self.router.T for chunk in states.split(CHUNK)]
+        weight = self.router.T
+        products = [chunk.to(weight.dtype) @ weight for chunk in states.split(CHUNK)]
         return torch.cat(products) + self.offsets
 
     @torch.enable_grad()
@@ -55,15 +56,17 @@ class PromptRouter(Weights):
         """Fit the rows of some experts to prompts whose experts' numbers are targets, [B]."""
         chunks = states.split(CHUNK)
         mean, std = _mean_and_std(chunks)
-        indices = torch.tensor(rows, device=states.device)
+        device = states.device
+        indices = torch.tensor(rows, device=device)
         # Of standardized states: w = weight / (std · 10), b = offset / 10 - w · mean.
-        weight = torch.zeros(len(indices), len(mean), device=states.device, requires_grad=True)
-        offset = torch.zeros(len(indices), device=states.device, requires_grad=True)
+        weight = torch.zeros(len(rows), len(mean), device=device, requires_grad=True)
+        offset = torch.zeros(len(rows), device=device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight, offset], RATE, weight_decay=DECAY)
         with torch.no_grad():
             fixed = self.logits(states, owners).float()
         for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            cosine = math.cos(math.pi * step / STEPS)
+            optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + cosine)
             scaled = weight / (std * BREADTH)
             scores = torch.cat([chunk.float() @ scaled.T for chunk in chunks])
             scores = scores + offset / BREADTH - scaled @ mean
@@ -85,16 +88,20 @@ class PromptRouter(Weights):
 
 def _logits(scores: Tensor, owners: Tensor) -> Tensor:
     counts = owners.bincount()
-    index = owners.unsqueeze(1).expand_as(scores)
     empty = scores.new_zeros(len(counts), scores.shape[1])
-    most = empty.detach().scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
-    sums = empty.index_add(0, owners, (scores - most[owners]).exp())
-    return BREADTH * (sums.log() + most - counts.unsqueeze(1).log())
+    fixed = scores.detach()
+    index = owners.unsqueeze(1).expand_as(fixed)
+    most = empty.scatter_reduce(0, index, fixed, "amax", include_self=False)
+    shifted = scores - most[owners]
+    sums = empty.index_add(0, owners, shifted.exp())
+    log_sums = sums.log() + most
+    return BREADTH * (log_sums - counts.unsqueeze(1).log())
 
 
 def _mean_and_std(chunks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute each feature's mean and standard deviation over all tokens, [D] both."""
     num_tokens = sum(len(chunk) for chunk in chunks)
-    mean = torch.stack([chunk.float().sum(0) for chunk in chunks]).sum(0) / num_tokens
+    sums = [chunk.float().sum(0) for chunk in chunks]
+    mean = torch.stack(sums).sum(0) / num_tokens
     squares = [(chunk.float() - mean).square().sum(0) for chunk in chunks]
-    return mean, (torch.stack(squares).sum(0) / num_tokens).sqrt() + 1e-5
+    variance = torch.stack(squares).sum(0) / num_tokens
+    return mean, variance.sqrt() + 1e-5

@@ -37,6 +37,11 @@ class Window:
     examples: tuple[TrainingExample, ...]
     micro_batch_size: int
 
+    @staticmethod
+    def of(epoch: int, examples: Iterable[TrainingExample], config: TrainConfig) -> Window:
+        longest_first = sorted(examples, key=lambda example: -longest_row(example))
+        return Window(epoch, tuple(longest_first), config.micro_batch_size)
+
     @property
     def num_micro_batches(self) -> int:
         return math.ceil(len(self.examples) / self.micro_batch_size)
@@ -78,13 +83,14 @@ class StepOrder:
         self.steps_per_epoch = math.ceil(training_set.epoch_length / config.batch_size)
         self.total_steps = config.max_steps or (config.num_epochs or 1) * self.steps_per_epoch
         self._order = lru_cache(maxsize=1)(self._make_order)
+        self.window = lru_cache(maxsize=1)(self._make_window)
 
-    def window(self, step: int) -> Window:
+    def _make_window(self, step: int) -> Window:
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self.config.batch_size
         indices = self._order(epoch)[start : start + self.config.batch_size]
         examples = [self.training_set.examples[index] for index in indices]
-        return _make_window(epoch, examples, self.config)
+        return Window.of(epoch, examples, self.config)
 
     def epochs_after(self, step: int) -> float:
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
@@ -115,13 +121,14 @@ class StreamOrder:
         self.total_steps = config.max_steps
         # Of the step that was asked for last, and of the one after it.
         self._positions: dict[int, StreamPosition] = {0: training_set.start}
+        self.window = lru_cache(maxsize=1)(self._make_window)
 
-    def window(self, step: int) -> Window:
+    def _make_window(self, step: int) -> Window:
         """Return the examples of a step: the last one that was asked for, or the one after it."""
         position = self._positions[step]
         examples, after = self.training_set.take(position, self.config.batch_size)
         self._positions = {step: position, step + 1: after}
-        return _make_window(0, examples, self.config)
+        return Window.of(0, examples, self.config)
 
     def epochs_after(self, step: int) -> float:
         """Return how often the data was read to its end; parts of a pass can't be known."""
@@ -139,16 +146,12 @@ class StreamOrder:
                 "restore the data, or pass --overwrite to start again"
             )
         self._positions = {step: position}
+        self.window.cache_clear()
 
     def _begun_block(self, position: StreamPosition) -> str | None:
         # At the beginning of a block, it may not have been read yet.
         read = self.training_set.block
         return examples_digest(read(position).examples) if position.taken else None
-
-
-def _make_window(epoch: int, examples: list[TrainingExample], config: TrainConfig) -> Window:
-    examples.sort(key=lambda example: -longest_row(example))
-    return Window(epoch, tuple(examples), config.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -294,8 +297,8 @@ def lay_out(micro_batches: Sequence[MicroBatch]) -> RowLayout:
     num_tokens = sum(batch.num_tokens for batch in micro_batches)
     padding = [padding_share(num_tokens, sum(layout.computed_tokens)) for layout in layouts]
     tolerated = max(min(padding), _LITTLE_PADDING)
-    shortest = next(index for index, share in enumerate(padding) if share <= tolerated)
-    return layouts[shortest]
+    pairs = zip(layouts, padding, strict=True)
+    return next(layout for layout, share in pairs if share <= tolerated)
 
 
 def _rows_of(batch: MicroBatch, length: int) -> Rows:

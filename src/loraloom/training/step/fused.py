@@ -51,11 +51,10 @@ def forward_backward(
     reports = _fetch(micro_batches, shares, ranks)
     with ranks.together(), recovering(host.model):
         # One that is not finite makes no gradient of use, and would spoil those of others.
-        finite = [
-            (share.loss + share.aux_loss) * micro_batch.loss_scale
-            for share, report, micro_batch in zip(shares, reports, micro_batches, strict=True)
-            if math.isfinite(report.loss + report.aux_loss)
-        ]
+        finite = []
+        for batch, share, report in zip(micro_batches, shares, reports, strict=True):
+            if math.isfinite(report.loss + report.aux_loss):
+                finite.append((share.loss + share.aux_loss) * batch.loss_scale)
         if finite:
             torch.stack(finite).sum().backward()
     return reports
@@ -72,16 +71,20 @@ class _Share:
     computed_tokens: Tensor
     aux_loss: Tensor  # zero until all ranks' routers are known
 
-    def scalars(self) -> list[Tensor]:
-        return [self.loss, self.aux_loss, self.computed_tokens, *self.metrics.values()]
+    def summands(self) -> Tensor:
+        values = [self.loss, self.aux_loss, self.computed_tokens, *self.metrics.values()]
+        scalars = widened(torch.stack(values).detach())
+        if self.routing is None:
+            return scalars
+        return torch.cat([scalars, measure_routing(self.routing).to(scalars).flatten()])
 
 
 def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
-    rows = [example_row(join_samples(samples)) for samples in layout.samples]
+    inputs_of_rows = [example_row(join_samples(samples)) for samples in layout.samples]
     adapters = [batch.adapter.name for batch, _ in layout.flat]
     is_packed = any(len(samples) > 1 for samples in layout.samples)
     lengths = [[len(sample.input_ids) for sample in samples] for samples in layout.samples]
-    inputs = collate(rows, host.dtype, host.device, pad_id)
+    inputs = collate(inputs_of_rows, host.dtype, host.device, pad_id)
     output = host.hidden(
         inputs.input_ids,  # (B, L)
         None if is_packed else inputs.attention_mask,
@@ -91,15 +94,14 @@ def _forward(host: Host, layout: RowLayout, pad_id: int) -> list[_Share]:
         training=True,
     )
     states = inputs.predicting_states(output.last_hidden_state)  # (N, D)
-    losses = host.token_losses(states, inputs.targets, owners(rows, adapters))  # (N,)
+    losses = host.token_losses(states, inputs.targets, owners(inputs_of_rows, adapters))  # (N,)
     split_losses = layout.split_losses(losses)
     num_tokens = layout.computed_tokens
     shares = []
     for index, batch in enumerate(layout.micro_batches):
         routing = output.routing.get(batch.adapter.name)
-        shares.append(
-            _share(batch, split_losses[index], layout.rows[index], routing, num_tokens[index])
-        )
+        rows = layout.rows[index]
+        shares.append(_share(batch, split_losses[index], rows, routing, num_tokens[index]))
     return shares
 
 
@@ -136,24 +138,15 @@ def _fetch(
     """Add all numbers of a round up over the ranks, and read them from the device at once."""
     if ranks.size > 1 and not all(has_fixed_metrics(batch.objective) for batch in micro_batches):
         _share_metric_names(shares, ranks)
-    scalars = [value.detach() for share in shares for value in share.scalars()]
-    routing_sums = [
-        torch.empty(0) if share.routing is None else measure_routing(share.routing)
-        for share in shares
-    ]
-    summands = widened(torch.stack(scalars))
-    summands = torch.cat([summands, *(sums.to(summands).flatten() for sums in routing_sums)])
-    numbers = iter(ranks.sum(summands).tolist())
-    scalars_by_share = [list(islice(numbers, len(share.scalars()))) for share in shares]
+    summands = [share.summands() for share in shares]
+    numbers = iter(ranks.sum(torch.cat(summands)).tolist())
     reports = []
-    for batch, share, values, sums in zip(
-        micro_batches, shares, scalars_by_share, routing_sums, strict=True
-    ):
-        loss, aux_loss, tokens, *metrics = values
-        by_name = dict(zip(share.metrics, metrics, strict=True))
-        report = MicroBatchLoss(loss, aux_loss, metrics=by_name, computed_tokens=round(tokens))
+    for batch, share, sums in zip(micro_batches, shares, summands, strict=True):
+        loss, aux_loss, tokens, *values = islice(numbers, len(sums))
+        metrics = dict(zip(share.metrics, values, strict=False))  # those of routers come last
+        report = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=round(tokens))
         if share.routing is not None:
-            routers = RoutingTotals.of(share.routing, list(islice(numbers, sums.numel())))
+            routers = RoutingTotals.of(share.routing, values[len(metrics) :])
             report = replace(
                 report,
                 router_entropy=routers.entropy * batch.token_share,

@@ -1,0 +1,178 @@
+"""A and B on a projection of the base model: of one LoRA, or of the LoRA experts of a mixture.
+
+Axes: I in_features, O out_features, M LoRA experts (1 for a plain LoRA), R rank, S = M·R; on the
+experts of a base model, whose weights are one tensor, E of these, G = M·E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from loraloom.adapters.low_rank import DecomposedConfig, LowRankConfig, initial_A
+from loraloom.adapters.projection import Projection
+from loraloom.base.blocks import BaseProjection
+from loraloom.ops.expert_weights import ExpertSide
+from loraloom.ops.low_rank import dora_norms
+
+
+class LoraProjection(Projection):
+    """A, [M, R, I], B, [M, O, R], and, with weight decomposition, the magnitudes, [M, O]."""
+
+    def __init__(
+        self,
+        base: BaseProjection,
+        config: LowRankConfig,
+        num_experts: int | None,
+        dtype: torch.dtype,
+        seed: int,
+        shared: LoraProjection | None = None,
+    ):
+        super().__init__(base)
+        self.config = config
+        self.is_mixture = num_experts is not None
+        self.shared = shared
+        self._prefixes = [self.key]
+        if num_experts is not None:
+            self._prefixes = [f"{self.key}.experts.{expert}" for expert in range(num_experts)]
+        options = {"dtype": dtype, "device": base.device}
+        experts = [len(self._prefixes)]
+        if base.num_experts is not None:
+            experts.append(base.num_experts)
+        # Filled one by one: on the meta device torch.stack would import sympy.
+        initial = torch.empty(*experts, config.rank, base.in_features, dtype=torch.float32)
+        for lora_A, prefix in zip(initial, self._prefixes, strict=True):
+            self._fill(lora_A, f"{prefix}.lora_A", seed)
+        self.lora_A = nn.Parameter(initial.to(**options))
+        zeros = torch.zeros(*experts, base.out_features, config.rank, **options)
+        self.lora_B = nn.Parameter(zeros)
+        self.lora_magnitude_vector = None
+        if isinstance(config, DecomposedConfig) and config.weight_decomposition:
+            norms = base.squared_norms.sqrt().to(**options)
+            norms = norms.expand(len(self._prefixes), *norms.shape)
+            self.lora_magnitude_vector = nn.Parameter(norms.contiguous())
+
+    def _fill(self, lora_A: Tensor, name: str, seed: int) -> None:
+        rank, in_features = lora_A.shape
+        lora_A.copy_(initial_A((rank, in_features), self.config.init, seed, name))
+
+    @property
+    def num_columns(self) -> int:
+        return self._all_A().shape[:-1].numel()
+
+    def compute_A(self, dtype: torch.dtype) -> Tensor:
+        """A of all experts, [S, I]; of stacks, [G, R, I]."""
+        return self._all_A().flatten(0, 1).to(dtype)
+
+    def compute_B(self, dtype: torch.dtype) -> Tensor:
+        """B of all experts times scaling, [S, O]."""
+        if not self.is_mixture:
+            scaled = self._all_B() * self.config.scaling
+            # products with rows that lie apart take a CPU up to twice as long
+            return scaled.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+        return _ScaledTranspose.apply(self._all_B(), self.config.scaling, dtype)  # pyright: ignore
+
+    def row_scale(self) -> Tensor | None:
+        """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [M, O]; of stacks, [G, O]."""
+        if self.lora_magnitude_vector is None:
+            return None
+        # The paper takes the norm as a constant; its gradient would need W + sBA in full.
+        with torch.no_grad():
+            norms = self._norms()
+        # A zero row of W has the norm and the magnitude 0: 0 / tiny in place of 0 / 0.
+        smallest = torch.finfo(norms.dtype).tiny
+        return self.lora_magnitude_vector.flatten(0, -2) / norms.clamp_min(smallest)
+
+    def _norms(self) -> Tensor:
+        """‖W + sBA‖ of each output row, [M, O]; of stacks, [G, O]."""
+        lora_A = self._all_A()
+        product = self.base.product(lora_A.flatten(0, 1))
+        squares = self.base.squared_norms
+        return dora_norms(product, squares, lora_A, self._all_B(), self.config.scaling)
+
+    def _all_A(self) -> Tensor:
+        """A of each expert, and behind it what all share, where there is such."""
+        if self.shared is None:
+            return self.lora_A
+        shared = self.shared.lora_A.expand(len(self.lora_A), -1, -1)
+        return torch.cat([self.lora_A, shared], 1)
+
+    def _all_B(self) -> Tensor:
+        """B of each expert, and behind it what all share, in the experts' scaling."""
+        if self.shared is None:
+            return self.lora_B
+        factor = self.shared.config.scaling / self.config.scaling
+        shared = (self.shared.lora_B * factor).expand(len(self.lora_B), -1, -1)
+        return torch.cat([self.lora_B, shared], 2)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        parts = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        if self.lora_magnitude_vector is not None:
+            parts["magnitude"] = self.lora_magnitude_vector
+        for expert, prefix in enumerate(self._prefixes):
+            for name, parameter in parts.items():
+                yield f"{prefix}.{name}", parameter.detach()[expert]
+
+
+class StackedLoraProjection(LoraProjection):
+    """The same for every expert of a base model: [M, E, R, I], [M, E, O, R] and [M, E, O].
+
+    A or B may be shared, [M, 1, …].
+    """
+
+    def share(self, name: str) -> None:
+        """Leave a `lora_A` or `lora_B` for all of the base's experts in place of each one's."""
+        of_first = getattr(self, name).detach()[:, :1].clone()
+        setattr(self, name, nn.Parameter(of_first))
+
+    def _fill(self, lora_A: Tensor, name: str, seed: int) -> None:
+        for number, matrix in enumerate(lora_A):
+            super()._fill(matrix, f"{name}.{number}", seed)
+
+    def compute_B(self, dtype: torch.dtype) -> Tensor:
+        """B times scaling by group, [G, R, O]."""
+        scaled = self.lora_B.flatten(0, 1).transpose(1, 2) * self.config.scaling
+        return scaled.to(dtype).contiguous()
+
+    def _norms(self) -> Tensor:
+        squares = self.base.squared_norms  # (E, O)
+        all_A = self.lora_A.expand(-1, len(squares), -1, -1)
+        all_B = self.lora_B.expand(-1, len(squares), -1, -1)
+        norms = []
+        for lora_A, lora_B in zip(all_A, all_B, strict=True):
+            products = self.base.product(lora_A)  # (E, O, R)
+            for expert, square in enumerate(squares):
+                only = slice(expert, expert + 1)
+                scaling = self.config.scaling
+                norms += dora_norms(products[expert], square, lora_A[only], lora_B[only], scaling)
+        return torch.stack(norms)
+
+    def side(self, dtype: torch.dtype) -> ExpertSide:
+        return ExpertSide(self.compute_A(dtype), self.compute_B(dtype), self.row_scale())
+
+
+class _ScaledTranspose(torch.autograd.Function):
+    """B [M, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights."""
+
+    # A plain LoRA's B is small enough for the four calls that this replaces to be faster.
+
+    @staticmethod
+    def forward(ctx, lora_B, scaling, dtype):
+        ctx.scaling = scaling
+        ctx.dtype = lora_B.dtype
+        ctx.rank = lora_B.shape[-1]
+        num_experts, out_features, rank = lora_B.shape
+        scaled = lora_B.new_empty(num_experts, rank, out_features, dtype=dtype)
+        torch.mul(lora_B.transpose(1, 2), scaling, out=scaled)
+        return scaled.flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        experts = grad.unflatten(0, (-1, ctx.rank))  # (M, R, O)
+        grad_B = grad.new_empty(experts.transpose(1, 2).shape, dtype=ctx.dtype)
+        torch.mul(experts.transpose(1, 2), ctx.scaling, out=grad_B)
+        return grad_B, None, None
