@@ -62,7 +62,9 @@ def test_logits_and_gradients_are_those_of_a_loop_over_the_experts(family):
 def test_the_constraint_is_the_papers_for_samples_of_two_groups(delta):
     weights = torch.rand(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     samples = [(4, 0), (3, 1), (2, 0)]
-    actual = balancing_constraint(weights, [SampleTokens(*sample) for sample in samples], delta)
+    lengths = [length for length, _ in samples]
+    groups = torch.tensor([group for _, group in samples])
+    actual = balancing_constraint(weights, lengths, groups, delta)
     torch.testing.assert_close(actual, constraint(weights, samples, delta))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -72,31 +72,38 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
             return None
         if samples is None:
             samples = [SampleTokens(len(routing[0].router_logits))]
+        lengths = [sample.num_tokens for sample in samples]
+        # Once for all routers, as a device waits for the copy.
+        groups = torch.tensor(
+            [sample.expert_group for sample in samples], device=routing[0].router_logits.device
+        )
         losses = [
-            balancing_constraint(layer.router_logits.softmax(-1), samples, self.balance_delta)
+            balancing_constraint(
+                layer.router_logits.softmax(-1), lengths, groups, self.balance_delta
+            )
             for layer in routing
         ]
         return self.balance_coef * torch.stack(losses).mean()
 
 
 def balancing_constraint(
-    weights: Float[Tensor, "T N"], samples: Sequence[SampleTokens], delta: float
+    weights: Float[Tensor, "T N"], lengths: Sequence[int], groups: Int[Tensor, "M"], delta: float
 ) -> Float[Tensor, ""]:
     """Compute σ²(Z) / μ(Z) over experts and samples, Z = I ∘ Q.
 
-    Q[n, m] is the sum of expert n's weights over the tokens of sample m; I[n, m] is 1 + δ where
+    Q[n, m] is the sum of expert n's weights over the tokens of sample m, of which there are
+    lengths[m]; groups[m] is the group of the sample. I[n, m] is 1 + δ where
     the expert's group is the sample's, and 1 - δ elsewhere. The second half of the experts is
     group 1.
 
     Source: Dou et al. 2023, LoRAMoE, arXiv:2312.09979, eq. 5-7.
     """
-    by_sample = weights.split([sample.num_tokens for sample in samples])
+    by_sample = weights.split(list(lengths))
     sums = torch.stack([weights_of_sample.sum(0) for weights_of_sample in by_sample])
     num_experts = weights.shape[1]
     experts = torch.arange(num_experts, device=weights.device)
     of_experts = experts >= (num_experts + 1) // 2  # (N,)
-    of_samples = torch.tensor([sample.expert_group for sample in samples], device=weights.device)
-    is_same = of_experts == of_samples.bool().unsqueeze(1)  # (M, N)
+    is_same = of_experts == groups.to(weights.device).bool().unsqueeze(1)  # (M, N)
     values = torch.where(is_same, (1 + delta) * sums, (1 - delta) * sums)
     # No tokens cost nothing: 0 / tiny in place of 0 / 0.
     smallest = torch.finfo(values.dtype).tiny

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
@@ -236,8 +237,10 @@ class Job:
         return is_best
 
     def find_fault_of_weights(self) -> TrainingError | None:
-        weights = self.learner.parameters.values()
-        if all(bool(weight.isfinite().all()) for weight in weights):
+        # Read at once: each read waits for a device.
+        are_finite = [weight.isfinite().all() for weight in self.learner.parameters.values()]
+        device = are_finite[0].device
+        if torch.stack([is_finite.to(device) for is_finite in are_finite]).all():
             return None
         return self._error("weights must be finite, got inf or nan", self.position.step)
 
