@@ -161,10 +161,10 @@ def _single_experts(
 
 
 def _halves(
-    matrix: Tensor, part: str, *, is_interleaved: bool, names: tuple[str, str]
+    matrix: Tensor, side: str, *, is_interleaved: bool, names: tuple[str, str]
 ) -> dict[str, Tensor]:
     """Split gate and up: rows of B; both read all of A."""
-    if part == "lora_A":
+    if side == "lora_A":
         return dict.fromkeys(names, matrix)
     halves = (matrix[0::2], matrix[1::2]) if is_interleaved else matrix.chunk(2)
     return dict(zip(names, halves, strict=True))

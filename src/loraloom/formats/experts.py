@@ -113,7 +113,7 @@ def _read_blocks(files: AdapterFiles, rank: int) -> dict[str, dict[str, _Lora]]:
     for path, experts in tensors.items():
         num_experts = 1 + max(expert for _, _, expert in experts)
         for projection in sorted({projection for projection, _, _ in experts}):
-            sides = []
+            sides = dict[str, Tensor]()
             for side, axis in (("A", 0), ("B", 1)):
                 chosen = [experts.get((projection, side, e)) for e in range(num_experts)]
                 present = [tensor for tensor in chosen if tensor is not None]
@@ -126,8 +126,8 @@ def _read_blocks(files: AdapterFiles, rank: int) -> dict[str, dict[str, _Lora]]:
                         f"experts, with rank {rank}, got {len(present)} of shapes "
                         f"{shown(sorted(shapes))}; save a LoRA that all experts have"
                     )
-                sides.append(torch.stack(present))
-            blocks[path][projection] = _Lora(*sides)
+                sides[side] = torch.stack(present)
+            blocks[path][projection] = _Lora(A=sides["A"], B=sides["B"])
     return blocks
 
 
