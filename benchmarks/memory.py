@@ -50,7 +50,7 @@ NUM_STEPS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Predicted and measured memory.")
     parser.add_argument("--base-model", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["LoRA", "MixLoRA"])

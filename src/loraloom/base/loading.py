@@ -209,8 +209,8 @@ def build_base_model(
         )
     # A card that this machine lacks computes in bfloat16, as the meta device.
     is_here = device in ("auto", "cpu") or count_devices(torch.device(device).type) > 0
-    place = find_device(device) if is_here else torch.device("meta")
-    chosen = _find_dtype(dtype, checkpoint, place)
+    run_device = find_device(device) if is_here else torch.device("meta")
+    chosen = _find_dtype(dtype, checkpoint, run_device)
     with quiet(), _raised_as_model_error(name, source), torch.device("meta"):
         config = _load_config(source)
         auto = _auto_class(config.to_dict())

@@ -54,13 +54,13 @@ def convert(
     overrides: Annotated[tuple[str, ...], Parameter(name="--set", allow_leading_hyphen=True)] = (),
     base_model: str | None = None,
 ) -> None:
-    """Convert an adapter's files for another program: PEFT, MoE-PEFT or loraloom.
+    """Convert an adapter's files for another program: PEFT, MoE-PEFT, vLLM, SGLang or loraloom.
 
     Args:
         source: Directory or Hub ID of the adapter.
         destination: New directory to write.
-        to: Write files for loraloom (native), PEFT (peft: LoRA, DoRA, VeRA) or MoE-PEFT 2.0.2
-            (reference).
+        to: Write files for loraloom (native), PEFT (peft: LoRA, DoRA, VeRA), MoE-PEFT 2.0.2
+            (reference), vLLM 0.33 (vllm) or SGLang 0.5.23 (sglang; both: LoRA, also on experts).
         overrides: Set a setting that the files lack or that you want to change, PATH=VALUE:
             top_k=2 or experts.alpha=32. Repeatable.
         base_model: Check that the adapter fits this base model. Required for VeRA, extra modules

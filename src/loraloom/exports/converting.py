@@ -16,6 +16,7 @@ from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.exports.engines import engine_files
 from loraloom.formats.fields import check_reference_holds
 from loraloom.formats.files import base_of_tensors, fit_to_base, model_card, read_stored
 from loraloom.formats.layouts import render
@@ -24,8 +25,8 @@ from loraloom.formats.raw_files import find_adapter, write_new
 if TYPE_CHECKING:
     from loraloom.host.host import Host
 
-# Whose form: what `Host.save` writes, PEFT's, or MoE-PEFT's.
-Program = Literal["native", "peft", "reference"]
+# Whose form: what `Host.save` writes, PEFT's, MoE-PEFT's, or what an engine loads.
+Program = Literal["native", "peft", "reference", "vllm", "sglang"]
 
 _LEAST_DROPOUT = 1e-6  # MoE-PEFT refuses a dropout of 0, and drops at inference as well
 
@@ -43,7 +44,8 @@ def convert(
     Args:
         source: Directory or Hub ID, in any layout that `Host.load` reads.
         destination: New directory.
-        to: Layout to write: `native` as `Host.save`, `peft`, or `reference` for MoE-PEFT.
+        to: Layout to write: `native` as `Host.save`, `peft`, `reference` for MoE-PEFT, `vllm` or
+            `sglang`.
         settings: Settings of the method, as in `Host.load`.
         host: Base model of the adapter, to check that they fit. Required for VeRA,
             for extra modules and tokens, and if files lack the magnitudes of a DoRA.
@@ -63,6 +65,10 @@ def convert(
             f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
             "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
         )
+    if to == "vllm" or to == "sglang":
+        files = engine_files(config, tensors, base, to)
+        write_new(path, files, model_card(config, base, prompt=prompt))
+        return config
     files = render(config, tensors, base, prompt)
     if to == "reference":
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT")

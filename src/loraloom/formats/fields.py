@@ -162,9 +162,9 @@ _READ = {
 # Fields that don't change what the saved tensors compute, or are looked at elsewhere.
 _NO_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config "
-    "exclude_modules inference_mode init_lora_weights loftq_config loraloom lora_ga_config "
-    "megatron_core "
-    "modules_to_save peft_type peft_version qalora_group_size revision task_type "
+    "exclude_modules inference_mode init_lora_weights loftq_config lora_B_layout lora_ga_config "
+    "loraloom megatron_core modules_to_save peft_type peft_version qalora_group_size revision "
+    "task_type "
     "trainable_token_indices".split()
 )
 # Fields of the projections and of training, beyond these.

@@ -31,6 +31,7 @@ from loraloom.config.data import PromptForm
 from loraloom.config.text import to_yaml
 from loraloom.errors import AdapterError, FormatError, names_in, shown
 from loraloom.formats import raw_files
+from loraloom.formats.experts import INTERLEAVED
 from loraloom.formats.fields import known_targets
 from loraloom.formats.foreign import of_axolotl, up_to_date
 from loraloom.formats.layouts import BaseRecord, StoredAdapter, parse, render
@@ -95,6 +96,11 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
     targets = known_targets(stored.config, base)
     if not targets:
         raise FormatError(f"{stored.source} has neither tensors nor `target_modules` of the model")
+    if stored.has_single_experts and base.model_type in INTERLEAVED:
+        raise AdapterError(
+            f"{stored.source} has gate and up of each expert apart, which {base.model_type} "
+            "interleaves; save the adapter from PEFT with target_parameters"
+        )
     fields = stored.config.model_dump() | {"target_modules": targets}
     config = type(stored.config).model_validate(fields)
     try:
@@ -184,6 +190,7 @@ def base_of_tensors(stored: StoredAdapter) -> BaseInfo:
     layers = {path: sorted({key.layer for key in keys if key.path == path}) for path in shapes}
     routers = {key: shape for key, shape in keys.items() if key.projection is None}
     widths = [shape[-1] for shape in routers.values()]
+    widths += [shape[-1] for path, shape in shapes.items() if path.endswith(".moe")]
     if "shared.router_0" in stored.tensors:  # by prompt
         widths = [len(stored.tensors["shared.router_0"])]
     return BaseInfo(

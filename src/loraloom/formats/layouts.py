@@ -34,6 +34,7 @@ from loraloom.config.data import PromptForm
 from loraloom.config.fields import checked
 from loraloom.config.text import parse_json
 from loraloom.errors import FormatError, names_in, plain, shown
+from loraloom.formats.experts import has_single_experts
 from loraloom.formats.fields import decisive_fields, read_settings, write_fields
 from loraloom.formats.raw_files import CONFIG_FILE, RECORD, AdapterFiles
 from loraloom.formats.stacked import read_stacks, write_stacks
@@ -110,6 +111,8 @@ class StoredAdapter:
     layers_path: str | None = None
     """Path of the decoder layers in the base model, where the layout tells."""
     activation: str | None = None  # the activation of the FFN, where the layout tells
+    has_single_experts: bool = False
+    """Whether the files have gate and up of each expert apart."""
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
@@ -120,6 +123,7 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
             f"`bias` must be none, got {shown(files.config['bias'])}; train with bias='none', or "
             "merge the biases into the base model"
         )
+    is_apart = has_single_experts(files)
     files = read_stacks(_with_whole_tables(files))
     layers_path, tensors = _our_tensors(files, method)
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
@@ -137,6 +141,7 @@ def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
         prompt=record.prompt,
         layers_path=layers_path,
         activation=None if activation is None else str(activation),
+        has_single_experts=is_apart,
     )
 
 

@@ -82,12 +82,7 @@ def predict_memory(run: RunConfig) -> RunMemory:
     model = build_base_model(run.base_model, run.dtype, run.device, attention)
     weights_bytes = predict_weight_bytes(model, run.quantization)
     host = attach(model)
-    kept: dict[str, KeptMemory] = {}
-    for job in run.first_jobs:
-        with naming(job):
-            adapter = host.add(job.name, job.adapter)
-            optimizers.check_settings(job.train, adapter)
-            kept[job.name] = kept_memory(job, adapter)
+    kept = {job.name: _add_job(host, job) for job in run.first_jobs}
     batches = _fullest_round(host, run)
     try:
         with _attending_without_data():
@@ -102,6 +97,13 @@ def predict_memory(run: RunConfig) -> RunMemory:
         f"gradients and activations, {num_tokens:,} tokens": step_bytes,
     }
     return RunMemory(kept, parts)
+
+
+def _add_job(host: Host, job: JobConfig) -> KeptMemory:
+    with naming(job):
+        adapter = host.add(job.name, job.adapter)
+        optimizers.check_settings(job.train, adapter)
+        return kept_memory(job, adapter)
 
 
 def _fullest_round(host: Host, run: RunConfig) -> list[MicroBatch]:
@@ -194,8 +196,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._to_copy.default and torch.device(kwargs.get("device", "meta")).type == "cpu":
         return torch.full(source.shape, is_mask, dtype=kwargs.get("dtype", source.dtype))
     if func is aten._grouped_mm.default:  # without data, it takes bfloat16 alone
-        rows, weights, *others = args
-        return func(rows.bfloat16(), weights.bfloat16(), *others, **kwargs).to(rows.dtype)
+        rows, weights, *stops = args
+        return func(rows.bfloat16(), weights.bfloat16(), *stops, **kwargs).to(rows.dtype)
     return func(*args, **kwargs)
 
 
