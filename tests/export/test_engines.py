@@ -13,7 +13,8 @@ from loraloom.exports.converting import Program, convert
 from tests.tiny import relative_error, tiny_host, tiny_ids
 
 IDS = tiny_ids(2)
-LORA = LoraConfig(rank=2, alpha=6, target_modules=("attention", "experts"))
+LORA = LoraConfig(rank=2, expert_rank=2, alpha=6, target_modules=("attention", "experts"))
+SHARED = LoraConfig(rank=2, shared_outer=True, target_modules=("experts",))
 UNEVEN = LoraConfig(
     rank=2,
     alpha=6,
@@ -37,6 +38,15 @@ def test_single_experts_come_back_to_the_bit(to, tmp_path):
     again = host.load("again", tmp_path / to).tensors()
     for name, tensor in host.adapter("a").tensors().items():
         assert torch.equal(again[name], tensor), name
+
+
+def test_factors_that_experts_share_are_each_ones(tmp_path):
+    host, tensors = converted(tmp_path, "qwen3_moe", SHARED, "vllm")
+    key = "base_model.model.model.layers.1.mlp.experts.{}.down_proj.lora_B.weight"
+    assert torch.equal(tensors[key.format(0)], tensors[key.format(3)])
+    host.load("again", tmp_path / "vllm")
+    ours, theirs = (host(IDS, adapters=[name] * 2).logits for name in ("a", "again"))
+    assert relative_error(theirs, ours) < 1e-5
 
 
 @pytest.mark.parametrize("to", ["vllm", "sglang"])

@@ -12,7 +12,7 @@ from tests.formats.tiny import edit_config
 from tests.tiny import relative_error, tiny_host, tiny_ids, tiny_model
 
 IDS = tiny_ids(2)
-LORA = LoraConfig(rank=2, alpha=6, target_modules=("experts",))
+LORA = LoraConfig(rank=2, expert_rank=2, alpha=6, target_modules=("experts",))
 EXPERTS = "base_model.model.model.layers.{}.mlp.experts"
 
 

@@ -102,9 +102,17 @@ def test_states_take_bytes_for_each_of_a_million_numbers(optimizer, megabytes):
     assert state_bytes(config, weights) == pytest.approx(megabytes * 1e6, abs=1e5)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao-int8"])
-def test_quantized_weights_take_what_is_predicted(quantization, tmp_path):
-    base = save_base(tmp_path, hidden_size=256, intermediate_size=512)
+@pytest.mark.parametrize(
+    ("quantization", "changes"),
+    [
+        ("nf4", {}),
+        ("nf4", {"family": "qwen3_moe", "moe_intermediate_size": 128}),
+        ("int8", {}),
+        ("torchao-int8", {}),
+    ],
+)
+def test_quantized_weights_take_what_is_predicted(quantization, changes, tmp_path):
+    base = save_base(tmp_path, hidden_size=256, intermediate_size=512, **changes)
     model = build_base_model(base, "float32", "cpu", None)
     quantized, _ = load_base_model(base, "float32", quantization=quantization)
     stored = {id(tensor): tensor for _, tensor in stored_weights(quantized)}

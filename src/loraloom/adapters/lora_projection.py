@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from loraloom.adapters.low_rank import DecomposedConfig, LowRankConfig, initial_A
 from loraloom.adapters.projection import Projection
@@ -154,7 +155,11 @@ class StackedLoraProjection(LoraProjection):
         return torch.stack(norms)
 
     def side(self, dtype: torch.dtype) -> ExpertSide:
-        return ExpertSide(self.compute_A(dtype), self.compute_B(dtype), self.row_scale())
+        # Grouped products are one kernel where a rank is as long as whole 16 bytes.
+        missing = -self.config.rank % (16 // dtype.itemsize)
+        lora_A = pad(self.compute_A(dtype), (0, 0, 0, missing))
+        lora_B = pad(self.compute_B(dtype), (0, 0, 0, missing))
+        return ExpertSide(lora_A, lora_B, self.row_scale())
 
 
 class _ScaledTranspose(torch.autograd.Function):

@@ -276,10 +276,17 @@ def predict_weight_bytes(model: Any, quantization: str | None) -> int:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             kept = module.weight.numel() + 4 * module.out_features  # a scale for each row
-            if quantization in ("nf4", "fp4"):  # one in 8 bits for each 64 numbers
-                kept = module.weight.numel() // 2 + module.weight.numel() // 64
+            if quantization in ("nf4", "fp4"):
+                kept = _in_4_bits(module.weight)
             num_bytes += kept - module.weight.nbytes
+    if quantization in ("nf4", "fp4"):
+        stacks = [weight for name, weight in model.named_parameters() if _is_stack(model, name)]
+        num_bytes += sum(_in_4_bits(weight) - weight.nbytes for weight in stacks)
     return num_bytes
+
+
+def _in_4_bits(weight: Tensor) -> int:
+    return weight.numel() // 2 + weight.numel() // 64  # a scale of 8 bits for each 64 numbers
 
 
 def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

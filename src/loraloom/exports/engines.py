@@ -61,6 +61,9 @@ def engine_files(
     adapted = lora.adapted(base.layers_without_weights())
     has_stacks = any(projection.num_experts is not None for projection in adapted)
     _check_projections(adapted, title)
+    if lora.shared_outer:
+        tensors = _given_to_each(tensors, adapted)
+        lora = lora.model_copy(update={"shared_outer": False})
     plain, tensors = _folded(lora, tensors, [projection.key for projection in adapted])
     single = {}
     if has_stacks and not (engine == "vllm" and base.model_type in _VLLM_STACKS):
@@ -109,6 +112,20 @@ def _check_projections(adapted: list[BaseProjection], title: str) -> None:
                 f"{', '.join(sorted(names))} at {block}; train with target_modules [experts], or "
                 "serve the adapter with `loraloom serve`"
             )
+
+
+def _given_to_each(
+    tensors: Mapping[str, Tensor], adapted: list[BaseProjection]
+) -> dict[str, Tensor]:
+    """Give each expert the factors that all share."""
+    num_experts = {projection.key: projection.num_experts for projection in adapted}
+    expanded = {}
+    for name, tensor in tensors.items():
+        key = TensorKey.parse(name)
+        assert key is not None
+        count = num_experts[key.place]
+        expanded[name] = tensor if count is None else tensor.expand(count, -1, -1)
+    return expanded
 
 
 def _folded(

@@ -228,14 +228,16 @@ def _tensor_shapes(stored: StoredAdapter) -> dict[TensorKey, Shape]:
 def _projection_shapes(
     stored: StoredAdapter, keys: Mapping[TensorKey, Shape]
 ) -> dict[str, tuple[int, ...]]:
-    # those of stacked experts are of three axes
-    outputs: dict[str, Shape] = {}
+    outputs: dict[str, int] = {}
     inputs: dict[str, int] = {}
+    stacks: dict[str, int] = {}  # experts of those whose weights have three axes
     for key, shape in keys.items():
         if key.part == "lora_B":
-            outputs[key.path] = shape[:-1]
+            outputs[key.path] = shape[-2] if len(shape) > 1 else 0
         elif key.part == "lora_A":
             inputs[key.path] = shape[-1]
+        if len(shape) == 3:  # all experts may share one A or B
+            stacks[key.path] = max(shape[0], stacks.get(key.path, 1))
     paths = {key.path for key in keys if key.projection is not None}
     is_complete = paths and paths == outputs.keys() and paths == inputs.keys()
     if not is_complete or has_own_parts(stored.config):
@@ -246,7 +248,11 @@ def _projection_shapes(
     def order(path: str) -> tuple[int, str]:
         return numbers.get(path.rpartition(".")[2], len(numbers)), path
 
-    return {path: (*outputs[path], inputs[path]) for path in sorted(paths, key=order)}
+    shapes = {}
+    for path in sorted(paths, key=order):
+        experts = (stacks[path],) if path in stacks else ()
+        shapes[path] = (*experts, outputs[path], inputs[path])
+    return shapes
 
 
 def describe(path_or_hub_id: str | Path) -> dict[str, Any]:
