@@ -94,8 +94,10 @@ class LoraConfig(DecomposedConfig):
                     continue
                 pattern = rf"{re.escape(block.path)}\.\w+"
                 ranks[pattern] = rank
-                exponent = 0.5 if self.rank_stabilized else 1
-                alphas[pattern] = self.alpha * (rank / self.rank) ** exponent
+                factor = rank / self.rank
+                if self.rank_stabilized:
+                    factor = factor**0.5
+                alphas[pattern] = self.alpha * factor
         return self.model_copy(update={"rank_pattern": ranks, "alpha_pattern": alphas})
 
     def targets_in(self, block: Block) -> frozenset[str]:

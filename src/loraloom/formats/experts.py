@@ -57,9 +57,11 @@ def stack_experts(files: AdapterFiles) -> AdapterFiles:
     names = dict[str, int]()
     for path, block in blocks.items():
         leaf = path.rpartition(".")[2]
-        loras = {"gate_up_proj": _join(block.get("gate_proj"), block.get("up_proj"), is_doubled)}
-        loras["down_proj"] = block.get("down_proj")
-        for projection, lora in loras.items():
+        gate = block.get("gate_proj")
+        up = block.get("up_proj")
+        down = block.get("down_proj")
+        gate_up = _join(gate, up, is_doubled)
+        for projection, lora in (("gate_up_proj", gate_up), ("down_proj", down)):
             if lora is not None:
                 names[f"{leaf}.{projection}"] = lora.A.shape[1]
                 tensors[f"{path}.{projection}.lora_A.weight"] = lora.A
@@ -67,17 +69,19 @@ def stack_experts(files: AdapterFiles) -> AdapterFiles:
     ranks = {}
     alphas = {}
     for name, stacked_rank in names.items():
+        pattern = re.escape(name)
         factor = stacked_rank / rank
-        ranks[re.escape(name)] = stacked_rank
-        alphas[re.escape(name)] = alpha * (
-            factor**0.5 if files.config.get("use_rslora") else factor
-        )
+        if files.config.get("use_rslora"):
+            factor = factor**0.5
+        ranks[pattern] = stacked_rank
+        alphas[pattern] = alpha * factor
     config = files.config | {
         "rank_pattern": ranks | files.section("rank_pattern"),
         "alpha_pattern": alphas | files.section("alpha_pattern"),
     }
     if not isinstance(config.get("target_modules"), str):
-        used = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in rest}
+        modules = [name.rpartition(".lora_")[0] for name in rest]
+        used = {module.rpartition(".")[2] for module in modules}
         targets = [target for target in files.targets() if target.rpartition(".")[2] in used]
         config["target_modules"] = [*targets, *names]
     return replace(files, config=config, tensors=tensors)
@@ -142,5 +146,7 @@ def _join(gate: _Lora | None, up: _Lora | None, is_doubled: bool) -> _Lora | Non
     if not is_doubled:
         return _Lora(gate.A, torch.cat([gate.B, up.B], 1))  # (E, 2F, R)
     rank = gate.A.shape[1]
-    diagonal = [pad(gate.B, (0, rank)), pad(up.B, (rank, 0))]
-    return _Lora(torch.cat([gate.A, up.A], 1), torch.cat(diagonal, 1))  # (E, 2R, I), (E, 2F, 2R)
+    lora_A = torch.cat([gate.A, up.A], 1)  # (E, 2R, I)
+    gate_B = pad(gate.B, (0, rank))
+    up_B = pad(up.B, (rank, 0))
+    return _Lora(lora_A, torch.cat([gate_B, up_B], 1))  # (E, 2F, 2R)
