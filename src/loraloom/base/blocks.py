@@ -170,6 +170,14 @@ class StackedProjection(BaseProjection):
         return None if bias is None else bias.to(dtype)
 
 
+def is_stack(model: nn.Module, name: str) -> bool:
+    """Whether a parameter has the weights of several experts, in transformers' common form."""
+    path, _, parameter = name.rpartition(".")
+    module = model.get_submodule(path)
+    stored = module._parameters.get(parameter)
+    return stored is not None and stored.dim() == 3 and hasattr(module, "is_transposed")
+
+
 class BlockProjection(BaseProjection):
     """A whole block as a map from hidden states to hidden states: it has no W."""
 

@@ -23,11 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import BitsAndBytesConfig, TorchAoConfig
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from loraloom.base.blocks import QuantizedWeight
+from loraloom.base.blocks import QuantizedWeight, is_stack
 from loraloom.config.fields import did_you_mean
 from loraloom.config.model import Quantization
 from loraloom.errors import ConfigError, ModelError, shown
@@ -97,66 +95,23 @@ def import_library(name: str, purpose: str) -> ModuleType:
 @contextmanager
 def quantizing_experts() -> Iterator[None]:
     """Let transformers load stacks of experts in 4 bits too, of which it knows linear layers."""
+    # both import what only a model that is to be quantized needs
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    from loraloom.base.experts_quantizer import ExpertsQuantizer
+
     quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
     before = quantizers["bitsandbytes_4bit"]
-    quantizers["bitsandbytes_4bit"] = _ExpertsQuantizer
+    quantizers["bitsandbytes_4bit"] = ExpertsQuantizer
     try:
         yield
     finally:
         quantizers["bitsandbytes_4bit"] = before
 
 
-class _ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """Quantizes each stack as it is read, so that one at a time is in 16 bits."""
-
-    has_stacks = False
-
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        if _is_stack(model, param_name):
-            return not self.pre_quantized
-        return super().param_needs_quantization(model, param_name, **kwargs)
-
-    def get_quantize_ops(self) -> Any:
-        operation: Any = super().get_quantize_ops()
-        convert_linear = operation.convert
-        parametrize = importlib.import_module("bitsandbytes.nn.parametrize")
-
-        def convert(tensors: dict[str, Any], *, model: Any, **options: Any) -> dict[str, Any]:
-            ((name, tensor),) = tensors.items()
-            if not _is_stack(model, name):
-                return convert_linear(tensors, model=model, **options)
-            path, _, parameter = name.rpartition(".")
-            experts = model.get_submodule(path)
-            weight = tensor[0] if isinstance(tensor, list) else tensor
-            experts._parameters[parameter] = nn.Parameter(weight, requires_grad=False)
-            parametrize.replace_parameter_4bit(
-                experts,
-                parameter,
-                compress_statistics=self.quantization_config.bnb_4bit_use_double_quant,
-                quant_type=self.quantization_config.bnb_4bit_quant_type,
-            )
-            experts._is_hf_initialized = self.has_stacks = True
-            options["missing_keys"].discard(name)
-            return {}  # nothing is left to be put in its place
-
-        operation.convert = convert
-        return operation
-
-    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return not self.has_stacks  # transformers could not read them again
-
-
-def _is_stack(model: nn.Module, name: str) -> bool:
-    """Whether a parameter has the weights of several experts, in transformers' common form."""
-    path, _, parameter = name.rpartition(".")
-    module = model.get_submodule(path)
-    stored = module._parameters.get(parameter)
-    return stored is not None and stored.dim() == 3 and hasattr(module, "is_transposed")
-
-
 def warn_of_experts(name: str, model: nn.Module, quantization: str | None) -> None:
     """Warn where a quantization leaves the experts of a mixture in floating point."""
-    num_left = sum(w.numel() for path, w in model.named_parameters() if _is_stack(model, path))
+    num_left = sum(w.numel() for path, w in model.named_parameters() if is_stack(model, path))
     if quantization is not None and num_left:
         warnings.warn(
             f"quantization: {quantization} leaves the experts of {name} in floating point, "
@@ -280,7 +235,7 @@ def predict_weight_bytes(model: Any, quantization: str | None) -> int:
                 kept = _in_4_bits(module.weight)
             num_bytes += kept - module.weight.nbytes
     if quantization in ("nf4", "fp4"):
-        stacks = [weight for name, weight in model.named_parameters() if _is_stack(model, name)]
+        stacks = [weight for name, weight in model.named_parameters() if is_stack(model, name)]
         num_bytes += sum(_in_4_bits(weight) - weight.nbytes for weight in stacks)
     return num_bytes
 

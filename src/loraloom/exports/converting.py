@@ -16,7 +16,7 @@ from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.exports.engines import engine_files
+from loraloom.formats.engines import engine_files
 from loraloom.formats.fields import check_reference_holds
 from loraloom.formats.files import base_of_tensors, fit_to_base, model_card, read_stored
 from loraloom.formats.layouts import render
