@@ -29,18 +29,34 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weights, stops, known):
         ctx.save_for_backward(rows, weights, stops)
-        return multiply_groups(rows, weights, stops) if known is None else known.view_as(known)
+        if known is not None:
+            return known.view_as(known)
+        return multiply_groups(_quick(rows), _quick(weights), stops).to(rows.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weights, stops = ctx.saved_tensors
-        grad = grad.contiguous()
+        dtype = rows.dtype
+        rows = _quick(rows)
+        weights = _quick(weights)
+        grad = _quick(grad.contiguous())
         grad_rows = grad_weights = None
         if ctx.needs_input_grad[0]:
-            grad_rows = multiply_groups(grad, weights.transpose(1, 2), stops)
+            grad_rows = multiply_groups(grad, weights.transpose(1, 2), stops).to(dtype)
         if ctx.needs_input_grad[1]:
-            grad_weights = _products_over_rows(rows, grad, stops)
+            # laid out as the weights are, so that nothing has to be copied to be added up
+            if weights.stride(2) == 1:
+                grad_weights = _products_over_rows(rows, grad, stops)
+            else:
+                grad_weights = _products_over_rows(grad, rows, stops).transpose(1, 2)
+            grad_weights = grad_weights.to(dtype)
         return grad_rows, grad_weights, None, None
+
+
+def _quick(values: Tensor) -> Tensor:
+    """Give a CPU's 16-bit values in float32: a kernel is built for each new number of rows."""
+    is_slow = values.device.type == "cpu" and values.dtype in (torch.bfloat16, torch.float16)
+    return values.float() if is_slow else values
 
 
 def multiply_groups(rows: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
