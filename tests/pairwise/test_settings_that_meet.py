@@ -47,9 +47,11 @@ AUXILIARY = {
     "mixdora": ("router_aux_loss_coef",),
 }
 """Losses of whole micro-batches: those of two halves don't add up to that of both."""
+ON_EXPERTS = ("lora", "dora", "mixlora", "mixdora")
+"""Methods on a base model's experts; others are next to the block."""
 FACTORS: dict[str, list[Any]] = {
     "method": list(METHODS),
-    "base": ["llama", "phi3", "gpt_neox", "llama-nf4"],
+    "base": ["llama", "phi3", "gpt_neox", "llama-nf4", "qwen3_moe"],
     "dtype": ["float32", "bfloat16"],
     "ending": ["unbroken", "broken", "two ranks"],
     "micro_batch_size": [4, 2, 1],
@@ -104,7 +106,7 @@ def _job(directory: Path, case: Case, number: int) -> dict[str, Any]:
     if case["objective"] == "dpo":
         data = {"dataset": str(directory / "pairs.jsonl"), "format": "preference"}
     train = {name: case[name] for name in ("packing", "gradient_checkpointing", "optimizer")}
-    base = case["base"].partition("-")[0]
+    base = _family_of(case["base"])
     start = str(directory / f"{base}-{case['method']}") if case["starts"] == "trained" else None
     return {
         "name": f"job-{number}",
@@ -126,8 +128,21 @@ def _job(directory: Path, case: Case, number: int) -> dict[str, Any]:
     }
 
 
+def _family_of(base: str) -> str:
+    return base.partition("-")[0]
+
+
+def _method_on(family: str, method: str) -> dict[str, Any]:
+    settings = dict(METHODS[method])
+    if family == "qwen3_moe":
+        place = "experts" if method in ON_EXPERTS else "moe"
+        settings["target_modules"] = ["attention", place]
+    return settings
+
+
 def _adapter(case: Case) -> dict[str, Any]:
-    adapter = {"dropout": case["dropout"], **METHODS[case["method"]]}
+    method = _method_on(_family_of(case["base"]), case["method"])
+    adapter = {"dropout": case["dropout"], **method}
     if case["micro_batch_size"] < 4:
         adapter |= dict.fromkeys(AUXILIARY.get(case["method"], ()), 0.0)
     return adapter
@@ -194,13 +209,13 @@ def directory(tmp_path_factory) -> Path:
     for name, records in (("rows", rows), ("pairs", pairs)):
         text = "".join(f"{json.dumps(record)}\n" for record in records)
         (directory / f"{name}.jsonl").write_text(text)
-    for family in ("llama", "phi3", "gpt_neox"):
+    for family in sorted(set(map(_family_of, FACTORS["base"]))):
         model = tiny_model(family, torch.float32, **SIZES)
         model.save_pretrained(directory / family)
         build_tokenizer().save_pretrained(directory / family)
         host = loraloom.attach(model)
-        for seed, (method, adapter) in enumerate(METHODS.items()):
-            config = loraloom.adapters.parse_adapter_config(adapter)
+        for seed, method in enumerate(METHODS):
+            config = loraloom.adapters.parse_adapter_config(_method_on(family, method))
             randomise(host.add(method, config, seed=seed), seed)
             host.save(method, directory / f"{family}-{method}")
     assert run_ranks(2, _be_rank, directory) == [0, 0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from loraloom import RoutedConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import tally
@@ -31,6 +32,18 @@ from tests.training.toy import (
     weights_of,
 )
 
+_PLACES = {"target_modules": ("attention", "experts"), "alpha": 4}
+ON_EXPERTS = {
+    "lora": LoraConfig(rank=3, **_PLACES),
+    "rslora": LoraConfig(rank=4, rank_stabilized=True, dropout=0.2, **_PLACES),
+    "dora": LoraConfig(rank=2, weight_decomposition=True, dropout=0.1, **_PLACES),
+    "shared": LoraConfig(rank=4, shared_outer=True, dropout=0.1, **_PLACES),
+    "some": LoraConfig(rank=4, base_experts=(0, 2), **_PLACES),
+    "mixlora": MixLoraConfig(rank=2, num_experts=3, dropout=0.1, **_PLACES),
+    "mixdora": MixLoraConfig(rank=2, num_experts=2, weight_decomposition=True, **_PLACES),
+    "beside": LoraConfig(rank=3, alpha=4, target_modules=("attention", "moe"), dropout=0.1),
+}
+
 
 def test_a_job_that_is_done_leaves_and_the_others_go_on(tmp_path):
     configs = [toy_config("short", max_steps=2), toy_config("long", lr_ratios={"lora_A": 0})]
@@ -40,6 +53,24 @@ def test_a_job_that_is_done_leaves_and_the_others_go_on(tmp_path):
     assert (short.steps, long.steps, engine.round) == (2, 4, 4)
     assert short.num_parameters - long.num_parameters == sum(map(torch.numel, frozen)) > 0
     assert engine.host.adapters == {}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_eight_adapters_on_experts_learn_together_what_each_learns_alone(family, tmp_path):
+    configs = []
+    for number, (name, adapter) in enumerate(ON_EXPERTS.items()):
+        settings = {"optimizer": "adamw", "weight_decay": 0.01, "max_steps": 20}
+        configs.append(toy_config(name, adapter, number, learning_rate=1e-3, **settings))
+    together = toy_engine(tmp_path / "together", configs, family=family)
+    jobs = dict(together.jobs)
+    together.run()
+    for config in configs:
+        alone = toy_engine(tmp_path / config.name, [config], family=family)
+        (job,) = alone.jobs.values()
+        alone.run()
+        for name, weight in weights_of(job).items():
+            difference = (weights_of(jobs[config.name])[name] - weight).abs().max()
+            assert difference < 1e-6, (config.name, name)
 
 
 @pytest.mark.parametrize("eval_on_start", [True, False])

@@ -139,9 +139,9 @@ def toy_config(
     )
 
 
-def toy_host(dtype: torch.dtype = torch.float64) -> Host:
-    """Attach to a tiny Llama."""
-    return loraloom.attach(tiny_model(dtype=dtype))
+def toy_host(dtype: torch.dtype = torch.float64, family: str = "llama") -> Host:
+    """Attach to a tiny model."""
+    return loraloom.attach(tiny_model(family, dtype))
 
 
 def add_job(
@@ -164,11 +164,12 @@ def toy_engine(
     sets: Mapping[str, TrainingSet] | None = None,
     *,
     dtype: torch.dtype = torch.float64,
+    family: str = "llama",
     progress: Progress | None = None,
     **options: Any,
 ) -> Engine:
     """Set up jobs on a new tiny model."""
-    host = toy_host(dtype)
+    host = toy_host(dtype, family)
     jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
     builder = JobBuilder(host, toy_tokenizer())
     run = RunConfig(base_model="tiny", output_dir=directory, **options)
