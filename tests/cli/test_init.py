@@ -3,12 +3,15 @@ import re
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from loraloom.cli.main import main
 from loraloom.config.task import load_task_config
 from loraloom.training.settings import load_run_config
 from tests.cli.test_data import TEMPLATE
+from tests.conftest import build_tokenizer
 from tests.generation.saved import write_rows
+from tests.tiny import tiny_model
 
 TURNS = [{"role": "user", "content": "sky #?"}, {"role": "assistant", "content": "blue"}]
 ARC = {"text": ["a", "b"], "label": ["1", "2"]}
@@ -53,6 +56,22 @@ def test_a_run_file_trains_as_it_was_written(init, tmp_path, row, settings):
     assert json.loads((tmp_path / "runs/my-rows/my-rows/result.json").read_text())["steps"] == 2
     assert "run.yaml exists. Pass --overwrite" in init("my rows.jsonl", code=2)
     init("my rows.jsonl", *words, "--overwrite")
+
+
+def test_experts_that_compute_a_share_of_the_tokens_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained("base")
+    tiny_model("qwen3_moe", torch.float32, vocab_size=len(tokenizer)).save_pretrained("base")
+    write_rows(tmp_path / "rows.jsonl", *({"text": f"the sky {n} is blue"} for n in range(12)))
+    words = ["init", "rows.jsonl", "--base-model", "base", "--expert-share"]
+    assert main([*words, "2"]) == 2
+    assert main([*words, "0.4"]) == 0
+    assert re.search(r"experts: \d of 8 compute 40% of the tokens", capsys.readouterr().out)
+    adapter = load_run_config("run.yaml").jobs[0].adapter
+    assert adapter.base_experts.keys() == {0, 1}
+    assert all(0 < len(experts) < 4 for experts in adapter.base_experts.values())
+    assert main(["train", "run.yaml", "--set", "jobs.0.train.num_epochs=1"]) == 0
 
 
 def test_the_run_file_is_written_before_rows_are_shown(init, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from loraloom.adapters import AdapterConfig, LoraConfig, MixLoraConfig
 from loraloom.cli.main import main
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, FormatError
 from loraloom.exports.converting import Program, convert
 from tests.tiny import relative_error, tiny_host, tiny_ids
 
@@ -45,6 +45,20 @@ def test_factors_that_experts_share_are_each_ones(tmp_path):
     key = "base_model.model.model.layers.1.mlp.experts.{}.down_proj.lora_B.weight"
     assert torch.equal(tensors[key.format(0)], tensors[key.format(3)])
     host.load("again", tmp_path / "vllm")
+    ours, theirs = (host(IDS, adapters=[name] * 2).logits for name in ("a", "again"))
+    assert relative_error(theirs, ours) < 1e-5
+
+
+@pytest.mark.parametrize("to", ["peft", "vllm"])
+def test_experts_without_a_lora_have_zeros_in_other_programs_files(to, tmp_path):
+    config = LoraConfig(rank=2, base_experts={0: (3, 1), 1: (0,)}, target_modules=("experts",))
+    host = tiny_host("qwen3_moe", {"a": config}, torch.float32)
+    host.save("a", tmp_path / "a")
+    with pytest.raises(FormatError, match="pass --base-model"):
+        convert(tmp_path / "a", tmp_path / to, to)
+    convert(tmp_path / "a", tmp_path / to, to, host=host)
+    adapter = host.load("again", tmp_path / to)
+    assert adapter.config.base_experts is None
     ours, theirs = (host(IDS, adapters=[name] * 2).logits for name in ("a", "again"))
     assert relative_error(theirs, ours) < 1e-5
 

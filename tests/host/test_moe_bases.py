@@ -20,7 +20,8 @@ from loraloom.adapters import (
     MolaConfig,
     VeraConfig,
 )
-from loraloom.errors import AdapterError, FormatError
+from loraloom.errors import AdapterError, FormatError, ModelError
+from loraloom.host.expert_choices import busiest_experts, count_choices
 from loraloom.host.host import Host
 from loraloom.host.trial import try_adapters
 from tests.conftest import build_tokenizer
@@ -45,6 +46,16 @@ PLACED: dict[str, AdapterConfig] = {
     "shared": LoraConfig(rank=4, alpha=6, shared_outer=True, target_modules=("experts",)),
     "shared-dora": LoraConfig(
         rank=3, shared_outer=True, weight_decomposition=True, target_modules=("experts",)
+    ),
+    "some": LoraConfig(
+        rank=4, base_experts={0: (2, 0), 1: (1,)}, dropout=0.3, target_modules=("experts",)
+    ),
+    "some-dora": LoraConfig(
+        rank=4,
+        base_experts=(1, 3),
+        shared_outer=True,
+        weight_decomposition=True,
+        target_modules=("attention", "experts"),
     ),
     "dropout": LoraConfig(rank=4, alpha=6, dropout=0.3, target_modules=("experts",)),
     "mixlora": MixLoraConfig(
@@ -255,6 +266,53 @@ def test_shared_outer_factors_are_equal_factors_of_all_experts():
     assert shapes["layers.0.mlp.experts.down_proj.lora_B"] == (1, 32, 4)
 
 
+@pytest.mark.parametrize("is_dora", [False, True])
+def test_a_lora_on_some_experts_is_one_on_all_whose_others_are_zero(is_dora):
+    changes = {"target_modules": ("experts",), "rank": 4, "weight_decomposition": is_dora}
+    host = tiny_host(
+        "qwen3_moe",
+        {
+            "some": LoraConfig(base_experts={0: (1, 3), 1: (2,)}, **changes),
+            "all": LoraConfig(**changes),
+        },
+    )
+    some, whole = (host.adapter(name) for name in ("some", "all"))
+    before = host(IDS).logits
+    values = whole.tensors()
+    chosen = {"layers.0": [1, 3], "layers.1": [2]}
+    for name, tensor in some.tensors().items():
+        experts = chosen[name[:8]]
+        if name.endswith(("lora_A", "lora_B")):
+            values[name] = torch.zeros_like(values[name])
+        else:
+            projection = next(p for p in whole.projections() if name.startswith(p.key))
+            values[name] = projection.base.squared_norms.sqrt()
+        values[name][experts] = tensor
+    whole.load_tensors(values)
+    logits = host(IDS.repeat(2, 1), adapters=["some"] * 3 + ["all"] * 3).logits
+    assert relative_error(logits[:3], logits[3:]) < 1e-9
+    assert relative_error(logits[:3], before) > 1e-3
+    logits.square().sum().backward()
+    for projection, expected in zip(some.projections(), whole.projections(), strict=True):
+        for name, weight in projection.named_parameters():
+            theirs = expected.get_parameter(name).grad[:, chosen[projection.key[:8]]]
+            assert relative_error(weight.grad, theirs) < 1e-6
+    host.merge("some")
+    assert relative_error(host(IDS).logits, logits[:3]) < 1e-7
+
+
+def test_the_busiest_experts_are_counted_by_layer():
+    host = tiny_host("qwen3_moe", {})
+    counts = count_choices(host, [[5, 6, 7], [8] * 4], lambda rows: None)
+    assert [int(count.sum()) for count in counts.values()] == [14, 14]
+    assert busiest_experts({0: torch.tensor([1, 6, 0, 3]), 2: torch.tensor([2, 2])}, 0.7) == {
+        0: [1, 3],
+        2: [0, 1],
+    }
+    with pytest.raises(ModelError, match="mixture of experts"):
+        count_choices(tiny_host("llama", {}), [], lambda rows: None)
+
+
 @pytest.mark.parametrize(
     ("settings", "rank", "scaling"),
     [
@@ -336,8 +394,20 @@ def test_a_recomputed_layer_gives_the_same_gradients():
             MixLoraConfig(target_modules=("experts",), shared_expert={"rank": 2}),
             "shared_expert and compat must be unset on the experts",
         ),
+        (
+            LoraConfig(target_modules=("experts",), base_experts=(1, 4)),
+            r"base_experts must be in \[0, 4\) in layer 0, got 4",
+        ),
+        (
+            LoraConfig(target_modules=("experts",), base_experts={2: (1,)}),
+            r"base_experts must name layers in \[0, 2\), got 2",
+        ),
+        (
+            LoraConfig(target_modules=("attention",), base_experts=(1,)),
+            "base_experts requires target_modules on a base model's experts",
+        ),
     ],
-    ids=["dora beside", "mola", "vera", "shared expert"],
+    ids=["dora beside", "mola", "vera", "shared expert", "expert", "layer", "no experts"],
 )
 def test_what_cannot_be_there_is_refused_with_what_to_use(config, message):
     host = tiny_host("qwen3_moe", {}, torch.float32)

@@ -113,7 +113,7 @@ def test_gradients_are_those_of_peft(choice, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": (2,)}, r"layers must be in \[0, 2\), got 2"),
+        ({"layers": (2,)}, r"layers must name layers in \[0, 2\), got 2"),
         ({"rank_pattern": {"nope": 3}}, "pattern must match adapted projections.*got nope"),
         ({"alpha_pattern": {"q_proj": 3}, "target_modules": "ffn"}, "alpha_pattern must match"),
         ({"target_modules": ("layers.9.mlp.up_proj",)}, "target_modules must name projections"),

@@ -60,6 +60,11 @@ class LoraConfig(DecomposedConfig):
     shared_outer: bool = False
     """Share, among the experts of a base model, A of the input projection and B of the output
     projection, which are next to the hidden states that all experts read and write."""
+    base_experts: tuple[_Index, ...] | dict[_Index, tuple[_Index, ...]] | None = Field(
+        default=None, min_length=1
+    )
+    """Experts of the base model to adapt, counted from 0, in all layers or by layer; null: all. See
+    `loraloom init --expert-share`."""
 
     def at(self, key: str) -> LoraConfig:
         """Return the settings of one projection, `layers.{layer}.{block}.{projection}`."""
@@ -103,24 +108,54 @@ class LoraConfig(DecomposedConfig):
     def targets_in(self, block: Block) -> frozenset[str]:
         if self.layers is not None and block.layer not in self.layers:
             return frozenset()
+        if block.num_experts is not None and self.experts_in(block) == ():
+            return frozenset()
         return super().targets_in(block)
 
+    def experts_in(self, block: Block) -> tuple[int, ...] | None:
+        """The adapted experts of a base model's block, in order; None: all."""
+        experts = self.base_experts
+        if isinstance(experts, dict):
+            experts = experts.get(block.layer, ())
+        return None if experts is None else tuple(sorted(set(experts)))
+
     def check_fits(self, base_layers: Sequence[BaseLayer]) -> None:
-        for layer in self.layers or ():
-            if layer >= len(base_layers):
-                raise AdapterError(f"layers must be in [0, {len(base_layers)}), got {layer}")
+        by_layer = self.base_experts if isinstance(self.base_experts, dict) else {}
+        for name, layers in (("layers", self.layers or ()), ("base_experts", by_layer)):
+            for layer in layers:
+                if layer >= len(base_layers):
+                    raise AdapterError(
+                        f"{name} must name layers in [0, {len(base_layers)}), got {layer}"
+                    )
         super().check_fits(base_layers)
         adapted = self.adapted(base_layers)
         if self.shared_outer and all(base.num_experts is None for base in adapted):
             raise AdapterError(
                 "shared_outer requires target_modules on a base model's experts, such as `experts`"
             )
+        if self.base_experts is not None:
+            self._check_experts(base_layers)
         keys = [base.key for base in adapted]
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             if not any(matches(pattern, key) for key in keys):
                 raise AdapterError(
                     "rank_pattern and alpha_pattern must match adapted projections, such as "
                     f"{keys[0]}, got {pattern}"
+                )
+
+    def _check_experts(self, base_layers: Sequence[BaseLayer]) -> None:
+        blocks = [block for layer in base_layers for block in layer.blocks]
+        adapted = [b for b in blocks if b.num_experts is not None and self.targets_in(b)]
+        if not adapted:
+            raise AdapterError(
+                "base_experts requires target_modules on a base model's experts, such as `experts`"
+            )
+        for block in adapted:
+            last = max(self.experts_in(block) or (0,))
+            if last >= (block.num_experts or 0):
+                raise AdapterError(
+                    f"base_experts must be in [0, {block.num_experts}) in layer {block.layer}, "
+                    f"got {last}"
                 )
 
     def projection(
@@ -130,6 +165,9 @@ class LoraConfig(DecomposedConfig):
         if base.num_experts is None:
             return LoraProjection(base, config, None, dtype, seed)
         stacked = StackedLoraProjection(base, config, None, dtype, seed)
+        experts = self.experts_in(block)
+        if experts is not None and len(experts) < base.num_experts:
+            stacked.keep(experts)
         if self.shared_outer:
             stacked.share("lora_B" if base is block.output else "lora_A")
         return stacked

@@ -6,7 +6,7 @@ experts of a base model, whose weights are one tensor, E of these, G = M·E.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +123,34 @@ class LoraProjection(Projection):
 class StackedLoraProjection(LoraProjection):
     """The same for every expert of a base model: [M, E, R, I], [M, E, O, R] and [M, E, O].
 
-    A or B may be shared, [M, 1, …].
+    A or B may be shared, [M, 1, …], and some of the experts may have no LoRA, [M, H, …].
     """
+
+    kept: Tensor | None  # the experts that have a LoRA, [H]
+    places: Tensor | None  # of each expert's factors among those, [E]; -1: none
+
+    def __init__(
+        self,
+        base: BaseProjection,
+        config: LowRankConfig,
+        num_choices: int | None,
+        dtype: torch.dtype,
+        seed: int,
+    ):
+        super().__init__(base, config, num_choices, dtype, seed)
+        self.register_buffer("kept", None, persistent=False)
+        self.register_buffer("places", None, persistent=False)
+
+    def keep(self, experts: Sequence[int]) -> None:
+        """Leave the factors of some of the base's experts."""
+        device = self.lora_A.device
+        kept = torch.tensor(experts, device=device)
+        places = torch.full((self.lora_A.shape[1],), -1, device=device)
+        places[kept] = torch.arange(len(experts), device=device)
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(parameter.detach()[:, kept]))
+        self.kept = kept
+        self.places = places
 
     def share(self, name: str) -> None:
         """Leave a `lora_A` or `lora_B` for all of the base's experts in place of each one's."""
@@ -136,18 +162,20 @@ class StackedLoraProjection(LoraProjection):
             super()._fill(matrix, f"{name}.{number}", seed)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        """B times scaling by group, [G, R, O]."""
-        scaled = self.lora_B.flatten(0, 1).transpose(1, 2) * self.config.scaling
-        return scaled.to(dtype).contiguous()
+        """B times scaling by group, [G, R, O], as it lies."""
+        scaled = self.lora_B.flatten(0, 1) * self.config.scaling
+        return scaled.to(dtype).transpose(1, 2)
 
     def _norms(self) -> Tensor:
         scaling = self.config.scaling
         squares = self.base.squared_norms  # (E, O)
+        if self.kept is not None:
+            squares = squares[self.kept]
         all_A = self.lora_A.expand(-1, len(squares), -1, -1)
         all_B = self.lora_B.expand(-1, len(squares), -1, -1)
         norms = []
         for lora_A, lora_B in zip(all_A, all_B, strict=True):
-            products = self.base.product(lora_A)  # (E, O, R)
+            products = self.base.product(lora_A, self.kept)  # (E, O, R)
             for expert, square in enumerate(squares):
                 expert_A = lora_A[expert].unsqueeze(0)
                 expert_B = lora_B[expert].unsqueeze(0)
@@ -157,9 +185,20 @@ class StackedLoraProjection(LoraProjection):
     def side(self, dtype: torch.dtype) -> ExpertSide:
         # Grouped products are one kernel where a rank is as long as whole 16 bytes.
         missing = -self.config.rank % (16 // dtype.itemsize)
-        lora_A = pad(self.compute_A(dtype), (0, 0, 0, missing))
-        lora_B = pad(self.compute_B(dtype), (0, 0, 0, missing))
+        lora_A = self.compute_A(dtype)
+        lora_B = self.compute_B(dtype)
+        if missing:
+            lora_A = pad(lora_A, (0, 0, 0, missing))
+            lora_B = pad(lora_B.mT, (0, missing)).mT
         return ExpertSide(lora_A, lora_B, self.row_scale())
+
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
+        weight = self.base.weight.to(dtype, copy=True)
+        if self.kept is None:
+            return self._merge_into(weight, expert, num_experts)
+        weight[self.kept] = self._merge_into(weight[self.kept], expert, num_experts)
+        return weight
 
 
 class _ScaledTranspose(torch.autograd.Function):

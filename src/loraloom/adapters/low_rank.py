@@ -190,11 +190,15 @@ def _expert_weights(
     projections: Mapping[str, Projection], block: Block, dtype: torch.dtype, num_choices: int
 ) -> ExpertWeights:
     sides = []
+    places = num_adapted = None
     for (name,) in block.groups:
         projection: Any = projections.get(name)
         sides.append(None if projection is None else projection.side(dtype))
+        if projection is not None and projection.kept is not None:
+            places = projection.places
+            num_adapted = len(projection.kept)
     up, down = sides
-    return ExpertWeights(up, down, num_choices)
+    return ExpertWeights(up, down, num_choices, places, num_adapted)
 
 
 def initial_A(

@@ -64,10 +64,14 @@ class Projection(Weights):
     @torch.no_grad()
     def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
         """Compute c ∘ (W + BA) of an expert, [O, I]; on stacks that of all the base's experts."""
+        return self._merge_into(self.base.weight.to(dtype), expert, num_experts)
+
+    def _merge_into(self, weight: Tensor, expert: int, num_experts: int) -> Tensor:
+        dtype = weight.dtype
         # In each projection's A those of `num_experts` experts lie behind one another.
         lora_A = self.compute_A(dtype).unflatten(0, (num_experts, -1))[expert]
         lora_B = self.compute_B(dtype).unflatten(0, (num_experts, -1))[expert]
-        merged = (lora_B.mT @ lora_A).add_(self.base.weight.to(dtype))
+        merged = (lora_B.mT @ lora_A).add_(weight)
         row_scale = self.row_scale()
         if row_scale is None:
             return merged

@@ -95,9 +95,11 @@ class BaseProjection:
         self._squared_norms = None
 
     @torch.no_grad()
-    def product(self, lora_A: Float[Tensor, "*E S I"]) -> Float[Tensor, "*E O S"]:
-        """Compute W Aᵀ in W's dtype, each expert's where there are several."""
-        weight = self.weight
+    def product(
+        self, lora_A: Float[Tensor, "*E S I"], experts: Tensor | None = None
+    ) -> Float[Tensor, "*E O S"]:
+        """Compute W Aᵀ in W's dtype; of all experts or of some, where there are several."""
+        weight = self.weight if experts is None else self.weight[experts]
         return weight @ lora_A.mT.to(weight.dtype)
 
     def compute_bias(self, dtype: torch.dtype) -> Tensor | None:

@@ -1,5 +1,6 @@
 """`loraloom init`: a run file to start from, for a file of rows."""
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -12,7 +13,7 @@ from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,7 @@ from loraloom.data.tasks import answer_options
 from loraloom.data.templates import compile_template, render
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import ConfigError, DataError, plain
-from loraloom.terminal import make_console
+from loraloom.terminal import make_console, show_progress
 
 RowFormat = DataFormat | Literal["choices"]
 # one comes before those whose columns its rows may have as well
@@ -38,6 +39,7 @@ _OPTIONAL = {"prompt", "tools", "system", "input"}
 _RARE = {"tools", "system", "input", "context"}  # columns that count even if few rows have them
 _FIRST_ROWS = 1000  # which show the columns
 _MAX_LENGTH = 2048
+_COUNTED_ROWS = 1000  # at most, whose tokens' experts are counted
 _ADVICE = "Name the format with --format, and the columns of its roles with --column ROLE=COLUMN"
 
 
@@ -50,6 +52,9 @@ def init(
     column: tuple[str, ...] = (),
     chat_template: str | None = None,
     on_empty: Literal["error", "skip"] | None = None,
+    expert_share: Annotated[
+        float | None, Parameter(validator=validators.Number(gt=0, lte=1))
+    ] = None,
     output: Path = Path("run.yaml"),
     overwrite: bool = False,
 ) -> None:
@@ -65,6 +70,9 @@ def init(
         column: Column of a role, ROLE=COLUMN: output=reply, for example. May be repeated.
         chat_template: Jinja text or file for conversations, if the base model has none.
         on_empty: Skip rows with an empty answer, or report an error (the default).
+        expert_share: Adapt the experts of a mixture-of-experts base model, and only those that
+            compute this share of the rows' tokens in each layer: 0.5, for example. The base model
+            reads up to 1,000 rows to count them.
         output: Run file to write. For choice questions, a task's file joins it.
         overwrite: Replace files that exist.
     """
@@ -92,9 +100,13 @@ def init(
     data = {key: value for key, value in data.items() if value}
     encoder, encoded = _read_all(data, task_text, load_tokenizer(base_model))
     sizes = _measure(encoded, encoder.max_length)
+    targets = {}
+    if expert_share is not None:
+        targets = _busiest_experts(console, base_model, encoded, expert_share)
     if task_text:
         write_output(task, task_text)
-    write_output(output, _run_file(base_model, name, data, {"format": row_format, **sizes}))
+    fields = {"format": row_format, "targets": targets, **sizes}
+    write_output(output, _run_file(base_model, name, data, fields))
     _print_summary(console, encoder, encoded, sizes["summary"])
     path = shlex.quote(str(output))
     console.print(f"wrote {output}\n\nNext:\n  loraloom data show {path}\n  loraloom train {path}")
@@ -134,6 +146,31 @@ def _read_all(
             settings["task"] = str(task)
         encoder = SourceEncoder(checked(SourceConfig, settings), tokenizer, max_length)
         return encoder, encoder.load("train")
+
+
+def _busiest_experts(
+    console: Console, base_model: str, rows: Sequence[EncodedRow], share: float
+) -> dict[str, str]:
+    """Write the settings that adapt the experts which compute a share of the rows' tokens."""
+    # 2 s of imports, which nothing else of this command needs
+    from loraloom.base.loading import load_base_model
+    from loraloom.host.expert_choices import busiest_experts, count_choices
+    from loraloom.host.host import attach
+
+    pieces = [piece.input_ids for row in rows for piece in row.pieces]
+    pieces = pieces[:: math.ceil(len(pieces) / _COUNTED_ROWS)]
+    model, _ = load_base_model(base_model, device="auto")
+    host = attach(model)
+    sizes = [len(ids) for ids in pieces]
+    with show_progress(make_console(stderr=True), "counting experts", sizes) as advance:
+        counts = count_choices(host, pieces, advance)
+    chosen = busiest_experts(counts, share)
+    num_chosen = sum(map(len, chosen.values()))
+    total = sum(map(len, counts.values()))
+    console.print(
+        f"experts: {num_chosen} of {total} compute {share:.0%} of the tokens in each layer"
+    )
+    return {"target_modules": "[attention, experts]", "base_experts": str(chosen)}
 
 
 def _print_summary(

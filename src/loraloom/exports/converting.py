@@ -13,10 +13,11 @@ from torch import Tensor
 
 from loraloom.adapters.contract import AdapterConfig
 from loraloom.adapters.extra_modules import refuse_own_parts, tensor_shapes
+from loraloom.adapters.lora import LoraConfig
 from loraloom.base.blocks import BaseInfo
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.formats.engines import engine_files
+from loraloom.formats.engines import engine_files, with_all_experts
 from loraloom.formats.fields import check_reference_holds
 from loraloom.formats.files import base_of_tensors, fit_to_base, model_card, read_stored
 from loraloom.formats.layouts import render
@@ -65,6 +66,8 @@ def convert(
             f"PEFT does not support {config.title}; `import loraloom.peft` lets PEFT read native "
             "files, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
         )
+    if to == "peft" and isinstance(config, LoraConfig):
+        config, tensors = with_all_experts(config, tensors, base)
     if to == "vllm" or to == "sglang":
         files = engine_files(config, tensors, base, to)
         write_new(path, files, model_card(config, base, prompt=prompt))

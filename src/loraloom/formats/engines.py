@@ -61,9 +61,7 @@ def engine_files(
     adapted = lora.adapted(base.layers_without_weights())
     has_stacks = any(projection.num_experts is not None for projection in adapted)
     _check_projections(adapted, title)
-    if lora.shared_outer:
-        tensors = _given_to_each(tensors, adapted)
-        lora = lora.model_copy(update={"shared_outer": False})
+    lora, tensors = with_all_experts(lora, tensors, base)
     plain, tensors = _folded(lora, tensors, [projection.key for projection in adapted])
     single = {}
     if has_stacks and not (engine == "vllm" and base.model_type in _VLLM_STACKS):
@@ -114,18 +112,28 @@ def _check_projections(adapted: list[BaseProjection], title: str) -> None:
             )
 
 
-def _given_to_each(
-    tensors: Mapping[str, Tensor], adapted: list[BaseProjection]
-) -> dict[str, Tensor]:
-    """Give each expert the factors that all share."""
-    num_experts = {projection.key: projection.num_experts for projection in adapted}
+def with_all_experts(
+    config: LoraConfig, tensors: Mapping[str, Tensor], base: BaseInfo
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Give each expert factors: those that all share, or zeros where it has no LoRA."""
+    if not config.shared_outer and config.base_experts is None:
+        return config, dict(tensors)
+    layers = base.layers_without_weights()
+    blocks = {f"layers.{b.layer}.{b.path}": b for layer in layers for b in layer.blocks}
     expanded = {}
     for name, tensor in tensors.items():
         key = TensorKey.parse(name)
         assert key is not None
-        count = num_experts[key.place]
-        expanded[name] = tensor if count is None else tensor.expand(count, -1, -1)
-    return expanded
+        block = blocks[key.place.rpartition(".")[0]]
+        experts = config.experts_in(block)
+        if block.num_experts is not None and len(tensor) == 1 and config.shared_outer:
+            tensor = tensor.expand(block.num_experts, -1, -1)
+        elif block.num_experts is not None and experts is not None:
+            factors = tensor
+            tensor = factors.new_zeros(block.num_experts, *factors.shape[1:])
+            tensor[list(experts)] = factors
+        expanded[name] = tensor
+    return config.model_copy(update={"shared_outer": False, "base_experts": None}), expanded
 
 
 def _folded(

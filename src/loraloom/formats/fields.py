@@ -272,8 +272,9 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     fields: Settings = {}
     if stacks:
         fields["target_parameters"] = list(dict.fromkeys(stacks.values()))
-    if config.shared_outer:
-        fields["loraloom"] = {"adapter": {"shared_outer": True}}
+    settings = config.model_dump(mode="json", include={*_ON_EXPERTS}, exclude_defaults=True)
+    if settings:
+        fields["loraloom"] = {"adapter": settings}
     return fields | {
         "alpha_pattern": _carried_over(alphas, config.alpha, names),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
@@ -349,6 +350,8 @@ def _same(names: str) -> dict[str, str]:
     return {name: name for name in names.split()}
 
 
+# Settings for a base model's experts that PEFT has no field for.
+_ON_EXPERTS = {"shared_outer": False, "base_experts": None}
 _UNDECOMPOSED = {ours: name for ours, name in LORA_FIELDS.items() if ours != "weight_decomposition"}
 
 # The methods that other libraries store.
@@ -359,7 +362,7 @@ TABLES: dict[str, _Table] = {
         | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
         read=_read_lora,
         write=_write_lora,
-        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}, "shared_outer": False},
+        moe_peft={"layers": None, "rank_pattern": {}, "alpha_pattern": {}} | _ON_EXPERTS,
     ),
     adapters.VeraConfig.peft_type: _Table(
         {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}

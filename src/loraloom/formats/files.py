@@ -240,7 +240,8 @@ def _projection_shapes(
             stacks[key.path] = max(shape[0], stacks.get(key.path, 1))
     paths = {key.path for key in keys if key.projection is not None}
     is_complete = paths and paths == outputs.keys() and paths == inputs.keys()
-    if not is_complete or has_own_parts(stored.config):
+    has_all_experts = getattr(stored.config, "base_experts", None) is None
+    if not is_complete or not has_all_experts or has_own_parts(stored.config):
         raise FormatError(f"{stored.source} does not describe its base model; pass --base-model")
     names = [target.rpartition(".")[2] for target in stored.config.target_modules]
     numbers = {name: number for number, name in enumerate(names)}

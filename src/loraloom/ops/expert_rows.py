@@ -203,19 +203,29 @@ class _AdapterRows:
         base_rows = hidden if rows.base_rows is None else rows.base_rows[hidden]
         choices = rows.choices[hidden]
         local = rows.local[rows.tokens[base_rows]]
+        num_experts = update.weights.num_adapted or rows.num_experts
+        num_groups = update.weights.num_choices * num_experts
         groups = rows.experts[base_rows]
-        self.is_adapted = None  # 0 at rows that no LoRA expert computes, [Q, 1]
-        if update.choice is not None:
+        entries = 0 if update.entries is None else update.entries[local]
+        is_adapted = None
+        if update.weights.places is not None:
+            places = update.weights.places.view(update.num_entries, -1)
+            groups = places[entries, groups]
+            is_adapted = groups >= 0
+            groups = groups.clamp_min(0)
+        elif update.choice is not None:
             choice = update.choice[local, choices]
-            groups = choice.clamp_min(0) * rows.num_experts + groups
+            is_adapted = choice >= 0
+            groups = choice.clamp_min(0) * num_experts + groups
+        groups = groups + entries * num_groups
+        self.num_groups = update.num_entries * num_groups
+        self.is_gathered = update.entries is not None
+        self.is_adapted = None  # 0 at rows without a LoRA, [Q, 1]
+        if is_adapted is not None:
             groups, order = groups.sort(stable=True)
             hidden, base_rows, choices = hidden[order], base_rows[order], choices[order]
             local = local[order]
-            self.is_adapted = (choice[order] >= 0).unsqueeze(1)
-        self.is_gathered = update.entries is not None
-        if update.entries is not None:
-            groups = groups + update.entries[local] * rows.num_experts
-        self.num_groups = update.num_entries * update.weights.num_choices * rows.num_experts
+            self.is_adapted = is_adapted[order].unsqueeze(1)
         self.hidden = hidden
         self.base_rows = base_rows
         self.tokens = rows.tokens[base_rows]

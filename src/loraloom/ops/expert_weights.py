@@ -47,8 +47,11 @@ class ExpertWeights(StackedWeights):
     up: ExpertSide | None
     down: ExpertSide | None
     num_choices: int = 1  # M
+    # Where the factors of each of the base's experts are, [E], if not all have any; -1: nowhere.
+    places: Tensor | None = None
+    num_adapted: int | None = None  # of the base's experts; None: all
 
-    stacked_fields = ("up", "down")
+    stacked_fields = ("up", "down", "places")
 
     @property
     def sides(self) -> list[ExpertSide]:
@@ -73,7 +76,10 @@ def stack_experts(weights: Sequence[ExpertWeights]) -> ExpertWeights:
     first = weights[0]
     up = None if first.up is None else _stack_sides([each.up for each in weights])
     down = None if first.down is None else _stack_sides([each.down for each in weights])
-    return ExpertWeights(up, down, first.num_choices)
+    places = None
+    if first.places is not None:
+        places = torch.stack([each.places for each in weights])  # pyright: ignore
+    return replace(first, up=up, down=down, places=places)
 
 
 def _stack_sides(sides: Sequence[Any]) -> ExpertSide:
