@@ -317,6 +317,7 @@ def _backend() -> ModuleType:
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
+        "get_device_name": lambda device=None: "a pretend accelerator",
         "mem_get_info": lambda device=None: (80 * 10**9, 80 * 10**9),
     }
     for name, function in functions.items():
@@ -347,7 +348,7 @@ def pretend() -> Iterator[Log]:
         stack.enter_context(patch.object(torch, "Generator", _Generator))
         # Torch would ask an allocator in C++.
         stack.enter_context(patch.object(torch.accelerator, "empty_cache", lambda: None))
-        for name in ("memory_allocated", "max_memory_allocated"):
+        for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
             stack.enter_context(patch.object(torch.accelerator, name, lambda device=None: 0))
         # A CPU parameter must be replaced: to set its data would leave the numbers there.
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
