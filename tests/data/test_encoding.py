@@ -1,12 +1,8 @@
-"""Preferences, and long data, which is encoded once: what is read again is what encoding gives."""
+"""Preferences between texts and between messages."""
 
-from pathlib import Path
-
-import datasets
 import pytest
 
 from loraloom.config.data import SourceConfig
-from loraloom.data import encoding
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row
 from loraloom.data.tokens import DROPPED, NO_LOSS
@@ -22,15 +18,6 @@ def said(role, content):
 
 def chat(n: int) -> list[dict]:
     return [said("user", f"{n}?"), said("assistant", "blue " * n)]
-
-
-DATA = {
-    "instruction": [{"instruction": f"Say {n}.", "output": "yes " * (n + 1)} for n in range(25)],
-    "text": [{"text": "The sky is blue. " * (n + 1)} for n in range(25)],
-    "chat": [{"messages": chat(n + 1)} for n in range(25)],
-    "preference": [{"prompt": "a" * n, "chosen": " yes", "rejected": f" {n}"} for n in range(25)],
-}
-"""Some rows are too long for what the tests take: they are cut, divided or dropped."""
 
 
 def encode(tokenizer, *rows, max_length=64, **columns):
@@ -74,84 +61,17 @@ def test_both_answers_keep_the_same_part_of_a_prompt_that_is_too_long(tiny_token
     assert encode(tiny_tokenizer, row | {"rejected": "!" * 20}, **columns) == [DROPPED]
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """Where entries go; little counts as long."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(encoding, "MIN_ROWS", 20)
-    monkeypatch.setattr(encoding, "_BLOCK", 10)
-    return tmp_path / "cache" / "loraloom"
-
-
 def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 40, **settings):
     config = SourceConfig.model_validate({"dataset": dataset, "format": data_format, **settings})
     return SourceEncoder(config, tokenizer, max_length).load("train")
 
 
-def entries(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.arrow"))
-
-
-def refuse(*_, **__):
-    raise AssertionError("encoded again")
-
-
-@pytest.mark.parametrize("kind", DATA)
-def test_what_is_read_is_what_encoding_gives(tiny_tokenizer, tmp_path, cache, monkeypatch, kind):
-    tiny_tokenizer.chat_template = PLAIN
-    file = write_rows(tmp_path / "rows.jsonl", DATA[kind])
-    with monkeypatch.context() as patch:
-        patch.setattr(encoding, "MIN_ROWS", 100)
-        expected = load(tiny_tokenizer, file, kind)
-    assert not cache.exists()
-    assert load(tiny_tokenizer, file, kind) == expected
-    monkeypatch.setattr(encoding.SourceEncoder, "encode", refuse)
-    assert load(tiny_tokenizer, file, kind) == expected
-    assert len(entries(cache)) == 1
-
-
-def test_whatever_changes_tokens_makes_another_entry(tiny_tokenizer, tmp_path, cache):
-    template = tmp_path / "mine.jinja"
-    template.write_text("{{ instruction }}:")
-    rows = DATA["instruction"]
-    file = write_rows(tmp_path / "rows.jsonl", rows)
-
-    def num_entries(**changes) -> int:
-        settings = {"template": str(template), "max_length": 40} | changes
-        load(tiny_tokenizer, file, "instruction", **settings)
-        return len(entries(cache))
-
-    assert num_entries() == num_entries() == 1
-    assert num_entries(max_length=39) == 2
-    assert num_entries(fields={"input": "instruction"}) == 3
-    template.write_text("{{ instruction }}>")
-    assert num_entries() == 4
-    write_rows(tmp_path / "rows.jsonl", [*rows[:-1], rows[-1] | {"output": "no"}])
-    assert num_entries() == 5
-    tiny_tokenizer.add_tokens(["Say"])
-    assert num_entries() == 6
-    tiny_tokenizer.eos_token = "<bos>"
-    assert num_entries() == 7
-
-
-def test_without_a_whole_cache_rows_are_encoded_as_ever(tiny_tokenizer, tmp_path, cache):
-    file = write_rows(tmp_path / "rows.jsonl", DATA["text"])
-    expected = load(tiny_tokenizer, file)
-    (entry,) = entries(cache)
-    entry.write_bytes(entry.read_bytes()[:100])
-    assert load(tiny_tokenizer, file) == expected
-    cache.parent.rename(tmp_path / "elsewhere")
-    cache.parent.write_text("in the way")
-    assert load(tiny_tokenizer, file) == expected
-
-
-def test_an_entry_remembers_bad_rows_of_every_block(tiny_tokenizer, tmp_path, cache):
+def test_bad_rows_are_reported_together(tiny_tokenizer, tmp_path):
+    texts = [{"prompt": "a" * n, "chosen": " yes", "rejected": f" {n}"} for n in range(20)]
     messages = {"chosen": chat(1), "rejected": chat(2)}  # rows of another kind than the first
-    file = write_rows(tmp_path / "rows.jsonl", [*DATA["preference"][:20], *[messages] * 10])
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has "):
-            load(tiny_tokenizer, file, "preference")
-    assert len(entries(cache)) == 1
+    file = write_rows(tmp_path / "rows.jsonl", [*texts, *[messages] * 10])
+    with pytest.raises(DataError, match=r"10 of 30 rows .*\n  lines 21, .*, 30: the row has "):
+        load(tiny_tokenizer, file, "preference")
     with pytest.raises(DataError, match="line 1: preferences between strings do not"):
         load(tiny_tokenizer, file, "preference", chat_template=PLAIN)
 

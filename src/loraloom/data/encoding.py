@@ -1,22 +1,15 @@
-"""Sources of training data: their rows, encoded as their format says, and how prompts are written.
+"""Sources of training data: rows, encoded as their format says, and how prompts are written."""
 
-Token ids of sources with many rows are kept in datasets' cache, named by a hash of all that decides
-what they are: rows, template, tokenizer, code. Processes that want the same wait for the first.
-"""
-
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.metadata import version
 from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Template
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import FIELD_ROLES, PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
 from loraloom.data import sources, templates, tokens
@@ -24,15 +17,11 @@ from loraloom.data.chat import learn_answers, read_conversation, read_messages, 
 from loraloom.data.sources import EmptyAnswerError, HubSource, Row, RowStream
 from loraloom.data.tasks import find_task
 from loraloom.data.templates import TRAINING_DAY, ChatTemplate, Conversation, Message
-from loraloom.data.tokens import NO_LOSS, EncodedRow, Example, TextPair
+from loraloom.data.tokens import EncodedRow, Example, TextPair
 from loraloom.errors import DataError, plain
 
-# Rows from which on reading tokens is worth a file.
-MIN_ROWS = 5000
 # Rows of a stream that show how prompts are written.
 STREAM_ROWS = 100
-# Rows that are encoded, and read, at once.
-_BLOCK = 1000
 Item = TypeVar("Item")
 
 
@@ -103,14 +92,7 @@ class SourceEncoder:
             rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
             return rows, self._encode_task(rows)
         rows = list(islice(self.open(split, streaming=streaming).rows(), limit))
-        template = self.tokenizer.chat_template
-        if config.format == "instruction" or config.template is not None:
-            template = templates.template_source(config.template)
-        elif config.chat_template is not None:
-            template = templates.given_source(self.tokenizer, config.chat_template)
-        settings = [config.format, config.fields, template, self.max_length]
-        encode = partial(self.encode, first=sources.fields_of_all(rows))
-        return rows, _encode_once(rows, encode, self.tokenizer, settings)
+        return rows, self.encode(rows, first=sources.fields_of_all(rows))
 
     def prompts(self, split: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield what rows ask: content, a text or messages, fields of templates, tools, origin."""
@@ -251,10 +233,7 @@ class SourceEncoder:
             texts = task.training_texts(row, next(indices), scoring)
             return texts if self.as_pairs else texts[0]
 
-        def encode_once(items: Sequence[Any]) -> list[EncodedRow]:
-            return _encode_once(items, encode, self.tokenizer, [self.as_pairs, self.max_length])
-
-        return _encode_each(rows, read, encode_once)
+        return _encode_each(rows, read, encode)
 
 
 def _messages_before_answers(row: Row, columns: Mapping[str, str]) -> Sequence[Message] | None:
@@ -312,73 +291,6 @@ def _encode_each(
             faulty[index] = EncodedRow((), fault=fault, is_empty=is_empty)
     encoded = iter(encode(items))
     return [faulty.get(index) or next(encoded) for index in range(len(rows))]
-
-
-def _encode_once(
-    items: Sequence[Item],
-    encode: Callable[[Sequence[Item]], list[EncodedRow]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Sequence[Any],
-) -> list[EncodedRow]:
-    # a slow tokenizer can't be written as text, which would name an entry
-    if len(items) < MIN_ROWS or not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return encode(items)
-    from datasets import Dataset, config
-    from datasets.exceptions import DatasetGenerationError
-
-    def records() -> Iterator[dict[str, str]]:
-        for start in range(0, len(items), _BLOCK):
-            yield from map(_as_record, encode(items[start : start + _BLOCK]))
-
-    try:
-        table: Any = Dataset.from_generator(
-            records,
-            cache_dir=str(Path(config.HF_DATASETS_CACHE) / "loraloom"),
-            fingerprint=_key(items, tokenizer, settings),
-        )
-        return [_from_record(text) for batch in table.iter(_BLOCK) for text in batch["row"]]
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        # of the tokenizer or a template
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        # the cache can't be written, or an entry is torn
-        return encode(items)
-
-
-def _as_record(row: EncodedRow) -> dict[str, str]:
-    # JSON, as its lists of numbers are read faster than Arrow's
-    pieces = []
-    for piece in row.pieces:
-        pieces.append((piece.input_ids, [int(label != NO_LOSS) for label in piece.labels]))
-    return {"row": json.dumps([pieces, *row[1:]])}
-
-
-def _from_record(text: str) -> EncodedRow:
-    pieces, *rest = json.loads(text)
-    examples = []
-    for ids, marks in pieces:
-        # the same objects as ids: two of each number would double what a data set takes
-        labels = [x if is_learned else NO_LOSS for x, is_learned in zip(ids, marks, strict=True)]
-        examples.append(Example(tuple(ids), tuple(labels)))
-    return EncodedRow(tuple(examples), *rest)
-
-
-def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Sequence[Any]) -> str:
-    decisive = [
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.special_tokens_map,
-        tokenizer.split_special_tokens,
-        [version(package) for package in ("transformers", "tokenizers", "jinja2")],
-        *settings,
-    ]
-    digest = hashlib.sha256()
-    # whoever changes how rows are encoded changes one of the modules next to this one
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    for value in (decisive, *items):
-        digest.update(json.dumps(value, default=repr).encode())
-        digest.update(getattr(value, "fault", "").encode())
-    return digest.hexdigest()
 
 
 def given_form(
