@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from loraloom import RoutedConfig
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.results import Evaluation
-from loraloom.eval.routing import TOKEN_CLASSES, RoutingTally, class_of, token_classes, token_texts
+from loraloom.eval.routing import RoutingTally, token_texts
 from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
@@ -119,36 +119,19 @@ def test_the_example_is_the_first_questions_context(summary):
 def test_tasks_and_groups_of_questions_are_topics(tiny_tokenizer):
     host = scoring_host()
     (one,) = tallied(host, tiny_tokenizer, ["mixlora"]).values()
-    assert list(one["specialisation"]) == ["token_classes"]  # there is one topic
-    bits = one["specialisation"]["token_classes"]["bits"]
-    assert len(bits) == len(one["layers"])
-    assert all(0 <= value <= 2 for value in bits)
-    assert set(one["specialisation"]["token_classes"]["of"]) <= set(TOKEN_CLASSES)
+    assert one["specialisation"] == {}
     (two,) = tallied(host, tiny_tokenizer, ["mixlora"], tasks=("one", "two")).values()
     assert two["specialisation"]["topics"]["of"] == {"one": [0, 0], "two": [0, 0]}
+    bits = two["specialisation"]["topics"]["bits"]
+    assert len(bits) == len(two["layers"])
+    assert all(0 <= value <= 1 for value in bits)
     groups = ["sums", "sums", None, "toy", "sums"]
     (grouped,) = tallied(host, tiny_tokenizer, ["mixlora"], groups=groups).values()
     assert set(grouped["specialisation"]["topics"]["of"]) == {"toy/sums", "toy"}
 
 
-@pytest.mark.parametrize(
-    ("expected", "tokens"),
-    [
-        ("start of a word", [("Ġthe", " the"), ("▁Der", "Der")]),
-        ("rest of a word", [("ing", "ing"), ("##ing", "##ing"), ("Ã©", "é"), ("č", "č")]),
-        ("number", [("Ġ42", " 42")]),
-        ("sign", [("Ġ(", " ("), ("Ã", "\ufffd")]),
-        ("space", [("ĊĊ", "\n\n"), ("▁", "")]),
-    ],
-)
-def test_tokens_have_classes_by_what_they_are_in_a_text(expected, tokens):
-    assert [class_of(*token, marks_rests=False) for token in tokens] == [expected] * len(tokens)
-
-
-def test_words_of_wordpiece_start_without_a_mark():
+def test_texts_of_tokens_make_up_words_of_wordpiece():
     model = models.WordPiece({"[UNK]": 0, "walk": 1, "##ing": 2}, unk_token="[UNK]")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
     tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
     assert token_texts([1, 2, 1], tokenizer) == ["walk", "ing", " walk"]
-    classes = token_classes(tokenizer, 3)
-    assert [TOKEN_CLASSES[one] for one in classes[1:]] == ["start of a word", "rest of a word"]

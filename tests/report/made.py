@@ -91,16 +91,13 @@ def _accuracy(name: str, task: str) -> dict[str, Any]:
 def routing(tasks: Sequence[str] = TASKS, seed: object = 0) -> dict[str, Any]:
     """A mixture's routing."""
     generator = random.Random(str(seed))
-    topics, classes = [0.5] * NUM_LAYERS, [0.25] * NUM_LAYERS
+    topics = [0.5] * NUM_LAYERS
     return {
         "num_experts": NUM_EXPERTS,
         "top_k": 2,
         "layers": list(range(NUM_LAYERS)),
         "tasks": {task: _task_routing(generator) for task in tasks},
-        "specialisation": {
-            "topics": {"bits": topics, "of": dict.fromkeys(tasks, topics)},
-            "token_classes": {"bits": classes, "of": dict.fromkeys(("number", "sign"), classes)},
-        },
+        "specialisation": {"topics": {"bits": topics, "of": dict.fromkeys(tasks, topics)}},
         "warnings": [],
     }
 

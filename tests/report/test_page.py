@@ -128,10 +128,9 @@ def test_questions_that_are_not_covered_are_told(page_of, layers):
 
 def test_what_experts_tell_is_shown_by_layer(page, page_of):
     text = Checked(page).text
-    for what in ("topic", "kind of token"):
-        assert f"What the choice of an expert tells about the {what}, by layer, bits" in text
+    assert "What the choice of an expert tells about the topic, by layer, bits" in text
     assert page.count('<td class="n">0.500</td>') == 6  # the mutual information of each layer
-    assert page.count('<td class="h3">0.250</td>') == 12  # the mean, in two classes
+    assert page.count('<td class="h3">0.500</td>') == 12  # the mean, in two topics
     content = evaluation()
     content["routing"]["mix"]["specialisation"]["topics"]["bits"] = [0.1]
     with pytest.raises(DataError, match=r"r\.json are damaged"):

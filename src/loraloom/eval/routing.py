@@ -1,6 +1,6 @@
-"""Where mixtures send the tokens of an evaluation: by layer and expert, task, and kind of token.
+"""Where mixtures send the tokens of an evaluation: by layer, expert and task.
 
-Axes: C classes, N routers, T tokens, K top_k, E experts, V vocabulary. The tokens are those that
+Axes: C classes, N routers, T tokens, K top_k, E experts. The tokens are those that
 are read to score a question: contexts once, and every choice without its last token. Scores that
 were kept from before cost no forward and are not covered.
 """
@@ -20,15 +20,9 @@ from loraloom.eval.results import Fields
 from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.host.host import Host
 from loraloom.routing import tally
-from loraloom.routing.record import LayerRouting, RouterName
+from loraloom.routing.record import RouterName
 
 MAX_EXAMPLE_TOKENS = 160
-TOKEN_CLASSES = ("start of a word", "rest of a word", "number", "sign", "space")
-
-# What tokenizers write in front of a token that begins a word.
-_SPACES = "Ġ▁ "
-# White space as byte-level tokenizers write it, and as it is.
-_BLANKS = "ĊĉĠčĩ▁ \n\t\r"
 
 
 class RoutingTally:
@@ -38,13 +32,10 @@ class RoutingTally:
         self, host: Host, adapters: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
     ):
         self.adapters: dict[str, _AdapterTally] = {}
-        classes: Tensor | None = None
         for name in filter(None, adapters):
             config = host.adapter(name).config
             if config.experts_per_router > 0:
-                if classes is None:
-                    classes = token_classes(tokenizer, host.config.vocab_size)
-                self.adapters[name] = _AdapterTally(config, classes, tokenizer)
+                self.adapters[name] = _AdapterTally(config, tokenizer)
 
     def observe(
         self,
@@ -83,43 +74,36 @@ class RoutingTally:
 
 
 class _AdapterTally:
-    """The routing of one adapter in all tasks; `classes` of the vocabulary's tokens, [V]."""
+    """The routing of one adapter in all tasks."""
 
-    def __init__(self, config: AdapterConfig, classes: Tensor, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: AdapterConfig, tokenizer: PreTrainedTokenizerBase):
         self.config = config
-        self.classes = classes
         self.tokenizer = tokenizer
         self.num_questions: dict[str, int] = {}
         self.covered: dict[str, set[int]] = {}  # by task, the questions scored now
         self.totals: dict[str, tally.RoutingTotals] = {}
         self.examples: dict[str, dict[str, Any]] = {}
-        self.loads: dict[str, dict[str, Tensor]] = {"topics": {}, "token_classes": {}}  # (N, E)
+        self.loads: dict[str, Tensor] = {}  # by topic, (N, E)
 
     def add(self, task: str, row_topics: Sequence[str], routed: RoutedRows) -> None:
         totals = tally.RoutingTotals.of(routed.routing)
         if task in self.totals:
             totals = self.totals[task] + totals
         self.totals[task] = totals
-        token_ids: list[int] = []
-        token_topics: list[int] = []
-        topics = list(dict.fromkeys(row_topics))
-        for row, topic in zip(routed.rows, row_topics, strict=True):
-            token_ids += row.input_ids
-            token_topics += [topics.index(topic)] * len(row.input_ids)
-        token_classes = self.classes[torch.tensor(token_ids)]  # (T,)
-        self._add_loads("token_classes", TOKEN_CLASSES, token_classes, routed.routing)
-        self._add_loads("topics", topics, torch.tensor(token_topics), routed.routing)
+        self._add_loads(row_topics, routed)
         if task not in self.examples:
             self._add_example(task, routed)
 
-    def _add_loads(
-        self, kind: str, names: Sequence[str], classes: Tensor, routing: Sequence[LayerRouting]
-    ) -> None:
-        loads = self.loads[kind]
-        classes = classes.to(routing[0].router_logits.device)
-        more = tally.loads_by_class(routing, classes, len(names)).cpu()
-        for name, load in zip(names, more, strict=True):
-            loads[name] = loads[name] + load if name in loads else load
+    def _add_loads(self, row_topics: Sequence[str], routed: RoutedRows) -> None:
+        topics = list(dict.fromkeys(row_topics))
+        token_topics: list[int] = []
+        for row, topic in zip(routed.rows, row_topics, strict=True):
+            token_topics += [topics.index(topic)] * len(row.input_ids)
+        device = routed.routing[0].router_logits.device
+        classes = torch.tensor(token_topics, device=device)  # (T,)
+        loads = tally.loads_by_class(routed.routing, classes, len(topics)).cpu()  # (C, N, E)
+        for topic, load in zip(topics, loads, strict=True):
+            self.loads[topic] = self.loads[topic] + load if topic in self.loads else load
 
     def _add_example(self, task: str, routed: RoutedRows) -> None:
         """Keep the first question's tokens, and their first experts in three layers."""
@@ -177,19 +161,15 @@ class _AdapterTally:
             summary["example"] = self.examples[task]
         return summary
 
-    def _specialisation(self) -> Any:
-        """Tell by layer what an expert says about the topic and about the class of a token."""
-        summary = {}
-        for kind, by_name in self.loads.items():
-            loads = {name: load for name, load in by_name.items() if load.any()}
-            min_classes = 2 if kind == "topics" else 1  # a single topic says nothing
-            if len(loads) < min_classes:
-                continue
-            stacked = torch.stack([*loads.values()])  # (C, N, E)
-            distances = _rounded(tally.specialisation_bits(stacked))
-            bits = _rounded(tally.mutual_information_bits(stacked))
-            summary[kind] = {"bits": bits, "of": dict(zip(loads, distances, strict=True))}
-        return summary
+    def _specialisation(self) -> Fields:
+        """Tell by layer what an expert says about the topic of a token."""
+        loads = {topic: load for topic, load in self.loads.items() if load.any()}
+        if len(loads) < 2:  # a single topic says nothing
+            return {}
+        stacked = torch.stack([*loads.values()])  # (C, N, E)
+        distances = _rounded(tally.specialisation_bits(stacked))
+        bits = _rounded(tally.mutual_information_bits(stacked))
+        return {"topics": {"bits": bits, "of": dict(zip(loads, distances, strict=True))}}
 
     def _warnings(self, totals: tally.RoutingTotals) -> list[str]:
         advice = self.config.collapse_advice
@@ -222,33 +202,3 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
         texts.append(text)
         before = str(tokenizer.decode([token_id]))
     return texts
-
-
-def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-    """Give the class of each token of a vocabulary, as a place in TOKEN_CLASSES, [V]."""
-    ids = list(range(min(vocab_size, len(tokenizer))))
-    names = list(map(str, tokenizer.convert_ids_to_tokens(ids)))
-    texts = tokenizer.batch_decode([[token_id] for token_id in ids])
-    # WordPiece marks the rest of a word, others its start; these may have a few ## as text.
-    num_rests = num_starts = 0
-    for name in names:
-        num_rests += name.startswith("##") and name[2:].isalpha()
-        num_starts += name[:1] in _SPACES and name[1:].isalpha()
-    marks_rests = num_rests > num_starts
-    classes = [TOKEN_CLASSES.index("sign")] * vocab_size
-    for token_id, name, text in zip(ids, names, texts, strict=True):
-        kind = class_of(name, text, marks_rests=marks_rests)
-        classes[token_id] = TOKEN_CLASSES.index(kind)
-    return torch.tensor(classes)
-
-
-def class_of(name: str, text: str, *, marks_rests: bool) -> str:
-    if not text.strip() and not name.strip(_BLANKS):
-        return "space"
-    text = text.strip().removeprefix("##")
-    if text.isdigit():
-        return "number"
-    if not text.isalpha():
-        return "sign"
-    starts = not name.startswith("##") if marks_rests else name[0] in _SPACES
-    return "start of a word" if starts else "rest of a word"
