@@ -4,9 +4,8 @@ import re
 from xml.etree import ElementTree
 
 import matplotlib.style
-import pytest
 
-from loraloom.report.charts import COLORS, MAX_POINTS, Style, interval_chart, line_chart
+from loraloom.report.charts import COLORS, MAX_POINTS, Style, line_chart
 
 STYLES = {"a": Style(COLORS[0], ()), "b": Style(COLORS[3], (6, 3))}
 
@@ -58,23 +57,6 @@ def test_long_curves_are_thinned():
     curve = [(step, float(step % 7)) for step in range(10 * MAX_POINTS)]
     ((_, points),) = lines(line_chart("t", {"a": curve}, STYLES))
     assert MAX_POINTS / 2 < len(points) <= MAX_POINTS
-
-
-def test_intervals_share_an_axis_in_percent():
-    results = {
-        "a" * 40 + "@2": {"accuracy": 0.5, "interval": [0.4, 0.6]},
-        "$b$": {"accuracy": 0.55, "interval": [0.1, 0.9]},
-        "c": {"accuracy": 0.5},
-        "d": {},
-    }
-    chart = interval_chart("t", results)
-    above, below = (points for _, points in lines(chart) if len(points) == 2)
-    widths = [right[0] - left[0] for left, right in (above, below)]
-    assert widths[1] == pytest.approx(4 * widths[0], rel=1e-3)
-    assert above[0][1] < below[0][1], "the first is on top"
-    assert texts(chart)[-2:] == ["a" * 12 + "…" + "a" * 11 + "@2", "$b$"]
-    assert chart.title == "t: accuracy and 95 % interval, %"
-    assert interval_chart("t", {"c": {"accuracy": 0.5}}) is None
 
 
 def test_a_drawing_is_the_same_in_any_style_and_asks_the_network_for_nothing():

@@ -172,8 +172,7 @@ def test_a_sweeps_settings_are_columns_and_its_jobs_are_ranked(tmp_path):
     assert places == sorted(places)
 
 
-def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("loraloom.report.page.interval_chart", lambda *_: None)  # of each task
+def test_a_summary_comes_first_and_long_tables_are_folded(run, tmp_path):
     content = evaluation(tasks=[f"task{n}" for n in range(21)])
     path = write_evaluation(tmp_path / "r.json", content)
     checked = Checked(make_page([run], [path], summary="\nbase  <33.9>\none    85.9\n"))

@@ -1,4 +1,4 @@
-"""Charts of the page, learning curves and intervals: images in SVG that matplotlib draws.
+"""Learning curves of the page: images in SVG that matplotlib draws.
 
 Their colors stand out on white and on black, as the page has a dark mode.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import style
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loraloom.report.jobs import Job
@@ -20,7 +19,6 @@ Curve = Sequence[tuple[int | float, int | float]]  # steps and what was measured
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#997a00", "#7f7f7f")
 MAX_POINTS = 240
-MAX_NAME = 26  # characters; a longer name loses its middle
 SMOOTHING = 0.9  # weight of the past in the running mean
 
 _SMOOTHED = ("loss", "grad_norm")
@@ -44,73 +42,35 @@ class Chart(NamedTuple):
     source: str
 
 
-def _draw(title: str, words: Sequence[str], height: int | float, draw: Any) -> Chart:
-    image = io.BytesIO()
-    with style.context(_STYLES):
-        figure = Figure(figsize=(5, height))
-        draw(figure.subplots())
-        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-    source = f"data:image/svg+xml;base64,{b64encode(image.getvalue()).decode()}"
-    return Chart(title, ". ".join([title, *words]), source)
-
-
 def line_chart(title: str, curves: Mapping[str, Curve], styles: dict[str, Style]) -> Chart | None:
     """Draw curves over steps; None where no value is finite."""
     drawn: dict[str, Curve] = {}
-    words = []
+    words = [title]
     for label, curve in curves.items():
         finite = [point for point in curve if all(map(math.isfinite, point))]
         if finite:
             drawn[label] = finite
             step, value = finite[-1]
             words.append(f"{label}: {value:.4g} at step {step:g}")
-
-    def draw(axes: Axes) -> None:
+    if not drawn:
+        return None
+    image = io.BytesIO()
+    with style.context(_STYLES):
+        figure = Figure(figsize=(5, 3))
+        axes = figure.subplots()
         for label, curve in drawn.items():
-            style = styles[label]
             stride = math.ceil(len(curve) / MAX_POINTS)
             points = curve[::-stride]  # from the last one
             steps, values = zip(*points, strict=True)
-            (line,) = axes.plot(steps, values, color=style.color)
-            if style.dashes:
-                line.set_linestyle((0, style.dashes))
+            (line,) = axes.plot(steps, values, color=styles[label].color)
+            if styles[label].dashes:
+                line.set_linestyle((0, styles[label].dashes))
             if len(points) == 1:
                 line.set_marker("o")
         axes.set_xlabel("step")
-
-    return _draw(title, words, 3, draw) if drawn else None
-
-
-def interval_chart(task: str, results: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    """Draw each adapter's accuracy with its interval, in percent; None if none has both."""
-    figures: dict[str, list[float]] = {}
-    words = []
-    for name, result in results.items():
-        accuracy = result.get("accuracy")
-        # of preference pairs, `interval` is the loss's
-        interval = result.get("accuracy_interval", result.get("interval"))
-        if accuracy is not None and interval:
-            figures[name] = [100 * value for value in (*interval, accuracy)]
-            words.append(f"{name}: {100 * accuracy:.1f} %")
-
-    def draw(axes: Axes) -> None:
-        for row, (low, high, accuracy) in enumerate(figures.values()):
-            axes.plot([low, high], [row, row], color=COLORS[0])
-            axes.plot([accuracy], [row], color=COLORS[0], marker="o")
-        names = [_shortened(name) for name in figures]
-        axes.set_yticks(range(len(names)), names, parse_math=False)
-        axes.invert_yaxis()
-
-    title = f"{task}: accuracy and 95 % interval, %"
-    height = 0.6 + 0.25 * len(figures)
-    return _draw(title, words, height, draw) if figures else None
-
-
-def _shortened(name: str) -> str:
-    if len(name) <= MAX_NAME:
-        return name
-    half = MAX_NAME // 2
-    return f"{name[: half - 1]}…{name[-half:]}"
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{b64encode(image.getvalue()).decode()}"
+    return Chart(title, ". ".join(words), source)
 
 
 def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:

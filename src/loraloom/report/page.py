@@ -12,7 +12,7 @@ import numpy as np
 import loraloom
 from loraloom.errors import DataError
 from loraloom.eval.results import Evaluation, Fields, read_evaluation
-from loraloom.report.charts import interval_chart, job_styles, learning_curves
+from loraloom.report.charts import job_styles, learning_curves
 from loraloom.report.jobs import Job, read_runs
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)  # loads where a cell's color changes, in even shares
@@ -70,15 +70,9 @@ def _render(jobs: Sequence[Job], evaluations: Mapping[str, Evaluation], summary:
 
 
 def _lay_out_evaluation(file: str, evaluation: Evaluation) -> dict[str, Any]:
-    by_task: dict[str, dict[str, Fields]] = {}
-    for adapter, results in evaluation.results.items():
-        for task, result in results.items():
-            by_task.setdefault(task, {})[adapter] = result
-    charts = [interval_chart(task, results) for task, results in by_task.items()]
     return {
         "name": file,
         "tables": evaluation.tables(),
-        "charts": [chart for chart in charts if chart is not None],
         "mixtures": [lay_out(adapter, routing) for adapter, routing in evaluation.routing.items()],
     }
 
